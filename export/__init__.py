@@ -1,0 +1,1 @@
+"""Programs and weights for other runtimes. Depends on `llamajax` and `quant`; neither of them imports it."""

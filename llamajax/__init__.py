@@ -1,0 +1,44 @@
+"""llamajax: one functional LLaMA in Flax, for CPU, GPU and TPU.
+
+    import llamajax
+
+    model, tokenizer = llamajax.load("box")
+    logits_BTV, _ = model(tokens_BT)
+    print(llamajax.generate(model, tokenizer, "Once upon a time", temperature=0).text)
+
+Importing this defines no flag, reads no environment variable and touches no device.
+"""
+
+from llamajax.cache import KVCache
+from llamajax.checkpoint import load, open_checkpoint, save_checkpoint
+from llamajax.config import Config, RopeScaling, preset, preset_names
+from llamajax.errors import LlamaJaxError
+from llamajax.generate import Completion, decode, generate, prefill, stream
+from llamajax.model import Llama, abstract_model
+from llamajax.sampling import Sampler, make_sampler, sample
+from llamajax.tokenizer import Tokenizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Completion",
+    "Config",
+    "KVCache",
+    "Llama",
+    "LlamaJaxError",
+    "RopeScaling",
+    "Sampler",
+    "Tokenizer",
+    "abstract_model",
+    "decode",
+    "generate",
+    "load",
+    "make_sampler",
+    "open_checkpoint",
+    "prefill",
+    "preset",
+    "preset_names",
+    "sample",
+    "save_checkpoint",
+    "stream",
+]

@@ -1,0 +1,294 @@
+"""Weights in and out: formats are recognised by their content and read tensor by tensor.
+
+    opened = open_checkpoint(path)     # header only: config, shapes, source format
+    model = opened.read(dtype)         # peak memory: the result and one tensor
+    save_checkpoint(model, path)       # atomic: the whole folder appears, or nothing
+
+`llamajax.load` does the first two and adds the tokenizer.
+"""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llamajax.checkpoint import home, huggingface, llama2c
+from llamajax.checkpoint.naming import Source, named_leaves
+from llamajax.config import Config, preset_names
+from llamajax.errors import LlamaJaxError
+from llamajax.model import Llama, abstract_model
+from llamajax.tokenizer import Tokenizer
+
+BOX = "box"
+_ALIGNMENT = 64  # bytes; XLA on CPU then uses a NumPy buffer as it is, instead of a copy
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A checkpoint whose header was read and checked; its weights have not been read.
+
+    Attributes:
+        path: the file or folder.
+        description: source format, for people.
+        config: the architecture.
+        abstract: `Llama` with `jax.ShapeDtypeStruct` leaves, as stored.
+        tokenizer_bytes: the sentencepiece model that came with it, or None.
+        read: reads the weights: `read(dtype=None, shardings=None) -> Llama`. `dtype` converts floats while reading;
+            `shardings` is one `jax.sharding.Sharding` or a tree of them shaped like the model; the first device unless
+            given. With `shardings="host"` the leaves stay NumPy arrays.
+    """
+
+    path: Path
+    description: str
+    config: Config
+    abstract: Llama
+    tokenizer_bytes: bytes | None
+    read: Callable[..., Llama]
+
+
+def resolve(name: str | Path) -> Path:
+    """The folder of the model in the box for "box", else the path itself.
+
+    Raises:
+        LlamaJaxError: if nothing is there.
+    """
+    if str(name) == BOX:
+        return Path(__file__).parent.parent / "box"
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if str(name) in preset_names():
+        raise LlamaJaxError(
+            f"{name}: a preset is an architecture without weights: give the path of a checkpoint, or build one with "
+            f"llamajax.Llama(llamajax.preset({str(name)!r}), key=…)"
+        )
+    raise LlamaJaxError(f"{name}: no such file or folder: expected a checkpoint's path or {BOX!r}")
+
+
+def open_checkpoint(name: str | Path) -> Opened:
+    """Recognises a checkpoint by its content and reads its header.
+
+    Raises:
+        LlamaJaxError: if there is none, if it is of no format that we read, or if its header is damaged.
+    """
+    path = resolve(name)
+    if path.is_dir() and home.recognise(path):
+        config, abstract, manifest = home.open_abstract(path)
+        return Opened(
+            path,
+            f"llamajax version {manifest['version']} (Orbax), from {manifest['source']}",
+            config,
+            abstract,
+            home.read_tokenizer(path, manifest),
+            lambda dtype=None, shardings=None: _converted(home.restore(path, shardings), dtype, shardings),
+        )
+    for reader in (huggingface, llama2c):
+        if reader.recognise(path):
+            source = reader.open_source(path)
+            return Opened(
+                path,
+                source.description,
+                source.config,
+                abstract_model(source.config, source.dtype),
+                source.tokenizer_bytes or _tokenizer_beside(path),
+                lambda dtype=None, shardings=None, source=source: _assemble(path, source, dtype, shardings),
+            )
+    raise LlamaJaxError(f"{path}: unknown format ({_first_look(path)}): expected {_FORMATS}")
+
+
+_FORMATS = (
+    "a llamajax checkpoint (manifest.json), a Hugging Face folder (config.json and safetensors) or a llama2.c file "
+    "(version 0, 1 or 2)"
+)
+
+
+def load(
+    name: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    shardings: Any = None,
+) -> tuple[Llama, Tokenizer | None]:
+    """Loads a model and its tokenizer.
+
+    Args:
+        name: path of a checkpoint (llamajax, Hugging Face or llama2.c), or "box" for the model in the package.
+        tokenizer: path of a sentencepiece `tokenizer.model`; the one that came with the checkpoint unless given.
+        dtype: of the weights, for example `jax.numpy.float32`; as stored unless given.
+        shardings: where the weights go: one `jax.sharding.Sharding` or a tree of them shaped like the model; the first
+            device unless given.
+
+    Returns:
+        The model, and the tokenizer, which is None if none came with the checkpoint and none was named.
+
+    Raises:
+        LlamaJaxError: for anything wrong with the files.
+    """
+    opened = open_checkpoint(name)
+    return opened.read(dtype, shardings), read_tokenizer(opened, tokenizer)
+
+
+def read_tokenizer(opened: Opened, path: str | Path | None = None) -> Tokenizer | None:
+    """The tokenizer at `path`, or the one that came with the checkpoint, or None.
+
+    Raises:
+        LlamaJaxError: if it is damaged, or has more ids than the model has embeddings.
+    """
+    if path is not None:
+        tokenizer = Tokenizer.from_file(path)
+    elif opened.tokenizer_bytes is not None:
+        tokenizer = Tokenizer(opened.tokenizer_bytes, f"{opened.path}: its tokenizer")
+    else:
+        return None
+    if tokenizer.vocab_size > opened.config.vocab_size:
+        raise LlamaJaxError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model {opened.config.vocab_size} embeddings: "
+            "expected the tokenizer that the model was trained with"
+        )
+    return tokenizer
+
+
+def save_checkpoint(
+    model: Llama,
+    path: str | Path,
+    *,
+    tokenizer: Tokenizer | bytes | None = None,
+    source: str = "llamajax",
+    form: Literal["llamajax", "huggingface"] = "llamajax",
+) -> None:
+    """Writes a checkpoint folder, atomically: it appears whole, or not at all.
+
+    Args:
+        model: the model; leaves may be NumPy arrays.
+        path: of the folder; must not exist.
+        tokenizer: saved with the weights.
+        source: where the weights came from; kept in the manifest.
+        form: "llamajax" (Orbax) or "huggingface" (config.json and safetensors, as transformers reads it).
+
+    Raises:
+        LlamaJaxError: if `path` exists or cannot be created.
+    """
+    tokenizer_bytes = tokenizer.model_bytes if isinstance(tokenizer, Tokenizer) else tokenizer
+    with atomic_folder(Path(path)) as folder:
+        if form == "huggingface":
+            huggingface.save(model, folder, tokenizer_bytes)
+        elif form == "llamajax":
+            home.save(model, folder, tokenizer_bytes, source)
+        else:
+            raise LlamaJaxError(f"form is {form!r}: expected 'llamajax' or 'huggingface'")
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` that becomes `path` when the block ends well, and is removed when it does not."""
+    if path.exists():
+        raise LlamaJaxError(f"{path}: exists already: remove it or choose another path")
+    partial = path.absolute().with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise LlamaJaxError(f"{path}: cannot be created ({error.strerror})") from None
+    try:
+        yield partial
+        partial.rename(path.absolute())
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _assemble(path: Path, source: Source, dtype: Any, shardings: Any) -> Llama:
+    """Fills a tree from a stream of tensors; every leaf must be filled, and once."""
+    abstract = abstract_model(source.config, dtype or source.dtype)
+    leaves = named_leaves(abstract)
+    missing = {
+        (name, layer)
+        for name, leaf in leaves.items()
+        for layer in (range(leaf.shape[0]) if name.startswith("layers.") else [None])
+    }
+    buffers: dict[str, np.ndarray] = {}
+    for name, layer, array in source.tensors():
+        if (name, layer) not in missing:
+            raise LlamaJaxError(f"{path}: {_place(name, layer)} comes twice, or has no place in the model")
+        expected = leaves[name].shape[1:] if layer is not None else leaves[name].shape
+        if array.shape != expected:
+            raise LlamaJaxError(f"{path}: {_place(name, layer)} has shape {array.shape}: expected {expected}")
+        if not _all_finite(array):
+            raise LlamaJaxError(f"{path}: {_place(name, layer)} holds NaN or infinity: the weights are damaged")
+        if name not in buffers:
+            buffers[name] = _aligned_empty(leaves[name].shape, leaves[name].dtype)
+        buffers[name][layer if layer is not None else ...] = array
+        missing.remove((name, layer))
+    if missing:
+        raise LlamaJaxError(f"{path}: {_place(*sorted(missing, key=str)[0])} is missing ({len(missing)} such)")
+    where = _places(abstract, shardings)
+    placed = [_place_leaf(buffers.pop(name), where.get(name)) for name in leaves]
+    return jax.tree.unflatten(jax.tree.structure(abstract), placed)
+
+
+def _places(abstract: Llama, shardings: Any) -> dict[str, Any]:
+    """The sharding of each leaf by name; "host" for leaves that stay in NumPy; empty for the default device."""
+    if shardings is None:
+        return {}
+    if shardings == "host" or isinstance(shardings, jax.sharding.Sharding):
+        return dict.fromkeys(named_leaves(abstract), shardings)
+    return dict(zip(named_leaves(abstract), jax.tree.leaves(shardings), strict=True))
+
+
+def _place_leaf(buffer: np.ndarray, where: Any) -> Any:
+    return buffer if isinstance(where, str) else jax.device_put(buffer, where)
+
+
+def _converted(model: Llama, dtype: Any, shardings: Any) -> Llama:
+    """A restored model, checked, in another dtype if one is asked for."""
+    for name, leaf in named_leaves(model).items():
+        if not bool(jnp.isfinite(leaf).all()):
+            raise LlamaJaxError(f"{name} holds NaN or infinity: the weights are damaged")
+    if dtype is not None:
+        model = jax.tree.map(lambda leaf: leaf.astype(dtype), model)
+    return jax.tree.map(np.asarray, model) if isinstance(shardings, str) else model
+
+
+def _all_finite(array: np.ndarray) -> bool:
+    """By exponent bits: NumPy has no fast isfinite for bfloat16."""
+    bits, mask = {"float32": (np.uint32, 0x7F800000), "float16": (np.uint16, 0x7C00), "bfloat16": (np.uint16, 0x7F80)}[
+        str(array.dtype)
+    ]
+    return not bool(np.any((array.view(bits) & bits(mask)) == bits(mask)))
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _place(name: str, layer: int | None) -> str:
+    return name if layer is None else f"{name} of layer {layer}"
+
+
+def _tokenizer_beside(path: Path) -> bytes | None:
+    """A `tokenizer.model` in the folder of a single-file checkpoint."""
+    file = path.parent / "tokenizer.model"
+    return file.read_bytes() if path.is_file() and file.is_file() else None
+
+
+def _first_look(path: Path) -> str:
+    """What an unknown thing seems to be."""
+    if path.is_dir():
+        names = sorted(entry.name for entry in path.iterdir())[:5]
+        return f"a folder with {', '.join(names)}" if names else "an empty folder"
+    with path.open("rb") as file:
+        head = file.read(8)
+    known = {b"GGUF": "GGUF", b"PK\x03\x04": "a zip or .pth file", b"\x80": "a pickle", b"ggjt": "ggml"}
+    for magic, kind in known.items():
+        if head.startswith(magic):
+            return f"{kind}, which is not read"
+    return f"first bytes {head.hex(' ')}" if head else "an empty file"

@@ -1,0 +1,142 @@
+"""Our own checkpoint: a folder with `manifest.json`, `weights/` (Orbax) and `tokenizer.model`.
+
+The manifest holds the format's version, the config and the name, shape and dtype of every weight, so that a checkpoint
+can be described, and planned for, without reading a weight. Weights are restored into an abstract tree, on one device
+or laid out over any number: an Orbax checkpoint by itself remembers the devices that it was saved from.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from llamajax.checkpoint.naming import named_leaves
+from llamajax.config import Config
+from llamajax.errors import LlamaJaxError
+from llamajax.model import Llama, abstract_model
+
+FORMAT = "llamajax"
+VERSION = 1
+_LARGEST_MANIFEST = 64 << 20
+
+
+def recognise(path: Path) -> bool:
+    """Whether a folder holds a manifest of ours, of whatever version."""
+    file = path / "manifest.json"
+    return file.is_file() and b'"format"' in file.open("rb").read(4096)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest, checked.
+
+    Raises:
+        LlamaJaxError: if it is damaged, of a newer version, or does not describe the model of its own config.
+    """
+    file = path / "manifest.json"
+    try:
+        if file.stat().st_size > _LARGEST_MANIFEST:
+            raise ValueError(f"{file.stat().st_size} bytes")
+        manifest = json.loads(file.read_bytes())
+        kind, version = manifest["format"], manifest["version"]
+    except (ValueError, RecursionError, TypeError, KeyError) as error:
+        raise LlamaJaxError(f"{file}: damaged ({str(error)[:100]}): expected a checkpoint manifest") from None
+    if kind != FORMAT or version != VERSION:
+        raise LlamaJaxError(f"{file}: format {kind!r} version {version!r}: this release reads {FORMAT!r} version {VERSION}")
+    missing = {"config", "weights", "tokenizer_sha256", "source"} - set(manifest)
+    if missing:
+        raise LlamaJaxError(f"{file}: {sorted(missing)[0]!r} is missing: the manifest is damaged")
+    return manifest
+
+
+def open_abstract(path: Path) -> tuple[Config, Llama, dict[str, Any]]:
+    """Config, the tree with `ShapeDtypeStruct` leaves as the manifest describes them, and the manifest itself."""
+    manifest = read_manifest(path)
+    config = Config.from_dict(manifest["config"], str(path / "manifest.json"))
+    tree = abstract_model(config)
+    leaves = named_leaves(tree)
+    described = manifest["weights"]
+    if not isinstance(described, Mapping) or set(described) != set(leaves):
+        raise LlamaJaxError(f"{path}/manifest.json: the weights listed are not those of its config: it is damaged")
+    typed = []
+    for name, leaf in leaves.items():
+        shape, dtype = described[name].get("shape"), described[name].get("dtype")
+        if shape != list(leaf.shape) or dtype not in ("float32", "bfloat16", "float16"):
+            raise LlamaJaxError(
+                f"{path}/manifest.json: {name} is {dtype}{shape}: expected a float array of shape {list(leaf.shape)}"
+            )
+        typed.append(jax.ShapeDtypeStruct(leaf.shape, dtype))
+    return config, jax.tree.unflatten(jax.tree.structure(tree), typed), manifest
+
+
+def restore(path: Path, shardings: Any = None) -> Llama:
+    """Reads the weights.
+
+    Args:
+        path: the folder.
+        shardings: a pytree of `jax.sharding.Sharding` shaped like the model, or one sharding for every leaf; the first
+            device unless given.
+
+    Raises:
+        LlamaJaxError: for damaged or missing weights.
+    """
+    _, tree, _ = open_abstract(path)
+    if shardings is None or isinstance(shardings, str):
+        shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    placed = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, shardings)
+    target = named_leaves(placed)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            leaves = checkpointer.restore((path / "weights").absolute(), target)
+    except Exception as error:  # Orbax and TensorStore raise many types for damaged files; all mean the same here.
+        raise LlamaJaxError(f"{path}/weights: cannot be restored, damaged or incomplete ({_first_line(error)})") from error
+    return jax.tree.unflatten(jax.tree.structure(tree), [leaves[name] for name in target])
+
+
+def save(model: Llama, path: Path, tokenizer_bytes: bytes | None, source: str) -> None:
+    """Writes a checkpoint into `path`, which must exist, empty. The manifest comes last: without it nothing loads."""
+    leaves = named_leaves(model)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every step of a save as a warning.
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler(save_concurrent_gb=1)) as checkpointer:
+        checkpointer.save((path / "weights").absolute(), args=ocp.args.StandardSave(leaves))
+    if tokenizer_bytes is not None:
+        (path / "tokenizer.model").write_bytes(tokenizer_bytes)
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": model.config.to_dict(),
+        "source": source,
+        "tokenizer_sha256": hashlib.sha256(tokenizer_bytes).hexdigest() if tokenizer_bytes is not None else None,
+        "weights": {
+            name: {"shape": list(leaf.shape), "dtype": str(np.dtype(leaf.dtype))} for name, leaf in leaves.items()
+        },
+    }
+    (path / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def read_tokenizer(path: Path, manifest: Mapping[str, Any]) -> bytes | None:
+    """The tokenizer saved with the weights, if there was one.
+
+    Raises:
+        LlamaJaxError: if it is missing or another than the manifest names.
+    """
+    if manifest["tokenizer_sha256"] is None:
+        return None
+    file = path / "tokenizer.model"
+    if not file.is_file():
+        raise LlamaJaxError(f"{file}: no such file, though the manifest names it")
+    data = file.read_bytes()
+    if hashlib.sha256(data).hexdigest() != manifest["tokenizer_sha256"]:
+        raise LlamaJaxError(f"{file}: not the file that the manifest names (sha256 differs)")
+    return data
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

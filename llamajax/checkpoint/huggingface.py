@@ -1,0 +1,198 @@
+"""Reads and writes Hugging Face LlamaForCausalLM folders: `config.json` and safetensors, in one file or sharded.
+
+Every tensor of the files must be one that the model has, and the other way round; nothing is skipped but RoPE tables
+(`rotary_emb.inv_freq`), which old conversions saved and which follow from the config.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from llamajax.checkpoint.naming import Source, TensorSlice, named_leaves
+from llamajax.config import Config, config_from_hf, config_to_hf
+from llamajax.errors import LlamaJaxError
+from llamajax.model import Llama
+
+_LARGEST_JSON = 64 << 20
+
+# Ours -> theirs, and whether theirs is transposed ([out, in]). `{}` is the layer.
+_NAMES = {
+    "embed_VD": ("model.embed_tokens.weight", False),
+    "layers.attention.query_DQ": ("model.layers.{}.self_attn.q_proj.weight", True),
+    "layers.attention.key_DM": ("model.layers.{}.self_attn.k_proj.weight", True),
+    "layers.attention.value_DM": ("model.layers.{}.self_attn.v_proj.weight", True),
+    "layers.attention.out_QD": ("model.layers.{}.self_attn.o_proj.weight", True),
+    "layers.attention_norm.weight_D": ("model.layers.{}.input_layernorm.weight", False),
+    "layers.ffn.gate_DF": ("model.layers.{}.mlp.gate_proj.weight", True),
+    "layers.ffn.up_DF": ("model.layers.{}.mlp.up_proj.weight", True),
+    "layers.ffn.down_FD": ("model.layers.{}.mlp.down_proj.weight", True),
+    "layers.ffn_norm.weight_D": ("model.layers.{}.post_attention_layernorm.weight", False),
+    "norm.weight_D": ("model.norm.weight", False),
+    "head_VD": ("lm_head.weight", False),
+}
+
+_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+
+def recognise(path: Path) -> bool:
+    """Whether a folder holds a config.json that names a model type."""
+    return (path / "config.json").is_file() and "model_type" in _read_json(path / "config.json")
+
+
+def open_source(path: Path) -> Source:
+    """Reads the config and the headers of all files, and checks that they hold just the tensors of the model.
+
+    Raises:
+        LlamaJaxError: for a config we cannot read, or a missing, surplus or damaged file or tensor.
+    """
+    config = config_from_hf(_read_json(path / "config.json"), str(path / "config.json"))
+    files = _tensor_files(path)
+    dtypes = _check_tensors(path, config, files)
+    dtype = np.dtype(np.float32) if len(dtypes) > 1 else dtypes.pop()
+    tokenizer = path / "tokenizer.model"
+    shards = len(set(files.values()))
+    return Source(
+        f"Hugging Face safetensors ({shards} file{'s' if shards > 1 else ''})",
+        config,
+        dtype,
+        lambda: _tensors(config, files),
+        tokenizer.read_bytes() if tokenizer.is_file() else None,
+    )
+
+
+def save(model: Llama, path: Path, tokenizer_bytes: bytes | None = None) -> None:
+    """Writes a folder that `open_source` and transformers read, in one safetensors file; `path` must exist, empty."""
+    tensors = {}
+    leaves = named_leaves(model)
+    for ours, theirs, layer in _expected(model.config):
+        leaf = leaves[ours] if layer is None else leaves[ours][layer]
+        tensors[theirs] = np.ascontiguousarray(np.asarray(leaf).T if _NAMES[ours][1] else np.asarray(leaf))
+    dtype = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}[str(leaves["embed_VD"].dtype)]
+    fields = config_to_hf(model.config) | {"torch_dtype": dtype}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    if tokenizer_bytes is not None:
+        (path / "tokenizer.model").write_bytes(tokenizer_bytes)
+    (path / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; a clear error for anything else."""
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise LlamaJaxError(f"{path}: {path.stat().st_size} bytes: expected at most {_LARGEST_JSON}")
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, LlamaJaxError):
+            raise
+        raise LlamaJaxError(f"{path}: not JSON ({str(error)[:100]}): expected a JSON object") from None
+    if not isinstance(value, dict):
+        raise LlamaJaxError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _tensor_files(path: Path) -> dict[str, Path]:
+    """Which file holds each tensor."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise LlamaJaxError(f"{index}: expected a weight_map from tensor names to file names")
+        outside = [file for file in weight_map.values() if Path(file).name != file]
+        if outside:
+            raise LlamaJaxError(f"{index}: {outside[0]!r} leaves the folder: expected file names")
+        files = {name: path / file for name, file in weight_map.items()}
+    else:
+        single = sorted(path.glob("*.safetensors"))
+        if len(single) != 1:
+            found = f"{len(single)} .safetensors files and no model.safetensors.index.json" if single else "no weights"
+            hint = "; pickled .bin/.pth weights are not read" if list(path.glob("*.bin")) else ""
+            raise LlamaJaxError(f"{path}: {found}: expected model.safetensors, or shards with their index{hint}")
+        files = {name: single[0] for name in _open(single[0]).keys()}  # noqa: SIM118 (safe_open is no dict)
+    return files
+
+
+def _open(path: Path) -> Any:
+    """Opens a safetensors file; `pread` rather than `mmap`, whose touched pages would count as our memory."""
+    if not path.is_file():
+        raise LlamaJaxError(f"{path}: no such file, though the index names it")
+    try:
+        return safe_open(path, framework="np", backend="pread")
+    except (SafetensorError, OSError) as error:
+        raise LlamaJaxError(f"{path}: truncated or damaged safetensors file ({error})") from None
+
+
+def _expected(config: Config) -> Iterator[tuple[str, str, int | None]]:
+    """Every tensor of the model: our name, theirs, layer."""
+    for ours, (theirs, _) in _NAMES.items():
+        if ours == "head_VD" and config.tied_embeddings:
+            continue
+        if ours.startswith("layers."):
+            yield from ((ours, theirs.format(layer), layer) for layer in range(config.num_layers))
+        else:
+            yield ours, theirs, None
+
+
+def _check_tensors(path: Path, config: Config, files: dict[str, Path]) -> set[np.dtype]:
+    """That names and files match the model; returns the dtypes found."""
+    expected = {theirs for _, theirs, _ in _expected(config)}
+    surplus = sorted(name for name in files if name not in expected and not name.endswith("rotary_emb.inv_freq"))
+    # A tied model may come with a copy of the embedding as its head: it is checked to be one when it is read.
+    surplus = [name for name in surplus if not (name == "lm_head.weight" and config.tied_embeddings)]
+    missing = sorted(expected - set(files))
+    if surplus:
+        raise LlamaJaxError(f"{path}: tensor {surplus[0]!r} belongs to nothing in the model ({len(surplus)} such)")
+    if missing:
+        hint = ": is tie_word_embeddings missing in config.json?" if missing == ["lm_head.weight"] else ""
+        raise LlamaJaxError(f"{path}: tensor {missing[0]!r} is missing ({len(missing)} such){hint}")
+    dtypes = set()
+    for file in sorted(set(files.values())):
+        with _open(file) as tensors:
+            held = set(tensors.keys())
+            for name in (name for name, where in files.items() if where == file):
+                if name not in held:
+                    raise LlamaJaxError(f"{file}: tensor {name!r} is missing, though the index puts it here")
+                if name.endswith("rotary_emb.inv_freq"):
+                    continue
+                kind = tensors.get_slice(name).get_dtype()
+                if kind not in _DTYPES:
+                    raise LlamaJaxError(f"{file}: {name} has dtype {kind}: expected one of {', '.join(_DTYPES)}")
+                dtypes.add(np.dtype(_DTYPES[kind]))
+    return dtypes
+
+
+def _tensors(config: Config, files: dict[str, Path]) -> Iterator[TensorSlice]:
+    """Streams file by file, each opened once, so that a shard is read and done with."""
+    names = {theirs: (ours, layer) for ours, theirs, layer in _expected(config)}
+    for file in sorted(set(files.values())):
+        with _open(file) as tensors:
+            for name in tensors.offset_keys():
+                if files.get(name) != file or name.endswith("rotary_emb.inv_freq"):
+                    continue
+                if name == "lm_head.weight" and config.tied_embeddings:
+                    _check_tied(files, tensors.get_tensor(name))
+                    continue
+                ours, layer = names[name]
+                array = _get(file, tensors, name)
+                yield TensorSlice(ours, layer, array.T if _NAMES[ours][1] and array.ndim == 2 else array)
+
+
+def _get(file: Path, tensors: Any, name: str) -> np.ndarray:
+    try:
+        return tensors.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise LlamaJaxError(f"{file}: {name} cannot be read ({error})") from None
+
+
+def _check_tied(files: dict[str, Path], head: np.ndarray) -> None:
+    file = files["model.embed_tokens.weight"]
+    with _open(file) as tensors:
+        if not np.array_equal(_get(file, tensors, "model.embed_tokens.weight"), head):
+            raise LlamaJaxError(
+                f"{file}: lm_head.weight differs from the embedding: set tie_word_embeddings to false in config.json"
+            )

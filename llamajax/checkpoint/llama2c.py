@@ -1,0 +1,200 @@
+"""Reads the .bin files of karpathy/llama2.c: version 0 (legacy), 1 (float32) and 2 (Q8_0).
+
+Layouts, from `export.py` and `run.c`/`runq.c` there (little endian):
+
+    version 0   int32 dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len; vocab_size is negative where
+                the head is not tied. Then float32: embedding, then per kind, all layers of it: attention norm, wq, wk,
+                wv, wo, ffn norm, w1, w2, w3; final norm; cos and sin tables (unused); the head if not tied.
+    version 1   uint32 magic "ak42", int32 version 1, the same seven int32 (vocab_size positive), uint8 tied; zeros up
+                to byte 256. Then float32: attention norms, ffn norms, final norm, embedding, wq, wk, wv, wo, w1, w2,
+                w3, the head if not tied.
+    version 2   as 1, and an int32 group_size behind `tied`. float32 norms as in version 1; then embedding, wq, wk, wv,
+                wo, w1, w2, w3, the head if not tied: per tensor (one a layer) int8 codes and float32 scales, one a
+                group; weight = code * scale.
+
+None of them says epsilon or theta: llama2.c fixes them at 1e-5 and 10,000. RoPE pairs are neighbours, ours are halves:
+query and key projections are permuted.
+"""
+
+import dataclasses
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from llamajax.checkpoint.naming import Source, TensorSlice, halves_from_pairs
+from llamajax.config import Config
+from llamajax.errors import LlamaJaxError
+
+_MAGIC = 0x616B3432  # "ak42"
+_HEADER_BYTES = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class _Header:
+    version: int
+    config: Config
+    group_size: int | None
+    start: int  # byte at which the tensors begin
+
+
+def recognise(path: Path) -> bool:
+    """Whether a file's first bytes are those of a llama2.c checkpoint."""
+    if not path.is_file():
+        return False
+    head = _read_head(path)
+    if len(head) < 28:
+        return False
+    if struct.unpack_from("<I", head)[0] == _MAGIC:
+        return True
+    # Version 0 has no magic: seven plausible sizes must do, and the file's length confirms them when it is opened.
+    dim, hidden, layers, heads, kv_heads, vocab, context = struct.unpack_from("<7i", head)
+    small = all(0 < value < 1 << 20 for value in (dim, hidden, layers, heads, kv_heads, abs(vocab), context))
+    return small and dim % heads == 0 and heads % kv_heads == 0 and layers < 1 << 12
+
+
+def open_source(path: Path) -> Source:
+    """Reads the header and checks that the file is as long as it promises.
+
+    Raises:
+        LlamaJaxError: for a version that is not 0, 1 or 2, sizes that no model has, or a file of another length.
+    """
+    header = _read_header(path)
+    expected = header.start + sum(size for _, size in _layout(header))
+    actual = path.stat().st_size
+    if actual != expected:
+        kind = "truncated" if actual < expected else "damaged"
+        raise LlamaJaxError(f"{path}: {actual} bytes, {kind}: expected {expected} for the sizes in its header")
+    if header.version == 2:
+        description = f"llama2.c version 2 (Q8_0, group size {header.group_size})"
+    else:
+        description = f"llama2.c version {header.version} (float32)"
+    return Source(description, header.config, np.dtype(np.float32), lambda: _tensors(path, header))
+
+
+def _read_head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_HEADER_BYTES)
+
+
+def _read_header(path: Path) -> _Header:
+    head = _read_head(path)
+    if len(head) < 28:
+        raise LlamaJaxError(f"{path}: {len(head)} bytes, truncated: expected a llama2.c header")
+    group_size = None
+    if struct.unpack_from("<I", head)[0] != _MAGIC:
+        version, sizes, start = 0, struct.unpack_from("<7i", head), 28
+        tied = sizes[5] > 0
+    else:
+        if len(head) < _HEADER_BYTES:
+            raise LlamaJaxError(f"{path}: {len(head)} bytes, truncated: expected a header of {_HEADER_BYTES}")
+        version, *sizes, tied_byte = struct.unpack_from("<i7iB", head, 4)
+        tied, start = bool(tied_byte), _HEADER_BYTES
+        if version not in (1, 2):
+            raise LlamaJaxError(f"{path}: llama2.c version {version} is not supported: expected 0, 1 or 2")
+        if version == 2:
+            (group_size,) = struct.unpack_from("<i", head, 37)
+    dim, hidden, layers, heads, kv_heads, vocab, context = sizes
+    config = Config.from_dict(
+        {
+            "vocab_size": abs(vocab) if version == 0 else vocab,
+            "width": dim,
+            "ffn_width": hidden,
+            "num_layers": layers,
+            "num_heads": heads,
+            "num_kv_heads": kv_heads,
+            "head_size": dim // heads if heads > 0 else 0,
+            "context_length": context,
+            "tied_embeddings": tied,
+        },
+        str(path),
+    )
+    if group_size is not None:
+        _check_groups(path, config, group_size)
+    return _Header(version, config, group_size, start)
+
+
+def _check_groups(path: Path, config: Config, group_size: int) -> None:
+    for name, (rows, columns) in _matrix_shapes(config).items():
+        if group_size < 1 or rows * columns % group_size:
+            raise LlamaJaxError(f"{path}: group size {group_size}: expected a divisor of {name}'s {rows * columns} weights")
+
+
+def _matrix_shapes(config: Config) -> dict[str, tuple[int, int]]:
+    """[out, in] of each matrix, as the files hold them, under our names."""
+    query, shared = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+    return {
+        "embed_VD": (config.vocab_size, config.width),
+        "layers.attention.query_DQ": (query, config.width),
+        "layers.attention.key_DM": (shared, config.width),
+        "layers.attention.value_DM": (shared, config.width),
+        "layers.attention.out_QD": (config.width, query),
+        "layers.ffn.gate_DF": (config.ffn_width, config.width),
+        "layers.ffn.down_FD": (config.width, config.ffn_width),
+        "layers.ffn.up_DF": (config.ffn_width, config.width),
+        "head_VD": (config.vocab_size, config.width),
+    }
+
+
+def _order(header: _Header) -> list[str]:
+    """Names in file order; a layer's tensor stands for all L of them. `rope` is the pair of unused tables."""
+    embed, *matrices, head = _matrix_shapes(header.config)
+    norms = ["layers.attention_norm.weight_D", "layers.ffn_norm.weight_D"]
+    if header.version == 0:
+        order = [embed, norms[0], *matrices[:4], norms[1], *matrices[4:], "norm.weight_D", "rope"]
+    else:
+        order = [*norms, "norm.weight_D", embed, *matrices]
+    return order if header.config.tied_embeddings else [*order, head]
+
+
+def _layout(header: _Header) -> Iterator[tuple[str, int]]:
+    """Each name in file order with its bytes (of all layers)."""
+    config, shapes = header.config, _matrix_shapes(header.config)
+    for name in _order(header):
+        layers = config.num_layers if name.startswith("layers.") else 1
+        if name == "rope":
+            yield name, config.context_length * config.head_size * 4
+        elif name not in shapes:
+            yield name, layers * config.width * 4
+        elif header.group_size is None:
+            yield name, layers * shapes[name][0] * shapes[name][1] * 4
+        else:
+            weights = layers * shapes[name][0] * shapes[name][1]
+            yield name, weights + weights // header.group_size * 4
+
+
+def _tensors(path: Path, header: _Header) -> Iterator[TensorSlice]:
+    shapes, offset = _matrix_shapes(header.config), header.start
+    with path.open("rb") as file:
+        for name, size in _layout(header):
+            layers = header.config.num_layers if name.startswith("layers.") else 1
+            file.seek(offset)
+            offset += size
+            if name == "rope":
+                continue
+            for layer in range(layers):
+                data = file.read(size // layers)
+                if len(data) != size // layers:
+                    raise LlamaJaxError(f"{path}: truncated while reading {name}: expected {size // layers} bytes")
+                array = _decode(data, shapes.get(name), header.group_size)
+                yield TensorSlice(name, layer if layers > 1 or name.startswith("layers.") else None, _ours(name, array, header))
+
+
+def _decode(data: bytes, shape: tuple[int, int] | None, group_size: int | None) -> np.ndarray:
+    """One tensor as float32: a norm if it has no matrix shape, Q8_0 if there is a group size."""
+    if shape is None:
+        return np.frombuffer(data, "<f4")
+    if group_size is None:
+        return np.frombuffer(data, "<f4").reshape(shape)
+    weights = shape[0] * shape[1]
+    codes = np.frombuffer(data, np.int8, weights).reshape(-1, group_size)
+    scales = np.frombuffer(data, "<f4", offset=weights)
+    return (codes * scales[:, None]).reshape(shape)
+
+
+def _ours(name: str, array: np.ndarray, header: _Header) -> np.ndarray:
+    """[out, in] with pairs as neighbours -> [in, out] with pairs as halves; embeddings stay [V, D]."""
+    if name in ("layers.attention.query_DQ", "layers.attention.key_DM"):
+        array = halves_from_pairs(array, header.config.head_size)
+    return array.T if name.startswith("layers.") and array.ndim == 2 else array

@@ -1,0 +1,68 @@
+"""What every reader speaks: tensors under the model's own names, one at a time.
+
+A name is the path of a leaf in `Llama`, for example `layers.attention.query_DQ`. Leaves under `layers` carry a leading
+axis L; readers yield them layer by layer.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from llamajax.config import Config
+
+
+class TensorSlice(NamedTuple):
+    """One tensor of a foreign file, already in our orientation and RoPE layout.
+
+    Attributes:
+        name: leaf of `Llama` that it belongs to.
+        layer: index along the leaf's leading axis L, or None for a leaf without one.
+        array: the values, in the file's dtype; may be a view.
+    """
+
+    name: str
+    layer: int | None
+    array: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A checkpoint that was recognised and whose header was checked; no weight has been read yet.
+
+    Attributes:
+        description: format and version, for people.
+        config: the architecture.
+        dtype: in which the weights are stored, or dequantized if they are stored quantized.
+        tensors: starts a stream over all weights.
+        tokenizer_bytes: the sentencepiece model that came with it, if one did.
+    """
+
+    description: str
+    config: Config
+    dtype: np.dtype
+    tensors: Callable[[], Iterator[TensorSlice]]
+    tokenizer_bytes: bytes | None = None
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves of a model (or of any pytree shaped like one) by name, in tree order."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {leaf_name(path): leaf for path, leaf in leaves}
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """`layers.attention.query_DQ` from a key path; the `value` of an `nnx.Param` is left out."""
+    parts = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path]
+    return ".".join(part for part in parts if part != "value")
+
+
+def halves_from_pairs(matrix: np.ndarray, head_size: int) -> np.ndarray:
+    """Reorders the rows of a query or key projection [heads * H, D] from Meta's RoPE layout to ours.
+
+    Meta rotates neighbours (2i, 2i + 1), we rotate (i, i + H/2): row 2i goes to i, row 2i + 1 to i + H/2.
+    """
+    heads = matrix.reshape(-1, head_size // 2, 2, matrix.shape[-1])
+    return heads.swapaxes(1, 2).reshape(matrix.shape)

@@ -1,0 +1,305 @@
+"""What a LLaMA looks like: one frozen `Config`, strict readers, and presets by name.
+
+Dimension key used throughout the project, as einsum letters and as suffixes of array names (`query_BTNH`):
+
+    B batch · T new tokens · S cache slots · D model width · N query heads · K key/value heads · G = N/K
+    H head size · F feed-forward width · V vocabulary · L layers · E experts · C quantization groups
+
+`Config` describes architecture only. Run-time choices (dtype, batch, sampling) are arguments of functions.
+"""
+
+import dataclasses
+import importlib.resources
+import math
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from llamajax.errors import LlamaJaxError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How RoPE frequencies are stretched beyond the trained context.
+
+    `linear` divides every frequency by `factor` (Chen et al. 2023, arXiv:2306.15595). `llama3` leaves short
+    wavelengths alone, divides long ones by `factor` and blends in between (Llama 3.1; reference: `apply_scaling` in
+    meta-llama/llama-models).
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context_length: int = 8192
+
+    def __post_init__(self):
+        """Refuse values that cannot describe a scaling."""
+        if self.kind not in ("linear", "llama3"):
+            raise LlamaJaxError(f"rope scaling kind {self.kind!r} is not supported: expected 'linear' or 'llama3'")
+        _check_number("rope scaling factor", self.factor, low=1.0)
+        _check_number("low_freq_factor", self.low_freq_factor, low=0.0)
+        _check_number("high_freq_factor", self.high_freq_factor, low=0.0)
+        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise LlamaJaxError(
+                f"high_freq_factor is {self.high_freq_factor}: expected more than low_freq_factor, "
+                f"{self.low_freq_factor}"
+            )
+        _check_whole("original_context_length", self.original_context_length)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """The architecture of one LLaMA. Hashable, so that it can be static under `jax.jit`.
+
+    Attributes:
+        vocab_size: V, rows of the embedding.
+        width: D, size of the residual stream.
+        ffn_width: F, hidden size of the SwiGLU feed-forward network.
+        num_layers: L.
+        num_heads: N, query heads.
+        num_kv_heads: K, key/value heads; divides N. N = K is multi-head, K = 1 multi-query attention.
+        head_size: H; even, for RoPE pairs. D / N unless said otherwise.
+        context_length: the longest sequence that the model was trained for, in tokens.
+        norm_eps: epsilon inside the square root of RMSNorm.
+        rope_theta: base of the RoPE frequencies.
+        rope_scaling: stretching of the RoPE frequencies, or None.
+        tied_embeddings: whether the head shares the embedding's weights.
+
+    Raises:
+        LlamaJaxError: for a value that no LLaMA can have, naming the field.
+    """
+
+    vocab_size: int
+    width: int
+    ffn_width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    context_length: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tied_embeddings: bool = False
+
+    def __post_init__(self):
+        """Refuse values that cannot describe a LLaMA."""
+        for name in _WHOLE_FIELDS:
+            _check_whole(name, getattr(self, name))
+        _check_number("norm_eps", self.norm_eps, low=0.0)
+        _check_number("rope_theta", self.rope_theta, low=1.0)
+        if not isinstance(self.tied_embeddings, bool):
+            raise LlamaJaxError(f"tied_embeddings is {self.tied_embeddings!r}: expected true or false")
+        if self.num_heads % self.num_kv_heads:
+            raise LlamaJaxError(
+                f"num_heads is {self.num_heads}: expected a multiple of num_kv_heads, {self.num_kv_heads}"
+            )
+        if self.head_size % 2:
+            raise LlamaJaxError(f"head_size is {self.head_size}: expected an even number, RoPE rotates pairs")
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights, a tied head counted once."""
+        attention = self.width * self.head_size * 2 * (self.num_heads + self.num_kv_heads)
+        layer = attention + 3 * self.width * self.ffn_width + 2 * self.width
+        embeddings = self.vocab_size * self.width * (1 if self.tied_embeddings else 2)
+        return embeddings + self.num_layers * layer + self.width
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values; `from_dict` reads them back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], source: str = "config") -> "Config":
+        """Builds a Config from `to_dict`'s form (checkpoint manifests, `configs/*.toml`).
+
+        Raises:
+            LlamaJaxError: for an unknown or missing key, or a value out of range; the message begins with `source`.
+        """
+        fields = dict(fields)
+        try:
+            if fields.get("rope_scaling") is not None:
+                fields["rope_scaling"] = RopeScaling(**_only_known(RopeScaling, fields["rope_scaling"]))
+            return cls(**_only_known(cls, fields))
+        except LlamaJaxError as error:
+            raise LlamaJaxError(f"{source}: {error}") from None
+
+
+_WHOLE_FIELDS = (
+    "vocab_size",
+    "width",
+    "ffn_width",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_size",
+    "context_length",
+)
+
+# No LLaMA comes near this; a header that claims more is damaged or hostile, and is refused before anything is allocated.
+_LARGEST_DIMENSION = 1 << 27
+
+
+def _check_whole(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST_DIMENSION:
+        raise LlamaJaxError(f"{name} is {value!r}: expected a whole number from 1 to {_LARGEST_DIMENSION}")
+
+
+def _check_number(name: str, value: Any, *, low: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < low:
+        raise LlamaJaxError(f"{name} is {value!r}: expected a finite number, at least {low}")
+
+
+def _only_known(cls: type, fields: Any) -> dict[str, Any]:
+    """`fields`, once it is sure that `cls` has each of them and that none without a default is missing."""
+    if not isinstance(fields, Mapping):
+        raise LlamaJaxError(f"{cls.__name__} is {fields!r}: expected a table of fields")
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = sorted(str(key) for key in fields if key not in known)
+    if unknown:
+        raise LlamaJaxError(f"unknown key {unknown[0]!r}: {cls.__name__} has {', '.join(known)}")
+    required = [name for name, field in known.items() if field.default is dataclasses.MISSING]
+    missing = [name for name in required if name not in fields]
+    if missing:
+        raise LlamaJaxError(f"missing key {missing[0]!r}: {cls.__name__} needs {', '.join(required)}")
+    return dict(fields)
+
+
+# ---- Hugging Face's config.json -------------------------------------------------------------------------------------
+
+_HF_NAMES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "width",
+    "intermediate_size": "ffn_width",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_size",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "norm_eps",
+    "rope_theta": "rope_theta",
+    "tie_word_embeddings": "tied_embeddings",
+}
+
+# Keys that change nothing in the forward pass whatever they say: provenance, training, generation defaults.
+_HF_NO_EFFECT = frozenset(
+    "_name_or_path architectures bos_token_id eos_token_id pad_token_id unk_token_id torch_dtype dtype "
+    "transformers_version use_cache initializer_range attention_dropout _commit_hash max_length "
+    "output_attentions output_hidden_states return_dict chunk_size_feed_forward id2label label2id problem_type "
+    "is_encoder_decoder is_decoder _attn_implementation _attn_implementation_autoset max_sequence_length "
+    "gradient_checkpointing use_bfloat16 rope_interleaved".split()
+)
+
+# Keys that would change the forward pass: allowed only at the value at which they do nothing.
+_HF_ONLY_VALUE: dict[str, tuple[Any, ...]] = {
+    "model_type": ("llama",),
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "pretraining_tp": (1, None),
+    "sliding_window": (None,),
+    "quantization_config": (None,),
+    "partial_rotary_factor": (1.0, None),
+}
+
+
+def config_from_hf(fields: Mapping[str, Any], source: str = "config.json") -> Config:
+    """Reads the `config.json` of a Hugging Face LlamaForCausalLM.
+
+    Both spellings of RoPE are read: `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (5).
+    Defaults are those of transformers' LlamaConfig.
+
+    Raises:
+        LlamaJaxError: for a key that is neither read nor known to be without effect, or one whose value asks for
+            something that this model does not do. Nothing is dropped silently.
+    """
+    if not isinstance(fields, Mapping):
+        raise LlamaJaxError(f"{source}: expected a JSON object, got {type(fields).__name__}")
+    if fields.get("model_type") != "llama":
+        raise LlamaJaxError(f"{source}: model_type is {fields.get('model_type')!r}: expected 'llama'")
+    for key, allowed in _HF_ONLY_VALUE.items():
+        if key in fields and fields[key] not in allowed:
+            raise LlamaJaxError(f"{source}: {key} is {fields[key]!r}, which is not supported: expected {allowed[0]!r}")
+    read = {"rope_scaling", "rope_parameters", *_HF_NAMES, *_HF_ONLY_VALUE}
+    unknown = sorted(str(key) for key in fields if key not in read and key not in _HF_NO_EFFECT)
+    if unknown:
+        raise LlamaJaxError(
+            f"{source}: unknown key {unknown[0]!r}: remove it if it does not change the forward pass "
+            f"(read: {', '.join(sorted(read))})"
+        )
+    ours = {_HF_NAMES[key]: value for key, value in fields.items() if key in _HF_NAMES and value is not None}
+    ours.setdefault("context_length", 2048)
+    ours.setdefault("norm_eps", 1e-6)
+    ours.setdefault("tied_embeddings", False)
+    ours.setdefault("num_kv_heads", ours.get("num_heads"))
+    if "head_size" not in ours and isinstance(ours.get("width"), int) and isinstance(ours.get("num_heads"), int):
+        ours["head_size"] = ours["width"] // max(ours["num_heads"], 1)
+    ours |= _rope_from_hf(fields, source)
+    return Config.from_dict(ours, source)
+
+
+def _rope_from_hf(fields: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` in our names, from either spelling."""
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling")
+    if rope is None:
+        return {}
+    if not isinstance(rope, Mapping):
+        raise LlamaJaxError(f"{source}: rope_scaling is {rope!r}: expected an object")
+    rope = dict(rope)
+    ours = {"rope_theta": rope.pop("rope_theta")} if "rope_theta" in rope else {}
+    kinds = {rope.pop(key) for key in ("rope_type", "type") if key in rope}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    if kind == "default" and not rope:
+        return ours
+    names = {"factor": "factor"}
+    if kind == "llama3":
+        names |= {"low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor"}
+        names |= {"original_max_position_embeddings": "original_context_length"}
+    if kind not in ("linear", "llama3") or set(rope) != set(names):
+        raise LlamaJaxError(
+            f"{source}: RoPE scaling {kind!r} with {sorted(rope)} is not supported: expected 'linear' with factor, or "
+            "'llama3' with factor, low_freq_factor, high_freq_factor, original_max_position_embeddings"
+        )
+    return ours | {"rope_scaling": {"kind": kind} | {names[key]: value for key, value in rope.items()}}
+
+
+def config_to_hf(config: Config) -> dict[str, Any]:
+    """The `config.json` that transformers reads as the same model (inverse of `config_from_hf`)."""
+    fields: dict[str, Any] = {hf: getattr(config, ours) for hf, ours in _HF_NAMES.items()}
+    fields |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
+    if config.rope_scaling is not None:
+        scaling = {"rope_type": config.rope_scaling.kind, "factor": config.rope_scaling.factor}
+        if config.rope_scaling.kind == "llama3":
+            scaling["low_freq_factor"] = config.rope_scaling.low_freq_factor
+            scaling["high_freq_factor"] = config.rope_scaling.high_freq_factor
+            scaling["original_max_position_embeddings"] = config.rope_scaling.original_context_length
+        fields["rope_scaling"] = scaling
+    return fields
+
+
+# ---- Presets --------------------------------------------------------------------------------------------------------
+
+
+def preset_folder() -> Path:
+    """Where the preset files are: inside an installed package, or beside the package in a checkout."""
+    installed = Path(str(importlib.resources.files("llamajax"))) / "configs"
+    return installed if installed.is_dir() else installed.parent.parent / "configs"
+
+
+def preset_names() -> list[str]:
+    """Names that `preset` knows, sorted."""
+    return sorted(path.stem for path in preset_folder().glob("*.toml"))
+
+
+def preset(name: str) -> Config:
+    """The architecture of a published LLaMA, for example `preset("llama3.2-1b")`; no weights.
+
+    Raises:
+        LlamaJaxError: for a name that is not in `preset_names()`.
+    """
+    if name not in preset_names():
+        raise LlamaJaxError(f"no preset is called {name!r}: expected one of {', '.join(preset_names())}")
+    path = preset_folder() / f"{name}.toml"
+    return Config.from_dict(tomllib.loads(path.read_text(encoding="utf-8")), str(path))

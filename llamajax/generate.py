@@ -1,0 +1,498 @@
+"""Text from a model: prefill in buckets, a decode loop on the device, streaming.
+
+    completion = generate(model, tokenizer, "Once upon a time", max_new_tokens=100, temperature=0.8, seed=1)
+    for piece in stream(model, tokenizer, "Once upon a time"):
+        print(piece, end="", flush=True)
+
+`prefill` and `decode` are pure functions of pytrees, for use under `jax.jit` as they are. A prompt's last token is not
+prefilled: it is the first that the decode loop feeds. So prefill needs no head, a prompt of one token no prefill, and
+one decode program serves every request of the same batch and cache size.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llamajax.cache import KVCache
+from llamajax.compilation import CompiledFunction
+from llamajax.config import Config
+from llamajax.errors import LlamaJaxError
+from llamajax.model import Llama
+from llamajax.sampling import Sampler, make_sampler, sample
+from llamajax.tokenizer import Tokenizer
+
+# Chunks of a prompt. Three sizes are three programs at most; the largest bounds the memory of a long prompt's scores.
+PREFILL_BUCKETS = (16, 64, 256)
+# Most tokens that one call of the decode program makes. A buffer of that many is all it costs.
+DECODE_BLOCK = 64
+# Cache sizes are multiples of this, so that prompts of similar length share their programs.
+SLOT_MULTIPLE = 256
+# New tokens where the caller names no number, if the context has room for them.
+DEFAULT_NEW_TOKENS = 256
+# How often streamed text should appear.
+_UPDATE_SECONDS = 0.05
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """What the decode loop carries.
+
+    Attributes:
+        cache: everything before `token_B`.
+        token_B: int32, the newest token of each row, not yet in the cache.
+        key_B: one PRNG key a row; the choice at position p uses `fold_in(key, p)`.
+        done_B: bool, rows that have ended: they add nothing to their cache any more.
+        seen_BV: bool, tokens that each row holds, or None without a repetition penalty.
+    """
+
+    cache: KVCache
+    token_B: jax.Array
+    key_B: jax.Array
+    done_B: jax.Array
+    seen_BV: jax.Array | None
+
+
+def prefill(model: Llama, tokens_BT: jax.Array, count_B: jax.Array, cache: KVCache) -> KVCache:
+    """The cache with one chunk of a prompt in it: of each row's T tokens the first `count_B`, the rest is padding."""
+    return model.trunk(tokens_BT, cache, count_B)[1]
+
+
+def decode(
+    model: Llama, state: DecodeState, sampler: Sampler, stop_M: jax.Array, limit: jax.Array
+) -> tuple[DecodeState, jax.Array, jax.Array, jax.Array]:
+    """Makes up to `limit` tokens a row, on the device, until every row has ended.
+
+    Args:
+        model: the model.
+        state: where the rows are.
+        sampler: how tokens are chosen.
+        stop_M: int32, ids that end a row.
+        limit: int32 scalar, at most `DECODE_BLOCK`; not static, so that one program serves every number.
+
+    Returns:
+        The state behind the last token; token_BM and log_probability_BM with `DECODE_BLOCK` columns; and the number of
+        columns that were filled. In a row that ended, what follows its stop token means nothing.
+    """
+    B = state.token_B.shape[0]
+    token_BM = jnp.zeros((B, DECODE_BLOCK), jnp.int32)
+    log_probability_BM = jnp.zeros((B, DECODE_BLOCK), jnp.float32)
+
+    def more(carry):
+        step, state, _, _ = carry
+        return (step < jnp.minimum(limit, DECODE_BLOCK)) & ~jnp.all(state.done_B)
+
+    def one(carry):
+        step, state, token_BM, log_probability_BM = carry
+        count_B = jnp.where(state.done_B, 0, 1)
+        key_B = jax.vmap(jax.random.fold_in)(state.key_B, state.cache.length_B)
+        hidden_BTD, cache = model.trunk(state.token_B[:, None], state.cache, count_B)
+        token_B, log_probability_B = sample(model.logits(hidden_BTD[:, 0]), key_B, sampler, state.seen_BV)
+        token_BM = jax.lax.dynamic_update_slice(token_BM, token_B[:, None], (0, step))
+        log_probability_BM = jax.lax.dynamic_update_slice(log_probability_BM, log_probability_B[:, None], (0, step))
+        seen_BV = state.seen_BV
+        if seen_BV is not None:
+            seen_BV |= jnp.arange(seen_BV.shape[1]) == token_B[:, None]
+        done_B = state.done_B | jnp.any(token_B[:, None] == stop_M, axis=1)
+        state = DecodeState(cache, jnp.where(state.done_B, state.token_B, token_B), state.key_B, done_B, seen_BV)
+        return step + 1, state, token_BM, log_probability_BM
+
+    step, state, token_BM, log_probability_BM = jax.lax.while_loop(
+        more, one, (jnp.zeros((), jnp.int32), state, token_BM, log_probability_BM)
+    )
+    return state, token_BM, log_probability_BM, step
+
+
+compiled_prefill = CompiledFunction(prefill, donate_argnames=("cache",))
+compiled_decode = CompiledFunction(decode, donate_argnames=("state",))
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One row's result.
+
+    Attributes:
+        text: the new text, without the prompt and without a stop string.
+        tokens: the new ids, without a stop token; with the ids that spelt a stop string.
+        log_probabilities: of each of `tokens` under the model itself (before temperature and filters), in nats.
+        prompt_tokens: number of ids in the prompt, BOS included.
+        finish_reason: "stop" for a stop token or string, "length" for `max_new_tokens`.
+    """
+
+    text: str
+    tokens: list[int]
+    log_probabilities: list[float]
+    prompt_tokens: int
+    finish_reason: str
+
+
+@dataclasses.dataclass
+class Speed:
+    """What one request took. Times are of running programs only; compiling is apart.
+
+    Attributes:
+        prefill_tokens: prompt tokens put into the cache, padding not counted.
+        decode_tokens: tokens made, of all rows.
+        decode_steps: forward passes that made them.
+        step_bytes: weights and cache that one forward pass reads.
+        prefill_chunks: forward passes of the prefill.
+        compilations: programs compiled during the request.
+    """
+
+    prefill_tokens: int = 0
+    prefill_chunks: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_steps: int = 0
+    decode_seconds: float = 0.0
+    step_bytes: int = 0
+    compilations: int = 0
+    compile_seconds: float = 0.0
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """0 where nothing was prefilled."""
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Of all rows together; 0 where nothing was made."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def prefill_gigabytes_per_second(self) -> float:
+        """Bytes of weights and cache read per second, in 1e9."""
+        return self.step_bytes * self.prefill_chunks / self.prefill_seconds / 1e9 if self.prefill_seconds else 0.0
+
+    @property
+    def decode_gigabytes_per_second(self) -> float:
+        """Bytes of weights and cache read per second, in 1e9."""
+        return self.step_bytes * self.decode_steps / self.decode_seconds / 1e9 if self.decode_seconds else 0.0
+
+
+Prompt = str | Sequence[int]
+
+
+def generate(
+    model: Llama, tokenizer: Tokenizer | None, prompts: Prompt | Sequence[Prompt], **options: Any
+) -> Completion | list[Completion]:
+    """Continues one prompt or a batch of prompts of any lengths.
+
+    A row's result depends on its prompt, its seed and the options only, not on the rest of the batch (up to rounding:
+    products of another shape may be summed in another order).
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer; may be None if all prompts are ids and there are no stop strings: `text` is then "".
+        prompts: a text (a BOS is put before it), or a list of ids (taken as they are), or a list of either.
+        **options: as of `TextStream`: max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop.
+
+    Returns:
+        A `Completion`, or a list of them if `prompts` is a list of prompts.
+
+    Raises:
+        LlamaJaxError: for an option out of range, or a prompt that does not fit the context.
+    """
+    run = TextStream(model, tokenizer, prompts, smooth=False, **options)
+    for _ in run:
+        pass
+    return run.completions[0] if run.single else run.completions
+
+
+def stream(
+    model: Llama, tokenizer: Tokenizer | None, prompts: Prompt | Sequence[Prompt], **options: Any
+) -> "TextStream":
+    """Like `generate`, but an iterator over the new text as it comes: strings, or lists of them for a batch."""
+    return TextStream(model, tokenizer, prompts, **options)
+
+
+class TextStream:
+    """One request, running while it is iterated over.
+
+    Attributes:
+        completions: one a row; complete once the iteration has ended.
+        speed: what it took so far.
+        single: whether one prompt was given rather than a list.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: Tokenizer | None,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | Sequence[float] = 1.0,
+        top_k: int | Sequence[int] | None = None,
+        top_p: float | Sequence[float] | None = None,
+        min_p: float | Sequence[float] | None = None,
+        repetition_penalty: float | Sequence[float] | None = None,
+        seed: int | Sequence[int] = 0,
+        stop: str | Sequence[str] = (),
+        smooth: bool = True,
+    ):
+        """Checks and encodes; nothing runs yet.
+
+        Args:
+            model: the model.
+            tokenizer: its tokenizer, or None (see `generate`).
+            prompts: see `generate`.
+            max_new_tokens: most new tokens a row; 256, or as many as the context still holds, unless given.
+            temperature: 0 is greedy. This and the knobs behind it: see `sampling.Sampler`.
+            top_k: see `sampling.Sampler`; None is off.
+            top_p: likewise.
+            min_p: likewise.
+            repetition_penalty: likewise.
+            seed: whole number from 0 to 2**32 - 1; the same for every row, or one a row.
+            stop: texts at which a row ends; they are not part of its text.
+            smooth: whether text should come every 50 ms rather than 64 tokens at a time.
+        """
+        self.single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
+        self._model, self._tokenizer, self._smooth = model, tokenizer, smooth
+        self._prompts = _encode(tokenizer, [prompts] if self.single else list(prompts), model.config)  # type: ignore
+        self._limit = _new_tokens(self._prompts, max_new_tokens, model.config)
+        self._sampler = make_sampler(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+        )
+        _check_rows(self._sampler, len(self._prompts))
+        self._key_B = _keys(seed, len(self._prompts))
+        stops = _stops(stop, tokenizer)
+        self._rows = [_Row(prompt, tokenizer, stops) for prompt in self._prompts]
+        self.speed = Speed()
+
+    @property
+    def completions(self) -> list[Completion]:
+        """Results so far, in the order of the prompts."""
+        return [row.completion() for row in self._rows]
+
+    def __iter__(self) -> Iterator[Any]:
+        """Runs the request; each item is the text that has become certain: a string, or a list of one a row."""
+        state = self._start()
+        stop_M = jnp.asarray(self._tokenizer.stop_ids if self._tokenizer else (), jnp.int32)
+        made, block = 0, 1 if self._smooth else DECODE_BLOCK
+        while made < self._limit and not all(row.finish_reason for row in self._rows):
+            start = time.perf_counter()
+            limit = jnp.asarray(min(block, self._limit - made), jnp.int32)
+            before = compiled_decode.compile_seconds
+            state, tokens, log_probabilities, steps = compiled_decode(
+                self._model, state, self._sampler, stop_M, limit
+            )
+            tokens, log_probabilities, steps = np.asarray(tokens), np.asarray(log_probabilities), int(steps)
+            seconds = time.perf_counter() - start - (compiled_decode.compile_seconds - before)
+            made += steps
+            pieces = [
+                row.take(tokens[i, :steps], log_probabilities[i, :steps], made == self._limit)
+                for i, row in enumerate(self._rows)
+            ]
+            self._account(steps, seconds, sum(count for _, count in pieces))
+            done_B = jnp.asarray([row.finish_reason is not None for row in self._rows])
+            state = dataclasses.replace(state, done_B=done_B)
+            if self._smooth:
+                block = int(np.clip(_UPDATE_SECONDS * steps / max(seconds, 1e-9), 1, DECODE_BLOCK))
+            yield pieces[0][0] if self.single else [text for text, _ in pieces]
+
+    def _start(self) -> DecodeState:
+        """Prefills all but the last token of each prompt."""
+        model, B = self._model, len(self._prompts)
+        length = max(len(prompt) for prompt in self._prompts) - 1
+        chunks = plan_chunks(length)
+        slots = _round_up(max(sum(chunks), length + self._limit), SLOT_MULTIPLE)
+        cache = KVCache.empty(model.config, B, slots, model.dtype)
+        self.speed.step_bytes = _tree_bytes(model) + _tree_bytes(cache)
+        if not model.config.tied_embeddings:
+            self.speed.step_bytes -= _tree_bytes(model.embed_VD)  # of which only B rows are read
+        self._compilations = compiled_prefill.compilations + compiled_decode.compilations
+        self._compile_seconds = compiled_prefill.compile_seconds + compiled_decode.compile_seconds
+        start, before, first = time.perf_counter(), compiled_prefill.compile_seconds, 0
+        for chunk in chunks:
+            tokens_BT, count_B = _chunk(self._prompts, first, chunk)
+            cache = compiled_prefill(model, tokens_BT, count_B, cache)
+            first += chunk
+        jax.block_until_ready(cache)
+        self.speed.prefill_tokens = sum(len(prompt) - 1 for prompt in self._prompts)
+        self.speed.prefill_chunks = len(chunks)
+        if chunks:
+            compiling = compiled_prefill.compile_seconds - before
+            self.speed.prefill_seconds = time.perf_counter() - start - compiling
+        seen_BV = None
+        if self._sampler.repetition_penalty is not None:
+            seen_BV = np.zeros((B, model.config.vocab_size), bool)
+            for row, prompt in enumerate(self._prompts):
+                seen_BV[row, prompt] = True
+            seen_BV = jnp.asarray(seen_BV)
+        last_B = jnp.asarray([prompt[-1] for prompt in self._prompts], jnp.int32)
+        return DecodeState(cache, last_B, self._key_B, jnp.zeros(B, bool), seen_BV)
+
+    def _account(self, steps: int, seconds: float, tokens: int) -> None:
+        self.speed.decode_steps += steps
+        self.speed.decode_seconds += seconds
+        self.speed.decode_tokens += tokens
+        self.speed.compilations = compiled_prefill.compilations + compiled_decode.compilations - self._compilations
+        compile_seconds = compiled_prefill.compile_seconds + compiled_decode.compile_seconds
+        self.speed.compile_seconds = compile_seconds - self._compile_seconds
+
+
+class _Row:
+    """The host's side of one row: ids to text, stop strings, what is certain and what must still be held back."""
+
+    def __init__(self, prompt: list[int], tokenizer: Tokenizer | None, stops: tuple[str, ...]):
+        self.prompt_tokens = len(prompt)
+        self.tokens: list[int] = []
+        self.log_probabilities: list[float] = []
+        self.finish_reason: str | None = None
+        self._text, self._shown, self._stops = "", 0, stops
+        self._stop_ids = frozenset(tokenizer.stop_ids if tokenizer else ())
+        self._decoder = tokenizer.stream() if tokenizer else None
+        if self._decoder:  # A space that begins the continuation of a text belongs to it.
+            for index in prompt:
+                self._decoder.add(index)
+
+    def take(self, tokens: np.ndarray, log_probabilities: np.ndarray, last: bool) -> tuple[str, int]:
+        """Adds new ids; returns the text that has become certain, and how many of the ids were used."""
+        if self.finish_reason:
+            return "", 0
+        before = len(self.tokens)
+        for token, log_probability in zip(tokens.tolist(), log_probabilities.tolist(), strict=True):
+            if token in self._stop_ids:
+                self._end("stop")
+                break
+            self.tokens.append(token)
+            self.log_probabilities.append(log_probability)
+            if self._decoder and self._add(self._decoder.add(token)):
+                break
+        if last and not self.finish_reason:
+            self._end("length")
+        held = 0 if self.finish_reason else max((_overlap(self._text, stop) for stop in self._stops), default=0)
+        text = self._text[self._shown : len(self._text) - held]
+        self._shown += len(text)
+        return text, len(self.tokens) - before
+
+    def completion(self) -> Completion:
+        reason = self.finish_reason or "length"
+        return Completion(self._text, self.tokens, self.log_probabilities, self.prompt_tokens, reason)
+
+    def _add(self, piece: str) -> bool:
+        """Appends text; where that completes a stop string, cuts before it, ends the row and says so."""
+        longest = max((len(stop) for stop in self._stops), default=0)
+        searched = max(len(self._text) - longest, 0)
+        self._text += piece
+        hits = [at for stop in self._stops if (at := self._text.find(stop, searched)) >= 0]
+        if hits:
+            self._text = self._text[: min(hits)]
+            self.finish_reason = "stop"
+        return bool(hits)
+
+    def _end(self, reason: str) -> None:
+        self.finish_reason = reason
+        if self._decoder:
+            self._add(self._decoder.finish())
+
+
+def plan_chunks(length: int) -> list[int]:
+    """Bucket sizes that cover a prompt of `length` tokens: full largest buckets, then the smallest that holds the rest.
+
+    >>> plan_chunks(300)
+    [256, 64]
+    """
+    largest = PREFILL_BUCKETS[-1]
+    chunks = [largest] * (length // largest)
+    if rest := length % largest:
+        chunks.append(min(bucket for bucket in PREFILL_BUCKETS if bucket >= rest))
+    return chunks
+
+
+def _chunk(prompts: list[list[int]], first: int, size: int) -> tuple[jax.Array, jax.Array]:
+    """Tokens `first` to `first + size` of all but the last token of each prompt: tokens_BT padded with 0, count_B."""
+    tokens_BT = np.zeros((len(prompts), size), np.int32)
+    count_B = np.zeros(len(prompts), np.int32)
+    for row, prompt in enumerate(prompts):
+        part = prompt[:-1][first : first + size]
+        tokens_BT[row, : len(part)] = part
+        count_B[row] = len(part)
+    return jnp.asarray(tokens_BT), jnp.asarray(count_B)
+
+
+def _encode(tokenizer: Tokenizer | None, prompts: list[Prompt], config: Config) -> list[list[int]]:
+    """Ids of every prompt, checked."""
+    if not prompts:
+        raise LlamaJaxError("no prompt was given: expected at least one")
+    encoded = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            if tokenizer is None:
+                raise LlamaJaxError("the model came without a tokenizer: name one, or give prompts as lists of ids")
+            ids = tokenizer.encode(prompt)
+        else:
+            ids = [int(index) for index in prompt]
+        if not ids:
+            raise LlamaJaxError("a prompt has no tokens, and the tokenizer no BOS: expected at least one token")
+        outside = [index for index in ids if not 0 <= index < config.vocab_size]
+        if outside:
+            raise LlamaJaxError(f"token {outside[0]} in a prompt: expected ids from 0 to {config.vocab_size - 1}")
+        if len(ids) > config.context_length:
+            raise LlamaJaxError(
+                f"the prompt has {len(ids)} tokens, the model's context {config.context_length}: shorten the prompt"
+            )
+        encoded.append(ids)
+    return encoded
+
+
+def _new_tokens(prompts: list[list[int]], wanted: int | None, config: Config) -> int:
+    """How many tokens to make: what was asked for, if the context has room. The last one made needs no slot."""
+    room = config.context_length - max(len(prompt) for prompt in prompts) + 1
+    if wanted is None:
+        return min(DEFAULT_NEW_TOKENS, room)
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
+        raise LlamaJaxError(f"max_new_tokens is {wanted!r}: expected a whole number, at least 1")
+    if wanted > room:
+        raise LlamaJaxError(
+            f"max_new_tokens is {wanted}: the context of {config.context_length} tokens has room for {room} behind the "
+            "longest prompt: ask for fewer, or shorten the prompt"
+        )
+    return wanted
+
+
+def _check_rows(sampler: Sampler, rows: int) -> None:
+    for field in dataclasses.fields(sampler):
+        knob = getattr(sampler, field.name)
+        if knob is not None and knob.ndim and knob.shape != (rows,):
+            raise LlamaJaxError(f"{field.name} has {knob.shape[0]} values: expected one, or one for each of {rows} prompts")
+
+
+def _keys(seed: int | Sequence[int], rows: int) -> jax.Array:
+    """One PRNG key a row."""
+    seeds = [seed] * rows if isinstance(seed, int) else list(seed)
+    if len(seeds) != rows:
+        raise LlamaJaxError(f"{len(seeds)} seeds were given: expected one, or one for each of {rows} prompts")
+    for value in seeds:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 32:
+            raise LlamaJaxError(f"seed is {value!r}: expected a whole number from 0 to {(1 << 32) - 1}")
+    return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+
+
+def _stops(stop: str | Sequence[str], tokenizer: Tokenizer | None) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if any(not isinstance(text, str) or not text for text in stops):
+        raise LlamaJaxError(f"stop is {stop!r}: expected texts of at least one character")
+    if stops and tokenizer is None:
+        raise LlamaJaxError("stop strings need a tokenizer, and the model came without one: name one")
+    return stops
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` begins with: it may still become a stop string."""
+    sizes = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((size for size in sizes if text.endswith(stop[:size])), 0)
+
+
+def _tree_bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

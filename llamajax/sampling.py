@@ -1,0 +1,142 @@
+"""From logits to the next token: pure functions of logits, a key and knobs.
+
+A knob that is None is off and costs nothing; the others are arrays, so that changing a temperature compiles nothing.
+Each knob is a scalar or one value a row. Order and meaning follow transformers' logits processors: repetition penalty,
+temperature, top-k, top-p, min-p.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from llamajax.errors import LlamaJaxError
+
+# A token at this logit is never drawn; finite for the reason given at `model.MASKED`.
+_EXCLUDED = -1e30
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """How a token is chosen; built by `make_sampler`, which checks the values.
+
+    Attributes:
+        temperature: float32, divides the logits; None for greedy choice, which ignores the knobs below it.
+        top_k: int32, only the k likeliest tokens (and those as likely as the k-th).
+        top_p: float32, only the fewest tokens that together have this probability (Holtzman et al. 2020,
+            arXiv:1904.09751).
+        min_p: float32, only tokens at least this fraction as likely as the likeliest (Nguyen et al. 2024,
+            arXiv:2407.01082).
+        repetition_penalty: float32, divides the positive and multiplies the negative logits of tokens that the row
+            already holds (Keskar et al. 2019, arXiv:1909.05858).
+    """
+
+    temperature: jax.Array | None = None
+    top_k: jax.Array | None = None
+    top_p: jax.Array | None = None
+    min_p: jax.Array | None = None
+    repetition_penalty: jax.Array | None = None
+
+
+def make_sampler(
+    *,
+    temperature: float | Sequence[float] = 1.0,
+    top_k: int | Sequence[int] | None = None,
+    top_p: float | Sequence[float] | None = None,
+    min_p: float | Sequence[float] | None = None,
+    repetition_penalty: float | Sequence[float] | None = None,
+) -> Sampler:
+    """Checks the knobs; temperature 0 means greedy. Lists give one value to each row.
+
+    Raises:
+        LlamaJaxError: for a value out of its range.
+    """
+    greedy = temperature == 0
+    values = {
+        "temperature": _checked("temperature", temperature, 0.0, math.inf, "a finite number, 0 (greedy) or more"),
+        "top_k": _checked("top_k", top_k, 1, 1 << 30, "a whole number, 1 or more"),
+        "top_p": _checked("top_p", top_p, 0.0, 1.0, "a number above 0, at most 1", open_low=True),
+        "min_p": _checked("min_p", min_p, 0.0, 1.0, "a number from 0 to 1"),
+        "repetition_penalty": _checked(
+            "repetition_penalty", repetition_penalty, 0.0, math.inf, "a positive number, 1 for none", open_low=True
+        ),
+    }
+    if greedy:
+        return Sampler(repetition_penalty=values["repetition_penalty"])
+    if any(value == 0 for value in _as_list(temperature)):
+        raise LlamaJaxError(f"temperature is {temperature}: rows with 0 (greedy) and without do not mix: use 1e-4 instead")
+    return Sampler(**values)
+
+
+def _checked(name, value, low, high, expected, *, open_low=False):
+    if value is None:
+        return None
+    whole = name == "top_k"
+    for number in _as_list(value):
+        numeric = isinstance(number, int if whole else int | float) and not isinstance(number, bool)
+        if not numeric or not low <= number <= high or not math.isfinite(number) or (open_low and number == low):
+            raise LlamaJaxError(f"{name} is {number!r}: expected {expected}")
+    return jnp.asarray(value, jnp.int32 if whole else jnp.float32)
+
+
+def _as_list(value):
+    return list(value) if isinstance(value, Sequence) else [value]
+
+
+def sample(
+    logits_BV: jax.Array, key_B: jax.Array, sampler: Sampler, seen_BV: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Chooses one token a row.
+
+    Args:
+        logits_BV: float32.
+        key_B: one PRNG key a row, so that a row's choice does not depend on the rest of the batch.
+        sampler: the knobs.
+        seen_BV: bool, tokens that each row holds; needed for a repetition penalty.
+
+    Returns:
+        token_B, int32, and log_probability_B, float32: of that token under the model itself, before any knob.
+    """
+    log_probability_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+    filtered_BV = filter_logits(logits_BV, sampler, seen_BV)
+    if sampler.temperature is None:
+        token_B = jnp.argmax(filtered_BV, axis=-1)
+    else:
+        token_B = jax.vmap(jax.random.categorical)(key_B, filtered_BV)
+    token_B = token_B.astype(jnp.int32)
+    return token_B, jnp.take_along_axis(log_probability_BV, token_B[:, None], axis=-1)[:, 0]
+
+
+def filter_logits(logits_BV: jax.Array, sampler: Sampler, seen_BV: jax.Array | None = None) -> jax.Array:
+    """Logits after penalty and temperature, tokens that the knobs rule out at -1e30."""
+    column = lambda knob: jnp.broadcast_to(knob, logits_BV.shape[:1])[:, None]  # noqa: E731
+    if sampler.repetition_penalty is not None:
+        penalty = column(sampler.repetition_penalty)
+        penalized_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+        logits_BV = jnp.where(seen_BV, penalized_BV, logits_BV)
+    if sampler.temperature is not None:
+        logits_BV = logits_BV / column(sampler.temperature)
+    if sampler.top_k is not None or sampler.top_p is not None:
+        logits_BV = jnp.where(logits_BV < _threshold(logits_BV, sampler, column), _EXCLUDED, logits_BV)
+    if sampler.min_p is not None:
+        floor_B1 = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(column(sampler.min_p))
+        logits_BV = jnp.where(logits_BV < floor_B1, _EXCLUDED, logits_BV)
+    return logits_BV
+
+
+def _threshold(logits_BV: jax.Array, sampler: Sampler, column) -> jax.Array:
+    """The smallest logit that top-k and top-p keep, [B, 1]: one sort serves both."""
+    sorted_BV = -jnp.sort(-logits_BV, axis=-1)
+    V = logits_BV.shape[-1]
+    if sampler.top_k is not None:
+        sorted_BV = jnp.where(jnp.arange(V) < column(sampler.top_k), sorted_BV, _EXCLUDED)
+    keep_BV = sorted_BV > _EXCLUDED
+    if sampler.top_p is not None:
+        probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
+        before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
+        keep_BV &= before_BV < column(sampler.top_p)
+    last_B1 = jnp.sum(keep_BV, axis=-1, keepdims=True) - 1
+    return jnp.take_along_axis(sorted_BV, last_B1, axis=-1)
