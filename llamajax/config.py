@@ -3,7 +3,8 @@
 Dimension key used throughout the project, as einsum letters and as suffixes of array names (`query_BTNH`):
 
     B batch · T new tokens · S cache slots · D model width · N query heads · K key/value heads · G = N/K
-    H head size · F feed-forward width · V vocabulary · L layers · E experts · C quantization groups
+    H head size · Q = N x H · M = K x H · F feed-forward width · V vocabulary · L layers · E experts
+    C quantization groups along a contraction
 
 `Config` describes architecture only. Run-time choices (dtype, batch, sampling) are arguments of functions.
 """
@@ -138,7 +139,7 @@ _WHOLE_FIELDS = (
     "context_length",
 )
 
-# No LLaMA comes near this; a header that claims more is damaged or hostile, and is refused before anything is allocated.
+# No LLaMA comes near this. A header that claims more is damaged or hostile: refused before anything is allocated.
 _LARGEST_DIMENSION = 1 << 27
 
 

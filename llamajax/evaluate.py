@@ -75,7 +75,9 @@ def cross_entropy(
     tokens = np.asarray(tokens, np.int32)
     count = (len(tokens) - 1) // window
     if count < 1:
-        raise LlamaJaxError(f"the text has {len(tokens)} tokens: expected at least {window + 1}, one window of {window}")
+        raise LlamaJaxError(
+            f"the text has {len(tokens)} tokens: expected at least {window + 1}, one window of {window}"
+        )
     windows = np.stack([tokens[i * window : (i + 1) * window + 1] for i in range(count)])
     total = 0.0
     for first in range(0, count, batch):

@@ -20,9 +20,17 @@ import numpy as np
 
 from llamajax.cache import KVCache
 from llamajax.compilation import CompiledFunction
-from llamajax.config import Config
-from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama
+from llamajax.request import (
+    Completion,
+    Prompt,
+    Row,
+    check_knobs,
+    encode_prompts,
+    new_token_limit,
+    row_keys,
+    stop_strings,
+)
 from llamajax.sampling import Sampler, make_sampler, sample
 from llamajax.tokenizer import Tokenizer
 
@@ -32,8 +40,6 @@ PREFILL_BUCKETS = (16, 64, 256)
 DECODE_BLOCK = 64
 # Cache sizes are multiples of this, so that prompts of similar length share their programs.
 SLOT_MULTIPLE = 256
-# New tokens where the caller names no number, if the context has room for them.
-DEFAULT_NEW_TOKENS = 256
 # How often streamed text should appear.
 _UPDATE_SECONDS = 0.05
 
@@ -60,7 +66,9 @@ class DecodeState:
 
 def prefill(model: Llama, tokens_BT: jax.Array, count_B: jax.Array, cache: KVCache) -> KVCache:
     """The cache with one chunk of a prompt in it: of each row's T tokens the first `count_B`, the rest is padding."""
-    return model.trunk(tokens_BT, cache, count_B)[1]
+    _, filled = model.trunk(tokens_BT, cache, count_B)
+    assert filled is not None  # a cache went in
+    return filled
 
 
 def decode(
@@ -92,6 +100,7 @@ def decode(
         count_B = jnp.where(state.done_B, 0, 1)
         key_B = jax.vmap(jax.random.fold_in)(state.key_B, state.cache.length_B)
         hidden_BTD, cache = model.trunk(state.token_B[:, None], state.cache, count_B)
+        assert cache is not None  # a cache went in
         token_B, log_probability_B = sample(model.logits(hidden_BTD[:, 0]), key_B, sampler, state.seen_BV)
         token_BM = jax.lax.dynamic_update_slice(token_BM, token_B[:, None], (0, step))
         log_probability_BM = jax.lax.dynamic_update_slice(log_probability_BM, log_probability_B[:, None], (0, step))
@@ -110,25 +119,6 @@ def decode(
 
 compiled_prefill = CompiledFunction(prefill, donate_argnames=("cache",))
 compiled_decode = CompiledFunction(decode, donate_argnames=("state",))
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """One row's result.
-
-    Attributes:
-        text: the new text, without the prompt and without a stop string.
-        tokens: the new ids, without a stop token; with the ids that spelt a stop string.
-        log_probabilities: of each of `tokens` under the model itself (before temperature and filters), in nats.
-        prompt_tokens: number of ids in the prompt, BOS included.
-        finish_reason: "stop" for a stop token or string, "length" for `max_new_tokens`.
-    """
-
-    text: str
-    tokens: list[int]
-    log_probabilities: list[float]
-    prompt_tokens: int
-    finish_reason: str
 
 
 @dataclasses.dataclass
@@ -173,9 +163,6 @@ class Speed:
     def decode_gigabytes_per_second(self) -> float:
         """Bytes of weights and cache read per second, in 1e9."""
         return self.step_bytes * self.decode_steps / self.decode_seconds / 1e9 if self.decode_seconds else 0.0
-
-
-Prompt = str | Sequence[int]
 
 
 def generate(
@@ -242,7 +229,7 @@ class TextStream:
             model: the model.
             tokenizer: its tokenizer, or None (see `generate`).
             prompts: see `generate`.
-            max_new_tokens: most new tokens a row; 256, or as many as the context still holds, unless given.
+            max_new_tokens: most new tokens a row; 512, or as many as the context still holds, unless given.
             temperature: 0 is greedy. This and the knobs behind it: see `sampling.Sampler`.
             top_k: see `sampling.Sampler`; None is off.
             top_p: likewise.
@@ -254,15 +241,15 @@ class TextStream:
         """
         self.single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
         self._model, self._tokenizer, self._smooth = model, tokenizer, smooth
-        self._prompts = _encode(tokenizer, [prompts] if self.single else list(prompts), model.config)  # type: ignore
-        self._limit = _new_tokens(self._prompts, max_new_tokens, model.config)
+        self._prompts = encode_prompts(tokenizer, [prompts] if self.single else list(prompts), model.config)  # type: ignore
+        self._limit = new_token_limit(self._prompts, max_new_tokens, model.config)
         self._sampler = make_sampler(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
         )
-        _check_rows(self._sampler, len(self._prompts))
-        self._key_B = _keys(seed, len(self._prompts))
-        stops = _stops(stop, tokenizer)
-        self._rows = [_Row(prompt, tokenizer, stops) for prompt in self._prompts]
+        check_knobs(self._sampler, len(self._prompts))
+        self._key_B = row_keys(seed, len(self._prompts))
+        stops = stop_strings(stop, tokenizer)
+        self._rows = [Row(prompt, tokenizer, stops) for prompt in self._prompts]
         self.speed = Speed()
 
     @property
@@ -279,9 +266,7 @@ class TextStream:
             start = time.perf_counter()
             limit = jnp.asarray(min(block, self._limit - made), jnp.int32)
             before = compiled_decode.compile_seconds
-            state, tokens, log_probabilities, steps = compiled_decode(
-                self._model, state, self._sampler, stop_M, limit
-            )
+            state, tokens, log_probabilities, steps = compiled_decode(self._model, state, self._sampler, stop_M, limit)
             tokens, log_probabilities, steps = np.asarray(tokens), np.asarray(log_probabilities), int(steps)
             seconds = time.perf_counter() - start - (compiled_decode.compile_seconds - before)
             made += steps
@@ -321,10 +306,10 @@ class TextStream:
             self.speed.prefill_seconds = time.perf_counter() - start - compiling
         seen_BV = None
         if self._sampler.repetition_penalty is not None:
-            seen_BV = np.zeros((B, model.config.vocab_size), bool)
+            seen = np.zeros((B, model.config.vocab_size), bool)
             for row, prompt in enumerate(self._prompts):
-                seen_BV[row, prompt] = True
-            seen_BV = jnp.asarray(seen_BV)
+                seen[row, prompt] = True
+            seen_BV = jnp.asarray(seen)
         last_B = jnp.asarray([prompt[-1] for prompt in self._prompts], jnp.int32)
         return DecodeState(cache, last_B, self._key_B, jnp.zeros(B, bool), seen_BV)
 
@@ -335,62 +320,6 @@ class TextStream:
         self.speed.compilations = compiled_prefill.compilations + compiled_decode.compilations - self._compilations
         compile_seconds = compiled_prefill.compile_seconds + compiled_decode.compile_seconds
         self.speed.compile_seconds = compile_seconds - self._compile_seconds
-
-
-class _Row:
-    """The host's side of one row: ids to text, stop strings, what is certain and what must still be held back."""
-
-    def __init__(self, prompt: list[int], tokenizer: Tokenizer | None, stops: tuple[str, ...]):
-        self.prompt_tokens = len(prompt)
-        self.tokens: list[int] = []
-        self.log_probabilities: list[float] = []
-        self.finish_reason: str | None = None
-        self._text, self._shown, self._stops = "", 0, stops
-        self._stop_ids = frozenset(tokenizer.stop_ids if tokenizer else ())
-        self._decoder = tokenizer.stream() if tokenizer else None
-        if self._decoder:  # A space that begins the continuation of a text belongs to it.
-            for index in prompt:
-                self._decoder.add(index)
-
-    def take(self, tokens: np.ndarray, log_probabilities: np.ndarray, last: bool) -> tuple[str, int]:
-        """Adds new ids; returns the text that has become certain, and how many of the ids were used."""
-        if self.finish_reason:
-            return "", 0
-        before = len(self.tokens)
-        for token, log_probability in zip(tokens.tolist(), log_probabilities.tolist(), strict=True):
-            if token in self._stop_ids:
-                self._end("stop")
-                break
-            self.tokens.append(token)
-            self.log_probabilities.append(log_probability)
-            if self._decoder and self._add(self._decoder.add(token)):
-                break
-        if last and not self.finish_reason:
-            self._end("length")
-        held = 0 if self.finish_reason else max((_overlap(self._text, stop) for stop in self._stops), default=0)
-        text = self._text[self._shown : len(self._text) - held]
-        self._shown += len(text)
-        return text, len(self.tokens) - before
-
-    def completion(self) -> Completion:
-        reason = self.finish_reason or "length"
-        return Completion(self._text, self.tokens, self.log_probabilities, self.prompt_tokens, reason)
-
-    def _add(self, piece: str) -> bool:
-        """Appends text; where that completes a stop string, cuts before it, ends the row and says so."""
-        longest = max((len(stop) for stop in self._stops), default=0)
-        searched = max(len(self._text) - longest, 0)
-        self._text += piece
-        hits = [at for stop in self._stops if (at := self._text.find(stop, searched)) >= 0]
-        if hits:
-            self._text = self._text[: min(hits)]
-            self.finish_reason = "stop"
-        return bool(hits)
-
-    def _end(self, reason: str) -> None:
-        self.finish_reason = reason
-        if self._decoder:
-            self._add(self._decoder.finish())
 
 
 def plan_chunks(length: int) -> list[int]:
@@ -415,79 +344,6 @@ def _chunk(prompts: list[list[int]], first: int, size: int) -> tuple[jax.Array, 
         tokens_BT[row, : len(part)] = part
         count_B[row] = len(part)
     return jnp.asarray(tokens_BT), jnp.asarray(count_B)
-
-
-def _encode(tokenizer: Tokenizer | None, prompts: list[Prompt], config: Config) -> list[list[int]]:
-    """Ids of every prompt, checked."""
-    if not prompts:
-        raise LlamaJaxError("no prompt was given: expected at least one")
-    encoded = []
-    for prompt in prompts:
-        if isinstance(prompt, str):
-            if tokenizer is None:
-                raise LlamaJaxError("the model came without a tokenizer: name one, or give prompts as lists of ids")
-            ids = tokenizer.encode(prompt)
-        else:
-            ids = [int(index) for index in prompt]
-        if not ids:
-            raise LlamaJaxError("a prompt has no tokens, and the tokenizer no BOS: expected at least one token")
-        outside = [index for index in ids if not 0 <= index < config.vocab_size]
-        if outside:
-            raise LlamaJaxError(f"token {outside[0]} in a prompt: expected ids from 0 to {config.vocab_size - 1}")
-        if len(ids) > config.context_length:
-            raise LlamaJaxError(
-                f"the prompt has {len(ids)} tokens, the model's context {config.context_length}: shorten the prompt"
-            )
-        encoded.append(ids)
-    return encoded
-
-
-def _new_tokens(prompts: list[list[int]], wanted: int | None, config: Config) -> int:
-    """How many tokens to make: what was asked for, if the context has room. The last one made needs no slot."""
-    room = config.context_length - max(len(prompt) for prompt in prompts) + 1
-    if wanted is None:
-        return min(DEFAULT_NEW_TOKENS, room)
-    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
-        raise LlamaJaxError(f"max_new_tokens is {wanted!r}: expected a whole number, at least 1")
-    if wanted > room:
-        raise LlamaJaxError(
-            f"max_new_tokens is {wanted}: the context of {config.context_length} tokens has room for {room} behind the "
-            "longest prompt: ask for fewer, or shorten the prompt"
-        )
-    return wanted
-
-
-def _check_rows(sampler: Sampler, rows: int) -> None:
-    for field in dataclasses.fields(sampler):
-        knob = getattr(sampler, field.name)
-        if knob is not None and knob.ndim and knob.shape != (rows,):
-            raise LlamaJaxError(f"{field.name} has {knob.shape[0]} values: expected one, or one for each of {rows} prompts")
-
-
-def _keys(seed: int | Sequence[int], rows: int) -> jax.Array:
-    """One PRNG key a row."""
-    seeds = [seed] * rows if isinstance(seed, int) else list(seed)
-    if len(seeds) != rows:
-        raise LlamaJaxError(f"{len(seeds)} seeds were given: expected one, or one for each of {rows} prompts")
-    for value in seeds:
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 32:
-            raise LlamaJaxError(f"seed is {value!r}: expected a whole number from 0 to {(1 << 32) - 1}")
-    return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
-
-
-def _stops(stop: str | Sequence[str], tokenizer: Tokenizer | None) -> tuple[str, ...]:
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if any(not isinstance(text, str) or not text for text in stops):
-        raise LlamaJaxError(f"stop is {stop!r}: expected texts of at least one character")
-    if stops and tokenizer is None:
-        raise LlamaJaxError("stop strings need a tokenizer, and the model came without one: name one")
-    return stops
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with: it may still become a stop string."""
-    sizes = range(min(len(text), len(stop) - 1), 0, -1)
-    return next((size for size in sizes if text.endswith(stop[:size])), 0)
 
 
 def _tree_bytes(tree: Any) -> int:

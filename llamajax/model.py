@@ -77,7 +77,7 @@ def apply_rope(x_BTNH: jax.Array, position_BT: jax.Array, frequency: jax.Array) 
 
 
 class Attention(nnx.Module):
-    """Causal grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): G = N/K query heads share one K/V head."""
+    """Causal grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): G query heads share one K/V head."""
 
     def __init__(self, config: Config, *, key: jax.Array, dtype: jax.typing.DTypeLike):
         """Random projections; N*H and K*H are stored as one axis each."""
@@ -274,6 +274,6 @@ def abstract_model(config: Config, dtype: jax.typing.DTypeLike = jnp.float32) ->
 def _random(
     key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike, num_layers: int | None = None
 ) -> nnx.Param:
-    """Normal weights, 0.02; those that write to the residual stream shrink with depth so that its variance does not grow."""
+    """Normal weights, 0.02; with `num_layers`, less: what many layers add to the residual stream must not grow."""
     scale = 0.02 if num_layers is None else 0.02 / math.sqrt(2 * num_layers)
     return nnx.Param((jax.random.normal(key, shape, jnp.float32) * scale).astype(dtype))

@@ -67,7 +67,9 @@ def make_sampler(
     if greedy:
         return Sampler(repetition_penalty=values["repetition_penalty"])
     if any(value == 0 for value in _as_list(temperature)):
-        raise LlamaJaxError(f"temperature is {temperature}: rows with 0 (greedy) and without do not mix: use 1e-4 instead")
+        raise LlamaJaxError(
+            f"temperature is {temperature}: rows with 0 (greedy) and without do not mix: use 1e-4 instead"
+        )
     return Sampler(**values)
 
 
@@ -114,6 +116,7 @@ def filter_logits(logits_BV: jax.Array, sampler: Sampler, seen_BV: jax.Array | N
     """Logits after penalty and temperature, tokens that the knobs rule out at -1e30."""
     column = lambda knob: jnp.broadcast_to(knob, logits_BV.shape[:1])[:, None]  # noqa: E731
     if sampler.repetition_penalty is not None:
+        assert seen_BV is not None, "a repetition penalty needs seen_BV"
         penalty = column(sampler.repetition_penalty)
         penalized_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
         logits_BV = jnp.where(seen_BV, penalized_BV, logits_BV)

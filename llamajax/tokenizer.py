@@ -1,6 +1,7 @@
 """Text to token ids and back: one small interface over sentencepiece, the tokenizer of LLaMA 1 and 2."""
 
 import codecs
+import io
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -59,7 +60,9 @@ class Tokenizer:
         if not path.is_file():
             raise LlamaJaxError(f"{path}: no such file: expected a sentencepiece tokenizer.model")
         if path.stat().st_size > _LARGEST_FILE:
-            raise LlamaJaxError(f"{path}: {path.stat().st_size} bytes: expected a sentencepiece model of at most 64 MiB")
+            raise LlamaJaxError(
+                f"{path}: {path.stat().st_size} bytes: expected a sentencepiece model of at most 64 MiB"
+            )
         return cls(path.read_bytes(), str(path))
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
@@ -83,7 +86,9 @@ class Tokenizer:
             LlamaJaxError: if `index` is not an id of this tokenizer.
         """
         if not 0 <= index < self.vocab_size:
-            raise LlamaJaxError(f"token {index} is outside the tokenizer's vocabulary: expected 0 to {self.vocab_size - 1}")
+            raise LlamaJaxError(
+                f"token {index} is outside the tokenizer's vocabulary: expected 0 to {self.vocab_size - 1}"
+            )
         if self._processor.is_control(index):
             return b""
         piece = self._processor.id_to_piece(index)
@@ -125,9 +130,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Raises:
         LlamaJaxError: if the texts do not yield `vocab_size` pieces.
     """
-    from io import BytesIO
-
-    model = BytesIO()
+    model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
@@ -144,7 +147,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         )
     except (RuntimeError, OSError) as error:
         raise LlamaJaxError(
-            f"vocab_size is {vocab_size}: the text does not support it: expected at least 259 plus the letters, and not "
-            f"more pieces than the text has ({str(error).splitlines()[-1][:200]})"
+            f"vocab_size is {vocab_size}: the text does not support it: expected at least 259 plus its letters, and "
+            f"no more pieces than it has ({str(error).splitlines()[-1][:200]})"
         ) from None
     return Tokenizer(model.getvalue())

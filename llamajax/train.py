@@ -77,7 +77,12 @@ def story_texts(count: int) -> Texts:
     """`count` stories of our generator for training and 200 others for measuring."""
     if not 1 <= count <= HELDOUT_SEED:
         raise LlamaJaxError(f"stories is {count}: expected 1 to {HELDOUT_SEED}")
-    return Texts(list(corpus(0, count)), list(corpus(HELDOUT_SEED, _HELDOUT_STORIES)))
+    return Texts(list(corpus(0, count)), heldout_stories())
+
+
+def heldout_stories() -> list[str]:
+    """The 200 stories that the loss of the box is measured on."""
+    return list(corpus(HELDOUT_SEED, _HELDOUT_STORIES))
 
 
 def file_texts(path: str | Path) -> Texts:
@@ -165,7 +170,9 @@ def train(
     """
     for name, text in (("training", tokens), ("held-out", heldout)):
         if len(text) < options.sequence_length + 2:
-            raise LlamaJaxError(f"the {name} text has {len(text)} tokens: expected more than {options.sequence_length + 1}")
+            raise LlamaJaxError(
+                f"the {name} text has {len(text)} tokens: expected more than {options.sequence_length + 1}"
+            )
     optimizer = make_optimizer(options)
     state, first = _restore_or_start(config, optimizer, options, folder)
     step_function = jax.jit(lambda state, tokens_BT: _step(optimizer, state, tokens_BT), donate_argnums=0)
@@ -227,3 +234,24 @@ def _manager(folder: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
 
 
+def draw_loss(log: Path, picture: Path) -> None:
+    """Draws `loss.csv` as an SVG or PNG, by the picture's suffix.
+
+    Raises:
+        ImportError: without matplotlib (extra `plot`).
+    """
+    from matplotlib.figure import Figure
+
+    with log.open(newline="") as file:
+        rows = [
+            Progress(int(r[0]), float(r[1]), float(r[2]) if r[2] else None, float(r[3]))
+            for r in list(csv.reader(file))[1:]
+        ]
+    axes = (figure := Figure(figsize=(8, 4.5), layout="constrained")).subplots()
+    axes.plot([row.step for row in rows], [row.loss for row in rows], linewidth=0.6, alpha=0.6, label="training batch")
+    measured = [(row.step, row.heldout_loss) for row in rows if row.heldout_loss is not None]
+    axes.plot(*zip(*measured, strict=True), marker="o", label="held out")
+    axes.set(xlabel="step", ylabel="cross-entropy, nats a token", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(picture)

@@ -40,9 +40,10 @@ class Opened:
         config: the architecture.
         abstract: `Llama` with `jax.ShapeDtypeStruct` leaves, as stored.
         tokenizer_bytes: the sentencepiece model that came with it, or None.
-        read: reads the weights: `read(dtype=None, shardings=None) -> Llama`. `dtype` converts floats while reading;
-            `shardings` is one `jax.sharding.Sharding` or a tree of them shaped like the model; the first device unless
-            given. With `shardings="host"` the leaves stay NumPy arrays.
+        read: reads the weights: `read(dtype=None, shardings=None, on_tensor=…) -> Llama`. `dtype` converts floats
+            while reading; `shardings` is one `jax.sharding.Sharding` or a tree of them shaped like the model, the first
+            device unless given, or "host" for leaves that stay NumPy arrays; `on_tensor` is called with (tensors read,
+            tensors in all).
     """
 
     path: Path
@@ -87,20 +88,23 @@ def open_checkpoint(name: str | Path) -> Opened:
             config,
             abstract,
             home.read_tokenizer(path, manifest),
-            lambda dtype=None, shardings=None: _converted(home.restore(path, shardings), dtype, shardings),
+            lambda dtype=None, shardings=None, on_tensor=_ignore: _restore(path, dtype, shardings, on_tensor),
         )
     for reader in (huggingface, llama2c):
         if reader.recognise(path):
-            source = reader.open_source(path)
-            return Opened(
-                path,
-                source.description,
-                source.config,
-                abstract_model(source.config, source.dtype),
-                source.tokenizer_bytes or _tokenizer_beside(path),
-                lambda dtype=None, shardings=None, source=source: _assemble(path, source, dtype, shardings),
-            )
+            return _opened(path, reader.open_source(path))
     raise LlamaJaxError(f"{path}: unknown format ({_first_look(path)}): expected {_FORMATS}")
+
+
+def _opened(path: Path, source: Source) -> Opened:
+    return Opened(
+        path,
+        source.description,
+        source.config,
+        abstract_model(source.config, source.dtype),
+        source.tokenizer_bytes or _tokenizer_beside(path),
+        lambda dtype=None, shardings=None, on_tensor=_ignore: _assemble(path, source, dtype, shardings, on_tensor),
+    )
 
 
 _FORMATS = (
@@ -185,11 +189,16 @@ def save_checkpoint(
             raise LlamaJaxError(f"form is {form!r}: expected 'llamajax' or 'huggingface'")
 
 
+def check_absent(path: Path) -> None:
+    """Refuses a target that exists, before any work is done for it."""
+    if path.exists():
+        raise LlamaJaxError(f"{path}: exists already: remove it or choose another path")
+
+
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A new folder beside `path` that becomes `path` when the block ends well, and is removed when it does not."""
-    if path.exists():
-        raise LlamaJaxError(f"{path}: exists already: remove it or choose another path")
+    check_absent(path)
     partial = path.absolute().with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
@@ -203,7 +212,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def _assemble(path: Path, source: Source, dtype: Any, shardings: Any) -> Llama:
+def _ignore(done: int, total: int) -> None:
+    """For a caller that does not want to know how far reading is."""
+
+
+def _assemble(path: Path, source: Source, dtype: Any, shardings: Any, on_tensor: Callable[[int, int], None]) -> Llama:
     """Fills a tree from a stream of tensors; every leaf must be filled, and once."""
     abstract = abstract_model(source.config, dtype or source.dtype)
     leaves = named_leaves(abstract)
@@ -213,6 +226,7 @@ def _assemble(path: Path, source: Source, dtype: Any, shardings: Any) -> Llama:
         for layer in (range(leaf.shape[0]) if name.startswith("layers.") else [None])
     }
     buffers: dict[str, np.ndarray] = {}
+    total = len(missing)
     for name, layer, array in source.tensors():
         if (name, layer) not in missing:
             raise LlamaJaxError(f"{path}: {_place(name, layer)} comes twice, or has no place in the model")
@@ -225,6 +239,7 @@ def _assemble(path: Path, source: Source, dtype: Any, shardings: Any) -> Llama:
             buffers[name] = _aligned_empty(leaves[name].shape, leaves[name].dtype)
         buffers[name][layer if layer is not None else ...] = array
         missing.remove((name, layer))
+        on_tensor(total - len(missing), total)
     if missing:
         raise LlamaJaxError(f"{path}: {_place(*sorted(missing, key=str)[0])} is missing ({len(missing)} such)")
     where = _places(abstract, shardings)
@@ -245,11 +260,14 @@ def _place_leaf(buffer: np.ndarray, where: Any) -> Any:
     return buffer if isinstance(where, str) else jax.device_put(buffer, where)
 
 
-def _converted(model: Llama, dtype: Any, shardings: Any) -> Llama:
-    """A restored model, checked, in another dtype if one is asked for."""
-    for name, leaf in named_leaves(model).items():
+def _restore(path: Path, dtype: Any, shardings: Any, on_tensor: Callable[[int, int], None]) -> Llama:
+    """A checkpoint of ours, checked, in another dtype if one is asked for."""
+    model = home.restore(path, None if isinstance(shardings, str) else shardings)
+    leaves = named_leaves(model)
+    for done, (name, leaf) in enumerate(leaves.items(), 1):
         if not bool(jnp.isfinite(leaf).all()):
-            raise LlamaJaxError(f"{name} holds NaN or infinity: the weights are damaged")
+            raise LlamaJaxError(f"{path}: {name} holds NaN or infinity: the weights are damaged")
+        on_tensor(done, len(leaves))
     if dtype is not None:
         model = jax.tree.map(lambda leaf: leaf.astype(dtype), model)
     return jax.tree.map(np.asarray, model) if isinstance(shardings, str) else model

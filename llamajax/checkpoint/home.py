@@ -5,10 +5,11 @@ can be described, and planned for, without reading a weight. Weights are restore
 or laid out over any number: an Orbax checkpoint by itself remembers the devices that it was saved from.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from llamajax.model import Llama, abstract_model
 FORMAT = "llamajax"
 VERSION = 1
 _LARGEST_MANIFEST = 64 << 20
+_CHUNK_BYTES = 16 << 20
 
 
 def recognise(path: Path) -> bool:
@@ -47,7 +49,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError, TypeError, KeyError) as error:
         raise LlamaJaxError(f"{file}: damaged ({str(error)[:100]}): expected a checkpoint manifest") from None
     if kind != FORMAT or version != VERSION:
-        raise LlamaJaxError(f"{file}: format {kind!r} version {version!r}: this release reads {FORMAT!r} version {VERSION}")
+        raise LlamaJaxError(
+            f"{file}: format {kind!r} version {version!r}: this release reads {FORMAT!r} version {VERSION}"
+        )
     missing = {"config", "weights", "tokenizer_sha256", "source"} - set(manifest)
     if missing:
         raise LlamaJaxError(f"{file}: {sorted(missing)[0]!r} is missing: the manifest is damaged")
@@ -86,26 +90,39 @@ def restore(path: Path, shardings: Any = None) -> Llama:
         LlamaJaxError: for damaged or missing weights.
     """
     _, tree, _ = open_abstract(path)
-    if shardings is None or isinstance(shardings, str):
+    if shardings is None:
         shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if isinstance(shardings, jax.sharding.Sharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
-    placed = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, shardings)
+    placed = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, shardings
+    )
     target = named_leaves(placed)
+    arguments = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            leaves = checkpointer.restore((path / "weights").absolute(), target)
+        with ocp.Checkpointer(_handler()) as checkpointer:
+            leaves = checkpointer.restore((path / "weights").absolute(), args=arguments)
     except Exception as error:  # Orbax and TensorStore raise many types for damaged files; all mean the same here.
-        raise LlamaJaxError(f"{path}/weights: cannot be restored, damaged or incomplete ({_first_line(error)})") from error
+        raise LlamaJaxError(
+            f"{path}/weights: cannot be restored, damaged or incomplete ({_first_line(error)})"
+        ) from error
     return jax.tree.unflatten(jax.tree.structure(tree), [leaves[name] for name in target])
 
 
 def save(model: Llama, path: Path, tokenizer_bytes: bytes | None, source: str) -> None:
     """Writes a checkpoint into `path`, which must exist, empty. The manifest comes last: without it nothing loads."""
     leaves = named_leaves(model)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every step of a save as a warning.
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler(save_concurrent_gb=1)) as checkpointer:
-        checkpointer.save((path / "weights").absolute(), args=ocp.args.StandardSave(leaves))
+    # NumPy leaves (a conversion's) would be copied by Orbax; as arrays on the CPU they are used where they are.
+    host = jax.local_devices(backend="cpu")[0]
+    arrays = {
+        name: jax.device_put(leaf, host) if isinstance(leaf, np.ndarray) else leaf for name, leaf in leaves.items()
+    }
+    arguments = ocp.args.PyTreeSave(
+        arrays, save_args={name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in arrays}
+    )
+    handler = _handler(max(leaf.nbytes for leaf in arrays.values()) + 1)
+    with _quiet(), ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save((path / "weights").absolute(), args=arguments)
     if tokenizer_bytes is not None:
         (path / "tokenizer.model").write_bytes(tokenizer_bytes)
     manifest = {
@@ -119,6 +136,29 @@ def save(model: Llama, path: Path, tokenizer_bytes: bytes | None, source: str) -
         },
     }
     (path / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _handler(concurrent_bytes: int | None = None) -> ocp.PyTreeCheckpointHandler:
+    """Plain Zarr files in chunks: Orbax's default (OCDBT) holds all that it writes in memory until the end.
+
+    `concurrent_bytes` bounds what is being written at once; it must be more than the largest leaf has.
+    """
+    gigabytes: Any = concurrent_bytes and concurrent_bytes / 1e9
+    return ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False, use_zarr3=True, use_compression=False, save_concurrent_gb=gigabytes
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Orbax's warning that there is nothing for OCDBT to merge, which is as it should be."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def read_tokenizer(path: Path, manifest: Mapping[str, Any]) -> bytes | None:

@@ -70,7 +70,7 @@ def save(model: Llama, path: Path, tokenizer_bytes: bytes | None = None) -> None
     """Writes a folder that `open_source` and transformers read, in one safetensors file; `path` must exist, empty."""
     tensors = {}
     leaves = named_leaves(model)
-    for ours, theirs, layer in _expected(model.config):
+    for ours, theirs, layer in expected_tensors(model.config):
         leaf = leaves[ours] if layer is None else leaves[ours][layer]
         tensors[theirs] = np.ascontiguousarray(np.asarray(leaf).T if _NAMES[ours][1] else np.asarray(leaf))
     dtype = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}[str(leaves["embed_VD"].dtype)]
@@ -79,6 +79,8 @@ def save(model: Llama, path: Path, tokenizer_bytes: bytes | None = None) -> None
     if tokenizer_bytes is not None:
         (path / "tokenizer.model").write_bytes(tokenizer_bytes)
     (path / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    # safetensors keeps its files to their owner; a package installed by root is read by others.
+    (path / "model.safetensors").chmod((path / "config.json").stat().st_mode)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -113,7 +115,7 @@ def _tensor_files(path: Path) -> dict[str, Path]:
             found = f"{len(single)} .safetensors files and no model.safetensors.index.json" if single else "no weights"
             hint = "; pickled .bin/.pth weights are not read" if list(path.glob("*.bin")) else ""
             raise LlamaJaxError(f"{path}: {found}: expected model.safetensors, or shards with their index{hint}")
-        files = {name: single[0] for name in _open(single[0]).keys()}  # noqa: SIM118 (safe_open is no dict)
+        files = {name: single[0] for name in _open(single[0]).keys()}
     return files
 
 
@@ -127,8 +129,8 @@ def _open(path: Path) -> Any:
         raise LlamaJaxError(f"{path}: truncated or damaged safetensors file ({error})") from None
 
 
-def _expected(config: Config) -> Iterator[tuple[str, str, int | None]]:
-    """Every tensor of the model: our name, theirs, layer."""
+def expected_tensors(config: Config) -> Iterator[tuple[str, str, int | None]]:
+    """Every tensor that a folder of this model holds: our name, theirs, layer."""
     for ours, (theirs, _) in _NAMES.items():
         if ours == "head_VD" and config.tied_embeddings:
             continue
@@ -140,7 +142,7 @@ def _expected(config: Config) -> Iterator[tuple[str, str, int | None]]:
 
 def _check_tensors(path: Path, config: Config, files: dict[str, Path]) -> set[np.dtype]:
     """That names and files match the model; returns the dtypes found."""
-    expected = {theirs for _, theirs, _ in _expected(config)}
+    expected = {theirs for _, theirs, _ in expected_tensors(config)}
     surplus = sorted(name for name in files if name not in expected and not name.endswith("rotary_emb.inv_freq"))
     # A tied model may come with a copy of the embedding as its head: it is checked to be one when it is read.
     surplus = [name for name in surplus if not (name == "lm_head.weight" and config.tied_embeddings)]
@@ -168,7 +170,7 @@ def _check_tensors(path: Path, config: Config, files: dict[str, Path]) -> set[np
 
 def _tensors(config: Config, files: dict[str, Path]) -> Iterator[TensorSlice]:
     """Streams file by file, each opened once, so that a shard is read and done with."""
-    names = {theirs: (ours, layer) for ours, theirs, layer in _expected(config)}
+    names = {theirs: (ours, layer) for ours, theirs, layer in expected_tensors(config)}
     for file in sorted(set(files.values())):
         with _open(file) as tensors:
             for name in tensors.offset_keys():

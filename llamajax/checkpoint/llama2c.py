@@ -84,7 +84,7 @@ def _read_header(path: Path) -> _Header:
         raise LlamaJaxError(f"{path}: {len(head)} bytes, truncated: expected a llama2.c header")
     group_size = None
     if struct.unpack_from("<I", head)[0] != _MAGIC:
-        version, sizes, start = 0, struct.unpack_from("<7i", head), 28
+        version, sizes, start = 0, list(struct.unpack_from("<7i", head)), 28
         tied = sizes[5] > 0
     else:
         if len(head) < _HEADER_BYTES:
@@ -118,7 +118,9 @@ def _read_header(path: Path) -> _Header:
 def _check_groups(path: Path, config: Config, group_size: int) -> None:
     for name, (rows, columns) in _matrix_shapes(config).items():
         if group_size < 1 or rows * columns % group_size:
-            raise LlamaJaxError(f"{path}: group size {group_size}: expected a divisor of {name}'s {rows * columns} weights")
+            raise LlamaJaxError(
+                f"{path}: group size {group_size}: expected a divisor of {name}'s {rows * columns} weights"
+            )
 
 
 def _matrix_shapes(config: Config) -> dict[str, tuple[int, int]]:
@@ -178,7 +180,9 @@ def _tensors(path: Path, header: _Header) -> Iterator[TensorSlice]:
                 if len(data) != size // layers:
                     raise LlamaJaxError(f"{path}: truncated while reading {name}: expected {size // layers} bytes")
                 array = _decode(data, shapes.get(name), header.group_size)
-                yield TensorSlice(name, layer if layers > 1 or name.startswith("layers.") else None, _ours(name, array, header))
+                yield TensorSlice(
+                    name, layer if layers > 1 or name.startswith("layers.") else None, _ours(name, array, header)
+                )
 
 
 def _decode(data: bytes, shape: tuple[int, int] | None, group_size: int | None) -> np.ndarray:

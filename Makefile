@@ -1,0 +1,35 @@
+# Two commands for a bare machine with Python 3.11 or newer: `make demo` and `make test`. Each makes its own .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-parity lint clean
+
+demo: .venv/ready
+	@$(BIN)/llamajax generate --model=box --prompt='Once upon a time'
+	@echo
+
+test: .venv/test
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest
+
+# The same suite with Hugging Face transformers to compare with.
+test-parity: .venv/parity
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest
+
+lint: .venv/lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/ready: pyproject.toml | .venv/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+.venv/test .venv/parity .venv/lint: .venv/%: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,$*]'
+	@touch $@

@@ -1,0 +1,110 @@
+"""Commands: each module here defines its flags and turns them into one library call.
+
+A command is a module with `SUMMARY`, `EXAMPLES`, `define(values)` and `run(values)`. Flags belong to the command, in an
+`absl.flags.FlagValues` of its own: nothing is defined globally, and no command accepts another's.
+"""
+
+import difflib
+import importlib
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from types import ModuleType
+
+import jax
+from absl import flags
+
+from llamajax.errors import LlamaJaxError
+
+COMMANDS = {
+    "generate": "llamajax.cli.generate",
+    "inspect": "llamajax.cli.inspect",
+    "convert": "llamajax.cli.convert",
+    "eval": "llamajax.cli.evaluate",
+    "train": "llamajax.cli.train",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 1 for bad input, 2 for a wrong command line."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("help", "-h", "-help", "--help"):
+        print(_overview())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from llamajax import __version__
+
+        print(f"llamajax {__version__}")
+        return 0
+    name, *rest = argv
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(COMMANDS)}"
+        return _fail(f"unknown command {name!r}: {hint}", 2)
+    command = importlib.import_module(COMMANDS[name])
+    values = flags.FlagValues()
+    command.define(values)
+    if any(argument in ("-h", "-help", "--help") for argument in rest):
+        print(_help(name, command, values))
+        return 0
+    try:
+        surplus = values([name, *rest])[1:]
+        if surplus:
+            raise flags.Error(f"unexpected argument {surplus[0]!r}: write --flag=value")
+    except flags.Error as error:
+        return _fail(f"{error} (see llamajax {name} --help)", 2)
+    return _guarded(command, values)
+
+
+def _guarded(command: ModuleType, values: flags.FlagValues) -> int:
+    """Runs a command; what bad input or a full machine can cause becomes one line, a bug keeps its traceback."""
+    try:
+        command.run(values)
+        sys.stdout.flush()
+        return 0
+    except LlamaJaxError as error:
+        return _fail(str(error), 1)
+    except BrokenPipeError:
+        # The reader (head, less) has left: nothing is wrong, and Python must not complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
+    except MemoryError:
+        return _fail("out of memory: use a smaller model, --dtype=bfloat16 or a shorter context", 1)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _fail("out of device memory: use a smaller model, --dtype=bfloat16 or a shorter context", 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"llamajax: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _overview() -> str:
+    lines = ["llamajax: one functional LLaMA in JAX", "", "usage: llamajax COMMAND [--flag=value …]", ""]
+    lines += [f"  {name:10} {importlib.import_module(module).SUMMARY}" for name, module in COMMANDS.items()]
+    lines += ["", "examples:", "  llamajax generate --prompt='Once upon a time'", "  llamajax inspect --model=box", ""]
+    return "\n".join([*lines, "llamajax COMMAND --help shows a command's flags and examples; --version the version."])
+
+
+def _help(name: str, command: ModuleType, values: flags.FlagValues) -> str:
+    lines = [f"llamajax {name}: {command.SUMMARY}", "", "examples:"]
+    lines += [f"  {example}" for example in command.EXAMPLES]
+    lines += ["", "flags:"]
+    for flag in (values[flag_name] for flag_name in values if not _inherited(values, flag_name)):
+        default = "" if flag.default in (None, "", [], [""]) else f" (default: {flag.default})"
+        text = flag.help.split(";\n")[0] + default  # absl says of itself how to repeat a flag; our texts do too
+        lines.append(f"  --{flag.name}")
+        lines += textwrap.wrap(text, 100, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def _inherited(values: flags.FlagValues, name: str) -> bool:
+    """Flags that absl puts into every FlagValues (--flagfile, --undefok) are not worth a reader's time."""
+    return name in ("flagfile", "undefok")

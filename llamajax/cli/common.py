@@ -1,0 +1,95 @@
+"""What several commands share: the flags that name a model, progress bars, tables."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from llamajax.checkpoint import Opened, open_checkpoint, read_tokenizer
+from llamajax.errors import LlamaJaxError
+from llamajax.model import Llama
+from llamajax.tokenizer import Tokenizer
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def define_model(values: flags.FlagValues, default: str | None = "box") -> None:
+    """--model and --tokenizer."""
+    flags.DEFINE_string(
+        "model", default, "checkpoint: a llamajax or Hugging Face folder, a llama2.c file, or box", flag_values=values
+    )
+    flags.DEFINE_string(
+        "tokenizer", None, "sentencepiece tokenizer.model, where none came with the checkpoint", flag_values=values
+    )
+
+
+def define_dtype(values: flags.FlagValues) -> None:
+    """--dtype of a model that is run."""
+    flags.DEFINE_enum(
+        "dtype",
+        "auto",
+        ["auto", *_DTYPES],
+        "dtype to compute in; auto is float32 on a CPU, where XLA multiplies 16-bit floats many times slower, and as "
+        "stored elsewhere",
+        flag_values=values,
+    )
+
+
+def load_model(values: flags.FlagValues) -> tuple[Llama, Tokenizer | None]:
+    """The model and tokenizer that the flags name."""
+    opened = open_checkpoint(values.model)
+    tokenizer = read_tokenizer(opened, values.tokenizer)
+    if values.dtype == "auto":
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else None
+    else:
+        dtype = values.dtype
+    return read_model(opened, dtype), tokenizer
+
+
+def read_model(opened: Opened, dtype: jax.typing.DTypeLike | None, shardings: str | None = None) -> Llama:
+    """Reads the weights behind a progress bar."""
+    with progress("reading weights") as on_tensor:
+        return opened.read(dtype, shardings, on_tensor)
+
+
+def need_tokenizer(tokenizer: Tokenizer | None, model: str) -> Tokenizer:
+    """The tokenizer, or an error that says how to name one."""
+    if tokenizer is None:
+        raise LlamaJaxError(f"{model}: no tokenizer came with it: give --tokenizer=PATH of its tokenizer.model")
+    return tokenizer
+
+
+@contextlib.contextmanager
+def progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr: call what it yields with (done, total). Silent where stderr is not a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task(label, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def spinner(label: str) -> Iterator[None]:
+    """A sign of life on stderr for work that does not say how far it is. Silent where stderr is not a terminal."""
+    console = Console(stderr=True)
+    with console.status(label) if console.is_terminal else contextlib.nullcontext():
+        yield
+
+
+def table_console() -> Console:
+    """Standard output for tables: as wide as the terminal, or as they need where it is a file or a pipe."""
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+
+
+def gibibytes(size: int) -> str:
+    """Bytes for people: 1.23 MiB, 4.56 GiB."""
+    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size} B"

@@ -1,0 +1,42 @@
+"""`llamajax convert`: a checkpoint in another format, or another dtype."""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from llamajax.checkpoint import check_absent, open_checkpoint, read_tokenizer, save_checkpoint
+from llamajax.cli.common import define_model, gibibytes, read_model, spinner
+from llamajax.errors import LlamaJaxError
+
+SUMMARY = "write a checkpoint in llamajax's own form, or in Hugging Face's"
+EXAMPLES = (
+    "llamajax convert --model=path/to/Llama-3.2-1B --output=llama3.2-1b",
+    "llamajax convert --model=stories15M.bin --tokenizer=tokenizer.model --to=huggingface --output=stories15M-hf",
+    "llamajax convert --model=box --dtype=float32 --output=box32",
+)
+
+
+def define(values: flags.FlagValues) -> None:
+    """Flags of the command."""
+    define_model(values, default=None)
+    flags.DEFINE_string("output", None, "folder to write; must not exist", flag_values=values)
+    flags.DEFINE_enum("to", "llamajax", ["llamajax", "huggingface"], "format to write", flag_values=values)
+    flags.DEFINE_enum(
+        "dtype", None, ["float32", "bfloat16", "float16"], "dtype to write; as stored if not given", flag_values=values
+    )
+
+
+def run(values: flags.FlagValues) -> None:
+    """Reads, converts, writes; the folder appears whole or not at all."""
+    if not values.model or not values.output:
+        raise LlamaJaxError("--model and --output are both needed: see llamajax convert --help")
+    output = Path(values.output)
+    check_absent(output)
+    opened = open_checkpoint(values.model)
+    tokenizer = read_tokenizer(opened, values.tokenizer)
+    model = read_model(opened, values.dtype, shardings="host")
+    with spinner(f"writing {output}"):
+        save_checkpoint(model, output, tokenizer=tokenizer, source=opened.description, form=values.to)
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    print(f"{output}: {gibibytes(size)}, {values.to}, from {opened.description}", file=sys.stderr)

@@ -1,0 +1,108 @@
+"""`llamajax generate`: text from a prompt."""
+
+import dataclasses
+import json
+import sys
+
+from absl import flags
+
+from llamajax.cli.common import define_dtype, define_model, load_model, need_tokenizer
+from llamajax.generate import Completion, Speed, TextStream
+
+SUMMARY = "continue a prompt, or several at once"
+EXAMPLES = (
+    "llamajax generate",
+    "llamajax generate --prompt='Once upon a time' --temperature=0 --max_new_tokens=100",
+    "llamajax generate --prompt='One day' --prompt='At night' --seed=7 --top_p=0.9 --stop='The end'",
+    "llamajax generate --model=stories15M.bin --tokenizer=tokenizer.model --json",
+)
+
+
+def define(values: flags.FlagValues) -> None:
+    """Flags of the command."""
+    define_model(values)
+    define_dtype(values)
+    flags.DEFINE_multi_string("prompt", [""], "text to continue; repeat the flag for a batch", flag_values=values)
+    flags.DEFINE_integer(
+        "max_new_tokens",
+        None,
+        "most new tokens; 512, or what the context has room for, if not given",
+        flag_values=values,
+    )
+    flags.DEFINE_float("temperature", 0.8, "0 is greedy; higher is more surprising", flag_values=values)
+    flags.DEFINE_integer("top_k", None, "choose among the K likeliest tokens only", flag_values=values)
+    flags.DEFINE_float(
+        "top_p", 0.95, "choose among the likeliest tokens that make up this probability", flag_values=values
+    )
+    flags.DEFINE_float(
+        "min_p", None, "choose among tokens at least this fraction as likely as the likeliest", flag_values=values
+    )
+    flags.DEFINE_float(
+        "repetition_penalty", None, "above 1: avoid tokens that the text already holds", flag_values=values
+    )
+    flags.DEFINE_integer("seed", 0, "the same seed gives the same text", flag_values=values)
+    flags.DEFINE_multi_string("stop", [], "text at which to stop; repeat the flag for several", flag_values=values)
+    flags.DEFINE_boolean("echo", True, "print the prompt before its continuation", flag_values=values)
+    flags.DEFINE_boolean(
+        "json", False, "print one JSON object a prompt, with ids and log probabilities", flag_values=values
+    )
+
+
+def run(values: flags.FlagValues) -> None:
+    """Streams text to stdout and ends with the speed on stderr."""
+    model, tokenizer = load_model(values)
+    tokenizer = need_tokenizer(tokenizer, values.model)
+    single = len(values.prompt) == 1
+    stream = TextStream(
+        model,
+        tokenizer,
+        values.prompt[0] if single else values.prompt,
+        max_new_tokens=values.max_new_tokens,
+        temperature=values.temperature,
+        top_k=values.top_k,
+        top_p=values.top_p,
+        min_p=values.min_p,
+        repetition_penalty=values.repetition_penalty,
+        seed=values.seed,
+        stop=values.stop,
+        smooth=single and not values.json,
+    )
+    if single and not values.json:
+        _write_stream(stream, values.prompt[0] if values.echo else "")
+    else:
+        for _ in stream:
+            pass
+        for prompt, completion in zip(values.prompt, stream.completions, strict=True):
+            print(
+                _as_json(prompt, completion)
+                if values.json
+                else (prompt if values.echo else "") + completion.text + "\n"
+            )
+    print(describe_speed(stream.speed), file=sys.stderr)
+
+
+def _write_stream(stream: TextStream, echo: str) -> None:
+    """Text as it comes. A newline at its end is for a terminal only: what a pipe receives is the text."""
+    sys.stdout.write(echo)
+    for piece in stream:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    if sys.stdout.isatty():
+        print()
+
+
+def _as_json(prompt: str, completion: Completion) -> str:
+    return json.dumps({"prompt": prompt, **dataclasses.asdict(completion)}, ensure_ascii=False)
+
+
+def describe_speed(speed: Speed) -> str:
+    """Three aligned lines: prefill, decode, compilation."""
+    rows = (
+        ("prefill", speed.prefill_tokens, speed.prefill_tokens_per_second, speed.prefill_gigabytes_per_second),
+        ("decode", speed.decode_tokens, speed.decode_tokens_per_second, speed.decode_gigabytes_per_second),
+    )
+    lines = [
+        f"{name:8}{count:6} tokens {rate:10.1f} tokens/s {gigabytes:7.2f} GB/s" for name, count, rate, gigabytes in rows
+    ]
+    programs = f"{speed.compilations} program{'' if speed.compilations == 1 else 's'}"
+    return "\n".join([*lines, f"compile {speed.compile_seconds:6.1f} s for {programs}, not counted above"])

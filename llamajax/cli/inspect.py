@@ -1,0 +1,72 @@
+"""`llamajax inspect`: what a checkpoint holds, from its header alone."""
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+from absl import flags
+from rich.table import Table
+
+from llamajax.checkpoint import Opened, open_checkpoint
+from llamajax.checkpoint.naming import named_leaves
+from llamajax.cli.common import define_model, gibibytes, table_console
+
+SUMMARY = "show a checkpoint's architecture, tensors, dtypes, bytes and source format"
+EXAMPLES = (
+    "llamajax inspect --model=box",
+    "llamajax inspect --model=path/to/Llama-3.2-1B --json",
+)
+
+
+def define(values: flags.FlagValues) -> None:
+    """Flags of the command."""
+    define_model(values)
+    flags.DEFINE_boolean("json", False, "print one JSON object instead of tables", flag_values=values)
+
+
+def run(values: flags.FlagValues) -> None:
+    """Prints tables, or JSON."""
+    opened = open_checkpoint(values.model)
+    tensors: list[dict[str, Any]] = [
+        {"name": name, "shape": list(leaf.shape), "dtype": str(leaf.dtype), "bytes": _bytes(leaf)}
+        for name, leaf in named_leaves(opened.abstract).items()
+    ]
+    summary: dict[str, Any] = {
+        "model": str(opened.path),
+        "format": opened.description,
+        "parameters": opened.config.num_parameters,
+        "bytes": sum(tensor["bytes"] for tensor in tensors),
+        "tokenizer": opened.tokenizer_bytes is not None,
+        "config": opened.config.to_dict(),
+        "tensors": tensors,
+    }
+    if values.json:
+        print(json.dumps(summary, indent=2))
+    else:
+        _print_tables(opened, summary)
+
+
+def _bytes(leaf) -> int:
+    return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+
+
+def _print_tables(opened: Opened, summary: dict[str, Any]) -> None:
+    console = table_console()
+    head = Table(title=summary["model"], title_justify="left", show_header=False)
+    head.add_row("format", summary["format"])
+    head.add_row("parameters", f"{summary['parameters']:,}")
+    head.add_row("in memory", gibibytes(summary["bytes"]))
+    head.add_row("tokenizer", "sentencepiece, included" if summary["tokenizer"] else "none included: give --tokenizer")
+    for name, value in opened.config.to_dict().items():
+        head.add_row(name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
+    console.print(head)
+    table = Table()
+    for column, justify in (("tensor", "left"), ("shape", "right"), ("dtype", "left"), ("bytes", "right")):
+        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for tensor in summary["tensors"]:
+        shape = " x ".join(str(size) for size in tensor["shape"])
+        table.add_row(tensor["name"], shape, tensor["dtype"], f"{tensor['bytes']:,}")
+    table.add_section()
+    table.add_row("total", "", "", f"{summary['bytes']:,}")
+    console.print(table)

@@ -1,0 +1,172 @@
+"""What a request asks for, checked, and the host's side of each of its rows."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llamajax.config import Config
+from llamajax.errors import LlamaJaxError
+from llamajax.sampling import Sampler
+from llamajax.tokenizer import Tokenizer
+
+# New tokens where the caller names no number, if the context has room for them.
+DEFAULT_NEW_TOKENS = 512
+
+Prompt = str | Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One row's result.
+
+    Attributes:
+        text: the new text, without the prompt and without a stop string.
+        tokens: the new ids, without a stop token; with the ids that spelt a stop string.
+        log_probabilities: of each of `tokens` under the model itself (before temperature and filters), in nats.
+        prompt_tokens: number of ids in the prompt, BOS included.
+        finish_reason: "stop" for a stop token or string, "length" for `max_new_tokens`.
+    """
+
+    text: str
+    tokens: list[int]
+    log_probabilities: list[float]
+    prompt_tokens: int
+    finish_reason: str
+
+
+class Row:
+    """The host's side of one row: ids to text, stop strings, what is certain and what must still be held back."""
+
+    def __init__(self, prompt: list[int], tokenizer: Tokenizer | None, stops: tuple[str, ...]):
+        """Nothing made yet."""
+        self.prompt_tokens = len(prompt)
+        self.tokens: list[int] = []
+        self.log_probabilities: list[float] = []
+        self.finish_reason: str | None = None
+        self._text, self._shown, self._stops = "", 0, stops
+        self._stop_ids = frozenset(tokenizer.stop_ids if tokenizer else ())
+        self._decoder = tokenizer.stream() if tokenizer else None
+        if self._decoder:  # A space that begins the continuation of a text belongs to it.
+            for index in prompt:
+                self._decoder.add(index)
+
+    def take(self, tokens: np.ndarray, log_probabilities: np.ndarray, last: bool) -> tuple[str, int]:
+        """Adds new ids; returns the text that has become certain, and how many of the ids were used."""
+        if self.finish_reason:
+            return "", 0
+        before = len(self.tokens)
+        for token, log_probability in zip(tokens.tolist(), log_probabilities.tolist(), strict=True):
+            if token in self._stop_ids:
+                self._end("stop")
+                break
+            self.tokens.append(token)
+            self.log_probabilities.append(log_probability)
+            if self._decoder and self._add(self._decoder.add(token)):
+                break
+        if last and not self.finish_reason:
+            self._end("length")
+        held = 0 if self.finish_reason else max((_overlap(self._text, stop) for stop in self._stops), default=0)
+        text = self._text[self._shown : len(self._text) - held]
+        self._shown += len(text)
+        return text, len(self.tokens) - before
+
+    def completion(self) -> Completion:
+        """What there is so far."""
+        reason = self.finish_reason or "length"
+        return Completion(self._text, self.tokens, self.log_probabilities, self.prompt_tokens, reason)
+
+    def _add(self, piece: str) -> bool:
+        """Appends text; where that completes a stop string, cuts before it, ends the row and says so."""
+        longest = max((len(stop) for stop in self._stops), default=0)
+        searched = max(len(self._text) - longest, 0)
+        self._text += piece
+        hits = [at for stop in self._stops if (at := self._text.find(stop, searched)) >= 0]
+        if hits:
+            self._text = self._text[: min(hits)]
+            self.finish_reason = "stop"
+        return bool(hits)
+
+    def _end(self, reason: str) -> None:
+        self.finish_reason = reason
+        if self._decoder:
+            self._add(self._decoder.finish())
+
+
+def encode_prompts(tokenizer: Tokenizer | None, prompts: list[Prompt], config: Config) -> list[list[int]]:
+    """Ids of every prompt, checked."""
+    if not prompts:
+        raise LlamaJaxError("no prompt was given: expected at least one")
+    encoded = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            if tokenizer is None:
+                raise LlamaJaxError("the model came without a tokenizer: name one, or give prompts as lists of ids")
+            ids = tokenizer.encode(prompt)
+        else:
+            ids = [int(index) for index in prompt]
+        if not ids:
+            raise LlamaJaxError("a prompt has no tokens, and the tokenizer no BOS: expected at least one token")
+        outside = [index for index in ids if not 0 <= index < config.vocab_size]
+        if outside:
+            raise LlamaJaxError(f"token {outside[0]} in a prompt: expected ids from 0 to {config.vocab_size - 1}")
+        if len(ids) > config.context_length:
+            raise LlamaJaxError(
+                f"the prompt has {len(ids)} tokens, the model's context {config.context_length}: shorten the prompt"
+            )
+        encoded.append(ids)
+    return encoded
+
+
+def new_token_limit(prompts: list[list[int]], wanted: int | None, config: Config) -> int:
+    """How many tokens to make: what was asked for, if the context has room. The last one made needs no slot."""
+    room = config.context_length - max(len(prompt) for prompt in prompts) + 1
+    if wanted is None:
+        return min(DEFAULT_NEW_TOKENS, room)
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
+        raise LlamaJaxError(f"max_new_tokens is {wanted!r}: expected a whole number, at least 1")
+    if wanted > room:
+        raise LlamaJaxError(
+            f"max_new_tokens is {wanted}: the context of {config.context_length} tokens has room for {room} behind the "
+            "longest prompt: ask for fewer, or shorten the prompt"
+        )
+    return wanted
+
+
+def check_knobs(sampler: Sampler, rows: int) -> None:
+    """Refuses knobs that have neither one value nor one a row."""
+    for field in dataclasses.fields(sampler):
+        knob = getattr(sampler, field.name)
+        if knob is not None and knob.ndim and knob.shape != (rows,):
+            raise LlamaJaxError(
+                f"{field.name} has {knob.shape[0]} values: expected one, or one for each of {rows} prompts"
+            )
+
+
+def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
+    """One PRNG key a row."""
+    seeds = [seed] * rows if isinstance(seed, int) else list(seed)
+    if len(seeds) != rows:
+        raise LlamaJaxError(f"{len(seeds)} seeds were given: expected one, or one for each of {rows} prompts")
+    for value in seeds:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 32:
+            raise LlamaJaxError(f"seed is {value!r}: expected a whole number from 0 to {(1 << 32) - 1}")
+    return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+
+
+def stop_strings(stop: str | Sequence[str], tokenizer: Tokenizer | None) -> tuple[str, ...]:
+    """The stop strings, checked."""
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if any(not isinstance(text, str) or not text for text in stops):
+        raise LlamaJaxError(f"stop is {stop!r}: expected texts of at least one character")
+    if stops and tokenizer is None:
+        raise LlamaJaxError("stop strings need a tokenizer, and the model came without one: name one")
+    return stops
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` begins with: it may still become a stop string."""
+    sizes = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((size for size in sizes if text.endswith(stop[:size])), 0)

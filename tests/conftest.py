@@ -1,0 +1,77 @@
+"""Fixtures that several test files share: the real data, a tiny model, a tiny tokenizer."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llamajax
+from llamajax.tokenizer import train_tokenizer
+
+_TEXTS = [
+    "Once upon a time, there was a little fox named Ted.\nHe lived by a big river, and he liked to swim.",
+    "One day Mia found 12 red apples under the tree. 'May I have one?' asked the fox. 'Yes,' said Mia.",
+    "The café was closed, so they went home and ate soup. Then the sun went down, and the fox was happy.",
+]
+
+
+class Pair(NamedTuple):
+    """A model and the tokenizer that belongs to it."""
+
+    model: llamajax.Llama
+    tokenizer: llamajax.Tokenizer
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder that holds `data/`, which is not part of the repository; tests that need it are skipped without."""
+    folder = Path(os.environ.get("LLAMAJAX_SHARED") or Path(__file__).parents[2] / "shared")
+    if not (folder / "data").is_dir():
+        pytest.skip(
+            f"no real data: {folder / 'data'} is no folder: set LLAMAJAX_SHARED to a folder that contains data/"
+        )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stories260k(shared: Path) -> Pair:
+    """Karpathy's trained 260K-parameter model, from its legacy file, and its tokenizer."""
+    folder = shared / "data" / "stories260K"
+    return Pair(*llamajax.load(folder / "stories260K.bin", tokenizer=folder / "tok512.model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> llamajax.Tokenizer:
+    """A LLaMA-style tokenizer of 320 ids."""
+    return train_tokenizer(_TEXTS * 20, 320)
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_tokenizer: llamajax.Tokenizer) -> llamajax.Config:
+    """Grouped queries, a head that is not tied, a head size that is not width / heads: nothing is symmetric by chance."""
+    return llamajax.Config(
+        vocab_size=tiny_tokenizer.vocab_size,
+        width=24,
+        ffn_width=40,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_size=8,
+        context_length=512,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config: llamajax.Config) -> llamajax.Llama:
+    """Random weights, larger than those that training starts from, so that every part moves the logits; norms vary too."""
+    rng = np.random.default_rng(7)
+
+    def weights(path, leaf):
+        low, high = (0.5, 1.5) if "norm" in jax.tree_util.keystr(path) else (-0.4, 0.4)
+        return jnp.asarray(rng.uniform(low, high, leaf.shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(weights, llamajax.abstract_model(tiny_config))

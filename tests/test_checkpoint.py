@@ -1,0 +1,379 @@
+"""Our own checkpoints: what is saved comes back, damage is refused, a save is whole or absent; and recognition."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llamajax
+from llamajax import LlamaJaxError, Tokenizer, open_checkpoint, save_checkpoint
+from llamajax.checkpoint import home, huggingface
+from llamajax.checkpoint.naming import named_leaves
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_model: llamajax.Llama, tiny_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One checkpoint in our form; tests that damage it copy it first."""
+    path = tmp_path_factory.mktemp("home") / "saved"
+    save_checkpoint(tiny_model, path, tokenizer=tiny_tokenizer, source="a test")
+    return path
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    """A checkpoint to damage."""
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def _same_bits(first: Any, second: Any) -> bool:
+    a, b = named_leaves(first), named_leaves(second)
+    same = [
+        a[name].dtype == b[name].dtype and np.asarray(a[name]).tobytes() == np.asarray(b[name]).tobytes() for name in a
+    ]
+    return a.keys() == b.keys() and all(same)
+
+
+def _edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    fields = json.loads(file.read_text())
+    change(fields)
+    file.write_text(json.dumps(fields))
+
+
+# ---- Round trips ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["llamajax", "huggingface"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_round_trip_bit_for_bit(
+    form: Any, dtype: str, tiny_model: llamajax.Llama, tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    model = jax.tree.map(lambda leaf: leaf.astype(dtype), tiny_model)
+    save_checkpoint(model, tmp_path / "saved", tokenizer=tiny_tokenizer, form=form)
+    loaded, tokenizer = llamajax.load(tmp_path / "saved")
+    assert loaded.config == model.config
+    assert _same_bits(loaded, model)
+    assert tokenizer.model_bytes == tiny_tokenizer.model_bytes
+
+
+def test_header_says_what_is_inside(saved: Path, tiny_model: llamajax.Llama, tiny_tokenizer: Tokenizer) -> None:
+    opened = open_checkpoint(saved)
+    assert opened.description == "llamajax version 1 (Orbax), from a test"
+    assert opened.config == tiny_model.config
+    assert opened.tokenizer_bytes == tiny_tokenizer.model_bytes
+    described = {name: (leaf.shape, leaf.dtype) for name, leaf in named_leaves(opened.abstract).items()}
+    assert described == {name: (leaf.shape, leaf.dtype) for name, leaf in named_leaves(tiny_model).items()}
+
+
+def test_dtype_and_host_while_reading(saved: Path, tiny_model: llamajax.Llama) -> None:
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny_model)
+    assert _same_bits(llamajax.load(saved, dtype=jnp.bfloat16)[0], rounded)
+    host = open_checkpoint(saved).read(shardings="host")
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(host))
+    assert _same_bits(host, tiny_model)
+
+
+def test_tokenizer_option(saved: Path, tmp_path: Path, tiny_model: llamajax.Llama, tiny_tokenizer: Tokenizer) -> None:
+    save_checkpoint(tiny_model, tmp_path / "bare")
+    assert llamajax.load(tmp_path / "bare")[1] is None
+    (tmp_path / "named").write_bytes(tiny_tokenizer.model_bytes)
+    assert llamajax.load(tmp_path / "bare", tokenizer=tmp_path / "named")[1].model_bytes == tiny_tokenizer.model_bytes
+    with pytest.raises(LlamaJaxError, match="nowhere: no such file: expected a sentencepiece tokenizer.model"):
+        llamajax.load(saved, tokenizer=tmp_path / "nowhere")
+
+
+_DEVICES = """
+import sys
+from pathlib import Path
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+import llamajax
+from llamajax.checkpoint.naming import named_leaves
+assert len(jax.devices()) == 4
+mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+opened = llamajax.open_checkpoint(sys.argv[1])
+# The last axis of every matrix over 4 devices; vectors on all of them.
+spread = lambda leaf: NamedSharding(mesh, P(*[None] * (len(leaf.shape) - 1), "x"))
+model = opened.read(shardings=jax.tree.map(spread, opened.abstract))
+for name, leaf in named_leaves(model).items():
+    assert len(leaf.sharding.device_set) == 4 and leaf.addressable_shards[0].data.shape[-1] * 4 == leaf.shape[-1], name
+np.savez(sys.argv[2], **{name: np.asarray(leaf) for name, leaf in named_leaves(model).items()})
+llamajax.save_checkpoint(model, sys.argv[3])
+"""
+
+
+def test_another_number_of_devices(saved: Path, tiny_model: llamajax.Llama, tmp_path: Path) -> None:
+    """Saved on 1 device, restored on 4 and saved there, restored on 1."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    arguments = [str(saved), str(tmp_path / "values.npz"), str(tmp_path / "from4")]
+    done = subprocess.run(
+        [sys.executable, "-c", _DEVICES, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "values.npz") as values:
+        for name, leaf in named_leaves(tiny_model).items():
+            np.testing.assert_array_equal(values[name], leaf, name)
+    loaded, _ = llamajax.load(tmp_path / "from4")
+    assert _same_bits(loaded, tiny_model)
+    assert all(leaf.devices() == {jax.devices()[0]} for leaf in jax.tree.leaves(loaded))
+
+
+# ---- Damage ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(version=2), "format 'llamajax' version 2: this release reads 'llamajax' version 1"),
+        (lambda m: m.update(format="other"), "format 'other' version 1: this release reads 'llamajax' version 1"),
+        (lambda m: m.pop("version"), "damaged .*version.*: expected a checkpoint manifest"),
+        (lambda m: m.pop("config"), "'config' is missing: the manifest is damaged"),
+        (lambda m: m.pop("tokenizer_sha256"), "'tokenizer_sha256' is missing: the manifest is damaged"),
+        (lambda m: m.update(config=5), "config"),
+        (lambda m: m.update(config=[1, 2]), "config"),
+        (lambda m: m["config"].update(colour="red"), "unknown key 'colour': Config has vocab_size"),
+        (lambda m: m["config"].pop("width"), "missing key 'width': Config needs vocab_size"),
+        (lambda m: m["config"].update(norm_eps=10**400), "norm_eps is"),
+        (lambda m: m["config"].update(num_layers=3), r"is float32\[2, "),
+        (lambda m: m["config"].update(tied_embeddings=True), "the weights listed are not those of its config"),
+        (lambda m: m.update(weights=[]), "the weights listed are not those of its config"),
+        (lambda m: m["weights"].update(embed_VD=7), "embed_VD"),
+        (lambda m: m["weights"].pop("embed_VD"), "the weights listed are not those of its config"),
+        (lambda m: m["weights"]["embed_VD"].update(dtype="int64"), r"embed_VD is int64\[320, 24\]: expected a float"),
+        (lambda m: m["weights"]["embed_VD"].update(shape=[24, 320]), r"embed_VD is float32\[24, 320\]: expected"),
+        (lambda m: m.update(tokenizer_sha256="0" * 64), "not the file that the manifest names .sha256 differs"),
+    ],
+)
+def test_damaged_manifest(change: Callable[[dict[str, Any]], Any], message: str, copy: Path) -> None:
+    _edit(copy / "manifest.json", change)
+    with pytest.raises(LlamaJaxError, match=message) as caught:
+        open_checkpoint(copy)
+    assert str(copy) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"format": "llamajax", "ver', '["format"]', '"format"', '{"format": ' + "[" * 100_000]
+)
+def test_manifest_that_is_no_object(text: str, copy: Path) -> None:
+    (copy / "manifest.json").write_text(text)
+    with pytest.raises(LlamaJaxError, match="manifest.json: damaged .*: expected a checkpoint manifest"):
+        open_checkpoint(copy)
+
+
+def test_tampered_or_missing_tokenizer(copy: Path, tiny_tokenizer: Tokenizer) -> None:
+    (copy / "tokenizer.model").write_bytes(tiny_tokenizer.model_bytes + b"\0")
+    with pytest.raises(LlamaJaxError, match="tokenizer.model: not the file that the manifest names"):
+        open_checkpoint(copy)
+    (copy / "tokenizer.model").unlink()
+    with pytest.raises(LlamaJaxError, match="tokenizer.model: no such file, though the manifest names it"):
+        open_checkpoint(copy)
+
+
+def test_missing_weights_folder(copy: Path) -> None:
+    shutil.rmtree(copy / "weights")
+    with pytest.raises(LlamaJaxError, match=r"copy/weights: cannot be restored, damaged or incomplete \(.+\)"):
+        open_checkpoint(copy).read()
+
+
+_DAMAGE = """
+import sys
+from pathlib import Path
+import numpy as np
+import llamajax
+from llamajax.checkpoint.naming import named_leaves
+read = lambda: named_leaves(llamajax.open_checkpoint(sys.argv[1]).read(shardings="host"))
+whole = read()
+for file in sorted(path for path in Path(sys.argv[1], "weights").rglob("*") if path.is_file()):
+    data = file.read_bytes()
+    for damage in (lambda: file.unlink(), lambda: file.write_bytes(data[: len(data) // 2])):
+        damage()
+        try:
+            again = read()
+            print("equal" if all(np.array_equal(again[name], whole[name]) for name in whole) else f"wrong {file}")
+        except llamajax.LlamaJaxError as error:
+            print("refused", str(error))
+        file.write_bytes(data)
+try:
+    llamajax.open_checkpoint(sys.argv[2]).read()
+except llamajax.LlamaJaxError as error:
+    print("other", str(error))
+"""
+
+
+def test_damaged_weights(copy: Path) -> None:
+    """Deleted or cut in half, each file under weights/ is missed by our error, or the values do not need it.
+
+    And a manifest that agrees with itself, but not with what Orbax stored, is refused: nothing is cut or padded. In a process of its own: where one array is damaged, TensorStore goes on reading the others and complains into
+    whatever runs then.
+    """
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["config"]["ffn_width"] = 48
+        for name in ("gate_DF", "up_DF", "down_FD"):
+            shape = manifest["weights"][f"layers.ffn.{name}"]["shape"]
+            shape[:] = [48 if size == 40 else size for size in shape]
+
+    other = Path(shutil.copytree(copy, copy.with_name("other")))
+    _edit(other / "manifest.json", change)
+    arguments = [sys.executable, "-c", _DAMAGE, str(copy), str(other)]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *lines, last = done.stdout.splitlines()
+    assert last.startswith(f"other {other}/weights: cannot be restored, damaged or incomplete (")
+    refused = [line for line in lines if line.startswith("refused")]
+    assert len(refused) >= 4 and len(refused) + lines.count("equal") == len(lines), lines
+    assert all(f"{copy}/weights: cannot be restored, damaged or incomplete (" in line for line in refused)
+
+
+def test_weights_that_are_not_finite(tiny_model: llamajax.Llama, tmp_path: Path) -> None:
+    model = jax.tree.map(lambda leaf: leaf.at[..., 0].set(jnp.nan), tiny_model)
+    save_checkpoint(model, tmp_path / "nan")
+    with pytest.raises(LlamaJaxError, match="holds NaN or infinity: the weights are damaged"):
+        llamajax.load(tmp_path / "nan")
+
+
+# ---- Saving is atomic -----------------------------------------------------------------------------------------------
+
+
+def test_existing_target_is_left_alone(tiny_model: llamajax.Llama, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "note").write_text("mine")
+    with pytest.raises(LlamaJaxError, match="there: exists already: remove it or choose another path"):
+        save_checkpoint(tiny_model, tmp_path / "there")
+    assert [path.name for path in tmp_path.rglob("*")] == ["there", "note"]
+
+
+def test_target_that_cannot_be_created(tiny_model: llamajax.Llama, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LlamaJaxError, match=r"file/saved: cannot be created \(Not a directory\)"):
+        save_checkpoint(tiny_model, tmp_path / "file" / "saved")
+
+
+def test_unknown_form(tiny_model: llamajax.Llama, tmp_path: Path) -> None:
+    with pytest.raises(LlamaJaxError, match="form is 'gguf': expected 'llamajax' or 'huggingface'"):
+        save_checkpoint(tiny_model, tmp_path / "saved", form="gguf")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("form", ["llamajax", "huggingface"])
+def test_a_save_that_fails_leaves_nothing(
+    failure: BaseException, form: Any, tiny_model: llamajax.Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both writers put their JSON last, when everything else is on the disk: that is where this one fails."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(home if form == "llamajax" else huggingface, "json", SimpleNamespace(dumps=fail))
+    with pytest.raises(type(failure)):
+        save_checkpoint(tiny_model, tmp_path / "saved", form=form)
+    assert not list(tmp_path.iterdir())
+
+
+_KILLED = """
+import os, signal, sys
+from types import SimpleNamespace
+import jax, llamajax
+import numpy as np
+from llamajax.checkpoint import home
+config = llamajax.Config(vocab_size=8, width=8, ffn_width=8, num_layers=1, num_heads=1, num_kv_heads=1, head_size=8,
+                         context_length=8)
+home.json = SimpleNamespace(dumps=lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
+model = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), llamajax.abstract_model(config))
+llamajax.save_checkpoint(model, sys.argv[1])
+"""
+
+
+def test_a_killed_save_leaves_nothing_under_the_name(tmp_path: Path) -> None:
+    """SIGKILL, which no cleaning up survives, after the weights and before the manifest."""
+    done = subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path / "saved")], cwd=ROOT, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "saved").exists()
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".saved.partial-") and (left / "weights").is_dir()
+    with pytest.raises(LlamaJaxError, match="unknown format"):
+        open_checkpoint(left)
+
+
+# ---- Recognition ----------------------------------------------------------------------------------------------------
+
+
+def test_recognised_by_content_not_by_name(tiny_model: llamajax.Llama, saved: Path, tmp_path: Path) -> None:
+    save_checkpoint(tiny_model, tmp_path / "x.bin", form="huggingface")
+    (tmp_path / "x.bin" / "model.safetensors").rename(tmp_path / "x.bin" / "odd name.safetensors")
+    assert open_checkpoint(tmp_path / "x.bin").description == "Hugging Face safetensors (1 file)"
+    shutil.copytree(saved, tmp_path / "weights.gguf")
+    assert open_checkpoint(tmp_path / "weights.gguf").description.startswith("llamajax version 1")
+
+
+class _Touch:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def _write_unknown(path: Path, kind: str) -> None:
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("archive/data.pkl", pickle.dumps(_Touch(path.with_name("executed"))))
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(_Touch(path.with_name("executed"))))
+    elif kind == "empty folder":
+        path.mkdir()
+    elif kind == "folder":
+        path.mkdir()
+        (path / "pytorch_model.bin").write_bytes(pickle.dumps(_Touch(path.with_name("executed"))))
+    else:
+        contents = {"GGUF": b"GGUF\x03\0\0\0" + bytes(64), "empty": b"", "text": b"To whom it may concern:\n" * 9}
+        path.write_bytes(contents[kind])
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        ("GGUF", "GGUF, which is not read"),
+        ("zip", "a zip or .pth file, which is not read"),
+        ("pickle", "a pickle, which is not read"),
+        ("empty", "an empty file"),
+        ("empty folder", "an empty folder"),
+        ("folder", "a folder with pytorch_model.bin"),
+        ("text", "first bytes 54 6f 20 77 68 6f 6d 20"),
+    ],
+)
+def test_unknown_formats(kind: str, found: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    _write_unknown(path, kind)
+    with pytest.raises(LlamaJaxError) as caught:
+        open_checkpoint(path)
+    expected = (
+        "a llamajax checkpoint (manifest.json), a Hugging Face folder (config.json and safetensors) or a llama2.c file "
+        "(version 0, 1 or 2)"
+    )
+    assert str(caught.value) == f"{path}: unknown format ({found}): expected {expected}"
+    assert not (tmp_path / "executed").exists()
+
+
+def test_names_that_lead_nowhere(tmp_path: Path) -> None:
+    with pytest.raises(LlamaJaxError, match="no such file or folder: expected a checkpoint's path or 'box'"):
+        open_checkpoint(tmp_path / "nothing")
+    with pytest.raises(LlamaJaxError, match="llama3.2-1b: a preset is an architecture without weights: give the path"):
+        open_checkpoint("llama3.2-1b")

@@ -1,0 +1,283 @@
+"""Config: published sizes, strict readers both ways, and the text of every refusal."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import llamajax
+from llamajax import Config, LlamaJaxError, RopeScaling, abstract_model, preset, preset_names
+from llamajax.config import config_from_hf, config_to_hf
+
+# Numbers of parameters as published: Meta's model cards and papers, and the weight files on the Hugging Face hub.
+PUBLISHED = {
+    "llama-7b": 6_738_415_616,
+    "llama-13b": 13_015_864_320,
+    "llama-30b": 32_528_943_616,
+    "llama-65b": 65_285_660_672,
+    "llama2-7b": 6_738_415_616,
+    "llama2-13b": 13_015_864_320,
+    "llama2-70b": 68_976_648_192,
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+    "llama3.1-8b": 8_030_261_248,
+    "llama3.1-70b": 70_553_706_496,
+    "llama3.1-405b": 405_853_388_800,
+    "llama3.2-1b": 1_235_814_400,
+    "llama3.2-3b": 3_212_749_824,
+    "tinyllama-1.1b": 1_100_048_384,
+}
+
+# context, norm_eps, theta, RoPE factor. Counts of parameters cannot see these.
+RUN_TIME = {
+    "llama-7b": (2048, 1e-6, 1e4, None),
+    "llama-65b": (2048, 1e-5, 1e4, None),
+    "llama2-7b": (4096, 1e-5, 1e4, None),
+    "llama2-70b": (4096, 1e-5, 1e4, None),
+    "llama3-8b": (8192, 1e-5, 5e5, None),
+    "llama3.1-8b": (131072, 1e-5, 5e5, 8.0),
+    "llama3.1-405b": (131072, 1e-5, 5e5, 8.0),
+    "llama3.2-1b": (131072, 1e-5, 5e5, 32.0),
+    "llama3.2-3b": (131072, 1e-5, 5e5, 32.0),
+    "tinyllama-1.1b": (2048, 1e-5, 1e4, None),
+}
+
+VALID = dict(
+    vocab_size=32, width=8, ffn_width=12, num_layers=1, num_heads=4, num_kv_heads=2, head_size=2, context_length=16
+)
+HF = dict(
+    model_type="llama", vocab_size=32, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=4
+)
+LLAMA3 = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+)
+
+
+# ---- Presets --------------------------------------------------------------------------------------------------------
+
+
+def test_every_published_model_has_a_preset() -> None:
+    assert set(preset_names()) >= {*PUBLISHED, "box"}
+    assert preset_names() == sorted(preset_names())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_preset_has_the_published_size(name: str) -> None:
+    config = preset(name)
+    assert config.num_parameters == PUBLISHED[name]
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_model(config))) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", RUN_TIME)
+def test_preset_has_the_published_context_and_rope(name: str) -> None:
+    config = preset(name)
+    factor = config.rope_scaling.factor if config.rope_scaling else None
+    assert (config.context_length, config.norm_eps, config.rope_theta, factor) == RUN_TIME[name]
+    if config.rope_scaling:
+        assert config.rope_scaling == RopeScaling(kind="llama3", factor=factor, original_context_length=8192)
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(LlamaJaxError, match="no preset is called 'llama9-1b': expected one of .*llama2-7b"):
+        preset("llama9-1b")
+
+
+# ---- Round trips ----------------------------------------------------------------------------------------------------
+
+_positive = st.integers(1, 1 << 20)
+_factors = st.floats(1.0, 1e6)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> Config:
+    """Any config that is valid."""
+    kv_heads = draw(st.integers(1, 64))
+    scaling = None
+    if kind := draw(st.sampled_from([None, "linear", "llama3"])):
+        low = draw(st.floats(0, 8))
+        scaling = RopeScaling(kind=kind, factor=draw(_factors))
+        if kind == "llama3":
+            scaling = dataclasses.replace(
+                scaling,
+                low_freq_factor=low,
+                high_freq_factor=low + draw(st.floats(0.5, 8)),
+                original_context_length=draw(_positive),
+            )
+    return Config(
+        vocab_size=draw(_positive),
+        width=draw(_positive),
+        ffn_width=draw(_positive),
+        num_layers=draw(_positive),
+        num_heads=kv_heads * draw(st.integers(1, 64)),
+        num_kv_heads=kv_heads,
+        head_size=2 * draw(st.integers(1, 256)),
+        context_length=draw(_positive),
+        norm_eps=draw(st.floats(0, 1)),
+        rope_theta=draw(st.floats(1, 1e9)),
+        rope_scaling=scaling,
+        tied_embeddings=draw(st.booleans()),
+    )
+
+
+@settings(deadline=None, derandomize=True, database=None)
+@given(configs())
+def test_round_trips(config: Config) -> None:
+    """Through JSON text, in our names and in Hugging Face's."""
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config_from_hf(json.loads(json.dumps(config_to_hf(config)))) == config
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=15)
+@given(configs())
+def test_num_parameters_counts_the_leaves(config: Config) -> None:
+    assert config.num_parameters == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_model(config)))
+
+
+def test_configs_are_values() -> None:
+    """Equal ones are one key of a compilation cache; none can be changed."""
+    assert hash(Config(**VALID)) == hash(Config(**VALID))
+    assert len({Config(**VALID), Config(**VALID), Config(**VALID | {"width": 10})}) == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config(**VALID).width = 16  # type: ignore[misc]
+    assert jax.jit(lambda config: np.float32(config.width), static_argnums=0)(Config(**VALID)) == 8
+
+
+def test_defaults_of_hugging_face() -> None:
+    """Those of transformers' LlamaConfig."""
+    expected = Config(**VALID | {"num_kv_heads": 4, "context_length": 2048}, norm_eps=1e-6)
+    assert config_from_hf(HF) == expected
+    assert config_from_hf(HF | {"head_dim": None, "num_key_value_heads": None, "rope_scaling": None}) == expected
+    assert config_from_hf(HF | {"torch_dtype": "float16", "use_cache": True, "pretraining_tp": 1}) == expected
+
+
+def test_both_spellings_of_rope() -> None:
+    default = config_from_hf(HF | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
+    assert default == config_from_hf(HF | {"rope_theta": 5e5}) and default.rope_theta == 5e5
+    new = config_from_hf(HF | {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}})
+    assert new == config_from_hf(HF | {"rope_theta": 5e5, "rope_scaling": LLAMA3})
+    assert new.rope_scaling == RopeScaling(kind="llama3", factor=8.0, original_context_length=64)
+    linear = RopeScaling(kind="linear", factor=4.0)
+    for name in ("type", "rope_type"):
+        assert config_from_hf(HF | {"rope_scaling": {name: "linear", "factor": 4.0}}).rope_scaling == linear
+
+
+# ---- Refusals -------------------------------------------------------------------------------------------------------
+
+_SCALING = {"kind": "llama3", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 0}, "width is 0: expected a whole number from 1 to 134217728"),
+        ({"vocab_size": 2**27 + 1}, "vocab_size is 134217729: expected a whole number"),
+        ({"num_layers": 2.0}, "num_layers is 2.0: expected a whole number"),
+        ({"num_layers": True}, "num_layers is True: expected a whole number"),
+        ({"ffn_width": "12"}, "ffn_width is '12': expected a whole number"),
+        ({"norm_eps": -1e-9}, "norm_eps is -1e-09: expected a finite number, at least 0.0"),
+        ({"norm_eps": math.nan}, "norm_eps is nan: expected a finite number"),
+        ({"norm_eps": 10**400}, "norm_eps is .*: expected a finite number"),
+        ({"rope_theta": math.inf}, "rope_theta is inf: expected a finite number, at least 1.0"),
+        ({"rope_theta": 0.5}, "rope_theta is 0.5: expected a finite number, at least 1.0"),
+        ({"rope_theta": "10000"}, "rope_theta is '10000': expected a finite number"),
+        ({"tied_embeddings": 1}, "tied_embeddings is 1: expected true or false"),
+        ({"num_heads": 3}, "num_heads is 3: expected a multiple of num_kv_heads, 2"),
+        ({"head_size": 3}, "head_size is 3: expected an even number, RoPE rotates pairs"),
+        ({"colour": "red"}, "unknown key 'colour': Config has vocab_size, width"),
+        ({"rope_scaling": 3}, "RopeScaling is 3: expected a table of fields"),
+        ({"rope_scaling": {"kind": "linear"}}, "missing key 'factor': RopeScaling needs kind, factor"),
+        ({"rope_scaling": _SCALING | {"x": 1}}, "unknown key 'x': RopeScaling has kind, factor"),
+        ({"rope_scaling": {"kind": "yarn", "factor": 2.0}}, "'yarn' is not supported: expected 'linear' or 'llama3'"),
+        ({"rope_scaling": {"kind": [], "factor": 2.0}}, r"kind \[\] is not supported: expected 'linear' or 'llama3'"),
+        ({"rope_scaling": _SCALING | {"factor": 0.5}}, "factor is 0.5: expected a finite number, at least 1.0"),
+        ({"rope_scaling": _SCALING | {"low_freq_factor": -1}}, "low_freq_factor is -1: expected a finite number"),
+        ({"rope_scaling": _SCALING | {"low_freq_factor": 4.0}}, "high_freq_factor is 4.0: expected more than low_freq"),
+        ({"rope_scaling": _SCALING | {"original_context_length": 0}}, "original_context_length is 0: expected a whole"),
+    ],
+)
+def test_refused_fields(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(LlamaJaxError, match=f"^somewhere: .*{message}"):
+        Config.from_dict(VALID | change, "somewhere")
+
+
+@pytest.mark.parametrize("field", VALID)
+def test_missing_fields(field: str) -> None:
+    fields = {key: value for key, value in VALID.items() if key != field}
+    with pytest.raises(LlamaJaxError, match=f"missing key '{field}': Config needs vocab_size, width"):
+        Config.from_dict(fields)
+
+
+@pytest.mark.parametrize("fields", [5, [1, 2], "width", None])
+def test_fields_that_are_no_table(fields: Any) -> None:
+    with pytest.raises(LlamaJaxError, match="^somewhere: .*expected a table of fields"):
+        Config.from_dict(fields, "somewhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mistral"}, "model_type is 'mistral': expected 'llama'"),
+        ({"model_type": None}, "model_type is None: expected 'llama'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', which is not supported: expected 'silu'"),
+        ({"attention_bias": True}, "attention_bias is True, which is not supported: expected False"),
+        ({"mlp_bias": True}, "mlp_bias is True, which is not supported: expected False"),
+        ({"pretraining_tp": 2}, "pretraining_tp is 2, which is not supported: expected 1"),
+        ({"sliding_window": 4096}, "sliding_window is 4096, which is not supported: expected None"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}, which is not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, which is not supported: expected 1.0"),
+        ({"num_experts": 8}, "unknown key 'num_experts': remove it if it does not change the forward pass .read: att"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear': expected an object"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            r"RoPE scaling 'yarn' with \['factor'\] is not supported",
+        ),
+        ({"rope_scaling": {"rope_type": "linear"}}, r"RoPE scaling 'linear' with \[\] is not supported: expected"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mscale": 1}},
+            r"'linear' with \['factor', 'mscale'\]",
+        ),
+        ({"rope_scaling": {"factor": 2.0}}, r"RoPE scaling None with \['factor'\] is not supported"),
+        (
+            {"rope_scaling": {"type": "linear", "rope_type": "llama3", "factor": 2.0}},
+            "RoPE scaling .* is not supported",
+        ),
+        ({"rope_scaling": {"rope_type": [], "factor": 2.0}}, "RoPE scaling .* is not supported"),
+        ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}, "rope_scaling"),
+        ({"num_attention_heads": 0}, "num_heads is 0: expected a whole number"),
+        (
+            {"num_attention_heads": 3, "num_key_value_heads": 2},
+            "num_heads is 3: expected a multiple of num_kv_heads, 2",
+        ),
+        ({"hidden_size": 10**30}, "is 1000.*: expected a whole number"),
+        ({"rms_norm_eps": 10**400}, "norm_eps is .*: expected a finite number"),
+        ({"tie_word_embeddings": "yes"}, "tied_embeddings is 'yes': expected true or false"),
+    ],
+)
+def test_refused_hugging_face_configs(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(LlamaJaxError, match=f"^a/config.json: .*{message}"):
+        config_from_hf(HF | change, "a/config.json")
+
+
+@pytest.mark.parametrize(
+    "key", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+)
+def test_missing_hugging_face_keys_go_by_the_names_in_the_file(key: str) -> None:
+    """The reader of the message has config.json before them, where nothing is called `width`."""
+    with pytest.raises(LlamaJaxError, match=f"missing key '?{key}"):
+        config_from_hf({name: value for name, value in HF.items() if name != key})
+
+
+def test_hugging_face_config_that_is_no_object() -> None:
+    with pytest.raises(LlamaJaxError, match="config.json: expected a JSON object, got list"):
+        config_from_hf([])  # type: ignore[arg-type]
+
+
+def test_the_error_is_a_value_error() -> None:
+    """So that callers who know nothing of us can catch it."""
+    assert issubclass(llamajax.LlamaJaxError, ValueError)

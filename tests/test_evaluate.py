@@ -1,0 +1,123 @@
+"""Cross-entropy against NumPy: windows, padding of the last batch, and what is refused."""
+
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llamajax import Llama, LlamaJaxError, Tokenizer
+from llamajax.evaluate import cross_entropy, encode_documents, next_token_losses, read_documents
+
+
+@pytest.fixture(scope="module")
+def tokens() -> np.ndarray:
+    """56 random ids: 11 windows of 5 and one id more, so that the last one's target is the very last id."""
+    return np.random.default_rng(0).integers(0, 320, 56)
+
+
+_logits = jax.jit(lambda model, tokens_BT: model(tokens_BT)[0])
+
+
+def _losses(model: Llama, rows: np.ndarray) -> np.ndarray:
+    """Of every token after the first of its row, in float64, from logits."""
+    logits = np.asarray(_logits(model, jnp.asarray(rows[:, :-1])), np.float64)
+    probability = np.exp(logits - logits.max(-1, keepdims=True))
+    probability /= probability.sum(-1, keepdims=True)
+    return -np.log(np.take_along_axis(probability, rows[:, 1:, None], -1)[..., 0])
+
+
+def test_next_token_losses_are_numpys(tiny_model: Llama, tokens: np.ndarray) -> None:
+    rows = tokens.reshape(4, 14)
+    losses = jax.jit(next_token_losses)(tiny_model, jnp.asarray(rows))
+    assert losses.shape == (4, 13) and losses.dtype == jnp.float32
+    np.testing.assert_allclose(losses, _losses(tiny_model, rows), rtol=1e-5, atol=1e-5)
+
+
+def test_next_token_losses_are_differentiable(tiny_model: Llama, tokens: np.ndarray) -> None:
+    """Softmax minus one-hot, averaged: the gradient of the mean loss by a head that is multiplied by one hidden state."""
+    row = jnp.asarray(tokens[None, :2])
+
+    def mean(head_VD: jax.Array) -> jax.Array:
+        model = jax.tree.map(lambda leaf: leaf, tiny_model)
+        model.head_VD.set_value(head_VD)
+        return next_token_losses(model, row).mean()
+
+    gradient = jax.jit(jax.grad(mean))(tiny_model.head_VD[...])
+    hidden_D = np.asarray(tiny_model.trunk(row[:, :1])[0])[0, 0]
+    error_V = np.array(jax.nn.softmax(tiny_model(row[:, :1])[0][0, 0]))
+    error_V[tokens[1]] -= 1
+    np.testing.assert_allclose(gradient, np.outer(error_V, hidden_D), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_windows_and_batches(batch: int, tiny_model: Llama, tokens: np.ndarray) -> None:
+    """11 windows fill no batch of 4 or 16: what pads them does not count, and what fills no window is left out."""
+    rows = np.stack([tokens[i : i + 6] for i in range(0, 55, 5)])
+    expected = _losses(tiny_model, rows).mean()
+    for text in (tokens, list(map(int, tokens)), np.concatenate([tokens, [1, 2, 3]])):
+        assert cross_entropy(tiny_model, text, window=5, batch=batch) == pytest.approx(expected, rel=1e-5)
+
+
+def test_longest_window_sees_everything(tiny_model: Llama, tokens: np.ndarray) -> None:
+    expected = _losses(tiny_model, tokens[None]).mean()
+    assert cross_entropy(tiny_model, tokens, window=55, batch=1) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_uniform_model_gives_log_v(tiny_model: Llama, tokens: np.ndarray) -> None:
+    model = jax.tree.map(lambda leaf: leaf, tiny_model)
+    model.head_VD.set_value(jnp.zeros_like(tiny_model.head_VD[...]))
+    assert cross_entropy(model, tokens, window=5, batch=4) == pytest.approx(math.log(320), rel=1e-6)
+
+
+def test_progress(tiny_model: Llama, tokens: np.ndarray) -> None:
+    calls: list[tuple[int, int]] = []
+    cross_entropy(tiny_model, tokens, window=5, batch=4, on_batch=lambda done, total: calls.append((done, total)))
+    assert calls == [(4, 11), (8, 11), (11, 11)]
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "message"),
+    [
+        (5, {"window": 5}, "the text has 5 tokens: expected at least 6, one window of 5"),
+        (0, {"window": 5}, "the text has 0 tokens: expected at least 6"),
+        (9, {"window": 0}, "window is 0: expected"),
+        (9, {"window": -3}, "window is -3: expected"),
+        (9, {"window": 5, "batch": 0}, "batch is 0: expected"),
+    ],
+)
+def test_refused(count: int, options: dict[str, int], message: str, tiny_model: Llama) -> None:
+    with pytest.raises(LlamaJaxError, match=message):
+        cross_entropy(tiny_model, np.ones(count, np.int32), **options)
+
+
+# ---- Texts ----------------------------------------------------------------------------------------------------------
+
+
+def test_documents(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    (tmp_path / "text").write_text("  one\n<|endoftext|>\n\n<|endoftext|>two\nlines<|endoftext|>", encoding="utf-8")
+    documents = read_documents(tmp_path / "text")
+    assert documents == ["one", "two\nlines"]
+    ids = encode_documents(tiny_tokenizer, documents)
+    assert ids.dtype == np.int32
+    assert ids.tolist() == tiny_tokenizer.encode("one") + tiny_tokenizer.encode("two\nlines")
+    assert np.flatnonzero(ids == 1).tolist() == [0, len(tiny_tokenizer.encode("one"))]
+    assert encode_documents(tiny_tokenizer, []).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "text: no such file: expected a UTF-8 text, documents separated by <|endoftext|>"),
+        (b"caf\xe9 noir", "text: not UTF-8 at byte 3: expected a UTF-8 text"),
+        (b" \n<|endoftext|>\n", "text: no text in it: expected at least one document"),
+    ],
+)
+def test_refused_texts(data: bytes | None, message: str, tmp_path: Path) -> None:
+    if data is not None:
+        (tmp_path / "text").write_bytes(data)
+    with pytest.raises(LlamaJaxError) as caught:
+        read_documents(tmp_path / "text")
+    assert str(caught.value).endswith(message)

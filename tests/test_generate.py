@@ -1,0 +1,309 @@
+"""The generation loop against loops written here without a cache: tokens, log-probabilities, limits, programs, speed.
+
+What the text does while it streams is in test_stream.py.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import llamajax
+from llamajax import KVCache, Llama, LlamaJaxError, Tokenizer, generate, make_sampler, stream
+from llamajax.generate import DECODE_BLOCK, PREFILL_BUCKETS, DecodeState, Speed, decode, plan_chunks, prefill
+
+LENGTH = 64  # of all sequences that the cacheless loops see, so that they share one program
+PROMPT = [1, 270, 300, 12, 12, 281]
+
+_all_logits = jax.jit(lambda model, tokens_BT: model(tokens_BT)[0])
+
+
+def _logits(model: Llama, ids: list[int]) -> np.ndarray:
+    """Logits behind every position of `ids`, no cache; what pads the row comes later and is not seen."""
+    assert len(ids) <= LENGTH
+    return np.asarray(_all_logits(model, jnp.asarray([ids + [0] * (LENGTH - len(ids))])))[0, : len(ids)]
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=-1, keepdims=True)
+    return wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+
+
+def _greedy(model: Llama, prompt: list[int], count: int, penalty: float = 1.0) -> list[int]:
+    """Step by step, everything computed anew each time."""
+    ids = list(prompt)
+    for _ in range(count):
+        logits = _logits(model, ids)[-1].copy()
+        for index in set(ids):
+            logits[index] = logits[index] / penalty if logits[index] > 0 else logits[index] * penalty
+        ids.append(int(np.argmax(logits)))
+    return ids[len(prompt) :]
+
+
+def _ragged() -> list[list[int]]:
+    """Eight prompts of 1 to 30 ids: rows without a prefill beside rows of two buckets."""
+    rng = np.random.default_rng(5)
+    return [[1, *map(int, rng.integers(3, 320, length))] for length in (5, 0, 29, 1, 16, 17, 3, 8)]
+
+
+# ---- The same tokens as without a cache -----------------------------------------------------------------------------
+
+
+def test_greedy_is_the_argmax_loop(tiny_model: Llama) -> None:
+    completion = generate(tiny_model, None, PROMPT, max_new_tokens=24, temperature=0)
+    assert completion.tokens == _greedy(tiny_model, PROMPT, 24)
+    assert len(set(completion.tokens)) > 3, "a sequence that does not move would agree with anything"
+    assert (completion.prompt_tokens, completion.finish_reason, completion.text) == (6, "length", "")
+
+
+def test_log_probabilities_are_the_models_own(tiny_model: Llama) -> None:
+    """Before temperature and filters, whatever these chose."""
+    completion = generate(tiny_model, None, PROMPT, max_new_tokens=24, temperature=1.7, top_k=50, seed=3)
+    expected = _log_softmax(_logits(tiny_model, PROMPT + completion.tokens))
+    picked = [expected[len(PROMPT) - 1 + i, token] for i, token in enumerate(completion.tokens)]
+    np.testing.assert_allclose(completion.log_probabilities, picked, atol=1e-4)
+
+
+def test_repetition_penalty_is_the_numpy_loop(tiny_model: Llama) -> None:
+    penalized = generate(tiny_model, None, PROMPT, max_new_tokens=24, temperature=0, repetition_penalty=1.5).tokens
+    assert penalized == _greedy(tiny_model, PROMPT, 24, penalty=1.5)
+    assert penalized != _greedy(tiny_model, PROMPT, 24)
+
+
+def test_a_row_does_not_depend_on_its_batch(tiny_model: Llama) -> None:
+    prompts = _ragged()
+    seeds = [7, 7, 8, 9, 10, 11, 12, 4_294_967_295]
+    batch = generate(tiny_model, None, prompts, max_new_tokens=12, seed=seeds)
+    for prompt, seed, row in zip(prompts, seeds, batch, strict=True):
+        alone = generate(tiny_model, None, prompt, max_new_tokens=12, seed=seed)
+        assert alone.tokens == row.tokens
+        np.testing.assert_allclose(alone.log_probabilities, row.log_probabilities, atol=1e-4)
+        assert row.prompt_tokens == len(prompt)
+
+
+def test_seeds(tiny_model: Llama) -> None:
+    rows = generate(tiny_model, None, [PROMPT] * 8, max_new_tokens=12, seed=[0, 0, 1, 2, 3, 4, 5, 6])
+    again = generate(tiny_model, None, [PROMPT] * 8, max_new_tokens=12, seed=[0, 0, 1, 2, 3, 4, 5, 6])
+    assert [row.tokens for row in rows] == [row.tokens for row in again]
+    assert rows[0] == rows[1]
+    assert len({tuple(row.tokens) for row in rows}) == 7
+
+
+def test_knobs_by_row(tiny_model: Llama) -> None:
+    """With top_k 1 a row is greedy, whatever the rest of the batch does."""
+    rows = generate(tiny_model, None, [PROMPT] * 8, max_new_tokens=12, top_k=[1, 1, 1, 320, 320, 320, 320, 320], seed=2)
+    assert rows[0].tokens == rows[2].tokens == _greedy(tiny_model, PROMPT, 12)
+    assert rows[3].tokens == rows[7].tokens != rows[0].tokens
+
+
+def test_prompts_as_text_and_as_ids(tiny_model: Llama, tiny_tokenizer: Tokenizer) -> None:
+    text = "Once upon a time"
+    ids = tiny_tokenizer.encode(text)
+    first = generate(tiny_model, tiny_tokenizer, text, max_new_tokens=12, temperature=0)
+    for prompt in (ids, np.asarray(ids), tuple(ids)):
+        assert generate(tiny_model, tiny_tokenizer, prompt, max_new_tokens=12, temperature=0) == first
+    mixed = generate(tiny_model, tiny_tokenizer, [text, ids], max_new_tokens=12, temperature=0)
+    assert [row.tokens for row in mixed] == [first.tokens] * 2
+    assert first.prompt_tokens == len(ids)
+    empty = generate(tiny_model, tiny_tokenizer, "", max_new_tokens=12, temperature=0)
+    assert empty == generate(tiny_model, tiny_tokenizer, [1], max_new_tokens=12, temperature=0)
+
+
+def test_prefill_and_decode_by_hand(tiny_model: Llama) -> None:
+    """Pure functions: under plain `jax.jit`, in two chunks and two calls, they make what `generate` makes."""
+    prompt, plain_prefill, plain_decode = list(range(3, 40)), jax.jit(prefill), jax.jit(decode)
+    cache = KVCache.empty(tiny_model.config, 1, 128)
+    cache = plain_prefill(tiny_model, jnp.asarray([prompt[:16]]), jnp.asarray([16]), cache)
+    padded = jnp.asarray([prompt[16:-1] + [0] * 12])
+    cache = plain_prefill(tiny_model, padded, jnp.asarray([20]), cache)
+    assert cache.length_B.tolist() == [36]
+    last_B, key_B = jnp.asarray([prompt[-1]]), jax.random.key(5)[None]
+    state = DecodeState(cache, last_B, key_B, jnp.zeros(1, bool), None)
+    made: list[int] = []
+    for limit in (5, 1000):  # More than a block is a block.
+        arguments = make_sampler(temperature=0.9), jnp.zeros(0, jnp.int32), jnp.asarray(limit)
+        state, token_BM, log_probability_BM, steps = plain_decode(tiny_model, state, *arguments)
+        assert token_BM.shape == log_probability_BM.shape == (1, DECODE_BLOCK)
+        assert int(steps) == min(limit, DECODE_BLOCK)
+        made += token_BM[0, : int(steps)].tolist()
+    assert state.cache.length_B.tolist() == [36 + 5 + DECODE_BLOCK]
+    assert state.token_B.tolist() == made[-1:]
+    expected = generate(tiny_model, None, prompt, max_new_tokens=len(made), temperature=0.9, seed=5)
+    assert made == expected.tokens
+
+
+def test_decode_stops_when_every_row_has(tiny_model: Llama) -> None:
+    made = _greedy(tiny_model, PROMPT, 8)
+    cache = prefill(
+        tiny_model, jnp.asarray([PROMPT[:-1]] * 2), jnp.asarray([5, 5]), KVCache.empty(tiny_model.config, 2, 64)
+    )
+    state = DecodeState(
+        cache, jnp.asarray([PROMPT[-1]] * 2), jax.random.split(jax.random.key(0)), jnp.zeros(2, bool), None
+    )
+    stop = next(token for i, token in enumerate(made) if i > 2 and token not in made[:i])
+    arguments = make_sampler(temperature=0), jnp.asarray([9999, stop]), jnp.asarray(64)
+    state, token_BM, _, steps = jax.jit(decode)(tiny_model, state, *arguments)
+    assert int(steps) == made.index(stop) + 1
+    assert token_BM[0, : int(steps)].tolist() == made[: int(steps)]
+    assert state.done_B.tolist() == [True, True]
+
+
+# ---- Limits ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def short(tiny_model: Llama) -> Llama:
+    """The tiny model with a context of 32 tokens."""
+    config = dataclasses.replace(tiny_model.config, context_length=32)
+    structure = jax.tree.structure(llamajax.abstract_model(config))
+    return jax.tree.unflatten(structure, jax.tree.leaves(tiny_model))
+
+
+def test_filling_the_context_exactly(short: Llama, tiny_model: Llama) -> None:
+    """32 tokens fit, and one more is made that nothing follows."""
+    completion = generate(short, None, PROMPT, max_new_tokens=27, temperature=0)
+    assert completion.tokens == _greedy(tiny_model, PROMPT, 27)
+    assert generate(short, None, PROMPT, temperature=0).tokens == completion.tokens
+    full = generate(short, None, PROMPT + completion.tokens[:-1], temperature=0)
+    assert (full.prompt_tokens, full.tokens) == (32, completion.tokens[-1:])
+
+
+def test_beyond_the_context(short: Llama) -> None:
+    with pytest.raises(
+        LlamaJaxError, match="max_new_tokens is 28: the context of 32 tokens has room for 27 behind the"
+    ):
+        generate(short, None, PROMPT, max_new_tokens=28)
+    with pytest.raises(LlamaJaxError, match="the prompt has 33 tokens, the model's context 32: shorten the prompt"):
+        generate(short, None, [[1], [1] * 33], max_new_tokens=1)
+
+
+def test_default_number_of_tokens(tiny_model: Llama) -> None:
+    assert len(generate(tiny_model, None, PROMPT, temperature=0).tokens) == 256
+
+
+@given(st.integers(0, 5000))
+@settings(deadline=None, derandomize=True, database=None)
+def test_plan_chunks(length: int) -> None:
+    """Covers; every chunk but the last is full and of the largest size; no smaller bucket would hold the last part."""
+    chunks = plan_chunks(length)
+    largest = max(PREFILL_BUCKETS)
+    assert set(chunks) <= set(PREFILL_BUCKETS) and set(chunks[:-1]) <= {largest}
+    assert sum(chunks) >= length
+    rest = length - sum(chunks[:-1])
+    assert (rest > 0) == bool(chunks)
+    if chunks:
+        assert chunks[-1] == min(bucket for bucket in PREFILL_BUCKETS if bucket >= rest)
+
+
+# ---- Programs and speed ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def backend_compilations():
+    """Programs that XLA compiled meanwhile, as JAX itself counts them."""
+    seen: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *args, **kwargs: seen.append(name))
+    return lambda: sum("backend_compile" in name for name in seen)
+
+
+def test_number_of_programs(tiny_model: Llama, tiny_tokenizer: Tokenizer, backend_compilations: Any) -> None:
+    """One prefill and one decode program serve every prompt of a bucket and every value of every knob."""
+    config = dataclasses.replace(tiny_model.config, context_length=300)  # of no other test, so that nothing is compiled
+    model = jax.tree.unflatten(jax.tree.structure(llamajax.abstract_model(config)), jax.tree.leaves(tiny_model))
+
+    def compiled(prompt: list[int], **options: Any) -> int:
+        run = stream(model, tiny_tokenizer, prompt, **options)
+        list(run)
+        return run.speed.compilations
+
+    assert compiled([1] * 2, max_new_tokens=3, temperature=0.5) == 2
+    before = backend_compilations()
+    assert before >= 2
+    for length in (3, 9, 17):
+        assert compiled([1] * length, max_new_tokens=3, temperature=0.5) == 0
+    assert compiled([1] * 9, max_new_tokens=20, temperature=0.6, seed=4) == 0
+    assert compiled([1] * 9, max_new_tokens=70, temperature=1.0, seed=5, stop=["x", "yz"]) == 0
+    assert compiled([1], max_new_tokens=3) == 0
+    assert backend_compilations() == before
+    assert compiled([1] * 18, max_new_tokens=3) == 1  # the next bucket: a prefill program
+    assert compiled([1] * 18, max_new_tokens=3, temperature=0) == 1  # greedy: a decode program
+
+
+def test_speed_adds_up(tiny_model: Llama) -> None:
+    prompts = [[1] * 300, [1] * 20]
+    run = stream(tiny_model, None, prompts, max_new_tokens=9, temperature=0)
+    list(run)
+    speed = run.speed
+    assert (speed.prefill_tokens, speed.prefill_chunks) == (299 + 19, len(plan_chunks(299)))
+    assert (speed.decode_tokens, speed.decode_steps) == (18, 9)
+    assert speed.decode_tokens == sum(len(completion.tokens) for completion in run.completions)
+    c = tiny_model.config
+    slots = 512  # 320 prefilled slots, in multiples of 256
+    cache = 2 * c.num_layers * 2 * c.num_kv_heads * slots * c.head_size * 4 + 2 * 4
+    assert speed.step_bytes == (c.num_parameters - c.vocab_size * c.width) * 4 + cache  # not the embedding
+    assert math.isclose(speed.decode_tokens_per_second, 18 / speed.decode_seconds)
+    assert math.isclose(speed.prefill_tokens_per_second, 318 / speed.prefill_seconds)
+    assert math.isclose(speed.decode_gigabytes_per_second, speed.step_bytes * 9 / speed.decode_seconds / 1e9)
+    assert math.isclose(speed.prefill_gigabytes_per_second, speed.step_bytes * 2 / speed.prefill_seconds / 1e9)
+
+
+def test_speed_of_nothing() -> None:
+    speed = Speed()
+    assert speed.prefill_tokens_per_second == speed.decode_tokens_per_second == 0
+    assert speed.prefill_gigabytes_per_second == speed.decode_gigabytes_per_second == 0
+
+
+# ---- Refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "no prompt was given: expected at least one"),
+        ([[1], []], {}, "a prompt has no tokens"),
+        ("text", {}, "the model came without a tokenizer: name one, or give prompts as lists of ids"),
+        ([1, 320], {}, "token 320 in a prompt: expected ids from 0 to 319"),
+        ([1, -1], {}, "token -1 in a prompt: expected ids from 0 to 319"),
+        ([[1.5]], {}, "1.5"),
+        ([["a"]], {}, "'a'"),
+        ([1], {"max_new_tokens": 0}, "max_new_tokens is 0: expected a whole number, at least 1"),
+        ([1], {"max_new_tokens": 2.0}, "max_new_tokens is 2.0: expected a whole number, at least 1"),
+        ([1], {"max_new_tokens": True}, "max_new_tokens is True: expected a whole number, at least 1"),
+        ([1], {"seed": -1}, "seed is -1: expected a whole number from 0 to 4294967295"),
+        ([1], {"seed": 2**32}, "seed is 4294967296: expected a whole number from 0 to 4294967295"),
+        ([1], {"seed": True}, "seed is True: expected a whole number from 0 to 4294967295"),
+        ([1], {"seed": 1.5}, "seed is 1.5: expected a whole number from 0 to 4294967295"),
+        ([1], {"seed": [1, 2]}, "2 seeds were given: expected one, or one for each of 1 prompts"),
+        ([[1], [1]], {"temperature": [1.0, 1.0, 1.0]}, "temperature has 3 values: expected one, or one for each of 2"),
+        (
+            [1],
+            {"repetition_penalty": [1.1, 1.2]},
+            "repetition_penalty has 2 values: expected one, or one for each of 1",
+        ),
+        ([1], {"temperature": -0.1}, "temperature is -0.1: expected a finite number, 0 .greedy. or more"),
+        ([1], {"temperature": 10**400}, "temperature is .*: expected a finite number, 0 .greedy. or more"),
+        ([1], {"top_k": 0}, "top_k is 0: expected a whole number, 1 or more"),
+        ([1], {"top_p": 0}, "top_p is 0: expected a number above 0, at most 1"),
+        ([1], {"min_p": 1.1}, "min_p is 1.1: expected a number from 0 to 1"),
+        ([1], {"repetition_penalty": 0}, "repetition_penalty is 0: expected a positive number, 1 for none"),
+        ([1], {"stop": "x"}, "stop strings need a tokenizer, and the model came without one: name one"),
+        ([1], {"stop": ["x", ""]}, r"stop is \['x', ''\]: expected texts of at least one character"),
+        ([1], {"stop": 5}, "stop is 5: expected texts of at least one character"),
+    ],
+)
+def test_refused(prompts: Any, options: dict[str, Any], message: str, tiny_model: Llama) -> None:
+    with pytest.raises(LlamaJaxError, match=message):
+        stream(tiny_model, None, prompts, **options)
+
+
+def test_text_that_is_not_unicode(tiny_model: Llama, tiny_tokenizer: Tokenizer) -> None:
+    """Python reads bytes of the command line that are not UTF-8 as lone surrogates."""
+    with pytest.raises(LlamaJaxError, match="not|UTF-8|Unicode"):
+        generate(tiny_model, tiny_tokenizer, "caf\udce9", max_new_tokens=1)

@@ -1,0 +1,117 @@
+"""How the house hangs together: imports run one way, flags live in one place, importing has no effects."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FORBIDDEN = {"quant": {"llamajax", "export"}, "llamajax": {"export"}, "export": set()}
+
+
+def _modules(package: str) -> Iterator[tuple[Path, ast.Module]]:
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files, f"{ROOT / package} holds no module"
+    for file in files:
+        yield file.relative_to(ROOT), ast.parse(file.read_bytes(), str(file))
+
+
+def _imported(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Every module that is imported anywhere in a file, inside functions too, with its line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"line {node.lineno}: a relative import: expected an absolute one"
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__"):
+            yield from ((arg.value, node.lineno) for arg in node.args if isinstance(arg, ast.Constant))
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_imports_run_one_way(package: str) -> None:
+    wrong = [
+        f"{file}:{line} imports {name}"
+        for file, tree in _modules(package)
+        for name, line in _imported(tree)
+        if name.split(".")[0] in FORBIDDEN[package]
+    ]
+    assert not wrong
+
+
+def test_the_check_sees_imports_of_every_kind() -> None:
+    source = "import export.a\ndef f():\n    from export import b\n    importlib.import_module('export.c')\n"
+    assert [name for name, _ in _imported(ast.parse(source))] == ["export.a", "export.b", "export.c"]
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_flags_live_in_the_command_line_only(package: str) -> None:
+    """absl's logging may be imported elsewhere; its flags and app may not."""
+    allowed = ("llamajax/__main__.py", "llamajax/cli/")
+    wrong = [
+        f"{file}:{line} imports {name}"
+        for file, tree in _modules(package)
+        for name, line in _imported(tree)
+        if name.startswith(("absl.flags", "absl.app")) and not file.as_posix().startswith(allowed)
+    ]
+    assert not wrong
+
+
+def test_no_module_reads_the_environment() -> None:
+    wrong = [
+        f"{file}:{node.lineno}"
+        for package in FORBIDDEN
+        for file, tree in _modules(package)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv", "os.putenv")
+    ]
+    assert not wrong
+
+
+# Runs in a fresh interpreter. Flags that are there without us (absl's own, and those of libraries) are taken away first.
+_EFFECTS = """
+import json, logging, os, sys, warnings
+import absl.flags, flax.nnx, jax, optax, orbax.checkpoint, safetensors, sentencepiece
+flags = set(absl.flags.FLAGS)
+environment, handlers = dict(os.environ), list(logging.getLogger().handlers)
+read = []
+class Watched(type(os.environ)):
+    def __getitem__(self, key):
+        read.append(key)
+        return super().__getitem__(key)
+os.environ.__class__ = Watched
+import llamajax
+os.environ.__class__ = Watched.__mro__[1]
+from jax._src import xla_bridge
+print(json.dumps({
+    "new flags": sorted(set(absl.flags.FLAGS) - flags),
+    "environment read": [key for key in read if "LLAMAJAX" in key.upper()],
+    "environment changed": dict(os.environ) != environment,
+    "backends": sorted(xla_bridge._backends),
+    "log handlers": len(logging.getLogger().handlers) - len(handlers),
+    "exported": [name for name in llamajax.__all__ if not hasattr(llamajax, name)],
+    "cli": [name for name in sys.modules if name.startswith(("llamajax.cli", "llamajax.__main__", "export"))],
+}))
+"""
+
+
+def test_importing_has_no_effects() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", _EFFECTS], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    effects = json.loads(done.stdout)
+    assert effects == {
+        "new flags": [],
+        "environment read": [],
+        "environment changed": False,
+        "backends": [],
+        "log handlers": 0,
+        "exported": [],
+        "cli": [],
+    }

@@ -1,0 +1,224 @@
+"""Training: it learns, it resumes to the same bits, and it says what it cannot do."""
+
+import csv
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from llamajax import Config, Llama, LlamaJaxError, abstract_model
+from llamajax.checkpoint.naming import named_leaves
+from llamajax.evaluate import cross_entropy
+from llamajax.train import (
+    HELDOUT_SEED,
+    Progress,
+    TrainOptions,
+    file_texts,
+    make_optimizer,
+    sample_batch,
+    schedule,
+    story_texts,
+    tokenizer_for,
+    train,
+)
+
+CONFIG = Config(
+    vocab_size=16, width=16, ffn_width=24, num_layers=2, num_heads=2, num_kv_heads=1, head_size=8, context_length=16
+)
+# A cycle of eleven tokens, in which each tells the next but for 3, which needs the one before it too.
+TOKENS = np.tile([1, 5, 3, 9, 4, 3, 7, 0, 12, 15, 2], 60)
+OPTIONS = TrainOptions(steps=12, batch=4, sequence_length=16, learning_rate=2e-2, warmup=3, eval_every=4)
+
+
+def _run(
+    folder: Path, options: TrainOptions = OPTIONS, stop_at: int | None = None
+) -> tuple[Llama | None, list[Progress]]:
+    """A run; one that is interrupted after step `stop_at` gives no model."""
+    seen: list[Progress] = []
+
+    def on_step(progress: Progress) -> None:
+        seen.append(progress)
+        if progress.step == stop_at:
+            raise KeyboardInterrupt
+
+    try:
+        return train(CONFIG, TOKENS, TOKENS[:80], options, folder, on_step), seen
+    except KeyboardInterrupt:
+        return None, seen
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Every call of `train` compiles the same programs anew; for the tests of this file, from JAX's cache on disk."""
+    wanted = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in wanted}
+    for values in (wanted, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is wanted:
+            yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Llama, list[Progress], Path]:
+    """Twelve steps without interruption."""
+    folder = tmp_path_factory.mktemp("train") / "whole"
+    model, seen = _run(folder)
+    return model, seen, folder
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    """From log 16 = 2.77 at random; counting tokens alone cannot go below the entropy of the cycle, 2.27 nats."""
+    model, seen = _run(tmp_path, dataclasses.replace(OPTIONS, steps=60, eval_every=60))
+    assert seen[0].loss == pytest.approx(np.log(16), abs=0.3)
+    assert seen[-1].loss < 0.3
+    assert seen[-1].heldout_loss == pytest.approx(cross_entropy(model, TOKENS[:80], window=16), rel=1e-6)
+    # After [.., 5, 3] comes 9, after [.., 4, 3] comes 7: only attention tells them apart.
+    logits, _ = model(np.array([[1, 5, 3], [9, 4, 3]]))
+    assert np.argmax(logits[:, -1], axis=-1).tolist() == [9, 7]
+
+
+def test_resuming_gives_the_same_bits(whole: tuple[Llama, list[Progress], Path], tmp_path: Path) -> None:
+    """Interrupted before the first checkpoint, between two, and right at one."""
+    expected, seen, folder = whole
+    for stop_at, first in ((3, 1), (6, 1), (8, 5)):
+        model, again = _run(tmp_path, stop_at=stop_at)
+        assert model is None and [progress.step for progress in again] == list(range(first, stop_at + 1))
+        assert again == seen[first - 1 : stop_at]
+    model, again = _run(tmp_path)
+    assert again == seen[8:], "it goes on behind the last checkpoint"
+    for name, leaf in named_leaves(expected).items():
+        assert np.asarray(named_leaves(model)[name]).tobytes() == np.asarray(leaf).tobytes(), name
+    assert (tmp_path / "loss.csv").read_bytes() == (folder / "loss.csv").read_bytes()
+
+
+def test_resuming_what_is_finished(whole: tuple[Llama, list[Progress], Path]) -> None:
+    expected, _, folder = whole
+    log = (folder / "loss.csv").read_bytes()
+    model, seen = _run(folder)
+    assert seen == []
+    for name, leaf in named_leaves(expected).items():
+        np.testing.assert_array_equal(named_leaves(model)[name], leaf, name)
+    assert (folder / "loss.csv").read_bytes() == log
+
+
+def test_log(whole: tuple[Llama, list[Progress], Path]) -> None:
+    _, seen, folder = whole
+    with (folder / "loss.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["step", "loss", "heldout_loss", "learning_rate"]
+    assert [int(row[0]) for row in rows] == list(range(1, 13))
+    assert [float(row[1]) for row in rows] == [progress.loss for progress in seen]
+    assert [row[0] for row in rows if row[2]] == ["4", "8", "12"]
+
+
+def test_schedule() -> None:
+    rate = schedule(OPTIONS)
+    assert float(rate(0)) == 0.0
+    assert float(rate(3)) == pytest.approx(2e-2)
+    assert float(rate(12)) == pytest.approx(2e-3)
+    rates = [float(rate(step)) for step in range(3, 13)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_only_matrices_are_decayed() -> None:
+    """With a gradient of zero all that moves a weight is its decay."""
+    options = dataclasses.replace(OPTIONS, warmup=0)
+    model = jax.tree.map(
+        lambda leaf: np.ones(leaf.shape, leaf.dtype), jax.eval_shape(lambda: Llama(CONFIG, key=jax.random.key(0)))
+    )
+    optimizer = make_optimizer(options)
+    updates, _ = optimizer.update(jax.tree.map(np.zeros_like, model), optimizer.init(model), model)
+    moved = {
+        name: bool((np.asarray(leaf) != 1).any())
+        for name, leaf in named_leaves(optax.apply_updates(model, updates)).items()
+    }
+    assert moved == {name: "norm" not in name for name in moved}
+    assert sum(moved.values()) == 9
+
+
+# ---- Data -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_a_function_of_seed_and_step() -> None:
+    tokens = np.arange(1000)
+    rows = sample_batch(tokens, 7, OPTIONS)
+    assert rows.shape == (4, 17) and rows.dtype == np.int32
+    np.random.default_rng().random(5)
+    np.testing.assert_array_equal(rows, sample_batch(tokens, 7, OPTIONS))
+    np.testing.assert_array_equal(np.diff(rows, axis=1), 1)  # consecutive tokens
+    assert not np.array_equal(rows, sample_batch(tokens, 8, OPTIONS))
+    assert not np.array_equal(rows, sample_batch(tokens, 7, dataclasses.replace(OPTIONS, seed=1)))
+    longer = dataclasses.replace(OPTIONS, steps=999, learning_rate=1.0)
+    np.testing.assert_array_equal(rows, sample_batch(tokens, 7, longer))
+
+
+def test_every_place_of_the_text_is_reached() -> None:
+    rows = sample_batch(np.arange(20), 0, dataclasses.replace(OPTIONS, batch=200))
+    assert {int(row[0]) for row in rows} == {0, 1, 2, 3}
+    assert rows.max() == 19
+
+
+def test_texts(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("<|endoftext|>".join(f"document {i}" for i in range(250)))
+    texts = file_texts(tmp_path / "text")
+    assert texts.heldout == ["document 0", "document 100", "document 200"]
+    assert len(texts.training) == 247 and not set(texts.training) & set(texts.heldout)
+    stories = story_texts(30)
+    assert (len(stories.training), len(stories.heldout)) == (30, 200)
+    assert not set(stories.training) & set(stories.heldout)
+    assert tokenizer_for(stories, 400).vocab_size == 400
+
+
+# ---- Refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, learning_rate=1e30, warmup=0)
+    with pytest.raises(LlamaJaxError, match=r"the loss is (nan|inf) at step \d+: lower learning_rate .1e\+30"):
+        _run(tmp_path, options)
+
+
+def test_texts_that_are_too_short(tmp_path: Path) -> None:
+    for tokens, heldout, name in ((TOKENS[:17], TOKENS, "training"), (TOKENS, TOKENS[:17], "held-out")):
+        with pytest.raises(LlamaJaxError, match=f"the {name} text has 17 tokens: expected more than 17"):
+            train(CONFIG, tokens, heldout, OPTIONS, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "text").write_text("<|endoftext|>".join(["x"] * 99))
+    with pytest.raises(LlamaJaxError, match="text: 99 documents: expected at least 100, of which 1% are held out"):
+        file_texts(tmp_path / "text")
+    for count in (0, HELDOUT_SEED + 1):
+        with pytest.raises(LlamaJaxError, match=f"stories is {count}: expected 1 to 1000000000"):
+            story_texts(count)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps is 0: expected at least 1"),
+        ({"batch": -1}, "batch is -1: expected at least 1"),
+        ({"sequence_length": 0}, "sequence_length is 0: expected at least 1"),
+        ({"eval_every": 0}, "eval_every is 0: expected at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0: expected a positive number"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan: expected a positive number"),
+        ({"clip": float("inf")}, "clip is inf: expected a positive number"),
+        ({"warmup": -1}, "warmup is -1: expected 0 or more steps"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1: expected"),
+        ({"weight_decay": float("nan")}, "weight_decay is nan: expected"),
+        ({"seed": -1}, "seed is -1: expected"),
+    ],
+)
+def test_refused_options(change: dict[str, float], message: str) -> None:
+    with pytest.raises(LlamaJaxError, match=message):
+        TrainOptions(**change)
