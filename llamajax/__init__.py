@@ -13,6 +13,7 @@ from llamajax.cache import KVCache
 from llamajax.checkpoint import load, open_checkpoint, save_checkpoint
 from llamajax.config import Config, RopeScaling, preset, preset_names
 from llamajax.errors import LlamaJaxError
+from llamajax.evaluate import cross_entropy, next_token_losses
 from llamajax.generate import Completion, decode, generate, prefill, stream
 from llamajax.model import Llama, abstract_model
 from llamajax.sampling import Sampler, make_sampler, sample
@@ -30,10 +31,12 @@ __all__ = [
     "Sampler",
     "Tokenizer",
     "abstract_model",
+    "cross_entropy",
     "decode",
     "generate",
     "load",
     "make_sampler",
+    "next_token_losses",
     "open_checkpoint",
     "prefill",
     "preset",

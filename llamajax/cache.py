@@ -22,7 +22,8 @@ class KVCache:
     Attributes:
         key_LBKSH: keys after RoPE, in the cache's dtype. Head before slot, so that one head's keys are contiguous.
         value_LBKSH: values, same shape and dtype.
-        length_B: int32, tokens held by each row. Slots from there on hold nothing that is ever read.
+        length_B: int32, tokens held by each row; more than `slots` for a row that overflowed. Slots from there on are
+            read with weight zero: what is in them must be finite.
     """
 
     key_LBKSH: jax.Array

@@ -11,7 +11,7 @@ Dimension key used throughout the project, as einsum letters and as suffixes of 
 
 import dataclasses
 import importlib.resources
-import math
+import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -119,11 +119,11 @@ class Config:
         Raises:
             LlamaJaxError: for an unknown or missing key, or a value out of range; the message begins with `source`.
         """
-        fields = dict(fields)
         try:
+            fields = _only_known(cls, fields)
             if fields.get("rope_scaling") is not None:
                 fields["rope_scaling"] = RopeScaling(**_only_known(RopeScaling, fields["rope_scaling"]))
-            return cls(**_only_known(cls, fields))
+            return cls(**fields)
         except LlamaJaxError as error:
             raise LlamaJaxError(f"{source}: {error}") from None
 
@@ -149,7 +149,8 @@ def _check_whole(name: str, value: Any) -> None:
 
 
 def _check_number(name: str, value: Any, *, low: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < low:
+    # Compared rather than math.isfinite, which raises for whole numbers beyond the range of float.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= sys.float_info.max:
         raise LlamaJaxError(f"{name} is {value!r}: expected a finite number, at least {low}")
 
 
@@ -183,6 +184,8 @@ _HF_NAMES = {
     "rope_theta": "rope_theta",
     "tie_word_embeddings": "tied_embeddings",
 }
+
+_HF_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 # Keys that change nothing in the forward pass whatever they say: provenance, training, generation defaults.
 _HF_NO_EFFECT = frozenset(
@@ -230,6 +233,9 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json") -> Co
             f"{source}: unknown key {unknown[0]!r}: remove it if it does not change the forward pass "
             f"(read: {', '.join(sorted(read))})"
         )
+    missing = [key for key in _HF_REQUIRED if fields.get(key) is None]
+    if missing:
+        raise LlamaJaxError(f"{source}: missing key {missing[0]!r}: expected {', '.join(_HF_REQUIRED)}")
     ours = {_HF_NAMES[key]: value for key, value in fields.items() if key in _HF_NAMES and value is not None}
     ours.setdefault("context_length", 2048)
     ours.setdefault("norm_eps", 1e-6)
@@ -243,6 +249,8 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json") -> Co
 
 def _rope_from_hf(fields: Mapping[str, Any], source: str) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` in our names, from either spelling."""
+    if fields.get("rope_parameters") and fields.get("rope_scaling"):
+        raise LlamaJaxError(f"{source}: rope_parameters and rope_scaling are both there: expected one of them")
     rope = fields.get("rope_parameters") or fields.get("rope_scaling")
     if rope is None:
         return {}
@@ -250,8 +258,8 @@ def _rope_from_hf(fields: Mapping[str, Any], source: str) -> dict[str, Any]:
         raise LlamaJaxError(f"{source}: rope_scaling is {rope!r}: expected an object")
     rope = dict(rope)
     ours = {"rope_theta": rope.pop("rope_theta")} if "rope_theta" in rope else {}
-    kinds = {rope.pop(key) for key in ("rope_type", "type") if key in rope}
-    kind = kinds.pop() if len(kinds) == 1 else None
+    kinds = [rope.pop(key) for key in ("rope_type", "type") if key in rope]
+    kind = kinds[0] if kinds and kinds.count(kinds[0]) == len(kinds) else None
     if kind == "default" and not rope:
         return ours
     names = {"factor": "factor"}

@@ -72,6 +72,9 @@ def cross_entropy(
     Raises:
         LlamaJaxError: if the text is shorter than one window and its last target.
     """
+    for name, value in (("window", window), ("batch", batch)):
+        if value < 1:
+            raise LlamaJaxError(f"{name} is {value}: expected at least 1")
     tokens = np.asarray(tokens, np.int32)
     count = (len(tokens) - 1) // window
     if count < 1:

@@ -220,7 +220,7 @@ class TextStream:
         min_p: float | Sequence[float] | None = None,
         repetition_penalty: float | Sequence[float] | None = None,
         seed: int | Sequence[int] = 0,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         smooth: bool = True,
     ):
         """Checks and encodes; nothing runs yet.

@@ -120,8 +120,9 @@ def attend(query_BTNH: jax.Array, key_BKSH: jax.Array, value_BKSH: jax.Array, po
     visible_BTS = jnp.arange(S) <= position_BT[:, :, None]
     score_BKGTS = jnp.where(visible_BTS[:, None, None], score_BKGTS * H**-0.5, MASKED)
     weight_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(query_BTNH.dtype)
-    mixed_BTKGH = einsum("BKGTS,BKSH->BTKGH", weight_BKGTS, value_BKSH.astype(query_BTNH.dtype))
-    return mixed_BTKGH.reshape(B, T, N, H)
+    # Heads first, then moved: XLA on CPU has no bfloat16 product with its batch axes in another place.
+    mixed_BKGTH = einsum("BKGTS,BKSH->BKGTH", weight_BKGTS, value_BKSH.astype(query_BTNH.dtype))
+    return jnp.moveaxis(mixed_BKGTH, 3, 1).reshape(B, T, N, H)
 
 
 def attend_causal(query_BTNH: jax.Array, key_BKTH: jax.Array, value_BKTH: jax.Array) -> jax.Array:
@@ -214,7 +215,7 @@ class Llama(nnx.Module):
         """Logits for every token given.
 
         Args:
-            tokens_BT: int token ids in [0, V). An id of V or more gives NaN logits rather than a wrong token's.
+            tokens_BT: int token ids in [0, V), padding included. Another id gives NaN logits, not another token's.
             cache: what came before; None for a sequence that starts here and is not continued.
             count_B: how many of the T tokens of each row are real, the rest being padding behind them; T unless given.
                 The cache advances by it. Logits of padding mean nothing.
@@ -224,7 +225,7 @@ class Llama(nnx.Module):
 
         Raises:
             ValueError: if T exceeds the cache's slots. A row whose `length + T` exceeds them, which is known only at
-                run time, gets NaN logits.
+                run time, gets NaN logits from then on.
         """
         x_BTD, cache = self.trunk(tokens_BT, cache, count_B)
         return self.logits(x_BTD), cache
@@ -235,9 +236,13 @@ class Llama(nnx.Module):
         """Everything below the head: `__call__`'s arguments -> normed hidden states [B, T, D] and the cache."""
         tokens_BT = jnp.asarray(tokens_BT)
         B, T = tokens_BT.shape
+        if cache is not None and T > cache.slots:
+            raise ValueError(f"{T} tokens do not fit a cache of {cache.slots} slots: make the cache larger")
         start_B = jnp.zeros(B, jnp.int32) if cache is None else cache.length_B
         position_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)
-        x_BTD = jnp.take(self.embed_VD.get_value(), tokens_BT, axis=0, mode="fill")
+        # An id outside the vocabulary gives NaN; a negative one would count from the end.
+        inside_BT = jnp.where(tokens_BT < 0, self.config.vocab_size, tokens_BT)
+        x_BTD = jnp.take(self.embed_VD.get_value(), inside_BT, axis=0, mode="fill")
 
         def layer_step(carry, scanned):
             x_BTD, cache = carry
@@ -248,22 +253,16 @@ class Llama(nnx.Module):
         layers = jnp.arange(self.config.num_layers)
         (x_BTD, cache), _ = jax.lax.scan(layer_step, (x_BTD, cache), (self.layers, layers))
         if cache is not None:
-            x_BTD = _poison_overflow(x_BTD, cache, T)
-            cache = cache.advance(T if count_B is None else count_B)
+            # A row that did not fit wrote over its older tokens (XLA moves an update that sticks out): NaN, for good.
+            fits_B = cache.length_B + T <= cache.slots
+            x_BTD = jnp.where(fits_B[:, None, None], x_BTD, jnp.nan)
+            cache = cache.advance(jnp.where(fits_B, T if count_B is None else count_B, cache.slots + 1))
         return self.norm(x_BTD), cache
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The head: hidden states [..., D] -> float32 logits [..., V]."""
         head_VD = self.embed_VD if self.head_VD is None else self.head_VD
         return einsum("...D,VD->...V", x_BTD, head_VD.get_value(), dtype=jnp.float32)
-
-
-def _poison_overflow(x_BTD: jax.Array, cache: KVCache, T: int) -> jax.Array:
-    """NaN for the rows that did not fit their slots: XLA moves an update that sticks out, over older tokens."""
-    if cache.slots < T:
-        raise ValueError(f"{T} tokens do not fit a cache of {cache.slots} slots: make the cache larger")
-    fits_B11 = (cache.length_B + T <= cache.slots)[:, None, None]
-    return jnp.where(fits_B11, x_BTD, jnp.nan)
 
 
 def abstract_model(config: Config, dtype: jax.typing.DTypeLike = jnp.float32) -> Any:

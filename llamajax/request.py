@@ -48,6 +48,8 @@ class Row:
         self.finish_reason: str | None = None
         self._text, self._shown, self._stops = "", 0, stops
         self._stop_ids = frozenset(tokenizer.stop_ids if tokenizer else ())
+        # Some models have more embeddings than their tokenizer has ids; a text shows that one of those was drawn.
+        self._known_ids = tokenizer.vocab_size if tokenizer else 0
         self._decoder = tokenizer.stream() if tokenizer else None
         if self._decoder:  # A space that begins the continuation of a text belongs to it.
             for index in prompt:
@@ -64,7 +66,7 @@ class Row:
                 break
             self.tokens.append(token)
             self.log_probabilities.append(log_probability)
-            if self._decoder and self._add(self._decoder.add(token)):
+            if self._decoder and self._add(self._decoder.add(token) if token < self._known_ids else "\ufffd"):
                 break
         if last and not self.finish_reason:
             self._end("length")
@@ -106,6 +108,9 @@ def encode_prompts(tokenizer: Tokenizer | None, prompts: list[Prompt], config: C
                 raise LlamaJaxError("the model came without a tokenizer: name one, or give prompts as lists of ids")
             ids = tokenizer.encode(prompt)
         else:
+            wrong = [index for index in prompt if isinstance(index, bool) or not isinstance(index, int | np.integer)]
+            if wrong:
+                raise LlamaJaxError(f"{wrong[0]!r} in a prompt: expected a text, or a list of whole numbers")
             ids = [int(index) for index in prompt]
         if not ids:
             raise LlamaJaxError("a prompt has no tokens, and the tokenizer no BOS: expected at least one token")
@@ -147,7 +152,7 @@ def check_knobs(sampler: Sampler, rows: int) -> None:
 
 def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
     """One PRNG key a row."""
-    seeds = [seed] * rows if isinstance(seed, int) else list(seed)
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * rows
     if len(seeds) != rows:
         raise LlamaJaxError(f"{len(seeds)} seeds were given: expected one, or one for each of {rows} prompts")
     for value in seeds:
@@ -156,9 +161,11 @@ def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
     return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
 
 
-def stop_strings(stop: str | Sequence[str], tokenizer: Tokenizer | None) -> tuple[str, ...]:
+def stop_strings(stop: str | Sequence[str] | None, tokenizer: Tokenizer | None) -> tuple[str, ...]:
     """The stop strings, checked."""
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if stop is None:
+        return ()
+    stops = tuple(stop) if isinstance(stop, Sequence) and not isinstance(stop, str) else (stop,)
     if any(not isinstance(text, str) or not text for text in stops):
         raise LlamaJaxError(f"stop is {stop!r}: expected texts of at least one character")
     if stops and tokenizer is None:

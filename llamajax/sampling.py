@@ -7,6 +7,8 @@ temperature, top-k, top-p, min-p.
 
 import dataclasses
 import math
+import numbers
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -16,6 +18,7 @@ from llamajax.errors import LlamaJaxError
 
 # A token at this logit is never drawn; finite for the reason given at `model.MASKED`.
 _EXCLUDED = -1e30
+_LARGEST = sys.float_info.max
 
 
 @jax.tree_util.register_dataclass
@@ -54,10 +57,14 @@ def make_sampler(
     Raises:
         LlamaJaxError: for a value out of its range.
     """
-    greedy = temperature == 0
+    if temperature is None:
+        raise LlamaJaxError("temperature is None: expected 0 (greedy) or a finite number of at least 1e-4")
+    greedy = all(value == 0 for value in _as_list(temperature))
     values = {
-        "temperature": _checked("temperature", temperature, 0.0, math.inf, "a finite number, 0 (greedy) or more"),
-        "top_k": _checked("top_k", top_k, 1, 1 << 30, "a whole number, 1 or more"),
+        "temperature": _checked(
+            "temperature", temperature, 0.0, math.inf, "0 (greedy) or a finite number of at least 1e-4"
+        ),
+        "top_k": _checked("top_k", top_k, 1, 1 << 30, "a whole number from 1 to 2**30"),
         "top_p": _checked("top_p", top_p, 0.0, 1.0, "a number above 0, at most 1", open_low=True),
         "min_p": _checked("min_p", min_p, 0.0, 1.0, "a number from 0 to 1"),
         "repetition_penalty": _checked(
@@ -66,10 +73,9 @@ def make_sampler(
     }
     if greedy:
         return Sampler(repetition_penalty=values["repetition_penalty"])
-    if any(value == 0 for value in _as_list(temperature)):
-        raise LlamaJaxError(
-            f"temperature is {temperature}: rows with 0 (greedy) and without do not mix: use 1e-4 instead"
-        )
+    # Logits divided by less would leave float32, or fall below the mark of excluded tokens.
+    if any(value < 1e-4 for value in _as_list(temperature)):
+        raise LlamaJaxError(f"temperature is {temperature}: expected 0 (greedy, for all rows) or at least 1e-4")
     return Sampler(**values)
 
 
@@ -78,14 +84,14 @@ def _checked(name, value, low, high, expected, *, open_low=False):
         return None
     whole = name == "top_k"
     for number in _as_list(value):
-        numeric = isinstance(number, int if whole else int | float) and not isinstance(number, bool)
-        if not numeric or not low <= number <= high or not math.isfinite(number) or (open_low and number == low):
+        numeric = isinstance(number, numbers.Integral if whole else numbers.Real) and not isinstance(number, bool)
+        if not numeric or not low <= number <= min(high, _LARGEST) or (open_low and number == low):
             raise LlamaJaxError(f"{name} is {number!r}: expected {expected}")
     return jnp.asarray(value, jnp.int32 if whole else jnp.float32)
 
 
 def _as_list(value):
-    return list(value) if isinstance(value, Sequence) else [value]
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
 
 def sample(
@@ -135,11 +141,14 @@ def _threshold(logits_BV: jax.Array, sampler: Sampler, column) -> jax.Array:
     sorted_BV = -jnp.sort(-logits_BV, axis=-1)
     V = logits_BV.shape[-1]
     if sampler.top_k is not None:
-        sorted_BV = jnp.where(jnp.arange(V) < column(sampler.top_k), sorted_BV, _EXCLUDED)
+        kth_B1 = jnp.take_along_axis(sorted_BV, jnp.minimum(column(sampler.top_k), V) - 1, axis=-1)
+        sorted_BV = jnp.where(sorted_BV >= kth_B1, sorted_BV, _EXCLUDED)
     keep_BV = sorted_BV > _EXCLUDED
     if sampler.top_p is not None:
+        top_p = column(sampler.top_p)
         probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
         before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
-        keep_BV &= before_BV < column(sampler.top_p)
+        # At 1 all are kept, also those whose probability is lost beside the sum.
+        keep_BV &= (before_BV < top_p) | (top_p >= 1)
     last_B1 = jnp.sum(keep_BV, axis=-1, keepdims=True) - 1
     return jnp.take_along_axis(sorted_BV, last_B1, axis=-1)

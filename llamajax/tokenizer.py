@@ -35,9 +35,10 @@ class Tokenizer:
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             loaded = bool(model_bytes) and self._processor.LoadFromSerializedProto(model_bytes)
-        except (RuntimeError, OSError):
+            self._token_bytes = [self._bytes_of(index) for index in range(self._processor.vocab_size())]
+        except (RuntimeError, OSError, ValueError):  # ValueError: pieces that are not UTF-8, bytes that are none
             loaded = False
-        if not loaded or self._processor.vocab_size() < 1:
+        if not loaded or not self._token_bytes:
             raise LlamaJaxError(f"{source}: not a sentencepiece model: expected a tokenizer.model")
         optional = lambda index: index if index >= 0 else None  # noqa: E731
         self.vocab_size: int = self._processor.vocab_size()
@@ -68,6 +69,11 @@ class Tokenizer:
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """Ids of `text`, after BOS unless told otherwise. Control tokens are never read out of the text itself."""
         prefix = [self.bos_id] if bos and self.bos_id is not None else []
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise LlamaJaxError(f"the text is not Unicode at character {error.start}: expected UTF-8") from None
         return prefix + self._processor.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -89,6 +95,13 @@ class Tokenizer:
             raise LlamaJaxError(
                 f"token {index} is outside the tokenizer's vocabulary: expected 0 to {self.vocab_size - 1}"
             )
+        return self._token_bytes[index]
+
+    def is_spelt(self, index: int) -> bool:
+        """Whether an id is a single byte or the unknown one: their spaces are never the dummy prefix."""
+        return self._processor.is_byte(index) or self._processor.is_unknown(index)
+
+    def _bytes_of(self, index: int) -> bytes:
         if self._processor.is_control(index):
             return b""
         piece = self._processor.id_to_piece(index)
@@ -112,7 +125,8 @@ class StreamDecoder:
         """The text that this id completes; empty while a character is still incomplete."""
         data = self._tokenizer.token_bytes(index)
         if data and self._at_start:
-            data = data.removeprefix(b" ")
+            if not self._tokenizer.is_spelt(index):
+                data = data.removeprefix(b" ")
             self._at_start = False
         return self._utf8.decode(data)
 

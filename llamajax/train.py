@@ -56,6 +56,10 @@ class TrainOptions:
         for name in ("learning_rate", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise LlamaJaxError(f"{name} is {getattr(self, name)}: expected a positive number")
+        if not 0 <= self.weight_decay < math.inf:
+            raise LlamaJaxError(f"weight_decay is {self.weight_decay}: expected 0 or more")
+        if not 0 <= self.seed < 1 << 32:
+            raise LlamaJaxError(f"seed is {self.seed}: expected a whole number from 0 to {(1 << 32) - 1}")
         if not 0 <= self.warmup:
             raise LlamaJaxError(f"warmup is {self.warmup}: expected 0 or more steps")
 
@@ -187,10 +191,11 @@ def train(
             heldout_loss = None
             if step % options.eval_every == 0 or step == options.steps:
                 heldout_loss = cross_entropy(state["model"], heldout, window=options.sequence_length)
-                manager.save(step, args=ocp.args.StandardSave(named_leaves(state)))
             progress = Progress(step, loss, heldout_loss, float(schedule(options)(step)))
             writer.writerow(progress)
             log.flush()
+            if heldout_loss is not None:  # After its row: what is logged beyond a checkpoint is cut, not made up for.
+                manager.save(step, args=ocp.args.StandardSave(named_leaves(state)))
             on_step(progress)
     return state["model"]
 

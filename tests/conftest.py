@@ -52,7 +52,7 @@ def tiny_tokenizer() -> llamajax.Tokenizer:
 
 @pytest.fixture(scope="session")
 def tiny_config(tiny_tokenizer: llamajax.Tokenizer) -> llamajax.Config:
-    """Grouped queries, a head that is not tied, a head size that is not width / heads: nothing is symmetric by chance."""
+    """Grouped queries, a head that is not tied, a head size that is not width / heads: nothing agrees by chance."""
     return llamajax.Config(
         vocab_size=tiny_tokenizer.vocab_size,
         width=24,
@@ -67,7 +67,7 @@ def tiny_config(tiny_tokenizer: llamajax.Tokenizer) -> llamajax.Config:
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_config: llamajax.Config) -> llamajax.Llama:
-    """Random weights, larger than those that training starts from, so that every part moves the logits; norms vary too."""
+    """Random weights, larger than those that training starts from: every part moves the logits; norms vary too."""
     rng = np.random.default_rng(7)
 
     def weights(path, leaf):

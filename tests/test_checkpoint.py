@@ -143,18 +143,18 @@ def test_another_number_of_devices(saved: Path, tiny_model: llamajax.Llama, tmp_
         (lambda m: m.pop("version"), "damaged .*version.*: expected a checkpoint manifest"),
         (lambda m: m.pop("config"), "'config' is missing: the manifest is damaged"),
         (lambda m: m.pop("tokenizer_sha256"), "'tokenizer_sha256' is missing: the manifest is damaged"),
-        (lambda m: m.update(config=5), "config"),
-        (lambda m: m.update(config=[1, 2]), "config"),
+        (lambda m: m.update(config=5), "Config is 5: expected a table of fields"),
+        (lambda m: m.update(config=[1, 2]), r"Config is \[1, 2\]: expected a table of fields"),
         (lambda m: m["config"].update(colour="red"), "unknown key 'colour': Config has vocab_size"),
         (lambda m: m["config"].pop("width"), "missing key 'width': Config needs vocab_size"),
         (lambda m: m["config"].update(norm_eps=10**400), "norm_eps is"),
-        (lambda m: m["config"].update(num_layers=3), r"is float32\[2, "),
+        (lambda m: m["config"].update(num_layers=3), "is '?float32.2, "),
         (lambda m: m["config"].update(tied_embeddings=True), "the weights listed are not those of its config"),
         (lambda m: m.update(weights=[]), "the weights listed are not those of its config"),
-        (lambda m: m["weights"].update(embed_VD=7), "embed_VD"),
+        (lambda m: m["weights"].update(embed_VD=7), "embed_VD|the weights listed are not those of its config"),
         (lambda m: m["weights"].pop("embed_VD"), "the weights listed are not those of its config"),
-        (lambda m: m["weights"]["embed_VD"].update(dtype="int64"), r"embed_VD is int64\[320, 24\]: expected a float"),
-        (lambda m: m["weights"]["embed_VD"].update(shape=[24, 320]), r"embed_VD is float32\[24, 320\]: expected"),
+        (lambda m: m["weights"]["embed_VD"].update(dtype="int64"), "embed_VD is '?int64.320, 24.'?: expected a float"),
+        (lambda m: m["weights"]["embed_VD"].update(shape=[24, 320]), "embed_VD is '?float32.24, 320.'?: expected"),
         (lambda m: m.update(tokenizer_sha256="0" * 64), "not the file that the manifest names .sha256 differs"),
     ],
 )
@@ -217,8 +217,9 @@ except llamajax.LlamaJaxError as error:
 def test_damaged_weights(copy: Path) -> None:
     """Deleted or cut in half, each file under weights/ is missed by our error, or the values do not need it.
 
-    And a manifest that agrees with itself, but not with what Orbax stored, is refused: nothing is cut or padded. In a process of its own: where one array is damaged, TensorStore goes on reading the others and complains into
-    whatever runs then.
+    And a manifest that agrees with itself, but not with what Orbax stored, is refused: nothing is cut or padded. In a
+    process of its own: where one array is damaged, TensorStore goes on reading the others and complains into whatever
+    runs then.
     """
 
     def change(manifest: dict[str, Any]) -> None:

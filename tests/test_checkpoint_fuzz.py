@@ -1,4 +1,4 @@
-"""Files of every format, damaged at random: they load, or our error says why; nothing else is raised, nor much allocated."""
+"""Files of every format, damaged at random: they load, or our error says why, and little memory is taken."""
 
 import copy
 import json

@@ -37,7 +37,7 @@ def test_next_token_losses_are_numpys(tiny_model: Llama, tokens: np.ndarray) -> 
 
 
 def test_next_token_losses_are_differentiable(tiny_model: Llama, tokens: np.ndarray) -> None:
-    """Softmax minus one-hot, averaged: the gradient of the mean loss by a head that is multiplied by one hidden state."""
+    """Softmax minus one-hot, averaged: the gradient by a head that meets one hidden state."""
     row = jnp.asarray(tokens[None, :2])
 
     def mean(head_VD: jax.Array) -> jax.Array:

@@ -72,7 +72,7 @@ def test_no_module_reads_the_environment() -> None:
     assert not wrong
 
 
-# Runs in a fresh interpreter. Flags that are there without us (absl's own, and those of libraries) are taken away first.
+# Runs in a fresh interpreter. Flags that are there without us, absl's own and those of libraries, do not count.
 _EFFECTS = """
 import json, logging, os, sys, warnings
 import absl.flags, flax.nnx, jax, optax, orbax.checkpoint, safetensors, sentencepiece

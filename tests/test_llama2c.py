@@ -1,7 +1,7 @@
 """llama2.c files: the published stories260K in all three versions, and files that an independent writer makes here.
 
-The writer and the forward pass below follow karpathy/llama2.c's `export.py` and `model.py`, in Meta's layout (RoPE pairs
-are neighbours), with nothing from llamajax: what agrees with them undid the permutation rightly.
+The writer and the forward pass below follow karpathy/llama2.c's `export.py` and `model.py`, in Meta's layout (RoPE
+pairs are neighbours), with nothing from llamajax: what agrees with them undid the permutation rightly.
 """
 
 import struct
@@ -25,7 +25,7 @@ Weights = dict[str, list[np.ndarray]]
 
 
 def _meta_weights(rng: np.random.Generator) -> Weights:
-    """One array a layer, [out, in]; names of `export.py`. Always with an `output`; writers of tied files leave it out."""
+    """One array a layer, [out, in]; names of `export.py`. The writers of tied files leave `output` out."""
     dim, hidden, layers, heads, kv_heads, vocab, _ = SIZES
     shared = dim // heads * kv_heads
     shapes = {"wq": (dim, dim), "wk": (shared, dim), "wv": (shared, dim), "wo": (dim, dim)}
@@ -74,7 +74,7 @@ def _write_v2(path: Path, weights: Weights, tied: bool) -> Weights:
 
 
 def _meta_logits(weights: Weights, tokens: list[int], tied: bool) -> np.ndarray:
-    """llama2.c's forward pass in float64, one position at a time as in `run.c`, RoPE as complex numbers of neighbours."""
+    """llama2.c's forward pass in float64, a position at a time; RoPE turns neighbours as complex numbers."""
     dim, _, layers, heads, kv_heads, _, _ = SIZES
     size = dim // heads
 
@@ -175,7 +175,7 @@ def test_damaged_files(version: int, edit: Any, message: str, tmp_path: Path) ->
 
 
 def test_heads_that_do_not_divide_the_width_are_refused(tmp_path: Path) -> None:
-    """llama2.c's matrices are dim x dim; 4 heads of 18 // 4 would read others, of a length that a file may well have."""
+    """llama2.c's matrices are dim x dim; 4 heads of 18 // 4 would read others, from a file that may well be as long."""
     dim, hidden, layers, heads, kv_heads, vocab, _ = 18, 24, 1, 4, 4, 40, 32
     size = dim // heads
     floats = 2 * layers * dim + dim + vocab * dim + layers * (4 * heads * size * dim + 3 * hidden * dim)

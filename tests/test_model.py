@@ -181,7 +181,7 @@ def test_pieces_agree_with_reference_and_whole(base, pieces):
 
 def test_count_is_all_tokens_unless_given(base):
     tokens, cache = _some_tokens(2, 8), KVCache.empty(BASE, 2, SLOTS)
-    logits, after = base.model(tokens, cache)
+    logits, after = _step(base.model, tokens, cache, None)
     np.testing.assert_array_equal(after.length_B, 8)
     _assert_close(logits, _run_pieces(base, tokens, [8]), 1e-5)
     np.testing.assert_array_equal(cache.length_B, 0)  # the argument is what it was: nothing is mutated
@@ -242,9 +242,6 @@ def test_only_the_row_that_overflows_is_nan(base):
     _assert_close(logits[1], base.expected(rows[1, :32])[16:], 1e-5)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the overflowing write moves over older tokens, and nothing remembers it where count_B < T"
-)
 def test_a_row_that_overflowed_stays_nan(base):
     """24 of 32 slots are taken, a padded piece of 16 comes, of which 1 counts: from then on the row is damaged."""
     rows = _some_tokens(2, 26)
@@ -296,15 +293,15 @@ def test_gradient_equals_finite_differences_of_reference(tied):
 
 def test_losses_equal_reference(base):
     rows = _some_tokens(3, 9)
-    assert float(next_token_losses(base.model, rows).mean()) == pytest.approx(
-        reference.loss(BASE, base.weights, rows), abs=1e-5
-    )
+    losses = jax.jit(next_token_losses, compiler_options=QUICK)(base.model, rows)
+    assert losses.shape == (3, 8)
+    assert float(losses.mean()) == pytest.approx(reference.loss(BASE, base.weights, rows), abs=1e-5)
 
 
 def test_vmap_over_models(base):
     other, tokens = _case_of(BASE, seed=1), _some_tokens(1, 12)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), base.model, other.model)
-    logits = jax.jit(jax.vmap(lambda model: model(tokens)[0]))(stacked)
+    logits = jax.jit(jax.vmap(lambda model: model(tokens)[0]), compiler_options=QUICK)(stacked)
     _assert_close(logits[:, 0], [case.expected(tokens[0]) for case in (base, other)], 1e-4)
 
 
@@ -342,11 +339,11 @@ def test_bfloat16_model_is_close_to_reference():
 
     That is 0.5% in all if they add up as random numbers do and the layers do not amplify them; twice that is measured.
     """
-    case, tokens = _case_of(BASE, dtype=jnp.bfloat16), _some_tokens(2, 24)
+    case, tokens = _case_of(BASE, dtype=jnp.bfloat16), _some_tokens(2, 136)  # 136: in two blocks of queries
     expected = np.stack([case.expected(row) for row in tokens])
-    for logits in (_forward(case.model, tokens), _run_pieces(case, tokens, [16, 8])):
+    for logits in (_forward(case.model, tokens), _run_pieces(case, tokens[:, :24], [16, 8])):
         assert logits.dtype == jnp.float32
-        error = np.asarray(logits, np.float64) - expected
+        error = np.asarray(logits, np.float64) - expected[:, : logits.shape[1]]
         assert np.sqrt(np.mean(error**2)) < 0.02 * np.std(expected)
         assert np.max(np.abs(error)) < 0.1 * np.std(expected)
 

@@ -27,6 +27,9 @@ LLAMA3 = {
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 24))
 
+# Many models are compiled for one call each: LLVM's optimizations would take most of the time.
+_logits = jax.jit(lambda model: model(TOKENS)[0], compiler_options={"xla_backend_optimization_level": 0})
+
 
 def _theirs(rope: dict | None = None, theta: float = 1e4, **fields) -> "transformers.LlamaForCausalLM":
     """A random model of transformers' own making; large weights, so that attention is not uniform, and uneven norms."""
@@ -78,7 +81,7 @@ def test_their_model_gives_their_logits(fields, tmp_path):
     theirs = _theirs(**fields)
     model, tokenizer = llamajax.load(_save_theirs(theirs, tmp_path / "theirs"))
     assert tokenizer is None and model.dtype == jnp.float32
-    _assert_logits(model(TOKENS)[0], _their_logits(theirs))
+    _assert_logits(_logits(model), _their_logits(theirs))
 
 
 def test_shards_and_both_spellings_of_rope(tmp_path):
@@ -94,8 +97,8 @@ def test_shards_and_both_spellings_of_rope(tmp_path):
     first, second = (llamajax.load(folder)[0] for folder in (whole, shards))
     assert first.config == second.config
     assert first.config.rope_scaling == RopeScaling(kind="llama3", factor=8.0, original_context_length=64)
-    _assert_logits(second(TOKENS)[0], _their_logits(theirs))
-    np.testing.assert_array_equal(first(TOKENS)[0], second(TOKENS)[0])
+    _assert_logits(_logits(second), _their_logits(theirs))
+    np.testing.assert_array_equal(_logits(first), _logits(second))
 
 
 def test_bfloat16_folder(tmp_path):
@@ -108,8 +111,8 @@ def test_bfloat16_folder(tmp_path):
     np.testing.assert_array_equal(np.asarray(stored.embed_VD[...], np.float32), embedding)
     # Read back rather than widened: `to` rounded the RoPE frequencies as well, which are no weights.
     exact = _their_logits(transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32))
-    _assert_logits(wide(TOKENS)[0], exact)
-    _assert_logits(stored(TOKENS)[0], exact, tolerance=0.1 * np.std(exact))
+    _assert_logits(_logits(wide), exact)
+    _assert_logits(_logits(stored), exact, tolerance=0.1 * np.std(exact))
 
 
 # ---- Our models, read by them ---------------------------------------------------------------------------------------
@@ -147,7 +150,7 @@ def test_our_model_gives_our_logits(tied, scaling, dtype, tmp_path):
     stored = transformers.AutoConfig.from_pretrained(tmp_path / "ours")
     assert (stored.model_type, stored.dtype) == ("llama", getattr(torch, jnp.dtype(dtype).name))
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model)
-    _assert_logits(wide(TOKENS)[0], _their_logits(theirs))
+    _assert_logits(_logits(wide), _their_logits(theirs))
 
 
 # ---- Generation -----------------------------------------------------------------------------------------------------

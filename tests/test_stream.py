@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 import llamajax
 from llamajax import Llama, Tokenizer, abstract_model, generate, stream
-from llamajax.generate import DECODE_BLOCK, _Row
+from llamajax.generate import DECODE_BLOCK
+from llamajax.request import Row
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 PRINTABLE = "".join(map(chr, range(33, 127)))
@@ -110,7 +111,7 @@ def test_stop_strings(stop, text: str, tokens: int, smooth: bool, recite: Recite
 def test_what_may_become_a_stop_string_is_held_back(tiny_tokenizer: Tokenizer) -> None:
     """After every token: never more than what no later text can take back, and never less."""
     stops = ["cdeX", "hij"]
-    row = _Row([1], tiny_tokenizer, tuple(stops))
+    row = Row([1], tiny_tokenizer, tuple(stops))
     shown, seen = "", []
     for token in _bytes(ALPHABET[:10]):
         shown += row.take(np.array([token]), np.zeros(1), False)[0]

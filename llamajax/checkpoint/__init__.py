@@ -177,8 +177,13 @@ def save_checkpoint(
         form: "llamajax" (Orbax) or "huggingface" (config.json and safetensors, as transformers reads it).
 
     Raises:
-        LlamaJaxError: if `path` exists or cannot be created.
+        LlamaJaxError: if `path` exists or cannot be created, or if transformers would refuse the model.
     """
+    if form == "huggingface" and model.config.width % model.config.num_heads:
+        raise LlamaJaxError(
+            f"width is {model.config.width}, num_heads {model.config.num_heads}: transformers expects a multiple; "
+            "write llamajax's own form instead"
+        )
     tokenizer_bytes = tokenizer.model_bytes if isinstance(tokenizer, Tokenizer) else tokenizer
     with atomic_folder(Path(path)) as folder:
         if form == "huggingface":

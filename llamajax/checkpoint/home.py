@@ -30,8 +30,10 @@ _CHUNK_BYTES = 16 << 20
 
 def recognise(path: Path) -> bool:
     """Whether a folder holds a manifest of ours, of whatever version."""
-    file = path / "manifest.json"
-    return file.is_file() and b'"format"' in file.open("rb").read(4096)
+    if not (path / "manifest.json").is_file():
+        return False
+    with (path / "manifest.json").open("rb") as file:
+        return b'"format"' in file.read(4096)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -65,14 +67,16 @@ def open_abstract(path: Path) -> tuple[Config, Llama, dict[str, Any]]:
     tree = abstract_model(config)
     leaves = named_leaves(tree)
     described = manifest["weights"]
-    if not isinstance(described, Mapping) or set(described) != set(leaves):
+    entries = described.values() if isinstance(described, Mapping) else [None]
+    if not all(isinstance(entry, Mapping) for entry in entries) or set(described) != set(leaves):
         raise LlamaJaxError(f"{path}/manifest.json: the weights listed are not those of its config: it is damaged")
     typed = []
     for name, leaf in leaves.items():
         shape, dtype = described[name].get("shape"), described[name].get("dtype")
         if shape != list(leaf.shape) or dtype not in ("float32", "bfloat16", "float16"):
+            found = f"{dtype}{shape}"
             raise LlamaJaxError(
-                f"{path}/manifest.json: {name} is {dtype}{shape}: expected a float array of shape {list(leaf.shape)}"
+                f"{path}/manifest.json: {name} is {found[:80]!r}: expected a float array of shape {list(leaf.shape)}"
             )
         typed.append(jax.ShapeDtypeStruct(leaf.shape, dtype))
     return config, jax.tree.unflatten(jax.tree.structure(tree), typed), manifest

@@ -142,6 +142,11 @@ def expected_tensors(config: Config) -> Iterator[tuple[str, str, int | None]]:
 
 def _check_tensors(path: Path, config: Config, files: dict[str, Path]) -> set[np.dtype]:
     """That names and files match the model; returns the dtypes found."""
+    if config.num_layers > len(files):  # Before the names of so many layers are listed.
+        raise LlamaJaxError(
+            f"{path}: config.json says {config.num_layers} layers, but the files hold {len(files)} tensors: "
+            "some are missing"
+        )
     expected = {theirs for _, theirs, _ in expected_tensors(config)}
     surplus = sorted(name for name in files if name not in expected and not name.endswith("rotary_emb.inv_freq"))
     # A tied model may come with a copy of the embedding as its head: it is checked to be one when it is read.

@@ -110,6 +110,8 @@ def _read_header(path: Path) -> _Header:
         },
         str(path),
     )
+    if dim % heads:
+        raise LlamaJaxError(f"{path}: width is {dim}: expected a multiple of its {heads} heads")
     if group_size is not None:
         _check_groups(path, config, group_size)
     return _Header(version, config, group_size, start)

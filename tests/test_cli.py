@@ -1,0 +1,213 @@
+"""The command line as its users meet it: outputs, exit codes, one-line errors, help."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llamajax.cli import COMMANDS, main
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    """Runs a command in this process: exit code, stdout, stderr."""
+    code = main(argv)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def assert_one_line_error(code: int, out: str, err: str, expected_code: int, *parts: str) -> None:
+    assert code == expected_code
+    assert out == ""
+    assert err.startswith("llamajax: ") and err.count("\n") == 1, err
+    for part in parts:
+        assert part in err, err
+
+
+def test_generate_prints_the_published_text(shared: Path, capsys) -> None:
+    data = shared / "data" / "stories260K"
+    argv = [f"--model={data}/stories260K.bin", f"--tokenizer={data}/tok512.model", "--prompt=", "--temperature=0"]
+    code, out, err = run(capsys, "generate", *argv, "--max_new_tokens=200")
+    assert code == 0
+    assert out.encode() == (data / "expected_greedy_200.txt").read_bytes()
+    assert "decode     200 tokens" in err and "GB/s" in err and "prefill" in err
+
+
+def test_generate_uses_the_box_unless_told_otherwise(capsys) -> None:
+    code, out, err = run(capsys, "generate", "--prompt=Once upon a time", "--max_new_tokens=40", "--temperature=0")
+    assert code == 0
+    assert out.startswith("Once upon a time ") and len(out.split()) > 20
+    without_echo = run(
+        capsys, "generate", "--prompt=Once upon a time", "--max_new_tokens=40", "--temperature=0", "--noecho"
+    )[1]
+    assert out == "Once upon a time" + without_echo
+
+
+def test_generate_json_of_a_batch(capsys) -> None:
+    argv = ["--prompt=One day", "--prompt=At night the", "--max_new_tokens=8", "--json", "--seed=3"]
+    code, out, _ = run(capsys, "generate", *argv)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [row["prompt"] for row in rows] == ["One day", "At night the"]
+    for row in rows:
+        assert len(row["tokens"]) == len(row["log_probabilities"]) == 8 and row["finish_reason"] == "length"
+        assert max(row["log_probabilities"]) <= 0
+    alone = json.loads(run(capsys, "generate", *argv[1:])[1])
+    np.testing.assert_allclose(alone.pop("log_probabilities"), rows[1].pop("log_probabilities"), atol=1e-4)
+    assert alone == rows[1]
+
+
+def test_stop_and_seed(capsys) -> None:
+    argv = ["generate", "--prompt=Once upon a time", "--max_new_tokens=60", "--temperature=0", "--noecho"]
+    whole = run(capsys, *argv)[1]
+    cut = whole.split(".")[0]
+    assert run(capsys, *argv, "--stop=.")[1] == cut
+    sampled = [run(capsys, *argv, "--temperature=1", f"--seed={seed}")[1] for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_inspect_agrees_with_the_files(capsys) -> None:
+    from safetensors import safe_open
+
+    box = ROOT / "llamajax" / "box"
+    code, out, _ = run(capsys, "inspect", "--model=box", "--json")
+    summary = json.loads(out)
+    with safe_open(box / "model.safetensors", framework="np") as tensors:
+        sizes = [tensors.get_tensor(name).size for name in tensors.keys()]
+    assert code == 0
+    assert summary["parameters"] == sum(sizes) == sum(int(np.prod(t["shape"])) for t in summary["tensors"])
+    assert summary["bytes"] == 2 * sum(sizes)
+    code, out, _ = run(capsys, "inspect", "--model=box")
+    assert code == 0 and "layers.attention.query_DQ" in out and f"{2 * sum(sizes):,}" in out
+
+
+def test_convert_there_and_back(tmp_path: Path, capsys) -> None:
+    from safetensors.numpy import load_file
+
+    assert run(capsys, "convert", "--model=box", f"--output={tmp_path}/ours")[0] == 0
+    argv = [f"--model={tmp_path}/ours", f"--output={tmp_path}/theirs", "--to=huggingface"]
+    assert run(capsys, "convert", *argv)[0] == 0
+    before = load_file(ROOT / "llamajax" / "box" / "model.safetensors")
+    after = load_file(tmp_path / "theirs" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name in before:
+        assert before[name].dtype == after[name].dtype
+        np.testing.assert_array_equal(before[name].view(np.uint16), after[name].view(np.uint16))
+    assert (tmp_path / "theirs" / "tokenizer.model").read_bytes() == (
+        ROOT / "llamajax" / "box" / "tokenizer.model"
+    ).read_bytes()
+
+
+def test_eval_of_the_box(capsys) -> None:
+    """The box must predict stories it never saw far better than a uniform guess over its 2,048 tokens (7.6 nats)."""
+    text = ROOT / "README.md"
+    code, out, _ = run(capsys, "eval", "--model=box", "--context=256", "--json")
+    result = json.loads(out)
+    assert code == 0 and result["cross_entropy_nats"] < 1.0
+    assert np.isclose(result["perplexity"], np.exp(result["cross_entropy_nats"]))
+    code, out, _ = run(capsys, "eval", "--model=box", "--context=64", f"--text={text}", "--json")
+    assert code == 0 and json.loads(out)["cross_entropy_nats"] > result["cross_entropy_nats"] + 1
+
+
+def test_train_writes_a_model_that_generates(tmp_path: Path, capsys) -> None:
+    config = tmp_path / "tiny.toml"
+    config.write_text(
+        "vocab_size = 400\nwidth = 32\nffn_width = 64\nnum_layers = 1\nnum_heads = 2\nnum_kv_heads = 1\n"
+        "head_size = 16\ncontext_length = 64\ntied_embeddings = true\n"
+    )
+    argv = ["--stories=200", f"--config={config}", "--steps=4", "--batch=2", "--sequence_length=32", "--eval_every=2"]
+    code, _, err = run(capsys, "train", *argv, f"--output={tmp_path}/run")
+    assert code == 0, err
+    assert "held-out" in err and (tmp_path / "run" / "loss.csv").read_text().count("\n") == 5
+    assert run(capsys, "generate", f"--model={tmp_path}/run/model", "--max_new_tokens=5")[0] == 0
+    code, out, err = run(capsys, "train", *argv, f"--output={tmp_path}/run")
+    assert_one_line_error(code, out, err, 1, "exists already")
+
+
+BAD_INPUT = {
+    "missing file": (["generate", "--model=nowhere.bin"], 1, ["nowhere.bin", "no such file", "box"]),
+    "preset without weights": (["generate", "--model=llama3-8b"], 1, ["preset", "without weights"]),
+    "negative temperature": (["generate", "--temperature=-1"], 1, ["temperature is -1.0", "0 (greedy)"]),
+    "top_p": (["generate", "--top_p=1.5"], 1, ["top_p is 1.5", "at most 1"]),
+    "top_k": (["generate", "--top_k=0"], 1, ["top_k is 0", "from 1"]),
+    "seed": (["generate", "--seed=-3"], 1, ["seed is -3", "from 0"]),
+    "too many tokens": (["generate", "--max_new_tokens=9999"], 1, ["9999", "room for 512"]),
+    "no tokens": (["generate", "--max_new_tokens=0"], 1, ["max_new_tokens is 0", "at least 1"]),
+    "long prompt": (["generate", f"--prompt={'the bear ' * 600}"], 1, ["context 512", "shorten"]),
+    "empty stop": (["generate", "--stop="], 1, ["stop", "at least one character"]),
+    "not a tokenizer": (["generate", f"--tokenizer={__file__}"], 1, ["not a sentencepiece model"]),
+    "text file as model": (["inspect", f"--model={ROOT}/README.md"], 1, ["unknown format", "expected"]),
+    "no output": (["convert", "--model=box"], 1, ["--output"]),
+    "missing text": (["eval", "--text=nowhere.txt"], 1, ["nowhere.txt", "no such file"]),
+    "bad context": (["eval", "--context=0"], 1, ["context is 0"]),
+    "train without output": (["train"], 1, ["--output is needed"]),
+    "train on nothing": (["train", "--output=x", "--data=nowhere.txt"], 1, ["nowhere.txt", "no such file"]),
+    "train unknown config": (["train", "--output=x", "--config=llama9"], 1, ["llama9", "expected"]),
+    "train bad option": (["train", "--output=x", "--steps=0"], 1, ["steps is 0", "at least 1"]),
+    "unknown command": (["generat"], 2, ["unknown command 'generat'", "did you mean 'generate'"]),
+    "unknown flag": (["generate", "--temprature=1"], 2, ["temprature", "--help"]),
+    "not a number": (["generate", "--temperature=hot"], 2, ["temperature", "hot"]),
+    "surplus argument": (["generate", "Once"], 2, ["unexpected argument 'Once'", "--flag=value"]),
+    "unknown dtype": (["generate", "--dtype=int4"], 2, ["dtype", "int4"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_line_and_an_exit_code(name: str, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv, expected_code, parts = BAD_INPUT[name]
+    assert_one_line_error(*run(capsys, *argv), expected_code, *parts)
+    assert list(tmp_path.iterdir()) == [], "bad input must leave nothing behind"
+
+
+def test_existing_target_is_refused_before_any_work(tmp_path: Path, capsys) -> None:
+    (tmp_path / "there").mkdir()
+    result = run(capsys, "convert", "--model=nowhere.bin", f"--output={tmp_path}/there")
+    assert_one_line_error(*result, 1, "exists already", "choose another")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_flags_and_examples(command: str, capsys) -> None:
+    code, out, err = run(capsys, command, "--help")
+    assert code == 0 and err == ""
+    assert out.startswith(f"llamajax {command}: ") and "examples:" in out and f"llamajax {command}" in out
+    assert "--model" in out or "--output" in out
+
+
+def test_overview_names_every_command(capsys) -> None:
+    code, out, _ = run(capsys, "--help")
+    assert code == 0 and all(f"  {name}" in out for name in COMMANDS)
+    assert run(capsys)[0] == 2
+    assert run(capsys, "--version")[1].startswith("llamajax 0.")
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    """As in `llamajax inspect | head -0`: the pipe is closed before anything is printed."""
+    command = [sys.executable, "-m", "llamajax", "inspect", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=120) == 0
+
+
+def test_interrupt_is_one_line(capsys, monkeypatch) -> None:
+    def interrupted(values):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llamajax.cli.inspect.run", interrupted)
+    assert_one_line_error(*run(capsys, "inspect"), 130, "interrupted")
+
+
+def test_a_bug_keeps_its_traceback(capsys, monkeypatch) -> None:
+    def buggy(values):
+        raise ValueError("not the user's fault")
+
+    monkeypatch.setattr("llamajax.cli.inspect.run", buggy)
+    with pytest.raises(ValueError, match="not the user's fault"):
+        run(capsys, "inspect")
