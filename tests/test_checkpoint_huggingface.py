@@ -8,13 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import llamajax
-from llamajax import LlamaJaxError, open_checkpoint, save_checkpoint
+from llamajax import Llama, LlamaJaxError, open_checkpoint, save_checkpoint
+from llamajax.checkpoint import huggingface
 from llamajax.checkpoint.naming import named_leaves
 
 Tensors = dict[str, np.ndarray]
@@ -266,3 +268,18 @@ def test_a_huge_number_of_layers_costs_nothing(copy: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_large_models_are_written_in_shards(tiny_model: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the limit: several files and an index, each within the limit, and the same weights when read."""
+    monkeypatch.setattr(huggingface, "_SHARD_BYTES", 4096)
+    llamajax.save_checkpoint(tiny_model, tmp_path / "sharded", form="huggingface")
+    index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 2 and files == sorted(file.name for file in (tmp_path / "sharded").glob("*.safetensors"))
+    for file in files:
+        tensors = load_file(tmp_path / "sharded" / file)
+        assert sum(array.nbytes for array in tensors.values()) <= 4096 or len(tensors) == 1
+        assert all(index["weight_map"][name] == file for name in tensors)
+    again, _ = llamajax.load(tmp_path / "sharded")
+    jax.tree.map(np.testing.assert_array_equal, again, tiny_model)

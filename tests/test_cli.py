@@ -41,7 +41,7 @@ def test_generate_prints_the_published_text(shared: Path, capsys) -> None:
 def test_generate_uses_the_box_unless_told_otherwise(capsys) -> None:
     code, out, err = run(capsys, "generate", "--prompt=Once upon a time", "--max_new_tokens=40", "--temperature=0")
     assert code == 0
-    assert out.startswith("Once upon a time ") and len(out.split()) > 20
+    assert out.startswith("Once upon a time") and len(out.split()) > 20
     without_echo = run(
         capsys, "generate", "--prompt=Once upon a time", "--max_new_tokens=40", "--temperature=0", "--noecho"
     )[1]

@@ -20,6 +20,7 @@ from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama
 
 _LARGEST_JSON = 64 << 20
+_SHARD_BYTES = 1 << 30
 
 # Ours -> theirs, and whether theirs is transposed ([out, in]). `{}` is the layer.
 _NAMES = {
@@ -67,20 +68,51 @@ def open_source(path: Path) -> Source:
 
 
 def save(model: Llama, path: Path, tokenizer_bytes: bytes | None = None) -> None:
-    """Writes a folder that `open_source` and transformers read, in one safetensors file; `path` must exist, empty."""
-    tensors = {}
+    """Writes a folder that `open_source` and transformers read; `path` must exist, empty.
+
+    Beyond 1 GiB in shards with their index, so that no more than one shard is held in transposed copies.
+    """
     leaves = named_leaves(model)
-    for ours, theirs, layer in expected_tensors(model.config):
-        leaf = leaves[ours] if layer is None else leaves[ours][layer]
-        tensors[theirs] = np.ascontiguousarray(np.asarray(leaf).T if _NAMES[ours][1] else np.asarray(leaf))
-    dtype = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}[str(leaves["embed_VD"].dtype)]
-    fields = config_to_hf(model.config) | {"torch_dtype": dtype}
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    shards = _plan_shards(model.config, leaves)
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {theirs: _theirs(leaves[ours], ours, layer) for ours, theirs, layer in names}
+        save_file(tensors, path / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    if len(shards) > 1:
+        size = sum(leaf.nbytes for leaf in leaves.values())
+        _write_json(path / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
     if tokenizer_bytes is not None:
         (path / "tokenizer.model").write_bytes(tokenizer_bytes)
-    (path / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    # safetensors keeps its files to their owner; a package installed by root is read by others.
-    (path / "model.safetensors").chmod((path / "config.json").stat().st_mode)
+    _write_json(path / "config.json", config_to_hf(model.config) | {"torch_dtype": str(leaves["embed_VD"].dtype)})
+    for file in set(weight_map.values()):
+        # safetensors keeps its files to their owner; a package installed by root is read by others.
+        (path / file).chmod((path / "config.json").stat().st_mode)
+
+
+def _plan_shards(config: Config, leaves: dict[str, Any]) -> list[list[tuple[str, str, int | None]]]:
+    """The model's tensors in groups of at most 1 GiB (or one tensor)."""
+    shards: list[list[tuple[str, str, int | None]]] = [[]]
+    size = 0
+    for ours, theirs, layer in expected_tensors(config):
+        bytes_here = leaves[ours].nbytes // (1 if layer is None else config.num_layers)
+        if shards[-1] and size + bytes_here > _SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append((ours, theirs, layer))
+        size += bytes_here
+    return shards
+
+
+def _theirs(leaf: Any, ours: str, layer: int | None) -> np.ndarray:
+    """One tensor in Hugging Face's orientation."""
+    array = np.asarray(leaf if layer is None else leaf[layer])
+    return np.ascontiguousarray(array.T if _NAMES[ours][1] else array)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -40,10 +40,12 @@ def define_dtype(values: flags.FlagValues) -> None:
     )
 
 
-def load_model(values: flags.FlagValues) -> tuple[Llama, Tokenizer | None]:
-    """The model and tokenizer that the flags name."""
+def load_model(values: flags.FlagValues) -> tuple[Llama, Tokenizer]:
+    """The model and tokenizer that the flags name; the tokenizer first, because weights take longer."""
     opened = open_checkpoint(values.model)
     tokenizer = read_tokenizer(opened, values.tokenizer)
+    if tokenizer is None:
+        raise LlamaJaxError(f"{values.model}: no tokenizer came with it: give --tokenizer=PATH of its tokenizer.model")
     if values.dtype == "auto":
         dtype = jnp.float32 if jax.default_backend() == "cpu" else None
     else:
@@ -55,13 +57,6 @@ def read_model(opened: Opened, dtype: jax.typing.DTypeLike | None, shardings: st
     """Reads the weights behind a progress bar."""
     with progress("reading weights") as on_tensor:
         return opened.read(dtype, shardings, on_tensor)
-
-
-def need_tokenizer(tokenizer: Tokenizer | None, model: str) -> Tokenizer:
-    """The tokenizer, or an error that says how to name one."""
-    if tokenizer is None:
-        raise LlamaJaxError(f"{model}: no tokenizer came with it: give --tokenizer=PATH of its tokenizer.model")
-    return tokenizer
 
 
 @contextlib.contextmanager

@@ -5,9 +5,10 @@ import math
 
 from absl import flags
 
-from llamajax.cli.common import define_dtype, define_model, load_model, need_tokenizer, progress
+from llamajax.cli.common import define_dtype, define_model, load_model, progress
 from llamajax.errors import LlamaJaxError
 from llamajax.evaluate import cross_entropy, encode_documents, read_documents
+from llamajax.train import heldout_stories
 
 SUMMARY = "measure cross-entropy and perplexity on a text"
 EXAMPLES = (
@@ -35,14 +36,8 @@ def run(values: flags.FlagValues) -> None:
     """Prints a line, or JSON."""
     if values.context < 1 or values.batch < 1:
         raise LlamaJaxError(f"context is {values.context} and batch {values.batch}: expected at least 1")
+    documents = heldout_stories() if values.text == "stories" else read_documents(values.text)
     model, tokenizer = load_model(values)
-    tokenizer = need_tokenizer(tokenizer, values.model)
-    if values.text == "stories":
-        from llamajax.train import heldout_stories
-
-        documents = heldout_stories()
-    else:
-        documents = read_documents(values.text)
     tokens = encode_documents(tokenizer, documents)
     with progress("evaluating") as on_batch:
         loss = cross_entropy(model, tokens, window=values.context, batch=values.batch, on_batch=on_batch)

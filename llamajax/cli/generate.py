@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import sys
+from typing import Any
 
 from absl import flags
 
-from llamajax.cli.common import define_dtype, define_model, load_model, need_tokenizer
+from llamajax.cli.common import define_dtype, define_model, load_model
 from llamajax.generate import Completion, Speed, TextStream
+from llamajax.sampling import make_sampler
 
 SUMMARY = "continue a prompt, or several at once"
 EXAMPLES = (
@@ -16,6 +18,9 @@ EXAMPLES = (
     "llamajax generate --prompt='One day' --prompt='At night' --seed=7 --top_p=0.9 --stop='The end'",
     "llamajax generate --model=stories15M.bin --tokenizer=tokenizer.model --json",
 )
+
+
+_KNOBS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def define(values: flags.FlagValues) -> None:
@@ -50,19 +55,16 @@ def define(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     """Streams text to stdout and ends with the speed on stderr."""
+    knobs: dict[str, Any] = {name: values[name].value for name in _KNOBS}
+    make_sampler(**knobs)  # Checked before the weights are read: a slip should not cost a minute.
     model, tokenizer = load_model(values)
-    tokenizer = need_tokenizer(tokenizer, values.model)
     single = len(values.prompt) == 1
     stream = TextStream(
         model,
         tokenizer,
         values.prompt[0] if single else values.prompt,
         max_new_tokens=values.max_new_tokens,
-        temperature=values.temperature,
-        top_k=values.top_k,
-        top_p=values.top_p,
-        min_p=values.min_p,
-        repetition_penalty=values.repetition_penalty,
+        **knobs,
         seed=values.seed,
         stop=values.stop,
         smooth=single and not values.json,

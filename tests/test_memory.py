@@ -1,0 +1,74 @@
+"""Converting streams: a process's peak memory is the weights and little else. `benchmarks/` has the 1.1B figure."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from llamajax.checkpoint.huggingface import expected_tensors
+from llamajax.config import Config, config_to_hf
+
+ROOT = Path(__file__).parents[1]
+MIB = 1 << 20
+
+
+def write_model(folder: Path, width: int) -> int:
+    """A Hugging Face folder in bfloat16, two shards; returns the bytes of its weights."""
+    config = Config(
+        vocab_size=512,
+        width=width,
+        ffn_width=4 * width,
+        num_layers=16,
+        num_heads=4,
+        num_kv_heads=4,
+        head_size=width // 4,
+        context_length=64,
+    )
+    matrices = {"q": (1, 1), "k": (1, 1), "v": (1, 1), "o": (1, 1), "gate": (4, 1), "up": (4, 1), "down": (1, 4)}
+    shards: list[dict[str, np.ndarray]] = [{}, {}]
+    for _, name, layer in expected_tensors(config):
+        shape: tuple[int, ...] = (width,)
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            shape = (512, width)
+        elif name.endswith("_proj.weight"):
+            rows, columns = matrices[name.split(".")[-2].removesuffix("_proj")]
+            shape = (rows * width, columns * width)
+        shards[(layer or 0) % 2][name] = np.full(shape, 0.01, ml_dtypes.bfloat16)
+    folder.mkdir()
+    for number, shard in enumerate(shards):
+        save_file(shard, folder / f"{number}.safetensors")
+    weight_map = {name: f"{number}.safetensors" for number, shard in enumerate(shards) for name in shard}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(config_to_hf(config)))
+    return sum(array.nbytes for shard in shards for array in shard.values())
+
+
+def peak_of_conversion(source: Path, target: Path) -> int:
+    """Peak resident bytes of `llamajax convert` in a process of its own, as the kernel counts them."""
+    script = (
+        "import sys; from llamajax.cli import main\n"
+        f"code = main(['convert', '--model={source}', '--output={target}'])\n"
+        "print([line for line in open('/proc/self/status') if line.startswith('VmHWM')][0].split()[1]); sys.exit(code)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc for a process's peak memory")
+def test_conversion_holds_the_weights_once(tmp_path: Path) -> None:
+    small = write_model(tmp_path / "small", 64)
+    large = write_model(tmp_path / "large", 896)
+    assert large > 380 * MIB
+    base = peak_of_conversion(tmp_path / "small", tmp_path / "small-out") - small
+    extra = peak_of_conversion(tmp_path / "large", tmp_path / "large-out") - base - large
+    # One stacked tensor of this model has 98 MiB; a second copy of the weights would have 394.
+    assert extra < 290 * MIB, f"{extra / MIB:.0f} MiB beyond the weights"
