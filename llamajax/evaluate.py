@@ -1,7 +1,8 @@
-"""How well a model predicts a text: next-token cross-entropy over windows that do not overlap."""
+"""How well a model predicts a text, and how near it is to another: over windows that do not overlap."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,60 @@ def cross_entropy(
     Raises:
         LlamaJaxError: if the text is shorter than one window and its last target.
     """
+    count = 0
+    total = 0.0
+    for rows, used in _windows(tokens, window, batch, on_batch):
+        total += float(np.sum(np.asarray(_window_losses(model, rows))[:used], dtype=np.float64))
+        count += used
+    return total / (count * window)
+
+
+class Comparison(NamedTuple):
+    """How a model's predictions differ from a reference's on the same text.
+
+    Attributes:
+        kl_divergence: mean of KL(reference || model) over all positions, in nats.
+        top1_agreement: fraction of positions at which both find the same token likeliest.
+        cross_entropy: of the model, in nats a token.
+        reference_cross_entropy: of the reference.
+    """
+
+    kl_divergence: float
+    top1_agreement: float
+    cross_entropy: float
+    reference_cross_entropy: float
+
+
+def compare(
+    model: Llama,
+    reference: Llama,
+    tokens: Sequence[int] | np.ndarray,
+    *,
+    window: int = 512,
+    batch: int = 4,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> Comparison:
+    """Compares a model (quantized, say) with the one that it was made from, over the windows of `cross_entropy`.
+
+    Raises:
+        LlamaJaxError: as `cross_entropy`, or if the vocabularies differ.
+    """
+    if model.config.vocab_size != reference.config.vocab_size:
+        raise LlamaJaxError(
+            f"the model has {model.config.vocab_size} tokens, the reference {reference.config.vocab_size}: "
+            "expected one vocabulary"
+        )
+    sums, count = np.zeros(len(Comparison._fields)), 0
+    for rows, used in _windows(tokens, window, batch, on_batch):
+        sums += np.sum(np.asarray(_window_comparison(model, reference, rows))[:, :used], axis=(1, 2), dtype=np.float64)
+        count += used
+    return Comparison(*(float(value) for value in sums / (count * window)))
+
+
+def _windows(
+    tokens: Sequence[int] | np.ndarray, window: int, batch: int, on_batch: Callable[[int, int], None]
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Batches of windows [batch, window + 1], the last one filled up, and how many of each count."""
     for name, value in (("window", window), ("batch", batch)):
         if value < 1:
             raise LlamaJaxError(f"{name} is {value}: expected at least 1")
@@ -82,12 +137,22 @@ def cross_entropy(
             f"the text has {len(tokens)} tokens: expected at least {window + 1}, one window of {window}"
         )
     windows = np.stack([tokens[i * window : (i + 1) * window + 1] for i in range(count)])
-    total = 0.0
     for first in range(0, count, batch):
         rows = windows[first : first + batch]
-        total += float(np.sum(np.asarray(_window_losses(model, _fill(rows, batch)))[: len(rows)], dtype=np.float64))
+        yield _fill(rows, batch), len(rows)
         on_batch(min(first + batch, count), count)
-    return total / (count * window)
+
+
+@jax.jit
+def _window_comparison(model: Llama, reference: Llama, tokens_BT: jax.Array) -> jax.Array:
+    """The fields of `Comparison` at each position, float32 [4, B, T-1]."""
+    ours_BTV = jax.nn.log_softmax(model(tokens_BT[:, :-1])[0])
+    theirs_BTV = jax.nn.log_softmax(reference(tokens_BT[:, :-1])[0])
+    divergence_BT = jnp.sum(jnp.exp(theirs_BTV) * (theirs_BTV - ours_BTV), axis=-1)
+    agreement_BT = (jnp.argmax(ours_BTV, axis=-1) == jnp.argmax(theirs_BTV, axis=-1)).astype(jnp.float32)
+    target = tokens_BT[:, 1:, None]
+    losses = [-jnp.take_along_axis(logits, target, axis=-1)[..., 0] for logits in (ours_BTV, theirs_BTV)]
+    return jnp.stack([divergence_BT, agreement_BT, *losses])
 
 
 @jax.jit

@@ -21,7 +21,7 @@ from flax import nnx
 
 from llamajax.cache import KVCache
 from llamajax.config import Config
-from quant import einsum
+from quant import einsum, take_rows
 
 # Scores of slots that a query must not see. Finite, because -inf minus -inf is NaN in a row that sees nothing, and
 # because some of the runtimes that execute our exported programs do not carry infinities.
@@ -242,7 +242,7 @@ class Llama(nnx.Module):
         position_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)
         # An id outside the vocabulary gives NaN; a negative one would count from the end.
         inside_BT = jnp.where(tokens_BT < 0, self.config.vocab_size, tokens_BT)
-        x_BTD = jnp.take(self.embed_VD.get_value(), inside_BT, axis=0, mode="fill")
+        x_BTD = take_rows(self.embed_VD.get_value(), inside_BT).astype(self.dtype)
 
         def layer_step(carry, scanned):
             x_BTD, cache = carry

@@ -1,5 +1,26 @@
-"""Quantized weights for JAX: usable without `llamajax`. Here: the matrix product that every weight goes through."""
+"""Quantized weights for JAX: usable without `llamajax`.
 
-from quant.matmul import einsum
+    quantized = quantize_rtn(weight_DF, "int4", group_size=32)    # 4.5 bits a weight
+    y_BF = einsum("BD,DF->BF", x_BD, quantized)                   # the same call as with an array
 
-__all__ = ["einsum"]
+FORMAT.md specifies the bytes; `QTensor` is the pytree that holds them.
+"""
+
+from quant.matmul import einsum, take_rows
+from quant.packing import FORMAT_VERSION, pack, unpack
+from quant.qtensor import QTensor, dequantize
+from quant.rtn import quantize_rtn
+from quant.scheme import SCHEMES, Scheme
+
+__all__ = [
+    "FORMAT_VERSION",
+    "SCHEMES",
+    "QTensor",
+    "Scheme",
+    "dequantize",
+    "einsum",
+    "pack",
+    "quantize_rtn",
+    "take_rows",
+    "unpack",
+]

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import llamajax
 from llamajax import Llama, LlamaJaxError, Tokenizer
-from llamajax.evaluate import cross_entropy, encode_documents, next_token_losses, read_documents
+from llamajax.evaluate import compare, cross_entropy, encode_documents, next_token_losses, read_documents
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +122,31 @@ def test_refused_texts(data: bytes | None, message: str, tmp_path: Path) -> None
     with pytest.raises(LlamaJaxError) as caught:
         read_documents(tmp_path / "text")
     assert str(caught.value).endswith(message)
+
+
+def test_compare_equals_numpy(tiny_model: Llama) -> None:
+    """KL, agreement and both losses at every position, from the logits, in float64."""
+    other = jax.tree.map(lambda leaf: leaf * 0.9, tiny_model)
+    tokens = np.random.default_rng(3).integers(0, tiny_model.config.vocab_size, 3 * 16 + 1)
+    result = compare(other, tiny_model, tokens, window=16, batch=2)
+    divergence, agreement, losses = [], [], []
+    for first in range(0, 48, 16):
+        inputs, targets = tokens[first : first + 16], tokens[first + 1 : first + 17]
+        logs = []
+        for model in (other, tiny_model):
+            logits = np.asarray(model(jnp.asarray([inputs]))[0][0], np.float64)
+            logs.append(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
+        divergence.append((np.exp(logs[1]) * (logs[1] - logs[0])).sum(-1))
+        agreement.append(logs[0].argmax(-1) == logs[1].argmax(-1))
+        losses.append([-log[np.arange(16), targets] for log in logs])
+    np.testing.assert_allclose(result.kl_divergence, np.mean(divergence), rtol=1e-4)
+    assert result.kl_divergence > 1e-3 and result.top1_agreement == np.mean(agreement) < 1
+    np.testing.assert_allclose(result.cross_entropy, np.mean([pair[0] for pair in losses]), rtol=1e-5)
+    np.testing.assert_allclose(result.reference_cross_entropy, np.mean([pair[1] for pair in losses]), rtol=1e-5)
+
+
+def test_compare_refuses_another_vocabulary(tiny_model: Llama) -> None:
+    config = llamajax.Config.from_dict(tiny_model.config.to_dict() | {"vocab_size": 32})
+    other = llamajax.Llama(config, key=jax.random.key(0))
+    with pytest.raises(LlamaJaxError, match="the model has 32 tokens, the reference 320: expected one vocabulary"):
+        compare(other, tiny_model, [1] * 100)

@@ -20,11 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from llamajax.checkpoint import home, huggingface, llama2c
-from llamajax.checkpoint.naming import Source, named_leaves
+from llamajax.checkpoint.naming import Source, named_leaves, named_weights
 from llamajax.config import Config, preset_names
 from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama, abstract_model
 from llamajax.tokenizer import Tokenizer
+from quant import QTensor
 
 BOX = "box"
 _ALIGNMENT = 64  # bytes; XLA on CPU then uses a NumPy buffer as it is, instead of a copy
@@ -179,6 +180,8 @@ def save_checkpoint(
     Raises:
         LlamaJaxError: if `path` exists or cannot be created, or if transformers would refuse the model.
     """
+    if form == "huggingface" and any(isinstance(weight, QTensor) for weight in named_weights(model).values()):
+        raise LlamaJaxError("the weights are quantized in a way that transformers does not read: write llamajax's form")
     if form == "huggingface" and model.config.width % model.config.num_heads:
         raise LlamaJaxError(
             f"width is {model.config.width}, num_heads {model.config.num_heads}: transformers expects a multiple; "
@@ -274,7 +277,9 @@ def _restore(path: Path, dtype: Any, shardings: Any, on_tensor: Callable[[int, i
             raise LlamaJaxError(f"{path}: {name} holds NaN or infinity: the weights are damaged")
         on_tensor(done, len(leaves))
     if dtype is not None:
-        model = jax.tree.map(lambda leaf: leaf.astype(dtype), model)
+        # What is quantized stays as it is: `dtype` is that of the floats, and so of the activations.
+        convert = lambda weight: weight if isinstance(weight, QTensor) else weight.astype(dtype)  # noqa: E731
+        model = jax.tree.map(convert, model, is_leaf=lambda node: isinstance(node, QTensor))
     return jax.tree.map(np.asarray, model) if isinstance(shardings, str) else model
 
 

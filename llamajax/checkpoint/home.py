@@ -1,8 +1,9 @@
 """Our own checkpoint: a folder with `manifest.json`, `weights/` (Orbax) and `tokenizer.model`.
 
-The manifest holds the format's version, the config and the name, shape and dtype of every weight, so that a checkpoint
-can be described, and planned for, without reading a weight. Weights are restored into an abstract tree, on one device
-or laid out over any number: an Orbax checkpoint by itself remembers the devices that it was saved from.
+The manifest holds the format's version, the config and the name, shape and dtype (or quantization scheme) of every
+weight, so that a checkpoint can be described, and planned for, without reading a weight. Weights are restored into an
+abstract tree, on one device or laid out over any number: an Orbax checkpoint by itself remembers the devices that it
+was saved from.
 """
 
 import contextlib
@@ -17,15 +18,19 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from llamajax.checkpoint.naming import named_leaves
+from llamajax.checkpoint.naming import named_leaves, named_weights
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama, abstract_model
+from quant import QTensor, Scheme
 
 FORMAT = "llamajax"
 VERSION = 1
 _LARGEST_MANIFEST = 64 << 20
 _CHUNK_BYTES = 16 << 20
+_WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
+_PART_DTYPES = (*_WEIGHT_DTYPES, "uint8", "int32")
+_PARTS = ("scale", "zero", "offset", "order")
 
 
 def recognise(path: Path) -> bool:
@@ -67,19 +72,53 @@ def open_abstract(path: Path) -> tuple[Config, Llama, dict[str, Any]]:
     tree = abstract_model(config)
     leaves = named_leaves(tree)
     described = manifest["weights"]
-    entries = described.values() if isinstance(described, Mapping) else [None]
-    if not all(isinstance(entry, Mapping) for entry in entries) or set(described) != set(leaves):
+    if not isinstance(described, Mapping) or set(described) != set(leaves):
         raise LlamaJaxError(f"{path}/manifest.json: the weights listed are not those of its config: it is damaged")
-    typed = []
+    weights = []
     for name, leaf in leaves.items():
-        shape, dtype = described[name].get("shape"), described[name].get("dtype")
-        if shape != list(leaf.shape) or dtype not in ("float32", "bfloat16", "float16"):
-            found = f"{dtype}{shape}"
-            raise LlamaJaxError(
-                f"{path}/manifest.json: {name} is {found[:80]!r}: expected a float array of shape {list(leaf.shape)}"
-            )
-        typed.append(jax.ShapeDtypeStruct(leaf.shape, dtype))
-    return config, jax.tree.unflatten(jax.tree.structure(tree), typed), manifest
+        try:
+            weight = _abstract_weight(described[name])
+            if weight.shape != leaf.shape:
+                raise ValueError(f"shape {weight.shape}: expected {leaf.shape}")
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+            raise LlamaJaxError(f"{path}/manifest.json: {name}: {str(error)[:200]}: it is damaged") from None
+        weights.append(weight)
+    return config, jax.tree.unflatten(jax.tree.structure(tree), weights), manifest
+
+
+def _describe(weight: Any) -> dict[str, Any]:
+    """What the manifest says of a weight: shape and dtype of an array; scheme, axis, dtype and parts of a `QTensor`."""
+    if not isinstance(weight, QTensor):
+        return {"shape": list(weight.shape), "dtype": str(np.dtype(weight.dtype))}
+    parts = {name: getattr(weight, name) for name in _PARTS}
+    return {
+        "scheme": weight.scheme.name,
+        "axis": weight.axis,
+        "dtype": str(weight.dtype),
+        "planes": [_describe(plane) for plane in weight.planes],
+        **{name: _describe(part) for name, part in parts.items() if part is not None},
+    }
+
+
+def _abstract_weight(entry: Mapping[str, Any], level: int = 0) -> Any:
+    """Undoes `_describe`, with `ShapeDtypeStruct` for arrays.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError, OverflowError: for what `_describe` does not write.
+    """
+    if "scheme" not in entry:
+        if entry["dtype"] not in (_WEIGHT_DTYPES if level == 0 else _PART_DTYPES) or set(entry) != {"shape", "dtype"}:
+            raise ValueError(f"dtype {str(entry['dtype'])[:40]!r}: expected one of {', '.join(_WEIGHT_DTYPES)}")
+        if not all(isinstance(size, int) and 0 < size < 1 << 40 for size in entry["shape"]):
+            raise ValueError(f"shape {str(entry['shape'])[:80]}: expected whole numbers")
+        return jax.ShapeDtypeStruct(tuple(entry["shape"]), entry["dtype"])
+    unknown = set(entry) - {"scheme", "axis", "dtype", "planes", *_PARTS}
+    if unknown or level > 1 or entry["dtype"] not in _WEIGHT_DTYPES:
+        raise ValueError("expected a scheme, axis, dtype, planes and scales, in at most two levels")
+    parts = {name: _abstract_weight(entry[name], level + 1) for name in _PARTS if name in entry}
+    planes = tuple(_abstract_weight(plane, level + 1) for plane in entry["planes"])
+    scheme, axis = Scheme.named(entry["scheme"]), entry["axis"]
+    return QTensor(planes, **parts, scheme=scheme, axis=axis, dtype=np.dtype(entry["dtype"])).validate()
 
 
 def restore(path: Path, shardings: Any = None) -> Llama:
@@ -135,9 +174,7 @@ def save(model: Llama, path: Path, tokenizer_bytes: bytes | None, source: str) -
         "config": model.config.to_dict(),
         "source": source,
         "tokenizer_sha256": hashlib.sha256(tokenizer_bytes).hexdigest() if tokenizer_bytes is not None else None,
-        "weights": {
-            name: {"shape": list(leaf.shape), "dtype": str(np.dtype(leaf.dtype))} for name, leaf in leaves.items()
-        },
+        "weights": {name: _describe(weight) for name, weight in named_weights(model).items()},
     }
     (path / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 

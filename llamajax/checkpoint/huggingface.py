@@ -74,7 +74,7 @@ def save(model: Llama, path: Path, tokenizer_bytes: bytes | None = None) -> None
     """
     leaves = named_leaves(model)
     shards = _plan_shards(model.config, leaves)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {theirs: _theirs(leaves[ours], ours, layer) for ours, theirs, layer in names}

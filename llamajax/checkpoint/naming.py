@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from llamajax.config import Config
+from quant import QTensor
 
 
 class TensorSlice(NamedTuple):
@@ -50,6 +51,12 @@ class Source:
 def named_leaves(tree: Any) -> dict[str, Any]:
     """Leaves of a model (or of any pytree shaped like one) by name, in tree order."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {leaf_name(path): leaf for path, leaf in leaves}
+
+
+def named_weights(tree: Any) -> dict[str, Any]:
+    """Like `named_leaves`, with a quantized weight as one `QTensor` rather than as its arrays."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, QTensor))[0]
     return {leaf_name(path): leaf for path, leaf in leaves}
 
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": "llamajax.cli.generate",
     "inspect": "llamajax.cli.inspect",
     "convert": "llamajax.cli.convert",
+    "quantize": "llamajax.cli.quantize",
     "eval": "llamajax.cli.evaluate",
     "train": "llamajax.cli.train",
 }

@@ -6,8 +6,10 @@ from pathlib import Path
 from absl import flags
 
 from llamajax.checkpoint import check_absent, open_checkpoint, read_tokenizer, save_checkpoint
+from llamajax.checkpoint.naming import named_weights
 from llamajax.cli.common import define_model, gibibytes, read_model, spinner
 from llamajax.errors import LlamaJaxError
+from quant import QTensor
 
 SUMMARY = "write a checkpoint in llamajax's own form, or in Hugging Face's"
 EXAMPLES = (
@@ -35,6 +37,8 @@ def run(values: flags.FlagValues) -> None:
     check_absent(output)
     opened = open_checkpoint(values.model)
     tokenizer = read_tokenizer(opened, values.tokenizer)
+    if values.dtype and any(isinstance(weight, QTensor) for weight in named_weights(opened.abstract).values()):
+        raise LlamaJaxError(f"{values.model}: its weights are quantized: --dtype does not apply")
     model = read_model(opened, values.dtype, shardings="host")
     with spinner(f"writing {output}"):
         save_checkpoint(model, output, tokenizer=tokenizer, source=opened.description, form=values.to)

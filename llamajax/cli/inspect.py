@@ -4,13 +4,15 @@ import json
 import math
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags
 from rich.table import Table
 
 from llamajax.checkpoint import Opened, open_checkpoint
-from llamajax.checkpoint.naming import named_leaves
+from llamajax.checkpoint.naming import named_weights
 from llamajax.cli.common import define_model, gibibytes, table_console
+from quant import QTensor
 
 SUMMARY = "show a checkpoint's architecture, tensors, dtypes, bytes and source format"
 EXAMPLES = (
@@ -29,14 +31,16 @@ def run(values: flags.FlagValues) -> None:
     """Prints tables, or JSON."""
     opened = open_checkpoint(values.model)
     tensors: list[dict[str, Any]] = [
-        {"name": name, "shape": list(leaf.shape), "dtype": str(leaf.dtype), "bytes": _bytes(leaf)}
-        for name, leaf in named_leaves(opened.abstract).items()
+        {"name": name, "shape": list(weight.shape), "dtype": _kind(weight), "bytes": _bytes(weight)}
+        for name, weight in named_weights(opened.abstract).items()
     ]
+    size = sum(tensor["bytes"] for tensor in tensors)
     summary: dict[str, Any] = {
         "model": str(opened.path),
         "format": opened.description,
         "parameters": opened.config.num_parameters,
-        "bytes": sum(tensor["bytes"] for tensor in tensors),
+        "bytes": size,
+        "bits_per_weight": 8 * size / opened.config.num_parameters,
         "tokenizer": opened.tokenizer_bytes is not None,
         "config": opened.config.to_dict(),
         "tensors": tensors,
@@ -47,8 +51,13 @@ def run(values: flags.FlagValues) -> None:
         _print_tables(opened, summary)
 
 
-def _bytes(leaf) -> int:
-    return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+def _kind(weight: Any) -> str:
+    """A dtype, or scheme and group size: int4-g32."""
+    return f"{weight.scheme.name}-g{weight.group_size}" if isinstance(weight, QTensor) else str(weight.dtype)
+
+
+def _bytes(weight: Any) -> int:
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(weight))
 
 
 def _print_tables(opened: Opened, summary: dict[str, Any]) -> None:
@@ -56,7 +65,7 @@ def _print_tables(opened: Opened, summary: dict[str, Any]) -> None:
     head = Table(title=summary["model"], title_justify="left", show_header=False)
     head.add_row("format", summary["format"])
     head.add_row("parameters", f"{summary['parameters']:,}")
-    head.add_row("in memory", gibibytes(summary["bytes"]))
+    head.add_row("in memory", f"{gibibytes(summary['bytes'])}, {summary['bits_per_weight']:.2f} bits a weight")
     head.add_row("tokenizer", "sentencepiece, included" if summary["tokenizer"] else "none included: give --tokenizer")
     for name, value in opened.config.to_dict().items():
         head.add_row(name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))

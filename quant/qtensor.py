@@ -1,0 +1,231 @@
+"""`QTensor`: the quantized weight, a pytree that stands where a weight array stood.
+
+Dimension key: `K` contraction axis, `M` outputs, `C` groups along K, `g` = K / C elements of a group. Shapes are
+written for `axis=-2`, a weight [..., K, M]; a table of embeddings is [..., M, K], `axis=-1`, and everything else holds.
+"""
+
+import dataclasses
+import functools
+import operator
+from typing import Any, Union
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quant.packing import (
+    axis_position,
+    check_group,
+    check_planes,
+    merge_groups,
+    pack,
+    plane_bits,
+    split_groups,
+    unpack,
+)
+from quant.scheme import Scheme, exponent_values
+
+SCALE_DTYPES = ("float32", "bfloat16", "float16")
+
+# A plane of numbers per group: an array, or quantized itself (two levels of scales).
+Plane = Union[jax.Array, "QTensor"]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["planes", "scale", "zero", "offset", "order"],
+    meta_fields=["scheme", "axis", "dtype"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class QTensor:
+    """A weight [..., K, M] (`axis=-2`) or [..., M, K] (`axis=-1`) in packed codes, with scales per group along K.
+
+    For k in group c, and value(code) by the scheme:
+
+        w[k, m] = (value(code[k, m]) - zero[c, m]) * scale[c, m] + offset[c, m]
+
+    in float32, from the left. `zero` and `offset` are None where there is none. FORMAT.md specifies the arrays' bytes.
+
+    Invariants, checked by `validate`. The constructor checks nothing: jax rebuilds trees with abstract values, booleans
+    or None for leaves. Every array has the rank and axis order of the weight, so that scan and vmap slice all of them,
+    and one PartitionSpec says how they are laid out (axes of size 1 are replicated). Group size, shape and which
+    optional parts there are follow from the arrays and are stored nowhere else.
+
+    Attributes:
+        planes: uint8 [..., K * p / 8, M] for each bit plane of p bits.
+        scale: float32, bfloat16 or float16 [..., C, M], or [..., 1, 1] for a scale per tensor. C = 1 is a scale per
+            channel. For mxfp4 uint8, the scale being 2**(scale - 127), 255 NaN. Or a QTensor of that shape: two levels.
+        zero: uint8 or float of scale's shape; `uint` schemes only.
+        offset: float array or QTensor of scale's shape; `uint` schemes only.
+        order: int32 [..., K, 1] ([..., 1, K] with axis -1), a permutation: stored position i holds index order[i] of
+            the contraction axis. Groups are of stored positions. For act-order GPTQ, whose groups are scattered.
+        scheme: what a code stands for.
+        axis: -2 or -1, the contraction axis of the weight.
+        dtype: of the weight that this stands for, and of rows looked up in it.
+    """
+
+    planes: tuple[jax.Array, ...]
+    scale: Plane
+    zero: jax.Array | None = None
+    offset: Plane | None = None
+    order: jax.Array | None = None
+    _: dataclasses.KW_ONLY
+    scheme: Scheme
+    axis: int = -2
+    dtype: np.dtype = np.dtype("float32")
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: jax.Array,
+        scale: Plane,
+        scheme: Scheme,
+        *,
+        zero: jax.Array | None = None,
+        offset: Plane | None = None,
+        order: jax.Array | None = None,
+        axis: int = -2,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+    ) -> "QTensor":
+        """Packs uint8 codes [..., K, M] and checks the whole; the arguments are those of the class.
+
+        Raises:
+            ValueError: if an invariant does not hold.
+        """
+        groups = scale.shape[axis_position(scale.shape, axis)]
+        group_size = _group_size(codes.shape[axis_position(codes.shape, axis)], groups)
+        planes = pack(codes, scheme.bits, group_size, axis=axis)
+        made = cls(planes, scale, zero, offset, order, scheme=scheme, axis=axis, dtype=np.dtype(dtype))
+        return made.validate()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        shape = list(self.planes[0].shape)
+        shape[self.axis] = shape[self.axis] * 8 // plane_bits(self.scheme.bits)[0]
+        return tuple(shape)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the weight."""
+        return self.planes[0].ndim
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return int(np.prod(self.shape))
+
+    @property
+    def group_size(self) -> int:
+        """Weights along the contraction axis that share a scale."""
+        return _group_size(self.shape[self.axis], self.scale.shape[self.axis])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays, as they are on a device and in a file."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of everything: codes, scales and the rest."""
+        return 8 * self.nbytes / self.size
+
+    def __getitem__(self, index: Any) -> "QTensor":
+        """Indexes or slices leading axes (layers, experts): the last two belong together.
+
+        Raises:
+            IndexError: for a static index that is out of range, or too many of them.
+        """
+        indices = index if isinstance(index, tuple) else (index,)
+        if len(indices) > self.ndim - 2:
+            raise IndexError(f"{len(indices)} indices: shape {self.shape} has {self.ndim - 2} leading axes to index")
+        for i, length in zip(indices, self.shape, strict=False):
+            # jax would move it to the nearest one that exists. This also is what ends `for layer in qtensor`.
+            if isinstance(i, (int, np.integer)) and not -length <= i < length:
+                raise IndexError(f"index {i} is out of range for an axis of {length}, of shape {self.shape}")
+            if i is None or i is Ellipsis:
+                raise IndexError(f"index {i}: expected integers, arrays or slices, one for each leading axis")
+        return jax.tree.map(operator.itemgetter(index), self)
+
+    def validate(self) -> "QTensor":
+        """Checks every invariant that shapes and dtypes show; returns the tensor itself. Leaves may be abstract.
+
+        Raises:
+            ValueError: naming the part, what it is and what was expected.
+        """
+        check_planes(self.planes, self.scheme.bits, self.axis)
+        if not jnp.issubdtype(self.dtype, jnp.floating):
+            raise ValueError(f"dtype {self.dtype}: expected a float type, that of the weight this stands for")
+        *lead, rows, columns = self.shape
+        length, outputs = (rows, columns) if self.axis == -2 else (columns, rows)
+        per_group = (*lead, "C", outputs) if self.axis == -2 else (*lead, outputs, "C")
+        shape = self.scale.shape
+        matches = len(shape) == self.ndim and all(n in ("C", m) for n, m in zip(per_group, shape, strict=True))
+        if not matches and shape != (*lead, 1, 1):
+            raise ValueError(
+                f"scale plane of shape {shape}: expected {per_group} with C groups, or {(*lead, 1, 1)}, "
+                f"for a weight of shape {self.shape} with contraction axis {self.axis}"
+            )
+        check_group(length, self.group_size, self.scheme.bits)
+        self._check_plane("scale", self.scale, shape, ("uint8",) if self.scheme.kind == "mxfp4" else SCALE_DTYPES)
+        for name, plane in (("zero", self.zero), ("offset", self.offset)):
+            if plane is not None and self.scheme.kind != "uint":
+                raise ValueError(f"{name} plane beside {self.scheme.name} codes: only uint codes have one")
+        self._check_plane("zero", self.zero, shape, ("uint8", *SCALE_DTYPES))
+        self._check_plane("offset", self.offset, shape, SCALE_DTYPES)
+        order_shape = (*lead, length, 1) if self.axis == -2 else (*lead, 1, length)
+        self._check_plane("order", self.order, order_shape, ("int32",))
+        return self
+
+    def _check_plane(self, name: str, plane: Plane | None, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
+        """Checks shape and dtype of one part, or the invariants of a second level; a part that is absent is right."""
+        if plane is None:
+            return
+        if plane.shape != shape:
+            raise ValueError(f"{name} plane of shape {plane.shape}: expected {shape}")
+        if isinstance(plane, QTensor):
+            if plane.axis != self.axis:
+                raise ValueError(f"{name} plane with contraction axis {plane.axis}: expected {self.axis}, the weight's")
+            plane.validate()
+        elif plane.dtype.name not in dtypes:
+            raise ValueError(f"{name} plane of dtype {plane.dtype}: expected {' or '.join(dtypes)}")
+
+
+@functools.partial(jax.jit, static_argnames="dtype", inline=True)
+def dequantize(qtensor: QTensor, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    """The weight itself, by the formula of `QTensor`: computed in float32, then rounded to `dtype`.
+
+    Differentiable with respect to float scales, zero points and offsets. Compiled, a backend may round the product and
+    the sum of an `offset` once instead of twice. For what ggml stores that changes nothing: its products are exact.
+    """
+    axis = qtensor.axis
+    codes_KM = unpack(qtensor.planes, qtensor.scheme.bits, qtensor.group_size, axis=axis)
+    weight_CgM = split_groups(qtensor.scheme.decode(codes_KM), qtensor.group_size, axis)
+    if qtensor.zero is not None:
+        weight_CgM = weight_CgM - jnp.expand_dims(_float32(qtensor.zero), axis)
+    weight_CgM = weight_CgM * jnp.expand_dims(scale_values(qtensor.scale, qtensor.scheme), axis)
+    if qtensor.offset is not None:
+        weight_CgM = weight_CgM + jnp.expand_dims(_float32(qtensor.offset), axis)
+    weight_KM = merge_groups(weight_CgM, axis)
+    if qtensor.order is not None:
+        weight_KM = jnp.take_along_axis(weight_KM, jnp.argsort(qtensor.order, axis=axis), axis=axis)
+    return weight_KM.astype(dtype)
+
+
+def scale_values(scale: Plane, scheme: Scheme) -> jax.Array:
+    """The scales themselves, float32 of the plane's shape: from floats, from exponents (mxfp4), or from two levels."""
+    if scheme.kind == "mxfp4" and not isinstance(scale, QTensor):
+        return exponent_values(scale)
+    return _float32(scale)
+
+
+def _float32(plane: Plane) -> jax.Array:
+    """A plane of floats or of integers, or of two levels, as float32."""
+    return dequantize(plane) if isinstance(plane, QTensor) else plane.astype(jnp.float32)
+
+
+def _group_size(length: int, count: int) -> int:
+    """K and C -> g."""
+    if count < 1 or length % count:
+        raise ValueError(f"{count} groups do not divide a contraction axis of {length}: expected whole groups")
+    return length // count

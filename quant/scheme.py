@@ -1,0 +1,101 @@
+"""What the codes of a quantized weight stand for: schemes, code books, power-of-two scales."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+# NormalFloat: means of 16 equally probable slices of a normal distribution, scaled to [-1, 1], with an exact zero
+# (QLoRA, Dettmers et al. 2023, arXiv:2305.14314, appendix E).
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+# E2M1: one sign bit, two of exponent, one of mantissa (OCP Microscaling Formats v1.0, 2023).
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """What a code stands for, before zero point, scale and offset. Hashable: a static field under jit.
+
+    | kind | bits | value of a code |
+    |---|---|---|
+    | int | 2, 3, 4, 5, 6, 8 | code - 2**(bits - 1): signed, symmetric |
+    | uint | 2, 3, 4, 5, 6, 8 | code: asymmetric, by a zero point or an offset per group |
+    | ternary | 2 | code - 1: -1, 0 or 1 |
+    | nf4 | 4 | NF4[code] |
+    | mxfp4 | 4 | E2M1[code]; the scales are powers of two, stored as their exponents |
+    """
+
+    kind: str
+    bits: int
+
+    def __post_init__(self) -> None:
+        """Checks the pair.
+
+        Raises:
+            ValueError: for one that is not in the table.
+        """
+        allowed = {"ternary": (2,), "nf4": (4,), "mxfp4": (4,)}.get(self.kind, (2, 3, 4, 5, 6, 8))
+        if self.kind not in ("int", "uint", "ternary", "nf4", "mxfp4") or self.bits not in allowed:
+            raise ValueError(f"no scheme {self.kind!r} with {self.bits} bits: expected one of {', '.join(SCHEMES)}")
+
+    @classmethod
+    def named(cls, name: str) -> "Scheme":
+        """The scheme called `int4`, `uint4`, `nf4`, `mxfp4`, `ternary`, ….
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        if name not in SCHEMES:
+            raise ValueError(f"no scheme {name!r}: expected one of {', '.join(SCHEMES)}")
+        return SCHEMES[name]
+
+    @property
+    def name(self) -> str:
+        """As in recipes and checkpoints."""
+        return f"{self.kind}{self.bits}" if self.kind in ("int", "uint") else self.kind
+
+    @property
+    def codebook(self) -> tuple[float, ...] | None:
+        """The value of each code, for the kinds whose values are not equally spaced."""
+        return {"nf4": NF4, "mxfp4": E2M1}.get(self.kind)
+
+    @property
+    def bias(self) -> int:
+        """The code whose value is zero, for the kinds whose values are equally spaced."""
+        return {"int": 2 ** (self.bits - 1), "ternary": 1}.get(self.kind, 0)
+
+    @property
+    def max_code(self) -> int:
+        """The largest code that a quantizer writes."""
+        return 2 if self.kind == "ternary" else 2**self.bits - 1
+
+    def decode(self, codes: jax.Array) -> jax.Array:
+        """Values of uint8 codes, float32 of the same shape. Ternary code 3, which nobody writes, is 2, as in ggml."""
+        if self.codebook is None:
+            return codes.astype(jnp.float32) - self.bias
+        # 15 selects instead of a gather: they vectorise, fuse and shard like any elementwise operation.
+        value = jnp.full(codes.shape, self.codebook[0], jnp.float32)
+        for code, entry in enumerate(self.codebook[1:], start=1):
+            value = jnp.where(codes == code, entry, value)
+        return value
+
+
+SCHEMES: dict[str, Scheme] = {
+    **{f"int{bits}": Scheme("int", bits) for bits in (8, 6, 5, 4, 3, 2)},
+    **{f"uint{bits}": Scheme("uint", bits) for bits in (8, 6, 5, 4, 3, 2)},
+    **{"nf4": Scheme("nf4", 4), "mxfp4": Scheme("mxfp4", 4), "ternary": Scheme("ternary", 2)},
+}
+
+
+def exponent_values(exponents: jax.Array) -> jax.Array:
+    """E8M0: uint8 e -> 2**(e - 127) in float32, NaN for 255 (OCP Microscaling Formats v1.0, 2023).
+
+    By its bits, because `exp2` is not exact on every backend. 2**-127 is subnormal: XLA may flush it to zero.
+    """
+    bits = jnp.where(exponents == 0, 0x0040_0000, exponents.astype(jnp.uint32) << 23)
+    return jnp.where(exponents == 255, jnp.nan, jax.lax.bitcast_convert_type(bits.astype(jnp.uint32), jnp.float32))

@@ -1,0 +1,294 @@
+"""Round-to-nearest: against a NumPy search over all codes, ggml's quantizers, published tables, its own promises."""
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import quant
+from quant.rtn import clip_factors
+from quant.scheme import E2M1, NF4, exponent_values
+
+G = 16
+NAMES = [*quant.SCHEMES]
+SOME = ["int4", "uint3", "nf4", "mxfp4", "ternary"]
+
+# QLoRA, arXiv:2305.14314, appendix E.
+PUBLISHED_NF4 = [
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+]
+
+
+def _values(name: str) -> np.ndarray:
+    """The value of each code that a quantizer may write."""
+    if name == "nf4":
+        return np.array(PUBLISHED_NF4)
+    if name == "mxfp4":
+        return np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float64)
+    if name == "ternary":
+        return np.array([-1.0, 0.0, 1.0])
+    bits = int(name[-1])
+    return np.arange(2.0**bits) - (0 if name.startswith("uint") else 2 ** (bits - 1))
+
+
+def _expected_grid(groups: np.ndarray, name: str, factor: float = 1.0, stored: Any = None) -> tuple[np.ndarray, Any]:
+    """Scale and zero point of each group [C, g, M] by the definitions; the zero point by the stored scale."""
+    low, high = groups.min(1, keepdims=True), groups.max(1, keepdims=True)
+    largest = np.where(high >= -low, high, low)
+    if name.startswith("uint"):
+        low, high = np.minimum(low, 0) * factor, np.maximum(high, 0) * factor
+        scale = (high - low) / (2 ** int(name[-1]) - 1)
+        return scale, np.clip(np.round(-low / (scale if stored is None else stored)), 0, 2 ** int(name[-1]) - 1)
+    if name.startswith("int"):
+        return largest * factor / -(2 ** (int(name[-1]) - 1)), 0
+    if name == "ternary":
+        return np.abs(groups).mean(1, keepdims=True) * factor, 0
+    if name == "mxfp4":
+        return 2 ** np.floor(np.log2(np.abs(largest) * factor)) / 4, 0
+    return np.abs(largest) * factor, 0
+
+
+def _nearest(groups: np.ndarray, scale: np.ndarray, zero: Any, name: str) -> np.ndarray:
+    """What every weight becomes, by trying all codes; float64 [C, g, M]."""
+    candidates = (_values(name) - np.asarray(zero)[..., None]) * np.asarray(scale, np.float64)[..., None]
+    best = np.argmin(np.abs(candidates - groups[..., None]), axis=-1)
+    candidates = np.broadcast_to(candidates, (*groups.shape, candidates.shape[-1]))
+    return np.take_along_axis(candidates, best[..., None], -1)[..., 0]
+
+
+def _weight(shape: tuple[int, ...] = (4 * G, 6), seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def _grouped(x: Any, groups: int = 4) -> np.ndarray:
+    x = np.asarray(x, np.float64)
+    return x.reshape(groups, -1, x.shape[-1])
+
+
+def _scales(made: quant.QTensor) -> np.ndarray:
+    return np.asarray(exponent_values(made.scale) if made.scheme.kind == "mxfp4" else made.scale, np.float64)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("name", "scale_dtype"),
+    [*((name, "bfloat16") for name in NAMES), ("int4", "float32"), ("int4", "float16"), ("uint4", "float16")],
+)
+def test_scales_by_definition_and_the_nearest_of_all_codes(name: str, scale_dtype: str) -> None:
+    weight = _weight()
+    made = quant.quantize_rtn(weight, name, group_size=G, scale_dtype=scale_dtype)
+    groups, scale = _grouped(weight), _scales(made)
+    expected_scale, zero = _expected_grid(groups, name, stored=scale)
+    precision = {"float32": 1e-6, "bfloat16": 2**-8, "float16": 2**-11}[scale_dtype]
+    np.testing.assert_allclose(scale, expected_scale, rtol=precision)
+    if name.startswith("uint"):
+        np.testing.assert_array_equal(made.zero[:, None], zero)
+    expected = _nearest(groups, scale, zero, name)
+    np.testing.assert_allclose(_grouped(quant.dequantize(made)), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("group_size", [G, "channel", "tensor"])
+def test_axes_leading_axes_jit_and_vmap_agree(name: str, group_size: Any) -> None:
+    weight = jnp.asarray(_weight((2, 2 * G, 6)))
+
+    def quantize(weight: jax.Array, axis: int = -2) -> quant.QTensor:
+        return quant.quantize_rtn(weight, name, group_size=group_size, axis=axis)
+
+    made = quantize(weight)
+    assert made.validate().group_size == (G if group_size == G else 2 * G)
+    assert made.scale.shape == {G: (2, 2, 6), "channel": (2, 1, 6), "tensor": (2, 1, 1)}[group_size]
+    expected = np.asarray(quant.dequantize(made))
+    layers = [quant.dequantize(quantize(layer)) for layer in weight]
+    tables = jnp.swapaxes(quant.dequantize(quantize(jnp.swapaxes(weight, -1, -2), -1)), -1, -2)
+    for other in (layers, tables, quant.dequantize(jax.jit(jax.vmap(quantize))(weight))):
+        # The mean of a ternary group is a sum, and summed in another order over another axis.
+        np.testing.assert_allclose(other, expected, rtol=2**-7 if name == "ternary" else 0)
+
+
+@pytest.mark.parametrize("name", ["int8", "int3", "int2", "uint8", "uint4", "uint2", "ternary"])
+@pytest.mark.parametrize("clip", [None, "mse"])
+def test_error_is_at_most_half_a_scale_inside_the_range(name: str, clip: Any) -> None:
+    weight = _weight((8 * G, 32), seed=1)
+    made = quant.quantize_rtn(weight, name, group_size=G, clip=clip)
+    scale = np.abs(np.repeat(np.asarray(made.scale, np.float64), G, 0))
+    zero = 0 if made.zero is None else np.repeat(np.asarray(made.zero, np.float64), G, 0)
+    signed = np.repeat(np.asarray(made.scale, np.float64), G, 0)
+    ends = np.sort([(_values(name)[end] - zero) * signed for end in (0, -1)], axis=0)
+    inside = (weight >= ends[0] - scale / 2) & (weight <= ends[1] + scale / 2)
+    assert inside.mean() > (0.3 if made.scheme.bits == 2 else 0.9)
+    assert (np.abs(quant.dequantize(made) - weight) <= scale / 2 * (1 + 1e-5))[inside].all()
+
+
+def test_the_largest_magnitude_is_exact_and_of_either_sign() -> None:
+    weight = np.array([[0.1, -3.0, 2.9, 0.5], [0.1, 3.0, -2.9, 0.5]], np.float32).T
+    made = quant.quantize_rtn(weight, "int4", group_size="channel", scale_dtype="float32")
+    assert np.asarray(made.scale).tolist() == [[0.375, -0.375]]
+    assert quant.unpack(made.planes, 4, 4)[:, 0].tolist() == [8, 0, 15, 9]
+    np.testing.assert_array_equal(quant.dequantize(made)[1], [-3, 3])
+
+
+def test_uint_ranges_are_widened_to_zero() -> None:
+    """[-1, 2] stays, [5.2, 6] becomes [0, 6] and [-6, -5.2] becomes [-6, 0]."""
+    weight = np.array([[-1, 2, 0, 1], [5.2, 6, 5.2, 6], [-5.2, -6, -5.2, -6]], np.float32).T
+    made = quant.quantize_rtn(weight, "uint4", group_size=4, scale_dtype="float32")
+    np.testing.assert_allclose(made.scale, [[3 / 15, 6 / 15, 6 / 15]], rtol=1e-6)
+    assert np.asarray(made.zero).tolist() == [[5, 0, 15]]
+    assert quant.unpack(made.planes, 4, 4)[:2].T.tolist() == [[0, 15], [13, 15], [2, 0]]
+
+
+@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("clip", [None, "mse"])
+def test_zeros_stay_zeros(name: str, clip: Any) -> None:
+    weight = _weight((2 * G, 3))
+    weight[:G, 1], weight[::3] = 0, 0
+    made = quant.quantize_rtn(weight, name, group_size=G, clip=clip)
+    values = np.asarray(quant.dequantize(made))
+    assert made.scale[0, 1] == 0 and made.scale[0, 0] != 0
+    assert (values[weight == 0] == 0).all() and not np.signbit(values[:G, 1]).any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_mse_clip_is_the_best_of_its_grid(name: str, weighted: bool) -> None:
+    """Never worse than plain rounding in any group, and as good as trying the grid and all codes in NumPy."""
+    weight, rng = _weight(seed=2), np.random.default_rng(3)
+    weight[5] *= 6
+    importance = (
+        rng.uniform(0, 2, len(weight)).astype(np.float32) ** 4 if weighted else np.ones(len(weight), np.float32)
+    )
+    arguments = {"group_size": G, "scale_dtype": "float32"}
+    plain = quant.quantize_rtn(weight, name, **arguments)
+    clipped = quant.quantize_rtn(weight, name, clip="mse", importance=importance if weighted else None, **arguments)
+    groups = _grouped(weight)
+
+    def error(values: np.ndarray) -> np.ndarray:
+        return np.sum((values - groups) ** 2 * importance.reshape(4, G, 1), axis=1)
+
+    of_plain, of_clipped = (error(_grouped(quant.dequantize(made))) for made in (plain, clipped))
+    assert (of_clipped <= of_plain * (1 + 1e-6)).all()
+    tried = []
+    for factor in clip_factors(quant.SCHEMES[name]):
+        scale, zero = _expected_grid(groups, name, factor)
+        tried.append(error(_nearest(groups, scale, zero, name)))
+    np.testing.assert_allclose(of_clipped, np.min(tried, axis=0), rtol=1e-4 if "8" in name else 1e-5)
+
+
+def test_mse_clip_gains_where_it_should() -> None:
+    """Normal weights: more with fewer bits. Ternary is best with a scale of 1.224 standard deviations (Lloyd-Max)."""
+    weight = _weight((1024, 8))
+
+    def error(name: str, clip: Any) -> float:
+        made = quant.quantize_rtn(weight, name, group_size=128, clip=clip)
+        return float(jnp.mean((quant.dequantize(made) - weight) ** 2))
+
+    gains = [error(name, "mse") / error(name, None) for name in ("uint6", "uint4", "uint2")]
+    assert gains == sorted(gains, reverse=True) and gains[1] < 0.9 and gains[2] < 0.6
+    ternary = quant.quantize_rtn(weight, "ternary", group_size="tensor", clip="mse")
+    assert abs(float(ternary.scale[0, 0]) - 1.224) < 0.05
+    # Max 1960, table 1: the least squared error of three levels of a normal variable is 0.1902.
+    assert abs(error("ternary", "mse") - 0.19) < 0.01
+
+
+def test_the_search_does_not_hold_its_grid() -> None:
+    def quantize(weight: jax.Array) -> quant.QTensor:
+        return quant.quantize_rtn(weight, "int4", group_size=32, clip="mse")
+
+    weight = jax.ShapeDtypeStruct((512, 512), jnp.float32)
+    memory = jax.jit(quantize).lower(weight).compile().memory_analysis()
+    assert len(clip_factors(quant.SCHEMES["int4"])) > 50
+    assert memory.temp_size_in_bytes < 3 * 512 * 512 * 4
+
+
+def test_nf4_is_the_published_table() -> None:
+    assert list(NF4) == PUBLISHED_NF4
+    # And how it is made (bitsandbytes' create_normal_map): quantiles on both sides, a zero, scaled to 1.
+    quantile, offset = statistics.NormalDist().inv_cdf, 0.9677083
+    positive = [quantile(p) for p in np.linspace(offset, 0.5, 9)[:-1]]
+    negative = [-quantile(p) for p in np.linspace(offset, 0.5, 8)[:-1]]
+    made = np.array(sorted([*positive, 0.0, *negative]))
+    np.testing.assert_allclose(NF4, made / made.max(), atol=1e-6)
+
+
+def test_microscaling_tables() -> None:
+    np.testing.assert_array_equal(E2M1, np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(float))
+    exponents = np.arange(1, 256, dtype=np.uint8)
+    expected = exponents.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+    np.testing.assert_array_equal(exponent_values(jnp.asarray(exponents)), expected)
+    assert exponent_values(jnp.zeros(1, jnp.uint8))[0] in (0, np.float32(2.0**-127))
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "MXFP4"])
+def test_codes_and_scales_are_those_of_ggml(name: str) -> None:
+    gguf = pytest.importorskip("gguf", reason="compares with the gguf package: pip install gguf")
+    weight = _weight((64, 96), seed=4)
+    blocks = gguf.quants.quantize(weight, gguf.GGMLQuantizationType[name]).reshape(64, 3, -1)
+    scheme, start = ("int4", 2) if name == "Q4_0" else ("mxfp4", 1)
+    made = quant.quantize_rtn(weight, scheme, group_size=32, axis=-1, scale_dtype="float32")
+    np.testing.assert_array_equal(made.planes[0], blocks[..., start:].reshape(64, -1))
+    scale = made.scale.astype(jnp.float16) if name == "Q4_0" else made.scale
+    np.testing.assert_array_equal(np.asarray(scale)[..., None].view(np.uint8), blocks[..., :start])
+
+
+def test_finer_groups_are_better_where_there_are_outliers() -> None:
+    weight = _weight((128, 16), seed=5)
+    weight[7, ::5] *= 30
+    errors = []
+    for group_size in (16, 32, "channel", "tensor"):
+        made = quant.quantize_rtn(weight, "int4", group_size=group_size)
+        errors.append(float(jnp.mean((quant.dequantize(made) - weight) ** 2)))
+    assert errors == sorted(errors) and errors[1] < errors[2] / 2
+
+
+def test_a_bfloat16_weight_is_its_float32_values() -> None:
+    weight = jnp.asarray(_weight(), jnp.bfloat16)
+    made = quant.quantize_rtn(weight, "int3", group_size=G)
+    wide = quant.quantize_rtn(weight.astype(jnp.float32), "int3", group_size=G)
+    assert made.dtype == jnp.bfloat16 and wide.dtype == jnp.float32
+    np.testing.assert_array_equal(quant.dequantize(made), quant.dequantize(wide))
+
+
+@pytest.mark.parametrize("name", ["int4", "uint4", "nf4", "mxfp4", "ternary"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_under_jit_what_is_not_finite_shows(name: str, bad: float) -> None:
+    weight = _weight()
+    weight[3, 2] = bad
+    with pytest.raises(ValueError, match=r"weight of shape \(64, 6\) holds NaN or infinity"):
+        quant.quantize_rtn(weight, name, group_size=G)
+    made = jax.jit(lambda weight: quant.quantize_rtn(weight, name, group_size=G))(weight)
+    shown = ~np.isfinite(np.asarray(quant.dequantize(made)))
+    assert shown[:G, 2].all() and shown.sum() == G
+
+
+def _quantize(weight: Any = None, scheme: str = "int4", group_size: Any = G, **others: Any) -> quant.QTensor:
+    return quant.quantize_rtn(_weight() if weight is None else weight, scheme, group_size=group_size, **others)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: _quantize(scheme="int7"), "no scheme 'int7': expected one of int8"),
+        (lambda: _quantize(np.ones((64, 6), int)), "weight of dtype int32 .*: expected floats"),
+        (lambda: _quantize(np.ones(64, np.float32)), r"shape \(64,\): expected floats, at least 2 axes"),
+        (lambda: _quantize(group_size=48), "groups of 48 do not divide an axis of 64"),
+        (lambda: _quantize(group_size="row"), "group_size 'row': expected a number, 'channel' or 'tensor'"),
+        (lambda: _quantize(np.ones((6, 2), np.float32), "int3", "channel"), "6 codes of 3 bits does not fill whole"),
+        (lambda: _quantize(axis=0), "axis 0: groups run along -2"),
+        (lambda: _quantize(scale_dtype="float64"), "scale_dtype float64: expected float32 or bfloat16 or float16"),
+        (lambda: _quantize(clip="max"), "clip 'max': expected None or 'mse'"),
+        (lambda: _quantize(importance=np.ones(64)), "importance without clip: .* set clip='mse'"),
+        (lambda: _quantize(importance=np.ones(6), clip="mse"), r"importance of shape \(6,\): expected .* \(64,\)"),
+        (lambda: _quantize(importance=-np.ones(64), clip="mse"), "importance holds a value that is negative"),
+        (lambda: _quantize(_weight() * 1e-9, scale_dtype="float16"), "a scale leaves the range of float16: use"),
+        (lambda: _quantize(_weight() * 1e9, scale_dtype="float16"), "a scale leaves the range of float16: use"),
+    ],
+)
+def test_errors(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
