@@ -6,6 +6,9 @@
 FORMAT.md specifies the bytes; `QTensor` is the pytree that holds them.
 """
 
+from quant.awq import search_scale
+from quant.gptq import quantize_gptq
+from quant.hqq import quantize_hqq
 from quant.matmul import einsum, take_rows
 from quant.packing import FORMAT_VERSION, pack, unpack
 from quant.qtensor import QTensor, dequantize
@@ -20,7 +23,10 @@ __all__ = [
     "dequantize",
     "einsum",
     "pack",
+    "quantize_gptq",
+    "quantize_hqq",
     "quantize_rtn",
+    "search_scale",
     "take_rows",
     "unpack",
 ]

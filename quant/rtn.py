@@ -66,7 +66,7 @@ def quantize_rtn(
     """
     scheme = Scheme.named(scheme) if isinstance(scheme, str) else scheme
     weight, scale_dtype = jnp.asarray(weight), jnp.dtype(scale_dtype)
-    size = _checked_group_size(weight, scheme, group_size, axis)
+    size = checked_group_size(weight, scheme, group_size, axis)
     if scale_dtype.name not in SCALE_DTYPES:
         raise ValueError(f"scale_dtype {scale_dtype.name}: expected {' or '.join(SCALE_DTYPES)}")
     if clip not in (None, "mse"):
@@ -133,15 +133,15 @@ def _quantize(
     weight_CgM = split_groups(weight.astype(jnp.float32), group_size, axis)
     across_M = (-1 if axis == -2 else -3,) if per_tensor else ()
     reduced = (axis, *across_M)
-    low, high = _range(weight_CgM, scheme, reduced)
+    low, high = group_range(weight_CgM, scheme, reduced)
     if search:
         importance_CgM = (
             None if importance is None else split_groups(jnp.expand_dims(importance, -3 - axis), group_size, axis)
         )
-        scale, zero = _search_clip(weight_CgM, low, high, importance_CgM, scheme, reduced, scale_dtype)
+        scale, zero = search_clip(weight_CgM, low, high, importance_CgM, scheme, reduced, scale_dtype)
     else:
-        scale, zero = _group_grid(low, high, 1.0, scheme, scale_dtype)
-    codes_KM = merge_groups(_encode_groups(weight_CgM, scale, zero, scheme), axis)
+        scale, zero = group_grid(low, high, 1.0, scheme, scale_dtype)
+    codes_KM = merge_groups(encode_groups(weight_CgM, scale, zero, scheme), axis)
     quantized = QTensor.from_codes(
         codes_KM,
         jnp.squeeze(scale, axis),
@@ -155,7 +155,7 @@ def _quantize(
     return quantized, in_range.all()
 
 
-def _range(weight_CgM: jax.Array, scheme: Scheme, reduced: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+def group_range(weight_CgM: jax.Array, scheme: Scheme, reduced: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Lower and upper end of what each group's codes are to cover, float32 [..., C, 1, M]."""
     if scheme.kind == "ternary":
         mean = jnp.mean(jnp.abs(weight_CgM), axis=reduced, keepdims=True)
@@ -163,14 +163,14 @@ def _range(weight_CgM: jax.Array, scheme: Scheme, reduced: tuple[int, ...]) -> t
     return weight_CgM.min(axis=reduced, keepdims=True), weight_CgM.max(axis=reduced, keepdims=True)
 
 
-def _group_grid(
+def group_grid(
     low: jax.Array, high: jax.Array, factor: jax.Array | float, scheme: Scheme, scale_dtype: np.dtype
 ) -> tuple[jax.Array, jax.Array | None]:
     """Scales as they are stored, and zero points (uint8) where the scheme has them, for a range times a factor."""
     if scheme.kind == "uint":
         low, high = jnp.minimum(low, 0) * factor, jnp.maximum(high, 0) * factor
         scale = ((high - low) / scheme.max_code).astype(scale_dtype)
-        zero = jnp.round(-low / _divisor(scale.astype(jnp.float32)))
+        zero = jnp.round(-low / divisor(scale.astype(jnp.float32)))
         return scale, jnp.clip(zero, 0, scheme.max_code).astype(jnp.uint8)
     if scheme.kind == "int":
         largest = jnp.where(high >= -low, high, low)
@@ -187,13 +187,13 @@ def _exponent(largest: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(largest), jnp.where(largest == 0, 0, stored), 255).astype(jnp.uint8)
 
 
-def _encode_groups(weight_CgM: jax.Array, scale: jax.Array, zero: jax.Array | None, scheme: Scheme) -> jax.Array:
+def encode_groups(weight_CgM: jax.Array, scale: jax.Array, zero: jax.Array | None, scheme: Scheme) -> jax.Array:
     """Nearest codes, uint8 [..., C, g, M]."""
-    scaled = weight_CgM / _divisor(scale_values(scale, scheme))
+    scaled = weight_CgM / divisor(scale_values(scale, scheme))
     return encode(scaled if zero is None else scaled + zero.astype(jnp.float32), scheme)
 
 
-def _search_clip(
+def search_clip(
     weight_CgM: jax.Array,
     low: jax.Array,
     high: jax.Array,
@@ -202,17 +202,17 @@ def _search_clip(
     reduced: tuple[int, ...],
     scale_dtype: np.dtype,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """`_group_grid` of the factor with the least squared error, group by group; the first of equals."""
+    """`group_grid` of the factor with the least squared error, group by group; the first of equals."""
     factors = jnp.asarray(clip_factors(scheme), jnp.float32)
 
     def error_of(scale: jax.Array, zero: jax.Array | None) -> jax.Array:
-        value = scheme.decode(_encode_groups(weight_CgM, scale, zero, scheme))
+        value = scheme.decode(encode_groups(weight_CgM, scale, zero, scheme))
         value = value if zero is None else value - zero.astype(jnp.float32)
         square = (value * scale_values(scale, scheme) - weight_CgM) ** 2
         return jnp.sum(square if importance_CgM is None else square * importance_CgM, axis=reduced, keepdims=True)
 
     def attempt(factor: jax.Array) -> tuple:
-        scale, zero = _group_grid(low, high, factor, scheme, scale_dtype)
+        scale, zero = group_grid(low, high, factor, scheme, scale_dtype)
         return error_of(scale, zero), scale, zero
 
     def step(i: jax.Array, best: tuple) -> tuple:
@@ -225,12 +225,12 @@ def _search_clip(
     return scale, zero
 
 
-def _divisor(scale: jax.Array) -> jax.Array:
+def divisor(scale: jax.Array) -> jax.Array:
     """The scale, or 1 for a group of zeros: 0 / 0 is NaN."""
     return jnp.where(scale == 0, 1, scale)
 
 
-def _checked_group_size(
+def checked_group_size(
     weight: jax.Array, scheme: Scheme, group_size: int | Literal["channel", "tensor"], axis: int
 ) -> int:
     """The group size as a number, checked against the weight."""

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llamajax.checkpoint import home, huggingface, llama2c
-from llamajax.checkpoint.naming import Source, named_leaves, named_weights
+from llamajax.checkpoint.naming import Source, aligned_empty, named_leaves, named_weights
 from llamajax.config import Config, preset_names
 from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama, abstract_model
@@ -28,7 +28,6 @@ from llamajax.tokenizer import Tokenizer
 from quant import QTensor
 
 BOX = "box"
-_ALIGNMENT = 64  # bytes; XLA on CPU then uses a NumPy buffer as it is, instead of a copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +243,7 @@ def _assemble(path: Path, source: Source, dtype: Any, shardings: Any, on_tensor:
         if not _all_finite(array):
             raise LlamaJaxError(f"{path}: {_place(name, layer)} holds NaN or infinity: the weights are damaged")
         if name not in buffers:
-            buffers[name] = _aligned_empty(leaves[name].shape, leaves[name].dtype)
+            buffers[name] = aligned_empty(leaves[name].shape, leaves[name].dtype)
         buffers[name][layer if layer is not None else ...] = array
         missing.remove((name, layer))
         on_tensor(total - len(missing), total)
@@ -270,17 +269,15 @@ def _place_leaf(buffer: np.ndarray, where: Any) -> Any:
 
 def _restore(path: Path, dtype: Any, shardings: Any, on_tensor: Callable[[int, int], None]) -> Llama:
     """A checkpoint of ours, checked, in another dtype if one is asked for."""
-    model = home.restore(path, None if isinstance(shardings, str) else shardings)
-    leaves = named_leaves(model)
-    for done, (name, leaf) in enumerate(leaves.items(), 1):
+    model = home.restore(path, shardings, on_tensor)
+    for name, leaf in named_leaves(model).items():
         if not bool(jnp.isfinite(leaf).all()):
             raise LlamaJaxError(f"{path}: {name} holds NaN or infinity: the weights are damaged")
-        on_tensor(done, len(leaves))
     if dtype is not None:
         # What is quantized stays as it is: `dtype` is that of the floats, and so of the activations.
         convert = lambda weight: weight if isinstance(weight, QTensor) else weight.astype(dtype)  # noqa: E731
         model = jax.tree.map(convert, model, is_leaf=lambda node: isinstance(node, QTensor))
-    return jax.tree.map(np.asarray, model) if isinstance(shardings, str) else model
+    return model
 
 
 def _all_finite(array: np.ndarray) -> bool:
@@ -289,13 +286,6 @@ def _all_finite(array: np.ndarray) -> bool:
         str(array.dtype)
     ]
     return not bool(np.any((array.view(bits) & bits(mask)) == bits(mask)))
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _place(name: str, layer: int | None) -> str:

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from llamajax.checkpoint.naming import named_leaves, named_weights
+from llamajax.checkpoint.naming import aligned_empty, named_leaves, named_weights
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama, abstract_model
@@ -30,6 +30,7 @@ _LARGEST_MANIFEST = 64 << 20
 _CHUNK_BYTES = 16 << 20
 _WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 _PART_DTYPES = (*_WEIGHT_DTYPES, "uint8", "int32")
+_STACKED = "layers."
 _PARTS = ("scale", "zero", "offset", "order")
 
 
@@ -121,49 +122,79 @@ def _abstract_weight(entry: Mapping[str, Any], level: int = 0) -> Any:
     return QTensor(planes, **parts, scheme=scheme, axis=axis, dtype=np.dtype(entry["dtype"])).validate()
 
 
-def restore(path: Path, shardings: Any = None) -> Llama:
-    """Reads the weights.
+def restore(
+    path: Path, shardings: Any = None, on_tensor: Callable[[int, int], None] = lambda done, total: None
+) -> Llama:
+    """Reads the weights, one leaf of the model at a time.
 
     Args:
         path: the folder.
         shardings: a pytree of `jax.sharding.Sharding` shaped like the model, or one sharding for every leaf; the first
-            device unless given.
+            device unless given; "host" for NumPy arrays.
+        on_tensor: called with (leaves read, leaves in all).
 
     Raises:
         LlamaJaxError: for damaged or missing weights.
     """
     _, tree, _ = open_abstract(path)
-    if shardings is None:
-        shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    if isinstance(shardings, jax.sharding.Sharding):
-        shardings = jax.tree.map(lambda _: shardings, tree)
-    placed = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, shardings
-    )
-    target = named_leaves(placed)
-    arguments = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
+    leaves = named_leaves(tree)
+    if shardings is None or isinstance(shardings, str | jax.sharding.Sharding):
+        where = dict.fromkeys(leaves, shardings or jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    else:
+        where = dict(zip(leaves, jax.tree.leaves(shardings), strict=True))
+    restored = []
     try:
         with ocp.Checkpointer(_handler()) as checkpointer:
-            leaves = checkpointer.restore((path / "weights").absolute(), args=arguments)
+            for name, leaf in leaves.items():
+                array = _restore_leaf(checkpointer, path / "weights", name, leaf)
+                restored.append(array if isinstance(where[name], str) else jax.device_put(array, where[name]))
+                on_tensor(len(restored), len(leaves))
     except Exception as error:  # Orbax and TensorStore raise many types for damaged files; all mean the same here.
         raise LlamaJaxError(
             f"{path}/weights: cannot be restored, damaged or incomplete ({_first_line(error)})"
         ) from error
-    return jax.tree.unflatten(jax.tree.structure(tree), [leaves[name] for name in target])
+    return jax.tree.unflatten(jax.tree.structure(tree), restored)
+
+
+def _restore_leaf(checkpointer: ocp.Checkpointer, folder: Path, name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    """One leaf of the model: its layers are stored one by one and stacked here."""
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    if name.startswith(_STACKED) and len(list(folder.glob(f"{_STACKED}*"))) < leaf.shape[0]:
+        raise LlamaJaxError(f"{name} has {leaf.shape[0]} layers in the manifest, but fewer are stored")
+    layers = _stored_names(name, leaf.shape)
+    shape = leaf.shape[1:] if name.startswith(_STACKED) else leaf.shape
+    target = {stored: jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=host) for stored in layers}
+    arguments = ocp.args.PyTreeRestore(
+        target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
+    )
+    parts = checkpointer.restore(folder.absolute(), args=arguments)
+    array = aligned_empty(leaf.shape, leaf.dtype)
+    for layer, stored in enumerate(layers):
+        array[layer if name.startswith(_STACKED) else ...] = np.asarray(parts.pop(stored))
+    return array
+
+
+def _stored_names(name: str, shape: tuple[int, ...]) -> list[str]:
+    """`layers.ffn.up_DF` -> `layers.0.ffn.up_DF`, …: one array a layer, so that a writer never holds a whole stack."""
+    if not name.startswith(_STACKED):
+        return [name]
+    return [f"{_STACKED}{layer}.{name.removeprefix(_STACKED)}" for layer in range(shape[0])]
 
 
 def save(model: Llama, path: Path, tokenizer_bytes: bytes | None, source: str) -> None:
     """Writes a checkpoint into `path`, which must exist, empty. The manifest comes last: without it nothing loads."""
-    leaves = named_leaves(model)
-    # NumPy leaves (a conversion's) would be copied by Orbax; as arrays on the CPU they are used where they are.
+    # NumPy arrays would be copied by Orbax; as arrays on the CPU they are used where they are.
     host = jax.local_devices(backend="cpu")[0]
-    arrays = {
-        name: jax.device_put(leaf, host) if isinstance(leaf, np.ndarray) else leaf for name, leaf in leaves.items()
-    }
+    arrays = {}
+    for name, leaf in named_leaves(model).items():
+        array = np.asarray(leaf)
+        slices = array if name.startswith(_STACKED) else [array]
+        for stored, part in zip(_stored_names(name, array.shape), slices, strict=True):
+            arrays[stored] = jax.device_put(part, host)
     arguments = ocp.args.PyTreeSave(
         arrays, save_args={name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in arrays}
     )
-    handler = _handler(max(leaf.nbytes for leaf in arrays.values()) + 1)
+    handler = _handler(max(array.nbytes for array in arrays.values()) + 1)
     with _quiet(), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save((path / "weights").absolute(), args=arguments)
     if tokenizer_bytes is not None:

@@ -14,6 +14,8 @@ import numpy as np
 from llamajax.config import Config
 from quant import QTensor
 
+_ALIGNMENT = 64  # bytes
+
 
 class TensorSlice(NamedTuple):
     """One tensor of a foreign file, already in our orientation and RoPE layout.
@@ -73,3 +75,11 @@ def halves_from_pairs(matrix: np.ndarray, head_size: int) -> np.ndarray:
     """
     heads = matrix.reshape(-1, head_size // 2, 2, matrix.shape[-1])
     return heads.swapaxes(1, 2).reshape(matrix.shape)
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Memory for an array at an address that XLA on a CPU accepts, so that it uses the buffer instead of a copy."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)

@@ -1,0 +1,318 @@
+"""GPTQ: rounding one input channel after the other, each time moving its error into the channels still to come.
+
+Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+arXiv:2210.17323. It minimises the squared error of a layer's outputs, ||x w - x w'||^2 over calibration inputs x, which
+depends on the inputs only through the Hessian H = x' x / T.
+
+Dimension key: `K` contraction axis, `M` outputs, `C` groups along K, `g` elements of a group, `T` samples (tokens).
+Inside, `n` rows are in hand, of which `s` at a time are quantized.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quant.qtensor import SCALE_DTYPES, QTensor, scale_values
+from quant.rtn import checked_group_size, encode_groups, group_grid, group_range, search_clip
+from quant.scheme import Scheme
+
+# Sums over thousands of channels and tokens: TPUs and GPUs would otherwise multiply float32 in bfloat16 or TF32.
+_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+_MAX_DAMPING = 1e3
+
+
+def hessian(x: jax.Array) -> jax.Array:
+    """The Hessian of a layer's squared output error with respect to one output's weights, up to a factor.
+
+    Args:
+        x: inputs of the layer, float [..., K]; everything before K is samples.
+
+    Returns:
+        Mean of the outer products x x', float32 [K, K].
+
+    Raises:
+        ValueError: for no samples, or inputs that are not floats.
+    """
+    x = jnp.asarray(x)
+    return add_to_hessian(jnp.zeros(x.shape[-1:] * 2, jnp.float32), 0, x)[0]
+
+
+def add_to_hessian(h: jax.Array, count: int | jax.Array, x: jax.Array) -> tuple[jax.Array, int | jax.Array]:
+    """Adds a batch of inputs to a running `hessian`, whose size does not grow with the number of samples.
+
+    A mean rather than a sum: float32 keeps its precision however many tokens there are.
+
+    Args:
+        h: float32 [K, K], the mean over the samples so far; zeros in the beginning.
+        count: of samples so far.
+        x: inputs of the layer, float [..., K].
+
+    Returns:
+        The mean over all samples, float32 [K, K], and their number.
+
+    Raises:
+        ValueError: for no samples, inputs that are not floats, or of another width than `h`.
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating) or not x.size:
+        raise ValueError(f"inputs of dtype {x.dtype} and shape {x.shape}: expected floats, at least one sample")
+    if h.shape != x.shape[-1:] * 2:
+        raise ValueError(f"inputs of shape {x.shape} for a Hessian of shape {h.shape}: expected one width, [..., K]")
+    samples_TK = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    total = count + samples_TK.shape[0]
+    # Dividing before multiplying keeps activations of 1e4 over millions of tokens far from float32's end.
+    return h * (count / total) + _matmul(samples_TK.T / total, samples_TK), total
+
+
+def quantize_gptq(
+    weight: jax.Array,
+    hessian: jax.Array,
+    scheme: Scheme | str,
+    *,
+    group_size: int | Literal["channel", "tensor"],
+    axis: int = -2,
+    scale_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    clip: Literal["mse"] | None = None,
+    act_order: bool = False,
+    damping: float = 0.01,
+    block_size: int = 128,
+) -> QTensor:
+    """Quantizes a weight by GPTQ (arXiv:2210.17323), to codes and scales of the same form as `quantize_rtn`'s.
+
+    Channels are quantized in order. With U the upper Cholesky factor of the inverse Hessian, the rounding error of
+    channel k, divided by U[k, k], is subtracted from every later channel j times U[k, j]: what that channel can make
+    up for. A group's scale and zero point are those of `quantize_rtn` for its weights **as they are when its first
+    channel is reached**, for every group and block size: updates are late only for groups that have not begun.
+
+    The Hessian is damped by `damping` times its mean diagonal. If float32 cannot factorize that (a pivot is lost in
+    rounding; with few samples H is singular), damping grows tenfold, from at least 0.001, until it can. Channels that
+    never see an input (H[k, k] = 0) get weight 0, diagonal 1, and no part in that mean.
+
+    Args:
+        weight: float [..., K, M] (`axis=-2`) or [..., M, K] (`axis=-1`). Leading axes are done one after the other.
+        hessian: float [..., K, K], of the inputs, by `hessian` or `add_to_hessian`; its scale does not matter.
+        scheme: a Scheme or its name, as "int4"; any kind.
+        group_size: weights along K that share a scale; "channel": all K of an output; "tensor": all of [K, M].
+        axis: the contraction axis, -2 or -1.
+        scale_dtype: float32, bfloat16 or float16; mxfp4 has exponents instead.
+        clip: "mse" chooses each group's scale as `quantize_rtn` does, weighing channel k's squared error by
+            1 / U[k, k]^2: what GPTQ's own objective charges for it.
+        act_order: quantize channels in the order of falling H[k, k], while many are left to make up for the errors
+            of those that matter most. Groups are then of neighbours in that order, and the result has an `order`
+            (g_idx elsewhere), unless a group is all of K.
+        damping: fraction of the mean diagonal of H that is added to it.
+        block_size: at most how many channels go between two updates of all the others. For speed only: the result is
+            the same but for the rounding of float32 sums.
+
+    Returns:
+        The quantized weight; its `dtype` is that of `weight`.
+
+    Raises:
+        ValueError: for arguments that do not fit each other, and, outside jit, for a weight or Hessian that is not
+            finite or scales that leave the range of `scale_dtype`. Under jit such weights become NaN or arbitrary.
+    """
+    scheme = Scheme.named(scheme) if isinstance(scheme, str) else scheme
+    weight, hessian, scale_dtype = jnp.asarray(weight), jnp.asarray(hessian), jnp.dtype(scale_dtype)
+    size = checked_group_size(weight, scheme, group_size, axis)
+    _check_arguments(weight, hessian, axis, scale_dtype, clip, damping, block_size)
+    grid = _Grid(scheme, size, group_size == "tensor", scale_dtype, clip is not None)
+    quantized, in_range = _quantize(weight, hessian, damping, grid, axis, act_order, block_size)
+    if not isinstance(in_range, jax.core.Tracer) and not in_range:
+        if not jnp.isfinite(weight).all():
+            raise ValueError(f"weight of shape {weight.shape} holds NaN or infinity: there is no scale for it")
+        raise ValueError(f"a scale leaves the range of {scale_dtype.name}: use scale_dtype bfloat16 or float32")
+    return quantized
+
+
+@dataclasses.dataclass(frozen=True)
+class _Grid:
+    """How groups of weights [g, M] get scales and codes. Hashable: static under jit."""
+
+    scheme: Scheme
+    group_size: int
+    per_tensor: bool
+    scale_dtype: np.dtype
+    search: bool
+
+    def fit(self, weight_gM: jax.Array, importance_g1: jax.Array) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        """Scale as it is stored and zero point, [1, M] or [1, 1], and whether scales are in range, bool [1, 1]."""
+        reduced = (-2, -1) if self.per_tensor else (-2,)
+        low, high = group_range(weight_gM, self.scheme, reduced)
+        if self.search:
+            scale, zero = search_clip(weight_gM, low, high, importance_g1, self.scheme, reduced, self.scale_dtype)
+        else:
+            scale, zero = group_grid(low, high, 1.0, self.scheme, self.scale_dtype)
+        value = scale_values(scale, self.scheme)
+        in_range = jnp.isfinite(value) & ((value != 0) | ((low == 0) & (high == 0)))
+        return scale, zero, in_range.all(keepdims=True)
+
+    def round(self, weight_nM: jax.Array, scale: jax.Array, zero: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Nearest codes, uint8 [n, M], and what they stand for, float32 [n, M]."""
+        codes_nM = encode_groups(weight_nM, scale, zero, self.scheme)
+        value_nM = self.scheme.decode(codes_nM)
+        value_nM = value_nM if zero is None else value_nM - zero.astype(jnp.float32)
+        return codes_nM, value_nM * scale_values(scale, self.scheme)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
+def _quantize(
+    weight: jax.Array,
+    hessian: jax.Array,
+    damping: float | jax.Array,
+    grid: _Grid,
+    axis: int,
+    act_order: bool,
+    block_size: int,
+) -> tuple[QTensor, jax.Array]:
+    """The quantized weight, and whether every scale is finite, and not 0 but for a group of zeros."""
+    weight_KM = weight.astype(jnp.float32) if axis == -2 else weight.astype(jnp.float32).swapaxes(-1, -2)
+    one = functools.partial(_quantize_matrix, damping=damping, grid=grid, act_order=act_order, block_size=block_size)
+    if weight.ndim == 2:
+        parts = one(weight_KM, hessian)
+    else:
+        # One matrix at a time, not vmap: memory stays that of one.
+        matrices = (weight_KM.reshape(-1, *weight_KM.shape[-2:]), hessian.reshape(-1, *hessian.shape[-2:]))
+        parts = jax.lax.map(lambda pair: one(*pair), matrices)
+        parts = jax.tree.map(lambda part: part.reshape(*weight.shape[:-2], *part.shape[1:]), parts)
+    codes, scale, zero, in_range, order = parts if axis == -2 else jax.tree.map(lambda x: x.swapaxes(-1, -2), parts)
+    quantized = QTensor.from_codes(codes, scale, grid.scheme, zero=zero, order=order, axis=axis, dtype=weight.dtype)
+    return quantized, in_range.all()
+
+
+def _quantize_matrix(
+    weight_KM: jax.Array,
+    hessian_KK: jax.Array,
+    *,
+    damping: float | jax.Array,
+    grid: _Grid,
+    act_order: bool,
+    block_size: int,
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array, jax.Array | None]:
+    """Codes [K, M], scale and zero [C, M], in range [C, 1], order [K, 1]; zero and order are None without one."""
+    hessian_KK, length = hessian_KK.astype(jnp.float32), weight_KM.shape[0]
+    diagonal_K = jnp.diagonal(hessian_KK)
+    order_K = jnp.argsort(-diagonal_K, stable=True) if act_order else jnp.arange(length)
+    weight_KM = jnp.where(diagonal_K[:, None] == 0, 0, weight_KM)
+    if act_order:
+        weight_KM, hessian_KK = weight_KM[order_K], hessian_KK[order_K][:, order_K]
+    factor_KK = _inverse_factor(hessian_KK, damping)
+    sizes = _block_sizes(length, grid.group_size, block_size)
+    codes_KM, _, (scale, zero, in_range) = _sweep(weight_KM, factor_KK, sizes, grid, None)
+    if act_order and grid.group_size == length:
+        # One group needs no order: codes go back to where their channels are.
+        return codes_KM[jnp.argsort(order_K)], scale, zero, in_range, None
+    return codes_KM, scale, zero, in_range, order_K[:, None].astype(jnp.int32) if act_order else None
+
+
+def _inverse_factor(hessian_KK: jax.Array, damping: float | jax.Array) -> jax.Array:
+    """Upper triangular U with U' U the inverse of the damped Hessian, float32 [K, K].
+
+    From a factorization H = R R' with R upper triangular (Cholesky from the last row up) follows U = inverse of R. The
+    paper's way, Cholesky of an explicit inverse, squares the condition number first: too much for float32.
+    """
+    diagonal_K = jnp.diagonal(hessian_KK)
+    dead_K = diagonal_K == 0
+    mean = diagonal_K.sum() / jnp.maximum((~dead_K).sum(), 1)
+    least_pivot = len(diagonal_K) * jnp.finfo(jnp.float32).eps
+
+    def attempt(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        damping, _, _ = state
+        damped_K = jnp.where(dead_K, 1, diagonal_K + damping * mean)
+        damped_KK = jnp.fill_diagonal(hessian_KK, damped_K, inplace=False)
+        upper_KK = jnp.linalg.cholesky(damped_KK[::-1, ::-1])[::-1, ::-1]
+        # What is left of a channel's diagonal without the others: below that it is rounding, and NaN fails too.
+        works = (jnp.diagonal(upper_KK) ** 2 > least_pivot * damped_K).all()
+        return jnp.maximum(10 * damping, 1e-3), works, upper_KK
+
+    _, _, upper_KK = jax.lax.while_loop(
+        lambda state: ~state[1] & (state[0] <= _MAX_DAMPING),
+        attempt,
+        (jnp.minimum(jnp.float32(damping), _MAX_DAMPING), jnp.array(False), hessian_KK),
+    )
+    return jax.scipy.linalg.solve_triangular(upper_KK, jnp.eye(len(diagonal_K)))
+
+
+def _block_sizes(length: int, group_size: int, block_size: int) -> tuple[int, ...]:
+    """Sizes that the rows are cut into, each into the next: blocks and groups, the larger first, then single rows.
+
+    Blocks are made to divide groups, or groups blocks, so that no group begins with updates outstanding.
+    """
+    if group_size <= block_size:
+        block = group_size * _largest_divisor(length // group_size, block_size // group_size)
+    else:
+        block = _largest_divisor(group_size, block_size)
+    return tuple(sorted({block, group_size, 1}, reverse=True))
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of a number that is at most the limit."""
+    return max(divisor for divisor in range(1, min(number, limit) + 1) if number % divisor == 0)
+
+
+def _sweep(
+    weight_nM: jax.Array, factor_nn: jax.Array, sizes: tuple[int, ...], grid: _Grid, fitted: Any
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Quantizes rows from the first to the last.
+
+    sizes[0] rows at a time, themselves by a sweep with sizes[1:], then one matrix product moves their errors into all
+    rows that follow (and, for a static shape, into those before, which nobody reads again). These are the paper's
+    lazy batches, at every level: rank 1 inside the smallest.
+
+    `weight_nM` has the errors of all rows before it taken in, `factor_nn` is its part of U, `fitted` what `grid.fit`
+    made of the group that the rows are in, if they are less than one. Returns codes uint8 [n, M], errors divided by U's
+    diagonal float32 [n, M], and `grid.fit` of the groups begun, stacked.
+    """
+    if not sizes:
+        scale, zero, _ = fitted
+        codes_1M, value_1M = grid.round(weight_nM, scale, zero)
+        return codes_1M, (weight_nM - value_1M) / factor_nn, None
+    size, *smaller = sizes
+    begins_group = size == grid.group_size
+
+    def step(weight_nM: jax.Array, start: jax.Array | int) -> tuple[jax.Array, tuple]:
+        weight_sM = jax.lax.dynamic_slice_in_dim(weight_nM, start, size)
+        factor_sn = jax.lax.dynamic_slice_in_dim(factor_nn, start, size)
+        factor_ss = jax.lax.dynamic_slice_in_dim(factor_sn, start, size, axis=1)
+        own = grid.fit(weight_sM, jnp.diagonal(factor_ss)[:, None] ** -2) if begins_group else fitted
+        codes_sM, error_sM, groups = _sweep(weight_sM, factor_ss, tuple(smaller), grid, own)
+        return weight_nM - _matmul(factor_sn.T, error_sM), (codes_sM, error_sM, own if begins_group else groups)
+
+    if size == len(weight_nM):
+        return step(weight_nM, 0)[1]
+    _, parts = jax.lax.scan(step, weight_nM, jnp.arange(0, len(weight_nM), size))
+    return jax.tree.map(lambda part: part.reshape(-1, part.shape[-1]), parts)
+
+
+def _check_arguments(
+    weight: jax.Array,
+    hessian: jax.Array,
+    axis: int,
+    scale_dtype: np.dtype,
+    clip: str | None,
+    damping: float,
+    block_size: int,
+) -> None:
+    """Checks what `quantize_gptq` takes, but for the group size."""
+    if scale_dtype.name not in SCALE_DTYPES:
+        raise ValueError(f"scale_dtype {scale_dtype.name}: expected {' or '.join(SCALE_DTYPES)}")
+    if clip not in (None, "mse"):
+        raise ValueError(f"clip {clip!r}: expected None or 'mse'")
+    if not isinstance(damping, jax.core.Tracer) and not (0 <= damping and math.isfinite(damping)):
+        raise ValueError(f"damping {damping}: expected a fraction of the mean diagonal, not negative, as 0.01")
+    if block_size < 1:
+        raise ValueError(f"block_size {block_size}: expected at least 1")
+    expected = (*weight.shape[:-2], weight.shape[axis], weight.shape[axis])
+    if hessian.shape != expected or not jnp.issubdtype(hessian.dtype, jnp.floating):
+        raise ValueError(f"hessian of dtype {hessian.dtype} and shape {hessian.shape}: expected floats, {expected}")
+    if isinstance(hessian, jax.core.Tracer):
+        return
+    if not jnp.isfinite(hessian).all():
+        raise ValueError("hessian holds NaN or infinity: expected the mean of x x' over finite inputs x")
+    if (jnp.diagonal(hessian, axis1=-2, axis2=-1) < 0).any():
+        raise ValueError("hessian has a negative diagonal entry: expected the mean of x x' over inputs x")
