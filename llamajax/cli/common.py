@@ -82,7 +82,7 @@ def table_console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 
 
-def gibibytes(size: int) -> str:
+def readable_bytes(size: int) -> str:
     """Bytes for people: 1.23 MiB, 4.56 GiB."""
     for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if size >= scale:

@@ -7,7 +7,7 @@ from absl import flags
 
 from llamajax.checkpoint import check_absent, open_checkpoint, read_tokenizer, save_checkpoint
 from llamajax.checkpoint.naming import named_weights
-from llamajax.cli.common import define_model, gibibytes, read_model, spinner
+from llamajax.cli.common import define_model, read_model, readable_bytes, spinner
 from llamajax.errors import LlamaJaxError
 from quant import QTensor
 
@@ -43,4 +43,4 @@ def run(values: flags.FlagValues) -> None:
     with spinner(f"writing {output}"):
         save_checkpoint(model, output, tokenizer=tokenizer, source=opened.description, form=values.to)
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    print(f"{output}: {gibibytes(size)}, {values.to}, from {opened.description}", file=sys.stderr)
+    print(f"{output}: {readable_bytes(size)}, {values.to}, from {opened.description}", file=sys.stderr)

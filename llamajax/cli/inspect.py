@@ -11,7 +11,7 @@ from rich.table import Table
 
 from llamajax.checkpoint import Opened, open_checkpoint
 from llamajax.checkpoint.naming import named_weights
-from llamajax.cli.common import define_model, gibibytes, table_console
+from llamajax.cli.common import define_model, readable_bytes, table_console
 from quant import QTensor
 
 SUMMARY = "show a checkpoint's architecture, tensors, dtypes, bytes and source format"
@@ -65,7 +65,7 @@ def _print_tables(opened: Opened, summary: dict[str, Any]) -> None:
     head = Table(title=summary["model"], title_justify="left", show_header=False)
     head.add_row("format", summary["format"])
     head.add_row("parameters", f"{summary['parameters']:,}")
-    head.add_row("in memory", f"{gibibytes(summary['bytes'])}, {summary['bits_per_weight']:.2f} bits a weight")
+    head.add_row("in memory", f"{readable_bytes(summary['bytes'])}, {summary['bits_per_weight']:.2f} bits a weight")
     head.add_row("tokenizer", "sentencepiece, included" if summary["tokenizer"] else "none included: give --tokenizer")
     for name, value in opened.config.to_dict().items():
         head.add_row(name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))

@@ -6,7 +6,7 @@ from pathlib import Path
 from absl import flags
 
 from llamajax.checkpoint import check_absent, open_checkpoint, read_tokenizer, save_checkpoint
-from llamajax.cli.common import define_model, gibibytes, progress, read_model, spinner
+from llamajax.cli.common import define_model, progress, read_model, readable_bytes, spinner
 from llamajax.errors import LlamaJaxError
 from llamajax.quantize import quantize, read_recipe, recipe_names
 
@@ -43,4 +43,4 @@ def run(values: flags.FlagValues) -> None:
         save_checkpoint(model, output, tokenizer=tokenizer, source=source)
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     bits = 8 * size / opened.config.num_parameters
-    print(f"{output}: {gibibytes(size)}, {bits:.2f} bits a weight on disk, {values.recipe}", file=sys.stderr)
+    print(f"{output}: {readable_bytes(size)}, {bits:.2f} bits a weight on disk, {values.recipe}", file=sys.stderr)
