@@ -84,13 +84,12 @@ def run(values: flags.FlagValues) -> None:
 
 
 def _write_stream(stream: TextStream, echo: str) -> None:
-    """Text as it comes. A newline at its end is for a terminal only: what a pipe receives is the text."""
+    """Text as it comes. The newline at its end goes to a terminal, or to the log: a pipe gets the text alone."""
     sys.stdout.write(echo)
     for piece in stream:
         sys.stdout.write(piece)
         sys.stdout.flush()
-    if sys.stdout.isatty():
-        print()
+    print(file=sys.stdout if sys.stdout.isatty() else sys.stderr)
 
 
 def _as_json(prompt: str, completion: Completion) -> str:
