@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from llamajax.checkpoint.naming import named_weights
+from llamajax.checkpoint.naming import is_quantized, named_weights
 from llamajax.config import preset_folder
 from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama
@@ -54,7 +54,7 @@ def quantize(
     """
     rules = recipe if isinstance(recipe, tuple) else read_recipe(recipe)
     weights = named_weights(model)
-    if any(isinstance(weight, QTensor) for weight in weights.values()):
+    if is_quantized(model):
         raise LlamaJaxError("the model is quantized already: quantize the weights that it was made from")
     try:
         chosen = assign(rules, weights)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from quant.qtensor import SCALE_DTYPES, QTensor, scale_values
-from quant.rtn import checked_group_size, encode_groups, group_grid, group_range, search_clip
+from quant.rtn import check_in_range, checked_group_size, encode_groups, group_grid, group_range, search_clip
 from quant.scheme import Scheme
 
 # Sums over thousands of channels and tokens: TPUs and GPUs would otherwise multiply float32 in bfloat16 or TF32.
@@ -123,10 +123,7 @@ def quantize_gptq(
     _check_arguments(weight, hessian, axis, scale_dtype, clip, damping, block_size)
     grid = _Grid(scheme, size, group_size == "tensor", scale_dtype, clip is not None)
     quantized, in_range = _quantize(weight, hessian, damping, grid, axis, act_order, block_size)
-    if not isinstance(in_range, jax.core.Tracer) and not in_range:
-        if not jnp.isfinite(weight).all():
-            raise ValueError(f"weight of shape {weight.shape} holds NaN or infinity: there is no scale for it")
-        raise ValueError(f"a scale leaves the range of {scale_dtype.name}: use scale_dtype bfloat16 or float32")
+    check_in_range(weight, in_range, scale_dtype)
     return quantized
 
 

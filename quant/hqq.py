@@ -17,7 +17,7 @@ import numpy as np
 
 from quant.packing import merge_groups, split_groups
 from quant.qtensor import SCALE_DTYPES, QTensor
-from quant.rtn import checked_group_size, divisor, encode_groups, group_grid
+from quant.rtn import check_in_range, checked_group_size, divisor, encode_groups, group_grid
 from quant.scheme import Scheme
 
 
@@ -74,10 +74,7 @@ def quantize_hqq(
     per_tensor = group_size == "tensor"
     settings = (norm, beta, kappa)
     quantized, in_range = _quantize(weight, settings, scheme, size, per_tensor, axis, scale_dtype, iterations)
-    if not isinstance(in_range, jax.core.Tracer) and not in_range:
-        if not jnp.isfinite(weight).all():
-            raise ValueError(f"weight of shape {weight.shape} holds NaN or infinity: there is no scale for it")
-        raise ValueError(f"a scale leaves the range of {scale_dtype.name}: use scale_dtype bfloat16 or float32")
+    check_in_range(weight, in_range, scale_dtype)
     return quantized
 
 

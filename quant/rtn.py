@@ -75,10 +75,7 @@ def quantize_rtn(
         importance = _checked_importance(importance, weight, axis, clip)
     search, per_tensor = clip is not None, group_size == "tensor"
     quantized, in_range = _quantize(weight, importance, scheme, size, per_tensor, axis, scale_dtype, search)
-    if not isinstance(in_range, jax.core.Tracer) and not in_range:
-        if not jnp.isfinite(weight).all():
-            raise ValueError(f"weight of shape {weight.shape} holds NaN or infinity: there is no scale for it")
-        raise ValueError(f"a scale leaves the range of {scale_dtype.name}: use scale_dtype bfloat16 or float32")
+    check_in_range(weight, in_range, scale_dtype)
     return quantized
 
 
@@ -223,6 +220,18 @@ def search_clip(
     # One factor at a time: all at once would need the weight that many times over.
     _, scale, zero = jax.lax.fori_loop(1, len(factors), step, attempt(factors[0]))
     return scale, zero
+
+
+def check_in_range(weight: jax.Array, in_range: jax.Array, scale_dtype: np.dtype) -> None:
+    """Refuses, outside jit, a weight for which some group has no scale.
+
+    Raises:
+        ValueError: saying whether it is the weight that is not finite or `scale_dtype` that is too narrow.
+    """
+    if not isinstance(in_range, jax.core.Tracer) and not in_range:
+        if not jnp.isfinite(weight).all():
+            raise ValueError(f"weight of shape {weight.shape} holds NaN or infinity: there is no scale for it")
+        raise ValueError(f"a scale leaves the range of {scale_dtype.name}: use scale_dtype bfloat16 or float32")
 
 
 def divisor(scale: jax.Array) -> jax.Array:

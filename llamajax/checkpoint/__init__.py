@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llamajax.checkpoint import home, huggingface, llama2c
-from llamajax.checkpoint.naming import Source, aligned_empty, named_leaves, named_weights
+from llamajax.checkpoint.naming import Source, aligned_empty, is_quantized, named_leaves, place, placements
 from llamajax.config import Config, preset_names
 from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama, abstract_model
@@ -179,7 +179,7 @@ def save_checkpoint(
     Raises:
         LlamaJaxError: if `path` exists or cannot be created, or if transformers would refuse the model.
     """
-    if form == "huggingface" and any(isinstance(weight, QTensor) for weight in named_weights(model).values()):
+    if form == "huggingface" and is_quantized(model):
         raise LlamaJaxError("the weights are quantized in a way that transformers does not read: write llamajax's form")
     if form == "huggingface" and model.config.width % model.config.num_heads:
         raise LlamaJaxError(
@@ -249,22 +249,9 @@ def _assemble(path: Path, source: Source, dtype: Any, shardings: Any, on_tensor:
         on_tensor(total - len(missing), total)
     if missing:
         raise LlamaJaxError(f"{path}: {_place(*sorted(missing, key=str)[0])} is missing ({len(missing)} such)")
-    where = _places(abstract, shardings)
-    placed = [_place_leaf(buffers.pop(name), where.get(name)) for name in leaves]
+    where = placements(abstract, shardings)
+    placed = [place(buffers.pop(name), where[name]) for name in leaves]
     return jax.tree.unflatten(jax.tree.structure(abstract), placed)
-
-
-def _places(abstract: Llama, shardings: Any) -> dict[str, Any]:
-    """The sharding of each leaf by name; "host" for leaves that stay in NumPy; empty for the default device."""
-    if shardings is None:
-        return {}
-    if shardings == "host" or isinstance(shardings, jax.sharding.Sharding):
-        return dict.fromkeys(named_leaves(abstract), shardings)
-    return dict(zip(named_leaves(abstract), jax.tree.leaves(shardings), strict=True))
-
-
-def _place_leaf(buffer: np.ndarray, where: Any) -> Any:
-    return buffer if isinstance(where, str) else jax.device_put(buffer, where)
 
 
 def _restore(path: Path, dtype: Any, shardings: Any, on_tensor: Callable[[int, int], None]) -> Llama:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from llamajax.checkpoint.naming import aligned_empty, named_leaves, named_weights
+from llamajax.checkpoint.naming import aligned_empty, named_leaves, named_weights, place, placements
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama, abstract_model
@@ -138,16 +138,13 @@ def restore(
     """
     _, tree, _ = open_abstract(path)
     leaves = named_leaves(tree)
-    if shardings is None or isinstance(shardings, str | jax.sharding.Sharding):
-        where = dict.fromkeys(leaves, shardings or jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    else:
-        where = dict(zip(leaves, jax.tree.leaves(shardings), strict=True))
+    where = placements(tree, shardings)
     restored = []
     try:
         with ocp.Checkpointer(_handler()) as checkpointer:
             for name, leaf in leaves.items():
                 array = _restore_leaf(checkpointer, path / "weights", name, leaf)
-                restored.append(array if isinstance(where[name], str) else jax.device_put(array, where[name]))
+                restored.append(place(array, where[name]))
                 on_tensor(len(restored), len(leaves))
     except Exception as error:  # Orbax and TensorStore raise many types for damaged files; all mean the same here.
         raise LlamaJaxError(

@@ -62,6 +62,27 @@ def named_weights(tree: Any) -> dict[str, Any]:
     return {leaf_name(path): leaf for path, leaf in leaves}
 
 
+def is_quantized(tree: Any) -> bool:
+    """Whether any weight of a model is a `QTensor`."""
+    return any(isinstance(weight, QTensor) for weight in named_weights(tree).values())
+
+
+def placements(tree: Any, shardings: Any) -> dict[str, Any]:
+    """Where each leaf goes, by name: a sharding, None for the default device, "host" for one that stays in NumPy.
+
+    `shardings` is one of these for all leaves, or a pytree of shardings shaped like the model.
+    """
+    names = named_leaves(tree)
+    if shardings is None or isinstance(shardings, str | jax.sharding.Sharding):
+        return dict.fromkeys(names, shardings)
+    return dict(zip(names, jax.tree.leaves(shardings), strict=True))
+
+
+def place(array: np.ndarray, where: Any) -> Any:
+    """The array where `placements` says."""
+    return array if isinstance(where, str) else jax.device_put(array, where)
+
+
 def leaf_name(path: tuple[Any, ...]) -> str:
     """`layers.attention.query_DQ` from a key path; the `value` of an `nnx.Param` is left out."""
     parts = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path]

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,11 @@ def spinner(label: str) -> Iterator[None]:
 def table_console() -> Console:
     """Standard output for tables: as wide as the terminal, or as they need where it is a file or a pipe."""
     return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+
+
+def stored_bytes(folder: Path) -> int:
+    """What the files of a folder take on disk."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def readable_bytes(size: int) -> str:

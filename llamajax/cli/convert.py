@@ -6,10 +6,9 @@ from pathlib import Path
 from absl import flags
 
 from llamajax.checkpoint import check_absent, open_checkpoint, read_tokenizer, save_checkpoint
-from llamajax.checkpoint.naming import named_weights
-from llamajax.cli.common import define_model, read_model, readable_bytes, spinner
+from llamajax.checkpoint.naming import is_quantized
+from llamajax.cli.common import define_model, read_model, readable_bytes, spinner, stored_bytes
 from llamajax.errors import LlamaJaxError
-from quant import QTensor
 
 SUMMARY = "write a checkpoint in llamajax's own form, or in Hugging Face's"
 EXAMPLES = (
@@ -37,10 +36,9 @@ def run(values: flags.FlagValues) -> None:
     check_absent(output)
     opened = open_checkpoint(values.model)
     tokenizer = read_tokenizer(opened, values.tokenizer)
-    if values.dtype and any(isinstance(weight, QTensor) for weight in named_weights(opened.abstract).values()):
+    if values.dtype and is_quantized(opened.abstract):
         raise LlamaJaxError(f"{values.model}: its weights are quantized: --dtype does not apply")
     model = read_model(opened, values.dtype, shardings="host")
     with spinner(f"writing {output}"):
         save_checkpoint(model, output, tokenizer=tokenizer, source=opened.description, form=values.to)
-    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    print(f"{output}: {readable_bytes(size)}, {values.to}, from {opened.description}", file=sys.stderr)
+    print(f"{output}: {readable_bytes(stored_bytes(output))}, {values.to}, from {opened.description}", file=sys.stderr)

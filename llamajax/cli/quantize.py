@@ -6,7 +6,7 @@ from pathlib import Path
 from absl import flags
 
 from llamajax.checkpoint import check_absent, open_checkpoint, read_tokenizer, save_checkpoint
-from llamajax.cli.common import define_model, progress, read_model, readable_bytes, spinner
+from llamajax.cli.common import define_model, progress, read_model, readable_bytes, spinner, stored_bytes
 from llamajax.errors import LlamaJaxError
 from llamajax.quantize import quantize, read_recipe, recipe_names
 
@@ -41,6 +41,6 @@ def run(values: flags.FlagValues) -> None:
     with spinner(f"writing {output}"):
         source = f"{opened.description}, quantized by {values.recipe}"
         save_checkpoint(model, output, tokenizer=tokenizer, source=source)
-    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    size = stored_bytes(output)
     bits = 8 * size / opened.config.num_parameters
     print(f"{output}: {readable_bytes(size)}, {bits:.2f} bits a weight on disk, {values.recipe}", file=sys.stderr)
