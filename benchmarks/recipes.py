@@ -1,45 +1,121 @@
-"""What each quantization recipe costs on the model in the box: the table of the README.
+"""What each quantization recipe costs: the tables of the README, for the model in the box and for stories260K.
 
-    python benchmarks/recipes.py
+    python benchmarks/recipes.py [--json] [--recipes=int4-g32,int4-g128-gptq]
 
-Stories that the box was not trained on; bits a weight and bytes of all weights, norms included; KL divergence and top-1
-agreement against the box's own bfloat16 weights, computed in float32.
+Bits a weight and bytes of all weights, norms included; KL divergence and top-1 agreement against the same model in
+floats, computed in float32. Calibrated with 65,536 tokens of text that is not measured on. stories260K (weights of
+others, not in this repository) is read from the folder that LLAMAJAX_SHARED names; without it its table is left out.
 """
 
+import json
 import math
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import app
+import numpy as np
+from absl import app, flags
 
 import llamajax
 from llamajax.evaluate import compare, encode_documents
 from llamajax.quantize import quantize, recipe_names
+from llamajax.stories import corpus
 from llamajax.train import heldout_stories
+
+_RECIPES = flags.DEFINE_list("recipes", None, "names of recipes; all unless given")
+_JSON = flags.DEFINE_boolean("json", False, "print JSON")
+_CALIBRATION_TOKENS = 65536
+_MEASURED_BYTES = 1 << 18  # of the TinyStories sample: those of the anchors in the README
+
+
+class Subject(NamedTuple):
+    """A model, tokens to calibrate with and tokens to measure on."""
+
+    name: str
+    model: llamajax.Llama
+    calibration: np.ndarray
+    measured: np.ndarray
+
+
+class Row(NamedTuple):
+    """One line of a table."""
+
+    model: str
+    recipe: str
+    bits_per_weight: float
+    bytes: int
+    perplexity: float
+    kl_divergence: float
+    top1_agreement: float
+
+
+def box() -> Subject:
+    """The model in the box; stories that it was trained on, and 200 that it was not."""
+    model, tokenizer = llamajax.load("box", dtype=jnp.float32)
+    assert tokenizer is not None
+    seen = encode_documents(tokenizer, list(corpus(0, 600)))[:_CALIBRATION_TOKENS]
+    return Subject("box", model, seen, encode_documents(tokenizer, heldout_stories()))
+
+
+def stories260k() -> Subject | None:
+    """stories260K and TinyStories: measured on the first 256 KiB, calibrated with what follows."""
+    folder = Path(os.environ.get("LLAMAJAX_SHARED", "")) / "data"
+    if not os.environ.get("LLAMAJAX_SHARED") or not folder.is_dir():
+        return None
+    weights = folder / "stories260K"
+    model, tokenizer = llamajax.load(weights / "stories260K.bin", tokenizer=weights / "tok512.model")
+    assert tokenizer is not None
+    text = (folder / "tinystories" / "tinystories_sample_2MiB.txt").read_bytes()
+    parts = [
+        part.decode("utf-8", "ignore").split("<|endoftext|>") for part in (text[:_MEASURED_BYTES], text[1 << 19 :])
+    ]
+    measured, rest = ([story.strip() for story in stories if story.strip()] for stories in parts)
+    seen = encode_documents(tokenizer, rest)[:_CALIBRATION_TOKENS]
+    return Subject("stories260K", model, seen, encode_documents(tokenizer, measured))
+
+
+def rows(subject: Subject, names: list[str]) -> list[Row]:
+    """A row for each recipe, the largest first, and one for the floats in 16 bits before them."""
+    made, parameters = [], subject.model.config.num_parameters
+    loss = math.nan
+    for name in names:
+        print(f"{subject.name}: {name}", file=sys.stderr)
+        quantized = quantize(subject.model, name, calibration=subject.calibration)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(quantized))
+        result = compare(quantized, subject.model, subject.measured)
+        loss = result.reference_cross_entropy
+        perplexity = math.exp(result.cross_entropy)
+        made.append(
+            Row(
+                subject.name, name, 8 * size / parameters, size, perplexity, result.kl_divergence, result.top1_agreement
+            )
+        )
+    floats = Row(subject.name, "16-bit floats", 16.0, 2 * parameters, math.exp(loss), 0.0, 1.0)
+    return [floats, *sorted(made, key=lambda row: -row.bytes)]
 
 
 def main(argv):
-    """Prints the table."""
+    """Prints the tables."""
     del argv
-    model, tokenizer = llamajax.load("box", dtype=jnp.float32)
-    tokens = encode_documents(tokenizer, heldout_stories())
-    print("| recipe | bits a weight | bytes | perplexity | KL divergence, nats | top-1 agreement |")
-    print("|---|---|---|---|---|---|")
-    rows = []
-    for name in recipe_names():
-        quantized = quantize(model, name)
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(quantized))
-        rows.append((size, name, compare(quantized, model, tokens)))
-    loss = rows[0][2].reference_cross_entropy
-    size = 2 * model.config.num_parameters
-    print(f"| bfloat16 | 16.00 | {size:,} | {math.exp(loss):.4f} | 0 | 100% |")
-    for size, name, result in sorted(rows, reverse=True):
-        bits = 8 * size / model.config.num_parameters
-        perplexity = math.exp(result.cross_entropy)
-        print(
-            f"| `{name}` | {bits:.2f} | {size:,} | {perplexity:.4f} | {result.kl_divergence:.5f} "
-            f"| {result.top1_agreement:.2%} |"
-        )
+    subjects = [subject for subject in (box(), stories260k()) if subject is not None]
+    tables = [rows(subject, _RECIPES.value or recipe_names()) for subject in subjects]
+    if _JSON.value:
+        print(json.dumps([row._asdict() for table in tables for row in table]))
+        return
+    for subject, table in zip(subjects, tables, strict=True):
+        print(f"\n{subject.name}:\n")
+        print("| recipe | bits a weight | bytes | perplexity | KL divergence, nats | top-1 agreement |")
+        print("|---|---|---|---|---|---|")
+        for row in table:
+            name = row.recipe if row.bits_per_weight == 16 else f"`{row.recipe}`"
+            divergence = f"{row.kl_divergence:.5f}" if row.kl_divergence else "0"
+            print(
+                f"| {name} | {row.bits_per_weight:.2f} | {row.bytes:,} | {row.perplexity:.4f} | {divergence} "
+                f"| {row.top1_agreement:.2%} |"
+            )
 
 
 if __name__ == "__main__":

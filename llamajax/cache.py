@@ -4,14 +4,46 @@ Slot `s` of a row holds the key and value of that row's token at position `s`. E
 different length share a batch and nothing else is needed for masking: a query at position `p` sees slots `0..p`.
 K and V stay separate arrays, and are written with `dynamic_update_slice` rather than a scatter: under donation XLA then
 updates them in place, and other runtimes do not copy the whole cache at every step.
+
+A cache of 8 or 4 bits is not another class: its keys and values are `QTensor` leaves instead of arrays, as quantized
+weights are. They are quantized when written and dequantized, one layer at a time, when read, also for the tokens that
+wrote them: what a model computes does not depend on how a text was cut into pieces.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from llamajax.config import Config
+from llamajax.errors import LlamaJaxError
+from quant import SCHEMES, QTensor, Scheme, dequantize, quantize_rtn
+
+# Codes have a zero point. Keys have channels that are always large and of one sign (KIVI, Liu et al. 2024,
+# arXiv:2402.02750), so that the values of a head seldom lie evenly around 0. Without it the model in the box is off by
+# twice the KL divergence at 4 bits and by half as much again at 8; it costs one byte a head and token.
+_QUANTIZED = {"int8": SCHEMES["uint8"], "int4": SCHEMES["uint4"]}
+
+CACHE_DTYPES = ("float32", "bfloat16", "float16", *_QUANTIZED)
+
+# Keys or values of all layers: an array, or quantized along the last axis, a head of a token being one group.
+Slots = jax.Array | QTensor
+
+
+def check_cache_dtype(dtype: jax.typing.DTypeLike) -> str:
+    """The name of a dtype that a cache can have, one of `CACHE_DTYPES`.
+
+    Raises:
+        LlamaJaxError: for any other.
+    """
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = None
+    if name not in CACHE_DTYPES:
+        raise LlamaJaxError(f"the cache's dtype is {dtype!r}: expected one of {', '.join(CACHE_DTYPES)}")
+    return name
 
 
 @jax.tree_util.register_dataclass
@@ -21,20 +53,35 @@ class KVCache:
 
     Attributes:
         key_LBKSH: keys after RoPE, in the cache's dtype. Head before slot, so that one head's keys are contiguous.
-        value_LBKSH: values, same shape and dtype.
+            In a cache of 8 or 4 bits a `QTensor` of that shape: codes uint8 [L, B, K, S, H], or [L, B, K, S, H/2] with
+            elements h and h + H/2 in one byte, low bits first; scale float32 and zero uint8 [L, B, K, S, 1].
+        value_LBKSH: values, likewise.
         length_B: int32, tokens held by each row; more than `slots` for a row that overflowed. Slots from there on are
             read with weight zero: what is in them must be finite.
     """
 
-    key_LBKSH: jax.Array
-    value_LBKSH: jax.Array
+    key_LBKSH: Slots
+    value_LBKSH: Slots
     length_B: jax.Array
 
     @classmethod
     def empty(cls, config: Config, batch: int, slots: int, dtype: jax.typing.DTypeLike = jnp.float32) -> "KVCache":
-        """A cache for `batch` rows of up to `slots` tokens; 2 L B K S H elements of `dtype`."""
+        """A cache for `batch` rows of up to `slots` tokens.
+
+        Args:
+            config: of the model.
+            batch: B.
+            slots: S.
+            dtype: one of `CACHE_DTYPES`. Of a float type the cache takes 2 L B K S H elements; of "int8" and "int4"
+                2 L B K S (H + 5) and 2 L B K S (H/2 + 5) bytes, and what is read is off by at most scale / 2, where
+                scale is the range of the H values of a head and token, widened to include 0, over 255 or 15.
+
+        Raises:
+            LlamaJaxError: for another dtype.
+        """
         shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_size)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+        name = check_cache_dtype(dtype)
+        return cls(_empty_slots(shape, name), _empty_slots(shape, name), jnp.zeros(batch, jnp.int32))
 
     @property
     def slots(self) -> int:
@@ -46,6 +93,7 @@ class KVCache:
 
         Every row writes T slots, so `length_B + T` must not exceed `slots`: the model turns the outputs of a row for
         which it does into NaN. Slots past the tokens that `advance` then counts are overwritten by the next write.
+        In a cache of 8 or 4 bits a head that holds NaN or infinity is read as nothing else.
         """
         return dataclasses.replace(
             self,
@@ -54,23 +102,54 @@ class KVCache:
         )
 
     def read(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys and values of one layer: key_BKSH, value_BKSH."""
-        take = lambda array: jax.lax.dynamic_index_in_dim(array, layer, axis=0, keepdims=False)  # noqa: E731
-        return take(self.key_LBKSH), take(self.value_LBKSH)
+        """Keys and values of one layer: key_BKSH, value_BKSH, in the cache's dtype, or float32 from 8 or 4 bits."""
+        return _read_layer(self.key_LBKSH, layer), _read_layer(self.value_LBKSH, layer)
 
     def advance(self, count_B: jax.Array | int) -> "KVCache":
         """The same cache with `count_B` more tokens in each row."""
         return dataclasses.replace(self, length_B=self.length_B + jnp.asarray(count_B, jnp.int32))
 
 
-def _write_rows(slots_LBKSH: jax.Array, layer: jax.Array, new_BTKH: jax.Array, start_B: jax.Array) -> jax.Array:
-    """Writes `new_BTKH` into one layer, row b from slot `start_B[b]` on, one contiguous update a row."""
-    new_BKTH = jnp.swapaxes(new_BTKH, 1, 2).astype(slots_LBKSH.dtype)
+def _empty_slots(shape: tuple[int, ...], dtype: str) -> Slots:
+    """Zeros [L, B, K, S, H]."""
+    if dtype not in _QUANTIZED:
+        return jnp.zeros(shape, dtype)
+    quantize = functools.partial(_quantize, scheme=_QUANTIZED[dtype])
+    abstract = jax.eval_shape(quantize, jax.ShapeDtypeStruct(shape, jnp.float32))
+    return jax.tree.map(lambda plane: jnp.zeros(plane.shape, plane.dtype), abstract)
 
-    def write_row(row, slots_LBKSH):
-        block_1BKTH = jax.lax.dynamic_slice_in_dim(new_BKTH, row, 1, axis=0)[None]
-        return jax.lax.dynamic_update_slice(slots_LBKSH, block_1BKTH, (layer, row, 0, start_B[row], 0))
 
-    if new_BKTH.shape[0] == 1:
-        return write_row(0, slots_LBKSH)
-    return jax.lax.fori_loop(0, new_BKTH.shape[0], write_row, slots_LBKSH)
+def _write_rows(slots: Slots, layer: jax.Array, new_BTKH: jax.Array, start_B: jax.Array) -> Slots:
+    """Writes `new_BTKH` into one layer, row b from slot `start_B[b]` on, one contiguous update a row and plane."""
+    new = _quantize(new_BTKH, slots.scheme) if isinstance(slots, QTensor) else new_BTKH.astype(slots.dtype)
+
+    def write_row(row, slots):
+        def write_plane(plane_LBKSX, new_BTKX):
+            block_1BKTX = jax.lax.dynamic_slice_in_dim(jnp.swapaxes(new_BTKX, 1, 2), row, 1, axis=0)[None]
+            return jax.lax.dynamic_update_slice(plane_LBKSX, block_1BKTX, (layer, row, 0, start_B[row], 0))
+
+        return jax.tree.map(write_plane, slots, new)
+
+    if new_BTKH.shape[0] == 1:
+        return write_row(0, slots)
+    return jax.lax.fori_loop(0, new_BTKH.shape[0], write_row, slots)
+
+
+def _read_layer(slots: Slots, layer: jax.Array) -> jax.Array:
+    """[B, K, S, H] of one layer."""
+    take = lambda plane: jax.lax.dynamic_index_in_dim(plane, layer, axis=0, keepdims=False)  # noqa: E731
+    taken = jax.tree.map(take, slots)
+    return dequantize(taken) if isinstance(taken, QTensor) else taken
+
+
+@functools.partial(jax.jit, static_argnames="scheme")
+def _quantize(x: jax.Array, scheme: Scheme) -> QTensor:
+    """[..., H] in codes, each H with a scale and a zero point of its own.
+
+    Scales in float32, although their bytes count: rounded to bfloat16 they would leave the ends of the range of 8 bits
+    off by a step, float16 does not hold every scale, and XLA on CPU converts a whole bfloat16 array to update a slice.
+    Compiled even where `write` is not, because outside jit `quantize_rtn` refuses NaN, which here must stay NaN: it
+    marks what a model must not believe, such as the logits behind an unknown token.
+    """
+    x = x.astype(jnp.float32)
+    return quantize_rtn(x, scheme, group_size=x.shape[-1], axis=-1, scale_dtype=jnp.float32)

@@ -1,6 +1,9 @@
-"""How well a model predicts a text, and how near it is to another: over windows that do not overlap."""
+"""How well a model predicts a text, and how near its predictions are to another's."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+import io
+import math
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,33 +14,42 @@ import numpy as np
 from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama
 from llamajax.tokenizer import Tokenizer
+from llamajax.windows import CONVENTIONS, Windows, as_windows, document_windows, gptq_windows, llama_cpp_windows
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 
 
-def next_token_losses(model: Llama, tokens_BT: jax.Array) -> jax.Array:
-    """Negative log-likelihood of each token after the first of its row, in nats, float32 [B, T-1]. Differentiable."""
-    logits_BTV, _ = model(tokens_BT[:, :-1])
-    log_normalizer_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    target_BT = jnp.take_along_axis(logits_BTV, tokens_BT[:, 1:, None], axis=-1)[..., 0]
-    return log_normalizer_BT - target_BT
+# ---- Texts -----------------------------------------------------------------------------------------------------------
 
 
-def read_documents(path: str | Path) -> list[str]:
-    """The documents of a text file: separated by `<|endoftext|>`, stripped, empty ones left out.
+def read_text(path: str | Path) -> str:
+    """A text file as it is, its newlines included.
 
     Raises:
-        LlamaJaxError: if the file is missing, not UTF-8 or empty.
+        LlamaJaxError: if the file is missing or not UTF-8.
     """
     path = Path(path)
     if not path.is_file():
         raise LlamaJaxError(f"{path}: no such file: expected a UTF-8 text, documents separated by {DOCUMENT_SEPARATOR}")
     try:
-        text = path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise LlamaJaxError(f"{path}: not UTF-8 at byte {error.start}: expected a UTF-8 text") from None
+
+
+def split_documents(text: str) -> list[str]:
+    """The documents of a text: separated by `<|endoftext|>`, stripped, empty ones left out."""
     documents = [document.strip() for document in text.split(DOCUMENT_SEPARATOR)]
-    documents = [document for document in documents if document]
+    return [document for document in documents if document]
+
+
+def read_documents(path: str | Path) -> list[str]:
+    """The documents of a text file (see `split_documents`).
+
+    Raises:
+        LlamaJaxError: if the file is missing, not UTF-8 or empty.
+    """
+    documents = split_documents(read_text(path))
     if not documents:
         raise LlamaJaxError(f"{path}: no text in it: expected at least one document")
     return documents
@@ -49,43 +61,93 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> np.ndarr
     return np.concatenate(rows) if rows else np.zeros(0, np.int32)
 
 
-def cross_entropy(
+def dataset_text(text: str) -> str:
+    r"""A file such as `wiki.test.raw` as `"\n\n".join(dataset["text"])` gives it: what the GPTQ family measures on.
+
+    The rows of Hugging Face's wikitext-2-raw-v1 are the lines of that file, each with its newline, but a line of
+    white space only is an empty row (`_generate_examples` of datasets/wikitext/wikitext.py in huggingface/datasets).
+    """
+    rows = io.StringIO(text, newline=None)
+    return "\n\n".join(row if row.strip() else "" for row in rows)
+
+
+def text_windows(text: str, tokenizer: Tokenizer, window: int = 512, convention: str = "documents") -> Windows:
+    """A text cut by one of the conventions that `llamajax.windows` describes.
+
+    "documents" splits it at `<|endoftext|>`; the others take it whole: "llama.cpp" less one final newline (which that
+    program drops from a file it reads), "gptq" as `dataset_text`.
+
+    Raises:
+        LlamaJaxError: if the text is too short, or there is no such convention.
+    """
+    if convention == "documents":
+        return document_windows(encode_documents(tokenizer, split_documents(text)), window)
+    if convention == "llama.cpp":
+        return llama_cpp_windows(tokenizer.encode(text.removesuffix("\n")), window, tokenizer.bos_id)
+    if convention == "gptq":
+        return gptq_windows(tokenizer.encode(dataset_text(text)), window)
+    raise LlamaJaxError(f"convention is {convention!r}: expected one of {', '.join(CONVENTIONS)}")
+
+
+# ---- Measures --------------------------------------------------------------------------------------------------------
+
+
+def next_token_losses(model: Llama, tokens_BT: jax.Array) -> jax.Array:
+    """Negative log-likelihood of each token after the first of its row, in nats, float32 [B, T-1]. Differentiable."""
+    return _losses(model(tokens_BT[:, :-1])[0], tokens_BT[:, 1:])
+
+
+def token_losses(
     model: Llama,
-    tokens: Sequence[int] | np.ndarray,
+    tokens: Sequence[int] | np.ndarray | Windows,
     *,
     window: int = 512,
     batch: int = 8,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
-) -> float:
-    """Mean cross-entropy in nats a token.
-
-    The text is cut into windows of `window` input tokens that do not overlap; a window's targets are the tokens that
-    follow its inputs, so all tokens but the very first are predicted, each once, from at most `window` before it. What
-    does not fill a last window is left out.
+) -> np.ndarray:
+    """Negative log-likelihood of every token that counts, in nats, float32 [predictions], in the text's order.
 
     Args:
         model: the model.
-        tokens: ids of the whole text, [n].
-        window: inputs per window.
+        tokens: ids of the whole text, [n], which `document_windows` cuts, or windows cut otherwise.
+        window: inputs per window, where tokens are given.
         batch: windows evaluated at once.
         on_batch: called with (windows done, windows in all).
 
     Raises:
         LlamaJaxError: if the text is shorter than one window and its last target.
     """
-    count = 0
-    total = 0.0
-    for rows, used in _windows(tokens, window, batch, on_batch):
-        total += float(np.sum(np.asarray(_window_losses(model, rows))[:used], dtype=np.float64))
-        count += used
-    return total / (count * window)
+    windows = as_windows(tokens, window)
+    batches = windows.batches(batch, on_batch)
+    return np.concatenate([np.asarray(_window_losses(model, r, windows.first))[:used].ravel() for r, used in batches])
+
+
+def cross_entropy(
+    model: Llama,
+    tokens: Sequence[int] | np.ndarray | Windows,
+    *,
+    window: int = 512,
+    batch: int = 8,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> float:
+    """Mean cross-entropy in nats a token: the mean of `token_losses`, whose arguments and errors it has.
+
+    Perplexity is its exponential.
+    """
+    losses = token_losses(model, tokens, window=window, batch=batch, on_batch=on_batch)
+    return float(np.mean(losses, dtype=np.float64))
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean of `values` taken for independent, as llama.cpp's `±`: tokens of one text are not quite."""
+    return math.sqrt(np.var(values, dtype=np.float64) / max(1, len(values) - 1))
 
 
 class Comparison(NamedTuple):
-    """How a model's predictions differ from a reference's on the same text.
+    """How a model's predictions differ from a reference's on the same text, in the mean over all that count.
 
     Attributes:
-        kl_divergence: mean of KL(reference || model) over all positions, in nats.
+        kl_divergence: KL(reference || model), in nats.
         top1_agreement: fraction of positions at which both find the same token likeliest.
         cross_entropy: of the model, in nats a token.
         reference_cross_entropy: of the reference.
@@ -100,66 +162,74 @@ class Comparison(NamedTuple):
 def compare(
     model: Llama,
     reference: Llama,
-    tokens: Sequence[int] | np.ndarray,
+    tokens: Sequence[int] | np.ndarray | Windows,
     *,
     window: int = 512,
     batch: int = 4,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> Comparison:
-    """Compares a model (quantized, say) with the one that it was made from, over the windows of `cross_entropy`.
+    """Compares a model (quantized, say) with the one that it was made from: the means of `compare_each`."""
+    values = compare_each(model, reference, tokens, window=window, batch=batch, on_batch=on_batch)
+    return Comparison(*(float(mean) for mean in values.mean(axis=1, dtype=np.float64)))
+
+
+def compare_each(
+    model: Llama,
+    reference: Llama,
+    tokens: Sequence[int] | np.ndarray | Windows,
+    *,
+    window: int = 512,
+    batch: int = 4,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> np.ndarray:
+    """The fields of `Comparison` at every position that counts, float32 [4, predictions]; agreement is 0 or 1.
+
+    Arguments are those of `token_losses`.
 
     Raises:
-        LlamaJaxError: as `cross_entropy`, or if the vocabularies differ.
+        LlamaJaxError: as `token_losses`, or if the vocabularies differ.
     """
+    check_vocabularies(model, reference)
+    windows = as_windows(tokens, window)
+    parts = [
+        np.asarray(_window_comparison(model, reference, rows, windows.first))[:, :used].reshape(4, -1)
+        for rows, used in windows.batches(batch, on_batch)
+    ]
+    return np.concatenate(parts, axis=1)
+
+
+def check_vocabularies(model: Llama, reference: Llama) -> None:
+    """Refuses to compare models whose predictions are over different tokens."""
     if model.config.vocab_size != reference.config.vocab_size:
         raise LlamaJaxError(
             f"the model has {model.config.vocab_size} tokens, the reference {reference.config.vocab_size}: "
             "expected one vocabulary"
         )
-    sums, count = np.zeros(len(Comparison._fields)), 0
-    for rows, used in _windows(tokens, window, batch, on_batch):
-        sums += np.sum(np.asarray(_window_comparison(model, reference, rows))[:, :used], axis=(1, 2), dtype=np.float64)
-        count += used
-    return Comparison(*(float(value) for value in sums / (count * window)))
 
 
-def _windows(
-    tokens: Sequence[int] | np.ndarray, window: int, batch: int, on_batch: Callable[[int, int], None]
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Batches of windows [batch, window + 1], the last one filled up, and how many of each count."""
-    for name, value in (("window", window), ("batch", batch)):
-        if value < 1:
-            raise LlamaJaxError(f"{name} is {value}: expected at least 1")
-    tokens = np.asarray(tokens, np.int32)
-    count = (len(tokens) - 1) // window
-    if count < 1:
-        raise LlamaJaxError(
-            f"the text has {len(tokens)} tokens: expected at least {window + 1}, one window of {window}"
-        )
-    windows = np.stack([tokens[i * window : (i + 1) * window + 1] for i in range(count)])
-    for first in range(0, count, batch):
-        rows = windows[first : first + batch]
-        yield _fill(rows, batch), len(rows)
-        on_batch(min(first + batch, count), count)
+def _scored_logits(model: Llama, tokens_BT: jax.Array, first: int) -> jax.Array:
+    """Logits of the predictions that count: the head, the widest matrix, meets no others."""
+    hidden_BTD, _ = model.trunk(tokens_BT[:, :-1])
+    return model.logits(hidden_BTD[:, first:])
 
 
-@jax.jit
-def _window_comparison(model: Llama, reference: Llama, tokens_BT: jax.Array) -> jax.Array:
-    """The fields of `Comparison` at each position, float32 [4, B, T-1]."""
-    ours_BTV = jax.nn.log_softmax(model(tokens_BT[:, :-1])[0])
-    theirs_BTV = jax.nn.log_softmax(reference(tokens_BT[:, :-1])[0])
+def _losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    log_normalizer_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    return log_normalizer_BT - jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+
+
+@functools.partial(jax.jit, static_argnames="first")
+def _window_losses(model: Llama, tokens_BT: jax.Array, first: int) -> jax.Array:
+    return _losses(_scored_logits(model, tokens_BT, first), tokens_BT[:, 1 + first :])
+
+
+@functools.partial(jax.jit, static_argnames="first")
+def _window_comparison(model: Llama, reference: Llama, tokens_BT: jax.Array, first: int) -> jax.Array:
+    """The fields of `Comparison` at each position that counts, float32 [4, B, T - first]."""
+    ours_BTV = jax.nn.log_softmax(_scored_logits(model, tokens_BT, first))
+    theirs_BTV = jax.nn.log_softmax(_scored_logits(reference, tokens_BT, first))
     divergence_BT = jnp.sum(jnp.exp(theirs_BTV) * (theirs_BTV - ours_BTV), axis=-1)
     agreement_BT = (jnp.argmax(ours_BTV, axis=-1) == jnp.argmax(theirs_BTV, axis=-1)).astype(jnp.float32)
-    target = tokens_BT[:, 1:, None]
+    target = tokens_BT[:, 1 + first :, None]
     losses = [-jnp.take_along_axis(logits, target, axis=-1)[..., 0] for logits in (ours_BTV, theirs_BTV)]
     return jnp.stack([divergence_BT, agreement_BT, *losses])
-
-
-@jax.jit
-def _window_losses(model: Llama, tokens_BT: jax.Array) -> jax.Array:
-    return next_token_losses(model, tokens_BT)
-
-
-def _fill(rows: np.ndarray, batch: int) -> np.ndarray:
-    """`rows` with its last row repeated up to `batch`, so that the last batch needs no program of its own."""
-    return np.concatenate([rows, np.repeat(rows[-1:], batch - len(rows), axis=0)])

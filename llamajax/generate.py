@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llamajax.cache import KVCache
+from llamajax.cache import KVCache, check_cache_dtype
 from llamajax.compilation import CompiledFunction
 from llamajax.model import Llama
 from llamajax.request import (
@@ -177,7 +177,8 @@ def generate(
         model: the model.
         tokenizer: its tokenizer; may be None if all prompts are ids and there are no stop strings: `text` is then "".
         prompts: a text (a BOS is put before it), or a list of ids (taken as they are), or a list of either.
-        **options: as of `TextStream`: max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop.
+        **options: as of `TextStream`: max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop,
+            cache_dtype.
 
     Returns:
         A `Completion`, or a list of them if `prompts` is a list of prompts.
@@ -221,6 +222,7 @@ class TextStream:
         repetition_penalty: float | Sequence[float] | None = None,
         seed: int | Sequence[int] = 0,
         stop: str | Sequence[str] | None = None,
+        cache_dtype: jax.typing.DTypeLike | None = None,
         smooth: bool = True,
     ):
         """Checks and encodes; nothing runs yet.
@@ -237,6 +239,8 @@ class TextStream:
             repetition_penalty: likewise.
             seed: whole number from 0 to 2**32 - 1; the same for every row, or one a row.
             stop: texts at which a row ends; they are not part of its text.
+            cache_dtype: of keys and values, one of `cache.CACHE_DTYPES`; the model's unless given. "int8" and "int4"
+                keep them in a half and a quarter of a 16-bit float, and a little for scales.
             smooth: whether text should come every 50 ms rather than 64 tokens at a time.
         """
         self.single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
@@ -248,6 +252,7 @@ class TextStream:
         )
         check_knobs(self._sampler, len(self._prompts))
         self._key_B = row_keys(seed, len(self._prompts))
+        self._cache_dtype = check_cache_dtype(model.dtype if cache_dtype is None else cache_dtype)
         stops = stop_strings(stop, tokenizer)
         self._rows = [Row(prompt, tokenizer, stops) for prompt in self._prompts]
         self.speed = Speed()
@@ -287,7 +292,7 @@ class TextStream:
         length = max(len(prompt) for prompt in self._prompts) - 1
         chunks = plan_chunks(length)
         slots = _round_up(max(sum(chunks), length + self._limit), SLOT_MULTIPLE)
-        cache = KVCache.empty(model.config, B, slots, model.dtype)
+        cache = KVCache.empty(model.config, B, slots, self._cache_dtype)
         self.speed.step_bytes = _tree_bytes(model) + _tree_bytes(cache)
         if not model.config.tied_embeddings:
             self.speed.step_bytes -= _tree_bytes(model.embed_VD)  # of which only B rows are read

@@ -21,7 +21,7 @@ from flax import nnx
 
 from llamajax.cache import KVCache
 from llamajax.config import Config
-from quant import einsum, take_rows
+from quant import einsum, split_runs, take_rows
 
 # Scores of slots that a query must not see. Finite, because -inf minus -inf is NaN in a row that sees nothing, and
 # because some of the runtimes that execute our exported programs do not carry infinities.
@@ -250,8 +250,8 @@ class Llama(nnx.Module):
             return block(x_BTD, position_BT, cache, layer), None
 
         # The cache is carried, not scanned over: as scan input and output it would be copied at every call.
-        layers = jnp.arange(self.config.num_layers)
-        (x_BTD, cache), _ = jax.lax.scan(layer_step, (x_BTD, cache), (self.layers, layers))
+        for first, length, run in split_runs(self.layers):
+            (x_BTD, cache), _ = jax.lax.scan(layer_step, (x_BTD, cache), (run, jnp.arange(first, first + length)))
         if cache is not None:
             # A row that did not fit wrote over its older tokens (XLA moves an update that sticks out): NaN, for good.
             fits_B = cache.length_B + T <= cache.slots

@@ -1,17 +1,51 @@
-"""Quantizes a model by a recipe: the same tree, with a `QTensor` where a weight array stood."""
+"""Quantizes a model by a recipe: the same tree, with a `QTensor` where a weight array stood.
 
+Weights are read, quantized and put away one by one, so that memory is that of the result, and of one layer's floats
+where a recipe needs calibration: then each layer is quantized with the activations that the quantized layers before it
+make of a text.
+"""
+
+import dataclasses
+import hashlib
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from llamajax.checkpoint.naming import is_quantized, named_weights
-from llamajax.config import preset_folder
+from llamajax import calibrate
+from llamajax.bit_search import choose_bits
+from llamajax.checkpoint import Opened
+from llamajax.checkpoint.naming import (
+    STACKED,
+    Place,
+    aligned_empty,
+    is_quantized,
+    model_from,
+    named_leaves,
+    named_weights,
+    tensor_places,
+)
+from llamajax.config import Config, preset_folder
 from llamajax.errors import LlamaJaxError
-from llamajax.model import Llama
-from quant import QTensor, quantize_rtn
-from quant.recipe import Rule, assign, rules_from
+from llamajax.model import Llama, RMSNorm, abstract_model
+from llamajax.resume import PartsOnDisk
+from quant import (
+    LayerRuns,
+    QTensor,
+    dequantize,
+    outlier_channels,
+    quantize_gptq,
+    quantize_hqq,
+    quantize_rtn,
+    split_outliers,
+)
+from quant.recipe import Recipe, Rule, assign, recipe_from
+
+Rules = Mapping[tuple[str, int | None], Rule]
 
 
 def recipe_names() -> list[str]:
@@ -19,7 +53,7 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in (preset_folder() / "recipes").glob("*.toml"))
 
 
-def read_recipe(name: str | Path) -> tuple[Rule, ...]:
+def read_recipe(name: str | Path) -> Recipe:
     """A ready recipe by name, or one from a .toml file.
 
     Raises:
@@ -29,55 +63,313 @@ def read_recipe(name: str | Path) -> tuple[Rule, ...]:
     if not path.is_file():
         raise LlamaJaxError(f"recipe is {str(name)!r}: expected a .toml file or one of {', '.join(recipe_names())}")
     try:
-        return rules_from(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
+        return recipe_from(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
     except ValueError as error:  # of the recipe, of TOML, of UTF-8
         raise LlamaJaxError(str(error) if str(path) in str(error) else f"{path}: not TOML ({error})") from None
 
 
 def quantize(
-    model: Llama,
-    recipe: str | Path | tuple[Rule, ...],
+    model: Llama | Opened,
+    recipe: str | Path | Recipe | tuple[Rule, ...],
+    *,
+    calibration: np.ndarray | None = None,
+    window: int = 512,
+    work: Path | None = None,
     on_weight: Callable[[int, int], None] = lambda done, total: None,
 ) -> Llama:
-    """The model with its weights quantized as a recipe says, without calibration data.
+    """The model with its weights quantized as a recipe says.
 
     Embeddings are grouped along their rows (looked up and, as a head, contracted), matrices along their inputs.
 
     Args:
-        model: weights are arrays.
-        recipe: name, path or rules.
-        on_weight: called with (weights done, weights in all).
+        model: with arrays for weights; or a checkpoint that was opened, whose weights are then read one by one and
+            never held together.
+        recipe: name, path, recipe or rules.
+        calibration: token ids of a text like those that the model is for, [n]; for recipes that need one.
+        window: tokens of that text that are seen together.
+        work: folder for finished layers of a calibrated recipe, so that the same call goes on where it was stopped;
+            removed at the end.
+        on_weight: called with (weights done, weights in all), a layer's counting singly.
 
     Raises:
-        LlamaJaxError: if the model is quantized already, a rule does not fit its weight, or rules and weights do not
-            cover each other.
+        LlamaJaxError: if the model is quantized already, a rule does not fit its weight, rules and weights do not cover
+            each other, or the recipe needs a calibration text and none is given.
     """
-    rules = recipe if isinstance(recipe, tuple) else read_recipe(recipe)
-    weights = named_weights(model)
-    if is_quantized(model):
+    recipe = _checked_recipe(recipe, calibration)
+    config = model.config
+    if is_quantized(model if isinstance(model, Llama) else model.abstract):
         raise LlamaJaxError("the model is quantized already: quantize the weights that it was made from")
+    read = _reader(model)
+    names = named_leaves(abstract_model(config))
     try:
-        chosen = assign(rules, weights)
+        rules = assign(recipe.rules, {name: config.num_layers if name.startswith(STACKED) else None for name in names})
     except ValueError as error:
         raise LlamaJaxError(str(error)) from None
-    quantized = []
-    for done, (name, weight) in enumerate(weights.items(), 1):
-        quantized.append(_quantize_weight(name, weight, chosen[name]))
-        on_weight(done, len(weights))
-    return jax.tree.unflatten(jax.tree.structure(model), quantized)
+    _check_shared_inputs(rules, config)
+    if calibration is None or not recipe.needs_calibration:
+        stacks = _Stacks(rules, config)
+        for done, place in enumerate(tensor_places(config), 1):
+            stacks.put(place, quantize_weight(place, read(place), rules[place]))
+            on_weight(done, len(rules))
+        return stacks.model()
+    windows = calibrate.calibration_windows(calibration, config, window)
+    steps = _Steps(on_weight, len(rules) * (2 if recipe.target_bpw else 1))
+    if recipe.target_bpw is not None:
+        rules = choose_bits(read, rules, recipe.target_bpw, windows, config, steps.add)
+    parts = None
+    if work is not None:
+        parts = PartsOnDisk(work, _work_key(rules, windows, config, read))
+    made = _calibrated(read, rules, windows, config, parts, steps)
+    if parts is not None:
+        parts.remove()
+    return made
 
 
-def _quantize_weight(name: str, weight: jax.Array, rule: Rule) -> jax.Array | QTensor:
+def quantize_weight(
+    place: Place, weight: Any, rule: Rule, seen: calibrate.Statistics | None = None
+) -> jax.Array | QTensor:
+    """One weight by its rule, with the statistics of its input where the rule needs them.
+
+    Raises:
+        LlamaJaxError: naming the weight, if the rule does not fit it.
+    """
     if rule.keep or rule.scheme is None:
         return weight
+    axis = -1 if place.name.endswith("_VD") else -2
+    shape = weight.shape
+    rule = rule.for_inputs(shape[axis])
+    assert rule.scheme is not None  # a rule that quantizes
+    options: dict[str, Any] = {"group_size": rule.group_size, "axis": axis, "scale_dtype": rule.scale_dtype}
     try:
-        return quantize_rtn(
-            weight,
-            rule.scheme,
-            group_size=rule.group_size,
-            axis=-1 if name.endswith("_VD") else -2,
-            scale_dtype=rule.scale_dtype,
-            clip=rule.clip,
-        )
+        if seen is None and rule.needs_calibration:
+            raise ValueError("a rule that needs calibration, for a weight that is looked up: its inputs are token ids")
+        if rule.outliers:
+            assert seen is not None
+            index = outlier_channels(seen.max_abs_K, rule.outliers)
+            quantized = split_outliers(weight, index, _quantizer(rule, options, _without(seen, index)), axis=axis)
+        else:
+            quantized = _quantizer(rule, options, seen)(weight)
+        return dataclasses.replace(quantized, activations=rule.activations).validate()
     except (ValueError, TypeError) as error:
-        raise LlamaJaxError(f"{name} of shape {weight.shape}: {error}") from None
+        raise LlamaJaxError(f"{place} of shape {shape}: {error}") from None
+
+
+def _quantizer(
+    rule: Rule, options: dict[str, Any], seen: calibrate.Statistics | None
+) -> Callable[[jax.Array], QTensor]:
+    """The method of a rule, as a function of the weight."""
+    scheme = rule.scheme
+    assert scheme is not None  # a rule that quantizes
+    if rule.method == "hqq":
+        return lambda weight: quantize_hqq(weight, scheme, **options)
+    if rule.method == "rtn":
+        importance = seen.mean_square_K if rule.importance and seen is not None else None
+        return lambda weight: quantize_rtn(weight, scheme, **options, clip=rule.clip, importance=importance)
+    assert seen is not None and seen.hessian_KK is not None
+    options |= {"clip": rule.clip, "act_order": rule.act_order}
+    hessian_KK = seen.hessian_KK
+    return lambda weight: quantize_gptq(weight, hessian_KK, scheme, **options)
+
+
+def _without(seen: calibrate.Statistics, index: jax.Array) -> calibrate.Statistics:
+    """The statistics for GPTQ as if those channels had no inputs: their weights are kept beside the codes."""
+    if seen.hessian_KK is None:
+        return seen
+    return seen._replace(hessian_KK=seen.hessian_KK.at[index].set(0).at[:, index].set(0))
+
+
+def _checked_recipe(recipe: str | Path | Recipe | tuple[Rule, ...], calibration: np.ndarray | None) -> Recipe:
+    if isinstance(recipe, tuple):
+        recipe = Recipe(recipe)
+    elif not isinstance(recipe, Recipe):
+        recipe = read_recipe(recipe)
+    if recipe.needs_calibration and calibration is None:
+        raise LlamaJaxError("the recipe needs a calibration text, to know what weights are multiplied with: give one")
+    return recipe
+
+
+def _reader(model: Llama | Opened) -> Callable[[Place], Any]:
+    """One weight at a time, from memory or from a file."""
+    if isinstance(model, Opened):
+        return model.read_weight
+    leaves = named_weights(model)
+    return lambda place: leaves[place.name] if place.layer is None else leaves[place.name][place.layer]
+
+
+def _check_shared_inputs(rules: Rules, config: Config) -> None:
+    """That weights with a common input agree on how it is scaled."""
+    for layer in range(config.num_layers):
+        for names in calibrate.INPUTS.values():
+            scalings = {rules[STACKED + name, layer].scaling for name in names}
+            if len(scalings) > 1:
+                raise LlamaJaxError(
+                    f"{', '.join(names)} of layer {layer} share their input, but the recipe scales it by "
+                    f"{' and '.join(sorted(map(str, scalings)))}: expected one scaling for all of them"
+                )
+    for name in ("embed_VD", "head_VD"):
+        if (name, None) in rules and rules[name, None].scaling is not None:
+            raise LlamaJaxError(
+                f"{name}: scaling of the head's inputs is not supported: expected a rule without scaling"
+            )
+
+
+class _Steps:
+    """Counts weights for a progress bar."""
+
+    def __init__(self, on_weight: Callable[[int, int], None], total: int):
+        self._on_weight, self._total, self._done = on_weight, total, 0
+
+    def add(self, count: int = 1) -> None:
+        self._done += count
+        self._on_weight(self._done, self._total)
+
+
+class _Stacks:
+    """Weights that come one by one, written into the arrays of the model that they make."""
+
+    def __init__(self, rules: Rules, config: Config):
+        """Layers with the same rules for all weights make a run."""
+        self._config = config
+        names = [name for name, layer in rules if layer == 0]
+        of_layer = [[rules[name, layer] for name in names] for layer in range(config.num_layers)]
+        self._firsts = [i for i in range(config.num_layers) if i == 0 or of_layer[i] != of_layer[i - 1]]
+        self._buffers: dict[tuple[str, int], Any] = {}
+
+    def put(self, place: Place, weight: Any) -> None:
+        """Takes one weight, of one layer."""
+        if place.layer is None:
+            self._buffers[place.name, 0] = jax.tree.map(_aligned_copy, weight)
+            return
+        run = sum(first <= place.layer for first in self._firsts) - 1
+        ends = [*self._firsts[1:], self._config.num_layers]
+        length = ends[run] - self._firsts[run]
+        if (place.name, run) not in self._buffers:
+            empty = lambda leaf: aligned_empty((length, *leaf.shape), leaf.dtype)  # noqa: E731
+            self._buffers[place.name, run] = jax.tree.map(empty, weight)
+        stacks = jax.tree.leaves(self._buffers[place.name, run])
+        for stack, leaf in zip(stacks, jax.tree.leaves(weight), strict=True):
+            stack[place.layer - self._firsts[run]] = leaf
+
+    def model(self) -> Llama:
+        """The whole, on the default device."""
+        weights: dict[str, Any] = {}
+        for name in named_leaves(abstract_model(self._config)):
+            count = len(self._firsts) if name.startswith(STACKED) else 1
+            runs = [jax.tree.map(jax.device_put, self._buffers.pop((name, run))) for run in range(count)]
+            weights[name] = LayerRuns(tuple(runs)) if count > 1 else runs[0]
+        return model_from(weights, self._config)
+
+
+def _aligned_copy(array: Any) -> np.ndarray:
+    copy = aligned_empty(array.shape, array.dtype)
+    copy[...] = array
+    return copy
+
+
+def _calibrated(
+    read: Callable[[Place], Any],
+    rules: Rules,
+    windows_WT: np.ndarray,
+    config: Config,
+    parts: PartsOnDisk | None,
+    steps: _Steps,
+) -> Llama:
+    """Layer by layer, each with what the quantized layers before it make of the calibration text."""
+    stacks = _Stacks(rules, config)
+    embed = quantize_weight(Place("embed_VD", None), read(Place("embed_VD", None)), rules["embed_VD", None])
+    stacks.put(Place("embed_VD", None), embed)
+    steps.add()
+    x_WTD = np.array(_dense(embed)[windows_WT])
+    for layer in range(config.num_layers):
+        made = parts.load(f"layer-{layer}") if parts else None
+        if made is None:
+            made = _calibrated_layer(read, rules, layer, x_WTD, config)
+            if parts:
+                parts.store(f"layer-{layer}", made)
+        for name, weight in made.items():
+            stacks.put(Place(STACKED + name, layer), weight)
+        block = calibrate.block_of({name: _dense(weight) for name, weight in made.items()}, config)
+        x_WTD = calibrate.advance(block, x_WTD)
+        steps.add(len(made))
+    norm = Place("norm.weight_D", None)
+    stacks.put(norm, read(norm))
+    steps.add()
+    if not config.tied_embeddings:
+        head = Place("head_VD", None)
+        rule, seen = rules[head], None
+        if rule.needs_calibration:
+            final_norm = RMSNorm(config.width, config.norm_eps, jnp.float32)
+            final_norm.weight_D.set_value(_dense(read(norm)))
+            hidden_WTD = np.array(jax.jit(lambda x_WTD: final_norm(x_WTD))(x_WTD))
+            seen = calibrate.observe_array(hidden_WTD, rule.method == "gptq")
+        stacks.put(head, quantize_weight(head, read(head), rule, seen))
+        steps.add()
+    return stacks.model()
+
+
+def _calibrated_layer(
+    read: Callable[[Place], Any], rules: Rules, layer: int, x_WTD: np.ndarray, config: Config
+) -> dict[str, Any]:
+    """One layer: first its inputs are scaled where rules say so, then its weights quantized in the order of their use.
+
+    The statistics behind each group of weights are those with the groups before it quantized already ("true
+    sequential" in GPTQ's reference implementation).
+    """
+    names = [name.removeprefix(STACKED) for name, of in rules if of == layer]
+    rule_of = {name: rules[STACKED + name, layer] for name in names}
+    stored = {name: read(Place(STACKED + name, layer)) for name in names}
+    dtypes = {name: stored[name].dtype for name in names}
+    dense = {name: _dense(stored.pop(name)) for name in names}
+    _scale_inputs(dense, rule_of, x_WTD, config, dtypes)
+    made: dict[str, Any] = {}
+    for group, members in calibrate.INPUTS.items():
+        seen = None
+        if any(rule_of[name].needs_calibration for name in members):
+            hessians = any(rule_of[name].method == "gptq" for name in members)
+            seen = calibrate.observe(calibrate.block_of(dense, config), x_WTD, (group,), hessians)[group]
+        for name in members:
+            place, rule = Place(STACKED + name, layer), rule_of[name]
+            made[name] = quantize_weight(
+                place, dense[name].astype(dtypes[name]) if rule.keep else dense[name], rule, seen
+            )
+            dense[name] = _dense(made[name])
+            if isinstance(made[name], QTensor):
+                made[name] = dataclasses.replace(made[name], dtype=np.dtype(dtypes[name]))
+    for name in names:
+        if name not in made:
+            made[name] = quantize_weight(Place(STACKED + name, layer), dense[name].astype(dtypes[name]), rule_of[name])
+    return {name: made[name] for name in names}
+
+
+def _scale_inputs(
+    dense: dict[str, jax.Array], rule_of: dict[str, Rule], x_WTD: np.ndarray, config: Config, dtypes: Mapping[str, Any]
+) -> None:
+    """Finds and folds the scales of a layer's inputs, `dense` being changed; the layer computes what it did."""
+    groups = tuple(group for group, members in calibrate.INPUTS.items() if rule_of[members[0]].scaling is not None)
+    if not groups:
+        return
+    seen = calibrate.observe(calibrate.block_of(dense, config), x_WTD, groups, hessians=False)
+    # From the last input to the first: what is folded into `up` and `value` is then scaled as their own rows are.
+    for group in reversed(groups):
+        members = calibrate.INPUTS[group]
+        scale_K = calibrate.input_scale(
+            group, rule_of[members[0]], [dense[name] for name in members], seen[group], config
+        )
+        calibrate.fold(dense, group, scale_K, config, dtypes[calibrate.PRODUCERS[group]])
+
+
+def _dense(weight: Any) -> jax.Array:
+    """float32 values of a weight, quantized or not."""
+    return dequantize(weight) if isinstance(weight, QTensor) else jnp.asarray(weight).astype(jnp.float32)
+
+
+def _work_key(rules: Rules, windows: np.ndarray, config: Config, read: Callable[[Place], Any]) -> dict[str, Any]:
+    """What the result depends on; of the weights the embeddings stand for all."""
+    embed = np.ascontiguousarray(np.asarray(read(Place("embed_VD", None))))
+    return {
+        "rules": [[name, layer, dataclasses.asdict(rule)] for (name, layer), rule in rules.items()],
+        "config": config.to_dict(),
+        "text": hashlib.sha256(np.ascontiguousarray(windows).tobytes()).hexdigest(),
+        "shape": list(windows.shape),
+        "embeddings": hashlib.sha256(embed.view(np.uint8).tobytes()).hexdigest(),
+    }

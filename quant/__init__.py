@@ -6,27 +6,40 @@
 FORMAT.md specifies the bytes; `QTensor` is the pytree that holds them.
 """
 
+from quant.activations import quantize_activations, round_activations
 from quant.awq import search_scale
 from quant.gptq import quantize_gptq
 from quant.hqq import quantize_hqq
 from quant.matmul import einsum, take_rows
+from quant.outliers import outlier_channels, split_outliers
 from quant.packing import FORMAT_VERSION, pack, unpack
+from quant.probe import Probe
 from quant.qtensor import QTensor, dequantize
 from quant.rtn import quantize_rtn
+from quant.runs import LayerRuns, split_runs
 from quant.scheme import SCHEMES, Scheme
+from quant.smoothquant import smoothing_scale
 
 __all__ = [
     "FORMAT_VERSION",
     "SCHEMES",
+    "LayerRuns",
+    "Probe",
     "QTensor",
     "Scheme",
     "dequantize",
     "einsum",
+    "outlier_channels",
     "pack",
+    "quantize_activations",
     "quantize_gptq",
     "quantize_hqq",
     "quantize_rtn",
+    "round_activations",
     "search_scale",
+    "smoothing_scale",
+    "split_outliers",
+    "split_runs",
     "take_rows",
     "unpack",
 ]

@@ -3,11 +3,17 @@
 import jax
 import jax.numpy as jnp
 
-from quant.qtensor import QTensor, dequantize
+from quant.activations import check_activations, round_activations
+from quant.probe import Probe
+from quant.qtensor import QTensor, dequantize, outlier_slots
 
 
 def einsum(
-    equation: str, activations: jax.Array, weight: jax.Array | QTensor, *, dtype: jax.typing.DTypeLike | None = None
+    equation: str,
+    activations: jax.Array,
+    weight: jax.Array | QTensor | Probe,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
     """Contracts activations with a weight, as `jnp.einsum(equation, activations, weight)`.
 
@@ -18,13 +24,21 @@ def einsum(
     Args:
         equation: einsum equation with the activations first, for example "BTD,DF->BTF".
         activations: float array.
-        weight: float array, or a QTensor: then the result is that of its dequantized float32 values.
+        weight: float array, or a QTensor: then the result is that of its dequantized float32 values, with activations
+            rounded first where it says so (`QTensor.activations`). Gradients pass by that rounding.
         dtype: of the result; that of the activations unless given.
 
     Returns:
         The contraction, in `dtype`.
+
+    Raises:
+        ValueError: if activations are to be rounded and the equation contracts anything but the weight's contraction
+            axis, or outlier channels differ between leading axes of the weight.
     """
     dtype = dtype or activations.dtype
+    if isinstance(weight, Probe):
+        weight.seen[weight.name] = activations
+        weight = weight.weight
     if isinstance(weight, QTensor):
         return _einsum_quantized(equation, activations, weight).astype(dtype)
     precision = jax.lax.Precision.HIGHEST if activations.dtype == jnp.float32 else None
@@ -36,10 +50,56 @@ def _einsum_quantized(equation: str, activations: jax.Array, weight: QTensor) ->
     """The product with a QTensor, float32. This is the one place where a lowering for the backend is chosen.
 
     The only one so far is the reference: dequantize, then contract, both in float32. The weight is not rounded to the
-    activations' type, so that what other lowerings are compared with has no error but the quantizer's.
+    activations' type, so that what other lowerings are compared with has no error but the quantizer's. Activations in
+    int8 are rounded, and multiplied as floats: up to the rounding of sums, what products of integers give.
     """
-    precision = jax.lax.Precision.HIGHEST
-    return jnp.einsum(equation, activations.astype(jnp.float32), dequantize(weight), precision=precision)
+    activations = activations.astype(jnp.float32)
+    if weight.activations is not None:
+        activations = _round_for(equation, activations, weight)
+    return jnp.einsum(equation, activations, dequantize(weight), precision=jax.lax.Precision.HIGHEST)
+
+
+def _round_for(equation: str, activations: jax.Array, weight: QTensor) -> jax.Array:
+    """Activations as `weight.activations` rounds them, float32 of the same shape.
+
+    Outlier channels are not rounded, and not seen by the scales: that is what they are for (LLM.int8()).
+    """
+    check_activations(weight.activations, weight.order is not None)
+    axis = _contraction_axis(equation, weight.axis)
+    group_size = weight.group_size if weight.activations == "int8-group" else "token"
+    x_K = jnp.moveaxis(activations, axis, -1)
+    if weight.outlier_index is None:
+        rounded_K = round_activations(x_K, group_size)
+    else:
+        if weight.ndim > 2:
+            raise ValueError(
+                f"int8 activations for a weight of shape {weight.shape} with outlier channels: expected a matrix, as "
+                "each index of its leading axes may have other channels; index, scan or vmap these axes first"
+            )
+        is_outlier_K = outlier_slots(weight.outlier_index, weight.shape[weight.axis], weight.axis).reshape(-1) >= 0
+        rounded_K = round_activations(jnp.where(is_outlier_K, 0, x_K), group_size)
+        rounded_K = jnp.where(is_outlier_K, x_K, rounded_K)
+    return jnp.moveaxis(rounded_K, -1, axis)
+
+
+def _contraction_axis(equation: str, weight_axis: int) -> int:
+    """The axis of the activations that an equation contracts with a weight's axis, -1 or -2.
+
+    Raises:
+        ValueError: if it contracts something else, or more.
+    """
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    term, _, weight_term = inputs.partition(",")
+    letter = weight_term[weight_axis:][:1]
+    contracted = set(term) & set(weight_term) - set(output) - {"."}
+    if "->" not in equation or contracted != {letter} or term.count(letter) != 1:
+        raise ValueError(
+            f"equation {equation!r} with int8 activations: expected it to contract axis {weight_axis} of the weight "
+            f"and no other, as {'BK,KM->BM' if weight_axis == -2 else 'BK,MK->BM'!r}"
+        )
+    # Axes before "..." are counted from the front, those behind it from the back.
+    before = term.partition("...")[0]
+    return before.index(letter) if letter in before else term.index(letter) - len(term)
 
 
 def take_rows(table: jax.Array | QTensor, ids: jax.Array) -> jax.Array:

@@ -1,8 +1,16 @@
 """Which weight gets which scheme: an ordered list of rules, strict.
 
+    target_bpw = 4.5                # optional: choose the bits of each weight so that the whole model has that many
+
     [[rules]]
-    weights = "*norm*"          # glob on names; the first rule that matches a weight decides
+    weights = "*norm*"              # glob on names; the first rule that matches a weight decides
     keep = true
+
+    [[rules]]
+    weights = "layers.ffn.down_FD"
+    layers = [0, -1]                # the first and the last; all unless given
+    scheme = "int6"
+    group_size = 32
 
     [[rules]]
     weights = "*"
@@ -10,7 +18,7 @@
     group_size = 32
     clip = "mse"
 
-A rule that matches nothing, a weight that no rule matches and a key that nobody reads are errors.
+A rule that decides for nothing, a weight that no rule matches and a key that nobody reads are errors.
 """
 
 import dataclasses
@@ -18,7 +26,12 @@ import fnmatch
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+from quant.packing import plane_bits
 from quant.scheme import Scheme
+
+_METHODS = ("rtn", "gptq", "hqq")
+_SCALINGS = (None, "awq", "smoothquant")
+_SMALLEST_GROUP = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,44 +40,126 @@ class Rule:
 
     Attributes:
         weights: glob on weight names.
-        keep: leave them as they are; then nothing else is set.
+        layers: numbers of the layers that it is for, negative ones from the end; all, and weights outside of layers,
+            unless given.
+        keep: leave them as they are; then nothing below is set.
         scheme: name of a `Scheme`.
         group_size: weights that share a scale, "channel" or "tensor".
         scale_dtype: float32, bfloat16 or float16.
+        method: "rtn" (`quantize_rtn`), "gptq" (`quantize_gptq`) or "hqq" (`quantize_hqq`).
         clip: None or "mse" (see `quantize_rtn`).
+        importance: weigh each input channel's error by its activations' mean square, as llama.cpp's imatrix does; rtn
+            with clip.
+        act_order: see `quantize_gptq`.
+        scaling: "awq" (`search_scale`) or "smoothquant" (`smoothing_scale`): of the input channels before quantizing,
+            undone in what makes the inputs. All weights that share an input take part.
+        outliers: input channels that are kept in float beside the codes, those of the largest activations.
+        activations: "int8-token" or "int8-group": how what is multiplied with the weight is rounded; None: not.
+        indivisible: name of a scheme, for weights whose inputs are no whole groups: they get smaller groups, the
+            largest of 16 or more that fit, or where none fits that scheme per channel. An error without it.
     """
 
     weights: str
+    layers: tuple[int, ...] | None = None
     keep: bool = False
     scheme: str | None = None
     group_size: int | Literal["channel", "tensor"] = 32
     scale_dtype: str = "bfloat16"
+    method: Literal["rtn", "gptq", "hqq"] = "rtn"
     clip: Literal["mse"] | None = None
+    importance: bool = False
+    act_order: bool = False
+    scaling: Literal["awq", "smoothquant"] | None = None
+    outliers: int = 0
+    activations: str | None = None
+    indivisible: str | None = None
 
     def __post_init__(self) -> None:
         """Checks the rule by itself.
 
         Raises:
-            ValueError: if it both keeps and quantizes, does neither, or names an unknown scheme.
+            ValueError: naming the rule, what is wrong with it and what was expected.
         """
         if not isinstance(self.weights, str) or not self.weights:
             raise ValueError(f"weights is {self.weights!r}: expected a glob, as '*' or 'layers.ffn.*'")
         if self.keep is (self.scheme is not None):
             raise ValueError(f"rule for {self.weights!r}: expected either keep = true or a scheme")
-        if self.scheme is not None:
-            Scheme.named(self.scheme)
+        for scheme in (self.scheme, self.indivisible):
+            if scheme is not None:
+                Scheme.named(scheme)
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+            if not self.layers or not all(isinstance(layer, int) for layer in self.layers):
+                raise ValueError(f"rule for {self.weights!r}: layers is {self.layers}: expected numbers, as [0, -1]")
+        for wrong, message in (
+            (self.method not in _METHODS, f"method {self.method!r}: expected one of {', '.join(_METHODS)}"),
+            (self.scaling not in _SCALINGS, f"scaling {self.scaling!r}: expected awq or smoothquant"),
+            (self.importance and (self.method != "rtn" or self.clip is None), "importance needs method rtn and clip"),
+            (self.act_order and self.method != "gptq", "act_order needs method gptq"),
+            (self.method == "hqq" and self.clip is not None, "hqq has a search of its own: leave clip out"),
+            (self.outliers < 0, f"outliers is {self.outliers}: expected 0 or more channels"),
+        ):
+            if wrong:
+                raise ValueError(f"rule for {self.weights!r}: {message}")
+
+    def for_inputs(self, length: int) -> "Rule":
+        """The rule for a weight of so many inputs: itself, but where `indivisible` has a say."""
+        if self.scheme is None or self.indivisible is None or isinstance(self.group_size, str):
+            return self
+        if length % self.group_size == 0:
+            return self
+        multiple = 8 // min(plane_bits(Scheme.named(self.scheme).bits))
+        for size in range(min(length, self.group_size), _SMALLEST_GROUP - 1, -1):
+            if length % size == 0 and size % multiple == 0:
+                return dataclasses.replace(self, group_size=size)
+        return dataclasses.replace(
+            self, scheme=self.indivisible, group_size="channel", method="rtn", act_order=False, outliers=0
+        )
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it needs to know what the weight is multiplied with."""
+        return self.method == "gptq" or self.importance or self.scaling is not None or self.outliers > 0
 
 
-def rules_from(table: Mapping[str, Any], source: str) -> tuple[Rule, ...]:
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Rules, and how large the result may be.
+
+    Attributes:
+        rules: in the order in which they are asked.
+        target_bpw: bits per weight of the whole model, everything counted. Then the numbers of bits in `int` and `uint`
+            rules are a starting point only: each weight's are chosen so that the error is least within the budget.
+    """
+
+    rules: tuple[Rule, ...]
+    target_bpw: float | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the target.
+
+        Raises:
+            ValueError: if it is no number of bits.
+        """
+        if self.target_bpw is not None and not 1 < self.target_bpw < 17:
+            raise ValueError(f"target_bpw is {self.target_bpw}: expected bits per weight, as 4.5")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it needs a text to run the model on."""
+        return self.target_bpw is not None or any(rule.needs_calibration for rule in self.rules)
+
+
+def recipe_from(table: Mapping[str, Any], source: str) -> Recipe:
     """Reads a recipe's parsed TOML.
 
     Raises:
-        ValueError: for anything but a list of rules with known keys; the message begins with `source`.
+        ValueError: for anything but a list of rules with known keys and a target; the message begins with `source`.
     """
     rules = table.get("rules")
-    if set(table) != {"rules"} or not isinstance(rules, list) or not rules:
+    if set(table) - {"target_bpw"} != {"rules"} or not isinstance(rules, list) or not rules:
         raise ValueError(
-            f"{source}: expected [[rules]] and nothing else, found {', '.join(sorted(table)) or 'nothing'}"
+            f"{source}: expected [[rules]], target_bpw and nothing else, found {', '.join(sorted(table)) or 'nothing'}"
         )
     known = {field.name for field in dataclasses.fields(Rule)}
     for rule in rules:
@@ -72,25 +167,47 @@ def rules_from(table: Mapping[str, Any], source: str) -> tuple[Rule, ...]:
         if unknown or "weights" not in rule:
             raise ValueError(f"{source}: rule with {unknown or 'no weights'}: expected keys {', '.join(sorted(known))}")
     try:
-        return tuple(Rule(**rule) for rule in rules)
-    except ValueError as error:
+        return Recipe(tuple(Rule(**rule) for rule in rules), table.get("target_bpw"))
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{source}: {error}") from None
 
 
-def assign(rules: Iterable[Rule], names: Iterable[str]) -> dict[str, Rule]:
-    """The rule of each weight: the first whose glob matches its name.
+def assign(rules: Iterable[Rule], weights: Mapping[str, int | None]) -> dict[tuple[str, int | None], Rule]:
+    """The rule of each weight of each layer: the first that matches its name and has its layer.
+
+    Args:
+        rules: in order.
+        weights: names, and for each the number of its layers, or None for a weight outside of them.
+
+    Returns:
+        A rule for each (name, layer); layer is None outside of layers.
 
     Raises:
-        ValueError: if a rule decides for no weight, or no rule for a weight.
+        ValueError: if a rule decides for no weight, or no rule for a weight, or a layer does not exist.
     """
-    rules, names = tuple(rules), tuple(names)
-    chosen = {}
-    for name in names:
-        matching = [rule for rule in rules if fnmatch.fnmatchcase(name, rule.weights)]
-        if not matching:
-            raise ValueError(f"no rule matches the weight {name!r}: end the recipe with weights = '*'")
-        chosen[name] = matching[0]
+    rules, chosen = tuple(rules), {}
+    for name, count in weights.items():
+        for layer in (None,) if count is None else range(count):
+            matching = (rule for rule in rules if fnmatch.fnmatchcase(name, rule.weights) and _has(rule, layer, count))
+            rule = next(matching, None)
+            if rule is None:
+                raise ValueError(f"no rule matches the weight {name!r}: end the recipe with weights = '*'")
+            chosen[name, layer] = rule
     for rule in rules:
         if not any(rule is used for used in chosen.values()):
-            raise ValueError(f"the rule for {rule.weights!r} decides for no weight: the weights are {', '.join(names)}")
+            raise ValueError(
+                f"the rule for {rule.weights!r} decides for no weight: the weights are {', '.join(weights)}"
+            )
     return chosen
+
+
+def _has(rule: Rule, layer: int | None, count: int | None) -> bool:
+    """Whether a rule is for that layer of so many."""
+    if rule.layers is None:
+        return True
+    if layer is None or count is None:
+        return False
+    outside = [number for number in rule.layers if not -count <= number < count]
+    if outside:
+        raise ValueError(f"the rule for {rule.weights!r} names layer {outside[0]}: the model has {count}")
+    return layer in {number % count for number in rule.layers}

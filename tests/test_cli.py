@@ -1,14 +1,17 @@
 """The command line as its users meet it: outputs, exit codes, one-line errors, help."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+import llamajax
 from llamajax.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
@@ -113,6 +116,116 @@ def test_eval_of_the_box(capsys) -> None:
     assert code == 0 and json.loads(out)["cross_entropy_nats"] > result["cross_entropy_nats"] + 1
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, tiny_model, tiny_tokenizer) -> Path:
+    """A folder with a tiny model, two that differ from it a little, one of another shape, and a text."""
+    folder = tmp_path_factory.mktemp("small")
+    for name, factor in (("whole", 1.0), ("close", 0.999), ("far", 0.9)):
+        model = jax.tree.map(lambda leaf, factor=factor: leaf * factor, tiny_model)
+        llamajax.save_checkpoint(model, folder / name, tokenizer=tiny_tokenizer)
+    config = llamajax.Config.from_dict(tiny_model.config.to_dict() | {"num_layers": 1})
+    shallow = llamajax.Llama(config, key=jax.random.key(0))
+    llamajax.save_checkpoint(shallow, folder / "shallow", tokenizer=tiny_tokenizer)
+    (folder / "text").write_text("A little fox had a red apple. <|endoftext|> He ate it by the river.\n" * 9)
+    return folder
+
+
+EVAL_KEYS = {
+    *("model", "text", "convention", "context", "windows", "predictions"),
+    *("cross_entropy_nats", "cross_entropy_standard_error", "perplexity", "perplexity_standard_error"),
+    *("bits_per_weight", "bytes_in_memory", "bytes_on_disk"),
+}
+REFERENCE_KEYS = {
+    *("kl_divergence", "kl_standard_error", "kl_99th_percentile", "kl_max", "top1_agreement"),
+    *("signal_to_noise_db", "reference"),
+}
+
+
+@pytest.mark.parametrize("convention", ["documents", "llama.cpp", "gptq"])
+def test_eval_json(convention: str, small: Path, capsys) -> None:
+    argv = [f"--text={small}/text", "--context=32", f"--convention={convention}", "--json"]
+    code, out, err = run(capsys, "eval", f"--model={small}/far", f"--reference={small}/whole", *argv)
+    assert code == 0 and err == ""
+    result = json.loads(out, parse_constant=pytest.fail)
+    assert set(result) == EVAL_KEYS | REFERENCE_KEYS
+    scored = {"documents": 32, "llama.cpp": 15, "gptq": 31}[convention]
+    assert result["predictions"] == scored * result["windows"] and result["windows"] > 5
+    assert result["bits_per_weight"] == 32 and result["bytes_on_disk"] > result["bytes_in_memory"]
+    assert 0 < result["kl_standard_error"] < result["kl_divergence"] < result["kl_99th_percentile"] <= result["kl_max"]
+    noise = result["signal_to_noise_db"]
+    assert len(noise["layers"]) == 2 and noise["embedding"] == pytest.approx(20, abs=1e-3)
+    np.testing.assert_allclose(noise["weights"]["layers.attention.query_DQ"], [20, 20], atol=1e-3)
+    alone = json.loads(run(capsys, "eval", f"--model={small}/whole", *argv)[1])
+    assert set(alone) == EVAL_KEYS
+    for key, value in result["reference"].items():
+        assert value == (pytest.approx(alone[key], rel=1e-5) if isinstance(value, float) else alone[key])
+
+
+def test_eval_of_a_model_against_itself_is_json(small: Path, capsys) -> None:
+    """JSON knows no infinity: null is what has no error."""
+    argv = [f"--model={small}/whole", f"--reference={small}/whole", f"--text={small}/text", "--context=32", "--json"]
+    result = json.loads(run(capsys, "eval", *argv)[1], parse_constant=pytest.fail)
+    assert result["signal_to_noise_db"]["layers"] == [None, None] and result["top1_agreement"] == 1
+
+
+def test_eval_prints_tables(small: Path, capsys, monkeypatch) -> None:
+    """The reference and the model below each other, columns aligned, then the layers."""
+    monkeypatch.chdir(small)
+    argv = ["--reference=whole", "--text=text", "--context=32"]
+    code, out, err = run(capsys, "eval", "--model=far", *argv)
+    assert code == 0 and err == ""
+    summary, layers = out.split("signal to noise by layer, dB")
+    rows = [line for line in summary.splitlines() if line.startswith("│")]
+    assert [row.split()[1] for row in rows] == ["whole", "far"]
+    assert "32.00" in rows[0] and rows[0].count("±") == 1 and rows[1].count("±") == 2 and "%" in rows[1]
+    assert len({len(line) for line in summary.splitlines()[1:] if line}) == 1
+    lines = [line for line in layers.splitlines() if line.startswith("│")]
+    assert [line.split()[1] for line in lines] == ["embedding", "0", "1", "logits"] and "20.00" in lines[1]
+    assert "embed_VD 20.00" in " ".join(layers.split())
+    code, out, _ = run(capsys, "eval", "--model=shallow", *argv)
+    assert code == 0 and "the architectures differ" in out and "agreement" in out
+
+
+def test_eval_of_several_models(small: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    pytest.importorskip("matplotlib", reason="no matplotlib: pip install 'llamajax[plot]'")
+    monkeypatch.chdir(small)
+    argv = ["--model=close,far,whole", "--reference=whole", "--text=text", "--context=32"]
+    argv += [f"--plot={tmp_path}/curve.svg"]
+    code, out, _ = run(capsys, "eval", *argv)
+    rows = [line.split()[1] for line in out.splitlines() if line.startswith("│")]
+    assert code == 0 and rows == ["whole", "close", "far", "whole"]
+    picture = (tmp_path / "curve.svg").read_text()
+    assert picture.count("<svg ") == 1 and all(f">{name}<" in picture for name in ("close", "far"))
+    assert "whole: 32.00 bits, no divergence" in picture
+    results = [json.loads(line) for line in run(capsys, "eval", *argv, "--json")[1].splitlines()]
+    assert [result["model"] for result in results] == ["close", "far", "whole"]
+    close, far, whole = (result["kl_divergence"] for result in results)
+    assert whole <= close < far
+
+
+def test_eval_draws_layers(small: Path, tmp_path: Path, capsys) -> None:
+    pytest.importorskip("matplotlib", reason="no matplotlib: pip install 'llamajax[plot]'")
+    argv = [f"--model={small}/far", f"--reference={small}/whole", f"--text={small}/text", "--context=32"]
+    assert run(capsys, "eval", *argv, f"--plot={tmp_path}/layers.svg")[0] == 0
+    assert ">residual stream<" in (tmp_path / "layers.svg").read_text()
+    assert run(capsys, "eval", *argv, f"--plot={tmp_path}/layers.png")[0] == 0
+    assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
+    argv = [f"--model={small}/shallow", *argv[1:], f"--plot={tmp_path}/none.svg"]
+    assert_one_line_error(*run(capsys, "eval", *argv), 1, "none.svg", "the architectures differ")
+
+
+def test_eval_without_matplotlib_says_what_to_install(tmp_path: Path, capsys, monkeypatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    argv = ["--reference=box", f"--plot={tmp_path}/layers.svg"]
+    assert_one_line_error(*run(capsys, "eval", *argv), 1, "matplotlib", "pip install 'llamajax[plot]'")
+
+
+def test_eval_refuses_models_of_different_tokenizers(small: Path, capsys) -> None:
+    argv = ["eval", f"--model={small}/whole,box", f"--text={small}/text", "--context=32"]
+    assert_one_line_error(*run(capsys, *argv), 1, "box", "its tokenizer is not", "whole's")
+
+
 def test_train_writes_a_model_that_generates(tmp_path: Path, capsys) -> None:
     config = tmp_path / "tiny.toml"
     config.write_text(
@@ -144,6 +257,18 @@ BAD_INPUT = {
     "no output": (["convert", "--model=box"], 1, ["--output"]),
     "missing text": (["eval", "--text=nowhere.txt"], 1, ["nowhere.txt", "no such file"]),
     "bad context": (["eval", "--context=0"], 1, ["context is 0"]),
+    "context too long": (["eval", "--context=513"], 1, ["context is 513", "made for 512", "--context=512"]),
+    "context too short": (["eval", "--context=2", "--convention=llama.cpp"], 1, ["window is 2", "at least 3"]),
+    "no batch": (["eval", "--batch=0"], 1, ["batch 0", "at least 1"]),
+    "no model": (["eval", "--model=box,,box"], 1, ["--model=box,,box", "commas"]),
+    "unknown convention": (["eval", "--convention=ppl"], 2, ["convention=ppl", "documents|llama.cpp|gptq"]),
+    "plot of nothing": (["eval", "--plot=layers.svg"], 1, ["--plot", "--reference=PATH"]),
+    "plot of a kind": (["eval", "--reference=box", "--plot=layers.pdf"], 1, ["layers.pdf", ".svg or .png"]),
+    "plot into nowhere": (
+        ["eval", "--reference=box", "--plot=no/layers.svg"],
+        1,
+        ["no/layers.svg", "folder that exists"],
+    ),
     "train without output": (["train"], 1, ["--output is needed"]),
     "train on nothing": (["train", "--output=x", "--data=nowhere.txt"], 1, ["nowhere.txt", "no such file"]),
     "train unknown config": (["train", "--output=x", "--config=llama9"], 1, ["llama9", "expected"]),

@@ -10,7 +10,17 @@ import pytest
 
 import llamajax
 from llamajax import Llama, LlamaJaxError, Tokenizer
-from llamajax.evaluate import compare, cross_entropy, encode_documents, next_token_losses, read_documents
+from llamajax.evaluate import (
+    compare,
+    compare_each,
+    cross_entropy,
+    encode_documents,
+    next_token_losses,
+    read_documents,
+    standard_error,
+    token_losses,
+)
+from llamajax.windows import llama_cpp_windows
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +68,9 @@ def test_windows_and_batches(batch: int, tiny_model: Llama, tokens: np.ndarray) 
     """11 windows fill no batch of 4 or 16: what pads them does not count, and what fills no window is left out."""
     rows = np.stack([tokens[i : i + 6] for i in range(0, 55, 5)])
     expected = _losses(tiny_model, rows).mean()
+    losses = token_losses(tiny_model, tokens, window=5, batch=batch)
+    assert losses.dtype == np.float32
+    np.testing.assert_allclose(losses, _losses(tiny_model, rows).ravel(), rtol=1e-4, atol=1e-5)
     for text in (tokens, list(map(int, tokens)), np.concatenate([tokens, [1, 2, 3]])):
         assert cross_entropy(tiny_model, text, window=5, batch=batch) == pytest.approx(expected, rel=1e-5)
 
@@ -143,6 +156,25 @@ def test_compare_equals_numpy(tiny_model: Llama) -> None:
     assert result.kl_divergence > 1e-3 and result.top1_agreement == np.mean(agreement) < 1
     np.testing.assert_allclose(result.cross_entropy, np.mean([pair[0] for pair in losses]), rtol=1e-5)
     np.testing.assert_allclose(result.reference_cross_entropy, np.mean([pair[1] for pair in losses]), rtol=1e-5)
+
+
+def test_compare_each_holds_the_positions_that_count(tiny_model: Llama, tokens: np.ndarray) -> None:
+    """Of llama.cpp's chunks the second half, its last token a target only; the same predictions as in the losses."""
+    other = jax.tree.map(lambda leaf: leaf * 0.9, tiny_model)
+    windows = llama_cpp_windows(tokens, 10, 1)
+    each = compare_each(other, tiny_model, windows, batch=2)
+    assert each.shape == (4, windows.predictions) == (4, 5 * 4)
+    np.testing.assert_allclose(each[2], token_losses(other, windows, batch=3), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(each[3], token_losses(tiny_model, windows, batch=3), rtol=1e-4, atol=1e-5)
+    assert set(each[1]) <= {0, 1} and each[0].min() > 0
+    np.testing.assert_allclose(compare(other, tiny_model, windows), each.mean(axis=1), rtol=1e-5)
+
+
+def test_standard_error() -> None:
+    """The sample's standard deviation over the root of its size, which is what llama.cpp prints behind its ±."""
+    values = np.random.default_rng(0).exponential(size=100).astype(np.float32)
+    assert standard_error(values) == pytest.approx(np.std(values.astype(np.float64), ddof=1) / 10, rel=1e-6)
+    assert standard_error(values[:1]) == 0
 
 
 def test_compare_refuses_another_vocabulary(tiny_model: Llama) -> None:

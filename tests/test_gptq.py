@@ -34,7 +34,7 @@ def _output_error(x: Any, weight: Any, made: quant.QTensor) -> float:
     return float(np.sum((np.asarray(x, np.float64) @ (np.asarray(weight) - np.asarray(quant.dequantize(made)))) ** 2))
 
 
-def _plain_gptq(
+def plain_gptq(
     weight: np.ndarray, hessian: np.ndarray, bits: int, signed: bool, group: int, act_order: bool, damping: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The paper without its accelerations: the inverse Hessian itself, eliminated a channel at a time (its step 1)."""
@@ -77,7 +77,7 @@ def test_codes_are_those_of_a_plain_float64_gptq(scheme: str, group: Any, act_or
     )
     kind = made.scheme
     size = LENGTH if group == "channel" else group
-    codes, scale, order = _plain_gptq(weight, h, kind.bits, kind.kind == "int", size, act_order, 0.01)
+    codes, scale, order = plain_gptq(weight, h, kind.bits, kind.kind == "int", size, act_order, 0.01)
     if group == "channel":
         assert made.order is None
         codes = codes[np.argsort(order)]

@@ -14,6 +14,7 @@ import quant
 from quant import QTensor, Scheme
 
 GROUP = 8
+OUTLIERS = 3
 
 
 def _made(name: str = "uint6", shape: tuple[int, ...] = (3, 32, 4), axis: int = -2, **changes: Any) -> QTensor:
@@ -36,6 +37,9 @@ def _made(name: str = "uint6", shape: tuple[int, ...] = (3, 32, 4), axis: int = 
         )
     order = indices[..., :1] if axis == -2 else indices[..., :1, :]
     parts["order"] = jnp.asarray(rng.permuted(order, axis=axis), jnp.int32)
+    parts["outlier"] = jnp.asarray(rng.normal(size=along(OUTLIERS)), jnp.float16)
+    chosen = np.take(rng.permuted(order, axis=axis), range(OUTLIERS), axis=axis)
+    parts["outlier_index"] = jnp.asarray(chosen, jnp.int32)
     codes = jnp.asarray(rng.integers(0, scheme.max_code + 1, shape, np.uint8))
     return QTensor.from_codes(codes, scheme=scheme, axis=axis, **(parts | changes))
 
@@ -118,7 +122,7 @@ def test_compiled_and_operation_by_operation_agree() -> None:
 
 def test_gradients() -> None:
     """With respect to activations, and to the float planes: compared with those of the formula, in NumPy."""
-    made = _made("uint4", (32, 4), order=None)
+    made = _made("uint4", (32, 4), order=None, outlier=None, outlier_index=None)
     rng = np.random.default_rng(0)
     x, out = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((2, 32), (2, 4)))
 
@@ -147,7 +151,7 @@ def test_paths_name_the_arrays_as_the_format_does() -> None:
     named = jax.tree_util.tree_flatten_with_path(_made("uint6"))[0]
     paths = {jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in named}
     nested = {"offset.planes.0", "offset.planes.1", "offset.scale"}
-    assert paths == {"planes.0", "planes.1", "scale", "zero", "order"} | nested
+    assert paths == {"planes.0", "planes.1", "scale", "zero", "order", "outlier", "outlier_index"} | nested
 
 
 def test_one_partition_spec_fits_every_leaf() -> None:
@@ -215,6 +219,22 @@ def _turned(shape: tuple[int, ...]) -> QTensor:
         (lambda: _made(offset=_turned((3, 4, 8))), r"offset plane of shape \(3, 4, 8\): expected \(3, 4, 4\)"),
         (lambda: _made(offset=_turned((3, 4, 4))), "offset plane with contraction axis -1: expected -2, the weight's"),
         (lambda: _made(order=jnp.ones((3, 32), jnp.int32)), r"order plane of shape \(3, 32\): expected \(3, 32, 1\)"),
+        (lambda: _made(outlier=None), "one of outlier and outlier_index is None: expected both or neither"),
+        (lambda: _made(outlier_index=None), "one of outlier and outlier_index is None"),
+        (lambda: _made(outlier=jnp.ones((3, 0, 4))), "0 outlier channels: expected 1 to 32, or None for both"),
+        (lambda: _made(outlier=jnp.ones((3, 33, 4))), "33 outlier channels: expected 1 to 32"),
+        (lambda: _made(outlier=jnp.ones(4)), r"shape \(4,\) has no axis -2"),
+        (lambda: _made(outlier=jnp.ones((3, 3, 5))), r"outlier plane of shape \(3, 3, 5\): expected \(3, 3, 4\)"),
+        (lambda: _made(outlier=jnp.ones((3, 3, 4), jnp.int8)), "outlier plane of dtype int8: expected float32 or bfl"),
+        (lambda: _made(outlier=jnp.ones((3, 2, 4))), r"outlier_index plane of shape \(3, 3, 1\): expected \(3, 2, 1\)"),
+        (lambda: _made(outlier_index=jnp.ones((3, 3, 1))), "outlier_index plane of dtype float32: expected int32"),
+        (
+            lambda: _made(shape=(4, 32), axis=-1, outlier_index=jnp.ones((3, 1), jnp.int32)),
+            r"outlier_index plane of shape \(3, 1\): expected \(1, 3\)",
+        ),
+        (lambda: _made(zero=_turned((3, 4, 4))), "zero plane in codes of its own: only scale and offset may"),
+        (lambda: _made(activations="int8"), "activations 'int8': expected None or 'int8-token' or 'int8-group'"),
+        (lambda: _made(activations="int8-group"), "activations 'int8-group' beside an order"),
         (lambda: _made(dtype=jnp.int8), "dtype int8: expected a float type"),
         (lambda: Scheme("int", 7), "no scheme 'int' with 7 bits: expected one of int8, int6"),
         (lambda: Scheme("fp", 4), "no scheme 'fp' with 4 bits"),

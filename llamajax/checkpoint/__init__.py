@@ -20,7 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from llamajax.checkpoint import home, huggingface, llama2c
-from llamajax.checkpoint.naming import Source, aligned_empty, is_quantized, named_leaves, place, placements
+from llamajax.checkpoint.naming import (
+    Place,
+    Source,
+    aligned_empty,
+    is_quantized,
+    named_leaves,
+    named_weights,
+    place,
+    placements,
+)
 from llamajax.config import Config, preset_names
 from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama, abstract_model
@@ -44,6 +53,8 @@ class Opened:
             while reading; `shardings` is one `jax.sharding.Sharding` or a tree of them shaped like the model, the first
             device unless given, or "host" for leaves that stay NumPy arrays; `on_tensor` is called with (tensors read,
             tensors in all).
+        read_weight: reads one weight, of one layer: `read_weight(Place) -> np.ndarray`, as stored. Not for quantized
+            checkpoints.
     """
 
     path: Path
@@ -52,6 +63,7 @@ class Opened:
     abstract: Llama
     tokenizer_bytes: bytes | None
     read: Callable[..., Llama]
+    read_weight: Callable[[Place], np.ndarray]
 
 
 def resolve(name: str | Path) -> Path:
@@ -89,6 +101,7 @@ def open_checkpoint(name: str | Path) -> Opened:
             abstract,
             home.read_tokenizer(path, manifest),
             lambda dtype=None, shardings=None, on_tensor=_ignore: _restore(path, dtype, shardings, on_tensor),
+            _checked(path, abstract, lambda place: home.read_weight(path, abstract, place)),
         )
     for reader in (huggingface, llama2c):
         if reader.recognise(path):
@@ -97,13 +110,16 @@ def open_checkpoint(name: str | Path) -> Opened:
 
 
 def _opened(path: Path, source: Source) -> Opened:
+    abstract = abstract_model(source.config, source.dtype)
+    source = dataclasses.replace(source, read=_checked(path, abstract, source.read))
     return Opened(
         path,
         source.description,
         source.config,
-        abstract_model(source.config, source.dtype),
+        abstract,
         source.tokenizer_bytes or _tokenizer_beside(path),
-        lambda dtype=None, shardings=None, on_tensor=_ignore: _assemble(path, source, dtype, shardings, on_tensor),
+        lambda dtype=None, shardings=None, on_tensor=_ignore: _assemble(source, dtype, shardings, on_tensor),
+        source.read,
     )
 
 
@@ -223,35 +239,35 @@ def _ignore(done: int, total: int) -> None:
     """For a caller that does not want to know how far reading is."""
 
 
-def _assemble(path: Path, source: Source, dtype: Any, shardings: Any, on_tensor: Callable[[int, int], None]) -> Llama:
-    """Fills a tree from a stream of tensors; every leaf must be filled, and once."""
+def _assemble(source: Source, dtype: Any, shardings: Any, on_tensor: Callable[[int, int], None]) -> Llama:
+    """Fills a tree, tensor by tensor in the order of the files."""
     abstract = abstract_model(source.config, dtype or source.dtype)
     leaves = named_leaves(abstract)
-    missing = {
-        (name, layer)
-        for name, leaf in leaves.items()
-        for layer in (range(leaf.shape[0]) if name.startswith("layers.") else [None])
-    }
     buffers: dict[str, np.ndarray] = {}
-    total = len(missing)
-    for name, layer, array in source.tensors():
-        if (name, layer) not in missing:
-            raise LlamaJaxError(f"{path}: {_place(name, layer)} comes twice, or has no place in the model")
-        expected = leaves[name].shape[1:] if layer is not None else leaves[name].shape
-        if array.shape != expected:
-            raise LlamaJaxError(f"{path}: {_place(name, layer)} has shape {array.shape}: expected {expected}")
-        if not _all_finite(array):
-            raise LlamaJaxError(f"{path}: {_place(name, layer)} holds NaN or infinity: the weights are damaged")
-        if name not in buffers:
-            buffers[name] = aligned_empty(leaves[name].shape, leaves[name].dtype)
-        buffers[name][layer if layer is not None else ...] = array
-        missing.remove((name, layer))
-        on_tensor(total - len(missing), total)
-    if missing:
-        raise LlamaJaxError(f"{path}: {_place(*sorted(missing, key=str)[0])} is missing ({len(missing)} such)")
-    where = placements(abstract, shardings)
-    placed = [place(buffers.pop(name), where[name]) for name in leaves]
+    for done, where in enumerate(source.order, 1):
+        if where.name not in buffers:
+            buffers[where.name] = aligned_empty(leaves[where.name].shape, leaves[where.name].dtype)
+        buffers[where.name][... if where.layer is None else where.layer] = source.read(where)
+        on_tensor(done, len(source.order))
+    targets = placements(abstract, shardings)
+    placed = [place(buffers.pop(name), targets[name]) for name in leaves]
     return jax.tree.unflatten(jax.tree.structure(abstract), placed)
+
+
+def _checked(path: Path, abstract: Llama, read: Callable[[Place], np.ndarray]) -> Callable[[Place], np.ndarray]:
+    """`read`, with an error for a tensor that is not of the shape that the model expects, or not finite."""
+    shapes = {name: leaf.shape for name, leaf in named_weights(abstract).items()}
+
+    def checked(where: Place) -> np.ndarray:
+        array = read(where)
+        expected = shapes[where.name] if where.layer is None else shapes[where.name][1:]
+        if array.shape != expected:
+            raise LlamaJaxError(f"{path}: {where} has shape {array.shape}: expected {expected}")
+        if not _all_finite(array):
+            raise LlamaJaxError(f"{path}: {where} holds NaN or infinity: the weights are damaged")
+        return array
+
+    return checked
 
 
 def _restore(path: Path, dtype: Any, shardings: Any, on_tensor: Callable[[int, int], None]) -> Llama:
@@ -273,10 +289,6 @@ def _all_finite(array: np.ndarray) -> bool:
         str(array.dtype)
     ]
     return not bool(np.any((array.view(bits) & bits(mask)) == bits(mask)))
-
-
-def _place(name: str, layer: int | None) -> str:
-    return name if layer is None else f"{name} of layer {layer}"
 
 
 def _tokenizer_beside(path: Path) -> bytes | None:

@@ -18,11 +18,19 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from llamajax.checkpoint.naming import aligned_empty, named_leaves, named_weights, place, placements
+from llamajax.checkpoint.naming import (
+    STACKED,
+    Place,
+    aligned_empty,
+    named_leaves,
+    named_weights,
+    place,
+    placements,
+)
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama, abstract_model
-from quant import QTensor, Scheme
+from quant import LayerRuns, QTensor, Scheme, split_runs
 
 FORMAT = "llamajax"
 VERSION = 1
@@ -30,8 +38,7 @@ _LARGEST_MANIFEST = 64 << 20
 _CHUNK_BYTES = 16 << 20
 _WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 _PART_DTYPES = (*_WEIGHT_DTYPES, "uint8", "int32")
-_STACKED = "layers."
-_PARTS = ("scale", "zero", "offset", "order")
+_PARTS = ("scale", "zero", "offset", "order", "outlier", "outlier_index")
 
 
 def recognise(path: Path) -> bool:
@@ -78,17 +85,27 @@ def open_abstract(path: Path) -> tuple[Config, Llama, dict[str, Any]]:
     weights = []
     for name, leaf in leaves.items():
         try:
-            weight = _abstract_weight(described[name])
+            weight = abstract_weight(described[name])
             if weight.shape != leaf.shape:
                 raise ValueError(f"shape {weight.shape}: expected {leaf.shape}")
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise LlamaJaxError(f"{path}/manifest.json: {name}: {str(error)[:200]}: it is damaged") from None
         weights.append(weight)
-    return config, jax.tree.unflatten(jax.tree.structure(tree), weights), manifest
+    model = jax.tree.unflatten(jax.tree.structure(tree), weights)
+    try:
+        split_runs(model.layers)
+    except ValueError as error:
+        raise LlamaJaxError(f"{path}/manifest.json: {error}: it is damaged") from None
+    return config, model, manifest
 
 
-def _describe(weight: Any) -> dict[str, Any]:
-    """What the manifest says of a weight: shape and dtype of an array; scheme, axis, dtype and parts of a `QTensor`."""
+def describe(weight: Any) -> dict[str, Any]:
+    """What the manifest says of a weight.
+
+    Shape and dtype of an array; scheme, axis, dtype and parts of a `QTensor`; each run of a `LayerRuns`.
+    """
+    if isinstance(weight, LayerRuns):
+        return {"runs": [describe(part) for part in weight.parts]}
     if not isinstance(weight, QTensor):
         return {"shape": list(weight.shape), "dtype": str(np.dtype(weight.dtype))}
     parts = {name: getattr(weight, name) for name in _PARTS}
@@ -96,30 +113,40 @@ def _describe(weight: Any) -> dict[str, Any]:
         "scheme": weight.scheme.name,
         "axis": weight.axis,
         "dtype": str(weight.dtype),
-        "planes": [_describe(plane) for plane in weight.planes],
-        **{name: _describe(part) for name, part in parts.items() if part is not None},
+        **({"activations": weight.activations} if weight.activations else {}),
+        "planes": [describe(plane) for plane in weight.planes],
+        **{name: describe(part) for name, part in parts.items() if part is not None},
     }
 
 
-def _abstract_weight(entry: Mapping[str, Any], level: int = 0) -> Any:
-    """Undoes `_describe`, with `ShapeDtypeStruct` for arrays.
+def abstract_weight(entry: Mapping[str, Any], level: int = 0) -> Any:
+    """Undoes `describe`, with `ShapeDtypeStruct` for arrays.
 
     Raises:
-        ValueError, TypeError, KeyError, AttributeError, OverflowError: for what `_describe` does not write.
+        ValueError, TypeError, KeyError, AttributeError, OverflowError: for what `describe` does not write.
     """
+    if "runs" in entry:
+        if set(entry) != {"runs"} or level > 0 or not all(isinstance(part, Mapping) for part in entry["runs"]):
+            raise ValueError("expected runs of layers and nothing else")
+        if not entry["runs"] or any("runs" in part for part in entry["runs"]):
+            raise ValueError("expected runs of layers, each an array or a scheme")
+        runs = LayerRuns(tuple(abstract_weight(part) for part in entry["runs"]))
+        if any(part.shape[1:] != runs.shape[1:] for part in runs.parts):
+            raise ValueError("runs of layers of different shapes")
+        return runs
     if "scheme" not in entry:
         if entry["dtype"] not in (_WEIGHT_DTYPES if level == 0 else _PART_DTYPES) or set(entry) != {"shape", "dtype"}:
             raise ValueError(f"dtype {str(entry['dtype'])[:40]!r}: expected one of {', '.join(_WEIGHT_DTYPES)}")
         if not all(isinstance(size, int) and 0 < size < 1 << 40 for size in entry["shape"]):
             raise ValueError(f"shape {str(entry['shape'])[:80]}: expected whole numbers")
         return jax.ShapeDtypeStruct(tuple(entry["shape"]), entry["dtype"])
-    unknown = set(entry) - {"scheme", "axis", "dtype", "planes", *_PARTS}
+    unknown = set(entry) - {"scheme", "axis", "dtype", "activations", "planes", *_PARTS}
     if unknown or level > 1 or entry["dtype"] not in _WEIGHT_DTYPES:
         raise ValueError("expected a scheme, axis, dtype, planes and scales, in at most two levels")
-    parts = {name: _abstract_weight(entry[name], level + 1) for name in _PARTS if name in entry}
-    planes = tuple(_abstract_weight(plane, level + 1) for plane in entry["planes"])
-    scheme, axis = Scheme.named(entry["scheme"]), entry["axis"]
-    return QTensor(planes, **parts, scheme=scheme, axis=axis, dtype=np.dtype(entry["dtype"])).validate()
+    parts = {name: abstract_weight(entry[name], level + 1) for name in _PARTS if name in entry}
+    planes = tuple(abstract_weight(plane, level + 1) for plane in entry["planes"])
+    static = {"scheme": Scheme.named(entry["scheme"]), "axis": entry["axis"], "dtype": np.dtype(entry["dtype"])}
+    return QTensor(planes, **parts, **static, activations=entry.get("activations")).validate()
 
 
 def restore(
@@ -147,35 +174,61 @@ def restore(
                 restored.append(place(array, where[name]))
                 on_tensor(len(restored), len(leaves))
     except Exception as error:  # Orbax and TensorStore raise many types for damaged files; all mean the same here.
-        raise LlamaJaxError(
-            f"{path}/weights: cannot be restored, damaged or incomplete ({_first_line(error)})"
-        ) from error
+        raise _cannot_restore(path, error) from error
     return jax.tree.unflatten(jax.tree.structure(tree), restored)
+
+
+def read_weight(path: Path, abstract: Llama, where: Place) -> np.ndarray:
+    """One weight of a checkpoint that is not quantized, of one layer.
+
+    Raises:
+        LlamaJaxError: for damaged or missing weights.
+    """
+    leaf = named_weights(abstract)[where.name]
+    stored = _stored_names(where.name, leaf.shape)[where.layer or 0]
+    shape = leaf.shape if where.layer is None else leaf.shape[1:]
+    try:
+        with ocp.Checkpointer(_handler()) as checkpointer:
+            return _restore_arrays(checkpointer, path / "weights", [stored], shape, leaf.dtype)[0]
+    except Exception as error:  # as in `restore`
+        raise _cannot_restore(path, error) from error
+
+
+def _cannot_restore(path: Path, error: Exception) -> LlamaJaxError:
+    return LlamaJaxError(f"{path}/weights: cannot be restored, damaged or incomplete ({_first_line(error)})")
 
 
 def _restore_leaf(checkpointer: ocp.Checkpointer, folder: Path, name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
     """One leaf of the model: its layers are stored one by one and stacked here."""
-    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    if name.startswith(_STACKED) and len(list(folder.glob(f"{_STACKED}*"))) < leaf.shape[0]:
+    if name.startswith(STACKED) and len(list(folder.glob(f"{STACKED}*"))) < leaf.shape[0]:
         raise LlamaJaxError(f"{name} has {leaf.shape[0]} layers in the manifest, but fewer are stored")
-    layers = _stored_names(name, leaf.shape)
-    shape = leaf.shape[1:] if name.startswith(_STACKED) else leaf.shape
-    target = {stored: jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=host) for stored in layers}
+    stacked = name.startswith(STACKED)
+    shape = leaf.shape[1:] if stacked else leaf.shape
+    parts = _restore_arrays(checkpointer, folder, _stored_names(name, leaf.shape), shape, leaf.dtype)
+    array = aligned_empty(leaf.shape, leaf.dtype)
+    for layer in reversed(range(len(parts))):
+        array[layer if stacked else ...] = parts.pop()  # a stack and its layers, never both whole
+    return array
+
+
+def _restore_arrays(
+    checkpointer: ocp.Checkpointer, folder: Path, stored: list[str], shape: tuple[int, ...], dtype: Any
+) -> list[np.ndarray]:
+    """Arrays of one shape and dtype, by the names that they are stored under."""
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    target = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=host) for name in stored}
     arguments = ocp.args.PyTreeRestore(
         target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
     )
-    parts = checkpointer.restore(folder.absolute(), args=arguments)
-    array = aligned_empty(leaf.shape, leaf.dtype)
-    for layer, stored in enumerate(layers):
-        array[layer if name.startswith(_STACKED) else ...] = np.asarray(parts.pop(stored))
-    return array
+    restored = checkpointer.restore(folder.absolute(), args=arguments)
+    return [np.asarray(restored.pop(name)) for name in stored]
 
 
 def _stored_names(name: str, shape: tuple[int, ...]) -> list[str]:
     """`layers.ffn.up_DF` -> `layers.0.ffn.up_DF`, …: one array a layer, so that a writer never holds a whole stack."""
-    if not name.startswith(_STACKED):
+    if not name.startswith(STACKED):
         return [name]
-    return [f"{_STACKED}{layer}.{name.removeprefix(_STACKED)}" for layer in range(shape[0])]
+    return [f"{STACKED}{layer}.{name.removeprefix(STACKED)}" for layer in range(shape[0])]
 
 
 def save(model: Llama, path: Path, tokenizer_bytes: bytes | None, source: str) -> None:
@@ -185,7 +238,7 @@ def save(model: Llama, path: Path, tokenizer_bytes: bytes | None, source: str) -
     arrays = {}
     for name, leaf in named_leaves(model).items():
         array = np.asarray(leaf)
-        slices = array if name.startswith(_STACKED) else [array]
+        slices = array if name.startswith(STACKED) else [array]
         for stored, part in zip(_stored_names(name, array.shape), slices, strict=True):
             arrays[stored] = jax.device_put(part, host)
     arguments = ocp.args.PyTreeSave(
@@ -202,7 +255,7 @@ def save(model: Llama, path: Path, tokenizer_bytes: bytes | None, source: str) -
         "config": model.config.to_dict(),
         "source": source,
         "tokenizer_sha256": hashlib.sha256(tokenizer_bytes).hexdigest() if tokenizer_bytes is not None else None,
-        "weights": {name: _describe(weight) for name, weight in named_weights(model).items()},
+        "weights": {name: describe(weight) for name, weight in named_weights(model).items()},
     }
     (path / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 

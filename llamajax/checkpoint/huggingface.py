@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from llamajax.checkpoint.naming import Source, TensorSlice, named_leaves
+from llamajax.checkpoint.naming import Place, Source, named_leaves
 from llamajax.config import Config, config_from_hf, config_to_hf
 from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama
@@ -22,6 +22,7 @@ from llamajax.model import Llama
 _LARGEST_JSON = 64 << 20
 _SHARD_BYTES = 1 << 30
 
+_HEAD = "lm_head.weight"
 # Ours -> theirs, and whether theirs is transposed ([out, in]). `{}` is the layer.
 _NAMES = {
     "embed_VD": ("model.embed_tokens.weight", False),
@@ -35,7 +36,7 @@ _NAMES = {
     "layers.ffn.down_FD": ("model.layers.{}.mlp.down_proj.weight", True),
     "layers.ffn_norm.weight_D": ("model.layers.{}.post_attention_layernorm.weight", False),
     "norm.weight_D": ("model.norm.weight", False),
-    "head_VD": ("lm_head.weight", False),
+    "head_VD": (_HEAD, False),
 }
 
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -62,7 +63,8 @@ def open_source(path: Path) -> Source:
         f"Hugging Face safetensors ({shards} file{'s' if shards > 1 else ''})",
         config,
         dtype,
-        lambda: _tensors(config, files),
+        tuple(_order(config, files)),
+        lambda place: _read(files, place, config.tied_embeddings),
         tokenizer.read_bytes() if tokenizer.is_file() else None,
     )
 
@@ -182,12 +184,12 @@ def _check_tensors(path: Path, config: Config, files: dict[str, Path]) -> set[np
     expected = {theirs for _, theirs, _ in expected_tensors(config)}
     surplus = sorted(name for name in files if name not in expected and not name.endswith("rotary_emb.inv_freq"))
     # A tied model may come with a copy of the embedding as its head: it is checked to be one when it is read.
-    surplus = [name for name in surplus if not (name == "lm_head.weight" and config.tied_embeddings)]
+    surplus = [name for name in surplus if not (name == _HEAD and config.tied_embeddings)]
     missing = sorted(expected - set(files))
     if surplus:
         raise LlamaJaxError(f"{path}: tensor {surplus[0]!r} belongs to nothing in the model ({len(surplus)} such)")
     if missing:
-        hint = ": is tie_word_embeddings missing in config.json?" if missing == ["lm_head.weight"] else ""
+        hint = ": is tie_word_embeddings missing in config.json?" if missing == [_HEAD] else ""
         raise LlamaJaxError(f"{path}: tensor {missing[0]!r} is missing ({len(missing)} such){hint}")
     dtypes = set()
     for file in sorted(set(files.values())):
@@ -205,33 +207,31 @@ def _check_tensors(path: Path, config: Config, files: dict[str, Path]) -> set[np
     return dtypes
 
 
-def _tensors(config: Config, files: dict[str, Path]) -> Iterator[TensorSlice]:
-    """Streams file by file, each opened once, so that a shard is read and done with."""
-    names = {theirs: (ours, layer) for ours, theirs, layer in expected_tensors(config)}
+def _order(config: Config, files: dict[str, Path]) -> Iterator[Place]:
+    """File by file, each from its beginning to its end."""
+    places = {theirs: Place(ours, layer) for ours, theirs, layer in expected_tensors(config)}
     for file in sorted(set(files.values())):
         with _open(file) as tensors:
-            for name in tensors.offset_keys():
-                if files.get(name) != file or name.endswith("rotary_emb.inv_freq"):
-                    continue
-                if name == "lm_head.weight" and config.tied_embeddings:
-                    _check_tied(files, tensors.get_tensor(name))
-                    continue
-                ours, layer = names[name]
-                array = _get(file, tensors, name)
-                yield TensorSlice(ours, layer, array.T if _NAMES[ours][1] and array.ndim == 2 else array)
+            held = [name for name in tensors.offset_keys() if files.get(name) == file]
+        yield from (places[name] for name in held if name in places)
 
 
-def _get(file: Path, tensors: Any, name: str) -> np.ndarray:
-    try:
-        return tensors.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise LlamaJaxError(f"{file}: {name} cannot be read ({error})") from None
-
-
-def _check_tied(files: dict[str, Path], head: np.ndarray) -> None:
-    file = files["model.embed_tokens.weight"]
-    with _open(file) as tensors:
-        if not np.array_equal(_get(file, tensors, "model.embed_tokens.weight"), head):
+def _read(files: dict[str, Path], place: Place, tied: bool) -> np.ndarray:
+    """One tensor in our orientation; of a tied model that came with a head, too, checks that it is the embedding."""
+    theirs, transposed = _NAMES[place.name]
+    array = _get(files, theirs.format(place.layer))
+    if place.name == "embed_VD" and tied and _HEAD in files:
+        if not np.array_equal(array, _get(files, _HEAD)):
             raise LlamaJaxError(
-                f"{file}: lm_head.weight differs from the embedding: set tie_word_embeddings to false in config.json"
+                f"{files[_HEAD]}: lm_head.weight differs from the embedding: set tie_word_embeddings to false in "
+                "config.json"
             )
+    return array.T if transposed and array.ndim == 2 else array
+
+
+def _get(files: dict[str, Path], name: str) -> np.ndarray:
+    with _open(files[name]) as tensors:
+        try:
+            return tensors.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise LlamaJaxError(f"{files[name]}: {name} cannot be read ({error})") from None

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llamajax.checkpoint.naming import Source, TensorSlice, halves_from_pairs
+from llamajax.checkpoint.naming import STACKED, Place, Source, halves_from_pairs
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
 
@@ -70,7 +70,14 @@ def open_source(path: Path) -> Source:
         description = f"llama2.c version 2 (Q8_0, group size {header.group_size})"
     else:
         description = f"llama2.c version {header.version} (float32)"
-    return Source(description, header.config, np.dtype(np.float32), lambda: _tensors(path, header))
+    offsets = _offsets(header)
+    return Source(
+        description,
+        header.config,
+        np.dtype(np.float32),
+        tuple(offsets),
+        lambda place: _read(path, header, place, *offsets[place]),
+    )
 
 
 def _read_head(path: Path) -> bytes:
@@ -168,23 +175,27 @@ def _layout(header: _Header) -> Iterator[tuple[str, int]]:
             yield name, weights + weights // header.group_size * 4
 
 
-def _tensors(path: Path, header: _Header) -> Iterator[TensorSlice]:
-    shapes, offset = _matrix_shapes(header.config), header.start
+def _offsets(header: _Header) -> dict[Place, tuple[int, int]]:
+    """Where each tensor begins and how many bytes it has, in file order."""
+    places, offset = {}, header.start
+    for name, size in _layout(header):
+        stacked = name.startswith(STACKED)
+        count = header.config.num_layers if stacked else 1
+        if name != "rope":
+            for layer in range(count):
+                part = offset + layer * (size // count)
+                places[Place(name, layer if stacked else None)] = (part, size // count)
+        offset += size
+    return places
+
+
+def _read(path: Path, header: _Header, place: Place, offset: int, size: int) -> np.ndarray:
     with path.open("rb") as file:
-        for name, size in _layout(header):
-            layers = header.config.num_layers if name.startswith("layers.") else 1
-            file.seek(offset)
-            offset += size
-            if name == "rope":
-                continue
-            for layer in range(layers):
-                data = file.read(size // layers)
-                if len(data) != size // layers:
-                    raise LlamaJaxError(f"{path}: truncated while reading {name}: expected {size // layers} bytes")
-                array = _decode(data, shapes.get(name), header.group_size)
-                yield TensorSlice(
-                    name, layer if layers > 1 or name.startswith("layers.") else None, _ours(name, array, header)
-                )
+        file.seek(offset)
+        data = file.read(size)
+    if len(data) != size:
+        raise LlamaJaxError(f"{path}: truncated while reading {place}: expected {size} bytes")
+    return _ours(place.name, _decode(data, _matrix_shapes(header.config).get(place.name), header.group_size), header)
 
 
 def _decode(data: bytes, shape: tuple[int, int] | None, group_size: int | None) -> np.ndarray:

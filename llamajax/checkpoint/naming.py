@@ -1,34 +1,38 @@
 """What every reader speaks: tensors under the model's own names, one at a time.
 
 A name is the path of a leaf in `Llama`, for example `layers.attention.query_DQ`. Leaves under `layers` carry a leading
-axis L; readers yield them layer by layer.
+axis L; readers read them layer by layer.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from llamajax.config import Config
-from quant import QTensor
+from llamajax.model import Llama, abstract_model
+from quant import LayerRuns, QTensor
 
+STACKED = "layers."
 _ALIGNMENT = 64  # bytes
 
 
-class TensorSlice(NamedTuple):
-    """One tensor of a foreign file, already in our orientation and RoPE layout.
+class Place(NamedTuple):
+    """Where one tensor of a foreign file belongs.
 
     Attributes:
-        name: leaf of `Llama` that it belongs to.
+        name: leaf of `Llama`.
         layer: index along the leaf's leading axis L, or None for a leaf without one.
-        array: the values, in the file's dtype; may be a view.
     """
 
     name: str
     layer: int | None
-    array: np.ndarray
+
+    def __str__(self) -> str:
+        """For people."""
+        return self.name if self.layer is None else f"{self.name} of layer {self.layer}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +43,16 @@ class Source:
         description: format and version, for people.
         config: the architecture.
         dtype: in which the weights are stored, or dequantized if they are stored quantized.
-        tensors: starts a stream over all weights.
+        order: every tensor once, in the order in which the files hold them.
+        read: reads one tensor, in our orientation and RoPE layout and the file's dtype; may be a view.
         tokenizer_bytes: the sentencepiece model that came with it, if one did.
     """
 
     description: str
     config: Config
     dtype: np.dtype
-    tensors: Callable[[], Iterator[TensorSlice]]
+    order: tuple[Place, ...]
+    read: Callable[[Place], np.ndarray]
     tokenizer_bytes: bytes | None = None
 
 
@@ -57,14 +63,28 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def named_weights(tree: Any) -> dict[str, Any]:
-    """Like `named_leaves`, with a quantized weight as one `QTensor` rather than as its arrays."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, QTensor))[0]
+    """Like `named_leaves`, with a quantized weight as one `QTensor` or `LayerRuns` rather than as its arrays."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, QTensor | LayerRuns))[0]
     return {leaf_name(path): leaf for path, leaf in leaves}
 
 
+def model_from(weights: Mapping[str, Any], config: Config) -> Llama:
+    """The model whose `named_weights` these are, in the same order."""
+    return jax.tree.unflatten(jax.tree.structure(abstract_model(config)), list(weights.values()))
+
+
+def tensor_places(config: Config) -> tuple[Place, ...]:
+    """Every tensor of a model, layer by layer: the embeddings, each layer's, the rest."""
+    names = named_leaves(abstract_model(config))
+    stacked = [name for name in names if name.startswith(STACKED)]
+    single = [name for name in names if not name.startswith(STACKED)]
+    layers = [Place(name, layer) for layer in range(config.num_layers) for name in stacked]
+    return (Place(single[0], None), *layers, *(Place(name, None) for name in single[1:]))
+
+
 def is_quantized(tree: Any) -> bool:
-    """Whether any weight of a model is a `QTensor`."""
-    return any(isinstance(weight, QTensor) for weight in named_weights(tree).values())
+    """Whether any weight of a model is a `QTensor`, in runs of layers or not."""
+    return any(isinstance(weight, QTensor | LayerRuns) for weight in named_weights(tree).values())
 
 
 def placements(tree: Any, shardings: Any) -> dict[str, Any]:

@@ -99,7 +99,8 @@ def _help(name: str, command: ModuleType, values: flags.FlagValues) -> str:
     lines += [f"  {example}" for example in command.EXAMPLES]
     lines += ["", "flags:"]
     for flag in (values[flag_name] for flag_name in values if not _inherited(values, flag_name)):
-        default = "" if flag.default in (None, "", [], [""]) else f" (default: {flag.default})"
+        shown = ", ".join(flag.default) if isinstance(flag.default, list) else flag.default
+        default = "" if shown in (None, "") else f" (default: {shown})"
         text = flag.help.split(";\n")[0] + default  # absl says of itself how to repeat a flag; our texts do too
         lines.append(f"  --{flag.name}")
         lines += textwrap.wrap(text, 100, initial_indent="      ", subsequent_indent="      ")

@@ -1,12 +1,15 @@
 """What several commands share: the flags that name a model, progress bars, tables."""
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,11 +22,13 @@ from llamajax.tokenizer import Tokenizer
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def define_model(values: flags.FlagValues, default: str | None = "box") -> None:
-    """--model and --tokenizer."""
-    flags.DEFINE_string(
-        "model", default, "checkpoint: a llamajax or Hugging Face folder, a llama2.c file, or box", flag_values=values
-    )
+def define_model(values: flags.FlagValues, default: str | None = "box", several: bool = False) -> None:
+    """--model, which may be several with commas between, and --tokenizer."""
+    text = "a llamajax or Hugging Face folder, a llama2.c file, or box"
+    if several:
+        flags.DEFINE_list("model", default, f"checkpoints, commas between: each {text}", flag_values=values)
+    else:
+        flags.DEFINE_string("model", default, f"checkpoint: {text}", flag_values=values)
     flags.DEFINE_string(
         "tokenizer", None, "sentencepiece tokenizer.model, where none came with the checkpoint", flag_values=values
     )
@@ -47,11 +52,14 @@ def load_model(values: flags.FlagValues) -> tuple[Llama, Tokenizer]:
     tokenizer = read_tokenizer(opened, values.tokenizer)
     if tokenizer is None:
         raise LlamaJaxError(f"{values.model}: no tokenizer came with it: give --tokenizer=PATH of its tokenizer.model")
+    return read_model(opened, chosen_dtype(values)), tokenizer
+
+
+def chosen_dtype(values: flags.FlagValues) -> jax.typing.DTypeLike | None:
+    """What --dtype asks for; None for the dtype that the checkpoint is stored in."""
     if values.dtype == "auto":
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else None
-    else:
-        dtype = values.dtype
-    return read_model(opened, dtype), tokenizer
+        return jnp.float32 if jax.default_backend() == "cpu" else None
+    return values.dtype
 
 
 def read_model(opened: Opened, dtype: jax.typing.DTypeLike | None, shardings: str | None = None) -> Llama:
@@ -83,9 +91,15 @@ def table_console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 
 
-def stored_bytes(folder: Path) -> int:
-    """What the files of a folder take on disk."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def stored_bytes(path: Path) -> int:
+    """What a file, or the files of a folder, take on disk."""
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def memory_bytes(tree: Any) -> int:
+    """What the arrays of a model take in memory; they may be abstract."""
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
 def readable_bytes(size: int) -> str:

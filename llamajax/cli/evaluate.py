@@ -1,71 +1,280 @@
-"""`llamajax eval`: how well a model predicts a text."""
+"""`llamajax eval`: how well models predict a text, what they take, and how far they are from a reference."""
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import flags
+from rich.table import Table
 
-from llamajax.checkpoint import open_checkpoint
-from llamajax.cli.common import define_dtype, define_model, load_model, progress, read_model
+from llamajax.checkpoint import Opened, open_checkpoint, read_tokenizer
+from llamajax.cli.common import (
+    chosen_dtype,
+    define_dtype,
+    define_model,
+    memory_bytes,
+    progress,
+    read_model,
+    readable_bytes,
+    stored_bytes,
+    table_console,
+)
 from llamajax.errors import LlamaJaxError
-from llamajax.evaluate import compare, cross_entropy, encode_documents, read_documents
+from llamajax.evaluate import (
+    DOCUMENT_SEPARATOR,
+    compare_each,
+    read_text,
+    standard_error,
+    text_windows,
+    token_losses,
+)
+from llamajax.model import Llama
+from llamajax.noise import layer_noise, same_weights, weight_noise
+from llamajax.plots import Point, check_picture, error_by_layer, quality_curve
 from llamajax.train import heldout_stories
+from llamajax.windows import CONVENTIONS, Windows
 
-SUMMARY = "measure cross-entropy and perplexity on a text, and the distance to another model"
+SUMMARY = "measure perplexity, size and the distance to a reference, by layer too"
 EXAMPLES = (
     "llamajax eval --model=box --text=stories",
-    "llamajax eval --model=box-int4 --reference=box",
+    "llamajax eval --model=box-int4 --reference=box --plot=layers.svg",
+    "llamajax eval --model=box-int8,box-int4,box-int3 --reference=box --plot=curve.svg",
+    "llamajax eval --model=path/to/llama --text=wiki.test.raw --convention=llama.cpp --context=512",
     "llamajax eval --model=stories260K.bin --tokenizer=tok512.model --text=tinystories.txt --context=256 --json",
 )
+_DIFFERENT = "the architectures differ: there is no signal-to-noise by layer"
 
 
 def define(values: flags.FlagValues) -> None:
     """Flags of the command."""
-    define_model(values)
+    define_model(values, several=True)
     define_dtype(values)
     flags.DEFINE_string(
-        "text",
-        "stories",
-        "UTF-8 file, documents separated by <|endoftext|>; or stories, 200 stories that the box was not trained on",
+        "text", "stories", "UTF-8 file; or stories, 200 stories that the box was not trained on", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "convention",
+        "documents",
+        CONVENTIONS,
+        "how the text is cut and what is scored. documents: parts between <|endoftext|>, each encoded behind a BOS, "
+        "joined, in windows of which every token is predicted. llama.cpp: as its perplexity tool, the whole file in "
+        "chunks that begin with BOS, their second half scored; published at --context=512. gptq: as in the papers on "
+        "GPTQ, AWQ and others, the lines joined by blank lines, whole windows scored; published at --context=2048",
         flag_values=values,
     )
     flags.DEFINE_string(
-        "reference", None, "checkpoint to compare with: KL divergence and top-1 agreement", flag_values=values
+        "reference",
+        None,
+        "checkpoint to compare with: KL divergence, top-1 agreement, signal-to-noise by layer and by weight",
+        flag_values=values,
     )
     flags.DEFINE_integer("context", 512, "window in tokens; windows do not overlap", flag_values=values)
     flags.DEFINE_integer("batch", 8, "windows evaluated at once", flag_values=values)
-    flags.DEFINE_boolean("json", False, "print one JSON object", flag_values=values)
+    flags.DEFINE_boolean(
+        "json", False, "print a JSON object a model, one a line, instead of tables", flag_values=values
+    )
+    flags.DEFINE_string(
+        "plot",
+        None,
+        "picture to draw, .svg or .png: of one model its error by layer, of several their KL divergence against bits "
+        "a weight; needs --reference, and the extra llamajax[plot]",
+        flag_values=values,
+    )
 
 
 def run(values: flags.FlagValues) -> None:
-    """Prints a line, or JSON."""
+    """Prints tables, or JSON; draws."""
+    _check(values)
+    checkpoints = [open_checkpoint(name) for name in values.model]
+    reference = open_checkpoint(values.reference) if values.reference else None
+    windows = _windows(values, [*checkpoints, reference] if reference else checkpoints)
+    if values.plot and reference and len(checkpoints) == 1:
+        if not same_weights(checkpoints[0].abstract, reference.abstract):
+            raise LlamaJaxError(f"--plot={values.plot}: {_DIFFERENT}")
+    reference_model = read_model(reference, chosen_dtype(values)) if reference else None
+    results = []
+    for name, checkpoint in zip(values.model, checkpoints, strict=True):
+        result = {
+            "model": name,
+            "text": values.text,
+            "convention": values.convention,
+            "context": values.context,
+            "windows": len(windows.rows),
+            "predictions": windows.predictions,
+        }
+        model = read_model(checkpoint, chosen_dtype(values))
+        if reference is None or reference_model is None:
+            with progress(f"evaluating {name}") as on_batch:
+                losses = token_losses(model, windows, batch=values.batch, on_batch=on_batch)
+            result |= _score(losses) | _size(checkpoint)
+        else:
+            measured, reference_losses = _compare(model, reference_model, windows, values.batch, name)
+            result |= measured | _size(checkpoint)
+            result["reference"] = {"model": values.reference, **_score(reference_losses), **_size(reference)}
+        del model  # before the next one is read
+        results.append(result)
+    if values.json:
+        for result in results:
+            print(json.dumps(_without_infinities(result)))
+    else:
+        _print(results)
+    if values.plot:
+        _draw(results, values.plot)
+
+
+def _check(values: flags.FlagValues) -> None:
+    """Refuses what needs no file to be refused."""
     if values.context < 1 or values.batch < 1:
         raise LlamaJaxError(f"context is {values.context} and batch {values.batch}: expected at least 1")
-    documents = heldout_stories() if values.text == "stories" else read_documents(values.text)
-    model, tokenizer = load_model(values)
-    tokens = encode_documents(tokenizer, documents)
-    options: dict[str, Any] = {"window": values.context, "batch": values.batch}
-    comparison: dict[str, float] = {}
-    with progress("evaluating") as on_batch:
-        if values.reference:
-            reference = read_model(open_checkpoint(values.reference), model.dtype)
-            comparison = compare(model, reference, tokens, **options, on_batch=on_batch)._asdict()
-            loss = comparison.pop("cross_entropy")
-        else:
-            loss = cross_entropy(model, tokens, **options, on_batch=on_batch)
-    result = {
-        "model": values.model,
-        "text": values.text,
-        "context": values.context,
-        "tokens": (len(tokens) - 1) // values.context * values.context,
-        "cross_entropy_nats": loss,
-        "perplexity": math.exp(loss),
-        **comparison,
-    }
-    if values.json:
-        print(json.dumps(result))
+    if not values.model or not all(values.model):
+        raise LlamaJaxError(f"--model={','.join(values.model)}: expected a checkpoint, or several with commas between")
+    if values.plot:
+        if not values.reference:
+            raise LlamaJaxError("--plot draws the distance to a reference: give --reference=PATH")
+        check_picture(values.plot)
+
+
+def _windows(values: flags.FlagValues, checkpoints: list[Opened]) -> Windows:
+    """The text, cut; models must agree on its tokens, or what is measured of them would not compare."""
+    if values.text == "stories":
+        text = (DOCUMENT_SEPARATOR if values.convention == "documents" else "\n\n").join(heldout_stories())
     else:
-        print(f"cross-entropy {loss:.4f} nats/token, perplexity {math.exp(loss):.4f}, {result['tokens']} tokens")
-        for name, value in comparison.items():
-            print(f"{name.replace('_', ' ')} {value:.5f}")
+        text = read_text(values.text)
+    windows: Windows | None = None
+    for checkpoint in checkpoints:
+        path, length = checkpoint.path, checkpoint.config.context_length
+        if values.context > length:
+            raise LlamaJaxError(f"context is {values.context}: {path} is made for {length}: give --context={length}")
+        tokenizer = read_tokenizer(checkpoint, values.tokenizer)
+        if tokenizer is None and windows is None:
+            raise LlamaJaxError(f"{path}: no tokenizer came with it: give --tokenizer=PATH of its tokenizer.model")
+        if tokenizer is not None and (windows is None or values.tokenizer is None):
+            cut = text_windows(text, tokenizer, values.context, values.convention)
+            if windows is not None and not np.array_equal(cut.rows, windows.rows):
+                raise LlamaJaxError(f"{path}: its tokenizer is not {values.model[0]}'s: expected one for all models")
+            windows = cut
+        if windows is not None and windows.rows.max() >= checkpoint.config.vocab_size:
+            raise LlamaJaxError(
+                f"{path}: the text has token {windows.rows.max()}: expected less than {checkpoint.config.vocab_size}"
+            )
+    assert windows is not None, "at least one checkpoint"
+    return windows
+
+
+def _compare(
+    model: Llama, reference: Llama, windows: Windows, batch: int, name: str
+) -> tuple[dict[str, Any], np.ndarray]:
+    """What there is to say about a model beside a reference, and the reference's losses."""
+    with progress(f"comparing {name}") as on_batch:
+        each = compare_each(model, reference, windows, batch=batch, on_batch=on_batch)
+    divergence, agreement, losses, reference_losses = each
+    result = _score(losses) | {
+        "kl_divergence": float(np.mean(divergence, dtype=np.float64)),
+        "kl_standard_error": standard_error(divergence),
+        "kl_99th_percentile": float(np.quantile(divergence, 0.99)),
+        "kl_max": float(np.max(divergence)),
+        "top1_agreement": float(np.mean(agreement, dtype=np.float64)),
+        "signal_to_noise_db": None,
+    }
+    if same_weights(model, reference):
+        with progress(f"signal to noise of {name}") as on_batch:
+            by_layer = layer_noise(model, reference, windows, batch=batch, on_batch=on_batch)
+        result["signal_to_noise_db"] = {**by_layer._asdict(), "weights": weight_noise(model, reference)}
+    return result, reference_losses
+
+
+def _score(losses: np.ndarray) -> dict[str, Any]:
+    loss, error = float(np.mean(losses, dtype=np.float64)), standard_error(losses)
+    perplexity = math.exp(loss) if loss < 700 else math.inf  # a broken model must not end in an overflow
+    return {
+        "cross_entropy_nats": loss,
+        "cross_entropy_standard_error": error,
+        "perplexity": perplexity,
+        "perplexity_standard_error": perplexity * error,
+    }
+
+
+def _size(checkpoint: Opened) -> dict[str, Any]:
+    """Of the weights as the checkpoint holds them, whatever dtype they were measured in."""
+    size = memory_bytes(checkpoint.abstract)
+    return {
+        "bits_per_weight": 8 * size / checkpoint.config.num_parameters,
+        "bytes_in_memory": size,
+        "bytes_on_disk": stored_bytes(checkpoint.path),
+    }
+
+
+def _print(results: list[dict[str, Any]]) -> None:
+    """A row a model, the reference first; of a single model the layers, too."""
+    first = results[0]
+    reference = first.get("reference")
+    console = table_console()
+    cut = f"{first['windows']:,} windows of {first['context']:,} tokens, {first['predictions']:,} predictions"
+    table = Table(title=f"{first['text']} by convention {first['convention']}: {cut}", title_justify="left")
+    columns = ["bits a\nweight", "in memory", "on disk", "nats a\ntoken", "perplexity"]
+    columns += ["KL divergence,\nnats", "its 99th\npercentile", "top-1\nagreement"] if reference else []
+    table.add_column("model", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for result in [reference, *results] if reference else results:
+        cells = [
+            f"{result['bits_per_weight']:.2f}",
+            readable_bytes(result["bytes_in_memory"]),
+            readable_bytes(result["bytes_on_disk"]),
+            f"{result['cross_entropy_nats']:.4f}",
+            f"{result['perplexity']:.4f} ± {result['perplexity_standard_error']:.4f}",
+        ]
+        if "kl_divergence" in result:
+            cells += [
+                f"{result['kl_divergence']:.5f} ± {result['kl_standard_error']:.5f}",
+                f"{result['kl_99th_percentile']:.5f}",
+                f"{result['top1_agreement']:.2%}",
+            ]
+        table.add_row(result["model"], *cells, end_section=result is reference)
+    console.print(table)
+    if reference and len(results) == 1:
+        console.print(_layer_table(first["signal_to_noise_db"]) if first["signal_to_noise_db"] else _DIFFERENT)
+
+
+def _layer_table(noise: dict[str, Any]) -> Table:
+    """Signal-to-noise ratios in dB; a column for each weight of the layers that is not the reference's own."""
+    weights = {name: values for name, values in noise["weights"].items() if any(map(math.isfinite, values))}
+    inside = {name.removeprefix("layers."): v for name, v in weights.items() if name.startswith("layers.")}
+    outside = [f"{name} {_decibels(v[0])}" for name, v in weights.items() if not name.startswith("layers.")]
+    table = Table(title="signal to noise by layer, dB", title_justify="left", caption_justify="left")
+    table.caption = f"weights outside of the layers: {', '.join(outside)}" if outside else None
+    for column in ("layer", "residual\nstream", *(name.replace(".", "\n") for name in inside)):
+        table.add_column(column, justify="right")
+    table.add_row("embedding", _decibels(noise["embedding"]))
+    for layer, value in enumerate(noise["layers"]):
+        table.add_row(str(layer), _decibels(value), *(_decibels(values[layer]) for values in inside.values()))
+    table.add_row("logits", _decibels(noise["logits"]))
+    return table
+
+
+def _decibels(value: float) -> str:
+    return "exact" if value == math.inf else f"{value:.2f}"
+
+
+def _draw(results: list[dict[str, Any]], path: str) -> None:
+    if len(results) == 1:
+        noise = results[0]["signal_to_noise_db"]
+        stacked = {name: v for name, v in noise["weights"].items() if name.startswith("layers.")}
+        weights = {name.removeprefix("layers."): values for name, values in stacked.items()}
+        error_by_layer(noise["layers"], noise["logits"], weights, path)
+        return
+    family = f"against {results[0]['reference']['model']}"
+    quality_curve(
+        [Point(family, Path(r["model"]).name, r["bits_per_weight"], r["kl_divergence"]) for r in results], path
+    )
+
+
+def _without_infinities(value: Any) -> Any:
+    """For JSON, which has none: null stands for the infinite ratio of what has no error."""
+    if isinstance(value, dict):
+        return {key: _without_infinities(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinities(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,18 +1,15 @@
 """`llamajax inspect`: what a checkpoint holds, from its header alone."""
 
 import json
-import math
 from typing import Any
 
-import jax
-import numpy as np
 from absl import flags
 from rich.table import Table
 
 from llamajax.checkpoint import Opened, open_checkpoint
 from llamajax.checkpoint.naming import named_weights
-from llamajax.cli.common import define_model, readable_bytes, table_console
-from quant import QTensor
+from llamajax.cli.common import define_model, memory_bytes, readable_bytes, table_console
+from quant import LayerRuns, QTensor
 
 SUMMARY = "show a checkpoint's architecture, tensors, dtypes, bytes and source format"
 EXAMPLES = (
@@ -31,7 +28,7 @@ def run(values: flags.FlagValues) -> None:
     """Prints tables, or JSON."""
     opened = open_checkpoint(values.model)
     tensors: list[dict[str, Any]] = [
-        {"name": name, "shape": list(weight.shape), "dtype": _kind(weight), "bytes": _bytes(weight)}
+        {"name": name, "shape": list(weight.shape), "dtype": _kind(weight), "bytes": memory_bytes(weight)}
         for name, weight in named_weights(opened.abstract).items()
     ]
     size = sum(tensor["bytes"] for tensor in tensors)
@@ -52,12 +49,14 @@ def run(values: flags.FlagValues) -> None:
 
 
 def _kind(weight: Any) -> str:
-    """A dtype, or scheme and group size: int4-g32."""
-    return f"{weight.scheme.name}-g{weight.group_size}" if isinstance(weight, QTensor) else str(weight.dtype)
-
-
-def _bytes(weight: Any) -> int:
-    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(weight))
+    """A dtype, or scheme and group size: int4-g32; those of each run of layers."""
+    if isinstance(weight, LayerRuns):
+        return ", ".join(_kind(part) for part in weight.parts)
+    if not isinstance(weight, QTensor):
+        return str(weight.dtype)
+    outliers = f" + {weight.outlier.shape[weight.axis]} outliers" if weight.outlier is not None else ""
+    activations = f" x {weight.activations}" if weight.activations else ""
+    return f"{weight.scheme.name}-g{weight.group_size}{outliers}{activations}"
 
 
 def _print_tables(opened: Opened, summary: dict[str, Any]) -> None:

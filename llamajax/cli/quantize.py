@@ -1,29 +1,69 @@
 """`llamajax quantize`: a checkpoint with packed weights."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
+import numpy as np
 from absl import flags
 
 from llamajax.checkpoint import check_absent, open_checkpoint, read_tokenizer, save_checkpoint
-from llamajax.cli.common import define_model, progress, read_model, readable_bytes, spinner, stored_bytes
+from llamajax.checkpoint.naming import named_weights
+from llamajax.cli.common import define_model, progress, readable_bytes, spinner, stored_bytes
 from llamajax.errors import LlamaJaxError
+from llamajax.evaluate import encode_documents, read_documents
+from llamajax.model import Llama
 from llamajax.quantize import quantize, read_recipe, recipe_names
+from llamajax.tokenizer import Tokenizer
+from llamajax.train import story_texts
+from quant import LayerRuns, QTensor
+from quant.recipe import Recipe
 
 SUMMARY = "pack weights into 8, 6, 5, 4, 3 or 2 bits by a recipe"
 EXAMPLES = (
     "llamajax quantize --model=box --recipe=int4-g32 --output=box-int4",
-    "llamajax generate --model=box-int4 --prompt='Once upon a time'",
-    "llamajax quantize --model=path/to/TinyLlama --recipe=my_recipe.toml --output=tinyllama-mixed",
+    "llamajax quantize --model=path/to/TinyLlama --recipe=int4-g128-gptq --calibration=text.txt --output=tinyllama",
+    "llamajax quantize --model=box --target_bpw=3.5 --calibration=stories --output=box-3.5",
+    "llamajax quantize --model=path/to/TinyLlama --recipe=my_recipe.toml --output=tinyllama-mine",
 )
+# Of our story generator, for the model in the box; those that it is measured on are others.
+_CALIBRATION_STORIES = 1000
+_TARGET_RECIPE = "mixed-4.5bpw"
 
 
 def define(values: flags.FlagValues) -> None:
     """Flags of the command."""
     define_model(values, default=None)
     names = ", ".join(recipe_names())
-    flags.DEFINE_string("recipe", "int4-g32", f"a .toml file, or one of {names}", flag_values=values)
-    flags.DEFINE_string("output", None, "folder to write; must not exist", flag_values=values)
+    flags.DEFINE_string(
+        "recipe",
+        None,
+        f"a .toml file, or one of {names}; int4-g32 unless given, {_TARGET_RECIPE} with --target_bpw",
+        flag_values=values,
+    )
+    flags.DEFINE_float(
+        "target_bpw",
+        None,
+        "bits per weight that the whole model may have: the bits of each weight are searched for, by the error that "
+        "they cause on the calibration text",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "calibration",
+        None,
+        "UTF-8 file, documents separated by <|endoftext|>, like the texts that the model is for; or stories, some that "
+        "the box was trained on. For recipes that look at activations (gptq, awq, …)",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("calibration_tokens", 65536, "how many tokens of that text are used", flag_values=values)
+    flags.DEFINE_integer("context", 512, "tokens of that text that are seen together", flag_values=values)
+    flags.DEFINE_string(
+        "output",
+        None,
+        "folder to write; must not exist. Work with a calibration text is kept in OUTPUT.work until it is done: the "
+        "same command goes on where it was stopped",
+        flag_values=values,
+    )
 
 
 def run(values: flags.FlagValues) -> None:
@@ -32,15 +72,53 @@ def run(values: flags.FlagValues) -> None:
         raise LlamaJaxError("--model and --output are both needed: see llamajax quantize --help")
     output = Path(values.output)
     check_absent(output)
-    rules = read_recipe(values.recipe)
+    name = values.recipe or ("int4-g32" if values.target_bpw is None else _TARGET_RECIPE)
+    recipe = _with_target(read_recipe(name), values.target_bpw)
+    if recipe.needs_calibration and not values.calibration:
+        raise LlamaJaxError(f"{name} needs a text to run the model on: give --calibration=FILE")
+    if values.calibration and not recipe.needs_calibration:
+        raise LlamaJaxError(f"{name} makes no use of --calibration: leave it out")
     opened = open_checkpoint(values.model)
     tokenizer = read_tokenizer(opened, values.tokenizer)
-    model = read_model(opened, None)
+    tokens = _calibration_tokens(values, tokenizer) if recipe.needs_calibration else None
+    window = min(values.context, opened.config.context_length)
+    work = output.absolute().with_name(f"{output.name}.work")
     with progress("quantizing") as on_weight:
-        model = quantize(model, rules, on_weight)
+        model = quantize(opened, recipe, calibration=tokens, window=window, work=work, on_weight=on_weight)
+    _report_other_groups(model, recipe)
     with spinner(f"writing {output}"):
-        source = f"{opened.description}, quantized by {values.recipe}"
+        source = f"{opened.description}, quantized by {name}"
         save_checkpoint(model, output, tokenizer=tokenizer, source=source)
     size = stored_bytes(output)
     bits = 8 * size / opened.config.num_parameters
-    print(f"{output}: {readable_bytes(size)}, {bits:.2f} bits a weight on disk, {values.recipe}", file=sys.stderr)
+    print(f"{output}: {readable_bytes(size)}, {bits:.2f} bits a weight on disk, {name}", file=sys.stderr)
+
+
+def _with_target(recipe: Recipe, target_bpw: float | None) -> Recipe:
+    try:
+        return recipe if target_bpw is None else dataclasses.replace(recipe, target_bpw=target_bpw)
+    except ValueError as error:
+        raise LlamaJaxError(str(error)) from None
+
+
+def _calibration_tokens(values: flags.FlagValues, tokenizer: Tokenizer | None) -> np.ndarray:
+    """The beginning of the calibration text, in ids."""
+    if tokenizer is None:
+        raise LlamaJaxError(f"{values.model}: no tokenizer came with it: give --tokenizer=PATH of its tokenizer.model")
+    if values.calibration_tokens < 1:
+        raise LlamaJaxError(f"calibration_tokens is {values.calibration_tokens}: expected at least 1")
+    if values.calibration == "stories":
+        documents = story_texts(_CALIBRATION_STORIES).training
+    else:
+        documents = read_documents(values.calibration)
+    return encode_documents(tokenizer, documents)[: values.calibration_tokens]
+
+
+def _report_other_groups(model: Llama, recipe: Recipe) -> None:
+    """Says which weights the recipe's `indivisible` was for: a size that nobody expected is not silent."""
+    sizes = {rule.group_size for rule in recipe.rules if rule.indivisible}
+    for name, weight in named_weights(model).items():
+        part = weight.parts[0] if isinstance(weight, LayerRuns) else weight
+        if sizes and isinstance(part, QTensor) and part.group_size not in sizes:
+            inputs = part.shape[part.axis]
+            print(f"{name}: {inputs} inputs: {part.scheme.name} in groups of {part.group_size}", file=sys.stderr)

@@ -1,0 +1,237 @@
+"""What a layer's weights are multiplied with, on a text: statistics for quantizers, one layer at a time.
+
+Activations stay on the host, [W, T, D] for W windows of T tokens; in memory are a layer's weights and its statistics.
+Dimension key as in `config.py`; `K` is the contraction axis of any weight.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llamajax.checkpoint.naming import named_leaves
+from llamajax.config import Config
+from llamajax.errors import LlamaJaxError
+from llamajax.model import Block, abstract_model
+from quant import Probe, quantize_rtn, search_scale, smoothing_scale
+from quant.gptq import add_to_hessian
+from quant.recipe import Rule
+
+# Weights of a layer that share an input, in the order in which a layer uses them, and whose outputs that input is made
+# of: a channel scaled down there can be scaled up in these weights, and nothing changes but what rounding does.
+INPUTS: dict[str, tuple[str, ...]] = {
+    "attention": ("attention.query_DQ", "attention.key_DM", "attention.value_DM"),
+    "out": ("attention.out_QD",),
+    "ffn": ("ffn.gate_DF", "ffn.up_DF"),
+    "down": ("ffn.down_FD",),
+}
+PRODUCERS = {
+    "attention": "attention_norm.weight_D",
+    "out": "attention.value_DM",
+    "ffn": "ffn_norm.weight_D",
+    "down": "ffn.up_DF",
+}
+# Tokens that a search for scales measures its error on.
+_SAMPLES = 1024
+_BATCH_TOKENS = 4096
+
+
+class Statistics(NamedTuple):
+    """What is known of one input, over all tokens of the calibration text.
+
+    Attributes:
+        mean_square_K: float32, of each channel.
+        mean_abs_K: float32, mean magnitude.
+        max_abs_K: float32, largest magnitude.
+        hessian_KK: float32, mean of x x', or None where it was not asked for.
+        sample_TK: float32, about 1,000 tokens' inputs.
+    """
+
+    mean_square_K: jax.Array
+    mean_abs_K: jax.Array
+    max_abs_K: jax.Array
+    hessian_KK: jax.Array | None
+    sample_TK: jax.Array
+
+
+def calibration_windows(tokens: np.ndarray, config: Config, window: int) -> np.ndarray:
+    """A text as windows that do not overlap, [W, T]; what does not fill the last one is left out.
+
+    Raises:
+        LlamaJaxError: if it does not fill one, or holds ids that the model does not have.
+    """
+    tokens = np.asarray(tokens, np.int32)
+    if window < 1 or window > config.context_length:
+        raise LlamaJaxError(f"a calibration window of {window} tokens: expected 1 to {config.context_length}")
+    count = len(tokens) // window
+    if not count:
+        raise LlamaJaxError(f"the calibration text has {len(tokens)} tokens: expected at least {window}, one window")
+    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        raise LlamaJaxError(f"the calibration text holds an id outside of the model's {config.vocab_size}")
+    return tokens[: count * window].reshape(count, window)
+
+
+def block_of(weights: Mapping[str, Any], config: Config) -> Block:
+    """One layer from its weights by name, without the "layers." before it; as the model, a pytree."""
+    names, structure = _block_names(config)
+    return jax.tree.unflatten(structure, [weights[name] for name in names])
+
+
+@functools.lru_cache(maxsize=8)
+def _block_names(config: Config) -> tuple[tuple[str, ...], Any]:
+    """Names of a layer's weights in tree order, and the tree."""
+    layers = abstract_model(config).layers
+    return tuple(named_leaves(layers)), jax.tree.structure(layers)
+
+
+def advance(block: Block, x_WTD: np.ndarray) -> np.ndarray:
+    """What a layer makes of the activations; in place of them."""
+    for rows in _batches(x_WTD):
+        x_WTD[rows] = run_block(block, jnp.asarray(x_WTD[rows]))
+    return x_WTD
+
+
+def forward(block: Block, x_BTD: jax.Array) -> jax.Array:
+    """A layer applied to whole sequences, without a cache."""
+    position_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
+    return block(x_BTD, position_BT, None, jnp.zeros((), jnp.int32))[0]
+
+
+run_block = jax.jit(forward)
+
+
+def observe(block: Block, x_WTD: np.ndarray, groups: tuple[str, ...], hessians: bool) -> dict[str, Statistics]:
+    """Statistics of some of a layer's `INPUTS`, with that layer's weights as they are.
+
+    Args:
+        block: the layer, weights as arrays.
+        x_WTD: activations before it, float32.
+        groups: keys of `INPUTS`.
+        hessians: whether to make Hessians, which are by far the largest part.
+    """
+    batches = list(_batches(x_WTD))
+    stride = max(1, x_WTD.shape[0] * x_WTD.shape[1] // _SAMPLES)
+    totals, samples = None, []
+    for rows in batches:
+        totals, sample = _observe(block, jnp.asarray(x_WTD[rows]), totals, groups, hessians, stride)
+        samples.append(sample)
+    assert totals is not None  # there is at least one window
+    return {
+        group: statistics._replace(sample_TK=jnp.concatenate([sample[group] for sample in samples]))
+        for group, (_, statistics) in totals.items()
+    }
+
+
+def observe_array(x_WTK: np.ndarray, hessian: bool) -> Statistics:
+    """Statistics of activations that are at hand, [W, T, K]."""
+    total = None
+    for rows in _batches(x_WTK):
+        total = _add_batch(total, jnp.asarray(x_WTK[rows]), hessian)
+    assert total is not None  # there is at least one window
+    flat_TK = x_WTK.reshape(-1, x_WTK.shape[-1])
+    return total[1]._replace(sample_TK=jnp.asarray(flat_TK[:: max(1, len(flat_TK) // _SAMPLES)]))
+
+
+@functools.partial(jax.jit, static_argnames="hessian", donate_argnames="total")
+def _add_batch(total: Any, x_BTK: jax.Array, hessian: bool) -> tuple[jax.Array, Statistics]:
+    return _add(total, x_BTK.reshape(-1, x_BTK.shape[-1]).astype(jnp.float32), hessian)
+
+
+@functools.partial(jax.jit, static_argnames=("groups", "hessians", "stride"), donate_argnames="totals")
+def _observe(
+    block: Block, x_BTD: jax.Array, totals: Any, groups: tuple[str, ...], hessians: bool, stride: int
+) -> tuple[dict[str, tuple[jax.Array, Statistics]], dict[str, jax.Array]]:
+    """Adds a batch to (tokens so far, statistics so far) of each input; also a sample of each. None begins."""
+    seen: dict[str, jax.Array] = {}
+    first = {INPUTS[group][0]: group for group in groups}
+    probed = {
+        name: Probe(weight, first[name], seen) if name in first else weight
+        for name, weight in named_leaves(block).items()
+    }
+    forward(jax.tree.unflatten(jax.tree.structure(block), list(probed.values())), x_BTD)
+    added, samples = {}, {}
+    for group in groups:
+        x_TK = seen[group].reshape(-1, seen[group].shape[-1]).astype(jnp.float32)
+        samples[group] = x_TK[::stride]
+        added[group] = _add(totals and totals[group], x_TK, hessians)
+    return added, samples
+
+
+def _add(total: Any, x_TK: jax.Array, hessian: bool) -> tuple[jax.Array, Statistics]:
+    """Running means and maxima with some tokens more."""
+    tokens, width = x_TK.shape
+    if total is None:
+        zeros_K = jnp.zeros(width, jnp.float32)
+        empty = jnp.zeros((0, width), jnp.float32)
+        hessian_KK = jnp.zeros((width, width), jnp.float32) if hessian else None
+        total = jnp.zeros((), jnp.float32), Statistics(zeros_K, zeros_K, zeros_K, hessian_KK, empty)
+    count, old = total
+    kept = count / (count + tokens)
+    mean = lambda before, values_TK: before * kept + values_TK.sum(0) / (count + tokens)  # noqa: E731
+    magnitude_TK = jnp.abs(x_TK)
+    statistics = Statistics(
+        mean(old.mean_square_K, x_TK * x_TK),
+        mean(old.mean_abs_K, magnitude_TK),
+        jnp.maximum(old.max_abs_K, magnitude_TK.max(0)),
+        add_to_hessian(old.hessian_KK, count, x_TK)[0] if hessian else None,
+        old.sample_TK,
+    )
+    return count + tokens, statistics
+
+
+def _batches(x_WTD: np.ndarray) -> Iterable[slice]:
+    """Slices of as many windows as have about 4,096 tokens; all of one length, so that one program serves."""
+    count, length = x_WTD.shape[:2]
+    most = max(1, _BATCH_TOKENS // length)
+    size = max(size for size in range(1, min(most, count) + 1) if count % size == 0)
+    return (slice(first, first + size) for first in range(0, count, size))
+
+
+def input_scale(group: str, rule: Rule, weights: list[jax.Array], seen: Statistics, config: Config) -> jax.Array:
+    """By how much to scale up the input channels of weights [K, M] that share an input: float32 [K].
+
+    For the attention's output, query heads that share a value head share their scales: there is one channel to fold
+    them into.
+    """
+    heads = (config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_size)
+
+    def shared(x_K: jax.Array) -> jax.Array:
+        if group != "out":
+            return x_K
+        return jnp.broadcast_to(jnp.max(x_K.reshape(heads), axis=1, keepdims=True), heads).reshape(-1)
+
+    if rule.scaling == "smoothquant":
+        return shared(smoothing_scale(seen.max_abs_K, weights))
+    rule = rule.for_inputs(len(weights[0]))
+    assert rule.scheme is not None  # a rule that quantizes
+    rounded: Callable[[jax.Array], Any] = functools.partial(
+        quantize_rtn, scheme=rule.scheme, group_size=rule.group_size, scale_dtype="float32", clip=rule.clip
+    )
+    return search_scale(weights, shared(seen.mean_abs_K), seen.sample_TK, rounded)
+
+
+def fold(weights: dict[str, Any], group: str, scale_K: jax.Array, config: Config, norm_dtype: Any) -> None:
+    """Scales the input channels of some weights of a layer up, and what makes that input down.
+
+    Args:
+        weights: of the layer, by name, float32; changed.
+        group: key of `INPUTS`.
+        scale_K: positive.
+        config: the architecture.
+        norm_dtype: in which norms are stored: the scale is what is left after rounding the folded norm to that.
+    """
+    producer = PRODUCERS[group]
+    if weights[producer].ndim == 1:
+        folded_K = (weights[producer] / scale_K).astype(norm_dtype).astype(jnp.float32)
+        scale_K = jnp.where(folded_K == 0, scale_K, weights[producer] / jnp.where(folded_K == 0, 1, folded_K))
+        weights[producer] = folded_K
+    elif group == "out":
+        heads = (config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_size)
+        weights[producer] = weights[producer] / scale_K.reshape(heads)[:, 0].reshape(-1)
+    else:
+        weights[producer] = weights[producer] / scale_K
+    for name in INPUTS[group]:
+        weights[name] = weights[name] * scale_K[:, None]

@@ -1,0 +1,151 @@
+"""Signal-to-noise ratio of a model against the one that it was made from: layer by layer, and weight by weight.
+
+In decibels, 10 log10(sum of reference**2 / sum of (reference - model)**2): 20 dB is an error of a tenth, 40 dB of a
+hundredth, infinity is equality. Quantizers of b bits gain about 6 dB with each (Bennett 1948).
+"""
+
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llamajax.calibrate import run_block
+from llamajax.checkpoint.naming import named_weights
+from llamajax.errors import LlamaJaxError
+from llamajax.evaluate import check_vocabularies
+from llamajax.model import Block, Llama
+from llamajax.windows import Windows, as_windows
+from quant import QTensor, dequantize, split_runs, take_rows
+
+
+class LayerNoise(NamedTuple):
+    """Signal-to-noise ratios along a model, in dB.
+
+    The sums are over all inputs of all windows, so that positions with huge activations (in trained models often the
+    first: Sun et al. 2024, arXiv:2402.17762) weigh most in the residual stream.
+
+    Attributes:
+        embedding: of what the first layer gets.
+        layers: of the residual stream behind each layer.
+        logits: of the logits.
+    """
+
+    embedding: float
+    layers: tuple[float, ...]
+    logits: float
+
+
+def blocks(model: Llama) -> Iterator[Block]:
+    """Each layer by itself, its weights taken out of their stack."""
+    for _, length, run in split_runs(model.layers):
+        for i in range(length):
+            yield jax.tree.map(operator.itemgetter(i), run, is_leaf=lambda node: isinstance(node, QTensor))
+
+
+def layer_noise(
+    model: Llama,
+    reference: Llama,
+    tokens: Sequence[int] | np.ndarray | Windows,
+    *,
+    window: int = 512,
+    batch: int = 4,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> LayerNoise:
+    """Runs both models over a text side by side and compares them behind each layer.
+
+    Holds the activations of one batch and one layer. Arguments are those of `evaluate.token_losses`.
+
+    Raises:
+        LlamaJaxError: if the text is too short, or the models differ in vocabulary, width or layers.
+    """
+    check_vocabularies(model, reference)
+    for name in ("width", "num_layers"):
+        size, expected = (getattr(each.config, name) for each in (model, reference))
+        if size != expected:
+            raise LlamaJaxError(f"{name} is {size} in the model, {expected} in the reference: expected the same")
+    windows = as_windows(tokens, window)
+    powers = np.zeros((model.config.num_layers + 2, 2))
+    for rows, used in windows.batches(batch, on_batch):
+        inputs_BT = jnp.asarray(rows[:, :-1])
+        ours, theirs = _embed(model, inputs_BT), _embed(reference, inputs_BT)
+        powers[0] += _powers(ours, theirs, used)
+        for layer, (block, reference_block) in enumerate(zip(blocks(model), blocks(reference), strict=True), 1):
+            ours, theirs = run_block(block, ours), run_block(reference_block, theirs)
+            powers[layer] += _powers(ours, theirs, used)
+        powers[-1] += _powers(_head(model, ours), _head(reference, theirs), used)
+    embedding, *layers, logits = map(_decibels, powers)
+    return LayerNoise(embedding, tuple(layers), logits)
+
+
+def weight_noise(model: Llama, reference: Llama) -> dict[str, list[float]]:
+    """Signal-to-noise ratio of every weight by name, in dB: one a layer for those of the layers, else one.
+
+    A recipe that moves scales from one weight to the next (AWQ, SmoothQuant) makes weights differ that the model's
+    outputs do not feel: there only `layer_noise` says something.
+
+    Raises:
+        LlamaJaxError: if the models' weights differ in name or shape.
+    """
+    if (ours := _shapes(model)) != (theirs := _shapes(reference)):
+        name = next(iter(dict(ours.items() ^ theirs.items())))
+        raise LlamaJaxError(
+            f"{name} is {ours.get(name)} in the model, {theirs.get(name)} in the reference: expected one shape"
+        )
+    result: dict[str, list[float]] = {name: [] for name in ours}
+    for model_block, reference_block in zip(blocks(model), blocks(reference), strict=True):
+        theirs_named = named_weights(reference_block)
+        for name, weight in named_weights(model_block).items():
+            result[f"layers.{name}"].append(_decibels(_powers(weight, theirs_named[name])))
+    whole, whole_reference = named_weights(model), named_weights(reference)
+    for name, values in result.items():
+        if not name.startswith("layers."):
+            values.append(_decibels(_powers(whole[name], whole_reference[name])))
+    return result
+
+
+def same_weights(model: Llama, reference: Llama) -> bool:
+    """Whether two models have weights of the same names and shapes, quantized or not."""
+    return _shapes(model) == _shapes(reference)
+
+
+def _shapes(model: Llama) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(weight.shape) for name, weight in named_weights(model).items()}
+
+
+def _powers(ours: Any, theirs: Any, used: int | None = None) -> np.ndarray:
+    """Power of the reference and of the difference, float64 [2], over the first `used` rows.
+
+    Summed in float32 along the last axis only: millions of squares in float32 would lose digits.
+    """
+    powers = np.asarray(_row_powers(ours, theirs))
+    return (powers if used is None else powers[:, :used]).reshape(2, -1).sum(axis=1, dtype=np.float64)
+
+
+@jax.jit
+def _row_powers(ours: Any, theirs: Any) -> jax.Array:
+    ours, theirs = (dequantize(x) if isinstance(x, QTensor) else x.astype(jnp.float32) for x in (ours, theirs))
+    return jnp.stack([jnp.sum(x * x, axis=-1) for x in (theirs, theirs - ours)])
+
+
+def _decibels(powers: np.ndarray) -> float:
+    signal, noise = map(float, powers)
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+# The steps of `Llama.trunk` and `Llama.logits`, with the residual stream in hand between them.
+
+
+@jax.jit
+def _embed(model: Llama, tokens_BT: jax.Array) -> jax.Array:
+    return take_rows(model.embed_VD.get_value(), tokens_BT).astype(model.dtype)
+
+
+@jax.jit
+def _head(model: Llama, x_BTD: jax.Array) -> jax.Array:
+    return model.logits(model.norm(x_BTD))

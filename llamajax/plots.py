@@ -1,0 +1,148 @@
+"""Pictures of measurements, as SVG or PNG by the file's suffix. Needs matplotlib: the extra `plot`.
+
+The same figures give the same file, text in an SVG stays text, and a file appears whole or not at all.
+"""
+
+import importlib.util
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llamajax.errors import LlamaJaxError
+
+_SUFFIXES = (".svg", ".png")
+
+
+class Point(NamedTuple):
+    """A quantized model on the curve of quality against size.
+
+    Attributes:
+        family: points of one family share a colour and a line.
+        label: written beside the point.
+        bits_per_weight: of everything that is stored.
+        kl_divergence: from the reference, in nats a token.
+    """
+
+    family: str
+    label: str
+    bits_per_weight: float
+    kl_divergence: float
+
+
+def check_picture(path: str | Path) -> None:
+    """Refuses, before any work, a picture that could not be drawn.
+
+    Raises:
+        LlamaJaxError: for another suffix than .svg or .png, a folder that does not exist, or without matplotlib.
+    """
+    path = Path(path)
+    if path.suffix not in _SUFFIXES:
+        raise LlamaJaxError(f"{path}: unknown kind of picture: expected a name that ends in {' or '.join(_SUFFIXES)}")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise LlamaJaxError(f"{path}: cannot be written: expected a file name in a folder that exists")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise LlamaJaxError("drawing needs matplotlib: pip install 'llamajax[plot]'")
+
+
+def quality_curve(points: Iterable[Point], path: str | Path) -> None:
+    """Draws KL divergence, logarithmic, against bits a weight, each point with its label.
+
+    A family's line joins those of its points that no other of them beats in both. A point without divergence has no
+    place on the axis: the legend names it.
+
+    Raises:
+        LlamaJaxError: as `check_picture`.
+    """
+    check_picture(path)
+    axes = _axes()
+    points = list(points)
+    for i, family in enumerate(dict.fromkeys(point.family for point in points)):
+        members = sorted(point[2:] for point in points if point.family == family and point.kl_divergence > 0)
+        if members:
+            best = [point for k, point in enumerate(members) if all(point[1] < other[1] for other in members[:k])]
+            axes.plot(*zip(*best, strict=True), color=f"C{i}", linewidth=1.2, alpha=0.7)
+            axes.plot(*zip(*members, strict=True), "o", color=f"C{i}", label=family)
+    for point in points:
+        if point.kl_divergence <= 0:
+            axes.plot([], [], " ", label=f"{point.label}: {point.bits_per_weight:.2f} bits, no divergence")
+    axes.margins(x=0.1)  # room for labels
+    axes.set(xlabel="bits a weight", ylabel="KL divergence from the reference, nats a token", yscale="log")
+    axes.legend()
+    _write_labels(axes, [point for point in points if point.kl_divergence > 0])
+    _save(axes.figure, path)
+
+
+def error_by_layer(
+    layers: Sequence[float], logits: float, weights: Mapping[str, Sequence[float]], path: str | Path
+) -> None:
+    """Draws signal-to-noise ratios by layer: of the residual stream, and of the layers' weights.
+
+    What is without error, infinitely many dB, is not drawn.
+
+    Args:
+        layers: of the residual stream behind each layer, in dB.
+        logits: of the logits, drawn behind the last layer.
+        weights: a line each: one value a layer.
+        path: of the picture.
+
+    Raises:
+        LlamaJaxError: as `check_picture`.
+    """
+    check_picture(path)
+    from matplotlib.ticker import MaxNLocator
+
+    axes = _axes()
+    for name, values in weights.items():
+        if any(map(math.isfinite, values)):
+            axes.plot(values, ".-", linewidth=0.8, alpha=0.7, label=f"weight {name}")
+    axes.plot(layers, "o-", color="black", linewidth=2, label="residual stream")
+    axes.plot([len(layers)], [logits], "D", color="black", label="logits")
+    axes.set(xlabel="layer", ylabel="signal to noise, dB (higher is better)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    _save(axes.figure, path)
+
+
+def _axes() -> Any:
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(8, 5), layout="constrained").subplots()
+    axes.grid(alpha=0.3, which="both")
+    return axes
+
+
+def _write_labels(axes: Any, points: Sequence[Point]) -> None:
+    """Writes each label in the first place around its point where it covers no point and no other label."""
+    axes.figure.draw_without_rendering()
+    legend = axes.get_legend()
+    taken = [legend.get_window_extent()] if legend else []
+    drawn = [axes.transData.transform(point[2:]) for point in points]
+    sides = ((8, 0, "left"), (-8, 0, "right"), (0, 11, "center"), (0, -11, "center"), (7, 9, "left"), (-7, -9, "right"))
+    places = [(reach * x, reach * y, side) for reach in (1, 2) for x, y, side in sides]
+    for point in points:
+        for x, y, side in places:
+            style: dict[str, Any] = {"ha": side, "va": "center", "fontsize": 8}
+            text = axes.annotate(point.label, point[2:], (x, y), textcoords="offset points", **style)
+            box = text.get_window_extent().padded(4)  # pixels, about the size of a point
+            if not any(box.overlaps(other) for other in taken) and not any(box.contains(*place) for place in drawn):
+                break
+            if (x, y, side) != places[-1]:
+                text.remove()
+        taken.append(box)
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    """Writes beside the file, then renames."""
+    import matplotlib
+
+    path = Path(path)
+    partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
+    metadata = {"Date": None} if path.suffix == ".svg" else {}
+    try:
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "llamajax"}):
+            figure.savefig(partial, metadata=metadata)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,27 @@
+"""`Probe`: a weight that notes what it is multiplied with. This is how calibration sees a layer's inputs."""
+
+import dataclasses
+
+import jax
+
+from quant.qtensor import QTensor
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Probe:
+    """A leaf that stands where a weight stood, for one trace of a function.
+
+        seen = {}
+        probed = jax.tree.map(lambda weight: Probe(weight, "up", seen), layer)
+        y = layer_function(probed, x)      # seen["up"] is now the input of that weight, as a value of this trace
+
+    Attributes:
+        weight: what it stands for; `einsum` uses it as it would without the probe.
+        name: key in `seen`.
+        seen: dictionary that `einsum` puts the activations in. Under jit make it inside the traced function.
+    """
+
+    weight: jax.Array | QTensor
+    name: str = dataclasses.field(metadata={"static": True})
+    seen: dict[str, jax.Array] = dataclasses.field(metadata={"static": True})

@@ -1,0 +1,128 @@
+"""Signal-to-noise ratios against the float64 NumPy model, stepped layer by layer."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llamajax import Config, Llama, LlamaJaxError
+from llamajax.noise import blocks, layer_noise, same_weights, weight_noise
+from llamajax.windows import llama_cpp_windows
+from quant import LayerRuns, dequantize, quantize_rtn
+from tests.reference import Weights, attention, feed_forward, random_model, rms_norm, weights_of
+
+WINDOW = 12
+
+
+def quantized(model: Llama) -> Llama:
+    """All matrices in int4 by groups of 8."""
+
+    def convert(path, leaf):
+        axis = -1 if "_VD" in jax.tree_util.keystr(path) else -2
+        return leaf if "norm" in jax.tree_util.keystr(path) else quantize_rtn(leaf, "int4", group_size=8, axis=axis)
+
+    return jax.tree_util.tree_map_with_path(convert, model)
+
+
+def floats(model: Llama) -> Llama:
+    """The same weights as arrays."""
+    is_quantized = lambda node: hasattr(node, "planes")  # noqa: E731
+    return jax.tree.map(lambda leaf: dequantize(leaf) if is_quantized(leaf) else leaf, model, is_leaf=is_quantized)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 320, 5 * WINDOW + 1)
+
+
+def streams(config: Config, weights: Weights, tokens: np.ndarray) -> list[np.ndarray]:
+    """What goes into the first layer, what comes out of each, and the logits."""
+    x = weights["model.embed_tokens.weight"][tokens]
+    result = [x]
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}"
+        normed = rms_norm(x, weights[f"{prefix}.input_layernorm.weight"], config.norm_eps)
+        x = x + attention(config, weights, f"{prefix}.self_attn", normed, False)
+        normed = rms_norm(x, weights[f"{prefix}.post_attention_layernorm.weight"], config.norm_eps)
+        x = x + feed_forward(weights, f"{prefix}.mlp", normed)
+        result.append(x)
+    return [*result, rms_norm(x, weights["model.norm.weight"], config.norm_eps) @ weights["lm_head.weight"].T]
+
+
+def decibels(reference: np.ndarray, model: np.ndarray) -> float:
+    return 10 * math.log10(np.sum(reference**2) / np.sum((reference - model) ** 2))
+
+
+def test_layers(tiny_model: Llama, tokens: np.ndarray) -> None:
+    """5 windows in batches of 2: what fills the last batch does not count."""
+    model = quantized(tiny_model)
+    ours, theirs = weights_of(floats(model)), weights_of(tiny_model)
+    rows = tokens[:-1].reshape(5, WINDOW)
+    pairs = [[streams(tiny_model.config, weights, row) for row in rows] for weights in (theirs, ours)]
+    expected = [
+        decibels(*map(np.stack, pair)) for pair in zip(*(zip(*each, strict=True) for each in pairs), strict=True)
+    ]
+    calls: list[tuple[int, int]] = []
+    noise = layer_noise(model, tiny_model, tokens, window=WINDOW, batch=2, on_batch=lambda *done: calls.append(done))
+    np.testing.assert_allclose([noise.embedding, *noise.layers, noise.logits], expected, atol=1e-3)
+    assert len(noise.layers) == 2 and 0 < noise.logits < noise.embedding < 40 and calls == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_layers_of_other_windows(tiny_model: Llama, tokens: np.ndarray) -> None:
+    """All inputs count, of the half that is not scored too."""
+    model = jax.tree.map(lambda leaf: leaf * 1.01, tiny_model)
+    noise = layer_noise(model, tiny_model, llama_cpp_windows(tokens, WINDOW, 1), batch=4)
+    assert noise.embedding == pytest.approx(40, abs=1e-3)
+
+
+def test_a_model_has_no_noise_against_itself(tiny_model: Llama, tokens: np.ndarray) -> None:
+    noise = layer_noise(tiny_model, tiny_model, tokens, window=WINDOW)
+    assert {noise.embedding, *noise.layers, noise.logits} == {math.inf}
+    assert set(np.concatenate(list(weight_noise(tiny_model, tiny_model).values()))) == {math.inf}
+
+
+def test_weights(tiny_model: Llama) -> None:
+    model = quantized(tiny_model)
+    noise = weight_noise(model, tiny_model)
+    ours, theirs = floats(model), tiny_model
+    pairs = {
+        "embed_VD": (ours.embed_VD, theirs.embed_VD),
+        "head_VD": (ours.head_VD, theirs.head_VD),
+        "layers.ffn.down_FD": (ours.layers.ffn.down_FD, theirs.layers.ffn.down_FD),
+        "layers.attention.key_DM": (ours.layers.attention.key_DM, theirs.layers.attention.key_DM),
+    }
+    for name, pair in pairs.items():
+        weight, original = (np.asarray(param[...], np.float64) for param in pair)
+        stacked = name.startswith("layers.")
+        expected = [decibels(*both) for both in zip(original, weight, strict=True)] if stacked else None
+        np.testing.assert_allclose(noise[name], expected or [decibels(original, weight)], atol=1e-3)
+    assert noise["layers.ffn_norm.weight_D"] == [math.inf] * 2 and noise["norm.weight_D"] == [math.inf]
+    assert weight_noise(jax.tree.map(jnp.zeros_like, tiny_model), tiny_model)["norm.weight_D"] == [0.0]
+
+
+def test_layers_in_runs(tiny_model: Llama, tokens: np.ndarray) -> None:
+    """A stack cut into runs is the same model, and its layers the same blocks."""
+    cut = jax.tree.map(lambda leaf: leaf, tiny_model)
+    cut.layers = jax.tree.map(lambda leaf: LayerRuns((leaf[:1], leaf[1:])), tiny_model.layers)
+    assert len(list(blocks(cut))) == 2 and same_weights(cut, tiny_model)
+    for ours, theirs in zip(blocks(cut), blocks(tiny_model), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert layer_noise(cut, tiny_model, tokens, window=WINDOW).logits > 100
+    assert weight_noise(cut, tiny_model)["layers.ffn.up_DF"] == [math.inf] * 2
+
+
+def test_refused(tiny_model: Llama, tokens: np.ndarray) -> None:
+    def other(**change: int) -> Llama:
+        return random_model(Config.from_dict(tiny_model.config.to_dict() | change))
+
+    with pytest.raises(LlamaJaxError, match="num_layers is 3 in the model, 2 in the reference: expected the same"):
+        layer_noise(other(num_layers=3), tiny_model, tokens, window=WINDOW)
+    with pytest.raises(LlamaJaxError, match="width is 32 in the model, 24 in the reference"):
+        layer_noise(other(width=32), tiny_model, tokens, window=WINDOW)
+    with pytest.raises(LlamaJaxError, match="the model has 32 tokens, the reference 320"):
+        layer_noise(other(vocab_size=32), tiny_model, tokens, window=WINDOW)
+    with pytest.raises(LlamaJaxError, match="is .* in the model, .* in the reference: expected one shape"):
+        weight_noise(other(ffn_width=48), tiny_model)
+    assert not same_weights(other(ffn_width=48), tiny_model)

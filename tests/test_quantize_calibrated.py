@@ -1,0 +1,199 @@
+"""Quantization with a calibration text: every method reaches its aim on a whole model, and can be resumed."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llamajax
+from llamajax import Config, Llama, LlamaJaxError
+from llamajax.checkpoint import open_checkpoint
+from llamajax.quantize import quantize
+from quant import LayerRuns, QTensor, unpack
+from quant.recipe import Recipe, Rule
+from tests.reference import random_model, weights_of
+from tests.test_gptq import plain_gptq
+
+CONFIG = Config(
+    vocab_size=96,
+    width=64,
+    ffn_width=96,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=16,
+    context_length=64,
+)
+TOKENS = np.random.default_rng(0).integers(0, 96, 64 * 32).astype(np.int32)
+UNSEEN = np.random.default_rng(1).integers(0, 96, (4, 32)).astype(np.int32)
+KEEP_NORMS = Rule(weights="*norm*", keep=True)
+KEEP = Rule(weights="*", keep=True)
+
+
+def layers_rule(**options) -> tuple[Rule, ...]:
+    return (KEEP_NORMS, Rule(weights="layers.*", **{"scheme": "int4", "group_size": 32, **options}), KEEP)
+
+
+@pytest.fixture(scope="module")
+def skewed() -> Llama:
+    """A random model whose activations have channels tens of times larger than others, as trained ones have."""
+    model = random_model(CONFIG)
+    boost = np.where(np.random.default_rng(3).random(64) < 0.06, 30.0, 1.0).astype(np.float32)
+    for norm in (model.layers.attention_norm, model.layers.ffn_norm):
+        norm.weight_D.set_value(norm.weight_D.get_value() * boost)
+    return model
+
+
+def error(model: Llama, quantized: Llama) -> float:
+    """Mean squared change of the logits on tokens that were not calibrated with."""
+    return float(jnp.mean((model(UNSEEN)[0] - quantized(UNSEEN)[0]) ** 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "plain", "most"),
+    [
+        ({"method": "gptq"}, {}, 0.8),
+        ({"method": "gptq", "act_order": True}, {}, 0.8),
+        ({"method": "gptq", "clip": "mse", "scheme": "uint3"}, {"clip": "mse", "scheme": "uint3"}, 0.7),
+        ({"scaling": "awq", "clip": "mse"}, {"clip": "mse"}, 0.8),
+        ({"importance": True, "clip": "mse"}, {"clip": "mse"}, 0.8),
+        ({"outliers": 4}, {}, 0.75),
+        ({"outliers": 4, "method": "gptq"}, {"method": "gptq"}, 0.75),
+        ({"scheme": "int8", "outliers": 4, "activations": "int8-token"},
+         {"scheme": "int8", "activations": "int8-token"}, 0.4),
+        ({"scheme": "int8", "scaling": "smoothquant", "activations": "int8-token"},
+         {"scheme": "int8", "activations": "int8-token"}, 0.6),
+    ],
+)  # fmt: skip
+def test_methods_do_better_than_round_to_nearest(skewed: Llama, options: dict, plain: dict, most: float) -> None:
+    ours = quantize(skewed, layers_rule(**options), calibration=TOKENS, window=32)
+    theirs = quantize(skewed, layers_rule(**plain), calibration=TOKENS, window=32)
+    assert error(skewed, ours) < most * error(skewed, theirs)
+    weight = ours.layers.ffn.down_FD.get_value()
+    assert isinstance(weight, QTensor) and weight.scheme.name == options.get("scheme", "int4")
+    assert weight.activations == options.get("activations") and (weight.outlier is not None) == ("outliers" in options)
+    completion = llamajax.generate(ours, None, [5, 6], temperature=0, max_new_tokens=4)
+    assert len(completion.tokens) == 4
+
+
+def test_gptq_of_a_first_layer_is_the_papers(skewed: Llama) -> None:
+    """The first product's inputs are known without a model: normed embeddings. Codes as float64 NumPy makes them."""
+    made = quantize(skewed, layers_rule(method="gptq", scale_dtype="float32"), calibration=TOKENS, window=32)
+    weights = weights_of(skewed)
+    x_TD = weights["model.embed_tokens.weight"][TOKENS]
+    x_TD = x_TD / np.sqrt(np.mean(x_TD**2, -1, keepdims=True) + CONFIG.norm_eps)
+    x_TD = x_TD * weights["model.layers.0.input_layernorm.weight"]
+    hessian = x_TD.T @ x_TD / len(x_TD)
+    weight = weights["model.layers.0.self_attn.q_proj.weight"].T
+    codes, scale, _ = plain_gptq(weight, hessian, 4, True, 32, False, 0.01)
+    made = made.layers.attention.query_DQ.get_value()[0]
+    same_M = (np.asarray(unpack(made.planes, 4, 32)) == codes).all(0)
+    assert same_M.mean() > 0.8, "all but outputs in which float32 rounding decided a code"
+    np.testing.assert_allclose(np.asarray(made.scale)[:, same_M], scale[:, same_M], rtol=1e-4)
+
+
+def test_a_head_of_its_own_is_calibrated_too(skewed: Llama) -> None:
+    rules = (KEEP_NORMS, Rule(weights="head_VD", scheme="int3", group_size=32, method="gptq"), KEEP)
+    plain = (KEEP_NORMS, Rule(weights="head_VD", scheme="int3", group_size=32), KEEP)
+    ours, theirs = quantize(skewed, rules, calibration=TOKENS, window=32), quantize(skewed, plain)
+    assert error(skewed, ours) < 0.9 * error(skewed, theirs)
+
+
+def test_bits_are_spent_where_they_help(skewed: Llama) -> None:
+    rules = (KEEP_NORMS, Rule(weights="*", scheme="int4", group_size=32, clip="mse", scale_dtype="float16"))
+    made = quantize(skewed, Recipe(rules, 4.6), calibration=TOKENS, window=32)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(made))
+    even = quantize(skewed, rules)
+    assert 4.45 < 8 * size / CONFIG.num_parameters <= 4.6
+    assert error(skewed, made) < 0.9 * error(skewed, even)
+    schemes = {part.scheme.name for part in made.layers.ffn.up_DF.get_value().parts}
+    assert len(schemes | {made.head_VD.get_value().scheme.name}) > 1, "one size for all is not what was asked for"
+    for target, message in ((1.2, "over the budget of"), (99, "target_bpw is 99")):
+        with pytest.raises((LlamaJaxError, ValueError), match=message):
+            quantize(skewed, Recipe(rules, target), calibration=TOKENS, window=32)
+    with pytest.raises(LlamaJaxError, match="no rule has an int or uint scheme"):
+        quantize(skewed, Recipe(layers_rule(scheme="nf4"), 5), calibration=TOKENS, window=32)
+
+
+def test_an_opened_checkpoint_gives_what_the_loaded_model_gives(skewed: Llama, tmp_path: Path) -> None:
+    rules = layers_rule(method="gptq", scaling="awq")
+    expected = quantize(skewed, rules, calibration=TOKENS, window=32)
+    for form in ("llamajax", "huggingface"):
+        llamajax.save_checkpoint(skewed, tmp_path / form, form=form)
+        made = quantize(open_checkpoint(tmp_path / form), rules, calibration=TOKENS, window=32)
+        assert jax.tree.structure(made) == jax.tree.structure(expected)
+        for ours, theirs in zip(jax.tree.leaves(made), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+class Stop(Exception):
+    """As a machine that is switched off."""
+
+
+def test_work_that_was_stopped_goes_on(skewed: Llama, tmp_path: Path) -> None:
+    rules, work = layers_rule(method="gptq", scaling="awq", outliers=0), tmp_path / "q.work"
+    expected = quantize(skewed, rules, calibration=TOKENS, window=32)
+
+    def stop(done: int, total: int) -> None:
+        if done > 15:  # in the second layer
+            raise Stop
+
+    with pytest.raises(Stop):
+        quantize(skewed, rules, calibration=TOKENS, window=32, work=work, on_weight=stop)
+    files = {file.name: file.stat().st_mtime_ns for file in work.glob("layer-*")}
+    assert set(files) == {"layer-0.safetensors", "layer-1.safetensors"}
+
+    with pytest.raises(LlamaJaxError, match="holds parts of other work"):
+        quantize(skewed, rules, calibration=TOKENS[::-1], window=32, work=work)
+    with pytest.raises(LlamaJaxError, match="holds parts of other work"):
+        quantize(skewed, layers_rule(method="gptq"), calibration=TOKENS, window=32, work=work)
+
+    made = quantize(skewed, rules, calibration=TOKENS, window=32, work=work)
+    assert not work.exists()
+    for ours, theirs in zip(jax.tree.leaves(made), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+def test_a_damaged_part_is_named(skewed: Llama, tmp_path: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        if done > 1:
+            raise Stop
+
+    rules = layers_rule(method="gptq")
+    with pytest.raises(Stop):
+        quantize(skewed, rules, calibration=TOKENS, window=32, work=tmp_path, on_weight=stop)
+    file = tmp_path / "layer-0.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(LlamaJaxError, match="layer-0.safetensors: damaged.*remove it"):
+        quantize(skewed, rules, calibration=TOKENS, window=32, work=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rules", "calibration", "message"),
+    [
+        (layers_rule(method="gptq"), None, "needs a calibration text"),
+        ((KEEP_NORMS, Rule(weights="*", scheme="int4", method="gptq")), TOKENS, "embed_VD.*looked up"),
+        (
+            (KEEP_NORMS, Rule(weights="*query*", scheme="int4", scaling="awq"), KEEP),
+            TOKENS,
+            "query_DQ.*share their input",
+        ),
+        ((KEEP_NORMS, Rule(weights="*", scheme="int4", scaling="awq")), TOKENS, "embed_VD: scaling"),
+        (layers_rule(group_size=48), None, r"layer 0 of shape \(64, \d+\): groups of 48"),
+        (layers_rule(outliers=65), TOKENS, "count 65: expected 1 to 64"),
+    ],
+)
+def test_what_cannot_be_is_said(skewed: Llama, rules, calibration, message: str) -> None:
+    with pytest.raises(LlamaJaxError, match=message):
+        quantize(skewed, rules, calibration=calibration, window=32)
+
+
+def test_weights_that_are_no_whole_groups_get_what_the_recipe_says(skewed: Llama) -> None:
+    model = random_model(dataclasses.replace(CONFIG, ffn_width=86))
+    made = quantize(model, layers_rule(indivisible="int8", clip="mse", method="gptq"), calibration=TOKENS, window=32)
+    weight = made.layers.ffn.down_FD.get_value()
+    assert not isinstance(weight, LayerRuns) and weight.scheme.name == "int8" and weight.group_size == 86
+    assert made.layers.ffn.up_DF.get_value().scheme.name == "int4"
