@@ -45,6 +45,8 @@ from quant import (
 )
 from quant.recipe import Recipe, Rule, assign, recipe_from
 
+_PART_WEIGHTS = 2**24  # of a table, quantized at a time
+
 Rules = Mapping[tuple[str, int | None], Rule]
 
 
@@ -148,7 +150,7 @@ def quantize_weight(
             index = outlier_channels(seen.max_abs_K, rule.outliers)
             quantized = split_outliers(weight, index, _quantizer(rule, options, _without(seen, index)), axis=axis)
         else:
-            quantized = _quantizer(rule, options, seen)(weight)
+            quantized = _in_parts(_quantizer(rule, options, seen), weight, rule, axis)
         return dataclasses.replace(quantized, activations=rule.activations).validate()
     except (ValueError, TypeError) as error:
         raise LlamaJaxError(f"{place} of shape {shape}: {error}") from None
@@ -169,6 +171,19 @@ def _quantizer(
     options |= {"clip": rule.clip, "act_order": rule.act_order}
     hessian_KK = seen.hessian_KK
     return lambda weight: quantize_gptq(weight, hessian_KK, scheme, **options)
+
+
+def _in_parts(quantizer: Callable[[jax.Array], QTensor], weight: Any, rule: Rule, axis: int) -> QTensor:
+    """A table by parts of its rows, which do not depend on each other: no float32 copy of the whole is made."""
+    rows = len(weight)
+    if axis == -2 or rule.group_size == "tensor" or weight.size <= _PART_WEIGHTS:
+        return quantizer(jnp.asarray(weight))
+    # All of one size, if there is a divisor, so that one program serves.
+    most = max(1, _PART_WEIGHTS * rows // weight.size)
+    size = max(size for size in range(1, most + 1) if rows % size == 0)
+    size = most if size < most // 4 else size
+    parts = [jax.tree.map(np.asarray, quantizer(jnp.asarray(weight[i : i + size]))) for i in range(0, rows, size)]
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
 def _without(seen: calibrate.Statistics, index: jax.Array) -> calibrate.Statistics:

@@ -2,10 +2,15 @@
 
 Dimension key: `K` contraction axis, `M` outputs, `C` groups along K, `g` elements of a group. Shapes are written for
 `axis=-2`. Inside, weights are [..., C, g, M] and what is one number per group keeps a 1 in the place of g.
+
+What the search sums over a group is written as a sum of rows [M]: on a CPU, XLA vectorises elementwise code over M, but
+no reduction of what it computes on the way.
 """
 
 import functools
-from typing import Literal
+import math
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +22,16 @@ from quant.scheme import E2M1, NF4, Scheme
 
 # Largest E2M1 value is 6 = 1.5 * 2**2: with the largest weight's exponent less 2 it falls into the last binade.
 _E2M1_MAX_EXPONENT = 2
-_CLIP_STEPS = 48
+# Between two factors that `clip="mse"` tries, the largest weight moves by no more codes than this, and the factor by no
+# more than that.
+_CODE_STEP, _FACTOR_STEP = 0.2, 0.05
+_LEAST_CLIP = 0.3
+_MOST_FACTORS = 48
+_REFITS = 2
+# Weights that scales are searched for at a time: in float32 they stay in a CPU's cache.
+_BLOCK_WEIGHTS = 2**20
+# A sum over a group is written out if it has no more than so many rows, and otherwise a loop over parts of so many.
+_WRITTEN_ROWS, _LOOPED_ROWS = 32, 8
 
 
 def quantize_rtn(
@@ -52,8 +66,10 @@ def quantize_rtn(
         group_size: weights along K that share a scale; "channel": all K of an output; "tensor": all of [K, M].
         axis: the contraction axis, -2 or -1.
         scale_dtype: float32, bfloat16 or float16; mxfp4 has exponents instead.
-        clip: "mse" tries `clip_factors(scheme)` times each group's scale and keeps the one of least squared error,
-            which is never more than that of the plain scale. Memory does not grow with the number of factors.
+        clip: "mse" looks for the scale of least squared error. It encodes each group with `clip_factors` times its
+            scale, keeps the codes that could do best with a scale of their own, fits that scale to them by least
+            squares, and encodes and fits again. What it finds is taken only if its error, as it is stored, is less
+            than that of the plain scale. mxfp4, whose scales cannot be fitted, takes the best of its factors.
         importance: float [..., K], not negative: weight of each input channel in that error, for example the mean
             square of its activations, as in llama.cpp's importance matrix. Needs `clip`.
 
@@ -79,21 +95,40 @@ def quantize_rtn(
     return quantized
 
 
-def clip_factors(scheme: Scheme) -> tuple[float, ...]:
-    """What `clip="mse"` multiplies a group's scale by, the plain 1 first.
+def clip_factors(scheme: Scheme, group_size: int, *, weighted: bool = False) -> tuple[float, ...]:
+    """What `clip="mse"` multiplies the scale of a group of that many weights by, the plain 1 first.
 
-    Less than 1 clips the largest weights and resolves the others better.
-    int: up to where both signs are covered, and with both signs, because one more code lies on one side of zero.
+    Less than 1 clips the largest weights and resolves the others better. How much less can pay: with L codes from 0 to
+    the largest weight, clipping that weight alone to a factor f adds (1 - f)^2, in units of its square, and takes
+    (1 - f^2) g / (12 L^2) from the rounding errors. That is a gain down to f = (1 - a) / (1 + a) with a = g / (12 L^2);
+    8 instead of 12 leaves room for groups that round worse than most. With `weighted` errors the largest weight may
+    count for nothing, and there is no such limit.
+
+    More than 1, up to one code that the largest weight leaves free, pays in small groups whose weights happen to lie
+    near those codes; for int that covers both signs. With int's other sign, which has one code less for the largest
+    weight, down to where that is clipped as much.
     ternary: the mean magnitude is not the scale of least error (for normal weights that is 1.5 times as much).
     mxfp4: powers of two only.
     """
     if scheme.kind == "mxfp4":
         return (1.0, 2.0, 0.5)
-    top = {"int": 2 ** (scheme.bits - 1) / (2 ** (scheme.bits - 1) - 1), "ternary": 2.5}.get(scheme.kind, 1.0)
-    factors = [float(factor) for factor in np.linspace(top, 0.3, _CLIP_STEPS)]
-    if scheme.kind == "int":
-        factors += [-1.0, *(-factor for factor in factors)]
+    if scheme.kind == "ternary":
+        return (1.0, *_spaced(2.5, _LEAST_CLIP, 1))
+    levels = 2 ** (scheme.bits - 1)
+    gain = group_size / (8 * levels**2)
+    least = _LEAST_CLIP if weighted else max((1 - gain) / (1 + gain), _LEAST_CLIP)
+    most = levels / (levels - 1)
+    factors = _spaced(most, least, levels)
+    if scheme.kind == "int" and most * least <= 1:
+        factors += tuple(-factor for factor in _spaced(1.0, most * least, levels))
     return (1.0, *factors)
+
+
+def _spaced(most: float, least: float, levels: int) -> tuple[float, ...]:
+    """Factors from the most to the least, both included, for `levels` codes from 0 to the largest weight."""
+    step = min(_CODE_STEP / levels, _FACTOR_STEP)
+    count = min(math.ceil((most - least) / step) + 1, _MOST_FACTORS)
+    return tuple(float(factor) for factor in np.linspace(most, least, count))
 
 
 def encode(scaled: jax.Array, scheme: Scheme) -> jax.Array:
@@ -115,6 +150,23 @@ def _rank(x: jax.Array, ascending: tuple[float, ...]) -> jax.Array:
     return functools.reduce(jnp.add, ((x > middle).astype(jnp.uint8) for middle in midpoints))
 
 
+def _nearest_value(scaled: jax.Array, scheme: Scheme) -> jax.Array:
+    """The value of `encode`'s code, in float32 all the way: on a CPU that is several times as fast."""
+    if scheme.kind == "nf4":
+        return _nearest(scaled, NF4)
+    if scheme.kind == "mxfp4":
+        return jnp.copysign(_nearest(jnp.abs(scaled), E2M1[:8]), scaled)
+    return jnp.clip(jnp.round(scaled), -scheme.bias, scheme.max_code - scheme.bias)
+
+
+def _nearest(x: jax.Array, ascending: tuple[float, ...]) -> jax.Array:
+    """The nearest of some ascending values, the lower one at a tie."""
+    nearest = jnp.full_like(x, ascending[0])
+    for low, high in zip(ascending, ascending[1:], strict=False):
+        nearest = jnp.where(x > (low + high) / 2, high, nearest)
+    return nearest
+
+
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6, 7))
 def _quantize(
     weight: jax.Array,
@@ -129,13 +181,11 @@ def _quantize(
     """The quantized weight, and whether every scale is finite, and not 0 but for a group of zeros."""
     weight_CgM = split_groups(weight.astype(jnp.float32), group_size, axis)
     across_M = (-1 if axis == -2 else -3,) if per_tensor else ()
-    reduced = (axis, *across_M)
-    low, high = group_range(weight_CgM, scheme, reduced)
+    low, high = group_range(weight_CgM, scheme, (axis, *across_M))
     if search:
-        importance_CgM = (
-            None if importance is None else split_groups(jnp.expand_dims(importance, -3 - axis), group_size, axis)
-        )
-        scale, zero = search_clip(weight_CgM, low, high, importance_CgM, scheme, reduced, scale_dtype)
+        if importance is not None:
+            importance = jnp.broadcast_to(importance, (*weight.shape[:-2], weight.shape[axis]))
+        scale, zero = _search_matrices(weight_CgM, importance, scheme, per_tensor, axis, scale_dtype)
     else:
         scale, zero = group_grid(low, high, 1.0, scheme, scale_dtype)
     codes_KM = merge_groups(encode_groups(weight_CgM, scale, zero, scheme), axis)
@@ -150,6 +200,59 @@ def _quantize(
     value = scale_values(scale, scheme)
     in_range = jnp.isfinite(value) & ((value != 0) | ((low == 0) & (high == 0)))
     return quantized, in_range.all()
+
+
+def _search_matrices(
+    weight_CgM: jax.Array,
+    importance: jax.Array | None,
+    scheme: Scheme,
+    per_tensor: bool,
+    axis: int,
+    scale_dtype: np.dtype,
+) -> tuple[jax.Array, jax.Array | None]:
+    """`search_clip` along either axis, one matrix after the other and each of them by blocks."""
+    reduced = (-2, -1) if per_tensor else (-2,)
+
+    def search(weight_CgM: jax.Array, importance_Cg1: jax.Array | None) -> tuple:
+        low, high = group_range(weight_CgM, scheme, reduced)
+        weighted = importance_Cg1 is not None
+        return search_clip(weight_CgM, low, high, importance_Cg1, scheme, reduced, scale_dtype, weighted=weighted)
+
+    def search_matrix(matrix: tuple[jax.Array, jax.Array | None]) -> tuple:
+        groups, importance_K = matrix
+        importance_Cg1 = None if importance_K is None else importance_K.reshape(-1, groups.shape[axis], 1)
+        if axis == -2:
+            return _in_blocks(search, (groups, importance_Cg1), whole=per_tensor)
+
+        def search_rows(weight_MCg: jax.Array) -> tuple:
+            found = search(jnp.moveaxis(weight_MCg, 0, -1), importance_Cg1)
+            return jax.tree.map(lambda part: jnp.moveaxis(part, -1, 0), found)
+
+        return _in_blocks(search_rows, (groups,), whole=per_tensor)
+
+    for _ in weight_CgM.shape[:-3]:
+        search_matrix = functools.partial(jax.lax.map, search_matrix)
+    return search_matrix((weight_CgM, importance))
+
+
+def _in_blocks(function: Callable[..., Any], arrays: tuple, *, whole: bool) -> Any:
+    """A function of arrays, by blocks along their first axis, joined again: what it needs in between is little."""
+    length = len(arrays[0])
+    size = max(1, _BLOCK_WEIGHTS * length // arrays[0].size)
+    if whole or size >= length:
+        return function(*arrays)
+
+    def block(start: jax.Array | int) -> Any:
+        return function(*jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, start, size), arrays))
+
+    def step(i: jax.Array, made: Any) -> Any:
+        # Slices and updates start no later than fits: the last block does again what it shares with the one before.
+        return jax.tree.map(
+            lambda array, part: jax.lax.dynamic_update_slice_in_dim(array, part, i * size, 0), made, block(i * size)
+        )
+
+    made = jax.tree.map(lambda part: jnp.zeros((length, *part.shape[1:]), part.dtype), jax.eval_shape(block, 0))
+    return jax.lax.fori_loop(0, -(-length // size), step, made)
 
 
 def group_range(weight_CgM: jax.Array, scheme: Scheme, reduced: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
@@ -198,28 +301,108 @@ def search_clip(
     scheme: Scheme,
     reduced: tuple[int, ...],
     scale_dtype: np.dtype,
+    *,
+    weighted: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """`group_grid` of the factor with the least squared error, group by group; the first of equals."""
-    factors = jnp.asarray(clip_factors(scheme), jnp.float32)
+    """Scales and zero points as they are stored, by the search that `quantize_rtn` describes.
 
-    def error_of(scale: jax.Array, zero: jax.Array | None) -> jax.Array:
-        value = scheme.decode(encode_groups(weight_CgM, scale, zero, scheme))
-        value = value if zero is None else value - zero.astype(jnp.float32)
-        square = (value * scale_values(scale, scheme) - weight_CgM) ** 2
-        return jnp.sum(square if importance_CgM is None else square * importance_CgM, axis=reduced, keepdims=True)
+    `weighted` says that importance differs by much inside groups (see `clip_factors`).
 
-    def attempt(factor: jax.Array) -> tuple:
-        scale, zero = group_grid(low, high, factor, scheme, scale_dtype)
-        return error_of(scale, zero), scale, zero
+    For given values v of the codes, the error sum((w - s v)^2) is least for s = sum(w v) / sum(v^2), by
+    sum(w v)^2 / sum(v^2) less than sum(w^2). So a factor costs two sums, and no pass over the errors.
+    """
+    group_size = math.prod(weight_CgM.shape[axis] for axis in reduced)
+    factors = jnp.asarray(clip_factors(scheme, group_size, weighted=weighted), jnp.float32)
+    sum_groups = functools.partial(_sum_groups, reduced=reduced)
+
+    def products(scale: jax.Array, zero: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        value_of = _value_of(scale, zero, scheme)
+
+        def term(weight: jax.Array, importance: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+            value = value_of(weight)
+            counted = value if importance is None else value * importance
+            return weight * counted, value * counted
+
+        return sum_groups(term, weight_CgM, importance_CgM)
+
+    def error(scale: jax.Array, zero: jax.Array | None) -> jax.Array:
+        scale = scale.astype(jnp.float32)
+        value_of = _value_of(scale, zero, scheme)
+
+        def term(weight: jax.Array, importance: jax.Array | None) -> jax.Array:
+            square = (weight - value_of(weight) * scale) ** 2
+            return square if importance is None else square * importance
+
+        return sum_groups(term, weight_CgM, importance_CgM)
+
+    def attempt(factor: jax.Array | float) -> tuple:
+        stored, zero = group_grid(low, high, factor, scheme, scale_dtype)
+        scale = scale_values(stored, scheme)
+        with_weight, with_itself = products(scale, zero)
+        if scheme.kind == "mxfp4":
+            return scale * (2 * with_weight - scale * with_itself), stored, zero
+        return with_weight**2 / divisor(with_itself), stored, zero
 
     def step(i: jax.Array, best: tuple) -> tuple:
         new = attempt(factors[i])
-        # A factor whose scale overflows has an error of NaN, which is not less.
-        return jax.tree.map(functools.partial(jnp.where, new[0] < best[0]), new, best)
+        # A factor whose scale overflows gains NaN or 0, which is not more.
+        return jax.tree.map(functools.partial(jnp.where, new[0] > best[0]), new, best)
 
     # One factor at a time: all at once would need the weight that many times over.
-    _, scale, zero = jax.lax.fori_loop(1, len(factors), step, attempt(factors[0]))
-    return scale, zero
+    plain = group_grid(low, high, 1.0, scheme, scale_dtype)
+    _, stored, zero = jax.lax.fori_loop(0, len(factors), step, (jnp.full_like(low, -jnp.inf), *plain))
+    if scheme.kind == "mxfp4":
+        return stored, zero
+
+    def refit(_: jax.Array, scale: jax.Array) -> jax.Array:
+        with_weight, with_itself = products(scale, zero)
+        return with_weight / divisor(with_itself)
+
+    found = (jax.lax.fori_loop(0, _REFITS, refit, stored.astype(jnp.float32)).astype(scale_dtype), zero)
+    plain_error, found_error = jax.lax.map(
+        lambda grid: error(*grid), jax.tree.map(lambda *x: jnp.stack(x), plain, found)
+    )
+    better = found_error < plain_error
+    return jax.tree.map(functools.partial(jnp.where, better), found, plain)
+
+
+def _sum_groups(
+    term: Callable[..., Any],
+    *arrays: jax.Array | None,
+    reduced: tuple[int, ...],
+) -> Any:
+    """Sums of a term over the rows of each group, and over M if that is reduced.
+
+    `term` takes a row [..., C, 1, M] of each array, None where there is no array, and returns one or a tree of such.
+    """
+    length = next(array.shape[-2] for array in arrays if array is not None)
+    most = length if length <= _WRITTEN_ROWS else _LOOPED_ROWS
+    count = max(rows for rows in range(1, most + 1) if length % rows == 0)
+
+    def row(index: jax.Array | int) -> Any:
+        return term(*jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1, axis=-2), arrays))
+
+    def rows(start: jax.Array | int) -> Any:
+        terms = [row(start + i) for i in range(count)]
+        return jax.tree.map(lambda *parts: functools.reduce(jnp.add, parts), *terms)
+
+    total = rows(0)
+    if count < length:
+        total = jax.lax.fori_loop(
+            1, length // count, lambda i, total: jax.tree.map(jnp.add, total, rows(i * count)), total
+        )
+    if -1 not in reduced:
+        return total
+    return jax.tree.map(lambda part: part.sum(axis=-1, keepdims=True), total)
+
+
+def _value_of(scale: jax.Array, zero: jax.Array | None, scheme: Scheme) -> Callable[[jax.Array], jax.Array]:
+    """What weights become, in units of the float32 scale."""
+    inverse = 1 / divisor(scale)
+    if zero is None:
+        return lambda weight: _nearest_value(weight * inverse, scheme)
+    shift = zero.astype(jnp.float32)
+    return lambda weight: _nearest_value(weight * inverse + shift, scheme) - shift
 
 
 def check_in_range(weight: jax.Array, in_range: jax.Array, scale_dtype: np.dtype) -> None:

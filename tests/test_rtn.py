@@ -154,30 +154,84 @@ def test_zeros_stay_zeros(name: str, clip: Any) -> None:
     assert (values[weight == 0] == 0).all() and not np.signbit(values[:G, 1]).any()
 
 
+def _importance(length: int) -> np.ndarray:
+    return np.random.default_rng(3).uniform(0, 2, length).astype(np.float32) ** 4
+
+
+def _group_errors(values: Any, groups: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+    """Squared error of each group [C, M]."""
+    weights = 1 if importance is None else importance.reshape(len(groups), -1, 1)
+    return np.sum((values - groups) ** 2 * weights, axis=1)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_mse_clip_is_the_best_of_its_grid(name: str, weighted: bool) -> None:
-    """Never worse than plain rounding in any group, and as good as trying the grid and all codes in NumPy."""
-    weight, rng = _weight(seed=2), np.random.default_rng(3)
+def test_mse_clip_is_no_worse_than_any_of_its_factors(name: str, weighted: bool) -> None:
+    """Nor than plain rounding, in any group: with all codes tried in NumPy. Fitted scales are mostly better."""
+    weight = _weight(seed=2)
     weight[5] *= 6
-    importance = (
-        rng.uniform(0, 2, len(weight)).astype(np.float32) ** 4 if weighted else np.ones(len(weight), np.float32)
-    )
+    importance = _importance(len(weight)) if weighted else None
     arguments = {"group_size": G, "scale_dtype": "float32"}
     plain = quant.quantize_rtn(weight, name, **arguments)
-    clipped = quant.quantize_rtn(weight, name, clip="mse", importance=importance if weighted else None, **arguments)
+    clipped = quant.quantize_rtn(weight, name, clip="mse", importance=importance, **arguments)
     groups = _grouped(weight)
-
-    def error(values: np.ndarray) -> np.ndarray:
-        return np.sum((values - groups) ** 2 * importance.reshape(4, G, 1), axis=1)
-
-    of_plain, of_clipped = (error(_grouped(quant.dequantize(made))) for made in (plain, clipped))
+    of_plain, of_clipped = (
+        _group_errors(_grouped(quant.dequantize(made)), groups, importance) for made in (plain, clipped)
+    )
     assert (of_clipped <= of_plain * (1 + 1e-6)).all()
     tried = []
-    for factor in clip_factors(quant.SCHEMES[name]):
+    for factor in clip_factors(quant.SCHEMES[name], G, weighted=weighted):
         scale, zero = _expected_grid(groups, name, factor)
-        tried.append(error(_nearest(groups, scale, zero, name)))
-    np.testing.assert_allclose(of_clipped, np.min(tried, axis=0), rtol=1e-4 if "8" in name else 1e-5)
+        tried.append(_group_errors(_nearest(groups, scale, zero, name), groups, importance))
+    # At 8 bits the errors are what remains of squares 100,000 times as large, in float32.
+    assert (of_clipped <= np.min(tried, axis=0) * (1 + (1e-2 if "8" in name else 1e-5))).all()
+    if name == "mxfp4":
+        np.testing.assert_allclose(of_clipped, np.min(tried, axis=0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["int4", "int3", "int2", "uint4", "uint2", "nf4", "ternary"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_mse_clip_is_close_to_the_best_scale_there_is(name: str, weighted: bool) -> None:
+    """The best of 800 scales a group, of either sign where that matters, and all codes in NumPy: 3% in all, nf4 6%."""
+    weight = np.random.default_rng(6).standard_t(5, size=(8 * G, 8)).astype(np.float32)
+    importance = _importance(len(weight)) if weighted else None
+    made = quant.quantize_rtn(weight, name, group_size=G, scale_dtype="float32", clip="mse", importance=importance)
+    groups = _grouped(weight, 8)
+    best = np.full((8, 8), np.inf)
+    for factor in np.linspace(0.2, 2.6 if name in ("ternary", "int2") else 1.4, 800):
+        for sign in (1, -1) if name.startswith("int") else (1,):
+            scale, zero = _expected_grid(groups, name, sign * factor)
+            best = np.minimum(best, _group_errors(_nearest(groups, scale, zero, name), groups, importance))
+    error = _group_errors(_grouped(quant.dequantize(made), 8), groups, importance)
+    assert error.sum() < (1.06 if name == "nf4" else 1.03) * best.sum()
+
+
+@pytest.mark.parametrize("axis", [-2, -1])
+@pytest.mark.parametrize("clip", [None, "mse"])
+def test_blocks_change_nothing(axis: int, clip: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three groups, or rows, at a time of seven: the last block begins before the one before has ended."""
+    weight = _weight((2, 7 * G, 5) if axis == -2 else (2, 7, 5 * G))
+    importance = None if clip is None else _importance(2 * weight.shape[axis]).reshape(2, -1)
+
+    def quantize() -> quant.QTensor:
+        quant.rtn._quantize.clear_cache()
+        return quant.quantize_rtn(weight, "uint3", group_size=G, axis=axis, clip=clip, importance=importance)
+
+    whole = quantize()
+    monkeypatch.setattr(quant.rtn, "_BLOCK_WEIGHTS", 3 * weight[0].size // 7)
+    jax.tree.map(np.testing.assert_array_equal, quantize(), whole)
+    quant.rtn._quantize.clear_cache()
+
+
+@pytest.mark.parametrize("clip", [None, "mse"])
+def test_groups_of_many_rows_are_summed_in_parts(clip: Any) -> None:
+    """A group of 80 rows is that of its four copies of 20, which are written out."""
+    weight = _weight((20, 6))
+    one, four = (quant.quantize_rtn(np.tile(weight, (n, 1)), "int4", group_size="channel", clip=clip) for n in (1, 4))
+    if clip is None:
+        np.testing.assert_array_equal(one.scale, four.scale)
+    errors = [np.mean((np.asarray(quant.dequantize(made))[:20] - weight) ** 2, axis=0) for made in (one, four)]
+    np.testing.assert_allclose(*errors, rtol=0.03)
 
 
 def test_mse_clip_gains_where_it_should() -> None:
@@ -196,14 +250,17 @@ def test_mse_clip_gains_where_it_should() -> None:
     assert abs(error("ternary", "mse") - 0.19) < 0.01
 
 
-def test_the_search_does_not_hold_its_grid() -> None:
-    def quantize(weight: jax.Array) -> quant.QTensor:
-        return quant.quantize_rtn(weight, "int4", group_size=32, clip="mse")
+@pytest.mark.parametrize("axis", [-2, -1])
+@pytest.mark.parametrize("clip", [None, "mse"])
+def test_temporaries_are_small(axis: int, clip: Any) -> None:
+    """Neither the weight for each factor, nor another weight in float32, nor its transpose."""
+    weight = jax.ShapeDtypeStruct((4096, 2048), jnp.float32)
 
-    weight = jax.ShapeDtypeStruct((512, 512), jnp.float32)
+    def quantize(weight: jax.Array) -> quant.QTensor:
+        return quant.quantize_rtn(weight, "int4", group_size=32, axis=axis, clip=clip)
+
     memory = jax.jit(quantize).lower(weight).compile().memory_analysis()
-    assert len(clip_factors(quant.SCHEMES["int4"])) > 50
-    assert memory.temp_size_in_bytes < 3 * 512 * 512 * 4
+    assert memory.temp_size_in_bytes < 4 * weight.size / 3
 
 
 def test_nf4_is_the_published_table() -> None:

@@ -1,0 +1,351 @@
+"""Our recipes beside llama.cpp's types on the model in the box: bits a weight against what they cost.
+
+    pip install 'llamajax[llamacpp,plot]'
+    python benchmarks/versus_llamacpp_quality.py
+
+The box is written to GGUF in float32, llama.cpp quantizes it, and each program runs what it made over the same tokens
+in the same windows: stories that the box was not trained on. KL divergence and agreement are against the same program's
+float32 logits, which are first checked to be the same in both. llama.cpp rounds activations to 8 bits where it
+multiplies by quantized weights; that is how it runs them, and it is in its figures. With --dequantize it runs the same
+weights in float32, as we do: what is left is the error of the weights.
+
+Bits a weight count all tensors, norms included, and no metadata. What needs calibration, our recipes and importance
+matrices, sees the same stories. Prints one table and draws `benchmarks/quality.svg`.
+"""
+
+import collections
+import ctypes
+import dataclasses
+import json
+import logging
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from absl import app, flags
+
+import llamajax
+from llamajax import calibrate
+from llamajax.checkpoint.huggingface import expected_tensors
+from llamajax.checkpoint.naming import named_leaves
+from llamajax.cli.common import progress
+from llamajax.evaluate import Comparison, compare, encode_documents
+from llamajax.model import abstract_model
+from llamajax.plots import Point, quality_curve
+from llamajax.quantize import quantize, read_recipe, recipe_names
+from llamajax.stories import corpus
+from llamajax.train import heldout_stories
+from llamajax.windows import document_windows
+
+try:
+    import gguf
+    import llama_cpp
+except ImportError:
+    sys.exit("llama.cpp's Python binding is needed: pip install 'llamajax[llamacpp]'")
+
+logging.getLogger("gguf").setLevel(logging.WARNING)  # It tells what it writes.
+
+WINDOW = 512
+QUANTIZING_THREADS = 2
+# llama.cpp's threads wait for each other by spinning: on a machine that does something else, too, two took seven times
+# as long as one. No figure depends on it.
+RUNNING_THREADS = 1
+CALIBRATION_TOKENS = 65536  # of stories that are not measured on: for our recipes and for importance matrices
+_WITH_IMPORTANCE = "llama.cpp, importance matrix"
+_TARGETS, _SEARCHED = "llamajax, target_bpw", "mixed-4.5bpw"
+_MOST_BITS_DRAWN = 6  # beyond, no curve to see
+_MOST_DIVERGENCE_DRAWN = 0.1  # nats; beyond, no model left: ternary weights, say, in one not trained for them
+_PICTURE = Path(__file__).with_name("quality.svg")
+
+
+class Row(NamedTuple):
+    """One point of a curve.
+
+    Attributes:
+        name: recipe, or llama.cpp's type.
+        family: who made it; one curve each.
+        bits: per weight.
+        bytes: of all tensors.
+        result: beside the same program's float32 model.
+        tensors: what the tensors of a GGUF file became, and the size of the file.
+    """
+
+    name: str
+    family: str
+    bits: float
+    bytes: int
+    result: Comparison
+    tensors: dict[str, str | int]
+
+
+# ---- The box as GGUF ------------------------------------------------------------------------------------------------
+
+
+def write_gguf(
+    path: Path, config: llamajax.Config, read: Callable[[str, int | None, str], np.ndarray], kind: str = "F32"
+) -> None:
+    """Writes a model as GGUF, tensor by tensor, without a vocabulary: llama.cpp is given ids.
+
+    Args:
+        path: file to write.
+        config: the architecture, without RoPE scaling.
+        read: (our name, layer, Hugging Face's name) -> the tensor in Hugging Face's orientation.
+        kind: of the matrices: F32, or BF16. Vectors are float32, as llama.cpp wants them.
+    """
+    assert config.rope_scaling is None, "RoPE scaling is not written"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_context_length(config.context_length)
+    writer.add_embedding_length(config.width)
+    writer.add_feed_forward_length(config.ffn_width)
+    writer.add_block_count(config.num_layers)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_size)
+    writer.add_value_length(config.head_size)
+    writer.add_rope_dimension_count(config.head_size)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
+    shapes = {name: leaf.shape for name, leaf in named_leaves(abstract_model(config)).items()}
+    tensors = []
+    for ours, theirs, layer in expected_tensors(config):
+        shape = shapes[ours] if layer is None else shapes[ours][1:][::-1]
+        stored = gguf.GGMLQuantizationType[kind if len(shape) == 2 else "F32"]
+        dtype = np.dtype(ml_dtypes.bfloat16 if stored.name == "BF16" else np.float32)
+        size = math.prod(shape) * dtype.itemsize
+        writer.add_tensor_info(names.get_name(theirs, (".weight",)), shape, dtype, size, raw_dtype=stored)
+        tensors.append((ours, layer, theirs, dtype))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for ours, layer, theirs, dtype in tensors:
+        array = read(ours, layer, theirs).astype(dtype)
+        if ours.endswith(("query_DQ", "key_DM")):
+            array = _pairs_from_halves(array, config.head_size)
+        writer.write_tensor_data(np.ascontiguousarray(array))
+    writer.close()
+
+
+def _pairs_from_halves(matrix: np.ndarray, head_size: int) -> np.ndarray:
+    """Reorders the rows of a query or key projection to neighbours that rotate together, as llama.cpp's LLaMA does.
+
+    The inverse of `naming.halves_from_pairs`; `permute` in llama.cpp's convert_hf_to_gguf.py.
+    """
+    heads = matrix.reshape(-1, 2, head_size // 2, matrix.shape[-1])
+    return heads.swapaxes(1, 2).reshape(matrix.shape)
+
+
+def _from_model(model: llamajax.Llama) -> Callable[[str, int | None, str], np.ndarray]:
+    """A `read` of `write_gguf`: our weights are [in, out], the embedding [V, D]."""
+    leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(model).items()}
+    return lambda ours, layer, theirs: leaves[ours] if layer is None else leaves[ours][layer].T
+
+
+# ---- llama.cpp ------------------------------------------------------------------------------------------------------
+
+
+def quantize_gguf(source: Path, target: Path, kind: str, importance: dict[str, np.ndarray] | None = None) -> None:
+    """llama.cpp's own quantization: one GGUF file -> another of type `kind`, say MOSTLY_Q4_K_M, or ALL_F32."""
+    llama_cpp._logger.set_verbose(False)
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.nthread, params.ftype = QUANTIZING_THREADS, getattr(llama_cpp, f"LLAMA_FTYPE_{kind}")
+    params.allow_requantize = kind == "ALL_F32"
+    if importance:
+        entry = llama_cpp.llama_model_imatrix_data
+        floats = ctypes.POINTER(ctypes.c_float)
+        entries = [entry(name.encode(), mean.ctypes.data_as(floats), mean.size) for name, mean in importance.items()]
+        params.imatrix = (entry * (len(entries) + 1))(*entries)  # The last one stays null: the end.
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)):
+        sys.exit(f"llama.cpp could not quantize {source} to {kind}")
+
+
+def tensors_of(path: Path) -> tuple[dict[str, str], int, int]:
+    """A GGUF file's tensors: the type of each, the bytes of all, the elements of all."""
+    held = gguf.GGUFReader(path).tensors
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in held}
+    return kinds, sum(int(tensor.n_bytes) for tensor in held), sum(int(tensor.n_elements) for tensor in held)
+
+
+def open_gguf(path: Path) -> llama_cpp.Llama:
+    """A model of one window, with float32 keys and values: what is measured is the weights."""
+    length = {"n_ctx": WINDOW, "n_batch": WINDOW, "n_ubatch": WINDOW}
+    threads = {"n_threads": RUNNING_THREADS, "n_threads_batch": RUNNING_THREADS}
+    cache = {"type_k": int(gguf.GGMLQuantizationType.F32), "type_v": int(gguf.GGMLQuantizationType.F32)}
+    return llama_cpp.Llama(str(path), logits_all=True, verbose=False, **length, **threads, **cache)
+
+
+def gguf_logits(model: llama_cpp.Llama, tokens: np.ndarray) -> np.ndarray:
+    """Logits of one window from position 0, no BOS added, [T, V]; overwritten by the next call."""
+    model.reset()
+    model.eval(tokens.tolist())
+    return model.scores[: len(tokens)]
+
+
+def all_logits(model: llama_cpp.Llama, tokens: np.ndarray) -> list[np.ndarray]:
+    """Logits of every window: of the reference, which is compared with many times."""
+    return [gguf_logits(model, window[:-1]).copy() for window in document_windows(tokens, WINDOW).rows]
+
+
+def compare_gguf(path: Path, reference: list[np.ndarray], tokens: np.ndarray) -> Comparison:
+    """`llamajax.evaluate.compare`, by llama.cpp."""
+    model = open_gguf(path)
+    windows = document_windows(tokens, WINDOW).rows
+    sums = np.zeros(len(Comparison._fields))
+    with progress(path.stem) as show:
+        for done, (window, theirs) in enumerate(zip(windows, reference, strict=True), 1):
+            fields = _comparison(gguf_logits(model, window[:-1]), theirs, window[1:])
+            sums += np.sum(np.asarray(fields), axis=1, dtype=np.float64)
+            show(done, len(windows))
+    model.close()
+    return Comparison(*(float(value) for value in sums / (len(windows) * WINDOW)))
+
+
+@jax.jit
+def _comparison(ours_TV: jax.Array, theirs_TV: jax.Array, target_T: jax.Array) -> jax.Array:
+    """The fields of `Comparison` at each position, float32 [4, T]; the second logits are the reference's."""
+    ours_TV, theirs_TV = jax.nn.log_softmax(ours_TV), jax.nn.log_softmax(theirs_TV)
+    divergence_T = jnp.sum(jnp.exp(theirs_TV) * (theirs_TV - ours_TV), axis=-1)
+    agreement_T = (jnp.argmax(ours_TV, axis=-1) == jnp.argmax(theirs_TV, axis=-1)).astype(jnp.float32)
+    losses = [-jnp.take_along_axis(each, target_T[:, None], axis=-1)[:, 0] for each in (ours_TV, theirs_TV)]
+    return jnp.stack([divergence_T, agreement_T, *losses])
+
+
+def importance_matrix(model: llamajax.Llama, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """What `llama-imatrix` collects: the mean square of each input of every matrix but the embedding and head."""
+    rows = calibrate.calibration_windows(tokens, model.config, WINDOW)
+    x_WTD = np.array(model.embed_VD[rows])
+    names = {"attention": ("attn_q", "attn_k", "attn_v"), "out": ("attn_output",)}
+    names |= {"ffn": ("ffn_gate", "ffn_up"), "down": ("ffn_down",)}
+    means = {}
+    for layer in range(model.config.num_layers):
+        block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], model.layers)
+        for group, statistics in calibrate.observe(block, x_WTD, tuple(names), hessians=False).items():
+            mean = np.array(statistics.mean_square_K, np.float32)
+            means |= {f"blk.{layer}.{name}.weight": mean for name in names[group]}
+        x_WTD = calibrate.advance(block, x_WTD)
+    return means
+
+
+# ---- Both families --------------------------------------------------------------------------------------------------
+
+
+def our_rows(model: llamajax.Llama, tokens: np.ndarray, calibration: np.ndarray, sizes: set[float]) -> Iterator[Row]:
+    """A row for each of our recipes, and one for each of llama.cpp's sizes, by `--target_bpw` of no more than that."""
+    recipes = {name: ("llamajax, recipes", read_recipe(name)) for name in recipe_names()}
+    for size in sizes:
+        target = math.floor(size * 100) / 100
+        recipe = dataclasses.replace(read_recipe(_SEARCHED), target_bpw=target)
+        recipes[f"target_bpw={target:.2f}"] = (_TARGETS, recipe)
+    for name, (family, recipe) in recipes.items():
+        quantized = quantize(model, recipe, calibration=calibration)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(quantized))
+        with progress(name) as show:
+            result = compare(quantized, model, tokens, window=WINDOW, on_batch=show)
+        yield Row(name, family, 8 * size / model.config.num_parameters, size, result, {})
+
+
+def llamacpp_rows(
+    folder: Path, reference: list[np.ndarray], tokens: np.ndarray, importance: dict[str, np.ndarray] | None = None
+) -> Iterator[Row]:
+    """A row for each of llama.cpp's types, made from `folder`/float32.gguf."""
+    family = _WITH_IMPORTANCE if importance else "llama.cpp"
+    for kind in flags.FLAGS.types:
+        path = folder / f"{kind}.gguf"
+        quantize_gguf(folder / "float32.gguf", path, f"MOSTLY_{kind}", importance)
+        kinds, size, count = tensors_of(path)
+        tensors = kinds | {"file bytes": path.stat().st_size}
+        name = f"{kind}, imatrix" if importance else kind
+        if flags.FLAGS.dequantize:
+            quantized, path = path, folder / f"{kind}-dequantized.gguf"
+            quantize_gguf(quantized, path, "ALL_F32")
+        yield Row(name, family, 8 * size / count, size, compare_gguf(path, reference, tokens), tensors)
+
+
+def check_same_logits(model: llamajax.Llama, reference: list[np.ndarray], tokens: np.ndarray) -> float:
+    """Largest difference between our float32 logits and llama.cpp's over one window; large means a wrong GGUF file."""
+    ours = np.asarray(model(tokens[None, :WINDOW])[0][0])
+    difference = float(np.max(np.abs(ours - reference[0])))
+    if not difference < 1e-2:
+        sys.exit(f"float32 logits differ by {difference:.3g}: expected less than 0.01, so the GGUF file is wrong")
+    return difference
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown, most bits first."""
+    lines = [
+        "| | bits a weight | bytes | perplexity | KL divergence, nats | top-1 agreement |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: -row.bits):
+        name = f"`{row.name}`" if row.family.startswith("llamajax") else f"llama.cpp {row.name}"
+        perplexity, result = math.exp(row.result.cross_entropy), row.result
+        lines.append(
+            f"| {name} | {row.bits:.2f} | {row.bytes:,} | {perplexity:.4f} | {result.kl_divergence:.5f} "
+            f"| {result.top1_agreement:.2%} |"
+        )
+    return "\n".join(lines)
+
+
+def made_of(row: Row) -> str:
+    """How many tensors a GGUF file holds of each type."""
+    counts = collections.Counter(kind for kind in row.tensors.values() if isinstance(kind, str))
+    parts = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+    return f"{row.name}: {parts}; file of {row.tensors['file bytes']:,} bytes"
+
+
+def draw(rows: list[Row], picture: Path) -> None:
+    """The curves. An importance matrix changes no size: such a point needs no label, its type's is just above it."""
+    points = [
+        Point(row.family, "" if row.family == _WITH_IMPORTANCE else row.name, row.bits, row.result.kl_divergence)
+        for row in sorted(
+            rows, key=lambda row: not row.family.startswith("llamajax")
+        )  # whose labels then have the best places
+        if row.bits <= _MOST_BITS_DRAWN and row.result.kl_divergence <= _MOST_DIVERGENCE_DRAWN
+    ]
+    quality_curve(points, picture)
+
+
+def main(argv):
+    """Measures, prints, draws."""
+    del argv
+    model, tokenizer = llamajax.load("box", dtype=jnp.float32)
+    tokens = encode_documents(tokenizer, heldout_stories())
+    calibration = encode_documents(tokenizer, corpus(0, 600))[:CALIBRATION_TOKENS]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_gguf(folder / "float32.gguf", model.config, _from_model(model))
+        reference = all_logits(open_gguf(folder / "float32.gguf"), tokens)
+        difference = check_same_logits(model, reference, tokens)
+        rows = list(llamacpp_rows(folder, reference, tokens))
+        if flags.FLAGS.imatrix:
+            rows += llamacpp_rows(folder, reference, tokens, importance_matrix(model, calibration))
+    rows += our_rows(model, tokens, calibration, {row.bits for row in rows})
+    draw(rows, Path(flags.FLAGS.picture))
+    if flags.FLAGS.json:
+        entries = [row._asdict() | {"result": row.result._asdict()} for row in rows]
+        print(json.dumps({"largest_logit_difference": difference, "rows": entries}))
+        return
+    losses = [next(row.result for row in rows if row.family == family) for family in (_TARGETS, "llama.cpp")]
+    ours, theirs = (math.exp(result.reference_cross_entropy) for result in losses)
+    print(f"float32: perplexity {ours:.6f} by llamajax, {theirs:.6f} by llama.cpp; over the first window their logits")
+    print(f"differ by at most {difference:.2g}.\n")
+    print(table(rows), "", *(made_of(row) for row in rows if row.tensors), sep="\n")
+
+
+if __name__ == "__main__":
+    # Defined here, not above: quantize_1b.py imports this file and has flags of its own.
+    flags.DEFINE_list("types", ["Q4_0", "Q4_1", "Q4_K_M", "Q3_K_M", "Q2_K"], "what llama.cpp quantizes to")
+    flags.DEFINE_bool("imatrix", True, "measure these types with an importance matrix, too")
+    flags.DEFINE_bool("dequantize", False, "llama.cpp runs its weights in float32, and rounds no activations")
+    flags.DEFINE_bool("json", False, "print JSON instead of a table")
+    flags.DEFINE_string("picture", str(_PICTURE), "where to draw the curves")
+    app.run(main)
