@@ -5,10 +5,12 @@ where a recipe needs calibration: then each layer is quantized with the activati
 make of a text.
 """
 
+import collections
 import dataclasses
 import hashlib
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +21,17 @@ import numpy as np
 from llamajax import calibrate
 from llamajax.bit_search import choose_bits
 from llamajax.checkpoint import Opened
-from llamajax.checkpoint.naming import (
-    STACKED,
-    Place,
-    aligned_empty,
-    is_quantized,
-    model_from,
-    named_leaves,
-    named_weights,
-    tensor_places,
-)
+from llamajax.checkpoint.naming import STACKED, Place, is_quantized, named_leaves, named_weights, tensor_places
 from llamajax.config import Config, preset_folder
 from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama, RMSNorm, abstract_model
+from llamajax.quantize_weight import quantize_weight
 from llamajax.resume import PartsOnDisk
-from quant import (
-    LayerRuns,
-    QTensor,
-    dequantize,
-    outlier_channels,
-    quantize_gptq,
-    quantize_hqq,
-    quantize_rtn,
-    split_outliers,
-)
+from llamajax.stacks import LayerStacks
+from quant import QTensor, dequantize
 from quant.recipe import Recipe, Rule, assign, recipe_from
 
-_PART_WEIGHTS = 2**24  # of a table, quantized at a time
+_WORKERS = 3  # weights in work at a time
 
 Rules = Mapping[tuple[str, int | None], Rule]
 
@@ -109,9 +95,10 @@ def quantize(
         raise LlamaJaxError(str(error)) from None
     _check_shared_inputs(rules, config)
     if calibration is None or not recipe.needs_calibration:
-        stacks = _Stacks(rules, config)
-        for done, place in enumerate(tensor_places(config), 1):
-            stacks.put(place, quantize_weight(place, read(place), rules[place]))
+        stacks = LayerStacks(rules, config)
+        one = lambda place: quantize_weight(place, read(place), rules[place])  # noqa: E731
+        for done, (place, weight) in enumerate(_side_by_side(one, tensor_places(config)), 1):
+            stacks.put(place, weight)
             on_weight(done, len(rules))
         return stacks.model()
     windows = calibrate.calibration_windows(calibration, config, window)
@@ -125,72 +112,6 @@ def quantize(
     if parts is not None:
         parts.remove()
     return made
-
-
-def quantize_weight(
-    place: Place, weight: Any, rule: Rule, seen: calibrate.Statistics | None = None
-) -> jax.Array | QTensor:
-    """One weight by its rule, with the statistics of its input where the rule needs them.
-
-    Raises:
-        LlamaJaxError: naming the weight, if the rule does not fit it.
-    """
-    if rule.keep or rule.scheme is None:
-        return weight
-    axis = -1 if place.name.endswith("_VD") else -2
-    shape = weight.shape
-    rule = rule.for_inputs(shape[axis])
-    assert rule.scheme is not None  # a rule that quantizes
-    options: dict[str, Any] = {"group_size": rule.group_size, "axis": axis, "scale_dtype": rule.scale_dtype}
-    try:
-        if seen is None and rule.needs_calibration:
-            raise ValueError("a rule that needs calibration, for a weight that is looked up: its inputs are token ids")
-        if rule.outliers:
-            assert seen is not None
-            index = outlier_channels(seen.max_abs_K, rule.outliers)
-            quantized = split_outliers(weight, index, _quantizer(rule, options, _without(seen, index)), axis=axis)
-        else:
-            quantized = _in_parts(_quantizer(rule, options, seen), weight, rule, axis)
-        return dataclasses.replace(quantized, activations=rule.activations).validate()
-    except (ValueError, TypeError) as error:
-        raise LlamaJaxError(f"{place} of shape {shape}: {error}") from None
-
-
-def _quantizer(
-    rule: Rule, options: dict[str, Any], seen: calibrate.Statistics | None
-) -> Callable[[jax.Array], QTensor]:
-    """The method of a rule, as a function of the weight."""
-    scheme = rule.scheme
-    assert scheme is not None  # a rule that quantizes
-    if rule.method == "hqq":
-        return lambda weight: quantize_hqq(weight, scheme, **options)
-    if rule.method == "rtn":
-        importance = seen.mean_square_K if rule.importance and seen is not None else None
-        return lambda weight: quantize_rtn(weight, scheme, **options, clip=rule.clip, importance=importance)
-    assert seen is not None and seen.hessian_KK is not None
-    options |= {"clip": rule.clip, "act_order": rule.act_order}
-    hessian_KK = seen.hessian_KK
-    return lambda weight: quantize_gptq(weight, hessian_KK, scheme, **options)
-
-
-def _in_parts(quantizer: Callable[[jax.Array], QTensor], weight: Any, rule: Rule, axis: int) -> QTensor:
-    """A table by parts of its rows, which do not depend on each other: no float32 copy of the whole is made."""
-    rows = len(weight)
-    if axis == -2 or rule.group_size == "tensor" or weight.size <= _PART_WEIGHTS:
-        return quantizer(jnp.asarray(weight))
-    # All of one size, if there is a divisor, so that one program serves.
-    most = max(1, _PART_WEIGHTS * rows // weight.size)
-    size = max(size for size in range(1, most + 1) if rows % size == 0)
-    size = most if size < most // 4 else size
-    parts = [jax.tree.map(np.asarray, quantizer(jnp.asarray(weight[i : i + size]))) for i in range(0, rows, size)]
-    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
-
-
-def _without(seen: calibrate.Statistics, index: jax.Array) -> calibrate.Statistics:
-    """The statistics for GPTQ as if those channels had no inputs: their weights are kept beside the codes."""
-    if seen.hessian_KK is None:
-        return seen
-    return seen._replace(hessian_KK=seen.hessian_KK.at[index].set(0).at[:, index].set(0))
 
 
 def _checked_recipe(recipe: str | Path | Recipe | tuple[Rule, ...], calibration: np.ndarray | None) -> Recipe:
@@ -209,6 +130,17 @@ def _reader(model: Llama | Opened) -> Callable[[Place], Any]:
         return model.read_weight
     leaves = named_weights(model)
     return lambda place: leaves[place.name] if place.layer is None else leaves[place.name][place.layer]
+
+
+def _side_by_side(work: Callable[[Place], Any], places: Sequence[Place]) -> Iterator[tuple[Place, Any]]:
+    """Results in order, while the next ones are being made: a thread that waits for a file leaves the others a core."""
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        coming = collections.deque(pool.submit(work, place) for place in places[:_WORKERS])
+        for i, place in enumerate(places):
+            made = coming.popleft().result()
+            if i + _WORKERS < len(places):
+                coming.append(pool.submit(work, places[i + _WORKERS]))
+            yield place, made
 
 
 def _check_shared_inputs(rules: Rules, config: Config) -> None:
@@ -239,48 +171,6 @@ class _Steps:
         self._on_weight(self._done, self._total)
 
 
-class _Stacks:
-    """Weights that come one by one, written into the arrays of the model that they make."""
-
-    def __init__(self, rules: Rules, config: Config):
-        """Layers with the same rules for all weights make a run."""
-        self._config = config
-        names = [name for name, layer in rules if layer == 0]
-        of_layer = [[rules[name, layer] for name in names] for layer in range(config.num_layers)]
-        self._firsts = [i for i in range(config.num_layers) if i == 0 or of_layer[i] != of_layer[i - 1]]
-        self._buffers: dict[tuple[str, int], Any] = {}
-
-    def put(self, place: Place, weight: Any) -> None:
-        """Takes one weight, of one layer."""
-        if place.layer is None:
-            self._buffers[place.name, 0] = jax.tree.map(_aligned_copy, weight)
-            return
-        run = sum(first <= place.layer for first in self._firsts) - 1
-        ends = [*self._firsts[1:], self._config.num_layers]
-        length = ends[run] - self._firsts[run]
-        if (place.name, run) not in self._buffers:
-            empty = lambda leaf: aligned_empty((length, *leaf.shape), leaf.dtype)  # noqa: E731
-            self._buffers[place.name, run] = jax.tree.map(empty, weight)
-        stacks = jax.tree.leaves(self._buffers[place.name, run])
-        for stack, leaf in zip(stacks, jax.tree.leaves(weight), strict=True):
-            stack[place.layer - self._firsts[run]] = leaf
-
-    def model(self) -> Llama:
-        """The whole, on the default device."""
-        weights: dict[str, Any] = {}
-        for name in named_leaves(abstract_model(self._config)):
-            count = len(self._firsts) if name.startswith(STACKED) else 1
-            runs = [jax.tree.map(jax.device_put, self._buffers.pop((name, run))) for run in range(count)]
-            weights[name] = LayerRuns(tuple(runs)) if count > 1 else runs[0]
-        return model_from(weights, self._config)
-
-
-def _aligned_copy(array: Any) -> np.ndarray:
-    copy = aligned_empty(array.shape, array.dtype)
-    copy[...] = array
-    return copy
-
-
 def _calibrated(
     read: Callable[[Place], Any],
     rules: Rules,
@@ -290,7 +180,7 @@ def _calibrated(
     steps: _Steps,
 ) -> Llama:
     """Layer by layer, each with what the quantized layers before it make of the calibration text."""
-    stacks = _Stacks(rules, config)
+    stacks = LayerStacks(rules, config)
     embed = quantize_weight(Place("embed_VD", None), read(Place("embed_VD", None)), rules["embed_VD", None])
     stacks.put(Place("embed_VD", None), embed)
     steps.add()

@@ -34,7 +34,7 @@ class Spied:
         self.array, self.seen = array, seen
 
     @property
-    def T(self) -> "Spied":  # noqa: N802
+    def T(self) -> "Spied":
         """Where the reference multiplies by `weights[name].T`."""
         return self
 

@@ -336,3 +336,44 @@ def test_a_bug_keeps_its_traceback(capsys, monkeypatch) -> None:
     monkeypatch.setattr("llamajax.cli.inspect.run", buggy)
     with pytest.raises(ValueError, match="not the user's fault"):
         run(capsys, "inspect")
+
+
+def test_quantize_writes_what_generate_and_inspect_read(tmp_path: Path, capsys) -> None:
+    argv = ["--model=box", "--recipe=int4-g32", f"--output={tmp_path / 'q'}"]
+    code, out, err = run(capsys, "quantize", *argv)
+    assert code == 0 and out == "" and "bits a weight on disk, int4-g32" in err and err.count("\n") == 1, err
+    code, out, _ = run(capsys, "inspect", f"--model={tmp_path / 'q'}")
+    assert code == 0 and "int4-g32" in out and "4.52 bits a weight" in out
+    assert run(capsys, "generate", f"--model={tmp_path / 'q'}", "--max_new_tokens=4", "--temperature=0")[0] == 0
+    assert_one_line_error(*run(capsys, "quantize", *argv), 1, "exists already")
+
+
+def test_quantize_with_a_calibration_text_leaves_only_its_output(tmp_path: Path, capsys) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(
+        "[[rules]]\nweights = 'layers.attention.out_QD'\nscheme = 'int3'\ngroup_size = 64\nmethod = 'gptq'\n"
+        "[[rules]]\nweights = '*'\nkeep = true\n"
+    )
+    argv = [f"--recipe={recipe}", "--calibration=stories", "--calibration_tokens=1024", f"--output={tmp_path / 'q'}"]
+    code, _, err = run(capsys, "quantize", "--model=box", *argv)
+    assert code == 0, err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.toml", "q"]
+    assert "int3-g64" in run(capsys, "inspect", f"--model={tmp_path / 'q'}")[1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["--recipe=int4-g128-gptq"], 1, "needs a text to run the model on: give --calibration=FILE"),
+        (["--target_bpw=4.5"], 1, "mixed-4.5bpw needs a text"),
+        (["--recipe=int4-g32", "--calibration=stories"], 1, "makes no use of --calibration"),
+        (["--target_bpw=0.5", "--calibration=stories"], 1, "target_bpw is 0.5: expected bits per weight"),
+        (["--target_bpw=four"], 2, "target_bpw"),
+        (["--recipe=int4-g128-gptq", "--calibration=none.txt"], 1, "none.txt: no such file"),
+        (["--recipe=int4-g128-gptq", "--calibration=stories", "--calibration_tokens=9"], 1, "expected at least 512"),
+    ],
+)
+def test_quantize_says_what_it_needs(tmp_path: Path, capsys, argv: list[str], code: int, message: str) -> None:
+    argv = ["--model=box", f"--output={tmp_path / 'q'}", *argv]
+    assert_one_line_error(*run(capsys, "quantize", *argv), code, message)
+    assert not list(tmp_path.iterdir())

