@@ -1,9 +1,8 @@
 # Two commands for a bare machine with Python 3.11 or newer: `make demo` and `make test`. Each makes its own .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-# What tests compile is kept, so that running them again takes half the time; a file's tests stay together.
-PYTEST := JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.venv/xla JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2 \
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+# On all cores; the tests of a file stay together.
+PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
 .PHONY: demo test test-parity lint clean
 

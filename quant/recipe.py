@@ -55,8 +55,9 @@ class Rule:
             undone in what makes the inputs. All weights that share an input take part.
         outliers: input channels that are kept in float beside the codes, those of the largest activations.
         activations: "int8-token" or "int8-group": how what is multiplied with the weight is rounded; None: not.
-        indivisible: name of a scheme, for weights whose inputs are no whole groups: they get smaller groups, the
-            largest of 16 or more that fit, or where none fits that scheme per channel. An error without it.
+        indivisible: name of a scheme, for weights whose inputs are no whole groups: they get the largest smaller groups
+            of 16 or more that fit, or one group per channel, or, where not even that fills bytes, this scheme per
+            channel. An error without it.
     """
 
     weights: str
@@ -112,6 +113,8 @@ class Rule:
         for size in range(min(length, self.group_size), _SMALLEST_GROUP - 1, -1):
             if length % size == 0 and size % multiple == 0:
                 return dataclasses.replace(self, group_size=size)
+        if length % multiple == 0:
+            return dataclasses.replace(self, group_size="channel")
         return dataclasses.replace(
             self, scheme=self.indivisible, group_size="channel", method="rtn", act_order=False, outliers=0
         )

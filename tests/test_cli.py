@@ -377,3 +377,25 @@ def test_quantize_says_what_it_needs(tmp_path: Path, capsys, argv: list[str], co
     argv = ["--model=box", f"--output={tmp_path / 'q'}", *argv]
     assert_one_line_error(*run(capsys, "quantize", *argv), code, message)
     assert not list(tmp_path.iterdir())
+
+
+def test_compiled_programs_are_kept_where_the_user_keeps_caches(tmp_path: Path) -> None:
+    """In a process of its own: the folder is chosen once, when a command starts."""
+    command = [sys.executable, "-m", "llamajax", "generate", "--prompt=a", "--max_new_tokens=2", "--temperature=0"]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    base = {**kept, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    (tmp_path / "file").write_text("")
+    texts = set()
+    for environment in (
+        base,
+        base,  # and again from the cache
+        {**base, "XDG_CACHE_HOME": str(tmp_path / "file")},  # where no folder can be made
+        {**base, "XDG_CACHE_HOME": str(tmp_path / "unused"), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "mine")},
+    ):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("\n") <= 4, done.stderr  # newline, prefill, decode, compile: no warnings
+        texts.add(done.stdout)
+    assert len(texts) == 1
+    assert list((tmp_path / "cache" / "llamajax").glob("xla-*/*"))
+    assert not (tmp_path / "unused").exists() and list((tmp_path / "mine").iterdir())

@@ -62,6 +62,7 @@ def test_flags_live_in_the_command_line_only(package: str) -> None:
 
 
 def test_no_module_reads_the_environment() -> None:
+    """But the command line, which keeps compiled programs where the user's environment says that caches are."""
     wrong = [
         f"{file}:{node.lineno}"
         for package in FORBIDDEN
@@ -69,7 +70,7 @@ def test_no_module_reads_the_environment() -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv", "os.putenv")
     ]
-    assert not wrong
+    assert [place.split(":")[0] for place in wrong] == ["llamajax/cli/__init__.py"]
 
 
 # Runs in a fresh interpreter. Flags that are there without us, absl's own and those of libraries, do not count.

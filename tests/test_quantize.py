@@ -160,7 +160,7 @@ def test_what_a_quantized_model_cannot_do_is_said(mixed: Llama, tmp_path: Path) 
         quantize(mixed, MIXED)
     with pytest.raises(LlamaJaxError, match="transformers does not read"):
         llamajax.save_checkpoint(mixed, tmp_path / "hf", form="huggingface")
-    with pytest.raises(LlamaJaxError, match=r"layers.ffn.down_FD of shape \(3, 128, 64\).*groups of 48"):
+    with pytest.raises(LlamaJaxError, match=r"layers.ffn.down_FD of layer 0 of shape \(128, 64\).*groups of 48"):
         quantize(random_model(CONFIG), (KEEP_NORMS, Rule(weights="*down*", scheme="int4", group_size=48), MIXED[-1]))
 
 
@@ -307,8 +307,31 @@ def test_bad_recipes_are_named(tmp_path: Path, text: str, message: str) -> None:
     file.write_text(text)
     with pytest.raises(LlamaJaxError, match=f"mine.toml.*{message}"):
         read_recipe(file)
-    with pytest.raises(LlamaJaxError, match="recipe is 'int5': expected a .toml file or one of int3-g64, int4-g128"):
+    with pytest.raises(
+        LlamaJaxError, match="recipe is 'int5': expected a .toml file or one of int3-g64, int3-g64-gptq, int4-g128"
+    ):
         read_recipe("int5")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "group", "inputs", "expected"),
+    [
+        ("int4", 32, 64, ("int4", 32)),
+        ("int4", 128, 64, ("int4", 64)),
+        ("int4", 128, 172, ("int4", 86)),
+        ("int4", 64, 172, ("int4", "channel")),  # 43 is odd, and two codes fill a byte
+        ("int3", 64, 172, ("int8", "channel")),  # eight codes fill three bytes
+        ("int3", 64, 96, ("int3", 48)),
+        ("int4", "channel", 172, ("int4", "channel")),
+    ],
+)
+def test_inputs_that_are_no_whole_groups(scheme: str, group, inputs: int, expected: tuple) -> None:
+    rule = Rule(weights="*", scheme=scheme, group_size=group, method="gptq", indivisible="int8")
+    made = rule.for_inputs(inputs)
+    assert (made.scheme, made.group_size) == expected
+    assert made.method == ("rtn" if made.scheme == "int8" else "gptq")
+    plain = Rule(weights="*", scheme=scheme, group_size=group)
+    assert plain.for_inputs(inputs) == plain
 
 
 def test_recipe_from_reads_what_recipes_say() -> None:

@@ -5,11 +5,14 @@ A command is a module with `SUMMARY`, `EXAMPLES`, `define(values)` and `run(valu
 """
 
 import difflib
+import hashlib
 import importlib
 import os
+import platform
 import sys
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 
 import jax
@@ -61,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _guarded(command: ModuleType, values: flags.FlagValues) -> int:
     """Runs a command; what bad input or a full machine can cause becomes one line, a bug keeps its traceback."""
     try:
+        keep_compiled_programs()
         command.run(values)
         sys.stdout.flush()
         return 0
@@ -80,6 +84,28 @@ def _guarded(command: ModuleType, values: flags.FlagValues) -> int:
         return _fail("out of device memory: use a smaller model, --dtype=bfloat16 or a shorter context", 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+
+
+def keep_compiled_programs() -> None:
+    """Lets JAX keep what it compiles in the user's cache folder, so that a second start does not compile again.
+
+    JAX's own settings win: JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false turns it
+    off. A folder is for one kind of processor: JAX does not tell apart programs for different instruction sets.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
+    features = [line for line in lines if line.startswith(("flags", "Features"))]
+    machine = f"{platform.machine()} {platform.processor()} {features[:1]}"
+    folder = root / "llamajax" / f"xla-{hashlib.sha256(machine.encode()).hexdigest()[:12]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # No home that could be written to: everything else works without.
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _fail(message: str, code: int) -> int:
