@@ -59,10 +59,11 @@ def choose_bits(
     if not any(len(candidates) > 1 for candidates in options.values()):
         raise LlamaJaxError("target_bpw: no rule has an int or uint scheme whose bits could be chosen")
     errors = _measure(read, options, windows_WT, config, on_weights)
-    items: dict[tuple[str, int | None], list] = {}
-    for name, layer in options:
+    # What is tied has one rule: a layer that the recipe treats in its own way stays apart.
+    items: dict[tuple[str, int | None, Rule], list] = {}
+    for (name, layer), rule in rules.items():
         tied = None if layer is None else layer * min(_MAX_RUNS, config.num_layers) // config.num_layers
-        items.setdefault((name, tied), []).append((name, layer))
+        items.setdefault((name, tied, rule), []).append((name, layer))
     float_bytes = read(Place("norm.weight_D", None)).dtype.itemsize
     costs = [
         [len(keys) * _bytes(rule, keys[0][0], config, float_bytes) for rule in options[keys[0]]]

@@ -58,12 +58,7 @@ class PartsOnDisk:
         try:
             with safe_open(file, framework="np", backend="pread") as stored:
                 described = json.loads(stored.metadata()["weights"])
-                return {
-                    name: jax.tree.map(
-                        lambda key: stored.get_tensor(key), _keys(name, abstract_weight(entry)), is_leaf=_is_key
-                    )
-                    for name, entry in described.items()
-                }
+                return {name: _read(stored, name, abstract_weight(entry)) for name, entry in described.items()}
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise LlamaJaxError(f"{file}: damaged ({str(error)[:100]}): remove it to make it anew") from None
 
@@ -73,8 +68,8 @@ class PartsOnDisk:
         described = {}
         for name, weight in weights.items():
             described[name] = describe(weight)
-            keys = jax.tree.leaves(_keys(name, weight))
-            arrays |= {key: np.ascontiguousarray(leaf) for key, leaf in zip(keys, jax.tree.leaves(weight), strict=True)}
+            leaves = jax.tree.leaves(weight)
+            arrays |= {key: np.ascontiguousarray(leaf) for key, leaf in zip(_keys(name, weight), leaves, strict=True)}
         metadata = {"weights": json.dumps(described)}
         _write(self._folder / f"{part}.safetensors", lambda path: save_file(arrays, path, metadata=metadata))
 
@@ -85,14 +80,18 @@ class PartsOnDisk:
         self._folder.rmdir()
 
 
-def _keys(name: str, weight: Any) -> Any:
-    """The weight's tree with a name in the place of each array."""
-    count = len(jax.tree.leaves(weight))
-    return jax.tree.unflatten(jax.tree.structure(weight), [f"{name}/{i}" for i in range(count)])
+def _keys(name: str, weight: Any) -> list[str]:
+    """A name for each array of a weight."""
+    return [f"{name}/{i}" for i in range(len(jax.tree.leaves(weight)))]
 
 
-def _is_key(node: Any) -> bool:
-    return isinstance(node, str)
+def _read(stored: Any, name: str, abstract: Any) -> Any:
+    """One weight, of the shapes and dtypes that it is said to have."""
+    arrays = [stored.get_tensor(key) for key in _keys(name, abstract)]
+    for array, leaf in zip(arrays, jax.tree.leaves(abstract), strict=True):
+        if (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
+            raise ValueError(f"{name} holds {array.dtype} {array.shape}: expected {leaf.dtype} {leaf.shape}")
+    return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
 
 
 def _write(file: Path, write: Any) -> None:

@@ -118,6 +118,17 @@ def test_bits_are_spent_where_they_help(skewed: Llama) -> None:
         quantize(skewed, Recipe(layers_rule(scheme="nf4"), 5), calibration=TOKENS, window=32)
 
 
+def test_a_layer_with_rules_of_its_own_keeps_them() -> None:
+    """Layers tied for the search get the same bits, but not one that the recipe says something else about."""
+    deep = random_model(dataclasses.replace(CONFIG, num_layers=9), dtype=jnp.bfloat16)
+    free = {"scheme": "int4", "group_size": 32, "scale_dtype": "float16"}
+    rules = (KEEP_NORMS, Rule(weights="layers.*", layers=(0,), keep=True), Rule(weights="*query*", **free), KEEP)
+    made = quantize(deep, Recipe(rules, 14.7), calibration=TOKENS, window=32)
+    parts = made.layers.attention.query_DQ.get_value().parts
+    assert not isinstance(parts[0], QTensor) and parts[0].shape[0] == 1
+    assert all(isinstance(part, QTensor) for part in parts[1:])
+
+
 def test_an_opened_checkpoint_gives_what_the_loaded_model_gives(skewed: Llama, tmp_path: Path) -> None:
     rules = layers_rule(method="gptq", scaling="awq")
     expected = quantize(skewed, rules, calibration=TOKENS, window=32)
