@@ -204,7 +204,9 @@ def test_what_cannot_be_is_said(skewed: Llama, rules, calibration, message: str)
 
 def test_weights_that_are_no_whole_groups_get_what_the_recipe_says(skewed: Llama) -> None:
     model = random_model(dataclasses.replace(CONFIG, ffn_width=86))
-    made = quantize(model, layers_rule(indivisible="int8", clip="mse", method="gptq"), calibration=TOKENS, window=32)
+    made = quantize(
+        model, layers_rule(scheme="int3", indivisible="int8", clip="mse", method="gptq"), calibration=TOKENS, window=32
+    )
     weight = made.layers.ffn.down_FD.get_value()
     assert not isinstance(weight, LayerRuns) and weight.scheme.name == "int8" and weight.group_size == 86
-    assert made.layers.ffn.up_DF.get_value().scheme.name == "int4"
+    assert made.layers.ffn.up_DF.get_value().scheme.name == "int3"
