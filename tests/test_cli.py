@@ -385,12 +385,13 @@ def test_compiled_programs_are_kept_where_the_user_keeps_caches(tmp_path: Path) 
     kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     base = {**kept, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     (tmp_path / "file").write_text("")
+    theirs = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "mine"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     texts = set()
     for environment in (
         base,
         base,  # and again from the cache
         {**base, "XDG_CACHE_HOME": str(tmp_path / "file")},  # where no folder can be made
-        {**base, "XDG_CACHE_HOME": str(tmp_path / "unused"), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "mine")},
+        {**base, "XDG_CACHE_HOME": str(tmp_path / "unused"), **theirs},
     ):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
