@@ -123,14 +123,14 @@ def _measure(
 ) -> dict[tuple[str, int | None], list[float]]:
     """The error of each candidate of each weight; 0 where there is nothing to choose."""
     errors = {key: [0.0] * len(candidates) for key, candidates in options.items()}
-    embed_VD = _dense(read(Place("embed_VD", None)))
+    embed_VD = calibrate.dense(read(Place("embed_VD", None)))
     x_WTD = jnp.asarray(embed_VD)[windows_WT]
     for i, rule in enumerate(options["embed_VD", None]):
         if len(options["embed_VD", None]) > 1:
             errors["embed_VD", None][i] = float(_change(x_WTD, dequantize(_quantized(embed_VD, rule, -1))[windows_WT]))
     names = [name for name, layer in options if layer == 0]
     for layer in range(config.num_layers):
-        weights = {name.removeprefix(STACKED): _dense(read(Place(name, layer))) for name in names}
+        weights = {name.removeprefix(STACKED): calibrate.dense(read(Place(name, layer))) for name in names}
         after_WTD = calibrate.run_block(calibrate.block_of(weights, config), x_WTD)
         for name in names:
             candidates = options[name, layer]
@@ -158,12 +158,16 @@ def _measure_head(
     name = "embed_VD" if config.tied_embeddings else "head_VD"
     if len(options[name, None]) == 1:
         return
-    head_VD = embed_VD if config.tied_embeddings else _dense(read(Place(name, None)))
+    head_VD = embed_VD if config.tied_embeddings else calibrate.dense(read(Place(name, None)))
     norm = RMSNorm(config.width, config.norm_eps, jnp.float32)
-    norm.weight_D.set_value(_dense(read(Place("norm.weight_D", None))))
+    norm.weight_D.set_value(calibrate.dense(read(Place("norm.weight_D", None))))
     hidden_TD = norm(x_WTD).reshape(-1, config.width)
     hidden_TD = hidden_TD[:: max(1, len(hidden_TD) // _HEAD_TOKENS)]
-    centred = lambda head_VD: (hidden_TD @ head_VD.T) - (hidden_TD @ head_VD.T).mean(-1, keepdims=True)  # noqa: E731
+
+    def centred(head_VD: jax.Array) -> jax.Array:
+        logits_TV = hidden_TD @ head_VD.T
+        return logits_TV - logits_TV.mean(-1, keepdims=True)
+
     logits_TV = centred(head_VD)
     for i, rule in enumerate(options[name, None]):
         errors[name, None][i] += float(_change(logits_TV, centred(dequantize(_quantized(head_VD, rule, -1)))))
@@ -173,7 +177,3 @@ def _measure_head(
 def _change(before: jax.Array, after: jax.Array) -> jax.Array:
     """Mean over tokens of |after - before|^2 / |before|^2: no token counts more because its activations are large."""
     return jnp.mean(jnp.sum((after - before) ** 2, -1) / jnp.maximum(jnp.sum(before**2, -1), 1e-30))
-
-
-def _dense(weight: Any) -> jax.Array:
-    return jnp.asarray(weight).astype(jnp.float32)

@@ -16,7 +16,7 @@ from llamajax.checkpoint.naming import named_leaves
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
 from llamajax.model import Block, abstract_model
-from quant import Probe, quantize_rtn, search_scale, smoothing_scale
+from quant import Probe, QTensor, dequantize, quantize_rtn, search_scale, smoothing_scale
 from quant.gptq import add_to_hessian
 from quant.recipe import Rule
 
@@ -72,6 +72,11 @@ def calibration_windows(tokens: np.ndarray, config: Config, window: int) -> np.n
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
         raise LlamaJaxError(f"the calibration text holds an id outside of the model's {config.vocab_size}")
     return tokens[: count * window].reshape(count, window)
+
+
+def dense(weight: Any) -> jax.Array:
+    """float32 values of a weight, quantized or not."""
+    return dequantize(weight) if isinstance(weight, QTensor) else jnp.asarray(weight).astype(jnp.float32)
 
 
 def block_of(weights: Mapping[str, Any], config: Config) -> Block:

@@ -28,7 +28,7 @@ from llamajax.model import Llama, RMSNorm, abstract_model
 from llamajax.quantize_weight import quantize_weight
 from llamajax.resume import PartsOnDisk
 from llamajax.stacks import LayerStacks
-from quant import QTensor, dequantize
+from quant import QTensor
 from quant.recipe import Recipe, Rule, assign, recipe_from
 
 _WORKERS = 3  # weights in work at a time
@@ -184,7 +184,7 @@ def _calibrated(
     embed = quantize_weight(Place("embed_VD", None), read(Place("embed_VD", None)), rules["embed_VD", None])
     stacks.put(Place("embed_VD", None), embed)
     steps.add()
-    x_WTD = np.array(_dense(embed)[windows_WT])
+    x_WTD = np.array(calibrate.dense(embed)[windows_WT])
     for layer in range(config.num_layers):
         made = parts.load(f"layer-{layer}") if parts else None
         if made is None:
@@ -193,7 +193,7 @@ def _calibrated(
                 parts.store(f"layer-{layer}", made)
         for name, weight in made.items():
             stacks.put(Place(STACKED + name, layer), weight)
-        block = calibrate.block_of({name: _dense(weight) for name, weight in made.items()}, config)
+        block = calibrate.block_of({name: calibrate.dense(weight) for name, weight in made.items()}, config)
         x_WTD = calibrate.advance(block, x_WTD)
         steps.add(len(made))
     norm = Place("norm.weight_D", None)
@@ -204,7 +204,7 @@ def _calibrated(
         rule, seen = rules[head], None
         if rule.needs_calibration:
             final_norm = RMSNorm(config.width, config.norm_eps, jnp.float32)
-            final_norm.weight_D.set_value(_dense(read(norm)))
+            final_norm.weight_D.set_value(calibrate.dense(read(norm)))
             hidden_WTD = np.array(jax.jit(lambda x_WTD: final_norm(x_WTD))(x_WTD))
             seen = calibrate.observe_array(hidden_WTD, rule.method == "gptq")
         stacks.put(head, quantize_weight(head, read(head), rule, seen))
@@ -224,7 +224,7 @@ def _calibrated_layer(
     rule_of = {name: rules[STACKED + name, layer] for name in names}
     stored = {name: read(Place(STACKED + name, layer)) for name in names}
     dtypes = {name: stored[name].dtype for name in names}
-    dense = {name: _dense(stored.pop(name)) for name in names}
+    dense = {name: calibrate.dense(stored.pop(name)) for name in names}
     _scale_inputs(dense, rule_of, x_WTD, config, dtypes)
     made: dict[str, Any] = {}
     for group, members in calibrate.INPUTS.items():
@@ -237,7 +237,7 @@ def _calibrated_layer(
             made[name] = quantize_weight(
                 place, dense[name].astype(dtypes[name]) if rule.keep else dense[name], rule, seen
             )
-            dense[name] = _dense(made[name])
+            dense[name] = calibrate.dense(made[name])
             if isinstance(made[name], QTensor):
                 made[name] = dataclasses.replace(made[name], dtype=np.dtype(dtypes[name]))
     for name in names:
@@ -261,11 +261,6 @@ def _scale_inputs(
             group, rule_of[members[0]], [dense[name] for name in members], seen[group], config
         )
         calibrate.fold(dense, group, scale_K, config, dtypes[calibrate.PRODUCERS[group]])
-
-
-def _dense(weight: Any) -> jax.Array:
-    """float32 values of a weight, quantized or not."""
-    return dequantize(weight) if isinstance(weight, QTensor) else jnp.asarray(weight).astype(jnp.float32)
 
 
 def _work_key(rules: Rules, windows: np.ndarray, config: Config, read: Callable[[Place], Any]) -> dict[str, Any]:
