@@ -264,12 +264,14 @@ def _scale_inputs(
 
 
 def _work_key(rules: Rules, windows: np.ndarray, config: Config, read: Callable[[Place], Any]) -> dict[str, Any]:
-    """What the result depends on; of the weights the embeddings stand for all."""
-    embed = np.ascontiguousarray(np.asarray(read(Place("embed_VD", None))))
+    """What the result depends on."""
+    weights = hashlib.sha256()
+    for place in tensor_places(config):
+        weights.update(np.ascontiguousarray(read(place)).view(np.uint8))
     return {
         "rules": [[name, layer, dataclasses.asdict(rule)] for (name, layer), rule in rules.items()],
         "config": config.to_dict(),
         "text": hashlib.sha256(np.ascontiguousarray(windows).tobytes()).hexdigest(),
         "shape": list(windows.shape),
-        "embeddings": hashlib.sha256(embed.view(np.uint8).tobytes()).hexdigest(),
+        "weights": weights.hexdigest(),
     }
