@@ -267,7 +267,7 @@ def _work_key(rules: Rules, windows: np.ndarray, config: Config, read: Callable[
     """What the result depends on."""
     weights = hashlib.sha256()
     for place in tensor_places(config):
-        weights.update(np.ascontiguousarray(read(place)).view(np.uint8))
+        weights.update(np.ascontiguousarray(read(place)).view(np.uint8).data)
     return {
         "rules": [[name, layer, dataclasses.asdict(rule)] for (name, layer), rule in rules.items()],
         "config": config.to_dict(),
