@@ -16,6 +16,7 @@ from llamajax.errors import LlamaJaxError
 from llamajax.evaluate import cross_entropy, next_token_losses
 from llamajax.generate import Completion, decode, generate, prefill, stream
 from llamajax.model import Llama, abstract_model
+from llamajax.prepare import prepare
 from llamajax.sampling import Sampler, make_sampler, sample
 from llamajax.tokenizer import Tokenizer
 
@@ -39,6 +40,7 @@ __all__ = [
     "next_token_losses",
     "open_checkpoint",
     "prefill",
+    "prepare",
     "preset",
     "preset_names",
     "sample",

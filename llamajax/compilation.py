@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from quant import compiler_options
+
 
 class CompiledFunction:
     """`jax.jit` that compiles explicitly, once for each combination of shapes, dtypes and shardings.
@@ -29,7 +31,7 @@ class CompiledFunction:
         program = self._programs.get(key)
         if program is None:
             start = time.perf_counter()
-            program = self._programs[key] = self._jitted.lower(*args).compile()
+            program = self._programs[key] = self._jitted.lower(*args).compile(compiler_options(jax.default_backend()))
             self.compile_seconds += time.perf_counter() - start
             self.compilations += 1
         return program(*args)

@@ -32,6 +32,8 @@ from llamajax.request import (
     stop_strings,
 )
 from llamajax.sampling import Sampler, make_sampler, sample
+from llamajax.speculate import LookupState, check_speculate, compiled_lookup, slots_beyond
+from llamajax.tiled_cache import empty_cache
 from llamajax.tokenizer import Tokenizer
 
 # Chunks of a prompt. Three sizes are three programs at most; the largest bounds the memory of a long prompt's scores.
@@ -129,6 +131,7 @@ class Speed:
         prefill_tokens: prompt tokens put into the cache, padding not counted.
         decode_tokens: tokens made, of all rows.
         decode_steps: forward passes that made them.
+        row_steps: with speculation, those passes counted once for each row that still ran; 0 without.
         step_bytes: weights and cache that one forward pass reads.
         prefill_chunks: forward passes of the prefill.
         compilations: programs compiled during the request.
@@ -139,6 +142,7 @@ class Speed:
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
     decode_steps: int = 0
+    row_steps: int = 0
     decode_seconds: float = 0.0
     step_bytes: int = 0
     compilations: int = 0
@@ -153,6 +157,11 @@ class Speed:
     def decode_tokens_per_second(self) -> float:
         """Of all rows together; 0 where nothing was made."""
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def tokens_per_step(self) -> float:
+        """With speculation, tokens that a row made in one forward pass, at most `speculate` + 1; 0 without."""
+        return self.decode_tokens / self.row_steps if self.row_steps else 0.0
 
     @property
     def prefill_gigabytes_per_second(self) -> float:
@@ -178,7 +187,7 @@ def generate(
         tokenizer: its tokenizer; may be None if all prompts are ids and there are no stop strings: `text` is then "".
         prompts: a text (a BOS is put before it), or a list of ids (taken as they are), or a list of either.
         **options: as of `TextStream`: max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop,
-            cache_dtype.
+            cache_dtype, speculate.
 
     Returns:
         A `Completion`, or a list of them if `prompts` is a list of prompts.
@@ -223,6 +232,7 @@ class TextStream:
         seed: int | Sequence[int] = 0,
         stop: str | Sequence[str] | None = None,
         cache_dtype: jax.typing.DTypeLike | None = None,
+        speculate: int = 0,
         smooth: bool = True,
     ):
         """Checks and encodes; nothing runs yet.
@@ -241,6 +251,9 @@ class TextStream:
             stop: texts at which a row ends; they are not part of its text.
             cache_dtype: of keys and values, one of `cache.CACHE_DTYPES`; the model's unless given. "int8" and "int4"
                 keep them in a half and a quarter of a 16-bit float, and a little for scales.
+            speculate: tokens that the text itself drafts for each forward pass to check (see `speculate.py`); 0 is off.
+                Greedy choice only. The text is the same up to rounding: a product over more tokens may be summed in
+                another order.
             smooth: whether text should come every 50 ms rather than 64 tokens at a time.
         """
         self.single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
@@ -251,6 +264,8 @@ class TextStream:
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
         )
         check_knobs(self._sampler, len(self._prompts))
+        check_speculate(speculate, self._sampler)
+        self._drafts, self._program = speculate, compiled_lookup if speculate else compiled_decode
         self._key_B = row_keys(seed, len(self._prompts))
         self._cache_dtype = check_cache_dtype(model.dtype if cache_dtype is None else cache_dtype)
         stops = stop_strings(stop, tokenizer)
@@ -266,38 +281,53 @@ class TextStream:
         """Runs the request; each item is the text that has become certain: a string, or a list of one a row."""
         state = self._start()
         stop_M = jnp.asarray(self._tokenizer.stop_ids if self._tokenizer else (), jnp.int32)
-        made, block = 0, 1 if self._smooth else DECODE_BLOCK
-        while made < self._limit and not all(row.finish_reason for row in self._rows):
+        block = 1 if self._smooth else DECODE_BLOCK
+        while not all(row.finish_reason for row in self._rows):
             start = time.perf_counter()
-            limit = jnp.asarray(min(block, self._limit - made), jnp.int32)
-            before = compiled_decode.compile_seconds
-            state, tokens, log_probabilities, steps = compiled_decode(self._model, state, self._sampler, stop_M, limit)
-            tokens, log_probabilities, steps = np.asarray(tokens), np.asarray(log_probabilities), int(steps)
-            seconds = time.perf_counter() - start - (compiled_decode.compile_seconds - before)
-            made += steps
+            before = self._program.compile_seconds
+            state, tokens, log_probabilities, made_B, step_B = self._decode(state, stop_M, block)
+            seconds = time.perf_counter() - start - (self._program.compile_seconds - before)
             pieces = [
-                row.take(tokens[i, :steps], log_probabilities[i, :steps], made == self._limit)
-                for i, row in enumerate(self._rows)
+                row.take(tokens[i, :made], log_probabilities[i, :made], len(row.tokens) + made == self._limit)
+                for i, (row, made) in enumerate(zip(self._rows, made_B, strict=True))
             ]
-            self._account(steps, seconds, sum(count for _, count in pieces))
-            done_B = jnp.asarray([row.finish_reason is not None for row in self._rows])
-            state = dataclasses.replace(state, done_B=done_B)
+            self._account(step_B, seconds, sum(count for _, count in pieces))
             if self._smooth:
-                block = int(np.clip(_UPDATE_SECONDS * steps / max(seconds, 1e-9), 1, DECODE_BLOCK))
+                block = int(np.clip(_UPDATE_SECONDS * step_B.max() / max(seconds, 1e-9), 1, DECODE_BLOCK))
             yield pieces[0][0] if self.single else [text for text, _ in pieces]
 
-    def _start(self) -> DecodeState:
+    def _decode(
+        self, state: DecodeState | LookupState, stop_M: jax.Array, block: int
+    ) -> tuple[DecodeState | LookupState, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """One call of the decode program, of up to `block` forward passes.
+
+        Returns:
+            The state behind it; tokens and log-probabilities, [B, M]; how many of M each row made; in how many passes.
+        """
+        left_B = np.asarray([0 if row.finish_reason else self._limit - len(row.tokens) for row in self._rows], np.int32)
+        if isinstance(state, LookupState):
+            state = dataclasses.replace(state, left_B=jnp.asarray(left_B))
+            state, *made = compiled_lookup(self._model, state, stop_M, jnp.asarray(block, jnp.int32))
+            tokens, log_probabilities, made_B, step_B = (np.asarray(array) for array in made)
+            return state, tokens, log_probabilities, made_B, step_B
+        state = dataclasses.replace(state, done_B=jnp.asarray(left_B == 0))
+        limit = jnp.asarray(min(block, left_B.max()), jnp.int32)
+        state, token_BM, log_probability_BM, steps = compiled_decode(self._model, state, self._sampler, stop_M, limit)
+        step_B = np.full(len(left_B), int(steps))
+        return state, np.asarray(token_BM), np.asarray(log_probability_BM), step_B, step_B
+
+    def _start(self) -> DecodeState | LookupState:
         """Prefills all but the last token of each prompt."""
         model, B = self._model, len(self._prompts)
         length = max(len(prompt) for prompt in self._prompts) - 1
         chunks = plan_chunks(length)
-        slots = _round_up(max(sum(chunks), length + self._limit), SLOT_MULTIPLE)
-        cache = KVCache.empty(model.config, B, slots, self._cache_dtype)
+        slots = _round_up(max(sum(chunks), length + self._limit + slots_beyond(self._drafts)), SLOT_MULTIPLE)
+        cache = empty_cache(model.config, B, slots, self._cache_dtype)
         self.speed.step_bytes = _tree_bytes(model) + _tree_bytes(cache)
         if not model.config.tied_embeddings:
             self.speed.step_bytes -= _tree_bytes(model.embed_VD)  # of which only B rows are read
-        self._compilations = compiled_prefill.compilations + compiled_decode.compilations
-        self._compile_seconds = compiled_prefill.compile_seconds + compiled_decode.compile_seconds
+        self._compilations = compiled_prefill.compilations + self._program.compilations
+        self._compile_seconds = compiled_prefill.compile_seconds + self._program.compile_seconds
         start, before, first = time.perf_counter(), compiled_prefill.compile_seconds, 0
         for chunk in chunks:
             tokens_BT, count_B = _chunk(self._prompts, first, chunk)
@@ -309,6 +339,8 @@ class TextStream:
         if chunks:
             compiling = compiled_prefill.compile_seconds - before
             self.speed.prefill_seconds = time.perf_counter() - start - compiling
+        if self._drafts:
+            return LookupState.start(cache, self._prompts, self._drafts)
         seen_BV = None
         if self._sampler.repetition_penalty is not None:
             seen = np.zeros((B, model.config.vocab_size), bool)
@@ -318,12 +350,13 @@ class TextStream:
         last_B = jnp.asarray([prompt[-1] for prompt in self._prompts], jnp.int32)
         return DecodeState(cache, last_B, self._key_B, jnp.zeros(B, bool), seen_BV)
 
-    def _account(self, steps: int, seconds: float, tokens: int) -> None:
-        self.speed.decode_steps += steps
+    def _account(self, step_B: np.ndarray, seconds: float, tokens: int) -> None:
+        self.speed.decode_steps += int(step_B.max())
+        self.speed.row_steps += int(step_B.sum()) if self._drafts else 0
         self.speed.decode_seconds += seconds
         self.speed.decode_tokens += tokens
-        self.speed.compilations = compiled_prefill.compilations + compiled_decode.compilations - self._compilations
-        compile_seconds = compiled_prefill.compile_seconds + compiled_decode.compile_seconds
+        self.speed.compilations = compiled_prefill.compilations + self._program.compilations - self._compilations
+        compile_seconds = compiled_prefill.compile_seconds + self._program.compile_seconds
         self.speed.compile_seconds = compile_seconds - self._compile_seconds
 
 

@@ -21,7 +21,8 @@ from flax import nnx
 
 from llamajax.cache import KVCache
 from llamajax.config import Config
-from quant import einsum, split_runs, take_rows
+from llamajax.tiled_cache import MAX_QUERIES, TiledKVCache
+from quant import einsum, scan_layers, take_rows
 
 # Scores of slots that a query must not see. Finite, because -inf minus -inf is NaN in a row that sees nothing, and
 # because some of the runtimes that execute our exported programs do not carry infinities.
@@ -104,7 +105,10 @@ class Attention(nnx.Module):
             mixed_BTNH = attend_causal(query_BTNH, jnp.swapaxes(key_BTKH, 1, 2), jnp.swapaxes(value_BTKH, 1, 2))
         else:
             cache = cache.write(layer, key_BTKH, value_BTKH)
-            mixed_BTNH = attend(query_BTNH, *cache.read(layer), position_BT)
+            if isinstance(cache, TiledKVCache) and T * c.num_heads <= MAX_QUERIES * c.num_kv_heads:
+                mixed_BTNH = cache.attend(layer, query_BTNH, position_BT)
+            else:
+                mixed_BTNH = attend(query_BTNH, *cache.read(layer), position_BT)
         return einsum("BTQ,QD->BTD", mixed_BTNH.reshape(B, T, -1), self.out_QD.get_value()), cache
 
 
@@ -244,14 +248,12 @@ class Llama(nnx.Module):
         inside_BT = jnp.where(tokens_BT < 0, self.config.vocab_size, tokens_BT)
         x_BTD = take_rows(self.embed_VD.get_value(), inside_BT).astype(self.dtype)
 
-        def layer_step(carry, scanned):
+        def layer_step(carry, block, layer):
             x_BTD, cache = carry
-            block, layer = scanned
-            return block(x_BTD, position_BT, cache, layer), None
+            return block(x_BTD, position_BT, cache, layer)
 
         # The cache is carried, not scanned over: as scan input and output it would be copied at every call.
-        for first, length, run in split_runs(self.layers):
-            (x_BTD, cache), _ = jax.lax.scan(layer_step, (x_BTD, cache), (run, jnp.arange(first, first + length)))
+        x_BTD, cache = scan_layers(layer_step, (x_BTD, cache), self.layers)
         if cache is not None:
             # A row that did not fit wrote over its older tokens (XLA moves an update that sticks out): NaN, for good.
             fits_B = cache.length_B + T <= cache.slots

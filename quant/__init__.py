@@ -13,10 +13,11 @@ from quant.hqq import quantize_hqq
 from quant.matmul import einsum, take_rows
 from quant.outliers import outlier_channels, split_outliers
 from quant.packing import FORMAT_VERSION, pack, unpack
+from quant.prepare import compiler_options, prepare
 from quant.probe import Probe
 from quant.qtensor import QTensor, dequantize
 from quant.rtn import quantize_rtn
-from quant.runs import LayerRuns, split_runs
+from quant.runs import LayerRuns, scan_layers, split_runs
 from quant.scheme import SCHEMES, Scheme
 from quant.smoothquant import smoothing_scale
 
@@ -27,15 +28,18 @@ __all__ = [
     "Probe",
     "QTensor",
     "Scheme",
+    "compiler_options",
     "dequantize",
     "einsum",
     "outlier_channels",
     "pack",
+    "prepare",
     "quantize_activations",
     "quantize_gptq",
     "quantize_hqq",
     "quantize_rtn",
     "round_activations",
+    "scan_layers",
     "search_scale",
     "smoothing_scale",
     "split_outliers",

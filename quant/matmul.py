@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from quant.activations import check_activations, round_activations
+from quant.kernels import cpu
 from quant.probe import Probe
 from quant.qtensor import QTensor, dequantize, outlier_slots
 
@@ -11,7 +12,7 @@ from quant.qtensor import QTensor, dequantize, outlier_slots
 def einsum(
     equation: str,
     activations: jax.Array,
-    weight: jax.Array | QTensor | Probe,
+    weight: jax.Array | QTensor | cpu.TiledWeight | Probe,
     *,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
@@ -25,7 +26,8 @@ def einsum(
         equation: einsum equation with the activations first, for example "BTD,DF->BTF".
         activations: float array.
         weight: float array, or a QTensor: then the result is that of its dequantized float32 values, with activations
-            rounded first where it says so (`QTensor.activations`). Gradients pass by that rounding.
+            rounded first where it says so (`QTensor.activations`). Gradients pass by that rounding. Or what `prepare`
+            makes of a QTensor for a backend: the same, but for the order of sums.
         dtype: of the result; that of the activations unless given.
 
     Returns:
@@ -39,27 +41,43 @@ def einsum(
     if isinstance(weight, Probe):
         weight.seen[weight.name] = activations
         weight = weight.weight
-    if isinstance(weight, QTensor):
+    if isinstance(weight, QTensor | cpu.TiledWeight):
         return _einsum_quantized(equation, activations, weight).astype(dtype)
     precision = jax.lax.Precision.HIGHEST if activations.dtype == jnp.float32 else None
     product = jnp.einsum(equation, activations, weight, precision=precision, preferred_element_type=jnp.float32)
     return product.astype(dtype)
 
 
-def _einsum_quantized(equation: str, activations: jax.Array, weight: QTensor) -> jax.Array:
-    """The product with a QTensor, float32. This is the one place where a lowering for the backend is chosen.
+def _einsum_quantized(equation: str, activations: jax.Array, weight: QTensor | cpu.TiledWeight) -> jax.Array:
+    """The product with a quantized weight, float32. This is the one place where a lowering is chosen: by the layout.
 
-    The only one so far is the reference: dequantize, then contract, both in float32. The weight is not rounded to the
-    activations' type, so that what other lowerings are compared with has no error but the quantizer's. Activations in
-    int8 are rounded, and multiplied as floats: up to the rounding of sums, what products of integers give.
+    A QTensor, and whatever is no plain product of a matrix, takes the reference: dequantize, then contract, both in
+    float32. The weight is not rounded to the activations' type, so that what other lowerings are compared with has no
+    error but the quantizer's. Activations in int8 are rounded, and multiplied as floats: up to the rounding of sums,
+    what products of integers give.
     """
     activations = activations.astype(jnp.float32)
     if weight.activations is not None:
         activations = _round_for(equation, activations, weight)
+    if isinstance(weight, cpu.TiledWeight):
+        if _is_matmul(equation, weight.axis):
+            y_RM = cpu.matmul(activations.reshape(-1, activations.shape[-1]), weight)
+            return y_RM.reshape(*activations.shape[:-1], -1)
+        weight = cpu.restore(weight)
     return jnp.einsum(equation, activations, dequantize(weight), precision=jax.lax.Precision.HIGHEST)
 
 
-def _round_for(equation: str, activations: jax.Array, weight: QTensor) -> jax.Array:
+def _is_matmul(equation: str, weight_axis: int) -> bool:
+    """Whether an equation contracts the last axis of the activations with a matrix, as "BTD,DF->BTF" with axis -2."""
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    term, _, weight_term = inputs.partition(",")
+    if len(weight_term) != 2:
+        return False
+    contracted, free = tuple(weight_term) if weight_axis == -2 else tuple(reversed(weight_term))
+    return term.endswith(contracted) and output == term.removesuffix(contracted) + free
+
+
+def _round_for(equation: str, activations: jax.Array, weight: QTensor | cpu.TiledWeight) -> jax.Array:
     """Activations as `weight.activations` rounds them, float32 of the same shape.
 
     Outlier channels are not rounded, and not seen by the scales: that is what they are for (LLM.int8()).
@@ -102,7 +120,7 @@ def _contraction_axis(equation: str, weight_axis: int) -> int:
     return before.index(letter) if letter in before else term.index(letter) - len(term)
 
 
-def take_rows(table: jax.Array | QTensor, ids: jax.Array) -> jax.Array:
+def take_rows(table: jax.Array | QTensor | cpu.TiledWeight, ids: jax.Array) -> jax.Array:
     """Looks up rows of an embedding table; of a quantized one only those rows are dequantized.
 
     Args:
@@ -116,7 +134,7 @@ def take_rows(table: jax.Array | QTensor, ids: jax.Array) -> jax.Array:
     Raises:
         ValueError: if a QTensor is grouped along V, or is not a matrix.
     """
-    if not isinstance(table, QTensor):
+    if not isinstance(table, QTensor | cpu.TiledWeight):
         return jnp.take(table, ids, axis=0, mode="fill")
     if table.axis != -1 or table.ndim != 2:
         raise ValueError(
@@ -132,6 +150,9 @@ def take_rows(table: jax.Array | QTensor, ids: jax.Array) -> jax.Array:
         # A plane that is the same for all rows (a scale per tensor, the order) has height 1 and broadcasts.
         return jnp.take(plane, row, axis=0, mode="clip") if plane.shape[0] == height else plane
 
-    rows = dequantize(jax.tree.map(pick, table), table.dtype)
+    if isinstance(table, cpu.TiledWeight):
+        rows = cpu.take_rows(table, jnp.clip(row, 0, height - 1))
+    else:
+        rows = dequantize(jax.tree.map(pick, table), table.dtype)
     rows = jnp.where(((row >= 0) & (row < height))[:, None], rows, jnp.nan)
     return rows.reshape(*ids.shape, table.shape[1])

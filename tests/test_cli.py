@@ -73,6 +73,18 @@ def test_stop_and_seed(capsys) -> None:
     assert sampled[0] == sampled[1] != sampled[2]
 
 
+def test_speculation_prints_the_same_text_and_what_a_step_made(capsys) -> None:
+    argv = ["generate", "--prompt=Once upon a time", "--max_new_tokens=60", "--temperature=0", "--dtype=float32"]
+    _, plain, without = run(capsys, *argv)
+    code, out, err = run(capsys, *argv, "--speculate=4")
+    assert code == 0 and out == plain
+    decode = next(line for line in err.splitlines() if line.startswith("decode"))
+    assert decode.endswith(" tokens a step") and 1 <= float(decode.split()[-4]) <= 5
+    assert "a step" not in without
+    for knobs in (["--temperature=0.8"], ["--repetition_penalty=1.2"], ["--speculate=-1"]):
+        assert_one_line_error(*run(capsys, *argv, "--speculate=4", *knobs), 1, "speculate is", "expected")
+
+
 def test_inspect_agrees_with_the_files(capsys) -> None:
     from safetensors import safe_open
 

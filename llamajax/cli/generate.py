@@ -10,7 +10,9 @@ from absl import flags
 from llamajax.cache import CACHE_DTYPES
 from llamajax.cli.common import define_dtype, define_model, load_model
 from llamajax.generate import Completion, Speed, TextStream
+from llamajax.prepare import prepare
 from llamajax.sampling import make_sampler
+from llamajax.speculate import check_speculate
 
 SUMMARY = "continue a prompt, or several at once"
 EXAMPLES = (
@@ -57,6 +59,13 @@ def define(values: flags.FlagValues) -> None:
         "bfloat16 is slow, int8 is not",
         flag_values=values,
     )
+    flags.DEFINE_integer(
+        "speculate",
+        0,
+        "tokens that the text itself drafts for each forward pass to check, such as 4. The same text, sooner where it "
+        "repeats itself or its prompt. Needs --temperature=0",
+        flag_values=values,
+    )
     flags.DEFINE_boolean("echo", True, "print the prompt before its continuation", flag_values=values)
     flags.DEFINE_boolean(
         "json", False, "print one JSON object a prompt, with ids and log probabilities", flag_values=values
@@ -66,8 +75,10 @@ def define(values: flags.FlagValues) -> None:
 def run(values: flags.FlagValues) -> None:
     """Streams text to stdout and ends with the speed on stderr."""
     knobs: dict[str, Any] = {name: values[name].value for name in _KNOBS}
-    make_sampler(**knobs)  # Checked before the weights are read: a slip should not cost a minute.
+    # Checked before the weights are read: a slip should not cost a minute.
+    check_speculate(values.speculate, make_sampler(**knobs))
     model, tokenizer = load_model(values)
+    model = prepare(model, donate=True)
     single = len(values.prompt) == 1
     stream = TextStream(
         model,
@@ -78,6 +89,7 @@ def run(values: flags.FlagValues) -> None:
         seed=values.seed,
         stop=values.stop,
         cache_dtype=None if values.kv_cache == "auto" else values.kv_cache,
+        speculate=values.speculate,
         smooth=single and not values.json,
     )
     if single and not values.json:
@@ -108,7 +120,7 @@ def _as_json(prompt: str, completion: Completion) -> str:
 
 
 def describe_speed(speed: Speed) -> str:
-    """Three aligned lines: prefill, decode, compilation."""
+    """Three aligned lines: prefill, decode, compilation. With speculation, what a forward pass made behind decode."""
     rows = (
         ("prefill", speed.prefill_tokens, speed.prefill_tokens_per_second, speed.prefill_gigabytes_per_second),
         ("decode", speed.decode_tokens, speed.decode_tokens_per_second, speed.decode_gigabytes_per_second),
@@ -116,5 +128,7 @@ def describe_speed(speed: Speed) -> str:
     lines = [
         f"{name:8}{count:6} tokens {rate:10.1f} tokens/s {gigabytes:7.2f} GB/s" for name, count, rate, gigabytes in rows
     ]
+    if speed.row_steps:
+        lines[1] += f" {speed.tokens_per_step:6.2f} tokens a step"
     programs = f"{speed.compilations} program{'' if speed.compilations == 1 else 's'}"
     return "\n".join([*lines, f"compile {speed.compile_seconds:6.1f} s for {programs}, not counted above"])

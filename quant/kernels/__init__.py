@@ -1,0 +1,1 @@
+"""One lowering per backend for products with quantized weights, each beside its reference in `quant.matmul`."""

@@ -1,0 +1,295 @@
+"""Prompt lookup against plain greedy decoding, and against a lookup written here in plain Python."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import llamajax
+from llamajax import KVCache, Llama, LlamaJaxError, Tokenizer, abstract_model, generate, prefill, stream
+from llamajax.speculate import MAX_DRAFTS, MAX_NGRAM, STEPS, LookupState, decode_by_lookup, draft_tokens, slots_beyond
+from quant import SCHEMES, quantize_rtn
+
+EOS = 2
+LOOP = [*range(40, 50)]  # what the model of `cycle` says, over and over
+
+
+def _drafted(ids: list[int], count: int) -> list[int]:
+    """Saxena's rule as one would do it by hand, and drafts that reach the end copying themselves."""
+    for size in range(MAX_NGRAM, 0, -1):
+        for end in range(len(ids) - 1, size - 1, -1):
+            if ids[end - size : end] == ids[-size:]:
+                copied = list(ids)
+                for i in range(count):
+                    copied.append(copied[end + i])
+                return copied[len(ids) :]
+    return ids[-1:] * count
+
+
+def _passes(prompt: list[int], made: list[int], count: int) -> int:
+    """Forward passes that make `made`: each the agreeing part of its draft and one token more."""
+    at, passes = 0, 0
+    while at < len(made):
+        draft = _drafted(prompt + made[:at], count)
+        agreeing = next((i for i, token in enumerate(draft) if made[at + i : at + i + 1] != [token]), count)
+        at, passes = at + agreeing + 1, passes + 1
+    return passes
+
+
+def _assert_same(model: Llama, tokenizer: Tokenizer | None, prompts: Any, drafts: int, **options: Any) -> Any:
+    """Text, tokens, log-probabilities and why rows ended, with and without; returns the run with speculation."""
+    run = stream(model, tokenizer, prompts, temperature=0, speculate=drafts, **options)
+    pieces = list(run)
+    plain = stream(model, tokenizer, prompts, temperature=0, **options)
+    list(plain)
+    for ours, theirs in zip(run.completions, plain.completions, strict=True):
+        assert ours.tokens == theirs.tokens
+        np.testing.assert_allclose(ours.log_probabilities, theirs.log_probabilities, atol=1e-4)
+        assert dataclasses.replace(ours, log_probabilities=[]) == dataclasses.replace(theirs, log_probabilities=[])
+    texts = "".join(pieces) if run.single else ["".join(row) for row in zip(*pieces, strict=True)]
+    assert texts == (run.completions[0].text if run.single else [row.text for row in run.completions])
+    assert run.speed.decode_tokens == plain.speed.decode_tokens == sum(len(row.tokens) for row in run.completions)
+    return run
+
+
+@pytest.fixture(scope="module")
+def cycle(tiny_tokenizer: Tokenizer) -> Callable[[list[int]], Llama]:
+    """Builds a model that says the given tokens in a circle: one-hot embeddings, layers that add nothing."""
+    V = tiny_tokenizer.vocab_size
+    config = llamajax.Config(
+        vocab_size=V, width=V, ffn_width=2, num_layers=1, num_heads=1, num_kv_heads=1, head_size=2, context_length=512
+    )
+
+    def build(ids: list[int]) -> Llama:
+        head_VD = np.zeros((V, V), np.float32)
+        head_VD[ids[1:] + ids[:1], ids] = 1.0
+        model = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_model(config))
+        model.embed_VD.set_value(jnp.eye(V))
+        model.norm.weight_D.set_value(jnp.ones(V))
+        model.head_VD.set_value(jnp.asarray(head_VD))
+        return model
+
+    return build
+
+
+def _with_context(model: Llama, length: int) -> Llama:
+    config = dataclasses.replace(model.config, context_length=length)
+    return jax.tree.unflatten(jax.tree.structure(abstract_model(config)), jax.tree.leaves(model))
+
+
+# ---- The draft ------------------------------------------------------------------------------------------------------
+
+_draft_tokens = jax.jit(draft_tokens, static_argnames="drafts")
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=23), min_size=4, max_size=4), st.integers(0, 3))
+@settings(deadline=None, derandomize=True, database=None, max_examples=150)
+def test_draft_is_the_python_lookup(rows: list[list[int]], behind: int) -> None:
+    """Few different tokens, so that there are many occurrences; tokens of old drafts behind the newest."""
+    history = np.full((4, 24), behind, np.int32)
+    for row, ids in enumerate(rows):
+        history[row, : len(ids)] = ids
+    length_B = jnp.asarray([len(ids) - 1 for ids in rows], jnp.int32)
+    draft_BK = _draft_tokens(jnp.asarray(history), length_B, drafts=6)
+    assert draft_BK.tolist() == [_drafted(ids, 6) for ids in rows]
+
+
+@pytest.mark.parametrize(
+    ("ids", "draft"),
+    [
+        ([5], [5, 5, 5, 5]),
+        ([5, 6, 7], [7, 7, 7, 7]),  # 7 is new
+        ([7, 8, 9, 7], [8, 9, 7, 8]),  # round and round
+        ([7, 1, 2, 7, 3, 4, 7], [3, 4, 7, 3]),  # the most recent 7
+        ([6, 7, 1, 2, 3, 9, 7, 8, 6, 7], [1, 2, 3, 9]),  # an older place that agrees in two
+        ([7, 7, 7], [7, 7, 7, 7]),
+    ],
+)
+def test_drafts_by_hand(ids: list[int], draft: list[int]) -> None:
+    """The reference above is held to what one expects as well."""
+    history = jnp.asarray([ids + [0] * (16 - len(ids))], jnp.int32)
+    assert _draft_tokens(history, jnp.asarray([len(ids) - 1]), drafts=4).tolist() == [draft] == [_drafted(ids, 4)]
+
+
+# ---- The same text --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drafts", [1, 4, 9])
+def test_a_batch_is_plain_greedy_decoding(drafts: int, tiny_model: Llama) -> None:
+    """Rows of different lengths, each accepting its own number; random weights soon repeat themselves."""
+    rng = np.random.default_rng(5)
+    prompts = [[1, *map(int, rng.integers(3, 320, length))] for length in (5, 0, 29, 1, 16, 17, 3, 8)]
+    run = _assert_same(tiny_model, None, prompts, drafts, max_new_tokens=100)
+    each = [_passes(prompt, row.tokens, drafts) for prompt, row in zip(prompts, run.completions, strict=True)]
+    assert len(set(each)) > 1
+    assert (run.speed.decode_steps, run.speed.row_steps) == (max(each), sum(each))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_models(seed: int, tiny_model: Llama) -> None:
+    rng = np.random.default_rng(seed)
+    model = jax.tree.map(lambda leaf: leaf * jnp.asarray(rng.uniform(0.3, 1.7, leaf.shape), leaf.dtype), tiny_model)
+    run = _assert_same(model, None, [1, 270, 300, 12, 12, 281], 4, max_new_tokens=200)
+    assert run.speed.decode_steps == _passes([1, 270, 300, 12, 12, 281], run.completions[0].tokens, 4)
+    assert run.speed.decode_steps < 200
+
+
+def test_the_box() -> None:
+    """A story to its end, one that repeats its prompt, and another: as many forward passes as the lookup predicts."""
+    model, tokenizer = llamajax.load("box", dtype=jnp.float32)
+    prompts = ["Once upon a time", '"I can smell snow, and a great deal of it." ' * 6 + '"I can', "At night the"]
+    run = _assert_same(model, tokenizer, prompts, 4, smooth=False)
+    expected = [
+        _passes(tokenizer.encode(prompt), row.tokens + [EOS] * (row.finish_reason == "stop"), 4)
+        for prompt, row in zip(prompts, run.completions, strict=True)
+    ]
+    assert "stop" in {row.finish_reason for row in run.completions}
+    assert run.speed.row_steps == sum(expected) < run.speed.decode_tokens
+
+
+def test_stories(stories260k: Any) -> None:
+    _assert_same(*stories260k, ["", "The cat sat on the mat. " * 5], 4, max_new_tokens=200)
+
+
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
+def test_quantized(cache_dtype: str, tiny_model: Llama) -> None:
+    """4-bit weights and an 8-bit cache: a rejected draft leaves no trace in them."""
+    model = jax.tree.map(lambda leaf: leaf, tiny_model)
+    weight = model.layers.ffn.gate_DF
+    weight.set_value(quantize_rtn(weight.get_value(), SCHEMES["int4"], group_size=24, axis=-2))
+    _assert_same(model, None, [[1, 270, 300, 12], [1]], 4, max_new_tokens=60, cache_dtype=cache_dtype)
+
+
+# ---- Where rows end -------------------------------------------------------------------------------------------------
+
+
+def test_repetition_takes_fewer_passes(cycle: Callable[[list[int]], Llama]) -> None:
+    """All drafts are right behind two rounds of the prompt: k + 1 tokens a pass."""
+    run = _assert_same(cycle(LOOP), None, LOOP * 2, 4, max_new_tokens=100)
+    assert (run.speed.decode_steps, run.speed.row_steps, run.speed.tokens_per_step) == (20, 20, 5.0)
+    assert run.completions[0].tokens == LOOP * 10
+    without = stream(cycle(LOOP), None, LOOP * 2, max_new_tokens=100, temperature=0)
+    list(without)
+    assert (without.speed.decode_steps, without.speed.row_steps, without.speed.tokens_per_step) == (100, 0, 0.0)
+
+
+@pytest.mark.parametrize("limit", range(1, 12))
+def test_the_limit_may_fall_anywhere_in_a_draft(limit: int, cycle: Callable[[list[int]], Llama]) -> None:
+    run = _assert_same(cycle(LOOP), None, [LOOP * 2, LOOP[:4]], 4, max_new_tokens=limit)
+    assert [len(row.tokens) for row in run.completions] == [limit, limit]
+    assert run.completions[0].tokens == (LOOP * 2)[:limit]
+
+
+@pytest.mark.parametrize("place", range(1, 8))
+def test_a_stop_token_may_fall_anywhere_in_a_draft(
+    place: int, cycle: Callable[[list[int]], Llama], tiny_tokenizer: Tokenizer
+) -> None:
+    """The drafts go on behind it, and the model would too; the other row runs on."""
+    ids = [*LOOP[:place], EOS, *LOOP[place:]]
+    model = cycle(ids)
+    run = _assert_same(model, tiny_tokenizer, [ids + ids[:1], ids + ids[: place + 2]], 5, max_new_tokens=40)
+    first, second = run.completions
+    assert (first.tokens, first.finish_reason) == (LOOP[1:place], "stop")
+    assert (second.tokens, second.finish_reason) == (LOOP[place + 1 :] + LOOP[:place], "stop")
+
+
+def test_stop_strings_cut_a_draft(cycle: Callable[[list[int]], Llama], tiny_tokenizer: Tokenizer) -> None:
+    ids = [3 + byte for byte in b"abcdefghijklm"]
+    for smooth in (True, False):
+        run = _assert_same(cycle(ids), tiny_tokenizer, ids * 2, 4, stop=["hij"], max_new_tokens=60, smooth=smooth)
+        assert run.completions[0].text == "abcdefg"
+
+
+def test_the_context_is_filled_exactly(tiny_model: Llama) -> None:
+    """256 slots would hold it, but not the drafts of the last pass, nor those of a row that has ended."""
+    model = _with_context(tiny_model, 256)
+    prompt = [1, 270, 300, 12, 12, 281] * 30
+    run = _assert_same(model, None, [prompt, prompt[:9]], 8)
+    assert [len(row.tokens) for row in run.completions] == [256 - 180 + 1] * 2
+    assert np.isfinite(run.completions[0].log_probabilities + run.completions[1].log_probabilities).all()
+
+
+def test_by_hand_with_no_slot_to_spare(cycle: Callable[[list[int]], Llama]) -> None:
+    """Pure functions under plain `jax.jit`; a row that ended first waits in its last slots for the other."""
+    model, drafts, new = cycle(LOOP), 4, 30
+    prompts, V = [LOOP * 2, [60, 61, *LOOP]], model.config.vocab_size
+    cache = KVCache.empty(model.config, 2, len(prompts[0]) - 1 + new + slots_beyond(drafts))
+    padded = [prompt[:-1] + [0] * (19 - len(prompt) + 1) for prompt in prompts]
+    cache = prefill(model, jnp.asarray(padded), jnp.asarray([len(prompt) - 1 for prompt in prompts]), cache)
+    state = dataclasses.replace(LookupState.start(cache, prompts, drafts), left_B=jnp.asarray([new, new]))
+    made: list[list[int]] = [[], []]
+    total_B = np.zeros(2, int)
+    for limit in (2, 1, 1000):  # More than a block is a block.
+        state, token_BM, log_probability_BM, made_B, step_B = jax.jit(decode_by_lookup)(
+            model, state, jnp.asarray([V]), jnp.asarray(limit)
+        )
+        assert token_BM.shape == log_probability_BM.shape == (2, STEPS * (drafts + 1))
+        assert int(step_B.max()) <= min(limit, STEPS)
+        total_B += np.asarray(step_B)
+        for row in range(2):
+            made[row] += token_BM[row, : int(made_B[row])].tolist()
+    assert made == [LOOP * 3, LOOP * 3]
+    assert total_B.tolist() == [_passes(prompt, LOOP * 3, drafts) for prompt in prompts] == [6, 7]
+    assert state.left_B.tolist() == [0, 0]
+    assert state.cache.length_B.tolist() == [len(prompt) - 1 + new for prompt in prompts]
+    for row, prompt in enumerate(prompts):
+        assert state.history_BS[row, : len(prompt) + new].tolist() == prompt + made[row]
+    again = jax.jit(decode_by_lookup)(model, state, jnp.asarray([V]), jnp.asarray(8))
+    assert again[3].tolist() == again[4].tolist() == [0, 0], "rows that have ended make no pass"
+
+
+def test_nothing_is_counted_behind_a_stop_token(cycle: Callable[[list[int]], Llama]) -> None:
+    model, prompt = cycle(LOOP), LOOP * 2
+    cache = KVCache.empty(model.config, 1, 64)
+    cache = prefill(model, jnp.asarray([prompt[:-1]]), jnp.asarray([len(prompt) - 1]), cache)
+    state = dataclasses.replace(LookupState.start(cache, [prompt], 7), left_B=jnp.asarray([30]))
+    stop_M = jnp.asarray([LOOP[4], LOOP[2]])
+    state, token_BM, _, made_B, step_B = jax.jit(decode_by_lookup)(model, state, stop_M, jnp.asarray(16))
+    assert (made_B.tolist(), step_B.tolist(), state.left_B.tolist()) == ([3], [1], [0])
+    assert token_BM[0, :3].tolist() == LOOP[:3]
+    assert state.cache.length_B.tolist() == [len(prompt) - 1 + 3]
+
+
+# ---- Programs, refusals ---------------------------------------------------------------------------------------------
+
+
+def test_number_of_programs(tiny_model: Llama) -> None:
+    """One program for every prompt and limit of the same slots; the number of drafted tokens is a shape."""
+    model = _with_context(tiny_model, 601)  # of no other test, so that nothing is compiled
+
+    def compiled(length: int, **options: Any) -> int:
+        run = stream(model, None, [1] * length, temperature=0, **options)
+        list(run)
+        return run.speed.compilations
+
+    assert compiled(2, max_new_tokens=3, speculate=2) == 2
+    for length, limit in ((3, 1), (9, 20), (17, 200), (1, 64)):
+        assert compiled(length, max_new_tokens=limit, speculate=2) == 0
+    assert compiled(9, max_new_tokens=3, speculate=3) == 1
+    assert compiled(9, max_new_tokens=3) == 1  # plain decoding
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"speculate": -1}, f"speculate is -1: expected a whole number of tokens from 0 .off. to {MAX_DRAFTS}"),
+        ({"speculate": MAX_DRAFTS + 1}, f"speculate is {MAX_DRAFTS + 1}: expected a whole number"),
+        ({"speculate": 2.0}, "speculate is 2.0: expected a whole number"),
+        ({"speculate": True}, "speculate is True: expected a whole number"),
+        ({"speculate": 4, "temperature": 0.8}, "speculate is 4 and the temperature not 0: .* set temperature to 0, or"),
+        ({"speculate": 4, "repetition_penalty": 1.1}, "speculate is 4 and there is a repetition_penalty: .* leave one"),
+    ],
+)
+def test_refused(options: dict[str, Any], message: str, tiny_model: Llama) -> None:
+    with pytest.raises(LlamaJaxError, match=message):
+        generate(tiny_model, None, [1], **{"temperature": 0, **options})
+
+
+def test_more_drafts_than_text(tiny_model: Llama) -> None:
+    _assert_same(tiny_model, None, [1], MAX_DRAFTS, max_new_tokens=20)
