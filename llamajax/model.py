@@ -27,6 +27,9 @@ from quant import einsum, scan_layers, take_rows
 # Scores of slots that a query must not see. Finite, because -inf minus -inf is NaN in a row that sees nothing, and
 # because some of the runtimes that execute our exported programs do not carry infinities.
 MASKED = -1e30
+# Slots whose scores are held at a time, and queries from which on that is worth a loop: for fewer the scores are small.
+SLOT_BLOCK = 256
+BLOCK_QUERIES = 64
 
 
 class RMSNorm(nnx.Module):
@@ -105,11 +108,17 @@ class Attention(nnx.Module):
             mixed_BTNH = attend_causal(query_BTNH, jnp.swapaxes(key_BTKH, 1, 2), jnp.swapaxes(value_BTKH, 1, 2))
         else:
             cache = cache.write(layer, key_BTKH, value_BTKH)
-            if isinstance(cache, TiledKVCache) and T * c.num_heads <= MAX_QUERIES * c.num_kv_heads:
-                mixed_BTNH = cache.attend(layer, query_BTNH, position_BT)
-            else:
-                mixed_BTNH = attend(query_BTNH, *cache.read(layer), position_BT)
+            mixed_BTNH = attend_cached(query_BTNH, cache, layer, position_BT)
         return einsum("BTQ,QD->BTD", mixed_BTNH.reshape(B, T, -1), self.out_QD.get_value()), cache
+
+
+def attend_cached(query_BTNH: jax.Array, cache: KVCache, layer: jax.Array, position_BT: jax.Array) -> jax.Array:
+    """`attend` over one layer of a cache: the place where the way to do it is chosen, by shapes and kind of cache."""
+    T, N = query_BTNH.shape[1:3]
+    if isinstance(cache, TiledKVCache) and T * N <= MAX_QUERIES * cache.key_LBKSH.shape[2]:
+        return cache.attend(layer, query_BTNH, position_BT)
+    in_blocks = T >= BLOCK_QUERIES and cache.slots > SLOT_BLOCK and cache.slots % SLOT_BLOCK == 0
+    return (attend_blocks if in_blocks else attend)(query_BTNH, *cache.read(layer), position_BT)
 
 
 def attend(query_BTNH: jax.Array, key_BKSH: jax.Array, value_BKSH: jax.Array, position_BT: jax.Array) -> jax.Array:
@@ -127,6 +136,45 @@ def attend(query_BTNH: jax.Array, key_BKSH: jax.Array, value_BKSH: jax.Array, po
     # Heads first, then moved: XLA on CPU has no bfloat16 product with its batch axes in another place.
     mixed_BKGTH = einsum("BKGTS,BKSH->BKGTH", weight_BKGTS, value_BKSH.astype(query_BTNH.dtype))
     return jnp.moveaxis(mixed_BKGTH, 3, 1).reshape(B, T, N, H)
+
+
+def attend_blocks(
+    query_BTNH: jax.Array, key_BKSH: jax.Array, value_BKSH: jax.Array, position_BT: jax.Array
+) -> jax.Array:
+    """`attend` over one block of slots after the other: scores of T x 256 at a time instead of T x S, for long prompts.
+
+    The softmax is accumulated: a block's exponentials are relative to the largest score so far, and what came before is
+    rescaled when that grows (Milakov & Gimelshein 2018, arXiv:1805.02867; FlashAttention, Dao et al. 2022). Blocks that
+    no query sees are skipped.
+    """
+    B, T, N, H = query_BTNH.shape
+    K, S = key_BKSH.shape[1:3]
+    query_BTKGH = query_BTNH.reshape(B, T, K, N // K, H)
+    last = jnp.max(position_BT)
+
+    def one(carry, first):
+        def see(carry):
+            peak_BKGT1, total_BKGT1, mixed_BKGTH = carry
+            take = lambda x_BKSH: jax.lax.dynamic_slice_in_dim(x_BKSH, first, SLOT_BLOCK, 2)  # noqa: E731
+            key_BKsH, value_BKsH = (take(x).astype(query_BTNH.dtype) for x in (key_BKSH, value_BKSH))
+            score_BKGTS = einsum("BTKGH,BKSH->BKGTS", query_BTKGH, key_BKsH, dtype=jnp.float32) * H**-0.5
+            visible_BTS = first + jnp.arange(SLOT_BLOCK) <= position_BT[:, :, None]
+            score_BKGTS = jnp.where(visible_BTS[:, None, None], score_BKGTS, MASKED)
+            new_peak_BKGT1 = jnp.maximum(peak_BKGT1, jnp.max(score_BKGTS, axis=-1, keepdims=True))
+            weight_BKGTS = jnp.exp(score_BKGTS - new_peak_BKGT1)
+            rescale_BKGT1 = jnp.exp(peak_BKGT1 - new_peak_BKGT1)
+            total_BKGT1 = total_BKGT1 * rescale_BKGT1 + jnp.sum(weight_BKGTS, axis=-1, keepdims=True)
+            part_BKGTH = einsum(
+                "BKGTS,BKSH->BKGTH", weight_BKGTS.astype(query_BTNH.dtype), value_BKsH, dtype=jnp.float32
+            )
+            return new_peak_BKGT1, total_BKGT1, mixed_BKGTH * rescale_BKGT1 + part_BKGTH
+
+        return jax.lax.cond(first <= last, see, lambda carry: carry, carry), None
+
+    empty_BKGT1 = jnp.zeros((B, K, N // K, T, 1), jnp.float32)
+    carry = (empty_BKGT1 + MASKED, empty_BKGT1, jnp.zeros((B, K, N // K, T, H), jnp.float32))
+    (_, total_BKGT1, mixed_BKGTH), _ = jax.lax.scan(one, carry, jnp.arange(0, S, SLOT_BLOCK))
+    return jnp.moveaxis(mixed_BKGTH / total_BKGT1, 3, 1).reshape(B, T, N, H).astype(query_BTNH.dtype)
 
 
 def attend_causal(query_BTNH: jax.Array, key_BKTH: jax.Array, value_BKTH: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from quant.activations import check_activations, round_activations
-from quant.kernels import cpu
+from quant.kernels import Layout
 from quant.probe import Probe
 from quant.qtensor import QTensor, dequantize, outlier_slots
 
@@ -12,7 +12,7 @@ from quant.qtensor import QTensor, dequantize, outlier_slots
 def einsum(
     equation: str,
     activations: jax.Array,
-    weight: jax.Array | QTensor | cpu.TiledWeight | Probe,
+    weight: jax.Array | QTensor | Layout | Probe,
     *,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
@@ -41,14 +41,14 @@ def einsum(
     if isinstance(weight, Probe):
         weight.seen[weight.name] = activations
         weight = weight.weight
-    if isinstance(weight, QTensor | cpu.TiledWeight):
+    if isinstance(weight, QTensor | Layout):
         return _einsum_quantized(equation, activations, weight).astype(dtype)
     precision = jax.lax.Precision.HIGHEST if activations.dtype == jnp.float32 else None
     product = jnp.einsum(equation, activations, weight, precision=precision, preferred_element_type=jnp.float32)
     return product.astype(dtype)
 
 
-def _einsum_quantized(equation: str, activations: jax.Array, weight: QTensor | cpu.TiledWeight) -> jax.Array:
+def _einsum_quantized(equation: str, activations: jax.Array, weight: QTensor | Layout) -> jax.Array:
     """The product with a quantized weight, float32. This is the one place where a lowering is chosen: by the layout.
 
     A QTensor, and whatever is no plain product of a matrix, takes the reference: dequantize, then contract, both in
@@ -56,15 +56,15 @@ def _einsum_quantized(equation: str, activations: jax.Array, weight: QTensor | c
     error but the quantizer's. Activations in int8 are rounded, and multiplied as floats: up to the rounding of sums,
     what products of integers give.
     """
-    activations = activations.astype(jnp.float32)
     if weight.activations is not None:
-        activations = _round_for(equation, activations, weight)
-    if isinstance(weight, cpu.TiledWeight):
+        activations = _round_for(equation, activations.astype(jnp.float32), weight)
+    if isinstance(weight, Layout):
         if _is_matmul(equation, weight.axis):
-            y_RM = cpu.matmul(activations.reshape(-1, activations.shape[-1]), weight)
+            y_RM = weight.matmul(activations.reshape(-1, activations.shape[-1]))
             return y_RM.reshape(*activations.shape[:-1], -1)
-        weight = cpu.restore(weight)
-    return jnp.einsum(equation, activations, dequantize(weight), precision=jax.lax.Precision.HIGHEST)
+        weight = weight.restore()
+    precision = jax.lax.Precision.HIGHEST
+    return jnp.einsum(equation, activations.astype(jnp.float32), dequantize(weight), precision=precision)
 
 
 def _is_matmul(equation: str, weight_axis: int) -> bool:
@@ -77,7 +77,7 @@ def _is_matmul(equation: str, weight_axis: int) -> bool:
     return term.endswith(contracted) and output == term.removesuffix(contracted) + free
 
 
-def _round_for(equation: str, activations: jax.Array, weight: QTensor | cpu.TiledWeight) -> jax.Array:
+def _round_for(equation: str, activations: jax.Array, weight: QTensor | Layout) -> jax.Array:
     """Activations as `weight.activations` rounds them, float32 of the same shape.
 
     Outlier channels are not rounded, and not seen by the scales: that is what they are for (LLM.int8()).
@@ -120,7 +120,7 @@ def _contraction_axis(equation: str, weight_axis: int) -> int:
     return before.index(letter) if letter in before else term.index(letter) - len(term)
 
 
-def take_rows(table: jax.Array | QTensor | cpu.TiledWeight, ids: jax.Array) -> jax.Array:
+def take_rows(table: jax.Array | QTensor | Layout, ids: jax.Array) -> jax.Array:
     """Looks up rows of an embedding table; of a quantized one only those rows are dequantized.
 
     Args:
@@ -134,7 +134,7 @@ def take_rows(table: jax.Array | QTensor | cpu.TiledWeight, ids: jax.Array) -> j
     Raises:
         ValueError: if a QTensor is grouped along V, or is not a matrix.
     """
-    if not isinstance(table, QTensor | cpu.TiledWeight):
+    if not isinstance(table, QTensor | Layout):
         return jnp.take(table, ids, axis=0, mode="fill")
     if table.axis != -1 or table.ndim != 2:
         raise ValueError(
@@ -150,8 +150,8 @@ def take_rows(table: jax.Array | QTensor | cpu.TiledWeight, ids: jax.Array) -> j
         # A plane that is the same for all rows (a scale per tensor, the order) has height 1 and broadcasts.
         return jnp.take(plane, row, axis=0, mode="clip") if plane.shape[0] == height else plane
 
-    if isinstance(table, cpu.TiledWeight):
-        rows = cpu.take_rows(table, jnp.clip(row, 0, height - 1))
+    if isinstance(table, Layout):
+        rows = table.take_rows(jnp.clip(row, 0, height - 1))
     else:
         rows = dequantize(jax.tree.map(pick, table), table.dtype)
     rows = jnp.where(((row >= 0) & (row < height))[:, None], rows, jnp.nan)

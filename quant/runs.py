@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quant.kernels.cpu import TiledWeight
+from quant.kernels import Layout
 from quant.qtensor import QTensor
 
 
@@ -79,9 +79,7 @@ def split_runs(layers: Any) -> list[tuple[int, int, Any]]:
     Raises:
         ValueError: if the leaves are not cut at the same layers.
     """
-    leaves, structure = jax.tree.flatten(
-        layers, is_leaf=lambda node: isinstance(node, LayerRuns | QTensor | TiledWeight)
-    )
+    leaves, structure = jax.tree.flatten(layers, is_leaf=lambda node: isinstance(node, LayerRuns | QTensor | Layout))
     cuts = {leaf.lengths if isinstance(leaf, LayerRuns) else (leaf.shape[0],) for leaf in leaves}
     if len(cuts) > 1:
         raise ValueError(f"weights of one stack are cut into runs of {sorted(cuts)} layers: expected the same cuts")
@@ -96,7 +94,7 @@ def split_runs(layers: Any) -> list[tuple[int, int, Any]]:
 def scan_layers(step: Callable[[Any, Any, jax.Array], Any], carry: Any, layers: Any) -> Any:
     """Applies a stack of layers one after the other, compiled once for each run of layers of the same schemes.
 
-    Arrays and QTensors are sliced by `jax.lax.scan`, which reverse-mode differentiation needs. A `TiledWeight` is not:
+    Arrays and QTensors are sliced by `jax.lax.scan`, which reverse-mode differentiation needs. A `Layout` is not:
     each layer gets a view of the whole stack.
 
     Args:
@@ -108,13 +106,13 @@ def scan_layers(step: Callable[[Any, Any, jax.Array], Any], carry: Any, layers: 
         The carry behind the last layer.
     """
     for first, length, run in split_runs(layers):
-        leaves, structure = jax.tree.flatten(run, is_leaf=lambda node: isinstance(node, TiledWeight | QTensor))
-        sliced = [None if isinstance(leaf, TiledWeight) else leaf for leaf in leaves]
+        leaves, structure = jax.tree.flatten(run, is_leaf=lambda node: isinstance(node, Layout | QTensor))
+        sliced = [None if isinstance(leaf, Layout) else leaf for leaf in leaves]
 
         def one(carry, scanned, first=first, leaves=leaves, structure=structure):
             sliced, index = scanned
             layer = [
-                whole.at_layer(index) if isinstance(whole, TiledWeight) else part
+                whole.at_layer(index) if isinstance(whole, Layout) else part
                 for whole, part in zip(leaves, sliced, strict=True)
             ]
             return step(carry, jax.tree.unflatten(structure, layer), first + index), None

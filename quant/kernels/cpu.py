@@ -12,13 +12,13 @@ a byte, `k` bytes of one plane in a group and step.
 
 import dataclasses
 import functools
-import math
 import operator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from quant.kernels import Layout
 from quant.packing import plane_bits
 from quant.qtensor import Plane, QTensor, dequantize
 
@@ -33,14 +33,14 @@ MAX_UNROLLED_ROWS = 16
 SLAB_BYTES = 4 << 20
 # Passed to `jax.jit` for programs with such products: LLVM uses half of a 512-bit register unless told otherwise. Has
 # no effect where registers are narrower.
-COMPILER_OPTIONS = {"xla_cpu_prefer_vector_width": "512"}
+COMPILER_OPTIONS: dict[str, str | bool] = {"xla_cpu_prefer_vector_width": "512"}
 
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["tiles", "order", "layer"], meta_fields=["outputs", "axis"]
 )
 @dataclasses.dataclass(frozen=True, eq=False)
-class TiledWeight:
+class TiledWeight(Layout):
     """A quantized weight [..., K, M] (`axis=-2`) or [..., M, K] (`axis=-1`) as tiles of 16 outputs.
 
     A tile is contiguous, its bytes along K one after the other: reading it is one stream, where a plane [K, M] would be
@@ -71,16 +71,6 @@ class TiledWeight:
         return (*lead, length, self.outputs) if self.axis == -2 else (*lead, self.outputs, length)
 
     @property
-    def ndim(self) -> int:
-        """Number of axes of the weight."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of weights."""
-        return math.prod(self.shape)
-
-    @property
     def dtype(self) -> np.dtype:
         """Of the weight that this stands for."""
         return self.tiles.dtype
@@ -96,17 +86,21 @@ class TiledWeight:
         return self.tiles.activations
 
     @property
-    def outlier_index(self) -> None:
-        """As `QTensor.outlier_index`: there are no outliers (`refusal`)."""
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((self.tiles, self.order)))
 
-    def at_layer(self, layer: jax.Array) -> "TiledWeight":
-        """Layer `layer` of a stack, an int32 scalar known only at run time; nothing is copied."""
-        return dataclasses.replace(self, layer=layer)
+    def matmul(self, x_RK: jax.Array) -> jax.Array:
+        """As the function of this name."""
+        return matmul(x_RK, self)
+
+    def restore(self) -> QTensor:
+        """As the function of this name."""
+        return restore(self)
+
+    def take_rows(self, row_n: jax.Array) -> jax.Array:
+        """As the function of this name."""
+        return take_rows(self, row_n)
 
 
 def refusal(weight: QTensor) -> str | None:
@@ -324,26 +318,41 @@ def sum_steps(partial_X: jax.Array, axis: int) -> jax.Array:
 
 def _by_slabs(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
     """`matmul` for many rows, [R, M] with the outputs of all tiles: never more than a slab of weights is in floats."""
-    tiles = weight.tiles
-    *_, count, length, _ = tiles.shape
+    *_, count, length, _ = weight.tiles.shape
     slab = max(1, min(count, SLAB_BYTES // (4 * length * LANES)))
 
-    def one(i: jax.Array, y_RtM: jax.Array) -> jax.Array:
+    def one(i: jax.Array, y_RM: jax.Array) -> jax.Array:
         # The last slab is moved back to end with the last tile.
         first = jnp.minimum(i * slab, count - slab)
-        at = (first,) if weight.layer is None else (weight.layer, first)
-
-        def take(plane: jax.Array) -> jax.Array:
-            size = (1,) * (len(at) - 1) + (slab,) + plane.shape[-2:]
-            return jax.lax.dynamic_slice(plane, (*at, 0, 0), size).reshape(size[-3:])
-
-        weight_tKl = dequantize(jax.tree.map(take, tiles))
-        weight_KM = jnp.swapaxes(weight_tKl, 0, 1).reshape(length, slab * LANES)
-        y_RM = jnp.matmul(x_RK, weight_KM, precision=jax.lax.Precision.HIGHEST)
-        return jax.lax.dynamic_update_slice(y_RtM, y_RM, (0, first * LANES))
+        weight_KM = _float_slab(weight, first, slab).reshape(length, slab * LANES)
+        part_RM = jnp.matmul(x_RK, weight_KM, precision=jax.lax.Precision.HIGHEST)
+        return jax.lax.dynamic_update_slice(y_RM, part_RM, (0, first * LANES))
 
     empty_RM = jnp.zeros((x_RK.shape[0], count * LANES), jnp.float32)
     return jax.lax.fori_loop(0, -(-count // slab), one, empty_RM)
+
+
+def _float_slab(weight: TiledWeight, first: jax.Array, slab: int) -> jax.Array:
+    """The dequantized weights of `slab` tiles from tile `first` on, float32 [K, t, l].
+
+    Written in two parts or more, in a loop: a product would otherwise have it computed as [K, t l], with a division of
+    the index for each element instead of a loop over lanes.
+    """
+    tiles, lead = weight.tiles, () if weight.layer is None else (weight.layer,)
+    groups, length = tiles.scale.shape[-2], tiles.shape[-2]
+    parts = next((parts for parts in range(2, groups + 1) if groups % parts == 0), 1)
+
+    def one(i: jax.Array, weight_Ktl: jax.Array) -> jax.Array:
+        def take(plane: jax.Array) -> jax.Array:
+            rows = plane.shape[-2] // parts
+            size = (*(1 for _ in lead), slab, rows, LANES)
+            return jax.lax.dynamic_slice(plane, (*lead, first, i * rows, 0), size).reshape(size[-3:])
+
+        part_tKl = dequantize(jax.tree.map(take, tiles))
+        at = (i * (length // parts), 0, 0)
+        return jax.lax.dynamic_update_slice(weight_Ktl, jnp.swapaxes(part_tKl, 0, 1), at)
+
+    return jax.lax.fori_loop(0, parts, one, jnp.zeros((length, slab, LANES), jnp.float32))
 
 
 def _take_layer(weight: TiledWeight) -> TiledWeight:

@@ -1,0 +1,143 @@
+"""What compiling says of a product with a quantized weight on NVIDIA GPUs, without the hardware.
+
+    pip install jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2
+    python benchmarks/aot_gpu.py [--json] [--cards=h100]
+
+For the Triton kernel and for XLA's own product (dequantize, then `dot`): the temporaries beside the packed bytes. What
+is written there is read again, so decoding by XLA moves at least (packed + 2 * temporaries). Where CUDA's `ptxas` is
+installed, also registers and spills of the kernel. This proves that the programs lower and are assembled: neither that
+they run, nor what autotuning would choose (it is off), nor how long anything takes.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Compiling only; a GPU that is attached is left alone.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+import quant
+from quant.kernels import gpu
+
+# GpuTargetConfigProto in text, from openxla/xla, xla/backends/gpu/target_config/specs.
+_EVERY_CARD = """
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 device_address_bits: 64
+  device_vendor: "NVIDIA Corporation" driver_version: "13.0.0" runtime_version: "13.0.0"
+  compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.0"
+"""
+_CARDS = {
+    "h100": """name: "NVIDIA H100 80GB HBM3" core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448 l2_cache_size: 52428800
+  memory_bandwidth: 3352320000000 device_memory_size: 84942979072
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }""",
+    "a100": """name: "NVIDIA A100-SXM4-40GB" core_count: 108 fpus_per_core: 64 clock_rate_ghz: 1.41
+  shared_memory_per_core: 167936 shared_memory_per_block_optin: 166912 l2_cache_size: 41943040
+  memory_bandwidth: 1555200000000 device_memory_size: 42331013120
+  cuda_compute_capability { major: 8 feature_extension: NONE }""",
+}
+_ARCHITECTURES = {"h100": "sm_90a", "a100": "sm_80"}
+_LAYERS = 4
+_SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (4096, 11008))
+
+flags.DEFINE_list("cards", list(_CARDS), "cards to compile for")
+flags.DEFINE_boolean("json", False, "print JSON")
+
+
+class Row(NamedTuple):
+    """One product; temporaries as multiples of the packed bytes. Registers and spills are -1 without `ptxas`."""
+
+    card: str
+    scheme: str
+    group_size: int
+    K: int
+    M: int
+    R: int
+    packed_bytes: int
+    kernel: float
+    xla: float
+    registers: int
+    spilled_bytes: int
+
+
+def few(x_RK: jax.Array, weight: gpu.GpuWeight, layer: jax.Array) -> jax.Array:
+    """One layer of a stack, as `matmul` does it."""
+    return gpu.matmul(x_RK, weight.at_layer(layer))
+
+
+def written_out(x_RK: jax.Array, weight: gpu.GpuWeight, layer: jax.Array) -> jax.Array:
+    """The same by XLA alone, in the type of the activations."""
+    weight_KM = quant.dequantize(gpu.restore(weight.at_layer(layer)), x_RK.dtype)
+    return jnp.dot(x_RK, weight_KM, preferred_element_type=jnp.float32)
+
+
+def assemble(card: str, folder: Path) -> tuple[int, int]:
+    """Registers and spilled bytes of the kernel in a folder of XLA's intermediate files; -1 without `ptxas`."""
+    files = [file for file in folder.glob("*.ptx") if ".entry _kernel" in file.read_text()]
+    if not files or shutil.which("ptxas") is None:
+        return -1, -1
+    command = ["ptxas", "-v", f"-arch={_ARCHITECTURES[card]}", str(files[0]), "-o", str(folder / "kernel.cubin")]
+    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    spills = re.findall(r"(\d+) bytes spill", report)
+    return int(re.findall(r"Used (\d+) registers", report)[0]), sum(map(int, spills))
+
+
+def measure(card: str, device: Any, scheme: str, group_size: int, K: int, M: int, R: int) -> Row:
+    """Compiles both."""
+
+    def make(weight: jax.Array) -> gpu.GpuWeight:
+        return gpu.layout(quant.quantize_rtn(weight, scheme, group_size=group_size, scale_dtype=jnp.bfloat16))
+
+    weight = jax.eval_shape(make, jax.ShapeDtypeStruct((_LAYERS, K, M), jnp.float32))
+    packed = weight.nbytes // _LAYERS
+    args = (jax.ShapeDtypeStruct((R, K), jnp.bfloat16), weight, jax.ShapeDtypeStruct((), jnp.int32))
+    sharding = SingleDeviceSharding(device)
+    args = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), args)
+    with tempfile.TemporaryDirectory() as folder:
+        kernel = jax.jit(few).lower(*args).compile({"xla_dump_to": folder})
+        assembled = assemble(card, Path(folder))
+    xla = jax.jit(written_out).lower(*args).compile()
+    temporaries = [program.memory_analysis().temp_size_in_bytes / packed for program in (kernel, xla)]
+    return Row(card, scheme, group_size, K, M, R, packed, *temporaries, *assembled)
+
+
+def main(argv: list[str]) -> None:
+    """Compiles and prints."""
+    del argv
+    rows = []
+    if not flags.FLAGS.json:
+        print("card  codes    g      K x     M   R     packed   temporaries / packed: kernel, XLA; registers, spills")
+    for card in flags.FLAGS.cards:
+        target = (
+            f'gpu_device_info {{ {_EVERY_CARD} {_CARDS[card]} }} platform_name: "CUDA" dnn_version_info {{ major: 9 }}'
+        )
+        topology = topologies.get_topology_desc(card, platform="cuda", topology="1x1x1", target_config=target)
+        for scheme, group_size in (("int4", 32), ("int4", 128), ("uint4", 128), ("int8", 128)):
+            for K, M in _SHAPES:
+                for R in (1, 8):
+                    row = measure(card, topology.devices[0], scheme, group_size, K, M, R)
+                    rows.append(row)
+                    if not flags.FLAGS.json:
+                        shape = f"{row.scheme:5}{row.group_size:5}{row.K:7} x{row.M:6}{row.R:4}"
+                        sizes = f"{row.packed_bytes / 2**20:9.2f} MiB {row.kernel:8.3f} {row.xla:7.2f}"
+                        print(f"{card:5} {shape}{sizes} {row.registers:8} {row.spilled_bytes:4}", flush=True)
+    if flags.FLAGS.json:
+        print(json.dumps([row._asdict() for row in rows]))
+
+
+if __name__ == "__main__":
+    app.run(main)

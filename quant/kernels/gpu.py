@@ -1,0 +1,290 @@
+"""Products with a quantized weight on an NVIDIA GPU: a Triton kernel for a few rows, XLA for many.
+
+Dimension key: `R` rows of activations, `K` contraction axis, `M` outputs, `C` groups along K, `g` elements of a group,
+`n` bytes of a group, `L` layers of a stack.
+
+Decoding is bound by reading weights. XLA writes the dequantized matrix out and reads it back (benchmarks/aot_gpu.py).
+The kernel unpacks in registers instead: a program takes a block of outputs and a part of K, and walks down the packed
+bytes. The format at rest suits it as it is: byte j of a group holds elements j, j + n, …, so a slot of consecutive
+bytes meets consecutive activations, and a row of bytes is contiguous over outputs. Codes are small integers, exact in
+float16 and bfloat16: tensor cores multiply them as they are, and scales come after, in float32.
+
+Compiled ahead of time for A100 and H100 without the hardware; no time has been measured.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from quant.kernels import Layout
+from quant.qtensor import QTensor, dequantize
+from quant.scheme import Scheme
+
+# Rows of a tile that tensor cores multiply, and the most that the kernel takes: fewer are padded, which costs nothing
+# that is read. For more, XLA's dequantized matrix is shared by enough rows to be worth writing out.
+MAX_KERNEL_ROWS = 16
+# Programs that keep a card busy: about four for each of the 132 multiprocessors of an H100. Where there are fewer
+# blocks of outputs, K is split.
+_PROGRAMS = 512
+# Outputs of a program, the first of these that divides M: 128 bytes are what a memory transaction moves at best.
+_BLOCKS = (128, 64, 32, 16)
+# Byte rows of a step, the first of these that divides a group's: of a step all elements share their scales.
+_STEPS = (32, 16)
+# Byte rows whose loads are issued together. By ptxas a thread then has 79 to 134 registers, so that three programs or
+# more fit a multiprocessor; with 64 rows it has 121 to 255.
+_ROWS_IN_FLIGHT = 32
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["columns", "layer"], meta_fields=["axis"])
+@dataclasses.dataclass(frozen=True, eq=False)
+class GpuWeight(Layout):
+    """A quantized weight [..., K, M] (`axis=-2`) or [..., M, K] (`axis=-1`), its bytes contiguous over outputs.
+
+    Attributes:
+        columns: QTensor [..., K, M], contraction axis -2, with one plane of bytes, one level of scales, and scales for
+            every group and output.
+        layer: int32 scalar or None. With it this stands for one layer of the stack [L, ...] that `columns` holds: a
+            kernel that was given a slice would have it copied first.
+        axis: of the weight.
+    """
+
+    columns: QTensor
+    layer: jax.Array | None = None
+    _: dataclasses.KW_ONLY
+    axis: int = -2
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight, or of one layer of it."""
+        *lead, length, outputs = self.columns.shape[0 if self.layer is None else 1 :]
+        return (*lead, length, outputs) if self.axis == -2 else (*lead, outputs, length)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the weight that this stands for."""
+        return self.columns.dtype
+
+    @property
+    def scheme(self) -> Scheme:
+        """Of its codes."""
+        return self.columns.scheme
+
+    @property
+    def group_size(self) -> int:
+        """Weights along the contraction axis that share a scale."""
+        return self.columns.group_size
+
+    @property
+    def activations(self) -> str | None:
+        """As `QTensor.activations`."""
+        return self.columns.activations
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return self.columns.nbytes
+
+    def matmul(self, x_RK: jax.Array) -> jax.Array:
+        """As the function of this name."""
+        return matmul(x_RK, self)
+
+    def restore(self) -> QTensor:
+        """As the function of this name."""
+        return restore(self)
+
+    def take_rows(self, row_n: jax.Array) -> jax.Array:
+        """As the function of this name."""
+        return take_rows(self, row_n)
+
+
+def refusal(weight: QTensor) -> str | None:
+    """Why a weight cannot be laid out like this, or None if it can."""
+    if weight.scheme.codebook is not None:
+        return f"{weight.scheme.name} codes are looked up in a table"
+    if len(weight.planes) > 1:
+        return f"its codes of {weight.scheme.bits} bits are in {len(weight.planes)} planes"
+    if isinstance(weight.scale, QTensor) or isinstance(weight.offset, QTensor):
+        return "its scales are in codes of their own"
+    if weight.order is not None:
+        return "its groups are of reordered inputs"
+    if weight.outlier is not None:
+        return "it has outlier channels"
+    return None
+
+
+def layout(weight: QTensor) -> GpuWeight:
+    """Lays a weight out for a GPU: as it is with `axis=-2`, transposed with -1.
+
+    Raises:
+        ValueError: for a weight that `refusal` says no to.
+    """
+    if reason := refusal(weight):
+        raise ValueError(f"a weight of shape {weight.shape} laid out for a GPU: {reason}; multiply with it as it is")
+    outputs = weight.shape[-1 if weight.axis == -2 else -2]
+
+    def place(plane: jax.Array) -> jax.Array:
+        plane_XM = plane if weight.axis == -2 else jnp.swapaxes(plane, -1, -2)
+        # One scale for the tensor becomes one for each output.
+        return jnp.broadcast_to(plane_XM, (*plane_XM.shape[:-1], outputs))
+
+    return GpuWeight(dataclasses.replace(jax.tree.map(place, weight), axis=-2), axis=weight.axis)
+
+
+def restore(weight: GpuWeight) -> QTensor:
+    """The weight as it was before `layout`, one layer of it if `layer` is given."""
+    columns = _take_layer(weight)
+    if weight.axis == -2:
+        return columns
+    return dataclasses.replace(jax.tree.map(lambda plane: jnp.swapaxes(plane, -1, -2), columns), axis=-1)
+
+
+def take_rows(table: GpuWeight, row_N: jax.Array) -> jax.Array:
+    """Rows of a table [M, K] (`axis=-1`): int [N], each in [0, M) -> [N, K] in the table's dtype."""
+    pick = functools.partial(jnp.take, indices=row_N, axis=-1, mode="clip")
+    return dequantize(jax.tree.map(pick, table.columns), table.dtype).T
+
+
+def uses_kernel(weight: GpuWeight, rows: int) -> bool:
+    """Whether `matmul` takes the kernel rather than XLA, for `rows` rows.
+
+    Triton's blocks are powers of two: outputs and the bytes of a group must be multiples of 16.
+    """
+    length, outputs = weight.columns.shape[-2:]
+    group_bytes = weight.group_size * weight.scheme.bits // 8
+    return 1 <= rows <= MAX_KERNEL_ROWS and outputs % _BLOCKS[-1] == 0 and group_bytes % _STEPS[-1] == 0
+
+
+def matmul(x_RK: jax.Array, weight: GpuWeight, *, interpret: bool = False) -> jax.Array:
+    """Multiplies rows of activations with a weight, or with one layer of a stack.
+
+    Args:
+        x_RK: float.
+        weight: [K, M] or [M, K], by its `axis`.
+        interpret: run the kernel in Pallas' interpreter, on any backend.
+
+    Returns:
+        float32 [R, M]. Up to `MAX_KERNEL_ROWS` rows nothing is rounded but sums and scalings, in float32: off from the
+        exact product by at most (K + 16) * 2**-23 * sum over k of |x_k| * W, with W the largest that a code's value,
+        the zero point, the offset over the scale, times the scale, can be in k's group. With more rows, weights are
+        rounded to the type of the activations: 2**-9 * sum(|x| * |w|) in bfloat16, 2**-12 in float16.
+    """
+    if uses_kernel(weight, x_RK.shape[0]):
+        return _matmul_kernel(x_RK, weight, interpret)
+    precision = jax.lax.Precision.HIGHEST if x_RK.dtype == jnp.float32 else None
+    weight_KM = dequantize(_take_layer(weight), x_RK.dtype)
+    return jnp.dot(x_RK, weight_KM, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _take_layer(weight: GpuWeight) -> QTensor:
+    """[..., K, M], one layer of it if `layer` is given."""
+    if weight.layer is None:
+        return weight.columns
+    take = functools.partial(jax.lax.dynamic_index_in_dim, index=weight.layer, axis=0, keepdims=False)
+    return jax.tree.map(take, weight.columns)
+
+
+def _first_divisor(sizes: tuple[int, ...], length: int) -> int:
+    return next(size for size in sizes if length % size == 0)
+
+
+def _matmul_kernel(x_RK: jax.Array, weight: GpuWeight, interpret: bool) -> jax.Array:
+    """The product by a kernel over a grid of (blocks of outputs, parts of K), and the sum of the parts."""
+    columns, layer = weight.columns, weight.layer
+    if layer is None:
+        columns, layer = jax.tree.map(lambda plane: plane[None], columns), jnp.zeros((), jnp.int32)
+    R, outputs = x_RK.shape[0], columns.shape[-1]
+    group_bytes = columns.group_size * columns.scheme.bits // 8
+    width, step = _first_divisor(_BLOCKS, outputs), _first_divisor(_STEPS, group_bytes)
+    steps = columns.planes[0].shape[-2] // step
+    together = math.gcd(steps, _ROWS_IN_FLIGHT // step)
+    parts = math.gcd(steps // together, pl.next_power_of_2(pl.cdiv(_PROGRAMS * width, outputs)))
+    padded_RK = jnp.pad(x_RK, ((0, MAX_KERNEL_ROWS - R), (0, 0)))
+    corrections = [plane for plane in (columns.zero, columns.offset) if plane is not None]
+    kernel = functools.partial(
+        _kernel,
+        scheme=columns.scheme,
+        has_zero=columns.zero is not None,
+        width=width,
+        step=step,
+        together=together,
+        iterations=steps // together // parts,
+    )
+    product_PRM = pl.pallas_call(
+        kernel,
+        grid=(outputs // width, parts),
+        out_shape=jax.ShapeDtypeStruct((parts, R, outputs), jnp.float32),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+    )(layer.astype(jnp.int32).reshape(1), padded_RK, columns.planes[0], columns.scale, *corrections)
+    return jnp.sum(product_PRM, axis=0)
+
+
+def _kernel(
+    layer_ref,
+    x_ref,
+    bytes_ref,
+    scale_ref,
+    *rest,
+    scheme: Scheme,
+    has_zero: bool,
+    width: int,
+    step: int,
+    together: int,
+    iterations: int,
+) -> None:
+    """One block of outputs times one part of K.
+
+    Args:
+        layer_ref: int32 [1].
+        x_ref: [MAX_KERNEL_ROWS, K].
+        bytes_ref: uint8 [L, K * bits / 8, M].
+        scale_ref: [L, C, M].
+        *rest: zero_ref and offset_ref, of scale_ref's shape, where there are any; out_ref, float32 [parts, R, M].
+        scheme: of the codes.
+        has_zero: whether the first of `rest` is zero_ref.
+        width: outputs of the block.
+        step: byte rows that are multiplied at a time, all of one group.
+        together: steps of an iteration, whose loads do not wait for one another.
+        iterations: of a part.
+    """
+    *correction_refs, out_ref = rest
+    bits, slots, layer = scheme.bits, 8 // scheme.bits, layer_ref[0]
+    group_size = x_ref.shape[1] // scale_ref.shape[1]
+    group_bytes = group_size // slots
+    tile = (x_ref.shape[0], width)
+    outputs, part = pl.ds(pl.program_id(0) * width, width), pl.program_id(1)
+
+    def one(row, bytes_SW):
+        group = row // group_bytes
+        element = group * group_size + row % group_bytes
+        product_RW, sum_R1 = jnp.zeros(tile, jnp.float32), jnp.zeros((tile[0], 1), jnp.float32)
+        for slot in range(slots):
+            x_RS = x_ref[:, pl.ds(element + slot * group_bytes, step)]
+            value_SW = ((bytes_SW >> (slot * bits)) & (2**bits - 1)) - scheme.bias
+            precision = jax.lax.Precision.HIGHEST if x_RS.dtype == jnp.float32 else None
+            value_SW = value_SW.astype(x_RS.dtype)
+            product_RW += jnp.dot(x_RS, value_SW, precision=precision, preferred_element_type=jnp.float32)
+            sum_R1 += jnp.sum(x_RS.astype(jnp.float32), axis=1, keepdims=True)
+        corrections = [ref[layer, group, outputs].astype(jnp.float32)[None] for ref in correction_refs]
+        if has_zero:
+            product_RW -= sum_R1 * corrections.pop(0)
+        product_RW *= scale_ref[layer, group, outputs].astype(jnp.float32)[None]
+        for offset_1W in corrections:
+            product_RW += sum_R1 * offset_1W
+        return product_RW
+
+    def iteration(number, total_RW):
+        first = (part * iterations + number) * together * step
+        rows = [first + i * step for i in range(together)]
+        loaded = [bytes_ref[layer, pl.ds(row, step), outputs].astype(jnp.int32) for row in rows]
+        return sum((one(row, bytes_SW) for row, bytes_SW in zip(rows, loaded, strict=True)), total_RW)
+
+    total_RW = jax.lax.fori_loop(0, iterations, iteration, jnp.zeros(tile, jnp.float32))
+    is_row_R1 = jnp.arange(tile[0])[:, None] < out_ref.shape[1]
+    plgpu.store(out_ref.at[part, pl.ds(0, tile[0]), outputs], total_RW, mask=is_row_R1)

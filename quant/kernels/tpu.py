@@ -1,0 +1,304 @@
+"""Products with a quantized weight on TPU: `jnp.int4` codes that XLA fuses into the product, and a Mosaic kernel.
+
+Dimension key: `R` rows of activations, `K` contraction axis, `M` outputs, `C` groups along K, `g` elements of a group,
+`L` layers of a stack.
+
+Decoding is bound by reading weights, so what counts is bytes. XLA's cost model for each TPU, ahead of time and without
+the hardware (benchmarks/aot_tpu.py), decided every choice here; no time has been measured. XLA computes
+`dot(x, codes * scale)` in one fusion only sometimes: for 1 row on all generations up to v6e, for 8 on none where
+K = 14336. Otherwise it writes the dequantized matrix out, 8 times the packed bytes. The kernel dequantizes a block at a
+time, in VMEM: 1.00 to 1.08 times the packed bytes everywhere.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from quant.kernels import Layout
+from quant.packing import merge_groups, pack, split_groups, unpack
+from quant.qtensor import QTensor
+from quant.scheme import Scheme
+
+# Rows up to which the kernel is taken; beyond, enough of them share what XLA writes out.
+MAX_KERNEL_ROWS = 64
+# Outputs of a block, the first that fits VMEM: of the 16 MiB that v4 and v5 give a kernel, this is for blocks, each in
+# two buffers.
+_BLOCKS = (256, 128)
+_BLOCK_BYTES = 12 << 20
+# Rows that are dequantized at a time: 1024 x 256 in float32 is 1 MiB.
+_MOST_CHUNK = 1024
+_LANES = 128
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["codes", "scale", "zero", "layer"],
+    meta_fields=["scheme", "axis", "dtype", "activations", "kernel"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class TpuWeight(Layout):
+    """A weight [..., K, M] (`axis=-2`) or [..., M, K] (`axis=-1`) as a TPU multiplies with it.
+
+    w[k, m] = (codes[k, m] - zero[c, m]) * scale[c, m] for k in group c. Arrays are [..., K, M] whatever `axis` is:
+    outputs last, so that a scale spreads along sublanes, never lanes.
+
+    Invariants: all arrays have the same leading axes; scale and zero have one dtype, bfloat16 if that is exact and
+    float32 otherwise, because no TPU computes in float16; C divides K.
+
+    Attributes:
+        codes: int4, uint4, int8 or uint8 [..., K, M]: the scheme's value of each code. XLA keeps two of 4 bits in a
+            byte on the device.
+        scale: bfloat16 or float32 [..., C, M].
+        zero: of scale's dtype [..., C, M], or None.
+        layer: int32 scalar or None. With it this stands for one layer of the stack [L, ...] that the arrays hold: a
+            kernel that was given a slice would have it copied first.
+        scheme, axis, dtype, activations: as `QTensor`'s. Rounding activations is not done here.
+        kernel: whether `matmul` may take the kernel. Not over a mesh: XLA partitions products, but no kernels.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    zero: jax.Array | None = None
+    layer: jax.Array | None = None
+    _: dataclasses.KW_ONLY
+    scheme: Scheme
+    axis: int = -2
+    dtype: np.dtype = np.dtype("float32")
+    activations: str | None = None
+    kernel: bool = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight that this stands for."""
+        *lead, length, outputs = self.codes.shape[0 if self.layer is None else 1 :]
+        return (*lead, length, outputs) if self.axis == -2 else (*lead, outputs, length)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays on the device, where two codes of 4 bits share a byte (`codes.nbytes` says otherwise)."""
+        planes = jax.tree.leaves((self.scale, self.zero))
+        return self.codes.size * self.scheme.bits // 8 + sum(plane.size * plane.dtype.itemsize for plane in planes)
+
+    @property
+    def group_size(self) -> int:
+        """Weights along the contraction axis that share a scale."""
+        return self.codes.shape[-2] // self.scale.shape[-2]
+
+    def matmul(self, x_RK: jax.Array) -> jax.Array:
+        """As the function of this name."""
+        return matmul(x_RK, self)
+
+    def restore(self) -> QTensor:
+        """As the function of this name."""
+        return restore(self)
+
+    def take_rows(self, row_n: jax.Array) -> jax.Array:
+        """As the function of this name."""
+        return take_rows(self, row_n)
+
+
+def refusal(weight: QTensor) -> str | None:
+    """Why a weight cannot be laid out like this, or None if it can."""
+    if weight.scheme.kind not in ("int", "uint") or weight.scheme.bits not in (4, 8):
+        return f"{weight.scheme.name} codes are not whole numbers of 4 or 8 bits"
+    if isinstance(weight.scale, QTensor):
+        return "its scales are in codes of their own"
+    if weight.offset is not None:
+        return "it has offsets instead of zero points"
+    if weight.order is not None:
+        return "its groups are of reordered inputs"
+    if weight.outlier is not None:
+        return "it has outlier channels"
+    return None
+
+
+def layout(weight: QTensor, *, kernel: bool = True) -> TpuWeight:
+    """Lays a weight out for TPU. Codes and values are exactly those of the QTensor.
+
+    Args:
+        weight: any.
+        kernel: False where XLA is to partition products over a mesh.
+
+    Raises:
+        ValueError: for a weight that `refusal` says no to.
+    """
+    if reason := refusal(weight):
+        raise ValueError(f"a weight of shape {weight.shape} laid out for TPU: {reason}; multiply with it as it is")
+    scheme = weight.scheme
+    codes = unpack(weight.planes, scheme.bits, weight.group_size, axis=weight.axis)
+    # A signed value is its code less 2**(b-1): flipping the top bit leaves it in two's complement.
+    codes = jax.lax.bitcast_convert_type((codes ^ scheme.bias).astype(f"uint{scheme.bits}"), jnp.dtype(scheme.name))
+    exact = all(plane is None or plane.dtype in (jnp.bfloat16, jnp.uint8) for plane in (weight.scale, weight.zero))
+
+    codes = codes if weight.axis == -2 else jnp.swapaxes(codes, -1, -2)
+
+    def place(plane: Any) -> jax.Array:
+        plane = plane if weight.axis == -2 else jnp.swapaxes(plane, -1, -2)
+        # One scale for the tensor becomes one for each output.
+        plane = jnp.broadcast_to(plane, (*plane.shape[:-1], codes.shape[-1]))
+        return plane.astype(jnp.bfloat16 if exact else jnp.float32)
+
+    scale, zero = place(weight.scale), None if weight.zero is None else place(weight.zero)
+    rest = {"axis": weight.axis, "dtype": weight.dtype, "activations": weight.activations}
+    return TpuWeight(codes, scale, zero, scheme=scheme, kernel=kernel, **rest)  # type: ignore[arg-type]
+
+
+def uses_kernel(weight: TpuWeight, rows: int, dtype: jax.typing.DTypeLike) -> bool:
+    """Whether `matmul` takes the kernel rather than XLA, for `rows` rows of `dtype`.
+
+    float32 never does: a MXU takes several passes for it, which XLA knows how to make; it is for comparing.
+    """
+    few = 1 <= rows <= MAX_KERNEL_ROWS and jnp.dtype(dtype) == jnp.bfloat16
+    return weight.kernel and few and _chunk(weight) is not None and _block_columns(weight, rows) is not None
+
+
+def _chunk(weight: TpuWeight) -> int | None:
+    """Rows of the weight that the kernel dequantizes at a time; None if it cannot cut K into such chunks.
+
+    Whole lanes of activations; and whole groups, or whole parts of one.
+    """
+    length, group_size = weight.codes.shape[-2], weight.group_size
+    for chunk in range(_MOST_CHUNK, 0, -_LANES):
+        if length % chunk == 0 and (chunk % group_size == 0 or group_size % chunk == 0):
+            return chunk
+    return None
+
+
+def _block_columns(weight: TpuWeight, rows: int) -> int | None:
+    """Outputs of a block, or None if none fits VMEM beside the activations."""
+    length = weight.codes.shape[-2]
+    per_output = weight.nbytes * length // weight.codes.size
+    fitting = (columns for columns in _BLOCKS if 2 * (columns * per_output + 2 * rows * length) <= _BLOCK_BYTES)
+    return next(fitting, None)
+
+
+def matmul(x_RK: jax.Array, weight: TpuWeight, *, interpret: bool = False) -> jax.Array:
+    """Rows of activations times a weight.
+
+    Args:
+        x_RK: bfloat16 or float32 [R, K]; float16 is multiplied as float32.
+        weight: [K, M] or [M, K]; a layer of a stack is taken by `at_layer`, or sliced.
+        interpret: run the kernel in Pallas' interpreter, on any backend.
+
+    Returns:
+        float32 [R, M]. With bfloat16 activations weights are rounded to bfloat16, after the zero point and after the
+        scale: off by at most 2**-8 * sum(|x| * |w|) and the rounding of a float32 sum. With float32 ones weights and
+        products are float32.
+    """
+    if x_RK.dtype != jnp.bfloat16:
+        x_RK = x_RK.astype(jnp.float32)
+    if uses_kernel(weight, x_RK.shape[0], x_RK.dtype):
+        return _matmul_mosaic(x_RK, weight, interpret)
+    precision = jax.lax.Precision.HIGHEST if x_RK.dtype == jnp.float32 else None
+    weight_KM = _values(_sliced(weight), x_RK.dtype)
+    return jnp.dot(x_RK, weight_KM, precision=precision, preferred_element_type=jnp.float32)
+
+
+def restore(weight: TpuWeight) -> QTensor:
+    """The QTensor again, for what is no product of a matrix: the same codes, scales in the layout's dtype."""
+    whole, scheme = _sliced(weight), weight.scheme
+    codes = jax.lax.bitcast_convert_type(whole.codes, f"uint{scheme.bits}").astype(jnp.uint8) ^ scheme.bias
+    arrays = [codes, whole.scale] if whole.zero is None else [codes, whole.scale, whole.zero]
+    codes, scale, *zero = arrays if weight.axis == -2 else [jnp.swapaxes(array, -1, -2) for array in arrays]
+    planes = pack(codes, scheme.bits, weight.group_size, axis=weight.axis)
+    parts = {"scheme": scheme, "axis": weight.axis, "dtype": weight.dtype, "activations": weight.activations}
+    return QTensor(planes, scale, *zero, **parts)  # type: ignore[arg-type]
+
+
+def take_rows(table: TpuWeight, row_N: jax.Array) -> jax.Array:
+    """Rows of a table [M, K] (`axis=-1`): int [N], each in [0, M) -> [N, K] in the table's dtype."""
+    pick = functools.partial(jnp.take, indices=row_N, axis=-1, mode="clip")
+    return _values(jax.tree.map(pick, table), jnp.float32).T.astype(table.dtype)
+
+
+def _sliced(weight: TpuWeight) -> TpuWeight:
+    """The layer itself instead of its number in a stack."""
+    if weight.layer is None:
+        return weight
+    take = functools.partial(jax.lax.dynamic_index_in_dim, index=weight.layer, axis=0, keepdims=False)
+    return jax.tree.map(take, dataclasses.replace(weight, layer=None))
+
+
+def _values(weight: TpuWeight, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """[..., K, M] in `dtype`.
+
+    bfloat16 planes stay so for bfloat16 values: converted, XLA would write them out and read them back, 0.45 times the
+    packed bytes at g = 32. A product of 4 and 8 significant bits, rounded to 8, is the same either way.
+    """
+    wide = jnp.promote_types(weight.scale.dtype, dtype)
+    values_CgM = split_groups(weight.codes.astype(wide), weight.group_size, -2)
+    if weight.zero is not None:
+        values_CgM = values_CgM - weight.zero[..., None, :].astype(wide)
+    values_CgM = values_CgM * weight.scale[..., None, :].astype(wide)
+    return merge_groups(values_CgM.astype(dtype), -2)
+
+
+def _matmul_mosaic(x_RK: jax.Array, weight: TpuWeight, interpret: bool) -> jax.Array:
+    """The product by a kernel whose grid runs over blocks of outputs."""
+    layer = weight.layer
+    if layer is None:
+        layer, weight = jnp.int32(0), jax.tree.map(lambda array: array[None], weight)
+    (R, length), outputs = x_RK.shape, weight.codes.shape[-1]
+    planes = [weight.scale] if weight.zero is None else [weight.scale, weight.zero]
+    chunk, columns = _chunk(weight), _block_columns(weight, R)
+    assert chunk is not None and columns is not None  # or `uses_kernel` would have said no
+    width = min(columns, outputs)
+    # XLA cannot look into a kernel: every block is read once.
+    traffic = weight.nbytes // weight.codes.shape[0] + 2 * R * length + 4 * R * outputs
+    cost = pl.CostEstimate(flops=2 * R * length * outputs, transcendentals=0, bytes_accessed=traffic)
+
+    def block(rows: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, rows, width), lambda column, layer_ref: (layer_ref[0], 0, column))
+
+    return pl.pallas_call(
+        functools.partial(_kernel, chunk=chunk),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(pl.cdiv(outputs, width),),
+            in_specs=[
+                pl.BlockSpec((R, length), lambda column, layer_ref: (0, 0)),
+                block(length),
+                *(block(plane.shape[-2]) for plane in planes),
+            ],
+            out_specs=pl.BlockSpec((R, width), lambda column, layer_ref: (0, column)),
+        ),
+        out_shape=jax.ShapeDtypeStruct((R, outputs), jnp.float32),
+        cost_estimate=cost,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        interpret=interpret,
+    )(layer.reshape(1), x_RK, weight.codes, *planes)
+
+
+def _kernel(layer_ref, x_ref, codes_ref, scale_ref, *rest, chunk: int) -> None:
+    """One block of outputs, chunk by chunk of K: dequantize in VMEM, multiply in the MXU.
+
+    Args:
+        layer_ref: int32 [1], read by the block specs.
+        x_ref: bfloat16 [R, K].
+        codes_ref: [K, columns].
+        scale_ref: [C, columns].
+        *rest: zero_ref [C, columns], where there are zero points, and out_ref, float32 [R, columns].
+        chunk: rows of codes that are dequantized at a time.
+    """
+    del layer_ref
+    *zero_refs, out_ref = rest
+    length, columns = codes_ref.shape
+    group_size = length // scale_ref.shape[0]
+    total = jnp.zeros(out_ref.shape, jnp.float32)
+    # Unrolled: groups of a chunk need not fill a tile, which a slice at a running index would have to.
+    for start in range(0, length, chunk):
+        groups = slice(start // group_size, pl.cdiv(start + chunk, group_size))
+        values_CgM = codes_ref[start : start + chunk, :].astype(jnp.float32)
+        values_CgM = values_CgM.reshape(-1, min(group_size, chunk), columns)
+        for zero_ref in zero_refs:
+            values_CgM -= zero_ref[groups, :].astype(jnp.float32)[:, None, :]
+        values_CgM *= scale_ref[groups, :].astype(jnp.float32)[:, None, :]
+        values_KM = values_CgM.reshape(chunk, columns).astype(jnp.bfloat16)
+        total += jnp.dot(x_ref[:, start : start + chunk], values_KM, preferred_element_type=jnp.float32)
+    out_ref[...] = total

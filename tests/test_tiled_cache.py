@@ -1,0 +1,87 @@
+"""The cache in tiles: the same model outputs as from the plain cache, and from no cache at all."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llamajax
+from llamajax.cache import KVCache
+from llamajax.model import BLOCK_QUERIES, SLOT_BLOCK, attend, attend_blocks
+from llamajax.tiled_cache import STEP_SLOTS, TILE, TiledKVCache, empty_cache
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("B", [1, 3])
+def test_a_model_sees_what_it_wrote(tiny_model: llamajax.Llama, dtype: str, B: int) -> None:
+    """Pieces that begin and end inside tiles, of which each row keeps some; beside no cache, and the plain cache."""
+    rng, V = np.random.default_rng(0), tiny_model.config.vocab_size
+    cache = TiledKVCache.empty(tiny_model.config, B, 2 * STEP_SLOTS, dtype)
+    plain = KVCache.empty(tiny_model.config, B, 2 * STEP_SLOTS, dtype)
+    texts: list[list[int]] = [[] for _ in range(B)]
+    for T in (20, 1, 3, 40, 1, 2):
+        tokens_BT, count_B = rng.integers(0, V, (B, T)), rng.integers(1, T + 1, B)
+        logits_BTV, cache = tiny_model(jnp.asarray(tokens_BT), cache, jnp.asarray(count_B))
+        expected_BTV, plain = tiny_model(jnp.asarray(tokens_BT), plain, jnp.asarray(count_B))
+        for b in range(B):
+            texts[b] += tokens_BT[b, : count_B[b]].tolist()
+            actual_TV = logits_BTV[b, : count_B[b]]
+            np.testing.assert_allclose(actual_TV, expected_BTV[b, : count_B[b]], rtol=1e-3, atol=1e-3)
+            if dtype == "float32":
+                alone_TV = tiny_model(jnp.asarray([texts[b]]))[0][0, -count_B[b] :]
+                np.testing.assert_allclose(actual_TV, alone_TV, rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(cache.length_B, plain.length_B)
+
+
+def test_slots_are_where_the_docstring_says(tiny_model: llamajax.Llama) -> None:
+    config = tiny_model.config
+    cache = TiledKVCache.empty(config, 2, 2 * STEP_SLOTS).advance(jnp.asarray([13, 60]))
+    key_BTKH, value_BTKH = np.random.default_rng(0).standard_normal((2, 2, 7, 2, 8)).astype(np.float32)
+    cache = cache.write(jnp.asarray(1), jnp.asarray(key_BTKH), jnp.asarray(value_BTKH))
+    for b, start in enumerate((13, 60)):
+        for t in range(7):
+            slot = start + t
+            np.testing.assert_array_equal(cache.key_LBKSH[1, b, :, slot // TILE, :, slot % TILE], key_BTKH[b, t])
+            at = (1, b, slice(None), slot // STEP_SLOTS, slot % STEP_SLOTS)
+            np.testing.assert_array_equal(cache.value_LBKSH[at], value_BTKH[b, t])
+    assert not cache.key_LBKSH[0].any() and int((cache.key_LBKSH != 0).sum()) == key_BTKH.size
+    for read_BKSH, written_BTKH in zip(cache.read(jnp.asarray(1)), (key_BTKH, value_BTKH), strict=True):
+        np.testing.assert_array_equal(read_BKSH[1, :, 60:67], written_BTKH[1].swapaxes(0, 1))
+
+
+def test_a_row_that_overflows_is_nan(tiny_model: llamajax.Llama) -> None:
+    cache = TiledKVCache.empty(tiny_model.config, 2, STEP_SLOTS).advance(jnp.asarray([STEP_SLOTS, 3]))
+    logits_BTV, cache = tiny_model(jnp.asarray([[1], [1]]), cache)
+    assert jnp.isnan(logits_BTV[0]).all() and not jnp.isnan(logits_BTV[1]).any()
+
+
+def test_kinds_of_cache(tiny_config: llamajax.Config) -> None:
+    assert isinstance(empty_cache(tiny_config, 1, 128, "float16"), TiledKVCache) == (jax.default_backend() == "cpu")
+    for slots, dtype in ((128, "bfloat16"), (128, "int8"), (100, "float32")):
+        assert type(empty_cache(tiny_config, 1, slots, dtype)) is KVCache
+    with pytest.raises(ValueError, match="a tiled cache of 100 slots in float32: expected a multiple of 64 in a float"):
+        TiledKVCache.empty(tiny_config, 1, 100)
+    with pytest.raises(ValueError, match="a tiled cache of 128 slots in int8"):
+        TiledKVCache.empty(tiny_config, 1, 128, "int8")
+
+
+@pytest.mark.parametrize(("B", "T", "K", "first"), [(1, 64, 2, 100), (3, 70, 4, 600), (2, 100, 1, 0)])
+def test_attention_in_blocks_is_attention(B: int, T: int, K: int, first: int) -> None:
+    """And its gradient; rows at different positions."""
+    rng, S = np.random.default_rng(0), 3 * SLOT_BLOCK
+    query_BTNH = jnp.asarray(3 * rng.standard_normal((B, T, 4, 8)), jnp.float32)
+    key_BKSH, value_BKSH = (jnp.asarray(rng.standard_normal((B, K, S, 8)), jnp.float32) for _ in range(2))
+    position_BT = first + jnp.arange(T) + 3 * jnp.arange(B)[:, None]
+    rest = key_BKSH, value_BKSH, position_BT
+    np.testing.assert_allclose(attend_blocks(query_BTNH, *rest), attend(query_BTNH, *rest), rtol=1e-4, atol=1e-5)
+    gradients = [jax.grad(lambda q, f=f: jnp.sum(f(q, *rest) ** 2))(query_BTNH) for f in (attend_blocks, attend)]
+    np.testing.assert_allclose(*gradients, rtol=1e-3, atol=1e-4)
+
+
+def test_long_prompts_do_not_hold_all_scores(tiny_model: llamajax.Llama) -> None:
+    """Compiled for a cache of 4,096 slots and 256 queries, temporaries are below what their scores alone would take."""
+    cache = jax.eval_shape(lambda: KVCache.empty(tiny_model.config, 1, 4096))
+    tokens_BT = jax.ShapeDtypeStruct((1, 4 * BLOCK_QUERIES), jnp.int32)
+    memory = jax.jit(tiny_model.trunk).lower(tokens_BT, cache).compile().memory_analysis()
+    scores = tiny_model.config.num_heads * 256 * 4096 * 4
+    assert memory.temp_size_in_bytes < scores
