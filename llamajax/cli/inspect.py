@@ -10,27 +10,42 @@ from llamajax.checkpoint import Opened, open_checkpoint
 from llamajax.checkpoint.naming import named_weights
 from llamajax.cli.common import define_model, memory_bytes, readable_bytes, table_console
 from quant import LayerRuns, QTensor
+from quant.prepare import BACKENDS, refusal
 
 SUMMARY = "show a checkpoint's architecture, tensors, dtypes, bytes and source format"
 EXAMPLES = (
     "llamajax inspect --model=box",
     "llamajax inspect --model=path/to/Llama-3.2-1B --json",
+    "llamajax inspect --model=box-int4 --backend=cpu",
 )
 
 
 def define(values: flags.FlagValues) -> None:
     """Flags of the command."""
     define_model(values)
+    flags.DEFINE_enum(
+        "backend",
+        None,
+        list(BACKENDS),
+        "say for each tensor how this backend multiplies with it: in a layout of its own, or by the reference, which "
+        "dequantizes the whole weight, and why",
+        flag_values=values,
+    )
     flags.DEFINE_boolean("json", False, "print one JSON object instead of tables", flag_values=values)
 
 
 def run(values: flags.FlagValues) -> None:
     """Prints tables, or JSON."""
     opened = open_checkpoint(values.model)
+    weights = named_weights(opened.abstract)
     tensors: list[dict[str, Any]] = [
         {"name": name, "shape": list(weight.shape), "dtype": _kind(weight), "bytes": memory_bytes(weight)}
-        for name, weight in named_weights(opened.abstract).items()
+        for name, weight in weights.items()
     ]
+    if values.backend:
+        for tensor, weight in zip(tensors, weights.values(), strict=True):
+            looked_up = tensor["name"] == "embed_VD" and not opened.config.tied_embeddings
+            tensor["product"] = "none: rows are looked up" if looked_up else _product(weight, values.backend)
     size = sum(tensor["bytes"] for tensor in tensors)
     summary: dict[str, Any] = {
         "model": str(opened.path),
@@ -59,6 +74,16 @@ def _kind(weight: Any) -> str:
     return f"{weight.scheme.name}-g{weight.group_size}{outliers}{activations}"
 
 
+def _product(weight: Any, backend: str) -> str:
+    """How a backend multiplies with a weight; what each run of layers has in common is said once."""
+    if isinstance(weight, LayerRuns):
+        return ", ".join(dict.fromkeys(_product(part, backend) for part in weight.parts))
+    if not isinstance(weight, QTensor):
+        return "float"
+    reason = refusal(weight, backend)
+    return f"reference: {reason}" if reason else f"{backend} layout"
+
+
 def _print_tables(opened: Opened, summary: dict[str, Any]) -> None:
     console = table_console()
     head = Table(title=summary["model"], title_justify="left", show_header=False)
@@ -72,9 +97,13 @@ def _print_tables(opened: Opened, summary: dict[str, Any]) -> None:
     table = Table()
     for column, justify in (("tensor", "left"), ("shape", "right"), ("dtype", "left"), ("bytes", "right")):
         table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    products = "product" in summary["tensors"][0]
+    if products:
+        table.add_column("product")
     for tensor in summary["tensors"]:
         shape = " x ".join(str(size) for size in tensor["shape"])
-        table.add_row(tensor["name"], shape, tensor["dtype"], f"{tensor['bytes']:,}")
+        row = (tensor["name"], shape, tensor["dtype"], f"{tensor['bytes']:,}")
+        table.add_row(*row, *([tensor["product"]] if products else []))
     table.add_section()
     table.add_row("total", "", "", f"{summary['bytes']:,}")
     console.print(table)

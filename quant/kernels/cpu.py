@@ -191,6 +191,7 @@ def matmul(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
     return product(x_RK, weight)[:, : weight.outputs]
 
 
+@functools.partial(jax.jit, inline=True)  # Weights of the same shape are traced once.
 def _unrolled(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
     """`matmul` for a few rows, [R, M] with the outputs of all tiles: a sum for each step along K, then their sum.
 
