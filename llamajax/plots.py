@@ -31,6 +31,20 @@ class Point(NamedTuple):
     kl_divergence: float
 
 
+class Speed(NamedTuple):
+    """What was measured of one kind of work.
+
+    Attributes:
+        label: written beside the bar.
+        tokens_per_second: its length.
+        limit: tokens per second that the machine allows.
+    """
+
+    label: str
+    tokens_per_second: float
+    limit: float
+
+
 def check_picture(path: str | Path) -> None:
     """Refuses, before any work, a picture that could not be drawn.
 
@@ -102,6 +116,27 @@ def error_by_layer(
     axes.set(xlabel="layer", ylabel="signal to noise, dB (higher is better)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    _save(axes.figure, path)
+
+
+def speed_bars(title: str, speeds: Sequence[Speed], path: str | Path) -> None:
+    """Draws a bar for each kind of work, the first on top, with a mark where the machine's limit is.
+
+    Raises:
+        LlamaJaxError: as `check_picture`.
+    """
+    check_picture(path)
+    axes = _axes()
+    labels = [speed.label for speed in speeds]
+    bars = axes.barh(labels, [speed.tokens_per_second for speed in speeds], label="measured")
+    axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+    style: dict[str, Any] = {"color": "black", "markersize": 16, "markeredgewidth": 2}
+    axes.plot([speed.limit for speed in speeds], labels, "|", **style, label="limit of memory and products in floats")
+    axes.margins(x=0.1)  # room for labels
+    axes.invert_yaxis()
+    axes.set(title=title, xlabel="tokens per second, of all rows")
+    axes.set_xlim(left=0)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     _save(axes.figure, path)
 
 

@@ -50,8 +50,8 @@ class TiledKVCache(KVCache):
         plain = jax.eval_shape(lambda: KVCache.empty(config, batch, slots, dtype))
         if isinstance(plain.key_LBKSH, QTensor) or slots % STEP_SLOTS:
             raise ValueError(
-                f"a tiled cache of {slots} slots in {check_cache_dtype(dtype)}: expected a multiple of {STEP_SLOTS} in a float type; "
-                "use KVCache"
+                f"a tiled cache of {slots} slots in {check_cache_dtype(dtype)}: expected a multiple of {STEP_SLOTS} "
+                "in a float type; use KVCache"
             )
         L, B, K, S, H = plain.key_LBKSH.shape
         key_LBKUHs = jnp.zeros((L, B, K, S // TILE, H, TILE), plain.key_LBKSH.dtype)

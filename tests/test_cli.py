@@ -281,6 +281,19 @@ BAD_INPUT = {
         1,
         ["no/layers.svg", "folder that exists"],
     ),
+    "bench of both": (["bench", "--model=box", "--shape=llama3.2-1b"], 1, ["--model and --shape", "one of them"]),
+    "bench of no number": (["bench", "--batch=1,two"], 1, ["--batch=1,two", "numbers from 1"]),
+    "bench recipe without shape": (["bench", "--recipe=int8"], 1, ["--recipe", "--shape", "llamajax quantize"]),
+    "bench of nothing": (["bench", "--prefill=", "--context="], 1, ["nothing to measure", "--prefill"]),
+    "bench dtype twice": (
+        ["bench", "--shape=llama3.2-1b", "--recipe=float16", "--dtype=float32"],
+        1,
+        ["--dtype=float32", "--recipe=float16", "leave it out"],
+    ),
+    "bench unknown shape": (["bench", "--shape=llama9"], 1, ["llama9", "expected one of"]),
+    "bench context": (["bench", "--context=1024"], 1, ["1024 tokens", "made for 512"]),
+    "bench steps": (["bench", "--steps=0"], 2, ["steps", "1, 64"]),
+    "bench plot of a kind": (["bench", "--plot=speed.pdf"], 1, ["speed.pdf", ".svg or .png"]),
     "train without output": (["train"], 1, ["--output is needed"]),
     "train on nothing": (["train", "--output=x", "--data=nowhere.txt"], 1, ["nowhere.txt", "no such file"]),
     "train unknown config": (["train", "--output=x", "--config=llama9"], 1, ["llama9", "expected"]),
@@ -389,6 +402,44 @@ def test_quantize_says_what_it_needs(tmp_path: Path, capsys, argv: list[str], co
     argv = ["--model=box", f"--output={tmp_path / 'q'}", *argv]
     assert_one_line_error(*run(capsys, "quantize", *argv), code, message)
     assert not list(tmp_path.iterdir())
+
+
+def test_bench_measures_what_was_asked_for(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("llamajax.cli.bench.memory_bandwidth", lambda: 2e9)
+    monkeypatch.setattr("llamajax.cli.bench.product_rate", lambda config, dtype: 4e9)
+    options = ["--prefill=9", "--context=3,9", "--batch=1,2", "--repeats=1", "--steps=1", "--cache_dtype=float32"]
+    code, out, err = run(capsys, "bench", *options, "--json")
+    result = json.loads(out)
+    assert code == 0 and err == ""
+    assert (result["model"], result["backend"], result["parameters"]) == ("box", jax.default_backend(), 3672320)
+    assert result["bytes"] == 4 * 3672320 and result["cache_dtype"] == "float32"
+    figures = result["figures"]
+    asked = [("prefill", 1, 9), *(("decode", batch, context) for batch in (1, 2) for context in (3, 9))]
+    assert [(each["phase"], each["batch"], each["tokens"]) for each in figures] == asked
+    for each in figures:
+        assert each["of_memory_bandwidth"] == pytest.approx(each["gigabytes_per_second"] / 2)
+        assert each["of_product_rate"] == pytest.approx(each["gigaflops_per_second"] / 4)
+        made = each["tokens"] if each["phase"] == "prefill" else each["batch"]
+        assert each["tokens_per_second"] == pytest.approx(made / each["seconds"])
+    pytest.importorskip("matplotlib", reason="no matplotlib: pip install 'llamajax[plot]'")
+    code, out, err = run(capsys, "bench", *options, f"--plot={tmp_path / 'speed.svg'}")
+    assert code == 0 and err == ""
+    assert out.startswith("box, 32.00 bits a weight: 3,672,320 weights, 14.01 MiB; cache float32")
+    assert out.count("decode") == 4 and out.count("prefill") == 1
+    assert "memory        2.0 GB/s" in out and "0 programs" in out, "all were compiled before"
+    picture = (tmp_path / "speed.svg").read_text()
+    assert "decode 2 rows at 9" in picture and "prefill 9" in picture and "tokens per second" in picture
+
+
+def test_bench_of_a_shape(capsys, monkeypatch) -> None:
+    """Random int4 weights of a preset, here one that is small enough; prepared or not they are as many bytes."""
+    monkeypatch.setattr("llamajax.cli.bench.memory_bandwidth", lambda: 2e9)
+    options = ["--shape=box", "--prefill=", "--repeats=1", "--steps=1", "--json"]
+    prepared, stored = (json.loads(run(capsys, "bench", *options, flag)[1]) for flag in ("--prepare", "--noprepare"))
+    assert prepared["prepared"] and not stored["prepared"] and prepared["weights"] == "int4-g32"
+    assert prepared["bytes"] == stored["bytes"] and 4.5 <= 8 * stored["bytes"] / stored["parameters"] < 4.6
+    floats = json.loads(run(capsys, "bench", *options, "--recipe=float32")[1])
+    assert floats["bytes"] == 4 * floats["parameters"]
 
 
 def test_compiled_programs_are_kept_where_the_user_keeps_caches(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ COMMANDS = {
     "convert": "llamajax.cli.convert",
     "quantize": "llamajax.cli.quantize",
     "eval": "llamajax.cli.evaluate",
+    "bench": "llamajax.cli.bench",
     "train": "llamajax.cli.train",
 }
 

@@ -1,0 +1,455 @@
+"""Speed of int4-g32 beside llama.cpp's Q4_0: the same shape, bits, cores and cache, in turn, on one machine.
+
+    pip install 'llamajax[llamacpp]'
+    python benchmarks/versus_llamacpp.py --shape=tinyllama-1.1b --rounds=5
+
+Weights are random: speed does not depend on them. Both formats are 4 bits and a float16 scale for 32 weights, in all
+matrices, embeddings and head included. Each program has a process that holds the model all the time; they answer in
+turn, ours first in one round and llama.cpp's in the next, so that only one works at a time. Figures are medians over
+the rounds; behind the ratio of the medians are the lowest and the highest ratio of one round, because a machine that
+others share is not the same from second to second.
+
+Decoding is greedy. Prefill of llama.cpp makes one token's logits too, a thousandth of its work, and leaves out what the
+last layer would compute for the others. Resident memory counts mapped pages; it is that of a new process which decodes
+32 tokens, and so is the time from its start to its first token, with what can be warm being so: JAX's compiled
+programs, and the files in the system's page cache. Both processes are Python, and import their program. For Linux,
+whose /proc tells what is resident.
+"""
+
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import app, flags, logging
+
+# Nothing else is imported up here: the processes that are measured load this file too, and then what they need.
+
+flags.DEFINE_string("shape", "tinyllama-1.1b", "preset of the shape")
+flags.DEFINE_integer("rounds", 5, "how often everything is measured", lower_bound=1)
+flags.DEFINE_integer("steps", 16, "decode steps that a figure is the mean of", lower_bound=1)
+flags.DEFINE_integer("threads", 0, "cores that each program uses; all unless given", lower_bound=0)
+flags.DEFINE_enum("cache_dtype", "float16", ["float16", "float32"], "of keys and values, in both programs")
+flags.DEFINE_list("decode", ["1x128", "1x1024", "8x128"], "rows x context of the decode steps to measure")
+flags.DEFINE_integer("prefill", 512, "length of the prompt to measure; 0 for none", lower_bound=0)
+flags.DEFINE_bool("start", True, "measure new processes: time to the first token, and resident memory")
+flags.DEFINE_string("gguf", None, "file of llama.cpp's; of random weights, written, unless given")
+flags.DEFINE_string("folder", None, "where files stay for another time; a temporary folder if not given")
+flags.DEFINE_bool("json", False, "print JSON instead of a table")
+flags.DEFINE_string("as_child", None, "a program's process: for this script's own use")
+
+OURS, THEIRS = "llamajax", "llamacpp"
+RECIPE, KIND = "int4-g32", "Q4_0"
+_BLOCK, _BLOCK_BYTES = 32, 18  # weights of a Q4_0 block; its float16 scale and 16 bytes of codes
+_MOST_TOKENS = 512  # that llama.cpp is given at once; its own default for what it computes at once
+_START_PROMPT, _START_TOKENS = 16, 32  # of the new processes
+
+
+class Figure(NamedTuple):
+    """What is measured of both programs, again and again.
+
+    Attributes:
+        label: for people.
+        work: what the processes are asked; None for what new processes tell.
+        unit: of the values.
+        values: program -> a value a round.
+    """
+
+    label: str
+    work: dict[str, Any] | None
+    unit: str
+    values: dict[str, list[float]]
+
+
+# ---- Files ----------------------------------------------------------------------------------------------------------
+
+
+def write_gguf(path: Path, shape: str) -> None:
+    """Random Q4_0 weights of a preset's shape, without a vocabulary; scales are one number, norms ones."""
+    import gguf
+    import numpy as np
+
+    from llamajax.checkpoint.huggingface import expected_tensors
+    from llamajax.checkpoint.naming import named_leaves
+    from llamajax.config import preset
+    from llamajax.model import abstract_model
+
+    config = preset(shape)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_context_length(config.context_length)
+    writer.add_embedding_length(config.width)
+    writer.add_feed_forward_length(config.ffn_width)
+    writer.add_block_count(config.num_layers)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_size)
+    writer.add_value_length(config.head_size)
+    writer.add_rope_dimension_count(config.head_size)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
+    shapes = {name: leaf.shape for name, leaf in named_leaves(abstract_model(config)).items()}
+    tensors = []
+    for ours, theirs, layer in expected_tensors(config):
+        size = shapes[ours] if layer is None else shapes[ours][1:][::-1]
+        matrix = len(size) == 2
+        stored = gguf.GGMLQuantizationType[KIND if matrix else "F32"]
+        length = math.prod(size) // _BLOCK * _BLOCK_BYTES if matrix else 4 * math.prod(size)
+        writer.add_tensor_info(
+            names.get_name(theirs, (".weight",)), size, np.dtype("float32"), length, raw_dtype=stored
+        )
+        tensors.append((size, matrix))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    generator = np.random.default_rng(0)
+    for size, matrix in tensors:
+        if not matrix:
+            writer.write_tensor_data(np.ones(size, np.float32))
+            continue
+        block = np.frombuffer(generator.bytes(math.prod(size) // _BLOCK * _BLOCK_BYTES), np.uint8).copy()
+        block = block.reshape(-1, _BLOCK_BYTES)
+        block[:, :2] = np.frombuffer(np.float16(0.004).tobytes(), np.uint8)
+        writer.write_tensor_data(block.reshape(size[0], -1))
+    writer.close()
+
+
+def write_checkpoint(path: Path, shape: str) -> None:
+    """Random weights of ours."""
+    import llamajax
+    from llamajax.bench import random_model
+
+    llamajax.save_checkpoint(random_model(llamajax.preset(shape), RECIPE), path)
+
+
+# ---- llama.cpp ------------------------------------------------------------------------------------------------------
+
+
+class Context:
+    """A context of llama.cpp with rows that hold nothing yet."""
+
+    def __init__(self, model: Any, rows: int, slots: int):
+        """`slots` tokens a row."""
+        import gguf
+        import llama_cpp
+
+        self.api, self.rows, threads = llama_cpp, rows, _threads()
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_seq_max = rows * slots, rows
+        params.n_batch = params.n_ubatch = _MOST_TOKENS
+        params.n_threads = params.n_threads_batch = threads
+        kind = gguf.GGMLQuantizationType["F16" if flags.FLAGS.cache_dtype == "float16" else "F32"]
+        params.type_k = params.type_v = int(kind)
+        self._context = llama_cpp.llama_init_from_model(model, params)
+        self._batch = llama_cpp.llama_batch_init(_MOST_TOKENS, 0, 1)
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        vocabulary = llama_cpp.llama_model_get_vocab(model)
+        self._vocab_size = llama_cpp.llama_vocab_n_tokens(vocabulary)
+
+    def run(self, tokens: list[int], first: int, rows: list[int]) -> list[int]:
+        """Feeds each row its token at position `first`; or one row tokens from there on. The likeliest next tokens."""
+        import numpy as np
+
+        batch = self._batch
+        together = len(rows) > 1
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i] = token, first if together else first + i
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, rows[i] if together else rows[0]
+            batch.logits[i] = together or i == len(tokens) - 1
+        batch.n_tokens = len(tokens)
+        if self.api.llama_decode(self._context, batch):
+            sys.exit("llama.cpp could not decode")
+        best = []
+        for i in range(len(tokens)):
+            if batch.logits[i]:
+                logits = self.api.llama_get_logits_ith(self._context, i)
+                best.append(int(np.argmax(np.ctypeslib.as_array(logits, (self._vocab_size,)))))
+        return best
+
+    def fill(self, length: int) -> None:
+        """Puts `length` tokens into every row."""
+        for first in range(0, length, _MOST_TOKENS):
+            self.run([7] * min(_MOST_TOKENS, length - first), first, [0])
+        for row in range(1, self.rows):
+            self.api.llama_memory_seq_cp(self._memory, 0, row, -1, -1)
+
+    def forget(self, length: int) -> None:
+        """Leaves each row its first `length` tokens."""
+        for row in range(self.rows):
+            self.api.llama_memory_seq_rm(self._memory, row, length, -1)
+
+
+def open_gguf(path: str) -> Any:
+    """llama.cpp's model, mapped and laid out by its own defaults."""
+    import llama_cpp
+
+    # The binding takes warnings for errors; what goes wrong for good, returns null.
+    llama_cpp._logger.logger.setLevel("CRITICAL")
+    llama_cpp.llama_backend_init()
+    model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+    return model if model else sys.exit(f"llama.cpp could not open {path}")
+
+
+def their_answers() -> Callable[[dict[str, Any]], float]:
+    """What llama.cpp's process does for a request: tokens per second."""
+    model, contexts = open_gguf(flags.FLAGS.gguf), {}
+
+    def prefill(length: int) -> float:
+        context = contexts.setdefault("prefill", None) or Context(model, 1, _slots(length))
+        contexts["prefill"] = context
+        context.forget(0)
+        start = time.perf_counter()
+        for first in range(0, length, _MOST_TOKENS):
+            context.run(list(range(3, 3 + min(_MOST_TOKENS, length - first))), first, [0])
+        return length / (time.perf_counter() - start)
+
+    def decode(rows: int, length: int, steps: int) -> float:
+        if (rows, length) not in contexts:
+            contexts[rows, length] = Context(model, rows, _slots(length + steps + 1))
+            contexts[rows, length].fill(length)
+        context = contexts[rows, length]
+        tokens = context.run([5] * rows, length, list(range(rows)))
+        context.forget(length)
+        start = time.perf_counter()
+        for step in range(steps):
+            tokens = context.run(tokens, length + step, list(range(rows)))
+        seconds = time.perf_counter() - start
+        context.forget(length)
+        return rows * steps / seconds
+
+    return lambda work: prefill(work["prefill"]) if "prefill" in work else decode(*work["decode"])
+
+
+def their_start() -> Iterator[None]:
+    """A new process of llama.cpp; yields when the first token is there, and again behind the last."""
+    model = open_gguf(flags.FLAGS.gguf)
+    context = Context(model, 1, _slots(_START_PROMPT + _START_TOKENS))
+    tokens = context.run(list(range(3, 3 + _START_PROMPT)), 0, [0])
+    yield
+    for step in range(_START_TOKENS - 1):
+        tokens = context.run(tokens, _START_PROMPT + step, [0])
+    yield
+
+
+# ---- Ours -----------------------------------------------------------------------------------------------------------
+
+
+def our_answers() -> Callable[[dict[str, Any]], float]:
+    """What our process does for a request: tokens per second."""
+    import llamajax
+    from llamajax.bench import measure_decode, measure_prefill, random_model
+
+    model = llamajax.prepare(random_model(llamajax.preset(flags.FLAGS.shape), RECIPE), donate=True)
+    cache = flags.FLAGS.cache_dtype
+
+    def answer(work: dict[str, Any]) -> float:
+        if "prefill" in work:
+            return measure_prefill(model, work["prefill"], cache_dtype=cache, repeats=1).tokens_per_second
+        rows, length, steps = work["decode"]
+        options = {"batch": rows, "steps": steps, "repeats": 1, "cache_dtype": cache}
+        return measure_decode(model, length, **options).tokens_per_second
+
+    return answer
+
+
+def our_start() -> Iterator[None]:
+    """A new process of ours; yields when the first token is there, and again behind the last."""
+    import llamajax
+
+    model, _ = llamajax.load(Path(flags.FLAGS.folder, "llamajax"), dtype="float32")
+    model = llamajax.prepare(model, donate=True)
+    prompt = list(range(3, 3 + _START_PROMPT))
+    options = {"max_new_tokens": _START_TOKENS, "temperature": 0, "cache_dtype": flags.FLAGS.cache_dtype}
+    pieces = iter(llamajax.stream(model, None, prompt, **options))
+    next(pieces)
+    yield
+    for _ in pieces:
+        pass
+    yield
+
+
+# ---- Processes ------------------------------------------------------------------------------------------------------
+
+
+def serve(name: str) -> None:
+    """A child's life: answers the requests on stdin, a line each, or starts once and tells how that was."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: _threads()])
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every array that it reads.
+    program, what = name.split("-")
+    if what == "start":
+        milestones = our_start() if program == OURS else their_start()
+        next(milestones)
+        print("first", flush=True)
+        next(milestones)
+        status = Path("/proc/self/status").read_text()
+        print(1024 * int(status.split("VmRSS:")[1].split()[0]), flush=True)
+        return
+    answer = our_answers() if program == OURS else their_answers()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), flush=True)
+
+
+def start_child(name: str) -> subprocess.Popen:
+    """A process of this script's, with our flags."""
+    given = ("shape", "gguf", "folder", "cache_dtype", "threads")
+    options = [f"--{flag}={flags.FLAGS[flag].value}" for flag in given if flags.FLAGS[flag].value]
+    command = [sys.executable, __file__, f"--as_child={name}", *options]
+    compiled = {
+        "JAX_COMPILATION_CACHE_DIR": str(Path(flags.FLAGS.folder, "xla")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=os.environ | compiled, **pipes)
+
+
+def heard(child: subprocess.Popen, program: str) -> str:
+    """A line of a child's; ends everything if the child did."""
+    line = child.stdout.readline()
+    return line.strip() if line else sys.exit(f"the process of {program} ended with code {child.wait()}")
+
+
+def asked(child: subprocess.Popen, program: str, work: dict[str, Any]) -> float:
+    """A child's answer to one request."""
+    print(json.dumps(work), file=child.stdin, flush=True)
+    return float(heard(child, program))
+
+
+def started(program: str) -> tuple[float, float]:
+    """A new process: seconds to its first token, and GiB resident while it decodes."""
+    begin = time.perf_counter()
+    with start_child(f"{program}-start") as child:
+        heard(child, program)
+        seconds = time.perf_counter() - begin
+        return seconds, int(heard(child, program)) / 2**30
+
+
+def measure(rounds: int) -> tuple[list[Figure], float]:
+    """All figures, and the memory bandwidth in bytes per second."""
+    from llamajax.bench import memory_bandwidth
+
+    figures, steps = [], flags.FLAGS.steps
+    for rows, context in (map(int, work.split("x")) for work in flags.FLAGS.decode):
+        label = f"decode, {rows} row{'s' if rows > 1 else ''}, context {context}"
+        figures.append(Figure(label, {"decode": [rows, context, steps]}, "tokens/s", {OURS: [], THEIRS: []}))
+    if length := flags.FLAGS.prefill:
+        figures.append(Figure(f"prefill, {length} tokens", {"prefill": length}, "tokens/s", {OURS: [], THEIRS: []}))
+    first = Figure("start to first token", None, "s", {OURS: [], THEIRS: []})
+    resident = Figure("resident memory", None, "GiB", {OURS: [], THEIRS: []})
+    bandwidth = memory_bandwidth()
+    children = {program: start_child(f"{program}-serve") for program in (OURS, THEIRS)}
+    try:
+        for program, child in children.items():
+            heard(child, program)
+            for figure in figures:  # compiles, fills contexts
+                asked(child, program, figure.work)
+            if flags.FLAGS.start:
+                started(program)
+        for done in range(rounds):
+            order = (OURS, THEIRS) if done % 2 == 0 else (THEIRS, OURS)
+            for figure in figures:
+                for program in order:
+                    figure.values[program].append(asked(children[program], program, figure.work))
+            for program in order if flags.FLAGS.start else ():
+                for figure, value in zip((first, resident), started(program), strict=True):
+                    figure.values[program].append(value)
+            bandwidth = max(bandwidth, memory_bandwidth())
+            print(f"round {done + 1} of {rounds}, load average {os.getloadavg()[0]:.1f}", file=sys.stderr)
+    finally:
+        for child in children.values():
+            child.terminate()
+            child.wait()
+    return figures + ([first, resident] if flags.FLAGS.start else []), bandwidth
+
+
+# ---- Results --------------------------------------------------------------------------------------------------------
+
+
+def table(figures: list[Figure]) -> str:
+    """Markdown: medians, and ours divided by theirs."""
+    lines = [f"| | llamajax {RECIPE} | llama.cpp {KIND} | ratio | of one round |", "|---|---|---|---|---|"]
+    for label, _, unit, values in figures:
+        ours, theirs = (statistics.median(values[program]) for program in (OURS, THEIRS))
+        ratios = [mine / other for mine, other in zip(values[OURS], values[THEIRS], strict=True)]
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        lines.append(f"| {label}, {unit} | {ours:.2f} | {theirs:.2f} | {ours / theirs:.2f} | {spread} |")
+    return "\n".join(lines)
+
+
+def _threads() -> int:
+    """Cores to use."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(flags.FLAGS.threads or available, available)
+
+
+def _slots(length: int) -> int:
+    """Of a row that is to hold so many tokens; multiples of 256, as in both programs."""
+    return -(-length // 256) * 256
+
+
+def _write_files(folder: Path) -> None:
+    """What is not there yet, in a process of its own: what this one holds could count as its children's."""
+    import multiprocessing
+
+    shape, gguf = flags.FLAGS.shape, Path(flags.FLAGS.gguf)
+    wanted = [(write_gguf, gguf), *([(write_checkpoint, folder / "llamajax")] if flags.FLAGS.start else [])]
+    for write, path in wanted:
+        if not path.exists():
+            writer = multiprocessing.get_context("spawn").Process(target=write, args=(path, shape))
+            writer.start()
+            writer.join()
+            if writer.exitcode:
+                sys.exit(f"writing {path} failed")
+
+
+def main(argv):
+    """Writes, measures in turn, prints."""
+    del argv
+    if flags.FLAGS.as_child:
+        serve(flags.FLAGS.as_child)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(flags.FLAGS.folder or scratch, flags.FLAGS.shape)
+        folder.mkdir(parents=True, exist_ok=True)
+        flags.FLAGS.folder, flags.FLAGS.gguf = str(folder), flags.FLAGS.gguf or str(folder / f"{KIND}.gguf")
+        _write_files(folder)
+        figures, bandwidth = measure(flags.FLAGS.rounds)
+        size = Path(flags.FLAGS.gguf).stat().st_size
+    setting = {
+        "shape": flags.FLAGS.shape,
+        "threads": _threads(),
+        "cache_dtype": flags.FLAGS.cache_dtype,
+        "rounds": flags.FLAGS.rounds,
+        "gguf_bytes": size,
+        "memory_gigabytes_per_second": bandwidth / 1e9,
+        "load_average": os.getloadavg()[0],
+    }
+    if flags.FLAGS.json:
+        print(json.dumps(setting | {"figures": [figure._asdict() for figure in figures]}))
+        return
+    print(
+        f"{flags.FLAGS.shape}, {_threads()} cores, {flags.FLAGS.cache_dtype} cache, medians of {flags.FLAGS.rounds}\n"
+    )
+    print(table(figures))
+    print(f"\nMemory: {bandwidth / 1e9:.1f} GB/s, so that {size / 1e9:.2f} GB of weights can be read", end=" ")
+    print(f"{bandwidth / size:.1f} times a second. Load average at the end: {setting['load_average']:.1f}.")
+
+
+if __name__ == "__main__":
+    flags.register_validator(
+        "decode",
+        lambda value: all(re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", work) for work in value),
+        "expected ROWSxCONTEXT, commas between, as 1x128,8x128",
+    )
+    app.run(main)

@@ -1,0 +1,394 @@
+"""How fast a model runs, and how near that is to what the machine can do: measured in one process, as medians.
+
+    model = prepare(random_model(preset("tinyllama-1.1b")), donate=True)
+    print(measure_decode(model, context=128).tokens_per_second)
+
+The programs are those that `generate` runs. Speed does not depend on the values of weights, but for the context, which
+is given: so the model may be one of a preset's shape with random weights, which takes no more memory than it has.
+"""
+
+import dataclasses
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llamajax.cache import KVCache
+from llamajax.checkpoint.naming import STACKED, Place, named_leaves, tensor_places
+from llamajax.compilation import CompiledFunction
+from llamajax.config import Config
+from llamajax.errors import LlamaJaxError
+from llamajax.generate import (
+    DECODE_BLOCK,
+    SLOT_MULTIPLE,
+    DecodeState,
+    compiled_decode,
+    compiled_prefill,
+    plan_chunks,
+)
+from llamajax.model import Llama, abstract_model
+from llamajax.quantize import read_recipe
+from llamajax.request import row_keys
+from llamajax.sampling import make_sampler
+from llamajax.stacks import LayerStacks
+from llamajax.tiled_cache import empty_cache
+from quant import QTensor, Scheme, quantize_rtn
+from quant.recipe import Rule, assign
+
+FLOATS = ("float32", "bfloat16", "float16")
+_DEVIATION = 0.02  # standard deviation of random weights: that which training starts from
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What one kind of work took.
+
+    Attributes:
+        phase: "prefill" or "decode".
+        batch: rows.
+        length: of the prompt in tokens, or of the context that a step finds in the cache.
+        tokens: that `seconds` put into the cache, or made, of all rows.
+        seconds: of the whole prefill, or of one decode step; the median of the repeats, without compiling.
+        bytes_read: that the work has to read: its weights, once a forward pass, and the cache of the context.
+        operations: floating point operations that it cannot do without: products with weights, scores and mixtures.
+        programs: compiled for it.
+        compile_seconds: that took; little where JAX had them in its folder of compiled programs.
+        resident_bytes: of this process afterwards, or None where the system does not say.
+    """
+
+    phase: str
+    batch: int
+    length: int
+    tokens: int
+    seconds: float
+    bytes_read: int
+    operations: int
+    programs: int
+    compile_seconds: float
+    resident_bytes: int | None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all rows together."""
+        return self.tokens / self.seconds
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """In 1e9 bytes."""
+        return self.bytes_read / self.seconds / 1e9
+
+    @property
+    def gigaflops_per_second(self) -> float:
+        """In 1e9 operations."""
+        return self.operations / self.seconds / 1e9
+
+    def limit(self, bandwidth: float, flops: float) -> float:
+        """Tokens per second that reading, and multiplying in floats, allow; whichever takes longer.
+
+        Args:
+            bandwidth: of memory, bytes per second.
+            flops: of products, operations per second.
+        """
+        return self.tokens / max(self.bytes_read / bandwidth, self.operations / flops)
+
+
+# ---- Random weights -------------------------------------------------------------------------------------------------
+
+
+def random_model(
+    config: Config, weights: str | Path = "int4-g32", *, dtype: jax.typing.DTypeLike = jnp.float32, seed: int = 0
+) -> Llama:
+    """A model of random weights, made as it is stored: memory holds the result and one weight, and no model in floats.
+
+    Codes are random bytes, scales one number a weight: as large as weights are, so that nothing overflows.
+
+    Args:
+        config: the architecture.
+        weights: a recipe, as `quantize` takes it, or one of float32, bfloat16, float16. Of a recipe the schemes count,
+            not how it chooses codes.
+        dtype: of activations, and of weights that the recipe keeps. With a float type for weights it is that type.
+        seed: the same seed gives the same weights.
+
+    Raises:
+        LlamaJaxError: for a recipe that there is not, that does not fit, or whose schemes depend on a text.
+    """
+    if str(weights) in FLOATS:
+        dtype = str(weights)
+    rules = _rules(weights, config)
+    leaves = named_leaves(abstract_model(config, dtype))
+    generator, stacks = np.random.default_rng(seed), LayerStacks(rules, config)
+    for place in tensor_places(config):
+        leaf = leaves[place.name]
+        one = jax.ShapeDtypeStruct(leaf.shape if place.layer is None else leaf.shape[1:], leaf.dtype)
+        stacks.put(place, _random_weight(place, one, rules[place], generator))
+    return stacks.model()
+
+
+def _rules(weights: str | Path, config: Config) -> Mapping[tuple[str, int | None], Rule]:
+    """The rule for each weight of each layer."""
+    names = {
+        name: config.num_layers if name.startswith(STACKED) else None for name in named_leaves(abstract_model(config))
+    }
+    if str(weights) in FLOATS:
+        return assign((Rule(weights="*", keep=True),), names)
+    recipe = read_recipe(weights)
+    if recipe.target_bpw is not None or any(rule.outliers or rule.act_order for rule in recipe.rules):
+        raise LlamaJaxError(
+            f"recipe is {str(weights)!r}, whose bits, outliers or order depend on a text: expected one that says all "
+            "by itself, as int4-g32"
+        )
+    try:
+        return assign(recipe.rules, names)
+    except ValueError as error:
+        raise LlamaJaxError(str(error)) from None
+
+
+def _random_weight(place: Place, weight: jax.ShapeDtypeStruct, rule: Rule, generator: np.random.Generator) -> Any:
+    """One weight by its rule, of NumPy arrays; norms are ones."""
+    shape = weight.shape
+    if len(shape) == 1:
+        return np.ones(shape, weight.dtype)
+    if rule.keep:
+        # Even, which takes a third of the time of normal.
+        even = generator.random(shape, np.float32) - np.float32(0.5)
+        even *= np.float32(_DEVIATION * math.sqrt(12))
+        return even.astype(weight.dtype)
+    axis = -1 if place.name.endswith("_VD") else -2
+    rule = rule.for_inputs(shape[axis])
+    assert rule.scheme is not None  # a rule that quantizes
+    scheme = Scheme.named(rule.scheme)
+    options: dict[str, Any] = {"group_size": rule.group_size, "axis": axis, "scale_dtype": rule.scale_dtype}
+    try:
+        made: Any = jax.eval_shape(lambda weight: quantize_rtn(weight, scheme, **options), weight)
+    except (ValueError, TypeError) as error:
+        raise LlamaJaxError(f"{place} of shape {shape}: {error}") from None
+    return dataclasses.replace(_filled(made, generator), activations=rule.activations)
+
+
+def _filled(abstract: Any, generator: np.random.Generator) -> QTensor:
+    """A quantized weight of those shapes with random codes."""
+    scheme = abstract.scheme
+    middle = 2 ** (scheme.bits - 1)
+    step = _DEVIATION / float(jnp.std(scheme.decode(jnp.arange(2**scheme.bits, dtype=jnp.uint8))))
+    if scheme.kind == "mxfp4":
+        step = round(math.log2(step)) + 127  # an exponent
+
+    def codes(plane: Any) -> np.ndarray:
+        drawn = np.frombuffer(generator.bytes(math.prod(plane.shape)), np.uint8).reshape(plane.shape)
+        if scheme.kind == "ternary":
+            return drawn & ~((drawn >> 1) & drawn & 0x55)  # 2 where a code is 3, which there is not
+        return drawn
+
+    return dataclasses.replace(
+        abstract,
+        planes=tuple(codes(plane) for plane in abstract.planes),
+        scale=np.full(abstract.scale.shape, step, abstract.scale.dtype),
+        zero=None if abstract.zero is None else np.full(abstract.zero.shape, middle, abstract.zero.dtype),
+    )
+
+
+# ---- What the machine can do ----------------------------------------------------------------------------------------
+
+
+def memory_bandwidth(size: int = 1 << 29, repeats: int = 8) -> float:
+    """Bytes per second that can be read from memory: the most that one of the repeats reached, for it is a limit.
+
+    On a CPU one thread a core looks for the largest of its share of a buffer of int32, in NumPy: of what Python offers
+    that reads fastest, as fast as a loop in C that does nothing else. Elsewhere XLA looks for it.
+
+    Args:
+        size: of the buffer in bytes; several times what the caches hold.
+        repeats: how often it is read.
+    """
+    if jax.default_backend() != "cpu":
+        buffer = jnp.ones(size // 4, jnp.int32)
+        largest = jax.jit(jnp.max)
+        return size / min(_times(lambda: jax.block_until_ready(largest(buffer)), repeats))
+    cores = _cores()
+    parts = np.array_split(np.ones(size // 4, np.int32), cores)
+    with ThreadPoolExecutor(cores) as pool:
+        return size / min(_times(lambda: list(pool.map(np.max, parts)), repeats))
+
+
+def product_rate(config: Config, dtype: jax.typing.DTypeLike = jnp.float32, rows: int = 256, repeats: int = 8) -> float:
+    """Operations per second of `jnp.matmul` with a matrix of the model's size; the most that one repeat reached.
+
+    Args:
+        config: the model's. The product is [rows, D] with [D, F].
+        dtype: of both factors.
+        rows: tokens at once.
+        repeats: how often it is computed.
+    """
+    x_RD = jnp.full((rows, config.width), 0.5, dtype)
+    weight_DF = jnp.full((config.width, config.ffn_width), 0.5, dtype)
+    product = jax.jit(jnp.matmul)
+    seconds = min(_times(lambda: jax.block_until_ready(product(x_RD, weight_DF)), repeats))
+    return 2 * rows * weight_DF.size / seconds
+
+
+def resident_bytes() -> int | None:
+    """Memory of this process that is not swapped out, mapped files included; None where the system has no /proc."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), None)
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system says."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _times(work: Callable[[], Any], repeats: int) -> list[float]:
+    """Seconds of each repeat, behind one that does not count."""
+    work()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+# ---- Measuring ------------------------------------------------------------------------------------------------------
+
+
+def measure_prefill(
+    model: Llama, length: int, *, cache_dtype: jax.typing.DTypeLike | None = None, repeats: int = 5
+) -> Measurement:
+    """Putting a prompt of `length` tokens into the cache, in the chunks that `generate` cuts it into.
+
+    Args:
+        model: prepared or not.
+        length: at least 1, at most the model's context.
+        cache_dtype: one of `cache.CACHE_DTYPES`; the model's unless given.
+        repeats: at least 1.
+
+    Raises:
+        LlamaJaxError: for a value out of range.
+    """
+    _check(model.config, {"prefill": length, "repeats": repeats}, length)
+    chunks = plan_chunks(length)
+    slots = -(-sum(chunks) // SLOT_MULTIPLE) * SLOT_MULTIPLE
+    token_T = np.random.default_rng(0).integers(0, model.config.vocab_size, sum(chunks), np.int32)
+    firsts = np.cumsum([0, *chunks[:-1]])
+    parts = [
+        (jnp.asarray(token_T[None, first : first + chunk]), jnp.asarray([min(chunk, length - first)], jnp.int32))
+        for first, chunk in zip(firsts, chunks, strict=True)
+    ]
+
+    def once() -> float:
+        cache = jax.block_until_ready(empty_cache(model.config, 1, slots, cache_dtype or model.dtype))
+        start = time.perf_counter()
+        for tokens_BT, count_B in parts:
+            cache = compiled_prefill(model, tokens_BT, count_B, cache)
+        jax.block_until_ready(cache)
+        return time.perf_counter() - start
+
+    seconds, programs, compile_seconds = _median(once, compiled_prefill, repeats)
+    c = model.config
+    pairs = length * (length + 1) // 2
+    operations = 2 * length * _layer_weights(c) + 4 * pairs * c.num_layers * c.num_heads * c.head_size
+    read = len(chunks) * _weight_bytes(model, head=False)
+    return Measurement(
+        "prefill", 1, length, length, seconds, read, operations, programs, compile_seconds, resident_bytes()
+    )
+
+
+def measure_decode(
+    model: Llama,
+    context: int,
+    *,
+    batch: int = 1,
+    cache_dtype: jax.typing.DTypeLike | None = None,
+    steps: int = 8,
+    repeats: int = 5,
+) -> Measurement:
+    """A step of greedy decoding behind a context of `context` tokens in each row.
+
+    Args:
+        model: prepared or not.
+        context: at least 1, at most the model's.
+        batch: rows, at least 1.
+        cache_dtype: one of `cache.CACHE_DTYPES`; the model's unless given.
+        steps: that one call makes, and a repeat is one call: 1 to `generate.DECODE_BLOCK`. They lengthen the context,
+            which begins anew with each repeat.
+        repeats: at least 1.
+
+    Raises:
+        LlamaJaxError: for a value out of range.
+    """
+    _check(model.config, {"context": context, "batch": batch, "steps": steps, "repeats": repeats}, context)
+    if steps > DECODE_BLOCK:
+        raise LlamaJaxError(f"steps is {steps}: expected at most {DECODE_BLOCK}, what one call of the program makes")
+    slots = -(-(context + steps) // SLOT_MULTIPLE) * SLOT_MULTIPLE
+    state = decode_state(empty_cache(model.config, batch, slots, cache_dtype or model.dtype), context)
+    # Of the type that the cache has, which is not KVCache's own where it has scales.
+    slot_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state.cache.key_LBKSH, state.cache.value_LBKSH))) // slots
+    arguments = make_sampler(temperature=0), jnp.zeros(0, jnp.int32), jnp.asarray(steps, jnp.int32)
+
+    def once() -> float:
+        nonlocal state
+        state = jax.block_until_ready(_at_length(state, context))
+        start = time.perf_counter()
+        state, *_ = jax.block_until_ready(compiled_decode(model, state, *arguments))
+        return (time.perf_counter() - start) / steps
+
+    seconds, programs, compile_seconds = _median(once, compiled_decode, repeats)
+    c = model.config
+    products = _layer_weights(c) + c.vocab_size * c.width
+    scores = 4 * (context + 1) * c.num_layers * c.num_heads * c.head_size
+    read = _weight_bytes(model) + context * slot_bytes
+    operations = batch * (2 * products + scores)
+    return Measurement(
+        "decode", batch, context, batch, seconds, read, operations, programs, compile_seconds, resident_bytes()
+    )
+
+
+def decode_state(cache: KVCache, context: int) -> DecodeState:
+    """What the decode program starts from: every row of `cache` with `context` tokens in it, whose keys are zeros."""
+    batch = cache.length_B.shape[0]
+    token_B, done_B = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool)
+    return _at_length(DecodeState(cache, token_B, row_keys(0, batch), done_B, None), context)
+
+
+def _at_length(state: DecodeState, context: int) -> DecodeState:
+    """The same cache, as if it held so many tokens: what is behind them is not looked at."""
+    length_B = jnp.full(state.cache.length_B.shape, context, jnp.int32)
+    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, length_B=length_B))
+
+
+def _median(once: Callable[[], float], program: CompiledFunction, repeats: int) -> tuple[float, int, float]:
+    """Median seconds, behind a first time that compiles; programs compiled, and how long that took."""
+    programs, compiling = program.compilations, program.compile_seconds
+    once()
+    seconds = statistics.median(once() for _ in range(repeats))
+    return seconds, program.compilations - programs, program.compile_seconds - compiling
+
+
+def _check(config: Config, numbers: Mapping[str, int], length: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise LlamaJaxError(f"{name} is {number}: expected at least 1")
+    if length > config.context_length:
+        raise LlamaJaxError(f"{length} tokens: expected at most {config.context_length}, what the model is made for")
+
+
+def _weight_bytes(model: Llama, head: bool = True) -> int:
+    """Bytes of weights that a forward pass reads: all of the layers' and the head's; of embeddings it is but rows."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves((model.layers, model.norm)))
+    table = model.embed_VD if model.head_VD is None else model.head_VD
+    return size + (sum(leaf.nbytes for leaf in jax.tree.leaves(table)) if head else 0)
+
+
+def _layer_weights(config: Config) -> int:
+    """Weights of all layers that activations are multiplied with."""
+    attention = config.width * config.head_size * 2 * (config.num_heads + config.num_kv_heads)
+    return config.num_layers * (attention + 3 * config.width * config.ffn_width)

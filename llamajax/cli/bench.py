@@ -1,0 +1,257 @@
+"""`llamajax bench`: how fast a model runs here, and how near that is to what the machine can do."""
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from absl import flags
+from rich.table import Table
+
+from llamajax.bench import (
+    FLOATS,
+    Measurement,
+    measure_decode,
+    measure_prefill,
+    memory_bandwidth,
+    product_rate,
+    random_model,
+)
+from llamajax.cache import CACHE_DTYPES
+from llamajax.checkpoint import open_checkpoint
+from llamajax.cli.common import (
+    chosen_dtype,
+    define_dtype,
+    memory_bytes,
+    progress,
+    read_model,
+    readable_bytes,
+    spinner,
+    table_console,
+)
+from llamajax.config import preset, preset_names
+from llamajax.errors import LlamaJaxError
+from llamajax.generate import DECODE_BLOCK
+from llamajax.model import Llama
+from llamajax.plots import Speed, check_picture, speed_bars
+from llamajax.prepare import prepare
+from llamajax.quantize import recipe_names
+
+SUMMARY = "measure prefill and decode beside the machine's memory bandwidth and products"
+EXAMPLES = (
+    "llamajax bench",
+    "llamajax bench --shape=tinyllama-1.1b --prefill=16,128,512 --context=128,1024 --batch=1,8",
+    "llamajax bench --shape=llama3.2-1b --recipe=bfloat16 --json",
+    "llamajax bench --model=box-int4 --cache_dtype=int8 --plot=speed.svg",
+)
+_RECIPE = "int4-g32"
+
+
+def define(values: flags.FlagValues) -> None:
+    """Flags of the command."""
+    flags.DEFINE_string(
+        "model",
+        None,
+        "checkpoint: a llamajax or Hugging Face folder, a llama2.c file, or box; box unless --shape is given",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "shape",
+        None,
+        f"instead of a model, random weights of a preset's shape: {', '.join(preset_names())}",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "recipe",
+        None,
+        f"what the random weights are: {', '.join(FLOATS)}, a .toml file, or one of {', '.join(recipe_names())}; "
+        f"{_RECIPE} unless given",
+        flag_values=values,
+    )
+    define_dtype(values)
+    flags.DEFINE_list(
+        "prefill", ["16", "128", "512"], "lengths of prompts, in tokens; none if empty", flag_values=values
+    )
+    flags.DEFINE_list(
+        "context", ["128"], "tokens that a decode step finds in the cache; no decoding if empty", flag_values=values
+    )
+    flags.DEFINE_list("batch", ["1"], "rows that are decoded at once", flag_values=values)
+    flags.DEFINE_enum(
+        "cache_dtype", "auto", ["auto", *CACHE_DTYPES], "of keys and values; auto is the model's", flag_values=values
+    )
+    flags.DEFINE_boolean(
+        "prepare",
+        True,
+        "lay quantized weights out for this backend first, as generate does; without, they are multiplied as they are "
+        "stored, by the reference",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "repeats", 5, "how often each figure is measured; it is the median", lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_integer(
+        "steps", 8, "decode steps of one repeat", lower_bound=1, upper_bound=DECODE_BLOCK, flag_values=values
+    )
+    flags.DEFINE_boolean("json", False, "print one JSON object instead of a table", flag_values=values)
+    flags.DEFINE_string(
+        "plot",
+        None,
+        "picture to draw, .svg or .png: tokens per second beside what memory and products in floats allow; needs the "
+        "extra llamajax[plot]",
+        flag_values=values,
+    )
+
+
+def run(values: flags.FlagValues) -> None:
+    """Measures, prints a table, or JSON; draws."""
+    lengths, contexts, batches = (_numbers(values, name) for name in ("prefill", "context", "batch"))
+    _check(values, lengths, contexts, batches)
+    model, name, weights = _model(values)
+    longest = max(lengths + contexts)
+    if longest > model.config.context_length:
+        raise LlamaJaxError(f"{longest} tokens: {name} is made for {model.config.context_length}: give fewer")
+    size = memory_bytes(model)
+    with spinner("measuring the machine"):
+        bandwidth, flops = memory_bandwidth(), product_rate(model.config, model.dtype)
+    if values.prepare:
+        with spinner("preparing"):
+            model = prepare(model, donate=True)
+    cache_dtype = model.dtype if values.cache_dtype == "auto" else values.cache_dtype
+    work = list(_work(model, values, lengths, contexts, batches, cache_dtype))
+    with progress("measuring") as on_figure:
+        measured = []
+        for done, measure in enumerate(work):
+            on_figure(done, len(work))
+            measured.append(measure())
+    result = {
+        "model": name,
+        "weights": weights,
+        "parameters": model.config.num_parameters,
+        "bytes": size,
+        "prepared": values.prepare,
+        "cache_dtype": str(cache_dtype),
+        "backend": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "memory_gigabytes_per_second": bandwidth / 1e9,
+        "product_gigaflops_per_second": flops / 1e9,
+        "compile_seconds": sum(each.compile_seconds for each in measured),
+        "programs": sum(each.programs for each in measured),
+        "figures": [_figure(each, bandwidth, flops) for each in measured],
+    }
+    if values.json:
+        print(json.dumps(result))
+    else:
+        _print(result)
+    if values.plot:
+        bars = [Speed(_label(each), each.tokens_per_second, each.limit(bandwidth, flops)) for each in measured]
+        speed_bars(f"{name}, {weights}", bars, values.plot)
+
+
+def _numbers(values: flags.FlagValues, name: str) -> list[int]:
+    """A list of whole numbers from the command line."""
+    given = getattr(values, name)
+    numbers = [int(text) for text in given if text.isdecimal()]
+    if len(numbers) < len(given) or 0 in numbers:
+        raise LlamaJaxError(f"--{name}={','.join(given)}: expected whole numbers from 1, commas between")
+    return numbers
+
+
+def _check(values: flags.FlagValues, lengths: list[int], contexts: list[int], batches: list[int]) -> None:
+    """Refuses what needs no model to be refused."""
+    if values.model and values.shape:
+        raise LlamaJaxError("--model and --shape: expected one of them")
+    if values.recipe and not values.shape:
+        raise LlamaJaxError("--recipe is for the random weights of a --shape: quantize a model with llamajax quantize")
+    if values.recipe in FLOATS and values.dtype != "auto":
+        raise LlamaJaxError(f"--dtype={values.dtype} with --recipe={values.recipe}: the recipe says it: leave it out")
+    if not lengths and not (contexts and batches):
+        raise LlamaJaxError("nothing to measure: give --prefill, or --context and --batch")
+    if values.plot:
+        check_picture(values.plot)
+
+
+def _model(values: flags.FlagValues) -> tuple[Llama, str, str]:
+    """The model, its name, and what its weights are."""
+    if values.shape:
+        recipe, config = values.recipe or _RECIPE, preset(values.shape)
+        with spinner("making random weights"):
+            dtype = chosen_dtype(values) or "bfloat16"
+            return random_model(config, recipe, dtype=dtype), values.shape, recipe
+    name = values.model or "box"
+    opened = open_checkpoint(name)
+    model = read_model(opened, chosen_dtype(values))
+    bits = 8 * memory_bytes(model) / model.config.num_parameters
+    return model, name, f"{bits:.2f} bits a weight"
+
+
+def _work(
+    model: Llama,
+    values: flags.FlagValues,
+    lengths: list[int],
+    contexts: list[int],
+    batches: list[int],
+    cache_dtype: Any,
+) -> Iterator[Callable[[], Measurement]]:
+    """What there is to measure, in the order of the table."""
+    both = {"cache_dtype": cache_dtype, "repeats": values.repeats}
+    for length in lengths:
+        yield functools.partial(measure_prefill, model, length, **both)
+    for batch in batches:
+        for context in contexts:
+            yield functools.partial(measure_decode, model, context, batch=batch, steps=values.steps, **both)
+
+
+def _figure(each: Measurement, bandwidth: float, flops: float) -> dict[str, Any]:
+    return {
+        "phase": each.phase,
+        "batch": each.batch,
+        "tokens": each.length,
+        "seconds": each.seconds,
+        "tokens_per_second": each.tokens_per_second,
+        "bytes_read": each.bytes_read,
+        "gigabytes_per_second": each.gigabytes_per_second,
+        "of_memory_bandwidth": each.bytes_read / each.seconds / bandwidth,
+        "operations": each.operations,
+        "gigaflops_per_second": each.gigaflops_per_second,
+        "of_product_rate": each.operations / each.seconds / flops,
+        "programs": each.programs,
+        "compile_seconds": each.compile_seconds,
+        "resident_bytes": each.resident_bytes,
+    }
+
+
+def _print(result: dict[str, Any]) -> None:
+    """A row a figure; below, what the machine can do."""
+    weights = f"{result['weights']}{'' if result['prepared'] else ', not prepared'}"
+    title = f"{result['model']}, {weights}: {result['parameters']:,} weights, {readable_bytes(result['bytes'])}; "
+    title += f"cache {result['cache_dtype']}; {result['backend']}"
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column("")
+    for column in ("rows", "tokens", "tokens/s", "ms", "GB/s", "of\nmemory", "GFLOP/s", "of\nproducts", "resident"):
+        table.add_column(column, justify="right")
+    for each in result["figures"]:
+        resident = each["resident_bytes"]
+        table.add_row(
+            each["phase"],
+            str(each["batch"]),
+            f"{each['tokens']:,}",
+            f"{each['tokens_per_second']:.1f}",
+            f"{each['seconds'] * 1e3:.1f}",
+            f"{each['gigabytes_per_second']:.2f}",
+            f"{each['of_memory_bandwidth']:.0%}",
+            f"{each['gigaflops_per_second']:.1f}",
+            f"{each['of_product_rate']:.0%}",
+            readable_bytes(resident) if resident else "unknown",
+        )
+    table_console().print(table)
+    programs = f"{result['programs']} program{'' if result['programs'] == 1 else 's'}"
+    print(f"memory   {result['memory_gigabytes_per_second']:8.1f} GB/s")
+    print(f"products {result['product_gigaflops_per_second']:8.1f} GFLOP/s")
+    print(f"compile  {result['compile_seconds']:8.1f} s for {programs}, not counted above")
+
+
+def _label(each: Measurement) -> str:
+    if each.phase == "prefill":
+        return f"prefill {each.length}"
+    return f"decode {each.batch} row{'' if each.batch == 1 else 's'} at {each.length}"
