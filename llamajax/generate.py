@@ -361,16 +361,17 @@ class TextStream:
 
 
 def plan_chunks(length: int) -> list[int]:
-    """Bucket sizes that cover a prompt of `length` tokens: full largest buckets, then the smallest that holds the rest.
+    """Bucket sizes that cover a prompt of `length` tokens: full largest buckets, then one or two that hold the rest.
 
-    >>> plan_chunks(300)
-    [256, 64]
+    Two of a size take less time than one of the next, which is four times as large.
+
+    >>> plan_chunks(300), plan_chunks(128)
+    ([256, 64], [64, 64])
     """
     largest = PREFILL_BUCKETS[-1]
-    chunks = [largest] * (length // largest)
-    if rest := length % largest:
-        chunks.append(min(bucket for bucket in PREFILL_BUCKETS if bucket >= rest))
-    return chunks
+    full, rest = divmod(length, largest)
+    bucket = next(bucket for bucket in PREFILL_BUCKETS if rest <= 2 * bucket)
+    return [largest] * full + [bucket] * -(-rest // bucket)
 
 
 def _chunk(prompts: list[list[int]], first: int, size: int) -> tuple[jax.Array, jax.Array]:

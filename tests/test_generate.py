@@ -187,15 +187,16 @@ def test_beyond_the_context(short: Llama) -> None:
 @given(st.integers(0, 5000))
 @settings(deadline=None, derandomize=True, database=None)
 def test_plan_chunks(length: int) -> None:
-    """Covers; every chunk but the last is full and of the largest size; no smaller bucket would hold the last part."""
+    """Covers; full largest chunks, then one or two of the smallest size of which no more are needed."""
     chunks = plan_chunks(length)
     largest = max(PREFILL_BUCKETS)
-    assert set(chunks) <= set(PREFILL_BUCKETS) and set(chunks[:-1]) <= {largest}
-    assert sum(chunks) >= length
-    rest = length - sum(chunks[:-1])
-    assert (rest > 0) == bool(chunks)
-    if chunks:
-        assert chunks[-1] == min(bucket for bucket in PREFILL_BUCKETS if bucket >= rest)
+    assert set(chunks) <= set(PREFILL_BUCKETS) and chunks == sorted(chunks, reverse=True)
+    rest = length % largest
+    behind = chunks[length // largest :]
+    assert chunks[: length // largest] == [largest] * (length // largest)
+    assert len(set(behind)) <= 1 and len(behind) <= 2 and (rest > 0) == bool(behind)
+    assert 0 <= sum(behind) - rest < max(behind, default=1)
+    assert all(rest > 2 * bucket for bucket in PREFILL_BUCKETS if bucket < max(behind, default=0))
 
 
 # ---- Programs and speed ---------------------------------------------------------------------------------------------
@@ -222,14 +223,14 @@ def test_number_of_programs(tiny_model: Llama, tiny_tokenizer: Tokenizer, backen
     assert compiled([1] * 2, max_new_tokens=3, temperature=0.5) == 2
     before = backend_compilations()
     assert before >= 2
-    for length in (3, 9, 17):
+    for length in (3, 9, 17, 33):
         assert compiled([1] * length, max_new_tokens=3, temperature=0.5) == 0
     assert compiled([1] * 9, max_new_tokens=20, temperature=0.6, seed=4) == 0
     assert compiled([1] * 9, max_new_tokens=70, temperature=1.0, seed=5, stop=["x", "yz"]) == 0
     assert compiled([1], max_new_tokens=3) == 0
     assert backend_compilations() == before
-    assert compiled([1] * 18, max_new_tokens=3) == 1  # the next bucket: a prefill program
-    assert compiled([1] * 18, max_new_tokens=3, temperature=0) == 1  # greedy: a decode program
+    assert compiled([1] * 34, max_new_tokens=3) == 1  # the next bucket: a prefill program
+    assert compiled([1] * 34, max_new_tokens=3, temperature=0) == 1  # greedy: a decode program
     assert compiled([1]) == 1  # room for the 512 tokens that are made where no number is named
     assert len(generate(model, None, [1], seed=8).tokens) == 512
 

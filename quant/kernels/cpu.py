@@ -25,12 +25,13 @@ from quant.qtensor import Plane, QTensor, dequantize
 # Outputs of a tile: the float32 of one 512-bit register, of two of 256 bits (AVX2) or of four of 128 bits (NEON). With
 # twice as many LLVM unrolls over registers too and spills: two to three times slower where it was measured.
 LANES = 16
-# Packed bytes of one output that a step unrolls: enough work to hide what a step costs, without spilling.
-STEP_BYTES = 64
+# Packed bytes of one output that a step unrolls, for one row of activations and for several: for one, more work hides
+# what a step costs; for several, what was widened should stay in registers from row to row.
+STEP_BYTES = (64, 16)
 # Rows up to which widening the bytes anew for each row is faster than a `dot` with weights that were written out.
 MAX_UNROLLED_ROWS = 16
 # Bytes of the float32 weights that are written out at a time for a `dot`.
-SLAB_BYTES = 4 << 20
+SLAB_BYTES = 2 << 20
 # Passed to `jax.jit` for programs with such products: LLVM uses half of a 512-bit register unless told otherwise. Has
 # no effect where registers are narrower.
 COMPILER_OPTIONS: dict[str, str | bool] = {"xla_cpu_prefer_vector_width": "512"}
@@ -199,7 +200,7 @@ def _unrolled(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
     copy.
     """
     tiles, R = weight.tiles, x_RK.shape[0]
-    groups, parts = _steps(tiles)
+    groups, parts = _steps(tiles, STEP_BYTES[R > 1])
     widths = plane_bits(tiles.scheme.bits)
     x_RCg = x_RK.reshape(R, -1, tiles.group_size)
     factors = [_split(_factors(x_RCg, width), groups, parts) for width in widths]
@@ -272,13 +273,13 @@ def _split(x_RCsk: jax.Array, groups: int, parts: int) -> jax.Array:
     return x_nRusk[:, 0] if R == 1 else x_nRusk
 
 
-def _steps(tiles: QTensor) -> tuple[int, int]:
-    """Groups in a step and parts (steps) in a group, one of them 1: steps of about `STEP_BYTES` bytes of an output."""
+def _steps(tiles: QTensor, step_bytes: int) -> tuple[int, int]:
+    """Groups in a step and parts (steps) in a group, one of them 1: steps of up to about so many bytes of an output."""
     group_bytes = tiles.group_size * tiles.scheme.bits // 8
-    if group_bytes <= STEP_BYTES:
-        return _largest_divisor(tiles.scale.shape[-2], STEP_BYTES // group_bytes), 1
+    if group_bytes <= step_bytes:
+        return _largest_divisor(tiles.scale.shape[-2], step_bytes // group_bytes), 1
     shortest = tiles.group_size * min(plane_bits(tiles.scheme.bits)) // 8
-    return 1, shortest // _largest_divisor(shortest, max(1, shortest * STEP_BYTES // group_bytes))
+    return 1, shortest // _largest_divisor(shortest, max(1, shortest * step_bytes // group_bytes))
 
 
 def _largest_divisor(number: int, limit: int) -> int:
@@ -319,41 +320,26 @@ def sum_steps(partial_X: jax.Array, axis: int) -> jax.Array:
 
 def _by_slabs(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
     """`matmul` for many rows, [R, M] with the outputs of all tiles: never more than a slab of weights is in floats."""
-    *_, count, length, _ = weight.tiles.shape
+    tiles, lead = weight.tiles, () if weight.layer is None else (weight.layer,)
+    *_, count, length, _ = tiles.shape
     slab = max(1, min(count, SLAB_BYTES // (4 * length * LANES)))
 
-    def one(i: jax.Array, y_RM: jax.Array) -> jax.Array:
+    def one(i: jax.Array, y_tRl: jax.Array) -> jax.Array:
         # The last slab is moved back to end with the last tile.
         first = jnp.minimum(i * slab, count - slab)
-        weight_KM = _float_slab(weight, first, slab).reshape(length, slab * LANES)
-        part_RM = jnp.matmul(x_RK, weight_KM, precision=jax.lax.Precision.HIGHEST)
-        return jax.lax.dynamic_update_slice(y_RM, part_RM, (0, first * LANES))
 
-    empty_RM = jnp.zeros((x_RK.shape[0], count * LANES), jnp.float32)
-    return jax.lax.fori_loop(0, -(-count // slab), one, empty_RM)
-
-
-def _float_slab(weight: TiledWeight, first: jax.Array, slab: int) -> jax.Array:
-    """The dequantized weights of `slab` tiles from tile `first` on, float32 [K, t, l].
-
-    Written in two parts or more, in a loop: a product would otherwise have it computed as [K, t l], with a division of
-    the index for each element instead of a loop over lanes.
-    """
-    tiles, lead = weight.tiles, () if weight.layer is None else (weight.layer,)
-    groups, length = tiles.scale.shape[-2], tiles.shape[-2]
-    parts = next((parts for parts in range(2, groups + 1) if groups % parts == 0), 1)
-
-    def one(i: jax.Array, weight_Ktl: jax.Array) -> jax.Array:
         def take(plane: jax.Array) -> jax.Array:
-            rows = plane.shape[-2] // parts
-            size = (*(1 for _ in lead), slab, rows, LANES)
-            return jax.lax.dynamic_slice(plane, (*lead, first, i * rows, 0), size).reshape(size[-3:])
+            size = (*(1 for _ in lead), slab, *plane.shape[-2:])
+            return jax.lax.dynamic_slice(plane, (*lead, first, 0, 0), size).reshape(size[-3:])
 
-        part_tKl = dequantize(jax.tree.map(take, tiles))
-        at = (i * (length // parts), 0, 0)
-        return jax.lax.dynamic_update_slice(weight_Ktl, jnp.swapaxes(part_tKl, 0, 1), at)
+        # A product for each tile: as one, [K, t l], the weights would have to be written in another order.
+        weight_tKl = dequantize(jax.tree.map(take, tiles))
+        part_tRl = jnp.einsum("RK,tKl->tRl", x_RK, weight_tKl, precision=jax.lax.Precision.HIGHEST)
+        return jax.lax.dynamic_update_slice(y_tRl, part_tRl, (first, 0, 0))
 
-    return jax.lax.fori_loop(0, parts, one, jnp.zeros((length, slab, LANES), jnp.float32))
+    y_tRl = jnp.zeros((count, x_RK.shape[0], LANES), jnp.float32)
+    y_tRl = jax.lax.fori_loop(0, -(-count // slab), one, y_tRl)
+    return jnp.swapaxes(y_tRl, 0, 1).reshape(x_RK.shape[0], -1)
 
 
 def _take_layer(weight: TiledWeight) -> TiledWeight:
