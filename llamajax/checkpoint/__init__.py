@@ -275,13 +275,20 @@ def _restore(path: Path, dtype: Any, shardings: Any, on_tensor: Callable[[int, i
     """A checkpoint of ours, checked, in another dtype if one is asked for."""
     model = home.restore(path, shardings, on_tensor)
     for name, leaf in named_leaves(model).items():
-        if not bool(jnp.isfinite(leaf).all()):
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not _is_finite(leaf):
             raise LlamaJaxError(f"{path}: {name} holds NaN or infinity: the weights are damaged")
     if dtype is not None:
         # What is quantized stays as it is: `dtype` is that of the floats, and so of the activations.
         convert = lambda weight: weight if isinstance(weight, QTensor) else weight.astype(dtype)  # noqa: E731
         model = jax.tree.map(convert, model, is_leaf=lambda node: isinstance(node, QTensor))
     return model
+
+
+def _is_finite(leaf: jax.Array | np.ndarray) -> bool:
+    """Whether no element is NaN or infinite; where the array is, without compiling anything for a CPU."""
+    if isinstance(leaf, np.ndarray) or all(device.platform == "cpu" for device in leaf.devices()):
+        return _all_finite(np.asarray(leaf))
+    return bool(jnp.isfinite(leaf).all())
 
 
 def _all_finite(array: np.ndarray) -> bool:
