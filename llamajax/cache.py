@@ -25,6 +25,10 @@ from quant import SCHEMES, QTensor, Scheme, dequantize, quantize_rtn
 # twice the KL divergence at 4 bits and by half as much again at 8; it costs one byte a head and token.
 _QUANTIZED = {"int8": SCHEMES["uint8"], "int4": SCHEMES["uint4"]}
 
+# Scores of slots that a query must not see. Finite, because -inf minus -inf is NaN in a row that sees nothing, and
+# because some of the runtimes that execute our exported programs do not carry infinities.
+MASKED = -1e30
+
 CACHE_DTYPES = ("float32", "bfloat16", "float16", *_QUANTIZED)
 
 # Keys or values of all layers: an array, or quantized along the last axis, a head of a token being one group.

@@ -19,14 +19,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llamajax.cache import KVCache
+from llamajax.cache import MASKED, KVCache
 from llamajax.config import Config
 from llamajax.tiled_cache import MAX_QUERIES, TiledKVCache
 from quant import einsum, scan_layers, take_rows
 
-# Scores of slots that a query must not see. Finite, because -inf minus -inf is NaN in a row that sees nothing, and
-# because some of the runtimes that execute our exported programs do not carry infinities.
-MASKED = -1e30
 # Slots whose scores are held at a time, and queries from which on that is worth a loop: for fewer the scores are small.
 SLOT_BLOCK = 256
 BLOCK_QUERIES = 64

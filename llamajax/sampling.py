@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from llamajax.errors import LlamaJaxError
 
-# A token at this logit is never drawn; finite for the reason given at `model.MASKED`.
+# A token at this logit is never drawn; finite for the reason given at `cache.MASKED`.
 _EXCLUDED = -1e30
 _LARGEST = sys.float_info.max
 

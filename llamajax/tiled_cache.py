@@ -13,7 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from llamajax.cache import KVCache, check_cache_dtype
+from llamajax.cache import MASKED, KVCache, check_cache_dtype
 from llamajax.config import Config
 from quant import QTensor
 from quant.kernels.cpu import sum_steps
@@ -21,9 +21,9 @@ from quant.kernels.cpu import sum_steps
 TILE = 16
 # Slots of which one step adds the values; `slots` is a multiple of it.
 STEP_SLOTS = 64
-# Queries of a key up to which this is faster than copying: about where the products take as long as the copies.
+# Queries of a key up to which a cache is attended to like this. With more, each key that `dot` is given serves enough
+# of them to be worth its copy.
 MAX_QUERIES = 64
-_MASKED = -1e30
 
 
 @jax.tree_util.register_dataclass
@@ -109,7 +109,7 @@ class TiledKVCache(KVCache):
         score_BKRUs = self._scores(layer, query_BKRH.astype(jnp.float32) * H**-0.5)
         visible_BTUs = jnp.arange(S).reshape(-1, TILE) <= position_BT[:, :, None, None]
         visible_BRUs = jnp.repeat(visible_BTUs, N // K, axis=1)
-        score_BKRUs = jnp.where(visible_BRUs[:, None], score_BKRUs, _MASKED)
+        score_BKRUs = jnp.where(visible_BRUs[:, None], score_BKRUs, MASKED)
         weight_BKRUs = jax.nn.softmax(score_BKRUs, axis=(-2, -1))
         mixed_BKRH = self._mix(layer, weight_BKRUs)
         mixed_BTNH = mixed_BKRH.reshape(B, K, T, N // K, H).swapaxes(1, 2).reshape(B, T, N, H)
