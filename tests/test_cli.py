@@ -369,6 +369,10 @@ def test_quantize_writes_what_generate_and_inspect_read(tmp_path: Path, capsys) 
     assert code == 0 and out == "" and "bits a weight on disk, int4-g32" in err and err.count("\n") == 1, err
     code, out, _ = run(capsys, "inspect", f"--model={tmp_path / 'q'}")
     assert code == 0 and "int4-g32" in out and "4.51 bits a weight" in out
+    code, out, _ = run(capsys, "inspect", f"--model={tmp_path / 'q'}", "--backend=cpu", "--json")
+    products = {tensor["name"]: tensor["product"] for tensor in json.loads(out)["tensors"]}
+    assert products["layers.ffn.up_DF"] == products["embed_VD"] == "cpu layout"
+    assert products["norm.weight_D"] == "float"
     assert run(capsys, "generate", f"--model={tmp_path / 'q'}", "--max_new_tokens=4", "--temperature=0")[0] == 0
     assert_one_line_error(*run(capsys, "quantize", *argv), 1, "exists already")
 

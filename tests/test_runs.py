@@ -13,6 +13,7 @@ from llamajax import Config, Llama, LlamaJaxError
 from llamajax.checkpoint.naming import named_weights
 from llamajax.quantize import quantize
 from quant import LayerRuns, QTensor, dequantize, split_runs
+from quant.kernels import Layout
 from quant.recipe import Rule
 from tests.reference import forward, random_model, weights_of
 
@@ -119,8 +120,18 @@ def test_checkpoint_round_trip(runs: Llama, tmp_path: Path, capsys) -> None:
     }
     from llamajax.cli import main
 
-    assert main(["inspect", f"--model={tmp_path / 'q'}"]) == 0
-    assert "int8-g32, uint4-g32, float32, uint4-g32, int8-g32" in capsys.readouterr().out
+    assert main(["inspect", f"--model={tmp_path / 'q'}", "--backend=cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "int8-g32, uint4-g32, float32, uint4-g32, int8-g32" in out and "cpu layout, float" in out
+
+
+def test_runs_are_prepared_one_by_one(runs: Llama) -> None:
+    tokens_BT = jnp.asarray([[1, 5, 9]])
+    prepared = llamajax.prepare(runs, "cpu")
+    for name, weight in named_weights(runs).items():
+        parts = zip(weight.parts, named_weights(prepared)[name].parts, strict=True) if "layers" in name else ()
+        assert all(isinstance(after, Layout) == isinstance(before, QTensor) for before, after in parts)
+    np.testing.assert_allclose(prepared(tokens_BT)[0], runs(tokens_BT)[0], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
