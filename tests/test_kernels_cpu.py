@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -208,6 +209,12 @@ def test_a_prepared_model_says_the_same(packed: llamajax.Llama) -> None:
     assert isinstance(prepared.embed_VD.get_value(), cpu.TiledWeight)
     np.testing.assert_allclose(prepared(tokens_BT)[0], expected, rtol=1e-3, atol=2e-5)
     np.testing.assert_allclose(jax.jit(prepared)(tokens_BT[:1, :3])[0], expected[:1, :3], rtol=1e-3, atol=2e-5)
+
+
+def test_a_prepared_model_is_not_saved(packed: llamajax.Llama, tmp_path: Path) -> None:
+    with pytest.raises(llamajax.LlamaJaxError, match="laid out for a backend: save the model as it was before"):
+        llamajax.save_checkpoint(llamajax.prepare(packed, "cpu"), tmp_path / "prepared")
+    assert not any(tmp_path.iterdir())
 
 
 def test_preparing_may_free_what_it_was_given(packed: llamajax.Llama) -> None:

@@ -35,6 +35,7 @@ from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama, abstract_model
 from llamajax.tokenizer import Tokenizer
 from quant import QTensor
+from quant.kernels import Layout
 
 BOX = "box"
 _PIECE = 1 << 17
@@ -194,8 +195,11 @@ def save_checkpoint(
         form: "llamajax" (Orbax) or "huggingface" (config.json and safetensors, as transformers reads it).
 
     Raises:
-        LlamaJaxError: if `path` exists or cannot be created, or if transformers would refuse the model.
+        LlamaJaxError: if `path` exists or cannot be created, if transformers would refuse the model, or if it is prepared
+            for a backend.
     """
+    if any(isinstance(leaf, Layout) for leaf in jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, Layout))):
+        raise LlamaJaxError("the weights are laid out for a backend: save the model as it was before `prepare`")
     if form == "huggingface" and is_quantized(model):
         raise LlamaJaxError("the weights are quantized in a way that transformers does not read: write llamajax's form")
     if form == "huggingface" and model.config.width % model.config.num_heads:
