@@ -195,8 +195,8 @@ def save_checkpoint(
         form: "llamajax" (Orbax) or "huggingface" (config.json and safetensors, as transformers reads it).
 
     Raises:
-        LlamaJaxError: if `path` exists or cannot be created, if transformers would refuse the model, or if it is prepared
-            for a backend.
+        LlamaJaxError: if `path` exists or cannot be created, if transformers would refuse the model, or if its weights
+            are laid out for a backend.
     """
     if any(isinstance(leaf, Layout) for leaf in jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, Layout))):
         raise LlamaJaxError("the weights are laid out for a backend: save the model as it was before `prepare`")
