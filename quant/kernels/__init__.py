@@ -47,6 +47,13 @@ class Layout:
         """Layer `layer` of a stack, an int32 scalar known only at run time; nothing is copied."""
         return dataclasses.replace(self, layer=layer)  # type: ignore[type-var]
 
+    def sliced(self) -> Self:
+        """The layer itself instead of its number in a stack: a copy, unless there is no number."""
+        if self.layer is None:
+            return self
+        whole = dataclasses.replace(self, layer=None)  # type: ignore[type-var]
+        return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, self.layer, keepdims=False), whole)
+
     def matmul(self, x_RK: jax.Array) -> jax.Array:
         """Rows of activations times a matrix: float [R, K] -> float32 [R, M]."""
         raise NotImplementedError

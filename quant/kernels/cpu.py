@@ -115,7 +115,6 @@ def refusal(weight: QTensor) -> str | None:
     return None
 
 
-@jax.jit
 def layout(weight: QTensor) -> TiledWeight:
     """Lays a weight out as tiles.
 
@@ -153,7 +152,7 @@ def layout(weight: QTensor) -> TiledWeight:
 
 def restore(weight: TiledWeight) -> QTensor:
     """The weight as it was before `layout`, one layer of it if `layer` is given; scales are of one level."""
-    weight = _take_layer(weight)
+    weight = weight.sliced()
 
     def merge(plane_tXl: jax.Array) -> jax.Array:
         plane_Xtl = jnp.moveaxis(plane_tXl, -3, -2)
@@ -340,12 +339,3 @@ def _by_slabs(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
     y_tRl = jnp.zeros((count, x_RK.shape[0], LANES), jnp.float32)
     y_tRl = jax.lax.fori_loop(0, -(-count // slab), one, y_tRl)
     return jnp.swapaxes(y_tRl, 0, 1).reshape(x_RK.shape[0], -1)
-
-
-def _take_layer(weight: TiledWeight) -> TiledWeight:
-    """One layer of a stack as a weight of its own, or the weight itself where it is one."""
-    if weight.layer is None:
-        return weight
-    take = lambda array: jax.lax.dynamic_index_in_dim(array, weight.layer, keepdims=False)  # noqa: E731
-    tiles, order = jax.tree.map(take, (weight.tiles, weight.order))
-    return dataclasses.replace(weight, tiles=tiles, order=order, layer=None)

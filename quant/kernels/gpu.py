@@ -138,7 +138,7 @@ def layout(weight: QTensor) -> GpuWeight:
 
 def restore(weight: GpuWeight) -> QTensor:
     """The weight as it was before `layout`, one layer of it if `layer` is given."""
-    columns = _take_layer(weight)
+    columns = weight.sliced().columns
     if weight.axis == -2:
         return columns
     return dataclasses.replace(jax.tree.map(lambda plane: jnp.swapaxes(plane, -1, -2), columns), axis=-1)
@@ -177,16 +177,8 @@ def matmul(x_RK: jax.Array, weight: GpuWeight, *, interpret: bool = False) -> ja
     if uses_kernel(weight, x_RK.shape[0]):
         return _matmul_kernel(x_RK, weight, interpret)
     precision = jax.lax.Precision.HIGHEST if x_RK.dtype == jnp.float32 else None
-    weight_KM = dequantize(_take_layer(weight), x_RK.dtype)
+    weight_KM = dequantize(weight.sliced().columns, x_RK.dtype)
     return jnp.dot(x_RK, weight_KM, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _take_layer(weight: GpuWeight) -> QTensor:
-    """[..., K, M], one layer of it if `layer` is given."""
-    if weight.layer is None:
-        return weight.columns
-    take = functools.partial(jax.lax.dynamic_index_in_dim, index=weight.layer, axis=0, keepdims=False)
-    return jax.tree.map(take, weight.columns)
 
 
 def _first_divisor(sizes: tuple[int, ...], length: int) -> int:

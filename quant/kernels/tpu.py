@@ -196,13 +196,13 @@ def matmul(x_RK: jax.Array, weight: TpuWeight, *, interpret: bool = False) -> ja
     if uses_kernel(weight, x_RK.shape[0], x_RK.dtype):
         return _matmul_mosaic(x_RK, weight, interpret)
     precision = jax.lax.Precision.HIGHEST if x_RK.dtype == jnp.float32 else None
-    weight_KM = _values(_sliced(weight), x_RK.dtype)
+    weight_KM = _values(weight.sliced(), x_RK.dtype)
     return jnp.dot(x_RK, weight_KM, precision=precision, preferred_element_type=jnp.float32)
 
 
 def restore(weight: TpuWeight) -> QTensor:
     """The QTensor again, for what is no product of a matrix: the same codes, scales in the layout's dtype."""
-    whole, scheme = _sliced(weight), weight.scheme
+    whole, scheme = weight.sliced(), weight.scheme
     codes = jax.lax.bitcast_convert_type(whole.codes, f"uint{scheme.bits}").astype(jnp.uint8) ^ scheme.bias
     arrays = [codes, whole.scale] if whole.zero is None else [codes, whole.scale, whole.zero]
     codes, scale, *zero = arrays if weight.axis == -2 else [jnp.swapaxes(array, -1, -2) for array in arrays]
@@ -215,14 +215,6 @@ def take_rows(table: TpuWeight, row_N: jax.Array) -> jax.Array:
     """Rows of a table [M, K] (`axis=-1`): int [N], each in [0, M) -> [N, K] in the table's dtype."""
     pick = functools.partial(jnp.take, indices=row_N, axis=-1, mode="clip")
     return _values(jax.tree.map(pick, table), jnp.float32).T.astype(table.dtype)
-
-
-def _sliced(weight: TpuWeight) -> TpuWeight:
-    """The layer itself instead of its number in a stack."""
-    if weight.layer is None:
-        return weight
-    take = functools.partial(jax.lax.dynamic_index_in_dim, index=weight.layer, axis=0, keepdims=False)
-    return jax.tree.map(take, dataclasses.replace(weight, layer=None))
 
 
 def _values(weight: TpuWeight, dtype: jax.typing.DTypeLike) -> jax.Array:
