@@ -12,6 +12,7 @@ wrote them: what a model computes does not depend on how a text was cut into pie
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,8 @@ class KVCache:
     key_LBKSH: Slots
     value_LBKSH: Slots
     length_B: jax.Array
+    # Whether programs may loop over its rows and blocks of its slots; some runtimes take none with loops.
+    loops: ClassVar[bool] = True
 
     @classmethod
     def empty(cls, config: Config, batch: int, slots: int, dtype: jax.typing.DTypeLike = jnp.float32) -> "KVCache":
@@ -101,8 +104,8 @@ class KVCache:
         """
         return dataclasses.replace(
             self,
-            key_LBKSH=_write_rows(self.key_LBKSH, layer, key_BTKH, self.length_B),
-            value_LBKSH=_write_rows(self.value_LBKSH, layer, value_BTKH, self.length_B),
+            key_LBKSH=_write_rows(self.key_LBKSH, layer, key_BTKH, self.length_B, self.loops),
+            value_LBKSH=_write_rows(self.value_LBKSH, layer, value_BTKH, self.length_B, self.loops),
         )
 
     def read(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -123,7 +126,7 @@ def _empty_slots(shape: tuple[int, ...], dtype: str) -> Slots:
     return jax.tree.map(lambda plane: jnp.zeros(plane.shape, plane.dtype), abstract)
 
 
-def _write_rows(slots: Slots, layer: jax.Array, new_BTKH: jax.Array, start_B: jax.Array) -> Slots:
+def _write_rows(slots: Slots, layer: jax.Array, new_BTKH: jax.Array, start_B: jax.Array, loop: bool) -> Slots:
     """Writes `new_BTKH` into one layer, row b from slot `start_B[b]` on, one contiguous update a row and plane."""
     new = _quantize(new_BTKH, slots.scheme) if isinstance(slots, QTensor) else new_BTKH.astype(slots.dtype)
 
@@ -134,9 +137,12 @@ def _write_rows(slots: Slots, layer: jax.Array, new_BTKH: jax.Array, start_B: ja
 
         return jax.tree.map(write_plane, slots, new)
 
-    if new_BTKH.shape[0] == 1:
-        return write_row(0, slots)
-    return jax.lax.fori_loop(0, new_BTKH.shape[0], write_row, slots)
+    B = new_BTKH.shape[0]
+    if not isinstance(B, int) or (loop and B != 1):  # a symbolic B, of an exported program, is no int
+        return jax.lax.fori_loop(0, B, write_row, slots)
+    for row in range(B):
+        slots = write_row(row, slots)
+    return slots
 
 
 def _read_layer(slots: Slots, layer: jax.Array) -> jax.Array:

@@ -114,7 +114,7 @@ def attend_cached(query_BTNH: jax.Array, cache: KVCache, layer: jax.Array, posit
     T, N = query_BTNH.shape[1:3]
     if isinstance(cache, TiledKVCache) and T * N <= MAX_QUERIES * cache.key_LBKSH.shape[2]:
         return cache.attend(layer, query_BTNH, position_BT)
-    in_blocks = T >= BLOCK_QUERIES and cache.slots > SLOT_BLOCK and cache.slots % SLOT_BLOCK == 0
+    in_blocks = cache.loops and T >= BLOCK_QUERIES and cache.slots > SLOT_BLOCK and cache.slots % SLOT_BLOCK == 0
     return (attend_blocks if in_blocks else attend)(query_BTNH, *cache.read(layer), position_BT)
 
 

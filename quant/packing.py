@@ -9,9 +9,11 @@ to elementwise code that vectorises over M. They work on integers, so there is n
 
 import functools
 import operator
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 FORMAT_VERSION = 1
 
@@ -107,8 +109,15 @@ def _pack_plane(part_CgM: jax.Array, width: int, axis: int) -> jax.Array:
     return functools.reduce(operator.or_, (run << (slot * width) for slot, run in enumerate(runs_CnM)))
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "group_size", "axis"), inline=True)
-def unpack(planes: tuple[jax.Array, ...], bits: int, group_size: int, *, axis: int = -2) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("bits", "group_size", "axis", "arithmetic"), inline=True)
+def unpack(
+    planes: tuple[jax.Array, ...],
+    bits: int,
+    group_size: int,
+    *,
+    axis: int = -2,
+    arithmetic: Literal["integer", "float"] = "integer",
+) -> jax.Array:
     """Undoes `pack`.
 
     Args:
@@ -116,9 +125,11 @@ def unpack(planes: tuple[jax.Array, ...], bits: int, group_size: int, *, axis: i
         bits: 2, 3, 4, 5, 6 or 8.
         group_size: g, as given to `pack`.
         axis: -2 or -1, the axis that groups run along.
+        arithmetic: "integer", shifts and masks; or "float", for exported programs whose runtime has no such operations
+            on bytes, or computes them ahead and keeps what they give: products and `floor` in float32, exact.
 
     Returns:
-        Codes, uint8 [..., K, M].
+        Codes, uint8 [..., K, M], or float32 by "float" arithmetic.
 
     Raises:
         ValueError: if the planes are not those of such codes.
@@ -129,9 +140,10 @@ def unpack(planes: tuple[jax.Array, ...], bits: int, group_size: int, *, axis: i
     parts, shift = [], 0
     for plane, width in zip(planes, widths, strict=True):
         bytes_CnM = split_groups(plane, group_size * width // 8, axis)
-        parts.append(_unpack_plane(bytes_CnM, width, axis) << shift)
+        part_CgM = (_unpack_plane_float if arithmetic == "float" else _unpack_plane)(bytes_CnM, width, axis)
+        parts.append(part_CgM * part_CgM.dtype.type(2**shift) if shift else part_CgM)
         shift += width
-    return merge_groups(functools.reduce(operator.or_, parts), axis)
+    return merge_groups(functools.reduce(operator.add if arithmetic == "float" else operator.or_, parts), axis)
 
 
 def _unpack_plane(bytes_CnM: jax.Array, width: int, axis: int) -> jax.Array:
@@ -144,6 +156,16 @@ def _unpack_plane(bytes_CnM: jax.Array, width: int, axis: int) -> jax.Array:
     shift_S1M = (jnp.arange(slots, dtype=jnp.uint8) * width).reshape(slots, *(1,) * -axis)
     part_CSnM = (jnp.expand_dims(bytes_CnM, axis - 1) >> shift_S1M) & (2**width - 1)
     return merge_groups(part_CSnM, axis)
+
+
+def _unpack_plane_float(bytes_CnM: jax.Array, width: int, axis: int) -> jax.Array:
+    """`_unpack_plane` in float32: what is left of a byte above a slot, less what is left above the next."""
+    slots = 8 // width
+    slot_S1M = np.arange(slots, dtype=np.float32).reshape(slots, *(1,) * -axis)
+    byte_C1nM = jnp.expand_dims(bytes_CnM, axis - 1).astype(jnp.float32)
+    above_CSnM = jnp.floor(byte_C1nM * 2.0 ** (-width * slot_S1M))
+    beyond_CSnM = jnp.floor(byte_C1nM * 2.0 ** (-width * (slot_S1M + 1)))
+    return merge_groups(above_CSnM - 2.0**width * beyond_CSnM, axis)
 
 
 def check_planes(planes: tuple[jax.Array, ...], bits: int, axis: int) -> None:

@@ -8,7 +8,7 @@ everything else holds.
 import dataclasses
 import functools
 import operator
-from typing import Any, Union
+from typing import Any, Literal, Union
 
 import jax
 import jax.numpy as jnp
@@ -227,16 +227,23 @@ class QTensor:
             raise ValueError(f"{name} plane of dtype {plane.dtype}: expected {' or '.join(dtypes)}")
 
 
-@functools.partial(jax.jit, static_argnames="dtype", inline=True)
-def dequantize(qtensor: QTensor, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("dtype", "arithmetic"), inline=True)
+def dequantize(
+    qtensor: QTensor,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    *,
+    arithmetic: Literal["integer", "float"] = "integer",
+) -> jax.Array:
     """The weight itself, by the formula of `QTensor`: computed in float32, then rounded to `dtype`.
+
+    `arithmetic` is as `unpack` takes it.
 
     Differentiable with respect to float scales, zero points, offsets and outliers. Compiled, a backend may round the
     product and the sum of an `offset` once instead of twice. For what ggml stores that changes nothing: its products
     are exact.
     """
     axis = qtensor.axis
-    codes_KM = unpack(qtensor.planes, qtensor.scheme.bits, qtensor.group_size, axis=axis)
+    codes_KM = unpack(qtensor.planes, qtensor.scheme.bits, qtensor.group_size, axis=axis, arithmetic=arithmetic)
     weight_CgM = split_groups(qtensor.scheme.decode(codes_KM), qtensor.group_size, axis)
     if qtensor.zero is not None:
         weight_CgM = weight_CgM - jnp.expand_dims(_float32(qtensor.zero), axis)

@@ -117,5 +117,10 @@ def scan_layers(step: Callable[[Any, Any, jax.Array], Any], carry: Any, layers: 
             ]
             return step(carry, jax.tree.unflatten(structure, layer), first + index), None
 
-        carry, _ = jax.lax.scan(one, carry, (sliced, jnp.arange(length)))
+        if length == 1:
+            # A loop of one would only be in the way of those who read the program.
+            first_layer = jax.tree.map(lambda array: array.reshape(array.shape[1:]), sliced)
+            carry, _ = one(carry, (first_layer, jnp.zeros((), jnp.int32)))
+        else:
+            carry, _ = jax.lax.scan(one, carry, (sliced, jnp.arange(length)))
     return carry

@@ -1,0 +1,338 @@
+"""The bundle on disk: programs, packed weights apart from them, tokenizer, golden prompts, and a manifest of it all.
+
+    write(model, tokenizer, "box.bundle", Spec())
+    bundle = open_bundle("box.bundle")        # every file's SHA-256 is checked
+
+    manifest.json           what is in here: config, arguments in order, programs, SHA-256 of every other file
+    programs/NAME.mlirbc    StableHLO portable artifact, static shapes
+    programs/NAME.jax       the same for `jax.export.deserialize`, any batch, cache size and prompt length
+    weights.safetensors     the arrays that are the programs' first arguments
+    golden.safetensors      prompts, the tokens that greedy choice continues them with, logits behind each prompt
+    tokenizer.model         sentencepiece, where the model has one
+    vocabulary.json         the same for runners that have no sentencepiece: pieces, scores
+    run_jax.py, …           runners of one file each
+    targets/                what was compiled or converted for a runtime
+
+`manifest.schema.json` beside this file specifies the manifest. The same model and spec give the same bytes.
+"""
+
+import base64
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import numpy as np
+import safetensors
+import safetensors.numpy
+import sentencepiece
+from jax.interpreters import mlir
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import stablehlo
+
+import llamajax
+from export.stablehlo import STABLEHLO_VERSION, Spec, Value, bound, functions, lower, parameters
+from llamajax.checkpoint import atomic_folder
+from llamajax.checkpoint.naming import named_weights
+from llamajax.errors import LlamaJaxError
+from llamajax.generate import generate
+from llamajax.model import Llama
+from llamajax.tokenizer import Tokenizer
+from quant import LayerRuns, QTensor
+
+FORMAT = "llamajax-bundle"
+VERSION = 1
+GOLDEN_TOKENS = 64
+GOLDEN_TEXTS = ("Once upon a time", "The little dog ran to the river. There he saw a big fish, and the fish said:")
+_LARGEST_MANIFEST = 64 << 20
+_RUNNERS = Path(__file__).parent / "runners"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """A bundle that was opened and checked.
+
+    Attributes:
+        path: its folder.
+        manifest: as the schema says.
+    """
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    def file(self, name: str) -> Path:
+        """A file of the bundle."""
+        return self.path / name
+
+    def artifact(self, program: str) -> bytes:
+        """The portable artifact of a program.
+
+        Raises:
+            LlamaJaxError: if there is none of that name.
+        """
+        programs = self.manifest["programs"]
+        if program not in programs:
+            raise LlamaJaxError(f"{self.path}: no program {program!r}: expected one of {', '.join(programs)}")
+        return self.file(programs[program]["file"]).read_bytes()
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """The arrays that are the programs' first arguments, in order."""
+        with safetensors.safe_open(self.file("weights.safetensors"), "numpy") as file:
+            return {weight["name"]: file.get_tensor(weight["name"]) for weight in self.manifest["weights"]}
+
+
+def write(
+    model: Llama,
+    tokenizer: Tokenizer | None,
+    path: str | Path,
+    spec: Spec,
+    *,
+    prompts: Sequence[Sequence[int]] | None = None,
+    source: str = "llamajax",
+) -> Bundle:
+    """Writes a bundle, whole or not at all.
+
+    Args:
+        model: of QTensors or arrays, not prepared for a backend.
+        tokenizer: goes into the bundle; None for a bundle of ids only.
+        path: of the folder; must not exist.
+        spec: what programs to make.
+        prompts: ids of the golden prompts; texts of our own unless given.
+        source: where the weights came from.
+
+    Raises:
+        LlamaJaxError: if the model cannot be exported, or `path` exists.
+    """
+    if spec.slots > model.config.context_length:
+        raise LlamaJaxError(f"{spec.slots} slots: the model's context is {model.config.context_length}")
+    programs = lower(model, spec)
+    with atomic_folder(Path(path)) as folder:
+        (folder / "programs").mkdir()
+        for name, program in programs.items():
+            (folder / "programs" / f"{name}.mlirbc").write_bytes(program.artifact)
+        twins = _twins(model, spec)
+        for name, data in twins.items():
+            (folder / "programs" / f"{name}.jax").write_bytes(data)
+        arrays = {name: np.asarray(leaf) for name, leaf in parameters(model, spec.profile).items()}
+        safetensors.numpy.save_file(
+            {name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / "weights.safetensors"
+        )
+        golden = _golden(model, prompts or _golden_prompts(model, tokenizer, spec), spec)
+        safetensors.numpy.save_file(golden, folder / "golden.safetensors")
+        if tokenizer is not None:
+            (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+            vocabulary = json.dumps(vocabulary_of(tokenizer), separators=(",", ":"))
+            (folder / "vocabulary.json").write_text(vocabulary + "\n")
+        for runner in sorted(_RUNNERS.glob("run_*.py")):
+            (folder / runner.name).write_text(standalone_runner(runner.name))
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "producer": f"llamajax {llamajax.__version__}, jax {jax.__version__}",
+            "source": source,
+            "config": model.config.to_dict(),
+            "schemes": _schemes(model),
+            "profile": spec.profile.name,
+            "stablehlo_version": STABLEHLO_VERSION,
+            "validity": {
+                "mlirbc": "StableHLO promises that programs are read for 5 years after they were written",
+                "jax": f"jax {jax.__version__} wrote the .jax files: JAX reads them for 6 months, and 3 weeks back",
+            },
+            "cache": {
+                "batch": spec.batch,
+                "slots": spec.slots,
+                "dtype": spec.cache_dtype,
+                "layout": "layer, row, key/value head, slot, element",
+            },
+            "buckets": list(spec.buckets),
+            "tokens": {
+                "bos": tokenizer.bos_id if tokenizer else None,
+                "eos": tokenizer.eos_id if tokenizer else None,
+                "stop": list(tokenizer.stop_ids) if tokenizer else [],
+            },
+            "chat_template": None,
+            "weights": [_described(Value.of(name, array)) for name, array in arrays.items()],
+            "programs": {
+                name: {
+                    "file": f"programs/{name}.mlirbc",
+                    "weights": program.weights,
+                    "inputs": [_described(value) for value in program.inputs],
+                    "outputs": [_described(value) for value in program.outputs],
+                    "operations": dict(program.operations),
+                }
+                for name, program in programs.items()
+            },
+            "jax": {name: f"programs/{name}.jax" for name in twins},
+            "golden": {"file": "golden.safetensors", "prompts": len(golden) // 3},
+            "targets": {},
+        }
+        for file in folder.rglob("*.safetensors"):
+            file.chmod(0o644)  # safetensors makes them its owner's alone
+        seal(folder, manifest)
+    return open_bundle(path)
+
+
+def seal(folder: Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest, with the SHA-256 and size of every other file of the folder."""
+    names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    files = {name: {"sha256": _sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
+    files.pop("manifest.json", None)
+    text = json.dumps({**manifest, "files": files}, indent=1, ensure_ascii=False)
+    (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
+
+
+def open_bundle(path: str | Path) -> Bundle:
+    """Opens a bundle and checks it before anything of it is used.
+
+    Raises:
+        LlamaJaxError: if it is none, of a newer version, or a file is missing or not as the manifest says; the first.
+    """
+    path = Path(path)
+    file = path / "manifest.json"
+    try:
+        if file.stat().st_size > _LARGEST_MANIFEST:
+            raise ValueError(f"{file.stat().st_size} bytes")
+        manifest = json.loads(file.read_bytes())
+        kind, version = manifest["format"], manifest["version"]
+    except OSError as error:
+        raise LlamaJaxError(f"{path}: not a bundle: manifest.json: {error.strerror}") from None
+    except (ValueError, RecursionError, TypeError, KeyError) as error:
+        raise LlamaJaxError(f"{file}: damaged ({str(error)[:100]}): expected the manifest of a bundle") from None
+    if kind != FORMAT or version != VERSION:
+        raise LlamaJaxError(
+            f"{file}: format {kind!r} version {version!r}: this release reads {FORMAT!r} version {VERSION}; a newer "
+            "bundle needs a newer llamajax"
+        )
+    _check_manifest(file, manifest)
+    for name, expected in manifest["files"].items():
+        inner = path / name
+        if Path(name).is_absolute() or ".." in Path(name).parts or not inner.is_file():
+            raise LlamaJaxError(f"{path}: {name}: no such file, though the manifest names it")
+        if inner.stat().st_size != expected["bytes"] or _sha256(inner) != expected["sha256"]:
+            raise LlamaJaxError(f"{path}: {name}: not the file that the manifest names (SHA-256 differs)")
+    present = {str(inner.relative_to(path)) for inner in path.rglob("*") if inner.is_file()} - {"manifest.json"}
+    if surplus := present - set(manifest["files"]):
+        raise LlamaJaxError(f"{path}: {sorted(surplus)[0]}: the manifest does not name this file")
+    return Bundle(path, manifest)
+
+
+def standalone_runner(name: str) -> str:
+    """A runner as one file: what all runners share, with its own text behind."""
+    common = (_RUNNERS / "common.py").read_text(encoding="utf-8")
+    return common + "\n\n" + (_RUNNERS / name).read_text(encoding="utf-8").replace(_IMPORT, "")
+
+
+_IMPORT = "from export.runners.common import main\n"
+
+
+def vocabulary_of(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a runner needs to encode and decode like the tokenizer: pieces in base64, scores, which may be merged."""
+    processor = sentencepiece.SentencePieceProcessor()
+    processor.LoadFromSerializedProto(tokenizer.model_bytes)
+    ids = range(tokenizer.vocab_size)
+    special = [
+        processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i) or processor.is_byte(i)
+        for i in ids
+    ]
+    return {
+        "bos": tokenizer.bos_id,
+        "stop": list(tokenizer.stop_ids),
+        "dummy_prefix": processor.id_to_piece(processor.encode("a")[0]).startswith("▁"),
+        "pieces": [base64.b64encode(tokenizer.token_bytes(i)).decode() for i in ids],
+        "scores": [processor.get_score(i) for i in ids],
+        "merges": [int(not is_special) for is_special in special],
+        "single_bytes": [i for i in ids if processor.is_byte(i)],
+    }
+
+
+def _golden_prompts(model: Llama, tokenizer: Tokenizer | None, spec: Spec) -> list[list[int]]:
+    """Two prompts of different lengths that leave room for what follows."""
+    most = max(1, spec.slots - GOLDEN_TOKENS - 1)
+    if tokenizer is not None:
+        return [tokenizer.encode(text)[:most] for text in GOLDEN_TEXTS]
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, 24)
+    return [[int(i) for i in ids[:count]][:most] for count in (5, 24)]
+
+
+def _golden(model: Llama, prompts: Sequence[Sequence[int]], spec: Spec) -> dict[str, np.ndarray]:
+    """What the model itself says to the prompts: the programs are not asked."""
+    arrays = {}
+    for index, ids in enumerate(prompts):
+        limit = min(GOLDEN_TOKENS, spec.slots - len(ids))
+        made = generate(model, None, list(ids), temperature=0, max_new_tokens=limit, cache_dtype=spec.cache_dtype)
+        assert not isinstance(made, list)  # one prompt
+        logits_BTV, _ = jax.jit(lambda model, tokens_BT: model(tokens_BT))(model, np.asarray([ids], np.int32))
+        arrays[f"prompt_{index}"] = np.asarray(ids, np.int32)
+        arrays[f"tokens_{index}"] = np.asarray(made.tokens, np.int32)
+        arrays[f"logits_{index}"] = np.asarray(logits_BTV[0, -1])
+    return arrays
+
+
+def _twins(model: Llama, spec: Spec) -> dict[str, bytes]:
+    """`jax.export` programs: prefill of any length, decode; any batch and cache size; for CPU, GPU and TPU."""
+    abstract = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in parameters(model, spec.profile).items()
+    }
+    twins = {}
+    for kind, letters in (("prefill", "BST"), ("decode", "BS")):
+        constraints = [f"{letter} >= 1" for letter in letters] + (["S >= T"] if "T" in letters else [])
+        symbols = jax.export.symbolic_shape(", ".join(letters), constraints=constraints)
+        made = functions(model, spec, dict(zip(letters, symbols, strict=True)))
+        function, inputs = next((function, inputs) for name, function, inputs, _, _ in made if name == kind)
+        flat = bound(function, tuple(abstract), model, spec.profile)
+        flat.__name__ = kind
+        jitted = jax.jit(flat, keep_unused=True)
+        exported = jax.export.export(jitted, platforms=("cpu", "cuda", "tpu"))(*abstract.values(), *inputs.values())
+        twins[kind] = bytes(_without_locations(exported).serialize())
+    return twins
+
+
+def _without_locations(exported: jax.export.Exported) -> jax.export.Exported:
+    """The same program without the paths and lines of the source that it was traced from."""
+    version = stablehlo.get_version_from_compatibility_requirement(stablehlo.StablehloCompatibilityRequirement.WEEK_4)
+    with mlir.make_ir_context():
+        text = ir.Module.parse(exported.mlir_module()).operation.get_asm(enable_debug_info=False)
+    module = stablehlo.serialize_portable_artifact_str(text, version)
+    return dataclasses.replace(exported, mlir_module_serialized=module)
+
+
+def _schemes(model: Llama) -> dict[str, str]:
+    """Name of each packed weight and its scheme; a weight whose layers differ has several, commas between."""
+
+    def described(weight: Any) -> str:
+        if isinstance(weight, LayerRuns):
+            return ", ".join(dict.fromkeys(described(part) for part in weight.parts))
+        if isinstance(weight, QTensor):
+            return f"{weight.scheme.name}, groups of {weight.group_size}"
+        return str(np.dtype(weight.dtype))
+
+    return {name: described(weight) for name, weight in named_weights(model).items()}
+
+
+def _described(value: Value) -> dict[str, Any]:
+    return {"name": value.name, "dtype": value.dtype, "shape": list(value.shape)}
+
+
+@functools.cache
+def _schema() -> dict[str, Any]:
+    return json.loads((Path(__file__).parent / "manifest.schema.json").read_text(encoding="utf-8"))
+
+
+def _check_manifest(file: Path, manifest: Mapping[str, Any]) -> None:
+    """Checks what is read of a manifest: the keys that the schema requires, and the types at its first level."""
+    schema = _schema()
+    kinds = {"object": dict, "array": list, "string": str, "integer": int}
+    for key in schema["required"]:
+        expected = schema["properties"][key].get("type")
+        if key not in manifest or (expected in kinds and not isinstance(manifest[key], kinds[expected])):
+            raise LlamaJaxError(f"{file}: {key!r} is missing or not of type {expected}: the manifest is damaged")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,42 @@
+"""Runs a bundle with nothing but jax: its portable StableHLO programs are given to XLA as they are."""
+
+import jax
+import numpy as np
+from jax.extend import backend
+from jaxlib import _jax
+from jaxlib.mlir.dialects import stablehlo
+
+from export.runners.common import main
+
+
+class Session:
+    """Weights and state on the first device; a program is compiled when it is first run."""
+
+    def __init__(self, bundle):
+        self.name = f"jax {jax.__version__}"
+        self._bundle, self._programs = bundle, {}
+        self._client, self._device = backend.get_backend(), jax.devices()[0]
+        arrays = bundle.tensors("weights.safetensors")
+        names = [weight["name"] for weight in bundle.manifest["weights"]]
+        self._weights = [jax.device_put(arrays[name], self._device) for name in names]
+
+    def reset(self):
+        make = lambda value: np.zeros(value["shape"], jax.numpy.dtype(value["dtype"]))  # noqa: E731
+        self._state = [jax.device_put(make(value), self._device) for value in self._bundle.state]
+
+    def run(self, name, inputs):
+        program = self._bundle.manifest["programs"][name]
+        if name not in self._programs:
+            with open(self._bundle.file(program["file"]), "rb") as file:
+                module = stablehlo.deserialize_portable_artifact_str(file.read())
+            devices = _jax.DeviceList((self._device,))
+            self._programs[name] = self._client.compile_and_load(module, devices, _jax.CompileOptions())
+        given = [value["name"] for value in program["inputs"]][: -len(self._state)]
+        arguments = [jax.device_put(inputs[key], self._device) for key in given]
+        results = self._programs[name].execute_sharded([*self._weights, *arguments, *self._state])
+        logits, *self._state = (result[0] for result in results.disassemble_into_single_device_arrays())
+        return np.asarray(logits)
+
+
+if __name__ == "__main__":
+    main(Session, __doc__)
