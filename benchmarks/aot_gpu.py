@@ -25,36 +25,17 @@ os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 import quant
+from export.targets.ahead_of_time import CARDS, topology_of
 from quant.kernels import gpu
 
-# GpuTargetConfigProto in text, from openxla/xla, xla/backends/gpu/target_config/specs.
-_EVERY_CARD = """
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 threads_per_core_limit: 2048
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536 device_address_bits: 64
-  device_vendor: "NVIDIA Corporation" driver_version: "13.0.0" runtime_version: "13.0.0"
-  compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.0"
-"""
-_CARDS = {
-    "h100": """name: "NVIDIA H100 80GB HBM3" core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
-  shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448 l2_cache_size: 52428800
-  memory_bandwidth: 3352320000000 device_memory_size: 84942979072
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }""",
-    "a100": """name: "NVIDIA A100-SXM4-40GB" core_count: 108 fpus_per_core: 64 clock_rate_ghz: 1.41
-  shared_memory_per_core: 167936 shared_memory_per_block_optin: 166912 l2_cache_size: 41943040
-  memory_bandwidth: 1555200000000 device_memory_size: 42331013120
-  cuda_compute_capability { major: 8 feature_extension: NONE }""",
-}
 _ARCHITECTURES = {"h100": "sm_90a", "a100": "sm_80"}
 _LAYERS = 4
 _SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (4096, 11008))
 
-flags.DEFINE_list("cards", list(_CARDS), "cards to compile for")
+flags.DEFINE_list("cards", list(CARDS), "cards to compile for")
 flags.DEFINE_boolean("json", False, "print JSON")
 
 
@@ -122,10 +103,7 @@ def main(argv: list[str]) -> None:
     if not flags.FLAGS.json:
         print("card  codes    g      K x     M   R     packed   temporaries / packed: kernel, XLA; registers, spills")
     for card in flags.FLAGS.cards:
-        target = (
-            f'gpu_device_info {{ {_EVERY_CARD} {_CARDS[card]} }} platform_name: "CUDA" dnn_version_info {{ major: 9 }}'
-        )
-        topology = topologies.get_topology_desc(card, platform="cuda", topology="1x1x1", target_config=target)
+        topology = topology_of(f"cuda:{card}")
         for scheme, group_size in (("int4", 32), ("int4", 128), ("uint4", 128), ("int8", 128)):
             for K, M in _SHAPES:
                 for R in (1, 8):

@@ -177,13 +177,24 @@ def write(
     return open_bundle(path)
 
 
-def seal(folder: Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest, with the SHA-256 and size of every other file of the folder."""
+def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes the manifest, at once, with SHA-256 and size of every other file, and a SHA-256 of itself as last line."""
     names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     files = {name: {"sha256": _sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
     files.pop("manifest.json", None)
-    text = json.dumps({**manifest, "files": files}, indent=1, ensure_ascii=False)
-    (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
+    rest = {key: value for key, value in manifest.items() if key not in ("files", "sha256")}
+    text = json.dumps({**rest, "files": files}, indent=1, ensure_ascii=False).removesuffix("\n}").encode()
+    partial = folder / "manifest.json.partial"
+    partial.write_bytes(text + _SEAL + _closing(text))
+    partial.rename(folder / "manifest.json")
+
+
+_SEAL = b',\n "sha256": '
+
+
+def _closing(text: bytes) -> bytes:
+    """What ends a manifest that begins with `text`."""
+    return b'"%s"\n}\n' % hashlib.sha256(text).hexdigest().encode()
 
 
 def open_bundle(path: str | Path) -> Bundle:
@@ -197,7 +208,8 @@ def open_bundle(path: str | Path) -> Bundle:
     try:
         if file.stat().st_size > _LARGEST_MANIFEST:
             raise ValueError(f"{file.stat().st_size} bytes")
-        manifest = json.loads(file.read_bytes())
+        data = file.read_bytes()
+        manifest = json.loads(data)
         kind, version = manifest["format"], manifest["version"]
     except OSError as error:
         raise LlamaJaxError(f"{path}: not a bundle: manifest.json: {error.strerror}") from None
@@ -208,6 +220,9 @@ def open_bundle(path: str | Path) -> Bundle:
             f"{file}: format {kind!r} version {version!r}: this release reads {FORMAT!r} version {VERSION}; a newer "
             "bundle needs a newer llamajax"
         )
+    before, _, closing = data.rpartition(_SEAL)
+    if closing != _closing(before):
+        raise LlamaJaxError(f"{file}: damaged or changed: its SHA-256, the last line, is another")
     _check_manifest(file, manifest)
     for name, expected in manifest["files"].items():
         inner = path / name

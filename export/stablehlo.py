@@ -33,8 +33,9 @@ from llamajax.sampling import Sampler, sample
 from quant import LayerRuns, QTensor, dequantize
 from quant.kernels import Layout
 
-# The oldest StableHLO that knows all that we write; its promise is five years back, two forward.
-STABLEHLO_VERSION = "1.0.0"
+# The oldest StableHLO that knows all that we write (gathers with batch axes); its promise is five years back, two
+# forward.
+STABLEHLO_VERSION = "1.1.0"
 # A constant of more elements must be a weight that was closed over.
 LARGEST_CONSTANT = 4096
 # Rows of activations may not be known; everything else is.
@@ -312,7 +313,7 @@ def lower(model: Llama, spec: Spec) -> dict[str, Program]:
     Raises:
         LlamaJaxError: if the model cannot be exported like this, or a program is not clean (`check`).
     """
-    if any(isinstance(weight, Layout) for weight in named_weights(model).values()):
+    if any(isinstance(leaf, Layout) for leaf in jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, Layout))):
         raise LlamaJaxError("the model is prepared for a backend: export it as it was loaded")
     abstract = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in parameters(model, spec.profile).items()
@@ -469,17 +470,15 @@ def _lower_program(
 
 
 def _tidy(module: ir.Module) -> None:
-    """Takes off what says where a program came from: jax's own attributes of arguments, results and the module."""
+    """Takes off jax's own attributes of arguments, results and the module, but for the declared aliasing of state."""
     for name in list(module.operation.attributes):
         if name.startswith("mhlo."):
             del module.operation.attributes[name]
     for function in module.body.operations:
         for kind in ("arg_attrs", "res_attrs"):
             if kind in function.attributes:
-                kept = [
-                    ir.DictAttr.get({name: each[name] for name in each if name == "tf.aliasing_output"})
-                    for each in map(ir.DictAttr, function.attributes[kind])
-                ]
+                each = [ir.DictAttr(attributes) for attributes in ir.ArrayAttr(function.attributes[kind])]
+                kept = [ir.DictAttr.get({a.name: a.attr for a in one if a.name == "tf.aliasing_output"}) for one in each]
                 function.attributes[kind] = ir.ArrayAttr.get(kept)
 
 
@@ -514,8 +513,8 @@ def check(module: ir.Module, profile: Profile, name: str) -> dict[str, int]:
             element = str(ir.ShapedType(argument.type).element_type)
             if element not in _ARGUMENT_TYPES:
                 raise LlamaJaxError(
-                    f"program {name}: argument {index} is {argument.type}: expected one of {', '.join(_ARGUMENT_TYPES)}, "
-                    "which every runtime takes"
+                    f"program {name}: argument {index} is {argument.type}: expected one of "
+                    f"{', '.join(_ARGUMENT_TYPES)}, which every runtime takes"
                 )
     del counts["module"], counts["func"], counts["return"]
     return dict(sorted(counts.items()))

@@ -1,7 +1,7 @@
 """What every runner does: checks a bundle, turns text into ids and back, prefills, decodes.
 
-A runner in a bundle is one file, this text with that of `run_jax.py`, … behind it (`bundle.standalone_runner`). It needs
-Python 3.9 or newer, NumPy and its runtime, and nothing of llamajax.
+A runner in a bundle is one file: this text, and that of `run_jax.py`, … behind it (`bundle.standalone_runner`). It
+needs Python 3.9 or newer, NumPy and its runtime, and nothing of llamajax.
 """
 
 import argparse
@@ -22,9 +22,13 @@ class Bundle:
         self.path = path
         try:
             with open(self.file("manifest.json"), "rb") as file:
-                self.manifest = json.load(file)
+                text = file.read()
+            self.manifest = json.loads(text)
             if (self.manifest["format"], self.manifest["version"]) != ("llamajax-bundle", 1):
                 raise ValueError(f"version {self.manifest['version']}: this runner reads version 1")
+            before, key, digest = text.rpartition(b',\n "sha256": ')
+            if not key or digest != b'"%s"\n}\n' % hashlib.sha256(before).hexdigest().encode():
+                raise ValueError("manifest.json: its SHA-256, the last line, is another: damaged, or changed")
             for name, expected in self.manifest["files"].items():
                 digest = hashlib.sha256()
                 with open(self.file(name), "rb") as file:
@@ -139,7 +143,7 @@ def golden(session, bundle, load_seconds):
 
 
 def main(open_session, description):
-    """The command line. `open_session(bundle)` gives an object with name, reset() and run(program, inputs) -> logits."""
+    """The command line. `open_session(bundle)` has name, reset() and run(program, inputs) -> logits [B, V]."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("bundle", nargs="?", default=os.path.dirname(os.path.abspath(__file__)))
     parser.add_argument("--prompt", default="Once upon a time")

@@ -1,7 +1,9 @@
 """Commands: each module here defines its flags and turns them into one library call.
 
-A command is a module with `SUMMARY`, `EXAMPLES`, `define(values)` and `run(values)`. Flags belong to the command, in an
-`absl.flags.FlagValues` of its own: nothing is defined globally, and no command accepts another's.
+A command is a module with `SUMMARY`, `EXAMPLES`, `define(values)` and `run(values)`; `POSITIONAL` names the flag that
+may be given by its value alone. Flags belong to the command, in an `absl.flags.FlagValues` of its own: nothing is
+defined globally, and no command accepts another's. Commands about bundles stand in the package `export`, which this one
+knows by name only.
 """
 
 import difflib
@@ -28,6 +30,9 @@ COMMANDS = {
     "eval": "llamajax.cli.evaluate",
     "bench": "llamajax.cli.bench",
     "train": "llamajax.cli.train",
+    "export": "export.cli.export",
+    "verify": "export.cli.verify",
+    "run": "export.cli.run",
 }
 
 
@@ -55,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         surplus = values([name, *rest])[1:]
+        positional = getattr(command, "POSITIONAL", None)
+        if surplus and positional and values[positional].value is None:
+            values[positional].value = surplus.pop(0)
         if surplus:
             raise flags.Error(f"unexpected argument {surplus[0]!r}: write --flag=value")
     except flags.Error as error:

@@ -1,0 +1,160 @@
+"""`llamajax export`: a bundle of StableHLO programs and packed weights, and what other runtimes need of it."""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+from rich.table import Table
+
+from export.bundle import Bundle, open_bundle, write
+from export.stablehlo import OPTIONAL_PROGRAMS, PROFILES, Spec
+from export.targets import add_target, kind_of
+from llamajax.checkpoint import check_absent, open_checkpoint, read_tokenizer
+from llamajax.cli.common import (
+    chosen_dtype,
+    define_dtype,
+    define_model,
+    read_model,
+    readable_bytes,
+    spinner,
+    stored_bytes,
+    table_console,
+)
+from llamajax.errors import LlamaJaxError
+
+SUMMARY = "write a bundle that other runtimes execute: programs, weights, golden prompts"
+EXAMPLES = (
+    "llamajax export --model=box-int4 --output=box.bundle",
+    "llamajax export --model=box-int4 --output=box.bundle --slots=256 --buckets=16,64 --programs=verify,score",
+    "llamajax export --model=box-int4 --output=box.bundle --profile=unrolled --target=iree-cpu,onnx",
+    "llamajax export --bundle=box.bundle --target=tpu:v5e:2x2,cuda:h100",
+    "llamajax export --bundle=box.bundle --target=savedmodel --python=savedmodel=path/to/env/bin/python",
+)
+
+
+def define(values: flags.FlagValues) -> None:
+    """Flags of the command."""
+    define_model(values, default=None)
+    define_dtype(values)
+    flags.DEFINE_string("output", None, "folder to write; must not exist", flag_values=values)
+    flags.DEFINE_string(
+        "bundle", None, "a bundle to add targets to, instead of --model and --output", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "profile",
+        None,
+        list(PROFILES),
+        "kind of program: scanned, one loop over stacked layers, smallest; unrolled, no loops; float, unrolled and "
+        "without arithmetic on bytes, for LiteRT and CoreML. What the targets need unless given, else scanned",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("batch", 1, "rows", flag_values=values)
+    flags.DEFINE_integer(
+        "slots", None, "of the cache; the model's context, 512 at most, unless given", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "kv_cache",
+        "float32",
+        ["float32", "bfloat16", "float16"],
+        "what keys and values are kept in",
+        flag_values=values,
+    )
+    flags.DEFINE_list("buckets", ["16", "64", "256"], "prompt tokens of each prefill program", flag_values=values)
+    flags.DEFINE_list(
+        "programs", [], f"beside prefill and decode: of {', '.join(OPTIONAL_PROGRAMS)}", flag_values=values
+    )
+    flags.DEFINE_integer("drafts", 4, "tokens that the program verify checks", flag_values=values)
+    flags.DEFINE_list(
+        "target",
+        [],
+        "what to build of the bundle for other runtimes: iree-cpu, onnx, savedmodel, litert, coreml, tpu:TOPOLOGY, "
+        "cuda:CARD; the README lists them",
+        flag_values=values,
+    )
+    define_python(values)
+
+
+def define_python(values: flags.FlagValues) -> None:
+    """--python, of this command and of verify and run."""
+    flags.DEFINE_list(
+        "python",
+        [],
+        "NAME=PATH of the Python that has a toolchain or runtime, where it is not this one; commas between several",
+        flag_values=values,
+    )
+
+
+def pythons(values: flags.FlagValues) -> dict[str, str]:
+    """What --python says, by name.
+
+    Raises:
+        LlamaJaxError: for what is not NAME=PATH.
+    """
+    pairs = [entry.partition("=") for entry in values.python]
+    for name, _, path in pairs:
+        if not name or not path:
+            raise LlamaJaxError(f"--python={name!r}: expected NAME=PATH, as iree=path/to/env/bin/python")
+    return {name: path for name, _, path in pairs}
+
+
+def run(values: flags.FlagValues) -> None:
+    """Writes the bundle, then each target into it; what exists already stays whole."""
+    named = pythons(values)
+    kinds = {target: kind_of(target) for target in values.target}
+    if values.bundle:
+        if values.model or values.output or not kinds:
+            raise LlamaJaxError("--bundle goes with --target, and without --model and --output")
+        bundle = open_bundle(values.bundle)
+    else:
+        if not values.model or not values.output:
+            raise LlamaJaxError("--model and --output are both needed, or --bundle: see llamajax export --help")
+        bundle = _write(values, set(kinds.values()))
+    for target, kind in kinds.items():
+        with spinner(f"building {target}"):
+            bundle = add_target(bundle, target, named.get(target, named.get(kind, sys.executable)))
+    _print(bundle)
+
+
+def _write(values: flags.FlagValues, kinds: set[str]) -> Bundle:
+    output = Path(values.output)
+    check_absent(output)
+    needed = {"float"} if kinds & {"litert", "coreml"} else {"unrolled"} if kinds & {"onnx"} else set()
+    profile = values.profile or next(iter(needed), "scanned")
+    opened = open_checkpoint(values.model)
+    tokenizer = read_tokenizer(opened, values.tokenizer)
+    try:
+        buckets = tuple(int(bucket) for bucket in values.buckets)
+    except ValueError:
+        raise LlamaJaxError(f"--buckets={','.join(values.buckets)}: expected whole numbers") from None
+    slots = values.slots or min(opened.config.context_length, 512)
+    spec = Spec(
+        batch=values.batch,
+        slots=slots,
+        cache_dtype=values.kv_cache,
+        buckets=tuple(bucket for bucket in buckets if bucket <= slots) or buckets,
+        programs=tuple(values.programs),
+        drafts=values.drafts,
+        profile=PROFILES[profile],
+    )
+    model = read_model(opened, chosen_dtype(values))
+    with spinner(f"writing {output}"):
+        return write(model, tokenizer, output, spec, source=opened.description)
+
+
+def _print(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    table = Table(box=None, pad_edge=False)
+    for column in ("program", "inputs", "operations", "bytes"):
+        table.add_column(column, justify="right" if column in ("operations", "bytes") else "left", overflow="fold")
+    for name, program in manifest["programs"].items():
+        inputs = ", ".join(f"{value['name']} {value['dtype']}{value['shape']}" for value in program["inputs"])
+        size = manifest["files"][program["file"]]["bytes"]
+        table.add_row(name, inputs, str(sum(program["operations"].values())), str(size))
+    table_console().print(table)
+    weights = manifest["files"]["weights.safetensors"]["bytes"]
+    targets = ", ".join(manifest["targets"]) or "none"
+    print(
+        f"{bundle.path}: {readable_bytes(stored_bytes(bundle.path))}, of it {readable_bytes(weights)} weights; profile "
+        f"{manifest['profile']}, targets: {targets}",
+        file=sys.stderr,
+    )

@@ -1,0 +1,78 @@
+"""`llamajax verify`: whether a bundle's golden prompts come out the same on every runtime that is here."""
+
+import dataclasses
+import json
+import math
+
+from absl import flags
+from rich.table import Table
+
+from export.bundle import open_bundle
+from export.cli.export import define_python, pythons
+from export.verify import RUNTIMES, Result, verify
+from llamajax.cli.common import readable_bytes, spinner, table_console
+from llamajax.errors import LlamaJaxError
+
+SUMMARY = "run a bundle's golden prompts on every runtime present; exit code 1 unless all held"
+EXAMPLES = (
+    "llamajax verify box.bundle",
+    "llamajax verify box.bundle --runtime=jax,iree --json",
+    "llamajax verify box.bundle --python=iree=path/to/env/bin/python",
+)
+POSITIONAL = "bundle"
+
+
+def define(values: flags.FlagValues) -> None:
+    """Flags of the command."""
+    flags.DEFINE_string("bundle", None, "the bundle; may be given without --bundle=", flag_values=values)
+    flags.DEFINE_list("runtime", list(RUNTIMES), "runtimes to try", flag_values=values)
+    define_python(values)
+    flags.DEFINE_boolean("json", False, "print JSON instead of a table", flag_values=values)
+
+
+def run(values: flags.FlagValues) -> None:
+    """Prints a table, or JSON.
+
+    Raises:
+        LlamaJaxError: if a runtime did not hold, or none ran.
+    """
+    if not values.bundle:
+        raise LlamaJaxError("which bundle? llamajax verify BUNDLE")
+    bundle = open_bundle(values.bundle)
+    results = []
+    attempts = verify(bundle, values.runtime, pythons(values))
+    for name in values.runtime:
+        with spinner(f"running on {name}"):
+            results.append(next(attempts))
+    if values.json:
+        print(json.dumps([{**dataclasses.asdict(result), "held": result.held} for result in results], default=str))
+    else:
+        _print(results)
+    failed = [result.runtime for result in results if not result.skipped and not result.held]
+    if failed:
+        raise LlamaJaxError(f"{bundle.path}: does not hold on {', '.join(failed)}")
+    if all(result.skipped for result in results):
+        raise LlamaJaxError(f"{bundle.path}: no runtime for it is here: nothing was verified")
+
+
+def _print(results: list[Result]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for column in ("runtime", "held", "tokens", "largest logit error", "load s", "tokens/s", "resident", ""):
+        table.add_column(column, justify="left" if column in ("runtime", "held", "") else "right")
+    for result in results:
+        if result.skipped or result.error:
+            state = "-" if result.skipped else "NO"
+            table.add_row(result.runtime, state, "", "", "", "", "", result.skipped or result.error)
+            continue
+        error = f"{result.largest_logit_error:.1e}" if math.isfinite(result.largest_logit_error) else "not finite"
+        table.add_row(
+            result.runtime,
+            "yes" if result.held else "NO",
+            f"{result.tokens} {'same' if result.exact else 'differ'}",
+            error,
+            f"{result.load_seconds:.2f}",
+            f"{result.tokens_per_second:.1f}",
+            readable_bytes(result.resident_bytes),
+            result.version,
+        )
+    table_console().print(table)

@@ -1,0 +1,34 @@
+"""Runs a bundle's `jax.export` programs: any batch, cache size and prompt length. Needs jax and flatbuffers."""
+
+import jax
+import jax.export
+import numpy as np
+
+from export.runners.common import main
+
+
+class Session:
+    """Weights and state on the first device; jax compiles for each shape once."""
+
+    def __init__(self, bundle):
+        self.name = f"jax.export {jax.__version__}"
+        self._bundle, self._programs = bundle, {}
+        arrays = bundle.tensors("weights.safetensors")
+        self._weights = [jax.device_put(arrays[weight["name"]]) for weight in bundle.manifest["weights"]]
+        for name, file in bundle.manifest["jax"].items():
+            with open(bundle.file(file), "rb") as opened:
+                exported = jax.export.deserialize(bytearray(opened.read()))
+            count = len(exported.in_avals)
+            self._programs[name] = jax.jit(exported.call, donate_argnums=(count - 2, count - 1))
+
+    def reset(self):
+        self._state = [jax.numpy.zeros(value["shape"], value["dtype"]) for value in self._bundle.state]
+
+    def run(self, name, inputs):
+        program = self._programs[name.partition("_")[0]]
+        logits, *self._state = program(*self._weights, *inputs.values(), *self._state)
+        return np.asarray(logits)
+
+
+if __name__ == "__main__":
+    main(Session, __doc__)

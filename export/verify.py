@@ -1,0 +1,169 @@
+"""Runs a bundle's golden prompts on every runtime that is here, each in a process of its own without our source.
+
+    for result in verify(open_bundle("box.bundle")):
+        print(result.runtime, result.exact, result.largest_logit_error)
+
+The runners are those of this installation, not the copies in the bundle: a bundle may come from anywhere.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from export.bundle import Bundle, standalone_runner
+from export.targets import kind_of
+from llamajax.errors import LlamaJaxError
+
+# Largest difference of a logit from the model's own. Runtimes sum in another order; what is wrong is off by far more.
+LOGIT_TOLERANCE = 1e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """Something that runs bundles.
+
+    Attributes:
+        module: what a Python that has it can import.
+        target: kind of target that a bundle must hold for it, or None.
+    """
+
+    module: str
+    target: str | None = None
+
+
+RUNTIMES = {
+    "jax": Runtime("jax"),
+    "jax_export": Runtime("jax.export"),
+    "iree": Runtime("iree.runtime", "iree"),
+    "onnx": Runtime("onnxruntime", "onnx"),
+    "openvino": Runtime("openvino", "onnx"),
+    "savedmodel": Runtime("tensorflow", "savedmodel"),
+    "litert": Runtime("ai_edge_litert", "litert"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What one runtime made of the golden prompts.
+
+    Attributes:
+        runtime: a key of `RUNTIMES`.
+        version: what it calls itself; "" where it did not run.
+        skipped: why it did not run, or "".
+        error: why it failed, or "".
+        exact: whether every token was the golden one.
+        tokens: how many there were.
+        largest_logit_error: behind the prompts.
+        load_seconds: from opening the bundle to being ready; programs that compile when first run not included.
+        tokens_per_second: of decoding one row.
+        resident_bytes: of its process, at the end.
+    """
+
+    runtime: str
+    version: str = ""
+    skipped: str = ""
+    error: str = ""
+    exact: bool = False
+    tokens: int = 0
+    largest_logit_error: float = math.inf
+    load_seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    resident_bytes: int = 0
+
+    @property
+    def held(self) -> bool:
+        """Whether it ran and did what the bundle promises."""
+        return not self.skipped and not self.error and self.exact and self.largest_logit_error <= LOGIT_TOLERANCE
+
+
+def verify(
+    bundle: Bundle, runtimes: Sequence[str] = tuple(RUNTIMES), pythons: Mapping[str, str] | None = None
+) -> Iterator[Result]:
+    """Runs the golden prompts on each runtime in turn.
+
+    Args:
+        bundle: opened.
+        runtimes: keys of `RUNTIMES`.
+        pythons: the Python that has a runtime, by its name; this one unless given.
+
+    Yields:
+        One result a runtime. One that is not installed, or for which the bundle holds no target, is skipped.
+
+    Raises:
+        LlamaJaxError: for the name of a runtime that does not exist.
+    """
+    for name in runtimes:
+        python = (pythons or {}).get(name, sys.executable)
+        if reason := unavailable(bundle, name, python):
+            yield Result(name, skipped=reason)
+            continue
+        with _runner(name) as file:
+            command = [python, "-I", str(file), str(bundle.path), "--golden"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            yield Result(name, error=lines[-1][:300])
+        else:
+            yield _result(name, json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def unavailable(bundle: Bundle, name: str, python: str) -> str:
+    """Why a runtime cannot run this bundle here, or "".
+
+    Raises:
+        LlamaJaxError: if there is no runtime of that name.
+    """
+    if name not in RUNTIMES:
+        raise LlamaJaxError(f"runtime {name!r}: expected one of {', '.join(RUNTIMES)}")
+    runtime = RUNTIMES[name]
+    if runtime.target and all(kind_of(target) != runtime.target for target in bundle.manifest["targets"]):
+        return f"the bundle has no target {runtime.target}"
+    probe = f"import importlib.util as u, sys; sys.exit(u.find_spec({runtime.module!r}) is None)"
+    try:
+        found = subprocess.run([python, "-I", "-c", probe], capture_output=True, check=False).returncode == 0
+    except OSError as error:
+        return f"{python}: {error.strerror}"
+    return "" if found else f"{python} has no {runtime.module}"
+
+
+@contextlib.contextmanager
+def _runner(name: str) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"run_{name}.py"
+        file.write_text(standalone_runner(file.name), encoding="utf-8")
+        yield file
+
+
+def run(bundle: Bundle, name: str, python: str, arguments: Sequence[str]) -> int:
+    """Continues a prompt on one runtime, text as it comes to stdout; returns the runner's exit code.
+
+    Raises:
+        LlamaJaxError: if the runtime is not here, or the bundle has nothing for it.
+    """
+    if reason := unavailable(bundle, name, python):
+        raise LlamaJaxError(f"{bundle.path}: runtime {name}: {reason}")
+    sys.stdout.flush()
+    with _runner(name) as file:
+        return subprocess.run([python, "-I", str(file), str(bundle.path), *arguments], check=False).returncode
+
+
+def _result(name: str, report: Mapping) -> Result:
+    """From what a runner printed."""
+    prompts = report["prompts"]
+    errors = [float(prompt["largest_logit_error"]) for prompt in prompts]
+    return Result(
+        name,
+        version=report["runtime"],
+        exact=all(prompt["exact"] for prompt in prompts),
+        tokens=sum(len(prompt["tokens"]) for prompt in prompts),
+        largest_logit_error=math.inf if any(math.isnan(error) for error in errors) else max(errors),
+        load_seconds=report["load_seconds"],
+        tokens_per_second=report["decode_steps"] / report["decode_seconds"] if report["decode_seconds"] else 0.0,
+        resident_bytes=report["resident_bytes"],
+    )
