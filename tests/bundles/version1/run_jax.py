@@ -1,0 +1,215 @@
+"""What every runner does: checks a bundle, turns text into ids and back, prefills, decodes.
+
+A runner in a bundle is one file: this text, and that of `run_jax.py`, … behind it (`bundle.standalone_runner`). It
+needs Python 3.9 or newer, NumPy and its runtime, and nothing of llamajax.
+"""
+
+import argparse
+import base64
+import hashlib
+import json
+import os
+import sys
+import time
+
+import numpy as np
+
+
+class Bundle:
+    """The manifest; every file's SHA-256 is checked before anything is used."""
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            with open(self.file("manifest.json"), "rb") as file:
+                text = file.read()
+            self.manifest = json.loads(text)
+            if (self.manifest["format"], self.manifest["version"]) != ("llamajax-bundle", 1):
+                raise ValueError(f"version {self.manifest['version']}: this runner reads version 1")
+            before, key, digest = text.rpartition(b',\n "sha256": ')
+            if not key or digest != b'"%s"\n}\n' % hashlib.sha256(before).hexdigest().encode():
+                raise ValueError("manifest.json: its SHA-256, the last line, is another: damaged, or changed")
+            for name, expected in self.manifest["files"].items():
+                digest = hashlib.sha256()
+                with open(self.file(name), "rb") as file:
+                    for block in iter(lambda: file.read(1 << 20), b""):
+                        digest.update(block)
+                if digest.hexdigest() != expected["sha256"]:
+                    raise ValueError(f"{name}: its SHA-256 is not the manifest's: damaged, or changed")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            sys.exit(f"{path}: not a whole bundle: {error}")
+        cache, decode = self.manifest["cache"], self.manifest["programs"]["decode"]
+        self.batch, self.slots, self.buckets = cache["batch"], cache["slots"], self.manifest["buckets"]
+        self.state = [value for value in decode["inputs"] if value["name"] in ("key", "value")]
+
+    def file(self, name):
+        if os.path.isabs(name) or ".." in name.split("/"):
+            raise ValueError(f"{name}: outside the bundle")
+        return os.path.join(self.path, name)
+
+    def tensors(self, name):
+        """The arrays of a safetensors file, mapped into memory. bfloat16 needs ml_dtypes."""
+        dtypes = {"F32": "float32", "F16": "float16", "U8": "uint8", "I32": "int32", "BF16": "uint16"}
+        with open(self.file(name), "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        data, arrays = np.memmap(self.file(name), np.uint8, "r", offset=8 + length), {}
+        for key, entry in header.items():
+            if key != "__metadata__":
+                first, last = entry["data_offsets"]
+                arrays[key] = data[first:last].view(dtypes[entry["dtype"]]).reshape(entry["shape"])
+                if entry["dtype"] == "BF16":
+                    arrays[key] = arrays[key].view(__import__("ml_dtypes").bfloat16)
+        return arrays
+
+
+class Text:
+    """Byte-pair encoding by the scores in vocabulary.json, as sentencepiece does it, and the bytes of each id."""
+
+    def __init__(self, bundle):
+        with open(bundle.file("vocabulary.json"), encoding="utf-8") as file:
+            vocabulary = json.load(file)
+        self.bos, self.stop, self.prefix = (vocabulary[key] for key in ("bos", "stop", "dummy_prefix"))
+        self.bytes = [base64.b64decode(piece) for piece in vocabulary["pieces"]]
+        scored = zip(self.bytes, vocabulary["scores"], vocabulary["merges"])
+        self.merges = {data: (score, i) for i, (data, score, merges) in enumerate(scored) if merges}
+        self.single = {self.bytes[i]: i for i in vocabulary["single_bytes"]}
+
+    def encode(self, text):
+        parts = [character.encode() for character in (" " * self.prefix + text if text else "")]
+        while True:
+            pairs = [
+                (self.merges[a + b][0], -i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in self.merges
+            ]
+            if not pairs:
+                break
+            best = -max(pairs)[1]
+            parts[best : best + 2] = [parts[best] + parts[best + 1]]
+        ids = [] if self.bos is None else [self.bos]
+        for part in parts:
+            ids += [self.merges[part][1]] if part in self.merges else [self.single[bytes([byte])] for byte in part]
+        return ids
+
+
+def steps(session, bundle, ids, limit, choose):
+    """Prefills `ids`, then yields (token, logits it was chosen from), at most `limit`. All rows hold the same text."""
+    if not 0 < len(ids) < bundle.slots:
+        sys.exit(f"{len(ids)} tokens: expected 1 to {bundle.slots - 1}, for the cache has {bundle.slots} slots")
+    rows = lambda value: np.full(bundle.batch, value, np.int32)  # noqa: E731
+    session.reset()
+    session.seconds, session.count, length = 0.0, 0, 0
+    while length < len(ids):
+        # The padding of a bucket must fit the cache too; what fits none is decoded token by token.
+        fitting = [bucket for bucket in bundle.buckets if length + bucket <= bundle.slots]
+        bucket = next((bucket for bucket in fitting if bucket >= len(ids) - length), fitting[-1] if fitting else 1)
+        part = ids[length : length + bucket]
+        if fitting:
+            tokens = np.tile(np.array(part + [0] * (bucket - len(part)), np.int32), (bundle.batch, 1))
+            inputs = {"tokens": tokens, "count": rows(len(part)), "length": rows(length)}
+            logits = session.run(f"prefill_{bucket}", inputs)
+        else:
+            logits = session.run("decode", {"token": rows(part[0]), "length": rows(length)})
+        length += len(part)
+    for made in range(1, limit + 1):
+        token = choose(logits[0])
+        yield token, logits[0]
+        if made == limit or length == bundle.slots:
+            break
+        start = time.perf_counter()
+        logits = session.run("decode", {"token": rows(token), "length": rows(length)})
+        session.seconds, session.count, length = session.seconds + time.perf_counter() - start, made, length + 1
+
+
+def chooser(temperature, seed):
+    """Greedy for temperature 0, else a draw."""
+    random = np.random.default_rng(seed)
+    noise = lambda logits: random.gumbel(size=logits.shape) * temperature if temperature else 0  # noqa: E731
+    return lambda logits: int(np.argmax(logits + noise(logits)))
+
+
+def golden(session, bundle, load_seconds):
+    """Runs the golden prompts; prints one JSON object."""
+    arrays, prompts, steps_made, seconds = bundle.tensors("golden.safetensors"), [], 0, 0.0
+    for index in range(bundle.manifest["golden"]["prompts"]):
+        ids, expected, logits = (arrays[f"{name}_{index}"] for name in ("prompt", "tokens", "logits"))
+        made = list(steps(session, bundle, ids.tolist(), len(expected), chooser(0, 0)))
+        tokens, error = [token for token, _ in made], float(np.max(np.abs(made[0][1] - logits)))
+        prompts.append({"tokens": tokens, "exact": tokens == expected.tolist(), "largest_logit_error": str(error)})
+        steps_made, seconds = steps_made + session.count, seconds + session.seconds
+    status = open("/proc/self/status").read().split("\n") if os.path.exists("/proc/self/status") else []
+    resident = sum(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS"))
+    speed = {"decode_steps": steps_made, "decode_seconds": seconds, "load_seconds": load_seconds}
+    print(json.dumps({"runtime": session.name, "prompts": prompts, **speed, "resident_bytes": resident}))
+
+
+def main(open_session, description):
+    """The command line. `open_session(bundle)` has name, reset() and run(program, inputs) -> logits [B, V]."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("bundle", nargs="?", default=os.path.dirname(os.path.abspath(__file__)))
+    parser.add_argument("--prompt", default="Once upon a time")
+    parser.add_argument("--ids", help="ids with commas between, instead of a prompt; prints ids")
+    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--golden", action="store_true", help="run the golden prompts; print JSON")
+    options, start = parser.parse_args(), time.perf_counter()
+    bundle = Bundle(options.bundle)
+    session = open_session(bundle)
+    load_seconds = time.perf_counter() - start
+    if options.golden:
+        return golden(session, bundle, load_seconds)
+    text = None if options.ids else Text(bundle)
+    ids = text.encode(options.prompt) if text else [int(token) for token in options.ids.split(",")]
+    choose = chooser(options.temperature, options.seed)
+    sys.stdout.write(options.prompt if text else "")
+    for token, _ in steps(session, bundle, ids, options.max_new_tokens, choose):
+        if text and token in text.stop:
+            break
+        sys.stdout.flush()
+        sys.stdout.buffer.write(text.bytes[token] if text else f"{token} ".encode())
+        sys.stdout.buffer.flush()
+    rate = session.count / session.seconds if session.count else 0.0
+    print(f"\n{session.name}: {rate:.1f} tokens/s, loaded in {load_seconds:.1f} s", file=sys.stderr)
+
+
+"""Runs a bundle with nothing but jax: its portable StableHLO programs are given to XLA as they are."""
+
+import jax
+import numpy as np
+from jax.extend import backend
+from jaxlib import _jax
+from jaxlib.mlir.dialects import stablehlo
+
+
+
+class Session:
+    """Weights and state on the first device; a program is compiled when it is first run."""
+
+    def __init__(self, bundle):
+        self.name = f"jax {jax.__version__}"
+        self._bundle, self._programs = bundle, {}
+        self._client, self._device = backend.get_backend(), jax.devices()[0]
+        arrays = bundle.tensors("weights.safetensors")
+        names = [weight["name"] for weight in bundle.manifest["weights"]]
+        self._weights = [jax.device_put(arrays[name], self._device) for name in names]
+
+    def reset(self):
+        make = lambda value: np.zeros(value["shape"], jax.numpy.dtype(value["dtype"]))  # noqa: E731
+        self._state = [jax.device_put(make(value), self._device) for value in self._bundle.state]
+
+    def run(self, name, inputs):
+        program = self._bundle.manifest["programs"][name]
+        if name not in self._programs:
+            with open(self._bundle.file(program["file"]), "rb") as file:
+                module = stablehlo.deserialize_portable_artifact_str(file.read())
+            devices = _jax.DeviceList((self._device,))
+            self._programs[name] = self._client.compile_and_load(module, devices, _jax.CompileOptions())
+        given = [value["name"] for value in program["inputs"]][: -len(self._state)]
+        arguments = [jax.device_put(inputs[key], self._device) for key in given]
+        results = self._programs[name].execute_sharded([*self._weights, *arguments, *self._state])
+        logits, *self._state = (result[0] for result in results.disassemble_into_single_device_arrays())
+        return np.asarray(logits)
+
+
+if __name__ == "__main__":
+    main(Session, __doc__)

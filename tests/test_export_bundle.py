@@ -1,0 +1,282 @@
+"""Bundles: what is in them, that damage is found before anything runs, that a runner needs none of our source."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.export
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import export.bundle
+import llamajax
+from export.bundle import Bundle, open_bundle, seal, standalone_runner, vocabulary_of, write
+from export.runners.common import Text
+from export.stablehlo import Spec
+from export.targets import add_target
+from export.verify import LOGIT_TOLERANCE, verify
+from llamajax.cli import main
+from llamajax.errors import LlamaJaxError
+from llamajax.quantize import Rule, quantize
+
+# Written by the first release that wrote bundles.
+VERSION1 = Path(__file__).parent / "bundles" / "version1"
+RULES = (Rule(weights="*norm*", keep=True), Rule(weights="*", scheme="int4", group_size=8))
+SPEC = Spec(slots=96, buckets=(4, 16))
+
+
+@pytest.fixture(scope="module")
+def tiny_int4(tiny_model) -> llamajax.Llama:
+    return quantize(tiny_model, RULES)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_int4, tiny_tokenizer, tmp_path_factory) -> Bundle:
+    return write(tiny_int4, tiny_tokenizer, tmp_path_factory.mktemp("bundles") / "tiny", SPEC)
+
+
+@pytest.fixture
+def copy(bundle: Bundle, tmp_path: Path) -> Path:
+    shutil.copytree(bundle.path, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def run_isolated(path: Path, *arguments: str, runner: str = "run_jax.py") -> subprocess.CompletedProcess:
+    """A runner that cannot import the packages of this project."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / runner
+        file.write_text(standalone_runner(runner))
+        hidden = "sys.modules.update(llamajax=None, quant=None, export=None)"
+        code = f"import runpy, sys; {hidden}; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+        command = [sys.executable, "-I", "-c", code, str(file), str(path), *arguments]
+        return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+
+
+def test_jax_alone_gives_the_tokens_of_generate(bundle: Bundle, tiny_int4) -> None:
+    ids = [1, 5, 9, 300, 17, 42, 8]
+    expected = llamajax.generate(tiny_int4, None, ids, temperature=0, max_new_tokens=64)
+    for runner in ("run_jax.py", "run_jax_export.py"):
+        done = run_isolated(bundle.path, f"--ids={','.join(map(str, ids))}", runner=runner)
+        assert done.returncode == 0, done.stderr
+        assert [int(token) for token in done.stdout.split()] == expected.tokens
+
+
+def test_text_and_full_cache(bundle: Bundle, tiny_int4, tiny_tokenizer) -> None:
+    prompt = "Once upon a time, the café"
+    expected = llamajax.generate(tiny_int4, tiny_tokenizer, prompt, temperature=0, max_new_tokens=20)
+    done = run_isolated(bundle.path, f"--prompt={prompt}", "--max_new_tokens=20")
+    assert done.stdout.rstrip("\n") == (prompt + expected.text).rstrip("\n")
+    assert "tokens/s" in done.stderr
+    # 90 tokens do not fit behind one another in buckets: the last are decoded one by one, until the cache is full.
+    ids = np.random.default_rng(0).integers(3, 300, 90).tolist()
+    done = run_isolated(bundle.path, f"--ids={','.join(map(str, ids))}")
+    expected = llamajax.generate(tiny_int4, None, ids, temperature=0, max_new_tokens=7)
+    assert [int(token) for token in done.stdout.split()] == expected.tokens
+    done = run_isolated(bundle.path, f"--ids={','.join(['7'] * 96)}")
+    assert done.returncode == 1 and "96 tokens: expected 1 to 95" in done.stderr
+
+
+@pytest.mark.parametrize("source", ["tiny", "box"])
+def test_vocabulary_encodes_like_sentencepiece(source: str, tiny_tokenizer, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer if source == "tiny" else llamajax.load("box")[1]
+    (tmp_path / "vocabulary.json").write_text(json.dumps(vocabulary_of(tokenizer)))
+    text = Text(Folder(tmp_path))
+    samples = ["", " ", "Once upon a time", "  two  spaces ", "café 日本語 🦊", "12 red apples\n\tunder", "a<s>b</s>"]
+    for sample in samples:
+        ids = text.encode(sample)
+        assert ids == tokenizer.encode(sample), sample
+        spelt = b"".join(text.bytes[token] for token in ids).decode()
+        assert spelt == (" " + sample if sample and text.prefix else sample)
+
+
+class Folder:
+    """As much of a bundle as `Text` asks for."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+
+def test_the_same_model_gives_the_same_bytes(bundle: Bundle, tiny_int4, tiny_tokenizer, tmp_path: Path) -> None:
+    again = write(tiny_int4, tiny_tokenizer, tmp_path / "again", SPEC)
+    assert (again.path / "manifest.json").read_bytes() == (bundle.path / "manifest.json").read_bytes()
+
+
+def test_nothing_says_where_it_was_made(bundle: Bundle) -> None:
+    here = str(Path(export.bundle.__file__).parents[1]).encode()
+    for file in bundle.path.rglob("*"):
+        if file.is_file():
+            data = file.read_bytes()
+            assert here not in data, file
+            assert file.suffix not in (".mlirbc", ".jax") or b".py" not in data, file
+
+
+def test_weights_are_packed_and_named_in_order(bundle: Bundle, tiny_int4) -> None:
+    weights = bundle.weights()
+    leaves = jax.tree.leaves(tiny_int4)
+    assert [array.shape for array in weights.values()] == [leaf.shape for leaf in leaves]
+    for array, leaf in zip(weights.values(), leaves, strict=True):
+        np.testing.assert_array_equal(array, leaf)
+    size = sum(array.nbytes for array in weights.values())
+    assert bundle.file("weights.safetensors").stat().st_size < size + 16384
+
+
+def test_the_manifest_is_as_its_schema_says(bundle: Bundle) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads(Path(export.bundle.__file__).with_name("manifest.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(json.loads(bundle.file("manifest.json").read_text()), schema)
+
+
+def test_a_flipped_byte_anywhere_is_found(copy: Path) -> None:
+    rng = np.random.default_rng(0)
+    for file in sorted(copy.rglob("*")):
+        if not file.is_file():
+            continue
+        data = file.read_bytes()
+        positions = {0, len(data) - 1, *rng.integers(0, len(data), 60 if file.name == "manifest.json" else 3).tolist()}
+        for position in positions:
+            flipped = bytearray(data)
+            flipped[position] ^= 1 << int(rng.integers(8))
+            file.write_bytes(flipped)
+            with pytest.raises(LlamaJaxError, match=r"SHA-256|damaged|format|not a bundle"):
+                open_bundle(copy)
+        file.write_bytes(data)
+    assert open_bundle(copy)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "weights.safetensors", "programs/decode.mlirbc"])
+def test_a_runner_too_finds_damage(name: str, copy: Path) -> None:
+    data = bytearray((copy / name).read_bytes())
+    data[len(data) // 2] ^= 4
+    (copy / name).write_bytes(data)
+    done = run_isolated(copy)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "not a whole bundle" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_missing_surplus_and_outside_files(copy: Path) -> None:
+    (copy / "extra.txt").write_text("?")
+    with pytest.raises(LlamaJaxError, match=r"extra.txt: the manifest does not name this file"):
+        open_bundle(copy)
+    (copy / "extra.txt").unlink()
+    (copy / "tokenizer.model").rename(copy.parent / "tokenizer.model")
+    with pytest.raises(LlamaJaxError, match=r"tokenizer.model: no such file, though the manifest names it"):
+        open_bundle(copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["files"]["../tokenizer.model"] = manifest["files"].pop("tokenizer.model")
+    resealed(copy, manifest)
+    with pytest.raises(LlamaJaxError, match=r"\.\./tokenizer.model: no such file"):
+        open_bundle(copy)
+    assert run_isolated(copy).returncode == 1
+
+
+def resealed(folder: Path, manifest: dict) -> None:
+    """The manifest as it is given, with its last line right: what one who means harm would write."""
+    files = manifest["files"]
+    seal(folder, manifest)
+    data = (folder / "manifest.json").read_text()
+    honest = json.loads(data)["files"]
+    text = data[: data.rindex(',\n "sha256"')].replace(json.dumps(honest, indent=1).replace("\n", "\n "), "FILES")
+    text = text.replace("FILES", json.dumps(files, indent=1).replace("\n", "\n ")).encode()
+    (folder / "manifest.json").write_bytes(text + export.bundle._SEAL + export.bundle._closing(text))
+
+
+def test_a_newer_version_is_refused(copy: Path) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    seal(copy, {**manifest, "version": 2})
+    with pytest.raises(LlamaJaxError, match="version 2: this release reads 'llamajax-bundle' version 1; a newer bundle"):
+        open_bundle(copy)
+    done = run_isolated(copy)
+    assert done.returncode == 1 and "version 2: this runner reads version 1" in done.stderr
+
+
+def test_swapped_arguments_are_caught(copy: Path) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    names = [weight["name"] for weight in manifest["weights"]]
+    up, gate = (names.index(f"layers.ffn.{part}_DF.planes.0") for part in ("up", "gate"))
+    manifest["weights"][up], manifest["weights"][gate] = manifest["weights"][gate], manifest["weights"][up]
+    seal(copy, manifest)
+    (result,) = verify(open_bundle(copy), ["jax"])
+    assert not result.held and not result.skipped
+    assert not result.exact or result.largest_logit_error > LOGIT_TOLERANCE
+
+
+def test_a_bundle_of_the_first_version_holds() -> None:
+    bundle = open_bundle(VERSION1)
+    for result in verify(bundle, ["jax"]):
+        assert result.held, result
+    # A copy made here writes the same weights: the order and the names of arguments have not changed.
+    assert list(bundle.weights())[:2] == ["embed_VD.planes.0", "embed_VD.scale"]
+
+
+def test_export_verify_and_run(tiny_int4, tiny_tokenizer, tmp_path: Path, capfd) -> None:
+    llamajax.save_checkpoint(tiny_int4, tmp_path / "model", tokenizer=tiny_tokenizer)
+    output = tmp_path / "out"
+    argv = [f"--model={tmp_path}/model", f"--output={output}", "--slots=96", "--buckets=4,16", "--programs=score"]
+    assert main(["export", *argv]) == 0
+    out, err = capfd.readouterr()
+    assert "prefill_4" in out and "score" in out and "profile scanned, targets: none" in err
+    assert main(["verify", str(output), "--json"]) == 0
+    results = {result["runtime"]: result for result in json.loads(capfd.readouterr().out)}
+    assert results["jax"]["held"] and results["jax"]["exact"] and results["jax_export"]["held"]
+    assert results["iree"]["skipped"] == "the bundle has no target iree"
+    assert main(["run", str(output), "--prompt=Once upon", "--max_new_tokens=4"]) == 0
+    assert capfd.readouterr().out.startswith("Once upon")
+    assert main(["export", *argv]) == 1
+    assert "exists already" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["verify"], 1, "which bundle? llamajax verify BUNDLE"),
+        (["verify", "nowhere"], 1, "nowhere: not a bundle: manifest.json: No such file"),
+        (["verify", "nowhere", "elsewhere"], 2, "unexpected argument 'elsewhere'"),
+        (["run"], 1, "which bundle?"),
+        (["export"], 1, "--model and --output are both needed"),
+        (["export", "--model=box", "--output=x", "--target=abacus"], 1, "target 'abacus': expected one of iree"),
+        (["export", "--model=box", "--output=x", "--buckets=a"], 1, "--buckets=a: expected whole numbers"),
+        (["export", "--model=box", "--output=x", "--slots=4096"], 1, "4096 slots: the model's context is 512"),
+        (["export", "--bundle=x"], 1, "--bundle goes with --target"),
+        (["export", "--bundle=x", "--target=onnx", "--python=onnx"], 1, "expected NAME=PATH"),
+    ],
+)
+def test_errors_are_one_line(argv: list[str], code: int, message: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == code
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1, err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_that_fails_changes_nothing(copy: Path) -> None:
+    before = (copy / "manifest.json").read_bytes()
+    with pytest.raises(LlamaJaxError, match=r"target tpu:nonsense: .*another one with --python=tpu:nonsense=PATH"):
+        add_target(open_bundle(copy), "tpu:nonsense")
+    with pytest.raises(LlamaJaxError, match="no/such/python: No such file or directory: expected a Python"):
+        add_target(open_bundle(copy), "iree-cpu", "no/such/python")
+    assert (copy / "manifest.json").read_bytes() == before
+    assert open_bundle(copy)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra tpu)")
+def test_programs_compile_for_a_tpu_from_the_bundle_alone(copy: Path) -> None:
+    made = add_target(open_bundle(copy), "tpu:v5e:2x2")
+    entry = made.manifest["targets"]["tpu:v5e:2x2"]
+    assert "targets/tpu-v5e-2x2/decode.pjrt" in entry["files"]
+    assert entry["report"]["decode"]["aliased_bytes"] > 0
+
+
+def test_safetensors_reads_what_runners_read(bundle: Bundle) -> None:
+    arrays = safetensors.numpy.load_file(bundle.file("golden.safetensors"))
+    assert set(arrays) == {f"{name}_{i}" for name in ("prompt", "tokens", "logits") for i in range(2)}
+    assert len(arrays["tokens_0"]) == export.bundle.GOLDEN_TOKENS
