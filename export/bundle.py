@@ -36,14 +36,14 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
 import llamajax
-from export.stablehlo import STABLEHLO_VERSION, Spec, Value, bound, functions, lower, parameters
+from export.stablehlo import PROFILES, STABLEHLO_VERSION, Profile, Spec, Value, bound, functions, lower, parameters
 from llamajax.checkpoint import atomic_folder
 from llamajax.checkpoint.naming import named_weights
 from llamajax.errors import LlamaJaxError
 from llamajax.generate import generate
 from llamajax.model import Llama
 from llamajax.tokenizer import Tokenizer
-from quant import LayerRuns, QTensor
+from quant import LayerRuns, QTensor, compiler_options
 
 FORMAT = "llamajax-bundle"
 VERSION = 1
@@ -115,7 +115,7 @@ def write(
         (folder / "programs").mkdir()
         for name, program in programs.items():
             (folder / "programs" / f"{name}.mlirbc").write_bytes(program.artifact)
-        twins = _twins(model, spec)
+        twins = _twins(model, dataclasses.replace(spec, profile=_packed(spec.profile)))
         for name, data in twins.items():
             (folder / "programs" / f"{name}.jax").write_bytes(data)
         arrays = {name: np.asarray(leaf) for name, leaf in parameters(model, spec.profile).items()}
@@ -156,6 +156,7 @@ def write(
                 "stop": list(tokenizer.stop_ids) if tokenizer else [],
             },
             "chat_template": None,
+            "compiler_options": compiler_options(spec.profile.backend) if spec.profile.backend else {},
             "weights": [_described(Value.of(name, array)) for name, array in arrays.items()],
             "programs": {
                 name: {
@@ -305,6 +306,11 @@ def _twins(model: Llama, spec: Spec) -> dict[str, bytes]:
         exported = jax.export.export(jitted, platforms=("cpu", "cuda", "tpu"))(*abstract.values(), *inputs.values())
         twins[kind] = bytes(_without_locations(exported).serialize())
     return twins
+
+
+def _packed(profile: Profile) -> Profile:
+    """The profile of programs that take the packed weights."""
+    return PROFILES["scanned"] if profile.backend is not None else profile
 
 
 def _without_locations(exported: jax.export.Exported) -> jax.export.Exported:

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -29,6 +29,7 @@ from llamajax.cache import KVCache
 from llamajax.checkpoint.naming import STACKED, leaf_name, model_from, named_leaves, named_weights
 from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama
+from llamajax.prepare import prepare
 from llamajax.sampling import Sampler, sample
 from quant import LayerRuns, QTensor, dequantize
 from quant.kernels import Layout
@@ -51,6 +52,8 @@ _INTEGER_OPERATIONS = frozenset("bitcast_convert shift_left shift_right_arithmet
 
 # `sample` has a cumulative sum (reduce_window) and a random number generator with loops.
 _LOOPS = frozenset({"case", "reduce_window", "while"})
+# What the layout of a CPU needs besides.
+_OTHER_XLA = frozenset({"optimization_barrier", "remainder", "sign"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +65,15 @@ class Profile:
         layers: "scanned", one loop over stacked weights; or "unrolled", each layer's weights an argument of their own.
         arithmetic: how codes are unpacked, as `quant.unpack` takes it.
         operations: that programs may contain, without their dialect.
+        backend: whose layout the weights have that programs take: a program of its own, `prepare`, makes them of the
+            packed ones, once. None: programs take the packed ones.
     """
 
     name: str
     layers: Literal["scanned", "unrolled"]
     arithmetic: Literal["integer", "float"]
     operations: frozenset[str]
+    backend: str | None = None
 
 
 PROFILES = {
@@ -76,6 +82,13 @@ PROFILES = {
         Profile("scanned", "scanned", "integer", _FLOAT_OPERATIONS | _INTEGER_OPERATIONS | _LOOPS),
         Profile("unrolled", "unrolled", "integer", _FLOAT_OPERATIONS | _INTEGER_OPERATIONS),
         Profile("float", "unrolled", "float", _FLOAT_OPERATIONS),
+        Profile(
+            "cpu",
+            "scanned",
+            "integer",
+            _FLOAT_OPERATIONS | _INTEGER_OPERATIONS | _LOOPS | _OTHER_XLA,
+            "cpu",
+        ),
     )
 }
 # Programs that `lower` makes beside prefill and decode.
@@ -145,14 +158,15 @@ class Program:
     Attributes:
         inputs: its arguments behind the weights.
         outputs: its results. One that has the name of an input is that state, which the input's memory may be used for.
-        weights: whether the weights are arguments; all of them, used or not, or none.
+        weights: which weights are its first arguments, used or not: "packed", "prepared" as a backend wants them, or
+            "none".
         artifact: StableHLO portable artifact (MLIR bytecode) of a module with one public function, `main`.
         operations: how often each operation occurs.
     """
 
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
-    weights: bool
+    weights: Literal["packed", "prepared", "none"]
     artifact: bytes
     operations: Mapping[str, int]
 
@@ -276,7 +290,7 @@ def _parts(weight: Any) -> Iterator[tuple[str, Any]]:
 
 
 def assemble(arrays: Mapping[str, Any], like: Llama, profile: Profile) -> Llama:
-    """Undoes `parameters` inside a trace; packed weights become `ExportedWeight`.
+    """Undoes `parameters` inside a trace; packed weights become `ExportedWeight`, prepared ones stay as they are.
 
     Args:
         arrays: by name.
@@ -292,6 +306,8 @@ def assemble(arrays: Mapping[str, Any], like: Llama, profile: Profile) -> Llama:
             return LayerRuns(tuple(exported(part) for part in weight.parts))
         return ExportedWeight(weight, arithmetic=profile.arithmetic) if isinstance(weight, QTensor) else weight
 
+    if profile.backend is not None:
+        return _from_leaves(list(arrays.values()), like)
     if profile.layers == "scanned":
         weights = {name: exported(rebuilt(name, weight)) for name, weight in named_weights(like).items()}
         return model_from(weights, like.config)
@@ -307,6 +323,13 @@ def assemble(arrays: Mapping[str, Any], like: Llama, profile: Profile) -> Llama:
     return model_from(weights, like.config)
 
 
+def taken_by(profile: Profile, model: Llama) -> Llama:
+    """The model as a profile's programs take it: as it is, or, abstract, as a backend wants it."""
+    if profile.backend is None:
+        return model
+    return jax.eval_shape(lambda model: prepare(model, profile.backend), model)
+
+
 def lower(model: Llama, spec: Spec) -> dict[str, Program]:
     """Lowers every program that `spec` asks for: `prefill_16`, …, `decode`, and the optional ones.
 
@@ -315,13 +338,25 @@ def lower(model: Llama, spec: Spec) -> dict[str, Program]:
     """
     if any(isinstance(leaf, Layout) for leaf in jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, Layout))):
         raise LlamaJaxError("the model is prepared for a backend: export it as it was loaded")
-    abstract = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in parameters(model, spec.profile).items()
-    }
-    return {
-        name: _lower_program(name, function, inputs, results, abstract if weights else None, model, spec)
-        for name, function, inputs, results, weights in functions(model, spec)
-    }
+    profile = spec.profile
+    taken = taken_by(profile, model)
+    weights = parameters(taken, profile)
+    kind: Literal["packed", "prepared"] = "packed" if profile.backend is None else "prepared"
+    programs = {}
+    if profile.backend is not None:
+        # Traced with the packed weights as they are: what it returns is what the others take.
+        packed = named_leaves(model)
+        flat = lambda *arrays: tuple(jax.tree.leaves(prepare(_from_leaves(arrays, model), profile.backend)))  # noqa: E731
+        programs["prepare"] = _lower_program("prepare", flat, packed, {}, tuple(weights), "packed", profile)
+    for name, function, inputs, results, takes_model in functions(model, spec):
+        flat = bound(function, tuple(weights) if takes_model else None, taken, profile)
+        first = weights if takes_model else {}
+        programs[name] = _lower_program(name, flat, first, inputs, results, kind if takes_model else "none", profile)
+    return programs
+
+
+def _from_leaves(arrays: Sequence[Any], like: Llama) -> Llama:
+    return jax.tree.unflatten(jax.tree.structure(like), arrays)
 
 
 # A program before it is lowered: its name, a function of a model and inputs, these inputs by name, the names of its
@@ -438,32 +473,31 @@ def bound(function: Callable[..., tuple], names: tuple[str, ...] | None, like: L
 
 def _lower_program(
     name: str,
-    function: Callable[..., tuple],
+    flat: Callable[..., tuple],
+    weights: Mapping[str, Any],
     inputs: Mapping[str, jax.ShapeDtypeStruct],
     results: tuple[str, ...],
-    weights: Mapping[str, jax.ShapeDtypeStruct] | None,
-    model: Llama,
-    spec: Spec,
+    kind: Literal["packed", "prepared", "none"],
+    profile: Profile,
 ) -> Program:
-    flat = bound(function, None if weights is None else tuple(weights), model, spec.profile)
+    """Lowers a function of arrays: weights, then inputs."""
     flat.__name__ = name
-    arguments = (*(weights or {}).values(), *inputs.values())
-    # Lowered for CPU, where nothing in our programs differs by platform; unused weights stay in their place.
+    arguments = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (*weights.values(), *inputs.values())]
     state = range(len(arguments) - 2, len(arguments)) if "key" in results else ()
+    # Lowered for CPU, where nothing in our programs differs by platform; unused weights stay in their place.
     jitted = jax.jit(flat, keep_unused=True, donate_argnums=tuple(state))
     lowered = jitted.trace(*arguments).lower(lowering_platforms=("cpu",))
     module = lowered.compiler_ir("stablehlo")
     with module.context:
         passmanager.PassManager.parse("builtin.module(canonicalize,cse,symbol-dce)").run(module.operation)
         _tidy(module)
-        operations = check(module, spec.profile, name)
+        operations = check(module, profile, name)
         text = module.operation.get_asm(enable_debug_info=False)
         artifact = stablehlo.serialize_portable_artifact_str(text, STABLEHLO_VERSION)
-    shapes = jax.eval_shape(flat, *arguments)
     return Program(
         tuple(Value.of(input_name, array) for input_name, array in inputs.items()),
-        tuple(Value.of(result, array) for result, array in zip(results, shapes, strict=True)),
-        weights is not None,
+        tuple(Value.of(result, array) for result, array in zip(results, lowered.out_info, strict=True)),
+        kind,
         artifact,
         operations,
     )
@@ -478,7 +512,9 @@ def _tidy(module: ir.Module) -> None:
         for kind in ("arg_attrs", "res_attrs"):
             if kind in function.attributes:
                 each = [ir.DictAttr(attributes) for attributes in ir.ArrayAttr(function.attributes[kind])]
-                kept = [ir.DictAttr.get({a.name: a.attr for a in one if a.name == "tf.aliasing_output"}) for one in each]
+                kept = [
+                    ir.DictAttr.get({a.name: a.attr for a in one if a.name == "tf.aliasing_output"}) for one in each
+                ]
                 function.attributes[kind] = ir.ArrayAttr.get(kept)
 
 

@@ -193,7 +193,9 @@ def resealed(folder: Path, manifest: dict) -> None:
 def test_a_newer_version_is_refused(copy: Path) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
     seal(copy, {**manifest, "version": 2})
-    with pytest.raises(LlamaJaxError, match="version 2: this release reads 'llamajax-bundle' version 1; a newer bundle"):
+    with pytest.raises(
+        LlamaJaxError, match="version 2: this release reads 'llamajax-bundle' version 1; a newer bundle"
+    ):
         open_bundle(copy)
     done = run_isolated(copy)
     assert done.returncode == 1 and "version 2: this runner reads version 1" in done.stderr

@@ -54,8 +54,11 @@ def execute(program: Program, weights: dict, inputs: dict) -> dict[str, np.ndarr
     module = stablehlo.deserialize_portable_artifact_str(program.artifact)
     device = jax.devices()[0]
     compiled = backend.get_backend().compile_and_load(module, _jax.DeviceList((device,)), _jax.CompileOptions())
-    arguments = [*(weights.values() if program.weights else ()), *(inputs[value.name] for value in program.inputs)]
-    for value, array in zip(program.inputs, arguments[-len(program.inputs) :], strict=True):
+    arguments = [
+        *(weights.values() if program.weights != "none" else ()),
+        *(inputs[value.name] for value in program.inputs),
+    ]
+    for value, array in zip(program.inputs, arguments[len(arguments) - len(program.inputs) :], strict=True):
         assert (value.shape, value.dtype) == (np.shape(array), str(np.asarray(array).dtype)), value
     results = compiled.execute_sharded([jax.device_put(np.asarray(array), device) for array in arguments])
     arrays = [np.asarray(result[0]) for result in results.disassemble_into_single_device_arrays()]
@@ -63,7 +66,9 @@ def execute(program: Program, weights: dict, inputs: dict) -> dict[str, np.ndarr
 
 
 def empty_state(program: Program) -> dict[str, np.ndarray]:
-    return {value.name: np.zeros(value.shape, value.dtype) for value in program.inputs if value.name in ("key", "value")}
+    return {
+        value.name: np.zeros(value.shape, value.dtype) for value in program.inputs if value.name in ("key", "value")
+    }
 
 
 def row(value: int) -> np.ndarray:
@@ -78,6 +83,9 @@ def test_prefill_and_decode_equal_the_float64_model(scheme: str, profile: str) -
     model = packed(scheme)
     spec = Spec(slots=32, buckets=(4, 8), profile=PROFILES[profile])
     programs, weights = lower(model, spec), parameters(model, spec.profile)
+    if "prepare" in programs:
+        assert {programs["prepare"].weights, programs["decode"].weights} == {"packed", "prepared"}
+        weights = execute(programs["prepare"], weights, {})
     expected = expected_logits(model, TOKENS)
     inputs = {"tokens": TOKENS[None, :8], "count": row(8), "length": row(0), **empty_state(programs["decode"])}
     results = execute(programs["prefill_8"], weights, inputs)
@@ -259,5 +267,3 @@ def test_a_spec_that_makes_no_sense(options: dict, message: str) -> None:
 def test_a_prepared_model_is_refused() -> None:
     with pytest.raises(LlamaJaxError, match="prepared for a backend: export it as it was loaded"):
         lower(llamajax.prepare(packed(), "cpu"), Spec(slots=16, buckets=(4,)))
-
-

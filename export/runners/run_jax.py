@@ -19,22 +19,27 @@ class Session:
         arrays = bundle.tensors("weights.safetensors")
         names = [weight["name"] for weight in bundle.manifest["weights"]]
         self._weights = [jax.device_put(arrays[name], self._device) for name in names]
+        if "prepare" in bundle.manifest["programs"]:
+            self._weights = self._execute("prepare", [])
 
     def reset(self):
         make = lambda value: np.zeros(value["shape"], jax.numpy.dtype(value["dtype"]))  # noqa: E731
         self._state = [jax.device_put(make(value), self._device) for value in self._bundle.state]
 
-    def run(self, name, inputs):
+    def _execute(self, name, arguments):
         program = self._bundle.manifest["programs"][name]
         if name not in self._programs:
             with open(self._bundle.file(program["file"]), "rb") as file:
                 module = stablehlo.deserialize_portable_artifact_str(file.read())
-            devices = _jax.DeviceList((self._device,))
-            self._programs[name] = self._client.compile_and_load(module, devices, _jax.CompileOptions())
-        given = [value["name"] for value in program["inputs"]][: -len(self._state)]
-        arguments = [jax.device_put(inputs[key], self._device) for key in given]
-        results = self._programs[name].execute_sharded([*self._weights, *arguments, *self._state])
-        logits, *self._state = (result[0] for result in results.disassemble_into_single_device_arrays())
+            options = _jax.CompileOptions()
+            options.env_option_overrides = list(self._bundle.manifest["compiler_options"].items())
+            self._programs[name] = self._client.compile_and_load(module, _jax.DeviceList((self._device,)), options)
+        results = self._programs[name].execute_sharded([*self._weights, *arguments])
+        return [result[0] for result in results.disassemble_into_single_device_arrays()]
+
+    def run(self, name, inputs):
+        arguments = [jax.device_put(array, self._device) for array in inputs.values()]
+        logits, *self._state = self._execute(name, [*arguments, *self._state])
         return np.asarray(logits)
 
 

@@ -30,11 +30,7 @@ class Bundle:
             if not key or digest != b'"%s"\n}\n' % hashlib.sha256(before).hexdigest().encode():
                 raise ValueError("manifest.json: its SHA-256, the last line, is another: damaged, or changed")
             for name, expected in self.manifest["files"].items():
-                digest = hashlib.sha256()
-                with open(self.file(name), "rb") as file:
-                    for block in iter(lambda: file.read(1 << 20), b""):
-                        digest.update(block)
-                if digest.hexdigest() != expected["sha256"]:
+                if hashlib.sha256(np.memmap(self.file(name), np.uint8, "r")).hexdigest() != expected["sha256"]:
                     raise ValueError(f"{name}: its SHA-256 is not the manifest's: damaged, or changed")
         except (OSError, ValueError, KeyError, TypeError) as error:
             sys.exit(f"{path}: not a whole bundle: {error}")
@@ -48,8 +44,8 @@ class Bundle:
         return os.path.join(self.path, name)
 
     def tensors(self, name):
-        """The arrays of a safetensors file, mapped into memory. bfloat16 needs ml_dtypes."""
-        dtypes = {"F32": "float32", "F16": "float16", "U8": "uint8", "I32": "int32", "BF16": "uint16"}
+        """The arrays of a safetensors file, mapped into memory. bfloat16 is what ml_dtypes makes of it."""
+        dtypes = {"F32": "float32", "F16": "float16", "U8": "uint8", "I32": "int32", "BF16": "bfloat16"}
         with open(self.file(name), "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
@@ -58,8 +54,6 @@ class Bundle:
             if key != "__metadata__":
                 first, last = entry["data_offsets"]
                 arrays[key] = data[first:last].view(dtypes[entry["dtype"]]).reshape(entry["shape"])
-                if entry["dtype"] == "BF16":
-                    arrays[key] = arrays[key].view(__import__("ml_dtypes").bfloat16)
         return arrays
 
 
@@ -67,7 +61,7 @@ class Text:
     """Byte-pair encoding by the scores in vocabulary.json, as sentencepiece does it, and the bytes of each id."""
 
     def __init__(self, bundle):
-        with open(bundle.file("vocabulary.json"), encoding="utf-8") as file:
+        with open(bundle.file("vocabulary.json"), "rb") as file:
             vocabulary = json.load(file)
         self.bos, self.stop, self.prefix = (vocabulary[key] for key in ("bos", "stop", "dummy_prefix"))
         self.bytes = [base64.b64decode(piece) for piece in vocabulary["pieces"]]
@@ -77,13 +71,8 @@ class Text:
 
     def encode(self, text):
         parts = [character.encode() for character in (" " * self.prefix + text if text else "")]
-        while True:
-            pairs = [
-                (self.merges[a + b][0], -i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in self.merges
-            ]
-            if not pairs:
-                break
-            best = -max(pairs)[1]
+        score = lambda i: self.merges.get(parts[i] + parts[i + 1], (-np.inf,))[0]  # noqa: E731
+        while len(parts) > 1 and score(best := max(range(len(parts) - 1), key=score)) > -np.inf:
             parts[best : best + 2] = [parts[best] + parts[best + 1]]
         ids = [] if self.bos is None else [self.bos]
         for part in parts:
@@ -136,8 +125,8 @@ def golden(session, bundle, load_seconds):
         tokens, error = [token for token, _ in made], float(np.max(np.abs(made[0][1] - logits)))
         prompts.append({"tokens": tokens, "exact": tokens == expected.tolist(), "largest_logit_error": str(error)})
         steps_made, seconds = steps_made + session.count, seconds + session.seconds
-    status = open("/proc/self/status").read().split("\n") if os.path.exists("/proc/self/status") else []
-    resident = sum(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS"))
+    with open("/proc/self/status" if os.path.exists("/proc/self/status") else os.devnull) as status:
+        resident = sum(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS"))
     speed = {"decode_steps": steps_made, "decode_seconds": seconds, "load_seconds": load_seconds}
     print(json.dumps({"runtime": session.name, "prompts": prompts, **speed, "resident_bytes": resident}))
 
@@ -160,15 +149,14 @@ def main(open_session, description):
         return golden(session, bundle, load_seconds)
     text = None if options.ids else Text(bundle)
     ids = text.encode(options.prompt) if text else [int(token) for token in options.ids.split(",")]
-    choose = chooser(options.temperature, options.seed)
-    sys.stdout.write(options.prompt if text else "")
+    out, choose = sys.stdout.buffer, chooser(options.temperature, options.seed)
+    out.write(options.prompt.encode() if text else b"")
     for token, _ in steps(session, bundle, ids, options.max_new_tokens, choose):
         if text and token in text.stop:
             break
-        sys.stdout.flush()
-        sys.stdout.buffer.write(text.bytes[token] if text else f"{token} ".encode())
-        sys.stdout.buffer.flush()
-    rate = session.count / session.seconds if session.count else 0.0
+        out.write(text.bytes[token] if text else b"%d " % token)
+        out.flush()
+    rate = session.count / max(session.seconds, 1e-9)
     print(f"\n{session.name}: {rate:.1f} tokens/s, loaded in {load_seconds:.1f} s", file=sys.stderr)
 
 
@@ -192,22 +180,27 @@ class Session:
         arrays = bundle.tensors("weights.safetensors")
         names = [weight["name"] for weight in bundle.manifest["weights"]]
         self._weights = [jax.device_put(arrays[name], self._device) for name in names]
+        if "prepare" in bundle.manifest["programs"]:
+            self._weights = self._execute("prepare", [])
 
     def reset(self):
         make = lambda value: np.zeros(value["shape"], jax.numpy.dtype(value["dtype"]))  # noqa: E731
         self._state = [jax.device_put(make(value), self._device) for value in self._bundle.state]
 
-    def run(self, name, inputs):
+    def _execute(self, name, arguments):
         program = self._bundle.manifest["programs"][name]
         if name not in self._programs:
             with open(self._bundle.file(program["file"]), "rb") as file:
                 module = stablehlo.deserialize_portable_artifact_str(file.read())
-            devices = _jax.DeviceList((self._device,))
-            self._programs[name] = self._client.compile_and_load(module, devices, _jax.CompileOptions())
-        given = [value["name"] for value in program["inputs"]][: -len(self._state)]
-        arguments = [jax.device_put(inputs[key], self._device) for key in given]
-        results = self._programs[name].execute_sharded([*self._weights, *arguments, *self._state])
-        logits, *self._state = (result[0] for result in results.disassemble_into_single_device_arrays())
+            options = _jax.CompileOptions()
+            options.env_option_overrides = list(self._bundle.manifest["compiler_options"].items())
+            self._programs[name] = self._client.compile_and_load(module, _jax.DeviceList((self._device,)), options)
+        results = self._programs[name].execute_sharded([*self._weights, *arguments])
+        return [result[0] for result in results.disassemble_into_single_device_arrays()]
+
+    def run(self, name, inputs):
+        arguments = [jax.device_put(array, self._device) for array in inputs.values()]
+        logits, *self._state = self._execute(name, [*arguments, *self._state])
         return np.asarray(logits)
 
 
