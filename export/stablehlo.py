@@ -249,8 +249,13 @@ def _named_product(name: str, axis: int, arithmetic: Literal["integer", "float"]
 @functools.cache
 def _named_rows(name: str, arithmetic: Literal["integer", "float"]) -> Callable[..., jax.Array]:
     def rows(table: QTensor, row_n: jax.Array) -> jax.Array:
-        height = table.shape[0]
-        pick = lambda plane: jnp.take(plane, row_n, axis=0, mode="clip") if plane.shape[0] == height else plane  # noqa: E731
+        def pick(plane: jax.Array) -> jax.Array:
+            if plane.shape[0] != table.shape[0]:
+                return plane
+            # LiteRT looks up rows of bytes and of float32, not of the narrower floats that scales may be.
+            wide = plane.astype(jnp.float32) if arithmetic == "float" and plane.dtype != jnp.uint8 else plane
+            return jnp.take(wide, row_n, axis=0, mode="clip")
+
         return dequantize(jax.tree.map(pick, table), table.dtype, arithmetic=arithmetic)
 
     rows.__name__ = name
