@@ -13,6 +13,7 @@ and returns its outputs, then the state. Shapes are static.
 
 import dataclasses
 import functools
+import operator
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama
 from llamajax.prepare import prepare
 from llamajax.sampling import Sampler, sample
-from quant import LayerRuns, QTensor, dequantize
+from quant import LayerRuns, QTensor, dequantize, dequantize_runs
 from quant.kernels import Layout
 
 # The oldest StableHLO that knows all that we write (gathers with batch axes); its promise is five years back, two
@@ -239,8 +240,20 @@ def _described(weight: QTensor) -> str:
 @functools.cache
 def _named_product(name: str, axis: int, arithmetic: Literal["integer", "float"]) -> Callable[..., jax.Array]:
     def product(x_RK: jax.Array, weight: QTensor) -> jax.Array:
-        equation = "RK,KM->RM" if axis == -2 else "RK,MK->RM"
-        return jnp.einsum(equation, x_RK.astype(jnp.float32), dequantize(weight, arithmetic=arithmetic))
+        x_RK = x_RK.astype(jnp.float32)
+        if weight.outlier is not None:
+            equation = "RK,KM->RM" if axis == -2 else "RK,MK->RM"
+            return jnp.einsum(equation, x_RK, dequantize(weight, arithmetic=arithmetic))
+        # Run by run of each group: what is put together from the slots of bytes, some runtimes write out as floats.
+        # Each as a plain matrix: of products over two axes they know less.
+        runs = dequantize_runs(weight, arithmetic=arithmetic)
+        R, equation = x_RK.shape[0], "RK,KM->RM" if axis == -2 else "RK,MK->RM"
+        x_RCSn = x_RK.reshape(R, -1, len(runs), weight.group_size // len(runs))
+        parts = []
+        for i, run_CnM in enumerate(runs):
+            run_KM = run_CnM.reshape((-1, run_CnM.shape[-1]) if axis == -2 else (run_CnM.shape[0], -1))
+            parts.append(jnp.einsum(equation, x_RCSn[:, :, i].reshape(R, -1), run_KM))
+        return functools.reduce(operator.add, parts)
 
     product.__name__ = name
     return jax.jit(product)

@@ -15,7 +15,7 @@ from quant.outliers import outlier_channels, split_outliers
 from quant.packing import FORMAT_VERSION, pack, unpack
 from quant.prepare import compiler_options, prepare
 from quant.probe import Probe
-from quant.qtensor import QTensor, dequantize
+from quant.qtensor import QTensor, dequantize, dequantize_runs
 from quant.rtn import quantize_rtn
 from quant.runs import LayerRuns, scan_layers, split_runs
 from quant.scheme import SCHEMES, Scheme
@@ -30,6 +30,7 @@ __all__ = [
     "Scheme",
     "compiler_options",
     "dequantize",
+    "dequantize_runs",
     "einsum",
     "outlier_channels",
     "pack",

@@ -146,6 +146,43 @@ def unpack(
     return merge_groups(functools.reduce(operator.add if arithmetic == "float" else operator.or_, parts), axis)
 
 
+def unpack_runs(
+    planes: tuple[jax.Array, ...],
+    bits: int,
+    group_size: int,
+    *,
+    axis: int = -2,
+    arithmetic: Literal["integer", "float"] = "integer",
+) -> list[jax.Array]:
+    """`unpack` without putting the codes of a byte's slots together: for runtimes that write out what is concatenated.
+
+    Returns:
+        S runs of codes, [..., C, g / S, M] each: those of each group's first 1/S, its second, and so on. S is the
+        number of slots of a byte, in the plane that has the most.
+    """
+    widths = plane_bits(bits)
+    check_planes(planes, bits, axis)
+    slots = 8 // min(widths)
+    size = group_size // slots
+    grouped = [split_groups(plane, group_size * width // 8, axis) for plane, width in zip(planes, widths, strict=True)]
+    runs = []
+    for run in range(slots):
+        parts, shift = [], 0
+        for bytes_CnM, width in zip(grouped, widths, strict=True):
+            slot, place = divmod(run, slots * width // 8)
+            part_CnM = jax.lax.slice_in_dim(bytes_CnM, place * size, (place + 1) * size, axis=bytes_CnM.ndim + axis)
+            if arithmetic == "float":
+                wide_CnM = part_CnM.astype(jnp.float32)
+                beyond_CnM = jnp.floor(wide_CnM * 2.0 ** (-width * (slot + 1))) * 2.0**width
+                code_CnM = jnp.floor(wide_CnM * 2.0 ** (-width * slot)) - beyond_CnM
+            else:
+                code_CnM = (part_CnM >> (width * slot)) & (2**width - 1)
+            parts.append(code_CnM * code_CnM.dtype.type(2**shift) if shift else code_CnM)
+            shift += width
+        runs.append(functools.reduce(operator.add, parts))
+    return runs
+
+
 def _unpack_plane(bytes_CnM: jax.Array, width: int, axis: int) -> jax.Array:
     """[..., C, n, M] bytes -> [..., C, g, M] values below 2**width.
 

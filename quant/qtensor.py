@@ -24,6 +24,7 @@ from quant.packing import (
     plane_bits,
     split_groups,
     unpack,
+    unpack_runs,
 )
 from quant.scheme import Scheme, exponent_values
 
@@ -244,12 +245,7 @@ def dequantize(
     """
     axis = qtensor.axis
     codes_KM = unpack(qtensor.planes, qtensor.scheme.bits, qtensor.group_size, axis=axis, arithmetic=arithmetic)
-    weight_CgM = split_groups(qtensor.scheme.decode(codes_KM), qtensor.group_size, axis)
-    if qtensor.zero is not None:
-        weight_CgM = weight_CgM - jnp.expand_dims(_float32(qtensor.zero), axis)
-    weight_CgM = weight_CgM * jnp.expand_dims(scale_values(qtensor.scale, qtensor.scheme), axis)
-    if qtensor.offset is not None:
-        weight_CgM = weight_CgM + jnp.expand_dims(_float32(qtensor.offset), axis)
+    weight_CgM = _values(split_groups(codes_KM, qtensor.group_size, axis), qtensor)
     weight_KM = merge_groups(weight_CgM, axis)
     if qtensor.order is not None:
         weight_KM = jnp.take_along_axis(weight_KM, jnp.argsort(qtensor.order, axis=axis), axis=axis)
@@ -259,6 +255,32 @@ def dequantize(
         outlier_KM = jnp.take_along_axis(qtensor.outlier.astype(jnp.float32), slot_K1, axis=axis, mode="clip")
         weight_KM = jnp.where(slot_K1 >= 0, outlier_KM, weight_KM)
     return weight_KM.astype(dtype)
+
+
+def dequantize_runs(qtensor: QTensor, *, arithmetic: Literal["integer", "float"] = "integer") -> list[jax.Array]:
+    """`dequantize` in float32 and in the runs of `unpack_runs`: for a product that sums over run after run.
+
+    Raises:
+        ValueError: for a weight with outlier channels or another order of its groups.
+    """
+    if qtensor.order is not None or qtensor.outlier is not None:
+        raise ValueError("a weight with outlier channels or an order: expected one whose groups are all there is")
+    codes = unpack_runs(
+        qtensor.planes, qtensor.scheme.bits, qtensor.group_size, axis=qtensor.axis, arithmetic=arithmetic
+    )
+    return [_values(codes_CnM, qtensor) for codes_CnM in codes]
+
+
+def _values(codes_CnM: jax.Array, qtensor: QTensor) -> jax.Array:
+    """What codes [..., C, n, M] of the groups stand for, float32: the formula of `QTensor`."""
+    per_group = lambda plane: jnp.expand_dims(plane, qtensor.axis)  # noqa: E731
+    weight_CnM = qtensor.scheme.decode(codes_CnM)
+    if qtensor.zero is not None:
+        weight_CnM = weight_CnM - per_group(_float32(qtensor.zero))
+    weight_CnM = weight_CnM * per_group(scale_values(qtensor.scale, qtensor.scheme))
+    if qtensor.offset is not None:
+        weight_CnM = weight_CnM + per_group(_float32(qtensor.offset))
+    return weight_CnM
 
 
 def outlier_slots(outlier_index: jax.Array, length: int, axis: int) -> jax.Array:

@@ -20,7 +20,7 @@ from llamajax.errors import LlamaJaxError
 # Kind of target, which is its name up to the first "-" or ":", and its script.
 SCRIPTS = {
     "iree": "iree.py",
-    "onnx": "onnx.py",
+    "onnx": "to_onnx.py",  # under its own name it would be what it imports
     "savedmodel": "savedmodel.py",
     "litert": "litert.py",
     "coreml": "coreml.py",

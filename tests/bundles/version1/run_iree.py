@@ -170,7 +170,6 @@ import iree.runtime
 import numpy as np
 
 
-
 class Session:
     """Weights, as they are in the bundle, and state on one device."""
 

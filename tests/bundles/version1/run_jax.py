@@ -169,7 +169,6 @@ from jaxlib import _jax
 from jaxlib.mlir.dialects import stablehlo
 
 
-
 class Session:
     """Weights and state on the first device; a program is compiled when it is first run."""
 

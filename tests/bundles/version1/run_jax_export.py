@@ -167,7 +167,6 @@ import jax.export
 import numpy as np
 
 
-
 class Session:
     """Weights and state on the first device; jax compiles for each shape once."""
 

@@ -168,7 +168,6 @@ import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 
 
-
 class Session:
     """The file holds the weights; the state goes through the interpreter as NumPy arrays."""
 

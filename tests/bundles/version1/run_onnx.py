@@ -168,7 +168,6 @@ import numpy as np
 import onnxruntime
 
 
-
 class Session:
     """A program is loaded when it is first run. Keys and values stay where they are: each run writes into them."""
 

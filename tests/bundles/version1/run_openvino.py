@@ -168,7 +168,6 @@ import numpy as np
 import openvino
 
 
-
 class Session:
     """A program is compiled when it is first run. What it writes as keys and values, the next run reads."""
 

@@ -170,7 +170,6 @@ os.environ.update(TF_CPP_MIN_LOG_LEVEL="3", TF_ENABLE_ONEDNN_OPTS="0")
 import tensorflow as tf
 
 
-
 class Session:
     """Weights are the SavedModel's variables; XLA compiles a signature when it is first run."""
 

@@ -1,0 +1,41 @@
+#!/bin/sh
+# Runs a bundle with IREE's own `iree-run-module`, without Python: greedy continuation of a prompt of ids.
+#
+#   sh iree-run-module.sh BUNDLE TOKENS ID...        # sh iree-run-module.sh box.bundle 12 1 742 755 261 460
+#
+# `iree-run-module` is in every build of IREE's runtime (and in the wheel iree-base-runtime). Each call here is a process
+# that reads the weights anew: a recipe for checking a device, or for calling the module from C, and not a fast way.
+# DEVICE=local-sync, vulkan, cuda, … is where to run, TARGET=iree-vulkan, … which of the bundle's modules.
+set -eu
+bundle=$1 tokens=$2
+shift 2
+work=$(mktemp -d)
+trap 'rm -r "$work"' EXIT
+
+# function, then its inputs in order. Prints the id with the largest logit; keys and values go to files and come back.
+step() {
+  function=$1
+  shift
+  iree-run-module --device="${DEVICE:-local-task}" --module="$bundle/targets/${TARGET:-iree-cpu}/model.vmfb" \
+    --parameters=model="$bundle/weights.safetensors" --function="$function" "$@" \
+    --output=- --output=@"$work/key.npy" --output=@"$work/value.npy" --output_max_element_count=1000000 >"$work/out"
+  sed -n 's/^1x[0-9]*xf32=\[\(.*\)\]$/\1/p' "$work/out" | tr ' ' '\n' |
+    awk 'NR == 1 || $1 > most { most = $1; id = NR - 1 } END { print id }'
+}
+
+# The manifest says how the state is shaped: zeros at first. The first bucket is the smallest prefill program.
+manifest=$(tr -d ' \n' <"$bundle/manifest.json")
+shape=$(echo "$manifest" | sed 's/.*"name":"key","dtype":"float32","shape":\[\([0-9,]*\)\].*/\1/' | tr , x)
+bucket=$(echo "$manifest" | sed 's/.*"buckets":\[\([0-9]*\).*/\1/')
+length=$# padded=$*
+[ "$length" -le "$bucket" ] || { echo "$length ids: expected at most $bucket, the smallest bucket" >&2; exit 1; }
+for _ in $(seq $((bucket - length))); do padded="$padded 0"; done
+
+id=$(step "prefill_$bucket" --input="1x${bucket}xi32=$padded" --input="1xi32=$length" --input=1xi32=0 \
+  --input="${shape}xf32=0" --input="${shape}xf32=0")
+for _ in $(seq $((tokens - 1))); do
+  printf '%s ' "$id"
+  id=$(step decode --input="1xi32=$id" --input="1xi32=$length" --input=@"$work/key.npy" --input=@"$work/value.npy")
+  length=$((length + 1))
+done
+echo "$id"

@@ -1,0 +1,45 @@
+"""Runs a bundle with ONNX Runtime: `targets/onnx/`, which export/targets/to_onnx.py made."""
+
+import os
+
+import numpy as np
+import onnxruntime
+
+from export.runners.common import main
+
+
+class Session:
+    """A program is loaded when it is first run. Keys and values stay where they are: only new rows are written."""
+
+    def __init__(self, bundle):
+        self.name = f"onnxruntime {onnxruntime.__version__}"
+        files = bundle.manifest["targets"].get("onnx", {"files": []})["files"]
+        self._files = {os.path.basename(name): bundle.file(name) for name in files}
+        self._programs, self._bundle, self._options = {}, bundle, onnxruntime.SessionOptions()
+        # Folding would unpack those weights that the program dequantizes itself.
+        self._options.add_session_config_entry("optimization.disable_specified_optimizers", "ConstantFolding")
+
+    def reset(self):
+        make = lambda value: onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(value["shape"], value["dtype"]))  # noqa: E731
+        self._state = {value["name"]: make(value) for value in self._bundle.state}
+
+    def run(self, name, inputs):
+        if name not in self._programs:
+            file = self._files.get(f"{name}.onnx")
+            if file is None:
+                raise SystemExit(f"{name}.onnx is not in the bundle: export it with the target onnx")
+            self._programs[name] = onnxruntime.InferenceSession(file, self._options, ["CPUExecutionProvider"])
+        binding = self._programs[name].io_binding()
+        for key, array in inputs.items():
+            binding.bind_cpu_input(key, array)
+        for key, value in self._state.items():
+            # The same memory: a program writes the whole cache last, with one node that then has nothing to copy.
+            binding.bind_ortvalue_input(key, value)
+            binding.bind_ortvalue_output(f"{key}_out", value)
+        binding.bind_output("logits")
+        self._programs[name].run_with_iobinding(binding)
+        return binding.get_outputs()[-1].numpy()
+
+
+if __name__ == "__main__":
+    main(Session, __doc__)

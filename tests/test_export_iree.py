@@ -1,0 +1,101 @@
+"""IREE: one module of all programs gives the golden tokens, from the bundle's own packed weights."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import export.targets
+import llamajax
+from export.bundle import Bundle, standalone_runner, write
+from export.stablehlo import PROFILES, Spec
+from export.targets import add_target
+from llamajax.errors import LlamaJaxError
+from llamajax.quantize import Rule, quantize
+
+MODULES = ("iree.compiler", "iree.runtime")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("iree") is None or not all(map(importlib.util.find_spec, MODULES)),
+    reason="IREE is not installed: pip install iree-base-compiler iree-base-runtime",
+)
+RULES = (Rule(weights="*norm*", keep=True), Rule(weights="*", scheme="int4", group_size=8))
+SPEC = Spec(slots=96, buckets=(4, 16), programs=("score", "embed", "verify"), profile=PROFILES["unrolled"])
+IDS = [1, 5, 9, 300, 17, 42, 8]
+
+
+@pytest.fixture(scope="module")
+def tiny_int4(tiny_model) -> llamajax.Llama:
+    return quantize(tiny_model, RULES)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_int4, tiny_tokenizer, tmp_path_factory) -> Bundle:
+    path = tmp_path_factory.mktemp("bundles") / "tiny"
+    return add_target(write(tiny_int4, tiny_tokenizer, path, SPEC), "iree-cpu")
+
+
+def run(bundle: Bundle, folder: Path, *arguments: str) -> str:
+    """The runner, which sees neither jax nor this project."""
+    file = folder / "run_iree.py"
+    file.write_text(standalone_runner(file.name))
+    hidden = "sys.modules.update(llamajax=None, quant=None, export=None, jax=None)"
+    code = f"import runpy, sys; {hidden}; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-I", "-c", code, str(file), str(bundle.path), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_golden_prompts_are_exact(bundle: Bundle, tmp_path: Path) -> None:
+    made = json.loads(run(bundle, tmp_path, "--golden"))
+    assert len(made["prompts"]) == bundle.manifest["golden"]["prompts"]
+    for prompt in made["prompts"]:
+        assert prompt["exact"] and float(prompt["largest_logit_error"]) < 1e-4, prompt
+
+
+def test_several_rows_and_a_bfloat16_cache(tiny_int4, tmp_path: Path) -> None:
+    spec = Spec(batch=2, slots=32, buckets=(4,), cache_dtype="bfloat16", profile=PROFILES["unrolled"])
+    bundle = add_target(write(tiny_int4, None, tmp_path / "tiny", spec), "iree-cpu")
+    expected = llamajax.generate(tiny_int4, None, IDS, temperature=0, max_new_tokens=20, cache_dtype="bfloat16")
+    made = run(bundle, tmp_path, f"--ids={','.join(map(str, IDS))}", "--max_new_tokens=20")
+    assert [int(token) for token in made.split()] == expected.tokens
+
+
+def test_weights_stay_packed(bundle: Bundle) -> None:
+    from iree import runtime
+
+    packed = sum(array.nbytes for array in bundle.weights().values())
+    file = bundle.file("targets/iree-cpu/model.vmfb")
+    module = file.read_bytes()
+    planes = {name: array.tobytes() for name, array in bundle.weights().items() if ".planes." in name}
+    assert planes
+    for name, data in planes.items():
+        assert name.encode() in module and data not in module, name
+    # What loading allocates, by IREE's own account.
+    config, index = runtime.Config("local-sync"), runtime.ParameterIndex()
+    index.load(str(bundle.file("weights.safetensors")))
+    weights = runtime.create_io_parameters_module(config.vm_instance, index.create_provider("model"))
+    loaded = runtime.load_vm_modules(weights, runtime.VmModule.mmap(config.vm_instance, str(file)), config=config)
+    assert len(loaded) == 2
+    assert config.device.allocator.statistics["device_bytes_peak"] < 1.2 * packed + 4096
+
+
+def test_native_tool_gives_the_same_tokens(bundle: Bundle, tiny_int4) -> None:
+    script = Path(export.targets.__file__).parents[1] / "runners" / "iree-run-module.sh"
+    if shutil.which("iree-run-module") is None:
+        pytest.skip("no iree-run-module on PATH: it is in iree-base-runtime")
+    done = subprocess.run(["sh", script, bundle.path, "6", *map(str, IDS[:4])], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = llamajax.generate(tiny_int4, None, IDS[:4], temperature=0, max_new_tokens=6)
+    assert [int(token) for token in done.stdout.split()] == expected.tokens
+
+
+def test_loops_are_refused(tiny_int4, tmp_path: Path) -> None:
+    bundle = write(tiny_int4, None, tmp_path / "tiny", Spec(slots=32, buckets=(4,)))
+    with pytest.raises(LlamaJaxError, match="profile 'scanned': expected 'unrolled'"):
+        add_target(bundle, "iree-cpu")
+    assert not list(bundle.path.glob("targets/*"))
