@@ -13,7 +13,7 @@ demo: .venv/ready
 test: .venv/test
 	$(PYTEST)
 
-# The same suite with Hugging Face transformers to compare with.
+# The same suite with Hugging Face transformers to compare with, and IREE and ONNX Runtime to run bundles.
 test-parity: .venv/parity
 	$(PYTEST)
 
@@ -32,6 +32,10 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
 
-.venv/test .venv/parity .venv/lint: .venv/%: .venv/ready
+.venv/test .venv/lint: .venv/%: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,$*]'
+	@touch $@
+
+.venv/parity: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,parity,iree,onnx]'
 	@touch $@

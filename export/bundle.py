@@ -240,7 +240,7 @@ def open_bundle(path: str | Path) -> Bundle:
 def standalone_runner(name: str) -> str:
     """A runner as one file: what all runners share, with its own text behind."""
     common = (_RUNNERS / "common.py").read_text(encoding="utf-8")
-    return common + "\n\n" + (_RUNNERS / name).read_text(encoding="utf-8").replace(_IMPORT, "")
+    return common + "\n\n" + (_RUNNERS / name).read_text(encoding="utf-8").replace("\n" + _IMPORT, "")
 
 
 _IMPORT = "from export.runners.common import main\n"
@@ -317,7 +317,7 @@ def _without_locations(exported: jax.export.Exported) -> jax.export.Exported:
     """The same program without the paths and lines of the source that it was traced from."""
     version = stablehlo.get_version_from_compatibility_requirement(stablehlo.StablehloCompatibilityRequirement.WEEK_4)
     with mlir.make_ir_context():
-        text = ir.Module.parse(exported.mlir_module()).operation.get_asm(enable_debug_info=False)
+        text = str(ir.Module.parse(exported.mlir_module()).operation.get_asm(enable_debug_info=False))
     module = stablehlo.serialize_portable_artifact_str(text, version)
     return dataclasses.replace(exported, mlir_module_serialized=module)
 

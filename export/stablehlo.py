@@ -530,10 +530,8 @@ def _tidy(module: ir.Module) -> None:
         for kind in ("arg_attrs", "res_attrs"):
             if kind in function.attributes:
                 each = [ir.DictAttr(attributes) for attributes in ir.ArrayAttr(function.attributes[kind])]
-                kept = [
-                    ir.DictAttr.get({a.name: a.attr for a in one if a.name == "tf.aliasing_output"}) for one in each
-                ]
-                function.attributes[kind] = ir.ArrayAttr.get(kept)
+                aliases = [{name: one[name] for name in ("tf.aliasing_output",) if name in one} for one in each]
+                function.attributes[kind] = ir.ArrayAttr.get([ir.DictAttr.get(alias) for alias in aliases])
 
 
 def check(module: ir.Module, profile: Profile, name: str) -> dict[str, int]:

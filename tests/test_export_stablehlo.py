@@ -9,7 +9,6 @@ from jax.interpreters import mlir
 from jaxlib import _jax
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
-from tests.reference import forward, random_model, softmax, weights_of
 
 import llamajax
 import quant
@@ -17,6 +16,7 @@ from export.stablehlo import PROFILES, Program, Spec, check, lower, parameters
 from llamajax.errors import LlamaJaxError
 from llamajax.quantize import Rule, quantize
 from llamajax.sampling import make_sampler, sample
+from tests.reference import forward, random_model, softmax, weights_of
 
 CONFIG = llamajax.Config(
     vocab_size=48,

@@ -49,12 +49,9 @@ class Bundle:
         with open(self.file(name), "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
-        data, arrays = np.memmap(self.file(name), np.uint8, "r", offset=8 + length), {}
-        for key, entry in header.items():
-            if key != "__metadata__":
-                first, last = entry["data_offsets"]
-                arrays[key] = data[first:last].view(dtypes[entry["dtype"]]).reshape(entry["shape"])
-        return arrays
+        data = np.memmap(self.file(name), np.uint8, "r", offset=8 + length)
+        view = lambda entry: data[slice(*entry["data_offsets"])].view(dtypes[entry["dtype"]]).reshape(entry["shape"])  # noqa: E731
+        return {key: view(entry) for key, entry in header.items() if key != "__metadata__"}
 
 
 class Text:
@@ -92,12 +89,9 @@ def steps(session, bundle, ids, limit, choose):
         fitting = [bucket for bucket in bundle.buckets if length + bucket <= bundle.slots]
         bucket = next((bucket for bucket in fitting if bucket >= len(ids) - length), fitting[-1] if fitting else 1)
         part = ids[length : length + bucket]
-        if fitting:
-            tokens = np.tile(np.array(part + [0] * (bucket - len(part)), np.int32), (bundle.batch, 1))
-            inputs = {"tokens": tokens, "count": rows(len(part)), "length": rows(length)}
-            logits = session.run(f"prefill_{bucket}", inputs)
-        else:
-            logits = session.run("decode", {"token": rows(part[0]), "length": rows(length)})
+        tokens = np.tile(np.array(part + [0] * (bucket - len(part)), np.int32), (bundle.batch, 1))
+        inputs = {"tokens": tokens, "count": rows(len(part))} if fitting else {"token": tokens[:, 0]}
+        logits = session.run(f"prefill_{bucket}" if fitting else "decode", {**inputs, "length": rows(length)})
         length += len(part)
     for made in range(1, limit + 1):
         token = choose(logits[0])
@@ -110,10 +104,9 @@ def steps(session, bundle, ids, limit, choose):
 
 
 def chooser(temperature, seed):
-    """Greedy for temperature 0, else a draw."""
+    """Greedy for temperature 0, else a draw: adding Gumbel noise and taking the largest is one."""
     random = np.random.default_rng(seed)
-    noise = lambda logits: random.gumbel(size=logits.shape) * temperature if temperature else 0  # noqa: E731
-    return lambda logits: int(np.argmax(logits + noise(logits)))
+    return lambda logits: int(np.argmax(logits + temperature * random.gumbel(size=logits.shape)))
 
 
 def golden(session, bundle, load_seconds):

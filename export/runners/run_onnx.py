@@ -28,6 +28,8 @@ class Session:
             file = self._files.get(f"{name}.onnx")
             if file is None:
                 raise SystemExit(f"{name}.onnx is not in the bundle: export it with the target onnx")
+            if os.path.getsize(self._files["weights.bin"]) > 256 << 20:
+                self._programs.clear()  # each program holds a copy of the weights, in its own order: one at a time
             self._programs[name] = onnxruntime.InferenceSession(file, self._options, ["CPUExecutionProvider"])
         binding = self._programs[name].io_binding()
         for key, array in inputs.items():

@@ -68,9 +68,11 @@ def main(path, folder, target):
         arguments = [jax.ShapeDtypeStruct(v["shape"], jax.numpy.dtype(v["dtype"]), sharding=sharding) for v in values]
         state = (len(values) - 2, len(values) - 1)
         compiled = jax.jit(exported.call, donate_argnums=state, keep_unused=True).lower(*arguments).compile()
-        with open(os.path.join(folder, f"{name}.pjrt"), "wb") as file:
-            file.write(compiled.runtime_executable().serialize())
         memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+        if memory is None:
+            sys.exit(f"{target}: its compiler does not state what a program takes")
+        with open(os.path.join(folder, f"{name}.pjrt"), "wb") as file:
+            file.write(compiled.runtime_executable().serialize())  # type: ignore[union-attr]
         report[name] = {
             "argument_bytes": memory.argument_size_in_bytes,
             "output_bytes": memory.output_size_in_bytes,
