@@ -3,7 +3,7 @@
 # device that Mesa's lavapipe emulates. Each must give the golden tokens; the speed says nothing.
 #
 #   apt-get install qemu-user mesa-vulkan-drivers libvulkan1
-#   llamajax export … --profile=unrolled --targets=iree-pi4,iree-vulkan-llvmpipe
+#   llamajax export … --profile=unrolled --target=iree-pi4,iree-vulkan-llvmpipe
 #   sh benchmarks/export_elsewhere.sh BUNDLE
 #
 # For Debian or Ubuntu on x86-64, with python3 and its venv. Everything else is fetched into a temporary folder, which is

@@ -1,0 +1,37 @@
+"""The box and stories260K in 4 bits, exported once: every runtime that is installed gives the tokens of `generate`."""
+
+import importlib.util
+
+import pytest
+
+import llamajax
+from export.bundle import write
+from export.stablehlo import PROFILES, Spec
+from export.targets import add_target
+from export.verify import RUNTIMES, verify
+from llamajax.quantize import quantize
+
+TARGETS = {"iree-cpu": ("iree.compiler", "iree.runtime"), "onnx": ("onnx", "onnxruntime")}
+
+
+def installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a parent
+        return False
+
+
+@pytest.mark.parametrize("name", ["box", "stories260k"])
+def test_the_same_tokens_everywhere(name: str, request: pytest.FixtureRequest, tmp_path) -> None:
+    # In float32, as the command exports on a machine without an accelerator; IREE takes no bfloat16 model.
+    model, tokenizer = llamajax.load("box", dtype="float32") if name == "box" else request.getfixturevalue(name)
+    bundle = write(quantize(model, "int4-g32"), tokenizer, tmp_path / name, Spec(profile=PROFILES["unrolled"]))
+    for target, modules in TARGETS.items():
+        if all(installed(module) for module in modules):
+            bundle = add_target(bundle, target)
+    results = {result.runtime: result for result in verify(bundle, ("jax", "jax_export", "iree", "onnx"))}
+    for runtime, result in results.items():
+        missing = not installed(RUNTIMES[runtime].module) or not installed(TARGETS.get(f"{runtime}-cpu", ("jax",))[0])
+        assert result.held or (result.skipped and missing), result
+        assert result.skipped or result.tokens == 128
+    assert results["jax"].held and results["jax_export"].held
