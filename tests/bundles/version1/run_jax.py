@@ -1,7 +1,5 @@
-"""What every runner does: checks a bundle, turns text into ids and back, prefills, decodes.
-
-A runner in a bundle is one file: this text, and that of `run_jax.py`, … behind it (`bundle.standalone_runner`). It
-needs Python 3.9 or newer, NumPy and its runtime, and nothing of llamajax.
+"""What every runner does: checks a bundle, turns text into ids and back, prefills, decodes. In a bundle a runner is one
+file, this text before its own. It needs Python 3.9 or newer, NumPy and its runtime, and nothing of llamajax.
 """
 
 import argparse
