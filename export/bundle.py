@@ -27,6 +27,7 @@ from typing import Any
 
 import jax
 import jax.export
+import jsonschema
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -36,12 +37,24 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
 import llamajax
-from export.stablehlo import PROFILES, STABLEHLO_VERSION, Profile, Spec, Value, bound, functions, lower, parameters
+from export.stablehlo import (
+    PROFILES,
+    STABLEHLO_VERSION,
+    Profile,
+    Program,
+    Spec,
+    Value,
+    bound,
+    functions,
+    lower,
+    parameters,
+)
 from llamajax.checkpoint import atomic_folder
 from llamajax.checkpoint.naming import named_weights
 from llamajax.errors import LlamaJaxError
 from llamajax.generate import generate
 from llamajax.model import Llama
+from llamajax.prepare import prepare
 from llamajax.tokenizer import Tokenizer
 from quant import LayerRuns, QTensor, compiler_options
 
@@ -51,6 +64,10 @@ GOLDEN_TOKENS = 64
 GOLDEN_TEXTS = ("Once upon a time", "The little dog ran to the river. There he saw a big fish, and the fish said:")
 _LARGEST_MANIFEST = 64 << 20
 _RUNNERS = Path(__file__).parent / "runners"
+# Programs that have a twin by `jax.export`, and the sizes that are open in it.
+_TWINS = {"prefill": "BST", "decode": "BS"}
+# Models of more parameters say their golden tokens in a layout that is many times faster, and slow to compile.
+_LARGE_MODEL = 50_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +132,7 @@ def write(
         (folder / "programs").mkdir()
         for name, program in programs.items():
             (folder / "programs" / f"{name}.mlirbc").write_bytes(program.artifact)
-        twins = _twins(model, dataclasses.replace(spec, profile=_packed(spec.profile)))
-        for name, data in twins.items():
+        for name, data in _twins(model, dataclasses.replace(spec, profile=_packed(spec.profile))).items():
             (folder / "programs" / f"{name}.jax").write_bytes(data)
         arrays = {name: np.asarray(leaf) for name, leaf in parameters(model, spec.profile).items()}
         safetensors.numpy.save_file(
@@ -130,52 +146,65 @@ def write(
             (folder / "vocabulary.json").write_text(vocabulary + "\n")
         for runner in sorted(_RUNNERS.glob("run_*.py")):
             (folder / runner.name).write_text(standalone_runner(runner.name))
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "producer": f"llamajax {llamajax.__version__}, jax {jax.__version__}",
-            "source": source,
-            "config": model.config.to_dict(),
-            "schemes": _schemes(model),
-            "profile": spec.profile.name,
-            "stablehlo_version": STABLEHLO_VERSION,
-            "validity": {
-                "mlirbc": "StableHLO promises that programs are read for 5 years after they were written",
-                "jax": f"jax {jax.__version__} wrote the .jax files: JAX reads them for 6 months, and 3 weeks back",
-            },
-            "cache": {
-                "batch": spec.batch,
-                "slots": spec.slots,
-                "dtype": spec.cache_dtype,
-                "layout": "layer, row, key/value head, slot, element",
-            },
-            "buckets": list(spec.buckets),
-            "tokens": {
-                "bos": tokenizer.bos_id if tokenizer else None,
-                "eos": tokenizer.eos_id if tokenizer else None,
-                "stop": list(tokenizer.stop_ids) if tokenizer else [],
-            },
-            "chat_template": None,
-            "compiler_options": compiler_options(spec.profile.backend) if spec.profile.backend else {},
-            "weights": [_described(Value.of(name, array)) for name, array in arrays.items()],
-            "programs": {
-                name: {
-                    "file": f"programs/{name}.mlirbc",
-                    "weights": program.weights,
-                    "inputs": [_described(value) for value in program.inputs],
-                    "outputs": [_described(value) for value in program.outputs],
-                    "operations": dict(program.operations),
-                }
-                for name, program in programs.items()
-            },
-            "jax": {name: f"programs/{name}.jax" for name in twins},
-            "golden": {"file": "golden.safetensors", "prompts": len(golden) // 3},
-            "targets": {},
-        }
+        manifest = _manifest(model, tokenizer, spec, programs, arrays, len(golden) // 3, source)
         for file in folder.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors makes them its owner's alone
         seal(folder, manifest)
     return open_bundle(path)
+
+
+def _manifest(
+    model: Llama,
+    tokenizer: Tokenizer | None,
+    spec: Spec,
+    programs: Mapping[str, Program],
+    arrays: Mapping[str, np.ndarray],
+    prompts: int,
+    source: str,
+) -> dict[str, Any]:
+    """The manifest, but for the files."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "producer": f"llamajax {llamajax.__version__}, jax {jax.__version__}",
+        "source": source,
+        "config": model.config.to_dict(),
+        "schemes": _schemes(model),
+        "profile": spec.profile.name,
+        "stablehlo_version": STABLEHLO_VERSION,
+        "validity": {
+            "mlirbc": "StableHLO promises that programs are read for 5 years after they were written",
+            "jax": f"jax {jax.__version__} wrote the .jax files: JAX reads them for 6 months, and 3 weeks back",
+        },
+        "cache": {
+            "batch": spec.batch,
+            "slots": spec.slots,
+            "dtype": spec.cache_dtype,
+            "layout": "layer, row, key/value head, slot, element",
+        },
+        "buckets": list(spec.buckets),
+        "tokens": {
+            "bos": tokenizer.bos_id if tokenizer else None,
+            "eos": tokenizer.eos_id if tokenizer else None,
+            "stop": list(tokenizer.stop_ids) if tokenizer else [],
+        },
+        "chat_template": None,
+        "compiler_options": compiler_options(spec.profile.backend) if spec.profile.backend else {},
+        "weights": [_described(Value.of(name, array)) for name, array in arrays.items()],
+        "programs": {
+            name: {
+                "file": f"programs/{name}.mlirbc",
+                "weights": program.weights,
+                "inputs": [_described(value) for value in program.inputs],
+                "outputs": [_described(value) for value in program.outputs],
+                "operations": dict(program.operations),
+            }
+            for name, program in programs.items()
+        },
+        "jax": {name: f"programs/{name}.jax" for name in _TWINS},
+        "golden": {"file": "golden.safetensors", "prompts": prompts},
+        "targets": {},
+    }
 
 
 def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -278,6 +307,7 @@ def _golden_prompts(model: Llama, tokenizer: Tokenizer | None, spec: Spec) -> li
 def _golden(model: Llama, prompts: Sequence[Sequence[int]], spec: Spec) -> dict[str, np.ndarray]:
     """What the model itself says to the prompts: the programs are not asked."""
     arrays = {}
+    model = prepare(model) if model.config.num_parameters > _LARGE_MODEL else model
     for index, ids in enumerate(prompts):
         limit = min(GOLDEN_TOKENS, spec.slots - len(ids))
         made = generate(model, None, list(ids), temperature=0, max_new_tokens=limit, cache_dtype=spec.cache_dtype)
@@ -295,7 +325,7 @@ def _twins(model: Llama, spec: Spec) -> dict[str, bytes]:
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in parameters(model, spec.profile).items()
     }
     twins = {}
-    for kind, letters in (("prefill", "BST"), ("decode", "BS")):
+    for kind, letters in _TWINS.items():
         constraints = [f"{letter} >= 1" for letter in letters] + (["S >= T"] if "T" in letters else [])
         symbols = jax.export.symbolic_shape(", ".join(letters), constraints=constraints)
         made = functions(model, spec, dict(zip(letters, symbols, strict=True)))
@@ -345,13 +375,16 @@ def _schema() -> dict[str, Any]:
 
 
 def _check_manifest(file: Path, manifest: Mapping[str, Any]) -> None:
-    """Checks what is read of a manifest: the keys that the schema requires, and the types at its first level."""
-    schema = _schema()
-    kinds = {"object": dict, "array": list, "string": str, "integer": int}
-    for key in schema["required"]:
-        expected = schema["properties"][key].get("type")
-        if key not in manifest or (expected in kinds and not isinstance(manifest[key], kinds[expected])):
-            raise LlamaJaxError(f"{file}: {key!r} is missing or not of type {expected}: the manifest is damaged")
+    """Checks a manifest by the schema, and that it names no file but those that it has a SHA-256 of."""
+    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(_schema()).iter_errors(manifest))
+    if error is not None:
+        raise LlamaJaxError(f"{file}: {error.json_path}: {error.message[:200]}: the manifest is damaged")
+    entries = [program["file"] for program in manifest["programs"].values()]
+    entries += [*manifest["jax"].values(), manifest["golden"]["file"], "weights.safetensors"]
+    for target in manifest["targets"].values():
+        entries += target["files"]
+    if unknown := [name for name in entries if name not in manifest["files"]]:
+        raise LlamaJaxError(f"{file}: {unknown[0]!r} is not among its files: the manifest is damaged")
 
 
 def _sha256(path: Path) -> str:

@@ -40,7 +40,7 @@ from quant.kernels import Layout
 STABLEHLO_VERSION = "1.1.0"
 # A constant of more elements must be a weight that was closed over.
 LARGEST_CONSTANT = 4096
-# Rows of activations may not be known; everything else is.
+# Types of arguments that every runtime takes.
 _ARGUMENT_TYPES = ("f32", "bf16", "f16", "ui8", "i32", "ui32")
 
 _FLOAT_OPERATIONS = frozenset(
@@ -49,8 +49,6 @@ _FLOAT_OPERATIONS = frozenset(
     "power reduce reshape return rsqrt select sine slice sort sqrt subtract tanh transpose".split()
 )
 _INTEGER_OPERATIONS = frozenset("bitcast_convert shift_left shift_right_arithmetic shift_right_logical xor".split())
-
-
 # `sample` has a cumulative sum (reduce_window) and a random number generator with loops.
 _LOOPS = frozenset({"case", "reduce_window", "while"})
 # What the layout of a CPU needs besides.
