@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import quant
-from quant.packing import PLANE_BITS
+from quant.packing import PLANE_BITS, unpack_runs
 
 _thorough = settings(max_examples=30, deadline=None, derandomize=True)
 
@@ -106,6 +106,21 @@ def _packable(draw: st.DrawFn) -> tuple[np.ndarray, int, int, int]:
         shape[-2:] = shape[:-3:-1]
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     return rng.integers(0, 2**bits, shape, np.uint8), bits, group_size, axis
+
+
+@pytest.mark.parametrize("axis", [-2, -1])
+@pytest.mark.parametrize("bits", sorted(PLANE_BITS))
+def test_other_ways_to_unpack(bits: int, axis: int) -> None:
+    """By arithmetic of floats, and in the runs that exported products sum over: the codes that were packed."""
+    codes = np.random.default_rng(bits).integers(0, 2**bits, (2, 48, 3), np.uint8)
+    codes = codes if axis == -2 else codes.swapaxes(-1, -2)
+    planes = quant.pack(jnp.asarray(codes), bits, 16, axis=axis)
+    np.testing.assert_array_equal(quant.unpack(planes, bits, 16, axis=axis, arithmetic="float"), codes)
+    grouped = codes.reshape(2, 3, 16, 3) if axis == -2 else codes.reshape(2, 3, 3, 16)
+    for arithmetic in ("integer", "float"):
+        runs = unpack_runs(planes, bits, 16, axis=axis, arithmetic=arithmetic)
+        assert len({run.shape for run in runs}) == 1 and len(runs) == 8 // min(PLANE_BITS[bits])
+        np.testing.assert_array_equal(np.concatenate(runs, axis), grouped)
 
 
 @_thorough
