@@ -13,8 +13,8 @@
     run_jax.py, …           runners of one file each
     targets/                what was compiled or converted for a runtime
 
-`manifest.schema.json` beside this file specifies the manifest. The same model and spec give the same bytes. Programs take
-weights, inputs, state, in this order; what later versions add, such as adapters, are inputs with names of their own.
+`manifest.schema.json` beside this file specifies the manifest. The same model and spec give the same bytes. Programs
+take weights, inputs, state, in this order; what later versions add, such as adapters, are inputs with names of their own.
 """
 
 import base64

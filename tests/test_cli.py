@@ -325,7 +325,7 @@ def test_help_shows_flags_and_examples(command: str, capsys) -> None:
     code, out, err = run(capsys, command, "--help")
     assert code == 0 and err == ""
     assert out.startswith(f"llamajax {command}: ") and "examples:" in out and f"llamajax {command}" in out
-    assert "--model" in out or "--output" in out
+    assert "--model" in out or "--output" in out or "--bundle" in out
 
 
 def test_overview_names_every_command(capsys) -> None:
