@@ -14,7 +14,7 @@
     targets/                what was compiled or converted for a runtime
 
 `manifest.schema.json` beside this file specifies the manifest. The same model and spec give the same bytes. Programs
-take weights, inputs, state, in this order; what later versions add, such as adapters, are inputs with names of their own.
+take weights, inputs, state, in this order; what later versions add, as adapters, are inputs with names of their own.
 """
 
 import base64

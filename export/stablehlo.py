@@ -267,7 +267,8 @@ def _named_rows(name: str, arithmetic: Literal["integer", "float"]) -> Callable[
             wide = plane.astype(jnp.float32) if arithmetic == "float" and plane.dtype != jnp.uint8 else plane
             return jnp.take(wide, row_n, axis=0, mode="clip")
 
-        return dequantize(jax.tree.map(pick, table), table.dtype, arithmetic=arithmetic)
+        picked = dequantize(jax.tree.map(pick, table), table.dtype, arithmetic=arithmetic)
+        return picked.astype(jnp.float32) if arithmetic == "float" else picked  # nor does it choose among them
 
     rows.__name__ = name
     return jax.jit(rows)
