@@ -7,6 +7,7 @@ each may live in an environment of its own. What it prints goes into the manifes
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -56,9 +57,10 @@ def add_target(bundle: Bundle, target: str, python: str = sys.executable) -> Bun
     if target in bundle.manifest["targets"]:
         raise LlamaJaxError(f"{bundle.path}: it has target {target!r} already: export again for another one")
     place = f"targets/{target.replace(':', '-')}"
-    partial = bundle.file(f".{place.replace('/', '-')}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    # Beside the bundle, not in it: what a killed toolchain leaves would be files that the manifest does not name.
+    path = bundle.path.absolute()
+    partial = path.with_name(f".{path.name}.{place.replace('/', '-')}.partial-{os.getpid()}")
+    partial.mkdir()
     try:
         script = str(Path(__file__).parent / SCRIPTS[kind])
         entry = _run(python, [script, str(bundle.path), str(partial), target], target)
