@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import llamajax
+from llamajax.quantize import Rule, quantize
 from llamajax.tokenizer import train_tokenizer
 
 _TEXTS = [
@@ -79,3 +80,9 @@ def tiny_model(tiny_config: llamajax.Config) -> llamajax.Llama:
         return jnp.asarray(rng.uniform(low, high, leaf.shape), leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(weights, llamajax.abstract_model(tiny_config))
+
+
+@pytest.fixture(scope="session")
+def tiny_int4(tiny_model: llamajax.Llama) -> llamajax.Llama:
+    """The same in 4 bits, all matrices and the embeddings."""
+    return quantize(tiny_model, (Rule(weights="*norm*", keep=True), Rule(weights="*", scheme="int4", group_size=8)))

@@ -4,8 +4,6 @@ import importlib.util
 import json
 import shutil
 import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import jax
@@ -17,24 +15,18 @@ import safetensors.numpy
 
 import export.bundle
 import llamajax
-from export.bundle import Bundle, open_bundle, seal, standalone_runner, vocabulary_of, write
+from export.bundle import Bundle, open_bundle, seal, vocabulary_of, write
 from export.runners.common import Text
 from export.stablehlo import Spec
 from export.targets import add_target
 from export.verify import LOGIT_TOLERANCE, verify
 from llamajax.cli import main
 from llamajax.errors import LlamaJaxError
-from llamajax.quantize import Rule, quantize
+from tests.isolated import run_isolated
 
 # Written by the first release that wrote bundles.
 VERSION1 = Path(__file__).parent / "bundles" / "version1"
-RULES = (Rule(weights="*norm*", keep=True), Rule(weights="*", scheme="int4", group_size=8))
 SPEC = Spec(slots=96, buckets=(4, 16))
-
-
-@pytest.fixture(scope="module")
-def tiny_int4(tiny_model) -> llamajax.Llama:
-    return quantize(tiny_model, RULES)
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +40,8 @@ def copy(bundle: Bundle, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-def run_isolated(path: Path, *arguments: str, runner: str = "run_jax.py") -> subprocess.CompletedProcess:
-    """A runner that cannot import the packages of this project."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / runner
-        file.write_text(standalone_runner(runner))
-        hidden = "sys.modules.update(llamajax=None, quant=None, export=None)"
-        code = f"import runpy, sys; {hidden}; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
-        command = [sys.executable, "-I", "-c", code, str(file), str(path), *arguments]
-        return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+def run_jax(path: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return run_isolated(path, *arguments, runner="run_jax.py")
 
 
 def test_jax_alone_gives_the_tokens_of_generate(bundle: Bundle, tiny_int4) -> None:
@@ -71,15 +56,15 @@ def test_jax_alone_gives_the_tokens_of_generate(bundle: Bundle, tiny_int4) -> No
 def test_text_and_full_cache(bundle: Bundle, tiny_int4, tiny_tokenizer) -> None:
     prompt = "Once upon a time, the café"
     expected = llamajax.generate(tiny_int4, tiny_tokenizer, prompt, temperature=0, max_new_tokens=20)
-    done = run_isolated(bundle.path, f"--prompt={prompt}", "--max_new_tokens=20")
+    done = run_jax(bundle.path, f"--prompt={prompt}", "--max_new_tokens=20")
     assert done.stdout.rstrip("\n") == (prompt + expected.text).rstrip("\n")
     assert "tokens/s" in done.stderr
     # 90 tokens do not fit behind one another in buckets: the last are decoded one by one, until the cache is full.
     ids = np.random.default_rng(0).integers(3, 300, 90).tolist()
-    done = run_isolated(bundle.path, f"--ids={','.join(map(str, ids))}")
+    done = run_jax(bundle.path, f"--ids={','.join(map(str, ids))}")
     expected = llamajax.generate(tiny_int4, None, ids, temperature=0, max_new_tokens=7)
     assert [int(token) for token in done.stdout.split()] == expected.tokens
-    done = run_isolated(bundle.path, f"--ids={','.join(['7'] * 96)}")
+    done = run_jax(bundle.path, f"--ids={','.join(['7'] * 96)}")
     assert done.returncode == 1 and "96 tokens: expected 1 to 95" in done.stderr
 
 
@@ -158,7 +143,7 @@ def test_a_runner_too_finds_damage(name: str, copy: Path) -> None:
     data = bytearray((copy / name).read_bytes())
     data[len(data) // 2] ^= 4
     (copy / name).write_bytes(data)
-    done = run_isolated(copy)
+    done = run_jax(copy)
     assert done.returncode == 1 and done.stdout == ""
     assert "not a whole bundle" in done.stderr and "Traceback" not in done.stderr
 
@@ -176,7 +161,7 @@ def test_missing_surplus_and_outside_files(copy: Path) -> None:
     resealed(copy, manifest)
     with pytest.raises(LlamaJaxError, match=r"'\.\./tokenizer.model'.*: the manifest is damaged"):
         open_bundle(copy)
-    assert run_isolated(copy).returncode == 1
+    assert run_jax(copy).returncode == 1
 
 
 def resealed(folder: Path, manifest: dict) -> None:
@@ -221,7 +206,7 @@ def test_a_newer_version_is_refused(copy: Path) -> None:
         LlamaJaxError, match="version 2: this release reads 'llamajax-bundle' version 1; a newer bundle"
     ):
         open_bundle(copy)
-    done = run_isolated(copy)
+    done = run_jax(copy)
     assert done.returncode == 1 and "version 2: this runner reads version 1" in done.stderr
 
 

@@ -4,32 +4,25 @@ import importlib.util
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import export.targets
 import llamajax
-from export.bundle import Bundle, standalone_runner, write
+from export.bundle import Bundle, write
 from export.stablehlo import PROFILES, Spec
 from export.targets import add_target
 from llamajax.errors import LlamaJaxError
-from llamajax.quantize import Rule, quantize
+from tests.isolated import run_isolated
 
 MODULES = ("iree.compiler", "iree.runtime")
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("iree") is None or not all(map(importlib.util.find_spec, MODULES)),
     reason="IREE is not installed: pip install iree-base-compiler iree-base-runtime",
 )
-RULES = (Rule(weights="*norm*", keep=True), Rule(weights="*", scheme="int4", group_size=8))
 SPEC = Spec(slots=96, buckets=(4, 16), programs=("score", "embed", "verify"), profile=PROFILES["unrolled"])
 IDS = [1, 5, 9, 300, 17, 42, 8]
-
-
-@pytest.fixture(scope="module")
-def tiny_int4(tiny_model) -> llamajax.Llama:
-    return quantize(tiny_model, RULES)
 
 
 @pytest.fixture(scope="module")
@@ -38,20 +31,14 @@ def bundle(tiny_int4, tiny_tokenizer, tmp_path_factory) -> Bundle:
     return add_target(write(tiny_int4, tiny_tokenizer, path, SPEC), "iree-cpu")
 
 
-def run(bundle: Bundle, folder: Path, *arguments: str) -> str:
-    """The runner, which sees neither jax nor this project."""
-    file = folder / "run_iree.py"
-    file.write_text(standalone_runner(file.name))
-    hidden = "sys.modules.update(llamajax=None, quant=None, export=None, jax=None)"
-    code = f"import runpy, sys; {hidden}; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-I", "-c", code, str(file), str(bundle.path), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def run(bundle: Bundle, *arguments: str, runner: str = "run_iree.py") -> str:
+    done = run_isolated(bundle.path, *arguments, runner=runner, hidden=("jax",))
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_golden_prompts_are_exact(bundle: Bundle, tmp_path: Path) -> None:
-    made = json.loads(run(bundle, tmp_path, "--golden"))
+def test_golden_prompts_are_exact(bundle: Bundle) -> None:
+    made = json.loads(run(bundle, "--golden"))
     assert len(made["prompts"]) == bundle.manifest["golden"]["prompts"]
     for prompt in made["prompts"]:
         assert prompt["exact"] and float(prompt["largest_logit_error"]) < 1e-4, prompt
@@ -61,7 +48,7 @@ def test_several_rows_and_a_bfloat16_cache(tiny_int4, tmp_path: Path) -> None:
     spec = Spec(batch=2, slots=32, buckets=(4,), cache_dtype="bfloat16", profile=PROFILES["unrolled"])
     bundle = add_target(write(tiny_int4, None, tmp_path / "tiny", spec), "iree-cpu")
     expected = llamajax.generate(tiny_int4, None, IDS, temperature=0, max_new_tokens=20, cache_dtype="bfloat16")
-    made = run(bundle, tmp_path, f"--ids={','.join(map(str, IDS))}", "--max_new_tokens=20")
+    made = run(bundle, f"--ids={','.join(map(str, IDS))}", "--max_new_tokens=20")
     assert [int(token) for token in made.split()] == expected.tokens
 
 

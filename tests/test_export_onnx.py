@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -11,11 +9,12 @@ import numpy as np
 import pytest
 
 import llamajax
-from export.bundle import Bundle, standalone_runner, write
+from export.bundle import Bundle, write
 from export.stablehlo import PROFILES, Spec
 from export.targets import add_target
 from llamajax.errors import LlamaJaxError
 from llamajax.quantize import Rule, quantize
+from tests.isolated import run_isolated
 
 pytestmark = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("onnx", "onnxruntime"))),
@@ -46,53 +45,47 @@ def bundle(tiny_int4, tiny_tokenizer, tmp_path_factory) -> Bundle:
     return add_target(write(tiny_int4, tiny_tokenizer, path, SPEC), "onnx")
 
 
-def run(bundle: Bundle, folder: Path, *arguments: str, runner: str = "run_onnx.py") -> str:
-    """The runner, which sees neither jax nor this project."""
-    file = folder / runner
-    file.write_text(standalone_runner(runner))
-    hidden = "sys.modules.update(llamajax=None, quant=None, export=None, jax=None)"
-    code = f"import runpy, sys; {hidden}; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-I", "-c", code, str(file), str(bundle.path), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def run(bundle: Bundle, *arguments: str, runner: str = "run_onnx.py") -> str:
+    done = run_isolated(bundle.path, *arguments, runner=runner, hidden=("jax",))
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def check_golden(bundle: Bundle, folder: Path, runner: str = "run_onnx.py") -> None:
-    made = json.loads(run(bundle, folder, "--golden", runner=runner))
+def check_golden(bundle: Bundle, runner: str = "run_onnx.py") -> None:
+    made = json.loads(run(bundle, "--golden", runner=runner))
     assert len(made["prompts"]) == bundle.manifest["golden"]["prompts"]
     for prompt in made["prompts"]:
         assert prompt["exact"] and float(prompt["largest_logit_error"]) < 1e-4, prompt
 
 
-def test_golden_prompts_are_exact(bundle: Bundle, tmp_path: Path) -> None:
-    check_golden(bundle, tmp_path)
+def test_golden_prompts_are_exact(bundle: Bundle) -> None:
+    check_golden(bundle)
 
 
-def test_openvino_reads_the_same_files(bundle: Bundle, tmp_path: Path) -> None:
+def test_openvino_reads_the_same_files(bundle: Bundle) -> None:
     if importlib.util.find_spec("openvino") is None:
         pytest.skip("OpenVINO is not installed: pip install openvino")
-    check_golden(bundle, tmp_path, "run_openvino.py")
+    check_golden(bundle, "run_openvino.py")
 
 
 @pytest.mark.parametrize("scheme", [scheme for scheme in RULES if scheme != "int4"])
 def test_other_schemes(scheme: str, tiny_model, tmp_path: Path) -> None:
     spec = Spec(slots=96, buckets=(16,), profile=PROFILES["unrolled"])
     bundle = add_target(write(quantize(tiny_model, RULES[scheme]), None, tmp_path / "tiny", spec), "onnx")
-    check_golden(bundle, tmp_path)
+    check_golden(bundle)
 
 
 def test_real_model(stories260k, tmp_path: Path) -> None:
     model = quantize(stories260k.model, "int4-g32")
     spec = Spec(slots=128, buckets=(16,), profile=PROFILES["unrolled"])
-    check_golden(add_target(write(model, stories260k.tokenizer, tmp_path / "stories", spec), "onnx"), tmp_path)
+    check_golden(add_target(write(model, stories260k.tokenizer, tmp_path / "stories", spec), "onnx"))
 
 
 def test_several_rows_and_a_float16_cache(tiny_int4, tmp_path: Path) -> None:
     spec = Spec(batch=2, slots=32, buckets=(4,), cache_dtype="float16", profile=PROFILES["unrolled"])
     bundle = add_target(write(tiny_int4, None, tmp_path / "tiny", spec), "onnx")
     expected = llamajax.generate(tiny_int4, None, IDS, temperature=0, max_new_tokens=20, cache_dtype="float16")
-    made = run(bundle, tmp_path, f"--ids={','.join(map(str, IDS))}", "--max_new_tokens=20")
+    made = run(bundle, f"--ids={','.join(map(str, IDS))}", "--max_new_tokens=20")
     assert [int(token) for token in made.split()] == expected.tokens
 
 

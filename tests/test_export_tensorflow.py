@@ -12,7 +12,6 @@ from export.bundle import Bundle, write
 from export.stablehlo import PROFILES, Spec
 from export.targets import SCRIPTS, add_target
 from llamajax.errors import LlamaJaxError
-from llamajax.quantize import Rule, quantize
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("tensorflow") is None, reason="tensorflow is not installed: it makes these targets"
@@ -20,13 +19,7 @@ pytestmark = pytest.mark.skipif(
 needs_litert = pytest.mark.skipif(
     importlib.util.find_spec("ai_edge_litert") is None, reason="ai-edge-litert is not installed: it runs this target"
 )
-RULES = (Rule(weights="*norm*", keep=True), Rule(weights="*", scheme="int4", group_size=8))
 IDS = [1, 5, 9, 300, 17, 42, 8]
-
-
-@pytest.fixture(scope="module")
-def tiny_int4(tiny_model) -> llamajax.Llama:
-    return quantize(tiny_model, RULES)
 
 
 @pytest.fixture(scope="module")
