@@ -263,14 +263,23 @@ def our_answers() -> Callable[[dict[str, Any]], float]:
 
 
 def our_start() -> Iterator[None]:
-    """A new process of ours; yields when the first token is there, and again behind the last."""
-    import llamajax
+    """A new process of ours, as `llamajax generate` is; yields when the first token is there, and behind the last."""
+    from concurrent.futures import ThreadPoolExecutor
 
-    model, _ = llamajax.load(Path(flags.FLAGS.folder, "llamajax"), dtype="float32")
-    model = llamajax.prepare(model, donate=True)
+    import jax
+
+    import llamajax
+    from llamajax.generate import TextStream
+
+    opened, backend = llamajax.open_checkpoint(Path(flags.FLAGS.folder, "llamajax")), jax.default_backend()
     prompt = list(range(3, 3 + _START_PROMPT))
     options = {"max_new_tokens": _START_TOKENS, "temperature": 0, "cache_dtype": flags.FLAGS.cache_dtype}
-    pieces = iter(llamajax.stream(model, None, prompt, **options))
+    stream = TextStream(opened.outcome("float32", backend), None, prompt, **options)
+    with ThreadPoolExecutor(1) as reader:
+        reading = reader.submit(opened.read, "float32", backend=backend)
+        stream.compile()
+        stream.model = reading.result()
+    pieces = iter(stream)
     next(pieces)
     yield
     for _ in pieces:

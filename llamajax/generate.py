@@ -212,6 +212,7 @@ class TextStream:
     """One request, running while it is iterated over.
 
     Attributes:
+        model: what runs. Its leaves may be abstract (`jax.ShapeDtypeStruct`) until the iteration begins, for `compile`.
         completions: one a row; complete once the iteration has ended.
         speed: what it took so far.
         single: whether one prompt was given rather than a list.
@@ -238,7 +239,7 @@ class TextStream:
         """Checks and encodes; nothing runs yet.
 
         Args:
-            model: the model.
+            model: the model, or its shapes: see the attribute.
             tokenizer: its tokenizer, or None (see `generate`).
             prompts: see `generate`.
             max_new_tokens: most new tokens a row; 512, or as many as the context still holds, unless given.
@@ -257,7 +258,7 @@ class TextStream:
             smooth: whether text should come every 50 ms rather than 64 tokens at a time.
         """
         self.single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
-        self._model, self._tokenizer, self._smooth = model, tokenizer, smooth
+        self.model, self._tokenizer, self._smooth = model, tokenizer, smooth
         self._prompts = encode_prompts(tokenizer, [prompts] if self.single else list(prompts), model.config)  # type: ignore
         self._limit = new_token_limit(self._prompts, max_new_tokens, model.config)
         self._sampler = make_sampler(
@@ -270,6 +271,9 @@ class TextStream:
         self._cache_dtype = check_cache_dtype(model.dtype if cache_dtype is None else cache_dtype)
         stops = stop_strings(stop, tokenizer)
         self._rows = [Row(prompt, tokenizer, stops) for prompt in self._prompts]
+        self._stop_M = jax.device_put(np.asarray(tokenizer.stop_ids if tokenizer else (), np.int32))
+        self._length = max(len(prompt) for prompt in self._prompts) - 1  # to prefill
+        self._compiled_before: tuple[int, float] | None = None
         self.speed = Speed()
 
     @property
@@ -277,15 +281,26 @@ class TextStream:
         """Results so far, in the order of the prompts."""
         return [row.completion() for row in self._rows]
 
+    def compile(self) -> None:
+        """Makes the programs of this request ready: while the weights are still being read, say.
+
+        Without, each is when it is first used.
+        """
+        self._count_compilations()
+        cache = jax.eval_shape(self._empty_cache)
+        for chunk in sorted(set(plan_chunks(self._length))):
+            compiled_prefill.compile(self.model, *_chunk(self._prompts, 0, chunk), cache)
+        self._program.compile(self.model, *self._arguments(self._first_state(cache), 1))
+
     def __iter__(self) -> Iterator[Any]:
         """Runs the request; each item is the text that has become certain: a string, or a list of one a row."""
+        self._count_compilations()
         state = self._start()
-        stop_M = jnp.asarray(self._tokenizer.stop_ids if self._tokenizer else (), jnp.int32)
         block = 1 if self._smooth else DECODE_BLOCK
         while not all(row.finish_reason for row in self._rows):
             start = time.perf_counter()
             before = self._program.compile_seconds
-            state, tokens, log_probabilities, made_B, step_B = self._decode(state, stop_M, block)
+            state, tokens, log_probabilities, made_B, step_B = self._decode(state, block)
             seconds = time.perf_counter() - start - (self._program.compile_seconds - before)
             pieces = [
                 row.take(tokens[i, :made], log_probabilities[i, :made], len(row.tokens) + made == self._limit)
@@ -297,37 +312,42 @@ class TextStream:
             yield pieces[0][0] if self.single else [text for text, _ in pieces]
 
     def _decode(
-        self, state: DecodeState | LookupState, stop_M: jax.Array, block: int
+        self, state: DecodeState | LookupState, block: int
     ) -> tuple[DecodeState | LookupState, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """One call of the decode program, of up to `block` forward passes.
 
         Returns:
             The state behind it; tokens and log-probabilities, [B, M]; how many of M each row made; in how many passes.
         """
-        left_B = np.asarray([0 if row.finish_reason else self._limit - len(row.tokens) for row in self._rows], np.int32)
+        state, *made = self._program(self.model, *self._arguments(state, block))
         if isinstance(state, LookupState):
-            state = dataclasses.replace(state, left_B=jnp.asarray(left_B))
-            state, *made = compiled_lookup(self._model, state, stop_M, jnp.asarray(block, jnp.int32))
             tokens, log_probabilities, made_B, step_B = (np.asarray(array) for array in made)
             return state, tokens, log_probabilities, made_B, step_B
-        state = dataclasses.replace(state, done_B=jnp.asarray(left_B == 0))
-        limit = jnp.asarray(min(block, left_B.max()), jnp.int32)
-        state, token_BM, log_probability_BM, steps = compiled_decode(self._model, state, self._sampler, stop_M, limit)
-        step_B = np.full(len(left_B), int(steps))
+        token_BM, log_probability_BM, steps = made
+        step_B = np.full(len(self._rows), int(steps))
         return state, np.asarray(token_BM), np.asarray(log_probability_BM), step_B, step_B
+
+    def _arguments(self, state: DecodeState | LookupState, block: int) -> tuple[Any, ...]:
+        """What the decode program takes behind the model, for up to `block` forward passes."""
+        left_B = np.asarray([0 if row.finish_reason else self._limit - len(row.tokens) for row in self._rows], np.int32)
+        if isinstance(state, LookupState):
+            state = dataclasses.replace(state, left_B=jax.device_put(left_B))
+            return state, self._stop_M, jax.device_put(np.int32(block))
+        state = dataclasses.replace(state, done_B=jax.device_put(left_B == 0))
+        return state, self._sampler, self._stop_M, jax.device_put(np.int32(min(block, left_B.max())))
+
+    def _empty_cache(self) -> KVCache:
+        """The cache of this request."""
+        room = max(sum(plan_chunks(self._length)), self._length + self._limit + slots_beyond(self._drafts))
+        return empty_cache(self.model.config, len(self._prompts), _round_up(room, SLOT_MULTIPLE), self._cache_dtype)
 
     def _start(self) -> DecodeState | LookupState:
         """Prefills all but the last token of each prompt."""
-        model, B = self._model, len(self._prompts)
-        length = max(len(prompt) for prompt in self._prompts) - 1
-        chunks = plan_chunks(length)
-        slots = _round_up(max(sum(chunks), length + self._limit + slots_beyond(self._drafts)), SLOT_MULTIPLE)
-        cache = empty_cache(model.config, B, slots, self._cache_dtype)
+        model, cache = self.model, self._empty_cache()
         self.speed.step_bytes = _tree_bytes(model) + _tree_bytes(cache)
         if not model.config.tied_embeddings:
             self.speed.step_bytes -= _tree_bytes(model.embed_VD)  # of which only B rows are read
-        self._compilations = compiled_prefill.compilations + self._program.compilations
-        self._compile_seconds = compiled_prefill.compile_seconds + self._program.compile_seconds
+        chunks = plan_chunks(self._length)
         start, before, first = time.perf_counter(), compiled_prefill.compile_seconds, 0
         for chunk in chunks:
             tokens_BT, count_B = _chunk(self._prompts, first, chunk)
@@ -339,25 +359,36 @@ class TextStream:
         if chunks:
             compiling = compiled_prefill.compile_seconds - before
             self.speed.prefill_seconds = time.perf_counter() - start - compiling
+        return self._first_state(cache)
+
+    def _first_state(self, cache: KVCache) -> DecodeState | LookupState:
+        """The state behind the prefill."""
         if self._drafts:
             return LookupState.start(cache, self._prompts, self._drafts)
         seen_BV = None
         if self._sampler.repetition_penalty is not None:
-            seen = np.zeros((B, model.config.vocab_size), bool)
+            seen = np.zeros((len(self._prompts), self.model.config.vocab_size), bool)
             for row, prompt in enumerate(self._prompts):
                 seen[row, prompt] = True
-            seen_BV = jnp.asarray(seen)
-        last_B = jnp.asarray([prompt[-1] for prompt in self._prompts], jnp.int32)
-        return DecodeState(cache, last_B, self._key_B, jnp.zeros(B, bool), seen_BV)
+            seen_BV = jax.device_put(seen)
+        last_B = jax.device_put(np.asarray([prompt[-1] for prompt in self._prompts], np.int32))
+        return DecodeState(cache, last_B, self._key_B, jax.device_put(np.zeros(len(last_B), bool)), seen_BV)
+
+    def _count_compilations(self) -> None:
+        """Remembers what had been compiled before this request, once."""
+        compiled = compiled_prefill.compilations + self._program.compilations
+        seconds = compiled_prefill.compile_seconds + self._program.compile_seconds
+        self._compiled_before = self._compiled_before or (compiled, seconds)
 
     def _account(self, step_B: np.ndarray, seconds: float, tokens: int) -> None:
         self.speed.decode_steps += int(step_B.max())
         self.speed.row_steps += int(step_B.sum()) if self._drafts else 0
         self.speed.decode_seconds += seconds
         self.speed.decode_tokens += tokens
-        self.speed.compilations = compiled_prefill.compilations + self._program.compilations - self._compilations
+        before, seconds_before = self._compiled_before or (0, 0.0)
+        self.speed.compilations = compiled_prefill.compilations + self._program.compilations - before
         compile_seconds = compiled_prefill.compile_seconds + self._program.compile_seconds
-        self.speed.compile_seconds = compile_seconds - self._compile_seconds
+        self.speed.compile_seconds = compile_seconds - seconds_before
 
 
 def plan_chunks(length: int) -> list[int]:
@@ -382,7 +413,7 @@ def _chunk(prompts: list[list[int]], first: int, size: int) -> tuple[jax.Array, 
         part = prompt[:-1][first : first + size]
         tokens_BT[row, : len(part)] = part
         count_B[row] = len(part)
-    return jnp.asarray(tokens_BT), jnp.asarray(count_B)
+    return jax.device_put(tokens_BT), jax.device_put(count_B)
 
 
 def _tree_bytes(tree: Any) -> int:

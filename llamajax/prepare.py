@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 
+from llamajax.config import Config
 from llamajax.model import Llama
 from quant import LayerRuns, QTensor
 from quant import prepare as prepare_weight
@@ -27,9 +28,13 @@ def prepare(model: Llama, backend: str | None = None, *, donate: bool = False) -
     backend = backend or jax.default_backend()
 
     def one(path: tuple[Any, ...], leaf: Any) -> Any:
-        looked_up = model.head_VD is not None and "embed_VD" in jax.tree_util.keystr(path)
-        if looked_up or not isinstance(leaf, QTensor | LayerRuns):
+        if only_looked_up(jax.tree_util.keystr(path), model.config):
             return leaf
         return prepare_weight(leaf, backend, donate=donate)
 
     return jax.tree_util.tree_map_with_path(one, model, is_leaf=lambda node: isinstance(node, QTensor | LayerRuns))
+
+
+def only_looked_up(name: str, config: Config) -> bool:
+    """Whether a weight is an embedding table that serves as no head, and so is multiplied with nothing."""
+    return "embed_VD" in name and not config.tied_embeddings

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llamajax.config import Config
@@ -158,7 +157,7 @@ def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
     for value in seeds:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 32:
             raise LlamaJaxError(f"seed is {value!r}: expected a whole number from 0 to {(1 << 32) - 1}")
-    return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+    return jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
 
 
 def stop_strings(stop: str | Sequence[str] | None, tokenizer: Tokenizer | None) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llamajax.errors import LlamaJaxError
 
@@ -87,7 +88,7 @@ def _checked(name, value, low, high, expected, *, open_low=False):
         numeric = isinstance(number, numbers.Integral if whole else numbers.Real) and not isinstance(number, bool)
         if not numeric or not low <= number <= min(high, _LARGEST) or (open_low and number == low):
             raise LlamaJaxError(f"{name} is {number!r}: expected {expected}")
-    return jnp.asarray(value, jnp.int32 if whole else jnp.float32)
+    return jax.device_put(np.asarray(value, np.int32 if whole else np.float32))
 
 
 def _as_list(value):

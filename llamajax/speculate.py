@@ -63,7 +63,7 @@ class LookupState:
         history_BS = np.zeros((len(prompts), cache.slots), np.int32)
         for row, prompt in enumerate(prompts):
             history_BS[row, : len(prompt)] = prompt
-        return cls(cache, jnp.asarray(history_BS), jnp.zeros(len(prompts), jnp.int32), drafts)
+        return cls(cache, jax.device_put(history_BS), jax.device_put(np.zeros(len(prompts), np.int32)), drafts)
 
 
 def slots_beyond(drafts: int) -> int:

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from llamajax.checkpoint.naming import STACKED, Place, aligned_empty, model_from, named_leaves
+from llamajax.checkpoint.naming import STACKED, Place, model_from, named_leaves
 from llamajax.config import Config
 from llamajax.model import Llama, abstract_model
-from quant import LayerRuns
+from quant import LayerRuns, aligned_empty
 from quant.recipe import Rule
 
 

@@ -1,9 +1,11 @@
 """From the format at rest to the layout that a backend multiplies with, once, when a model is loaded."""
 
+import math
 import types
 from typing import Any
 
 import jax
+import numpy as np
 
 from quant.kernels import cpu
 from quant.qtensor import QTensor
@@ -11,6 +13,7 @@ from quant.runs import LayerRuns
 
 # Those with a layout of their own.
 BACKENDS = ("cpu", "gpu", "tpu")
+_ALIGNMENT = 64  # bytes
 
 
 def prepare(weight: Any, backend: str, *, donate: bool = False) -> Any:
@@ -29,11 +32,16 @@ def prepare(weight: Any, backend: str, *, donate: bool = False) -> Any:
         return LayerRuns(tuple(prepare(part, backend, donate=donate) for part in weight.parts))
     if not isinstance(weight, QTensor) or refusal(weight, backend):
         return weight
-    laid_out = jax.block_until_ready(jax.jit(_lowering(backend).layout)(weight))
+    arrays = jax.tree.leaves(weight)
+    if backend == "cpu" and all(isinstance(array, jax.Array) and _is_on_a_cpu(array) for array in arrays):
+        views = cpu.layout(jax.tree.map(np.asarray, weight), np)
+        laid_out = jax.device_put(jax.tree.map(_copy, views), arrays[0].sharding)
+    else:
+        laid_out = jax.block_until_ready(jax.jit(_lowering(backend).layout)(weight))
     if donate:
         # What the layout has as it was, jax returns as the same array.
         kept = {id(array) for array in jax.tree.leaves(laid_out)}
-        for array in jax.tree.leaves(weight):
+        for array in arrays:
             if id(array) not in kept:
                 array.delete()
     return laid_out
@@ -52,6 +60,28 @@ def refusal(weight: QTensor, backend: str) -> str | None:
 def compiler_options(backend: str) -> dict[str, str | bool]:
     """What to compile programs with prepared weights with: `compiler_options` of `jax.jit`, or of `compile`."""
     return dict(cpu.COMPILER_OPTIONS) if backend == "cpu" else {}
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Memory for an array at an address that XLA on a CPU accepts, so that it uses the buffer instead of a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _copy(view: np.ndarray) -> np.ndarray:
+    """A copy of a view, in memory that NumPy asked for: in huge pages, where the system has them, unlike XLA's.
+
+    NumPy on one core lays out faster than XLA on two: most of the time is the system's, which has to find the pages.
+    """
+    array = aligned_empty(view.shape, view.dtype)
+    array[...] = view
+    return array
+
+
+def _is_on_a_cpu(array: jax.Array) -> bool:
+    return not isinstance(array, jax.core.Tracer) and all(device.platform == "cpu" for device in array.devices())
 
 
 def _lowering(backend: str) -> types.ModuleType:

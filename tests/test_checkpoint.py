@@ -22,6 +22,7 @@ import llamajax
 from llamajax import LlamaJaxError, Tokenizer, open_checkpoint, save_checkpoint
 from llamajax.checkpoint import home, huggingface
 from llamajax.checkpoint.naming import named_leaves
+from quant.kernels.cpu import TiledWeight
 
 ROOT = Path(__file__).parents[1]
 
@@ -87,6 +88,23 @@ def test_dtype_and_host_while_reading(saved: Path, tiny_model: llamajax.Llama) -
     assert _same_bits(host, tiny_model)
 
 
+def test_reading_into_a_backends_layout(tiny_int4: llamajax.Llama, tmp_path: Path) -> None:
+    """What is read for a backend is what is read, then prepared; `outcome` knows its shapes before."""
+    save_checkpoint(tiny_int4, tmp_path / "packed")
+    opened = open_checkpoint(tmp_path / "packed")
+    prepared = llamajax.prepare(opened.read(), "cpu")
+    direct, _ = llamajax.load(tmp_path / "packed", backend="cpu")
+    assert isinstance(direct.layers.ffn.up_DF.get_value(), TiledWeight)
+    assert not isinstance(direct.embed_VD.get_value(), TiledWeight)  # looked up, not multiplied with
+    assert jax.tree.structure(direct) == jax.tree.structure(prepared) and _same_bits(direct, prepared)
+    for dtype in (None, "bfloat16"):
+        expected = opened.read(dtype, backend="cpu")
+        outcome = opened.outcome(dtype, "cpu")
+        assert jax.tree.structure(outcome) == jax.tree.structure(expected)
+        for shape, array in zip(jax.tree.leaves(outcome), jax.tree.leaves(expected), strict=True):
+            assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
+
+
 def test_tokenizer_option(saved: Path, tmp_path: Path, tiny_model: llamajax.Llama, tiny_tokenizer: Tokenizer) -> None:
     save_checkpoint(tiny_model, tmp_path / "bare")
     assert llamajax.load(tmp_path / "bare")[1] is None
@@ -103,6 +121,7 @@ import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 import llamajax
 from llamajax.checkpoint.naming import named_leaves
+from quant.kernels.cpu import TiledWeight
 assert len(jax.devices()) == 4
 mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 opened = llamajax.open_checkpoint(sys.argv[1])
@@ -198,6 +217,7 @@ from pathlib import Path
 import numpy as np
 import llamajax
 from llamajax.checkpoint.naming import named_leaves
+from quant.kernels.cpu import TiledWeight
 read = lambda: named_leaves(llamajax.open_checkpoint(sys.argv[1]).read(shardings="host"))
 whole = read()
 for file in sorted(path for path in Path(sys.argv[1], "weights").rglob("*") if path.is_file()):

@@ -203,9 +203,10 @@ def test_plan_chunks(length: int) -> None:
 
 
 @pytest.fixture
-def backend_compilations():
-    """Programs that XLA compiled meanwhile, as JAX itself counts them."""
+def backend_compilations(monkeypatch: pytest.MonkeyPatch):
+    """Programs that XLA compiled meanwhile, as JAX itself counts them; none is taken from an earlier run of tests."""
     seen: list[str] = []
+    monkeypatch.setattr("llamajax.compilation._program_file", lambda description: None)
     jax.monitoring.register_event_duration_secs_listener(lambda name, *args, **kwargs: seen.append(name))
     return lambda: sum("backend_compile" in name for name in seen)
 
@@ -231,6 +232,13 @@ def test_number_of_programs(tiny_model: Llama, tiny_tokenizer: Tokenizer, backen
     assert backend_compilations() == before
     assert compiled([1] * 34, max_new_tokens=3) == 1  # the next bucket: a prefill program
     assert compiled([1] * 34, max_new_tokens=3, temperature=0) == 1  # greedy: a decode program
+    ahead = stream(jax.eval_shape(lambda: model), None, [1] * 9, max_new_tokens=3, top_k=2)
+    ahead.compile()
+    ahead.model = model
+    before = backend_compilations()
+    assert len(list(ahead)) > 0 and len(ahead.completions[0].tokens) == 3
+    assert ahead.speed.compilations == 1 and ahead.speed.compile_seconds > 0  # with top_k: a decode program
+    assert backend_compilations() == before
     assert compiled([1]) == 1  # room for the 512 tokens that are made where no number is named
     assert len(generate(model, None, [1], seed=8).tokens) == 512
 

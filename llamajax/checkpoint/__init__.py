@@ -23,7 +23,6 @@ from llamajax.checkpoint import home, huggingface, llama2c
 from llamajax.checkpoint.naming import (
     Place,
     Source,
-    aligned_empty,
     is_quantized,
     named_leaves,
     named_weights,
@@ -33,8 +32,10 @@ from llamajax.checkpoint.naming import (
 from llamajax.config import Config, preset_names
 from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama, abstract_model
+from llamajax.prepare import only_looked_up, prepare
 from llamajax.tokenizer import Tokenizer
-from quant import QTensor
+from quant import QTensor, aligned_empty
+from quant import prepare as prepare_weight
 from quant.kernels import Layout
 
 BOX = "box"
@@ -51,10 +52,10 @@ class Opened:
         config: the architecture.
         abstract: `Llama` with `jax.ShapeDtypeStruct` leaves, as stored.
         tokenizer_bytes: the sentencepiece model that came with it, or None.
-        read: reads the weights: `read(dtype=None, shardings=None, on_tensor=…) -> Llama`. `dtype` converts floats
-            while reading; `shardings` is one `jax.sharding.Sharding` or a tree of them shaped like the model, the first
-            device unless given, or "host" for leaves that stay NumPy arrays; `on_tensor` is called with (tensors read,
-            tensors in all).
+        read: reads the weights: `read(dtype=None, shardings=None, on_tensor=…, backend=None) -> Llama`. `dtype`
+            converts floats while reading; `shardings` is one `jax.sharding.Sharding` or a tree of them shaped like the
+            model, the first device unless given, or "host" for leaves that stay NumPy arrays; `on_tensor` is called
+            with (tensors read, tensors in all); `backend` lays quantized weights out as they come (`load`).
         read_weight: reads one weight, of one layer: `read_weight(Place) -> np.ndarray`, as stored. Not for quantized
             checkpoints.
     """
@@ -66,6 +67,15 @@ class Opened:
     tokenizer_bytes: bytes | None
     read: Callable[..., Llama]
     read_weight: Callable[[Place], np.ndarray]
+
+    def outcome(self, dtype: jax.typing.DTypeLike | None = None, backend: str | None = None) -> Llama:
+        """What `read` will give for these arguments, with `jax.ShapeDtypeStruct` leaves: to compile for meanwhile."""
+
+        def finish(model: Llama) -> Llama:
+            model = _in_dtype(model, dtype)
+            return model if backend is None else prepare(model, backend)
+
+        return jax.eval_shape(finish, self.abstract)
 
 
 def resolve(name: str | Path) -> Path:
@@ -102,7 +112,9 @@ def open_checkpoint(name: str | Path) -> Opened:
             config,
             abstract,
             home.read_tokenizer(path, manifest),
-            lambda dtype=None, shardings=None, on_tensor=_ignore: _restore(path, dtype, shardings, on_tensor),
+            lambda dtype=None, shardings=None, on_tensor=_ignore, backend=None: _restore(
+                path, config, dtype, shardings, on_tensor, backend
+            ),
             _checked(path, abstract, lambda place: home.read_weight(path, abstract, place)),
         )
     for reader in (huggingface, llama2c):
@@ -120,7 +132,10 @@ def _opened(path: Path, source: Source) -> Opened:
         source.config,
         abstract,
         source.tokenizer_bytes or _tokenizer_beside(path),
-        lambda dtype=None, shardings=None, on_tensor=_ignore: _assemble(source, dtype, shardings, on_tensor),
+        # No format but ours holds weights that there is a layout for.
+        lambda dtype=None, shardings=None, on_tensor=_ignore, backend=None: _assemble(
+            source, dtype, shardings, on_tensor
+        ),
         source.read,
     )
 
@@ -137,6 +152,7 @@ def load(
     tokenizer: str | Path | None = None,
     dtype: jax.typing.DTypeLike | None = None,
     shardings: Any = None,
+    backend: str | None = None,
 ) -> tuple[Llama, Tokenizer | None]:
     """Loads a model and its tokenizer.
 
@@ -146,6 +162,8 @@ def load(
         dtype: of the weights, for example `jax.numpy.float32`; as stored unless given.
         shardings: where the weights go: one `jax.sharding.Sharding` or a tree of them shaped like the model; the first
             device unless given.
+        backend: lays quantized weights out for this backend, such as `jax.default_backend()`, each as soon as it has
+            been read: the same as `prepare` of the loaded model, sooner, and with less memory on the way.
 
     Returns:
         The model, and the tokenizer, which is None if none came with the checkpoint and none was named.
@@ -154,7 +172,7 @@ def load(
         LlamaJaxError: for anything wrong with the files.
     """
     opened = open_checkpoint(name)
-    return opened.read(dtype, shardings), read_tokenizer(opened, tokenizer)
+    return opened.read(dtype, shardings, backend=backend), read_tokenizer(opened, tokenizer)
 
 
 def read_tokenizer(opened: Opened, path: str | Path | None = None) -> Tokenizer | None:
@@ -275,17 +293,30 @@ def _checked(path: Path, abstract: Llama, read: Callable[[Place], np.ndarray]) -
     return checked
 
 
-def _restore(path: Path, dtype: Any, shardings: Any, on_tensor: Callable[[int, int], None]) -> Llama:
-    """A checkpoint of ours, checked, in another dtype if one is asked for."""
-    model = home.restore(path, shardings, on_tensor)
-    for name, leaf in named_leaves(model).items():
-        if jnp.issubdtype(leaf.dtype, jnp.floating) and not _is_finite(leaf):
-            raise LlamaJaxError(f"{path}: {name} holds NaN or infinity: the weights are damaged")
-    if dtype is not None:
-        # What is quantized stays as it is: `dtype` is that of the floats, and so of the activations.
-        convert = lambda weight: weight if isinstance(weight, QTensor) else weight.astype(dtype)  # noqa: E731
-        model = jax.tree.map(convert, model, is_leaf=lambda node: isinstance(node, QTensor))
-    return model
+def _restore(
+    path: Path, config: Config, dtype: Any, shardings: Any, on_tensor: Callable[[int, int], None], backend: str | None
+) -> Llama:
+    """A checkpoint of ours, checked, in another dtype if one is asked for, laid out for a backend if one is named."""
+
+    def finish(name: str, weight: Any) -> Any:
+        for part, leaf in named_leaves(weight).items():
+            if jnp.issubdtype(leaf.dtype, jnp.floating) and not _is_finite(leaf):
+                place = f"{name}.{part}" if part else name
+                raise LlamaJaxError(f"{path}: {place} holds NaN or infinity: the weights are damaged")
+        weight = _in_dtype(weight, dtype)
+        if backend is None or only_looked_up(name, config):
+            return weight
+        return prepare_weight(weight, backend, donate=True)
+
+    return home.restore(path, shardings, on_tensor, finish)
+
+
+def _in_dtype(tree: Any, dtype: jax.typing.DTypeLike | None) -> Any:
+    """With floats in another dtype. What is quantized stays as it is."""
+    if dtype is None:
+        return tree
+    convert = lambda leaf: leaf if isinstance(leaf, QTensor) else leaf.astype(dtype)  # noqa: E731
+    return jax.tree.map(convert, tree, is_leaf=lambda node: isinstance(node, QTensor))
 
 
 def _is_finite(leaf: jax.Array | np.ndarray) -> bool:

@@ -16,12 +16,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
+import tensorstore
 
 from llamajax.checkpoint.naming import (
     STACKED,
     Place,
-    aligned_empty,
+    model_from,
     named_leaves,
     named_weights,
     place,
@@ -30,7 +30,7 @@ from llamajax.checkpoint.naming import (
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama, abstract_model
-from quant import LayerRuns, QTensor, Scheme, split_runs
+from quant import LayerRuns, QTensor, Scheme, aligned_empty, split_runs
 
 FORMAT = "llamajax"
 VERSION = 1
@@ -150,32 +150,35 @@ def abstract_weight(entry: Mapping[str, Any], level: int = 0) -> Any:
 
 
 def restore(
-    path: Path, shardings: Any = None, on_tensor: Callable[[int, int], None] = lambda done, total: None
+    path: Path,
+    shardings: Any = None,
+    on_tensor: Callable[[int, int], None] = lambda done, total: None,
+    finish: Callable[[str, Any], Any] = lambda name, weight: weight,
 ) -> Llama:
-    """Reads the weights, one leaf of the model at a time.
+    """Reads the weights, one at a time.
 
     Args:
         path: the folder.
         shardings: a pytree of `jax.sharding.Sharding` shaped like the model, or one sharding for every leaf; the first
             device unless given; "host" for NumPy arrays.
-        on_tensor: called with (leaves read, leaves in all).
+        on_tensor: called with (weights read, weights in all).
+        finish: called with the name of each weight (`named_weights`) and the weight as soon as it has been read; what
+            it returns stands in the weight's place.
 
     Raises:
         LlamaJaxError: for damaged or missing weights.
     """
-    _, tree, _ = open_abstract(path)
-    leaves = named_leaves(tree)
+    config, tree, _ = open_abstract(path)
     where = placements(tree, shardings)
-    restored = []
-    try:
-        with ocp.Checkpointer(_handler()) as checkpointer:
-            for name, leaf in leaves.items():
-                array = _restore_leaf(checkpointer, path / "weights", name, leaf)
-                restored.append(place(array, where[name]))
-                on_tensor(len(restored), len(leaves))
-    except Exception as error:  # Orbax and TensorStore raise many types for damaged files; all mean the same here.
-        raise _cannot_restore(path, error) from error
-    return jax.tree.unflatten(jax.tree.structure(tree), restored)
+    weights = named_weights(tree)
+    restored: dict[str, Any] = {}
+    for name, weight in weights.items():
+        leaves = {f"{name}.{part}" if part else name: leaf for part, leaf in named_leaves(weight).items()}
+        arrays = [place(_read_leaf(path, part, leaf), where[part]) for part, leaf in leaves.items()]
+        restored[name] = finish(name, jax.tree.unflatten(jax.tree.structure(weight), arrays))
+        del arrays  # not held while the next are read, where `finish` made something else of them
+        on_tensor(len(restored), len(weights))
+    return model_from(restored, config)
 
 
 def read_weight(path: Path, abstract: Llama, where: Place) -> np.ndarray:
@@ -186,42 +189,46 @@ def read_weight(path: Path, abstract: Llama, where: Place) -> np.ndarray:
     """
     leaf = named_weights(abstract)[where.name]
     stored = _stored_names(where.name, leaf.shape)[where.layer or 0]
-    shape = leaf.shape if where.layer is None else leaf.shape[1:]
-    try:
-        with ocp.Checkpointer(_handler()) as checkpointer:
-            return _restore_arrays(checkpointer, path / "weights", [stored], shape, leaf.dtype)[0]
-    except Exception as error:  # as in `restore`
-        raise _cannot_restore(path, error) from error
+    return _read_arrays(path, [stored], leaf.shape if where.layer is None else leaf.shape[1:], leaf.dtype)[0]
 
 
-def _cannot_restore(path: Path, error: Exception) -> LlamaJaxError:
-    return LlamaJaxError(f"{path}/weights: cannot be restored, damaged or incomplete ({_first_line(error)})")
-
-
-def _restore_leaf(checkpointer: ocp.Checkpointer, folder: Path, name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+def _read_leaf(path: Path, name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
     """One leaf of the model: its layers are stored one by one and stacked here."""
-    if name.startswith(STACKED) and len(list(folder.glob(f"{STACKED}*"))) < leaf.shape[0]:
-        raise LlamaJaxError(f"{name} has {leaf.shape[0]} layers in the manifest, but fewer are stored")
-    stacked = name.startswith(STACKED)
-    shape = leaf.shape[1:] if stacked else leaf.shape
-    parts = _restore_arrays(checkpointer, folder, _stored_names(name, leaf.shape), shape, leaf.dtype)
-    array = aligned_empty(leaf.shape, leaf.dtype)
-    for layer in reversed(range(len(parts))):
-        array[layer if stacked else ...] = parts.pop()  # a stack and its layers, never both whole
-    return array
+    if not name.startswith(STACKED):
+        return _read_arrays(path, [name], leaf.shape, leaf.dtype)[0]
+    if len(list((path / "weights").glob(f"{STACKED}*"))) < leaf.shape[0]:
+        raise _cannot_restore(path, f"{name} has {leaf.shape[0]} layers in the manifest, but fewer are stored")
+    return _read_arrays(path, _stored_names(name, leaf.shape), leaf.shape[1:], leaf.dtype)
 
 
-def _restore_arrays(
-    checkpointer: ocp.Checkpointer, folder: Path, stored: list[str], shape: tuple[int, ...], dtype: Any
-) -> list[np.ndarray]:
-    """Arrays of one shape and dtype, by the names that they are stored under."""
-    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    target = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=host) for name in stored}
-    arguments = ocp.args.PyTreeRestore(
-        target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
-    )
-    restored = checkpointer.restore(folder.absolute(), args=arguments)
-    return [np.asarray(restored.pop(name)) for name in stored]
+def _read_arrays(path: Path, stored: list[str], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Arrays of one shape and dtype as one, [len(stored), *shape], by the names that they are stored under.
+
+    By TensorStore, which Orbax reads with too: Orbax makes arrays of its own, to be copied once more.
+    """
+    try:
+        opening = []
+        for name in stored:
+            files = {"driver": "file", "path": str((path / "weights" / name).absolute())}
+            spec = {"driver": "zarr3", "kvstore": files, "fill_missing_data_reads": False}
+            opening.append(tensorstore.open(spec, open=True, read=True))
+        sources = [future.result() for future in opening]
+        for name, source in zip(stored, sources, strict=True):
+            if source.shape != shape or source.dtype != dtype:
+                raise ValueError(
+                    f"{name} has shape {source.shape} and dtype {source.dtype.name}; in the manifest {shape}, {dtype}"
+                )
+        arrays = aligned_empty((len(stored), *shape), dtype)
+        reading = [tensorstore.array(part).write(source) for part, source in zip(arrays, sources, strict=True)]
+        for future in reading:
+            future.result()
+    except Exception as error:  # TensorStore raises many types for damaged files; all mean the same here.
+        raise _cannot_restore(path, _first_line(error)) from error
+    return arrays
+
+
+def _cannot_restore(path: Path, why: str) -> LlamaJaxError:
+    return LlamaJaxError(f"{path}/weights: cannot be restored, damaged or incomplete ({why})")
 
 
 def _stored_names(name: str, shape: tuple[int, ...]) -> list[str]:
@@ -233,6 +240,8 @@ def _stored_names(name: str, shape: tuple[int, ...]) -> list[str]:
 
 def save(model: Llama, path: Path, tokenizer_bytes: bytes | None, source: str) -> None:
     """Writes a checkpoint into `path`, which must exist, empty. The manifest comes last: without it nothing loads."""
+    import orbax.checkpoint as ocp  # here, because it takes 0.3 s, and reading does without
+
     # NumPy arrays would be copied by Orbax; as arrays on the CPU they are used where they are.
     host = jax.local_devices(backend="cpu")[0]
     arrays = {}
@@ -244,7 +253,14 @@ def save(model: Llama, path: Path, tokenizer_bytes: bytes | None, source: str) -
     arguments = ocp.args.PyTreeSave(
         arrays, save_args={name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in arrays}
     )
-    handler = _handler(max(array.nbytes for array in arrays.values()) + 1)
+    # Plain Zarr files in chunks: Orbax's default (OCDBT) holds all that it writes in memory until the end. What is
+    # being written at once is bounded, but must be more than the largest leaf has.
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False,
+        use_zarr3=True,
+        use_compression=False,
+        save_concurrent_gb=(max(array.nbytes for array in arrays.values()) + 1) / 1e9,
+    )
     with _quiet(), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save((path / "weights").absolute(), args=arguments)
     if tokenizer_bytes is not None:
@@ -258,17 +274,6 @@ def save(model: Llama, path: Path, tokenizer_bytes: bytes | None, source: str) -
         "weights": {name: describe(weight) for name, weight in named_weights(model).items()},
     }
     (path / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-
-
-def _handler(concurrent_bytes: int | None = None) -> ocp.PyTreeCheckpointHandler:
-    """Plain Zarr files in chunks: Orbax's default (OCDBT) holds all that it writes in memory until the end.
-
-    `concurrent_bytes` bounds what is being written at once; it must be more than the largest leaf has.
-    """
-    gigabytes: Any = concurrent_bytes and concurrent_bytes / 1e9
-    return ocp.PyTreeCheckpointHandler(
-        use_ocdbt=False, use_zarr3=True, use_compression=False, save_concurrent_gb=gigabytes
-    )
 
 
 @contextlib.contextmanager

@@ -16,7 +16,6 @@ from llamajax.model import Llama, abstract_model
 from quant import LayerRuns, QTensor
 
 STACKED = "layers."
-_ALIGNMENT = 64  # bytes
 
 
 class Place(NamedTuple):
@@ -116,11 +115,3 @@ def halves_from_pairs(matrix: np.ndarray, head_size: int) -> np.ndarray:
     """
     heads = matrix.reshape(-1, head_size // 2, 2, matrix.shape[-1])
     return heads.swapaxes(1, 2).reshape(matrix.shape)
-
-
-def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Memory for an array at an address that XLA on a CPU accepts, so that it uses the buffer instead of a copy."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)

@@ -46,13 +46,13 @@ def define_dtype(values: flags.FlagValues) -> None:
     )
 
 
-def load_model(values: flags.FlagValues) -> tuple[Llama, Tokenizer]:
-    """The model and tokenizer that the flags name; the tokenizer first, because weights take longer."""
+def open_model(values: flags.FlagValues) -> tuple[Opened, Tokenizer]:
+    """The checkpoint and the tokenizer that the flags name; no weight is read yet."""
     opened = open_checkpoint(values.model)
     tokenizer = read_tokenizer(opened, values.tokenizer)
     if tokenizer is None:
         raise LlamaJaxError(f"{values.model}: no tokenizer came with it: give --tokenizer=PATH of its tokenizer.model")
-    return read_model(opened, chosen_dtype(values)), tokenizer
+    return opened, tokenizer
 
 
 def chosen_dtype(values: flags.FlagValues) -> jax.typing.DTypeLike | None:
@@ -62,10 +62,12 @@ def chosen_dtype(values: flags.FlagValues) -> jax.typing.DTypeLike | None:
     return values.dtype
 
 
-def read_model(opened: Opened, dtype: jax.typing.DTypeLike | None, shardings: str | None = None) -> Llama:
-    """Reads the weights behind a progress bar."""
+def read_model(
+    opened: Opened, dtype: jax.typing.DTypeLike | None, shardings: str | None = None, backend: str | None = None
+) -> Llama:
+    """Reads the weights behind a progress bar; as `Opened.read`."""
     with progress("reading weights") as on_tensor:
-        return opened.read(dtype, shardings, on_tensor)
+        return opened.read(dtype, shardings, on_tensor, backend)
 
 
 @contextlib.contextmanager

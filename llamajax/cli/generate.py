@@ -3,14 +3,15 @@
 import dataclasses
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jax
 from absl import flags
 
 from llamajax.cache import CACHE_DTYPES
-from llamajax.cli.common import define_dtype, define_model, load_model
+from llamajax.cli.common import chosen_dtype, define_dtype, define_model, open_model, read_model
 from llamajax.generate import Completion, Speed, TextStream
-from llamajax.prepare import prepare
 from llamajax.sampling import make_sampler
 from llamajax.speculate import check_speculate
 
@@ -77,11 +78,11 @@ def run(values: flags.FlagValues) -> None:
     knobs: dict[str, Any] = {name: values[name].value for name in _KNOBS}
     # Checked before the weights are read: a slip should not cost a minute.
     check_speculate(values.speculate, make_sampler(**knobs))
-    model, tokenizer = load_model(values)
-    model = prepare(model, donate=True)
+    opened, tokenizer = open_model(values)
+    dtype, backend = chosen_dtype(values), jax.default_backend()
     single = len(values.prompt) == 1
     stream = TextStream(
-        model,
+        opened.outcome(dtype, backend),
         tokenizer,
         values.prompt[0] if single else values.prompt,
         max_new_tokens=values.max_new_tokens,
@@ -92,6 +93,11 @@ def run(values: flags.FlagValues) -> None:
         speculate=values.speculate,
         smooth=single and not values.json,
     )
+    # Programs are loaded, or compiled, while the weights are read.
+    with ThreadPoolExecutor(1) as reader:
+        reading = reader.submit(read_model, opened, dtype, backend=backend)
+        stream.compile()
+        stream.model = reading.result()
     if single and not values.json:
         _write_stream(stream, values.prompt[0] if values.echo else "")
     else:

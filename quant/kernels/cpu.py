@@ -13,6 +13,8 @@ a byte, `k` bytes of one plane in a group and step.
 import dataclasses
 import functools
 import operator
+import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,8 +117,12 @@ def refusal(weight: QTensor) -> str | None:
     return None
 
 
-def layout(weight: QTensor) -> TiledWeight:
+def layout(weight: QTensor, xp: types.ModuleType = jnp) -> TiledWeight:
     """Lays a weight out as tiles.
+
+    Args:
+        weight: of arrays.
+        xp: what computes: `jax.numpy`, or `numpy` for a weight of NumPy arrays, whose tiles may then be views of it.
 
     Raises:
         ValueError: for a weight that `refusal` says no to.
@@ -126,16 +132,17 @@ def layout(weight: QTensor) -> TiledWeight:
     outputs = weight.shape[-1 if weight.axis == -2 else -2]
     per_group = (*weight.shape[:-2], weight.shape[weight.axis] // weight.group_size, outputs)
 
-    def tile(plane: jax.Array) -> jax.Array:
-        plane_XM = plane if weight.axis == -2 else jnp.swapaxes(plane, -1, -2)
-        padding = [(0, 0)] * (plane_XM.ndim - 1) + [(0, -outputs % LANES)]
-        plane_Xtl = jnp.pad(plane_XM, padding).reshape(*plane_XM.shape[:-1], -1, LANES)
-        return jnp.moveaxis(plane_Xtl, -2, -3)
+    def tile(plane: Any) -> Any:
+        plane_XM = plane if weight.axis == -2 else xp.swapaxes(plane, -1, -2)
+        if outputs % LANES:
+            plane_XM = xp.pad(plane_XM, [(0, 0)] * (plane_XM.ndim - 1) + [(0, -outputs % LANES)])
+        plane_Xtl = plane_XM.reshape(*plane_XM.shape[:-1], -1, LANES)
+        return xp.moveaxis(plane_Xtl, -2, -3)
 
-    def tile_groups(plane: Plane) -> jax.Array:
-        plane_of_one_level = dequantize(plane) if isinstance(plane, QTensor) else plane
+    def tile_groups(plane: Plane) -> Any:
+        plane_of_one_level = xp.asarray(dequantize(plane)) if isinstance(plane, QTensor) else plane
         per_group_axes = per_group if weight.axis == -2 else (*per_group[:-2], per_group[-1], per_group[-2])
-        return tile(jnp.broadcast_to(plane_of_one_level, per_group_axes))
+        return tile(xp.broadcast_to(plane_of_one_level, per_group_axes))
 
     tiles = QTensor(
         tuple(tile(plane) for plane in weight.planes),
@@ -146,7 +153,7 @@ def layout(weight: QTensor) -> TiledWeight:
         dtype=weight.dtype,
         activations=weight.activations,
     )
-    order = None if weight.order is None else jnp.squeeze(weight.order, -1 if weight.axis == -2 else -2)
+    order = None if weight.order is None else xp.squeeze(weight.order, -1 if weight.axis == -2 else -2)
     return TiledWeight(tiles, order, outputs=outputs, axis=weight.axis)
 
 
