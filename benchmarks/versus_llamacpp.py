@@ -38,6 +38,9 @@ flags.DEFINE_integer("rounds", 5, "how often everything is measured", lower_boun
 flags.DEFINE_integer("steps", 16, "decode steps that a figure is the mean of", lower_bound=1)
 flags.DEFINE_integer("threads", 0, "cores that each program uses; all unless given", lower_bound=0)
 flags.DEFINE_enum("cache_dtype", "float16", ["float16", "float32"], "of keys and values, in both programs")
+flags.DEFINE_enum(
+    "activations", "float32", ["float32", "bfloat16", "int8"], "what our weights are multiplied with (llama.cpp: int8)"
+)
 flags.DEFINE_list("decode", ["1x128", "1x1024", "8x128"], "rows x context of the decode steps to measure")
 flags.DEFINE_integer("prefill", 512, "length of the prompt to measure; 0 for none", lower_bound=0)
 flags.DEFINE_bool("start", True, "measure new processes: time to the first token, and resident memory")
@@ -249,7 +252,8 @@ def our_answers() -> Callable[[dict[str, Any]], float]:
     import llamajax
     from llamajax.bench import measure_decode, measure_prefill, random_model
 
-    model = llamajax.prepare(random_model(llamajax.preset(flags.FLAGS.shape), RECIPE), donate=True)
+    model = llamajax.with_activations(random_model(llamajax.preset(flags.FLAGS.shape), RECIPE), flags.FLAGS.activations)
+    model = llamajax.prepare(model, donate=True)
     cache = flags.FLAGS.cache_dtype
 
     def answer(work: dict[str, Any]) -> float:
@@ -271,12 +275,13 @@ def our_start() -> Iterator[None]:
     import llamajax
     from llamajax.generate import TextStream
 
-    opened, backend = llamajax.open_checkpoint(Path(flags.FLAGS.folder, "llamajax")), jax.default_backend()
+    opened = llamajax.open_checkpoint(Path(flags.FLAGS.folder, "llamajax"))
+    wanted = {"backend": jax.default_backend(), "activations": flags.FLAGS.activations}
     prompt = list(range(3, 3 + _START_PROMPT))
     options = {"max_new_tokens": _START_TOKENS, "temperature": 0, "cache_dtype": flags.FLAGS.cache_dtype}
-    stream = TextStream(opened.outcome("float32", backend), None, prompt, **options)
+    stream = TextStream(opened.outcome("float32", **wanted), None, prompt, **options)
     with ThreadPoolExecutor(1) as reader:
-        reading = reader.submit(opened.read, "float32", backend=backend)
+        reading = reader.submit(opened.read, "float32", **wanted)
         stream.compile()
         stream.model = reading.result()
     pieces = iter(stream)
@@ -312,7 +317,7 @@ def serve(name: str) -> None:
 
 def start_child(name: str) -> subprocess.Popen:
     """A process of this script's, with our flags."""
-    given = ("shape", "gguf", "folder", "cache_dtype", "threads")
+    given = ("shape", "gguf", "folder", "cache_dtype", "activations", "threads")
     options = [f"--{flag}={flags.FLAGS[flag].value}" for flag in given if flags.FLAGS[flag].value]
     command = [sys.executable, __file__, f"--as_child={name}", *options]
     compiled = {
@@ -439,6 +444,7 @@ def main(argv):
         "shape": flags.FLAGS.shape,
         "threads": _threads(),
         "cache_dtype": flags.FLAGS.cache_dtype,
+        "activations": flags.FLAGS.activations,
         "rounds": flags.FLAGS.rounds,
         "gguf_bytes": size,
         "memory_gigabytes_per_second": bandwidth / 1e9,
@@ -448,7 +454,8 @@ def main(argv):
         print(json.dumps(setting | {"figures": [figure._asdict() for figure in figures]}))
         return
     print(
-        f"{flags.FLAGS.shape}, {_threads()} cores, {flags.FLAGS.cache_dtype} cache, medians of {flags.FLAGS.rounds}\n"
+        f"{flags.FLAGS.shape}, {_threads()} cores, {flags.FLAGS.cache_dtype} cache, {flags.FLAGS.activations} "
+        f"activations, medians of {flags.FLAGS.rounds}\n"
     )
     print(table(figures))
     print(f"\nMemory: {bandwidth / 1e9:.1f} GB/s, so that {size / 1e9:.2f} GB of weights can be read", end=" ")

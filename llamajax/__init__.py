@@ -16,7 +16,7 @@ from llamajax.errors import LlamaJaxError
 from llamajax.evaluate import cross_entropy, next_token_losses
 from llamajax.generate import Completion, decode, generate, prefill, stream
 from llamajax.model import Llama, abstract_model
-from llamajax.prepare import prepare
+from llamajax.prepare import prepare, with_activations
 from llamajax.sampling import Sampler, make_sampler, sample
 from llamajax.tokenizer import Tokenizer
 
@@ -46,4 +46,5 @@ __all__ = [
     "sample",
     "save_checkpoint",
     "stream",
+    "with_activations",
 ]

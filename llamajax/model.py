@@ -125,8 +125,8 @@ def attend(query_BTNH: jax.Array, key_BKSH: jax.Array, value_BKSH: jax.Array, po
     """
     B, T, N, H = query_BTNH.shape
     K, S = key_BKSH.shape[1:3]
-    query_BTKGH = query_BTNH.reshape(B, T, K, N // K, H)
-    score_BKGTS = einsum("BTKGH,BKSH->BKGTS", query_BTKGH, key_BKSH.astype(query_BTNH.dtype), dtype=jnp.float32)
+    query_BKGTH = _by_shared_head(query_BTNH, K)
+    score_BKGTS = einsum("BKGTH,BKSH->BKGTS", query_BKGTH, key_BKSH.astype(query_BTNH.dtype), dtype=jnp.float32)
     visible_BTS = jnp.arange(S) <= position_BT[:, :, None]
     score_BKGTS = jnp.where(visible_BTS[:, None, None], score_BKGTS * H**-0.5, MASKED)
     weight_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(query_BTNH.dtype)
@@ -146,7 +146,7 @@ def attend_blocks(
     """
     B, T, N, H = query_BTNH.shape
     K, S = key_BKSH.shape[1:3]
-    query_BTKGH = query_BTNH.reshape(B, T, K, N // K, H)
+    query_BKGTH = _by_shared_head(query_BTNH, K)
     last = jnp.max(position_BT)
 
     def one(carry, first):
@@ -154,7 +154,7 @@ def attend_blocks(
             peak_BKGT1, total_BKGT1, mixed_BKGTH = carry
             take = lambda x_BKSH: jax.lax.dynamic_slice_in_dim(x_BKSH, first, SLOT_BLOCK, 2)  # noqa: E731
             key_BKsH, value_BKsH = (take(x).astype(query_BTNH.dtype) for x in (key_BKSH, value_BKSH))
-            score_BKGTS = einsum("BTKGH,BKSH->BKGTS", query_BTKGH, key_BKsH, dtype=jnp.float32) * H**-0.5
+            score_BKGTS = einsum("BKGTH,BKSH->BKGTS", query_BKGTH, key_BKsH, dtype=jnp.float32) * H**-0.5
             visible_BTS = first + jnp.arange(SLOT_BLOCK) <= position_BT[:, :, None]
             score_BKGTS = jnp.where(visible_BTS[:, None, None], score_BKGTS, MASKED)
             new_peak_BKGT1 = jnp.maximum(peak_BKGT1, jnp.max(score_BKGTS, axis=-1, keepdims=True))
@@ -172,6 +172,12 @@ def attend_blocks(
     carry = (empty_BKGT1 + MASKED, empty_BKGT1, jnp.zeros((B, K, N // K, T, H), jnp.float32))
     (_, total_BKGT1, mixed_BKGTH), _ = jax.lax.scan(one, carry, jnp.arange(0, S, SLOT_BLOCK))
     return jnp.moveaxis(mixed_BKGTH / total_BKGT1, 3, 1).reshape(B, T, N, H).astype(query_BTNH.dtype)
+
+
+def _by_shared_head(query_BTNH: jax.Array, K: int) -> jax.Array:
+    """Queries as [B, K, G, T, H]: moved before the product, not scores behind it, which XLA would gather one by one."""
+    B, T, N, H = query_BTNH.shape
+    return jnp.moveaxis(query_BTNH.reshape(B, T, K, N // K, H), 1, 3)
 
 
 def attend_causal(query_BTNH: jax.Array, key_BKTH: jax.Array, value_BKTH: jax.Array) -> jax.Array:

@@ -1,7 +1,8 @@
-"""Activations in int8: what W8A8 and W4A8 products multiply with, and how a float reference stands for it.
+"""Activations rounded before they meet a quantized weight, and how a float reference stands for it.
 
-One scale for each token (LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339, calls it vector-wise) or for each of the
-weight's groups, as llama.cpp's Q8_0 and Q8_K do for every weight in groups.
+To bfloat16, 8 bits of precision for each element; or to int8, what W8A8 and W4A8 products multiply with. Then one scale
+for each token (LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339, calls it vector-wise) or for each of the weight's
+groups, as llama.cpp's Q8_0 and Q8_K do for every weight in groups.
 
 Dimension key: `K` contraction axis, `C` groups along it, `g` elements of a group.
 """
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 # Values of `QTensor.activations`, beside None for activations as they come.
-ACTIVATIONS = ("int8-token", "int8-group")
+ACTIVATIONS = ("bfloat16", "int8-token", "int8-group")
 _MAX_CODE = 127
 # A factor, rounded here: XLA makes one of a division by a constant, other runtimes divide, and where the last bit of a
 # scale differs so do codes near a half.

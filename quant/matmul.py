@@ -80,9 +80,12 @@ def _is_matmul(equation: str, weight_axis: int) -> bool:
 def _round_for(equation: str, activations: jax.Array, weight: QTensor | Layout) -> jax.Array:
     """Activations as `weight.activations` rounds them, float32 of the same shape.
 
-    Outlier channels are not rounded, and not seen by the scales: that is what they are for (LLM.int8()).
+    Outlier channels are not rounded to int8, and not seen by the scales: that is what they are for (LLM.int8()).
     """
     check_activations(weight.activations, weight.order is not None)
+    if weight.activations == "bfloat16":
+        # Not two conversions, which XLA may leave out for "excess precision".
+        return jax.lax.reduce_precision(activations, exponent_bits=8, mantissa_bits=7)
     axis = _contraction_axis(equation, weight.axis)
     group_size = weight.group_size if weight.activations == "int8-group" else "token"
     x_K = jnp.moveaxis(activations, axis, -1)

@@ -72,8 +72,8 @@ class QTensor:
         axis: -2 or -1, the contraction axis of the weight.
         dtype: of the weight that this stands for, and of rows looked up in it.
         activations: how activations are rounded before `einsum` multiplies them with this weight: None, not at all;
-            "int8-token", to int8 with one scale for each vector along the contraction; "int8-group", with one for each
-            of this weight's groups of it. Outlier channels are left as they are, and out of the scales.
+            "bfloat16"; "int8-token", to int8 with one scale for each vector along the contraction; "int8-group", with
+            one for each of this weight's groups of it. Outlier channels are not rounded to int8, and out of the scales.
     """
 
     planes: tuple[jax.Array, ...]

@@ -54,7 +54,8 @@ class Rule:
         scaling: "awq" (`search_scale`) or "smoothquant" (`smoothing_scale`): of the input channels before quantizing,
             undone in what makes the inputs. All weights that share an input take part.
         outliers: input channels that are kept in float beside the codes, those of the largest activations.
-        activations: "int8-token" or "int8-group": how what is multiplied with the weight is rounded; None: not.
+        activations: "bfloat16", "int8-token" or "int8-group": how what is multiplied with the weight is rounded; None:
+            not.
         indivisible: name of a scheme, for weights whose inputs are no whole groups: they get the largest smaller groups
             of 16 or more that fit, or one group per channel, or, where not even that fills bytes, this scheme per
             channel. An error without it.

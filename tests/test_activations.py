@@ -45,6 +45,21 @@ def test_codes_and_scales_by_definition(size: Any, dtype: str) -> None:
     assert (np.abs(np.asarray(rounded) - np.asarray(x, np.float32)) <= bound * (1 + 1e-5)).all()
 
 
+@pytest.mark.parametrize("jit", [False, True])
+def test_bfloat16_is_rounded_to_by_every_program(jit: bool) -> None:
+    """By XLA's rules for two conversions in turn a compiler may leave both out; expected is NumPy's rounding."""
+    rng = np.random.default_rng(0)
+    weight = quant.quantize_rtn(jnp.asarray(rng.normal(size=(64, 8)), jnp.float32), "int4", group_size=32)
+    weight = dataclasses.replace(weight, activations="bfloat16").validate()
+    x = rng.normal(size=(3, 64)).astype(np.float32)
+    product = lambda x: quant.einsum("BK,KM->BM", x, weight)  # noqa: E731
+    rounded = x.astype(jnp.bfloat16).astype(np.float64)
+    expected = rounded @ np.asarray(quant.dequantize(weight), np.float64)
+    made = np.asarray((jax.jit(product) if jit else product)(jnp.asarray(x)))
+    np.testing.assert_allclose(made, expected, rtol=0, atol=1e-5)
+    assert np.abs(x @ np.asarray(quant.dequantize(weight)) - expected).max() > 1e-3  # else this would show nothing
+
+
 def test_halves_go_to_even_codes_and_both_ends_are_127() -> None:
     codes, scale = quant.quantize_activations(jnp.array([0.5, 1.5, 2.5, -0.5, -1.5, 127, -127]), "token")
     assert codes.tolist() == [0, 2, 2, 0, -2, 127, -127] and scale.tolist() == [1]
@@ -176,7 +191,7 @@ ORDER = jnp.arange(32, dtype=jnp.int32)[:, None]
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: _int8(activations="int4").validate(), "activations 'int4': expected None or 'int8-token' or 'int8-gr"),
+        (lambda: _int8(activations="int4").validate(), "activations 'int4': expected None or 'bfloat16' or 'int8-tok"),
         (
             lambda: _int8(activations="int8-group", order=ORDER).validate(),
             "'int8-group' beside an order: .* 'int8-token'",

@@ -1,5 +1,6 @@
 """Our own checkpoints: what is saved comes back, damage is refused, a save is whole or absent; and recognition."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -103,6 +104,33 @@ def test_reading_into_a_backends_layout(tiny_int4: llamajax.Llama, tmp_path: Pat
         assert jax.tree.structure(outcome) == jax.tree.structure(expected)
         for shape, array in zip(jax.tree.leaves(outcome), jax.tree.leaves(expected), strict=True):
             assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
+
+
+def test_reading_for_rounded_activations(
+    saved: Path, tiny_int4: llamajax.Llama, tiny_model: llamajax.Llama, tmp_path: Path
+) -> None:
+    save_checkpoint(tiny_int4, tmp_path / "packed")
+    opened = open_checkpoint(tmp_path / "packed")
+    kinds = {"bfloat16": "bfloat16", "int8": "int8-group", "float32": None}
+    for kind, stored in kinds.items():
+        model, _ = llamajax.load(tmp_path / "packed", activations=kind, backend="cpu")
+        assert model.layers.ffn.up_DF.get_value().activations == stored
+        assert jax.tree.structure(model) == jax.tree.structure(opened.outcome(None, "cpu", kind))
+        again = llamajax.with_activations(llamajax.with_activations(tiny_int4, "int8"), kind)
+        assert jax.tree.structure(llamajax.prepare(again, "cpu")) == jax.tree.structure(model)
+    weight = tiny_int4.layers.ffn.up_DF.get_value()
+    order = jnp.arange(24, dtype=jnp.int32)[None, :, None].repeat(2, 0)
+    ordered = llamajax.with_activations(dataclasses.replace(weight, order=order), "int8")
+    assert ordered.validate().activations == "int8-token"
+    with pytest.raises(LlamaJaxError, match="activations 'int4': expected one of float32, bfloat16, int8"):
+        llamajax.load(tmp_path / "packed", activations="int4")
+    with pytest.raises(LlamaJaxError, match="laid out for a backend: change them before `prepare`"):
+        llamajax.with_activations(llamajax.prepare(tiny_int4, "cpu"), "int8")
+    with pytest.raises(LlamaJaxError, match="'int8' for a model without quantized weights: nothing would be rounded"):
+        llamajax.load(saved, activations="int8")
+    save_checkpoint(tiny_model, tmp_path / "other", form="huggingface")
+    with pytest.raises(LlamaJaxError, match="without quantized weights"):
+        llamajax.load(tmp_path / "other", activations="int8")
 
 
 def test_tokenizer_option(saved: Path, tmp_path: Path, tiny_model: llamajax.Llama, tiny_tokenizer: Tokenizer) -> None:

@@ -67,14 +67,38 @@ def largest(qtensor: QTensor) -> float:
     outputs=st.integers(1, 40),
     axis=st.sampled_from([-2, -1]),
     rows=st.sampled_from([1, 2, 5, cpu.MAX_UNROLLED_ROWS, cpu.MAX_UNROLLED_ROWS + 1, 40]),
+    activations=st.sampled_from([None, "bfloat16"]),
     seed=st.integers(0, 9),
 )
-def test_product_is_numpys(name: str, group: int, groups: int, outputs: int, axis: int, rows: int, seed: int) -> None:
+def test_product_is_numpys(
+    name: str, group: int, groups: int, outputs: int, axis: int, rows: int, activations: str | None, seed: int
+) -> None:
     qtensor, weight_KM = made(name, group, groups, outputs, axis, seed)
     x_RK = np.random.default_rng(seed).standard_normal((rows, group * groups)).astype(np.float32)
-    y_RM = quant.einsum(EQUATIONS[axis], jnp.asarray(x_RK), cpu.layout(qtensor))
+    tiled = cpu.layout(dataclasses.replace(qtensor, activations=activations))
+    y_RM = quant.einsum(EQUATIONS[axis], jnp.asarray(x_RK), tiled)
     assert y_RM.dtype == jnp.float32
-    assert np.all(np.abs(np.asarray(y_RM, np.float64) - x_RK.astype(np.float64) @ weight_KM) <= bound(x_RK, qtensor))
+    off_RM = bound(x_RK, qtensor)
+    if activations == "bfloat16":
+        x_RK = x_RK.astype(jnp.bfloat16).astype(np.float32)
+        if rows > cpu.MAX_UNROLLED_ROWS:
+            off_RM = off_RM + 2.0**-9 * np.abs(x_RK) @ np.abs(weight_KM)
+    assert np.all(np.abs(np.asarray(y_RM, np.float64) - x_RK.astype(np.float64) @ weight_KM) <= off_RM)
+
+
+def test_bfloat16_activations_keep_the_gradient_of_scales() -> None:
+    """Rounding, by integers too, is passed by: as if the products were exact, but for 8 bits of precision."""
+    qtensor, _ = made("int4", 32, 2, 16, -2)
+    qtensor = dataclasses.replace(qtensor, order=None)
+    x_RK = jnp.asarray(np.random.default_rng(1).standard_normal((cpu.MAX_UNROLLED_ROWS + 1, 64)), jnp.float32)
+
+    def total(scale: jax.Array, activations: str | None) -> jax.Array:
+        weight = dataclasses.replace(qtensor, scale=scale, activations=activations)
+        return jnp.sum(quant.einsum("RK,KM->RM", x_RK, cpu.layout(weight)))
+
+    exact, rounded = (jax.grad(total)(qtensor.scale, kind) for kind in (None, "bfloat16"))
+    assert float(jnp.abs(exact).max()) > 1
+    np.testing.assert_allclose(rounded, exact, atol=0.02 * float(jnp.abs(exact).max()))
 
 
 @pytest.mark.parametrize("axis", [-2, -1])

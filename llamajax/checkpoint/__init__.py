@@ -32,7 +32,7 @@ from llamajax.checkpoint.naming import (
 from llamajax.config import Config, preset_names
 from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama, abstract_model
-from llamajax.prepare import only_looked_up, prepare
+from llamajax.prepare import only_looked_up, prepare, with_activations
 from llamajax.tokenizer import Tokenizer
 from quant import QTensor, aligned_empty
 from quant import prepare as prepare_weight
@@ -52,10 +52,10 @@ class Opened:
         config: the architecture.
         abstract: `Llama` with `jax.ShapeDtypeStruct` leaves, as stored.
         tokenizer_bytes: the sentencepiece model that came with it, or None.
-        read: reads the weights: `read(dtype=None, shardings=None, on_tensor=…, backend=None) -> Llama`. `dtype`
-            converts floats while reading; `shardings` is one `jax.sharding.Sharding` or a tree of them shaped like the
-            model, the first device unless given, or "host" for leaves that stay NumPy arrays; `on_tensor` is called
-            with (tensors read, tensors in all); `backend` lays quantized weights out as they come (`load`).
+        read: reads the weights: `read(dtype=None, shardings=None, on_tensor=…, backend=None, activations=None)`, giving
+            a `Llama`. `dtype` converts floats while reading; `shardings` is one `jax.sharding.Sharding` or a tree of
+            them shaped like the model, the first device unless given, or "host" for leaves that stay NumPy arrays;
+            `on_tensor` is called with (tensors read, tensors in all); `backend` and `activations` are as of `load`.
         read_weight: reads one weight, of one layer: `read_weight(Place) -> np.ndarray`, as stored. Not for quantized
             checkpoints.
     """
@@ -68,11 +68,17 @@ class Opened:
     read: Callable[..., Llama]
     read_weight: Callable[[Place], np.ndarray]
 
-    def outcome(self, dtype: jax.typing.DTypeLike | None = None, backend: str | None = None) -> Llama:
+    def outcome(
+        self,
+        dtype: jax.typing.DTypeLike | None = None,
+        backend: str | None = None,
+        activations: str | None = None,
+    ) -> Llama:
         """What `read` will give for these arguments, with `jax.ShapeDtypeStruct` leaves: to compile for meanwhile."""
 
         def finish(model: Llama) -> Llama:
             model = _in_dtype(model, dtype)
+            model = model if activations is None else with_activations(model, activations)
             return model if backend is None else prepare(model, backend)
 
         return jax.eval_shape(finish, self.abstract)
@@ -112,8 +118,8 @@ def open_checkpoint(name: str | Path) -> Opened:
             config,
             abstract,
             home.read_tokenizer(path, manifest),
-            lambda dtype=None, shardings=None, on_tensor=_ignore, backend=None: _restore(
-                path, config, dtype, shardings, on_tensor, backend
+            lambda dtype=None, shardings=None, on_tensor=_ignore, backend=None, activations=None: _restore(
+                path, abstract, dtype, shardings, on_tensor, backend, activations
             ),
             _checked(path, abstract, lambda place: home.read_weight(path, abstract, place)),
         )
@@ -132,9 +138,8 @@ def _opened(path: Path, source: Source) -> Opened:
         source.config,
         abstract,
         source.tokenizer_bytes or _tokenizer_beside(path),
-        # No format but ours holds weights that there is a layout for.
-        lambda dtype=None, shardings=None, on_tensor=_ignore, backend=None: _assemble(
-            source, dtype, shardings, on_tensor
+        lambda dtype=None, shardings=None, on_tensor=_ignore, backend=None, activations=None: _assemble(
+            source, dtype, shardings, on_tensor, activations
         ),
         source.read,
     )
@@ -153,6 +158,7 @@ def load(
     dtype: jax.typing.DTypeLike | None = None,
     shardings: Any = None,
     backend: str | None = None,
+    activations: str | None = None,
 ) -> tuple[Llama, Tokenizer | None]:
     """Loads a model and its tokenizer.
 
@@ -164,6 +170,7 @@ def load(
             device unless given.
         backend: lays quantized weights out for this backend, such as `jax.default_backend()`, each as soon as it has
             been read: the same as `prepare` of the loaded model, sooner, and with less memory on the way.
+        activations: what quantized weights are multiplied with, as of `with_activations`; as stored unless given.
 
     Returns:
         The model, and the tokenizer, which is None if none came with the checkpoint and none was named.
@@ -172,7 +179,7 @@ def load(
         LlamaJaxError: for anything wrong with the files.
     """
     opened = open_checkpoint(name)
-    return opened.read(dtype, shardings, backend=backend), read_tokenizer(opened, tokenizer)
+    return opened.read(dtype, shardings, backend=backend, activations=activations), read_tokenizer(opened, tokenizer)
 
 
 def read_tokenizer(opened: Opened, path: str | Path | None = None) -> Tokenizer | None:
@@ -262,9 +269,13 @@ def _ignore(done: int, total: int) -> None:
     """For a caller that does not want to know how far reading is."""
 
 
-def _assemble(source: Source, dtype: Any, shardings: Any, on_tensor: Callable[[int, int], None]) -> Llama:
-    """Fills a tree, tensor by tensor in the order of the files."""
+def _assemble(
+    source: Source, dtype: Any, shardings: Any, on_tensor: Callable[[int, int], None], activations: str | None
+) -> Llama:
+    """Fills a tree, tensor by tensor in the order of the files. There are no quantized weights in them."""
     abstract = abstract_model(source.config, dtype or source.dtype)
+    if activations is not None:
+        with_activations(abstract, activations)
     leaves = named_leaves(abstract)
     buffers: dict[str, np.ndarray] = {}
     for done, where in enumerate(source.order, 1):
@@ -294,9 +305,17 @@ def _checked(path: Path, abstract: Llama, read: Callable[[Place], np.ndarray]) -
 
 
 def _restore(
-    path: Path, config: Config, dtype: Any, shardings: Any, on_tensor: Callable[[int, int], None], backend: str | None
+    path: Path,
+    abstract: Llama,
+    dtype: Any,
+    shardings: Any,
+    on_tensor: Callable[[int, int], None],
+    backend: str | None,
+    activations: str | None,
 ) -> Llama:
-    """A checkpoint of ours, checked, in another dtype if one is asked for, laid out for a backend if one is named."""
+    """A checkpoint of ours, checked, and what else `load` may ask for."""
+    if activations is not None:
+        with_activations(abstract, activations)  # raises before anything is read
 
     def finish(name: str, weight: Any) -> Any:
         for part, leaf in named_leaves(weight).items():
@@ -304,7 +323,8 @@ def _restore(
                 place = f"{name}.{part}" if part else name
                 raise LlamaJaxError(f"{path}: {place} holds NaN or infinity: the weights are damaged")
         weight = _in_dtype(weight, dtype)
-        if backend is None or only_looked_up(name, config):
+        weight = weight if activations is None else with_activations(weight, activations)
+        if backend is None or only_looked_up(name, abstract.config):
             return weight
         return prepare_weight(weight, backend, donate=True)
 

@@ -21,7 +21,9 @@ from llamajax.bench import (
 from llamajax.cache import CACHE_DTYPES
 from llamajax.checkpoint import open_checkpoint
 from llamajax.cli.common import (
+    chosen_activations,
     chosen_dtype,
+    define_activations,
     define_dtype,
     memory_bytes,
     progress,
@@ -35,7 +37,7 @@ from llamajax.errors import LlamaJaxError
 from llamajax.generate import DECODE_BLOCK
 from llamajax.model import Llama
 from llamajax.plots import Speed, check_picture, speed_bars
-from llamajax.prepare import prepare
+from llamajax.prepare import prepare, with_activations
 from llamajax.quantize import recipe_names
 
 SUMMARY = "measure prefill and decode beside the machine's memory bandwidth and products"
@@ -70,6 +72,7 @@ def define(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     define_dtype(values)
+    define_activations(values)
     flags.DEFINE_list(
         "prefill", ["16", "128", "512"], "lengths of prompts, in tokens; none if empty", flag_values=values
     )
@@ -114,6 +117,8 @@ def run(values: flags.FlagValues) -> None:
     size = memory_bytes(model)
     with spinner("measuring the machine"):
         bandwidth, flops = memory_bandwidth(), product_rate(model.config, model.dtype)
+    if activations := chosen_activations(values):
+        model = with_activations(model, activations)
     if values.prepare:
         with spinner("preparing"):
             model = prepare(model, donate=True)
@@ -130,6 +135,7 @@ def run(values: flags.FlagValues) -> None:
         "parameters": model.config.num_parameters,
         "bytes": size,
         "prepared": values.prepare,
+        "activations": values.activations,
         "cache_dtype": str(cache_dtype),
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from llamajax.checkpoint import Opened, open_checkpoint, read_tokenizer
 from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama
+from llamajax.prepare import ACTIVATIONS
 from llamajax.tokenizer import Tokenizer
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -46,6 +47,24 @@ def define_dtype(values: flags.FlagValues) -> None:
     )
 
 
+def define_activations(values: flags.FlagValues) -> None:
+    """--activations of a model that is run."""
+    flags.DEFINE_enum(
+        "activations",
+        "auto",
+        ["auto", *ACTIVATIONS],
+        "what quantized weights are multiplied with: float32, exactly; bfloat16, rounded to 8 bits of precision, with "
+        "which prefill is faster on CPUs that multiply 16-bit floats (AVX512-BF16, AMX); int8, a scale for each group, "
+        "as llama.cpp does. auto is what the checkpoint says, float32 unless its recipe chose",
+        flag_values=values,
+    )
+
+
+def chosen_activations(values: flags.FlagValues) -> str | None:
+    """What --activations asks for; None for what the checkpoint says."""
+    return None if values.activations == "auto" else values.activations
+
+
 def open_model(values: flags.FlagValues) -> tuple[Opened, Tokenizer]:
     """The checkpoint and the tokenizer that the flags name; no weight is read yet."""
     opened = open_checkpoint(values.model)
@@ -62,12 +81,10 @@ def chosen_dtype(values: flags.FlagValues) -> jax.typing.DTypeLike | None:
     return values.dtype
 
 
-def read_model(
-    opened: Opened, dtype: jax.typing.DTypeLike | None, shardings: str | None = None, backend: str | None = None
-) -> Llama:
-    """Reads the weights behind a progress bar; as `Opened.read`."""
+def read_model(opened: Opened, dtype: jax.typing.DTypeLike | None, **options: str | None) -> Llama:
+    """Reads the weights behind a progress bar; options as of `Opened.read`."""
     with progress("reading weights") as on_tensor:
-        return opened.read(dtype, shardings, on_tensor, backend)
+        return opened.read(dtype, on_tensor=on_tensor, **options)
 
 
 @contextlib.contextmanager

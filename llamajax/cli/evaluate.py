@@ -11,7 +11,9 @@ from rich.table import Table
 
 from llamajax.checkpoint import Opened, open_checkpoint, read_tokenizer
 from llamajax.cli.common import (
+    chosen_activations,
     chosen_dtype,
+    define_activations,
     define_dtype,
     define_model,
     memory_bytes,
@@ -51,6 +53,7 @@ def define(values: flags.FlagValues) -> None:
     """Flags of the command."""
     define_model(values, several=True)
     define_dtype(values)
+    define_activations(values)
     flags.DEFINE_string(
         "text", "stories", "UTF-8 file; or stories, 200 stories that the box was not trained on", flag_values=values
     )
@@ -104,7 +107,7 @@ def run(values: flags.FlagValues) -> None:
             "windows": len(windows.rows),
             "predictions": windows.predictions,
         }
-        model = read_model(checkpoint, chosen_dtype(values))
+        model = read_model(checkpoint, chosen_dtype(values), activations=chosen_activations(values))
         if reference is None or reference_model is None:
             with progress(f"evaluating {name}") as on_batch:
                 losses = token_losses(model, windows, batch=values.batch, on_batch=on_batch)

@@ -10,7 +10,15 @@ import jax
 from absl import flags
 
 from llamajax.cache import CACHE_DTYPES
-from llamajax.cli.common import chosen_dtype, define_dtype, define_model, open_model, read_model
+from llamajax.cli.common import (
+    chosen_activations,
+    chosen_dtype,
+    define_activations,
+    define_dtype,
+    define_model,
+    open_model,
+    read_model,
+)
 from llamajax.generate import Completion, Speed, TextStream
 from llamajax.sampling import make_sampler
 from llamajax.speculate import check_speculate
@@ -31,6 +39,7 @@ def define(values: flags.FlagValues) -> None:
     """Flags of the command."""
     define_model(values)
     define_dtype(values)
+    define_activations(values)
     flags.DEFINE_multi_string("prompt", [""], "text to continue; repeat the flag for a batch", flag_values=values)
     flags.DEFINE_integer(
         "max_new_tokens",
@@ -79,10 +88,11 @@ def run(values: flags.FlagValues) -> None:
     # Checked before the weights are read: a slip should not cost a minute.
     check_speculate(values.speculate, make_sampler(**knobs))
     opened, tokenizer = open_model(values)
-    dtype, backend = chosen_dtype(values), jax.default_backend()
+    dtype = chosen_dtype(values)
+    options = {"backend": jax.default_backend(), "activations": chosen_activations(values)}
     single = len(values.prompt) == 1
     stream = TextStream(
-        opened.outcome(dtype, backend),
+        opened.outcome(dtype, **options),
         tokenizer,
         values.prompt[0] if single else values.prompt,
         max_new_tokens=values.max_new_tokens,
@@ -95,7 +105,7 @@ def run(values: flags.FlagValues) -> None:
     )
     # Programs are loaded, or compiled, while the weights are read.
     with ThreadPoolExecutor(1) as reader:
-        reading = reader.submit(read_model, opened, dtype, backend=backend)
+        reading = reader.submit(read_model, opened, dtype, **options)
         stream.compile()
         stream.model = reading.result()
     if single and not values.json:
