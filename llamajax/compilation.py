@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 import pickle
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from jax.experimental import serialize_executable
 
 import quant
 from quant import compiler_options
+
+_setting = threading.Lock()  # held while a setting of JAX's is not the user's
 
 
 class CompiledFunction:
@@ -60,7 +63,9 @@ class CompiledFunction:
     def _load_or_compile(self, key: Any, args: tuple[Any, ...]) -> Any:
         options = compiler_options(jax.default_backend())
         name = f"{self._function.__module__}.{self._function.__qualname__}"
-        file = _program_file(f"{name} {self._donated} {options} {key}")
+        # What is spread over devices is described by axes, which do not tell one order of devices from another.
+        on_one_device = all(len(sharding.device_set) == 1 for *_, sharding in key[1])
+        file = _program_file(f"{name} {self._donated} {options} {key}") if on_one_device else None
         if file is None:
             return jax.jit(self._function, donate_argnames=self._donated).lower(*args).compile(options)
         if file.is_file():
@@ -87,12 +92,13 @@ def _unknown_to_jax(function: Callable[..., Any]) -> Iterator[Callable[..., Any]
 
     renamed.__name__ = f"{function.__name__}_{time.time_ns()}"
     setting = "jax_persistent_cache_min_compile_time_secs"
-    before = jax.config.values[setting]
-    jax.config.update(setting, float("inf"))
-    try:
-        yield renamed
-    finally:
-        jax.config.update(setting, before)
+    with _setting:
+        before = jax.config.values[setting]
+        jax.config.update(setting, float("inf"))
+        try:
+            yield renamed
+        finally:
+            jax.config.update(setting, before)
 
 
 def _program_file(description: str) -> Path | None:

@@ -1,7 +1,9 @@
 """From the format at rest to the layout that a backend multiplies with, once, when a model is loaded."""
 
 import math
+import os
 import types
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ from quant.runs import LayerRuns
 # Those with a layout of their own.
 BACKENDS = ("cpu", "gpu", "tpu")
 _ALIGNMENT = 64  # bytes
+_MOST_THREADS = 8
 
 
 def prepare(weight: Any, backend: str, *, donate: bool = False) -> Any:
@@ -73,10 +76,13 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 def _copy(view: np.ndarray) -> np.ndarray:
     """A copy of a view, in memory that NumPy asked for: in huge pages, where the system has them, unlike XLA's.
 
-    NumPy on one core lays out faster than XLA on two: most of the time is the system's, which has to find the pages.
+    On several threads, because most of the time is the system's, which has to find the pages.
     """
     array = aligned_empty(view.shape, view.dtype)
-    array[...] = view
+    threads = min(_MOST_THREADS, os.cpu_count() or 1, len(view))
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(np.copyto, np.array_split(array, threads), np.array_split(view, threads)):
+            pass
     return array
 
 

@@ -283,6 +283,12 @@ BAD_INPUT = {
     ),
     "bench of both": (["bench", "--model=box", "--shape=llama3.2-1b"], 1, ["--model and --shape", "one of them"]),
     "bench of no number": (["bench", "--batch=1,two"], 1, ["--batch=1,two", "numbers from 1"]),
+    "activations of floats": (["generate", "--activations=int8"], 1, ["'int8'", "without quantized weights"]),
+    "bench activations of floats": (
+        ["bench", "--activations=bfloat16"],
+        1,
+        ["'bfloat16'", "without quantized weights"],
+    ),
     "bench recipe without shape": (["bench", "--recipe=int8"], 1, ["--recipe", "--shape", "llamajax quantize"]),
     "bench of nothing": (["bench", "--prefill=", "--context="], 1, ["nothing to measure", "--prefill"]),
     "bench dtype twice": (
@@ -373,7 +379,9 @@ def test_quantize_writes_what_generate_and_inspect_read(tmp_path: Path, capsys) 
     products = {tensor["name"]: tensor["product"] for tensor in json.loads(out)["tensors"]}
     assert products["layers.ffn.up_DF"] == products["embed_VD"] == "cpu layout"
     assert products["norm.weight_D"] == "float"
-    assert run(capsys, "generate", f"--model={tmp_path / 'q'}", "--max_new_tokens=4", "--temperature=0")[0] == 0
+    generate = ("generate", f"--model={tmp_path / 'q'}", "--max_new_tokens=4", "--temperature=0", "--prompt=One day")
+    texts = {kind: run(capsys, *generate, f"--activations={kind}")[:2] for kind in ("auto", "float32", "bfloat16")}
+    assert len(set(texts.values())) == 1 and texts["auto"][0] == 0 and len(texts["auto"][1]) > len("One day")
     assert_one_line_error(*run(capsys, "quantize", *argv), 1, "exists already")
 
 

@@ -111,14 +111,14 @@ def run(values: flags.FlagValues) -> None:
     lengths, contexts, batches = (_numbers(values, name) for name in ("prefill", "context", "batch"))
     _check(values, lengths, contexts, batches)
     model, name, weights = _model(values)
+    if activations := chosen_activations(values):
+        model = with_activations(model, activations)
     longest = max(lengths + contexts)
     if longest > model.config.context_length:
         raise LlamaJaxError(f"{longest} tokens: {name} is made for {model.config.context_length}: give fewer")
     size = memory_bytes(model)
     with spinner("measuring the machine"):
         bandwidth, flops = memory_bandwidth(), product_rate(model.config, model.dtype)
-    if activations := chosen_activations(values):
-        model = with_activations(model, activations)
     if values.prepare:
         with spinner("preparing"):
             model = prepare(model, donate=True)
