@@ -355,6 +355,12 @@ def lower(model: Llama, spec: Spec) -> dict[str, Program]:
     """
     if any(isinstance(leaf, Layout) for leaf in jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, Layout))):
         raise LlamaJaxError("the model is prepared for a backend: export it as it was loaded")
+    packed_weights = jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, QTensor))
+    if kinds := {leaf.activations for leaf in packed_weights if isinstance(leaf, QTensor) and leaf.activations}:
+        raise LlamaJaxError(
+            f"weights that ask for rounded activations ({', '.join(sorted(kinds))}): other runtimes lack what rounds: "
+            "export with --activations=float32, or llamajax.with_activations(model, 'float32')"
+        )
     profile = spec.profile
     taken = taken_by(profile, model)
     weights = parameters(taken, profile)

@@ -18,6 +18,7 @@ from jax.experimental import serialize_executable
 import quant
 from quant import compiler_options
 
+_DIGEST_BYTES = 32
 _setting = threading.Lock()  # held while a setting of JAX's is not the user's
 
 
@@ -68,11 +69,8 @@ class CompiledFunction:
         file = _program_file(f"{name} {self._donated} {options} {key}") if on_one_device else None
         if file is None:
             return jax.jit(self._function, donate_argnames=self._donated).lower(*args).compile(options)
-        if file.is_file():
-            try:
-                return serialize_executable.deserialize_and_load(*pickle.loads(file.read_bytes()))
-            except Exception:  # Damaged, or of another kind of machine: compiled and written again.
-                pass
+        if program := _kept(file):
+            return program
         with _unknown_to_jax(self._function) as function:
             program = jax.jit(function, donate_argnames=self._donated).lower(*args).compile(options)
         _keep(program, file)
@@ -126,12 +124,25 @@ def _source_hash() -> str:
     return digest.hexdigest()
 
 
+def _kept(file: Path) -> Any:
+    """The program that `_keep` wrote; None if there is none, or it is damaged, or this machine cannot load it."""
+    try:
+        data = file.read_bytes()
+        digest, content = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
+        if hashlib.sha256(content).digest() != digest:
+            return None
+        return serialize_executable.deserialize_and_load(*pickle.loads(content))
+    except Exception:  # of many kinds, all of which compiling anew mends
+        return None
+
+
 def _keep(program: Any, file: Path) -> None:
-    """Writes a program, whole or not at all; what cannot be written is not kept."""
+    """Writes a program behind its SHA-256, whole or not at all; what cannot be written is not kept."""
     partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
     try:
+        content = pickle.dumps(serialize_executable.serialize(program))
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(pickle.dumps(serialize_executable.serialize(program)))
+        partial.write_bytes(hashlib.sha256(content).digest() + content)
         partial.rename(file)
     except (OSError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError):
         with contextlib.suppress(OSError):

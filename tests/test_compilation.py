@@ -67,7 +67,14 @@ def test_a_program_is_loaded_instead_of_traced(folder: Path) -> None:
     assert [file.name for file in folder.parent.iterdir() if "step" in file.name] == []
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\0" * 99])
+def _flip(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\0" * 99, _flip]
+)
 def test_a_damaged_program_is_made_again(folder: Path, damage) -> None:
     assert _run()[0] == 1
     (file,) = folder.iterdir()

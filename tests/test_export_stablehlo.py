@@ -273,3 +273,10 @@ def test_a_spec_that_makes_no_sense(options: dict, message: str) -> None:
 def test_a_prepared_model_is_refused() -> None:
     with pytest.raises(LlamaJaxError, match="prepared for a backend: export it as it was loaded"):
         lower(llamajax.prepare(packed(), "cpu"), Spec(slots=16, buckets=(4,)))
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_rounded_activations_are_refused(kind: str) -> None:
+    rounded = llamajax.with_activations(packed(), kind)
+    with pytest.raises(LlamaJaxError, match=f"rounded activations .{kind}.*: .* --activations=float32"):
+        lower(rounded, Spec(slots=16, buckets=(4,)))

@@ -11,7 +11,9 @@ from export.stablehlo import OPTIONAL_PROGRAMS, PROFILES, Spec
 from export.targets import add_target, kind_of
 from llamajax.checkpoint import check_absent, open_checkpoint, read_tokenizer
 from llamajax.cli.common import (
+    chosen_activations,
     chosen_dtype,
+    define_activations,
     define_dtype,
     define_model,
     read_model,
@@ -36,6 +38,7 @@ def define(values: flags.FlagValues) -> None:
     """Flags of the command."""
     define_model(values, default=None)
     define_dtype(values)
+    define_activations(values)
     flags.DEFINE_string("output", None, "folder to write; must not exist", flag_values=values)
     flags.DEFINE_string(
         "bundle", None, "a bundle to add targets to, instead of --model and --output", flag_values=values
@@ -136,7 +139,7 @@ def _write(values: flags.FlagValues, kinds: set[str]) -> Bundle:
         drafts=values.drafts,
         profile=PROFILES[profile],
     )
-    model = read_model(opened, chosen_dtype(values))
+    model = read_model(opened, chosen_dtype(values), activations=chosen_activations(values))
     with spinner(f"writing {output}"):
         return write(model, tokenizer, output, spec, source=opened.description)
 
