@@ -102,7 +102,9 @@ def _unknown_to_jax(function: Callable[..., Any]) -> Iterator[Callable[..., Any]
 def _program_file(description: str) -> Path | None:
     """Where a program is kept; None if none are to be."""
     root = jax.config.values["jax_compilation_cache_dir"]
-    if not root or not jax.config.values["jax_enable_compilation_cache"] or jax.process_count() > 1:
+    if not root or "://" in root:  # JAX takes gs://…, too: then it keeps programs itself, as it does
+        return None
+    if not jax.config.values["jax_enable_compilation_cache"] or jax.process_count() > 1:
         return None
     # By attribute, because a context manager changes what that gives, not `values`. Those of caches change no program.
     values = sorted(jax.config.values.items())

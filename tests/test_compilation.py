@@ -115,3 +115,11 @@ def test_nothing_is_kept_where_the_user_wants_or_allows_nothing(folder: Path) ->
     folder.write_text("no folder can be made here")
     assert _run() == (1, pytest.approx(_expected(), rel=1e-5))
     assert folder.is_file()
+
+
+def test_a_folder_of_another_kind_is_left_to_jax(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX understands addresses; as a path one would become a folder of that name, wherever the user is."""
+    monkeypatch.chdir(tmp_path)
+    jax.config.update("jax_compilation_cache_dir", "gs://bucket/programs")
+    assert _run()[1] == pytest.approx(_expected(), rel=1e-5)
+    assert list(tmp_path.iterdir()) == []
