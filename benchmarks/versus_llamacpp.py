@@ -268,8 +268,6 @@ def our_answers() -> Callable[[dict[str, Any]], float]:
 
 def our_start() -> Iterator[None]:
     """A new process of ours, as `llamajax generate` is; yields when the first token is there, and behind the last."""
-    from concurrent.futures import ThreadPoolExecutor
-
     import jax
 
     import llamajax
@@ -280,10 +278,7 @@ def our_start() -> Iterator[None]:
     prompt = list(range(3, 3 + _START_PROMPT))
     options = {"max_new_tokens": _START_TOKENS, "temperature": 0, "cache_dtype": flags.FLAGS.cache_dtype}
     stream = TextStream(opened.outcome("float32", **wanted), None, prompt, **options)
-    with ThreadPoolExecutor(1) as reader:
-        reading = reader.submit(opened.read, "float32", **wanted)
-        stream.compile()
-        stream.model = reading.result()
+    stream.compile_while(lambda: opened.read("float32", **wanted))
     pieces = iter(stream)
     next(pieces)
     yield

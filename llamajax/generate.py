@@ -11,7 +11,8 @@ one decode program serves every request of the same batch and cache size.
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -282,15 +283,19 @@ class TextStream:
         return [row.completion() for row in self._rows]
 
     def compile(self) -> None:
-        """Makes the programs of this request ready: while the weights are still being read, say.
-
-        Without, each is when it is first used.
-        """
+        """Makes the programs of this request ready; without, each is when it is first used."""
         self._count_compilations()
         cache = jax.eval_shape(self._empty_cache)
         for chunk in sorted(set(plan_chunks(self._length))):
             compiled_prefill.compile(self.model, *_chunk(self._prompts, 0, chunk), cache)
         self._program.compile(self.model, *self._arguments(self._first_state(cache), 1))
+
+    def compile_while(self, read: Callable[[], Llama]) -> None:
+        """`compile` while `read`, in a thread of its own, makes the model that then runs."""
+        with ThreadPoolExecutor(1) as reader:
+            reading = reader.submit(read)
+            self.compile()
+            self.model = reading.result()
 
     def __iter__(self) -> Iterator[Any]:
         """Runs the request; each item is the text that has become certain: a string, or a list of one a row."""

@@ -9,7 +9,7 @@ import numpy as np
 from llamajax.checkpoint.naming import STACKED, Place, model_from, named_leaves
 from llamajax.config import Config
 from llamajax.model import Llama, abstract_model
-from quant import LayerRuns, aligned_empty
+from quant import LayerRuns, aligned_copy, aligned_empty
 from quant.recipe import Rule
 
 
@@ -27,7 +27,7 @@ class LayerStacks:
     def put(self, place: Place, weight: Any) -> None:
         """Takes one weight, of one layer."""
         if place.layer is None:
-            self._buffers[place.name, 0] = jax.tree.map(_aligned_copy, weight)
+            self._buffers[place.name, 0] = jax.tree.map(lambda leaf: aligned_copy(np.asarray(leaf)), weight)
             return
         run = sum(first <= place.layer for first in self._firsts) - 1
         ends = [*self._firsts[1:], self._config.num_layers]
@@ -47,9 +47,3 @@ class LayerStacks:
             runs = [jax.tree.map(jax.device_put, self._buffers.pop((name, run))) for run in range(count)]
             weights[name] = LayerRuns(tuple(runs)) if count > 1 else runs[0]
         return model_from(weights, self._config)
-
-
-def _aligned_copy(array: Any) -> np.ndarray:
-    copy = aligned_empty(array.shape, array.dtype)
-    copy[...] = array
-    return copy

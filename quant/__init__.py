@@ -13,7 +13,7 @@ from quant.hqq import quantize_hqq
 from quant.matmul import einsum, take_rows
 from quant.outliers import outlier_channels, split_outliers
 from quant.packing import FORMAT_VERSION, pack, unpack
-from quant.prepare import aligned_empty, compiler_options, prepare
+from quant.prepare import aligned_copy, aligned_empty, compiler_options, prepare
 from quant.probe import Probe
 from quant.qtensor import QTensor, dequantize, dequantize_runs
 from quant.rtn import quantize_rtn
@@ -28,6 +28,7 @@ __all__ = [
     "Probe",
     "QTensor",
     "Scheme",
+    "aligned_copy",
     "aligned_empty",
     "compiler_options",
     "dequantize",

@@ -38,7 +38,7 @@ def prepare(weight: Any, backend: str, *, donate: bool = False) -> Any:
     arrays = jax.tree.leaves(weight)
     if backend == "cpu" and all(isinstance(array, jax.Array) and _is_on_a_cpu(array) for array in arrays):
         views = cpu.layout(jax.tree.map(np.asarray, weight), np)
-        laid_out = jax.device_put(jax.tree.map(_copy, views), arrays[0].sharding)
+        laid_out = jax.device_put(jax.tree.map(aligned_copy, views), arrays[0].sharding)
     else:
         laid_out = jax.block_until_ready(jax.jit(_lowering(backend).layout)(weight))
     if donate:
@@ -73,7 +73,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _copy(view: np.ndarray) -> np.ndarray:
+def aligned_copy(view: np.ndarray) -> np.ndarray:
     """A copy of a view, in memory that NumPy asked for: in huge pages, where the system has them, unlike XLA's.
 
     On several threads, because most of the time is the system's, which has to find the pages.

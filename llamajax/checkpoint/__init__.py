@@ -320,8 +320,8 @@ def _restore(
     def finish(name: str, weight: Any) -> Any:
         for part, leaf in named_leaves(weight).items():
             if jnp.issubdtype(leaf.dtype, jnp.floating) and not _is_finite(leaf):
-                place = f"{name}.{part}" if part else name
-                raise LlamaJaxError(f"{path}: {place} holds NaN or infinity: the weights are damaged")
+                damaged = f"{name}.{part}" if part else name
+                raise LlamaJaxError(f"{path}: {damaged} holds NaN or infinity: the weights are damaged")
         weight = _in_dtype(weight, dtype)
         weight = weight if activations is None else with_activations(weight, activations)
         if backend is None or only_looked_up(name, abstract.config):

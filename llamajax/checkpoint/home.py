@@ -169,6 +169,10 @@ def restore(
         LlamaJaxError: for damaged or missing weights.
     """
     config, tree, _ = open_abstract(path)
+    # Before a name is made for each layer: a damaged manifest may speak of any number of them.
+    stored = len(list((path / "weights").glob(f"{STACKED}*")))
+    if stored < config.num_layers:
+        raise _cannot_restore(path, f"{config.num_layers} layers in the manifest, {stored} arrays of layers stored")
     where = placements(tree, shardings)
     weights = named_weights(tree)
     restored: dict[str, Any] = {}
@@ -196,8 +200,6 @@ def _read_leaf(path: Path, name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
     """One leaf of the model: its layers are stored one by one and stacked here."""
     if not name.startswith(STACKED):
         return _read_arrays(path, [name], leaf.shape, leaf.dtype)[0]
-    if len(list((path / "weights").glob(f"{STACKED}*"))) < leaf.shape[0]:
-        raise _cannot_restore(path, f"{name} has {leaf.shape[0]} layers in the manifest, but fewer are stored")
     return _read_arrays(path, _stored_names(name, leaf.shape), leaf.shape[1:], leaf.dtype)
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -103,11 +102,7 @@ def run(values: flags.FlagValues) -> None:
         speculate=values.speculate,
         smooth=single and not values.json,
     )
-    # Programs are loaded, or compiled, while the weights are read.
-    with ThreadPoolExecutor(1) as reader:
-        reading = reader.submit(read_model, opened, dtype, **options)
-        stream.compile()
-        stream.model = reading.result()
+    stream.compile_while(lambda: read_model(opened, dtype, **options))
     if single and not values.json:
         _write_stream(stream, values.prompt[0] if values.echo else "")
     else:
