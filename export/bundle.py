@@ -50,9 +50,9 @@ from export.stablehlo import (
     lower,
     parameters,
 )
-from llamajax.checkpoint import atomic_folder
 from llamajax.checkpoint.naming import named_weights
 from llamajax.errors import LlamaJaxError
+from llamajax.files import new_folder
 from llamajax.generate import generate
 from llamajax.model import Llama
 from llamajax.prepare import prepare
@@ -129,7 +129,7 @@ def write(
     if spec.slots > model.config.context_length:
         raise LlamaJaxError(f"{spec.slots} slots: the model's context is {model.config.context_length}")
     programs = lower(model, spec)
-    with atomic_folder(Path(path)) as folder:
+    with new_folder(Path(path)) as folder:
         (folder / "programs").mkdir()
         for name, program in programs.items():
             (folder / "programs" / f"{name}.mlirbc").write_bytes(program.artifact)

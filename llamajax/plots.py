@@ -5,12 +5,12 @@ The same figures give the same file, text in an SVG stays text, and a file appea
 
 import importlib.util
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llamajax.errors import LlamaJaxError
+from llamajax.files import new_file
 
 _SUFFIXES = (".svg", ".png")
 
@@ -173,11 +173,6 @@ def _save(figure: Any, path: str | Path) -> None:
     import matplotlib
 
     path = Path(path)
-    partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
     metadata = {"Date": None} if path.suffix == ".svg" else {}
-    try:
-        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "llamajax"}):
-            figure.savefig(partial, metadata=metadata)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with new_file(path) as partial, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "llamajax"}):
+        figure.savefig(partial, metadata=metadata)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors.numpy import save_file
 
 from llamajax.checkpoint.home import abstract_weight, describe
 from llamajax.errors import LlamaJaxError
+from llamajax.files import new_file
 
 _KEY = "work.json"
 
@@ -95,6 +95,5 @@ def _read(stored: Any, name: str, abstract: Any) -> Any:
 
 
 def _write(file: Path, write: Any) -> None:
-    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
-    write(partial)
-    partial.rename(file)
+    with new_file(file) as partial:
+        write(partial)

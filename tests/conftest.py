@@ -1,6 +1,8 @@
 """Fixtures that several test files share: the real data, a tiny model, a tiny tokenizer."""
 
 import os
+import random
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +24,35 @@ _TEXTS = [
     "One day Mia found 12 red apples under the tree. 'May I have one?' asked the fox. 'Yes,' said Mia.",
     "The café was closed, so they went home and ate soup. Then the sun went down, and the fox was happy.",
 ]
+
+
+# ---- What a run leaves out ------------------------------------------------------------------------------------------
+
+# Of a matrix one in so many cases runs, unless all are asked for.
+_SAMPLE = 10
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`make test-all` gives --all; the seed draws other cases of the same matrices."""
+    parser.addoption("--all", action="store_true", help="every case of every matrix, and tests marked exhaustive")
+    parser.addoption("--sample-seed", type=int, default=0, help="which tenth of a matrix runs without --all")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out tests marked `exhaustive`, and nine in ten cases of each test marked `matrix`."""
+    if config.getoption("--all"):
+        return
+    left_out = {item for item in items if item.get_closest_marker("exhaustive")}
+    matrices: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("matrix"):
+            matrices[item.nodeid.partition("[")[0]].append(item)
+    for name, cases in matrices.items():
+        draw = random.Random(f"{config.getoption('--sample-seed')} {name}")
+        kept = draw.sample(cases, -(-len(cases) // _SAMPLE))
+        left_out.update(case for case in cases if case not in kept)
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
 
 
 class Pair(NamedTuple):

@@ -357,9 +357,10 @@ def test_a_killed_save_leaves_nothing_under_the_name(tmp_path: Path) -> None:
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "saved").exists()
     (left,) = tmp_path.iterdir()
-    assert left.name.startswith(".saved.partial-") and (left / "weights").is_dir()
-    with pytest.raises(LlamaJaxError, match="unknown format"):
-        open_checkpoint(left)
+    assert left.name.startswith(".saved.partial-") and (left / "folder" / "weights").is_dir()
+    for folder in (left, left / "folder"):
+        with pytest.raises(LlamaJaxError, match="unknown format"):
+            open_checkpoint(folder)
 
 
 # ---- Recognition ----------------------------------------------------------------------------------------------------

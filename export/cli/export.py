@@ -9,7 +9,7 @@ from rich.table import Table
 from export.bundle import Bundle, open_bundle, write
 from export.stablehlo import OPTIONAL_PROGRAMS, PROFILES, Spec
 from export.targets import add_target, kind_of
-from llamajax.checkpoint import check_absent, open_checkpoint, read_tokenizer
+from llamajax.checkpoint import open_checkpoint, read_tokenizer
 from llamajax.cli.common import (
     chosen_activations,
     chosen_dtype,
@@ -23,6 +23,7 @@ from llamajax.cli.common import (
     table_console,
 )
 from llamajax.errors import LlamaJaxError
+from llamajax.files import check_absent
 
 SUMMARY = "write a bundle that other runtimes execute: programs, weights, golden prompts"
 EXAMPLES = (

@@ -7,7 +7,6 @@ each may live in an environment of its own. What it prints goes into the manifes
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 from export.bundle import Bundle, open_bundle, seal
 from llamajax.errors import LlamaJaxError
+from llamajax.files import new_folder
 
 # Kind of target, which is its name up to the first "-" or ":", and its script.
 SCRIPTS = {
@@ -59,19 +59,13 @@ def add_target(bundle: Bundle, target: str, python: str = sys.executable) -> Bun
     place = f"targets/{target.replace(':', '-')}"
     # Beside the bundle, not in it: what a killed toolchain leaves would be files that the manifest does not name.
     path = bundle.path.absolute()
-    partial = path.with_name(f".{path.name}.{place.replace('/', '-')}.partial-{os.getpid()}")
-    partial.mkdir()
-    try:
+    shutil.rmtree(bundle.file(place), ignore_errors=True)  # of a run that was killed before the manifest named it
+    with new_folder(bundle.file(place), beside=path) as partial:
         script = str(Path(__file__).parent / SCRIPTS[kind])
         entry = _run(python, [script, str(bundle.path), str(partial), target], target)
         entry["files"] = [f"{place}/{name}" for name in entry["files"]]
         bundle.file("targets").mkdir(exist_ok=True)
-        shutil.rmtree(bundle.file(place), ignore_errors=True)
-        partial.rename(bundle.file(place))
-        targets = {**bundle.manifest["targets"], target: entry}
-        seal(bundle.path, {**bundle.manifest, "targets": targets})
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    seal(bundle.path, {**bundle.manifest, "targets": {**bundle.manifest["targets"], target: entry}})
     return open_bundle(bundle.path)
 
 

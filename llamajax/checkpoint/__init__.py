@@ -7,11 +7,8 @@
 `llamajax.load` does the first two and adds the tokenizer.
 """
 
-import contextlib
 import dataclasses
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +28,7 @@ from llamajax.checkpoint.naming import (
 )
 from llamajax.config import Config, preset_names
 from llamajax.errors import LlamaJaxError
+from llamajax.files import new_folder
 from llamajax.model import Llama, abstract_model
 from llamajax.prepare import only_looked_up, prepare, with_activations
 from llamajax.tokenizer import Tokenizer
@@ -233,36 +231,13 @@ def save_checkpoint(
             "write llamajax's own form instead"
         )
     tokenizer_bytes = tokenizer.model_bytes if isinstance(tokenizer, Tokenizer) else tokenizer
-    with atomic_folder(Path(path)) as folder:
+    with new_folder(Path(path)) as folder:
         if form == "huggingface":
             huggingface.save(model, folder, tokenizer_bytes)
         elif form == "llamajax":
             home.save(model, folder, tokenizer_bytes, source)
         else:
             raise LlamaJaxError(f"form is {form!r}: expected 'llamajax' or 'huggingface'")
-
-
-def check_absent(path: Path) -> None:
-    """Refuses a target that exists, before any work is done for it."""
-    if path.exists():
-        raise LlamaJaxError(f"{path}: exists already: remove it or choose another path")
-
-
-@contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside `path` that becomes `path` when the block ends well, and is removed when it does not."""
-    check_absent(path)
-    partial = path.absolute().with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise LlamaJaxError(f"{path}: cannot be created ({error.strerror})") from None
-    try:
-        yield partial
-        partial.rename(path.absolute())
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _ignore(done: int, total: int) -> None:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from absl import flags
 
-from llamajax.checkpoint import check_absent, open_checkpoint, read_tokenizer, save_checkpoint
+from llamajax.checkpoint import open_checkpoint, read_tokenizer, save_checkpoint
 from llamajax.checkpoint.naming import is_quantized
 from llamajax.cli.common import define_model, read_model, readable_bytes, spinner, stored_bytes
 from llamajax.errors import LlamaJaxError
+from llamajax.files import check_absent
 
 SUMMARY = "write a checkpoint in llamajax's own form, or in Hugging Face's"
 EXAMPLES = (

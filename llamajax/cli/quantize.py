@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from llamajax.checkpoint import check_absent, open_checkpoint, read_tokenizer, save_checkpoint
+from llamajax.checkpoint import open_checkpoint, read_tokenizer, save_checkpoint
 from llamajax.checkpoint.naming import named_weights
 from llamajax.cli.common import define_model, progress, readable_bytes, spinner, stored_bytes
 from llamajax.errors import LlamaJaxError
 from llamajax.evaluate import encode_documents, read_documents
+from llamajax.files import check_absent
 from llamajax.model import Llama
 from llamajax.quantize import quantize, read_recipe, recipe_names
 from llamajax.tokenizer import Tokenizer

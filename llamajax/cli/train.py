@@ -8,11 +8,12 @@ from typing import Any
 
 from absl import flags
 
-from llamajax.checkpoint import check_absent, save_checkpoint
+from llamajax.checkpoint import save_checkpoint
 from llamajax.cli.common import progress, spinner
 from llamajax.config import Config, preset, preset_names
 from llamajax.errors import LlamaJaxError
 from llamajax.evaluate import encode_documents
+from llamajax.files import check_absent
 from llamajax.train import TrainOptions
 
 SUMMARY = "train a small model and its tokenizer; resumes where it was stopped"

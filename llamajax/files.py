@@ -1,0 +1,235 @@
+"""Files on disk: bounded and regular before a byte is read, whole or absent when written.
+
+    data = read_bytes(path, limit=1 << 20)        # a FIFO, a device or a larger file is an error, not a hang
+    with new_file(path) as partial:               # appears at once when the block ends well
+        partial.write_bytes(data)
+    with new_folder(path) as partial:             # the same for a folder
+        (partial / "part").write_bytes(data)
+
+What is being written stands in a folder `.NAME.partial-…` beside its final name. The writing process holds a lock
+(`flock`) on that folder for as long as it lives, so a later run can tell an abandoned one, and removes it.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+import stat
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from llamajax.errors import LlamaJaxError
+
+try:
+    import fcntl
+except ImportError:  # Windows: abandoned folders are left where they are
+    fcntl = None  # type: ignore[assignment]
+
+# JSON and TOML that describe models: the largest in use, the tokenizer.json of 256,000 pieces, has 33 MB.
+LARGEST_TEXT = 64 << 20
+
+
+def shortened(value: object, length: int = 100) -> str:
+    """`repr` of a value from a file, for an error message: control characters escaped, at most `length` characters."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of more digits than Python converts; deep nesting
+        return f"a {type(value).__name__} too large to show"
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= length else f"{text[: length - 2]} …"
+
+
+@contextlib.contextmanager
+def open_regular(path: str | Path, limit: int | None = None) -> Iterator[BinaryIO]:
+    """Opens a file for reading, once it is sure that it is a regular one of at most `limit` bytes.
+
+    Links are followed. Nothing is waited for: opening a FIFO returns at once.
+
+    Raises:
+        LlamaJaxError: for anything but a regular file, or a larger one.
+        OSError: if there is none, or it may not be read.
+    """
+    # O_NONBLOCK changes nothing for regular files. What was opened is looked at, not what the name meant before.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    status = os.fstat(descriptor)
+    problem = None
+    if not stat.S_ISREG(status.st_mode):
+        problem = f"{_kind(status.st_mode)}: expected a regular file"
+    elif limit is not None and status.st_size > limit:
+        problem = f"{status.st_size} bytes: expected at most {limit}"
+    if problem:
+        os.close(descriptor)
+        raise LlamaJaxError(f"{path}: {problem}")
+    with open(descriptor, "rb") as file:
+        yield file
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a FIFO", stat.S_ISCHR: "a device", stat.S_ISBLK: "a device"}
+    kinds[stat.S_ISSOCK] = "a socket"
+    return next((name for matches, name in kinds.items() if matches(mode)), "no regular file")
+
+
+def read_bytes(path: str | Path, limit: int = LARGEST_TEXT) -> bytes:
+    """All bytes of a regular file of at most `limit` bytes.
+
+    Raises:
+        LlamaJaxError, OSError: as `open_regular`; the first also for a file that grows while it is read.
+    """
+    with open_regular(path, limit) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise LlamaJaxError(f"{path}: more than {limit} bytes: expected at most that")
+    return data
+
+
+def read_text(path: str | Path, limit: int = LARGEST_TEXT) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        LlamaJaxError, OSError: as `read_bytes`; the first also for other bytes than UTF-8.
+    """
+    try:
+        return read_bytes(path, limit).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise LlamaJaxError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def read_json(path: str | Path, limit: int = LARGEST_TEXT) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        LlamaJaxError, OSError: as `read_bytes`; the first also for what is not JSON, or nested too deeply to be read.
+    """
+    return parse_json(read_bytes(path, limit), str(path))
+
+
+def parse_json(data: bytes | str, source: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        LlamaJaxError: for what is not JSON, or nested too deeply; the message begins with `source`.
+    """
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise LlamaJaxError(f"{source}: not JSON ({shortened(str(error))}): expected a JSON value") from None
+
+
+def read_toml(path: str | Path, limit: int = 1 << 20) -> dict[str, Any]:
+    """The table of a TOML file.
+
+    Raises:
+        LlamaJaxError, OSError: as `read_text`; the first also for what is not TOML, or nested too deeply.
+    """
+    text = read_text(path, limit)
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise LlamaJaxError(f"{path}: not TOML ({shortened(str(error))})") from None
+
+
+# ---- Writing --------------------------------------------------------------------------------------------------------
+
+
+def check_absent(path: Path) -> None:
+    """Refuses a target that exists, before any work is done for it."""
+    if os.path.lexists(path):
+        raise LlamaJaxError(f"{path}: exists already: remove it or choose another path")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, beside: Path | None = None) -> Iterator[Path]:
+    """A new folder that becomes `path` when the block ends well, and is removed when it does not.
+
+    Args:
+        path: must not exist.
+        beside: beside what the unfinished folder stands; `path` unless given. For a folder inside another whose
+            content is checked.
+
+    Raises:
+        LlamaJaxError: if `path` exists or cannot be created.
+    """
+    check_absent(path)
+    with _partial(beside or path) as partial:
+        inner = partial / "folder"
+        inner.mkdir()
+        yield inner
+        os.rename(inner, path.absolute())
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """The name of a file, of `path`'s suffix, that replaces `path` when the block ends well; removed when it does not.
+
+    Raises:
+        LlamaJaxError: if nothing can be created beside `path`.
+    """
+    with _partial(path) as partial:
+        inner = partial / f"file{path.suffix}"
+        yield inner
+        os.replace(inner, path.absolute())
+
+
+@contextlib.contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """A locked folder beside `path`, removed at the end with all that is then in it."""
+    clear_leftovers(path)
+    while True:
+        partial = path.absolute().with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise LlamaJaxError(f"{path}: cannot be created ({error.strerror})") from None
+        descriptor = _lock(partial)
+        if partial.is_dir():
+            break
+        if descriptor is not None:  # another process took it for abandoned before it was locked
+            os.close(descriptor)
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def clear_leftovers(path: Path) -> None:
+    """Removes what killed processes left of `path`: partial folders beside it that no living process has locked."""
+    parent, prefix = path.absolute().parent, f".{path.name}.partial-"
+    try:
+        names = [name for name in os.listdir(parent) if name.startswith(prefix)]
+    except OSError:  # the parent is not there yet, or may not be looked into
+        return
+    for leftover in (parent / name for name in names):
+        descriptor = _lock(leftover)
+        if descriptor is None:
+            continue
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                leftover.unlink()
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor that holds the lock of a file or folder until it is closed; None if it cannot be had."""
+    if fcntl is None:
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+            raise
+        return None
+    return descriptor
