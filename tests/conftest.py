@@ -1,21 +1,31 @@
 """Fixtures that several test files share: the real data, a tiny model, a tiny tokenizer."""
 
+import contextlib
+import ctypes
+import gc
 import os
+import platform
 import random
+import resource
+import sys
+import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-# What tests compile is kept, so that running them again takes half the time. Before jax is imported, which reads it.
+# What tests compile is kept, so that running them again takes a third of the time. Read when jax is imported.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import llamajax
+from llamajax.generate import compiled_decode, compiled_lookup, compiled_prefill
 from llamajax.quantize import Rule, quantize
 from llamajax.tokenizer import train_tokenizer
 
@@ -33,26 +43,106 @@ _SAMPLE = 10
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`make test-all` gives --all; the seed draws other cases of the same matrices."""
+    """`make test-all` gives --all. The seed draws other cases of the same matrices: others every day unless given."""
     parser.addoption("--all", action="store_true", help="every case of every matrix, and tests marked exhaustive")
-    parser.addoption("--sample-seed", type=int, default=0, help="which tenth of a matrix runs without --all")
+    parser.addoption("--sample-seed", type=int, help="which tenth of a matrix runs without --all")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Settles the seed before workers copy the options, and tells modules (tests/fuzz.py) what is asked for."""
+    if config.option.sample_seed is None:
+        config.option.sample_seed = int(time.time() // 86_400)
+    if config.option.all:
+        os.environ["LLAMAJAX_TEST_ALL"] = "1"
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """What to give for the same cases again."""
+    chosen = "all" if config.option.all else f"--sample-seed={config.option.sample_seed}"
+    return f"matrices: {chosen}; jax {jax.__version__}, flax {flax.__version__}, Python {platform.python_version()}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out tests marked `exhaustive`, and nine in ten cases of each test marked `matrix`."""
-    if config.getoption("--all"):
+    if config.option.all:
         return
     left_out = {item for item in items if item.get_closest_marker("exhaustive")}
     matrices: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
-        if item.get_closest_marker("matrix"):
+        if item.get_closest_marker("matrix") and item not in left_out:
             matrices[item.nodeid.partition("[")[0]].append(item)
     for name, cases in matrices.items():
-        draw = random.Random(f"{config.getoption('--sample-seed')} {name}")
+        draw = random.Random(f"{config.option.sample_seed} {name}")
         kept = draw.sample(cases, -(-len(cases) // _SAMPLE))
         left_out.update(case for case in cases if case not in kept)
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
+
+
+# ---- Memory ---------------------------------------------------------------------------------------------------------
+
+# Compiled programs stay until the process ends, 2 to 10 MiB each: a worker that keeps all of them needs 6 GiB.
+_RESIDENT_LIMIT = 900 << 20
+
+
+def _resident() -> int:
+    """Bytes of this process in memory; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def _forget_programs() -> None:
+    """Frees what was compiled, and gives the memory back."""
+    for kept in (compiled_prefill, compiled_decode, compiled_lookup):
+        kept._programs.clear()
+    jax.clear_caches()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_one_module() -> Iterator[None]:
+    yield
+    _forget_programs()
+
+
+@pytest.fixture(autouse=True)
+def _programs_within_bounds() -> Iterator[None]:
+    yield
+    if _resident() > _RESIDENT_LIMIT:
+        _forget_programs()
+
+
+_worker_peaks: dict[str, int] = {}
+
+
+def _peak_mebibytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker tells the process that prints how much memory it took."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["peak_mebibytes"] = _peak_mebibytes()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Remembers a worker's peak."""
+    _worker_peaks[node.gateway.id] = getattr(node, "workeroutput", {}).get("peak_mebibytes", 0)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints the peak memory of each worker, or of this process where there are none."""
+    peaks = _worker_peaks or {"this process": _peak_mebibytes()}
+    shown = ", ".join(f"{name} {peak} MiB" for name, peak in sorted(peaks.items()))
+    terminalreporter.write_line(f"peak resident memory: {shown}")
+
+
+# ---- Fixtures -------------------------------------------------------------------------------------------------------
 
 
 class Pair(NamedTuple):

@@ -29,6 +29,7 @@ def _normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("size", [1, 8, 16, 48, "token"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_codes_and_scales_by_definition(size: Any, dtype: str) -> None:

@@ -33,6 +33,7 @@ def size(tree) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("recipe", ["int4-g128", "int3-g64", "nf4-g64", "ternary"])
 def test_random_weights_are_as_quantized_ones(recipe: str) -> None:
     """Of the same types, shapes and dtypes; and no code stands for something that a quantizer would not write."""

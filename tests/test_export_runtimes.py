@@ -21,6 +21,7 @@ def installed(module: str) -> bool:
         return False
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["box", "stories260k"])
 def test_the_same_tokens_everywhere(name: str, request: pytest.FixtureRequest, tmp_path) -> None:
     # In float32, as the command exports on a machine without an accelerator; IREE takes no bfloat16 model.

@@ -80,6 +80,7 @@ CASES = [(scheme, "scanned") for scheme in ("int4", "uint4", "int3", "int8", "nf
 CASES += [("int3", "unrolled"), ("int4", "unrolled"), ("int4", "float"), ("int4", "cpu")]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("scheme", "profile"), CASES)
 def test_prefill_and_decode_equal_the_float64_model(scheme: str, profile: str) -> None:
     model = packed(scheme)

@@ -59,6 +59,7 @@ def plain_gptq(
     return codes, np.stack(scales), order
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("scheme", "group", "act_order", "block"),
     [
@@ -104,6 +105,7 @@ def test_block_size_changes_nothing(scheme: str, group: Any, scale_dtype: str, b
     np.testing.assert_allclose(one.scale.astype(jnp.float32), other.scale.astype(jnp.float32), rtol=0.01)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("scheme", "act_order"),
     [
@@ -132,6 +134,7 @@ def test_a_searched_scale_is_better_than_a_plain_one() -> None:
     assert np.exp(np.mean(np.log(ratios))) < 0.95
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("scheme", "group", "clip"),
     [("int4", 16, None), ("int3", 16, "mse"), ("uint3", "tensor", "mse"), ("nf4", 16, None)],

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import llamajax
@@ -16,6 +16,8 @@ import quant
 from llamajax.quantize import quantize
 from quant import QTensor
 from quant.kernels import cpu
+from tests.fuzz import fuzz
+from tests.programs import forward
 
 EQUATIONS = {-2: "RK,KM->RM", -1: "RK,MK->RM"}
 SCHEMES = ("int4", "int8", "int3", "int2", "ternary", "uint4", "int5", "int6", "uint8")
@@ -59,7 +61,7 @@ def largest(qtensor: QTensor) -> float:
     return 2 * (16 * codes * float(jnp.abs(qtensor.scale).max()) + offset)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@fuzz(60)
 @given(
     name=st.sampled_from(SCHEMES),
     group=st.sampled_from([32, 64, 128, 256]),
@@ -101,6 +103,7 @@ def test_bfloat16_activations_keep_the_gradient_of_scales() -> None:
     np.testing.assert_allclose(rounded, exact, atol=0.02 * float(jnp.abs(exact).max()))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("axis", [-2, -1])
 @pytest.mark.parametrize("name", SCHEMES)
 def test_layout_loses_nothing(name: str, axis: int) -> None:
@@ -228,11 +231,11 @@ def packed() -> llamajax.Llama:
 
 def test_a_prepared_model_says_the_same(packed: llamajax.Llama) -> None:
     tokens_BT = jnp.asarray(np.random.default_rng(0).integers(0, 70, (2, 30)))
-    expected, _ = packed(tokens_BT)
+    expected = forward(packed, tokens_BT)
     prepared = llamajax.prepare(packed, "cpu")
     assert isinstance(prepared.embed_VD.get_value(), cpu.TiledWeight)
-    np.testing.assert_allclose(prepared(tokens_BT)[0], expected, rtol=1e-3, atol=2e-5)
-    np.testing.assert_allclose(jax.jit(prepared)(tokens_BT[:1, :3])[0], expected[:1, :3], rtol=1e-3, atol=2e-5)
+    np.testing.assert_allclose(forward(prepared, tokens_BT), expected, rtol=1e-3, atol=2e-5)
+    np.testing.assert_allclose(forward(prepared, tokens_BT[:1, :3]), expected[:1, :3], rtol=1e-3, atol=2e-5)
 
 
 def test_a_prepared_model_is_not_saved(packed: llamajax.Llama, tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ CASES = [
 ]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("scheme", "axis", "group_size", "scale_dtype", "planes"), CASES)
 def test_layout_keeps_every_bit(scheme, axis, group_size, scale_dtype, planes) -> None:
     weight = make(scheme, (2, 384, 384), group_size, axis, scale_dtype, **planes)
@@ -90,6 +91,7 @@ def test_layout_keeps_every_bit(scheme, axis, group_size, scale_dtype, planes) -
         np.testing.assert_array_equal(before, after)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("scheme", "axis", "group_size", "scale_dtype", "planes"), CASES)
 def test_matmul_is_the_product(scheme, axis, group_size, scale_dtype, planes) -> None:
     """Several blocks of outputs, several parts of K, more rows than the kernel takes."""

@@ -63,6 +63,7 @@ CASES = [
 ]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("scheme", "axis", "group_size", "scale_dtype", "zero"), CASES)
 def test_layout_keeps_every_bit(scheme, axis, group_size, scale_dtype, zero) -> None:
     weight = make(scheme, (2, 384, 384), group_size, axis, scale_dtype, zero)
@@ -84,6 +85,7 @@ def test_bytes_on_the_device() -> None:
     assert tpu.layout(make("int4", (256, 128), 32, -2, jnp.float16)).nbytes == 256 * 128 // 2 + 8 * 128 * 4
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize(("scheme", "axis", "group_size", "scale_dtype", "zero"), CASES)
 def test_matmul_is_the_product(scheme, axis, group_size, scale_dtype, zero, kernel) -> None:

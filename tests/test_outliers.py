@@ -92,6 +92,7 @@ def test_channels_above_a_threshold() -> None:
     assert quant.outlier_channels(largest, threshold=9).shape == (0,)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("scheme", ["int8", "uint4", "nf4"])
 @pytest.mark.parametrize("axis", [-2, -1])
 def test_split_keeps_channels_and_quantizes_the_rest_as_if_they_were_zero(scheme: str, axis: int) -> None:
@@ -155,6 +156,7 @@ def test_a_program_has_no_scatter() -> None:
         assert "stablehlo" in text and "scatter" not in text and "custom_call" not in text
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["int8-token", "int8-group"])
 @pytest.mark.parametrize("axis", [-2, -1])
 def test_einsum_leaves_activations_of_outliers_alone(kind: str, axis: int) -> None:

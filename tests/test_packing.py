@@ -108,6 +108,7 @@ def _packable(draw: st.DrawFn) -> tuple[np.ndarray, int, int, int]:
     return rng.integers(0, 2**bits, shape, np.uint8), bits, group_size, axis
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("axis", [-2, -1])
 @pytest.mark.parametrize("bits", sorted(PLANE_BITS))
 def test_other_ways_to_unpack(bits: int, axis: int) -> None:
@@ -137,6 +138,7 @@ def test_round_trip_and_the_independent_decoder(case: tuple[np.ndarray, int, int
     np.testing.assert_array_equal(decoded, codes)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("name", "axis", "scale_dtype"),
     [*((name, axis, "bfloat16") for name in quant.SCHEMES for axis in (-2, -1))]

@@ -76,6 +76,7 @@ def _scales(made: quant.QTensor) -> np.ndarray:
     return np.asarray(exponent_values(made.scale) if made.scheme.kind == "mxfp4" else made.scale, np.float64)[:, None]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("name", "scale_dtype"),
     [*((name, "bfloat16") for name in NAMES), ("int4", "float32"), ("int4", "float16"), ("uint4", "float16")],
@@ -93,6 +94,7 @@ def test_scales_by_definition_and_the_nearest_of_all_codes(name: str, scale_dtyp
     np.testing.assert_allclose(_grouped(quant.dequantize(made)), expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("group_size", [G, "channel", "tensor"])
 def test_axes_leading_axes_jit_and_vmap_agree(name: str, group_size: Any) -> None:
@@ -112,6 +114,7 @@ def test_axes_leading_axes_jit_and_vmap_agree(name: str, group_size: Any) -> Non
         np.testing.assert_allclose(other, expected, rtol=2**-7 if name == "ternary" else 0)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["int8", "int3", "int2", "uint8", "uint4", "uint2", "ternary"])
 @pytest.mark.parametrize("clip", [None, "mse"])
 def test_error_is_at_most_half_a_scale_inside_the_range(name: str, clip: Any) -> None:
@@ -143,6 +146,7 @@ def test_uint_ranges_are_widened_to_zero() -> None:
     assert quant.unpack(made.planes, 4, 4)[:2].T.tolist() == [[0, 15], [13, 15], [2, 0]]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("clip", [None, "mse"])
 def test_zeros_stay_zeros(name: str, clip: Any) -> None:
@@ -164,6 +168,7 @@ def _group_errors(values: Any, groups: np.ndarray, importance: np.ndarray | None
     return np.sum((values - groups) ** 2 * weights, axis=1)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_mse_clip_is_no_worse_than_any_of_its_factors(name: str, weighted: bool) -> None:
@@ -189,6 +194,7 @@ def test_mse_clip_is_no_worse_than_any_of_its_factors(name: str, weighted: bool)
         np.testing.assert_allclose(of_clipped, np.min(tried, axis=0), rtol=1e-5)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["int4", "int3", "int2", "uint4", "uint2", "nf4", "ternary"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_mse_clip_is_close_to_the_best_scale_there_is(name: str, weighted: bool) -> None:
@@ -206,6 +212,7 @@ def test_mse_clip_is_close_to_the_best_scale_there_is(name: str, weighted: bool)
     assert error.sum() < (1.06 if name == "nf4" else 1.03) * best.sum()
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("axis", [-2, -1])
 @pytest.mark.parametrize("clip", [None, "mse"])
 def test_blocks_change_nothing(axis: int, clip: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,6 +318,7 @@ def test_a_bfloat16_weight_is_its_float32_values() -> None:
     np.testing.assert_array_equal(quant.dequantize(made), quant.dequantize(wide))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["int4", "uint4", "nf4", "mxfp4", "ternary"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_under_jit_what_is_not_finite_shows(name: str, bad: float) -> None:

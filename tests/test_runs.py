@@ -15,6 +15,7 @@ from llamajax.quantize import quantize
 from quant import LayerRuns, QTensor, dequantize, split_runs
 from quant.kernels import Layout
 from quant.recipe import Rule
+from tests.programs import forward as forward_pass
 from tests.reference import forward, random_model, weights_of
 
 CONFIG = Config(
@@ -67,7 +68,7 @@ def test_rules_of_layers_make_runs(runs: Llama) -> None:
 
 def test_logits_are_those_of_the_reference(runs: Llama) -> None:
     weights = weights_of(dense(runs))
-    logits = jax.jit(lambda model, tokens: model(tokens)[0])(runs, jnp.asarray(TOKENS))
+    logits = forward_pass(runs, jnp.asarray(TOKENS))
     for row, tokens in enumerate(TOKENS):
         np.testing.assert_allclose(np.asarray(logits[row]), forward(CONFIG, weights, tokens), atol=1e-4)
 
@@ -131,7 +132,7 @@ def test_runs_are_prepared_one_by_one(runs: Llama) -> None:
     for name, weight in named_weights(runs).items():
         parts = zip(weight.parts, named_weights(prepared)[name].parts, strict=True) if "layers" in name else ()
         assert all(isinstance(after, Layout) == isinstance(before, QTensor) for before, after in parts)
-    np.testing.assert_allclose(prepared(tokens_BT)[0], runs(tokens_BT)[0], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(forward_pass(prepared, tokens_BT), forward_pass(runs, tokens_BT), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(

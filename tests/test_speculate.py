@@ -131,6 +131,7 @@ def test_a_batch_is_plain_greedy_decoding(drafts: int, tiny_model: Llama) -> Non
     assert (run.speed.decode_steps, run.speed.row_steps) == (max(each), sum(each))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("seed", range(4))
 def test_random_models(seed: int, tiny_model: Llama) -> None:
     rng = np.random.default_rng(seed)
@@ -179,6 +180,7 @@ def test_repetition_takes_fewer_passes(cycle: Callable[[list[int]], Llama]) -> N
     assert (without.speed.decode_steps, without.speed.row_steps, without.speed.tokens_per_step) == (100, 0, 0.0)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("limit", range(1, 12))
 def test_the_limit_may_fall_anywhere_in_a_draft(limit: int, cycle: Callable[[list[int]], Llama]) -> None:
     run = _assert_same(cycle(LOOP), None, [LOOP * 2, LOOP[:4]], 4, max_new_tokens=limit)
