@@ -17,6 +17,11 @@ from typing import Any, NamedTuple
 # What tests compile is kept, so that running them again takes a third of the time. Read when jax is imported.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Without --all, also without LLVM's optimizations: the programs are the same, and compiling takes most of the time.
+if "--all" in sys.argv:
+    os.environ["LLAMAJAX_TEST_ALL"] = "1"
+elif "LLAMAJAX_TEST_ALL" not in os.environ:
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import flax
 import jax
@@ -49,11 +54,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Settles the seed before workers copy the options, and tells modules (tests/fuzz.py) what is asked for."""
+    """Settles the seed before workers copy the options."""
     if config.option.sample_seed is None:
         config.option.sample_seed = int(time.time() // 86_400)
-    if config.option.all:
-        os.environ["LLAMAJAX_TEST_ALL"] = "1"
 
 
 def pytest_report_header(config: pytest.Config) -> str:

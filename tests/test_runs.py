@@ -15,6 +15,7 @@ from llamajax.quantize import quantize
 from quant import LayerRuns, QTensor, dequantize, split_runs
 from quant.kernels import Layout
 from quant.recipe import Rule
+from tests.programs import QUICK
 from tests.programs import forward as forward_pass
 from tests.reference import forward, random_model, weights_of
 
@@ -84,7 +85,8 @@ def test_generation_and_gradients_do_not_notice(runs: Llama) -> None:
         hidden, _ = model.trunk(jnp.asarray(TOKENS))
         return jnp.mean(model.logits(hidden * scale) ** 2)
 
-    gradients = [jax.grad(loss)(jnp.ones(64), model) for model in (runs, floats)]
+    gradient = jax.jit(jax.grad(loss), compiler_options=QUICK)
+    gradients = [gradient(jnp.ones(64), model) for model in (runs, floats)]
     np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-6)
 
 
