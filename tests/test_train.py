@@ -2,14 +2,12 @@
 
 import csv
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from llamajax import Config, Llama, LlamaJaxError, abstract_model
 from llamajax.checkpoint.naming import named_leaves
@@ -50,23 +48,6 @@ def _run(
         return train(CONFIG, TOKENS, TOKENS[:80], options, folder, on_step), seen
     except KeyboardInterrupt:
         return None, seen
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Every call of `train` compiles the same programs anew; for the tests of this file, from JAX's cache on disk."""
-    wanted = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in wanted}
-    for values in (wanted, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is wanted:
-            yield
 
 
 @pytest.fixture(scope="module")

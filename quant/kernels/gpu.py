@@ -278,5 +278,8 @@ def _kernel(
         return sum((one(row, bytes_SW) for row, bytes_SW in zip(rows, loaded, strict=True)), total_RW)
 
     total_RW = jax.lax.fori_loop(0, iterations, iteration, jnp.zeros(tile, jnp.float32))
-    is_row_R1 = jnp.arange(tile[0])[:, None] < out_ref.shape[1]
-    plgpu.store(out_ref.at[part, pl.ds(0, tile[0]), outputs], total_RW, mask=is_row_R1)
+    # By number rather than by slice, which may not go beyond the rows that there are: the mask leaves those out.
+    row_R1 = jnp.arange(tile[0])[:, None]
+    column_1W = pl.program_id(0) * width + jnp.arange(width)[None]
+    place = (part, *jnp.broadcast_arrays(row_R1, column_1W))
+    plgpu.store(out_ref.at[place], total_RW, mask=row_R1 < out_ref.shape[1])
