@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llamajax.errors import LlamaJaxError
+from llamajax.files import shortened
 
 # The knobs of `sampling.Sampler` that a checkpoint may bring defaults for.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -51,8 +52,7 @@ class AddedToken:
     def __post_init__(self):
         """Refuses what is no token."""
         _check_id("added token", self.id)
-        if not isinstance(self.text, str) or not self.text:
-            raise LlamaJaxError(f"added token {self.id} is {self.text!r}: expected a text")
+        _check_text(f"added token {self.id}", self.text)
         for name in ("special", "lstrip", "rstrip", "single_word", "normalized"):
             _check_bool(f"{name} of added token {self.id}", getattr(self, name))
 
@@ -98,21 +98,23 @@ class Words:
         for stop in self.stop_ids or ():
             _check_id("stop id", stop)
         for name in ("bos_token", "eos_token"):
-            if not isinstance(getattr(self, name), str | None):
-                raise LlamaJaxError(f"{name} is {getattr(self, name)!r}: expected a text")
+            if getattr(self, name) is not None:
+                _check_text(name, getattr(self, name))
         for name in ("add_bos", "add_eos"):
             if getattr(self, name) is not None:
                 _check_bool(name, getattr(self, name))
         if self.space not in (None, *SPACES):
-            raise LlamaJaxError(f"space is {self.space!r}: expected one of {', '.join(SPACES)}")
+            raise LlamaJaxError(f"space is {shortened(self.space)}: expected one of {', '.join(SPACES)}")
         if len({token.id for token in self.added}) < len(self.added):
             raise LlamaJaxError("added tokens share an id: expected each id once")
         for name, value in self.sampling.items():
             if name not in SAMPLING or isinstance(value, bool) or not isinstance(value, int | float):
-                raise LlamaJaxError(f"sampling has {name}={value!r}: expected numbers for {', '.join(SAMPLING)}")
+                raise LlamaJaxError(
+                    f"sampling has {name}={shortened(value)}: expected numbers for {', '.join(SAMPLING)}"
+                )
         unknown = sorted(set(self.files) - set(CARRIED_FILES))
         if unknown:
-            raise LlamaJaxError(f"file {unknown[0]!r}: expected one of {', '.join(CARRIED_FILES)}")
+            raise LlamaJaxError(f"file {shortened(unknown[0])}: expected one of {', '.join(CARRIED_FILES)}")
 
     def for_another_tokenizer(self) -> "Words":
         """The same without the files that belong to the tokenizer that they came with."""
@@ -153,11 +155,17 @@ class Words:
         return words
 
 
+def _check_text(name: str, value: Any) -> None:
+    # JSON can spell halves of a character (surrogates), which are no text.
+    if not isinstance(value, str) or not value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise LlamaJaxError(f"{name} is {shortened(value)}: expected a text")
+
+
 def _check_id(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _LARGEST_ID:
-        raise LlamaJaxError(f"{name} is {value!r}: expected a whole number from 0 to {_LARGEST_ID - 1}")
+        raise LlamaJaxError(f"{name} is {shortened(value)}: expected a whole number from 0 to {_LARGEST_ID - 1}")
 
 
 def _check_bool(name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise LlamaJaxError(f"{name} is {value!r}: expected true or false")
+        raise LlamaJaxError(f"{name} is {shortened(value)}: expected true or false")

@@ -3,6 +3,7 @@
 import base64
 import itertools
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ import llamajax
 from export.bundle import vocabulary_of
 from llamajax import LlamaJaxError, Tokenizer, open_checkpoint, save_checkpoint
 from llamajax.checkpoint import read_tokenizer
+from llamajax.checkpoint.huggingface_words import read_words
 from llamajax.cli import main
 from llamajax.evaluate import text_windows
 from llamajax.words import AddedToken, Words
@@ -436,6 +438,62 @@ def test_notes(config: Any, files: Any, note: str, folder, capsys) -> None:
 def test_refused_words(config: Any, files: Any, message: str, folder) -> None:
     with pytest.raises(LlamaJaxError, match=message):
         open_checkpoint(folder(config, **files))
+
+
+_ODD = [
+    None,
+    True,
+    0,
+    -1,
+    3,
+    300,
+    10**30,
+    0.5,
+    float("nan"),
+    "",
+    "x",
+    "<s>",
+    "\ud800",
+    [],
+    [1],
+    [[1]],
+    {},
+    {"content": 5},
+]
+
+
+def _mutated(value: Any, draw: random.Random) -> Any:
+    """A JSON value with one part replaced, removed or put under another name."""
+    if isinstance(value, dict | list) and value and draw.random() < 0.8:
+        value = value.copy()
+        key = draw.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        inner = value.pop(key) if isinstance(value, dict) and draw.random() < 0.4 else value[key]
+        if key in value if isinstance(value, dict) else True:
+            value[key] = _mutated(inner, draw)
+        elif draw.random() < 0.5:
+            value[draw.choice(["x", "5", "-3", "9" * 11, "300", "²"])] = inner
+        return value
+    return draw.choice(_ODD)
+
+
+def test_mutated_files_raise_our_error_or_make_a_tokenizer(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    draw, read = random.Random(0), 0
+    more = {"special_tokens_map": {"extra_special_tokens": {"a": "<f>"}, "pad_token": ""}, "added_tokens": {"<g>": 323}}
+    for _ in range(200):
+        files: dict[str, Any] = SAID | more
+        for name in draw.choices(list(files), k=2):
+            files = files | {name: _mutated(files[name], draw)}
+        for name, value in files.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(value))
+        try:
+            words, notes = read_words(tmp_path, {"eos_token_id": _mutated(2, draw)}, 328)
+            assert Words.from_dict(json.loads(json.dumps(words.to_dict())), words.files) == words
+            tokenizer = Tokenizer(tiny_tokenizer.model_bytes, words=words)
+            tokenizer.decode([*tokenizer.encode("a <tool> fox<|im_end|>"), *range(tokenizer.vocab_size)])
+            read += all(isinstance(note, str) for note in notes)
+        except LlamaJaxError as error:
+            assert len(str(error)) < 1000
+    assert 50 < read < 190
 
 
 # ---- A tokenizer that is not read -----------------------------------------------------------------------------------

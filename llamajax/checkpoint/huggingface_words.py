@@ -111,11 +111,11 @@ def _object(files: Mapping[str, bytes], name: str, path: Path) -> dict[str, Any]
 
 
 def _content(token: Any, path: Path, name: str) -> str | None:
-    """The text of a token that is written as one, or as an object of its settings."""
+    """The text of a token that is written as one, or as an object of its settings; None also for an empty one."""
     text = token.get("content") if isinstance(token, Mapping) else token
     if text is not None and not isinstance(text, str):
         raise LlamaJaxError(f"{path}: {name} is {shortened(token)}: expected a text, or an object with its content")
-    return text
+    return text or None
 
 
 def _ids(
@@ -299,7 +299,7 @@ def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
         "unk_token": name(tokenizer.unk_id),
         "add_bos_token": tokenizer.add_bos,
         "add_eos_token": tokenizer.add_eos,
-        "add_prefix_space": words.space != "never",
+        "add_prefix_space": tokenizer.drops_first_space,
         "legacy": words.space == "always",
         "clean_up_tokenization_spaces": False,
         "added_tokens_decoder": {
