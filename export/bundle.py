@@ -281,18 +281,25 @@ def vocabulary_of(tokenizer: Tokenizer) -> dict[str, Any]:
     processor = sentencepiece.SentencePieceProcessor()
     processor.LoadFromSerializedProto(tokenizer.model_bytes)
     ids = range(tokenizer.vocab_size)
+    pieces = range(processor.vocab_size())  # behind them are added tokens, which are never made of others
+    added = {token.id for token in tokenizer.words.added}
     special = [
-        processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i) or processor.is_byte(i)
+        i not in pieces
+        or i in added
+        or processor.is_control(i)
+        or processor.is_unknown(i)
+        or processor.is_unused(i)
+        or processor.is_byte(i)
         for i in ids
     ]
     return {
-        "bos": tokenizer.bos_id,
+        "bos": tokenizer.bos_id if tokenizer.add_bos else None,
         "stop": list(tokenizer.stop_ids),
-        "dummy_prefix": processor.id_to_piece(processor.encode("a")[0]).startswith("▁"),
+        "dummy_prefix": tokenizer.drops_first_space,
         "pieces": [base64.b64encode(tokenizer.token_bytes(i)).decode() for i in ids],
-        "scores": [processor.get_score(i) for i in ids],
+        "scores": [processor.get_score(i) if i in pieces else 0.0 for i in ids],
         "merges": [int(not is_special) for is_special in special],
-        "single_bytes": [i for i in ids if processor.is_byte(i)],
+        "single_bytes": [i for i in pieces if processor.is_byte(i)],
     }
 
 

@@ -105,7 +105,7 @@ def encode_prompts(tokenizer: Tokenizer | None, prompts: list[Prompt], config: C
         if isinstance(prompt, str):
             if tokenizer is None:
                 raise LlamaJaxError("the model came without a tokenizer: name one, or give prompts as lists of ids")
-            ids = tokenizer.encode(prompt)
+            ids = tokenizer.encode(prompt, eos=False)  # what is to be continued has not ended
         else:
             wrong = [index for index in prompt if isinstance(index, bool) or not isinstance(index, int | np.integer)]
             if wrong:
