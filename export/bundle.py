@@ -9,7 +9,7 @@
     weights.safetensors     the arrays that are the programs' first arguments
     golden.safetensors      prompts, the tokens that greedy choice continues them with, logits behind each prompt
     tokenizer.model         sentencepiece, where the model has one
-    vocabulary.json         the same for runners that have no sentencepiece: pieces, scores
+    vocabulary.json         the same for runners that have no sentencepiece: pieces, scores, or why that is not enough
     run_jax.py, …           runners of one file each
     targets/                what was compiled or converted for a runtime
 
@@ -17,7 +17,6 @@
 take weights, inputs, state, in this order; what later versions add, as adapters, are inputs with names of their own.
 """
 
-import base64
 import dataclasses
 import functools
 import hashlib
@@ -32,7 +31,6 @@ import jsonschema
 import numpy as np
 import safetensors
 import safetensors.numpy
-import sentencepiece
 from jax.interpreters import mlir
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
@@ -50,6 +48,7 @@ from export.stablehlo import (
     lower,
     parameters,
 )
+from export.vocabulary import vocabulary_of
 from llamajax.checkpoint.naming import named_weights
 from llamajax.errors import LlamaJaxError
 from llamajax.files import new_folder
@@ -128,6 +127,7 @@ def write(
     """
     if spec.slots > model.config.context_length:
         raise LlamaJaxError(f"{spec.slots} slots: the model's context is {model.config.context_length}")
+    vocabulary = None if tokenizer is None else vocabulary_of(tokenizer)
     programs = lower(model, spec)
     with new_folder(Path(path)) as folder:
         (folder / "programs").mkdir()
@@ -141,13 +141,15 @@ def write(
         )
         golden = _golden(model, prompts or _golden_prompts(model, tokenizer, spec), spec)
         safetensors.numpy.save_file(golden, folder / "golden.safetensors")
-        if tokenizer is not None:
+        if tokenizer is not None and vocabulary is not None:
             (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
-            vocabulary = json.dumps(vocabulary_of(tokenizer), separators=(",", ":"))
-            (folder / "vocabulary.json").write_text(vocabulary + "\n")
+            (folder / "vocabulary.json").write_text(json.dumps(vocabulary.values, separators=(",", ":")) + "\n")
         for runner in sorted(_RUNNERS.glob("run_*.py")):
             (folder / runner.name).write_text(standalone_runner(runner.name))
         manifest = _manifest(model, tokenizer, spec, programs, arrays, len(golden) // 3, source)
+        if vocabulary is not None:
+            manifest["golden"]["texts"] = vocabulary.texts
+            manifest["tokens"]["refusal"] = vocabulary.values["refusal"]
         for file in folder.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors makes them its owner's alone
         seal(folder, manifest)
@@ -274,26 +276,6 @@ def standalone_runner(name: str) -> str:
 
 
 _IMPORT = "from export.runners.common import main\n"
-
-
-def vocabulary_of(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a runner needs to encode and decode like the tokenizer: pieces in base64, scores, which may be merged."""
-    processor = sentencepiece.SentencePieceProcessor()
-    processor.LoadFromSerializedProto(tokenizer.model_bytes)
-    ids = range(tokenizer.vocab_size)
-    special = [
-        processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i) or processor.is_byte(i)
-        for i in ids
-    ]
-    return {
-        "bos": tokenizer.bos_id,
-        "stop": list(tokenizer.stop_ids),
-        "dummy_prefix": processor.id_to_piece(processor.encode("a")[0]).startswith("▁"),
-        "pieces": [base64.b64encode(tokenizer.token_bytes(i)).decode() for i in ids],
-        "scores": [processor.get_score(i) for i in ids],
-        "merges": [int(not is_special) for is_special in special],
-        "single_bytes": [i for i in ids if processor.is_byte(i)],
-    }
 
 
 def _golden_prompts(model: Llama, tokenizer: Tokenizer | None, spec: Spec) -> list[list[int]]:

@@ -15,11 +15,11 @@ import safetensors.numpy
 
 import export.bundle
 import llamajax
-from export.bundle import Bundle, open_bundle, seal, vocabulary_of, write
-from export.runners.common import Text
+from export.bundle import Bundle, open_bundle, seal, write
 from export.stablehlo import Spec
 from export.targets import add_target
 from export.verify import LOGIT_TOLERANCE, verify
+from export.vocabulary import TEXTS
 from llamajax.cli import main
 from llamajax.errors import LlamaJaxError
 from tests.isolated import run_isolated
@@ -66,29 +66,6 @@ def test_text_and_full_cache(bundle: Bundle, tiny_int4, tiny_tokenizer) -> None:
     assert [int(token) for token in done.stdout.split()] == expected.tokens
     done = run_jax(bundle.path, f"--ids={','.join(['7'] * 96)}")
     assert done.returncode == 1 and "96 tokens: expected 1 to 95" in done.stderr
-
-
-@pytest.mark.parametrize("source", ["tiny", "box"])
-def test_vocabulary_encodes_like_sentencepiece(source: str, tiny_tokenizer, tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer if source == "tiny" else llamajax.load("box")[1]
-    (tmp_path / "vocabulary.json").write_text(json.dumps(vocabulary_of(tokenizer)))
-    text = Text(Folder(tmp_path))
-    samples = ["", " ", "Once upon a time", "  two  spaces ", "café 日本語 🦊", "12 red apples\n\tunder", "a<s>b</s>"]
-    for sample in samples:
-        ids = text.encode(sample)
-        assert ids == tokenizer.encode(sample), sample
-        spelt = b"".join(text.bytes[token] for token in ids).decode()
-        assert spelt == (" " + sample if sample and text.prefix else sample)
-
-
-class Folder:
-    """As much of a bundle as `Text` asks for."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def file(self, name: str) -> Path:
-        return self.path / name
 
 
 def test_the_same_model_gives_the_same_bytes(bundle: Bundle, tiny_int4, tiny_tokenizer, tmp_path: Path) -> None:
@@ -219,6 +196,18 @@ def test_swapped_arguments_are_caught(copy: Path) -> None:
     (result,) = verify(open_bundle(copy), ["jax"])
     assert not result.held and not result.skipped
     assert not result.exact or result.largest_logit_error > LOGIT_TOLERANCE
+
+
+def test_runners_compare_the_golden_texts(copy: Path, tiny_tokenizer) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    entries = manifest["golden"]["texts"]
+    assert manifest["tokens"]["refusal"] is None
+    assert [entry["text"] for entry in entries[: len(TEXTS)]] == list(TEXTS) and len(entries) > len(TEXTS)
+    assert [entry["ids"] for entry in entries] == [tiny_tokenizer.encode(entry["text"]) for entry in entries]
+    entries[4]["ids"][-1] += 1
+    seal(copy, manifest)
+    (result,) = verify(open_bundle(copy), ["jax"])
+    assert result.error.startswith(f"{TEXTS[4]!r} gives ids [1, ") and "expected" in result.error
 
 
 def test_a_bundle_of_the_first_version_holds() -> None:

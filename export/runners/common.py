@@ -5,8 +5,10 @@ file, this text before its own. It needs Python 3.9 or newer, NumPy and its runt
 import argparse
 import base64
 import hashlib
+import heapq
 import json
 import os
+import re
 import sys
 import time
 
@@ -58,20 +60,81 @@ class Text:
         with open(bundle.file("vocabulary.json"), "rb") as file:
             vocabulary = json.load(file)
         self.bos, self.stop, self.prefix = (vocabulary[key] for key in ("bos", "stop", "dummy_prefix"))
+        # Bundles of the first releases do not say these.
+        self.collapse, self.unknown = vocabulary.get("collapse_spaces", False), vocabulary.get("unknown")
+        self.refusal, never_split = vocabulary.get("refusal"), vocabulary.get("never_split", [])
         self.bytes = [base64.b64decode(piece) for piece in vocabulary["pieces"]]
         scored = zip(self.bytes, vocabulary["scores"], vocabulary["merges"])
-        self.merges = {data: (score, i) for i, (data, score, merges) in enumerate(scored) if merges}
+        self.merges = {data: (-score, i) for i, (data, score, merges) in enumerate(scored) if merges}
         self.single = {self.bytes[i]: i for i in vocabulary["single_bytes"]}
+        self.whole = {self.bytes[i].decode() for i in never_split} - {""}
+        longest_first = sorted(map(re.escape, self.whole), key=len, reverse=True)
+        self.symbols = re.compile("|".join([*longest_first, "."]), re.DOTALL)
 
     def encode(self, text):
-        parts = [character.encode() for character in (" " * self.prefix + text if text else "")]
-        score = lambda i: self.merges.get(parts[i] + parts[i + 1], (-np.inf,))[0]  # noqa: E731
-        while len(parts) > 1 and score(best := max(range(len(parts) - 1), key=score)) > -np.inf:
-            parts[best : best + 2] = [parts[best] + parts[best + 1]]
-        ids = [] if self.bos is None else [self.bos]
-        for part in parts:
-            ids += [self.merges[part][1]] if part in self.merges else [self.single[bytes([byte])] for byte in part]
+        if self.refusal:
+            sys.exit(f"{self.refusal}, which this runner does not know: give ids with --ids")
+        if self.collapse:
+            text = re.sub(" +", " ", text.lstrip(" "))
+        text = " " * bool(self.prefix and text) + text.replace("\u2581", " ")  # sentencepiece's own sign for a space
+        ids, known = [] if self.bos is None else [self.bos], True
+        for part in self.merged(self.symbols.findall(text.rstrip(" ") if self.collapse else text)):
+            spelt = None if part in self.merges else [self.single.get(bytes([byte])) for byte in part]
+            if spelt is None:
+                ids.append(self.merges[part][1])
+            elif None not in spelt:
+                ids += spelt
+            elif self.unknown is None:
+                sys.exit(f"{part.decode()!r} is not in the vocabulary")
+            elif known:
+                ids.append(self.unknown)  # one for all unknown characters in a row
+            known = spelt is None or None not in spelt
         return ids
+
+    def merged(self, symbols):
+        """Joins the neighbours of the highest score, the first of equal ones, while any are in the vocabulary."""
+        parts, heap = [symbol.encode() for symbol in symbols], []
+        left_of, right_of = list(range(-1, len(parts) - 1)), list(range(1, len(parts) + 1))
+
+        def offer(left, right):
+            if (
+                left >= 0
+                and right < len(parts)
+                and symbols[left] not in self.whole
+                and symbols[right] not in self.whole
+            ):
+                joined = parts[left] + parts[right]
+                if joined in self.merges:
+                    heapq.heappush(heap, (self.merges[joined][0], left, right, joined))
+
+        for left in range(len(parts) - 1):
+            offer(left, left + 1)
+        while heap:
+            _, left, right, joined = heapq.heappop(heap)
+            if parts[left] and parts[right] and parts[left] + parts[right] == joined:  # neither was joined meanwhile
+                parts[left], parts[right], following = joined, b"", right_of[right]
+                right_of[left] = following
+                if following < len(parts):
+                    left_of[following] = left
+                offer(left_of[left], left)
+                offer(left, following)
+        return filter(None, parts)
+
+    def decoder(self, ids):
+        """A function that gives the bytes of one id after another behind `ids`; an id without text is U+FFFD.
+
+        The first piece of a text lacks the space that encoding puts there.
+        """
+        text_of = lambda token: self.bytes[token] if token < len(self.bytes) else b"\xef\xbf\xbd"  # noqa: E731
+        started, spelt = any(map(text_of, ids)), {self.unknown, *self.single.values()}
+
+        def decode(token):
+            nonlocal started
+            data, first = text_of(token), not started
+            started = started or bool(data)
+            return data[1:] if first and self.prefix and token not in spelt and data[:1] == b" " else data
+
+        return decode
 
 
 def steps(session, bundle, ids, limit, choose):
@@ -106,8 +169,21 @@ def chooser(temperature, seed):
     return lambda logits: int(np.argmax(logits + temperature * noise(size=logits.shape)))
 
 
+def check_texts(bundle):
+    """Encodes the golden texts, unless this tokenizer is refused; how many there were."""
+    texts = bundle.manifest["golden"].get("texts", [])
+    text = Text(bundle) if texts else None
+    if text is None or text.refusal:
+        return 0
+    for entry in texts:
+        ids = text.encode(entry["text"])
+        if ids != entry["ids"]:
+            sys.exit(f"{entry['text']!r} gives ids {ids}: expected {entry['ids']}")
+    return len(texts)
+
+
 def golden(session, bundle, start):
-    """Runs the golden prompts; prints one JSON object."""
+    """Runs the golden prompts and encodes the golden texts; prints one JSON object."""
     arrays, prompts, steps_made, seconds = bundle.tensors("golden.safetensors"), [], 0, 0.0
     list(steps(session, bundle, [0], 2, chooser(0, 0)))  # what compiles when it is first run belongs to loading
     load_seconds = time.perf_counter() - start
@@ -120,7 +196,8 @@ def golden(session, bundle, start):
     with open("/proc/self/status" if os.path.exists("/proc/self/status") else os.devnull) as lines:
         resident = sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
     speed = {"decode_steps": steps_made, "decode_seconds": seconds, "load_seconds": load_seconds}
-    print(json.dumps({"runtime": session.name, "prompts": prompts, **speed, "resident_bytes": resident}))
+    counts = {"texts": check_texts(bundle), "resident_bytes": resident}
+    print(json.dumps({"runtime": session.name, "prompts": prompts, **speed, **counts}))
 
 
 def main(open_session, description):
@@ -143,10 +220,11 @@ def main(open_session, description):
     ids = text.encode(options.prompt) if text else [int(token) for token in options.ids.split(",")]
     out, choose = sys.stdout.buffer, chooser(options.temperature, options.seed)
     out.write(options.prompt.encode() if text else b"")
+    decode = text.decoder(ids) if text else lambda token: b"%d " % token
     for token, _ in steps(session, bundle, ids, options.max_new_tokens, choose):
         if text and token in text.stop:
             break
-        out.write(text.bytes[token] if text else b"%d " % token)
+        out.write(decode(token))
         out.flush()
     rate = session.count / max(session.seconds, 1e-9)
     print(f"\n{session.name}: {rate:.1f} tokens/s, loaded in {load_seconds:.1f} s", file=sys.stderr)

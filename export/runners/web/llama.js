@@ -6,31 +6,111 @@ const latin1 = (bytes) => Array.from(bytes, (byte) => String.fromCharCode(byte))
 // Byte-pair encoding by the scores in vocabulary.json, as sentencepiece does it, and the bytes of each id.
 export class Text {
   constructor(vocabulary) {
-    const pieces = vocabulary.pieces.map(atob);
+    const pieces = vocabulary.pieces.map((piece) => atob(piece));
     this.bos = vocabulary.bos;
     this.stop = vocabulary.stop;
     this.prefix = vocabulary.dummy_prefix ? " " : "";
+    // Bundles of the first releases do not say these.
+    this.collapse = vocabulary.collapse_spaces ?? false;
+    this.unknown = vocabulary.unknown ?? null;
+    this.refusal = vocabulary.refusal ?? null;
     this.bytes = pieces.map((piece) => Uint8Array.from(piece, (character) => character.charCodeAt(0)));
     this.merges = new Map();
-    pieces.forEach((piece, id) => vocabulary.merges[id] && this.merges.set(piece, { score: vocabulary.scores[id], id }));
+    pieces.forEach((piece, id) => {
+      if (vocabulary.merges[id]) this.merges.set(piece, { score: vocabulary.scores[id], id });
+    });
     this.single = new Map(vocabulary.single_bytes.map((id) => [pieces[id], id]));
+    const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+    this.whole = new Set((vocabulary.never_split ?? []).map((id) => decoder.decode(this.bytes[id])).filter(Boolean));
+    const longestFirst = [...this.whole].sort((a, b) => b.length - a.length);
+    const escaped = longestFirst.map((piece) => piece.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&"));
+    this.symbols = new RegExp([...escaped, "[^]"].join("|"), "gu");
   }
 
   encode(text) {
-    const encoder = new TextEncoder();
-    const parts = Array.from(text ? this.prefix + text : "", (character) => latin1(encoder.encode(character)));
-    for (;;) {
-      let best = -1, highest = -Infinity;
-      for (let i = 0; i + 1 < parts.length; i++) {
-        const merge = this.merges.get(parts[i] + parts[i + 1]);
-        if (merge && merge.score > highest) [best, highest] = [i, merge.score];
-      }
-      if (best < 0) break;
-      parts.splice(best, 2, parts[best] + parts[best + 1]);
+    if (this.refusal) throw new Error(`${this.refusal}, which this page does not know`);
+    if (this.collapse) text = text.replace(/^ +/, "").replace(/ +/g, " ");
+    text = (text && this.prefix) + text.replaceAll("\u2581", " "); // sentencepiece's own sign for a space
+    if (this.collapse) text = text.replace(/ +$/, "");
+    const ids = this.bos === null ? [] : [this.bos];
+    let known = true;
+    for (const part of this.merged(text.match(this.symbols) ?? [])) {
+      const merge = this.merges.get(part);
+      const spelt = merge ? [merge.id] : Array.from(part, (byte) => this.single.get(byte));
+      const found = !spelt.includes(undefined);
+      if (found) ids.push(...spelt);
+      else if (this.unknown === null) throw new Error("a character is not in the vocabulary");
+      else if (known) ids.push(this.unknown); // one for all unknown characters in a row
+      known = found;
     }
-    const ids = parts.flatMap((part) =>
-      this.merges.has(part) ? [this.merges.get(part).id] : Array.from(part, (byte) => this.single.get(byte)));
-    return this.bos === null ? ids : [this.bos, ...ids];
+    return ids;
+  }
+
+  // Joins the two neighbours of the highest score, the first of equal ones, while there are any in the vocabulary.
+  merged(symbols) {
+    const encoder = new TextEncoder();
+    const heap = new Heap((a, b) => a.score > b.score || (a.score === b.score && a.left < b.left));
+    const parts = symbols.map((symbol) => latin1(encoder.encode(symbol)));
+    const leftOf = parts.map((_, i) => i - 1), rightOf = parts.map((_, i) => i + 1);
+    const offer = (left, right) => {
+      if (left < 0 || right >= parts.length || this.whole.has(symbols[left]) || this.whole.has(symbols[right])) return;
+      const joined = parts[left] + parts[right], merge = this.merges.get(joined);
+      if (merge) heap.push({ score: merge.score, left, right, joined });
+    };
+    for (let left = 0; left + 1 < parts.length; left++) offer(left, left + 1);
+    for (let best; (best = heap.pop()); ) {
+      const { left, right, joined } = best;
+      if (!parts[left] || !parts[right] || parts[left] + parts[right] !== joined) continue; // one was joined meanwhile
+      parts[left] = joined;
+      parts[right] = "";
+      rightOf[left] = rightOf[right];
+      if (rightOf[left] < parts.length) leftOf[rightOf[left]] = left;
+      offer(leftOf[left], left);
+      offer(left, rightOf[left]);
+    }
+    return parts.filter(Boolean);
+  }
+
+  // A function that gives the bytes of one id after another behind `ids`; an id without text is U+FFFD.
+  // The first piece of a text lacks the space that encoding puts there.
+  decoder(ids) {
+    const bytesOf = (id) => this.bytes[id] ?? new TextEncoder().encode("\ufffd");
+    const spelt = new Set([this.unknown, ...this.single.values()]);
+    let started = ids.some((id) => bytesOf(id).length);
+    return (id) => {
+      const bytes = bytesOf(id), first = !started;
+      started ||= bytes.length > 0;
+      return first && this.prefix && !spelt.has(id) && bytes[0] === 32 ? bytes.slice(1) : bytes;
+    };
+  }
+}
+
+// A binary heap: `pop` gives the first by `before`, or undefined.
+class Heap {
+  constructor(before) {
+    this.before = before;
+    this.items = [];
+  }
+
+  push(item) {
+    const { items, before } = this;
+    let at = items.push(item) - 1;
+    for (let parent; at > 0 && before(item, items[(parent = (at - 1) >> 1)]); at = parent) items[at] = items[parent];
+    items[at] = item;
+  }
+
+  pop() {
+    const { items, before } = this, top = items[0], last = items.pop();
+    if (items.length) {
+      let at = 0;
+      for (let child; (child = 2 * at + 1) < items.length; at = child) {
+        if (child + 1 < items.length && before(items[child + 1], items[child])) child++;
+        if (!before(items[child], last)) break;
+        items[at] = items[child];
+      }
+      items[at] = last;
+    }
+    return top;
   }
 }
 
@@ -58,6 +138,10 @@ export class Model {
     if (cache.batch !== 1) throw new Error(`${bundle}: batch ${cache.batch}: this page wants 1`);
     if (cache.dtype !== "float32") throw new Error(`${bundle}: cache of ${cache.dtype}: this page wants float32`);
     model.text = new Text(JSON.parse(new TextDecoder().decode(await model.file("vocabulary.json"))));
+    for (const { text, ids } of model.text.refusal ? [] : model.manifest.golden.texts ?? []) {
+      const found = model.text.encode(text);
+      if (`${found}` !== `${ids}`) throw new Error(`${JSON.stringify(text)} gives ids ${found}: expected ${ids}`);
+    }
     model.ort = await import(ort + "ort.wasm.min.mjs");
     model.ort.env.wasm.wasmPaths = ort;
     model.sessions = {};
