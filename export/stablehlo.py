@@ -211,7 +211,7 @@ class ExportedWeight(Layout):
         return self.sliced().weight
 
     def take_rows(self, row_n: jax.Array) -> jax.Array:
-        """Rows of a table, dequantized."""
+        """Rows of a table, float32: IREE drops the rounding to a narrower float of what is widened again at once."""
         return _named_rows(f"take_rows_{_described(self.weight)}", self.arithmetic)(self.weight, row_n)
 
     axis = property(lambda self: self.weight.axis)
@@ -267,8 +267,7 @@ def _named_rows(name: str, arithmetic: Literal["integer", "float"]) -> Callable[
             wide = plane.astype(jnp.float32) if arithmetic == "float" and plane.dtype != jnp.uint8 else plane
             return jnp.take(wide, row_n, axis=0, mode="clip")
 
-        picked = dequantize(jax.tree.map(pick, table), table.dtype, arithmetic=arithmetic)
-        return picked.astype(jnp.float32) if arithmetic == "float" else picked  # nor does it choose among them
+        return dequantize(jax.tree.map(pick, table), arithmetic=arithmetic)
 
     rows.__name__ = name
     return jax.jit(rows)

@@ -63,7 +63,7 @@ class Layout:
         raise NotImplementedError
 
     def take_rows(self, row_n: jax.Array) -> jax.Array:
-        """Rows of a table [M, K], int32 indices in [0, M) -> [n, K] in the table's dtype."""
+        """Rows of a table [M, K], int32 indices in [0, M) -> float32 [n, K]."""
         raise NotImplementedError
 
     # Of the weight; each layout knows where it keeps them.

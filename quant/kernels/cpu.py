@@ -172,12 +172,12 @@ def restore(weight: TiledWeight) -> QTensor:
 
 
 def take_rows(table: TiledWeight, row_n: jax.Array) -> jax.Array:
-    """Rows of a table [M, K], int32 indices in [0, M) -> [n, K] in the table's dtype; only those are dequantized."""
+    """Rows of a table [M, K], int32 indices in [0, M) -> float32 [n, K]; only those are dequantized."""
     pick = lambda plane_tXl: plane_tXl[row_n // LANES, :, row_n % LANES]  # noqa: E731
     rows = dataclasses.replace(jax.tree.map(pick, table.tiles), axis=-1)
     if table.order is not None:
         rows = dataclasses.replace(rows, order=table.order[None])
-    return dequantize(rows, table.dtype)
+    return dequantize(rows)
 
 
 def matmul(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
