@@ -11,13 +11,15 @@ Dimension key used throughout the project, as einsum letters and as suffixes of 
 
 import dataclasses
 import importlib.resources
+import re
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from llamajax.errors import LlamaJaxError
+from llamajax.files import shortened
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,14 +189,30 @@ _HF_NAMES = {
 
 _HF_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
-# Keys that change nothing in the forward pass whatever they say: provenance, training, generation defaults.
+# Keys that change nothing in the forward pass whatever they say: provenance, training, and what decides words, which
+# `checkpoint.huggingface_words` reads.
 _HF_NO_EFFECT = frozenset(
-    "_name_or_path architectures bos_token_id eos_token_id pad_token_id unk_token_id torch_dtype dtype "
-    "transformers_version use_cache initializer_range attention_dropout _commit_hash max_length "
-    "output_attentions output_hidden_states return_dict chunk_size_feed_forward id2label label2id problem_type "
-    "is_encoder_decoder is_decoder _attn_implementation _attn_implementation_autoset max_sequence_length "
-    "gradient_checkpointing use_bfloat16 rope_interleaved".split()
+    "_name_or_path _commit_hash _attn_implementation _attn_implementation_autoset _attn_implementation_internal "
+    "_flash_attn_2_enabled _from_model_config architectures attn_implementation auto_map bos_token bos_token_id "
+    "chunk_size_feed_forward cls_token_id custom_pipelines decoder_start_token_id dtype eos_token eos_token_id "
+    "ffn_dim_multiplier finetuning_task gradient_checkpointing id2label initializer_range is_composition is_decoder "
+    "is_encoder_decoder is_llama_config label2id license mask_token_id max_seq_len max_sequence_length "
+    "model_max_length model_name multiple_of neftune_noise_alpha original_max_position_embeddings "
+    "output_attentions output_hidden_states pad_token pad_token_id prefix pretraining_tp problem_type return_dict "
+    "rope_interleaved sep_token_id seq_length task_specific_params tf_legacy_loss tokenizer_class torch_dtype "
+    "torchscript transformers.js_config transformers_weights unk_token unk_token_id use_bfloat16 use_cache "
+    "use_flash_attention use_flash_attention_2".split()
 )
+# Defaults of text generation, which transformers 4 kept in config.json.
+_HF_GENERATION = frozenset(
+    "bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size "
+    "epsilon_cutoff eta_cutoff exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id "
+    "length_penalty max_length max_new_tokens min_length min_new_tokens min_p no_repeat_ngram_size num_beam_groups "
+    "num_beams num_return_sequences output_scores penalty_alpha remove_invalid_values renormalize_logits "
+    "repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p".split()
+)
+# The names of training frameworks, of versions, and of dropout, which inference does without.
+_HF_NO_EFFECT_PATTERN = re.compile(r"unsloth_\w+|\w+_version|\w*dropout\w*|\w+_pdrop")
 
 # Keys that would change the forward pass: allowed only at the value at which they do nothing.
 _HF_ONLY_VALUE: dict[str, tuple[Any, ...]] = {
@@ -202,18 +220,30 @@ _HF_ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
-    "pretraining_tp": (1, None),
+    "bias": (False, None),
+    "qkv_bias": (False, None),
     "sliding_window": (None,),
+    "use_sliding_window": (False, None),
     "quantization_config": (None,),
     "partial_rotary_factor": (1.0, None),
+    "pruned_heads": ({}, None),
+    "add_cross_attention": (False, None),
+    "cross_attention_hidden_size": (None,),
+    "tie_encoder_decoder": (False, None),
 }
+_HF_READ = frozenset({"rope_scaling", "rope_parameters", *_HF_NAMES, *_HF_ONLY_VALUE})
 
 
-def config_from_hf(fields: Mapping[str, Any], source: str = "config.json") -> Config:
+def config_from_hf(fields: Mapping[str, Any], source: str = "config.json", ignore_keys: Collection[str] = ()) -> Config:
     """Reads the `config.json` of a Hugging Face LlamaForCausalLM.
 
     Both spellings of RoPE are read: `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (5).
     Defaults are those of transformers' LlamaConfig.
+
+    Args:
+        fields: the JSON object.
+        source: what messages begin with.
+        ignore_keys: keys to read over, for those that this model does not know and that change no forward pass.
 
     Raises:
         LlamaJaxError: for a key that is neither read nor known to be without effect, or one whose value asks for
@@ -221,17 +251,23 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json") -> Co
     """
     if not isinstance(fields, Mapping):
         raise LlamaJaxError(f"{source}: expected a JSON object, got {type(fields).__name__}")
+    needed = sorted(set(ignore_keys) & {"model_type", "rope_scaling", "rope_parameters", *_HF_NAMES})
+    if needed:
+        raise LlamaJaxError(f"{needed[0]!r} cannot be ignored: the model is made by it")
+    fields = {key: value for key, value in fields.items() if key not in ignore_keys}
     if fields.get("model_type") != "llama":
-        raise LlamaJaxError(f"{source}: model_type is {fields.get('model_type')!r}: expected 'llama'")
+        raise LlamaJaxError(f"{source}: model_type is {shortened(fields.get('model_type'))}: expected 'llama'")
     for key, allowed in _HF_ONLY_VALUE.items():
         if key in fields and fields[key] not in allowed:
-            raise LlamaJaxError(f"{source}: {key} is {fields[key]!r}, which is not supported: expected {allowed[0]!r}")
-    read = {"rope_scaling", "rope_parameters", *_HF_NAMES, *_HF_ONLY_VALUE}
-    unknown = sorted(str(key) for key in fields if key not in read and key not in _HF_NO_EFFECT)
+            raise LlamaJaxError(
+                f"{source}: {key} is {shortened(fields[key])}, which is not supported: expected {allowed[0]!r}"
+            )
+    unknown = sorted(str(key) for key in fields if not _is_known(str(key)))
     if unknown:
         raise LlamaJaxError(
-            f"{source}: unknown key {unknown[0]!r}: remove it if it does not change the forward pass "
-            f"(read: {', '.join(sorted(read))})"
+            f"{source}: unknown key {shortened(unknown[0])}: if it does not change the forward pass, give "
+            f"--ignore_key={shortened(unknown[0])[1:-1]} (ignore_keys in the library), or remove it "
+            f"(read: {', '.join(sorted(_HF_READ))})"
         )
     missing = [key for key in _HF_REQUIRED if fields.get(key) is None]
     if missing:
@@ -243,35 +279,76 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json") -> Co
     ours.setdefault("num_kv_heads", ours.get("num_heads"))
     if "head_size" not in ours and isinstance(ours.get("width"), int) and isinstance(ours.get("num_heads"), int):
         ours["head_size"] = ours["width"] // max(ours["num_heads"], 1)
-    ours |= _rope_from_hf(fields, source)
+    ours |= _rope_from_hf(fields, ours["context_length"], source)
     return Config.from_dict(ours, source)
 
 
-def _rope_from_hf(fields: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` in our names, from either spelling."""
-    if fields.get("rope_parameters") and fields.get("rope_scaling"):
-        raise LlamaJaxError(f"{source}: rope_parameters and rope_scaling are both there: expected one of them")
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling")
-    if rope is None:
-        return {}
-    if not isinstance(rope, Mapping):
-        raise LlamaJaxError(f"{source}: rope_scaling is {rope!r}: expected an object")
-    rope = dict(rope)
+def _is_known(key: str) -> bool:
+    """Whether a key of config.json is read, or known to be without effect."""
+    return key in _HF_READ | _HF_NO_EFFECT | _HF_GENERATION or bool(_HF_NO_EFFECT_PATTERN.fullmatch(key))
+
+
+def _rope_from_hf(fields: Mapping[str, Any], context_length: Any, source: str) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` in our names, from whichever spelling is there; they must agree if both are."""
+    read = []
+    for key in ("rope_scaling", "rope_parameters"):
+        if fields.get(key) is not None:
+            # transformers gives the length outside the object precedence over the one in it.
+            original = fields.get("original_max_position_embeddings")
+            read.append(_rope_object(fields[key], original, context_length, f"{source}: {key}"))
+    if len(read) == 2 and read[0] != read[1]:
+        raise LlamaJaxError(f"{source}: rope_scaling and rope_parameters differ: expected one of them")
+    return read[0] if read else {}
+
+
+# Of no effect where RoPE is not scaled; transformers writes some of them there.
+_ROPE_NAMES = frozenset(
+    "factor low_freq_factor high_freq_factor original_max_position_embeddings attention_factor beta_fast beta_slow "
+    "mscale mscale_all_dim truncate short_factor long_factor".split()
+)
+
+
+def _rope_object(value: Any, original: Any, context_length: Any, source: str) -> dict[str, Any]:
+    """One object of RoPE parameters in our names, as transformers 5 reads it for a LLaMA.
+
+    Args:
+        value: of `rope_scaling` or `rope_parameters`.
+        original: `original_max_position_embeddings` outside the object, or None.
+        context_length: what the original length is where nothing says it.
+        source: what messages begin with.
+    """
+    if not isinstance(value, Mapping):
+        raise LlamaJaxError(f"{source} is {shortened(value)}: expected an object")
+    if value and all(isinstance(part, Mapping) for part in value.values()):
+        raise LlamaJaxError(
+            f"{source} differs by kind of layer ({shortened(sorted(map(str, value)))}), which a LLaMA's does not: "
+            "expected one rope_type and its values"
+        )
+    rope = {key: part for key, part in value.items() if part is not None or key in ("rope_type", "type")}
     ours = {"rope_theta": rope.pop("rope_theta")} if "rope_theta" in rope else {}
+    if rope.get("partial_rotary_factor") == 1:
+        del rope["partial_rotary_factor"]
     kinds = [rope.pop(key) for key in ("rope_type", "type") if key in rope]
-    kind = kinds[0] if kinds and kinds.count(kinds[0]) == len(kinds) else None
-    if kind == "default" and not rope:
+    # Nothing but a theta is what transformers calls the default type.
+    kind = "default" if not kinds and not rope else kinds[0] if kinds and kinds.count(kinds[0]) == len(kinds) else None
+    if kind == "default" and set(rope) <= _ROPE_NAMES:
         return ours
     names = {"factor": "factor"}
+    if kind == "linear":
+        rope.pop("original_max_position_embeddings", None)  # of no effect there
     if kind == "llama3":
         names |= {"low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor"}
         names |= {"original_max_position_embeddings": "original_context_length"}
+        rope.setdefault("original_max_position_embeddings", context_length)
+        if original is not None:
+            rope["original_max_position_embeddings"] = original
     if kind not in ("linear", "llama3") or set(rope) != set(names):
         raise LlamaJaxError(
-            f"{source}: RoPE scaling {kind!r} with {sorted(rope)} is not supported: expected 'linear' with factor, or "
-            "'llama3' with factor, low_freq_factor, high_freq_factor, original_max_position_embeddings"
+            f"{source}: RoPE scaling {shortened(kind)} with {shortened(sorted(map(str, rope)))} is not supported: "
+            "expected 'linear' with factor, or 'llama3' with factor, low_freq_factor, high_freq_factor, "
+            "original_max_position_embeddings"
         )
-    return ours | {"rope_scaling": {"kind": kind} | {names[key]: value for key, value in rope.items()}}
+    return ours | {"rope_scaling": {"kind": kind} | {names[key]: part for key, part in rope.items()}}
 
 
 def config_to_hf(config: Config) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def read_documents(path: str | Path) -> list[str]:
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> np.ndarray:
-    """All documents in one row of int32 ids, each encoded by itself with a BOS before it."""
+    """All documents in one row of int32 ids, each encoded by itself, with a BOS before it if the tokenizer adds one."""
     rows = [np.asarray(tokenizer.encode(document), np.int32) for document in documents]
     return np.concatenate(rows) if rows else np.zeros(0, np.int32)
 
@@ -83,7 +83,8 @@ def text_windows(text: str, tokenizer: Tokenizer, window: int = 512, convention:
     if convention == "documents":
         return document_windows(encode_documents(tokenizer, split_documents(text)), window)
     if convention == "llama.cpp":
-        return llama_cpp_windows(tokenizer.encode(text.removesuffix("\n")), window, tokenizer.bos_id)
+        bos_id = tokenizer.bos_id if tokenizer.add_bos else None
+        return llama_cpp_windows(tokenizer.encode(text.removesuffix("\n")), window, bos_id)
     if convention == "gptq":
         return gptq_windows(tokenizer.encode(dataset_text(text)), window)
     raise LlamaJaxError(f"convention is {convention!r}: expected one of {', '.join(CONVENTIONS)}")

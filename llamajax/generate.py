@@ -196,7 +196,8 @@ def generate(
         prompts: a text (a BOS is put before it), or ids (a list or an array, taken as they are), or a list of
             either; or an array [B, T] of ids.
         **options: as of `TextStream`: max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop,
-            cache_dtype, speculate.
+            cache_dtype, speculate. Their defaults do not depend on the checkpoint: what it asks for is in
+            `tokenizer.words.sampling`, to be passed on as `**tokenizer.words.sampling`.
 
     Returns:
         A `Completion`, or a list of them if `prompts` is a list of prompts.

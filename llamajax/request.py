@@ -134,7 +134,7 @@ def encode_prompts(tokenizer: Tokenizer | None, prompts: list[str | list[Any]], 
         if isinstance(prompt, str):
             if tokenizer is None:
                 raise LlamaJaxError("the model came without a tokenizer: name one, or give prompts as lists of ids")
-            ids = tokenizer.encode(prompt)
+            ids = tokenizer.encode(prompt, eos=False)  # what is to be continued has not ended
         else:
             ids = prompt if isinstance(prompt, list) else [prompt]
             wrong = [index for index in ids if isinstance(index, bool) or not isinstance(index, int)]

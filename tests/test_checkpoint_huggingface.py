@@ -1,5 +1,6 @@
 """Hugging Face folders: what is wrong with one is named, nothing is skipped, nothing is believed."""
 
+import importlib
 import json
 import shutil
 import struct
@@ -12,12 +13,14 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from absl import flags
 from safetensors.numpy import load_file, save_file
 
 import llamajax
 from llamajax import Llama, LlamaJaxError, open_checkpoint, save_checkpoint
 from llamajax.checkpoint import huggingface
 from llamajax.checkpoint.naming import named_leaves
+from llamajax.cli import COMMANDS, main
 
 Tensors = dict[str, np.ndarray]
 
@@ -187,7 +190,43 @@ def test_index_without_a_map(index: Any, copy: Path) -> None:
 
 def test_several_files_without_index(copy: Path) -> None:
     shutil.copy(copy / "model.safetensors", copy / "more.safetensors")
+    (copy / "model.safetensors").rename(copy / "other.safetensors")
     _refused(copy, "2 .safetensors files and no model.safetensors.index.json: expected model.safetensors, or shards")
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_files_of_another_kind_beside_the_weights(sharded: bool, copy: Path, tiny_model: Llama) -> None:
+    """What macOS keeps of a file's attributes is no weights; others are named, once."""
+    if sharded:
+        _shard(copy)
+    for file in list(copy.glob("*.safetensors")):
+        (copy / f"._{file.name}").write_bytes(b"\x00\x05\x16\x07Mac OS X")
+    opened = open_checkpoint(copy)
+    assert opened.notes == ()
+    save_file({"lora_A": np.ones(3, np.float32)}, copy / "adapter_model.safetensors")
+    (copy / "consolidated.safetensors").write_bytes(b"")
+    (note,) = open_checkpoint(copy).notes
+    assert note.endswith(
+        "'adapter_model.safetensors', 'consolidated.safetensors': beside the model's weights, not read"
+    )
+    for ours, theirs in zip(jax.tree.leaves(open_checkpoint(copy).read()), jax.tree.leaves(tiny_model), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_unknown_keys_of_the_config_can_be_ignored(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _edit_config(copy, colour="red")
+    with pytest.raises(LlamaJaxError, match="config.json: unknown key 'colour': .*give --ignore_key=colour"):
+        open_checkpoint(copy)
+    assert open_checkpoint(copy, ignore_keys=["colour"]).config == llamajax.load(copy, ignore_keys=["colour"])[0].config
+    assert main(["inspect", f"--model={copy}", "--ignore_key=colour"]) == 0
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("command", ["generate", "inspect", "convert", "quantize", "eval", "bench", "export"])
+def test_every_command_that_opens_a_model_can_ignore_keys(command: str) -> None:
+    values = flags.FlagValues()
+    importlib.import_module(COMMANDS[command]).define(values)
+    assert "ignore_key" in values
 
 
 def test_no_weights_or_pickled_ones(copy: Path) -> None:

@@ -167,6 +167,82 @@ def test_both_spellings_of_rope() -> None:
         assert config_from_hf(HF | {"rope_scaling": {name: "linear", "factor": 4.0}}).rope_scaling == linear
 
 
+_LLAMA3_SCALING = RopeScaling(kind="llama3", factor=8.0, original_context_length=64)
+_LINEAR_SCALING = RopeScaling(kind="linear", factor=2.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "theta", "scaling"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5, None),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5}, 5e5, None),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 2e5}, "rope_theta": 5e5}, 2e5, None),
+        ({"rope_parameters": {"rope_theta": 5e5}}, 5e5, None),
+        ({"rope_parameters": {}, "rope_theta": 5e5}, 5e5, None),
+        ({"rope_parameters": None, "rope_theta": 5e5}, 5e5, None),
+        ({"rope_scaling": {"rope_type": "default"}, "rope_theta": 5e5}, 5e5, None),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "factor": 2.0}}, 5e5, None),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 1.0}}, 5e5, None),
+        ({"rope_parameters": LLAMA3, "rope_theta": 5e5}, 5e5, _LLAMA3_SCALING),
+        ({"rope_parameters": LLAMA3 | {"type": "llama3"}}, 1e4, _LLAMA3_SCALING),
+        ({"rope_parameters": LLAMA3, "original_max_position_embeddings": 128}, 1e4, 128),
+        ({"rope_parameters": LLAMA3 | {"original_max_position_embeddings": None}}, 1e4, 2048),
+        ({"rope_parameters": {"type": "linear", "factor": 2.0}}, 1e4, _LINEAR_SCALING),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2, "original_max_position_embeddings": 64}},
+            1e4,
+            _LINEAR_SCALING,
+        ),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta_fast": None}}, 1e4, _LINEAR_SCALING),
+        ({"rope_parameters": LLAMA3, "rope_scaling": LLAMA3, "rope_theta": 5e5}, 5e5, _LLAMA3_SCALING),
+    ],
+)
+def test_forms_of_rope_that_transformers_loads(fields: dict[str, Any], theta: float, scaling: Any) -> None:
+    """test_parity_transformers.py asks transformers itself about the same forms."""
+    config = config_from_hf(HF | fields)
+    if isinstance(scaling, int):  # the original length, where it is not the one in LLAMA3
+        scaling = dataclasses.replace(_LLAMA3_SCALING, original_context_length=scaling)
+    assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
+
+
+# Keys that configs of public LLaMAs on the Hugging Face hub carry beside the architecture.
+PROVENANCE = {
+    "_name_or_path": "meta-llama/Llama-2-13b-hf",
+    "auto_map": {"AutoModelForCausalLM": "modeling_x.X"},
+    "axolotl_version": "0.5",
+    "begin_suppress_tokens": None,
+    "do_sample": True,
+    "hidden_dropout_prob": 0.1,
+    "is_llama_config": True,
+    "max_length": 4096,
+    "pretraining_tp": 2,
+    "resid_pdrop": 0.0,
+    "rope_interleaved": False,
+    "temperature": 0.6,
+    "tokenizer_class": "LlamaTokenizer",
+    "top_p": 0.9,
+    "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}},
+    "unsloth_fixed": True,
+    "unsloth_version": "2024.9",
+    "use_sliding_window": False,
+}
+
+
+def test_keys_that_change_no_forward_pass() -> None:
+    assert config_from_hf(HF | PROVENANCE) == config_from_hf(HF)
+
+
+def test_keys_to_ignore() -> None:
+    assert config_from_hf(
+        HF | {"colour": "red", "mlp_bias": True}, "x", ["colour", "mlp_bias", "other"]
+    ) == config_from_hf(HF)
+    with pytest.raises(LlamaJaxError, match="unknown key 'taste': .*--ignore_key=taste"):
+        config_from_hf(HF | {"colour": "red", "taste": "sweet"}, "x", ["colour"])
+    for key in ("model_type", "hidden_size", "rope_theta", "rope_scaling"):
+        with pytest.raises(LlamaJaxError, match=f"'{key}' cannot be ignored: the model is made by it"):
+            config_from_hf(HF, "x", [key])
+
+
 # ---- Refusals -------------------------------------------------------------------------------------------------------
 
 _SCALING = {"kind": "llama3", "factor": 2.0}
@@ -227,11 +303,13 @@ def test_fields_that_are_no_table(fields: Any) -> None:
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', which is not supported: expected 'silu'"),
         ({"attention_bias": True}, "attention_bias is True, which is not supported: expected False"),
         ({"mlp_bias": True}, "mlp_bias is True, which is not supported: expected False"),
-        ({"pretraining_tp": 2}, "pretraining_tp is 2, which is not supported: expected 1"),
         ({"sliding_window": 4096}, "sliding_window is 4096, which is not supported: expected None"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}, which is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, which is not supported: expected 1.0"),
-        ({"num_experts": 8}, "unknown key 'num_experts': remove it if it does not change the forward pass .read: att"),
+        (
+            {"num_experts": 8},
+            "unknown key 'num_experts': if it does not .*, give --ignore_key=num_experts .*, or remove it .read: add_",
+        ),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear': expected an object"),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
@@ -248,7 +326,17 @@ def test_fields_that_are_no_table(fields: Any) -> None:
             "RoPE scaling .* is not supported",
         ),
         ({"rope_scaling": {"rope_type": [], "factor": 2.0}}, "RoPE scaling .* is not supported"),
-        ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}, "rope_scaling"),
+        (
+            {"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}},
+            "rope_scaling and rope_parameters differ",
+        ),
+        (
+            {"rope_parameters": {"full_attention": LLAMA3}},
+            "rope_parameters differs by kind of layer .*'full_attention'",
+        ),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "RoPE scaling 'default' with"),
+        ({"rope_parameters": {"rope_type": None, "rope_theta": 1e4}}, "RoPE scaling None with"),
+        ({"use_sliding_window": True}, "use_sliding_window is True, which is not supported: expected False"),
         ({"num_attention_heads": 0}, "num_heads is 0: expected a whole number"),
         (
             {"num_attention_heads": 3, "num_key_value_heads": 2},

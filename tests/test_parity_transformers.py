@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 import llamajax
-from llamajax import Config, Llama, RopeScaling, make_sampler
+from llamajax import Config, Llama, RopeScaling, Tokenizer, make_sampler
+from llamajax.config import config_from_hf
+from llamajax.model import rope_frequencies
 from llamajax.sampling import filter_logits
+from llamajax.words import AddedToken, Words
 from tests.reference import random_model
 
 _REASON = "compares with Hugging Face transformers: install the extra: pip install -e '.[parity]'"
@@ -115,6 +118,35 @@ def test_bfloat16_folder(tmp_path):
     _assert_logits(_logits(stored), exact, tolerance=0.1 * np.std(exact))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 2e5}, "rope_theta": 5e5},
+        {"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5},
+        {"rope_parameters": {"rope_theta": 5e5}},
+        {"rope_parameters": {}, "rope_theta": 5e5},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "factor": 2.0}},
+        {"rope_parameters": {"type": "linear", "factor": 2}},
+        {"rope_parameters": LINEAR | {"original_max_position_embeddings": 64, "rope_theta": 5e5}},
+        {"rope_parameters": LLAMA3, "rope_theta": 5e5},
+        {"rope_parameters": LLAMA3, "original_max_position_embeddings": 32},
+        {"rope_parameters": {key: LLAMA3[key] for key in list(LLAMA3)[:-1]}},
+        {"rope_scaling": LLAMA3, "rope_parameters": LLAMA3},
+        {"rope_scaling": LLAMA3 | {"rope_theta": 5e5}, "rope_theta": 1e5},
+    ],
+)
+def test_forms_of_rope(fields):
+    """Their frequencies, and ours of the same config.json."""
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 128}
+    config = config_from_hf(json.loads(json.dumps(sizes | fields | {"model_type": "llama"})))
+    theirs = transformers.LlamaConfig(**json.loads(json.dumps(sizes | fields)))
+    rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs)
+    np.testing.assert_allclose(rope_frequencies(config), rotary.inv_freq.numpy(), rtol=1e-6)
+    assert rotary.attention_scaling == 1
+
+
 # ---- Our models, read by them ---------------------------------------------------------------------------------------
 
 
@@ -151,6 +183,70 @@ def test_our_model_gives_our_logits(tied, scaling, dtype, tmp_path):
     assert (stored.model_type, stored.dtype) == ("llama", getattr(torch, jnp.dtype(dtype).name))
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model)
     _assert_logits(_logits(wide), _their_logits(theirs))
+
+
+# ---- Words ----------------------------------------------------------------------------------------------------------
+
+# None begins with a space: behind their dummy prefix, transformers drops one of several, sentencepiece none.
+TEXTS = [
+    "fox",
+    "",
+    "<|im_start|>user\nThe fox <|im_end|>\nfox",
+    "a<tool>  fox",
+    "the  fox",
+    "é🙂<|im_end|>",
+    "x<|im_end|>y",
+]
+ADDED = (
+    AddedToken(id=320, text="<|im_start|>", special=True),
+    AddedToken(id=321, text="<|im_end|>", special=True),
+    AddedToken(id=322, text="<tool>", rstrip=True),
+)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        Words(),
+        Words(added=ADDED, stop_ids=(2, 321), eos_token="<|im_end|>"),
+        Words(added=ADDED, add_bos=False, add_eos=True),
+        Words(added=ADDED, space="always"),
+    ],
+    ids=["plain", "chat", "no-bos-eos", "legacy"],
+)
+def test_words_of_our_folder_are_theirs(words, tiny_tokenizer, tmp_path):
+    """What we write is read by them as by us: ids of texts, text of ids, and where generation ends."""
+    tokenizer = Tokenizer(tiny_tokenizer.model_bytes, words=words)
+    config = Config(
+        vocab_size=328, width=8, ffn_width=8, num_layers=1, num_heads=2, num_kv_heads=1, head_size=4, context_length=64
+    )
+    llamajax.save_checkpoint(random_model(config), tmp_path / "ours", tokenizer=tokenizer, form="huggingface")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    ours = llamajax.load(tmp_path / "ours")[1]
+    assert ours is not None and (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
+    for text in TEXTS:
+        ids = theirs(text)["input_ids"]
+        assert ours.encode(text) == tokenizer.encode(text) == ids, text
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    stops = transformers.GenerationConfig.from_pretrained(tmp_path / "ours").eos_token_id
+    assert sorted(ours.stop_ids) == sorted(stops)
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "ours").eos_token_id == stops
+
+
+def test_generation_ends_where_theirs_does(pair, tmp_path):
+    """At each id that generation_config.json lists, which goes before the one of config.json."""
+    theirs, model = pair
+    prompt = TOKENS[0, :5].tolist()
+    free = llamajax.generate(model, None, prompt, temperature=0, max_new_tokens=12).tokens
+    folder = _save_theirs(theirs, tmp_path / "theirs")
+    generation = {"eos_token_id": [free[-1], free[4]], "repetition_penalty": 1.0}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    loaded = transformers.LlamaForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        whole = loaded.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12, pad_token_id=0)
+    stops = llamajax.open_checkpoint(folder).words.stop_ids
+    assert stops == tuple(loaded.generation_config.eos_token_id)
+    assert whole[0, len(prompt) :].tolist() == free[: min(free.index(stop) for stop in stops) + 1]
 
 
 # ---- Generation -----------------------------------------------------------------------------------------------------

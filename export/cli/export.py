@@ -9,18 +9,19 @@ from rich.table import Table
 from export.bundle import Bundle, open_bundle, write
 from export.stablehlo import OPTIONAL_PROGRAMS, PROFILES, Spec
 from export.targets import add_target, kind_of
-from llamajax.checkpoint import open_checkpoint, read_tokenizer
 from llamajax.cli.common import (
     chosen_activations,
     chosen_dtype,
     define_activations,
     define_dtype,
     define_model,
+    open_named,
     read_model,
     readable_bytes,
     spinner,
     stored_bytes,
     table_console,
+    tokenizer_if_any,
 )
 from llamajax.errors import LlamaJaxError
 from llamajax.files import check_absent
@@ -124,8 +125,8 @@ def _write(values: flags.FlagValues, kinds: set[str]) -> Bundle:
     check_absent(output)
     needed = {"float"} if kinds & {"litert", "coreml"} else {"unrolled"} if kinds & {"onnx"} else set()
     profile = values.profile or next(iter(needed), "scanned")
-    opened = open_checkpoint(values.model)
-    tokenizer = read_tokenizer(opened, values.tokenizer)
+    opened = open_named(values, values.model)
+    tokenizer = tokenizer_if_any(values, opened)
     try:
         buckets = tuple(int(bucket) for bucket in values.buckets)
     except ValueError:

@@ -8,7 +8,9 @@
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import warnings
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +34,7 @@ from llamajax.files import new_folder
 from llamajax.model import Llama, abstract_model
 from llamajax.prepare import only_looked_up, prepare, with_activations
 from llamajax.tokenizer import Tokenizer
+from llamajax.words import Words
 from quant import QTensor, aligned_empty
 from quant import prepare as prepare_weight
 from quant.kernels import Layout
@@ -49,7 +52,9 @@ class Opened:
         description: source format, for people.
         config: the architecture.
         abstract: `Llama` with `jax.ShapeDtypeStruct` leaves, as stored.
-        tokenizer_bytes: the sentencepiece model that came with it, or None.
+        tokenizer_bytes: the `tokenizer.model` that came with it, or None; `tokenizer_problem` says whether it is read.
+        words: what it says of words beside that: ids, added tokens, defaults for sampling.
+        notes: what of its files is not used, and why: a sentence each.
         read: reads the weights: `read(dtype=None, shardings=None, on_tensor=…, backend=None, activations=None)`, giving
             a `Llama`. `dtype` converts floats while reading; `shardings` is one `jax.sharding.Sharding` or a tree of
             them shaped like the model, the first device unless given, or "host" for leaves that stay NumPy arrays;
@@ -63,8 +68,27 @@ class Opened:
     config: Config
     abstract: Llama
     tokenizer_bytes: bytes | None
+    words: Words
+    notes: tuple[str, ...]
     read: Callable[..., Llama]
     read_weight: Callable[[Place], np.ndarray]
+
+    @property
+    def tokenizer_problem(self) -> str | None:
+        """Why the tokenizer that came with it cannot be used; None if it can, or if none came."""
+        return self._own_tokenizer[1]
+
+    @functools.cached_property
+    def _own_tokenizer(self) -> tuple[Tokenizer | None, str | None]:
+        """The tokenizer that came with it, or why there is none."""
+        if self.tokenizer_bytes is None:
+            problem = f"{self.path}: its tokenizer.json is not read" if "tokenizer.json" in self.words.files else None
+            return None, problem
+        try:
+            tokenizer = Tokenizer(self.tokenizer_bytes, f"{self.path}: its tokenizer", self.words)
+            return _of_model(tokenizer, self.config), None
+        except LlamaJaxError as error:
+            return None, str(error)
 
     def outcome(
         self,
@@ -101,8 +125,13 @@ def resolve(name: str | Path) -> Path:
     raise LlamaJaxError(f"{name}: no such file or folder: expected a checkpoint's path or {BOX!r}")
 
 
-def open_checkpoint(name: str | Path) -> Opened:
+def open_checkpoint(name: str | Path, *, ignore_keys: Collection[str] = ()) -> Opened:
     """Recognises a checkpoint by its content and reads its header.
+
+    Args:
+        name: path of a checkpoint, or "box".
+        ignore_keys: keys of a Hugging Face config.json to read over: those that we do not know and that change no
+            forward pass.
 
     Raises:
         LlamaJaxError: if there is none, if it is of no format that we read, or if its header is damaged.
@@ -116,14 +145,17 @@ def open_checkpoint(name: str | Path) -> Opened:
             config,
             abstract,
             home.read_tokenizer(path, manifest),
+            home.read_words(path, manifest),
+            (),
             lambda dtype=None, shardings=None, on_tensor=_ignore, backend=None, activations=None: _restore(
                 path, abstract, dtype, shardings, on_tensor, backend, activations
             ),
             _checked(path, abstract, lambda place: home.read_weight(path, abstract, place)),
         )
-    for reader in (huggingface, llama2c):
-        if reader.recognise(path):
-            return _opened(path, reader.open_source(path))
+    if huggingface.recognise(path):
+        return _opened(path, huggingface.open_source(path, ignore_keys))
+    if llama2c.recognise(path):
+        return _opened(path, llama2c.open_source(path))
     raise LlamaJaxError(f"{path}: unknown format ({_first_look(path)}): expected {_FORMATS}")
 
 
@@ -136,6 +168,8 @@ def _opened(path: Path, source: Source) -> Opened:
         source.config,
         abstract,
         source.tokenizer_bytes or _tokenizer_beside(path),
+        source.words,
+        source.notes,
         lambda dtype=None, shardings=None, on_tensor=_ignore, backend=None, activations=None: _assemble(
             source, dtype, shardings, on_tensor, activations
         ),
@@ -157,8 +191,12 @@ def load(
     shardings: Any = None,
     backend: str | None = None,
     activations: str | None = None,
+    ignore_keys: Collection[str] = (),
 ) -> tuple[Llama, Tokenizer | None]:
     """Loads a model and its tokenizer.
+
+    What of its files is not used, and why its tokenizer cannot be read if it cannot, is a warning (`Opened.notes`,
+    `Opened.tokenizer_problem`).
 
     Args:
         name: path of a checkpoint (llamajax, Hugging Face or llama2.c), or "box" for the model in the package.
@@ -169,32 +207,57 @@ def load(
         backend: lays quantized weights out for this backend, such as `jax.default_backend()`, each as soon as it has
             been read: the same as `prepare` of the loaded model, sooner, and with less memory on the way.
         activations: what quantized weights are multiplied with, as of `with_activations`; as stored unless given.
+        ignore_keys: as of `open_checkpoint`.
 
     Returns:
-        The model, and the tokenizer, which is None if none came with the checkpoint and none was named.
+        The model, and the tokenizer, which is None if none was named and none came with the checkpoint, or one that
+        is not read.
 
     Raises:
         LlamaJaxError: for anything wrong with the files.
     """
-    opened = open_checkpoint(name)
-    return opened.read(dtype, shardings, backend=backend, activations=activations), read_tokenizer(opened, tokenizer)
+    opened = open_checkpoint(name, ignore_keys=ignore_keys)
+    own = read_tokenizer(opened, tokenizer)
+    for note in (*opened.notes, *([opened.tokenizer_problem] if own is None and opened.tokenizer_problem else [])):
+        warnings.warn(note, stacklevel=2)
+    return opened.read(dtype, shardings, backend=backend, activations=activations), own
 
 
 def read_tokenizer(opened: Opened, path: str | Path | None = None) -> Tokenizer | None:
     """The tokenizer at `path`, or the one that came with the checkpoint, or None.
 
+    None also if the one that came cannot be used: `opened.tokenizer_problem` says why. What the checkpoint says of
+    words goes for a named tokenizer too.
+
     Raises:
-        LlamaJaxError: if it is damaged, or has more ids than the model has embeddings.
+        LlamaJaxError: if the one at `path` is damaged, or has more ids than the model has embeddings.
     """
-    if path is not None:
-        tokenizer = Tokenizer.from_file(path)
-    elif opened.tokenizer_bytes is not None:
-        tokenizer = Tokenizer(opened.tokenizer_bytes, f"{opened.path}: its tokenizer")
-    else:
-        return None
-    if tokenizer.vocab_size > opened.config.vocab_size:
+    if path is None:
+        return opened._own_tokenizer[0]
+    tokenizer = Tokenizer.from_file(path, opened.words)
+    if tokenizer.model_bytes != opened.tokenizer_bytes:
+        tokenizer.words = opened.words.for_another_tokenizer()
+    return _of_model(tokenizer, opened.config)
+
+
+def need_tokenizer(opened: Opened, path: str | Path | None = None) -> Tokenizer:
+    """`read_tokenizer`, for what cannot do without.
+
+    Raises:
+        LlamaJaxError: as `read_tokenizer`, and if there is none: says why, and what to do.
+    """
+    tokenizer = read_tokenizer(opened, path)
+    if tokenizer is None:
+        why = opened.tokenizer_problem or f"{opened.path}: no tokenizer came with it"
+        raise LlamaJaxError(f"{why}: give --tokenizer=PATH of its sentencepiece tokenizer.model")
+    return tokenizer
+
+
+def _of_model(tokenizer: Tokenizer, config: Config) -> Tokenizer:
+    """The tokenizer, once it is sure that the model has an embedding for each of its ids."""
+    if tokenizer.vocab_size > config.vocab_size:
         raise LlamaJaxError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model {opened.config.vocab_size} embeddings: "
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size} embeddings: "
             "expected the tokenizer that the model was trained with"
         )
     return tokenizer
@@ -205,6 +268,7 @@ def save_checkpoint(
     path: str | Path,
     *,
     tokenizer: Tokenizer | bytes | None = None,
+    words: Words | None = None,
     source: str = "llamajax",
     form: Literal["llamajax", "huggingface"] = "llamajax",
 ) -> None:
@@ -213,7 +277,8 @@ def save_checkpoint(
     Args:
         model: the model; leaves may be NumPy arrays.
         path: of the folder; must not exist.
-        tokenizer: saved with the weights.
+        tokenizer: saved with the weights; as bytes, whatever they are.
+        words: what is known of words, saved too; those of a `Tokenizer` are its own.
         source: where the weights came from; kept in the manifest.
         form: "llamajax" (Orbax) or "huggingface" (config.json and safetensors, as transformers reads it).
 
@@ -230,14 +295,24 @@ def save_checkpoint(
             f"width is {model.config.width}, num_heads {model.config.num_heads}: transformers expects a multiple; "
             "write llamajax's own form instead"
         )
+    known = tokenizer if isinstance(tokenizer, Tokenizer) else _readable(tokenizer, words)
     tokenizer_bytes = tokenizer.model_bytes if isinstance(tokenizer, Tokenizer) else tokenizer
+    words = tokenizer.words if isinstance(tokenizer, Tokenizer) else words
     with new_folder(Path(path)) as folder:
         if form == "huggingface":
-            huggingface.save(model, folder, tokenizer_bytes)
+            huggingface.save(model, folder, tokenizer_bytes, words, known)
         elif form == "llamajax":
-            home.save(model, folder, tokenizer_bytes, source)
+            home.save(model, folder, tokenizer_bytes, source, words)
         else:
             raise LlamaJaxError(f"form is {form!r}: expected 'llamajax' or 'huggingface'")
+
+
+def _readable(data: bytes | None, words: Words | None) -> Tokenizer | None:
+    """The tokenizer that bytes are, if they are one."""
+    try:
+        return None if data is None else Tokenizer(data, words=words)
+    except LlamaJaxError:
+        return None
 
 
 def _ignore(done: int, total: int) -> None:

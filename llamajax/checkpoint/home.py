@@ -1,9 +1,10 @@
-"""Our own checkpoint: a folder with `manifest.json`, `weights/` (Orbax) and `tokenizer.model`.
+"""Our own checkpoint: a folder with `manifest.json`, `weights/` (Orbax), `tokenizer.model` and `words/`.
 
 The manifest holds the format's version, the config and the name, shape and dtype (or quantization scheme) of every
 weight, so that a checkpoint can be described, and planned for, without reading a weight. Weights are restored into an
 abstract tree, on one device or laid out over any number: an Orbax checkpoint by itself remembers the devices that it
-was saved from.
+was saved from. Where its `words` say something (`llamajax.words`), the manifest holds it, and `words/` the files that
+came with it; without, the tokenizer's own applies.
 """
 
 import contextlib
@@ -29,13 +30,16 @@ from llamajax.checkpoint.naming import (
 )
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
+from llamajax.files import read_bytes
 from llamajax.model import Llama, abstract_model
+from llamajax.words import CARRIED_FILES, Words
 from quant import LayerRuns, QTensor, Scheme, aligned_empty, split_runs
 
 FORMAT = "llamajax"
 VERSION = 1
 _LARGEST_MANIFEST = 64 << 20
 _CHUNK_BYTES = 16 << 20
+_WORDS = "words"
 _WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 _PART_DTYPES = (*_WEIGHT_DTYPES, "uint8", "int32")
 _PARTS = ("scale", "zero", "offset", "order", "outlier", "outlier_index")
@@ -240,7 +244,7 @@ def _stored_names(name: str, shape: tuple[int, ...]) -> list[str]:
     return [f"{STACKED}{layer}.{name.removeprefix(STACKED)}" for layer in range(shape[0])]
 
 
-def save(model: Llama, path: Path, tokenizer_bytes: bytes | None, source: str) -> None:
+def save(model: Llama, path: Path, tokenizer_bytes: bytes | None, source: str, words: Words | None = None) -> None:
     """Writes a checkpoint into `path`, which must exist, empty. The manifest comes last: without it nothing loads."""
     import orbax.checkpoint as ocp  # here, because it takes 0.3 s, and reading does without
 
@@ -273,6 +277,7 @@ def save(model: Llama, path: Path, tokenizer_bytes: bytes | None, source: str) -
         "config": model.config.to_dict(),
         "source": source,
         "tokenizer_sha256": hashlib.sha256(tokenizer_bytes).hexdigest() if tokenizer_bytes is not None else None,
+        **_save_words(path, words or Words()),
         "weights": {name: describe(weight) for name, weight in named_weights(model).items()},
     }
     (path / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -305,6 +310,31 @@ def read_tokenizer(path: Path, manifest: Mapping[str, Any]) -> bytes | None:
     if hashlib.sha256(data).hexdigest() != manifest["tokenizer_sha256"]:
         raise LlamaJaxError(f"{file}: not the file that the manifest names (sha256 differs)")
     return data
+
+
+def _save_words(path: Path, words: Words) -> dict[str, Any]:
+    """Writes the files of the words, and gives what the manifest says of them: nothing, where they say nothing."""
+    said = words.to_dict()
+    for name, data in words.files.items():
+        (path / _WORDS).mkdir(exist_ok=True)
+        (path / _WORDS / name).write_bytes(data)
+    return {"words": said} if said else {}
+
+
+def read_words(path: Path, manifest: Mapping[str, Any]) -> Words:
+    """What was saved of words; nothing in checkpoints that were written before there was a place for it.
+
+    Raises:
+        LlamaJaxError: for a damaged manifest, or files that are missing or others than it names.
+    """
+    said = manifest.get("words", {})
+    try:
+        names = [name for name in CARRIED_FILES if name in said.get("files", {})]
+        return Words.from_dict(said, {name: read_bytes(path / _WORDS / name) for name in names})
+    except (AttributeError, TypeError, LlamaJaxError) as error:
+        raise LlamaJaxError(f"{path}/manifest.json: {str(error)[:300]}: it is damaged") from None
+    except FileNotFoundError as error:
+        raise LlamaJaxError(f"{error.filename}: no such file, though the manifest names it") from None
 
 
 def _first_line(error: Exception) -> str:

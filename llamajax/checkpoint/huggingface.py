@@ -5,7 +5,7 @@ Every tensor of the files must be one that the model has, and the other way roun
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from llamajax.checkpoint.huggingface_words import config_ids, read_words, word_files
 from llamajax.checkpoint.naming import Place, Source, named_leaves
 from llamajax.config import Config, config_from_hf, config_to_hf
 from llamajax.errors import LlamaJaxError
+from llamajax.files import read_bytes, shortened
 from llamajax.model import Llama
+from llamajax.tokenizer import LARGEST_TOKENIZER, Tokenizer
+from llamajax.words import Words
 
 _LARGEST_JSON = 64 << 20
 _SHARD_BYTES = 1 << 30
@@ -47,16 +51,22 @@ def recognise(path: Path) -> bool:
     return (path / "config.json").is_file() and "model_type" in _read_json(path / "config.json")
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path, ignore_keys: Collection[str] = ()) -> Source:
     """Reads the config and the headers of all files, and checks that they hold just the tensors of the model.
+
+    Args:
+        path: the folder.
+        ignore_keys: of config.json, as of `config_from_hf`.
 
     Raises:
         LlamaJaxError: for a config we cannot read, or a missing, surplus or damaged file or tensor.
     """
-    config = config_from_hf(_read_json(path / "config.json"), str(path / "config.json"))
-    files = _tensor_files(path)
+    fields = _read_json(path / "config.json")
+    config = config_from_hf(fields, str(path / "config.json"), ignore_keys)
+    files, notes = _tensor_files(path)
     dtypes = _check_tensors(path, config, files)
     dtype = np.dtype(np.float32) if len(dtypes) > 1 else dtypes.pop()
+    words, word_notes = read_words(path, fields, config.vocab_size)
     tokenizer = path / "tokenizer.model"
     shards = len(set(files.values()))
     return Source(
@@ -65,13 +75,22 @@ def open_source(path: Path) -> Source:
         dtype,
         tuple(_order(config, files)),
         lambda place: _read(files, place, config.tied_embeddings),
-        tokenizer.read_bytes() if tokenizer.is_file() else None,
+        read_bytes(tokenizer, LARGEST_TOKENIZER) if tokenizer.is_file() else None,
+        words,
+        (*notes, *word_notes),
     )
 
 
-def save(model: Llama, path: Path, tokenizer_bytes: bytes | None = None) -> None:
+def save(
+    model: Llama,
+    path: Path,
+    tokenizer_bytes: bytes | None = None,
+    words: Words | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> None:
     """Writes a folder that `open_source` and transformers read; `path` must exist, empty.
 
+    `tokenizer_bytes` become its tokenizer.model, whatever they are; `tokenizer` is what they say, if they can be read.
     Beyond 1 GiB in shards with their index, so that no more than one shard is held in transposed copies.
     """
     leaves = named_leaves(model)
@@ -87,7 +106,11 @@ def save(model: Llama, path: Path, tokenizer_bytes: bytes | None = None) -> None
         _write_json(path / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
     if tokenizer_bytes is not None:
         (path / "tokenizer.model").write_bytes(tokenizer_bytes)
-    _write_json(path / "config.json", config_to_hf(model.config) | {"torch_dtype": str(leaves["embed_VD"].dtype)})
+    words = words or Words()
+    for name, data in word_files(words, tokenizer).items():
+        (path / name).write_bytes(data)
+    fields = config_to_hf(model.config) | config_ids(words, tokenizer)
+    _write_json(path / "config.json", fields | {"torch_dtype": str(leaves["embed_VD"].dtype)})
     for file in set(weight_map.values()):
         # safetensors keeps its files to their owner; a package installed by root is read by others.
         (path / file).chmod((path / "config.json").stat().st_mode)
@@ -132,8 +155,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _tensor_files(path: Path) -> dict[str, Path]:
-    """Which file holds each tensor."""
+def _tensor_files(path: Path) -> tuple[dict[str, Path], list[str]]:
+    """Which file holds each tensor, and a note on those that are of another kind."""
+    # macOS keeps a file's attributes in one beside it, `._` and its name, on disks that have no place for them.
+    found = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("._"))
     index = path / "model.safetensors.index.json"
     if index.is_file():
         weight_map = _read_json(index).get("weight_map")
@@ -144,13 +169,15 @@ def _tensor_files(path: Path) -> dict[str, Path]:
             raise LlamaJaxError(f"{index}: {outside[0]!r} leaves the folder: expected file names")
         files = {name: path / file for name, file in weight_map.items()}
     else:
-        single = sorted(path.glob("*.safetensors"))
+        single = [file for file in found if file.name == "model.safetensors"] or found
         if len(single) != 1:
-            found = f"{len(single)} .safetensors files and no model.safetensors.index.json" if single else "no weights"
+            what = f"{len(single)} .safetensors files and no model.safetensors.index.json" if single else "no weights"
             hint = "; pickled .bin/.pth weights are not read" if list(path.glob("*.bin")) else ""
-            raise LlamaJaxError(f"{path}: {found}: expected model.safetensors, or shards with their index{hint}")
+            raise LlamaJaxError(f"{path}: {what}: expected model.safetensors, or shards with their index{hint}")
         files = {name: single[0] for name in _open(single[0]).keys()}
-    return files
+    others = [file.name for file in found if file not in files.values()]
+    notes = [f"{path}: {', '.join(map(shortened, others[:5]))}: beside the model's weights, not read"] if others else []
+    return files, notes
 
 
 def _open(path: Path) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 
 from llamajax.config import Config
 from llamajax.model import Llama, abstract_model
+from llamajax.words import Words
 from quant import LayerRuns, QTensor
 
 STACKED = "layers."
@@ -44,7 +45,9 @@ class Source:
         dtype: in which the weights are stored, or dequantized if they are stored quantized.
         order: every tensor once, in the order in which the files hold them.
         read: reads one tensor, in our orientation and RoPE layout and the file's dtype; may be a view.
-        tokenizer_bytes: the sentencepiece model that came with it, if one did.
+        tokenizer_bytes: the `tokenizer.model` that came with it, if one did; it may be of another kind than is read.
+        words: what it says of words beside that.
+        notes: what of the files is not used, and why, for people.
     """
 
     description: str
@@ -53,6 +56,8 @@ class Source:
     order: tuple[Place, ...]
     read: Callable[[Place], np.ndarray]
     tokenizer_bytes: bytes | None = None
+    words: Words = Words()
+    notes: tuple[str, ...] = ()
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

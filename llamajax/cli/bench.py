@@ -19,13 +19,14 @@ from llamajax.bench import (
     random_model,
 )
 from llamajax.cache import CACHE_DTYPES
-from llamajax.checkpoint import open_checkpoint
 from llamajax.cli.common import (
     chosen_activations,
     chosen_dtype,
     define_activations,
     define_dtype,
+    define_ignore_key,
     memory_bytes,
+    open_named,
     progress,
     read_model,
     readable_bytes,
@@ -58,6 +59,7 @@ def define(values: flags.FlagValues) -> None:
         "checkpoint: a llamajax or Hugging Face folder, a llama2.c file, or box; box unless --shape is given",
         flag_values=values,
     )
+    define_ignore_key(values)
     flags.DEFINE_string(
         "shape",
         None,
@@ -185,7 +187,7 @@ def _model(values: flags.FlagValues) -> tuple[Llama, str, str]:
             dtype = chosen_dtype(values) or "bfloat16"
             return random_model(config, recipe, dtype=dtype), values.shape, recipe
     name = values.model or "box"
-    opened = open_checkpoint(name)
+    opened = open_named(values, name)
     model = read_model(opened, chosen_dtype(values))
     bits = 8 * memory_bytes(model) / model.config.num_parameters
     return model, name, f"{bits:.2f} bits a weight"

@@ -14,8 +14,7 @@ from absl import flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llamajax.checkpoint import Opened, open_checkpoint, read_tokenizer
-from llamajax.errors import LlamaJaxError
+from llamajax.checkpoint import Opened, need_tokenizer, open_checkpoint, read_tokenizer
 from llamajax.model import Llama
 from llamajax.prepare import ACTIVATIONS
 from llamajax.tokenizer import Tokenizer
@@ -24,7 +23,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def define_model(values: flags.FlagValues, default: str | None = "box", several: bool = False) -> None:
-    """--model, which may be several with commas between, and --tokenizer."""
+    """--model, which may be several with commas between, --tokenizer and --ignore_key."""
     text = "a llamajax or Hugging Face folder, a llama2.c file, or box"
     if several:
         flags.DEFINE_list("model", default, f"checkpoints, commas between: each {text}", flag_values=values)
@@ -32,6 +31,18 @@ def define_model(values: flags.FlagValues, default: str | None = "box", several:
         flags.DEFINE_string("model", default, f"checkpoint: {text}", flag_values=values)
     flags.DEFINE_string(
         "tokenizer", None, "sentencepiece tokenizer.model, where none came with the checkpoint", flag_values=values
+    )
+    define_ignore_key(values)
+
+
+def define_ignore_key(values: flags.FlagValues) -> None:
+    """--ignore_key of a command that opens a model."""
+    flags.DEFINE_multi_string(
+        "ignore_key",
+        [],
+        "key of a Hugging Face config.json to read over, if it is unknown and changes no forward pass; repeat the flag "
+        "for several",
+        flag_values=values,
     )
 
 
@@ -67,11 +78,29 @@ def chosen_activations(values: flags.FlagValues) -> str | None:
 
 def open_model(values: flags.FlagValues) -> tuple[Opened, Tokenizer]:
     """The checkpoint and the tokenizer that the flags name; no weight is read yet."""
-    opened = open_checkpoint(values.model)
+    opened = open_named(values, values.model)
+    return opened, need_tokenizer(opened, values.tokenizer)
+
+
+def open_named(values: flags.FlagValues, name: str) -> Opened:
+    """A checkpoint as the flags say; what of its files is not used goes to stderr, a line each."""
+    opened = open_checkpoint(name, ignore_keys=values.ignore_key)
+    for note in opened.notes:
+        say(note)
+    return opened
+
+
+def tokenizer_if_any(values: flags.FlagValues, opened: Opened) -> Tokenizer | None:
+    """The tokenizer, for what can do without; one that came and cannot be read is said on stderr."""
     tokenizer = read_tokenizer(opened, values.tokenizer)
-    if tokenizer is None:
-        raise LlamaJaxError(f"{values.model}: no tokenizer came with it: give --tokenizer=PATH of its tokenizer.model")
-    return opened, tokenizer
+    if tokenizer is None and opened.tokenizer_problem:
+        say(f"{opened.tokenizer_problem}: going on without it")
+    return tokenizer
+
+
+def say(note: str) -> None:
+    """A line on stderr."""
+    print(f"llamajax: {' '.join(note.split())}", file=sys.stderr)
 
 
 def chosen_dtype(values: flags.FlagValues) -> jax.typing.DTypeLike | None:

@@ -5,9 +5,17 @@ from pathlib import Path
 
 from absl import flags
 
-from llamajax.checkpoint import open_checkpoint, read_tokenizer, save_checkpoint
+from llamajax.checkpoint import save_checkpoint
 from llamajax.checkpoint.naming import is_quantized
-from llamajax.cli.common import define_model, read_model, readable_bytes, spinner, stored_bytes
+from llamajax.cli.common import (
+    define_model,
+    open_named,
+    read_model,
+    readable_bytes,
+    spinner,
+    stored_bytes,
+    tokenizer_if_any,
+)
 from llamajax.errors import LlamaJaxError
 from llamajax.files import check_absent
 
@@ -35,11 +43,13 @@ def run(values: flags.FlagValues) -> None:
         raise LlamaJaxError("--model and --output are both needed: see llamajax convert --help")
     output = Path(values.output)
     check_absent(output)
-    opened = open_checkpoint(values.model)
-    tokenizer = read_tokenizer(opened, values.tokenizer)
+    opened = open_named(values, values.model)
+    tokenizer = tokenizer_if_any(values, opened) or opened.tokenizer_bytes
     if values.dtype and is_quantized(opened.abstract):
         raise LlamaJaxError(f"{values.model}: its weights are quantized: --dtype does not apply")
     model = read_model(opened, values.dtype, shardings="host")
     with spinner(f"writing {output}"):
-        save_checkpoint(model, output, tokenizer=tokenizer, source=opened.description, form=values.to)
+        save_checkpoint(
+            model, output, tokenizer=tokenizer, words=opened.words, source=opened.description, form=values.to
+        )
     print(f"{output}: {readable_bytes(stored_bytes(output))}, {values.to}, from {opened.description}", file=sys.stderr)

@@ -9,7 +9,7 @@ import numpy as np
 from absl import flags
 from rich.table import Table
 
-from llamajax.checkpoint import Opened, open_checkpoint, read_tokenizer
+from llamajax.checkpoint import Opened, need_tokenizer, read_tokenizer
 from llamajax.cli.common import (
     chosen_activations,
     chosen_dtype,
@@ -17,6 +17,7 @@ from llamajax.cli.common import (
     define_dtype,
     define_model,
     memory_bytes,
+    open_named,
     progress,
     read_model,
     readable_bytes,
@@ -90,8 +91,8 @@ def define(values: flags.FlagValues) -> None:
 def run(values: flags.FlagValues) -> None:
     """Prints tables, or JSON; draws."""
     _check(values)
-    checkpoints = [open_checkpoint(name) for name in values.model]
-    reference = open_checkpoint(values.reference) if values.reference else None
+    checkpoints = [open_named(values, name) for name in values.model]
+    reference = open_named(values, values.reference) if values.reference else None
     windows = _windows(values, [*checkpoints, reference] if reference else checkpoints)
     if values.plot and reference and len(checkpoints) == 1:
         if not same_weights(checkpoints[0].abstract, reference.abstract):
@@ -150,9 +151,7 @@ def _windows(values: flags.FlagValues, checkpoints: list[Opened]) -> Windows:
         path, length = checkpoint.path, checkpoint.config.context_length
         if values.context > length:
             raise LlamaJaxError(f"context is {values.context}: {path} is made for {length}: give --context={length}")
-        tokenizer = read_tokenizer(checkpoint, values.tokenizer)
-        if tokenizer is None and windows is None:
-            raise LlamaJaxError(f"{path}: no tokenizer came with it: give --tokenizer=PATH of its tokenizer.model")
+        tokenizer = (need_tokenizer if windows is None else read_tokenizer)(checkpoint, values.tokenizer)
         if tokenizer is not None and (windows is None or values.tokenizer is None):
             cut = text_windows(text, tokenizer, values.context, values.convention)
             if windows is not None and not np.array_equal(cut.rows, windows.rows):

@@ -9,6 +9,7 @@ import jax
 from absl import flags
 
 from llamajax.cache import CACHE_DTYPES
+from llamajax.checkpoint import Opened
 from llamajax.cli.common import (
     chosen_activations,
     chosen_dtype,
@@ -17,6 +18,7 @@ from llamajax.cli.common import (
     define_model,
     open_model,
     read_model,
+    say,
 )
 from llamajax.generate import Completion, Speed, TextStream
 from llamajax.sampling import make_sampler
@@ -46,7 +48,13 @@ def define(values: flags.FlagValues) -> None:
         "most new tokens; 512, or what the context has room for, if not given",
         flag_values=values,
     )
-    flags.DEFINE_float("temperature", 0.8, "0 is greedy; higher is more surprising", flag_values=values)
+    flags.DEFINE_float(
+        "temperature",
+        0.8,
+        "0 is greedy; higher is more surprising. This and the four flags below: as the checkpoint asks for, unless "
+        "given (generation_config.json of a Hugging Face folder)",
+        flag_values=values,
+    )
     flags.DEFINE_integer("top_k", None, "choose among the K likeliest tokens only", flag_values=values)
     flags.DEFINE_float(
         "top_p", 0.95, "choose among the likeliest tokens that make up this probability", flag_values=values
@@ -83,10 +91,12 @@ def define(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     """Streams text to stdout and ends with the speed on stderr."""
-    knobs: dict[str, Any] = {name: values[name].value for name in _KNOBS}
     # Checked before the weights are read: a slip should not cost a minute.
-    check_speculate(values.speculate, make_sampler(**knobs))
+    given: dict[str, Any] = {name: values[name].value for name in _KNOBS}
+    make_sampler(**given)
     opened, tokenizer = open_model(values)
+    knobs = _knobs(values, opened)
+    check_speculate(values.speculate, make_sampler(**knobs))
     dtype = chosen_dtype(values)
     options = {"backend": jax.default_backend(), "activations": chosen_activations(values)}
     single = len(values.prompt) == 1
@@ -115,6 +125,22 @@ def run(values: flags.FlagValues) -> None:
                 else (prompt if values.echo else "") + completion.text + "\n"
             )
     print(describe_speed(stream.speed), file=sys.stderr)
+
+
+def _knobs(values: flags.FlagValues, opened: Opened) -> dict[str, Any]:
+    """How tokens are chosen: as the flags say; where none was given, as the checkpoint says, else by our defaults."""
+    given = {name for name in _KNOBS if values[name].present}
+    # What greedy choice ignores is not worth a line.
+    greedy = "temperature" in given and values.temperature == 0
+    used = {
+        name: value
+        for name, value in opened.words.sampling.items()
+        if name not in given and (name == "repetition_penalty" or not greedy)
+    }
+    if used:
+        settings = ", ".join(f"{name} {value:g}" for name, value in used.items())
+        say(f"{values.model}: its files ask for {settings}: flags override this")
+    return {name: used.get(name, values[name].value) for name in _KNOBS}
 
 
 def _write_stream(stream: TextStream, echo: str) -> None:

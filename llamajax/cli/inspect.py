@@ -4,11 +4,12 @@ import json
 from typing import Any
 
 from absl import flags
+from rich.markup import escape
 from rich.table import Table
 
-from llamajax.checkpoint import Opened, open_checkpoint
+from llamajax.checkpoint import Opened, read_tokenizer
 from llamajax.checkpoint.naming import named_weights
-from llamajax.cli.common import define_model, memory_bytes, readable_bytes, table_console
+from llamajax.cli.common import define_model, memory_bytes, open_named, readable_bytes, table_console
 from quant import LayerRuns, QTensor
 from quant.prepare import BACKENDS, refusal
 
@@ -36,7 +37,8 @@ def define(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     """Prints tables, or JSON."""
-    opened = open_checkpoint(values.model)
+    opened = open_named(values, values.model)
+    tokenizer = read_tokenizer(opened, values.tokenizer)
     weights = named_weights(opened.abstract)
     tensors: list[dict[str, Any]] = [
         {"name": name, "shape": list(weight.shape), "dtype": _kind(weight), "bytes": memory_bytes(weight)}
@@ -53,7 +55,9 @@ def run(values: flags.FlagValues) -> None:
         "parameters": opened.config.num_parameters,
         "bytes": size,
         "bits_per_weight": 8 * size / opened.config.num_parameters,
-        "tokenizer": opened.tokenizer_bytes is not None,
+        "tokenizer": tokenizer is not None,
+        "tokenizer_problem": opened.tokenizer_problem if tokenizer is None else None,
+        "words": opened.words.to_dict(),
         "config": opened.config.to_dict(),
         "tensors": tensors,
     }
@@ -84,13 +88,23 @@ def _product(weight: Any, backend: str) -> str:
     return f"reference: {reason}" if reason else f"{backend} layout"
 
 
+def _tokenizer(summary: dict[str, Any]) -> str:
+    """What there is of a tokenizer, for people."""
+    if summary["tokenizer_problem"]:
+        return f"cannot be read: {summary['tokenizer_problem']}"
+    if not summary["tokenizer"]:
+        return "none included: give --tokenizer"
+    added = len(summary["words"].get("added", ()))
+    return f"sentencepiece, included, and {added} added tokens" if added else "sentencepiece, included"
+
+
 def _print_tables(opened: Opened, summary: dict[str, Any]) -> None:
     console = table_console()
     head = Table(title=summary["model"], title_justify="left", show_header=False)
     head.add_row("format", summary["format"])
     head.add_row("parameters", f"{summary['parameters']:,}")
     head.add_row("in memory", f"{readable_bytes(summary['bytes'])}, {summary['bits_per_weight']:.2f} bits a weight")
-    head.add_row("tokenizer", "sentencepiece, included" if summary["tokenizer"] else "none included: give --tokenizer")
+    head.add_row("tokenizer", escape(_tokenizer(summary)))
     for name, value in opened.config.to_dict().items():
         head.add_row(name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
     console.print(head)

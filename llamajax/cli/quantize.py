@@ -7,9 +7,17 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from llamajax.checkpoint import open_checkpoint, read_tokenizer, save_checkpoint
+from llamajax.checkpoint import need_tokenizer, save_checkpoint
 from llamajax.checkpoint.naming import named_weights
-from llamajax.cli.common import define_model, progress, readable_bytes, spinner, stored_bytes
+from llamajax.cli.common import (
+    define_model,
+    open_named,
+    progress,
+    readable_bytes,
+    spinner,
+    stored_bytes,
+    tokenizer_if_any,
+)
 from llamajax.errors import LlamaJaxError
 from llamajax.evaluate import encode_documents, read_documents
 from llamajax.files import check_absent
@@ -79,9 +87,13 @@ def run(values: flags.FlagValues) -> None:
         raise LlamaJaxError(f"{name} needs a text to run the model on: give --calibration=FILE")
     if values.calibration and not recipe.needs_calibration:
         raise LlamaJaxError(f"{name} makes no use of --calibration: leave it out")
-    opened = open_checkpoint(values.model)
-    tokenizer = read_tokenizer(opened, values.tokenizer)
-    tokens = _calibration_tokens(values, tokenizer) if recipe.needs_calibration else None
+    opened = open_named(values, values.model)
+    tokenizer: Tokenizer | bytes | None
+    if recipe.needs_calibration:
+        tokenizer = need_tokenizer(opened, values.tokenizer)
+        tokens = _calibration_tokens(values, tokenizer)
+    else:
+        tokenizer, tokens = tokenizer_if_any(values, opened) or opened.tokenizer_bytes, None
     window = min(values.context, opened.config.context_length)
     work = output.absolute().with_name(f"{output.name}.work")
     with progress("quantizing") as on_weight:
@@ -89,7 +101,7 @@ def run(values: flags.FlagValues) -> None:
     _report_other_groups(model, recipe)
     with spinner(f"writing {output}"):
         source = f"{opened.description}, quantized by {name}"
-        save_checkpoint(model, output, tokenizer=tokenizer, source=source)
+        save_checkpoint(model, output, tokenizer=tokenizer, words=opened.words, source=source)
     size = stored_bytes(output)
     bits = 8 * size / opened.config.num_parameters
     print(f"{output}: {readable_bytes(size)}, {bits:.2f} bits a weight on disk, {name}", file=sys.stderr)
@@ -102,10 +114,8 @@ def _with_target(recipe: Recipe, target_bpw: float | None) -> Recipe:
         raise LlamaJaxError(str(error)) from None
 
 
-def _calibration_tokens(values: flags.FlagValues, tokenizer: Tokenizer | None) -> np.ndarray:
+def _calibration_tokens(values: flags.FlagValues, tokenizer: Tokenizer) -> np.ndarray:
     """The beginning of the calibration text, in ids."""
-    if tokenizer is None:
-        raise LlamaJaxError(f"{values.model}: no tokenizer came with it: give --tokenizer=PATH of its tokenizer.model")
     if values.calibration_tokens < 1:
         raise LlamaJaxError(f"calibration_tokens is {values.calibration_tokens}: expected at least 1")
     if values.calibration == "stories":

@@ -1,0 +1,313 @@
+"""The words of a Hugging Face folder: config.json, generation_config.json and the tokenizer's files <-> `Words`.
+
+Where files disagree, transformers decides: generation_config.json goes before config.json; tokenizer_config.json before
+special_tokens_map.json and added_tokens.json. What is in them and not done is said in a note.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llamajax.errors import LlamaJaxError
+from llamajax.files import parse_json, read_bytes, shortened
+from llamajax.tokenizer import Tokenizer
+from llamajax.words import CARRIED_FILES, SAMPLING, AddedToken, Words
+
+# What generation_config.json may ask for that is not done, and the values that ask for nothing.
+_NOT_DONE: dict[str, tuple[Any, ...]] = {
+    "bad_words_ids": (),
+    "begin_suppress_tokens": (),
+    "diversity_penalty": (0.0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "exponential_decay_length_penalty": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "guidance_scale": (1.0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "no_repeat_ngram_size": (0,),
+    "num_beams": (1,),
+    "penalty_alpha": (0.0,),
+    "sequence_bias": (),
+    "stop_strings": (),
+    "suppress_tokens": (),
+    "typical_p": (1.0,),
+    "watermarking_config": (),
+}
+_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
+_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def read_words(path: Path, config: dict[str, Any], vocab_size: int) -> tuple[Words, tuple[str, ...]]:
+    """Reads what a folder says of words.
+
+    Args:
+        path: the folder.
+        config: its config.json.
+        vocab_size: V, the ids that the model has embeddings for.
+
+    Returns:
+        The words, and a note on each thing that the files ask for and that is not done.
+
+    Raises:
+        LlamaJaxError: for a file that is not JSON, or says something of another type than expected.
+    """
+    files = {name: read_bytes(path / name) for name in CARRIED_FILES if (path / name).is_file()}
+    notes: list[str] = []
+    generation = _object(files, "generation_config.json", path)
+    # transformers asks config.json for them only where there is no generation_config.json.
+    asked = (path / "generation_config.json", generation) if generation else (path / "config.json", config)
+    tokenizer, special_map = (
+        _object(files, f"{name}.json", path) for name in ("tokenizer_config", "special_tokens_map")
+    )
+    names = {name: _content(tokenizer.get(name, special_map.get(name)), path, name) for name in _NAMED}
+    try:
+        words = Words(
+            bos_id=_id(path, "bos_token_id", generation, config, vocab_size, notes),
+            stop_ids=_ids(path, "eos_token_id", generation, config, vocab_size, notes),
+            pad_id=_id(path, "pad_token_id", generation, config, vocab_size, notes),
+            bos_token=names["bos_token"],
+            eos_token=names["eos_token"],
+            # A tokenizer whose BOS is null begins with none.
+            add_bos=False if tokenizer.get("bos_token", "") is None else tokenizer.get("add_bos_token"),
+            add_eos=tokenizer.get("add_eos_token"),
+            space=_space(tokenizer),
+            added=_added_tokens(files, tokenizer, special_map, names, path, vocab_size, notes),
+            sampling=_sampling(*asked, notes),
+            files=files,
+        )
+    except LlamaJaxError as error:
+        raise LlamaJaxError(f"{path}: {error}") from None
+    return _with_tokenizers_end(words, path, vocab_size, notes), tuple(notes)
+
+
+def _with_tokenizers_end(words: Words, path: Path, vocab_size: int, notes: list[str]) -> Words:
+    """Stops at the tokenizer's end where no config lists one; where it is not among those listed, says so."""
+    end = next((token.id for token in words.added if token.text == words.eos_token), None)
+    if end is None or end in (words.stop_ids or ()):
+        return words
+    if words.stop_ids is None:
+        return dataclasses.replace(words, stop_ids=(end,))
+    listed = ", ".join(map(str, words.stop_ids))
+    notes.append(
+        f"{path}: the tokenizer's end, {shortened(words.eos_token)} ({end}), is not among the eos_token_id of the "
+        f"configs ({listed}), at which alone generation ends"
+    )
+    return words
+
+
+def _object(files: Mapping[str, bytes], name: str, path: Path) -> dict[str, Any]:
+    """One of the files as a JSON object; empty if it is not there."""
+    value = parse_json(files[name], str(path / name)) if name in files else {}
+    if not isinstance(value, dict):
+        raise LlamaJaxError(f"{path / name}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _content(token: Any, path: Path, name: str) -> str | None:
+    """The text of a token that is written as one, or as an object of its settings."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    if text is not None and not isinstance(text, str):
+        raise LlamaJaxError(f"{path}: {name} is {shortened(token)}: expected a text, or an object with its content")
+    return text
+
+
+def _ids(
+    path: Path,
+    key: str,
+    generation: Mapping[str, Any],
+    config: Mapping[str, Any],
+    vocab_size: int,
+    notes: list[str],
+) -> tuple[int, ...] | None:
+    """The ids under a key of generation_config.json, else of config.json; None if neither says any."""
+    file, value = next(
+        (
+            (name, said)
+            for name, said in (("generation_config.json", generation.get(key)), ("config.json", config.get(key)))
+            if said is not None
+        ),
+        ("", None),
+    )
+    if value is None:
+        return None
+    listed = value if isinstance(value, list) else [value]
+    if any(isinstance(index, bool) or not isinstance(index, int) for index in listed):
+        raise LlamaJaxError(f"{file}: {key} is {shortened(value)}: expected a token's id, or a list of them")
+    outside = [index for index in listed if not 0 <= index < vocab_size]
+    if outside and key != "pad_token_id":  # -1 there is an old spelling of none
+        notes.append(f"{path / file}: {key} {shortened(outside[0])} is no id of the model's {vocab_size}: left out")
+    return tuple(dict.fromkeys(index for index in listed if 0 <= index < vocab_size)) or None
+
+
+def _id(path: Path, key: str, generation: Any, config: Any, vocab_size: int, notes: list[str]) -> int | None:
+    ids = _ids(path, key, generation, config, vocab_size, notes)
+    return ids[0] if ids else None
+
+
+def _space(tokenizer: Mapping[str, Any]) -> str | None:
+    """Where a space is put before text: transformers' `add_prefix_space` and `legacy`."""
+    if tokenizer.get("add_prefix_space") is False:
+        return "never"
+    return "always" if tokenizer.get("legacy") is True else None
+
+
+def _added_tokens(
+    files: Mapping[str, bytes],
+    tokenizer: Mapping[str, Any],
+    special_map: Mapping[str, Any],
+    names: Mapping[str, str | None],
+    path: Path,
+    vocab_size: int,
+    notes: list[str],
+) -> tuple[AddedToken, ...]:
+    """The tokens that the files list as added, by id; special also if they are named as one with a part to play."""
+    special = {text for text in names.values() if text}
+    for source in (tokenizer, special_map):
+        more = source.get("additional_special_tokens") or source.get("extra_special_tokens") or []
+        for token in more.values() if isinstance(more, Mapping) else more if isinstance(more, list) else []:
+            special.add(_content(token, path, "a special token") or "")
+    tokens = []
+    for index, settings in _listed_tokens(files, tokenizer, path):
+        flags = {flag: settings[flag] for flag in _FLAGS if settings.get(flag) is not None}
+        text = _content(settings, path, f"added token {index}") or ""
+        flags["special"] = flags.get("special", False) or text in special
+        flags.setdefault("normalized", not flags["special"])
+        token = AddedToken(id=index, text=text, **flags)
+        if index < vocab_size:
+            tokens.append(token)
+        else:
+            notes.append(
+                f"{path}: added token {shortened(text)} has id {index}, for which the model, of {vocab_size} "
+                "embeddings, has none: left out"
+            )
+    return tuple(sorted(tokens, key=lambda token: token.id))
+
+
+def _listed_tokens(
+    files: Mapping[str, bytes], tokenizer: Mapping[str, Any], path: Path
+) -> list[tuple[int, Mapping[str, Any]]]:
+    """Id and settings of the tokens of `added_tokens_decoder` and added_tokens.json; with neither, tokenizer.json."""
+    decoder = tokenizer.get("added_tokens_decoder")
+    if isinstance(decoder, Mapping) and all(
+        index.isascii() and index.isdigit() and len(index) < 10 and isinstance(settings, Mapping)
+        for index, settings in decoder.items()
+    ):
+        listed = {int(index): settings for index, settings in decoder.items()}
+    elif decoder is not None:
+        raise LlamaJaxError(f"added_tokens_decoder is {shortened(decoder)}: expected ids, and settings of each")
+    else:
+        listed = {}
+    texts = {settings.get("content") for settings in listed.values() if isinstance(settings.get("content"), str)}
+    for text, index in _object(files, "added_tokens.json", path).items():
+        if not isinstance(index, int):
+            raise LlamaJaxError(f"added_tokens.json: {shortened(text)} is {shortened(index)}: expected its id")
+        if text not in texts:
+            listed.setdefault(index, {"content": text})
+    if not listed and "added_tokens.json" not in files and decoder is None:
+        entries = _object(files, "tokenizer.json", path).get("added_tokens") or []
+        if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+            raise LlamaJaxError("added_tokens of tokenizer.json: expected a list of objects")
+        return [(entry.get("id", -1), entry) for entry in entries]
+    return list(listed.items())
+
+
+def _sampling(file: Path, asked: dict[str, Any], notes: list[str]) -> dict[str, float]:
+    """The defaults for our knobs that a file brings; `do_sample: false` is greedy choice."""
+    sampling: dict[str, float] = {}
+    greedy = {"temperature": 0} if asked.get("do_sample") is False else {}
+    for name in SAMPLING:
+        value = (asked | greedy).get(name)
+        if value is None or (name in ("top_k", "min_p") and value == 0):  # transformers' spelling of off
+            continue
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        finite = isinstance(value, float) and math.isfinite(value)
+        if not (whole or (finite and name != "top_k")) or not _in_range(name, value):
+            notes.append(f"{file}: {name} is {shortened(value)}: left out")
+            continue
+        sampling[name] = value
+    notes += [
+        f"{file}: {name} is {shortened(asked[name])}, which is not done"
+        for name, neutral in _NOT_DONE.items()
+        if asked.get(name) not in (None, *neutral, [], {})
+    ]
+    return sampling
+
+
+def _in_range(name: str, value: float) -> bool:
+    """Whether `sampling.make_sampler` takes the value; it says what it expects of one that a user gives."""
+    if name == "temperature":
+        return value == 0 or 1e-4 <= value < 1e30
+    if name == "top_k":
+        return 1 <= value <= 1 << 30
+    return 0 < value <= (1 if name in ("top_p", "min_p") else 1e30)
+
+
+# ---- Writing --------------------------------------------------------------------------------------------------------
+
+
+def config_ids(words: Words, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The ids that config.json names; none where nothing says any."""
+    stops = words.stop_ids
+    bos_id = words.bos_id
+    if tokenizer is not None:
+        # The end first: readers that take one id only take the first.
+        stops = (
+            tuple(sorted(tokenizer.stop_ids, key=lambda index: index != tokenizer.eos_id)) if stops is None else stops
+        )
+        bos_id = tokenizer.bos_id if bos_id is None else bos_id
+    ids: dict[str, Any] = {"bos_token_id": bos_id, "eos_token_id": list(stops or ()), "pad_token_id": words.pad_id}
+    if len(ids["eos_token_id"]) == 1:
+        (ids["eos_token_id"],) = ids["eos_token_id"]
+    return {key: value for key, value in ids.items() if value not in (None, [])}
+
+
+def word_files(words: Words, tokenizer: Tokenizer | None) -> dict[str, bytes]:
+    """The files beside config.json and tokenizer.model: those that came with the source, and what they leave unsaid.
+
+    Args:
+        words: what is known.
+        tokenizer: the sentencepiece tokenizer that is written with them, or None.
+    """
+    files = dict(words.files)
+    if "generation_config.json" not in files:
+        generation = config_ids(words, tokenizer) | dict(words.sampling)
+        if words.sampling:
+            generation["do_sample"] = generation.get("temperature") != 0
+            if not generation["do_sample"]:
+                del generation["temperature"]
+        if generation:
+            files["generation_config.json"] = _json(generation)
+    if tokenizer is not None and "tokenizer_config.json" not in files:
+        files["tokenizer_config.json"] = _json(_tokenizer_config(tokenizer))
+    return files
+
+
+def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    words = tokenizer.words
+    name = lambda index: None if index is None else tokenizer.piece(index)  # noqa: E731
+    return {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": name(tokenizer.bos_id),
+        "eos_token": name(tokenizer.eos_id),
+        "unk_token": name(tokenizer.unk_id),
+        "add_bos_token": tokenizer.add_bos,
+        "add_eos_token": tokenizer.add_eos,
+        "add_prefix_space": words.space != "never",
+        "legacy": words.space == "always",
+        "clean_up_tokenization_spaces": False,
+        "added_tokens_decoder": {
+            str(token.id): {"content": token.text, **{flag: getattr(token, flag) for flag in _FLAGS}}
+            for token in words.added
+        },
+    }
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,163 @@
+"""What decides the words of a model, beside its weights and the pieces of its tokenizer: `Words`.
+
+Every format says a part of it in its own way: a Hugging Face folder in five files, our own checkpoint in its manifest,
+a llama2.c file not at all. Each reader fills in a `Words`, each writer writes one down; `Tokenizer`, and through it
+generation, evaluation and export, go by it. A field that is None or empty was not said: the tokenizer's own applies.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from llamajax.errors import LlamaJaxError
+
+# The knobs of `sampling.Sampler` that a checkpoint may bring defaults for.
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+# Where a space is put before text that begins without one: before the whole, before each part between added tokens too.
+SPACES = ("first", "always", "never")
+# Files that belong to one tokenizer, and do not hold for another.
+_TOKENIZER_FILES = frozenset(
+    "added_tokens.json chat_template.jinja chat_template.json special_tokens_map.json tokenizer.json "
+    "tokenizer_config.json".split()
+)
+# Files that a checkpoint's folder may carry along.
+CARRIED_FILES = tuple(sorted({"generation_config.json", *_TOKENIZER_FILES}))
+_LARGEST_ID = 1 << 27
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AddedToken:
+    """A token that a checkpoint adds to its tokenizer's pieces, or names among them: always one id, wherever it stands.
+
+    Attributes:
+        id: its id.
+        text: how it is written.
+        special: whether it has no text of its own when ids are decoded.
+        lstrip: whether white space before it belongs to it when text is encoded.
+        rstrip: whether white space behind it does.
+        single_word: whether it is one only where no letter, digit or underscore touches it.
+        normalized: whether it is looked for after those that are not.
+    """
+
+    id: int
+    text: str
+    special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = False
+
+    def __post_init__(self):
+        """Refuses what is no token."""
+        _check_id("added token", self.id)
+        if not isinstance(self.text, str) or not self.text:
+            raise LlamaJaxError(f"added token {self.id} is {self.text!r}: expected a text")
+        for name in ("special", "lstrip", "rstrip", "single_word", "normalized"):
+            _check_bool(f"{name} of added token {self.id}", getattr(self, name))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Words:
+    """What a checkpoint says of words.
+
+    Attributes:
+        bos_id: the id that the model was trained to begin with.
+        stop_ids: the ids at which generation ends; if they are said, they alone.
+        pad_id: the id that fills up a batch; carried along, not used.
+        bos_token: text of the token that `Tokenizer.encode` begins with.
+        eos_token: text of the token that it ends with, if it does.
+        add_bos: whether it begins with one (yes, if not said).
+        add_eos: whether it ends with one (no, if not said).
+        space: where a space is put before text: one of `SPACES` ("first", if not said).
+        added: tokens beside the tokenizer's pieces, by id.
+        sampling: defaults for the knobs named in `SAMPLING`; temperature 0 is greedy choice.
+        files: files of the source by name (of `CARRIED_FILES`), unchanged.
+
+    Raises:
+        LlamaJaxError: for a value of another type, or ids that no vocabulary has.
+    """
+
+    bos_id: int | None = None
+    stop_ids: tuple[int, ...] | None = None
+    pad_id: int | None = None
+    bos_token: str | None = None
+    eos_token: str | None = None
+    add_bos: bool | None = None
+    add_eos: bool | None = None
+    space: str | None = None
+    added: tuple[AddedToken, ...] = ()
+    sampling: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        """Refuses what no checkpoint can mean."""
+        for name in ("bos_id", "pad_id"):
+            if getattr(self, name) is not None:
+                _check_id(name, getattr(self, name))
+        for stop in self.stop_ids or ():
+            _check_id("stop id", stop)
+        for name in ("bos_token", "eos_token"):
+            if not isinstance(getattr(self, name), str | None):
+                raise LlamaJaxError(f"{name} is {getattr(self, name)!r}: expected a text")
+        for name in ("add_bos", "add_eos"):
+            if getattr(self, name) is not None:
+                _check_bool(name, getattr(self, name))
+        if self.space not in (None, *SPACES):
+            raise LlamaJaxError(f"space is {self.space!r}: expected one of {', '.join(SPACES)}")
+        if len({token.id for token in self.added}) < len(self.added):
+            raise LlamaJaxError("added tokens share an id: expected each id once")
+        for name, value in self.sampling.items():
+            if name not in SAMPLING or isinstance(value, bool) or not isinstance(value, int | float):
+                raise LlamaJaxError(f"sampling has {name}={value!r}: expected numbers for {', '.join(SAMPLING)}")
+        unknown = sorted(set(self.files) - set(CARRIED_FILES))
+        if unknown:
+            raise LlamaJaxError(f"file {unknown[0]!r}: expected one of {', '.join(CARRIED_FILES)}")
+
+    def for_another_tokenizer(self) -> "Words":
+        """The same without the files that belong to the tokenizer that they came with."""
+        files = {name: data for name, data in self.files.items() if name not in _TOKENIZER_FILES}
+        return dataclasses.replace(self, files=files)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was said, as plain JSON values, files by their SHA-256; `from_dict` reads it back."""
+        said = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        said = {name: value for name, value in said.items() if value is not None and value not in ((), {})}
+        if self.stop_ids is not None:
+            said["stop_ids"] = list(self.stop_ids)
+        if self.added:
+            said["added"] = [dataclasses.asdict(token) for token in self.added]
+        if self.files:
+            said["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(self.files.items())}
+        return said
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], files: Mapping[str, bytes]) -> "Words":
+        """Undoes `to_dict`, given the files.
+
+        Raises:
+            LlamaJaxError: for what `to_dict` does not write, or files of another SHA-256.
+        """
+        try:
+            fields = dict(fields)
+            digests = dict(fields.pop("files", {}))
+            if fields.get("stop_ids") is not None:
+                fields["stop_ids"] = tuple(fields["stop_ids"])
+            fields["added"] = tuple(AddedToken(**token) for token in fields.get("added", ()))
+            words = cls(**fields, files=files)
+            found = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        except (TypeError, ValueError, AttributeError) as error:
+            raise LlamaJaxError(f"words: {str(error)[:200]}: expected what a checkpoint says of words") from None
+        if found != digests:
+            raise LlamaJaxError("words: the files are not those of the manifest (SHA-256 differs)")
+        return words
+
+
+def _check_id(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _LARGEST_ID:
+        raise LlamaJaxError(f"{name} is {value!r}: expected a whole number from 0 to {_LARGEST_ID - 1}")
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise LlamaJaxError(f"{name} is {value!r}: expected true or false")
