@@ -71,13 +71,15 @@ export class Model {
 
   // A file's bytes. The manifest holds its SHA-256; browsers compute it for secure origins alone.
   async file(name) {
+    const entry = this.manifest?.files[name];
+    if (this.manifest && !entry) throw new Error(`${name}: the manifest has no such file`);
     const response = await fetch(this.bundle + name);
     if (!response.ok) throw new Error(`${this.bundle}${name}: ${response.status} ${response.statusText}`);
     const bytes = new Uint8Array(await response.arrayBuffer());
     if (this.manifest && crypto.subtle) {
       const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
       const found = Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
-      if (found !== this.manifest.files[name]?.sha256) throw new Error(`${name}: damaged, or changed`);
+      if (found !== entry.sha256) throw new Error(`${name}: damaged, or changed`);
     }
     return bytes;
   }
@@ -105,6 +107,10 @@ export class Model {
     if (!(ids.length > 0 && ids.length < cache.slots)) {
       throw new Error(`${ids.length} tokens: expected 1 to ${cache.slots - 1}, for the cache has ${cache.slots} slots`);
     }
+    const vocabulary = this.manifest.config.vocab_size;
+    for (const id of ids) {
+      if (!(id >= 0 && id < vocabulary)) throw new Error(`id ${id}: expected 0 to ${vocabulary - 1}`);
+    }
     const row = (value) => ({ values: [value], shape: [1] });
     this.state = {};
     for (const { name, shape } of programs.decode.inputs.filter(({ name }) => name === "key" || name === "value")) {
@@ -126,9 +132,11 @@ export class Model {
       length += part.length;
     }
     for (let made = 1; made <= limit; made++) {
+      if (!logits.every(Number.isFinite)) throw new Error("logits that are not finite: weights or browser are at fault");
       const token = choose(logits);
       yield token;
-      if (made === limit || length === cache.slots) break;
+      if (made === limit) break;
+      if (length === cache.slots) throw new Error(`the cache's ${cache.slots} slots are full: ${made} of ${limit} tokens`);
       logits = await this.run("decode", { token: row(token), length: row(length++) });
     }
   }
