@@ -43,6 +43,7 @@ TEXTS = (
     "abababab" * 8 + " " * 40 + "x",
 )
 _FROM_PIECES = 12
+_MOST_WHOLE = 16
 _PROTO: Any = sentencepiece_model_pb2  # its classes are made when it is imported: no checker sees them
 _MODEL_TYPES = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
 
@@ -66,28 +67,37 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     kind = _PROTO.ModelProto.SentencePiece
     of_kind = lambda *kinds: [i for i, piece in enumerate(model.pieces) if piece.type in kinds]  # noqa: E731
     merged = set(of_kind(kind.NORMAL, kind.USER_DEFINED))
-    unknown, begin = of_kind(kind.UNKNOWN), tokenizer.encode("")
+    unknown = of_kind(kind.UNKNOWN)
+    # In two tables: those of the second are looked for between those of the first.
+    added = [
+        {token.text: token.id for token in tokenizer.words.added if token.normalized is late} for late in (False, True)
+    ]
     values = {
-        "bos": begin[0] if begin else None,
+        "bos": tokenizer.bos_id if tokenizer.add_bos else None,
+        "eos": tokenizer.eos_id if tokenizer.add_eos else None,
         "stop": list(tokenizer.stop_ids),
-        "dummy_prefix": model.normalizer_spec.add_dummy_prefix,
+        "dummy_prefix": tokenizer.drops_first_space,
+        "prefix_parts": tokenizer.words.space == "always",
         "collapse_spaces": model.normalizer_spec.remove_extra_whitespaces,
         "pieces": [base64.b64encode(tokenizer.token_bytes(i)).decode() for i in range(tokenizer.vocab_size)],
         "scores": [piece.score for piece in model.pieces],
         "merges": [int(i in merged) for i in range(len(model.pieces))],
         "single_bytes": of_kind(kind.BYTE),
         "never_split": of_kind(kind.USER_DEFINED),
+        "added": [tokens for tokens in added if tokens],
         "unknown": unknown[0] if unknown else None,
-        "refusal": _refusal(model),
+        "refusal": _refusal(model, tokenizer),
     }
-    texts = [{"text": text, "ids": tokenizer.encode(text)} for text in (*TEXTS, *_texts_of_pieces(tokenizer))]
+    whole = [*(token.text for token in tokenizer.words.added), *(model.pieces[i].piece for i in values["never_split"])]
+    around = [f"a{text}b {text} c{text}{text} " for text in whole[:_MOST_WHOLE]]
+    texts = [{"text": text, "ids": tokenizer.encode(text)} for text in (*TEXTS, *around, *_texts_of_pieces(tokenizer))]
     if values["refusal"] is None:
         values["refusal"] = _difference(values, texts)
     return Vocabulary(values, texts)
 
 
-def _refusal(model: Any) -> str | None:
-    """What in a sentencepiece model runners do not do, or None."""
+def _refusal(model: Any, tokenizer: Tokenizer) -> str | None:
+    """What in a sentencepiece model, or among added tokens, runners do not do, or None."""
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if trainer.model_type != 2:
         return f"its tokenizer is a sentencepiece model of type {_MODEL_TYPES.get(trainer.model_type, 'unknown')}"
@@ -97,6 +107,9 @@ def _refusal(model: Any) -> str | None:
         return "its tokenizer treats spaces in a way of its own"
     if any(piece.type == _PROTO.ModelProto.SentencePiece.UNUSED for piece in model.pieces):
         return "its tokenizer has unused pieces"
+    for token in tokenizer.words.added:
+        if token.lstrip or token.rstrip or token.single_word:
+            return f"its tokenizer has a token that depends on what is around it, {shortened(token.text)}"
     return None
 
 

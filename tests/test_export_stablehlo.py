@@ -315,3 +315,23 @@ def test_rounded_activations_are_refused(kind: str) -> None:
     rounded = llamajax.with_activations(packed(), kind)
     with pytest.raises(LlamaJaxError, match=f"rounded activations .{kind}.*: .* --activations=float32"):
         lower(rounded, Spec(slots=16, buckets=(4,)))
+
+
+def test_arguments_that_make_no_sense_give_nan() -> None:
+    model = packed()
+    spec = Spec(batch=10, slots=32, buckets=(4,), drafts=3, programs=("verify", "score", "embed"))
+    programs, weights = lower(model, spec), parameters(model, spec.profile)
+    tokens, count = np.tile(TOKENS[:4], (10, 1)), np.full(10, 4, np.int32)
+    tokens[:3, 2] = -1, 48, 2**31 - 1  # outside the vocabulary
+    count[3:6] = 0, -1, 5
+    for name, program in programs.items():
+        T = 1 if name == "decode" else 4
+        length = np.zeros(10, np.int32)
+        length[6:10] = -1, 33 - T, 2**31 - 1, 32 - T
+        inputs = {"tokens": tokens, "token": tokens[:, 2], "count": count, "length": length, **empty_state(program)}
+        result = next(iter(execute(program, weights, inputs).values()))
+        wrong = {0, 1, 2}
+        wrong |= {3, 4, 5} if "count" in {value.name for value in program.inputs} else set()
+        wrong |= {6, 7, 8} if "length" in {value.name for value in program.inputs} else set()
+        assert {row for row in range(10) if np.isnan(result[row]).any()} == wrong, name
+        assert np.isfinite(result[9]).all(), name

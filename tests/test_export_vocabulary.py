@@ -21,6 +21,7 @@ from export.runners.common import Text
 from export.stablehlo import Spec
 from export.vocabulary import TEXTS, vocabulary_of
 from llamajax.tokenizer import Tokenizer
+from llamajax.words import AddedToken, Words
 from tests.isolated import run_isolated
 
 SPEC = Spec(slots=16, buckets=(4,))
@@ -162,6 +163,25 @@ def test_what_runners_cannot_encode_is_refused(options: dict, refusal: str, tmp_
     assert re.search(refusal, values["refusal"]), values["refusal"]
     with pytest.raises(SystemExit, match=rf"{refusal}, which this runner does not know: give ids with --ids"):
         Text(Folder(tmp_path, values)).encode("Once")
+
+
+def test_tokens_that_a_checkpoint_adds(tmp_path: Path) -> None:
+    model, texts = (
+        trained(remove_extra_whitespaces=False),
+        [*TEXTS, *drawn_texts(), "<s>a<|im_end|> b <|im_end|>x", "<s>"],
+    )
+    added = [AddedToken(id=1, text="<s>", special=True), AddedToken(id=340, text="<|im_end|>", special=True)]
+    added += [AddedToken(id=341, text="<|im_end|>x"), AddedToken(id=342, text="12", normalized=True)]
+    for changes in ({}, {"space": "always"}, {"space": "never"}, {"add_bos": False, "add_eos": True}):
+        tokenizer = Tokenizer(model.model_bytes, words=Words(added=tuple(added), **changes))
+        values = vocabulary_of(tokenizer).values
+        assert values["refusal"] is None
+        runner, expected = Text(Folder(tmp_path, values)), [tokenizer.encode(text) for text in texts]
+        assert [runner.encode(text) for text in texts] == expected
+        assert not shutil.which("node") or by_node(tmp_path, texts) == expected
+    rstrip = AddedToken(id=340, text="<|im_end|>", rstrip=True)
+    values = vocabulary_of(Tokenizer(model.model_bytes, words=Words(added=(rstrip,)))).values
+    assert values["refusal"] == "its tokenizer has a token that depends on what is around it, '<|im_end|>'"
 
 
 def test_unused_pieces_are_refused() -> None:

@@ -8,6 +8,9 @@ from iree import runtime
 
 from export.runners.common import main
 
+# Of the targets there are: in another, IREE would see the address of a device.
+DRIVERS = ("local-task", "cuda", "hip", "metal", "vulkan")
+
 
 class Session:
     """Weights, packed as in the bundle, and state on one device."""
@@ -17,6 +20,8 @@ class Session:
         name = os.environ.get("IREE_TARGET") or next((name for name in targets if name.startswith("iree-")), "iree-cpu")
         if name not in targets:
             raise SystemExit(f"{bundle.path}: no target {name}: export it with --profile=unrolled --target={name}")
+        if targets[name]["driver"] not in DRIVERS:
+            raise SystemExit(f"{bundle.path}: driver {targets[name]['driver']!r}: expected one of {DRIVERS}")
         driver = os.environ.get("IREE_DRIVER", targets[name]["driver"])
         self.name, self._bundle = f"iree {metadata.version('iree-base-runtime')} {name} {driver}", bundle
         config, index = runtime.Config(driver), runtime.ParameterIndex()

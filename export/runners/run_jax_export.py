@@ -6,12 +6,16 @@ import numpy as np
 
 from export.runners.common import main
 
+# TensorFloat-32 and bfloat16, to which GPUs and TPUs round what they multiply.
+ROUNDING_OF_PRODUCTS = {"gpu": 2.0**-11, "tpu": 2.0**-8}
+
 
 class Session:
     """Weights and state on the first device; jax compiles for each shape once."""
 
     def __init__(self, bundle):
         self.name = f"jax.export {jax.__version__}"
+        self.product = ROUNDING_OF_PRODUCTS.get(jax.default_backend(), 0.0)
         self._bundle, self._programs = bundle, {}
         arrays = bundle.tensors("weights.safetensors")
         self._weights = [jax.device_put(arrays[weight["name"]]) for weight in bundle.manifest["weights"]]

@@ -3,6 +3,13 @@
 
 const latin1 = (bytes) => Array.from(bytes, (byte) => String.fromCharCode(byte)).join("");
 
+// A pattern for the longest of the texts that begins at a place, in a group.
+function oneOf(texts, otherwise) {
+  const longestFirst = [...texts].sort((a, b) => b.length - a.length);
+  const escaped = longestFirst.map((text) => text.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&"));
+  return new RegExp((escaped.length ? `(${escaped.join("|")})` : "(?!)") + otherwise, "gu");
+}
+
 // Byte-pair encoding by the scores in vocabulary.json, as sentencepiece does it, and the bytes of each id.
 export class Text {
   constructor(vocabulary) {
@@ -22,17 +29,33 @@ export class Text {
     this.single = new Map(vocabulary.single_bytes.map((id) => [pieces[id], id]));
     const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
     this.whole = new Set((vocabulary.never_split ?? []).map((id) => decoder.decode(this.bytes[id])).filter(Boolean));
-    const longestFirst = [...this.whole].sort((a, b) => b.length - a.length);
-    const escaped = longestFirst.map((piece) => piece.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&"));
-    this.symbols = new RegExp([...escaped, "[^]"].join("|"), "gu");
+    this.symbols = oneOf(this.whole, "|[^]");
+    this.eos = vocabulary.eos ?? null;
+    this.prefixParts = vocabulary.prefix_parts ?? false;
+    this.added = (vocabulary.added ?? []).map((ids) => new Map(Object.entries(ids)));
   }
 
   encode(text) {
     if (this.refusal) throw new Error(`${this.refusal}, which this page does not know`);
-    if (this.collapse) text = text.replace(/^ +/, "").replace(/ +/g, " ");
-    text = (text && this.prefix) + text.replaceAll("\u2581", " "); // sentencepiece's own sign for a space
-    if (this.collapse) text = text.replace(/ +$/, "");
+    let parts = [text];
+    for (const added of this.added) {
+      const pattern = oneOf(added.keys(), "");
+      parts = parts.flatMap((part) => (typeof part === "number" ? [part] : part.split(pattern)));
+      parts = parts.map((part) => added.get(part) ?? part);
+    }
     const ids = this.bos === null ? [] : [this.bos];
+    parts.filter((part) => part !== "").forEach((part, index) => {
+      const before = index === 0 || this.prefixParts ? this.prefix : "";
+      ids.push(...(typeof part === "number" ? [part] : this.encodePart(part, before)));
+    });
+    return this.eos === null ? ids : [...ids, this.eos];
+  }
+
+  encodePart(text, before) {
+    if (this.collapse) text = text.replace(/^ +/, "").replace(/ +/g, " ");
+    text = (text && before) + text.replaceAll("\u2581", " "); // sentencepiece's own sign for a space
+    if (this.collapse) text = text.replace(/ +$/, "");
+    const ids = [];
     let known = true;
     for (const part of this.merged(text.match(this.symbols) ?? [])) {
       const merge = this.merges.get(part);
@@ -75,7 +98,7 @@ export class Text {
   // The first piece of a text lacks the space that encoding puts there.
   decoder(ids) {
     const bytesOf = (id) => this.bytes[id] ?? new TextEncoder().encode("\ufffd");
-    const spelt = new Set([this.unknown, ...this.single.values()]);
+    const spelt = new Set([this.unknown, ...this.single.values(), ...this.added.flatMap((added) => [...added.values()])]);
     let started = ids.some((id) => bytesOf(id).length);
     return (id) => {
       const bytes = bytesOf(id), first = !started;
@@ -155,13 +178,15 @@ export class Model {
 
   // A file's bytes. The manifest holds its SHA-256; browsers compute it for secure origins alone.
   async file(name) {
+    const entry = this.manifest?.files[name];
+    if (this.manifest && !entry) throw new Error(`${name}: the manifest has no such file`);
     const response = await fetch(this.bundle + name);
     if (!response.ok) throw new Error(`${this.bundle}${name}: ${response.status} ${response.statusText}`);
     const bytes = new Uint8Array(await response.arrayBuffer());
     if (this.manifest && crypto.subtle) {
       const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
       const found = Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
-      if (found !== this.manifest.files[name]?.sha256) throw new Error(`${name}: damaged, or changed`);
+      if (found !== entry.sha256) throw new Error(`${name}: damaged, or changed`);
     }
     return bytes;
   }
@@ -189,6 +214,10 @@ export class Model {
     if (!(ids.length > 0 && ids.length < cache.slots)) {
       throw new Error(`${ids.length} tokens: expected 1 to ${cache.slots - 1}, for the cache has ${cache.slots} slots`);
     }
+    const vocabulary = this.manifest.config.vocab_size;
+    for (const id of ids) {
+      if (!(id >= 0 && id < vocabulary)) throw new Error(`id ${id}: expected 0 to ${vocabulary - 1}`);
+    }
     const row = (value) => ({ values: [value], shape: [1] });
     this.state = {};
     for (const { name, shape } of programs.decode.inputs.filter(({ name }) => name === "key" || name === "value")) {
@@ -210,9 +239,11 @@ export class Model {
       length += part.length;
     }
     for (let made = 1; made <= limit; made++) {
+      if (!logits.every(Number.isFinite)) throw new Error("logits that are not finite: weights or browser are at fault");
       const token = choose(logits);
       yield token;
-      if (made === limit || length === cache.slots) break;
+      if (made === limit) break;
+      if (length === cache.slots) throw new Error(`the cache's ${cache.slots} slots are full: ${made} of ${limit} tokens`);
       logits = await this.run("decode", { token: row(token), length: row(length++) });
     }
   }
