@@ -180,21 +180,25 @@ class Text:
         for part in self.merged(
             [found.group() for found in self.symbols.finditer(text.rstrip(" ") if self.collapse else text)]
         ):
-            spelt = None if part in self.merges else [self.single.get(bytes([byte])) for byte in part]
-            if spelt is None:
-                ids.append(self.merges[part][1])
-            elif None not in spelt:
+            spelt = [self.merges[part][1]] if part in self.merges else self.spelt(part)
+            if spelt:
                 ids += spelt
             elif self.unknown is None:
                 sys.exit(f"{part.decode()!r} is not in the vocabulary")
             elif known:
                 ids.append(self.unknown)  # one for all unknown characters in a row
-            known = spelt is None or None not in spelt
+            known = bool(spelt)
         return ids
+
+    def spelt(self, part):
+        """Ids of single bytes; none where the vocabulary has not all of them."""
+        ids = [self.single[bytes([byte])] for byte in part if bytes([byte]) in self.single]
+        return ids if len(ids) == len(part) else []
 
     def merged(self, symbols):
         """Joins the neighbours of the highest score, the first of equal ones, while any are in the vocabulary."""
-        parts, heap = [symbol.encode() for symbol in symbols], []
+        heap: list = []
+        parts = [symbol.encode() for symbol in symbols]
         left_of, right_of = list(range(-1, len(parts) - 1)), list(range(1, len(parts) + 1))
 
         def offer(left, right):
