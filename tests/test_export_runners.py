@@ -18,11 +18,13 @@ import safetensors.numpy
 
 import export.bundle
 import export.runners.common as runner
+import export.verify
 import quant
 from export.bundle import open_bundle, seal, standalone_runner
 from export.runners import run_iree, run_jax
 from export.stablehlo import PROFILES
 from export.targets.iree import TARGETS
+from llamajax.cli import main
 from llamajax.errors import LlamaJaxError
 from tests.isolated import run_isolated
 
@@ -398,3 +400,51 @@ def test_weights_that_are_not_numbers_end_a_run(copy: Path) -> None:
     done = run_isolated(copy, "--ids=1,2", runner="run_jax.py")
     assert (done.returncode, done.stdout) == (1, "") and done.stderr.count("\n") == 1
     assert "are not finite: the weights or this runtime are at fault" in done.stderr
+
+
+# ---- The commands ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(tabled: Path, monkeypatch):
+    """`llamajax` with a bundle, whose runtime jax is the table."""
+    text = (tabled / "run_jax.py").read_text()
+    monkeypatch.setattr(export.verify, "standalone_runner", lambda name: text)
+    return lambda name, *arguments: main([name, str(tabled), *arguments])
+
+
+def test_run_ends_in_one_line(command, capfd) -> None:
+    assert command("run", "--ids=1,5", "--max_new_tokens=3") == 0
+    out, err = capfd.readouterr()
+    assert len(out.split()) == 3 and "loaded in" in err
+    for ids, message in (("1,300", "runtime jax: id 300: expected 0 to 299"), ("", "ValueError: invalid literal")):
+        assert command("run", f"--ids={ids}") == 1
+        out, err = capfd.readouterr()
+        assert out == "" and err.startswith("llamajax: ") and message in err and err.count("\n") == 1, err
+
+
+def test_run_is_quiet_when_its_reader_leaves(command, monkeypatch, capfd) -> None:
+    text = "import os, signal\nos.kill(os.getpid(), signal.SIGPIPE)\n"
+    monkeypatch.setattr(export.verify, "standalone_runner", lambda name: "import signal\nsignal.signal(13, 0)\n" + text)
+    assert command("run", "--ids=1") == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_verify_reports_what_does_not_hold(command, tabled: Path, monkeypatch, capfd) -> None:
+    assert command("verify", "--runtime=jax", "--json") == 0
+    (result,) = json.loads(capfd.readouterr().out)
+    assert result["held"] and result["exact"] and result["largest_logit_error"] == 0 < result["tolerance"] < 1e-3
+    text = (tabled / "run_jax.py").read_text()
+    wrong = text.replace("tokens[at])", "tokens[at] - (at == 20))")
+    monkeypatch.setattr(export.verify, "standalone_runner", lambda name: wrong)
+    assert command("verify", "--runtime=jax", "--json") == 1
+    (result,) = json.loads(capfd.readouterr().out)
+    assert not result["held"] and not result["exact"] and not result["error"]
+    monkeypatch.setattr(
+        export.verify, "standalone_runner", lambda name: text.replace("logits[None]", "logits[None] / 0")
+    )
+    assert command("verify", "--runtime=jax", "--json") == 1
+    (result,) = json.loads(capfd.readouterr().out, parse_constant=pytest.fail)  # NaN and Infinity are no JSON
+    assert not result["held"] and "are not finite" in result["error"] and result["largest_logit_error"] is None
+    assert command("verify", "--runtime=jax") == 1
+    assert "are not finite" in " ".join(capfd.readouterr().out.split())
