@@ -16,7 +16,7 @@ import safetensors.numpy
 import export.bundle
 import llamajax
 from export.bundle import Bundle, open_bundle, seal, vocabulary_of, write
-from export.runners.common import Text
+from export.runners.runner import Text
 from export.stablehlo import Spec
 from export.targets import add_target
 from export.verify import verify

@@ -3,6 +3,8 @@
 Most run without jax: the text that all runners share, with a session of a few lines of NumPy behind it.
 """
 
+import ast
+import importlib.util
 import json
 import os
 import shutil
@@ -17,13 +19,14 @@ import pytest
 import safetensors.numpy
 
 import export.bundle
-import export.runners.common as runner
+import export.runners.runner as runner
+import export.targets
 import export.verify
 import quant
 from export.bundle import open_bundle, seal, standalone_runner
 from export.runners import run_jax
 from export.stablehlo import PROFILES
-from export.targets.iree import TARGETS
+from export.targets.to_iree import TARGETS
 from llamajax.cli import main
 from llamajax.errors import LlamaJaxError
 from tests.isolated import run_isolated
@@ -460,3 +463,15 @@ def test_verify_reports_what_does_not_hold(command, tabled: Path, monkeypatch, c
     assert not result["held"] and "are not finite" in result["error"] and result["largest_logit_error"] is None
     assert command("verify", "--runtime=jax") == 1
     assert "are not finite" in " ".join(capfd.readouterr().out.split())
+
+
+def test_no_script_has_the_name_of_what_it_imports() -> None:
+    folders = [Path(export.targets.__file__).parent, Path(runner.__file__).parent]
+    for file in (file for folder in folders for file in folder.glob("*.py") if file.stem != "__init__"):
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        names = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+        names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+        beside = {other.stem for other in file.parent.glob("*.py")} - {"to_savedmodel"}  # which to_litert.py means
+        assert not beside & {name.partition(".")[0] for name in names}, file
+        # Nor that of a package: a toolchain imports others than the script does.
+        assert importlib.util.find_spec(file.stem) is None, file
