@@ -36,7 +36,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
 import llamajax
-from export.runners.common import LARGEST_MANIFEST, check_entries, line_of
+from export.runners.runner import LARGEST_MANIFEST, check_entries, line_of
 from export.stablehlo import (
     PROFILES,
     STABLEHLO_VERSION,
@@ -271,11 +271,11 @@ def open_bundle(path: str | Path) -> Bundle:
 
 def standalone_runner(name: str) -> str:
     """A runner as one file: what all runners share, with its own text behind."""
-    common = (_RUNNERS / "common.py").read_text(encoding="utf-8")
-    return common + "\n\n" + (_RUNNERS / name).read_text(encoding="utf-8").replace("\n" + _IMPORT, "")
+    shared = (_RUNNERS / "runner.py").read_text(encoding="utf-8")
+    return shared + "\n\n" + (_RUNNERS / name).read_text(encoding="utf-8").replace("\n" + _IMPORT, "")
 
 
-_IMPORT = "from export.runners.common import main\n"
+_IMPORT = "from export.runners.runner import main\n"
 
 
 def _golden_prompts(model: Llama, tokenizer: Tokenizer | None, spec: Spec) -> list[list[int]]:

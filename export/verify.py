@@ -60,7 +60,7 @@ class Result:
         exact: whether every token was the golden one.
         tokens: how many there were.
         largest_logit_error: behind the prompts.
-        tolerance: of it, for the dtypes of this bundle and the device (`export.runners.common.tolerance`).
+        tolerance: of it, for the dtypes of this bundle and the device (`export.runners.runner.tolerance`).
         load_seconds: from opening the bundle, hashes included, to having run each program once that is compiled then.
         tokens_per_second: of decoding one row.
         resident_bytes: of its process, at the end.

@@ -125,7 +125,7 @@ def _difference(values: dict[str, Any], texts: list[dict[str, Any]]) -> str | No
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "vocabulary.json").write_text(json.dumps(values))
         # By name: what runners share is for older Pythons, and no part of what is type-checked.
-        runner = importlib.import_module("export.runners.common").Text(_Folder(Path(folder)))
+        runner = importlib.import_module("export.runners.runner").Text(_Folder(Path(folder)))
     for entry in texts:
         if runner.encode(entry["text"]) != entry["ids"]:
             return f"its tokenizer encodes {shortened(entry['text'])} in a way of its own"

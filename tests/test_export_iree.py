@@ -79,6 +79,14 @@ def test_native_tool_gives_the_same_tokens(bundle: Bundle, tiny_int4) -> None:
     assert done.returncode == 0, done.stderr
     expected = llamajax.generate(tiny_int4, None, IDS[:4], temperature=0, max_new_tokens=6)
     assert [int(token) for token in done.stdout.split()] == expected.tokens
+    for arguments, message in (
+        (["6", "1", "320"], "id 320: expected 0 to 319"),
+        (["6", "1", "-1"], "id -1: expected 0 to 319"),
+        (["6", *"12345"], "5 ids: expected at most 4, the smallest bucket"),
+        (["97", "1"], "1 ids and 97 tokens: expected at most 96 + 1 in all"),
+    ):
+        done = subprocess.run(["sh", script, bundle.path, *arguments], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (1, "") and message in done.stderr, done
 
 
 def test_loops_are_refused(tiny_int4, tmp_path: Path) -> None:

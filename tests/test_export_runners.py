@@ -3,6 +3,8 @@
 Most run without jax: the text that all runners share, with a session of a few lines of NumPy behind it.
 """
 
+import ast
+import importlib.util
 import json
 import os
 import shutil
@@ -17,12 +19,15 @@ import pytest
 import safetensors.numpy
 
 import export.bundle
-import export.runners.common as runner
+import export.runners.runner as runner
+import export.targets
+import export.verify
 import quant
 from export.bundle import open_bundle, seal, standalone_runner
-from export.runners import run_iree, run_jax
+from export.runners import run_jax
 from export.stablehlo import PROFILES
-from export.targets.iree import TARGETS
+from export.targets.to_iree import TARGETS
+from llamajax.cli import main
 from llamajax.errors import LlamaJaxError
 from tests.isolated import run_isolated
 
@@ -84,8 +89,15 @@ def test_all_options_that_we_write_are_allowed_and_no_other() -> None:
     assert {name: [value] for name, value in written.items()} == run_jax.OPTIONS
     jsonschema.validate(written, schema)
     assert {name: rule["const"] for name, rule in schema["properties"].items()} == written
+
+
+def test_all_drivers_that_we_write_are_allowed_and_no_other() -> None:
     drivers = export.bundle._schema()["properties"]["targets"]["additionalProperties"]["properties"]["driver"]["enum"]
-    assert {target[0] for target in TARGETS.values()} == set(drivers) == set(run_iree.DRIVERS)
+    assert {target[0] for target in TARGETS.values()} == set(drivers)
+    pytest.importorskip("iree.runtime", reason="IREE is not installed: its runner imports it")
+    from export.runners import run_iree
+
+    assert run_iree.DRIVERS == tuple(drivers)
 
 
 @pytest.mark.parametrize("options", [{"xla_dump_to": "DUMP"}, {"xla_cpu_prefer_vector_width": "256"}])
@@ -118,6 +130,9 @@ def test_forged_manifests(change, message: str, copy: Path) -> None:
 
 
 def test_a_driver_that_is_none_of_ours(copy: Path) -> None:
+    pytest.importorskip("iree.runtime", reason="IREE is not installed: its runner imports it")
+    from export.runners import run_iree
+
     changed(copy, lambda m: m["targets"].update({"iree-cpu": {"files": [], "driver": "task://x"}}))
     with pytest.raises(SystemExit, match=r"driver 'task://x': expected one of"):
         run_iree.Session(runner.Bundle(str(copy)))
@@ -383,10 +398,12 @@ def test_golden_that_does_not_hold_is_exit_code_1(tabled: Path) -> None:
 
 def test_a_device_that_gives_other_numbers_is_found_before_it_is_used(tabled: Path) -> None:
     text = (tabled / "run_jax.py").read_text()
-    (tabled / "run_jax.py").write_text(text.replace("return logits[None]", "return logits[None] * 1.01"))
-    changed(tabled, lambda manifest: None)
-    done = started("run_jax.py", "--ids=1", folder=tabled)
-    assert (done.returncode, done.stdout) == (1, "") and done.stderr.count("\n") == 1
+    for factor, code in ((1.001, 0), (1.1, 1)):
+        (tabled / "run_jax.py").write_text(text.replace("return logits[None]", f"return logits[None] * {factor}"))
+        changed(tabled, lambda manifest: None)
+        done = started("run_jax.py", "--ids=1", folder=tabled)
+        assert done.returncode == code, done.stderr
+    assert done.stdout == "" and done.stderr.count("\n") == 1
     assert "table: logits of a golden prompt are off by" in done.stderr and "for another device" in done.stderr
 
 
@@ -398,3 +415,63 @@ def test_weights_that_are_not_numbers_end_a_run(copy: Path) -> None:
     done = run_isolated(copy, "--ids=1,2", runner="run_jax.py")
     assert (done.returncode, done.stdout) == (1, "") and done.stderr.count("\n") == 1
     assert "are not finite: the weights or this runtime are at fault" in done.stderr
+
+
+# ---- The commands ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(tabled: Path, monkeypatch):
+    """`llamajax` with a bundle, whose runtime jax is the table."""
+    text = (tabled / "run_jax.py").read_text()
+    monkeypatch.setattr(export.verify, "standalone_runner", lambda name: text)
+    return lambda name, *arguments: main([name, str(tabled), *arguments])
+
+
+def test_run_ends_in_one_line(command, capfd) -> None:
+    assert command("run", "--ids=1,5", "--max_new_tokens=3") == 0
+    out, err = capfd.readouterr()
+    assert len(out.split()) == 3 and "loaded in" in err
+    for ids, message in (("1,300", "runtime jax: id 300: expected 0 to 299"), ("", "ValueError: invalid literal")):
+        assert command("run", f"--ids={ids}") == 1
+        out, err = capfd.readouterr()
+        assert out == "" and err.startswith("llamajax: ") and message in err and err.count("\n") == 1, err
+
+
+def test_run_is_quiet_when_its_reader_leaves(command, monkeypatch, capfd) -> None:
+    text = "import os, signal\nos.kill(os.getpid(), signal.SIGPIPE)\n"
+    monkeypatch.setattr(export.verify, "standalone_runner", lambda name: "import signal\nsignal.signal(13, 0)\n" + text)
+    assert command("run", "--ids=1") == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_verify_reports_what_does_not_hold(command, tabled: Path, monkeypatch, capfd) -> None:
+    assert command("verify", "--runtime=jax", "--json") == 0
+    (result,) = json.loads(capfd.readouterr().out)
+    assert result["held"] and result["exact"] and result["largest_logit_error"] == 0 < result["tolerance"] < 1e-3
+    text = (tabled / "run_jax.py").read_text()
+    wrong = text.replace("tokens[at])", "tokens[at] - (at == 20))")
+    monkeypatch.setattr(export.verify, "standalone_runner", lambda name: wrong)
+    assert command("verify", "--runtime=jax", "--json") == 1
+    (result,) = json.loads(capfd.readouterr().out)
+    assert not result["held"] and not result["exact"] and not result["error"]
+    monkeypatch.setattr(
+        export.verify, "standalone_runner", lambda name: text.replace("logits[None]", "logits[None] / 0")
+    )
+    assert command("verify", "--runtime=jax", "--json") == 1
+    (result,) = json.loads(capfd.readouterr().out, parse_constant=pytest.fail)  # NaN and Infinity are no JSON
+    assert not result["held"] and "are not finite" in result["error"] and result["largest_logit_error"] is None
+    assert command("verify", "--runtime=jax") == 1
+    assert "are not finite" in " ".join(capfd.readouterr().out.split())
+
+
+def test_no_script_has_the_name_of_what_it_imports() -> None:
+    folders = [Path(export.targets.__file__).parent, Path(runner.__file__).parent]
+    for file in (file for folder in folders for file in folder.glob("*.py") if file.stem != "__init__"):
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        names = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+        names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+        beside = {other.stem for other in file.parent.glob("*.py")} - {"to_savedmodel"}  # which to_litert.py means
+        assert not beside & {name.partition(".")[0] for name in names}, file
+        # Nor that of a package: a toolchain imports others than the script does.
+        assert importlib.util.find_spec(file.stem) is None, file

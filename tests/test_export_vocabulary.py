@@ -17,7 +17,7 @@ from sentencepiece import sentencepiece_model_pb2
 import export.vocabulary
 import llamajax
 from export.bundle import write
-from export.runners.common import Text
+from export.runners.runner import Text
 from export.stablehlo import Spec
 from export.vocabulary import TEXTS, vocabulary_of
 from llamajax.tokenizer import Tokenizer

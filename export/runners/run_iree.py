@@ -8,7 +8,7 @@ from importlib import metadata
 import numpy as np
 from iree import runtime
 
-from export.runners.common import main
+from export.runners.runner import main
 
 # Of the targets there are: in another, IREE would see the address of a device.
 DRIVERS = ("local-task", "cuda", "hip", "metal", "vulkan")

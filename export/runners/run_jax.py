@@ -6,7 +6,7 @@ from jax.extend import backend
 from jaxlib import _jax
 from jaxlib.mlir.dialects import stablehlo
 
-from export.runners.common import main
+from export.runners.runner import main
 
 # All that bundles ask of XLA. Other options write files, or load them.
 OPTIONS = {"xla_cpu_prefer_vector_width": ["512"]}

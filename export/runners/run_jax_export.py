@@ -4,7 +4,7 @@ import jax
 import jax.export
 import numpy as np
 
-from export.runners.common import main
+from export.runners.runner import main
 
 # TensorFloat-32 and bfloat16, to which GPUs and TPUs round what they multiply.
 ROUNDING_OF_PRODUCTS = {"gpu": 2.0**-11, "tpu": 2.0**-8}

@@ -1,6 +1,6 @@
 """What other runtimes need beside StableHLO: one file each, run as a script with the Python that has its toolchain.
 
-    python export/targets/iree.py BUNDLE FOLDER iree-cpu      # writes into FOLDER, prints a JSON object
+    python export/targets/to_iree.py BUNDLE FOLDER iree-cpu      # writes into FOLDER, prints a JSON object
 
 A target reads the bundle alone, and imports nothing of llamajax: toolchains pin versions that do not go together, so
 each may live in an environment of its own. What it prints goes into the manifest, with the files that it wrote.
@@ -17,17 +17,18 @@ from typing import Any
 
 from export.bundle import Bundle, open_bundle, seal
 from export.stablehlo import PROFILES
-from export.targets.iree import TARGETS as IREE_TARGETS
+from export.targets.to_iree import TARGETS as IREE_TARGETS
 from llamajax.errors import LlamaJaxError
 from llamajax.files import new_folder
 
-# Kind of target, which is its name up to the first "-" or ":", and its script.
+# Kind of target, which is its name up to the first "-" or ":", and its script. A script that had the name of what it
+# imports would import itself.
 SCRIPTS = {
-    "iree": "iree.py",
-    "onnx": "to_onnx.py",  # under its own name it would be what it imports
-    "savedmodel": "savedmodel.py",
-    "litert": "litert.py",
-    "coreml": "coreml.py",
+    "iree": "to_iree.py",
+    "onnx": "to_onnx.py",
+    "savedmodel": "to_savedmodel.py",
+    "litert": "to_litert.py",
+    "coreml": "to_coreml.py",
     "tpu": "ahead_of_time.py",
     "cuda": "ahead_of_time.py",
 }

@@ -1,4 +1,4 @@
-// What runners/common.py and run_onnx.py do, for the browser: checks a bundle, turns text into ids and back, prefills,
+// What runners/runner.py and run_onnx.py do, for the browser: checks a bundle, turns text into ids and back, prefills,
 // decodes. Bytes are kept as strings of characters 0 to 255 where they are keys.
 
 const latin1 = (bytes) => Array.from(bytes, (byte) => String.fromCharCode(byte)).join("");

@@ -1,9 +1,9 @@
 """IREE: all programs of a bundle as the functions of one module, the weights outside it.
 
-    python export/targets/iree.py BUNDLE FOLDER iree-cpu      # writes FOLDER/model.vmfb, prints a JSON object
+    python export/targets/to_iree.py BUNDLE FOLDER iree-cpu      # writes FOLDER/model.vmfb, prints a JSON object
 
 Needs `iree-compile`, of the package iree-base-compiler in the same environment or elsewhere on PATH; imports nothing of
-it, for this file has IREE's name. What follows the target's name goes to iree-compile and replaces the same option
+it. What follows the target's name goes to iree-compile and replaces the same option
 of the target: `iree-cuda --iree-cuda-target=sm_89`.
 
 Weights are parameters of the scope "model": whoever loads the module gives it weights.safetensors, and IREE finds each
