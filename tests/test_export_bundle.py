@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -14,10 +15,11 @@ import pytest
 import safetensors.numpy
 
 import export.bundle
+import export.cli.export
 import llamajax
 from export.bundle import Bundle, open_bundle, seal, write
 from export.stablehlo import Spec
-from export.targets import add_target
+from export.targets import add_target, profile_for
 from export.verify import verify
 from export.vocabulary import TEXTS
 from llamajax.cli import main
@@ -244,6 +246,24 @@ def test_export_verify_and_run(tiny_int4, tiny_tokenizer, tmp_path: Path, capfd)
         (["run"], 1, "which bundle?"),
         (["export"], 1, "--model and --output are both needed"),
         (["export", "--model=box", "--output=x", "--target=abacus"], 1, "target 'abacus': expected one of iree"),
+        (["export", "--model=box", "--output=x", "--target=iree-abacus"], 1, "expected one of iree-cpu, iree-cpu-host"),
+        (["export", "--model=box", "--output=x", "--target=onnx-2"], 1, "target 'onnx-2': expected one of onnx"),
+        (["export", "--model=box", "--output=x", "--target=tpu"], 1, "expected a name behind it, as tpu:v5e:2x2"),
+        (
+            ["export", "--model=box", "--output=x", "--target=onnx,litert"],
+            1,
+            "no profile for all targets: onnx takes unrolled; litert takes float: write a bundle for each",
+        ),
+        (
+            ["export", "--model=box", "--output=x", "--target=iree-cpu", "--profile=scanned"],
+            1,
+            "profile 'scanned': iree-cpu takes unrolled: expected --profile=unrolled",
+        ),
+        (
+            ["export", "--model=box", "--output=x", "--target=iree-cpu,onnx", "--python=onnx=no/python"],
+            1,
+            "target onnx: no/python: No such file or directory",
+        ),
         (["export", "--model=box", "--output=x", "--buckets=a"], 1, "--buckets=a: expected whole numbers"),
         (["export", "--model=box", "--output=x", "--slots=4096"], 1, "4096 slots: the model's context is 512"),
         (["export", "--bundle=x"], 1, "--bundle goes with --target"),
@@ -256,6 +276,46 @@ def test_errors_are_one_line(argv: list[str], code: int, message: str, tmp_path:
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1, err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_profile_is_chosen_for_all_targets() -> None:
+    assert profile_for([]) == "scanned" and profile_for([], "cpu") == "cpu"
+    assert profile_for(["iree-cpu"]) == profile_for(["savedmodel", "onnx", "tpu:v5e:2x2"]) == "unrolled"
+    assert profile_for(["coreml", "savedmodel"]) == "float" and profile_for(["savedmodel"], "float") == "float"
+
+
+def test_a_toolchain_that_is_not_there_is_found_before_anything_is_written(tmp_path: Path, monkeypatch, capsys) -> None:
+    empty = tmp_path / "python"  # with a Python that has no packages, and nothing beside it
+    empty.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    empty.chmod(0o755)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    for target, message in {"iree-cpu": "no iree-compile beside", "savedmodel": "has no tensorflow"}.items():
+        argv = ["export", "--model=box", f"--output={tmp_path / 'out'}", f"--target={target}"]
+        assert main([*argv, f"--python={target}={empty}"]) == 1
+        err = capsys.readouterr().err
+        assert f"target {target}: " in err and message in err and f"--python={target}=PATH" in err, err
+        assert list(tmp_path.iterdir()) == [empty]
+
+
+def test_a_target_that_fails_leaves_no_bundle(tiny_int4, tiny_tokenizer, tmp_path: Path, monkeypatch, capsys) -> None:
+    llamajax.save_checkpoint(tiny_int4, tmp_path / "model", tokenizer=tiny_tokenizer)
+
+    def write(model, tokenizer, path: Path, spec: Spec, source: str) -> Bundle:
+        path.mkdir()
+        (path / "file").touch()
+        return Bundle(path, {"profile": spec.profile.name})
+
+    def fail(bundle: Bundle, target: str, python: str) -> Bundle:
+        assert bundle.manifest["profile"] == "unrolled"
+        raise LlamaJaxError(f"target {target}: out of luck")
+
+    monkeypatch.setattr(export.cli.export, "write", write)
+    monkeypatch.setattr(export.cli.export, "add_target", fail)
+    monkeypatch.setattr(export.cli.export, "check_toolchain", lambda target, python: None)
+    argv = [f"--model={tmp_path}/model", f"--output={tmp_path}/out", "--slots=16", "--buckets=4", "--target=iree-cpu"]
+    assert main(["export", *argv]) == 1
+    assert capsys.readouterr().err == "llamajax: target iree-cpu: out of luck\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_target_that_fails_changes_nothing(copy: Path) -> None:

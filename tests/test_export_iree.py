@@ -10,7 +10,7 @@ import pytest
 
 import export.targets
 import llamajax
-from export.bundle import Bundle, write
+from export.bundle import Bundle, seal, write
 from export.stablehlo import PROFILES, Spec
 from export.targets import add_target
 from llamajax.errors import LlamaJaxError
@@ -50,6 +50,24 @@ def test_several_rows_and_a_bfloat16_cache(tiny_int4, tmp_path: Path) -> None:
     expected = llamajax.generate(tiny_int4, None, IDS, temperature=0, max_new_tokens=20, cache_dtype="bfloat16")
     made = run(bundle, f"--ids={','.join(map(str, IDS))}", "--max_new_tokens=20")
     assert [int(token) for token in made.split()] == expected.tokens
+
+
+def test_a_module_for_another_processor_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    processor = bundle.manifest["targets"]["iree-cpu"]["processor"]
+    # Nothing of the machine that it was made on, but for its kind.
+    assert processor["name"] in ("x86-64-v3", "generic")
+    assert not any(feature.startswith("avx512") for feature in processor["features"])
+    shutil.copytree(bundle.path, tmp_path / "copy")
+    for changes, message in (
+        ({"features": [*processor["features"], "avx1024"]}, "compiled for a processor with avx1024, which this one"),
+        ({"machine": "pdp11"}, "compiled for a processor with pdp11, which this one"),
+    ):
+        manifest = json.loads(json.dumps(bundle.manifest))
+        manifest["targets"]["iree-cpu"]["processor"].update(changes)
+        seal(tmp_path / "copy", manifest)
+        done = run_isolated(tmp_path / "copy", "--ids=1,5", runner="run_iree.py", hidden=("jax",))
+        assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+        assert message in done.stderr
 
 
 def test_weights_stay_packed(bundle: Bundle) -> None:

@@ -176,7 +176,8 @@ class Text:
         if self.collapse:
             text = re.sub(" +", " ", text.lstrip(" "))
         text = before * bool(text) + text.replace("\u2581", " ")  # sentencepiece's own sign for a space
-        ids, known = [], True
+        ids: list = []
+        known = True
         for part in self.merged(
             [found.group() for found in self.symbols.finditer(text.rstrip(" ") if self.collapse else text)]
         ):
