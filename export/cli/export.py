@@ -31,7 +31,7 @@ SUMMARY = "write a bundle that other runtimes execute: programs, weights, golden
 EXAMPLES = (
     "llamajax export --model=box-int4 --output=box.bundle",
     "llamajax export --model=box-int4 --output=box.bundle --slots=256 --buckets=16,64 --programs=verify,score",
-    "llamajax export --model=box-int4 --output=box.bundle --profile=unrolled --target=iree-cpu,onnx",
+    "llamajax export --model=box-int4 --output=box.bundle --target=iree-cpu,onnx",
     "llamajax export --bundle=box.bundle --target=tpu:v5e:2x2,cuda:h100",
     "llamajax export --bundle=box.bundle --target=savedmodel --python=savedmodel=path/to/env/bin/python",
 )
@@ -73,8 +73,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_list(
         "target",
         [],
-        "what to build of the bundle for other runtimes: iree-cpu, onnx, savedmodel, litert, coreml, tpu:TOPOLOGY, "
-        "cuda:CARD; the README lists them",
+        "what to build of the bundle for other runtimes: iree-cpu (any machine of this kind), iree-cpu-host "
+        "(this processor), onnx, savedmodel, litert, coreml, tpu:TOPOLOGY, cuda:CARD; the README lists them",
         flag_values=values,
     )
     define_python(values)
