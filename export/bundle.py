@@ -9,7 +9,7 @@
     weights.safetensors     the arrays that are the programs' first arguments
     golden.safetensors      prompts, the tokens that greedy choice continues them with, logits behind each prompt
     tokenizer.model         sentencepiece, where the model has one
-    vocabulary.json         the same for runners that have no sentencepiece: pieces, scores
+    vocabulary.json         the same for runners that have no sentencepiece: pieces, scores, or why that is not enough
     run_jax.py, …           runners of one file each
     targets/                what was compiled or converted for a runtime
 
@@ -17,7 +17,6 @@
 take weights, inputs, state, in this order; what later versions add, as adapters, are inputs with names of their own.
 """
 
-import base64
 import dataclasses
 import functools
 import hashlib
@@ -32,12 +31,12 @@ import jsonschema
 import numpy as np
 import safetensors
 import safetensors.numpy
-import sentencepiece
 from jax.interpreters import mlir
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
 import llamajax
+from export.runners.runner import LARGEST_MANIFEST, check_entries, line_of
 from export.stablehlo import (
     PROFILES,
     STABLEHLO_VERSION,
@@ -50,9 +49,10 @@ from export.stablehlo import (
     lower,
     parameters,
 )
+from export.vocabulary import vocabulary_of
 from llamajax.checkpoint.naming import named_weights
 from llamajax.errors import LlamaJaxError
-from llamajax.files import new_folder
+from llamajax.files import new_folder, open_regular, parse_json, read_bytes, shortened
 from llamajax.generate import generate
 from llamajax.model import Llama
 from llamajax.prepare import prepare
@@ -63,7 +63,6 @@ FORMAT = "llamajax-bundle"
 VERSION = 1
 GOLDEN_TOKENS = 64
 GOLDEN_TEXTS = ("Once upon a time", "The little dog ran to the river. There he saw a big fish, and the fish said:")
-_LARGEST_MANIFEST = 64 << 20
 _RUNNERS = Path(__file__).parent / "runners"
 # Programs that have a twin by `jax.export`, and the sizes that are open in it.
 _TWINS = {"prefill": "BST", "decode": "BS"}
@@ -128,6 +127,7 @@ def write(
     """
     if spec.slots > model.config.context_length:
         raise LlamaJaxError(f"{spec.slots} slots: the model's context is {model.config.context_length}")
+    vocabulary = None if tokenizer is None else vocabulary_of(tokenizer)
     programs = lower(model, spec)
     with new_folder(Path(path)) as folder:
         (folder / "programs").mkdir()
@@ -141,13 +141,15 @@ def write(
         )
         golden = _golden(model, prompts or _golden_prompts(model, tokenizer, spec), spec)
         safetensors.numpy.save_file(golden, folder / "golden.safetensors")
-        if tokenizer is not None:
+        if tokenizer is not None and vocabulary is not None:
             (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
-            vocabulary = json.dumps(vocabulary_of(tokenizer), separators=(",", ":"))
-            (folder / "vocabulary.json").write_text(vocabulary + "\n")
+            (folder / "vocabulary.json").write_text(json.dumps(vocabulary.values, separators=(",", ":")) + "\n")
         for runner in sorted(_RUNNERS.glob("run_*.py")):
             (folder / runner.name).write_text(standalone_runner(runner.name))
         manifest = _manifest(model, tokenizer, spec, programs, arrays, len(golden) // 3, source)
+        if vocabulary is not None:
+            manifest["golden"]["texts"] = vocabulary.texts
+            manifest["tokens"]["refusal"] = vocabulary.values["refusal"]
         for file in folder.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors makes them its owner's alone
         seal(folder, manifest)
@@ -231,76 +233,49 @@ def _closing(text: bytes) -> bytes:
 def open_bundle(path: str | Path) -> Bundle:
     """Opens a bundle and checks it before anything of it is used.
 
+    In this order, so that none costs more than the bundle's own size: the manifest by itself; the kind and size of all
+    that lies in the folder; every file's SHA-256.
+
     Raises:
-        LlamaJaxError: if it is none, of a newer version, or a file is missing or not as the manifest says; the first.
+        LlamaJaxError: if it is none, of a newer version, a file is missing or not as the manifest says, or there is
+            anything else, a link included; the first.
     """
     path = Path(path)
     file = path / "manifest.json"
     try:
-        if file.stat().st_size > _LARGEST_MANIFEST:
-            raise ValueError(f"{file.stat().st_size} bytes")
-        data = file.read_bytes()
-        manifest = json.loads(data)
-        kind, version = manifest["format"], manifest["version"]
+        data = read_bytes(file, LARGEST_MANIFEST)
     except OSError as error:
         raise LlamaJaxError(f"{path}: not a bundle: manifest.json: {error.strerror}") from None
-    except (ValueError, RecursionError, TypeError, KeyError) as error:
-        raise LlamaJaxError(f"{file}: damaged ({str(error)[:100]}): expected the manifest of a bundle") from None
+    manifest = parse_json(data, f"{file}: damaged")
+    if not isinstance(manifest, dict) or not {"format", "version"} <= set(manifest):
+        raise LlamaJaxError(f"{file}: damaged: expected the manifest of a bundle")
+    kind, version = manifest["format"], manifest["version"]
     if kind != FORMAT or version != VERSION:
         raise LlamaJaxError(
-            f"{file}: format {kind!r} version {version!r}: this release reads {FORMAT!r} version {VERSION}; a newer "
-            "bundle needs a newer llamajax"
+            f"{file}: format {shortened(kind)} version {shortened(version)}: this release reads {FORMAT!r} version "
+            f"{VERSION}; a newer bundle needs a newer llamajax"
         )
     before, _, closing = data.rpartition(_SEAL)
     if closing != _closing(before):
         raise LlamaJaxError(f"{file}: damaged or changed: its SHA-256, the last line, is another")
     _check_manifest(file, manifest)
+    try:
+        check_entries(path, manifest["files"])
+    except ValueError as error:
+        raise LlamaJaxError(f"{path}: {line_of(error)}") from None
     for name, expected in manifest["files"].items():
-        inner = path / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or not inner.is_file():
-            raise LlamaJaxError(f"{path}: {name}: no such file, though the manifest names it")
-        if inner.stat().st_size != expected["bytes"] or _sha256(inner) != expected["sha256"]:
+        if _sha256(path / name) != expected["sha256"]:
             raise LlamaJaxError(f"{path}: {name}: not the file that the manifest names (SHA-256 differs)")
-    present = {str(inner.relative_to(path)) for inner in path.rglob("*") if inner.is_file()} - {"manifest.json"}
-    if surplus := present - set(manifest["files"]):
-        raise LlamaJaxError(f"{path}: {sorted(surplus)[0]}: the manifest does not name this file")
     return Bundle(path, manifest)
 
 
 def standalone_runner(name: str) -> str:
     """A runner as one file: what all runners share, with its own text behind."""
-    common = (_RUNNERS / "common.py").read_text(encoding="utf-8")
-    return common + "\n\n" + (_RUNNERS / name).read_text(encoding="utf-8").replace("\n" + _IMPORT, "")
+    shared = (_RUNNERS / "runner.py").read_text(encoding="utf-8")
+    return shared + "\n\n" + (_RUNNERS / name).read_text(encoding="utf-8").replace("\n" + _IMPORT, "")
 
 
-_IMPORT = "from export.runners.common import main\n"
-
-
-def vocabulary_of(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a runner needs to encode and decode like the tokenizer: pieces in base64, scores, which may be merged."""
-    processor = sentencepiece.SentencePieceProcessor()
-    processor.LoadFromSerializedProto(tokenizer.model_bytes)
-    ids = range(tokenizer.vocab_size)
-    pieces = range(processor.vocab_size())  # behind them are added tokens, which are never made of others
-    added = {token.id for token in tokenizer.words.added}
-    special = [
-        i not in pieces
-        or i in added
-        or processor.is_control(i)
-        or processor.is_unknown(i)
-        or processor.is_unused(i)
-        or processor.is_byte(i)
-        for i in ids
-    ]
-    return {
-        "bos": tokenizer.bos_id if tokenizer.add_bos else None,
-        "stop": list(tokenizer.stop_ids),
-        "dummy_prefix": tokenizer.drops_first_space,
-        "pieces": [base64.b64encode(tokenizer.token_bytes(i)).decode() for i in ids],
-        "scores": [processor.get_score(i) if i in pieces else 0.0 for i in ids],
-        "merges": [int(not is_special) for is_special in special],
-        "single_bytes": [i for i in pieces if processor.is_byte(i)],
-    }
+_IMPORT = "from export.runners.runner import main\n"
 
 
 def _golden_prompts(model: Llama, tokenizer: Tokenizer | None, spec: Spec) -> list[list[int]]:
@@ -386,7 +361,8 @@ def _check_manifest(file: Path, manifest: Mapping[str, Any]) -> None:
     """Checks a manifest by the schema, and that it names no file but those that it has a SHA-256 of."""
     error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(_schema()).iter_errors(manifest))
     if error is not None:
-        raise LlamaJaxError(f"{file}: {error.json_path}: {error.message[:200]}: the manifest is damaged")
+        fault = line_of(f"{error.json_path}: {error.message}")
+        raise LlamaJaxError(f"{file}: {fault}: the manifest is damaged, or forged")
     entries = [program["file"] for program in manifest["programs"].values()]
     entries += [*manifest["jax"].values(), manifest["golden"]["file"], "weights.safetensors"]
     for target in manifest["targets"].values():
@@ -396,5 +372,5 @@ def _check_manifest(file: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]

@@ -211,7 +211,7 @@ class ExportedWeight(Layout):
         return self.sliced().weight
 
     def take_rows(self, row_n: jax.Array) -> jax.Array:
-        """Rows of a table, dequantized."""
+        """Rows of a table, float32: IREE drops the rounding to a narrower float of what is widened again at once."""
         return _named_rows(f"take_rows_{_described(self.weight)}", self.arithmetic)(self.weight, row_n)
 
     axis = property(lambda self: self.weight.axis)
@@ -267,8 +267,7 @@ def _named_rows(name: str, arithmetic: Literal["integer", "float"]) -> Callable[
             wide = plane.astype(jnp.float32) if arithmetic == "float" and plane.dtype != jnp.uint8 else plane
             return jnp.take(wide, row_n, axis=0, mode="clip")
 
-        picked = dequantize(jax.tree.map(pick, table), table.dtype, arithmetic=arithmetic)
-        return picked.astype(jnp.float32) if arithmetic == "float" else picked  # nor does it choose among them
+        return dequantize(jax.tree.map(pick, table), arithmetic=arithmetic)
 
     rows.__name__ = name
     return jax.jit(rows)
@@ -441,21 +440,22 @@ def _prefill(make_cache, model: Llama, tokens_BT, count_B, length_B, key, value)
     # A sum in which all but one are zero: an index for each row would be a gather.
     last_BD = jnp.sum(jnp.where(is_last_BT1, hidden_BTD, 0), axis=1)
     assert cache is not None  # a cache went in
-    return model.logits(last_BD), cache.key_LBKSH, cache.value_LBKSH
+    is_valid_B = _fits(length_B, tokens_BT, key) & _is_count(count_B, tokens_BT)
+    return _or_nan(is_valid_B, model.logits(last_BD)), cache.key_LBKSH, cache.value_LBKSH
 
 
 def _decode(make_cache, model: Llama, token_B, length_B, key, value):
     """One more token a row, and the logits behind it."""
     logits_BTV, cache = model(token_B[:, None], make_cache(key, value, length_B))
     assert cache is not None
-    return logits_BTV[:, 0], cache.key_LBKSH, cache.value_LBKSH
+    return _or_nan(_fits(length_B, token_B[:, None], key), logits_BTV[:, 0]), cache.key_LBKSH, cache.value_LBKSH
 
 
 def _verify(make_cache, model: Llama, tokens_BT, length_B, key, value):
     """The newest token and k drafted ones: logits behind each. The caller advances `length` by what it accepts."""
     logits_BTV, cache = model(tokens_BT, make_cache(key, value, length_B))
     assert cache is not None
-    return logits_BTV, cache.key_LBKSH, cache.value_LBKSH
+    return _or_nan(_fits(length_B, tokens_BT, key), logits_BTV), cache.key_LBKSH, cache.value_LBKSH
 
 
 def _score(model: Llama, tokens_BT, count_B):
@@ -465,7 +465,7 @@ def _score(model: Llama, tokens_BT, count_B):
     is_next_BTV = jnp.arange(logits_BTV.shape[-1]) == tokens_BT[:, 1:, None]
     next_BT = jnp.sum(jnp.where(is_next_BTV, log_probability_BTV, 0), axis=-1)
     next_BT = jnp.where(jnp.arange(1, tokens_BT.shape[1]) < count_B[:, None], next_BT, 0)
-    return (jnp.pad(next_BT, ((0, 0), (1, 0))),)
+    return (_or_nan(_is_count(count_B, tokens_BT), jnp.pad(next_BT, ((0, 0), (1, 0)))),)
 
 
 def _embed(model: Llama, tokens_BT, count_B):
@@ -473,7 +473,22 @@ def _embed(model: Llama, tokens_BT, count_B):
     hidden_BTD, _ = model.trunk(tokens_BT)
     is_text_BT1 = (jnp.arange(tokens_BT.shape[1]) < count_B[:, None])[:, :, None]
     sum_BD = jnp.sum(jnp.where(is_text_BT1, hidden_BTD.astype(jnp.float32), 0), axis=1)
-    return (sum_BD / jnp.maximum(count_B, 1)[:, None],)
+    return (_or_nan(_is_count(count_B, tokens_BT), sum_BD / jnp.maximum(count_B, 1)[:, None]),)
+
+
+def _fits(length_B, tokens_BT, key_LBKSH):
+    """Whether T tokens behind `length` fit the cache: where not, XLA writes over others. No sum that overflows."""
+    return (length_B >= 0) & (length_B <= key_LBKSH.shape[3] - tokens_BT.shape[1])
+
+
+def _is_count(count_B, tokens_BT):
+    """Whether a count of real tokens is from 1 to T."""
+    return (count_B >= 1) & (count_B <= tokens_BT.shape[1])
+
+
+def _or_nan(is_valid_B, x_BX):
+    """NaN for a row whose arguments make no sense: a program cannot raise an error."""
+    return jnp.where(is_valid_B.reshape(-1, *[1] * (x_BX.ndim - 1)), x_BX, jnp.nan)
 
 
 def _sample(_: None, logits_BV, key_B2, length_B, temperature_B, top_p_B, top_k_B):

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,9 +20,6 @@ from pathlib import Path
 from export.bundle import Bundle, standalone_runner
 from export.targets import kind_of
 from llamajax.errors import LlamaJaxError
-
-# Largest difference of a logit from the model's own. Runtimes sum in another order; what is wrong is off by far more.
-LOGIT_TOLERANCE = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +55,12 @@ class Result:
         version: what it calls itself; "" where it did not run.
         skipped: why it did not run, or "".
         error: why it failed, or "".
+        held: whether it ran and did what the bundle promises: logits behind the prompts within the tolerance, tokens
+            the golden ones up to the first, if any, where both are within twice the tolerance of each other.
         exact: whether every token was the golden one.
         tokens: how many there were.
         largest_logit_error: behind the prompts.
+        tolerance: of it, for the dtypes of this bundle and the device (`export.runners.runner.tolerance`).
         load_seconds: from opening the bundle, hashes included, to having run each program once that is compiled then.
         tokens_per_second: of decoding one row.
         resident_bytes: of its process, at the end.
@@ -69,17 +70,14 @@ class Result:
     version: str = ""
     skipped: str = ""
     error: str = ""
+    held: bool = False
     exact: bool = False
     tokens: int = 0
     largest_logit_error: float = math.inf
+    tolerance: float = 0.0
     load_seconds: float = 0.0
     tokens_per_second: float = 0.0
     resident_bytes: int = 0
-
-    @property
-    def held(self) -> bool:
-        """Whether it ran and did what the bundle promises."""
-        return not self.skipped and not self.error and self.exact and self.largest_logit_error <= LOGIT_TOLERANCE
 
 
 def verify(
@@ -105,12 +103,13 @@ def verify(
             continue
         with _runner(name) as file:
             command = [python, "-I", str(file), str(bundle.path), "--golden"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            yield Result(name, error=lines[-1][:300])
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        # What did not hold is reported too, with exit code 1.
+        report = done.stdout.strip().rpartition("\n")[2]
+        if report.startswith("{"):
+            yield _result(name, json.loads(report))
         else:
-            yield _result(name, json.loads(done.stdout.strip().splitlines()[-1]))
+            yield Result(name, error=_last_line(done))
 
 
 def unavailable(bundle: Bundle, name: str, python: str) -> str:
@@ -140,29 +139,44 @@ def _runner(name: str) -> Iterator[Path]:
         yield file
 
 
-def run(bundle: Bundle, name: str, python: str, arguments: Sequence[str]) -> int:
-    """Continues a prompt on one runtime, text as it comes to stdout; returns the runner's exit code.
+def run(bundle: Bundle, name: str, python: str, arguments: Sequence[str]) -> None:
+    """Continues a prompt on one runtime, text as it comes to stdout; at the end what the runner said to stderr.
 
     Raises:
-        LlamaJaxError: if the runtime is not here, or the bundle has nothing for it.
+        LlamaJaxError: if the runtime is not here, the bundle has nothing for it, or it fails.
+        BrokenPipeError: if stdout was closed.
     """
     if reason := unavailable(bundle, name, python):
         raise LlamaJaxError(f"{bundle.path}: runtime {name}: {reason}")
     sys.stdout.flush()
     with _runner(name) as file:
-        return subprocess.run([python, "-I", str(file), str(bundle.path), *arguments], check=False).returncode
+        command = [python, "-I", str(file), str(bundle.path), *arguments]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
+    if done.returncode == -getattr(signal, "SIGPIPE", 0) != 0:
+        raise BrokenPipeError
+    if done.returncode:
+        raise LlamaJaxError(f"{bundle.path}: runtime {name}: {_last_line(done)}")
+    sys.stderr.write(done.stderr)
+
+
+def _last_line(done: subprocess.CompletedProcess) -> str:
+    """What a runner that failed said last."""
+    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300]
 
 
 def _result(name: str, report: Mapping) -> Result:
     """From what a runner printed."""
     prompts = report["prompts"]
     errors = [float(prompt["largest_logit_error"]) for prompt in prompts]
+    held = all(prompt["held"] for prompt in prompts)
     return Result(
         name,
         version=report["runtime"],
+        held=held,
         exact=all(prompt["exact"] for prompt in prompts),
         tokens=sum(len(prompt["tokens"]) for prompt in prompts),
         largest_logit_error=math.inf if any(math.isnan(error) for error in errors) else max(errors),
+        tolerance=min(float(prompt["tolerance"]) for prompt in prompts),
         load_seconds=report["load_seconds"],
         tokens_per_second=report["decode_steps"] / report["decode_seconds"] if report["decode_seconds"] else 0.0,
         resident_bytes=report["resident_bytes"],

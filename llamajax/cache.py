@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
-from quant import SCHEMES, QTensor, Scheme, dequantize, quantize_rtn
+from quant import SCHEMES, QTensor, Scheme, dequantize, quantize_rtn, start_indices
 
 # Codes have a zero point. Keys have channels that are always large and of one sign (KIVI, Liu et al. 2024,
 # arXiv:2402.02750), so that the values of a head seldom lie evenly around 0. Without it the model in the box is off by
@@ -133,7 +133,7 @@ def _write_rows(slots: Slots, layer: jax.Array, new_BTKH: jax.Array, start_B: ja
     def write_row(row, slots):
         def write_plane(plane_LBKSX, new_BTKX):
             block_1BKTX = jax.lax.dynamic_slice_in_dim(jnp.swapaxes(new_BTKX, 1, 2), row, 1, axis=0)[None]
-            return jax.lax.dynamic_update_slice(plane_LBKSX, block_1BKTX, (layer, row, 0, start_B[row], 0))
+            return jax.lax.dynamic_update_slice(plane_LBKSX, block_1BKTX, start_indices(layer, row, 0, start_B[row], 0))
 
         return jax.tree.map(write_plane, slots, new)
 

@@ -101,7 +101,7 @@ def advance(block: Block, x_WTD: np.ndarray) -> np.ndarray:
 
 def forward(block: Block, x_BTD: jax.Array) -> jax.Array:
     """A layer applied to whole sequences, without a cache."""
-    position_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
+    position_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1], dtype=jnp.int32), x_BTD.shape[:2])
     return block(x_BTD, position_BT, None, jnp.zeros((), jnp.int32))[0]
 
 

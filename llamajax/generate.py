@@ -21,11 +21,13 @@ import numpy as np
 
 from llamajax.cache import KVCache, check_cache_dtype
 from llamajax.compilation import CompiledFunction
+from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama
 from llamajax.request import (
     Completion,
     Prompt,
     Row,
+    as_prompts,
     check_knobs,
     encode_prompts,
     new_token_limit,
@@ -36,6 +38,7 @@ from llamajax.sampling import Sampler, make_sampler, sample
 from llamajax.speculate import LookupState, check_speculate, compiled_lookup, slots_beyond
 from llamajax.tiled_cache import empty_cache
 from llamajax.tokenizer import Tokenizer
+from quant import start_indices
 
 # Chunks of a prompt. Three sizes are three programs at most; the largest bounds the memory of a long prompt's scores.
 PREFILL_BUCKETS = (16, 64, 256)
@@ -105,11 +108,13 @@ def decode(
         hidden_BTD, cache = model.trunk(state.token_B[:, None], state.cache, count_B)
         assert cache is not None  # a cache went in
         token_B, log_probability_B = sample(model.logits(hidden_BTD[:, 0]), key_B, sampler, state.seen_BV)
-        token_BM = jax.lax.dynamic_update_slice(token_BM, token_B[:, None], (0, step))
-        log_probability_BM = jax.lax.dynamic_update_slice(log_probability_BM, log_probability_B[:, None], (0, step))
+        token_BM = jax.lax.dynamic_update_slice(token_BM, token_B[:, None], start_indices(0, step))
+        log_probability_BM = jax.lax.dynamic_update_slice(
+            log_probability_BM, log_probability_B[:, None], start_indices(0, step)
+        )
         seen_BV = state.seen_BV
         if seen_BV is not None:
-            seen_BV |= jnp.arange(seen_BV.shape[1]) == token_B[:, None]
+            seen_BV |= jnp.arange(seen_BV.shape[1], dtype=jnp.int32) == token_B[:, None]
         done_B = state.done_B | jnp.any(token_B[:, None] == stop_M, axis=1)
         state = DecodeState(cache, jnp.where(state.done_B, state.token_B, token_B), state.key_B, done_B, seen_BV)
         return step + 1, state, token_BM, log_probability_BM
@@ -180,13 +185,16 @@ def generate(
 ) -> Completion | list[Completion]:
     """Continues one prompt or a batch of prompts of any lengths.
 
+    Numbers may be Python's, NumPy's or JAX's; lists of them arrays.
+
     A row's result depends on its prompt, its seed and the options only, not on the rest of the batch (up to rounding:
     products of another shape may be summed in another order).
 
     Args:
         model: the model.
         tokenizer: its tokenizer; may be None if all prompts are ids and there are no stop strings: `text` is then "".
-        prompts: a text (a BOS is put before it), or a list of ids (taken as they are), or a list of either.
+        prompts: a text (a BOS is put before it), or ids (a list or an array, taken as they are), or a list of
+            either; or an array [B, T] of ids.
         **options: as of `TextStream`: max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop,
             cache_dtype, speculate. Their defaults do not depend on the checkpoint: what it asks for is in
             `tokenizer.words.sampling`, to be passed on as `**tokenizer.words.sampling`.
@@ -195,7 +203,8 @@ def generate(
         A `Completion`, or a list of them if `prompts` is a list of prompts.
 
     Raises:
-        LlamaJaxError: for an option out of range, or a prompt that does not fit the context.
+        LlamaJaxError: for an option out of range, a prompt that does not fit the context, or logits that are not
+            finite: the message names the token and the row.
     """
     run = TextStream(model, tokenizer, prompts, smooth=False, **options)
     for _ in run:
@@ -245,7 +254,8 @@ class TextStream:
             tokenizer: its tokenizer, or None (see `generate`).
             prompts: see `generate`.
             max_new_tokens: most new tokens a row; 512, or as many as the context still holds, unless given.
-            temperature: 0 is greedy. This and the knobs behind it: see `sampling.Sampler`.
+            temperature: 0 is greedy. This and the knobs behind it, each one value or one a row: see
+                `sampling.Sampler`.
             top_k: see `sampling.Sampler`; None is off.
             top_p: likewise.
             min_p: likewise.
@@ -259,16 +269,16 @@ class TextStream:
                 another order.
             smooth: whether text should come every 50 ms rather than 64 tokens at a time.
         """
-        self.single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
+        each, self.single = as_prompts(prompts)
         self.model, self._tokenizer, self._smooth = model, tokenizer, smooth
-        self._prompts = encode_prompts(tokenizer, [prompts] if self.single else list(prompts), model.config)  # type: ignore
+        self._prompts = encode_prompts(tokenizer, each, model.config)
         self._limit = new_token_limit(self._prompts, max_new_tokens, model.config)
         self._sampler = make_sampler(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
         )
         check_knobs(self._sampler, len(self._prompts))
-        check_speculate(speculate, self._sampler)
-        self._drafts, self._program = speculate, compiled_lookup if speculate else compiled_decode
+        self._drafts = check_speculate(speculate, self._sampler)
+        self._program = compiled_lookup if self._drafts else compiled_decode
         self._key_B = row_keys(seed, len(self._prompts))
         self._cache_dtype = check_cache_dtype(model.dtype if cache_dtype is None else cache_dtype)
         stops = stop_strings(stop, tokenizer)
@@ -299,7 +309,11 @@ class TextStream:
             self.model = reading.result()
 
     def __iter__(self) -> Iterator[Any]:
-        """Runs the request; each item is the text that has become certain: a string, or a list of one a row."""
+        """Runs the request; each item is the text that has become certain: a string, or a list of one a row.
+
+        Raises:
+            LlamaJaxError: where logits are not finite, behind the text before them.
+        """
         self._count_compilations()
         state = self._start()
         block = 1 if self._smooth else DECODE_BLOCK
@@ -316,6 +330,24 @@ class TextStream:
             if self._smooth:
                 block = int(np.clip(_UPDATE_SECONDS * step_B.max() / max(seconds, 1e-9), 1, DECODE_BLOCK))
             yield pieces[0][0] if self.single else [text for text, _ in pieces]
+            self._check_finite()
+
+    def _check_finite(self) -> None:
+        """Refuses to go on where a row's logits are not finite: every token behind them would be the same."""
+        for number, row in enumerate(self._rows, 1):
+            if row.not_finite:
+                half = "float16" in (str(self.model.dtype), self._cache_dtype)
+                raise LlamaJaxError(
+                    f"the logits for new token {len(row.tokens) + 1} of prompt {number} (position "
+                    f"{row.prompt_tokens + len(row.tokens)}) are not finite: "
+                    + (
+                        "values overflow float16, or the weights hold NaN or infinity: compute in float32 or bfloat16, "
+                        "or check the checkpoint"
+                        if half
+                        else f"the weights hold NaN or infinity, or values overflow {self.model.dtype}: check the "
+                        "checkpoint"
+                    )
+                )
 
     def _decode(
         self, state: DecodeState | LookupState, block: int

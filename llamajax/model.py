@@ -127,7 +127,7 @@ def attend(query_BTNH: jax.Array, key_BKSH: jax.Array, value_BKSH: jax.Array, po
     K, S = key_BKSH.shape[1:3]
     query_BKGTH = _by_shared_head(query_BTNH, K)
     score_BKGTS = einsum("BKGTH,BKSH->BKGTS", query_BKGTH, key_BKSH.astype(query_BTNH.dtype), dtype=jnp.float32)
-    visible_BTS = jnp.arange(S) <= position_BT[:, :, None]
+    visible_BTS = jnp.arange(S, dtype=jnp.int32) <= position_BT[:, :, None]
     score_BKGTS = jnp.where(visible_BTS[:, None, None], score_BKGTS * H**-0.5, MASKED)
     weight_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(query_BTNH.dtype)
     # Heads first, then moved: XLA on CPU has no bfloat16 product with its batch axes in another place.
@@ -155,7 +155,7 @@ def attend_blocks(
             take = lambda x_BKSH: jax.lax.dynamic_slice_in_dim(x_BKSH, first, SLOT_BLOCK, 2)  # noqa: E731
             key_BKsH, value_BKsH = (take(x).astype(query_BTNH.dtype) for x in (key_BKSH, value_BKSH))
             score_BKGTS = einsum("BKGTH,BKSH->BKGTS", query_BKGTH, key_BKsH, dtype=jnp.float32) * H**-0.5
-            visible_BTS = first + jnp.arange(SLOT_BLOCK) <= position_BT[:, :, None]
+            visible_BTS = first + jnp.arange(SLOT_BLOCK, dtype=jnp.int32) <= position_BT[:, :, None]
             score_BKGTS = jnp.where(visible_BTS[:, None, None], score_BKGTS, MASKED)
             new_peak_BKGT1 = jnp.maximum(peak_BKGT1, jnp.max(score_BKGTS, axis=-1, keepdims=True))
             weight_BKGTS = jnp.exp(score_BKGTS - new_peak_BKGT1)
@@ -170,7 +170,7 @@ def attend_blocks(
 
     empty_BKGT1 = jnp.zeros((B, K, N // K, T, 1), jnp.float32)
     carry = (empty_BKGT1 + MASKED, empty_BKGT1, jnp.zeros((B, K, N // K, T, H), jnp.float32))
-    (_, total_BKGT1, mixed_BKGTH), _ = jax.lax.scan(one, carry, jnp.arange(0, S, SLOT_BLOCK))
+    (_, total_BKGT1, mixed_BKGTH), _ = jax.lax.scan(one, carry, jnp.arange(0, S, SLOT_BLOCK, dtype=jnp.int32))
     return jnp.moveaxis(mixed_BKGTH / total_BKGT1, 3, 1).reshape(B, T, N, H).astype(query_BTNH.dtype)
 
 

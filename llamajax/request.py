@@ -1,20 +1,24 @@
 """What a request asks for, checked, and the host's side of each of its rows."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
-from llamajax.sampling import Sampler
+from llamajax.files import shortened
+from llamajax.sampling import Sampler, plain
 from llamajax.tokenizer import Tokenizer
 
 # New tokens where the caller names no number, if the context has room for them.
 DEFAULT_NEW_TOKENS = 512
 
-Prompt = str | Sequence[int]
+# A text, or ids: a sequence of whole numbers, or a NumPy or JAX array of them.
+Prompt = str | Sequence[int] | np.ndarray | jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Row:
         self.tokens: list[int] = []
         self.log_probabilities: list[float] = []
         self.finish_reason: str | None = None
+        self.not_finite = False
         self._text, self._shown, self._stops = "", 0, stops
         self._stop_ids = frozenset(tokenizer.stop_ids if tokenizer else ())
         # Some models have more embeddings than their tokenizer has ids; a text shows that one of those was drawn.
@@ -55,11 +60,18 @@ class Row:
                 self._decoder.add(index)
 
     def take(self, tokens: np.ndarray, log_probabilities: np.ndarray, last: bool) -> tuple[str, int]:
-        """Adds new ids; returns the text that has become certain, and how many of the ids were used."""
+        """Adds new ids; returns the text that has become certain, and how many of the ids were used.
+
+        An id that was chosen from logits which are not finite ends the row: it and what follows are not added, and
+        `not_finite` is set.
+        """
         if self.finish_reason:
             return "", 0
         before = len(self.tokens)
         for token, log_probability in zip(tokens.tolist(), log_probabilities.tolist(), strict=True):
+            self.not_finite = not math.isfinite(log_probability)
+            if self.not_finite:
+                return self._release(), len(self.tokens) - before
             if token in self._stop_ids:
                 self._end("stop")
                 break
@@ -69,15 +81,19 @@ class Row:
                 break
         if last and not self.finish_reason:
             self._end("length")
-        held = 0 if self.finish_reason else max((_overlap(self._text, stop) for stop in self._stops), default=0)
-        text = self._text[self._shown : len(self._text) - held]
-        self._shown += len(text)
-        return text, len(self.tokens) - before
+        return self._release(), len(self.tokens) - before
 
     def completion(self) -> Completion:
         """What there is so far."""
         reason = self.finish_reason or "length"
         return Completion(self._text, self.tokens, self.log_probabilities, self.prompt_tokens, reason)
+
+    def _release(self) -> str:
+        """The text that has become certain since the last call."""
+        held = 0 if self.finish_reason else max((_overlap(self._text, stop) for stop in self._stops), default=0)
+        text = self._text[self._shown : len(self._text) - held]
+        self._shown += len(text)
+        return text
 
     def _add(self, piece: str) -> bool:
         """Appends text; where that completes a stop string, cuts before it, ends the row and says so."""
@@ -96,7 +112,20 @@ class Row:
             self._add(self._decoder.finish())
 
 
-def encode_prompts(tokenizer: Tokenizer | None, prompts: list[Prompt], config: Config) -> list[list[int]]:
+def as_prompts(prompts: Any) -> tuple[list[str | list[Any]], bool]:
+    """One prompt or several as a list, and whether it was one: a text, or whole numbers. Elements are not checked."""
+    prompts = plain(prompts)
+    single = isinstance(prompts, str) or (
+        isinstance(prompts, list) and bool(prompts) and not any(isinstance(item, str | list) for item in prompts)
+    )
+    if not single and not isinstance(prompts, list):
+        raise LlamaJaxError(
+            f"the prompt is {shortened(prompts)}: expected a text, a list of token ids, or a list of these"
+        )
+    return ([prompts] if single else prompts), single
+
+
+def encode_prompts(tokenizer: Tokenizer | None, prompts: list[str | list[Any]], config: Config) -> list[list[int]]:
     """Ids of every prompt, checked."""
     if not prompts:
         raise LlamaJaxError("no prompt was given: expected at least one")
@@ -107,10 +136,10 @@ def encode_prompts(tokenizer: Tokenizer | None, prompts: list[Prompt], config: C
                 raise LlamaJaxError("the model came without a tokenizer: name one, or give prompts as lists of ids")
             ids = tokenizer.encode(prompt, eos=False)  # what is to be continued has not ended
         else:
-            wrong = [index for index in prompt if isinstance(index, bool) or not isinstance(index, int | np.integer)]
+            ids = prompt if isinstance(prompt, list) else [prompt]
+            wrong = [index for index in ids if isinstance(index, bool) or not isinstance(index, int)]
             if wrong:
-                raise LlamaJaxError(f"{wrong[0]!r} in a prompt: expected a text, or a list of whole numbers")
-            ids = [int(index) for index in prompt]
+                raise LlamaJaxError(f"{shortened(wrong[0])} in a prompt: expected a text, or a list of whole numbers")
         if not ids:
             raise LlamaJaxError("a prompt has no tokens, and the tokenizer no BOS: expected at least one token")
         outside = [index for index in ids if not 0 <= index < config.vocab_size]
@@ -127,6 +156,7 @@ def encode_prompts(tokenizer: Tokenizer | None, prompts: list[Prompt], config: C
 def new_token_limit(prompts: list[list[int]], wanted: int | None, config: Config) -> int:
     """How many tokens to make: what was asked for, if the context has room. The last one made needs no slot."""
     room = config.context_length - max(len(prompt) for prompt in prompts) + 1
+    wanted = plain(wanted)
     if wanted is None:
         return min(DEFAULT_NEW_TOKENS, room)
     if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
@@ -145,13 +175,16 @@ def check_knobs(sampler: Sampler, rows: int) -> None:
         knob = getattr(sampler, field.name)
         if knob is not None and knob.ndim and knob.shape != (rows,):
             raise LlamaJaxError(
-                f"{field.name} has {knob.shape[0]} values: expected one, or one for each of {rows} prompts"
+                f"{field.name} has values of shape {knob.shape}: expected one, or one for each of {rows} prompts"
+                if knob.ndim > 1
+                else f"{field.name} has {knob.shape[0]} values: expected one, or one for each of {rows} prompts"
             )
 
 
-def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
-    """One PRNG key a row."""
-    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * rows
+def row_keys(seed: Any, rows: int) -> jax.Array:
+    """One PRNG key a row, from one seed or one a row."""
+    seed = plain(seed)
+    seeds = seed if isinstance(seed, list) else [seed] * rows
     if len(seeds) != rows:
         raise LlamaJaxError(f"{len(seeds)} seeds were given: expected one, or one for each of {rows} prompts")
     for value in seeds:

@@ -14,6 +14,7 @@ al. 2023, arXiv:2211.17192) and a repetition penalty other logits behind each dr
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,8 @@ from llamajax.cache import KVCache
 from llamajax.compilation import CompiledFunction
 from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama
-from llamajax.sampling import Sampler
+from llamajax.sampling import Sampler, plain
+from quant import start_indices
 
 # Most tokens that an occurrence must share with the end of the text. More find a better draft more rarely.
 MAX_NGRAM = 3
@@ -71,12 +73,13 @@ def slots_beyond(drafts: int) -> int:
     return drafts + 2 if drafts else 0
 
 
-def check_speculate(drafts: int, sampler: Sampler) -> None:
-    """Refuses a number of drafted tokens out of range, and a choice of tokens that drafts are not checked for.
+def check_speculate(drafts: Any, sampler: Sampler) -> int:
+    """The number of drafted tokens, checked.
 
     Raises:
-        LlamaJaxError: saying which.
+        LlamaJaxError: for a number out of range, or a choice of tokens that drafts are not checked for.
     """
+    drafts = plain(drafts)
     if isinstance(drafts, bool) or not isinstance(drafts, int) or not 0 <= drafts <= MAX_DRAFTS:
         raise LlamaJaxError(f"speculate is {drafts!r}: expected a whole number of tokens from 0 (off) to {MAX_DRAFTS}")
     if drafts and sampler.temperature is not None:
@@ -89,6 +92,7 @@ def check_speculate(drafts: int, sampler: Sampler) -> None:
             f"speculate is {drafts} and there is a repetition_penalty: expected plain greedy choice, drafts are not "
             "checked for another: leave one of the two out"
         )
+    return drafts
 
 
 def draft_tokens(history_BS: jax.Array, length_B: jax.Array, drafts: int) -> jax.Array:
@@ -115,7 +119,7 @@ def draft_tokens(history_BS: jax.Array, length_B: jax.Array, drafts: int) -> jax
         before_BS = jnp.pad(history_BS, ((0, 0), (back, 0)), constant_values=-1)[:, :S]
         recent_B1 = jnp.take_along_axis(history_BS, jnp.maximum(length_B[:, None] - back, 0), axis=1)
         agrees_BS &= before_BS == recent_B1
-        agreed_BS += agrees_BS
+        agreed_BS += agrees_BS.astype(jnp.int32)
     best_B = jnp.argmax(jnp.where(earlier_BS, agreed_BS * S + position_S, -1), axis=1).astype(jnp.int32)
     start_B1 = jnp.minimum(best_B + 1, length_B)[:, None]  # The minimum is for a row of one token: nothing is earlier.
     period_B1 = length_B[:, None] + 1 - start_B1
@@ -151,7 +155,7 @@ def verify(model: Llama, state: LookupState, stop_M: jax.Array) -> tuple[LookupS
     stops_BT = jnp.any(token_BT[:, :, None] == stop_M, axis=-1)
     follows_BK = (draft_BK == token_BT[:, :-1]) & ~stops_BT[:, :-1]
     reached_BT = jnp.cumprod(jnp.pad(follows_BK, ((0, 0), (1, 0)), constant_values=True), axis=1, dtype=jnp.int32)
-    counted_BT = (reached_BT == 1) & (jnp.arange(T) < state.left_B[:, None])
+    counted_BT = (reached_BT == 1) & (jnp.arange(T, dtype=jnp.int32) < state.left_B[:, None])
     count_B = jnp.sum(counted_BT, axis=1, dtype=jnp.int32)
     left_B = jnp.where(jnp.any(counted_BT & stops_BT, axis=1), 0, state.left_B - count_B)
     history_BS = _write_rows(state.history_BS, token_BT, length_B + 1)
@@ -189,7 +193,7 @@ def decode_by_lookup(
         state, token_BT, log_probability_BT, count_B = verify(model, state, stop_M)
         token_BM = _write_rows(token_BM, token_BT, made_B)
         log_probability_BM = _write_rows(log_probability_BM, log_probability_BT, made_B)
-        return state, token_BM, log_probability_BM, made_B + count_B, step_B + (count_B > 0)
+        return state, token_BM, log_probability_BM, made_B + count_B, step_B + (count_B > 0).astype(jnp.int32)
 
     none_B = jnp.zeros(B, jnp.int32)
     return jax.lax.while_loop(more, one, (state, token_BM, log_probability_BM, none_B, none_B))
@@ -203,6 +207,6 @@ def _write_rows(whole_BS: jax.Array, new_BT: jax.Array, start_B: jax.Array) -> j
 
     def write_row(row, whole_BS):
         new_1T = jax.lax.dynamic_slice_in_dim(new_BT, row, 1, axis=0)
-        return jax.lax.dynamic_update_slice(whole_BS, new_1T, (row, start_B[row]))
+        return jax.lax.dynamic_update_slice(whole_BS, new_1T, start_indices(row, start_B[row]))
 
     return jax.lax.fori_loop(0, new_BT.shape[0], write_row, whole_BS)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from llamajax.cache import MASKED, KVCache, check_cache_dtype
 from llamajax.config import Config
-from quant import QTensor
+from quant import QTensor, start_indices
 from quant.kernels.cpu import sum_steps
 
 TILE = 16
@@ -73,11 +73,11 @@ class TiledKVCache(KVCache):
             slot = jnp.clip(self.length_B[row], 0, self.slots - T) + token
             key_K, value_K = (x[row, token].astype(slots[0].dtype)[None, None, :, None] for x in (key_BTKH, value_BTKH))
             at = (layer, row, 0)
+            key_at = start_indices(*at, slot // TILE, 0, slot % TILE)
+            value_at = start_indices(*at, slot // STEP_SLOTS, slot % STEP_SLOTS, 0)
             return (
-                jax.lax.dynamic_update_slice(slots[0], key_K[..., None], (*at, slot // TILE, 0, slot % TILE)),
-                jax.lax.dynamic_update_slice(
-                    slots[1], value_K[..., None, :], (*at, slot // STEP_SLOTS, slot % STEP_SLOTS, 0)
-                ),
+                jax.lax.dynamic_update_slice(slots[0], key_K[..., None], key_at),
+                jax.lax.dynamic_update_slice(slots[1], value_K[..., None, :], value_at),
             )
 
         slots = (self.key_LBKSH, self.value_LBKSH)
@@ -107,7 +107,7 @@ class TiledKVCache(KVCache):
         query_BKRH = query_BTNH.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B, K, T * (N // K), H)
         # Tiles stay an axis of their own until the softmax is done: slot numbers would have to be divided in its loops.
         score_BKRUs = self._scores(layer, query_BKRH.astype(jnp.float32) * H**-0.5)
-        visible_BTUs = jnp.arange(S).reshape(-1, TILE) <= position_BT[:, :, None, None]
+        visible_BTUs = jnp.arange(S, dtype=jnp.int32).reshape(-1, TILE) <= position_BT[:, :, None, None]
         visible_BRUs = jnp.repeat(visible_BTUs, N // K, axis=1)
         score_BKRUs = jnp.where(visible_BRUs[:, None], score_BKRUs, MASKED)
         weight_BKRUs = jax.nn.softmax(score_BKRUs, axis=(-2, -1))
@@ -118,9 +118,11 @@ class TiledKVCache(KVCache):
     def _scores(self, layer: jax.Array, query_BKRH: jax.Array) -> jax.Array:
         """Products of queries with the keys of all slots, float32 [B, K, R, U, s]."""
         _, B, K, U, H, s = self.key_LBKSH.shape
-        sums = [jnp.zeros(())] * 4
+        sums = [jnp.zeros((), jnp.float32)] * 4
         for h in range(H):
-            key_BKUs = jax.lax.dynamic_slice(self.key_LBKSH, (layer, 0, 0, 0, h, 0), (1, B, K, U, 1, s))[0, :, :, :, 0]
+            key_BKUs = jax.lax.dynamic_slice(self.key_LBKSH, start_indices(layer, 0, 0, 0, h, 0), (1, B, K, U, 1, s))[
+                0, :, :, :, 0
+            ]
             sums[h % 4] += key_BKUs[:, :, None].astype(jnp.float32) * query_BKRH[..., h, None, None]
         return (sums[0] + sums[1]) + (sums[2] + sums[3])
 
@@ -128,11 +130,10 @@ class TiledKVCache(KVCache):
         """Sums of values over all slots, float32 [B, K, R, H]."""
         _, B, K, n, _, H = self.value_LBKSH.shape
         weight_BKRnj = weight_BKRUs.reshape(B, K, -1, n, STEP_SLOTS)
-        sums = [jnp.zeros(())] * 4
+        sums = [jnp.zeros((), jnp.float32)] * 4
         for j in range(STEP_SLOTS):
-            value_BKnH = jax.lax.dynamic_slice(self.value_LBKSH, (layer, 0, 0, 0, j, 0), (1, B, K, n, 1, H))[
-                0, ..., 0, :
-            ]
+            at = start_indices(layer, 0, 0, 0, j, 0)
+            value_BKnH = jax.lax.dynamic_slice(self.value_LBKSH, at, (1, B, K, n, 1, H))[0, ..., 0, :]
             weight_BKnR = jnp.swapaxes(weight_BKRnj[..., j], 2, 3)
             sums[j % 4] += value_BKnH[:, :, :, None].astype(jnp.float32) * weight_BKnR[..., None]
         return sum_steps((sums[0] + sums[1]) + (sums[2] + sums[3]), 2)

@@ -10,6 +10,7 @@ from quant.activations import quantize_activations, round_activations
 from quant.awq import search_scale
 from quant.gptq import quantize_gptq
 from quant.hqq import quantize_hqq
+from quant.kernels import start_indices
 from quant.matmul import einsum, take_rows
 from quant.outliers import outlier_channels, split_outliers
 from quant.packing import FORMAT_VERSION, pack, unpack
@@ -47,6 +48,7 @@ __all__ = [
     "smoothing_scale",
     "split_outliers",
     "split_runs",
+    "start_indices",
     "take_rows",
     "unpack",
 ]

@@ -132,7 +132,8 @@ def take_rows(table: jax.Array | QTensor | Layout, ids: jax.Array) -> jax.Array:
         ids: int [...], in [0, V). An id of V or more gives a row of NaN. Negative ids count from the end.
 
     Returns:
-        [..., D] in the table's dtype.
+        [..., D], of an array in its dtype, of a quantized table in float32: rounding is the caller's, to the dtype of
+        its activations.
 
     Raises:
         ValueError: if a QTensor is grouped along V, or is not a matrix.
@@ -156,6 +157,6 @@ def take_rows(table: jax.Array | QTensor | Layout, ids: jax.Array) -> jax.Array:
     if isinstance(table, Layout):
         rows = table.take_rows(jnp.clip(row, 0, height - 1))
     else:
-        rows = dequantize(jax.tree.map(pick, table), table.dtype)
+        rows = dequantize(jax.tree.map(pick, table))
     rows = jnp.where(((row >= 0) & (row < height))[:, None], rows, jnp.nan)
     return rows.reshape(*ids.shape, table.shape[1])

@@ -70,7 +70,7 @@ class QTensor:
             weights `outlier` holds. Both or neither.
         scheme: what a code stands for.
         axis: -2 or -1, the contraction axis of the weight.
-        dtype: of the weight that this stands for, and of rows looked up in it.
+        dtype: of the weight that this stands for.
         activations: how activations are rounded before `einsum` multiplies them with this weight: None, not at all;
             "bfloat16"; "int8-token", to int8 with one scale for each vector along the contraction; "int8-group", with
             one for each of this weight's groups of it. Outlier channels are not rounded to int8, and out of the scales.

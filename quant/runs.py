@@ -122,5 +122,5 @@ def scan_layers(step: Callable[[Any, Any, jax.Array], Any], carry: Any, layers: 
             first_layer = jax.tree.map(lambda array: array.reshape(array.shape[1:]), sliced)
             carry, _ = one(carry, (first_layer, jnp.zeros((), jnp.int32)))
         else:
-            carry, _ = jax.lax.scan(one, carry, (sliced, jnp.arange(length)))
+            carry, _ = jax.lax.scan(one, carry, (sliced, jnp.arange(length, dtype=jnp.int32)))
     return carry

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -14,12 +15,13 @@ import pytest
 import safetensors.numpy
 
 import export.bundle
+import export.cli.export
 import llamajax
-from export.bundle import Bundle, open_bundle, seal, vocabulary_of, write
-from export.runners.common import Text
+from export.bundle import Bundle, open_bundle, seal, write
 from export.stablehlo import Spec
-from export.targets import add_target
-from export.verify import LOGIT_TOLERANCE, verify
+from export.targets import add_target, profile_for
+from export.verify import verify
+from export.vocabulary import TEXTS
 from llamajax.cli import main
 from llamajax.errors import LlamaJaxError
 from tests.isolated import run_isolated
@@ -66,29 +68,6 @@ def test_text_and_full_cache(bundle: Bundle, tiny_int4, tiny_tokenizer) -> None:
     assert [int(token) for token in done.stdout.split()] == expected.tokens
     done = run_jax(bundle.path, f"--ids={','.join(['7'] * 96)}")
     assert done.returncode == 1 and "96 tokens: expected 1 to 95" in done.stderr
-
-
-@pytest.mark.parametrize("source", ["tiny", "box"])
-def test_vocabulary_encodes_like_sentencepiece(source: str, tiny_tokenizer, tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer if source == "tiny" else llamajax.load("box")[1]
-    (tmp_path / "vocabulary.json").write_text(json.dumps(vocabulary_of(tokenizer)))
-    text = Text(Folder(tmp_path))
-    samples = ["", " ", "Once upon a time", "  two  spaces ", "café 日本語 🦊", "12 red apples\n\tunder", "a<s>b</s>"]
-    for sample in samples:
-        ids = text.encode(sample)
-        assert ids == tokenizer.encode(sample), sample
-        spelt = b"".join(text.bytes[token] for token in ids).decode()
-        assert spelt == (" " + sample if sample and text.prefix else sample)
-
-
-class Folder:
-    """As much of a bundle as `Text` asks for."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def file(self, name: str) -> Path:
-        return self.path / name
 
 
 def test_the_same_model_gives_the_same_bytes(bundle: Bundle, tiny_int4, tiny_tokenizer, tmp_path: Path) -> None:
@@ -218,7 +197,19 @@ def test_swapped_arguments_are_caught(copy: Path) -> None:
     seal(copy, manifest)
     (result,) = verify(open_bundle(copy), ["jax"])
     assert not result.held and not result.skipped
-    assert not result.exact or result.largest_logit_error > LOGIT_TOLERANCE
+    assert not result.exact or result.largest_logit_error > result.tolerance
+
+
+def test_runners_compare_the_golden_texts(copy: Path, tiny_tokenizer) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    entries = manifest["golden"]["texts"]
+    assert manifest["tokens"]["refusal"] is None
+    assert [entry["text"] for entry in entries[: len(TEXTS)]] == list(TEXTS) and len(entries) > len(TEXTS)
+    assert [entry["ids"] for entry in entries] == [tiny_tokenizer.encode(entry["text"]) for entry in entries]
+    entries[4]["ids"][-1] += 1
+    seal(copy, manifest)
+    (result,) = verify(open_bundle(copy), ["jax"])
+    assert result.error.startswith(f"{TEXTS[4]!r} gives ids [1, ") and "expected" in result.error
 
 
 def test_a_bundle_of_the_first_version_holds() -> None:
@@ -255,6 +246,24 @@ def test_export_verify_and_run(tiny_int4, tiny_tokenizer, tmp_path: Path, capfd)
         (["run"], 1, "which bundle?"),
         (["export"], 1, "--model and --output are both needed"),
         (["export", "--model=box", "--output=x", "--target=abacus"], 1, "target 'abacus': expected one of iree"),
+        (["export", "--model=box", "--output=x", "--target=iree-abacus"], 1, "expected one of iree-cpu, iree-cpu-host"),
+        (["export", "--model=box", "--output=x", "--target=onnx-2"], 1, "target 'onnx-2': expected one of onnx"),
+        (["export", "--model=box", "--output=x", "--target=tpu"], 1, "expected a name behind it, as tpu:v5e:2x2"),
+        (
+            ["export", "--model=box", "--output=x", "--target=onnx,litert"],
+            1,
+            "no profile for all targets: onnx takes unrolled; litert takes float: write a bundle for each",
+        ),
+        (
+            ["export", "--model=box", "--output=x", "--target=iree-cpu", "--profile=scanned"],
+            1,
+            "profile 'scanned': iree-cpu takes unrolled: expected --profile=unrolled",
+        ),
+        (
+            ["export", "--model=box", "--output=x", "--target=onnx", "--python=onnx=no/python"],
+            1,
+            "target onnx: no/python: No such file or directory",
+        ),
         (["export", "--model=box", "--output=x", "--buckets=a"], 1, "--buckets=a: expected whole numbers"),
         (["export", "--model=box", "--output=x", "--slots=4096"], 1, "4096 slots: the model's context is 512"),
         (["export", "--bundle=x"], 1, "--bundle goes with --target"),
@@ -267,6 +276,46 @@ def test_errors_are_one_line(argv: list[str], code: int, message: str, tmp_path:
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1, err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_profile_is_chosen_for_all_targets() -> None:
+    assert profile_for([]) == "scanned" and profile_for([], "cpu") == "cpu"
+    assert profile_for(["iree-cpu"]) == profile_for(["savedmodel", "onnx", "tpu:v5e:2x2"]) == "unrolled"
+    assert profile_for(["coreml", "savedmodel"]) == "float" and profile_for(["savedmodel"], "float") == "float"
+
+
+def test_a_toolchain_that_is_not_there_is_found_before_anything_is_written(tmp_path: Path, monkeypatch, capsys) -> None:
+    empty = tmp_path / "python"  # with a Python that has no packages, and nothing beside it
+    empty.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    empty.chmod(0o755)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    for target, message in {"iree-cpu": "no iree-compile beside", "savedmodel": "has no tensorflow"}.items():
+        argv = ["export", "--model=box", f"--output={tmp_path / 'out'}", f"--target={target}"]
+        assert main([*argv, f"--python={target}={empty}"]) == 1
+        err = capsys.readouterr().err
+        assert f"target {target}: " in err and message in err and f"--python={target}=PATH" in err, err
+        assert list(tmp_path.iterdir()) == [empty]
+
+
+def test_a_target_that_fails_leaves_no_bundle(tiny_int4, tiny_tokenizer, tmp_path: Path, monkeypatch, capsys) -> None:
+    llamajax.save_checkpoint(tiny_int4, tmp_path / "model", tokenizer=tiny_tokenizer)
+
+    def write(model, tokenizer, path: Path, spec: Spec, source: str) -> Bundle:
+        path.mkdir()
+        (path / "file").touch()
+        return Bundle(path, {"profile": spec.profile.name})
+
+    def fail(bundle: Bundle, target: str, python: str) -> Bundle:
+        assert bundle.manifest["profile"] == "unrolled"
+        raise LlamaJaxError(f"target {target}: out of luck")
+
+    monkeypatch.setattr(export.cli.export, "write", write)
+    monkeypatch.setattr(export.cli.export, "add_target", fail)
+    monkeypatch.setattr(export.cli.export, "check_toolchain", lambda target, python: None)
+    argv = [f"--model={tmp_path}/model", f"--output={tmp_path}/out", "--slots=16", "--buckets=4", "--target=iree-cpu"]
+    assert main(["export", *argv]) == 1
+    assert capsys.readouterr().err == "llamajax: target iree-cpu: out of luck\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_target_that_fails_changes_nothing(copy: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import export.targets
 import llamajax
-from export.bundle import Bundle, write
+from export.bundle import Bundle, seal, write
 from export.stablehlo import PROFILES, Spec
 from export.targets import add_target
 from llamajax.errors import LlamaJaxError
@@ -52,6 +52,24 @@ def test_several_rows_and_a_bfloat16_cache(tiny_int4, tmp_path: Path) -> None:
     assert [int(token) for token in made.split()] == expected.tokens
 
 
+def test_a_module_for_another_processor_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    processor = bundle.manifest["targets"]["iree-cpu"]["processor"]
+    # Nothing of the machine that it was made on, but for its kind.
+    assert processor["name"] in ("x86-64-v3", "generic")
+    assert not any(feature.startswith("avx512") for feature in processor["features"])
+    shutil.copytree(bundle.path, tmp_path / "copy")
+    for changes, message in (
+        ({"features": [*processor["features"], "avx1024"]}, "compiled for a processor with avx1024, which this one"),
+        ({"machine": "pdp11"}, "compiled for a processor with pdp11, which this one"),
+    ):
+        manifest = json.loads(json.dumps(bundle.manifest))
+        manifest["targets"]["iree-cpu"]["processor"].update(changes)
+        seal(tmp_path / "copy", manifest)
+        done = run_isolated(tmp_path / "copy", "--ids=1,5", runner="run_iree.py", hidden=("jax",))
+        assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+        assert message in done.stderr
+
+
 def test_weights_stay_packed(bundle: Bundle) -> None:
     from iree import runtime
 
@@ -79,6 +97,14 @@ def test_native_tool_gives_the_same_tokens(bundle: Bundle, tiny_int4) -> None:
     assert done.returncode == 0, done.stderr
     expected = llamajax.generate(tiny_int4, None, IDS[:4], temperature=0, max_new_tokens=6)
     assert [int(token) for token in done.stdout.split()] == expected.tokens
+    for arguments, message in (
+        (["6", "1", "320"], "id 320: expected 0 to 319"),
+        (["6", "1", "-1"], "id -1: expected 0 to 319"),
+        (["6", *"12345"], "5 ids: expected at most 4, the smallest bucket"),
+        (["97", "1"], "1 ids and 97 tokens: expected at most 96 + 1 in all"),
+    ):
+        done = subprocess.run(["sh", script, bundle.path, *arguments], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (1, "") and message in done.stderr, done
 
 
 def test_loops_are_refused(tiny_int4, tmp_path: Path) -> None:

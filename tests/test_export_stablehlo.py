@@ -1,5 +1,7 @@
 """Exported programs: what they compute, beside the float64 LLaMA; what they must not contain; names and order."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,6 +116,22 @@ def test_layers_of_different_schemes(tmp_path) -> None:
         np.testing.assert_allclose(results["logits"][0], expected_logits(model, TOKENS)[-1], atol=1e-4)
 
 
+@pytest.mark.parametrize("profile", ["unrolled", "cpu"])
+def test_tables_made_of_a_bfloat16_weight_are_looked_up_in_float32(profile: str) -> None:
+    """As a model that was quantized in bfloat16 and loaded as float32; in-process and exported."""
+    model = packed()
+    model.embed_VD.set_value(dataclasses.replace(model.embed_VD.get_value(), dtype=np.dtype(jnp.bfloat16)))
+    spec = Spec(slots=16, buckets=(12,), profile=PROFILES[profile])
+    programs, weights = lower(model, spec), parameters(model, spec.profile)
+    expected = expected_logits(model, TOKENS)
+    np.testing.assert_allclose(model(TOKENS[None])[0][0], expected, atol=1e-4)
+    if "prepare" in programs:
+        weights = execute(programs["prepare"], weights, {})
+    inputs = {"tokens": TOKENS[None], "count": row(12), "length": row(0), **empty_state(programs["decode"])}
+    results = execute(programs["prefill_12"], weights, inputs)
+    np.testing.assert_allclose(results["logits"][0], expected[-1], atol=1e-4)
+
+
 @pytest.mark.parametrize("profile", ["scanned", "unrolled"])
 def test_rows_of_different_length(profile: str) -> None:
     model = packed()
@@ -162,6 +180,23 @@ def test_sample_draws_what_generate_draws() -> None:
     results = execute(program, {}, inputs)
     np.testing.assert_array_equal(results["token"], expected_B)
     np.testing.assert_allclose(results["log_probability"], log_probability_B, atol=1e-6)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_rows_of_temperature_0_get_the_likeliest_token(top_p: float) -> None:
+    program = lower(packed(), Spec(batch=5, slots=16, buckets=(4,), programs=("sample",)))["sample"]
+    logits_BV = np.random.default_rng(0).normal(size=(5, 48)).astype(np.float32)
+    logits_BV[1] -= 100  # all negative, and a cold distribution of which float32 would overflow
+    key_B2 = np.asarray(jax.random.key_data(jax.vmap(jax.random.key)(jnp.arange(5, dtype=jnp.uint32))))
+    knobs = {"temperature": np.asarray([0, 0, 1e-40, 1e-6, 50], np.float32), "top_p": np.full(5, top_p, np.float32)}
+    inputs = {"logits": logits_BV, "key": key_B2, "length": np.arange(5, dtype=np.int32), **knobs}
+    results = execute(program, {}, {**inputs, "top_k": np.full(5, 48, np.int32)})
+    likeliest_B = logits_BV.argmax(axis=1)
+    np.testing.assert_array_equal(results["token"][:4], likeliest_B[:4])
+    assert results["token"][4] != likeliest_B[4]  # by its key: nearly uniform
+    probability_BV = softmax(logits_BV.astype(np.float64))
+    expected = np.log(probability_BV[np.arange(5), results["token"]])
+    np.testing.assert_allclose(results["log_probability"], expected, atol=1e-5)
 
 
 def test_every_profile_is_tried() -> None:
@@ -281,3 +316,23 @@ def test_rounded_activations_are_refused(kind: str) -> None:
     rounded = llamajax.with_activations(packed(), kind)
     with pytest.raises(LlamaJaxError, match=f"rounded activations .{kind}.*: .* --activations=float32"):
         lower(rounded, Spec(slots=16, buckets=(4,)))
+
+
+def test_arguments_that_make_no_sense_give_nan() -> None:
+    model = packed()
+    spec = Spec(batch=10, slots=32, buckets=(4,), drafts=3, programs=("verify", "score", "embed"))
+    programs, weights = lower(model, spec), parameters(model, spec.profile)
+    tokens, count = np.tile(TOKENS[:4], (10, 1)), np.full(10, 4, np.int32)
+    tokens[:3, 2] = -1, 48, 2**31 - 1  # outside the vocabulary
+    count[3:6] = 0, -1, 5
+    for name, program in programs.items():
+        T = 1 if name == "decode" else 4
+        length = np.zeros(10, np.int32)
+        length[6:10] = -1, 33 - T, 2**31 - 1, 32 - T
+        inputs = {"tokens": tokens, "token": tokens[:, 2], "count": count, "length": length, **empty_state(program)}
+        result = next(iter(execute(program, weights, inputs).values()))
+        wrong = {0, 1, 2}
+        wrong |= {3, 4, 5} if "count" in {value.name for value in program.inputs} else set()
+        wrong |= {6, 7, 8} if "length" in {value.name for value in program.inputs} else set()
+        assert {row for row in range(10) if np.isnan(result[row]).any()} == wrong, name
+        assert np.isfinite(result[9]).all(), name

@@ -315,3 +315,12 @@ def test_filters_are_theirs(names, seed):
     np.testing.assert_allclose(actual[kept], expected[kept], rtol=1e-6)
     cuts = {"top_k", "top_p", "min_p"} & set(names)
     assert kept.all() != bool(cuts) and not np.array_equal(actual, logits)
+
+
+def test_top_p_keeps_as_many_of_equally_likely_tokens_as_theirs():
+    """Which of them, their sort leaves open; ours are those of lower id."""
+    logits = np.random.default_rng(0).integers(-3, 4, (64, 64)).astype(np.float32)
+    expected = np.isfinite(transformers.TopPLogitsWarper(0.8)(None, torch.tensor(logits)).numpy())
+    actual = np.asarray(filter_logits(jnp.asarray(logits), make_sampler(top_p=0.8))) > -1e29
+    np.testing.assert_array_equal(actual.sum(axis=1), expected.sum(axis=1))
+    assert (actual != expected).any() and not actual.all()

@@ -1,5 +1,6 @@
 """Sampling: which tokens the knobs keep, that draws follow what is left, that rows are independent."""
 
+import dataclasses
 import math
 
 import jax
@@ -49,8 +50,8 @@ def _expected_filter(logits: np.ndarray, seen: np.ndarray, knobs: dict) -> tuple
     power = np.exp(x - x.max())
     probability = np.where(kept, power, 0) / power[kept].sum()
     for i in np.flatnonzero(left):
-        # Top-p: the likelier tokens do not have the probability yet.
-        before = np.sum(probability[x > x[i]])
+        # Top-p: the tokens before it, likelier or as likely and of lower id, do not have the probability yet.
+        before = np.sum(probability[(x > x[i]) | ((x == x[i]) & (np.arange(V) < i))])
         # Min-p: at least this fraction of the likeliest's probability.
         kept[i] &= (before < knobs["top_p"] or knobs["top_p"] == 1) and power[i] >= knobs["min_p"]
         unsure[i] |= abs(before - knobs["top_p"]) < MARGIN and knobs["top_p"] < 1
@@ -116,6 +117,18 @@ def test_known_example():
     assert kept(top_k=2, top_p=0.6) == [2]
 
 
+def test_top_p_keeps_the_fewest_of_equally_likely_tokens():
+    """Of four they are the first one to four, wherever a knob before it excludes others."""
+    logits = np.full((7, V), -3.0, np.float32)
+    logits[:, [1, 2, 4, 9]] = 1.0
+    top_p = [0.1, 0.25, 0.26, 0.5, 0.74, 0.76, 1.0]
+    filtered = np.asarray(_filter(logits, make_sampler(top_k=4, top_p=top_p)))
+    for row, fewest in zip(filtered, [1, 1, 2, 2, 3, 4, 4], strict=True):
+        assert np.flatnonzero(row > -1e29).tolist() == [1, 2, 4, 9][:fewest]
+    flat = np.asarray(filter_logits(np.zeros((1, 1024), np.float32), make_sampler(top_p=0.25)))
+    assert np.flatnonzero(flat[0] > -1e29).tolist() == list(range(256))
+
+
 # ---- What is drawn --------------------------------------------------------------------------------------------------
 
 
@@ -130,6 +143,59 @@ def test_greedy_is_argmax_and_ignores_keys(penalty):
         token, _ = _sample(logits, jax.random.split(jax.random.key(seed), 32), sampler, seen)
         np.testing.assert_array_equal(token, penalized.argmax(axis=1))
         assert token.dtype == jnp.int32
+
+
+def _tied(rng: np.random.Generator, rows: int) -> np.ndarray:
+    return rng.integers(-3, 4, (rows, V)).astype(np.float32)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"top_k": 9, "top_p": 0.3, "min_p": 1.0, "repetition_penalty": 1.3}])
+def test_rows_of_temperature_0_get_the_likeliest_token(knobs):
+    """Beside rows that are sampled, which draw what they draw alone; and where temperatures are traced."""
+    rng, n = np.random.default_rng(0), 64
+    logits, seen = _tied(rng, n), rng.random((n, V)) < 0.5
+    logits[: n // 2] *= 1e30
+    key = jax.random.split(jax.random.key(0), n)
+    temperature = np.where(np.arange(n) % 2, 1.0, 0.0)
+    token, log_probability = _sample(logits, key, make_sampler(temperature=temperature, **knobs), seen)
+    assert np.isfinite(log_probability).all()
+    greedy, _ = _sample(logits, key, make_sampler(temperature=0, **knobs), seen)
+    warm, _ = _sample(logits, key, make_sampler(temperature=1.0, **knobs), seen)
+    penalty = knobs.get("repetition_penalty", 1)
+    penalized = np.where(seen, np.where(logits > 0, logits / np.float32(penalty), logits * np.float32(penalty)), logits)
+    np.testing.assert_array_equal(greedy, penalized.argmax(axis=1))
+    np.testing.assert_array_equal(token, np.where(temperature == 0, greedy, warm))
+
+    @jax.jit
+    def traced(temperature):
+        sampler = dataclasses.replace(make_sampler(temperature=1.0, **knobs), temperature=temperature)
+        return sample(logits, key, sampler, seen)[0], filter_logits(logits, sampler, seen)
+
+    for cold in (0.0, -0.0, 1e-45, 9e-5):
+        token, filtered = traced(jnp.full(n, cold, jnp.float32))
+        np.testing.assert_array_equal(token, greedy)
+        assert np.isfinite(filtered).all()
+
+
+def test_draws_are_those_of_jax_random_categorical():
+    """The noise is added here; seeds that people have written down must go on giving the same text."""
+    logits = np.random.default_rng(0).standard_normal((100, V)).astype(np.float32)
+    key = jax.random.split(jax.random.key(3), 100)
+    expected = jax.vmap(jax.random.categorical)(key, logits)
+    np.testing.assert_array_equal(_sample(logits, key, make_sampler())[0], expected)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_the_log_probability_says_that_logits_are_not_finite(bad, temperature):
+    """Of that row alone. Minus infinity is a token that cannot come, and nothing wrong."""
+    logits = np.random.default_rng(0).standard_normal((3, V)).astype(np.float32)
+    logits[1, 5], logits[2, 5] = bad, -np.inf
+    token, log_probability = _sample(
+        logits, jax.random.split(jax.random.key(0), 3), make_sampler(temperature=temperature)
+    )
+    np.testing.assert_array_equal(np.isfinite(log_probability), [True, False, True])
+    assert token[2] != 5
 
 
 @pytest.mark.parametrize(
@@ -200,6 +266,19 @@ def test_one_value_a_row_equals_each_row_with_its_value():
         np.testing.assert_array_equal(together[i], _filter(logits[i : i + 1], sampler, seen[i : i + 1])[0])
 
 
+def test_numbers_of_numpy_and_jax_are_those_of_python():
+    rows = {"temperature": [0.5, 1.0], "top_k": [12, 5], "top_p": [0.5, 1.0], "min_p": [0.0, 0.25]}
+    expected = jax.tree.leaves(make_sampler(**rows))
+    kinds = [np.asarray, jnp.asarray, tuple, lambda values: [np.asarray(value)[()] for value in values]]
+    kinds.append(lambda values: [jnp.asarray(value) for value in values])
+    for kind in kinds:
+        actual = jax.tree.leaves(make_sampler(**{name: kind(values) for name, values in rows.items()}))
+        assert all(map(np.array_equal, actual, expected)) and [x.dtype for x in actual] == [x.dtype for x in expected]
+    for half in (np.float32(0.5), np.float16(0.5), jnp.bfloat16(0.5), jnp.asarray(0.5), np.asarray(0.5, jnp.bfloat16)):
+        assert make_sampler(temperature=half).temperature == 0.5
+    assert make_sampler(temperature=np.float32(0), top_k=np.int8(3)).temperature is None
+
+
 # ---- The knobs ------------------------------------------------------------------------------------------------------
 
 WHOLE, PENALTY = r"expected a whole number from 1 to 2\*\*30", "expected a positive number, 1 for none"
@@ -216,11 +295,12 @@ TEMPERATURE = r"expected 0 \(greedy\) or a finite number of at least 1e-4"
         ("temperature", [1.0, "hot"], f"temperature is 'hot': {TEMPERATURE}"),
         ("temperature", True, f"temperature is True: {TEMPERATURE}"),
         ("temperature", [1.0, -2.0], f"temperature is -2.0: {TEMPERATURE}"),
-        (
-            "temperature",
-            [1.0, 0.0],
-            r"temperature is \[1.0, 0.0\]: expected 0 \(greedy, for all rows\) or at least 1e-4",
-        ),
+        ("temperature", [1.0, 1e-5], r"temperature is \[1.0, 1e-05\]: expected 0 \(greedy\) or at least 1e-4"),
+        ("temperature", np.float32(-1), f"temperature is -1.0: {TEMPERATURE}"),
+        ("temperature", np.bool_(True), f"temperature is True: {TEMPERATURE}"),
+        ("temperature", np.array([1.0, np.inf]), f"temperature is inf: {TEMPERATURE}"),
+        ("temperature", b"1", f"temperature is b'1': {TEMPERATURE}"),
+        ("top_k", np.float32(3), f"top_k is 3.0: {WHOLE}"),
         ("top_k", 0, f"top_k is 0: {WHOLE}"),
         ("top_k", 2.0, f"top_k is 2.0: {WHOLE}"),
         ("top_k", True, f"top_k is True: {WHOLE}"),

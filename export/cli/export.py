@@ -1,5 +1,6 @@
 """`llamajax export`: a bundle of StableHLO programs and packed weights, and what other runtimes need of it."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from rich.table import Table
 
 from export.bundle import Bundle, open_bundle, write
 from export.stablehlo import OPTIONAL_PROGRAMS, PROFILES, Spec
-from export.targets import add_target, kind_of
+from export.targets import add_target, check_toolchain, kind_of, profile_for
 from llamajax.cli.common import (
     chosen_activations,
     chosen_dtype,
@@ -24,13 +25,13 @@ from llamajax.cli.common import (
     tokenizer_if_any,
 )
 from llamajax.errors import LlamaJaxError
-from llamajax.files import check_absent
+from llamajax.files import check_absent, new_folder
 
 SUMMARY = "write a bundle that other runtimes execute: programs, weights, golden prompts"
 EXAMPLES = (
     "llamajax export --model=box-int4 --output=box.bundle",
     "llamajax export --model=box-int4 --output=box.bundle --slots=256 --buckets=16,64 --programs=verify,score",
-    "llamajax export --model=box-int4 --output=box.bundle --profile=unrolled --target=iree-cpu,onnx",
+    "llamajax export --model=box-int4 --output=box.bundle --target=iree-cpu,onnx",
     "llamajax export --bundle=box.bundle --target=tpu:v5e:2x2,cuda:h100",
     "llamajax export --bundle=box.bundle --target=savedmodel --python=savedmodel=path/to/env/bin/python",
 )
@@ -72,8 +73,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_list(
         "target",
         [],
-        "what to build of the bundle for other runtimes: iree-cpu, onnx, savedmodel, litert, coreml, tpu:TOPOLOGY, "
-        "cuda:CARD; the README lists them",
+        "what to build of the bundle for other runtimes: iree-cpu (any machine of this kind), iree-cpu-host "
+        "(this processor), onnx, savedmodel, litert, coreml, tpu:TOPOLOGY, cuda:CARD; the README lists them",
         flag_values=values,
     )
     define_python(values)
@@ -105,26 +106,40 @@ def pythons(values: flags.FlagValues) -> dict[str, str]:
 def run(values: flags.FlagValues) -> None:
     """Writes the bundle, then each target into it; what exists already stays whole."""
     named = pythons(values)
-    kinds = {target: kind_of(target) for target in values.target}
+    # Python by target, each once.
+    targets = {target: named.get(target, named.get(kind_of(target), sys.executable)) for target in values.target}
+    if values.bundle and (values.model or values.output or not targets):
+        raise LlamaJaxError("--bundle goes with --target, and without --model and --output")
+    if not values.bundle and not (values.model and values.output):
+        raise LlamaJaxError("--model and --output are both needed, or --bundle: see llamajax export --help")
     if values.bundle:
-        if values.model or values.output or not kinds:
-            raise LlamaJaxError("--bundle goes with --target, and without --model and --output")
         bundle = open_bundle(values.bundle)
+        profile_for(values.target, bundle.manifest["profile"])
     else:
-        if not values.model or not values.output:
-            raise LlamaJaxError("--model and --output are both needed, or --bundle: see llamajax export --help")
-        bundle = _write(values, set(kinds.values()))
-    for target, kind in kinds.items():
-        with spinner(f"building {target}"):
-            bundle = add_target(bundle, target, named.get(target, named.get(kind, sys.executable)))
+        check_absent(Path(values.output))
+        profile = profile_for(values.target, values.profile)
+    for target, python in targets.items():
+        check_toolchain(target, python)
+    if values.bundle:
+        bundle = _build(bundle, targets)
+    else:
+        output = Path(values.output)
+        with new_folder(output) as folder:
+            folder.rmdir()  # `write` makes it
+            bundle = _build(_write(values, folder, profile), targets)
+        bundle = dataclasses.replace(bundle, path=output)
     _print(bundle)
 
 
-def _write(values: flags.FlagValues, kinds: set[str]) -> Bundle:
-    output = Path(values.output)
-    check_absent(output)
-    needed = {"float"} if kinds & {"litert", "coreml"} else {"unrolled"} if kinds & {"onnx"} else set()
-    profile = values.profile or next(iter(needed), "scanned")
+def _build(bundle: Bundle, targets: dict[str, str]) -> Bundle:
+    """Adds targets, each by its Python."""
+    for target, python in targets.items():
+        with spinner(f"building {target}"):
+            bundle = add_target(bundle, target, python)
+    return bundle
+
+
+def _write(values: flags.FlagValues, folder: Path, profile: str) -> Bundle:
     opened = open_named(values, values.model)
     tokenizer = tokenizer_if_any(values, opened)
     try:
@@ -142,8 +157,8 @@ def _write(values: flags.FlagValues, kinds: set[str]) -> Bundle:
         profile=PROFILES[profile],
     )
     model = read_model(opened, chosen_dtype(values), activations=chosen_activations(values))
-    with spinner(f"writing {output}"):
-        return write(model, tokenizer, output, spec, source=opened.description)
+    with spinner(f"writing {values.output}"):
+        return write(model, tokenizer, folder, spec, source=opened.description)
 
 
 def _print(bundle: Bundle) -> None:

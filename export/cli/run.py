@@ -41,7 +41,6 @@ def run(values: flags.FlagValues) -> None:
         raise LlamaJaxError("which bundle? llamajax run BUNDLE --prompt=…")
     bundle = open_bundle(values.bundle)
     arguments = [f"--{name}={values[name].value}" for name in ("max_new_tokens", "temperature", "seed")]
-    arguments.append(f"--ids={values.ids}" if values.ids else f"--prompt={values.prompt}")
+    arguments.append(f"--prompt={values.prompt}" if values.ids is None else f"--ids={values.ids}")
     python = pythons(values).get(values.runtime, sys.executable)
-    if code := run_bundle(bundle, values.runtime, python, arguments):
-        raise LlamaJaxError(f"{bundle.path}: runtime {values.runtime} failed with exit code {code}")
+    run_bundle(bundle, values.runtime, python, arguments)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from typing import Any
 
 from absl import flags
 from rich.table import Table
@@ -45,7 +46,7 @@ def run(values: flags.FlagValues) -> None:
         with spinner(f"running on {name}"):
             results.append(next(attempts))
     if values.json:
-        print(json.dumps([{**dataclasses.asdict(result), "held": result.held} for result in results], default=str))
+        print(json.dumps([_plain(result) for result in results], allow_nan=False))
     else:
         _print(results)
     failed = [result.runtime for result in results if not result.skipped and not result.held]
@@ -55,14 +56,30 @@ def run(values: flags.FlagValues) -> None:
         raise LlamaJaxError(f"{bundle.path}: no runtime for it is here: nothing was verified")
 
 
+def _plain(result: Result) -> dict[str, Any]:
+    """The fields for JSON, which has no numbers that are not finite."""
+    fields = dataclasses.asdict(result)
+    return {key: None if value in (math.inf, -math.inf) else value for key, value in fields.items()}
+
+
 def _print(results: list[Result]) -> None:
     table = Table(box=None, pad_edge=False)
-    for column in ("runtime", "held", "tokens", "largest logit error", "load s", "tokens/s", "resident", ""):
+    for column in (
+        "runtime",
+        "held",
+        "tokens",
+        "largest logit error",
+        "of at most",
+        "load s",
+        "tokens/s",
+        "resident",
+        "",
+    ):
         table.add_column(column, justify="left" if column in ("runtime", "held", "") else "right")
     for result in results:
         if result.skipped or result.error:
             state = "-" if result.skipped else "NO"
-            table.add_row(result.runtime, state, "", "", "", "", "", result.skipped or result.error)
+            table.add_row(result.runtime, state, "", "", "", "", "", "", result.skipped or result.error)
             continue
         error = f"{result.largest_logit_error:.1e}" if math.isfinite(result.largest_logit_error) else "not finite"
         table.add_row(
@@ -70,6 +87,7 @@ def _print(results: list[Result]) -> None:
             "yes" if result.held else "NO",
             f"{result.tokens} {'same' if result.exact else 'differ'}",
             error,
+            f"{result.tolerance:.1e}",
             f"{result.load_seconds:.2f}",
             f"{result.tokens_per_second:.1f}",
             readable_bytes(result.resident_bytes),

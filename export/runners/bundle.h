@@ -17,12 +17,13 @@ typedef struct { const char *data; PJRT_Buffer_Type type; int64_t axes[MOST_AXES
 
 #define FAIL(...) (fprintf(stderr, __VA_ARGS__), fputc('\n', stderr), exit(1))
 
-/* A file of the bundle, which is the current folder, mapped into memory. */
+/* A file of the bundle, which is the current folder, mapped into memory: a regular one, no link. */
 static Text map(const char *name) {
   struct stat info = {0};
-  int file = *name == '/' || strstr(name, "..") ? -1 : open(name, O_RDONLY);
-  char *data = fstat(file, &info) ? MAP_FAILED : mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_PRIVATE, file, 0);
-  if (data == MAP_FAILED) FAIL("%s: expected a file of a bundle", name);
+  int file = *name == '/' || strstr(name, "..") ? -1 : open(name, O_RDONLY | O_NONBLOCK | O_NOFOLLOW);
+  int regular = !fstat(file, &info) && S_ISREG(info.st_mode);
+  char *data = regular ? mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_PRIVATE, file, 0) : MAP_FAILED;
+  if (data == MAP_FAILED) FAIL("%s: expected a regular file of a bundle", name);
   return (Text){data, data + info.st_size};
 }
 

@@ -9,6 +9,10 @@
 set -eu
 bundle=$1 tokens=$2
 shift 2
+fail() { echo "$*" >&2; exit 1; }
+for file in manifest.json weights.safetensors "targets/${TARGET:-iree-cpu}/model.vmfb"; do
+  [ -f "$bundle/$file" ] && [ ! -L "$bundle/$file" ] || fail "$bundle/$file: expected a regular file"
+done
 work=$(mktemp -d)
 trap 'rm -r "$work"' EXIT
 
@@ -20,15 +24,26 @@ step() {
     --parameters=model="$bundle/weights.safetensors" --function="$function" "$@" \
     --output=- --output=@"$work/key.npy" --output=@"$work/value.npy" --output_max_element_count=1000000 >"$work/out"
   sed -n 's/^1x[0-9]*xf32=\[\(.*\)\]$/\1/p' "$work/out" | tr ' ' '\n' |
-    awk 'NR == 1 || $1 > most { most = $1; id = NR - 1 } END { print id }'
+    awk '/n/ { bad = 1 } NR == 1 || $1 + 0 > most { most = $1 + 0; id = NR - 1 } END { if (NR && !bad) print id }' \
+      >"$work/id" # with an n: nan, inf
+  [ -s "$work/id" ] || fail "$function: logits that are not finite, or none"
+  cat "$work/id"
 }
 
 # The manifest says how the state is shaped: zeros at first. The first bucket is the smallest prefill program.
-manifest=$(tr -d ' \n' <"$bundle/manifest.json")
-shape=$(echo "$manifest" | sed 's/.*"name":"key","dtype":"float32","shape":\[\([0-9,]*\)\].*/\1/' | tr , x)
-bucket=$(echo "$manifest" | sed 's/.*"buckets":\[\([0-9]*\).*/\1/')
+manifest=$(head -c 16777216 "$bundle/manifest.json" | tr -d ' \n')
+read_number() { echo "$manifest" | sed -n "s/.*$1\([0-9]\{1,9\}\)[],}].*/\1/p" | grep . || fail "manifest.json: no $2"; }
+shape=$(echo "$manifest" | sed -n 's/.*"name":"key","dtype":"float32","shape":\[\([0-9,]*\)\].*/\1/p' | tr , x)
+[ -n "$shape" ] || fail "manifest.json: no cache of float32"
+bucket=$(read_number '"buckets":\[' buckets)
+slots=$(read_number '"slots":' slots)
+vocabulary=$(read_number '"vocab_size":' vocabulary)
 length=$# padded=$*
-[ "$length" -le "$bucket" ] || { echo "$length ids: expected at most $bucket, the smallest bucket" >&2; exit 1; }
+[ "$length" -le "$bucket" ] || fail "$length ids: expected at most $bucket, the smallest bucket"
+[ "$((length + tokens - 1))" -le "$slots" ] || fail "$length ids and $tokens tokens: expected at most $slots + 1 in all"
+for id; do
+  [ "$id" -ge 0 ] && [ "$id" -lt "$vocabulary" ] || fail "id $id: expected 0 to $((vocabulary - 1))"
+done
 for _ in $(seq $((bucket - length))); do padded="$padded 0"; done
 
 id=$(step "prefill_$bucket" --input="1x${bucket}xi32=$padded" --input="1xi32=$length" --input=1xi32=0 \

@@ -122,7 +122,10 @@ static int run(PJRT_Program *program, Text weights, Text entry) {
     replace(&results[0], NULL);
     if (at < 0) continue;
     token = 0;
-    for (int32_t i = 1; i < logits.bytes / 4; i++) token = row[i] > row[token] ? i : token;
+    for (int32_t i = 0; i < logits.bytes / 4; i++) {
+      if (row[i] - row[i] != 0) FAIL("the logits behind %d tokens are not finite", length + 1);
+      token = row[i] > row[token] ? i : token;
+    }
     wrong += memcmp(&token, tokens.data + at, 4) != 0;
     printf("%d ", token);
   }

@@ -1,12 +1,30 @@
 """Runs a bundle with iree-base-runtime: IREE_TARGET=iree-vulkan chooses a module, IREE_DRIVER=local-sync a driver."""
 
 import os
+import platform
+import re
 from importlib import metadata
 
 import numpy as np
 from iree import runtime
 
-from export.runners.common import main
+from export.runners.runner import main
+
+# Of the targets there are: in another, IREE would see the address of a device.
+DRIVERS = ("local-task", "cuda", "hip", "metal", "vulkan")
+
+
+def check_processor(target, processor):
+    """Refuses a module for another processor: it would end the process, with no word, when it runs."""
+    here = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    missing = [] if processor["machine"] == here else [processor["machine"]]
+    if os.path.exists("/proc/cpuinfo") and not missing:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            have = re.search(r"^(flags|Features)\s*: (.*)$", file.read(), re.MULTILINE)
+        missing = sorted(set(processor["features"]) - set(have[2].split())) if have else []
+    if missing:
+        fault = f"compiled for a processor with {', '.join(missing)}, which this one ({here}) is not"
+        raise SystemExit(f"target {target}: {fault}: export it for another target, or here")
 
 
 class Session:
@@ -17,6 +35,10 @@ class Session:
         name = os.environ.get("IREE_TARGET") or next((name for name in targets if name.startswith("iree-")), "iree-cpu")
         if name not in targets:
             raise SystemExit(f"{bundle.path}: no target {name}: export it with --profile=unrolled --target={name}")
+        if targets[name]["driver"] not in DRIVERS:
+            raise SystemExit(f"{bundle.path}: driver {targets[name]['driver']!r}: expected one of {DRIVERS}")
+        if "processor" in targets[name]:
+            check_processor(name, targets[name]["processor"])
         driver = os.environ.get("IREE_DRIVER", targets[name]["driver"])
         self.name, self._bundle = f"iree {metadata.version('iree-base-runtime')} {name} {driver}", bundle
         config, index = runtime.Config(driver), runtime.ParameterIndex()

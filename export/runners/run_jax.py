@@ -6,16 +6,25 @@ from jax.extend import backend
 from jaxlib import _jax
 from jaxlib.mlir.dialects import stablehlo
 
-from export.runners.common import main
+from export.runners.runner import main
+
+# All that bundles ask of XLA. Other options write files, or load them.
+OPTIONS = {"xla_cpu_prefer_vector_width": ["512"]}
+# TensorFloat-32 and bfloat16, to which GPUs and TPUs round what they multiply.
+ROUNDING_OF_PRODUCTS = {"gpu": 2.0**-11, "tpu": 2.0**-8}
 
 
 class Session:
     """Weights and state on the first device; a program is compiled when it is first run."""
 
     def __init__(self, bundle):
+        for name, value in bundle.manifest["compiler_options"].items():
+            if value not in OPTIONS.get(name, []):
+                raise SystemExit(f"{bundle.path}: compiler option {name}={value!r}: expected one of {OPTIONS}")
         self.name = f"jax {jax.__version__}"
         self._bundle, self._programs = bundle, {}
         self._client, self._device = backend.get_backend(), jax.devices()[0]
+        self.product = ROUNDING_OF_PRODUCTS.get(self._device.platform, 0.0)
         arrays = bundle.tensors("weights.safetensors")
         names = [weight["name"] for weight in bundle.manifest["weights"]]
         self._weights = [jax.device_put(arrays[name], self._device) for name in names]

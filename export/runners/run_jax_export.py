@@ -4,7 +4,10 @@ import jax
 import jax.export
 import numpy as np
 
-from export.runners.common import main
+from export.runners.runner import main
+
+# TensorFloat-32 and bfloat16, to which GPUs and TPUs round what they multiply.
+ROUNDING_OF_PRODUCTS = {"gpu": 2.0**-11, "tpu": 2.0**-8}
 
 
 class Session:
@@ -12,6 +15,7 @@ class Session:
 
     def __init__(self, bundle):
         self.name = f"jax.export {jax.__version__}"
+        self.product = ROUNDING_OF_PRODUCTS.get(jax.default_backend(), 0.0)
         self._bundle, self._programs = bundle, {}
         arrays = bundle.tensors("weights.safetensors")
         self._weights = [jax.device_put(arrays[weight["name"]]) for weight in bundle.manifest["weights"]]

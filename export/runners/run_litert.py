@@ -5,7 +5,7 @@ import importlib.metadata
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 
-from export.runners.common import main
+from export.runners.runner import main
 
 
 class Session:

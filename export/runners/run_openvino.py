@@ -5,7 +5,7 @@ import os
 import numpy as np
 import openvino
 
-from export.runners.common import main
+from export.runners.runner import main
 
 
 class Session:

@@ -7,7 +7,7 @@ os.environ.update(TF_CPP_MIN_LOG_LEVEL="3", TF_ENABLE_ONEDNN_OPTS="0")
 
 import tensorflow as tf
 
-from export.runners.common import main
+from export.runners.runner import main
 
 
 class Session:

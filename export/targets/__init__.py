@@ -1,33 +1,107 @@
 """What other runtimes need beside StableHLO: one file each, run as a script with the Python that has its toolchain.
 
-    python export/targets/iree.py BUNDLE FOLDER iree-cpu      # writes into FOLDER, prints a JSON object
+    python export/targets/to_iree.py BUNDLE FOLDER iree-cpu      # writes into FOLDER, prints a JSON object
 
 A target reads the bundle alone, and imports nothing of llamajax: toolchains pin versions that do not go together, so
 each may live in an environment of its own. What it prints goes into the manifest, with the files that it wrote.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from export.bundle import Bundle, open_bundle, seal
+from export.stablehlo import PROFILES
+from export.targets.to_iree import TARGETS as IREE_TARGETS
 from llamajax.errors import LlamaJaxError
 from llamajax.files import new_folder
 
-# Kind of target, which is its name up to the first "-" or ":", and its script.
+# Kind of target, which is its name up to the first "-" or ":", and its script. A script that had the name of what it
+# imports would import itself.
 SCRIPTS = {
-    "iree": "iree.py",
-    "onnx": "to_onnx.py",  # under its own name it would be what it imports
-    "savedmodel": "savedmodel.py",
-    "litert": "litert.py",
-    "coreml": "coreml.py",
+    "iree": "to_iree.py",
+    "onnx": "to_onnx.py",
+    "savedmodel": "to_savedmodel.py",
+    "litert": "to_litert.py",
+    "coreml": "to_coreml.py",
     "tpu": "ahead_of_time.py",
     "cuda": "ahead_of_time.py",
 }
+
+
+# By kind: the profiles of bundles that it takes, the first being what is chosen for it, and the modules that its
+# script imports. IREE's compiler is a program, which may also be elsewhere on PATH.
+_PROFILES = {
+    "iree": ("unrolled",),
+    "onnx": ("unrolled",),
+    "savedmodel": ("scanned", "unrolled", "float"),
+    "litert": ("float",),
+    "coreml": ("float",),
+}
+_MODULES = {
+    "onnx": ("jax", "onnx"),
+    "savedmodel": ("tensorflow",),
+    "litert": ("tensorflow",),
+    "coreml": ("jax", "coremltools", "stablehlo_coreml"),
+    "tpu": ("jax", "flatbuffers", "libtpu"),
+    "cuda": ("jax", "flatbuffers"),
+}
+
+
+def profile_for(targets: Sequence[str], chosen: str | None = None) -> str:
+    """The profile of a bundle that is to have all these targets.
+
+    Args:
+        targets: as `iree-cpu`.
+        chosen: a profile that is wanted, or None.
+
+    Raises:
+        LlamaJaxError: if no profile suits them all, or not the chosen one.
+    """
+    takes = {target: _PROFILES.get(kind_of(target), tuple(PROFILES)) for target in targets}
+    suitable = [name for name in PROFILES if all(name in names for names in takes.values())]
+    if chosen is None and suitable:
+        return suitable[0]
+    if chosen in suitable:
+        return chosen
+    wanted = "; ".join(f"{target} takes {' or '.join(names)}" for target, names in takes.items())
+    if not suitable:
+        raise LlamaJaxError(f"no profile for all targets: {wanted}: write a bundle for each")
+    raise LlamaJaxError(f"profile {chosen!r}: {wanted}: expected --profile={suitable[0]}")
+
+
+def check_toolchain(target: str, python: str) -> None:
+    """Looks whether a target can be built, before anything is written for it.
+
+    Raises:
+        LlamaJaxError: for a target that does not exist, or a Python that lacks its toolchain.
+    """
+    kind = kind_of(target)
+    if (kind == "iree" and target not in IREE_TARGETS) or (
+        kind in ("onnx", "savedmodel", "litert", "coreml") and target != kind
+    ):
+        known = ", ".join(IREE_TARGETS) if kind == "iree" else kind
+        raise LlamaJaxError(f"target {target!r}: expected one of {known}")
+    if kind in ("tpu", "cuda") and not target.partition(":")[2]:
+        raise LlamaJaxError(f"target {target!r}: expected a name behind it, as tpu:v5e:2x2 or cuda:h100")
+    places = f"{Path(python).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    if kind == "iree" and shutil.which("iree-compile", path=places) is None:
+        raise LlamaJaxError(
+            _lacking(target, f"no iree-compile beside {python} or on PATH: pip install iree-base-compiler")
+        )
+    probe = "import importlib.util as u, sys; print(*(name for name in sys.argv[1:] if u.find_spec(name) is None))"
+    missing = _output(python, ["-I", "-c", probe, *_MODULES.get(kind, ())], target).split()
+    if missing:
+        raise LlamaJaxError(_lacking(target, f"{python} has no {missing[0]}"))
+
+
+def _lacking(target: str, what: str) -> str:
+    return f"target {target}: {what} (another Python with --python={target}=PATH)"
 
 
 def kind_of(target: str) -> str:
@@ -70,7 +144,13 @@ def add_target(bundle: Bundle, target: str, python: str = sys.executable) -> Bun
 
 
 def _run(python: str, command: list[str], target: str) -> dict[str, Any]:
-    """What a script printed.
+    """The JSON object that a script printed in its last line."""
+    entry: Mapping[str, Any] = json.loads(_output(python, command, target).strip().splitlines()[-1])
+    return dict(entry)
+
+
+def _output(python: str, command: list[str], target: str) -> str:
+    """What a Python printed.
 
     Raises:
         LlamaJaxError: if it failed, with the last line that it wrote.
@@ -86,5 +166,4 @@ def _run(python: str, command: list[str], target: str) -> dict[str, Any]:
         raise LlamaJaxError(
             f"target {target}: {lines[-1][:300]} (by {python}: another one with --python={target}=PATH)"
         )
-    entry: Mapping[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return dict(entry)
+    return done.stdout

@@ -698,8 +698,8 @@ def main(arguments):
         sys.exit("usage: to_onnx.py BUNDLE FOLDER onnx")
     try:
         print(json.dumps(convert(Path(arguments[0]), Path(arguments[1]), arguments[2])))
-    except (Error, OSError, KeyError, ValueError) as error:
-        sys.exit(f"{arguments[0]}: {error}")
+    except (Error, OSError, ValueError) as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

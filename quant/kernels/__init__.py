@@ -8,9 +8,15 @@ import math
 from typing import TYPE_CHECKING, Any, Self
 
 import jax
+import jax.numpy as jnp
 
 if TYPE_CHECKING:
     from quant.qtensor import QTensor
+
+
+def start_indices(*values: jax.Array | int) -> list[jax.Array]:
+    """Where a dynamic slice starts, all int32: XLA takes indices of one type, and Python's are int64 under x64."""
+    return [jnp.asarray(value, jnp.int32) for value in values]
 
 
 class Layout:
@@ -63,7 +69,7 @@ class Layout:
         raise NotImplementedError
 
     def take_rows(self, row_n: jax.Array) -> jax.Array:
-        """Rows of a table [M, K], int32 indices in [0, M) -> [n, K] in the table's dtype."""
+        """Rows of a table [M, K], int32 indices in [0, M) -> float32 [n, K]."""
         raise NotImplementedError
 
     # Of the weight; each layout knows where it keeps them.

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quant.kernels import Layout
+from quant.kernels import Layout, start_indices
 from quant.packing import plane_bits
 from quant.qtensor import Plane, QTensor, dequantize
 
@@ -172,12 +172,12 @@ def restore(weight: TiledWeight) -> QTensor:
 
 
 def take_rows(table: TiledWeight, row_n: jax.Array) -> jax.Array:
-    """Rows of a table [M, K], int32 indices in [0, M) -> [n, K] in the table's dtype; only those are dequantized."""
+    """Rows of a table [M, K], int32 indices in [0, M) -> float32 [n, K]; only those are dequantized."""
     pick = lambda plane_tXl: plane_tXl[row_n // LANES, :, row_n % LANES]  # noqa: E731
     rows = dataclasses.replace(jax.tree.map(pick, table.tiles), axis=-1)
     if table.order is not None:
         rows = dataclasses.replace(rows, order=table.order[None])
-    return dequantize(rows, table.dtype)
+    return dequantize(rows)
 
 
 def matmul(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
@@ -214,7 +214,7 @@ def _unrolled(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
     factors = [_split(_factors(x_RCg, width), groups, parts) for width in widths]
     # The planes hold the same elements of a group, if not of each part of it: the first plane's stand for all.
     x_nRu = jnp.sum(_split(_by_slot(x_RCg, widths[0]), groups, parts), axis=(-1, -2))
-    partial_tnRl = jnp.zeros(())
+    partial_tnRl = jnp.zeros((), jnp.float32)
     for group in range(groups):
         sum_nR1 = x_nRu[..., group, None]
         terms = _terms(weight, factors, groups, group)
@@ -303,7 +303,7 @@ def _take(plane: jax.Array, layer: jax.Array | None, groups: int, group: int, k:
     plane_LtXl = plane[None] if layer is None else plane
     L, t, length, lanes = plane_LtXl.shape
     plane_Ltnukl = plane_LtXl.reshape(L, t, -1, groups, count, lanes)
-    start = (0 if layer is None else layer, 0, 0, group, k, 0)
+    start = start_indices(0 if layer is None else layer, 0, 0, group, k, 0)
     n = length // (groups * count)
     return jax.lax.dynamic_slice(plane_Ltnukl, start, (1, t, n, 1, 1, lanes)).reshape(t, n, lanes)
 
@@ -338,7 +338,7 @@ def _by_slabs(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
 
         def take(plane: jax.Array) -> jax.Array:
             size = (*(1 for _ in lead), slab, *plane.shape[-2:])
-            return jax.lax.dynamic_slice(plane, (*lead, first, 0, 0), size).reshape(size[-3:])
+            return jax.lax.dynamic_slice(plane, start_indices(*lead, first, 0, 0), size).reshape(size[-3:])
 
         # A product for each tile: as one, [K, t l], the weights would have to be written in another order.
         weight_tKl = dequantize(jax.tree.map(take, tiles))
@@ -351,7 +351,7 @@ def _by_slabs(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
             precision=jax.lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
         )
-        return jax.lax.dynamic_update_slice(y_tRl, part_tRl, (first, 0, 0))
+        return jax.lax.dynamic_update_slice(y_tRl, part_tRl, start_indices(first, 0, 0))
 
     y_tRl = jnp.zeros((count, x_RK.shape[0], LANES), jnp.float32)
     y_tRl = jax.lax.fori_loop(0, -(-count // slab), one, y_tRl)

@@ -145,9 +145,9 @@ def restore(weight: GpuWeight) -> QTensor:
 
 
 def take_rows(table: GpuWeight, row_N: jax.Array) -> jax.Array:
-    """Rows of a table [M, K] (`axis=-1`): int [N], each in [0, M) -> [N, K] in the table's dtype."""
+    """Rows of a table [M, K] (`axis=-1`): int [N], each in [0, M) -> float32 [N, K]."""
     pick = functools.partial(jnp.take, indices=row_N, axis=-1, mode="clip")
-    return dequantize(jax.tree.map(pick, table.columns), table.dtype).T
+    return dequantize(jax.tree.map(pick, table.columns)).T
 
 
 def uses_kernel(weight: GpuWeight, rows: int) -> bool:

@@ -212,9 +212,9 @@ def restore(weight: TpuWeight) -> QTensor:
 
 
 def take_rows(table: TpuWeight, row_N: jax.Array) -> jax.Array:
-    """Rows of a table [M, K] (`axis=-1`): int [N], each in [0, M) -> [N, K] in the table's dtype."""
+    """Rows of a table [M, K] (`axis=-1`): int [N], each in [0, M) -> float32 [N, K]."""
     pick = functools.partial(jnp.take, indices=row_N, axis=-1, mode="clip")
-    return _values(jax.tree.map(pick, table), jnp.float32).T.astype(table.dtype)
+    return _values(jax.tree.map(pick, table), jnp.float32).T
 
 
 def _values(weight: TpuWeight, dtype: jax.typing.DTypeLike) -> jax.Array:

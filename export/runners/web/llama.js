@@ -1,36 +1,139 @@
-// What runners/common.py and run_onnx.py do, for the browser: checks a bundle, turns text into ids and back, prefills,
+// What runners/runner.py and run_onnx.py do, for the browser: checks a bundle, turns text into ids and back, prefills,
 // decodes. Bytes are kept as strings of characters 0 to 255 where they are keys.
 
 const latin1 = (bytes) => Array.from(bytes, (byte) => String.fromCharCode(byte)).join("");
 
+// A pattern for the longest of the texts that begins at a place, in a group.
+function oneOf(texts, otherwise) {
+  const longestFirst = [...texts].sort((a, b) => b.length - a.length);
+  const escaped = longestFirst.map((text) => text.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&"));
+  return new RegExp((escaped.length ? `(${escaped.join("|")})` : "(?!)") + otherwise, "gu");
+}
+
 // Byte-pair encoding by the scores in vocabulary.json, as sentencepiece does it, and the bytes of each id.
 export class Text {
   constructor(vocabulary) {
-    const pieces = vocabulary.pieces.map(atob);
+    const pieces = vocabulary.pieces.map((piece) => atob(piece));
     this.bos = vocabulary.bos;
     this.stop = vocabulary.stop;
     this.prefix = vocabulary.dummy_prefix ? " " : "";
+    // Bundles of the first releases do not say these.
+    this.collapse = vocabulary.collapse_spaces ?? false;
+    this.unknown = vocabulary.unknown ?? null;
+    this.refusal = vocabulary.refusal ?? null;
     this.bytes = pieces.map((piece) => Uint8Array.from(piece, (character) => character.charCodeAt(0)));
     this.merges = new Map();
-    pieces.forEach((piece, id) => vocabulary.merges[id] && this.merges.set(piece, { score: vocabulary.scores[id], id }));
+    pieces.forEach((piece, id) => {
+      if (vocabulary.merges[id]) this.merges.set(piece, { score: vocabulary.scores[id], id });
+    });
     this.single = new Map(vocabulary.single_bytes.map((id) => [pieces[id], id]));
+    const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+    this.whole = new Set((vocabulary.never_split ?? []).map((id) => decoder.decode(this.bytes[id])).filter(Boolean));
+    this.symbols = oneOf(this.whole, "|[^]");
+    this.eos = vocabulary.eos ?? null;
+    this.prefixParts = vocabulary.prefix_parts ?? false;
+    this.added = (vocabulary.added ?? []).map((ids) => new Map(Object.entries(ids)));
   }
 
   encode(text) {
-    const encoder = new TextEncoder();
-    const parts = Array.from(text ? this.prefix + text : "", (character) => latin1(encoder.encode(character)));
-    for (;;) {
-      let best = -1, highest = -Infinity;
-      for (let i = 0; i + 1 < parts.length; i++) {
-        const merge = this.merges.get(parts[i] + parts[i + 1]);
-        if (merge && merge.score > highest) [best, highest] = [i, merge.score];
-      }
-      if (best < 0) break;
-      parts.splice(best, 2, parts[best] + parts[best + 1]);
+    if (this.refusal) throw new Error(`${this.refusal}, which this page does not know`);
+    let parts = [text];
+    for (const added of this.added) {
+      const pattern = oneOf(added.keys(), "");
+      parts = parts.flatMap((part) => (typeof part === "number" ? [part] : part.split(pattern)));
+      parts = parts.map((part) => added.get(part) ?? part);
     }
-    const ids = parts.flatMap((part) =>
-      this.merges.has(part) ? [this.merges.get(part).id] : Array.from(part, (byte) => this.single.get(byte)));
-    return this.bos === null ? ids : [this.bos, ...ids];
+    const ids = this.bos === null ? [] : [this.bos];
+    parts.filter((part) => part !== "").forEach((part, index) => {
+      const before = index === 0 || this.prefixParts ? this.prefix : "";
+      ids.push(...(typeof part === "number" ? [part] : this.encodePart(part, before)));
+    });
+    return this.eos === null ? ids : [...ids, this.eos];
+  }
+
+  encodePart(text, before) {
+    if (this.collapse) text = text.replace(/^ +/, "").replace(/ +/g, " ");
+    text = (text && before) + text.replaceAll("\u2581", " "); // sentencepiece's own sign for a space
+    if (this.collapse) text = text.replace(/ +$/, "");
+    const ids = [];
+    let known = true;
+    for (const part of this.merged(text.match(this.symbols) ?? [])) {
+      const merge = this.merges.get(part);
+      const spelt = merge ? [merge.id] : Array.from(part, (byte) => this.single.get(byte));
+      const found = !spelt.includes(undefined);
+      if (found) ids.push(...spelt);
+      else if (this.unknown === null) throw new Error("a character is not in the vocabulary");
+      else if (known) ids.push(this.unknown); // one for all unknown characters in a row
+      known = found;
+    }
+    return ids;
+  }
+
+  // Joins the two neighbours of the highest score, the first of equal ones, while there are any in the vocabulary.
+  merged(symbols) {
+    const encoder = new TextEncoder();
+    const heap = new Heap((a, b) => a.score > b.score || (a.score === b.score && a.left < b.left));
+    const parts = symbols.map((symbol) => latin1(encoder.encode(symbol)));
+    const leftOf = parts.map((_, i) => i - 1), rightOf = parts.map((_, i) => i + 1);
+    const offer = (left, right) => {
+      if (left < 0 || right >= parts.length || this.whole.has(symbols[left]) || this.whole.has(symbols[right])) return;
+      const joined = parts[left] + parts[right], merge = this.merges.get(joined);
+      if (merge) heap.push({ score: merge.score, left, right, joined });
+    };
+    for (let left = 0; left + 1 < parts.length; left++) offer(left, left + 1);
+    for (let best; (best = heap.pop()); ) {
+      const { left, right, joined } = best;
+      if (!parts[left] || !parts[right] || parts[left] + parts[right] !== joined) continue; // one was joined meanwhile
+      parts[left] = joined;
+      parts[right] = "";
+      rightOf[left] = rightOf[right];
+      if (rightOf[left] < parts.length) leftOf[rightOf[left]] = left;
+      offer(leftOf[left], left);
+      offer(left, rightOf[left]);
+    }
+    return parts.filter(Boolean);
+  }
+
+  // A function that gives the bytes of one id after another behind `ids`; an id without text is U+FFFD.
+  // The first piece of a text lacks the space that encoding puts there.
+  decoder(ids) {
+    const bytesOf = (id) => this.bytes[id] ?? new TextEncoder().encode("\ufffd");
+    const spelt = new Set([this.unknown, ...this.single.values(), ...this.added.flatMap((added) => [...added.values()])]);
+    let started = ids.some((id) => bytesOf(id).length);
+    return (id) => {
+      const bytes = bytesOf(id), first = !started;
+      started ||= bytes.length > 0;
+      return first && this.prefix && !spelt.has(id) && bytes[0] === 32 ? bytes.slice(1) : bytes;
+    };
+  }
+}
+
+// A binary heap: `pop` gives the first by `before`, or undefined.
+class Heap {
+  constructor(before) {
+    this.before = before;
+    this.items = [];
+  }
+
+  push(item) {
+    const { items, before } = this;
+    let at = items.push(item) - 1;
+    for (let parent; at > 0 && before(item, items[(parent = (at - 1) >> 1)]); at = parent) items[at] = items[parent];
+    items[at] = item;
+  }
+
+  pop() {
+    const { items, before } = this, top = items[0], last = items.pop();
+    if (items.length) {
+      let at = 0;
+      for (let child; (child = 2 * at + 1) < items.length; at = child) {
+        if (child + 1 < items.length && before(items[child + 1], items[child])) child++;
+        if (!before(items[child], last)) break;
+        items[at] = items[child];
+      }
+      items[at] = last;
+    }
+    return top;
   }
 }
 
@@ -58,6 +161,10 @@ export class Model {
     if (cache.batch !== 1) throw new Error(`${bundle}: batch ${cache.batch}: this page wants 1`);
     if (cache.dtype !== "float32") throw new Error(`${bundle}: cache of ${cache.dtype}: this page wants float32`);
     model.text = new Text(JSON.parse(new TextDecoder().decode(await model.file("vocabulary.json"))));
+    for (const { text, ids } of model.text.refusal ? [] : model.manifest.golden.texts ?? []) {
+      const found = model.text.encode(text);
+      if (`${found}` !== `${ids}`) throw new Error(`${JSON.stringify(text)} gives ids ${found}: expected ${ids}`);
+    }
     model.ort = await import(ort + "ort.wasm.min.mjs");
     model.ort.env.wasm.wasmPaths = ort;
     model.sessions = {};
@@ -71,13 +178,15 @@ export class Model {
 
   // A file's bytes. The manifest holds its SHA-256; browsers compute it for secure origins alone.
   async file(name) {
+    const entry = this.manifest?.files[name];
+    if (this.manifest && !entry) throw new Error(`${name}: the manifest has no such file`);
     const response = await fetch(this.bundle + name);
     if (!response.ok) throw new Error(`${this.bundle}${name}: ${response.status} ${response.statusText}`);
     const bytes = new Uint8Array(await response.arrayBuffer());
     if (this.manifest && crypto.subtle) {
       const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
       const found = Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
-      if (found !== this.manifest.files[name]?.sha256) throw new Error(`${name}: damaged, or changed`);
+      if (found !== entry.sha256) throw new Error(`${name}: damaged, or changed`);
     }
     return bytes;
   }
@@ -105,6 +214,10 @@ export class Model {
     if (!(ids.length > 0 && ids.length < cache.slots)) {
       throw new Error(`${ids.length} tokens: expected 1 to ${cache.slots - 1}, for the cache has ${cache.slots} slots`);
     }
+    const vocabulary = this.manifest.config.vocab_size;
+    for (const id of ids) {
+      if (!(id >= 0 && id < vocabulary)) throw new Error(`id ${id}: expected 0 to ${vocabulary - 1}`);
+    }
     const row = (value) => ({ values: [value], shape: [1] });
     this.state = {};
     for (const { name, shape } of programs.decode.inputs.filter(({ name }) => name === "key" || name === "value")) {
@@ -126,9 +239,11 @@ export class Model {
       length += part.length;
     }
     for (let made = 1; made <= limit; made++) {
+      if (!logits.every(Number.isFinite)) throw new Error("logits that are not finite: weights or browser are at fault");
       const token = choose(logits);
       yield token;
-      if (made === limit || length === cache.slots) break;
+      if (made === limit) break;
+      if (length === cache.slots) throw new Error(`the cache's ${cache.slots} slots are full: ${made} of ${limit} tokens`);
       logits = await this.run("decode", { token: row(token), length: row(length++) });
     }
   }

@@ -1,6 +1,6 @@
 """A CoreML package of a bundle: one function for each program, the packed weights once, for iOS 18 or macOS 15.
 
-    python export/targets/coreml.py BUNDLE FOLDER coreml      # needs coremltools, stablehlo-coreml-experimental
+    python export/targets/to_coreml.py BUNDLE FOLDER coreml      # needs coremltools, stablehlo-coreml-experimental
 
 It is made on any system, but only Apple's run it: what is made here has NOT been executed, and its entry in the
 manifest says so. Inputs are called as in the manifest. CoreML wants outputs of other names: the state comes back as

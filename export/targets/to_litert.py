@@ -1,6 +1,6 @@
 """A LiteRT (TensorFlow Lite) file of a bundle: one signature for each program, the packed weights once.
 
-    python export/targets/litert.py BUNDLE FOLDER litert
+    python export/targets/to_litert.py BUNDLE FOLDER litert
 
 The way leads over the SavedModel of the same bundle. The converter turns StableHLO into LiteRT's own operations, so any
 build of its interpreter runs the file, with no delegate. It has no shifts on bytes and would unpack weights that go
@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent))
 
-import savedmodel
+import to_savedmodel
 
 # Beyond it weights were unpacked: 4-bit codes are 4 times as large in a byte each, 8 times as floats.
 _LARGEST_RATIO = 2
@@ -34,11 +34,11 @@ def convert(bundle: Path, file: Path) -> None:
     """
     import tensorflow as tf
 
-    profile = savedmodel.read_manifest(bundle)["profile"]
+    profile = to_savedmodel.read_manifest(bundle)["profile"]
     if profile != "float":
         raise ValueError(f"{bundle}: profile {profile!r}: LiteRT unpacks in floats: export it with --profile=float")
     with tempfile.TemporaryDirectory() as folder:
-        signatures = savedmodel.save(bundle, Path(folder))
+        signatures = to_savedmodel.save(bundle, Path(folder))
         converter = tf.lite.TFLiteConverter.from_saved_model(folder, signature_keys=signatures)
         data = converter.convert()
     packed = (bundle / "weights.safetensors").stat().st_size

@@ -1,6 +1,6 @@
 """A TensorFlow SavedModel of a bundle: one signature for each program, the packed weights as its variables.
 
-    python export/targets/savedmodel.py BUNDLE FOLDER savedmodel
+    python export/targets/to_savedmodel.py BUNDLE FOLDER savedmodel
 
 Each signature holds the bundle's StableHLO as it is, in TensorFlow's XlaCallModule operation: neither jax nor anything
 of llamajax is needed, and the shapes, names and dtypes are those of the manifest. XLA inside TensorFlow runs it.

@@ -1,9 +1,9 @@
 """IREE: all programs of a bundle as the functions of one module, the weights outside it.
 
-    python export/targets/iree.py BUNDLE FOLDER iree-cpu      # writes FOLDER/model.vmfb, prints a JSON object
+    python export/targets/to_iree.py BUNDLE FOLDER iree-cpu      # writes FOLDER/model.vmfb, prints a JSON object
 
 Needs `iree-compile`, of the package iree-base-compiler in the same environment or elsewhere on PATH; imports nothing of
-it, for this file has IREE's name. What follows the target's name goes to iree-compile and replaces the same option
+it. What follows the target's name goes to iree-compile and replaces the same option
 of the target: `iree-cuda --iree-cuda-target=sm_89`.
 
 Weights are parameters of the scope "model": whoever loads the module gives it weights.safetensors, and IREE finds each
@@ -13,6 +13,7 @@ by its name. They stay packed there. The state is consumed: keys and values are 
 import argparse
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -32,10 +33,19 @@ OPTIONS = (
 _CPU = ("--iree-hal-target-device=local", "--iree-hal-local-target-device-backends=llvm-cpu")
 _TRIPLE, _CPU_NAME, _FEATURES = (f"--iree-llvmcpu-target-{what}=" for what in ("triple", "cpu", "cpu-features"))
 
+# A processor of this machine's kind, at a level that ten years of them have: bundles go to other machines.
+_HERE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+_PORTABLE = {"x86_64": "x86-64-v3", "aarch64": "generic"}.get(_HERE, "generic")
+# What x86-64-v3 is, by the names of /proc/cpuinfo.
+_V3 = "abm avx avx2 bmi1 bmi2 cx16 f16c fma movbe pni popcnt sse4_1 sse4_2 ssse3".split()
+# Of the names in /proc/cpuinfo those that say what instructions a compiler may use; on ARM all do.
+_INSTRUCTIONS = re.compile(r"(abm|adx|aes|amx|avx|bmi|cx16|f16c|fma|gfni|movbe|pni|popcnt|s?sse|sha|vaes|vpclmul)")
+
 # Each target: the driver of IREE's runtime that it is for, and options of iree-compile. Code for a CPU is an ELF file
 # that the runtime links itself, whatever the system: what differs between systems is how functions are called.
 TARGETS = {
-    "iree-cpu": ("local-task", *_CPU, _CPU_NAME + "host"),
+    "iree-cpu": ("local-task", *_CPU, _CPU_NAME + _PORTABLE),
+    "iree-cpu-host": ("local-task", *_CPU, _CPU_NAME + "host"),
     "iree-x86-64-v3": ("local-task", *_CPU, _TRIPLE + "x86_64-unknown-linux-gnu", _CPU_NAME + "x86-64-v3"),
     "iree-windows": ("local-task", *_CPU, _TRIPLE + "x86_64-pc-windows-msvc", _CPU_NAME + "x86-64-v3"),
     "iree-pi4": ("local-task", *_CPU, _TRIPLE + "aarch64-unknown-linux-gnu", _CPU_NAME + "cortex-a72"),
@@ -91,7 +101,26 @@ def build(bundle: Path, folder: Path, target: str, more: list[str]) -> dict:
         "options": options,
         "driver": driver,
         "profile": PROFILE,
+        **({"processor": _processor(options)} if driver == "local-task" else {}),
     }
+
+
+def _processor(options: list[str]) -> dict:
+    """What a processor must be, and have by the names of /proc/cpuinfo, to run code for a CPU."""
+    given = dict(option.split("=", 1) for option in options if "=" in option)
+    triple, name = given.get(_TRIPLE[:-1], _HERE), given.get(_CPU_NAME[:-1], "")
+    machine = triple.partition("-")[0]
+    features = _features() if name == "host" else _V3 if name == "x86-64-v3" else []
+    return {"machine": {"arm64": "aarch64"}.get(machine, machine), "name": name, "features": features}
+
+
+def _features() -> list[str]:
+    """Instructions that this machine has; none where the system does not list them."""
+    file = Path("/proc/cpuinfo")
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    listed = re.search(r"^(flags|Features)\s*: (.*)$", text, re.MULTILINE)
+    names = listed[2].split() if listed else []
+    return sorted(name for name in names if _HERE != "x86_64" or _INSTRUCTIONS.match(name))
 
 
 def merged(bundle: Path, manifest: dict) -> str:
@@ -147,8 +176,8 @@ def main() -> None:
     try:
         options.folder.mkdir(parents=True, exist_ok=True)
         print(json.dumps(build(options.bundle, options.folder, options.target, more)))
-    except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"{options.bundle}: {error}")
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

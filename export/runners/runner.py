@@ -1,0 +1,404 @@
+"""What every runner does: checks a bundle, turns text into ids and back, prefills, decodes. In a bundle a runner is one
+file, this text before its own. It needs Python 3.9 or newer, NumPy and its runtime, and nothing of llamajax.
+"""
+
+import os
+import sys
+
+# ruff: noqa: E402
+# Python looks for modules beside the script first, where in a bundle a numpy.py may lie that someone has added.
+_HERE = {os.path.realpath(os.path.dirname(__file__)), os.path.dirname(os.path.realpath(__file__))}
+sys.path[:] = [place for place in sys.path if os.path.realpath(place) not in _HERE]
+
+import argparse
+import base64
+import hashlib
+import heapq
+import json
+import mmap
+import re
+import signal
+import stat
+import time
+
+import numpy as np
+
+# 30 times the manifest of a model of 126 layers.
+LARGEST_MANIFEST = 16 << 20
+# Relative error of rounding once, by dtype.
+ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+
+def line_of(error):
+    """An error as one line, without control characters: its text may be from a bundle."""
+    text = " ".join(str(error).split())
+    return "".join(c if c.isprintable() else "?" for c in text)[:300]
+
+
+def say(kind, error, _):
+    """In place of a traceback: one line."""
+    print(f"{os.path.basename(sys.argv[0])}: {kind.__name__}: {line_of(error)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.excepthook = say
+
+
+def open_regular(path, most):
+    """Opens a file of at most `most` bytes. A link, folder, FIFO or device is an error, before it is opened."""
+    found = os.lstat(path)
+    if not stat.S_ISREG(found.st_mode) or found.st_size > most:
+        kind = stat.filemode(found.st_mode)
+        raise ValueError(f"{path}: {kind}, {found.st_size} bytes: expected a regular file of at most {most} bytes")
+    return open(path, "rb")
+
+
+def check_entries(path, files):
+    """Checks that a folder holds the manifest and `files`, of the bytes that the manifest says, and nothing else.
+
+    Links are refused wherever they lead. Nothing is opened.
+    """
+    folders = {name[:i] for name in files for i in range(len(name)) if name[i] == "/"}
+    folders |= {"targets", "targets/savedmodel/assets"}  # which may be empty
+    found, todo = {"manifest.json"}, [""]
+    while todo:
+        folder = todo.pop()
+        with os.scandir(os.path.join(path, folder)) as opened:
+            entries = list(opened)
+        for entry in entries:
+            name = folder + entry.name
+            if name in folders and entry.is_dir(follow_symlinks=False):
+                todo.append(name + "/")
+            elif not entry.is_file(follow_symlinks=False):
+                raise ValueError(f"{name}: expected regular files that the manifest names, no links: cp -RL copies so")
+            elif name in files:
+                found.add(name)
+                if entry.stat(follow_symlinks=False).st_size != files[name]["bytes"]:
+                    raise ValueError(f"{name}: not as large as the manifest says: damaged, or changed")
+            elif name != "manifest.json":
+                raise ValueError(f"{name}: the manifest does not name this file: remove it")
+    for name in files:
+        if name not in found:
+            raise ValueError(f"{name}: no such file, though the manifest names it")
+
+
+class Bundle:
+    """The manifest. Before anything else is read: kinds and sizes of all that lies there, then every file's SHA-256."""
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            self._read_manifest()
+            check_entries(path, self.manifest["files"])
+            for name, expected in self.manifest["files"].items():
+                with open_regular(self.file(name), expected["bytes"]) as file:
+                    data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if expected["bytes"] else b""
+                    if hashlib.sha256(data).hexdigest() != expected["sha256"]:
+                        raise ValueError(f"{name}: its SHA-256 is not the manifest's: damaged, or changed")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            sys.exit(f"{path}: not a whole bundle: {line_of(error)}")
+        self.batch, self.slots = (self.manifest["cache"][key] for key in ("batch", "slots"))
+        self.state = [v for v in self.manifest["programs"]["decode"]["inputs"] if v["name"] in ("key", "value")]
+
+    def _read_manifest(self):
+        with open_regular(os.path.join(self.path, "manifest.json"), LARGEST_MANIFEST) as file:
+            text = file.read(LARGEST_MANIFEST)
+        try:
+            manifest = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"manifest.json: {error}") from None
+        if (manifest["format"], manifest["version"]) != ("llamajax-bundle", 1):
+            raise ValueError(f"version {manifest['version']}: this runner reads version 1")
+        before, key, digest = text.rpartition(b',\n "sha256": ')
+        if not key or digest != b'"%s"\n}\n' % hashlib.sha256(before).hexdigest().encode():
+            raise ValueError("manifest.json: its SHA-256, the last line, is another: damaged, or changed")
+        for name in manifest["files"]:
+            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", name, re.ASCII) or {".", ".."} & set(name.split("/")):
+                raise ValueError(f"{name!r}: expected the path of a file inside the bundle")
+        self.manifest = manifest
+
+    def file(self, name):
+        """A file that the manifest has a SHA-256 of."""
+        if name not in self.manifest["files"]:
+            raise ValueError(f"{name!r}: the manifest has no such file")
+        return os.path.join(self.path, name)
+
+    def tensors(self, name):
+        """The arrays of a safetensors file, mapped into memory. bfloat16 is what ml_dtypes makes of it."""
+        dtypes = {"F32": "float32", "F16": "float16", "U8": "uint8", "I32": "int32", "BF16": "bfloat16"}
+        with open(self.file(name), "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        data = np.memmap(self.file(name), np.uint8, "r", offset=8 + length)
+        view = lambda entry: data[slice(*entry["data_offsets"])].view(dtypes[entry["dtype"]]).reshape(entry["shape"])  # noqa: E731
+        return {key: view(entry) for key, entry in header.items() if key != "__metadata__"}
+
+
+def one_of(texts, *otherwise):
+    """A pattern for the longest of the texts that begins at a place, in a group, or else for the others."""
+    longest_first = sorted(map(re.escape, texts), key=len, reverse=True)
+    return re.compile("|".join([*([f"({'|'.join(longest_first)})"] if longest_first else []), *otherwise]), re.DOTALL)
+
+
+class Text:
+    """Byte-pair encoding by the scores in vocabulary.json, as sentencepiece does it, and the bytes of each id."""
+
+    def __init__(self, bundle):
+        with open(bundle.file("vocabulary.json"), "rb") as file:
+            vocabulary = json.load(file)
+        self.bos, self.stop, self.prefix = (vocabulary[key] for key in ("bos", "stop", "dummy_prefix"))
+        # Bundles of the first releases do not say these.
+        self.collapse, self.unknown = vocabulary.get("collapse_spaces", False), vocabulary.get("unknown")
+        self.refusal, never_split = vocabulary.get("refusal"), vocabulary.get("never_split", [])
+        self.eos, self.prefix_parts = vocabulary.get("eos"), vocabulary.get("prefix_parts", False)
+        self.added = [(one_of(added), added) for added in vocabulary.get("added", [])]
+        self.bytes = [base64.b64decode(piece) for piece in vocabulary["pieces"]]
+        scored = zip(self.bytes, vocabulary["scores"], vocabulary["merges"])
+        self.merges = {data: (-score, i) for i, (data, score, merges) in enumerate(scored) if merges}
+        self.single = {self.bytes[i]: i for i in vocabulary["single_bytes"]}
+        self.whole = {self.bytes[i].decode() for i in never_split} - {""}
+        self.symbols = one_of(self.whole, ".")
+
+    def encode(self, text):
+        if self.refusal:
+            sys.exit(f"{self.refusal}, which this runner does not know: give ids with --ids")
+        parts = [text]
+        for pattern, added in self.added:
+            split = [[part] if isinstance(part, int) else pattern.split(part) for part in parts]
+            parts = [added.get(part, part) for several in split for part in several]
+        ids = [] if self.bos is None else [self.bos]
+        for index, part in enumerate(part for part in parts if part != ""):
+            spaced = self.prefix and (index == 0 or self.prefix_parts)
+            ids += [part] if isinstance(part, int) else self.encode_part(part, " " * spaced)
+        return ids if self.eos is None else [*ids, self.eos]
+
+    def encode_part(self, text, before):
+        if self.collapse:
+            text = re.sub(" +", " ", text.lstrip(" "))
+        text = before * bool(text) + text.replace("\u2581", " ")  # sentencepiece's own sign for a space
+        ids: list = []
+        known = True
+        for part in self.merged(
+            [found.group() for found in self.symbols.finditer(text.rstrip(" ") if self.collapse else text)]
+        ):
+            spelt = [self.merges[part][1]] if part in self.merges else self.spelt(part)
+            if spelt:
+                ids += spelt
+            elif self.unknown is None:
+                sys.exit(f"{part.decode()!r} is not in the vocabulary")
+            elif known:
+                ids.append(self.unknown)  # one for all unknown characters in a row
+            known = bool(spelt)
+        return ids
+
+    def spelt(self, part):
+        """Ids of single bytes; none where the vocabulary has not all of them."""
+        ids = [self.single[bytes([byte])] for byte in part if bytes([byte]) in self.single]
+        return ids if len(ids) == len(part) else []
+
+    def merged(self, symbols):
+        """Joins the neighbours of the highest score, the first of equal ones, while any are in the vocabulary."""
+        heap: list = []
+        parts = [symbol.encode() for symbol in symbols]
+        left_of, right_of = list(range(-1, len(parts) - 1)), list(range(1, len(parts) + 1))
+
+        def offer(left, right):
+            if (
+                left >= 0
+                and right < len(parts)
+                and symbols[left] not in self.whole
+                and symbols[right] not in self.whole
+            ):
+                joined = parts[left] + parts[right]
+                if joined in self.merges:
+                    heapq.heappush(heap, (self.merges[joined][0], left, right, joined))
+
+        for left in range(len(parts) - 1):
+            offer(left, left + 1)
+        while heap:
+            _, left, right, joined = heapq.heappop(heap)
+            if parts[left] and parts[right] and parts[left] + parts[right] == joined:  # neither was joined meanwhile
+                parts[left], parts[right], following = joined, b"", right_of[right]
+                right_of[left] = following
+                if following < len(parts):
+                    left_of[following] = left
+                offer(left_of[left], left)
+                offer(left, following)
+        return filter(None, parts)
+
+    def decoder(self, ids):
+        """A function that gives the bytes of one id after another behind `ids`; an id without text is U+FFFD.
+
+        The first piece of a text lacks the space that encoding puts there.
+        """
+        text_of = lambda token: self.bytes[token] if token < len(self.bytes) else b"\xef\xbf\xbd"  # noqa: E731
+        started, spelt = any(map(text_of, ids)), {self.unknown, *self.single.values()}
+        spelt.update(token for _, added in self.added for token in added.values())
+
+        def decode(token):
+            nonlocal started
+            data, first = text_of(token), not started
+            started = started or bool(data)
+            return data[1:] if first and self.prefix and token not in spelt and data[:1] == b" " else data
+
+        return decode
+
+
+def steps(session, bundle, ids, limit, choose, whole=True):
+    """Prefills `ids`, then yields (token, logits it was chosen from), at most `limit`. All rows hold the same text.
+
+    Without `whole` the prompt too is decoded, token by token. The first step is not timed: a runtime may compile then.
+    """
+    if not 0 < len(ids) < bundle.slots:
+        sys.exit(f"{len(ids)} tokens: expected 1 to {bundle.slots - 1}, for the cache has {bundle.slots} slots")
+    vocabulary = bundle.manifest["config"]["vocab_size"]
+    for token in ids:
+        if not 0 <= token < vocabulary:
+            sys.exit(f"id {token}: expected 0 to {vocabulary - 1}")
+    rows = lambda value: np.full(bundle.batch, value, np.int32)  # noqa: E731
+    session.reset()
+    session.seconds, session.count, length = 0.0, 0, 0
+    while length < len(ids):
+        # The padding of a bucket must fit the cache too; what fits none is decoded token by token.
+        fitting = [bucket for bucket in bundle.manifest["buckets"] if length + bucket <= bundle.slots and whole]
+        bucket = next((bucket for bucket in fitting if bucket >= len(ids) - length), fitting[-1] if fitting else 1)
+        part = ids[length : length + bucket]
+        tokens = np.tile(np.array(part + [0] * (bucket - len(part)), np.int32), (bundle.batch, 1))
+        inputs = {"tokens": tokens, "count": rows(len(part))} if fitting else {"token": tokens[:, 0]}
+        logits = session.run(f"prefill_{bucket}" if fitting else "decode", {**inputs, "length": rows(length)})
+        length += len(part)
+    for made in range(1, limit + 1):
+        if not np.isfinite(logits).all():
+            sys.exit(f"the logits behind {length} tokens are not finite: the weights or this runtime are at fault")
+        token = choose(logits[0])
+        yield token, logits[0]
+        if made == limit or length == bundle.slots:
+            break
+        start = time.perf_counter()
+        logits = session.run("decode", {"token": rows(token), "length": rows(length)})
+        if made > 1:
+            session.seconds, session.count = session.seconds + time.perf_counter() - start, made - 1
+        length += 1
+
+
+def chooser(temperature, seed):
+    """Greedy for temperature 0, else a draw: adding Gumbel noise and taking the largest is one."""
+    noise = np.random.default_rng(seed).gumbel
+    return lambda logits: int(np.argmax(logits + temperature * noise(size=logits.shape)))
+
+
+def check_texts(bundle):
+    """Encodes the golden texts, unless this tokenizer is refused; how many there were."""
+    texts = bundle.manifest["golden"].get("texts", [])
+    text = Text(bundle) if texts else None
+    if text is None or text.refusal:
+        return 0
+    for entry in texts:
+        ids = text.encode(entry["text"])
+        if ids != entry["ids"]:
+            sys.exit(f"{entry['text']!r} gives ids {ids}: expected {entry['ids']}")
+    return len(texts)
+
+
+def tolerance(session, bundle, logits):
+    """The largest difference from these golden logits that arithmetic explains: four standard deviations.
+
+    A layer rounds its activations about 14 times, keys and values once each; a sum of K float32 products is off by
+    about sqrt(K) roundings. Relative errors add up as steps of a random walk do. The model in the box and stories260K
+    stay below a quarter of it with every pair of dtypes (jax, IREE, ONNX Runtime).
+    """
+    config, dtypes = bundle.manifest["config"], {v["name"]: v["dtype"] for v in bundle.manifest["weights"]}
+    activations, cache = ROUNDING[dtypes["norm.weight_D"]], ROUNDING[bundle.manifest["cache"]["dtype"]]
+    products = config["width"] * ROUNDING["float32"] ** 2 + getattr(session, "product", 0.0) ** 2
+    variance = config["num_layers"] * (14 * (activations**2 + products) + 2 * cache**2)
+    return float(4 * np.sqrt(np.mean(np.square(logits)) * variance))
+
+
+def check_device(session, bundle):
+    """Decodes the shortest golden prompt: a module for another device, or a fault of this one, gives other logits.
+
+    Up to a fiftieth of their size is let pass, which moves few tokens: --golden is strict.
+    """
+    arrays = bundle.tensors("golden.safetensors")
+    index = min(range(bundle.manifest["golden"]["prompts"]), key=lambda i: len(arrays[f"prompt_{i}"]))
+    ids, expected = arrays[f"prompt_{index}"].tolist(), arrays[f"logits_{index}"]
+    # Few tokens without prefill: the program that is compiled for them is needed anyway.
+    ((_, logits),) = steps(session, bundle, ids, 1, chooser(0, 0), whole=len(ids) > 16)
+    error, size = float(np.max(np.abs(logits - expected))), float(np.sqrt(np.mean(np.square(expected))))
+    most = max(tolerance(session, bundle, expected), size / 50)
+    if not error <= most:
+        fault = f"logits of a golden prompt are off by {error:.1e}: expected at most {most:.1e}"
+        sys.exit(f"{session.name}: {fault}; programs for another device, or a fault of this one")
+
+
+def golden(session, bundle, start):
+    """Runs the golden prompts, encodes the golden texts; prints one JSON object. Returns what did not hold, or None."""
+    arrays, prompts, steps_made, seconds = bundle.tensors("golden.safetensors"), [], 0, 0.0
+    list(steps(session, bundle, [0], 2, chooser(0, 0)))  # what compiles when it is first run belongs to loading
+    load_seconds = time.perf_counter() - start
+    for index in range(bundle.manifest["golden"]["prompts"]):
+        ids, expected, logits = (arrays[f"{name}_{index}"] for name in ("prompt", "tokens", "logits"))
+        made = list(steps(session, bundle, ids.tolist(), len(expected), chooser(0, 0)))
+        tokens, error = [token for token, _ in made], float(np.max(np.abs(made[0][1] - logits)))
+        # Where a token first differs, how much less likely the golden one was here. Behind it nothing is comparable.
+        first = next((i for i, token in enumerate(expected.tolist()) if tokens[i : i + 1] != [token]), None)
+        gap = 0.0 if first is None else float(np.ptp(made[first][1][[tokens[first], expected[first]]]))
+        most = tolerance(session, bundle, logits)
+        prompt = {"tokens": tokens, "exact": first is None, "largest_logit_error": str(error), "tolerance": str(most)}
+        prompts.append({**prompt, "held": error <= most and gap <= 2 * most})
+        steps_made, seconds = steps_made + session.count, seconds + session.seconds
+    with open("/proc/self/status" if os.path.exists("/proc/self/status") else os.devnull) as lines:
+        resident = sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+    speed = {"decode_steps": steps_made, "decode_seconds": seconds, "load_seconds": load_seconds}
+    counts = {"texts": check_texts(bundle), "resident_bytes": resident}
+    print(json.dumps({"runtime": session.name, "prompts": prompts, **speed, **counts}))
+    failed = [str(index) for index, prompt in enumerate(prompts) if not prompt["held"]]
+    return f"{session.name}: golden prompt {', '.join(failed)}: not the golden tokens or logits" if failed else None
+
+
+def main(open_session, description):
+    """The command line. `open_session(bundle)` has name, reset() and run(program, inputs) -> logits [B, V]; and
+    product, the relative error of rounding the factors of a float32 product, where the device rounds them."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("bundle", nargs="?", default=os.path.dirname(os.path.abspath(__file__)))
+    parser.add_argument("--prompt", default="Once upon a time")
+    parser.add_argument("--ids", help="ids with commas between, instead of a prompt; prints ids")
+    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--golden", action="store_true", help="run the golden prompts; print JSON")
+    options, start = parser.parse_args(), time.perf_counter()
+    if options.max_new_tokens < 1 or options.seed < 0 or not 0 <= options.temperature < np.inf:
+        sys.exit("expected --max_new_tokens of 1 or more, --seed and --temperature of 0 or more")
+    ids = None if options.ids is None else [int(token) for token in options.ids.split(",")]
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads the output has seen enough
+    bundle = Bundle(options.bundle)
+    if ids is None and not options.golden and "vocabulary.json" not in bundle.manifest["files"]:
+        sys.exit(f"{options.bundle}: exported without a tokenizer: expected --ids")
+    text = Text(bundle) if ids is None and not options.golden else None
+    ids = text.encode(options.prompt) if text else ids
+    session = open_session(bundle)
+    if options.golden:
+        sys.exit(golden(session, bundle, start))
+    check_device(session, bundle)
+    load_seconds = time.perf_counter() - start
+    out, choose, made = sys.stdout.buffer, chooser(options.temperature, options.seed), 0
+    decode = text.decoder(ids) if text else lambda token: b"%d " % token
+    generated = steps(session, bundle, ids, options.max_new_tokens, choose)
+    for token, _ in generated:
+        if not made:
+            out.write(options.prompt.encode() if text else b"")
+        made += 1
+        if text and token in text.stop:
+            break
+        out.write(decode(token))
+        out.flush()
+    else:
+        if made < options.max_new_tokens:
+            print(
+                f"\nthe cache's {bundle.slots} slots are full: {made} of {options.max_new_tokens} tokens",
+                file=sys.stderr,
+            )
+    rate = f"{session.count / session.seconds:.1f} tokens/s, " if session.seconds else ""
+    print(f"\n{session.name}: {rate}loaded in {load_seconds:.1f} s", file=sys.stderr)
