@@ -106,7 +106,7 @@ def verify(
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         # What did not hold is reported too, with exit code 1.
         report = done.stdout.strip().rpartition("\n")[2]
-        if report.startswith("{"):
+        if done.returncode in (0, 1) and report.startswith("{"):
             yield _result(name, json.loads(report))
         else:
             yield Result(name, error=_last_line(done))
