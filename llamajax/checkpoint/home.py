@@ -267,11 +267,9 @@ def _read_arrays(
             # Each while it is in a processor's cache, and TensorStore's threads read the next.
             if checksums is None:
                 if not is_finite(part):
-                    raise LlamaJaxError(f"{path}: {name} holds NaN or infinity: the weights are damaged")
+                    raise ValueError(f"{name} holds NaN or infinity")
             elif checksums.get(name) != checksum(part):  # which also says that it is finite: no other is saved
                 raise ValueError(f"{name} is not as it was written: its checksum differs")
-    except LlamaJaxError:
-        raise
     except Exception as error:  # TensorStore raises many types for damaged files; all mean the same here.
         raise _cannot_restore(path, _first_line(error)) from error
     return arrays
