@@ -445,12 +445,15 @@ def test_unknown_form(tiny_model: llamajax.Llama, tmp_path: Path) -> None:
 def test_a_save_that_fails_leaves_nothing(
     failure: BaseException, form: Any, tiny_model: llamajax.Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both writers put their JSON last, when everything else is on the disk: that is where this one fails."""
+    """Both writers put a JSON file last, when everything else is on the disk: that is where this one fails."""
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise failure
 
-    monkeypatch.setattr(home if form == "llamajax" else huggingface, "json", SimpleNamespace(dumps=fail))
+    if form == "llamajax":
+        monkeypatch.setattr(home, "json", SimpleNamespace(dumps=fail))
+    else:
+        monkeypatch.setattr(huggingface, "_write_json", fail)
     with pytest.raises(type(failure)):
         save_checkpoint(tiny_model, tmp_path / "saved", form=form)
     assert not list(tmp_path.iterdir())

@@ -246,7 +246,7 @@ def test_damaged_safetensors(damage: Callable[[bytes], bytes], copy: Path) -> No
 @pytest.mark.parametrize("text", ["", "{", "nope", '{"model_type": ' + "[" * 100_000, '{"model_type": 1' + "0" * 9999])
 def test_config_that_is_not_json(text: str, copy: Path) -> None:
     (copy / "config.json").write_text(text)
-    _refused(copy, r"config.json: not JSON \(.*\): expected a JSON object")
+    _refused(copy, r"config.json: not JSON \(.*\): expected a JSON value")
 
 
 def test_config_that_is_no_object(copy: Path) -> None:
