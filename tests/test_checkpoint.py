@@ -355,16 +355,16 @@ for file in sorted(path for path in folder.rglob("*") if path.is_file()):
 
 
 @pytest.mark.parametrize(
-    "per_file", [1, pytest.param(20, marks=pytest.mark.exhaustive), pytest.param(10**9, marks=pytest.mark.exhaustive)]
+    "per_file", [1, pytest.param(20, marks=pytest.mark.exhaustive), pytest.param(300, marks=pytest.mark.exhaustive)]
 )
 def test_a_flipped_bit_anywhere(per_file: int, tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """It is an error, or it changes nothing. A sample, a larger one of quantized weights, and every byte of a model."""
+    """It is an error, or it changes nothing. A sample; larger ones of quantized weights and of floats."""
     sizes = dict.fromkeys(("width", "ffn_width", "head_size"), 8) | dict.fromkeys(("num_heads", "num_kv_heads"), 1)
     config = llamajax.Config(vocab_size=320, num_layers=1, context_length=8, tied_embeddings=True, **sizes)
     model = llamajax.Llama(config, key=jax.random.key(0))
-    if per_file != 10**9:
+    if per_file != 300:
         model = quantize(model, (Rule(weights="*norm*", keep=True), Rule(weights="*", scheme="nf4", group_size=8)))
-    tokenizer = tiny_tokenizer if per_file != 10**9 else None  # has a checksum of its own, and many bytes
+    tokenizer = tiny_tokenizer if per_file != 300 else None
     save_checkpoint(model, tmp_path / "saved", tokenizer=tokenizer)
     arguments = [sys.executable, "-c", _FLIPS, str(tmp_path / "saved"), "0", str(per_file)]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
