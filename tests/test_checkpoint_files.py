@@ -163,6 +163,7 @@ def _nested(levels: int) -> str:
         (lambda text: text.replace("[320,8]", "[320]"), r"chunks of \[320\] for an array of \(320, 8\)"),
         (lambda text: text.replace("[320,8]", "[320,8.5]"), r"chunks of \[320, 8.5\] for"),
         (lambda text: text.replace("[320,8]", "9" * 5000), "not JSON"),
+        (lambda text: text.replace('"default"', '"v2"'), "chunk_key_encoding {'name': 'v2'}: expected the default"),
         (lambda text: "[]", "list indices must be integers"),
     ],
 )

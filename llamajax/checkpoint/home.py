@@ -11,6 +11,7 @@ itself. All are checked by whoever reads; checkpoints of earlier releases have n
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -46,6 +47,7 @@ VERSION = 1
 _LARGEST_ZARR_JSON = 1 << 16
 _MOST_BRACKETS = 100
 _CODECS = {"sharding_indexed", "bytes", "crc32c"}  # those of Orbax without compression: none makes more of little
+_KEY_ENCODINGS = ({"name": "default"}, {"name": "default", "configuration": {"separator": "/"}})
 _SMALLEST_CHUNK = 1 << 16
 _CHUNK_BYTES = 16 << 20
 _WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
@@ -289,7 +291,9 @@ def _checked_header(folder: str, shape: tuple[int, ...], itemsize: int) -> dict[
         raise ValueError(f"{file}: expected at most {_MOST_BRACKETS} arrays and objects")
     header = parse_json(data, file)
     size = math.prod(shape) * itemsize
-    _check_chunks(header["chunk_grid"]["configuration"]["chunk_shape"], shape, size)
+    grid = _check_chunks(header["chunk_grid"]["configuration"]["chunk_shape"], shape, size)
+    if header["chunk_key_encoding"] not in _KEY_ENCODINGS:
+        raise ValueError(f"{file}: chunk_key_encoding {shortened(header['chunk_key_encoding'])}: expected the default")
     codecs = list(header["codecs"])
     for codec in codecs:  # grows: those of a sharding codec are as much the file's as its own
         if codec["name"] not in _CODECS:
@@ -297,31 +301,25 @@ def _checked_header(folder: str, shape: tuple[int, ...], itemsize: int) -> dict[
         if codec["name"] == "sharding_indexed":
             _check_chunks(codec["configuration"]["chunk_shape"], shape, size)
             codecs += [*codec["configuration"]["codecs"], *codec["configuration"]["index_codecs"]]
-    _check_files(folder, len(shape), size + size // _SMALLEST_CHUNK * 16 + _LARGEST_ZARR_JSON)
+    largest = size + size // _SMALLEST_CHUNK * 16 + 1024  # 16 bytes of index for each chunk in a shard
+    for position in itertools.product(*map(range, grid)):
+        chunk = "/".join([folder, "c", *map(str, position)])
+        status = os.stat(chunk)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > largest:
+            raise ValueError(f"{chunk}: expected a regular file of at most {largest} bytes")
     return header
 
 
-def _check_chunks(chunk: Any, shape: tuple[int, ...], size: int) -> None:
+def _check_chunks(chunk: Any, shape: tuple[int, ...], size: int) -> list[int]:
+    """How many chunks there are along each axis."""
     if len(chunk) != len(shape) or not all(isinstance(side, int) and side > 0 for side in chunk):
         raise ValueError(f"chunks of {shortened(chunk)} for an array of {shape}: expected whole numbers")
     if any(side > most for side, most in zip(chunk, shape, strict=True)):
         raise ValueError(f"chunks of {shortened(chunk)} for an array of {shape}: expected none larger")
-    count = math.prod(-(-most // side) for side, most in zip(chunk, shape, strict=True))
-    if count > 1 + size // _SMALLEST_CHUNK:
-        raise ValueError(f"{count} chunks for {size} bytes: expected at most one for each {_SMALLEST_CHUNK}")
-
-
-def _check_files(folder: str, levels: int, largest: int) -> None:
-    """Down to the chunks: below the array's own folder there is one for each axis."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                if levels:
-                    _check_files(entry.path, levels - 1, largest)
-                continue
-            status = entry.stat()
-            if not stat.S_ISREG(status.st_mode) or status.st_size > largest:
-                raise ValueError(f"{entry.path}: expected a regular file of at most {largest} bytes")
+    grid = [-(-most // side) for side, most in zip(chunk, shape, strict=True)]
+    if math.prod(grid) > 1 + size // _SMALLEST_CHUNK:
+        raise ValueError(f"{math.prod(grid)} chunks for {size} bytes: expected at most one for each {_SMALLEST_CHUNK}")
+    return grid
 
 
 def _cannot_restore(path: Path, why: str) -> LlamaJaxError:
