@@ -13,13 +13,12 @@ import dataclasses
 import importlib.resources
 import re
 import sys
-import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from llamajax.errors import LlamaJaxError
-from llamajax.files import shortened
+from llamajax.files import read_toml, shortened
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +39,9 @@ class RopeScaling:
     def __post_init__(self):
         """Refuse values that cannot describe a scaling."""
         if self.kind not in ("linear", "llama3"):
-            raise LlamaJaxError(f"rope scaling kind {self.kind!r} is not supported: expected 'linear' or 'llama3'")
+            raise LlamaJaxError(
+                f"rope scaling kind {shortened(self.kind)} is not supported: expected 'linear' or 'llama3'"
+            )
         _check_number("rope scaling factor", self.factor, low=1.0)
         _check_number("low_freq_factor", self.low_freq_factor, low=0.0)
         _check_number("high_freq_factor", self.high_freq_factor, low=0.0)
@@ -90,11 +91,11 @@ class Config:
     def __post_init__(self):
         """Refuse values that cannot describe a LLaMA."""
         for name in _WHOLE_FIELDS:
-            _check_whole(name, getattr(self, name))
+            _check_whole(name, getattr(self, name), _MOST_LAYERS if name == "num_layers" else _LARGEST_DIMENSION)
         _check_number("norm_eps", self.norm_eps, low=0.0)
         _check_number("rope_theta", self.rope_theta, low=1.0)
         if not isinstance(self.tied_embeddings, bool):
-            raise LlamaJaxError(f"tied_embeddings is {self.tied_embeddings!r}: expected true or false")
+            raise LlamaJaxError(f"tied_embeddings is {shortened(self.tied_embeddings)}: expected true or false")
         if self.num_heads % self.num_kv_heads:
             raise LlamaJaxError(
                 f"num_heads is {self.num_heads}: expected a multiple of num_kv_heads, {self.num_kv_heads}"
@@ -143,27 +144,28 @@ _WHOLE_FIELDS = (
 
 # No LLaMA comes near this. A header that claims more is damaged or hostile: refused before anything is allocated.
 _LARGEST_DIMENSION = 1 << 27
+_MOST_LAYERS = 1 << 12  # and each has a name
 
 
-def _check_whole(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST_DIMENSION:
-        raise LlamaJaxError(f"{name} is {value!r}: expected a whole number from 1 to {_LARGEST_DIMENSION}")
+def _check_whole(name: str, value: Any, most: int = _LARGEST_DIMENSION) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise LlamaJaxError(f"{name} is {shortened(value)}: expected a whole number from 1 to {most}")
 
 
 def _check_number(name: str, value: Any, *, low: float) -> None:
     # Compared rather than math.isfinite, which raises for whole numbers beyond the range of float.
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= sys.float_info.max:
-        raise LlamaJaxError(f"{name} is {value!r}: expected a finite number, at least {low}")
+        raise LlamaJaxError(f"{name} is {shortened(value)}: expected a finite number, at least {low}")
 
 
 def _only_known(cls: type, fields: Any) -> dict[str, Any]:
     """`fields`, once it is sure that `cls` has each of them and that none without a default is missing."""
     if not isinstance(fields, Mapping):
-        raise LlamaJaxError(f"{cls.__name__} is {fields!r}: expected a table of fields")
+        raise LlamaJaxError(f"{cls.__name__} is {shortened(fields)}: expected a table of fields")
     known = {field.name: field for field in dataclasses.fields(cls)}
     unknown = sorted(str(key) for key in fields if key not in known)
     if unknown:
-        raise LlamaJaxError(f"unknown key {unknown[0]!r}: {cls.__name__} has {', '.join(known)}")
+        raise LlamaJaxError(f"unknown key {shortened(unknown[0])}: {cls.__name__} has {', '.join(known)}")
     required = [name for name, field in known.items() if field.default is dataclasses.MISSING]
     missing = [name for name in required if name not in fields]
     if missing:
@@ -388,4 +390,4 @@ def preset(name: str) -> Config:
     if name not in preset_names():
         raise LlamaJaxError(f"no preset is called {name!r}: expected one of {', '.join(preset_names())}")
     path = preset_folder() / f"{name}.toml"
-    return Config.from_dict(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
+    return Config.from_dict(read_toml(path), str(path))

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from llamajax.errors import LlamaJaxError
+from llamajax.files import read_bytes
 from llamajax.model import Llama
 from llamajax.tokenizer import Tokenizer
 from llamajax.windows import CONVENTIONS, Windows, as_windows, document_windows, gptq_windows, llama_cpp_windows
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
+_LARGEST_TEXT = 1 << 32  # TinyStories, the largest that we know of, has 2.2 GB
 
 
 # ---- Texts -----------------------------------------------------------------------------------------------------------
@@ -28,11 +30,12 @@ def read_text(path: str | Path) -> str:
     Raises:
         LlamaJaxError: if the file is missing or not UTF-8.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise LlamaJaxError(f"{path}: no such file: expected a UTF-8 text, documents separated by {DOCUMENT_SEPARATOR}")
     try:
-        return path.read_bytes().decode("utf-8")
+        return read_bytes(path, _LARGEST_TEXT).decode("utf-8")
+    except FileNotFoundError:
+        raise LlamaJaxError(
+            f"{path}: no such file: expected a UTF-8 text, documents separated by {DOCUMENT_SEPARATOR}"
+        ) from None
     except UnicodeDecodeError as error:
         raise LlamaJaxError(f"{path}: not UTF-8 at byte {error.start}: expected a UTF-8 text") from None
 

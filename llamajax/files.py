@@ -81,9 +81,10 @@ def read_bytes(path: str | Path, limit: int = LARGEST_TEXT) -> bytes:
         LlamaJaxError, OSError: as `open_regular`; the first also for a file that grows while it is read.
     """
     with open_regular(path, limit) as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise LlamaJaxError(f"{path}: more than {limit} bytes: expected at most that")
+        size = os.fstat(file.fileno()).st_size  # as much memory is asked for, not the limit
+        data = file.read(size + 1)
+    if len(data) > size:
+        raise LlamaJaxError(f"{path}: more than its {size} bytes: it grows while it is read")
     return data
 
 

@@ -18,11 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import llamajax
 from llamajax import LlamaJaxError, Tokenizer, open_checkpoint, save_checkpoint
 from llamajax.checkpoint import home, huggingface
-from llamajax.checkpoint.naming import named_leaves
+from llamajax.checkpoint.naming import Place, named_leaves
+from llamajax.cli import main
+from llamajax.quantize import Rule, quantize
 from quant.kernels.cpu import TiledWeight
 
 ROOT = Path(__file__).parents[1]
@@ -187,7 +190,7 @@ def test_another_number_of_devices(saved: Path, tiny_model: llamajax.Llama, tmp_
     [
         (lambda m: m.update(version=2), "format 'llamajax' version 2: this release reads 'llamajax' version 1"),
         (lambda m: m.update(format="other"), "format 'other' version 1: this release reads 'llamajax' version 1"),
-        (lambda m: m.pop("version"), "damaged .*version.*: expected a checkpoint manifest"),
+        (lambda m: m.pop("version"), "damaged: expected a checkpoint manifest, with format and version"),
         (lambda m: m.pop("config"), "'config' is missing: the manifest is damaged"),
         (lambda m: m.pop("tokenizer_sha256"), "'tokenizer_sha256' is missing: the manifest is damaged"),
         (lambda m: m.update(config=5), "Config is 5: expected a table of fields"),
@@ -205,10 +208,12 @@ def test_another_number_of_devices(saved: Path, tiny_model: llamajax.Llama, tmp_
             lambda m: m["weights"]["embed_VD"].update(shape=[24, 320]),
             r"embed_VD: shape \(24, 320\): expected \(320, 24\)",
         ),
+        (lambda m: m.update(checksums="none"), "checksums 'none': expected a table"),
         (lambda m: m.update(tokenizer_sha256="0" * 64), "not the file that the manifest names .sha256 differs"),
     ],
 )
 def test_damaged_manifest(change: Callable[[dict[str, Any]], Any], message: str, copy: Path) -> None:
+    _edit(copy / "manifest.json", lambda m: m.pop("sha256"))
     _edit(copy / "manifest.json", change)
     with pytest.raises(LlamaJaxError, match=message) as caught:
         open_checkpoint(copy)
@@ -220,7 +225,7 @@ def test_damaged_manifest(change: Callable[[dict[str, Any]], Any], message: str,
 )
 def test_manifest_that_is_no_object(text: str, copy: Path) -> None:
     (copy / "manifest.json").write_text(text)
-    with pytest.raises(LlamaJaxError, match="manifest.json: damaged .*: expected a checkpoint manifest"):
+    with pytest.raises(LlamaJaxError, match="manifest.json: (not JSON .*: expected a JSON|damaged: expected a)"):
         open_checkpoint(copy)
 
 
@@ -281,6 +286,7 @@ def test_damaged_weights(copy: Path) -> None:
 
     other = Path(shutil.copytree(copy, copy.with_name("other")))
     _edit(other / "manifest.json", change)
+    _edit(other / "manifest.json", lambda m: m.pop("sha256"))
     arguments = [sys.executable, "-c", _DAMAGE, str(copy), str(other)]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -291,11 +297,124 @@ def test_damaged_weights(copy: Path) -> None:
     assert all(f"{copy}/weights: cannot be restored, damaged or incomplete (" in line for line in refused)
 
 
+def test_manifest_edited(copy: Path) -> None:
+    """Unless its own checksum goes with the edit."""
+    _edit(copy / "manifest.json", lambda m: m["config"].update(norm_eps=2e-5))
+    with pytest.raises(LlamaJaxError, match=r"manifest.json: not as it was written .*: remove its key \"sha256\" if"):
+        open_checkpoint(copy)
+    _edit(copy / "manifest.json", lambda m: m.pop("sha256"))
+    assert open_checkpoint(copy).config.norm_eps == 2e-5
+
+
+def test_checkpoints_without_checksums(copy: Path, tiny_model: llamajax.Llama) -> None:
+    """Earlier releases wrote none: they load, damage is not seen, NaN is."""
+    _edit(copy / "manifest.json", lambda m: [m.pop(key) for key in ("sha256", "checksums")])
+    assert _same_bits(llamajax.load(copy)[0], tiny_model)
+    chunk = copy / "weights" / "embed_VD" / "c" / "0" / "0"
+    chunk.write_bytes(np.float32(np.nan).tobytes() + chunk.read_bytes()[4:])
+    with pytest.raises(LlamaJaxError, match=r"copy/weights: cannot be restored, .* \(embed_VD holds NaN or infinity\)"):
+        llamajax.load(copy)
+
+
+def test_one_weight_is_checked_as_all_are(copy: Path, tiny_model: llamajax.Llama) -> None:
+    chunk = copy / "weights" / "layers.1.ffn.up_DF" / "c" / "0" / "0"
+    data = bytearray(chunk.read_bytes())
+    data[100] ^= 1
+    chunk.write_bytes(data)
+    opened = open_checkpoint(copy)
+    up_DF = opened.read_weight(Place("layers.ffn.up_DF", 0))
+    np.testing.assert_array_equal(up_DF, np.asarray(tiny_model.layers.ffn.up_DF)[0])
+    with pytest.raises(LlamaJaxError, match="layers.1.ffn.up_DF is not as it was written: its checksum differs"):
+        opened.read_weight(Place("layers.ffn.up_DF", 1))
+
+
+_FLIPS = """
+import random, sys
+from pathlib import Path
+import numpy as np
+import llamajax
+from llamajax.checkpoint.naming import named_leaves
+folder, seed, per_file = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+def read():
+    opened = llamajax.open_checkpoint(folder)
+    arrays = {name: leaf.tobytes() for name, leaf in named_leaves(opened.read(shardings="host")).items()}
+    return opened.config, opened.tokenizer_bytes, arrays
+whole, draw = read(), random.Random(seed)
+for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+    data = file.read_bytes()
+    for at in draw.sample(range(len(data)), min(per_file, len(data))):
+        damaged = bytearray(data)
+        damaged[at] ^= 1 << draw.randrange(8)
+        file.write_bytes(damaged)
+        try:
+            print("equal" if read() == whole else f"wrong {file.name} {at} {data[at]} {damaged[at]}")
+        except llamajax.LlamaJaxError as error:
+            print("refused" if "\\n" not in str(error) and len(str(error)) < 1000 else f"wrong {error!r}")
+    file.write_bytes(data)
+"""
+
+
+@pytest.mark.parametrize(
+    "per_file", [1, pytest.param(20, marks=pytest.mark.exhaustive), pytest.param(300, marks=pytest.mark.exhaustive)]
+)
+def test_a_flipped_bit_anywhere(per_file: int, tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """It is an error, or it changes nothing. A sample; larger ones of quantized weights and of floats."""
+    sizes = dict.fromkeys(("width", "ffn_width", "head_size"), 8) | dict.fromkeys(("num_heads", "num_kv_heads"), 1)
+    config = llamajax.Config(vocab_size=320, num_layers=1, context_length=8, tied_embeddings=True, **sizes)
+    model = llamajax.Llama(config, key=jax.random.key(0))
+    if per_file != 300:
+        model = quantize(model, (Rule(weights="*norm*", keep=True), Rule(weights="*", scheme="nf4", group_size=8)))
+    tokenizer = tiny_tokenizer if per_file != 300 else None
+    save_checkpoint(model, tmp_path / "saved", tokenizer=tokenizer)
+    arguments = [sys.executable, "-c", _FLIPS, str(tmp_path / "saved"), "0", str(per_file)]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) >= 20 and lines.count("refused") + lines.count("equal") == len(lines), lines
+    assert lines.count("refused") >= len(lines) // 4
+
+
 def test_weights_that_are_not_finite(tiny_model: llamajax.Llama, tmp_path: Path) -> None:
+    """They are not written; and not read, where somebody else wrote them."""
     model = jax.tree.map(lambda leaf: leaf.at[..., 0].set(jnp.nan), tiny_model)
-    save_checkpoint(model, tmp_path / "nan")
-    with pytest.raises(LlamaJaxError, match="holds NaN or infinity: the weights are damaged"):
-        llamajax.load(tmp_path / "nan")
+    for form in ("llamajax", "huggingface"):
+        with pytest.raises(LlamaJaxError, match="nan: embed_VD holds NaN or infinity: nothing is written"):
+            save_checkpoint(model, tmp_path / "nan", form=form)
+    assert not list(tmp_path.iterdir())
+    save_checkpoint(tiny_model, tmp_path / "theirs", form="huggingface")
+    tensors = load_file(tmp_path / "theirs" / "model.safetensors")
+    tensors["model.norm.weight"][3] = np.inf
+    save_file(tensors, tmp_path / "theirs" / "model.safetensors")
+    with pytest.raises(LlamaJaxError, match="theirs: norm.weight_D holds NaN or infinity: the weights are damaged"):
+        llamajax.load(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("form", ["llamajax", "huggingface"])
+def test_numbers_that_the_asked_dtype_cannot_hold(form: Any, tiny_model: llamajax.Llama, tmp_path: Path) -> None:
+    """One line that names the tensor; the same numbers in a dtype of enough range are read."""
+    model = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny_model)
+    up_DF = model.layers.ffn.up_DF.get_value().at[1, 2, 3].set(-1e5)
+    model.layers.ffn.up_DF.set_value(up_DF)
+    save_checkpoint(model, tmp_path / "large", form=form)
+    message = r"large: layers.ffn.up_DF( of layer 1)? holds 99840: float16 has numbers up to 65504: expected a dtype"
+    for shardings in (None, "host"):
+        with pytest.raises(LlamaJaxError, match=message):
+            llamajax.load(tmp_path / "large", dtype="float16", shardings=shardings)
+    assert _same_bits(llamajax.load(tmp_path / "large", dtype="bfloat16")[0], model)
+    converted, _ = llamajax.load(tmp_path / "large", dtype="float32")
+    assert float(converted.layers.ffn.up_DF.get_value()[1, 2, 3]) == -99840
+
+
+def test_convert_to_a_dtype_that_is_too_narrow(
+    tiny_model: llamajax.Llama, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = jax.tree.map(lambda leaf: leaf * 1e6, tiny_model)
+    save_checkpoint(model, tmp_path / "large")
+    command = ["convert", f"--model={tmp_path / 'large'}", f"--output={tmp_path / 'out'}", "--dtype=float16"]
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"llamajax: {tmp_path / 'large'}: embed_VD holds") and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["large"]
 
 
 # ---- Saving is atomic -----------------------------------------------------------------------------------------------
@@ -326,12 +445,15 @@ def test_unknown_form(tiny_model: llamajax.Llama, tmp_path: Path) -> None:
 def test_a_save_that_fails_leaves_nothing(
     failure: BaseException, form: Any, tiny_model: llamajax.Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both writers put their JSON last, when everything else is on the disk: that is where this one fails."""
+    """Both writers put a JSON file last, when everything else is on the disk: that is where this one fails."""
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise failure
 
-    monkeypatch.setattr(home if form == "llamajax" else huggingface, "json", SimpleNamespace(dumps=fail))
+    if form == "llamajax":
+        monkeypatch.setattr(home, "json", SimpleNamespace(dumps=fail))
+    else:
+        monkeypatch.setattr(huggingface, "_write_json", fail)
     with pytest.raises(type(failure)):
         save_checkpoint(tiny_model, tmp_path / "saved", form=form)
     assert not list(tmp_path.iterdir())

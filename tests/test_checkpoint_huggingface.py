@@ -285,7 +285,7 @@ def test_damaged_safetensors(damage: Callable[[bytes], bytes], copy: Path) -> No
 @pytest.mark.parametrize("text", ["", "{", "nope", '{"model_type": ' + "[" * 100_000, '{"model_type": 1' + "0" * 9999])
 def test_config_that_is_not_json(text: str, copy: Path) -> None:
     (copy / "config.json").write_text(text)
-    _refused(copy, r"config.json: not JSON \(.*\): expected a JSON object")
+    _refused(copy, r"config.json: not JSON \(.*\): expected a JSON value")
 
 
 def test_config_that_is_no_object(copy: Path) -> None:
@@ -322,3 +322,21 @@ def test_large_models_are_written_in_shards(tiny_model: Llama, tmp_path: Path, m
         assert all(index["weight_map"][name] == file for name in tensors)
     again, _ = llamajax.load(tmp_path / "sharded")
     jax.tree.map(np.testing.assert_array_equal, again, tiny_model)
+
+
+def test_files_are_as_the_library_writes_them(tiny_model: Llama, tmp_path: Path) -> None:
+    """Header and bytes, tensor for tensor, with norms in float32 among bfloat16: each stands where it is aligned."""
+    model = jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), tiny_model)
+    model.norm.weight_D.set_value(tiny_model.norm.weight_D.get_value())
+    save_checkpoint(model, tmp_path / "saved", form="huggingface")
+    file = tmp_path / "saved" / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    ours, theirs = _header(file.read_bytes()), _header((tmp_path / "theirs").read_bytes())
+    without = lambda header: {name: {**entry, "data_offsets": 0} for name, entry in header.items()}  # noqa: E731
+    assert without(ours) == without(theirs) and file.stat().st_size % 2 == 0
+    assert struct.unpack("<Q", file.read_bytes()[:8])[0] % 8 == 0
+    for name, array in tensors.items():
+        assert ours[name]["data_offsets"][0] % array.itemsize == 0
+    np.testing.assert_array_equal(tensors["model.norm.weight"], tiny_model.norm.weight_D.get_value())
+    np.testing.assert_array_equal(tensors[QUERY], np.asarray(model.layers.attention.query_DQ[0]).T)

@@ -113,7 +113,7 @@ def configs(draw: st.DrawFn) -> Config:
         vocab_size=draw(_positive),
         width=draw(_positive),
         ffn_width=draw(_positive),
-        num_layers=draw(_positive),
+        num_layers=draw(st.integers(1, 4096)),
         num_heads=kv_heads * draw(st.integers(1, 64)),
         num_kv_heads=kv_heads,
         head_size=2 * draw(st.integers(1, 256)),

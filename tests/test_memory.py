@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import ml_dtypes
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from llamajax.checkpoint import open_checkpoint, save_checkpoint
 from llamajax.checkpoint.huggingface import expected_tensors
+from llamajax.checkpoint.naming import named_leaves
 from llamajax.config import Config, config_to_hf
 
 ROOT = Path(__file__).parents[1]
@@ -49,11 +52,11 @@ def write_model(folder: Path, width: int) -> int:
     return sum(array.nbytes for shard in shards for array in shard.values())
 
 
-def peak_of_conversion(source: Path, target: Path) -> int:
+def peak_of_conversion(source: Path, target: Path, form: str) -> int:
     """Peak resident bytes of `llamajax convert` in a process of its own, as the kernel counts them."""
     script = (
         "import sys; from llamajax.cli import main\n"
-        f"code = main(['convert', '--model={source}', '--output={target}'])\n"
+        f"code = main(['convert', '--model={source}', '--output={target}', '--to={form}'])\n"
         "print([line for line in open('/proc/self/status') if line.startswith('VmHWM')][0].split()[1]); sys.exit(code)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
@@ -63,12 +66,31 @@ def peak_of_conversion(source: Path, target: Path) -> int:
     return int(done.stdout) * 1024
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("form", ["llamajax", "huggingface"])
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc for a process's peak memory")
-def test_conversion_holds_the_weights_once(tmp_path: Path) -> None:
+def test_conversion_holds_the_weights_once(form: str, tmp_path: Path) -> None:
     small = write_model(tmp_path / "small", 64)
     large = write_model(tmp_path / "large", 896)
     assert large > 380 * MIB
-    base = peak_of_conversion(tmp_path / "small", tmp_path / "small-out") - small
-    extra = peak_of_conversion(tmp_path / "large", tmp_path / "large-out") - base - large
-    # One stacked tensor of this model has 98 MiB; a second copy of the weights would have 394.
-    assert extra < 290 * MIB, f"{extra / MIB:.0f} MiB beyond the weights"
+    base = peak_of_conversion(tmp_path / "small", tmp_path / "small-out", form) - small
+    extra = peak_of_conversion(tmp_path / "large", tmp_path / "large-out", form) - base - large
+    # A tensor of one layer has 6 MiB, one of all layers 98 MiB; a second copy of the weights would have 394.
+    most = {"llamajax": 290, "huggingface": 40}[form]
+    assert extra < most * MIB, f"{extra / MIB:.0f} MiB beyond the weights"
+
+
+def test_writing_for_hugging_face_holds_one_tensor(tmp_path: Path) -> None:
+    """Of what is given, all in one shard; counted by tracemalloc, which NumPy reports its arrays to."""
+    write_model(tmp_path / "source", 64)
+    opened = open_checkpoint(tmp_path / "source")
+    model = opened.read(shardings="host")
+    largest = max(leaf.nbytes // (16 if name.startswith("layers") else 1) for name, leaf in named_leaves(model).items())
+    tracemalloc.start()
+    try:
+        save_checkpoint(model, tmp_path / "out", form="huggingface")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert sum(leaf.nbytes for leaf in named_leaves(model).values()) > 2 * MIB
+    assert peak < largest + MIB // 2, f"{peak / MIB:.2f} MiB for tensors of at most {largest / MIB:.2f}"

@@ -5,6 +5,7 @@ Every tensor of the files must be one that the model has, and the other way roun
 """
 
 import json
+import math
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,17 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from llamajax.checkpoint.huggingface_words import config_ids, read_words, word_files
 from llamajax.checkpoint.naming import Place, Source, named_leaves
 from llamajax.config import Config, config_from_hf, config_to_hf
 from llamajax.errors import LlamaJaxError
-from llamajax.files import read_bytes, shortened
+from llamajax.files import open_regular, read_bytes, read_json, shortened
 from llamajax.model import Llama
 from llamajax.tokenizer import LARGEST_TOKENIZER, Tokenizer
 from llamajax.words import Words
 
-_LARGEST_JSON = 64 << 20
+_LARGEST_HEADER = 16 << 20  # of a safetensors file: a hundred bytes for each tensor
 _SHARD_BYTES = 1 << 30
 
 _HEAD = "lm_head.weight"
@@ -44,6 +44,7 @@ _NAMES = {
 }
 
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_THEIR_DTYPES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 
 
 def recognise(path: Path) -> bool:
@@ -91,16 +92,15 @@ def save(
     """Writes a folder that `open_source` and transformers read; `path` must exist, empty.
 
     `tokenizer_bytes` become its tokenizer.model, whatever they are; `tokenizer` is what they say, if they can be read.
-    Beyond 1 GiB in shards with their index, so that no more than one shard is held in transposed copies.
+    Beyond 1 GiB in shards with their index. No more than one tensor is held in a transposed copy.
     """
     leaves = named_leaves(model)
     shards = _plan_shards(model.config, leaves)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {theirs: _theirs(leaves[ours], ours, layer) for ours, theirs, layer in names}
-        save_file(tensors, path / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
+        _write_shard(path / file, leaves, names)
+        weight_map |= {theirs: file for _, theirs, _ in names}
     if len(shards) > 1:
         size = sum(leaf.nbytes for leaf in leaves.values())
         _write_json(path / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
@@ -111,9 +111,29 @@ def save(
         (path / name).write_bytes(data)
     fields = config_to_hf(model.config) | config_ids(words, tokenizer)
     _write_json(path / "config.json", fields | {"torch_dtype": str(leaves["embed_VD"].dtype)})
-    for file in set(weight_map.values()):
-        # safetensors keeps its files to their owner; a package installed by root is read by others.
-        (path / file).chmod((path / "config.json").stat().st_mode)
+
+
+def _write_shard(path: Path, leaves: dict[str, Any], names: list[tuple[str, str, int | None]]) -> None:
+    """Writes a safetensors file tensor by tensor; the library's own function wants to be given all of them at once.
+
+    The format: the header's length in 8 bytes, the header in JSON (dtype, shape and place of each tensor), the tensors
+    one behind the other (github.com/huggingface/safetensors, "Format").
+    """
+    names = sorted(names, key=lambda name: -leaves[name[0]].dtype.itemsize)  # so that each is aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for ours, theirs, layer in names:
+        leaf = leaves[ours]
+        shape = leaf.shape if layer is None else leaf.shape[1:]
+        start, end = end, end + math.prod(shape) * leaf.dtype.itemsize
+        shape = shape[::-1] if _NAMES[ours][1] else shape
+        header[theirs] = {"dtype": _THEIR_DTYPES[np.dtype(leaf.dtype)], "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for ours, _, layer in names:
+            file.write(_theirs(leaves[ours], ours, layer).reshape(-1).view(np.uint8).data)
 
 
 def _plan_shards(config: Config, leaves: dict[str, Any]) -> list[list[tuple[str, str, int | None]]]:
@@ -142,14 +162,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; a clear error for anything else."""
-    try:
-        if path.stat().st_size > _LARGEST_JSON:
-            raise LlamaJaxError(f"{path}: {path.stat().st_size} bytes: expected at most {_LARGEST_JSON}")
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, LlamaJaxError):
-            raise
-        raise LlamaJaxError(f"{path}: not JSON ({str(error)[:100]}): expected a JSON object") from None
+    value = read_json(path)
     if not isinstance(value, dict):
         raise LlamaJaxError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
@@ -164,9 +177,9 @@ def _tensor_files(path: Path) -> tuple[dict[str, Path], list[str]]:
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise LlamaJaxError(f"{index}: expected a weight_map from tensor names to file names")
-        outside = [file for file in weight_map.values() if Path(file).name != file]
+        outside = [file for file in weight_map.values() if Path(file).name != file or file in ("", "..")]
         if outside:
-            raise LlamaJaxError(f"{index}: {outside[0]!r} leaves the folder: expected file names")
+            raise LlamaJaxError(f"{index}: {shortened(outside[0])} leaves the folder: expected file names")
         files = {name: path / file for name, file in weight_map.items()}
     else:
         single = [file for file in found if file.name == "model.safetensors"] or found
@@ -182,12 +195,24 @@ def _tensor_files(path: Path) -> tuple[dict[str, Path], list[str]]:
 
 def _open(path: Path) -> Any:
     """Opens a safetensors file; `pread` rather than `mmap`, whose touched pages would count as our memory."""
-    if not path.is_file():
-        raise LlamaJaxError(f"{path}: no such file, though the index names it")
     try:
+        with open_regular(path) as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > _LARGEST_HEADER:
+            raise LlamaJaxError(f"{path}: truncated or damaged safetensors file (a header of {header} bytes)")
         return safe_open(path, framework="np", backend="pread")
-    except (SafetensorError, OSError) as error:
-        raise LlamaJaxError(f"{path}: truncated or damaged safetensors file ({error})") from None
+    except FileNotFoundError:
+        raise LlamaJaxError(f"{_shown(path)}: no such file, though the index names it") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, LlamaJaxError):
+            raise
+        why = error.strerror if isinstance(error, OSError) else error
+        raise LlamaJaxError(f"{_shown(path)}: truncated or damaged safetensors file ({why})") from None
+
+
+def _shown(path: Path) -> Path:
+    """A path whose last part is from an index, for a message."""
+    return path.with_name(shortened(path.name)[1:-1])
 
 
 def expected_tensors(config: Config) -> Iterator[tuple[str, str, int | None]]:
@@ -214,7 +239,9 @@ def _check_tensors(path: Path, config: Config, files: dict[str, Path]) -> set[np
     surplus = [name for name in surplus if not (name == _HEAD and config.tied_embeddings)]
     missing = sorted(expected - set(files))
     if surplus:
-        raise LlamaJaxError(f"{path}: tensor {surplus[0]!r} belongs to nothing in the model ({len(surplus)} such)")
+        raise LlamaJaxError(
+            f"{path}: tensor {shortened(surplus[0])} belongs to nothing in the model ({len(surplus)} such)"
+        )
     if missing:
         hint = ": is tie_word_embeddings missing in config.json?" if missing == [_HEAD] else ""
         raise LlamaJaxError(f"{path}: tensor {missing[0]!r} is missing ({len(missing)} such){hint}")
@@ -224,7 +251,9 @@ def _check_tensors(path: Path, config: Config, files: dict[str, Path]) -> set[np
             held = set(tensors.keys())
             for name in (name for name, where in files.items() if where == file):
                 if name not in held:
-                    raise LlamaJaxError(f"{file}: tensor {name!r} is missing, though the index puts it here")
+                    raise LlamaJaxError(
+                        f"{_shown(file)}: tensor {shortened(name)} is missing, though the index puts it here"
+                    )
                 if name.endswith("rotary_emb.inv_freq"):
                     continue
                 kind = tensors.get_slice(name).get_dtype()

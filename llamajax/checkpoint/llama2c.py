@@ -26,6 +26,7 @@ import numpy as np
 from llamajax.checkpoint.naming import STACKED, Place, Source, halves_from_pairs
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
+from llamajax.files import open_regular
 
 _MAGIC = 0x616B3432  # "ak42"
 _HEADER_BYTES = 256
@@ -81,7 +82,7 @@ def open_source(path: Path) -> Source:
 
 
 def _read_head(path: Path) -> bytes:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file.read(_HEADER_BYTES)
 
 
@@ -190,7 +191,7 @@ def _offsets(header: _Header) -> dict[Place, tuple[int, int]]:
 
 
 def _read(path: Path, header: _Header, place: Place, offset: int, size: int) -> np.ndarray:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(offset)
         data = file.read(size)
     if len(data) != size:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from llamajax.cli.common import progress, spinner
 from llamajax.config import Config, preset, preset_names
 from llamajax.errors import LlamaJaxError
 from llamajax.evaluate import encode_documents
-from llamajax.files import check_absent
+from llamajax.files import check_absent, read_toml
 from llamajax.train import TrainOptions
 
 SUMMARY = "train a small model and its tokenizer; resumes where it was stopped"
@@ -94,11 +93,7 @@ def _config(name: str) -> Config:
     path = Path(name)
     if not path.is_file():
         raise LlamaJaxError(f"config is {name!r}: expected a .toml file or one of {', '.join(preset_names())}")
-    try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise LlamaJaxError(f"{path}: not TOML ({error})") from None
-    return Config.from_dict(fields, str(path))
+    return Config.from_dict(read_toml(path), str(path))
 
 
 def _draw(folder: Path) -> None:
