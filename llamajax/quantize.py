@@ -25,7 +25,7 @@ from llamajax.checkpoint.naming import STACKED, Place, is_quantized, named_leave
 from llamajax.config import Config, preset_folder
 from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama, RMSNorm, abstract_model
-from llamajax.quantize_weight import quantize_weight
+from llamajax.quantize_weight import in_dtype, naming, quantize_weight
 from llamajax.resume import PartsOnDisk
 from llamajax.stacks import LayerStacks
 from quant import QTensor
@@ -197,7 +197,7 @@ def _calibrated(
         x_WTD = calibrate.advance(block, x_WTD)
         steps.add(len(made))
     norm = Place("norm.weight_D", None)
-    stacks.put(norm, read(norm))
+    stacks.put(norm, quantize_weight(norm, read(norm), rules[norm]))
     steps.add()
     if not config.tied_embeddings:
         head = Place("head_VD", None)
@@ -225,7 +225,7 @@ def _calibrated_layer(
     stored = {name: read(Place(STACKED + name, layer)) for name in names}
     dtypes = {name: stored[name].dtype for name in names}
     dense = {name: calibrate.dense(stored.pop(name)) for name in names}
-    _scale_inputs(dense, rule_of, x_WTD, config, dtypes)
+    _scale_inputs(dense, rule_of, x_WTD, config, dtypes, layer)
     made: dict[str, Any] = {}
     for group, members in calibrate.INPUTS.items():
         seen = None
@@ -235,19 +235,25 @@ def _calibrated_layer(
         for name in members:
             place, rule = Place(STACKED + name, layer), rule_of[name]
             made[name] = quantize_weight(
-                place, dense[name].astype(dtypes[name]) if rule.keep else dense[name], rule, seen
+                place, in_dtype(place, dense[name], dtypes[name]) if rule.keep else dense[name], rule, seen
             )
             dense[name] = calibrate.dense(made[name])
             if isinstance(made[name], QTensor):
                 made[name] = dataclasses.replace(made[name], dtype=np.dtype(dtypes[name]))
     for name in names:
         if name not in made:
-            made[name] = quantize_weight(Place(STACKED + name, layer), dense[name].astype(dtypes[name]), rule_of[name])
+            place = Place(STACKED + name, layer)
+            made[name] = quantize_weight(place, in_dtype(place, dense[name], dtypes[name]), rule_of[name])
     return {name: made[name] for name in names}
 
 
 def _scale_inputs(
-    dense: dict[str, jax.Array], rule_of: dict[str, Rule], x_WTD: np.ndarray, config: Config, dtypes: Mapping[str, Any]
+    dense: dict[str, jax.Array],
+    rule_of: dict[str, Rule],
+    x_WTD: np.ndarray,
+    config: Config,
+    dtypes: Mapping[str, Any],
+    layer: int,
 ) -> None:
     """Finds and folds the scales of a layer's inputs, `dense` being changed; the layer computes what it did."""
     groups = tuple(group for group, members in calibrate.INPUTS.items() if rule_of[members[0]].scaling is not None)
@@ -257,10 +263,15 @@ def _scale_inputs(
     # From the last input to the first: what is folded into `up` and `value` is then scaled as their own rows are.
     for group in reversed(groups):
         members = calibrate.INPUTS[group]
-        scale_K = calibrate.input_scale(
-            group, rule_of[members[0]], [dense[name] for name in members], seen[group], config
-        )
-        calibrate.fold(dense, group, scale_K, config, dtypes[calibrate.PRODUCERS[group]])
+        rule, producer = rule_of[members[0]], calibrate.PRODUCERS[group]
+        with naming(f"{', '.join(members)} of layer {layer}"):
+            scale_K = calibrate.input_scale(group, rule, [dense[name] for name in members], seen[group], config)
+        calibrate.fold(dense, group, scale_K, config, dtypes[producer])
+        if not jnp.isfinite(dense[producer]).all():
+            raise LlamaJaxError(
+                f"{Place(STACKED + producer, layer)}: scaled by {rule.scaling}, a value is above the range of "
+                f"{dtypes[producer]}: convert the model to bfloat16 or float32 first"
+            )
 
 
 def _work_key(rules: Rules, windows: np.ndarray, config: Config, read: Callable[[Place], Any]) -> dict[str, Any]:
