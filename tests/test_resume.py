@@ -109,7 +109,7 @@ def test_damage_is_one_error_or_none(tmp_path: Path) -> None:
     part, key = tmp_path / "a.safetensors", tmp_path / "work.json"
     good = {file: file.read_bytes() for file in (part, key)}
     refused = 0
-    for round_ in range(300):
+    for round_ in range(150):
         file = part if round_ % 3 else key
         data = bytearray(good[file])
         match rng.randrange(4):
@@ -132,7 +132,7 @@ def test_damage_is_one_error_or_none(tmp_path: Path) -> None:
             refused += 1
             assert "\n" not in str(error) and len(str(error)) < 1000 and "remove" in str(error)
         file.write_bytes(good[file])
-    assert refused > 250
+    assert refused > 120
 
 
 def test_quantize_keeps_its_parts_until_the_result_is_saved(
