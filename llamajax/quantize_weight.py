@@ -15,7 +15,9 @@ from llamajax.errors import LlamaJaxError
 from quant import QTensor, outlier_channels, quantize_gptq, quantize_hqq, quantize_rtn, split_outliers
 from quant.recipe import Rule
 
-_PART_WEIGHTS = 2**21  # quantized at a time
+# Quantized at a time. Three weights are in work, each with several copies of such a part in float32: of 420M weights
+# in bfloat16, beside the result and a process that has compiled anything, 36 MiB; with four times as many 106.
+_PART_WEIGHTS = 2**19
 
 
 def quantize_weight(place: Place, weight: Any, rule: Rule, seen: Statistics | None = None) -> jax.Array | QTensor:
