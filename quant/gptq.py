@@ -67,7 +67,7 @@ def add_to_hessian(h: jax.Array, count: int | jax.Array, x: jax.Array) -> tuple[
     samples_TK = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     total = count + samples_TK.shape[0]
     # Dividing before multiplying keeps activations of 1e4 over millions of tokens far from float32's end.
-    return h * (count / total) + _matmul(samples_TK.T / total, samples_TK), total
+    return h * (count / total) + _matmul(samples_TK.T / jnp.asarray(total, jnp.float32), samples_TK), total
 
 
 def quantize_gptq(
@@ -213,7 +213,7 @@ def _inverse_factor(hessian_KK: jax.Array, damping: float | jax.Array) -> jax.Ar
     """
     diagonal_K = jnp.diagonal(hessian_KK)
     dead_K = diagonal_K == 0
-    mean = diagonal_K.sum() / jnp.maximum((~dead_K).sum(), 1)
+    mean = diagonal_K.sum() / jnp.maximum((~dead_K).sum(dtype=jnp.float32), 1)
     least_pivot = len(diagonal_K) * jnp.finfo(jnp.float32).eps
 
     def attempt(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
