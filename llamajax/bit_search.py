@@ -5,6 +5,7 @@ changes in the layer's output, squared, relative to the output. Errors of differ
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from llamajax.checkpoint.naming import STACKED, Place, named_leaves
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
 from llamajax.model import RMSNorm, abstract_model
+from llamajax.quantize_weight import naming
 from quant import QTensor, Scheme, dequantize, quantize_rtn
 from quant.budget import allocate
 from quant.recipe import Rule
@@ -52,7 +54,8 @@ def choose_bits(
         on_weights: called with how many weights more have been measured.
 
     Raises:
-        LlamaJaxError: if no weight's bits are free, or not even the fewest fit.
+        LlamaJaxError: if no weight's bits are free, not even the fewest fit, a weight cannot be quantized, or what it
+            makes of the text is not finite.
     """
     windows_WT = windows_WT[: max(1, _SAMPLE_TOKENS // windows_WT.shape[1])]
     options = {key: _candidates(rule) for key, rule in rules.items()}
@@ -127,7 +130,8 @@ def _measure(
     x_WTD = jnp.asarray(embed_VD)[windows_WT]
     for i, rule in enumerate(options["embed_VD", None]):
         if len(options["embed_VD", None]) > 1:
-            errors["embed_VD", None][i] = float(_change(x_WTD, dequantize(_quantized(embed_VD, rule, -1))[windows_WT]))
+            place = Place("embed_VD", None)
+            errors["embed_VD", None][i] = _change(place, rule, x_WTD, _rounded(place, embed_VD, rule, -1)[windows_WT])
     names = [name for name, layer in options if layer == 0]
     for layer in range(config.num_layers):
         weights = {name.removeprefix(STACKED): calibrate.dense(read(Place(name, layer))) for name in names}
@@ -136,9 +140,10 @@ def _measure(
             candidates = options[name, layer]
             for i, rule in enumerate(candidates if len(candidates) > 1 else ()):
                 short = name.removeprefix(STACKED)
-                changed = weights | {short: dequantize(_quantized(weights[short], rule, -2))}
+                place = Place(name, layer)
+                changed = weights | {short: _rounded(place, weights[short], rule, -2)}
                 block = calibrate.block_of(changed, config)
-                errors[name, layer][i] = float(_change(after_WTD, calibrate.run_block(block, x_WTD)))
+                errors[name, layer][i] = _change(place, rule, after_WTD, calibrate.run_block(block, x_WTD))
         x_WTD = after_WTD
         on_weights(len(names))
     _measure_head(read, options, errors, embed_VD, x_WTD, config)
@@ -170,10 +175,28 @@ def _measure_head(
 
     logits_TV = centred(head_VD)
     for i, rule in enumerate(options[name, None]):
-        errors[name, None][i] += float(_change(logits_TV, centred(dequantize(_quantized(head_VD, rule, -1)))))
+        place = Place(name, None)
+        errors[name, None][i] += _change(place, rule, logits_TV, centred(_rounded(place, head_VD, rule, -1)))
+
+
+def _rounded(place: Place, weight: jax.Array, rule: Rule, axis: int) -> jax.Array:
+    """What a weight becomes by a candidate, float32."""
+    with naming(f"{place} of shape {weight.shape}"):
+        return dequantize(_quantized(weight, rule, axis))
+
+
+def _change(place: Place, rule: Rule, before: jax.Array, after: jax.Array) -> float:
+    """What a candidate of a weight changes, as `_mean_change` has it."""
+    change = float(_mean_change(before, after))
+    if not math.isfinite(change):
+        raise LlamaJaxError(
+            f"{place} as {rule.scheme}: what it makes of the calibration text is not finite: expected weights and "
+            "activations whose squares float32 can hold"
+        )
+    return change
 
 
 @jax.jit
-def _change(before: jax.Array, after: jax.Array) -> jax.Array:
+def _mean_change(before: jax.Array, after: jax.Array) -> jax.Array:
     """Mean over tokens of |after - before|^2 / |before|^2: no token counts more because its activations are large."""
     return jnp.mean(jnp.sum((after - before) ** 2, -1) / jnp.maximum(jnp.sum(before**2, -1), 1e-30))

@@ -60,7 +60,8 @@ def layer_noise(
     Holds the activations of one batch and one layer. Arguments are those of `evaluate.token_losses`.
 
     Raises:
-        LlamaJaxError: if the text is too short, or the models differ in vocabulary, width or layers.
+        LlamaJaxError: if the text is too short, the models differ in vocabulary, width or layers, or activations of
+            either are not finite.
     """
     check_vocabularies(model, reference)
     for name in ("width", "num_layers"):
@@ -77,7 +78,8 @@ def layer_noise(
             ours, theirs = run_block(block, ours), run_block(reference_block, theirs)
             powers[layer] += _powers(ours, theirs, used)
         powers[-1] += _powers(_head(model, ours), _head(reference, theirs), used)
-    embedding, *layers, logits = map(_decibels, powers)
+    where = ("the embeddings", *(f"layer {layer}" for layer in range(model.config.num_layers)), "the logits")
+    embedding, *layers, logits = map(_decibels, powers, where)
     return LayerNoise(embedding, tuple(layers), logits)
 
 
@@ -88,7 +90,7 @@ def weight_noise(model: Llama, reference: Llama) -> dict[str, list[float]]:
     outputs do not feel: there only `layer_noise` says something.
 
     Raises:
-        LlamaJaxError: if the models' weights differ in name or shape.
+        LlamaJaxError: if the models' weights differ in name or shape, or are not finite.
     """
     if (ours := _shapes(model)) != (theirs := _shapes(reference)):
         name = next(iter(dict(ours.items() ^ theirs.items())))
@@ -99,11 +101,11 @@ def weight_noise(model: Llama, reference: Llama) -> dict[str, list[float]]:
     for model_block, reference_block in zip(blocks(model), blocks(reference), strict=True):
         theirs_named = named_weights(reference_block)
         for name, weight in named_weights(model_block).items():
-            result[f"layers.{name}"].append(_decibels(_powers(weight, theirs_named[name])))
+            result[f"layers.{name}"].append(_decibels(_powers(weight, theirs_named[name]), f"layers.{name}"))
     whole, whole_reference = named_weights(model), named_weights(reference)
     for name, values in result.items():
         if not name.startswith("layers."):
-            values.append(_decibels(_powers(whole[name], whole_reference[name])))
+            values.append(_decibels(_powers(whole[name], whole_reference[name]), name))
     return result
 
 
@@ -131,8 +133,12 @@ def _row_powers(ours: Any, theirs: Any) -> jax.Array:
     return jnp.stack([jnp.sum(x * x, axis=-1) for x in (theirs, theirs - ours)])
 
 
-def _decibels(powers: np.ndarray) -> float:
+def _decibels(powers: np.ndarray, where: str) -> float:
     signal, noise = map(float, powers)
+    if not math.isfinite(signal + noise):
+        raise LlamaJaxError(
+            f"{where}: not finite, or its squares leave float32's range, in one of the two models: there is no ratio"
+        )
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf

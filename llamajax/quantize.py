@@ -8,7 +8,7 @@ make of a text.
 import collections
 import dataclasses
 import hashlib
-import tomllib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,8 +24,9 @@ from llamajax.checkpoint import Opened
 from llamajax.checkpoint.naming import STACKED, Place, is_quantized, named_leaves, named_weights, tensor_places
 from llamajax.config import Config, preset_folder
 from llamajax.errors import LlamaJaxError
+from llamajax.files import read_toml, shortened
 from llamajax.model import Llama, RMSNorm, abstract_model
-from llamajax.quantize_weight import quantize_weight
+from llamajax.quantize_weight import in_dtype, naming, quantize_weight
 from llamajax.resume import PartsOnDisk
 from llamajax.stacks import LayerStacks
 from quant import QTensor
@@ -48,12 +49,13 @@ def read_recipe(name: str | Path) -> Recipe:
         LlamaJaxError: if there is none, or it is not a recipe.
     """
     path = preset_folder() / "recipes" / f"{name}.toml" if name in recipe_names() else Path(name)
-    if not path.is_file():
-        raise LlamaJaxError(f"recipe is {str(name)!r}: expected a .toml file or one of {', '.join(recipe_names())}")
     try:
-        return recipe_from(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
-    except ValueError as error:  # of the recipe, of TOML, of UTF-8
-        raise LlamaJaxError(str(error) if str(path) in str(error) else f"{path}: not TOML ({error})") from None
+        return recipe_from(read_toml(path), str(path))
+    except OSError:
+        expected = f"a .toml file or one of {', '.join(recipe_names())}"
+        raise LlamaJaxError(f"recipe is {shortened(str(name))}: expected {expected}") from None
+    except ValueError as error:
+        raise LlamaJaxError(str(error)) from None
 
 
 def quantize(
@@ -75,8 +77,8 @@ def quantize(
         recipe: name, path, recipe or rules.
         calibration: token ids of a text like those that the model is for, [n]; for recipes that need one.
         window: tokens of that text that are seen together.
-        work: folder for finished layers of a calibrated recipe, so that the same call goes on where it was stopped;
-            removed at the end.
+        work: folder for finished layers of a calibrated recipe, so that the same call goes on where it was stopped. It
+            stays: remove it, by `resume.remove_parts`, once the model has been saved.
         on_weight: called with (weights done, weights in all), a layer's counting singly.
 
     Raises:
@@ -103,15 +105,10 @@ def quantize(
         return stacks.model()
     windows = calibrate.calibration_windows(calibration, config, window)
     steps = _Steps(on_weight, len(rules) * (2 if recipe.target_bpw else 1))
+    parts = None if work is None else PartsOnDisk(work, _work_key(rules, recipe.target_bpw, windows, config, read))
     if recipe.target_bpw is not None:
-        rules = choose_bits(read, rules, recipe.target_bpw, windows, config, steps.add)
-    parts = None
-    if work is not None:
-        parts = PartsOnDisk(work, _work_key(rules, windows, config, read))
-    made = _calibrated(read, rules, windows, config, parts, steps)
-    if parts is not None:
-        parts.remove()
-    return made
+        rules = _chosen_bits(read, rules, recipe.target_bpw, windows, config, parts, steps)
+    return _calibrated(read, rules, windows, config, parts, steps)
 
 
 def _checked_recipe(recipe: str | Path | Recipe | tuple[Rule, ...], calibration: np.ndarray | None) -> Recipe:
@@ -171,6 +168,31 @@ class _Steps:
         self._on_weight(self._done, self._total)
 
 
+def _chosen_bits(
+    read: Callable[[Place], Any],
+    rules: Rules,
+    target_bpw: float,
+    windows_WT: np.ndarray,
+    config: Config,
+    parts: PartsOnDisk | None,
+    steps: _Steps,
+) -> dict[tuple[str, int | None], Rule]:
+    """`choose_bits`, or what it chose before the work was stopped."""
+    stored = parts.load_arrays("bits") if parts else None
+    if stored is not None:
+        steps.add(len(rules))
+        schemes = json.loads(stored[1])
+    else:
+        chosen = choose_bits(read, rules, target_bpw, windows_WT, config, steps.add)
+        schemes = [rule.scheme for rule in chosen.values()]
+        if parts:
+            parts.store_arrays("bits", {}, json.dumps(schemes))
+    return {
+        key: dataclasses.replace(rule, scheme=scheme)
+        for (key, rule), scheme in zip(rules.items(), schemes, strict=True)
+    }
+
+
 def _calibrated(
     read: Callable[[Place], Any],
     rules: Rules,
@@ -197,7 +219,7 @@ def _calibrated(
         x_WTD = calibrate.advance(block, x_WTD)
         steps.add(len(made))
     norm = Place("norm.weight_D", None)
-    stacks.put(norm, read(norm))
+    stacks.put(norm, quantize_weight(norm, read(norm), rules[norm]))
     steps.add()
     if not config.tied_embeddings:
         head = Place("head_VD", None)
@@ -225,7 +247,7 @@ def _calibrated_layer(
     stored = {name: read(Place(STACKED + name, layer)) for name in names}
     dtypes = {name: stored[name].dtype for name in names}
     dense = {name: calibrate.dense(stored.pop(name)) for name in names}
-    _scale_inputs(dense, rule_of, x_WTD, config, dtypes)
+    _scale_inputs(dense, rule_of, x_WTD, config, dtypes, layer)
     made: dict[str, Any] = {}
     for group, members in calibrate.INPUTS.items():
         seen = None
@@ -235,19 +257,25 @@ def _calibrated_layer(
         for name in members:
             place, rule = Place(STACKED + name, layer), rule_of[name]
             made[name] = quantize_weight(
-                place, dense[name].astype(dtypes[name]) if rule.keep else dense[name], rule, seen
+                place, in_dtype(place, dense[name], dtypes[name]) if rule.keep else dense[name], rule, seen
             )
             dense[name] = calibrate.dense(made[name])
             if isinstance(made[name], QTensor):
                 made[name] = dataclasses.replace(made[name], dtype=np.dtype(dtypes[name]))
     for name in names:
         if name not in made:
-            made[name] = quantize_weight(Place(STACKED + name, layer), dense[name].astype(dtypes[name]), rule_of[name])
+            place = Place(STACKED + name, layer)
+            made[name] = quantize_weight(place, in_dtype(place, dense[name], dtypes[name]), rule_of[name])
     return {name: made[name] for name in names}
 
 
 def _scale_inputs(
-    dense: dict[str, jax.Array], rule_of: dict[str, Rule], x_WTD: np.ndarray, config: Config, dtypes: Mapping[str, Any]
+    dense: dict[str, jax.Array],
+    rule_of: dict[str, Rule],
+    x_WTD: np.ndarray,
+    config: Config,
+    dtypes: Mapping[str, Any],
+    layer: int,
 ) -> None:
     """Finds and folds the scales of a layer's inputs, `dense` being changed; the layer computes what it did."""
     groups = tuple(group for group, members in calibrate.INPUTS.items() if rule_of[members[0]].scaling is not None)
@@ -257,21 +285,31 @@ def _scale_inputs(
     # From the last input to the first: what is folded into `up` and `value` is then scaled as their own rows are.
     for group in reversed(groups):
         members = calibrate.INPUTS[group]
-        scale_K = calibrate.input_scale(
-            group, rule_of[members[0]], [dense[name] for name in members], seen[group], config
-        )
-        calibrate.fold(dense, group, scale_K, config, dtypes[calibrate.PRODUCERS[group]])
+        rule, producer = rule_of[members[0]], calibrate.PRODUCERS[group]
+        with naming(f"{', '.join(members)} of layer {layer}"):
+            scale_K = calibrate.input_scale(group, rule, [dense[name] for name in members], seen[group], config)
+        calibrate.fold(dense, group, scale_K, config, dtypes[producer])
+        if not jnp.isfinite(dense[producer]).all():
+            raise LlamaJaxError(
+                f"{Place(STACKED + producer, layer)}: scaled by {rule.scaling}, a value is above the range of "
+                f"{dtypes[producer]}: convert the model to bfloat16 or float32 first"
+            )
 
 
-def _work_key(rules: Rules, windows: np.ndarray, config: Config, read: Callable[[Place], Any]) -> dict[str, Any]:
-    """What the result depends on."""
+def _work_key(
+    rules: Rules, target_bpw: float | None, windows: np.ndarray, config: Config, read: Callable[[Place], Any]
+) -> dict[str, Any]:
+    """What the result depends on: named in an error where it differs from what a folder was begun with."""
     weights = hashlib.sha256()
     for place in tensor_places(config):
         weights.update(np.ascontiguousarray(read(place)).view(np.uint8).data)
+    listed = [[name, layer, dataclasses.asdict(rule)] for (name, layer), rule in rules.items()]
     return {
-        "rules": [[name, layer, dataclasses.asdict(rule)] for (name, layer), rule in rules.items()],
+        "version": 2,
+        "recipe (sha256)": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
+        "target_bpw": target_bpw,
         "config": config.to_dict(),
-        "text": hashlib.sha256(np.ascontiguousarray(windows).tobytes()).hexdigest(),
-        "shape": list(windows.shape),
-        "weights": weights.hexdigest(),
+        "windows and tokens of each": list(windows.shape),
+        "calibration text (sha256)": hashlib.sha256(np.ascontiguousarray(windows).tobytes()).hexdigest(),
+        "weights (sha256)": weights.hexdigest(),
     }

@@ -1,8 +1,9 @@
 """Finished parts of a long piece of work on disk, so that it goes on where it was stopped."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +14,52 @@ from safetensors.numpy import save_file
 
 from llamajax.checkpoint.home import abstract_weight, describe
 from llamajax.errors import LlamaJaxError
-from llamajax.files import new_file
+from llamajax.files import clear_leftovers, new_file, open_regular, parse_json, read_json, shortened
 
 _KEY = "work.json"
+_SUFFIX = ".safetensors"
 
 
 class PartsOnDisk:
-    """A folder with one safetensors file for each finished part: weights by name, quantized or not.
+    """A folder with one safetensors file for each finished part, and `work.json`, which says what work it is of.
 
-    Every file is written beside its name and renamed: one that is there is whole. The folder says what work it
-    belongs to, and is refused for any other.
+    Every file is written beside its name and renamed, and holds a hash of its content: one that is read is what was
+    written. The folder is refused for any other work.
     """
 
     def __init__(self, folder: Path, work: Mapping[str, Any]):
-        """Opens the folder, or makes it.
+        """Opens the folder, or makes it; what a killed process left unfinished is removed.
 
         Args:
             folder: where.
-            work: whatever the result depends on; JSON values.
+            work: whatever the result depends on, by name; JSON values.
 
         Raises:
-            LlamaJaxError: if the folder holds parts of other work.
+            LlamaJaxError: if the folder cannot be made, or holds parts of other work, or anything else.
         """
         self._folder = folder
-        key = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LlamaJaxError(f"{folder}: cannot be created ({error.strerror})") from None
+        for leftover in folder.glob(".*.partial-*"):
+            clear_leftovers(folder / leftover.name[1:].rpartition(".partial-")[0])
+        work = json.loads(json.dumps(work))
         file = folder / _KEY
-        if file.exists() and file.read_text(encoding="utf-8").strip() != key:
-            raise LlamaJaxError(
-                f"{folder}: holds parts of other work (another model, recipe or calibration text): "
-                "remove it to begin anew"
-            )
-        _write(file, lambda path: path.write_text(key + "\n", encoding="utf-8"))
+        if any(entry != file for entry in folder.iterdir()):
+            if not file.exists():
+                raise LlamaJaxError(
+                    f"{folder}: is not empty, and no {_KEY} in it says what work it is of: remove it or choose another "
+                    "path"
+                )
+            _check_same(folder, _read_key(file), work)
+        else:  # no part is finished: whatever work it was for
+            with _written(file) as partial:
+                partial.write_text(json.dumps(work, indent=2) + "\n", encoding="utf-8")
+
+    def names(self) -> list[str]:
+        """Of the finished parts, sorted."""
+        return sorted(file.name.removesuffix(_SUFFIX) for file in self._folder.glob(f"*{_SUFFIX}"))
 
     def load(self, part: str) -> dict[str, Any] | None:
         """The weights of a part, as NumPy arrays and `QTensor`s of them; None if it is not there.
@@ -52,32 +67,120 @@ class PartsOnDisk:
         Raises:
             LlamaJaxError: if the file is damaged.
         """
-        file = self._folder / f"{part}.safetensors"
+        loaded = self.load_arrays(part)
+        if loaded is None:
+            return None
+        arrays, description = loaded
+        try:
+            described = parse_json(description, "its description")
+            return {name: _assembled(arrays, name, abstract_weight(entry)) for name, entry in described.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._damaged(part, error) from None
+
+    def store(self, part: str, weights: Mapping[str, Any]) -> None:
+        """Writes a part; errors are those of `store_arrays`."""
+        arrays: dict[str, np.ndarray] = {}
+        for name, weight in weights.items():
+            arrays |= dict(zip(_keys(name, weight), jax.tree.leaves(weight), strict=True))
+        self.store_arrays(part, arrays, json.dumps({name: describe(weight) for name, weight in weights.items()}))
+
+    def load_arrays(self, part: str) -> tuple[dict[str, np.ndarray], str] | None:
+        """The arrays of a part and its description; None if it is not there.
+
+        Raises:
+            LlamaJaxError: if the file is damaged.
+        """
+        file = self._folder / f"{part}{_SUFFIX}"
         if not file.exists():
             return None
         try:
-            with safe_open(file, framework="np", backend="pread") as stored:
-                described = json.loads(stored.metadata()["weights"])
-                return {name: _read(stored, name, abstract_weight(entry)) for name, entry in described.items()}
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise LlamaJaxError(f"{file}: damaged ({str(error)[:100]}): remove it to make it anew") from None
+            with open_regular(file), safe_open(file, framework="np", backend="pread") as stored:
+                metadata = stored.metadata() or {}
+                arrays = {key: stored.get_tensor(key) for key in stored.keys()}
+        except (SafetensorError, OSError, ValueError, TypeError) as error:
+            raise self._damaged(part, error) from None
+        if metadata.get("sha256") != _digest(arrays, metadata.get("description", "")):
+            raise self._damaged(part, "its content is not what was written")
+        return arrays, metadata["description"]
 
-    def store(self, part: str, weights: Mapping[str, Any]) -> None:
-        """Writes a part."""
-        arrays: dict[str, np.ndarray] = {}
-        described = {}
-        for name, weight in weights.items():
-            described[name] = describe(weight)
-            leaves = jax.tree.leaves(weight)
-            arrays |= {key: np.ascontiguousarray(leaf) for key, leaf in zip(_keys(name, weight), leaves, strict=True)}
-        metadata = {"weights": json.dumps(described)}
-        _write(self._folder / f"{part}.safetensors", lambda path: save_file(arrays, path, metadata=metadata))
+    def store_arrays(self, part: str, arrays: Mapping[str, Any], description: str = "") -> None:
+        """Writes a part, in place of one of that name.
 
-    def remove(self) -> None:
-        """Removes what this class wrote; the work is done."""
-        for file in (*self._folder.glob("*.safetensors"), self._folder / _KEY):
-            file.unlink(missing_ok=True)
-        self._folder.rmdir()
+        Raises:
+            LlamaJaxError: if it cannot be written; the parts before it stay.
+        """
+        file = self._folder / f"{part}{_SUFFIX}"
+        contiguous = {name: np.ascontiguousarray(array).reshape(np.shape(array)) for name, array in arrays.items()}
+        metadata = {"description": description, "sha256": _digest(contiguous, description)}
+        with _written(file) as partial:
+            save_file(contiguous, partial, metadata=metadata)
+
+    def discard(self, part: str) -> None:
+        """Removes one part."""
+        (self._folder / f"{part}{_SUFFIX}").unlink(missing_ok=True)
+
+    def _damaged(self, part: str, why: object) -> LlamaJaxError:
+        return LlamaJaxError(
+            f"{self._folder / part}{_SUFFIX}: damaged ({shortened(str(why))}): remove it to make it anew"
+        )
+
+
+def remove_parts(folder: Path) -> None:
+    """Removes a folder of `PartsOnDisk`, once the work is done and saved; what else is in it stays."""
+    for file in (*folder.glob(f"*{_SUFFIX}"), folder / _KEY):
+        clear_leftovers(file)
+        file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+@contextlib.contextmanager
+def _written(file: Path) -> Iterator[Path]:
+    """`new_file`, with an error that says how to go on."""
+    try:
+        with new_file(file) as partial:
+            yield partial
+    except (SafetensorError, OSError) as error:
+        raise LlamaJaxError(
+            f"{file}: cannot be written ({shortened(str(error))}): make room and run the same again, which goes on "
+            "where it was stopped"
+        ) from None
+
+
+def _read_key(file: Path) -> dict[str, Any]:
+    """What `work.json` says."""
+    try:
+        work = read_json(file)
+        if not isinstance(work, dict):
+            raise LlamaJaxError(f"{file}: {shortened(work)}: expected an object")
+        return work
+    except (LlamaJaxError, OSError) as error:
+        raise LlamaJaxError(f"{error}: remove {file.parent} to begin anew") from None
+
+
+def _check_same(folder: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Refuses a folder of other work, by the first thing that differs."""
+    name = ""
+    there: Any = dict(theirs)
+    here: Any = dict(ours)
+    while isinstance(there, dict) and isinstance(here, dict) and there != here:
+        keys = (*here, *(key for key in there if key not in here))
+        name = next(key for key in keys if there.get(key) != here.get(key) or (key in there) != (key in here))
+        there, here = there.get(name), here.get(name)
+    if there != here:
+        raise LlamaJaxError(
+            f"{folder}: holds parts of other work: {name} is {shortened(there)} there, {shortened(here)} here: give "
+            "what it was begun with, or remove it to begin anew"
+        )
+
+
+def _digest(arrays: Mapping[str, np.ndarray], description: str) -> str:
+    """Of names, dtypes, shapes, bytes and the description."""
+    digest = hashlib.sha256(description.encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"\n{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def _keys(name: str, weight: Any) -> list[str]:
@@ -85,15 +188,10 @@ def _keys(name: str, weight: Any) -> list[str]:
     return [f"{name}/{i}" for i in range(len(jax.tree.leaves(weight)))]
 
 
-def _read(stored: Any, name: str, abstract: Any) -> Any:
+def _assembled(arrays: Mapping[str, np.ndarray], name: str, abstract: Any) -> Any:
     """One weight, of the shapes and dtypes that it is said to have."""
-    arrays = [stored.get_tensor(key) for key in _keys(name, abstract)]
-    for array, leaf in zip(arrays, jax.tree.leaves(abstract), strict=True):
+    leaves = [arrays[key] for key in _keys(name, abstract)]
+    for array, leaf in zip(leaves, jax.tree.leaves(abstract), strict=True):
         if (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
             raise ValueError(f"{name} holds {array.dtype} {array.shape}: expected {leaf.dtype} {leaf.shape}")
-    return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
-
-
-def _write(file: Path, write: Any) -> None:
-    with new_file(file) as partial:
-        write(partial)
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)

@@ -2,7 +2,9 @@
 
 import csv
 import dataclasses
+import hashlib
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 
 from llamajax.checkpoint.naming import leaf_name, named_leaves
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
 from llamajax.evaluate import cross_entropy, next_token_losses, read_documents
+from llamajax.files import new_file, read_text, shortened
 from llamajax.model import Llama
+from llamajax.resume import PartsOnDisk
 from llamajax.stories import corpus
 from llamajax.tokenizer import Tokenizer, train_tokenizer
 
@@ -155,48 +158,52 @@ def train(
     options: TrainOptions,
     folder: Path,
     on_step: Callable[[Progress], None] = lambda progress: None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    on_note: Callable[[str], None] = warnings.warn,
 ) -> Llama:
     """Trains a model and returns it in float32.
 
-    Continues from the newest checkpoint in `folder/checkpoints`, if there is one, and appends to `folder/loss.csv`
-    (step, loss, heldout_loss, learning_rate).
+    Continues from the newest intact checkpoint in `folder/checkpoints`, if there is one, and appends to
+    `folder/loss.csv` (step, loss, heldout_loss, learning_rate). The folder says what the run was begun with.
 
     Args:
         config: the architecture.
         tokens: training text, one row of ids.
         heldout: text that is not trained on, one row of ids.
-        options: run-time choices; the same as before where a run is resumed.
+        options: run-time choices.
         folder: for checkpoints and the loss curve.
         on_step: called after every step.
+        tokenizer: that the texts were encoded with, if it is to be the same where the run is resumed.
+        on_note: called with a line about a damaged checkpoint that an older one stands in for.
 
     Raises:
-        LlamaJaxError: if a text is shorter than a row, or the loss stops being finite.
+        LlamaJaxError: if a text is shorter than a row, the loss stops being finite, or the folder is of a run that was
+            begun with anything else, or damaged.
     """
     for name, text in (("training", tokens), ("held-out", heldout)):
         if len(text) < options.sequence_length + 2:
             raise LlamaJaxError(
                 f"the {name} text has {len(text)} tokens: expected more than {options.sequence_length + 1}"
             )
+    checkpoints = PartsOnDisk(folder / "checkpoints", _run_key(config, tokens, heldout, options, tokenizer))
     optimizer = make_optimizer(options)
-    state, first = _restore_or_start(config, optimizer, options, folder)
+    state, first = _restore_or_start(config, optimizer, options, checkpoints, on_note)
     step_function = jax.jit(lambda state, tokens_BT: _step(optimizer, state, tokens_BT), donate_argnums=0)
     _cut_log(folder / "loss.csv", first)
-    with _manager(folder) as manager, (folder / "loss.csv").open("a", newline="") as log:
-        writer = csv.writer(log)
-        for step in range(first + 1, options.steps + 1):
-            state, loss = step_function(state, jnp.asarray(sample_batch(tokens, step, options)))
-            loss = float(loss)
-            if not math.isfinite(loss):
-                raise LlamaJaxError(f"the loss is {loss} at step {step}: lower learning_rate ({options.learning_rate})")
-            heldout_loss = None
-            if step % options.eval_every == 0 or step == options.steps:
-                heldout_loss = cross_entropy(state["model"], heldout, window=options.sequence_length)
-            progress = Progress(step, loss, heldout_loss, float(schedule(options)(step)))
-            writer.writerow(progress)
-            log.flush()
-            if heldout_loss is not None:  # After its row: what is logged beyond a checkpoint is cut, not made up for.
-                manager.save(step, args=ocp.args.StandardSave(named_leaves(state)))
-            on_step(progress)
+    for step in range(first + 1, options.steps + 1):
+        state, loss = step_function(state, jnp.asarray(sample_batch(tokens, step, options)))
+        loss = float(loss)
+        if not math.isfinite(loss):
+            raise LlamaJaxError(f"the loss is {loss} at step {step}: lower learning_rate ({options.learning_rate})")
+        heldout_loss = None
+        if step % options.eval_every == 0 or step == options.steps:
+            heldout_loss = cross_entropy(state["model"], heldout, window=options.sequence_length)
+        progress = Progress(step, loss, heldout_loss, float(schedule(options)(step)))
+        _append(folder / "loss.csv", progress)
+        if heldout_loss is not None:  # After its row: what is logged beyond a checkpoint is cut, not made up for.
+            _store(checkpoints, step, state)
+        on_step(progress)
     return state["model"]
 
 
@@ -207,51 +214,139 @@ def _step(optimizer: optax.GradientTransformation, state: dict[str, Any], tokens
     return {"model": optax.apply_updates(state["model"], updates), "optimizer": optimizer_state}, loss
 
 
-def _restore_or_start(config: Config, optimizer, options: TrainOptions, folder: Path) -> tuple[dict[str, Any], int]:
+def _run_key(
+    config: Config, tokens: np.ndarray, heldout: np.ndarray, options: TrainOptions, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    """What a run depends on: named in an error where it differs from what a folder was begun with."""
+    digest = lambda data: hashlib.sha256(data).hexdigest()  # noqa: E731
+    return {
+        "config": config.to_dict(),
+        **dataclasses.asdict(options),
+        "tokenizer (sha256)": None if tokenizer is None else digest(tokenizer.model_bytes),
+        "training text (sha256)": digest(np.asarray(tokens, np.int32).tobytes()),
+        "held-out text (sha256)": digest(np.asarray(heldout, np.int32).tobytes()),
+    }
+
+
+def _restore_or_start(
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    options: TrainOptions,
+    checkpoints: PartsOnDisk,
+    on_note: Callable[[str], None],
+) -> tuple[dict[str, Any], int]:
     """State and number of steps already done."""
 
     def start():
         model = Llama(config, key=jax.random.key(options.seed))
         return {"model": model, "optimizer": optimizer.init(model)}
 
-    folder.mkdir(parents=True, exist_ok=True)
     abstract = jax.eval_shape(start)
-    with _manager(folder) as manager:
-        step = manager.latest_step()
-        if step is None:
-            return jax.jit(start)(), 0
-        flat = manager.restore(step, args=ocp.args.StandardRestore(named_leaves(abstract)))
-    return jax.tree.unflatten(jax.tree.structure(abstract), [flat[name] for name in named_leaves(abstract)]), step
+    steps = _steps(checkpoints)
+    for tried, step in enumerate(reversed(steps)):
+        try:
+            state = _load(checkpoints, step, abstract)
+        except LlamaJaxError as error:
+            if tried + 1 == len(steps):
+                raise
+            on_note(f"{error}; going on from step {steps[-2 - tried]}")
+            continue
+        for damaged in steps[len(steps) - tried :]:
+            checkpoints.discard(_part(damaged))
+        return state, step
+    return jax.jit(start)(), 0
+
+
+_KEPT_CHECKPOINTS = 2
+
+
+def _part(step: int) -> str:
+    return f"step-{step:09}"
+
+
+def _steps(checkpoints: PartsOnDisk) -> list[int]:
+    """Of the checkpoints, ascending."""
+    numbers = (name.removeprefix("step-") for name in checkpoints.names())
+    return [int(number) for number in numbers if number.isdecimal() and number.isascii()]
+
+
+def _store(checkpoints: PartsOnDisk, step: int, state: dict[str, Any]) -> None:
+    """Writes a checkpoint; then the oldest may go."""
+    checkpoints.store_arrays(_part(step), {name: np.asarray(leaf) for name, leaf in named_leaves(state).items()})
+    for old in _steps(checkpoints)[:-_KEPT_CHECKPOINTS]:
+        checkpoints.discard(_part(old))
+
+
+def _load(checkpoints: PartsOnDisk, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+    """The state of a checkpoint."""
+    loaded = checkpoints.load_arrays(_part(step))
+    arrays, expected = ({} if loaded is None else loaded[0]), named_leaves(abstract)
+    kinds = [{name: (leaf.shape, leaf.dtype) for name, leaf in leaves.items()} for leaves in (arrays, expected)]
+    if kinds[0] != kinds[1]:
+        raise LlamaJaxError(f"the checkpoint of step {step} holds other arrays than the model's: remove it")
+    return jax.tree.unflatten(jax.tree.structure(abstract), [jnp.asarray(arrays[name]) for name in expected])
+
+
+def _read_log(path: Path) -> list[Progress]:
+    """The rows of `loss.csv`.
+
+    Raises:
+        LlamaJaxError: for anything else; but a last row that was being written is left out.
+    """
+    try:
+        lines = read_text(path).splitlines(keepends=True)
+    except OSError as error:
+        raise LlamaJaxError(f"{path}: cannot be read ({error.strerror})") from None
+    if lines and not lines[-1].endswith("\n"):
+        del lines[-1]
+    rows: list[Progress] = []
+    for number, line in enumerate(lines, 1):
+        fields = line.strip().split(",")
+        if number == 1 and tuple(fields) == Progress._fields:
+            continue
+        try:
+            step, loss, heldout_loss, learning_rate = fields
+            row = Progress(int(step), float(loss), float(heldout_loss) if heldout_loss else None, float(learning_rate))
+        except ValueError:
+            row = None
+        if number == 1 or row is None or row.step <= (rows[-1].step if rows else 0):
+            raise LlamaJaxError(
+                f"{path}: line {number} is {shortened(line)}: expected {','.join(Progress._fields)}, step after step: "
+                "mend the line or remove the file"
+            )
+        rows.append(row)
+    return rows
 
 
 def _cut_log(path: Path, last_step: int) -> None:
     """Leaves the header and the rows up to `last_step`: what came after the checkpoint is about to be done again."""
-    rows = []
-    if path.exists():
-        with path.open(newline="") as file:
-            rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= last_step]
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([Progress._fields, *rows])
+    rows = _read_log(path) if path.exists() else []
+    with new_file(path) as partial, partial.open("w", newline="") as file:
+        csv.writer(file).writerows([Progress._fields, *(row for row in rows if row.step <= last_step)])
 
 
-def _manager(folder: Path) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    return ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
+def _append(path: Path, progress: Progress) -> None:
+    """Adds a row to the log."""
+    try:
+        with path.open("a", newline="") as file:
+            csv.writer(file).writerow(progress)
+    except OSError as error:
+        raise LlamaJaxError(
+            f"{path}: cannot be written ({error.strerror}): make room and run the same again, which goes on from the "
+            "last checkpoint"
+        ) from None
 
 
 def draw_loss(log: Path, picture: Path) -> None:
     """Draws `loss.csv` as an SVG or PNG, by the picture's suffix.
 
     Raises:
+        LlamaJaxError: if it is not what `train` writes.
         ImportError: without matplotlib (extra `plot`).
     """
+    rows = _read_log(log)
     from matplotlib.figure import Figure
 
-    with log.open(newline="") as file:
-        rows = [
-            Progress(int(r[0]), float(r[1]), float(r[2]) if r[2] else None, float(r[3]))
-            for r in list(csv.reader(file))[1:]
-        ]
     axes = (figure := Figure(figsize=(8, 4.5), layout="constrained")).subplots()
     axes.plot([row.step for row in rows], [row.loss for row in rows], linewidth=0.6, alpha=0.6, label="training batch")
     measured = [(row.step, row.heldout_loss) for row in rows if row.heldout_loss is not None]

@@ -67,7 +67,7 @@ def add_to_hessian(h: jax.Array, count: int | jax.Array, x: jax.Array) -> tuple[
     samples_TK = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     total = count + samples_TK.shape[0]
     # Dividing before multiplying keeps activations of 1e4 over millions of tokens far from float32's end.
-    return h * (count / total) + _matmul(samples_TK.T / total, samples_TK), total
+    return h * (count / total) + _matmul(samples_TK.T / jnp.asarray(total, jnp.float32), samples_TK), total
 
 
 def quantize_gptq(
@@ -115,7 +115,7 @@ def quantize_gptq(
 
     Raises:
         ValueError: for arguments that do not fit each other, and, outside jit, for a weight or Hessian that is not
-            finite or scales that leave the range of `scale_dtype`. Under jit such weights become NaN or arbitrary.
+            finite or scales above the range of `scale_dtype`. Under jit such weights become NaN or arbitrary.
     """
     scheme = Scheme.named(scheme) if isinstance(scheme, str) else scheme
     weight, hessian, scale_dtype = jnp.asarray(weight), jnp.asarray(hessian), jnp.dtype(scale_dtype)
@@ -145,9 +145,7 @@ class _Grid:
             scale, zero = search_clip(weight_gM, low, high, importance_g1, self.scheme, reduced, self.scale_dtype)
         else:
             scale, zero = group_grid(low, high, 1.0, self.scheme, self.scale_dtype)
-        value = scale_values(scale, self.scheme)
-        in_range = jnp.isfinite(value) & ((value != 0) | ((low == 0) & (high == 0)))
-        return scale, zero, in_range.all(keepdims=True)
+        return scale, zero, jnp.isfinite(scale_values(scale, self.scheme)).all(keepdims=True)
 
     def round(self, weight_nM: jax.Array, scale: jax.Array, zero: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Nearest codes, uint8 [n, M], and what they stand for, float32 [n, M]."""
@@ -167,7 +165,7 @@ def _quantize(
     act_order: bool,
     block_size: int,
 ) -> tuple[QTensor, jax.Array]:
-    """The quantized weight, and whether every scale is finite, and not 0 but for a group of zeros."""
+    """The quantized weight, and whether every scale is finite."""
     weight_KM = weight.astype(jnp.float32) if axis == -2 else weight.astype(jnp.float32).swapaxes(-1, -2)
     one = functools.partial(_quantize_matrix, damping=damping, grid=grid, act_order=act_order, block_size=block_size)
     if weight.ndim == 2:
@@ -215,7 +213,7 @@ def _inverse_factor(hessian_KK: jax.Array, damping: float | jax.Array) -> jax.Ar
     """
     diagonal_K = jnp.diagonal(hessian_KK)
     dead_K = diagonal_K == 0
-    mean = diagonal_K.sum() / jnp.maximum((~dead_K).sum(), 1)
+    mean = diagonal_K.sum() / jnp.maximum((~dead_K).sum(dtype=jnp.float32), 1)
     least_pivot = len(diagonal_K) * jnp.finfo(jnp.float32).eps
 
     def attempt(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:

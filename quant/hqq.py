@@ -17,7 +17,7 @@ import numpy as np
 
 from quant.packing import merge_groups, split_groups
 from quant.qtensor import SCALE_DTYPES, QTensor
-from quant.rtn import check_in_range, checked_group_size, divisor, encode_groups, group_grid
+from quant.rtn import check_in_range, checked_group_size, divisor, encode_groups, group_grid, stored_scale
 from quant.scheme import Scheme
 
 
@@ -65,7 +65,7 @@ def quantize_hqq(
 
     Raises:
         ValueError: for arguments that do not fit each other, and, outside jit, for a weight that is not finite or whose
-            scales leave the range of `scale_dtype`. Under jit such groups become NaN, or zeros if a scale underflows.
+            scales are above the range of `scale_dtype`. Under jit such groups become NaN.
     """
     scheme = Scheme.named(scheme) if isinstance(scheme, str) else scheme
     weight, scale_dtype = jnp.asarray(weight), jnp.dtype(scale_dtype)
@@ -89,7 +89,7 @@ def _quantize(
     scale_dtype: np.dtype,
     iterations: int,
 ) -> tuple[QTensor, jax.Array]:
-    """The quantized weight, and whether every scale is finite, and not 0 but for a group of zeros."""
+    """The quantized weight, and whether every scale and zero point is finite."""
     weight_CgM = split_groups(weight.astype(jnp.float32), group_size, axis)
     reduced = (axis, -1 if axis == -2 else -3) if per_tensor else (axis,)
     scale, zero = _search_zero(weight_CgM, settings, scheme, reduced, scale_dtype, iterations)
@@ -97,9 +97,7 @@ def _quantize(
     quantized = QTensor.from_codes(
         codes_KM, jnp.squeeze(scale, axis), scheme, zero=jnp.squeeze(zero, axis), axis=axis, dtype=weight.dtype
     )
-    empty = (weight_CgM == 0).all(axis=reduced, keepdims=True)
-    in_range = jnp.isfinite(scale) & jnp.isfinite(zero) & ((scale != 0) | empty)
-    return quantized, in_range.all()
+    return quantized, (jnp.isfinite(scale) & jnp.isfinite(zero)).all()
 
 
 def _search_zero(
@@ -113,7 +111,7 @@ def _search_zero(
     """Scales and zero points as they are stored, [..., C, 1, M], of the least lp error that was met."""
     norm, beta, kappa = settings
     low, high = weight_CgM.min(axis=reduced, keepdims=True), weight_CgM.max(axis=reduced, keepdims=True)
-    scale = ((high - low) / scheme.max_code).astype(scale_dtype)
+    scale = stored_scale((high - low) / scheme.max_code, scale_dtype)
     step = divisor(scale.astype(jnp.float32))
 
     def distance(scale: jax.Array, zero: jax.Array) -> jax.Array:

@@ -23,15 +23,72 @@ A rule that decides for nothing, a weight that no rule matches and a key that no
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+import numbers
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
 
+from quant.activations import ACTIVATIONS
 from quant.packing import plane_bits
-from quant.scheme import Scheme
+from quant.qtensor import SCALE_DTYPES
+from quant.scheme import SCHEMES, Scheme
 
-_METHODS = ("rtn", "gptq", "hqq")
-_SCALINGS = (None, "awq", "smoothquant")
 _SMALLEST_GROUP = 16
+
+
+class _Kind(NamedTuple):
+    """What a key of a recipe may be: in words, and whether a value is that."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _one_of(names: Iterable[str]) -> _Kind:
+    names = tuple(names)
+    return _Kind(f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names)
+
+
+_BOOLEAN = _Kind("true or false", lambda value: isinstance(value, bool))
+# Type and range of every key. None, which TOML does not have, also stands for a key whose default it is.
+KEYS: dict[str, _Kind] = {
+    "weights": _Kind("a glob, as '*' or 'layers.ffn.*'", lambda value: isinstance(value, str) and value != ""),
+    "layers": _Kind(
+        "numbers, as [0, -1]",
+        lambda value: isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_whole, value)),
+    ),
+    "keep": _BOOLEAN,
+    "scheme": _one_of(SCHEMES),
+    "group_size": _Kind(
+        "a whole number of at least 1, 'channel' or 'tensor'",
+        lambda value: (_is_whole(value) and value >= 1) or (isinstance(value, str) and value in ("channel", "tensor")),
+    ),
+    "scale_dtype": _one_of(SCALE_DTYPES),
+    "method": _one_of(("rtn", "gptq", "hqq")),
+    "clip": _one_of(("mse",)),
+    "importance": _BOOLEAN,
+    "act_order": _BOOLEAN,
+    "scaling": _one_of(("awq", "smoothquant")),
+    "outliers": _Kind("a whole number of channels, 0 or more", lambda value: _is_whole(value) and value >= 0),
+    "activations": _one_of(ACTIVATIONS),
+    "indivisible": _one_of(SCHEMES),
+    "target_bpw": _Kind(
+        "bits per weight between 1 and 17, as 4.5",
+        lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool) and 1 < float(value) < 17,
+    ),
+}
+
+
+def _check_keys(of: Any) -> None:
+    """Checks every field of a rule or recipe that is in `KEYS`."""
+    for field in dataclasses.fields(of):
+        value, kind = getattr(of, field.name), KEYS.get(field.name)
+        if kind is None or (value is None and field.default is None) or kind.holds(value):
+            continue
+        shown = repr(value)
+        raise ValueError(f"{field.name} is {shown if len(shown) < 80 else shown[:78] + ' …'}: expected {kind.expected}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,24 +139,27 @@ class Rule:
         Raises:
             ValueError: naming the rule, what is wrong with it and what was expected.
         """
-        if not isinstance(self.weights, str) or not self.weights:
-            raise ValueError(f"weights is {self.weights!r}: expected a glob, as '*' or 'layers.ffn.*'")
-        if self.keep is (self.scheme is not None):
-            raise ValueError(f"rule for {self.weights!r}: expected either keep = true or a scheme")
-        for scheme in (self.scheme, self.indivisible):
-            if scheme is not None:
-                Scheme.named(scheme)
+        try:
+            _check_keys(self)
+        except ValueError as error:
+            raise ValueError(f"rule for {self.weights!r}: {error}") from None
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
-            if not self.layers or not all(isinstance(layer, int) for layer in self.layers):
-                raise ValueError(f"rule for {self.weights!r}: layers is {self.layers}: expected numbers, as [0, -1]")
+        of_kept = {"weights", "layers", "keep"}
+        given = [
+            field.name
+            for field in dataclasses.fields(self)
+            if field.name not in of_kept and getattr(self, field.name) != field.default
+        ]
         for wrong, message in (
-            (self.method not in _METHODS, f"method {self.method!r}: expected one of {', '.join(_METHODS)}"),
-            (self.scaling not in _SCALINGS, f"scaling {self.scaling!r}: expected awq or smoothquant"),
+            (self.keep is (self.scheme is not None), "expected either keep = true or a scheme"),
+            (
+                self.keep and given,
+                f"{', '.join(given)} beside keep = true: expected nothing, what is kept stays as it is",
+            ),
             (self.importance and (self.method != "rtn" or self.clip is None), "importance needs method rtn and clip"),
             (self.act_order and self.method != "gptq", "act_order needs method gptq"),
             (self.method == "hqq" and self.clip is not None, "hqq has a search of its own: leave clip out"),
-            (self.outliers < 0, f"outliers is {self.outliers}: expected 0 or more channels"),
         ):
             if wrong:
                 raise ValueError(f"rule for {self.weights!r}: {message}")
@@ -145,8 +205,7 @@ class Recipe:
         Raises:
             ValueError: if it is no number of bits.
         """
-        if self.target_bpw is not None and not 1 < self.target_bpw < 17:
-            raise ValueError(f"target_bpw is {self.target_bpw}: expected bits per weight, as 4.5")
+        _check_keys(self)
 
     @property
     def needs_calibration(self) -> bool:

@@ -58,7 +58,9 @@ def quantize_rtn(
       beyond 6 scales become 6 scales. A tie between two values goes to the one nearer to 0.
 
     Codes are chosen with the scale as it is stored, rounded to `scale_dtype`: that costs range, hardly accuracy. So a
-    value inside the range is off by at most scale / 2 for int, uint and ternary. A group of zeros gets scale 0.
+    value inside the range is off by at most scale / 2 for int, uint and ternary. A group of zeros gets scale 0, any
+    other none below the smallest of `scale_dtype` (`stored_scale`): nearly-zero weights, as of tokens that were never
+    trained, become multiples of that.
 
     Args:
         weight: float [..., K, M] (`axis=-2`) or [..., M, K] (`axis=-1`).
@@ -78,7 +80,7 @@ def quantize_rtn(
 
     Raises:
         ValueError: for arguments that do not fit each other, and, outside jit, for a weight that is not finite or whose
-            scales leave the range of `scale_dtype`. Under jit such groups become NaN, or zeros if a scale underflows.
+            scales are above the range of `scale_dtype`. Under jit such groups become NaN.
     """
     scheme = Scheme.named(scheme) if isinstance(scheme, str) else scheme
     weight, scale_dtype = jnp.asarray(weight), jnp.dtype(scale_dtype)
@@ -178,7 +180,7 @@ def _quantize(
     scale_dtype: np.dtype,
     search: bool,
 ) -> tuple[QTensor, jax.Array]:
-    """The quantized weight, and whether every scale is finite, and not 0 but for a group of zeros."""
+    """The quantized weight, and whether every scale is finite."""
     weight_CgM = split_groups(weight.astype(jnp.float32), group_size, axis)
     across_M = (-1 if axis == -2 else -3,) if per_tensor else ()
     low, high = group_range(weight_CgM, scheme, (axis, *across_M))
@@ -197,9 +199,7 @@ def _quantize(
         axis=axis,
         dtype=weight.dtype,
     )
-    value = scale_values(scale, scheme)
-    in_range = jnp.isfinite(value) & ((value != 0) | ((low == 0) & (high == 0)))
-    return quantized, in_range.all()
+    return quantized, jnp.isfinite(scale_values(scale, scheme)).all()
 
 
 def _search_matrices(
@@ -269,15 +269,28 @@ def group_grid(
     """Scales as they are stored, and zero points (uint8) where the scheme has them, for a range times a factor."""
     if scheme.kind == "uint":
         low, high = jnp.minimum(low, 0) * factor, jnp.maximum(high, 0) * factor
-        scale = ((high - low) / scheme.max_code).astype(scale_dtype)
+        scale = stored_scale((high - low) / scheme.max_code, scale_dtype)
         zero = jnp.round(-low / divisor(scale.astype(jnp.float32)))
         return scale, jnp.clip(zero, 0, scheme.max_code).astype(jnp.uint8)
     if scheme.kind == "int":
         largest = jnp.where(high >= -low, high, low)
         # 0 / -8 would be -0, and so would the weights of an empty group.
-        return jnp.where(largest == 0, 0, largest * factor / -scheme.bias).astype(scale_dtype), None
+        return stored_scale(jnp.where(largest == 0, 0, largest * factor / -scheme.bias), scale_dtype), None
     scale = jnp.maximum(high, -low) * factor
-    return (_exponent(scale) if scheme.kind == "mxfp4" else scale.astype(scale_dtype)), None
+    return (_exponent(scale) if scheme.kind == "mxfp4" else stored_scale(scale, scale_dtype)), None
+
+
+def stored_scale(scale: jax.Array, scale_dtype: np.dtype) -> jax.Array:
+    """Scales rounded to `scale_dtype`, where one that is not 0 becomes no less than the smallest of its sign.
+
+    In float16 that is 2**-24. A scale of 0 would make zeros of the group, as ggml does. 0 is among the values of every
+    scheme, so that no weight is further from the nearest multiple of a small scale than it is from 0.
+    """
+    limits = jnp.finfo(scale_dtype)
+    # Subnormal numbers of the others are as good as 0: XLA may flush them.
+    least = float(limits.smallest_subnormal if scale_dtype == jnp.float16 else limits.tiny)
+    stored = scale.astype(scale_dtype)
+    return jnp.where((stored == 0) & (scale != 0), jnp.copysign(least, scale).astype(scale_dtype), stored)
 
 
 def _exponent(largest: jax.Array) -> jax.Array:
@@ -414,7 +427,7 @@ def check_in_range(weight: jax.Array, in_range: jax.Array, scale_dtype: np.dtype
     if not isinstance(in_range, jax.core.Tracer) and not in_range:
         if not jnp.isfinite(weight).all():
             raise ValueError(f"weight of shape {weight.shape} holds NaN or infinity: there is no scale for it")
-        raise ValueError(f"a scale leaves the range of {scale_dtype.name}: use scale_dtype bfloat16 or float32")
+        raise ValueError(f"a scale is above the range of {scale_dtype.name}: use scale_dtype bfloat16 or float32")
 
 
 def divisor(scale: jax.Array) -> jax.Array:

@@ -244,7 +244,7 @@ def test_a_weight_of_zeros_stays_zero() -> None:
     [
         ({"weight": jnp.ones((16, 2), jnp.int32)}, "weight of dtype int32 and shape .16, 2.: expected floats"),
         ({"weight": jnp.full((16, 2), jnp.nan)}, "weight of shape .16, 2. holds NaN or infinity"),
-        ({"weight": jnp.full((16, 2), 1e9), "scale_dtype": "float16"}, "a scale leaves the range of float16: use"),
+        ({"weight": jnp.full((16, 2), 1e9), "scale_dtype": "float16"}, "a scale is above the range of float16: use"),
         ({"hessian": jnp.eye(8)}, r"hessian of dtype float32 and shape .8, 8.: expected floats, \(16, 16\)"),
         ({"hessian": jnp.eye(16, dtype=jnp.int32)}, "hessian of dtype int32 and shape"),
         ({"hessian": jnp.eye(16).at[3, 4].set(jnp.inf)}, "hessian holds NaN or infinity: expected the mean of x x'"),

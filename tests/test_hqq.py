@@ -139,7 +139,7 @@ def test_the_result_replaces_the_weight() -> None:
     [
         ({"scheme": "int4"}, "scheme int4: HQQ optimises zero points, which only uint2 to uint8 have"),
         ({"weight": jnp.full((16, 2), jnp.inf)}, "weight of shape .16, 2. holds NaN or infinity"),
-        ({"weight": jnp.eye(16, 2) * 1e8, "scale_dtype": "float16"}, "a scale leaves the range of float16: use"),
+        ({"weight": jnp.eye(16, 2) * 1e8, "scale_dtype": "float16"}, "a scale is above the range of float16: use"),
         ({"group_size": 12}, "groups of 12 do not divide an axis of 16: choose"),
         ({"scale_dtype": "int8"}, "scale_dtype int8: expected float32 or bfloat16 or float16"),
         ({"norm": 0}, "norm 0: expected more than 0 and at most 1"),

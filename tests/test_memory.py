@@ -1,10 +1,12 @@
 """Converting streams: a process's peak memory is the weights and little else. `benchmarks/` has the 1.1B figure."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
 import tracemalloc
+import weakref
 from pathlib import Path
 
 import ml_dtypes
@@ -12,10 +14,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from llamajax.checkpoint import open_checkpoint, save_checkpoint
+from llamajax import Llama
+from llamajax.checkpoint import Opened, open_checkpoint, save_checkpoint
 from llamajax.checkpoint.huggingface import expected_tensors
-from llamajax.checkpoint.naming import named_leaves
+from llamajax.checkpoint.naming import Place, named_leaves, named_weights, tensor_places
 from llamajax.config import Config, config_to_hf
+from llamajax.quantize import quantize
+from llamajax.words import Words
+from quant.recipe import Rule
 
 ROOT = Path(__file__).parents[1]
 MIB = 1 << 20
@@ -50,6 +56,20 @@ def write_model(folder: Path, width: int) -> int:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps(config_to_hf(config)))
     return sum(array.nbytes for shard in shards for array in shard.values())
+
+
+def peak_of_quantizing(source: Path, target: Path) -> int:
+    """Peak resident bytes of `llamajax quantize` in a process of its own, as the kernel counts them."""
+    script = (
+        "import sys; from llamajax.cli import main\n"
+        f"code = main(['quantize', '--model={source}', '--recipe=int4-g32', '--output={target}'])\n"
+        "print([line for line in open('/proc/self/status') if line.startswith('VmHWM')][0].split()[1]); sys.exit(code)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout) * 1024
 
 
 def peak_of_conversion(source: Path, target: Path, form: str) -> int:
@@ -94,3 +114,40 @@ def test_writing_for_hugging_face_holds_one_tensor(tmp_path: Path) -> None:
         tracemalloc.stop()
     assert sum(leaf.nbytes for leaf in named_leaves(model).values()) > 2 * MIB
     assert peak < largest + MIB // 2, f"{peak / MIB:.2f} MiB for tensors of at most {largest / MIB:.2f}"
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc for a process's peak memory")
+def test_quantizing_holds_the_result_and_weights_in_work(tmp_path: Path) -> None:
+    """Beside the result: what the process of a small model takes (JAX, what it compiles), and three weights in work."""
+    write_model(tmp_path / "small", 64)
+    write_model(tmp_path / "large", 896)
+    base = peak_of_quantizing(tmp_path / "small", tmp_path / "small-out")
+    peak = peak_of_quantizing(tmp_path / "large", tmp_path / "large-out")
+    result = sum(file.stat().st_size for file in (tmp_path / "large-out").rglob("*") if file.is_file())
+    extra = peak - base - result
+    # A weight of a layer has 6 MiB, the model 394; with parts four times as large it was 78 MiB.
+    assert extra < 60 * MIB, f"{extra / MIB:.0f} MiB beyond the result"
+
+
+def test_few_weights_are_read_ahead(tiny_model: Llama) -> None:
+    """However many there are: each is let go of once it is packed."""
+    weights, alive, most = named_weights(tiny_model), 0, 0
+
+    def released() -> None:
+        nonlocal alive
+        alive -= 1
+
+    def read(place: Place) -> np.ndarray:
+        nonlocal alive, most
+        leaf = weights[place.name]
+        array = np.array(leaf if place.layer is None else leaf[place.layer])
+        weakref.finalize(array, released)
+        alive += 1
+        most = max(most, alive)
+        return array
+
+    opened = Opened(Path("x"), "", tiny_model.config, tiny_model, None, Words(), (), lambda: tiny_model, read)
+    quantize(opened, (Rule(weights="*norm*", keep=True), Rule(weights="*", scheme="int4", group_size=8)))
+    gc.collect()
+    assert len(tensor_places(tiny_model.config)) > 15 and most <= 10

@@ -126,3 +126,12 @@ def test_refused(tiny_model: Llama, tokens: np.ndarray) -> None:
     with pytest.raises(LlamaJaxError, match="is .* in the model, .* in the reference: expected one shape"):
         weight_noise(other(ffn_width=48), tiny_model)
     assert not same_weights(other(ffn_width=48), tiny_model)
+
+
+def test_what_is_not_finite_has_no_ratio(tiny_model: Llama, tokens: np.ndarray) -> None:
+    huge = jax.tree.map(lambda leaf: leaf, tiny_model)
+    huge.norm.weight_D.set_value(jnp.full_like(tiny_model.norm.weight_D.get_value(), 3e38))
+    with pytest.raises(LlamaJaxError, match="^norm.weight_D: not finite, or its squares leave float32's range"):
+        weight_noise(huge, tiny_model)
+    with pytest.raises(LlamaJaxError, match="^the logits: not finite"):
+        layer_noise(huge, tiny_model, tokens, window=WINDOW)

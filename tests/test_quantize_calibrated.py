@@ -159,15 +159,37 @@ def test_work_that_was_stopped_goes_on(skewed: Llama, tmp_path: Path) -> None:
     files = {file.name: file.stat().st_mtime_ns for file in work.glob("layer-*")}
     assert set(files) == {"layer-0.safetensors", "layer-1.safetensors"}
 
-    with pytest.raises(LlamaJaxError, match="holds parts of other work"):
+    with pytest.raises(LlamaJaxError, match="holds parts of other work: calibration text .sha256. is '"):
         quantize(skewed, rules, calibration=TOKENS[::-1], window=32, work=work)
-    with pytest.raises(LlamaJaxError, match="holds parts of other work"):
+    with pytest.raises(LlamaJaxError, match="holds parts of other work: recipe .sha256. is '"):
         quantize(skewed, layers_rule(method="gptq"), calibration=TOKENS, window=32, work=work)
 
     made = quantize(skewed, rules, calibration=TOKENS, window=32, work=work)
-    assert not work.exists()
+    assert {file.name for file in work.glob("layer-*")} > set(files), "until the model has been saved"
+    assert files == {name: (work / name).stat().st_mtime_ns for name in files}, "not made anew"
     for ours, theirs in zip(jax.tree.leaves(made), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+def test_a_search_for_bits_is_not_done_twice(skewed: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+
+    def choose(read, rules, target_bpw, windows_WT, config, on_weights):
+        chosen.append(1)
+        return {
+            key: rule if rule.keep else dataclasses.replace(rule, scheme="int8" if key[1] == 0 else "int3")
+            for key, rule in rules.items()
+        }
+
+    monkeypatch.setattr("llamajax.quantize.choose_bits", choose)
+    recipe = Recipe(layers_rule(), 5.0)
+    first, second = (quantize(skewed, recipe, calibration=TOKENS, window=32, work=tmp_path) for _ in range(2))
+    assert chosen == [1]
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    schemes = [part.scheme.name for part in second.layers.ffn.up_DF.get_value().parts]
+    assert schemes == ["int8", "int3"]
+    with pytest.raises(LlamaJaxError, match="target_bpw is 5.0 there, 6.0 here"):
+        quantize(skewed, Recipe(layers_rule(), 6.0), calibration=TOKENS, window=32, work=tmp_path)
 
 
 def test_a_damaged_part_is_named(skewed: Llama, tmp_path: Path) -> None:

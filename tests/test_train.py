@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import shutil
 from pathlib import Path
 
 import jax
@@ -12,10 +13,12 @@ import pytest
 from llamajax import Config, Llama, LlamaJaxError, abstract_model
 from llamajax.checkpoint.naming import named_leaves
 from llamajax.evaluate import cross_entropy
+from llamajax.tokenizer import Tokenizer
 from llamajax.train import (
     HELDOUT_SEED,
     Progress,
     TrainOptions,
+    draw_loss,
     file_texts,
     make_optimizer,
     sample_batch,
@@ -154,6 +157,37 @@ def test_texts(tmp_path: Path) -> None:
     assert tokenizer_for(stories, 400).vocab_size == 400
 
 
+def _damage(folder: Path, number: int) -> Path:
+    """The newest checkpoint but `number`, with one bit changed."""
+    file = sorted((folder / "checkpoints").glob("step-*"))[-1 - number]
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    return file
+
+
+def test_an_older_intact_checkpoint_is_tried_with_a_line_said(
+    whole: tuple[Llama, list[Progress], Path], tmp_path: Path
+) -> None:
+    expected, seen, folder = whole
+    shutil.copytree(folder, tmp_path / "run")
+    damaged = _damage(tmp_path / "run", 0)
+    with pytest.warns(UserWarning, match="step-000000048.safetensors: damaged .*; going on from step 32"):
+        model, again = _run(tmp_path / "run")
+    assert again == seen[32:] and damaged.exists(), "made anew"
+    for name, leaf in named_leaves(expected).items():
+        np.testing.assert_array_equal(named_leaves(model)[name], leaf, name)
+    assert (tmp_path / "run" / "loss.csv").read_bytes() == (folder / "loss.csv").read_bytes()
+    for number in range(2):
+        _damage(tmp_path / "run", number)
+    with (
+        pytest.warns(UserWarning, match="going on from step 32"),
+        pytest.raises(LlamaJaxError, match="step-000000032.safetensors: damaged"),
+    ):
+        _run(tmp_path / "run")
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 2, "what is damaged is kept"
+
+
 # ---- Refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +195,65 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     options = dataclasses.replace(OPTIONS, learning_rate=1e30, warmup=0)
     with pytest.raises(LlamaJaxError, match=r"the loss is (nan|inf) at step \d+: lower learning_rate .1e\+30"):
         _run(tmp_path, options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 1e-2}, "learning_rate is 0.02 there, 0.01 here"),
+        ({"seed": 7}, "seed is 0 there, 7 here"),
+        ({"batch": 8}, "batch is 4 there, 8 here"),
+        ({"steps": 64}, "steps is 48 there, 64 here"),
+        ({"tokens": TOKENS[::-1]}, "training text .sha256. is"),
+        ({"heldout": TOKENS[:90]}, "held-out text .sha256. is"),
+        ({"tokenizer": True}, "tokenizer .sha256. is None there"),
+        ({"rope_theta": 5e5}, "rope_theta is 10000.0 there, 500000.0 here"),
+    ],
+)
+def test_a_run_goes_on_only_with_what_it_was_begun_with(
+    whole: tuple[Llama, list[Progress], Path], tiny_tokenizer: Tokenizer, change: dict, message: str
+) -> None:
+    change, texts = dict(change), {"tokens": TOKENS, "heldout": TOKENS[:80]}
+    given = {name: change.pop(name, text) for name, text in texts.items()}
+    tokenizer = tiny_tokenizer if change.pop("tokenizer", False) else None
+    config = dataclasses.replace(CONFIG, **{name: change.pop(name) for name in ("rope_theta",) if name in change})
+    options = dataclasses.replace(OPTIONS, **change)
+    with pytest.raises(LlamaJaxError, match=f"checkpoints: holds parts of other work: {message}"):
+        train(config, **given, options=options, folder=whole[2], tokenizer=tokenizer)
+
+
+def test_folders_of_others(tmp_path: Path) -> None:
+    (tmp_path / "a" / "checkpoints" / "16").mkdir(parents=True)
+    with pytest.raises(LlamaJaxError, match="checkpoints: is not empty, and no work.json in it says"):
+        _run(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    for text, where in (
+        ("my,own\n1,2\n", "line 1 is 'my,own"),
+        ("step,loss,heldout_loss,learning_rate\n1,x,,0.1\n", "line 2 is '1,x"),
+        ("step,loss,heldout_loss,learning_rate\n2,1,,0.1\n1,1,,0.1\n", "line 3 is '1,1"),
+        ("step,loss,heldout_loss,learning_rate\n٢\n", "line 2"),
+    ):
+        (tmp_path / "b" / "loss.csv").write_text(text, encoding="utf-8")
+        with pytest.raises(LlamaJaxError, match=f"loss.csv: {where}.*mend the line or remove the file"):
+            draw_loss(tmp_path / "b" / "loss.csv", tmp_path / "b" / "loss.svg")
+    with pytest.raises(LlamaJaxError, match="loss.csv: line 2"):
+        _run(tmp_path / "b")
+    assert (tmp_path / "b" / "loss.csv").read_text(encoding="utf-8") == text, "not overwritten"
+
+
+def test_a_full_disk_loses_no_checkpoint(
+    whole: tuple[Llama, list[Progress], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    _run(tmp_path, stop_at=20)
+    with monkeypatch.context() as patched:
+        patched.setattr("llamajax.resume.save_file", full)
+        with pytest.raises(LlamaJaxError, match="step-000000032.safetensors: cannot be written .*make room"):
+            _run(tmp_path)
+    _, again = _run(tmp_path)
+    assert again == whole[1][16:]
 
 
 def test_texts_that_are_too_short(tmp_path: Path) -> None:

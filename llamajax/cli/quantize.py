@@ -23,6 +23,7 @@ from llamajax.evaluate import encode_documents, read_documents
 from llamajax.files import check_absent
 from llamajax.model import Llama
 from llamajax.quantize import quantize, read_recipe, recipe_names
+from llamajax.resume import remove_parts
 from llamajax.tokenizer import Tokenizer
 from llamajax.train import story_texts
 from quant import LayerRuns, QTensor
@@ -69,7 +70,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "output",
         None,
-        "folder to write; must not exist. Work with a calibration text is kept in OUTPUT.work until it is done: the "
+        "folder to write; must not exist. Work with a calibration text is kept in OUTPUT.work until it is written: the "
         "same command goes on where it was stopped",
         flag_values=values,
     )
@@ -102,6 +103,7 @@ def run(values: flags.FlagValues) -> None:
     with spinner(f"writing {output}"):
         source = f"{opened.description}, quantized by {name}"
         save_checkpoint(model, output, tokenizer=tokenizer, words=opened.words, source=source)
+    remove_parts(work)
     size = stored_bytes(output)
     bits = 8 * size / opened.config.num_parameters
     print(f"{output}: {readable_bytes(size)}, {bits:.2f} bits a weight on disk, {name}", file=sys.stderr)

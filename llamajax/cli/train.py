@@ -81,7 +81,8 @@ def run(values: flags.FlagValues) -> None:
             if step.heldout_loss is not None:
                 print(f"step {step.step:6}  loss {step.loss:.4f}  held-out {step.heldout_loss:.4f}", file=sys.stderr)
 
-        model = train.train(config, tokens, heldout, options, folder, on_step)
+        note = lambda text: print(text, file=sys.stderr)  # noqa: E731
+        model = train.train(config, tokens, heldout, options, folder, on_step, tokenizer=tokenizer, on_note=note)
     save_checkpoint(model, folder / "model", tokenizer=tokenizer, source=f"llamajax train on {values.data}")
     _draw(folder)
     print(f"{folder / 'model'}: trained; try llamajax generate --model={folder / 'model'}", file=sys.stderr)

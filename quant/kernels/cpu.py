@@ -218,9 +218,7 @@ def _unrolled(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
     for group in range(groups):
         sum_nR1 = x_nRu[..., group, None]
         terms = _terms(weight, factors, groups, group)
-        # Four sums: each term would wait for the one before.
-        sums = [functools.reduce(operator.add, terms[i::4]) for i in range(4)]
-        dot_tnRl = (sums[0] + sums[1]) + (sums[2] + sums[3]) - tiles.scheme.bias * sum_nR1
+        dot_tnRl = _sum(terms) - tiles.scheme.bias * sum_nR1
 
         def take(plane, group=group):
             plane_tCl = _take(plane, weight.layer, groups, group, 0).astype(jnp.float32)
@@ -235,6 +233,14 @@ def _unrolled(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
         partial_tnRl += dot_tnRl
     sum_tRl = sum_steps(partial_tnRl, 1)
     return sum_tRl.reshape(1, -1) if R == 1 else jnp.swapaxes(sum_tRl, 0, 1).reshape(R, -1)
+
+
+def _sum(terms: list[jax.Array]) -> jax.Array:
+    """Of all terms; as four sums, where there are so many, because in one each term waits for the one before."""
+    if len(terms) < 4:
+        return functools.reduce(operator.add, terms)
+    sums = [functools.reduce(operator.add, terms[i::4]) for i in range(4)]
+    return (sums[0] + sums[1]) + (sums[2] + sums[3])
 
 
 def _terms(weight: TiledWeight, factors: list[jax.Array], groups: int, group: int) -> list[jax.Array]:

@@ -223,7 +223,7 @@ def _values(weight: TpuWeight, dtype: jax.typing.DTypeLike) -> jax.Array:
     bfloat16 planes stay so for bfloat16 values: converted, XLA would write them out and read them back, 0.45 times the
     packed bytes at g = 32. A product of 4 and 8 significant bits, rounded to 8, is the same either way.
     """
-    wide = jnp.promote_types(weight.scale.dtype, dtype)
+    wide = weight.scale.dtype if weight.scale.dtype == dtype else jnp.float32
     values_CgM = split_groups(weight.codes.astype(wide), weight.group_size, -2)
     if weight.zero is not None:
         values_CgM = values_CgM - weight.zero[..., None, :].astype(wide)
