@@ -13,6 +13,7 @@ from typing import Any
 import jax.export
 import numpy as np
 from flax import nnx
+from flax.nnx.graphlib import HashableMapping
 from flax.nnx.pytreelib import PytreeState
 
 from llamajax.cache import KVCache
@@ -54,13 +55,13 @@ def _decode(data: bytes) -> Any:
 
 
 def _to_json(value: Any) -> Any:
-    """Tuples, dicts, dtypes and our frozen dataclasses as objects of one key that says what they are."""
+    """Tuples, Flax's mappings, dtypes and our frozen dataclasses as objects of one key that says what they are."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, tuple):
         return {"tuple": [_to_json(item) for item in value]}
-    if isinstance(value, dict):
-        return {"dict": [[key, _to_json(item)] for key, item in value.items()]}
+    if isinstance(value, HashableMapping):
+        return {"mapping": [[key, _to_json(item)] for key, item in value.items()]}
     if isinstance(value, np.dtype):
         return {"dtype": value.name}
     name = type(value).__name__
@@ -76,8 +77,8 @@ def _from_json(value: Any) -> Any:
     ((kind, content),) = value.items()
     if kind == "tuple":
         return tuple(map(_from_json, content))
-    if kind == "dict":
-        return {key: _from_json(item) for key, item in content}
+    if kind == "mapping":
+        return HashableMapping({key: _from_json(item) for key, item in content})
     if kind == "dtype":
         return jax.numpy.dtype(content)
     return _VALUES[kind](**{name: _from_json(item) for name, item in content.items()})

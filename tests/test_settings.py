@@ -1,4 +1,4 @@
-"""Settings and surroundings that researchers use: x64, strict promotion, meshes of Explicit axes, patches, `jax.export`."""
+"""Settings that researchers use: x64, strict promotion, meshes of Explicit axes, patched code, `jax.export`."""
 
 import os
 import subprocess
@@ -82,7 +82,8 @@ from llamajax import KVCache, generate, next_token_losses
 assert len(jax.devices()) == 4
 model, _ = llamajax.load(sys.argv[1])
 tokens_BT = jnp.asarray([[1, 270, 300, 12], [1, 7, 8, 9]])
-expected, made = np.asarray(model(tokens_BT)[0]), generate(model, None, [1, 270], max_new_tokens=4, temperature=0).tokens
+expected = np.asarray(model(tokens_BT)[0])
+made = generate(model, None, [1, 270], max_new_tokens=4, temperature=0).tokens
 mesh = jax.make_mesh((2, 2), ("data", "model"))
 assert mesh.axis_types == (jax.sharding.AxisType.Explicit,) * 2
 spread = jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, P(*[None] * (a.ndim - 1), "model"))), model)
