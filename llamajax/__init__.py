@@ -11,14 +11,18 @@ Importing this defines no flag, reads no environment variable and touches no dev
 
 from llamajax.cache import KVCache
 from llamajax.checkpoint import load, open_checkpoint, save_checkpoint
+from llamajax.compilation import clear_programs, fresh_programs
 from llamajax.config import Config, RopeScaling, preset, preset_names
 from llamajax.errors import LlamaJaxError
 from llamajax.evaluate import cross_entropy, next_token_losses
+from llamajax.export_types import register_export_types
 from llamajax.generate import Completion, decode, generate, prefill, stream
 from llamajax.model import Llama, abstract_model
 from llamajax.prepare import prepare, with_activations
 from llamajax.sampling import Sampler, make_sampler, sample
 from llamajax.tokenizer import Tokenizer
+
+register_export_types()
 
 __version__ = "0.1.0"
 
@@ -32,8 +36,10 @@ __all__ = [
     "Sampler",
     "Tokenizer",
     "abstract_model",
+    "clear_programs",
     "cross_entropy",
     "decode",
+    "fresh_programs",
     "generate",
     "load",
     "make_sampler",

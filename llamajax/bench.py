@@ -59,8 +59,8 @@ class Measurement:
         seconds: of the whole prefill, or of one decode step; the median of the repeats, without compiling.
         bytes_read: that the work has to read: its weights, once a forward pass, and the cache of the context.
         operations: floating point operations that it cannot do without: products with weights, scores and mixtures.
-        programs: compiled for it.
-        compile_seconds: that took; little where JAX had them in its folder of compiled programs.
+        programs: compiled for it, or loaded where an earlier run had kept them.
+        compile_seconds: that took.
         resident_bytes: of this process afterwards, or None where the system does not say.
     """
 
@@ -338,8 +338,14 @@ def measure_decode(
         nonlocal state
         state = jax.block_until_ready(_at_length(state, context))
         start = time.perf_counter()
-        state, *_ = jax.block_until_ready(compiled_decode(model, state, *arguments))
-        return (time.perf_counter() - start) / steps
+        state, _, log_probability_BM, _ = jax.block_until_ready(compiled_decode(model, state, *arguments))
+        seconds = time.perf_counter() - start
+        if not np.isfinite(log_probability_BM[:, :steps]).all():
+            raise LlamaJaxError(
+                f"the logits behind {context} tokens are not finite: the weights hold NaN or infinity, or values "
+                f"overflow {model.dtype}: expected a model that computes numbers"
+            )
+        return seconds / steps
 
     seconds, programs, compile_seconds = _median(once, compiled_decode, repeats)
     c = model.config
@@ -367,10 +373,10 @@ def _at_length(state: DecodeState, context: int) -> DecodeState:
 
 def _median(once: Callable[[], float], program: CompiledFunction, repeats: int) -> tuple[float, int, float]:
     """Median seconds, behind a first time that compiles; programs compiled, and how long that took."""
-    programs, compiling = program.compilations, program.compile_seconds
+    programs, compiling = program.compilations + program.loads, program.compile_seconds
     once()
     seconds = statistics.median(once() for _ in range(repeats))
-    return seconds, program.compilations - programs, program.compile_seconds - compiling
+    return seconds, program.compilations + program.loads - programs, program.compile_seconds - compiling
 
 
 def _check(config: Config, numbers: Mapping[str, int], length: int) -> None:

@@ -7,7 +7,10 @@ updates them in place, and other runtimes do not copy the whole cache at every s
 
 A cache of 8 or 4 bits is not another class: its keys and values are `QTensor` leaves instead of arrays, as quantized
 weights are. They are quantized when written and dequantized, one layer at a time, when read, also for the tokens that
-wrote them: what a model computes does not depend on how a text was cut into pieces.
+wrote them: every token attends to the same codes however a text is cut into pieces, as far as keys and values before
+rounding are the same. Those of another cut differ in their last bits, because products of another shape are summed in
+another order, and near the middle of two codes that decides between them: logits of stories260K then differ by up to
+0.15 with 8 bits and 0.60 with 4.
 """
 
 import dataclasses

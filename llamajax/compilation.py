@@ -1,119 +1,270 @@
-"""Compiling ahead of time, so that compilation is counted and timed apart from running; whole programs kept on disk."""
+"""Compiling ahead of time, so that compilation is counted and timed apart from running; whole programs kept on disk.
+
+Programs are found by shapes, settings and our source files. Code that is replaced in a running process (a patched
+method of the model, say) is not among these: `fresh_programs` compiles what it finds.
+"""
 
 import contextlib
 import functools
 import hashlib
 import os
 import pickle
+import platform
+import stat
 import threading
 import time
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import flax
 import jax
 import jaxlib
 from jax.experimental import serialize_executable
 
 import quant
+from llamajax.errors import LlamaJaxError
+from llamajax.files import new_file, read_bytes, read_text
 from quant import compiler_options
 
+# Most programs that a function holds in memory: those used last. One takes up to 20 MiB.
+MOST_PROGRAMS = 64
+# Bytes of files that a folder of programs may hold before the oldest go.
+FOLDER_BYTES = 1 << 30
+_LARGEST_PROGRAM = 1 << 30  # bytes; no program comes near
 _DIGEST_BYTES = 32
 _setting = threading.Lock()  # held while a setting of JAX's is not the user's
+_functions: "weakref.WeakSet[CompiledFunction]" = weakref.WeakSet()
+_keeps_programs = True  # on disk; not within `fresh_programs`
+_said: set[str] = set()
 
 
 class CompiledFunction:
-    """`jax.jit` that compiles explicitly, once for each combination of shapes, dtypes and shardings.
+    """`jax.jit` that compiles explicitly, once for each combination of shapes, dtypes, shardings and JAX's settings.
 
     Where JAX's persistent compilation cache is on (`jax_compilation_cache_dir`), programs are kept in a folder of that
     folder, instead of as JAX does: JAX finds them by what a function is lowered to, and tracing and lowering a model
     take several times as long as loading what was compiled. Here they are found by what they are made from: arguments,
-    options, settings, versions and our source. Like JAX's own the files hold machine code, and they are Python
-    pickles: who can write to that folder can run code in your name.
+    options, settings, versions, the processor and our source. Like JAX's own the files hold machine code, and they are
+    Python pickles: who can write to that folder can run code in your name. So it is used only if it is yours and nobody
+    else can write to it (`is_private`). What it holds beyond `FOLDER_BYTES` is removed, what was not used for longest
+    first.
 
     Attributes:
-        compilations: how many programs were compiled, or loaded, so far.
-        compile_seconds: how long that took, tracing included.
+        compilations: how many programs were compiled so far.
+        loads: how many were loaded from disk instead.
+        compile_seconds: how long both took, tracing included.
     """
 
     def __init__(self, function: Callable[..., Any], donate_argnames: tuple[str, ...] = ()):
         """Wraps a pure function of pytrees; arguments named in `donate_argnames` give their memory to the results."""
-        self.compilations = 0
+        self.compilations = self.loads = 0
         self.compile_seconds = 0.0
         self._function = function
         self._donated = donate_argnames
         self._programs: dict[Any, Any] = {}
+        _functions.add(self)
 
     def __call__(self, *args: Any) -> Any:
         """Runs the function, compiling it first if these shapes are new."""
         return self.compile(*args)(*args)
 
     def compile(self, *args: Any) -> Any:
-        """The program for arguments of these shapes; they may be `jax.ShapeDtypeStruct`s."""
+        """The program for arguments of these shapes; they may be `jax.ShapeDtypeStruct`s, or NumPy arrays."""
         leaves, structure = jax.tree.flatten(args)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        key = structure, tuple((leaf.shape, leaf.dtype, leaf.sharding or device) for leaf in leaves)
-        program = self._programs.get(key)
+        shapes = tuple((leaf.shape, leaf.dtype, getattr(leaf, "sharding", None) or device) for leaf in leaves)
+        key = structure, shapes, _settings()
+        program = self._programs.pop(key, None)
         if program is None:
             start = time.perf_counter()
-            program = self._programs[key] = self._load_or_compile(key, args)
+            program = self._load_or_compile(structure, shapes, args)
             self.compile_seconds += time.perf_counter() - start
-            self.compilations += 1
+        self._programs[key] = program  # behind all others: the first is the one that was not used for longest
+        if len(self._programs) > MOST_PROGRAMS:
+            del self._programs[next(iter(self._programs))]
         return program
 
-    def _load_or_compile(self, key: Any, args: tuple[Any, ...]) -> Any:
+    def _load_or_compile(self, structure: Any, shapes: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
         options = compiler_options(jax.default_backend())
         name = f"{self._function.__module__}.{self._function.__qualname__}"
         # What is spread over devices is described by axes, which do not tell one order of devices from another.
-        on_one_device = all(len(sharding.device_set) == 1 for *_, sharding in key[1])
-        file = _program_file(f"{name} {self._donated} {options} {key}") if on_one_device else None
-        if file is None:
-            return jax.jit(self._function, donate_argnames=self._donated).lower(*args).compile(options)
-        if program := _kept(file):
+        on_one_device = all(len(sharding.device_set) == 1 for *_, sharding in shapes)
+        file = _program_file(f"{name} {self._donated} {options} {(structure, shapes)}") if on_one_device else None
+        if file is not None and (program := _kept(file)):
+            self.loads += 1
             return program
-        with _unknown_to_jax(self._function) as function:
-            program = jax.jit(function, donate_argnames=self._donated).lower(*args).compile(options)
-        _keep(program, file)
+        with _unknown_to_jax() if file is not None else contextlib.nullcontext():
+            traced = jax.jit(_anew(self._function, unique=file is not None), donate_argnames=self._donated)
+            program = traced.lower(*args).compile(options)
+        self.compilations += 1
+        if file is not None:
+            _keep(program, file)
         return program
 
 
+# ---- Forgetting ------------------------------------------------------------------------------------------------------
+
+
+def clear_programs() -> None:
+    """Forgets the programs of `generate`, `stream` and `measure_decode` that are in memory, and frees it.
+
+    Those on disk stay, and are loaded when they are needed again.
+    """
+    for function in _functions:
+        function._programs = {}
+
+
 @contextlib.contextmanager
-def _unknown_to_jax(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """The function under a name that it never had; inside, JAX keeps no program on disk.
+def fresh_programs() -> Iterator[None]:
+    """Within it, `generate` and the like compile anew what they run, and load and keep nothing on disk.
+
+    For code that is replaced while Python runs, which programs do not show by their shapes:
+
+        with fresh_programs(), unittest.mock.patch.object(Block, "__call__", mine):
+            generate(model, tokenizer, prompt)
+
+    Behind it the programs that were there before are used again. It holds for all threads of the process. Programs of
+    your own (`jax.jit`) are not concerned: `jax.clear_caches` is for those.
+    """
+    global _keeps_programs
+    before, kept = _keeps_programs, {function: function._programs for function in _functions}
+    _keeps_programs = False
+    clear_programs()
+    try:
+        yield
+    finally:
+        _keeps_programs = before
+        for function in _functions:
+            function._programs = kept.get(function, {})
+
+
+# ---- Compiling -------------------------------------------------------------------------------------------------------
+
+
+def _anew(function: Callable[..., Any], unique: bool) -> Callable[..., Any]:
+    """The function as another object, of which JAX has traced nothing; `unique`: under a name that it never had, too.
 
     XLA on a CPU cannot write out a program that JAX found on disk: the copy would lack functions.
     """
 
     @functools.wraps(function)
-    def renamed(*args: Any) -> Any:
+    def again(*args: Any) -> Any:
         return function(*args)
 
-    renamed.__name__ = f"{function.__name__}_{time.time_ns()}"
+    if unique:
+        again.__name__ = f"{function.__name__}_{time.time_ns()}"
+    return again
+
+
+@contextlib.contextmanager
+def _unknown_to_jax() -> Iterator[None]:
+    """Inside, JAX keeps no program on disk."""
     setting = "jax_persistent_cache_min_compile_time_secs"
     with _setting:
         before = jax.config.values[setting]
         jax.config.update(setting, float("inf"))
         try:
-            yield renamed
+            yield
         finally:
             jax.config.update(setting, before)
+
+
+def _settings() -> tuple[Any, ...]:
+    """JAX's settings and the mesh in use, which change what a function is traced to."""
+    # By attribute, where there is one, because a context manager changes what that gives, not `values`.
+    values = jax.config.values
+    return *(getattr(jax.config, name, values[name]) for name in _setting_names()), jax.sharding.get_abstract_mesh()
+
+
+@functools.cache
+def _setting_names() -> tuple[str, ...]:
+    """Those of caches change no program."""
+    return tuple(name for name in sorted(jax.config.values) if "cache" not in name)
+
+
+# ---- Programs on disk ------------------------------------------------------------------------------------------------
 
 
 def _program_file(description: str) -> Path | None:
     """Where a program is kept; None if none are to be."""
     root = jax.config.values["jax_compilation_cache_dir"]
-    if not root or "://" in root:  # JAX takes gs://…, too: then it keeps programs itself, as it does
+    if not _keeps_programs or not root or "://" in root:  # JAX takes gs://…, too: then it keeps programs itself
         return None
     if not jax.config.values["jax_enable_compilation_cache"] or jax.process_count() > 1:
         return None
-    # By attribute, because a context manager changes what that gives, not `values`. Those of caches change no program.
-    values = sorted(jax.config.values.items())
-    settings = {name: getattr(jax.config, name, value) for name, value in values if "cache" not in name}
+    folder = Path(root, "llamajax")
+    if not is_private(folder):
+        return None
     flags = {name: value for name, value in sorted(os.environ.items()) if name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
-    client = jax.devices()[0].client
-    versions = jax.__version__, jaxlib.__version__, client.platform_version, jax.devices()[0].device_kind
-    made_from = f"{description} {settings} {flags} {versions} {_source_hash()}"
-    return Path(root, "llamajax", hashlib.sha256(made_from.encode()).hexdigest())
+    device = jax.devices()[0]
+    versions = jax.__version__, jaxlib.__version__, flax.__version__, device.client.platform_version
+    settings = dict(zip((*_setting_names(), "mesh"), _settings(), strict=True))
+    machine = f"{device.device_kind} {processor_features()}"
+    made_from = f"{description} {settings} {flags} {versions} {machine} {_source_hash()}"
+    return folder / hashlib.sha256(made_from.encode()).hexdigest()
+
+
+def is_private(folder: Path) -> bool:
+    """Whether nobody else can put files into a folder, which is made, for its owner alone, if there is none.
+
+    A folder that others may only read is closed to them. Why a folder is no place for programs is said, once.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        status = folder.lstat()
+        problem = None
+        if not stat.S_ISDIR(status.st_mode):
+            problem = "it is no folder"
+        elif os.name == "posix" and status.st_uid != os.geteuid():
+            problem = f"it belongs to user {status.st_uid}, not to you ({os.geteuid()})"
+        elif os.name == "posix" and status.st_mode & 0o022:
+            problem = f"others can write to it (mode {stat.S_IMODE(status.st_mode):o}, expected 700)"
+        elif os.name == "posix" and status.st_mode & 0o077:
+            folder.chmod(0o700)
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem:
+        _say_once(
+            f"{folder}: compiled programs are not kept there, nor loaded: {problem}. Remove it, or name another folder "
+            "with JAX_COMPILATION_CACHE_DIR"
+        )
+    return problem is None
+
+
+def drop_oldest(folder: Path, limit: int = FOLDER_BYTES) -> None:
+    """Removes files, those first that were not used for longest, until a folder holds no more than `limit` bytes."""
+    try:
+        status = {
+            Path(entry.path): entry.stat() for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False)
+        }
+        total = sum(each.st_size for each in status.values())
+        for file in sorted(status, key=lambda file: max(status[file].st_atime, status[file].st_mtime)):
+            if total <= limit:
+                break
+            file.unlink(missing_ok=True)
+            total -= status[file].st_size
+    except OSError as error:
+        _say_once(f"{folder}: old compiled programs could not be removed ({error.strerror})")
+
+
+@functools.cache
+def processor_features() -> str:
+    """What tells processors apart that need different machine code."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = read_text(cpuinfo).splitlines() if cpuinfo.is_file() else []
+    features = [line for line in lines if line.startswith(("flags", "Features"))]
+    return f"{platform.machine()} {platform.processor()} {features[:1]}"
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 @functools.cache
@@ -129,23 +280,34 @@ def _source_hash() -> str:
 def _kept(file: Path) -> Any:
     """The program that `_keep` wrote; None if there is none, or it is damaged, or this machine cannot load it."""
     try:
-        data = file.read_bytes()
+        data = read_bytes(file, _LARGEST_PROGRAM)
+    except FileNotFoundError:
+        return None
+    except (OSError, LlamaJaxError) as error:
+        _say_once(f"{error}: this compiled program is not used")
+        return None
+    try:
         digest, content = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
         if hashlib.sha256(content).digest() != digest:
-            return None
-        return serialize_executable.deserialize_and_load(*pickle.loads(content))
-    except Exception:  # of many kinds, all of which compiling anew mends
+            raise ValueError("damaged")
+        program = serialize_executable.deserialize_and_load(*pickle.loads(content))
+    except Exception as error:  # of many kinds, all of which compiling anew mends
+        reason = " ".join(str(error).split())[:200]
+        _say_once(f"{file.parent}: a kept program cannot be loaded ({reason}): it is compiled again")
         return None
+    with contextlib.suppress(OSError):
+        os.utime(file)  # used: others go before it
+    return program
 
 
 def _keep(program: Any, file: Path) -> None:
     """Writes a program behind its SHA-256, whole or not at all; what cannot be written is not kept."""
-    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
     try:
         content = pickle.dumps(serialize_executable.serialize(program))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(hashlib.sha256(content).digest() + content)
-        partial.rename(file)
-    except (OSError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError):
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        with new_file(file) as partial:
+            partial.write_bytes(hashlib.sha256(content).digest() + content)
+    except (OSError, ValueError, NotImplementedError, LlamaJaxError, jax.errors.JaxRuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        _say_once(f"{file.parent}: compiled programs are not kept ({reason}): the next start compiles them again")
+        return
+    drop_oldest(file.parent)

@@ -22,6 +22,7 @@ import numpy as np
 from llamajax.cache import KVCache, check_cache_dtype
 from llamajax.compilation import CompiledFunction
 from llamajax.errors import LlamaJaxError
+from llamajax.meshes import auto_mesh, with_auto_axes
 from llamajax.model import Llama
 from llamajax.request import (
     Completion,
@@ -141,6 +142,8 @@ class Speed:
         step_bytes: weights and cache that one forward pass reads.
         prefill_chunks: forward passes of the prefill.
         compilations: programs compiled during the request.
+        loads: programs loaded from disk instead.
+        compile_seconds: what both took.
     """
 
     prefill_tokens: int = 0
@@ -152,6 +155,7 @@ class Speed:
     decode_seconds: float = 0.0
     step_bytes: int = 0
     compilations: int = 0
+    loads: int = 0
     compile_seconds: float = 0.0
 
     @property
@@ -273,19 +277,20 @@ class TextStream:
         self.model, self._tokenizer, self._smooth = model, tokenizer, smooth
         self._prompts = encode_prompts(tokenizer, each, model.config)
         self._limit = new_token_limit(self._prompts, max_new_tokens, model.config)
-        self._sampler = make_sampler(
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
-        )
+        with auto_mesh():
+            self._sampler = make_sampler(
+                temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+            )
+            self._key_B = row_keys(seed, len(self._prompts))
+            self._stop_M = jax.device_put(np.asarray(tokenizer.stop_ids if tokenizer else (), np.int32))
         check_knobs(self._sampler, len(self._prompts))
         self._drafts = check_speculate(speculate, self._sampler)
         self._program = compiled_lookup if self._drafts else compiled_decode
-        self._key_B = row_keys(seed, len(self._prompts))
         self._cache_dtype = check_cache_dtype(model.dtype if cache_dtype is None else cache_dtype)
         stops = stop_strings(stop, tokenizer)
         self._rows = [Row(prompt, tokenizer, stops) for prompt in self._prompts]
-        self._stop_M = jax.device_put(np.asarray(tokenizer.stop_ids if tokenizer else (), np.int32))
         self._length = max(len(prompt) for prompt in self._prompts) - 1  # to prefill
-        self._compiled_before: tuple[int, float] | None = None
+        self._compiled_before: tuple[int, int, float] | None = None
         self.speed = Speed()
 
     @property
@@ -293,6 +298,7 @@ class TextStream:
         """Results so far, in the order of the prompts."""
         return [row.completion() for row in self._rows]
 
+    @auto_mesh()
     def compile(self) -> None:
         """Makes the programs of this request ready; without, each is when it is first used."""
         self._count_compilations()
@@ -349,6 +355,7 @@ class TextStream:
                     )
                 )
 
+    @auto_mesh()
     def _decode(
         self, state: DecodeState | LookupState, block: int
     ) -> tuple[DecodeState | LookupState, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -379,9 +386,12 @@ class TextStream:
         room = max(sum(plan_chunks(self._length)), self._length + self._limit + slots_beyond(self._drafts))
         return empty_cache(self.model.config, len(self._prompts), _round_up(room, SLOT_MULTIPLE), self._cache_dtype)
 
+    @auto_mesh()
     def _start(self) -> DecodeState | LookupState:
         """Prefills all but the last token of each prompt."""
-        model, cache = self.model, self._empty_cache()
+        # Leaves may be NumPy arrays: moved once, not at every call. Those on a device stay where they are.
+        self.model = model = with_auto_axes(jax.device_put(self.model))
+        cache = self._empty_cache()
         self.speed.step_bytes = _tree_bytes(model) + _tree_bytes(cache)
         if not model.config.tied_embeddings:
             self.speed.step_bytes -= _tree_bytes(model.embed_VD)  # of which only B rows are read
@@ -414,19 +424,26 @@ class TextStream:
 
     def _count_compilations(self) -> None:
         """Remembers what had been compiled before this request, once."""
-        compiled = compiled_prefill.compilations + self._program.compilations
-        seconds = compiled_prefill.compile_seconds + self._program.compile_seconds
-        self._compiled_before = self._compiled_before or (compiled, seconds)
+        self._compiled_before = self._compiled_before or self._compiled()
+
+    def _compiled(self) -> tuple[int, int, float]:
+        """Compilations, loads and seconds so far, of the programs that this request uses."""
+        first, second = compiled_prefill, self._program
+        return (
+            first.compilations + second.compilations,
+            first.loads + second.loads,
+            first.compile_seconds + second.compile_seconds,
+        )
 
     def _account(self, step_B: np.ndarray, seconds: float, tokens: int) -> None:
         self.speed.decode_steps += int(step_B.max())
         self.speed.row_steps += int(step_B.sum()) if self._drafts else 0
         self.speed.decode_seconds += seconds
         self.speed.decode_tokens += tokens
-        before, seconds_before = self._compiled_before or (0, 0.0)
-        self.speed.compilations = compiled_prefill.compilations + self._program.compilations - before
-        compile_seconds = compiled_prefill.compile_seconds + self._program.compile_seconds
-        self.speed.compile_seconds = compile_seconds - seconds_before
+        before = self._compiled_before or (0, 0, 0.0)
+        compilations, loads, compile_seconds = self._compiled()
+        self.speed.compilations, self.speed.loads = compilations - before[0], loads - before[1]
+        self.speed.compile_seconds = compile_seconds - before[2]
 
 
 def plan_chunks(length: int) -> list[int]:

@@ -21,6 +21,7 @@ from flax import nnx
 
 from llamajax.cache import MASKED, KVCache
 from llamajax.config import Config
+from llamajax.meshes import on_auto_axes
 from llamajax.tiled_cache import MAX_QUERIES, TiledKVCache
 from quant import einsum, scan_layers, take_rows
 
@@ -288,8 +289,18 @@ class Llama(nnx.Module):
     def trunk(
         self, tokens_BT: jax.Array, cache: KVCache | None = None, count_B: jax.Array | None = None
     ) -> tuple[jax.Array, KVCache | None]:
-        """Everything below the head: `__call__`'s arguments -> normed hidden states [B, T, D] and the cache."""
+        """Everything below the head: `__call__`'s arguments -> normed hidden states [B, T, D] and the cache.
+
+        On a mesh of Explicit axes hidden states are spread as the first axis of `tokens_BT`, the cache as it was.
+        """
         tokens_BT = jnp.asarray(tokens_BT)
+        return on_auto_axes(
+            Llama._trunk, lambda like: (like(tokens_BT, 1), jax.tree.map(like, cache)), self, tokens_BT, cache, count_B
+        )
+
+    def _trunk(
+        self, tokens_BT: jax.Array, cache: KVCache | None, count_B: jax.Array | None
+    ) -> tuple[jax.Array, KVCache | None]:
         B, T = tokens_BT.shape
         if cache is not None and T > cache.slots:
             raise ValueError(f"{T} tokens do not fit a cache of {cache.slots} slots: make the cache larger")
@@ -313,7 +324,10 @@ class Llama(nnx.Module):
         return self.norm(x_BTD), cache
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """The head: hidden states [..., D] -> float32 logits [..., V]."""
+        """The head: hidden states [..., D] -> float32 logits [..., V], spread as their first axis."""
+        return on_auto_axes(Llama._logits, lambda like: like(x_BTD, 1), self, x_BTD)
+
+    def _logits(self, x_BTD: jax.Array) -> jax.Array:
         head_VD = self.embed_VD if self.head_VD is None else self.head_VD
         return einsum("...D,VD->...V", x_BTD, head_VD.get_value(), dtype=jnp.float32)
 

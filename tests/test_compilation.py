@@ -1,7 +1,11 @@
 """Programs kept on disk: found by what they are made from, as good as new, and never trusted to be whole."""
 
 import contextlib
-from collections.abc import Iterator
+import errno
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -9,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamajax.compilation import CompiledFunction
+from llamajax import clear_programs, fresh_programs
+from llamajax.compilation import CompiledFunction, drop_oldest
 
 _traces = 0
 
@@ -23,9 +28,10 @@ def step(state: dict[str, jax.Array], weight: jax.Array) -> tuple[dict[str, jax.
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where programs are kept, for this test alone."""
     before = jax.config.values["jax_compilation_cache_dir"]
+    monkeypatch.setattr("llamajax.compilation._said", set())
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     yield tmp_path / "llamajax"
     jax.config.update("jax_compilation_cache_dir", before)
@@ -46,7 +52,7 @@ def _run(size: int = 8) -> tuple[int, float]:
     made, total = program(state, weight)
     again, _ = program(made, weight)
     assert given.is_deleted() and made["y"].is_deleted() and again["y"].shape == (4, size)
-    assert program.compilations == 1 and program.compile_seconds > 0
+    assert (program.compilations, program.loads) == (_traces, 1 - _traces) and program.compile_seconds > 0
     return _traces, float(total)
 
 
@@ -67,6 +73,88 @@ def test_a_program_is_loaded_instead_of_traced(folder: Path) -> None:
     assert [file.name for file in folder.parent.iterdir() if "step" in file.name] == []
 
 
+# ---- Whose programs they are -----------------------------------------------------------------------------------------
+
+
+def _mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_the_folder_is_for_its_owner_alone(folder: Path) -> None:
+    """Made so; and closed where others could read it."""
+    _run()
+    assert _mode(folder) == 0o700
+    folder.chmod(0o755)
+    assert _run()[0] == 0 and _mode(folder) == 0o700
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder, patch: folder.chmod(0o770), r"others can write to it \(mode 770, expected 700\)"),
+        (lambda folder, patch: folder.chmod(0o702), r"others can write to it \(mode 702, expected 700\)"),
+        (
+            lambda folder, patch: patch.setattr("os.geteuid", lambda: folder.stat().st_uid + 1),
+            r"it belongs to user \d+, not to you \(\d+\)",
+        ),
+        (lambda folder, patch: folder.symlink_to(folder.rename(folder.with_name("moved"))), "it is no folder"),
+    ],
+    ids=["group", "others", "owner", "link"],
+)
+def test_programs_that_others_may_have_written_are_not_run(
+    change: Callable[..., None], message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is a program put among them. It is said once."""
+    _run()
+    change(folder, monkeypatch)
+    before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    with pytest.warns(RuntimeWarning, match=f"compiled programs are not kept there, nor loaded: {message}.*Remove it"):
+        assert _run()[0] == 1
+    assert _run(size=16)[0] == 1
+    assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+
+
+def test_what_is_no_file_is_not_read(folder: Path) -> None:
+    _run()
+    (file,) = folder.iterdir()
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.warns(RuntimeWarning, match="a FIFO: expected a regular file: this compiled program is not used"):
+        assert _run()[0] == 1
+
+
+def test_the_oldest_programs_go(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that were not used for longest; a file of another name is as old as any."""
+    for size in (2, 4, 8):
+        _run(size)
+    files = sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    for age, file in zip((300, 200, 100), files, strict=True):
+        os.utime(file, (time.time() - age, time.time() - age))
+    assert _run(2)[0] == 0, "used: now the youngest"
+    total = sum(file.stat().st_size for file in files)
+    drop_oldest(folder, total)
+    assert sorted(folder.iterdir()) == sorted(files)
+    drop_oldest(folder, total - 1)
+    assert set(files) - set(folder.iterdir()) == {files[1]}
+    monkeypatch.setattr("llamajax.compilation.drop_oldest", lambda folder: drop_oldest(folder, 0))
+    _run(16)
+    assert list(folder.iterdir()) == []
+
+
+def test_programs_that_cannot_be_written_are_said_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.warns(RuntimeWarning, match="compiled programs are not kept .*No space left on device.*the next start"):
+        assert _run()[0] == 1
+    assert _run()[0] == 1
+    assert list(folder.iterdir()) == []
+
+
+# ---- Damage ----------------------------------------------------------------------------------------------------------
+
+
 def _flip(data: bytes) -> bytes:
     middle = len(data) // 2
     return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
@@ -79,20 +167,27 @@ def test_a_damaged_program_is_made_again(folder: Path, damage) -> None:
     assert _run()[0] == 1
     (file,) = folder.iterdir()
     file.write_bytes(damage(file.read_bytes()))
-    assert _run() == (1, pytest.approx(_expected(), rel=1e-5))
+    with pytest.warns(RuntimeWarning, match=r"a kept program cannot be loaded \(damaged\): it is compiled again"):
+        assert _run() == (1, pytest.approx(_expected(), rel=1e-5))
     assert _run()[0] == 0
+    file.write_bytes(b"")
+    assert _run()[0] == 1, "and it is said once"
 
 
 def test_what_a_program_is_made_from_names_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another shape, setting, source or function is another program."""
     monkeypatch.setattr("llamajax.compilation._source_hash", lambda: "another source")
+    monkeypatch.setattr("llamajax.compilation.processor_features", lambda: "another processor")
     changes = [contextlib.nullcontext(), jax.default_matmul_precision("float32"), jax.enable_x64(True)]
     for count, change in enumerate(changes, 1):
         with change:
             assert _run()[0] == 1
             assert len(list(folder.iterdir())) == count
     assert _run(size=16) == (1, pytest.approx(_expected(16), rel=1e-5))
-    monkeypatch.undo()
+    for changed in ("llamajax.compilation._source_hash", "llamajax.compilation.processor_features"):
+        monkeypatch.setattr(changed, lambda: "")
+        assert _run()[0] == 1
+    monkeypatch.setattr("flax.__version__", "another")
     assert _run()[0] == 1
     other = lambda state, weight: ({"y": state["y"]}, jnp.sum(weight))  # noqa: E731
     assert float(CompiledFunction(other)(*_arguments())[1]) == pytest.approx(float(_arguments()[1].sum()), rel=1e-6)
@@ -113,7 +208,11 @@ def test_nothing_is_kept_where_the_user_wants_or_allows_nothing(folder: Path) ->
         jax.config.update("jax_enable_compilation_cache", True)
     assert not folder.exists()
     folder.write_text("no folder can be made here")
-    assert _run() == (1, pytest.approx(_expected(), rel=1e-5))
+    with pytest.warns(
+        RuntimeWarning, match="compiled programs are not kept there, nor loaded: it is no folder. Remove it"
+    ):
+        assert _run() == (1, pytest.approx(_expected(), rel=1e-5))
+    assert _run()[0] == 1, "and it is said once"
     assert folder.is_file()
 
 
@@ -123,3 +222,42 @@ def test_a_folder_of_another_kind_is_left_to_jax(folder: Path, tmp_path: Path, m
     jax.config.update("jax_compilation_cache_dir", "gs://bucket/programs")
     assert _run()[1] == pytest.approx(_expected(), rel=1e-5)
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- In memory -------------------------------------------------------------------------------------------------------
+
+
+def test_settings_are_seen_by_programs_in_memory(folder: Path) -> None:
+    program = CompiledFunction(lambda x: x + np.arange(3).sum())
+    assert program(np.float32(1)) == 4.0
+    with jax.enable_x64(True):
+        assert program(np.float32(1)) == 4.0
+    assert program(np.float32(1)) == 4.0
+    assert program.compilations == 2
+
+
+def test_the_programs_used_last_stay_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llamajax.compilation.MOST_PROGRAMS", 2)
+    program = CompiledFunction(lambda x: 2 * x)
+    made = []
+    for size in (1, 2, 1, 3, 1, 2):
+        program(np.ones(size, np.float32))
+        made.append(program.compilations + program.loads)
+    assert made == [1, 2, 2, 3, 3, 4], "for 3 the program of 2 went, not that of 1"
+
+
+def test_replaced_code_is_compiled_within_fresh_programs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = CompiledFunction(step)
+    original = float(program(*_arguments())[1])
+    (file,) = folder.iterdir()
+    monkeypatch.setattr(jnp, "sum", lambda x: jnp.max(x))
+    assert float(program(*_arguments())[1]) == original, "it goes by shapes"
+    with fresh_programs():
+        assert float(program(*_arguments())[1]) != original
+        assert float(CompiledFunction(step)(*_arguments())[1]) != original
+        assert list(folder.iterdir()) == [file]
+    assert float(program(*_arguments())[1]) == original
+    assert (program.compilations, program.loads) == (2, 0)
+    clear_programs()
+    assert float(program(*_arguments())[1]) == original
+    assert (program.compilations, program.loads) == (2, 1)

@@ -116,6 +116,84 @@ def test_prompts_as_text_and_as_ids(tiny_model: Llama, tiny_tokenizer: Tokenizer
     assert empty == generate(tiny_model, tiny_tokenizer, [1], max_new_tokens=12, temperature=0)
 
 
+def test_numbers_and_arrays_of_numpy_and_jax(tiny_model: Llama) -> None:
+    options = {"max_new_tokens": 8, "temperature": 0.5, "seed": 3}
+    expected = generate(tiny_model, None, [PROMPT, PROMPT], **options)
+    for kind in (np.asarray, jnp.asarray):
+        rows = {"max_new_tokens": np.int64(8), "temperature": kind([0.5, 0.5]), "seed": kind([3, 3])}
+        assert generate(tiny_model, None, kind([PROMPT, PROMPT]), **rows) == expected
+        assert generate(tiny_model, None, [kind(PROMPT), tuple(kind(PROMPT))], **options) == expected
+    scalars = {"max_new_tokens": jnp.asarray(8), "temperature": np.float32(0.5), "seed": np.uint32(3)}
+    alone = generate(tiny_model, None, jnp.asarray(PROMPT), **scalars, speculate=np.int64(0))
+    assert alone.tokens == expected[0].tokens
+
+
+def test_a_model_on_the_host(tiny_model: Llama) -> None:
+    """NumPy arrays, as `load(..., shardings="host")` gives: in all its uses what the same model on a device makes."""
+    host = jax.tree.map(np.asarray, tiny_model)
+    for options in ({}, {"speculate": 2}):
+        made = generate(host, None, PROMPT, max_new_tokens=8, temperature=0, **options)
+        assert made == generate(tiny_model, None, PROMPT, max_new_tokens=8, temperature=0, **options)
+    ahead = stream(host, None, PROMPT, max_new_tokens=8, temperature=0)
+    ahead.compile()
+    list(ahead)
+    assert ahead.completions[0].tokens == made.tokens
+
+
+def test_greedy_rows_beside_sampled_ones(tiny_model: Llama) -> None:
+    rows = generate(tiny_model, None, [PROMPT] * 8, max_new_tokens=12, temperature=[0, 0, 0, 1, 1, 1, 1, 1], seed=2)
+    assert rows[0].tokens == rows[2].tokens == _greedy(tiny_model, PROMPT, 12)
+    assert rows[3].tokens == rows[7].tokens != rows[0].tokens
+    assert all(math.isfinite(each) for row in rows for each in row.log_probabilities)
+
+
+# ---- Logits that are not finite --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def poisoned(tiny_model: Llama) -> Llama:
+    """The tiny model, of which token 300 is embedded as infinity: whoever has it in the context computes NaN."""
+    model = jax.tree.map(lambda leaf: leaf, tiny_model)
+    table = np.array(model.embed_VD.get_value())
+    table[300] = np.inf
+    model.embed_VD.set_value(jnp.asarray(table))
+    return model
+
+
+@pytest.mark.parametrize("speculate", [0, 3])
+def test_logits_that_are_not_finite_end_a_request(speculate: int, poisoned: Llama) -> None:
+    """The prompt that causes it is named; the token, and its place; the rows before it are finite."""
+    message = r"^the logits for new token 1 of prompt 2 \(position 6\) are not finite: the weights hold NaN or infinity"
+    prompts = [[1, 270, 12, 12, 281], PROMPT]
+    with pytest.raises(LlamaJaxError, match=message):
+        generate(poisoned, None, prompts, max_new_tokens=6, temperature=0, speculate=speculate)
+
+
+def test_text_before_logits_that_are_not_finite_comes(poisoned: Llama, tiny_model: Llama) -> None:
+    """Of a head that says token 300 in the end: what was made before it is in the stream, and in `completions`."""
+    model = jax.tree.map(lambda leaf: leaf, poisoned)
+    made = _greedy(tiny_model, [1, 5], 30)
+    last = next(token for i, token in enumerate(made) if i > 3 and token not in made[:i] and token not in (1, 5))
+    table = np.array(tiny_model.embed_VD.get_value())
+    table[last] = np.nan
+    model.embed_VD.set_value(jnp.asarray(table))
+    at = made.index(last)
+    for smooth in (True, False):
+        run = stream(model, None, [1, 5], max_new_tokens=30, temperature=0, smooth=smooth)
+        with pytest.raises(
+            LlamaJaxError, match=rf"new token {at + 2} of prompt 1 \(position {at + 3}\) are not finite"
+        ):
+            list(run)
+        assert run.completions[0].tokens == made[: at + 1]
+        assert np.isfinite(run.completions[0].log_probabilities).all()
+
+
+def test_an_overflow_of_float16_is_named(tiny_model: Llama) -> None:
+    model = jax.tree.map(lambda leaf: (leaf * 3000).astype(jnp.float16), tiny_model)
+    with pytest.raises(LlamaJaxError, match="values overflow float16, .*: compute in float32 or bfloat16"):
+        generate(model, None, PROMPT, max_new_tokens=6)
+
+
 def test_prefill_and_decode_by_hand(tiny_model: Llama) -> None:
     """Pure functions: under plain `jax.jit`, in two chunks and two calls, they make what `generate` makes."""
     prompt, plain_prefill, plain_decode = list(range(3, 40)), jax.jit(prefill), jax.jit(decode)
@@ -280,6 +358,12 @@ def test_speed_of_nothing() -> None:
         ([1, -1], {}, "token -1 in a prompt: expected ids from 0 to 319"),
         ([[1.5]], {}, "1.5"),
         ([["a"]], {}, "'a'"),
+        ([1.5, 2], {}, "1.5 in a prompt: expected a text, or a list of whole numbers"),
+        (np.ones((2, 2)), {}, "1.0 in a prompt: expected a text, or a list of whole numbers"),
+        (b"abc", {}, r"the prompt is b'abc': expected a text, a list of token ids, or a list of these"),
+        (5, {}, "the prompt is 5: expected a text, a list of token ids, or a list of these"),
+        ([1], {"seed": np.int64(-1)}, "seed is -1: expected a whole number from 0"),
+        ([1], {"max_new_tokens": np.float32(3)}, "max_new_tokens is 3.0: expected a whole number, at least 1"),
         ([1], {"max_new_tokens": 0}, "max_new_tokens is 0: expected a whole number, at least 1"),
         ([1], {"max_new_tokens": 2.0}, "max_new_tokens is 2.0: expected a whole number, at least 1"),
         ([1], {"max_new_tokens": True}, "max_new_tokens is True: expected a whole number, at least 1"),

@@ -10,7 +10,6 @@ import difflib
 import hashlib
 import importlib
 import os
-import platform
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from types import ModuleType
 import jax
 from absl import flags
 
+from llamajax.compilation import drop_oldest, is_private, processor_features
 from llamajax.errors import LlamaJaxError
 
 COMMANDS = {
@@ -99,20 +99,16 @@ def keep_compiled_programs() -> None:
     """Lets JAX keep what it compiles in the user's cache folder, so that a second start does not compile again.
 
     JAX's own settings win: JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false turns it
-    off. A folder is for one kind of processor: JAX does not tell apart programs for different instruction sets.
+    off. A folder is for one kind of processor: JAX does not tell apart programs for different instruction sets. It is
+    used only if nobody else can write to it, and the oldest files of it go where they become too many.
     """
     if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     root = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
-    features = [line for line in lines if line.startswith(("flags", "Features"))]
-    machine = f"{platform.machine()} {platform.processor()} {features[:1]}"
-    folder = root / "llamajax" / f"xla-{hashlib.sha256(machine.encode()).hexdigest()[:12]}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # No home that could be written to: everything else works without.
+    folder = root / "llamajax" / f"xla-{hashlib.sha256(processor_features().encode()).hexdigest()[:12]}"
+    if not is_private(folder):  # Everything works without.
         return
+    drop_oldest(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 

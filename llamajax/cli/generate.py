@@ -168,4 +168,6 @@ def describe_speed(speed: Speed) -> str:
     if speed.row_steps:
         lines[1] += f" {speed.tokens_per_step:6.2f} tokens a step"
     programs = f"{speed.compilations} program{'' if speed.compilations == 1 else 's'}"
+    if speed.loads:
+        programs += f" and {speed.loads} kept by an earlier run"
     return "\n".join([*lines, f"compile {speed.compile_seconds:6.1f} s for {programs}, not counted above"])

@@ -1,0 +1,84 @@
+"""What `jax.export` needs to write down functions of a model: names for the types of its pytrees.
+
+    exported = jax.export.export(jax.jit(lambda model, tokens_BT: model(tokens_BT)[0]))(model, tokens_BT)
+    data = exported.serialize()
+
+Reading it back needs `import llamajax` first. What a type holds beside arrays is written as JSON: nothing is unpickled.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax.export
+import numpy as np
+from flax import nnx
+from flax.nnx.graphlib import HashableMapping
+from flax.nnx.pytreelib import PytreeState
+
+from llamajax.cache import KVCache
+from llamajax.config import Config, RopeScaling
+from llamajax.generate import DecodeState
+from llamajax.model import Attention, Block, FeedForward, Llama, RMSNorm
+from llamajax.sampling import Sampler
+from llamajax.speculate import LookupState
+from llamajax.tiled_cache import TiledKVCache
+from quant import LayerRuns, QTensor, Scheme
+from quant.kernels.cpu import TiledWeight
+
+_MODULES = (Llama, Block, Attention, FeedForward, RMSNorm)
+_STATES = (KVCache, TiledKVCache, DecodeState, LookupState, Sampler)
+_WEIGHTS = (QTensor, LayerRuns, TiledWeight)
+_FLAX = (nnx.Param, PytreeState)
+_VALUES = {cls.__name__: cls for cls in (Config, RopeScaling, Scheme)}
+
+
+def register_export_types() -> None:
+    """Names the types, once in a process."""
+    for cls in (*_MODULES, *_STATES, *_WEIGHTS, *_FLAX):
+        name = f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
+        try:
+            jax.export.register_pytree_node_serialization(
+                cls, serialized_name=name, serialize_auxdata=_encode, deserialize_auxdata=_decode
+            )
+        except ValueError:
+            if cls not in _FLAX:  # somebody else may have named those
+                raise
+
+
+def _encode(value: Any) -> bytes:
+    return json.dumps(_to_json(value)).encode()
+
+
+def _decode(data: bytes) -> Any:
+    return _from_json(json.loads(data))
+
+
+def _to_json(value: Any) -> Any:
+    """Tuples, Flax's mappings, dtypes and our frozen dataclasses as objects of one key that says what they are."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple):
+        return {"tuple": [_to_json(item) for item in value]}
+    if isinstance(value, HashableMapping):
+        return {"mapping": [[key, _to_json(item)] for key, item in value.items()]}
+    if isinstance(value, np.dtype):
+        return {"dtype": value.name}
+    name = type(value).__name__
+    if _VALUES.get(name) is type(value):
+        fields = {field.name: _to_json(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
+        return {name: fields}
+    raise TypeError(f"{value!r} beside the arrays of a pytree: expected values that JSON can hold")
+
+
+def _from_json(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tuple":
+        return tuple(map(_from_json, content))
+    if kind == "mapping":
+        return HashableMapping({key: _from_json(item) for key, item in content})
+    if kind == "dtype":
+        return jax.numpy.dtype(content)
+    return _VALUES[kind](**{name: _from_json(item) for name, item in content.items()})

@@ -1,0 +1,69 @@
+"""Meshes whose axes are Explicit, as those of `jax.make_mesh` are unless told otherwise.
+
+With such axes the spread of every intermediate array is part of its type, and each operation whose result could be
+spread in several ways must say how. The model leaves that to XLA (axes that are Auto). So what is given to it in arrays
+of Explicit axes is computed with Auto ones, and handed back in Explicit ones.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+
+def on_auto_axes(function: Callable[..., Any], out: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, computed on Auto axes if an argument is spread over Explicit ones.
+
+    Args:
+        function: of pytrees of arrays.
+        out: makes the shardings of the results, a pytree like theirs. It is called with a function that gives the
+            sharding of an array, or of as many of its first axes as a number says.
+        *args: arrays, which may be traced.
+    """
+    meshes = [mesh for leaf in jax.tree.leaves(args) if (mesh := _explicit_mesh(leaf)) is not None]
+    if not meshes:
+        return function(*args)
+    mesh = meshes[0]
+
+    def like(array: Any, axes: int | None = None) -> NamedSharding:
+        spec = jax.typeof(array).sharding.spec if _explicit_mesh(array) is not None else ()
+        return NamedSharding(mesh, PartitionSpec(*spec[:axes]))
+
+    automatic = jax.sharding.auto_axes(function, axes=mesh.axis_names, out_sharding=out(like))
+    return automatic(*args)
+
+
+def with_auto_axes(tree: Any) -> Any:
+    """The same arrays, those spread over Explicit axes described by Auto ones; nothing is copied."""
+
+    def one(leaf: Any) -> Any:
+        mesh = _explicit_mesh(leaf)
+        return leaf if mesh is None else jax.device_put(leaf, NamedSharding(_as_auto(mesh), leaf.sharding.spec))
+
+    return jax.tree.map(one, tree)
+
+
+@contextlib.contextmanager
+def auto_mesh() -> Iterator[None]:
+    """Within it the mesh of `jax.set_mesh`, if its axes are Explicit, has Auto ones; not for use in `jax.jit`."""
+    mesh = jax.sharding.get_mesh()
+    if AxisType.Explicit not in mesh.axis_types:
+        yield
+        return
+    with jax.set_mesh(_as_auto(mesh)):
+        yield
+
+
+def _explicit_mesh(leaf: Any) -> Any:
+    """The mesh over whose Explicit axes an array is spread; None if there is none."""
+    if isinstance(leaf, jax.core.Tracer):
+        mesh = jax.typeof(leaf).sharding.mesh
+    else:
+        mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
+    return mesh if mesh is not None and AxisType.Explicit in mesh.axis_types else None
+
+
+def _as_auto(mesh: Mesh) -> Mesh:
+    return Mesh(mesh.devices, mesh.axis_names)
