@@ -142,6 +142,51 @@ def check_absent(path: Path) -> None:
         raise LlamaJaxError(f"{path}: exists already: remove it or choose another path")
 
 
+# A disk that is full or fails, a quota, a limit on the size of files: libraries say it in errors of their own, in the
+# system's words.
+_DISK_ERRORS = tuple(
+    getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO") if hasattr(errno, name)
+)
+
+_unfinished: set[Path] = set()
+
+
+def disk_problem(error: BaseException) -> str | None:
+    """What the system said about a disk, if that is what an error, or one that it came from, is about."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _DISK_ERRORS:
+            return os.strerror(seen.errno or 0)
+        for text in map(os.strerror, _DISK_ERRORS):
+            if text in str(seen):
+                return text
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Names `path` in the error if, inside, a disk turns out to be full or to fail, whatever library meets it.
+
+    Raises:
+        LlamaJaxError: in the place of that library's error.
+    """
+    try:
+        yield
+    except LlamaJaxError:
+        raise
+    except Exception as error:
+        if problem := disk_problem(error):
+            raise LlamaJaxError(f"{path}: cannot be written ({problem}): make room or choose another place") from error
+        raise
+
+
+def remove_unfinished() -> None:
+    """Removes what `new_file` and `new_folder` are writing, for a process that is about to end without them."""
+    for path in list(_unfinished):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def new_folder(path: Path, beside: Path | None = None) -> Iterator[Path]:
     """A new folder that becomes `path` when the block ends well, and is removed when it does not.
@@ -152,7 +197,7 @@ def new_folder(path: Path, beside: Path | None = None) -> Iterator[Path]:
             content is checked.
 
     Raises:
-        LlamaJaxError: if `path` exists or cannot be created.
+        LlamaJaxError: if `path` exists or cannot be created, or the disk is full.
     """
     check_absent(path)
     with _partial(beside or path) as partial:
@@ -167,7 +212,7 @@ def new_file(path: Path) -> Iterator[Path]:
     """The name of a file, of `path`'s suffix, that replaces `path` when the block ends well; removed when it does not.
 
     Raises:
-        LlamaJaxError: if nothing can be created beside `path`.
+        LlamaJaxError: if nothing can be created beside `path`, or the disk is full.
     """
     with _partial(path) as partial:
         inner = partial / f"file{path.suffix}"
@@ -190,10 +235,13 @@ def _partial(path: Path) -> Iterator[Path]:
             break
         if descriptor is not None:  # another process took it for abandoned before it was locked
             os.close(descriptor)
+    _unfinished.add(partial)
     try:
-        yield partial
+        with writing(path):
+            yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        _unfinished.discard(partial)
         if descriptor is not None:
             os.close(descriptor)
 

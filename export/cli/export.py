@@ -17,11 +17,9 @@ from llamajax.cli.common import (
     define_dtype,
     define_model,
     read_model,
-    readable_bytes,
-    spinner,
     stored_bytes,
-    table_console,
 )
+from llamajax.cli.terminal import note, readable_bytes, show, spinner
 from llamajax.errors import LlamaJaxError
 from llamajax.files import check_absent
 
@@ -154,11 +152,10 @@ def _print(bundle: Bundle) -> None:
         inputs = ", ".join(f"{value['name']} {value['dtype']}{value['shape']}" for value in program["inputs"])
         size = manifest["files"][program["file"]]["bytes"]
         table.add_row(name, inputs, str(sum(program["operations"].values())), str(size))
-    table_console().print(table)
+    show(table)
     weights = manifest["files"]["weights.safetensors"]["bytes"]
     targets = ", ".join(manifest["targets"]) or "none"
-    print(
+    note(
         f"{bundle.path}: {readable_bytes(stored_bytes(bundle.path))}, of it {readable_bytes(weights)} weights; profile "
-        f"{manifest['profile']}, targets: {targets}",
-        file=sys.stderr,
+        f"{manifest['profile']}, targets: {targets}"
     )

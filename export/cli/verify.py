@@ -1,8 +1,8 @@
 """`llamajax verify`: whether a bundle's golden prompts come out the same on every runtime that is here."""
 
 import dataclasses
-import json
 import math
+from typing import Any
 
 from absl import flags
 from rich.table import Table
@@ -10,7 +10,7 @@ from rich.table import Table
 from export.bundle import open_bundle
 from export.cli.export import define_python, pythons
 from export.verify import RUNTIMES, Result, verify
-from llamajax.cli.common import readable_bytes, spinner, table_console
+from llamajax.cli.terminal import as_json, printable, readable_bytes, show, spinner, write
 from llamajax.errors import LlamaJaxError
 
 SUMMARY = "run a bundle's golden prompts on every runtime present; exit code 1 unless all held"
@@ -45,7 +45,7 @@ def run(values: flags.FlagValues) -> None:
         with spinner(f"running on {name}"):
             results.append(next(attempts))
     if values.json:
-        print(json.dumps([{**dataclasses.asdict(result), "held": result.held} for result in results], default=str))
+        write(as_json([_as_dict(result) for result in results]))
     else:
         _print(results)
     failed = [result.runtime for result in results if not result.skipped and not result.held]
@@ -55,14 +55,21 @@ def run(values: flags.FlagValues) -> None:
         raise LlamaJaxError(f"{bundle.path}: no runtime for it is here: nothing was verified")
 
 
+def _as_dict(result: Result) -> dict[str, Any]:
+    """For JSON, which has no infinity: null stands for an error that is not finite."""
+    error = result.largest_logit_error
+    finite = {"largest_logit_error": error if math.isfinite(error) else None}
+    return {**dataclasses.asdict(result), **finite, "held": result.held}
+
+
 def _print(results: list[Result]) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("runtime", "held", "tokens", "largest logit error", "load s", "tokens/s", "resident", ""):
-        table.add_column(column, justify="left" if column in ("runtime", "held", "") else "right")
+        table.add_column(column, justify="left" if column in ("runtime", "held", "") else "right", overflow="fold")
     for result in results:
         if result.skipped or result.error:
             state = "-" if result.skipped else "NO"
-            table.add_row(result.runtime, state, "", "", "", "", "", result.skipped or result.error)
+            table.add_row(result.runtime, state, "", "", "", "", "", printable(result.skipped or result.error))
             continue
         error = f"{result.largest_logit_error:.1e}" if math.isfinite(result.largest_logit_error) else "not finite"
         table.add_row(
@@ -73,6 +80,6 @@ def _print(results: list[Result]) -> None:
             f"{result.load_seconds:.2f}",
             f"{result.tokens_per_second:.1f}",
             readable_bytes(result.resident_bytes),
-            result.version,
+            printable(result.version),
         )
-    table_console().print(table)
+    show(table)

@@ -1,9 +1,6 @@
-"""What several commands share: the flags that name a model, progress bars, tables."""
+"""What several commands share: the flags that name a model, and what they ask for."""
 
-import contextlib
 import math
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llamajax.checkpoint import Opened, open_checkpoint, read_tokenizer
+from llamajax.cli.terminal import progress
 from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama
 from llamajax.prepare import ACTIVATIONS
@@ -87,29 +83,6 @@ def read_model(opened: Opened, dtype: jax.typing.DTypeLike | None, **options: st
         return opened.read(dtype, on_tensor=on_tensor, **options)
 
 
-@contextlib.contextmanager
-def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr: call what it yields with (done, total). Silent where stderr is not a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        task = bars.add_task(label, total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
-
-
-@contextlib.contextmanager
-def spinner(label: str) -> Iterator[None]:
-    """A sign of life on stderr for work that does not say how far it is. Silent where stderr is not a terminal."""
-    console = Console(stderr=True)
-    with console.status(label) if console.is_terminal else contextlib.nullcontext():
-        yield
-
-
-def table_console() -> Console:
-    """Standard output for tables: as wide as the terminal, or as they need where it is a file or a pipe."""
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-
-
 def stored_bytes(path: Path) -> int:
     """What a file, or the files of a folder, take on disk."""
     files = [path] if path.is_file() else path.rglob("*")
@@ -119,11 +92,3 @@ def stored_bytes(path: Path) -> int:
 def memory_bytes(tree: Any) -> int:
     """What the arrays of a model take in memory; they may be abstract."""
     return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
-
-
-def readable_bytes(size: int) -> str:
-    """Bytes for people: 1.23 MiB, 4.56 GiB."""
-    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if size >= scale:
-            return f"{size / scale:.2f} {unit}"
-    return f"{size} B"

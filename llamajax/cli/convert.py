@@ -1,13 +1,13 @@
 """`llamajax convert`: a checkpoint in another format, or another dtype."""
 
-import sys
 from pathlib import Path
 
 from absl import flags
 
 from llamajax.checkpoint import open_checkpoint, read_tokenizer, save_checkpoint
 from llamajax.checkpoint.naming import is_quantized
-from llamajax.cli.common import define_model, read_model, readable_bytes, spinner, stored_bytes
+from llamajax.cli.common import define_model, read_model, stored_bytes
+from llamajax.cli.terminal import note, readable_bytes, spinner
 from llamajax.errors import LlamaJaxError
 from llamajax.files import check_absent
 
@@ -42,4 +42,4 @@ def run(values: flags.FlagValues) -> None:
     model = read_model(opened, values.dtype, shardings="host")
     with spinner(f"writing {output}"):
         save_checkpoint(model, output, tokenizer=tokenizer, source=opened.description, form=values.to)
-    print(f"{output}: {readable_bytes(stored_bytes(output))}, {values.to}, from {opened.description}", file=sys.stderr)
+    note(f"{output}: {readable_bytes(stored_bytes(output))}, {values.to}, from {opened.description}")

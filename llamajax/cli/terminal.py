@@ -1,0 +1,151 @@
+"""What commands print: results to standard output, lines for people to standard error, tables, progress bars.
+
+Text goes out as UTF-8, whatever the terminal's language. Names come from files and command lines: they are no markup,
+and what would steer a terminal is escaped.
+"""
+
+import contextlib
+import errno
+import io
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+from rich.console import Console, RenderableType
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from llamajax.errors import LlamaJaxError
+
+# Tables of narrower terminals are this wide: the terminal breaks their lines, and nothing is left out.
+_NARROWEST = 60
+_PIPE_WIDTH = 160
+
+
+class ReaderLeftError(Exception):
+    """Nobody reads standard output any more, as behind `| head`: the command can stop, and nothing is wrong."""
+
+
+def write(text: str, end: str = "\n") -> None:
+    """Writes a result to standard output, at once. Bytes of a command line that are not UTF-8 go out as they came.
+
+    Raises:
+        ReaderLeftError: if the reader has left.
+        OSError: if it cannot be written.
+    """
+    try:
+        if sys.stdout is None or sys.stdout.closed:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        _put(sys.stdout, text + end, "surrogateescape")
+    except BrokenPipeError:
+        raise ReaderLeftError from None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def note(text: str) -> None:
+    """Writes a line for people to standard error. Work does not end because nobody reads about it."""
+    with contextlib.suppress(OSError, ValueError):
+        if sys.stderr is not None:
+            _put(sys.stderr, printable(text, keep="\n") + "\n", "backslashreplace")
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text with control characters escaped, but for those to keep."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def drop_output() -> None:
+    """Leads standard output nowhere: what could not be written would be tried again, and complained of, at exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """A value as JSON, in one line unless `indent` is given.
+
+    Raises:
+        LlamaJaxError: for a number that is not finite, which JSON does not have.
+    """
+    if found := next(_not_finite(value, ""), None):
+        raise LlamaJaxError(f"{found}: expected a finite number: the model overflows; try --dtype=float32")
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)  # which UTF-8 does not have
+
+
+def show(table: RenderableType) -> None:
+    """Prints a table: as wide as the terminal, or as it needs where standard output is a file or a pipe."""
+    terminal = _is_terminal(sys.stdout)
+    page = io.StringIO()
+    plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+    console = Console(file=page, width=1 << 16, force_terminal=terminal, **plain)
+    if terminal:
+        console.width = max(Console().width, _NARROWEST)
+    else:
+        console.width = max(_PIPE_WIDTH, Measurement.get(console, console.options, table).maximum)
+    console.print(table)
+    write(page.getvalue(), end="")
+
+
+@contextlib.contextmanager
+def progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr: call what it yields with (done, total). Silent where stderr is not a terminal."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        *(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not _moves(console)) as bars:
+        task = bars.add_task(printable(label), total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def spinner(label: str) -> Iterator[None]:
+    """A sign of life on stderr for work that does not say how far it is. Silent where stderr is not a terminal."""
+    console = Console(stderr=True)
+    with console.status(Text(printable(label))) if _moves(console) else contextlib.nullcontext():
+        yield
+
+
+def readable_bytes(size: int) -> str:
+    """Bytes for people: 1.23 MiB, 4.56 GiB."""
+    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size} B"
+
+
+def _put(stream: TextIO, text: str, errors: str) -> None:
+    buffer = getattr(stream, "buffer", None)
+    if buffer is None:  # a stream of text alone, as in a notebook
+        stream.write(text)
+    else:
+        buffer.write(text.encode("utf-8", errors))
+    stream.flush()
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and not stream.closed and stream.isatty()
+
+
+def _moves(console: Console) -> bool:
+    """Whether something can be drawn over what was drawn before."""
+    return _is_terminal(sys.stderr) and not console.is_dumb_terminal
+
+
+def _not_finite(value: Any, name: str) -> Iterator[str]:
+    """Names and values of the numbers in a JSON value that are not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{name or 'the result'} is {value}"
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield from _not_finite(each, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for i, each in enumerate(value):
+            yield from _not_finite(each, f"{name}[{i}]")
