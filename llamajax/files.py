@@ -17,6 +17,7 @@ import os
 import secrets
 import shutil
 import stat
+import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,7 +138,8 @@ def read_toml(path: str | Path, limit: int = 1 << 20) -> dict[str, Any]:
 
 
 def check_absent(path: Path) -> None:
-    """Refuses a target that exists, before any work is done for it."""
+    """Refuses a target that exists, before any work is done for it. What killed processes left of it goes anyway."""
+    clear_leftovers(path)
     if os.path.lexists(path):
         raise LlamaJaxError(f"{path}: exists already: remove it or choose another path")
 
@@ -184,7 +186,16 @@ def writing(path: Path) -> Iterator[None]:
 def remove_unfinished() -> None:
     """Removes what `new_file` and `new_folder` are writing, for a process that is about to end without them."""
     for path in list(_unfinished):
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder; more than once, because threads of a writer that was interrupted may put files into it."""
+    for _ in range(10):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager
@@ -240,7 +251,7 @@ def _partial(path: Path) -> Iterator[Path]:
         with writing(path):
             yield partial
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         _unfinished.discard(partial)
         if descriptor is not None:
             os.close(descriptor)

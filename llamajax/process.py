@@ -53,10 +53,11 @@ def begin() -> None:
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
 
     def lost(unraisable: Any) -> None:
-        """Python drops what is raised in a finalizer or a callback of its garbage collector, where JAX has one."""
-        if _received is None:
-            sys.__unraisablehook__(unraisable)
-        elif issubclass(unraisable.exc_type, KeyboardInterrupt):
+        """Python drops what is raised in a finalizer or a callback of its garbage collector, where JAX has one.
+
+        An interrupt must not be lost; what else libraries could tell nobody is not for the user of a command.
+        """
+        if _received is not None and issubclass(unraisable.exc_type, KeyboardInterrupt):
             os.write(writing, _AGAIN)
 
     sys.unraisablehook = lost
@@ -141,7 +142,12 @@ def _end(number: int) -> None:
 
 
 def _report_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """One line for a library that cannot be imported because memory ran out; a traceback for the rest."""
+    """One line for a library that cannot be imported because memory ran out; a traceback for the rest.
+
+    Native libraries report here, too, that a callback of theirs failed; of what matters the main thread hears itself.
+    """
+    if _working or threading.current_thread() is not threading.main_thread():
+        return
     text = str(error)
     if not issubclass(kind, MemoryError) and not any(sign in text for sign in ("failed to map", "Cannot allocate")):
         sys.__excepthook__(kind, error, trace)

@@ -58,11 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, KeyboardInterrupt) or process.interrupted():  # which may have become any error on its way
             reason, code = process.interrupted() or ("interrupted", 130)
             return _fail(reason, code)
-        explained = _explained(error)
-        if explained is None:
+        message = explained(error)
+        if message is None:
             raise
         terminal.drop_output()
-        return _fail(explained, 1)
+        return _fail(message, 1)
 
 
 def _run(argv: list[str]) -> int:
@@ -101,7 +101,7 @@ def _run(argv: list[str]) -> int:
     return 0
 
 
-def _explained(error: BaseException) -> str | None:
+def explained(error: BaseException) -> str | None:
     """One line for what bad input, or a full machine, can cause, whatever library met it; None for a bug."""
     if isinstance(error, LlamaJaxError):
         return str(error)

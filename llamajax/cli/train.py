@@ -12,7 +12,7 @@ from llamajax.cli.terminal import note, progress, spinner
 from llamajax.config import Config, preset, preset_names
 from llamajax.errors import LlamaJaxError
 from llamajax.evaluate import encode_documents
-from llamajax.files import check_absent
+from llamajax.files import check_absent, writing
 from llamajax.train import TrainOptions
 
 SUMMARY = "train a small model and its tokenizer; resumes where it was stopped"
@@ -71,7 +71,7 @@ def run(values: flags.FlagValues) -> None:
         tokenizer = train.tokenizer_for(texts, config.vocab_size)
         tokens, heldout = (encode_documents(tokenizer, part) for part in texts)
     note(f"{config.num_parameters:,} parameters, {len(tokens):,} tokens to train on, {len(heldout):,} held out")
-    with progress("training") as show:
+    with progress("training") as show, writing(folder):
 
         def on_step(step: train.Progress) -> None:
             show(step.step, options.steps)
@@ -80,7 +80,8 @@ def run(values: flags.FlagValues) -> None:
 
         model = train.train(config, tokens, heldout, options, folder, on_step)
     save_checkpoint(model, folder / "model", tokenizer=tokenizer, source=f"llamajax train on {values.data}")
-    _draw(folder)
+    with writing(folder / "loss.svg"):
+        _draw(folder)
     note(f"{folder / 'model'}: trained; try llamajax generate --model={folder / 'model'}")
 
 
