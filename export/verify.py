@@ -13,7 +13,7 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from export.bundle import Bundle, standalone_runner
@@ -140,17 +140,32 @@ def _runner(name: str) -> Iterator[Path]:
         yield file
 
 
-def run(bundle: Bundle, name: str, python: str, arguments: Sequence[str]) -> int:
-    """Continues a prompt on one runtime, text as it comes to stdout; returns the runner's exit code.
+def run(bundle: Bundle, name: str, python: str, arguments: Sequence[str], on_output: Callable[[bytes], None]) -> int:
+    """Continues a prompt on one runtime; returns the runner's exit code.
+
+    Args:
+        bundle: opened.
+        name: of the runtime.
+        python: that has it.
+        arguments: of the runner.
+        on_output: called with what the runner writes to its standard output, as it comes.
 
     Raises:
         LlamaJaxError: if the runtime is not here, or the bundle has nothing for it.
     """
     if reason := unavailable(bundle, name, python):
         raise LlamaJaxError(f"{bundle.path}: runtime {name}: {reason}")
-    sys.stdout.flush()
     with _runner(name) as file:
-        return subprocess.run([python, "-I", str(file), str(bundle.path), *arguments], check=False).returncode
+        command = [python, "-I", str(file), str(bundle.path), *arguments]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0) as process:
+            assert process.stdout
+            try:
+                while data := process.stdout.read(1 << 16):
+                    on_output(data)
+            except BaseException:
+                process.kill()
+                raise
+        return process.returncode
 
 
 def _result(name: str, report: Mapping) -> Result:

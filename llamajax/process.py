@@ -8,7 +8,6 @@ Outside of `interruptible` there is nothing to remove, and a signal ends the pro
 a second or more behind the first, and a first one while the main thread is in native code that does not return.
 """
 
-import _thread
 import contextlib
 import os
 import select
@@ -113,7 +112,7 @@ def _watch(reading: int) -> None:
         if number == _AGAIN[0]:
             time.sleep(0.01)  # until the callback that lost the exception has returned
             resent += 1
-            _thread.interrupt_main(signal.Signals(_received or signal.SIGINT))
+            signal.pthread_kill(threading.main_thread().ident or 0, _received or signal.SIGINT)
         elif number not in _MESSAGES:
             continue
         elif resent:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 400
 CONFIG = """
 vocab_size = 300
 width = 32

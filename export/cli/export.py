@@ -147,7 +147,7 @@ def _print(bundle: Bundle) -> None:
     manifest = bundle.manifest
     table = Table(box=None, pad_edge=False)
     for column in ("program", "inputs", "operations", "bytes"):
-        table.add_column(column, justify="right" if column in ("operations", "bytes") else "left", overflow="fold")
+        table.add_column(column, justify="right" if column in ("operations", "bytes") else "left")
     for name, program in manifest["programs"].items():
         inputs = ", ".join(f"{value['name']} {value['dtype']}{value['shape']}" for value in program["inputs"])
         size = manifest["files"][program["file"]]["bytes"]

@@ -8,6 +8,7 @@ from export.bundle import open_bundle
 from export.cli.export import define_python, pythons
 from export.verify import RUNTIMES
 from export.verify import run as run_bundle
+from llamajax.cli.terminal import write_bytes
 from llamajax.errors import LlamaJaxError
 
 SUMMARY = "continue a prompt with a bundle, on any runtime that is here"
@@ -43,5 +44,5 @@ def run(values: flags.FlagValues) -> None:
     arguments = [f"--{name}={values[name].value}" for name in ("max_new_tokens", "temperature", "seed")]
     arguments.append(f"--ids={values.ids}" if values.ids else f"--prompt={values.prompt}")
     python = pythons(values).get(values.runtime, sys.executable)
-    if code := run_bundle(bundle, values.runtime, python, arguments):
+    if code := run_bundle(bundle, values.runtime, python, arguments, write_bytes):
         raise LlamaJaxError(f"{bundle.path}: runtime {values.runtime} failed with exit code {code}")

@@ -65,7 +65,7 @@ def _as_dict(result: Result) -> dict[str, Any]:
 def _print(results: list[Result]) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("runtime", "held", "tokens", "largest logit error", "load s", "tokens/s", "resident", ""):
-        table.add_column(column, justify="left" if column in ("runtime", "held", "") else "right", overflow="fold")
+        table.add_column(column, justify="left" if column in ("runtime", "held", "") else "right")
     for result in results:
         if result.skipped or result.error:
             state = "-" if result.skipped else "NO"

@@ -231,7 +231,7 @@ def _print(result: dict[str, Any]) -> None:
     table = Table(title=printable(title), title_justify="left", caption_justify="left")
     table.add_column("")
     for column in ("rows", "tokens", "tokens/s", "ms", "GB/s", "of\nmemory", "GFLOP/s", "of\nproducts", "resident"):
-        table.add_column(column, justify="right", overflow="fold")
+        table.add_column(column, justify="right")
     for each in result["figures"]:
         resident = each["resident_bytes"]
         table.add_row(

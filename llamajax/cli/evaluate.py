@@ -242,9 +242,9 @@ def _print(results: list[dict[str, Any]]) -> None:
     table = Table(title=f"{printable(first['text'])} by convention {first['convention']}: {cut}", title_justify="left")
     columns = ["bits a\nweight", "in memory", "on disk", "nats a\ntoken", "perplexity"]
     columns += ["KL divergence,\nnats", "its 99th\npercentile", "top-1\nagreement"] if reference else []
-    table.add_column("model", overflow="fold")
+    table.add_column("model")
     for column in columns:
-        table.add_column(column, justify="right", overflow="fold")
+        table.add_column(column, justify="right")
     for result in [reference, *results] if reference else results:
         cells = [
             f"{result['bits_per_weight']:.2f}",
@@ -273,7 +273,7 @@ def _layer_table(noise: dict[str, Any]) -> Table:
     table = Table(title="signal to noise by layer, dB", title_justify="left", caption_justify="left")
     table.caption = f"weights outside of the layers: {', '.join(outside)}" if outside else None
     for column in ("layer", "residual\nstream", *(name.replace(".", "\n") for name in inside)):
-        table.add_column(column, justify="right", overflow="fold")
+        table.add_column(column, justify="right")
     table.add_row("embedding", _decibels(noise["embedding"]))
     for layer, value in enumerate(noise["layers"]):
         table.add_row(str(layer), _decibels(value), *(_decibels(values[layer]) for values in inside.values()))

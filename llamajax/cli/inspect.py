@@ -95,7 +95,7 @@ def _print_tables(opened: Opened, summary: dict[str, Any]) -> None:
     show(head)
     table = Table()
     for column, justify in (("tensor", "left"), ("shape", "right"), ("dtype", "left"), ("bytes", "right")):
-        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
     products = "product" in summary["tensors"][0]
     if products:
         table.add_column("product")

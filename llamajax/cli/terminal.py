@@ -15,9 +15,10 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 from llamajax.errors import LlamaJaxError
@@ -38,10 +39,15 @@ def write(text: str, end: str = "\n") -> None:
         ReaderLeftError: if the reader has left.
         OSError: if it cannot be written.
     """
+    write_bytes((text + end).encode("utf-8", "surrogateescape"))
+
+
+def write_bytes(data: bytes) -> None:
+    """`write`, of text that is encoded already; it may end within a character."""
     try:
         if sys.stdout is None or sys.stdout.closed:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        _put(sys.stdout, text + end, "surrogateescape")
+        _put(sys.stdout, data)
     except BrokenPipeError:
         raise ReaderLeftError from None
     except OSError as error:
@@ -52,7 +58,7 @@ def note(text: str) -> None:
     """Writes a line for people to standard error. Work does not end because nobody reads about it."""
     with contextlib.suppress(OSError, ValueError):
         if sys.stderr is not None:
-            _put(sys.stderr, printable(text, keep="\n") + "\n", "backslashreplace")
+            _put(sys.stderr, (printable(text, keep="\n") + "\n").encode())
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -78,8 +84,13 @@ def as_json(value: Any, indent: int | None = None) -> str:
     return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)  # which UTF-8 does not have
 
 
-def show(table: RenderableType) -> None:
-    """Prints a table: as wide as the terminal, or as it needs where standard output is a file or a pipe."""
+def show(table: Table | str) -> None:
+    """Prints a table: as wide as the terminal, or as it needs where standard output is a file or a pipe.
+
+    What a column has no room for is broken, not cut.
+    """
+    for column in table.columns if isinstance(table, Table) else ():
+        column.overflow = "fold"
     terminal = _is_terminal(sys.stdout)
     page = io.StringIO()
     plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
@@ -99,7 +110,7 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
         TextColumn("{task.description}", markup=False),
         *(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
     )
-    console = Console(stderr=True)
+    console = _error_console()
     with Progress(*columns, console=console, transient=True, disable=not _moves(console)) as bars:
         task = bars.add_task(printable(label), total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
@@ -108,7 +119,7 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
 @contextlib.contextmanager
 def spinner(label: str) -> Iterator[None]:
     """A sign of life on stderr for work that does not say how far it is. Silent where stderr is not a terminal."""
-    console = Console(stderr=True)
+    console = _error_console()
     with console.status(Text(printable(label))) if _moves(console) else contextlib.nullcontext():
         yield
 
@@ -121,17 +132,23 @@ def readable_bytes(size: int) -> str:
     return f"{size} B"
 
 
-def _put(stream: TextIO, text: str, errors: str) -> None:
+def _put(stream: TextIO, data: bytes) -> None:
     buffer = getattr(stream, "buffer", None)
     if buffer is None:  # a stream of text alone, as in a notebook
-        stream.write(text)
+        stream.write(data.decode(errors="replace"))
     else:
-        buffer.write(text.encode("utf-8", errors))
+        buffer.write(data)
     stream.flush()
 
 
 def _is_terminal(stream: TextIO | None) -> bool:
     return stream is not None and not stream.closed and stream.isatty()
+
+
+def _error_console() -> Console:
+    if isinstance(sys.stderr, io.TextIOWrapper) and not sys.stderr.closed:
+        sys.stderr.reconfigure(encoding="utf-8")  # bars are drawn with characters that ASCII does not have
+    return Console(stderr=True)
 
 
 def _moves(console: Console) -> bool:
