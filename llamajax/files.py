@@ -155,15 +155,23 @@ _unfinished: set[Path] = set()
 
 def disk_problem(error: BaseException) -> str | None:
     """What the system said about a disk, if that is what an error, or one that it came from, is about."""
-    seen: BaseException | None = error
-    while seen is not None:
+    for seen in causes(error):
         if isinstance(seen, OSError) and seen.errno in _DISK_ERRORS:
             return os.strerror(seen.errno or 0)
         for text in map(os.strerror, _DISK_ERRORS):
             if text in str(seen):
                 return text
-        seen = seen.__cause__ or seen.__context__
     return None
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those that it came from. Not more than 20: an error may be made its own cause."""
+    seen: BaseException | None = error
+    for _ in range(20):
+        if seen is None:
+            return
+        yield seen
+        seen = seen.__cause__ or seen.__context__
 
 
 @contextlib.contextmanager

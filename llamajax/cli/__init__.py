@@ -23,7 +23,7 @@ from absl import flags
 from llamajax import process
 from llamajax.cli import terminal
 from llamajax.errors import LlamaJaxError
-from llamajax.files import disk_problem
+from llamajax.files import causes, disk_problem
 
 COMMANDS = {
     "generate": "llamajax.cli.generate",
@@ -109,12 +109,10 @@ def explained(error: BaseException) -> str | None:
         return f"{getattr(error, 'filename', None) or 'a file'}: {problem}: make room or choose another place"
     if isinstance(error, OSError):
         return f"{error.filename or 'input/output'}: {error.strerror or error}"
-    seen: BaseException | None = error
-    while seen is not None:
+    for seen in causes(error):
         if isinstance(seen, MemoryError) or any(sign in str(seen) for sign in _OUT_OF_MEMORY):
             device = "device " if isinstance(seen, jax.errors.JaxRuntimeError) else ""
             return f"out of {device}memory: use a smaller model, --dtype=bfloat16 or a shorter context"
-        seen = seen.__cause__ or seen.__context__
     return None
 
 

@@ -99,6 +99,10 @@ def show(table: Table | str) -> None:
         console.width = max(Console().width, _NARROWEST)
     else:
         console.width = max(_PIPE_WIDTH, Measurement.get(console, console.options, table).maximum)
+    if isinstance(table, Table) and table.title:
+        # By itself: above its table it would be broken at the table's width, names and all.
+        console.print(Text(str(table.title), style="table.title"), soft_wrap=not terminal)
+        table.title = None
     console.print(table)
     write(page.getvalue(), end="")
 
