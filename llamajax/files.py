@@ -227,13 +227,17 @@ def new_folder(path: Path, beside: Path | None = None) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[Path]:
+def new_file(path: Path, beside: Path | None = None) -> Iterator[Path]:
     """The name of a file, of `path`'s suffix, that replaces `path` when the block ends well; removed when it does not.
+
+    Args:
+        path: a file, or nothing yet.
+        beside: as of `new_folder`.
 
     Raises:
         LlamaJaxError: if nothing can be created beside `path`, or the disk is full.
     """
-    with _partial(path) as partial:
+    with _partial(beside or path) as partial:
         inner = partial / f"file{path.suffix}"
         yield inner
         os.replace(inner, path.absolute())

@@ -79,9 +79,10 @@ def run(values: flags.FlagValues) -> None:
                 note(f"step {step.step:6}  loss {step.loss:.4f}  held-out {step.heldout_loss:.4f}")
 
         model = train.train(config, tokens, heldout, options, folder, on_step)
-    save_checkpoint(model, folder / "model", tokenizer=tokenizer, source=f"llamajax train on {values.data}")
     with writing(folder / "loss.svg"):
         _draw(folder)
+    # Last: where there is a model, all is done.
+    save_checkpoint(model, folder / "model", tokenizer=tokenizer, source=f"llamajax train on {values.data}")
     note(f"{folder / 'model'}: trained; try llamajax generate --model={folder / 'model'}")
 
 
