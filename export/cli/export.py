@@ -10,16 +10,16 @@ from export.bundle import Bundle, open_bundle, write
 from export.stablehlo import OPTIONAL_PROGRAMS, PROFILES, Spec
 from export.targets import add_target, kind_of
 from llamajax.checkpoint import open_checkpoint, read_tokenizer
-from llamajax.cli.common import (
+from llamajax.cli.model_flags import (
     chosen_activations,
     chosen_dtype,
     define_activations,
     define_dtype,
     define_model,
     read_model,
-    stored_bytes,
 )
-from llamajax.cli.terminal import note, readable_bytes, show, spinner
+from llamajax.cli.sizes import readable_bytes, stored_bytes
+from llamajax.cli.terminal import note, show, spinner
 from llamajax.errors import LlamaJaxError
 from llamajax.files import check_absent
 

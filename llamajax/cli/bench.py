@@ -19,15 +19,9 @@ from llamajax.bench import (
 )
 from llamajax.cache import CACHE_DTYPES
 from llamajax.checkpoint import open_checkpoint
-from llamajax.cli.common import (
-    chosen_activations,
-    chosen_dtype,
-    define_activations,
-    define_dtype,
-    memory_bytes,
-    read_model,
-)
-from llamajax.cli.terminal import as_json, printable, progress, readable_bytes, show, spinner, write
+from llamajax.cli.model_flags import chosen_activations, chosen_dtype, define_activations, define_dtype, read_model
+from llamajax.cli.sizes import memory_bytes, readable_bytes
+from llamajax.cli.terminal import as_json, printable, progress, show, spinner, write
 from llamajax.config import preset, preset_names
 from llamajax.errors import LlamaJaxError
 from llamajax.generate import DECODE_BLOCK

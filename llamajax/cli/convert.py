@@ -6,8 +6,9 @@ from absl import flags
 
 from llamajax.checkpoint import open_checkpoint, read_tokenizer, save_checkpoint
 from llamajax.checkpoint.naming import is_quantized
-from llamajax.cli.common import define_model, read_model, stored_bytes
-from llamajax.cli.terminal import note, readable_bytes, spinner
+from llamajax.cli.model_flags import define_model, read_model
+from llamajax.cli.sizes import readable_bytes, stored_bytes
+from llamajax.cli.terminal import note, spinner
 from llamajax.errors import LlamaJaxError
 from llamajax.files import check_absent
 

@@ -11,17 +11,16 @@ from absl import flags
 from rich.table import Table
 
 from llamajax.checkpoint import Opened, open_checkpoint, read_tokenizer
-from llamajax.cli.common import (
+from llamajax.cli.model_flags import (
     chosen_activations,
     chosen_dtype,
     define_activations,
     define_dtype,
     define_model,
-    memory_bytes,
     read_model,
-    stored_bytes,
 )
-from llamajax.cli.terminal import as_json, printable, progress, readable_bytes, show, write
+from llamajax.cli.sizes import memory_bytes, readable_bytes, stored_bytes
+from llamajax.cli.terminal import as_json, printable, progress, show, write
 from llamajax.errors import LlamaJaxError
 from llamajax.evaluate import (
     DOCUMENT_SEPARATOR,

@@ -8,7 +8,7 @@ import jax
 from absl import flags
 
 from llamajax.cache import CACHE_DTYPES
-from llamajax.cli.common import (
+from llamajax.cli.model_flags import (
     chosen_activations,
     chosen_dtype,
     define_activations,

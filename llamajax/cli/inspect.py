@@ -7,8 +7,9 @@ from rich.table import Table
 
 from llamajax.checkpoint import Opened, open_checkpoint
 from llamajax.checkpoint.naming import named_weights
-from llamajax.cli.common import define_model, memory_bytes
-from llamajax.cli.terminal import as_json, printable, readable_bytes, show, write
+from llamajax.cli.model_flags import define_model
+from llamajax.cli.sizes import memory_bytes, readable_bytes
+from llamajax.cli.terminal import as_json, printable, show, write
 from quant import LayerRuns, QTensor
 from quant.prepare import BACKENDS, refusal
 

@@ -8,8 +8,9 @@ from absl import flags
 
 from llamajax.checkpoint import open_checkpoint, read_tokenizer, save_checkpoint
 from llamajax.checkpoint.naming import named_weights
-from llamajax.cli.common import define_model, stored_bytes
-from llamajax.cli.terminal import note, progress, readable_bytes, spinner
+from llamajax.cli.model_flags import define_model
+from llamajax.cli.sizes import readable_bytes, stored_bytes
+from llamajax.cli.terminal import note, progress, spinner
 from llamajax.errors import LlamaJaxError
 from llamajax.evaluate import encode_documents, read_documents
 from llamajax.files import check_absent

@@ -128,14 +128,6 @@ def spinner(label: str) -> Iterator[None]:
         yield
 
 
-def readable_bytes(size: int) -> str:
-    """Bytes for people: 1.23 MiB, 4.56 GiB."""
-    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if size >= scale:
-            return f"{size / scale:.2f} {unit}"
-    return f"{size} B"
-
-
 def _put(stream: TextIO, data: bytes) -> None:
     buffer = getattr(stream, "buffer", None)
     if buffer is None:  # a stream of text alone, as in a notebook

@@ -1,12 +1,7 @@
-"""What several commands share: the flags that name a model, and what they ask for."""
-
-import math
-from pathlib import Path
-from typing import Any
+"""The flags of a model that is read or run, and what they ask for."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
 from llamajax.checkpoint import Opened, open_checkpoint, read_tokenizer
@@ -81,14 +76,3 @@ def read_model(opened: Opened, dtype: jax.typing.DTypeLike | None, **options: st
     """Reads the weights behind a progress bar; options as of `Opened.read`."""
     with progress("reading weights") as on_tensor:
         return opened.read(dtype, on_tensor=on_tensor, **options)
-
-
-def stored_bytes(path: Path) -> int:
-    """What a file, or the files of a folder, take on disk."""
-    files = [path] if path.is_file() else path.rglob("*")
-    return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def memory_bytes(tree: Any) -> int:
-    """What the arrays of a model take in memory; they may be abstract."""
-    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
