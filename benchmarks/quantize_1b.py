@@ -27,7 +27,7 @@ from convert_memory import write_random_model  # and its flags --preset and --sc
 from safetensors import safe_open
 from versus_llamacpp_quality import QUANTIZING_THREADS, tensors_of, write_gguf
 
-from llamajax.cli.common import readable_bytes, stored_bytes
+from llamajax.cli.sizes import readable_bytes, stored_bytes
 from llamajax.config import Config, preset
 
 flags.DEFINE_integer("rounds", 3, "how often each program quantizes; medians are printed", lower_bound=1)

@@ -35,7 +35,7 @@ import llamajax
 from llamajax import calibrate
 from llamajax.checkpoint.huggingface import expected_tensors
 from llamajax.checkpoint.naming import named_leaves
-from llamajax.cli.common import progress
+from llamajax.cli.terminal import progress
 from llamajax.evaluate import Comparison, compare, encode_documents
 from llamajax.model import abstract_model
 from llamajax.plots import Point, quality_curve

@@ -52,7 +52,7 @@ from export.stablehlo import (
 from export.vocabulary import vocabulary_of
 from llamajax.checkpoint.naming import named_weights
 from llamajax.errors import LlamaJaxError
-from llamajax.files import new_folder, open_regular, parse_json, read_bytes, shortened
+from llamajax.files import new_file, new_folder, open_regular, parse_json, read_bytes, shortened
 from llamajax.generate import generate
 from llamajax.model import Llama
 from llamajax.prepare import prepare
@@ -217,9 +217,8 @@ def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
     files.pop("manifest.json", None)
     rest = {key: value for key, value in manifest.items() if key not in ("files", "sha256")}
     text = json.dumps({**rest, "files": files}, indent=1, ensure_ascii=False).removesuffix("\n}").encode()
-    partial = folder / "manifest.json.partial"
-    partial.write_bytes(text + _SEAL + _closing(text))
-    partial.rename(folder / "manifest.json")
+    with new_file(folder / "manifest.json", beside=folder) as partial:  # in it, a leftover would be surplus
+        partial.write_bytes(text + _SEAL + _closing(text))
 
 
 _SEAL = b',\n "sha256": '

@@ -10,11 +10,10 @@ import contextlib
 import dataclasses
 import json
 import math
-import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from export.bundle import Bundle, standalone_runner
@@ -109,7 +108,7 @@ def verify(
         if done.returncode in (0, 1) and report.startswith("{"):
             yield _result(name, json.loads(report))
         else:
-            yield Result(name, error=_last_line(done))
+            yield Result(name, error=_last_line(done.stderr, done.returncode))
 
 
 def unavailable(bundle: Bundle, name: str, python: str) -> str:
@@ -139,29 +138,45 @@ def _runner(name: str) -> Iterator[Path]:
         yield file
 
 
-def run(bundle: Bundle, name: str, python: str, arguments: Sequence[str]) -> None:
-    """Continues a prompt on one runtime, text as it comes to stdout; at the end what the runner said to stderr.
+def run(bundle: Bundle, name: str, python: str, arguments: Sequence[str], on_output: Callable[[bytes], None]) -> str:
+    """Continues a prompt on one runtime; returns what the runner said to its standard error.
+
+    Args:
+        bundle: opened.
+        name: of the runtime.
+        python: that has it.
+        arguments: of the runner.
+        on_output: called with what the runner writes to its standard output, as it comes.
 
     Raises:
         LlamaJaxError: if the runtime is not here, the bundle has nothing for it, or it fails.
-        BrokenPipeError: if stdout was closed.
     """
     if reason := unavailable(bundle, name, python):
         raise LlamaJaxError(f"{bundle.path}: runtime {name}: {reason}")
-    sys.stdout.flush()
     with _runner(name) as file:
         command = [python, "-I", str(file), str(bundle.path), *arguments]
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
-    if done.returncode == -getattr(signal, "SIGPIPE", 0) != 0:
-        raise BrokenPipeError
-    if done.returncode:
-        raise LlamaJaxError(f"{bundle.path}: runtime {name}: {_last_line(done)}")
-    sys.stderr.write(done.stderr)
+        with (
+            tempfile.TemporaryFile() as said,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, bufsize=0) as process,
+        ):
+            assert process.stdout
+            try:
+                while data := process.stdout.read(1 << 16):
+                    on_output(data)
+            except BaseException:
+                process.kill()
+                raise
+            process.wait()
+            said.seek(0)
+            text = said.read().decode("utf-8", "replace")
+    if process.returncode:
+        raise LlamaJaxError(f"{bundle.path}: runtime {name}: {_last_line(text, process.returncode)}")
+    return text.strip()
 
 
-def _last_line(done: subprocess.CompletedProcess) -> str:
+def _last_line(text: str, code: int) -> str:
     """What a runner that failed said last."""
-    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300]
+    return (text.strip().splitlines() or [f"exit code {code}"])[-1][:300]
 
 
 def _result(name: str, report: Mapping) -> Result:

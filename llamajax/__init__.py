@@ -9,6 +9,16 @@
 Importing this defines no flag, reads no environment variable and touches no device.
 """
 
+import os
+import sys
+
+if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0]) in ("llamajax", "llamajax.exe"):
+    # The process of a command, `python -m llamajax` or `llamajax`: there an interrupt is one line, and importing what
+    # stands below is most of many a command's time.
+    from llamajax import process
+
+    process.begin()
+
 from llamajax.cache import KVCache
 from llamajax.checkpoint import load, open_checkpoint, save_checkpoint
 from llamajax.compilation import clear_programs, fresh_programs

@@ -119,11 +119,15 @@ def token_losses(
         on_batch: called with (windows done, windows in all).
 
     Raises:
-        LlamaJaxError: if the text is shorter than one window and its last target.
+        LlamaJaxError: if the text is shorter than one window and its last target, or logits are not finite.
     """
     windows = as_windows(tokens, window)
-    batches = windows.batches(batch, on_batch)
-    return np.concatenate([np.asarray(_window_losses(model, r, windows.first))[:used].ravel() for r, used in batches])
+    parts: list[np.ndarray] = []
+    for rows, used in windows.batches(batch, on_batch):
+        losses = np.asarray(_window_losses(model, rows, windows.first))[:used]
+        _check_finite(losses, "model", len(parts) * batch, windows)
+        parts.append(losses)
+    return np.concatenate([losses.ravel() for losses in parts])
 
 
 def cross_entropy(
@@ -191,15 +195,28 @@ def compare_each(
     Arguments are those of `token_losses`.
 
     Raises:
-        LlamaJaxError: as `token_losses`, or if the vocabularies differ.
+        LlamaJaxError: as `token_losses`, for both models, or if the vocabularies differ.
     """
     check_vocabularies(model, reference)
     windows = as_windows(tokens, window)
-    parts = [
-        np.asarray(_window_comparison(model, reference, rows, windows.first))[:, :used].reshape(4, -1)
-        for rows, used in windows.batches(batch, on_batch)
-    ]
+    parts: list[np.ndarray] = []
+    for rows, used in windows.batches(batch, on_batch):
+        compared = np.asarray(_window_comparison(model, reference, rows, windows.first))[:, :used]
+        for name, values in (("model", compared[2]), ("reference", compared[3]), ("model", compared[0])):
+            _check_finite(values, name, len(parts) * batch, windows)
+        parts.append(compared.reshape(4, -1))
     return np.concatenate(parts, axis=1)
+
+
+def _check_finite(values_BT: np.ndarray, name: str, first_window: int, windows: Windows) -> None:
+    """Refuses what a model said of a text if it is not finite: a mean of it would be no number, or a wrong one."""
+    if np.isfinite(values_BT).all():
+        return
+    row, position = np.argwhere(~np.isfinite(values_BT))[0]
+    raise LlamaJaxError(
+        f"the {name}'s logits are not finite at token {windows.first + position + 1} of window "
+        f"{first_window + row + 1} of {len(windows.rows)}: its numbers overflow: give another dtype, such as float32"
+    )
 
 
 def check_vocabularies(model: Llama, reference: Llama) -> None:
@@ -217,6 +234,11 @@ def _scored_logits(model: Llama, tokens_BT: jax.Array, first: int) -> jax.Array:
     return model.logits(hidden_BTD[:, first:])
 
 
+def _finite(logits_BTV: jax.Array) -> jax.Array:
+    """The logits; NaN for all tokens of a position where one is not finite, which a loss may not show."""
+    return jnp.where(jnp.isfinite(logits_BTV).all(axis=-1, keepdims=True), logits_BTV, jnp.nan)
+
+
 def _losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     log_normalizer_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     return log_normalizer_BT - jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
@@ -224,14 +246,14 @@ def _losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="first")
 def _window_losses(model: Llama, tokens_BT: jax.Array, first: int) -> jax.Array:
-    return _losses(_scored_logits(model, tokens_BT, first), tokens_BT[:, 1 + first :])
+    return _losses(_finite(_scored_logits(model, tokens_BT, first)), tokens_BT[:, 1 + first :])
 
 
 @functools.partial(jax.jit, static_argnames="first")
 def _window_comparison(model: Llama, reference: Llama, tokens_BT: jax.Array, first: int) -> jax.Array:
     """The fields of `Comparison` at each position that counts, float32 [4, B, T - first]."""
-    ours_BTV = jax.nn.log_softmax(_scored_logits(model, tokens_BT, first))
-    theirs_BTV = jax.nn.log_softmax(_scored_logits(reference, tokens_BT, first))
+    ours_BTV = jax.nn.log_softmax(_finite(_scored_logits(model, tokens_BT, first)))
+    theirs_BTV = jax.nn.log_softmax(_finite(_scored_logits(reference, tokens_BT, first)))
     divergence_BT = jnp.sum(jnp.exp(theirs_BTV) * (theirs_BTV - ours_BTV), axis=-1)
     agreement_BT = (jnp.argmax(ours_BTV, axis=-1) == jnp.argmax(theirs_BTV, axis=-1)).astype(jnp.float32)
     target = tokens_BT[:, 1 + first :, None]

@@ -17,6 +17,7 @@ import os
 import secrets
 import shutil
 import stat
+import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,9 +139,72 @@ def read_toml(path: str | Path, limit: int = 1 << 20) -> dict[str, Any]:
 
 
 def check_absent(path: Path) -> None:
-    """Refuses a target that exists, before any work is done for it."""
+    """Refuses a target that exists, before any work is done for it. What killed processes left of it goes anyway."""
+    clear_leftovers(path)
     if os.path.lexists(path):
         raise LlamaJaxError(f"{path}: exists already: remove it or choose another path")
+
+
+# A disk that is full or fails, a quota, a limit on the size of files: libraries say it in errors of their own, in the
+# system's words.
+_DISK_ERRORS = tuple(
+    getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO") if hasattr(errno, name)
+)
+
+_unfinished: set[Path] = set()
+
+
+def disk_problem(error: BaseException) -> str | None:
+    """What the system said about a disk, if that is what an error, or one that it came from, is about."""
+    for seen in causes(error):
+        if isinstance(seen, OSError) and seen.errno in _DISK_ERRORS:
+            return os.strerror(seen.errno or 0)
+        for text in map(os.strerror, _DISK_ERRORS):
+            if text in str(seen):
+                return text
+    return None
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those that it came from. Not more than 20: an error may be made its own cause."""
+    seen: BaseException | None = error
+    for _ in range(20):
+        if seen is None:
+            return
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Names `path` in the error if, inside, a disk turns out to be full or to fail, whatever library meets it.
+
+    Raises:
+        LlamaJaxError: in the place of that library's error.
+    """
+    try:
+        yield
+    except LlamaJaxError:
+        raise
+    except Exception as error:
+        if problem := disk_problem(error):
+            raise LlamaJaxError(f"{path}: cannot be written ({problem}): make room or choose another place") from error
+        raise
+
+
+def remove_unfinished() -> None:
+    """Removes what `new_file` and `new_folder` are writing, for a process that is about to end without them."""
+    for path in list(_unfinished):
+        _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder; more than once, because threads of a writer that was interrupted may put files into it."""
+    for _ in range(10):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager
@@ -153,7 +217,7 @@ def new_folder(path: Path, beside: Path | None = None) -> Iterator[Path]:
             content is checked.
 
     Raises:
-        LlamaJaxError: if `path` exists or cannot be created.
+        LlamaJaxError: if `path` exists or cannot be created, or the disk is full.
     """
     check_absent(path)
     with _partial(beside or path) as partial:
@@ -164,13 +228,17 @@ def new_folder(path: Path, beside: Path | None = None) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[Path]:
+def new_file(path: Path, beside: Path | None = None) -> Iterator[Path]:
     """The name of a file, of `path`'s suffix, that replaces `path` when the block ends well; removed when it does not.
 
+    Args:
+        path: a file, or nothing yet.
+        beside: as of `new_folder`.
+
     Raises:
-        LlamaJaxError: if nothing can be created beside `path`.
+        LlamaJaxError: if nothing can be created beside `path`, or the disk is full.
     """
-    with _partial(path) as partial:
+    with _partial(beside or path) as partial:
         inner = partial / f"file{path.suffix}"
         yield inner
         os.replace(inner, path.absolute())
@@ -191,10 +259,13 @@ def _partial(path: Path) -> Iterator[Path]:
             break
         if descriptor is not None:  # another process took it for abandoned before it was locked
             os.close(descriptor)
+    _unfinished.add(partial)
     try:
-        yield partial
+        with writing(path):
+            yield partial
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
+        _unfinished.discard(partial)
         if descriptor is not None:
             os.close(descriptor)
 

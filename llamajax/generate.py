@@ -12,7 +12,6 @@ one decode program serves every request of the same batch and cache size.
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -39,6 +38,7 @@ from llamajax.sampling import Sampler, make_sampler, sample
 from llamajax.speculate import LookupState, check_speculate, compiled_lookup, slots_beyond
 from llamajax.tiled_cache import empty_cache
 from llamajax.tokenizer import Tokenizer
+from llamajax.workers import workers
 from quant import start_indices
 
 # Chunks of a prompt. Three sizes are three programs at most; the largest bounds the memory of a long prompt's scores.
@@ -309,7 +309,7 @@ class TextStream:
 
     def compile_while(self, read: Callable[[], Llama]) -> None:
         """`compile` while `read`, in a thread of its own, makes the model that then runs."""
-        with ThreadPoolExecutor(1) as reader:
+        with workers(1) as reader:
             reading = reader.submit(read)
             self.compile()
             self.model = reading.result()

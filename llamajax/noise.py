@@ -60,8 +60,8 @@ def layer_noise(
     Holds the activations of one batch and one layer. Arguments are those of `evaluate.token_losses`.
 
     Raises:
-        LlamaJaxError: if the text is too short, the models differ in vocabulary, width or layers, or activations of
-            either are not finite.
+        LlamaJaxError: if the text is too short, the models differ in vocabulary, width or layers, or activations are
+            not finite.
     """
     check_vocabularies(model, reference)
     for name in ("width", "num_layers"):
@@ -73,13 +73,12 @@ def layer_noise(
     for rows, used in windows.batches(batch, on_batch):
         inputs_BT = jnp.asarray(rows[:, :-1])
         ours, theirs = _embed(model, inputs_BT), _embed(reference, inputs_BT)
-        powers[0] += _powers(ours, theirs, used)
+        powers[0] += _powers("the embedding", ours, theirs, used)
         for layer, (block, reference_block) in enumerate(zip(blocks(model), blocks(reference), strict=True), 1):
             ours, theirs = run_block(block, ours), run_block(reference_block, theirs)
-            powers[layer] += _powers(ours, theirs, used)
-        powers[-1] += _powers(_head(model, ours), _head(reference, theirs), used)
-    where = ("the embeddings", *(f"layer {layer}" for layer in range(model.config.num_layers)), "the logits")
-    embedding, *layers, logits = map(_decibels, powers, where)
+            powers[layer] += _powers(f"the residual stream behind layer {layer - 1}", ours, theirs, used)
+        powers[-1] += _powers("the logits", _head(model, ours), _head(reference, theirs), used)
+    embedding, *layers, logits = map(_decibels, powers)
     return LayerNoise(embedding, tuple(layers), logits)
 
 
@@ -101,11 +100,11 @@ def weight_noise(model: Llama, reference: Llama) -> dict[str, list[float]]:
     for model_block, reference_block in zip(blocks(model), blocks(reference), strict=True):
         theirs_named = named_weights(reference_block)
         for name, weight in named_weights(model_block).items():
-            result[f"layers.{name}"].append(_decibels(_powers(weight, theirs_named[name]), f"layers.{name}"))
+            result[f"layers.{name}"].append(_decibels(_powers(f"layers.{name}", weight, theirs_named[name])))
     whole, whole_reference = named_weights(model), named_weights(reference)
     for name, values in result.items():
         if not name.startswith("layers."):
-            values.append(_decibels(_powers(whole[name], whole_reference[name]), name))
+            values.append(_decibels(_powers(name, whole[name], whole_reference[name])))
     return result
 
 
@@ -118,13 +117,23 @@ def _shapes(model: Llama) -> dict[str, tuple[int, ...]]:
     return {name: tuple(weight.shape) for name, weight in named_weights(model).items()}
 
 
-def _powers(ours: Any, theirs: Any, used: int | None = None) -> np.ndarray:
+def _powers(name: str, ours: Any, theirs: Any, used: int | None = None) -> np.ndarray:
     """Power of the reference and of the difference, float64 [2], over the first `used` rows.
 
     Summed in float32 along the last axis only: millions of squares in float32 would lose digits.
+
+    Raises:
+        LlamaJaxError: if it is not finite, by the name of what it is the power of.
     """
     powers = np.asarray(_row_powers(ours, theirs))
-    return (powers if used is None else powers[:, :used]).reshape(2, -1).sum(axis=1, dtype=np.float64)
+    powers = (powers if used is None else powers[:, :used]).reshape(2, -1).sum(axis=1, dtype=np.float64)
+    if not np.isfinite(powers).all():
+        of = "the reference" if not np.isfinite(powers[0]) else "the model"
+        raise LlamaJaxError(
+            f"{name} of {of} is not finite, or its square is not: its numbers overflow: give another dtype, such as "
+            "float32"
+        )
+    return powers
 
 
 @jax.jit
@@ -133,12 +142,8 @@ def _row_powers(ours: Any, theirs: Any) -> jax.Array:
     return jnp.stack([jnp.sum(x * x, axis=-1) for x in (theirs, theirs - ours)])
 
 
-def _decibels(powers: np.ndarray, where: str) -> float:
+def _decibels(powers: np.ndarray) -> float:
     signal, noise = map(float, powers)
-    if not math.isfinite(signal + noise):
-        raise LlamaJaxError(
-            f"{where}: not finite, or its squares leave float32's range, in one of the two models: there is no ratio"
-        )
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf

@@ -77,10 +77,10 @@ def quality_curve(points: Iterable[Point], path: str | Path) -> None:
         if members:
             best = [point for k, point in enumerate(members) if all(point[1] < other[1] for other in members[:k])]
             axes.plot(*zip(*best, strict=True), color=f"C{i}", linewidth=1.2, alpha=0.7)
-            axes.plot(*zip(*members, strict=True), "o", color=f"C{i}", label=family)
+            axes.plot(*zip(*members, strict=True), "o", color=f"C{i}", label=_literal(family))
     for point in points:
         if point.kl_divergence <= 0:
-            axes.plot([], [], " ", label=f"{point.label}: {point.bits_per_weight:.2f} bits, no divergence")
+            axes.plot([], [], " ", label=f"{_literal(point.label)}: {point.bits_per_weight:.2f} bits, no divergence")
     axes.margins(x=0.1)  # room for labels
     axes.set(xlabel="bits a weight", ylabel="KL divergence from the reference, nats a token", yscale="log")
     axes.legend()
@@ -134,10 +134,16 @@ def speed_bars(title: str, speeds: Sequence[Speed], path: str | Path) -> None:
     axes.plot([speed.limit for speed in speeds], labels, "|", **style, label="limit of memory and products in floats")
     axes.margins(x=0.1)  # room for labels
     axes.invert_yaxis()
-    axes.set(title=title, xlabel="tokens per second, of all rows")
+    axes.set(title=_literal(title), xlabel="tokens per second, of all rows")
     axes.set_xlim(left=0)
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     _save(axes.figure, path)
+
+
+def _literal(name: str) -> str:
+    """A name as matplotlib shows it unchanged: dollars are no formula, and a first underscore does not hide it."""
+    name = name.replace("$", r"\$")
+    return f"\u200b{name}" if name.startswith("_") else name
 
 
 def _axes() -> Any:
@@ -159,7 +165,7 @@ def _write_labels(axes: Any, points: Sequence[Point]) -> None:
     for point in points:
         for x, y, side in places:
             style: dict[str, Any] = {"ha": side, "va": "center", "fontsize": 8}
-            text = axes.annotate(point.label, point[2:], (x, y), textcoords="offset points", **style)
+            text = axes.annotate(_literal(point.label), point[2:], (x, y), textcoords="offset points", **style)
             box = text.get_window_extent().padded(4)  # pixels, about the size of a point
             if not any(box.overlaps(other) for other in taken) and not any(box.contains(*place) for place in drawn):
                 break

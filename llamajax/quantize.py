@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from llamajax.model import Llama, RMSNorm, abstract_model
 from llamajax.quantize_weight import in_dtype, naming, quantize_weight
 from llamajax.resume import PartsOnDisk
 from llamajax.stacks import LayerStacks
+from llamajax.workers import workers
 from quant import QTensor
 from quant.recipe import Recipe, Rule, assign, recipe_from
 
@@ -131,7 +131,7 @@ def _reader(model: Llama | Opened) -> Callable[[Place], Any]:
 
 def _side_by_side(work: Callable[[Place], Any], places: Sequence[Place]) -> Iterator[tuple[Place, Any]]:
     """Results in order, while the next ones are being made: a thread that waits for a file leaves the others a core."""
-    with ThreadPoolExecutor(_WORKERS) as pool:
+    with workers(_WORKERS) as pool:
         coming = collections.deque(pool.submit(work, place) for place in places[:_WORKERS])
         for i, place in enumerate(places):
             made = coming.popleft().result()

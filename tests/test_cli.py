@@ -343,13 +343,14 @@ def test_overview_names_every_command(capsys) -> None:
 
 def test_a_reader_that_leaves_is_no_error() -> None:
     """As in `llamajax inspect | head -0`: the pipe is closed before anything is printed."""
-    command = [sys.executable, "-m", "llamajax", "inspect", "--json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout and process.stderr
-        process.stdout.close()
-        assert process.stderr.read() == b""
-        assert process.wait(timeout=120) == 0
+    for options in (["--json"], []):  # of tables rich says it in its own way
+        command = [sys.executable, "-m", "llamajax", "inspect", *options]
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout and process.stderr
+            process.stdout.close()
+            assert process.stderr.read() == b""
+            assert process.wait(timeout=120) == 0
 
 
 def test_interrupt_is_one_line(capsys, monkeypatch) -> None:
@@ -475,3 +476,81 @@ def test_compiled_programs_are_kept_where_the_user_keeps_caches(tmp_path: Path) 
     assert len(texts) == 1
     assert list((tmp_path / "cache" / "llamajax").glob("xla-*/*"))
     assert not (tmp_path / "unused").exists() and list((tmp_path / "mine").iterdir())
+
+
+def test_a_value_is_no_request_for_help(capsys) -> None:
+    argv = ["generate", "--max_new_tokens=2", "--temperature=0", "--prompt"]
+    for value in ("-h", "--help"):
+        code, out, _ = run(capsys, *argv, value)
+        assert code == 0 and out.startswith(value) and "examples:" not in out
+    assert "examples:" in run(capsys, "generate", "-h")[1] and "examples:" in run(capsys, "generate", "-help")[1]
+
+
+@pytest.fixture(scope="module")
+def overflowing(tmp_path_factory, tiny_model, tiny_tokenizer) -> Path:
+    """A model of finite weights, so large that what is computed with them is not."""
+    path = tmp_path_factory.mktemp("overflowing") / "model"
+
+    def larger(name, leaf):
+        return leaf * 1e30 if "ffn" in jax.tree_util.keystr(name) else leaf
+
+    model = jax.tree_util.tree_map_with_path(larger, tiny_model)
+    llamajax.save_checkpoint(model, path, tokenizer=tiny_tokenizer)
+    return path
+
+
+@pytest.mark.parametrize("options", [[], ["--json"], ["--reference=MODEL"], ["--reference=MODEL", "--json"]])
+def test_eval_names_what_is_not_finite(options: list[str], overflowing: Path, small: Path, capsys) -> None:
+    """Beside a reference that overflows too, all tokens would agree."""
+    argv = [f"--model={overflowing}", f"--text={small}/text", "--context=32"]
+    result = run(capsys, "eval", *argv, *(option.replace("MODEL", str(overflowing)) for option in options))
+    assert_one_line_error(*result, 1, "logits are not finite at token 1 of window 1 of", str(overflowing), "float32")
+
+
+def test_eval_keeps_what_it_found_before_an_error(overflowing: Path, small: Path, capsys) -> None:
+    argv = ["eval", f"--model={small}/whole,{overflowing}", f"--text={small}/text", "--context=32"]
+    code, out, err = run(capsys, *argv, "--json")
+    assert code == 1 and json.loads(out)["model"] == f"{small}/whole" and "not finite" in err
+    code, out, err = run(capsys, *argv)
+    assert code == 1 and "perplexity" in out and err.count("\n") == 1
+
+
+def test_names_in_tables_are_no_markup(small: Path, tmp_path: Path, capsys) -> None:
+    """Such a path ended eval in a traceback when all was done; two models had one name."""
+    import shutil
+
+    names = ["a[/2024]", "m[bold]", "m[red]"]
+    for name in names:
+        shutil.copytree(small / "whole", tmp_path / name)
+    models = ",".join(str(tmp_path / name) for name in names)
+    code, out, err = run(capsys, "eval", f"--model={models}", f"--text={small}/text", "--context=32")
+    assert code == 0, err
+    assert all(f"{tmp_path / name} " in out for name in names)
+    assert str(tmp_path / names[0]) in run(capsys, "inspect", f"--model={tmp_path / names[0]}")[1]
+    assert f"{tmp_path}/x  [/y]" in run(capsys, "inspect", f"--model={tmp_path}/x  [/y]")[2], "spaces too"
+
+
+@pytest.mark.parametrize(
+    ("error", "parts"),
+    [
+        (MemoryError(), ["out of memory", "smaller model"]),
+        (RuntimeError("std::bad_alloc"), ["out of memory"]),
+        (RuntimeError("can't start new thread"), ["out of memory"]),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), ["out of device memory"]),
+        (
+            ValueError("OUT_OF_RANGE: write: No space left on device [os_error_code='28']"),
+            ["No space left", "make room"],
+        ),
+        (OSError(28, "No space left on device", "there"), ["there: No space left on device", "make room"]),
+        (FileNotFoundError(2, "No such file or directory", "there"), ["there: No such file"]),
+    ],
+)
+def test_a_full_machine_is_one_line(error: Exception, parts: list[str], capsys, monkeypatch) -> None:
+    def fails(values):
+        try:
+            raise error
+        except type(error) as cause:  # as libraries wrap it
+            raise (error if isinstance(error, OSError) else RuntimeError("writing failed")) from cause
+
+    monkeypatch.setattr("llamajax.cli.inspect.run", fails)
+    assert_one_line_error(*run(capsys, "inspect"), 1, *parts)

@@ -182,3 +182,17 @@ def test_compare_refuses_another_vocabulary(tiny_model: Llama) -> None:
     other = llamajax.Llama(config, key=jax.random.key(0))
     with pytest.raises(LlamaJaxError, match="the model has 32 tokens, the reference 320: expected one vocabulary"):
         compare(other, tiny_model, [1] * 100)
+
+
+# Windows of other sizes for each: what is compiled with the broken model is used for no other.
+@pytest.mark.parametrize(("value", "window"), [(np.nan, 9), (np.inf, 10), (-np.inf, 11)])
+def test_logits_that_are_not_finite_are_an_error(tiny_model: Llama, value: float, window: int, monkeypatch) -> None:
+    """Where it was first seen; a logit of minus infinity shows in no loss but its own token's."""
+    honest = Llama.logits
+    monkeypatch.setattr(Llama, "logits", lambda self, x_BTD: honest(self, x_BTD).at[1, 3, 5].set(value))
+    ids = np.arange(100) % 300
+    count = 99 // window
+    with pytest.raises(LlamaJaxError, match=f"the model's logits are not finite at token 4 of window 2 of {count}"):
+        token_losses(tiny_model, ids, window=window, batch=3)
+    with pytest.raises(LlamaJaxError, match=f"logits are not finite at token 4 of window 2 of {count}"):
+        compare_each(tiny_model, tiny_model, ids, window=window, batch=3)

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 from llamajax import LlamaJaxError
-from llamajax.files import new_file, new_folder, read_bytes, read_json, read_text, read_toml, shortened
+from llamajax.files import (
+    check_absent,
+    new_file,
+    new_folder,
+    read_bytes,
+    read_json,
+    read_text,
+    read_toml,
+    remove_unfinished,
+    shortened,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -99,3 +109,37 @@ def test_leftovers_of_killed_processes_are_removed_and_those_of_living_ones_are_
         partial.write_text("again")
     assert sorted(os.listdir(tmp_path)) == [".other.partial-1", "target"]
     assert (tmp_path / "target").read_text() == "again"
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    """Whatever library met it, and in whatever words."""
+    for error in (OSError(28, "No space left on device"), ValueError("write failed: No space left on device [28]")):
+        for new in (new_file, new_folder):
+            with pytest.raises(
+                LlamaJaxError, match=r"target: cannot be written \(No space left on device\): make room"
+            ):
+                with new(tmp_path / "target"):
+                    try:
+                        raise error
+                    except Exception as cause:
+                        raise RuntimeError("saving failed") from cause
+    with pytest.raises(ZeroDivisionError), new_file(tmp_path / "target"):
+        1 / 0  # noqa: B018
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_ends_removes_what_it_was_writing(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "target") as partial:
+        (partial / "part").write_bytes(b"data")
+        remove_unfinished()
+        assert list(tmp_path.iterdir()) == []
+        partial.mkdir(parents=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_an_existing_target_does_not_keep_its_leftovers(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / ".target.partial-1").mkdir()
+    with pytest.raises(LlamaJaxError, match="exists already"):
+        check_absent(tmp_path / "target")
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]

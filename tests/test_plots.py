@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llamajax import LlamaJaxError
-from llamajax.plots import Point, check_picture, error_by_layer, quality_curve
+from llamajax.plots import Point, Speed, check_picture, error_by_layer, quality_curve, speed_bars
 
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="no matplotlib: pip install 'llamajax[plot]'"
@@ -97,3 +97,14 @@ def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(LlamaJaxError, match=r"matplotlib: pip install 'llamajax\[plot\]'"):
             draw(tmp_path / "picture.svg")
     assert list(tmp_path.iterdir()) == []
+
+
+@needs_matplotlib
+def test_names_are_no_formulas(tmp_path: Path) -> None:
+    """Between dollars matplotlib looks for one, and fails; a legend leaves out what begins with an underscore."""
+    points = [Point("_$a_$ $", "in$t_{4$", 4.5, 1e-3), Point("_$a_$ $", "_none$", 16, 0.0)]
+    quality_curve(points, tmp_path / "curve.svg")
+    seen = {text.strip("\u200b") for text in texts(tmp_path / "curve.svg")}
+    assert {"_$a_$ $", "in$t_{4$", "_none$: 16.00 bits, no divergence"} <= seen
+    speed_bars("cost: $5 for $x_{", [Speed("decode", 2.0, 3.0)], tmp_path / "speed.svg")
+    assert "cost: $5 for $x_{" in texts(tmp_path / "speed.svg")

@@ -10,7 +10,7 @@ from rich.table import Table
 from export.bundle import Bundle, open_bundle, write
 from export.stablehlo import OPTIONAL_PROGRAMS, PROFILES, Spec
 from export.targets import add_target, check_toolchain, kind_of, profile_for
-from llamajax.cli.common import (
+from llamajax.cli.model_flags import (
     chosen_activations,
     chosen_dtype,
     define_activations,
@@ -18,12 +18,10 @@ from llamajax.cli.common import (
     define_model,
     open_named,
     read_model,
-    readable_bytes,
-    spinner,
-    stored_bytes,
-    table_console,
     tokenizer_if_any,
 )
+from llamajax.cli.sizes import readable_bytes, stored_bytes
+from llamajax.cli.terminal import note, show, spinner
 from llamajax.errors import LlamaJaxError
 from llamajax.files import check_absent, new_folder
 
@@ -165,16 +163,15 @@ def _print(bundle: Bundle) -> None:
     manifest = bundle.manifest
     table = Table(box=None, pad_edge=False)
     for column in ("program", "inputs", "operations", "bytes"):
-        table.add_column(column, justify="right" if column in ("operations", "bytes") else "left", overflow="fold")
+        table.add_column(column, justify="right" if column in ("operations", "bytes") else "left")
     for name, program in manifest["programs"].items():
         inputs = ", ".join(f"{value['name']} {value['dtype']}{value['shape']}" for value in program["inputs"])
         size = manifest["files"][program["file"]]["bytes"]
         table.add_row(name, inputs, str(sum(program["operations"].values())), str(size))
-    table_console().print(table)
+    show(table)
     weights = manifest["files"]["weights.safetensors"]["bytes"]
     targets = ", ".join(manifest["targets"]) or "none"
-    print(
+    note(
         f"{bundle.path}: {readable_bytes(stored_bytes(bundle.path))}, of it {readable_bytes(weights)} weights; profile "
-        f"{manifest['profile']}, targets: {targets}",
-        file=sys.stderr,
+        f"{manifest['profile']}, targets: {targets}"
     )

@@ -8,6 +8,7 @@ from export.bundle import open_bundle
 from export.cli.export import define_python, pythons
 from export.verify import RUNTIMES
 from export.verify import run as run_bundle
+from llamajax.cli.terminal import note, write_bytes
 from llamajax.errors import LlamaJaxError
 
 SUMMARY = "continue a prompt with a bundle, on any runtime that is here"
@@ -43,4 +44,4 @@ def run(values: flags.FlagValues) -> None:
     arguments = [f"--{name}={values[name].value}" for name in ("max_new_tokens", "temperature", "seed")]
     arguments.append(f"--prompt={values.prompt}" if values.ids is None else f"--ids={values.ids}")
     python = pythons(values).get(values.runtime, sys.executable)
-    run_bundle(bundle, values.runtime, python, arguments)
+    note(run_bundle(bundle, values.runtime, python, arguments, write_bytes))

@@ -1,7 +1,6 @@
 """`llamajax verify`: whether a bundle's golden prompts come out the same on every runtime that is here."""
 
 import dataclasses
-import json
 import math
 from typing import Any
 
@@ -11,7 +10,8 @@ from rich.table import Table
 from export.bundle import open_bundle
 from export.cli.export import define_python, pythons
 from export.verify import RUNTIMES, Result, verify
-from llamajax.cli.common import readable_bytes, spinner, table_console
+from llamajax.cli.sizes import readable_bytes
+from llamajax.cli.terminal import as_json, printable, show, spinner, write
 from llamajax.errors import LlamaJaxError
 
 SUMMARY = "run a bundle's golden prompts on every runtime present; exit code 1 unless all held"
@@ -46,7 +46,7 @@ def run(values: flags.FlagValues) -> None:
         with spinner(f"running on {name}"):
             results.append(next(attempts))
     if values.json:
-        print(json.dumps([_plain(result) for result in results], allow_nan=False))
+        write(as_json([_plain(result) for result in results]))
     else:
         _print(results)
     failed = [result.runtime for result in results if not result.skipped and not result.held]
@@ -79,7 +79,7 @@ def _print(results: list[Result]) -> None:
     for result in results:
         if result.skipped or result.error:
             state = "-" if result.skipped else "NO"
-            table.add_row(result.runtime, state, "", "", "", "", "", "", result.skipped or result.error)
+            table.add_row(result.runtime, state, "", "", "", "", "", "", printable(result.skipped or result.error))
             continue
         error = f"{result.largest_logit_error:.1e}" if math.isfinite(result.largest_logit_error) else "not finite"
         table.add_row(
@@ -91,6 +91,6 @@ def _print(results: list[Result]) -> None:
             f"{result.load_seconds:.2f}",
             f"{result.tokens_per_second:.1f}",
             readable_bytes(result.resident_bytes),
-            result.version,
+            printable(result.version),
         )
-    table_console().print(table)
+    show(table)

@@ -380,10 +380,13 @@ def save(model: Llama, path: Path, tokenizer_bytes: bytes | None, source: str, w
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Orbax's warning that there is nothing for OCDBT to merge, which is as it should be."""
+    """Without Orbax's warning that there is nothing for OCDBT to merge, and the errors of its threads.
+
+    The first is as it should be; the others are raised here, too.
+    """
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

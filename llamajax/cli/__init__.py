@@ -19,8 +19,11 @@ from types import ModuleType
 import jax
 from absl import flags
 
+from llamajax import process
+from llamajax.cli import terminal
 from llamajax.compilation import drop_oldest, is_private, processor_features
 from llamajax.errors import LlamaJaxError
+from llamajax.files import causes, disk_problem
 
 COMMANDS = {
     "generate": "llamajax.cli.generate",
@@ -36,16 +39,40 @@ COMMANDS = {
 }
 
 
+_HELP = ("-h", "-help", "--help")
+# How XLA, TensorStore, Python and C++ say that memory, or what the system allows of it, is used up.
+_OUT_OF_MEMORY = (
+    *("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "Cannot allocate memory", "bad_alloc"),
+    *("can't start new thread", "Resource temporarily unavailable", "failed to map segment"),
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 1 for bad input, 2 for a wrong command line."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("help", "-h", "-help", "--help"):
-        print(_overview())
+    """Runs one command; returns the exit code: 0, 1 for bad input, 2 for a wrong command line, 130 for an interrupt."""
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except terminal.ReaderLeftError:
+        terminal.drop_output()
+        return 0
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) or process.interrupted():  # which may have become any error on its way
+            reason, code = process.interrupted() or ("interrupted", 130)
+            return _fail(reason, code)
+        message = explained(error)
+        if message is None:
+            raise
+        terminal.drop_output()
+        return _fail(message, 1)
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("help", *_HELP):
+        terminal.write(_overview())
         return 0 if argv else 2
     if argv[0] == "--version":
         from llamajax import __version__
 
-        print(f"llamajax {__version__}")
+        terminal.write(f"llamajax {__version__}")
         return 0
     name, *rest = argv
     if name not in COMMANDS:
@@ -55,11 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = importlib.import_module(COMMANDS[name])
     values = flags.FlagValues()
     command.define(values)
-    if any(argument in ("-h", "-help", "--help") for argument in rest):
-        print(_help(name, command, values))
-        return 0
+    flags.DEFINE_boolean("help", False, "show this", short_name="h", flag_values=values)
     try:
         surplus = values([name, *rest])[1:]
+        if values.help:
+            terminal.write(_help(name, command, values))
+            return 0
         positional = getattr(command, "POSITIONAL", None)
         if surplus and positional and values[positional].value is None:
             values[positional].value = surplus.pop(0)
@@ -67,32 +95,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise flags.Error(f"unexpected argument {surplus[0]!r}: write --flag=value")
     except flags.Error as error:
         return _fail(f"{error} (see llamajax {name} --help)", 2)
-    return _guarded(command, values)
-
-
-def _guarded(command: ModuleType, values: flags.FlagValues) -> int:
-    """Runs a command; what bad input or a full machine can cause becomes one line, a bug keeps its traceback."""
-    try:
-        keep_compiled_programs()
+    keep_compiled_programs()
+    with process.interruptible():
         command.run(values)
-        sys.stdout.flush()
-        return 0
-    except LlamaJaxError as error:
-        return _fail(str(error), 1)
-    except BrokenPipeError:
-        # The reader (head, less) has left: nothing is wrong, and Python must not complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        return _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
-    except MemoryError:
-        return _fail("out of memory: use a smaller model, --dtype=bfloat16 or a shorter context", 1)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return _fail("out of device memory: use a smaller model, --dtype=bfloat16 or a shorter context", 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    return 0
+
+
+def explained(error: BaseException) -> str | None:
+    """One line for what bad input, or a full machine, can cause, whatever library met it; None for a bug."""
+    if isinstance(error, LlamaJaxError):
+        return str(error)
+    if problem := disk_problem(error):
+        return f"{getattr(error, 'filename', None) or 'a file'}: {problem}: make room or choose another place"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'input/output'}: {error.strerror or error}"
+    for seen in causes(error):
+        if isinstance(seen, MemoryError) or any(sign in str(seen) for sign in _OUT_OF_MEMORY):
+            device = "device " if isinstance(seen, jax.errors.JaxRuntimeError) else ""
+            return f"out of {device}memory: use a smaller model, --dtype=bfloat16 or a shorter context"
+    return None
 
 
 def keep_compiled_programs() -> None:
@@ -114,7 +135,8 @@ def keep_compiled_programs() -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"llamajax: {' '.join(message.split())}", file=sys.stderr)
+    lines = (line.strip() for line in message.splitlines())
+    terminal.note(f"llamajax: {' '.join(line for line in lines if line)}")
     return code
 
 
@@ -139,5 +161,5 @@ def _help(name: str, command: ModuleType, values: flags.FlagValues) -> str:
 
 
 def _inherited(values: flags.FlagValues, name: str) -> bool:
-    """Flags that absl puts into every FlagValues (--flagfile, --undefok) are not worth a reader's time."""
-    return name in ("flagfile", "undefok")
+    """Flags of every command: --help, and what absl defines (--flagfile, --undefok), are not worth a reader's time."""
+    return name in ("flagfile", "undefok", "help", "h")

@@ -1,7 +1,6 @@
 """`llamajax bench`: how fast a model runs here, and how near that is to what the machine can do."""
 
 import functools
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,20 +18,17 @@ from llamajax.bench import (
     random_model,
 )
 from llamajax.cache import CACHE_DTYPES
-from llamajax.cli.common import (
+from llamajax.cli.model_flags import (
     chosen_activations,
     chosen_dtype,
     define_activations,
     define_dtype,
     define_ignore_key,
-    memory_bytes,
     open_named,
-    progress,
     read_model,
-    readable_bytes,
-    spinner,
-    table_console,
 )
+from llamajax.cli.sizes import memory_bytes, readable_bytes
+from llamajax.cli.terminal import as_json, printable, progress, show, spinner, write
 from llamajax.config import preset, preset_names
 from llamajax.errors import LlamaJaxError
 from llamajax.generate import DECODE_BLOCK
@@ -148,7 +144,7 @@ def run(values: flags.FlagValues) -> None:
         "figures": [_figure(each, bandwidth, flops) for each in measured],
     }
     if values.json:
-        print(json.dumps(result))
+        write(as_json(result))
     else:
         _print(result)
     if values.plot:
@@ -234,7 +230,7 @@ def _print(result: dict[str, Any]) -> None:
     weights = f"{result['weights']}{'' if result['prepared'] else ', not prepared'}"
     title = f"{result['model']}, {weights}: {result['parameters']:,} weights, {readable_bytes(result['bytes'])}; "
     title += f"cache {result['cache_dtype']}; {result['backend']}"
-    table = Table(title=title, title_justify="left", caption_justify="left")
+    table = Table(title=printable(title), title_justify="left", caption_justify="left")
     table.add_column("")
     for column in ("rows", "tokens", "tokens/s", "ms", "GB/s", "of\nmemory", "GFLOP/s", "of\nproducts", "resident"):
         table.add_column(column, justify="right")
@@ -252,11 +248,11 @@ def _print(result: dict[str, Any]) -> None:
             f"{each['of_product_rate']:.0%}",
             readable_bytes(resident) if resident else "unknown",
         )
-    table_console().print(table)
+    show(table)
     programs = f"{result['programs']} program{'' if result['programs'] == 1 else 's'}"
-    print(f"memory   {result['memory_gigabytes_per_second']:8.1f} GB/s")
-    print(f"products {result['product_gigaflops_per_second']:8.1f} GFLOP/s")
-    print(f"compile  {result['compile_seconds']:8.1f} s for {programs}, not counted above")
+    write(f"memory   {result['memory_gigabytes_per_second']:8.1f} GB/s")
+    write(f"products {result['product_gigaflops_per_second']:8.1f} GFLOP/s")
+    write(f"compile  {result['compile_seconds']:8.1f} s for {programs}, not counted above")
 
 
 def _label(each: Measurement) -> str:

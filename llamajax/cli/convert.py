@@ -1,21 +1,14 @@
 """`llamajax convert`: a checkpoint in another format, or another dtype."""
 
-import sys
 from pathlib import Path
 
 from absl import flags
 
 from llamajax.checkpoint import save_checkpoint
 from llamajax.checkpoint.naming import is_quantized
-from llamajax.cli.common import (
-    define_model,
-    open_named,
-    read_model,
-    readable_bytes,
-    spinner,
-    stored_bytes,
-    tokenizer_if_any,
-)
+from llamajax.cli.model_flags import define_model, open_named, read_model, tokenizer_if_any
+from llamajax.cli.sizes import readable_bytes, stored_bytes
+from llamajax.cli.terminal import note, spinner
 from llamajax.errors import LlamaJaxError
 from llamajax.files import check_absent
 
@@ -52,4 +45,4 @@ def run(values: flags.FlagValues) -> None:
         save_checkpoint(
             model, output, tokenizer=tokenizer, words=opened.words, source=opened.description, form=values.to
         )
-    print(f"{output}: {readable_bytes(stored_bytes(output))}, {values.to}, from {opened.description}", file=sys.stderr)
+    note(f"{output}: {readable_bytes(stored_bytes(output))}, {values.to}, from {opened.description}")

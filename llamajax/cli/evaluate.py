@@ -1,7 +1,8 @@
 """`llamajax eval`: how well models predict a text, what they take, and how far they are from a reference."""
 
-import json
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,17 @@ from absl import flags
 from rich.table import Table
 
 from llamajax.checkpoint import Opened, need_tokenizer, read_tokenizer
-from llamajax.cli.common import (
+from llamajax.cli.model_flags import (
     chosen_activations,
     chosen_dtype,
     define_activations,
     define_dtype,
     define_model,
-    memory_bytes,
     open_named,
-    progress,
     read_model,
-    readable_bytes,
-    stored_bytes,
-    table_console,
 )
+from llamajax.cli.sizes import memory_bytes, readable_bytes, stored_bytes
+from llamajax.cli.terminal import as_json, printable, progress, show, write
 from llamajax.errors import LlamaJaxError
 from llamajax.evaluate import (
     DOCUMENT_SEPARATOR,
@@ -47,6 +45,7 @@ EXAMPLES = (
     "llamajax eval --model=path/to/llama --text=wiki.test.raw --convention=llama.cpp --context=512",
     "llamajax eval --model=stories260K.bin --tokenizer=tok512.model --text=tinystories.txt --context=256 --json",
 )
+_LARGEST_LOSS = 700.0  # of which the exponential is a float
 _DIFFERENT = "the architectures differ: there is no signal-to-noise by layer"
 
 
@@ -98,7 +97,27 @@ def run(values: flags.FlagValues) -> None:
         if not same_weights(checkpoints[0].abstract, reference.abstract):
             raise LlamaJaxError(f"--plot={values.plot}: {_DIFFERENT}")
     reference_model = read_model(reference, chosen_dtype(values)) if reference else None
-    results = []
+    results: list[dict[str, Any]] = []
+    try:
+        for result in _results(values, windows, checkpoints, reference, reference_model):
+            results.append(result)
+            if values.json:
+                write(as_json(_without_infinities(result)))
+    finally:  # an error in one model does not cost what was found of those before it
+        if results and not values.json:
+            _print(results)
+    if values.plot:
+        _draw(results, values.plot)
+
+
+def _results(
+    values: flags.FlagValues,
+    windows: Windows,
+    checkpoints: list[Opened],
+    reference: Opened | None,
+    reference_model: Llama | None,
+) -> Iterator[dict[str, Any]]:
+    """What there is to say about each model."""
     for name, checkpoint in zip(values.model, checkpoints, strict=True):
         result = {
             "model": name,
@@ -110,22 +129,25 @@ def run(values: flags.FlagValues) -> None:
         }
         model = read_model(checkpoint, chosen_dtype(values), activations=chosen_activations(values))
         if reference is None or reference_model is None:
-            with progress(f"evaluating {name}") as on_batch:
+            with progress(f"evaluating {name}") as on_batch, _about(name):
                 losses = token_losses(model, windows, batch=values.batch, on_batch=on_batch)
-            result |= _score(losses) | _size(checkpoint)
+                result |= _score(losses) | _size(checkpoint)
         else:
-            measured, reference_losses = _compare(model, reference_model, windows, values.batch, name)
+            with _about(f"{name} beside {values.reference}"):
+                measured, reference_losses = _compare(model, reference_model, windows, values.batch, name)
             result |= measured | _size(checkpoint)
             result["reference"] = {"model": values.reference, **_score(reference_losses), **_size(reference)}
         del model  # before the next one is read
-        results.append(result)
-    if values.json:
-        for result in results:
-            print(json.dumps(_without_infinities(result)))
-    else:
-        _print(results)
-    if values.plot:
-        _draw(results, values.plot)
+        yield result
+
+
+@contextlib.contextmanager
+def _about(name: str) -> Iterator[None]:
+    """Says of which model an error is."""
+    try:
+        yield
+    except LlamaJaxError as error:
+        raise LlamaJaxError(f"{name}: {error}") from None
 
 
 def _check(values: flags.FlagValues) -> None:
@@ -189,7 +211,9 @@ def _compare(
 
 def _score(losses: np.ndarray) -> dict[str, Any]:
     loss, error = float(np.mean(losses, dtype=np.float64)), standard_error(losses)
-    perplexity = math.exp(loss) if loss < 700 else math.inf  # a broken model must not end in an overflow
+    if loss > _LARGEST_LOSS:
+        raise LlamaJaxError(f"cross-entropy is {loss:.0f} nats a token: its exponential, the perplexity, overflows")
+    perplexity = math.exp(loss)
     return {
         "cross_entropy_nats": loss,
         "cross_entropy_standard_error": error,
@@ -212,12 +236,11 @@ def _print(results: list[dict[str, Any]]) -> None:
     """A row a model, the reference first; of a single model the layers, too."""
     first = results[0]
     reference = first.get("reference")
-    console = table_console()
     cut = f"{first['windows']:,} windows of {first['context']:,} tokens, {first['predictions']:,} predictions"
-    table = Table(title=f"{first['text']} by convention {first['convention']}: {cut}", title_justify="left")
+    table = Table(title=f"{printable(first['text'])} by convention {first['convention']}: {cut}", title_justify="left")
     columns = ["bits a\nweight", "in memory", "on disk", "nats a\ntoken", "perplexity"]
     columns += ["KL divergence,\nnats", "its 99th\npercentile", "top-1\nagreement"] if reference else []
-    table.add_column("model", overflow="fold")
+    table.add_column("model")
     for column in columns:
         table.add_column(column, justify="right")
     for result in [reference, *results] if reference else results:
@@ -234,10 +257,10 @@ def _print(results: list[dict[str, Any]]) -> None:
                 f"{result['kl_99th_percentile']:.5f}",
                 f"{result['top1_agreement']:.2%}",
             ]
-        table.add_row(result["model"], *cells, end_section=result is reference)
-    console.print(table)
+        table.add_row(printable(result["model"]), *cells, end_section=result is reference)
+    show(table)
     if reference and len(results) == 1:
-        console.print(_layer_table(first["signal_to_noise_db"]) if first["signal_to_noise_db"] else _DIFFERENT)
+        show(_layer_table(first["signal_to_noise_db"]) if first["signal_to_noise_db"] else _DIFFERENT)
 
 
 def _layer_table(noise: dict[str, Any]) -> Table:
@@ -268,15 +291,17 @@ def _draw(results: list[dict[str, Any]], path: str) -> None:
         error_by_layer(noise["layers"], noise["logits"], weights, path)
         return
     family = f"against {results[0]['reference']['model']}"
-    quality_curve(
-        [Point(family, Path(r["model"]).name, r["bits_per_weight"], r["kl_divergence"]) for r in results], path
-    )
+    names = [Path(result["model"]).name for result in results]
+    if len(set(names)) < len(names):
+        names = [result["model"] for result in results]
+    points = zip(names, results, strict=True)
+    quality_curve([Point(family, name, r["bits_per_weight"], r["kl_divergence"]) for name, r in points], path)
 
 
 def _without_infinities(value: Any) -> Any:
-    """For JSON, which has none: null stands for the infinite ratio of what has no error."""
+    """For JSON, which has none: null stands for the infinite ratio of what has no error, or no signal."""
     if isinstance(value, dict):
         return {key: _without_infinities(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_without_infinities(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return None if isinstance(value, float) and math.isinf(value) else value

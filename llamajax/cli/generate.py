@@ -1,7 +1,6 @@
 """`llamajax generate`: text from a prompt."""
 
 import dataclasses
-import json
 import sys
 from typing import Any
 
@@ -10,7 +9,7 @@ from absl import flags
 
 from llamajax.cache import CACHE_DTYPES
 from llamajax.checkpoint import Opened
-from llamajax.cli.common import (
+from llamajax.cli.model_flags import (
     chosen_activations,
     chosen_dtype,
     define_activations,
@@ -20,6 +19,7 @@ from llamajax.cli.common import (
     read_model,
     say,
 )
+from llamajax.cli.terminal import as_json, note, write
 from llamajax.generate import Completion, Speed, TextStream
 from llamajax.sampling import make_sampler
 from llamajax.speculate import check_speculate
@@ -119,12 +119,9 @@ def run(values: flags.FlagValues) -> None:
         for _ in stream:
             pass
         for prompt, completion in zip(values.prompt, stream.completions, strict=True):
-            print(
-                _as_json(prompt, completion)
-                if values.json
-                else (prompt if values.echo else "") + completion.text + "\n"
-            )
-    print(describe_speed(stream.speed), file=sys.stderr)
+            echo = prompt if values.echo else ""
+            write(_as_json(prompt, completion) if values.json else echo + completion.text + "\n")
+    note(describe_speed(stream.speed))
 
 
 def _knobs(values: flags.FlagValues, opened: Opened) -> dict[str, Any]:
@@ -145,15 +142,17 @@ def _knobs(values: flags.FlagValues, opened: Opened) -> dict[str, Any]:
 
 def _write_stream(stream: TextStream, echo: str) -> None:
     """Text as it comes. The newline at its end goes to a terminal, or to the log: a pipe gets the text alone."""
-    sys.stdout.write(echo)
+    write(echo, end="")
     for piece in stream:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    print(file=sys.stdout if sys.stdout.isatty() else sys.stderr)
+        write(piece, end="")
+    if sys.stdout.isatty():
+        write("")
+    else:
+        note("")
 
 
 def _as_json(prompt: str, completion: Completion) -> str:
-    return json.dumps({"prompt": prompt, **dataclasses.asdict(completion)}, ensure_ascii=False)
+    return as_json({"prompt": prompt, **dataclasses.asdict(completion)})
 
 
 def describe_speed(speed: Speed) -> str:

@@ -1,6 +1,5 @@
 """`llamajax inspect`: what a checkpoint holds, from its header alone."""
 
-import json
 from typing import Any
 
 from absl import flags
@@ -9,7 +8,9 @@ from rich.table import Table
 
 from llamajax.checkpoint import Opened, read_tokenizer
 from llamajax.checkpoint.naming import named_weights
-from llamajax.cli.common import define_model, memory_bytes, open_named, readable_bytes, table_console
+from llamajax.cli.model_flags import define_model, open_named
+from llamajax.cli.sizes import memory_bytes, readable_bytes
+from llamajax.cli.terminal import as_json, printable, show, write
 from quant import LayerRuns, QTensor
 from quant.prepare import BACKENDS, refusal
 
@@ -62,7 +63,7 @@ def run(values: flags.FlagValues) -> None:
         "tensors": tensors,
     }
     if values.json:
-        print(json.dumps(summary, indent=2))
+        write(as_json(summary, indent=2))
     else:
         _print_tables(opened, summary)
 
@@ -99,18 +100,17 @@ def _tokenizer(summary: dict[str, Any]) -> str:
 
 
 def _print_tables(opened: Opened, summary: dict[str, Any]) -> None:
-    console = table_console()
-    head = Table(title=summary["model"], title_justify="left", show_header=False)
-    head.add_row("format", summary["format"])
+    head = Table(title=printable(summary["model"]), title_justify="left", show_header=False)
+    head.add_row("format", printable(summary["format"]))
     head.add_row("parameters", f"{summary['parameters']:,}")
     head.add_row("in memory", f"{readable_bytes(summary['bytes'])}, {summary['bits_per_weight']:.2f} bits a weight")
     head.add_row("tokenizer", escape(_tokenizer(summary)))
     for name, value in opened.config.to_dict().items():
         head.add_row(name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
-    console.print(head)
+    show(head)
     table = Table()
     for column, justify in (("tensor", "left"), ("shape", "right"), ("dtype", "left"), ("bytes", "right")):
-        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
     products = "product" in summary["tensors"][0]
     if products:
         table.add_column("product")
@@ -120,4 +120,4 @@ def _print_tables(opened: Opened, summary: dict[str, Any]) -> None:
         table.add_row(*row, *([tensor["product"]] if products else []))
     table.add_section()
     table.add_row("total", "", "", f"{summary['bytes']:,}")
-    console.print(table)
+    show(table)

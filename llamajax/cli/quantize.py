@@ -1,7 +1,6 @@
 """`llamajax quantize`: a checkpoint with packed weights."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +8,9 @@ from absl import flags
 
 from llamajax.checkpoint import need_tokenizer, save_checkpoint
 from llamajax.checkpoint.naming import named_weights
-from llamajax.cli.common import (
-    define_model,
-    open_named,
-    progress,
-    readable_bytes,
-    spinner,
-    stored_bytes,
-    tokenizer_if_any,
-)
+from llamajax.cli.model_flags import define_model, open_named, tokenizer_if_any
+from llamajax.cli.sizes import readable_bytes, stored_bytes
+from llamajax.cli.terminal import note, progress, spinner
 from llamajax.errors import LlamaJaxError
 from llamajax.evaluate import encode_documents, read_documents
 from llamajax.files import check_absent
@@ -106,7 +99,7 @@ def run(values: flags.FlagValues) -> None:
     remove_parts(work)
     size = stored_bytes(output)
     bits = 8 * size / opened.config.num_parameters
-    print(f"{output}: {readable_bytes(size)}, {bits:.2f} bits a weight on disk, {name}", file=sys.stderr)
+    note(f"{output}: {readable_bytes(size)}, {bits:.2f} bits a weight on disk, {name}")
 
 
 def _with_target(recipe: Recipe, target_bpw: float | None) -> Recipe:
@@ -134,4 +127,4 @@ def _report_other_groups(model: Llama, recipe: Recipe) -> None:
         part = weight.parts[0] if isinstance(weight, LayerRuns) else weight
         if sizes and isinstance(part, QTensor) and part.group_size not in sizes:
             inputs = part.shape[part.axis]
-            print(f"{name}: {inputs} inputs: {part.scheme.name} in groups of {part.group_size}", file=sys.stderr)
+            note(f"{name}: {inputs} inputs: {part.scheme.name} in groups of {part.group_size}")

@@ -1,18 +1,17 @@
 """`llamajax train`: a small LLaMA from scratch."""
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from llamajax.checkpoint import save_checkpoint
-from llamajax.cli.common import progress, spinner
+from llamajax.cli.terminal import note, progress, spinner
 from llamajax.config import Config, preset, preset_names
 from llamajax.errors import LlamaJaxError
 from llamajax.evaluate import encode_documents
-from llamajax.files import check_absent, read_toml
+from llamajax.files import check_absent, read_toml, writing
 from llamajax.train import TrainOptions
 
 SUMMARY = "train a small model and its tokenizer; resumes where it was stopped"
@@ -70,22 +69,20 @@ def run(values: flags.FlagValues) -> None:
         texts = train.story_texts(values.stories) if values.data == "stories" else train.file_texts(values.data)
         tokenizer = train.tokenizer_for(texts, config.vocab_size)
         tokens, heldout = (encode_documents(tokenizer, part) for part in texts)
-    print(
-        f"{config.num_parameters:,} parameters, {len(tokens):,} tokens to train on, {len(heldout):,} held out",
-        file=sys.stderr,
-    )
-    with progress("training") as show:
+    note(f"{config.num_parameters:,} parameters, {len(tokens):,} tokens to train on, {len(heldout):,} held out")
+    with progress("training") as show, writing(folder):
 
         def on_step(step: train.Progress) -> None:
             show(step.step, options.steps)
             if step.heldout_loss is not None:
-                print(f"step {step.step:6}  loss {step.loss:.4f}  held-out {step.heldout_loss:.4f}", file=sys.stderr)
+                note(f"step {step.step:6}  loss {step.loss:.4f}  held-out {step.heldout_loss:.4f}")
 
-        note = lambda text: print(text, file=sys.stderr)  # noqa: E731
         model = train.train(config, tokens, heldout, options, folder, on_step, tokenizer=tokenizer, on_note=note)
+    with writing(folder / "loss.svg"):
+        _draw(folder)
+    # Last: where there is a model, all is done.
     save_checkpoint(model, folder / "model", tokenizer=tokenizer, source=f"llamajax train on {values.data}")
-    _draw(folder)
-    print(f"{folder / 'model'}: trained; try llamajax generate --model={folder / 'model'}", file=sys.stderr)
+    note(f"{folder / 'model'}: trained; try llamajax generate --model={folder / 'model'}")
 
 
 def _config(name: str) -> Config:
@@ -104,4 +101,4 @@ def _draw(folder: Path) -> None:
     try:
         draw_loss(folder / "loss.csv", folder / "loss.svg")
     except ImportError:
-        print("loss.svg is not drawn: pip install 'llamajax[plot]' for matplotlib", file=sys.stderr)
+        note("loss.svg is not drawn: pip install 'llamajax[plot]' for matplotlib")

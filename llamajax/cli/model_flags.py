@@ -1,20 +1,11 @@
-"""What several commands share: the flags that name a model, progress bars, tables."""
-
-import contextlib
-import math
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+"""The flags of a model that is read or run, and what they ask for."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llamajax.checkpoint import Opened, need_tokenizer, open_checkpoint, read_tokenizer
+from llamajax.cli.terminal import note, progress
 from llamajax.model import Llama
 from llamajax.prepare import ACTIVATIONS
 from llamajax.tokenizer import Tokenizer
@@ -85,8 +76,8 @@ def open_model(values: flags.FlagValues) -> tuple[Opened, Tokenizer]:
 def open_named(values: flags.FlagValues, name: str) -> Opened:
     """A checkpoint as the flags say; what of its files is not used goes to stderr, a line each."""
     opened = open_checkpoint(name, ignore_keys=values.ignore_key)
-    for note in opened.notes:
-        say(note)
+    for sentence in opened.notes:
+        say(sentence)
     return opened
 
 
@@ -98,9 +89,9 @@ def tokenizer_if_any(values: flags.FlagValues, opened: Opened) -> Tokenizer | No
     return tokenizer
 
 
-def say(note: str) -> None:
-    """A line on stderr."""
-    print(f"llamajax: {' '.join(note.split())}", file=sys.stderr)
+def say(text: str) -> None:
+    """A line on standard error, under our name."""
+    note(f"llamajax: {' '.join(text.split())}")
 
 
 def chosen_dtype(values: flags.FlagValues) -> jax.typing.DTypeLike | None:
@@ -114,45 +105,3 @@ def read_model(opened: Opened, dtype: jax.typing.DTypeLike | None, **options: st
     """Reads the weights behind a progress bar; options as of `Opened.read`."""
     with progress("reading weights") as on_tensor:
         return opened.read(dtype, on_tensor=on_tensor, **options)
-
-
-@contextlib.contextmanager
-def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr: call what it yields with (done, total). Silent where stderr is not a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        task = bars.add_task(label, total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
-
-
-@contextlib.contextmanager
-def spinner(label: str) -> Iterator[None]:
-    """A sign of life on stderr for work that does not say how far it is. Silent where stderr is not a terminal."""
-    console = Console(stderr=True)
-    with console.status(label) if console.is_terminal else contextlib.nullcontext():
-        yield
-
-
-def table_console() -> Console:
-    """Standard output for tables: as wide as the terminal, or as they need where it is a file or a pipe."""
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-
-
-def stored_bytes(path: Path) -> int:
-    """What a file, or the files of a folder, take on disk."""
-    files = [path] if path.is_file() else path.rglob("*")
-    return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def memory_bytes(tree: Any) -> int:
-    """What the arrays of a model take in memory; they may be abstract."""
-    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
-
-
-def readable_bytes(size: int) -> str:
-    """Bytes for people: 1.23 MiB, 4.56 GiB."""
-    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if size >= scale:
-            return f"{size / scale:.2f} {unit}"
-    return f"{size} B"

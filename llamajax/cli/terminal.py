@@ -1,0 +1,164 @@
+"""What commands print: results to standard output, lines for people to standard error, tables, progress bars.
+
+Text goes out as UTF-8, whatever the terminal's language. Names come from files and command lines: they are no markup,
+and what would steer a terminal is escaped.
+"""
+
+import contextlib
+import errno
+import io
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from llamajax.errors import LlamaJaxError
+
+# Tables of narrower terminals are this wide: the terminal breaks their lines, and nothing is left out.
+_NARROWEST = 60
+_PIPE_WIDTH = 160
+
+
+class ReaderLeftError(Exception):
+    """Nobody reads standard output any more, as behind `| head`: the command can stop, and nothing is wrong."""
+
+
+def write(text: str, end: str = "\n") -> None:
+    """Writes a result to standard output, at once. Bytes of a command line that are not UTF-8 go out as they came.
+
+    Raises:
+        ReaderLeftError: if the reader has left.
+        OSError: if it cannot be written.
+    """
+    write_bytes((text + end).encode("utf-8", "surrogateescape"))
+
+
+def write_bytes(data: bytes) -> None:
+    """`write`, of text that is encoded already; it may end within a character."""
+    try:
+        if sys.stdout is None or sys.stdout.closed:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        _put(sys.stdout, data)
+    except BrokenPipeError:
+        raise ReaderLeftError from None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def note(text: str) -> None:
+    """Writes a line for people to standard error. Work does not end because nobody reads about it."""
+    with contextlib.suppress(OSError, ValueError):
+        if sys.stderr is not None:
+            _put(sys.stderr, (printable(text, keep="\n") + "\n").encode())
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text with control characters escaped, but for those to keep."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def drop_output() -> None:
+    """Leads standard output nowhere: what could not be written would be tried again, and complained of, at exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """A value as JSON, in one line unless `indent` is given.
+
+    Raises:
+        LlamaJaxError: for a number that is not finite, which JSON does not have.
+    """
+    if found := next(_not_finite(value, ""), None):
+        raise LlamaJaxError(f"{found}: expected a finite number: the model overflows; try --dtype=float32")
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)  # which UTF-8 does not have
+
+
+def show(table: Table | str) -> None:
+    """Prints a table: as wide as the terminal, or as it needs where standard output is a file or a pipe.
+
+    What a column has no room for is broken, not cut.
+    """
+    for column in table.columns if isinstance(table, Table) else ():
+        column.overflow = "fold"
+    terminal = _is_terminal(sys.stdout)
+    page = io.StringIO()
+    plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+    console = Console(file=page, width=1 << 16, force_terminal=terminal, **plain)
+    if terminal:
+        console.width = max(Console().width, _NARROWEST)
+    else:
+        console.width = max(_PIPE_WIDTH, Measurement.get(console, console.options, table).maximum)
+    if isinstance(table, Table) and table.title:
+        # By itself: above its table it would be broken at the table's width, names and all.
+        console.print(Text(str(table.title), style="table.title"), soft_wrap=not terminal)
+        table.title = None
+    console.print(table)
+    write(page.getvalue(), end="")
+
+
+@contextlib.contextmanager
+def progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr: call what it yields with (done, total). Silent where stderr is not a terminal."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        *(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
+    )
+    console = _error_console()
+    with Progress(*columns, console=console, transient=True, disable=not _moves(console)) as bars:
+        task = bars.add_task(printable(label), total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def spinner(label: str) -> Iterator[None]:
+    """A sign of life on stderr for work that does not say how far it is. Silent where stderr is not a terminal."""
+    console = _error_console()
+    with console.status(Text(printable(label))) if _moves(console) else contextlib.nullcontext():
+        yield
+
+
+def _put(stream: TextIO, data: bytes) -> None:
+    buffer = getattr(stream, "buffer", None)
+    if buffer is None:  # a stream of text alone, as in a notebook
+        stream.write(data.decode(errors="replace"))
+    else:
+        buffer.write(data)
+    stream.flush()
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and not stream.closed and stream.isatty()
+
+
+def _error_console() -> Console:
+    if isinstance(sys.stderr, io.TextIOWrapper) and not sys.stderr.closed:
+        sys.stderr.reconfigure(encoding="utf-8")  # bars are drawn with characters that ASCII does not have
+    return Console(stderr=True)
+
+
+def _moves(console: Console) -> bool:
+    """Whether something can be drawn over what was drawn before."""
+    return _is_terminal(sys.stderr) and not console.is_dumb_terminal
+
+
+def _not_finite(value: Any, name: str) -> Iterator[str]:
+    """Names and values of the numbers in a JSON value that are not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{name or 'the result'} is {value}"
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield from _not_finite(each, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for i, each in enumerate(value):
+            yield from _not_finite(each, f"{name}[{i}]")

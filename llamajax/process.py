@@ -1,0 +1,156 @@
+"""The process of a command: its standard streams, Ctrl-C and SIGTERM, and libraries that cannot be imported.
+
+    process.begin()                  # first of all: before the libraries are imported, which takes a second
+    with process.interruptible():
+        work()                       # a signal raises KeyboardInterrupt here, so that what is unfinished is removed
+
+Outside of `interruptible` there is nothing to remove, and a signal ends the process at once. So does a second one, half
+a second or more behind the first, and a first one while the main thread is in native code that does not return.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+from typing import Any
+
+_MESSAGES = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+# The main thread sees a signal between two instructions of Python. Native code (XLA that compiles, say) may take long.
+_PATIENCE_SECONDS = 1.0
+# `timeout`, `make` and terminals send one signal twice; that is not a user who asks again.
+_REPEAT_SECONDS = 0.5
+_AGAIN = b"\0"  # to the watcher: the exception was lost
+
+_begun = False
+_working = False
+_received: int | None = None
+_handled = False
+_ending = threading.Lock()
+
+
+def begin() -> None:
+    """Prepares the process; once, from the main thread."""
+    global _begun
+    if _begun or threading.current_thread() is not threading.main_thread():
+        return
+    _begun = True
+    _open_missing_streams()
+    sys.excepthook = _report_uncaught
+    wanted = [number for number in _MESSAGES if signal.getsignal(number) is not signal.SIG_IGN]  # as `nohup`, `&` ask
+    for number in wanted:
+        signal.signal(number, _on_signal)
+    if os.name != "posix" or not wanted:  # elsewhere the main thread alone takes signals
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def lost(unraisable: Any) -> None:
+        """Python drops what is raised in a finalizer or a callback of its garbage collector, where JAX has one.
+
+        An interrupt must not be lost; what else libraries could tell nobody is not for the user of a command.
+        """
+        if _received is not None and issubclass(unraisable.exc_type, KeyboardInterrupt):
+            os.write(writing, _AGAIN)
+
+    sys.unraisablehook = lost
+
+
+def interrupted() -> tuple[str, int] | None:
+    """What a signal that arrived is called, and its exit code: "interrupted", 130. None if there was none."""
+    return None if _received is None else (_MESSAGES[signal.Signals(_received)], 128 + _received)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, a signal raises KeyboardInterrupt in the main thread, if `begin` was called."""
+    global _working
+    _working = True
+    try:
+        yield
+    finally:
+        _working = False
+
+
+def _open_missing_streams() -> None:
+    """Puts something in the place of standard streams that were closed, before other files get their numbers.
+
+    Nothing can be written to that of standard output: who closed it is told. That of standard error swallows.
+    """
+    for number, mode in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, mode)  # gets the lowest number that is free
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    """In the main thread."""
+    global _handled, _received
+    _received, _handled = _received or number, True
+    if not _working:
+        _end(number)
+    raise KeyboardInterrupt
+
+
+def _watch(reading: int) -> None:
+    """In a thread of its own: sees each signal as it arrives, whatever the main thread is doing."""
+    global _received
+    resent, first = 0, 0.0
+    while True:
+        number = os.read(reading, 1)[0]
+        if number == _AGAIN[0]:
+            time.sleep(0.01)  # until the callback that lost the exception has returned
+            resent += 1
+            signal.pthread_kill(threading.main_thread().ident or 0, _received or signal.SIGINT)
+        elif number not in _MESSAGES:
+            continue
+        elif resent:
+            resent -= 1
+        elif _received is not None and first:
+            if time.monotonic() - first > _REPEAT_SECONDS:
+                _end(number)
+        else:
+            _received, first = number, time.monotonic()
+            while not (_handled or select.select([reading], [], [], 0.05)[0]):
+                if time.monotonic() - first > _PATIENCE_SECONDS:
+                    _end(number)
+
+
+def _end(number: int) -> None:
+    """Ends the process, from any thread, without waiting for any."""
+    if not _ending.acquire(blocking=False):
+        return
+    if files := sys.modules.get("llamajax.files"):
+        with contextlib.suppress(AttributeError):  # which it has not where it is being imported
+            files.remove_unfinished()
+    with contextlib.suppress(OSError):
+        cursor = "\x1b[?25h" if os.isatty(2) else ""  # which a progress bar hides
+        os.write(2, f"{cursor}llamajax: {_MESSAGES[signal.Signals(number)]}\n".encode())
+    os._exit(128 + number)
+
+
+def _report_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """One line for a library that cannot be imported because memory ran out; a traceback for the rest.
+
+    Native libraries report here, too, that a callback of theirs failed; of what matters the main thread hears itself.
+    """
+    if _working or threading.current_thread() is not threading.main_thread():
+        return
+    text = str(error)
+    if not issubclass(kind, MemoryError) and not any(sign in text for sign in ("failed to map", "Cannot allocate")):
+        sys.__excepthook__(kind, error, trace)
+        return
+    reason = text.splitlines()[0] if text else "no memory"
+    with contextlib.suppress(OSError):
+        os.write(2, f"llamajax: out of memory while the libraries are loaded ({reason}): allow more\n".encode())

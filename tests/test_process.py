@@ -1,0 +1,100 @@
+"""Signals end a process in one line, whatever it is doing. Each in a process that imports nothing else."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PROCESS = Path(__file__).parents[1] / "llamajax" / "process.py"
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+
+_BEGIN = f"""
+import gc, hashlib, importlib.util, sys, time
+spec = importlib.util.spec_from_file_location("process", {str(PROCESS)!r})
+process = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(process)
+process.begin()
+ready = lambda: print("ready", flush=True)
+native = lambda: hashlib.pbkdf2_hmac("sha256", b"", b"", (1 << 31) - 1)  # minutes, without the lock of the interpreter
+def ended():
+    reason, code = process.interrupted()
+    print("llamajax:", reason, file=sys.stderr, flush=True)
+    sys.exit(code)
+"""
+PROGRAMS = {
+    "outside of work": "ready(); time.sleep(60)",
+    "work": "try:\n    with process.interruptible(): ready(); time.sleep(60)\nexcept KeyboardInterrupt: ended()",
+    # As JAX's callback of the garbage collector: Python drops what is raised in it.
+    "a callback that loses the exception": """
+def callback(phase, info):
+    if phase == "start" and not process.interrupted():
+        ready(); time.sleep(60)
+gc.callbacks.append(callback)
+try:
+    with process.interruptible():
+        gc.collect()
+        time.sleep(60)
+except KeyboardInterrupt: ended()
+""",
+    "native code": "with process.interruptible(): ready(); native()",
+}
+
+
+def start(program: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-c", _BEGIN + program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_a_signal_is_one_line(program: str, number: signal.Signals, word: str) -> None:
+    process = start(PROGRAMS[program])
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (128 + number, f"llamajax: {word}\n")
+
+
+def test_a_second_one_does_not_wait() -> None:
+    """Not where it follows at once: `timeout` and `make` send one twice."""
+    waits = "try:\n    with process.interruptible(): ready(); time.sleep(60)\nexcept KeyboardInterrupt: ready(); "
+    process = start(f"{waits}native()")
+    process.send_signal(signal.SIGINT)
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    time.sleep(0.7)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "llamajax: interrupted\n")
+    process = start(f"{waits}time.sleep(0.2); ended()")
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode in (130, 143) and err.count("\n") == 1
+
+
+def test_what_the_parent_ignores_is_ignored() -> None:
+    program = "import os, signal; ready(); os.kill(os.getpid(), signal.SIGINT); print(signal.getsignal(signal.SIGINT))"
+    code = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{_BEGIN}\n{program}"
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ready\n1\n", "")
+
+
+@pytest.mark.parametrize(("closed", "number"), [("1>&-", 1), ("2>&-", 2), ("1>&- 2>&-", 1)])
+def test_no_file_gets_the_number_of_a_closed_stream(closed: str, number: int) -> None:
+    """Else what is meant for people would be written into it."""
+    program = f"{_BEGIN}\nfile = open({str(PROCESS)!r}); sys.exit(0 if file.fileno() > 2 else 7)"
+    done = subprocess.run(["sh", "-c", f'exec "$0" -I -c "$1" {closed}', sys.executable, program], check=False)
+    assert done.returncode == 0
+
+
+def test_libraries_that_do_not_fit_into_memory() -> None:
+    program = f"{_BEGIN}\nraise ImportError('libfoo.so: failed to map segment from shared object')"
+    done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "out of memory while the libraries are loaded (libfoo.so: failed to map segment" in done.stderr
