@@ -26,7 +26,7 @@ from jax.experimental import serialize_executable
 
 import quant
 from llamajax.errors import LlamaJaxError
-from llamajax.files import new_file, read_bytes, read_text
+from llamajax.files import new_file, read_bytes
 from quant import compiler_options
 
 # Most programs that a function holds in memory: those used last. One takes up to 20 MiB.
@@ -253,10 +253,12 @@ def drop_oldest(folder: Path, limit: int = FOLDER_BYTES) -> None:
 
 
 @functools.cache
+@functools.cache
 def processor_features() -> str:
     """What tells processors apart that need different machine code."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = read_text(cpuinfo).splitlines() if cpuinfo.is_file() else []
+    # Not by `files.read_text`: the kernel says of its files that they are empty.
+    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
     features = [line for line in lines if line.startswith(("flags", "Features"))]
     return f"{platform.machine()} {platform.processor()} {features[:1]}"
 

@@ -30,7 +30,6 @@ import numpy as np
 import pytest
 
 import llamajax
-from llamajax.generate import compiled_decode, compiled_lookup, compiled_prefill
 from llamajax.quantize import Rule, quantize
 from llamajax.tokenizer import train_tokenizer
 
@@ -98,8 +97,7 @@ def _resident() -> int:
 
 def _forget_programs() -> None:
     """Frees what was compiled, and gives the memory back."""
-    for kept in (compiled_prefill, compiled_decode, compiled_lookup):
-        kept._programs.clear()
+    llamajax.clear_programs()
     jax.clear_caches()
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):

@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = explained(error)
         if message is None:
             raise
-        terminal.drop_output()
+        if getattr(error, "filename", None) == terminal.OUTPUT:  # only then: who calls this function goes on printing
+            terminal.drop_output()
         return _fail(message, 1)
 
 

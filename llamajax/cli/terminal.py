@@ -26,6 +26,8 @@ from llamajax.errors import LlamaJaxError
 # Tables of narrower terminals are this wide: the terminal breaks their lines, and nothing is left out.
 _NARROWEST = 60
 _PIPE_WIDTH = 160
+# What an error that concerns it names as its file.
+OUTPUT = "standard output"
 
 
 class ReaderLeftError(Exception):
@@ -51,7 +53,7 @@ def write_bytes(data: bytes) -> None:
     except BrokenPipeError:
         raise ReaderLeftError from None
     except OSError as error:
-        raise OSError(error.errno, error.strerror, "standard output") from None
+        raise OSError(error.errno, error.strerror, OUTPUT) from None
 
 
 def note(text: str) -> None:
