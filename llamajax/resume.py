@@ -140,10 +140,11 @@ def _written(file: Path) -> Iterator[Path]:
     try:
         with new_file(file) as partial:
             yield partial
+    except LlamaJaxError as error:  # a full disk, most of all
+        raise LlamaJaxError(f"{error}; the same command goes on where it was stopped") from None
     except (SafetensorError, OSError) as error:
         raise LlamaJaxError(
-            f"{file}: cannot be written ({shortened(str(error))}): make room and run the same again, which goes on "
-            "where it was stopped"
+            f"{file}: cannot be written ({shortened(str(error))}); the same command goes on where it was stopped"
         ) from None
 
 

@@ -2,6 +2,7 @@
 
 import codecs
 import io
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -75,7 +76,7 @@ class Tokenizer:
             LlamaJaxError: if there is no such file, or it is not a sentencepiece model.
         """
         path = Path(path)
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise LlamaJaxError(f"{path}: no such file: expected a sentencepiece tokenizer.model")
         if path.stat().st_size > LARGEST_TOKENIZER:
             raise LlamaJaxError(

@@ -58,6 +58,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.sample_seed = int(time.time() // 86_400)
 
 
+def pytest_sessionstart() -> None:
+    """Spares the garbage collector what stays anyway, and most of its runs while JAX traces: a tenth of the time."""
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     """What to give for the same cases again."""
     chosen = "all" if config.option.all else f"--sample-seed={config.option.sample_seed}"

@@ -153,6 +153,7 @@ REFERENCE_KEYS = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("convention", ["documents", "llama.cpp", "gptq"])
 def test_eval_json(convention: str, small: Path, capsys) -> None:
     argv = [f"--text={small}/text", "--context=32", f"--convention={convention}", "--json"]
@@ -381,7 +382,7 @@ def test_quantize_writes_what_generate_and_inspect_read(tmp_path: Path, capsys) 
     assert products["layers.ffn.up_DF"] == products["embed_VD"] == "cpu layout"
     assert products["norm.weight_D"] == "float"
     generate = ("generate", f"--model={tmp_path / 'q'}", "--max_new_tokens=4", "--temperature=0", "--prompt=One day")
-    texts = {kind: run(capsys, *generate, f"--activations={kind}")[:2] for kind in ("auto", "float32", "bfloat16")}
+    texts = {kind: run(capsys, *generate, f"--activations={kind}")[:2] for kind in ("auto", "bfloat16")}
     assert len(set(texts.values())) == 1 and texts["auto"][0] == 0 and len(texts["auto"][1]) > len("One day")
     assert_one_line_error(*run(capsys, "quantize", *argv), 1, "exists already")
 
@@ -471,7 +472,11 @@ def test_compiled_programs_are_kept_where_the_user_keeps_caches(tmp_path: Path) 
     ):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        assert done.stderr.count("\n") <= 4, done.stderr  # newline, prefill, decode, compile: no warnings
+        lines = done.stderr.splitlines()
+        said = [line for line in lines if line.startswith("llamajax: ")]
+        assert len(lines) - len(said) <= 4, done.stderr  # newline, prefill, decode, compile
+        unusable = "file" in environment["XDG_CACHE_HOME"].rpartition("/")[2]
+        assert len(said) == unusable and all("compiled programs are not kept" in line for line in said), done.stderr
         texts.add(done.stdout)
     assert len(texts) == 1
     assert list((tmp_path / "cache" / "llamajax").glob("xla-*/*"))

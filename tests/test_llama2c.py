@@ -198,8 +198,10 @@ def test_tokenizer_beside_the_file_comes_with_it(tmp_path: Path, tiny_tokenizer:
     assert open_checkpoint(path).tokenizer_bytes is None
     (tmp_path / "tokenizer.model").write_bytes(tiny_tokenizer.model_bytes)
     assert open_checkpoint(path).tokenizer_bytes == tiny_tokenizer.model_bytes
+    with pytest.warns(UserWarning, match="the tokenizer has 320 ids, the model 40 embeddings"):
+        assert llamajax.load(path)[1] is None
     with pytest.raises(LlamaJaxError, match="the tokenizer has 320 ids, the model 40 embeddings"):
-        llamajax.load(path)
+        llamajax.load(path, tokenizer=tmp_path / "tokenizer.model")
 
 
 # ---- stories260K ----------------------------------------------------------------------------------------------------
@@ -244,6 +246,7 @@ def test_greedy_text_is_what_run_c_prints(
         assert (len(completion.tokens), completion.finish_reason) == (200, "length")
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("window", "anchor"), [(512, 1.5375), (256, 1.5721)])
 def test_cross_entropy_anchor(window: int, anchor: float, stories260k: Any, text_ids: np.ndarray) -> None:
     """Anchors of data/README.md, measured with a NumPy LLaMA that is not ours."""

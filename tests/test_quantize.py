@@ -228,14 +228,14 @@ def test_every_ready_recipe_on_the_box(stories, made, name: str) -> None:
     assert np.exp(cross_entropy(made(name), unseen) - cross_entropy(model, unseen)) < limit
 
 
-@pytest.mark.matrix
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("better", "plain", "most"),
     [
         ("int4-g128-gptq", "int4-g128", 0.95),
         ("int4-g128-awq", "int4-g128", 1.0),
         ("int3-g64-gptq", "int3-g64", 0.85),
-        pytest.param("mixed-4.5bpw", "int4-g32", 0.7, marks=pytest.mark.exhaustive),
+        ("mixed-4.5bpw", "int4-g32", 0.7),
         ("int4-g32", "int4-channel", 0.7),
     ],
 )

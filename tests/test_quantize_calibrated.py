@@ -113,11 +113,16 @@ def test_bits_are_spent_where_they_help(skewed: Llama) -> None:
     assert error(skewed, made) < 0.9 * error(skewed, even)
     schemes = {part.scheme.name for part in made.layers.ffn.up_DF.get_value().parts}
     assert len(schemes | {made.head_VD.get_value().scheme.name}) > 1, "one size for all is not what was asked for"
-    for target, message in ((1.2, "over the budget of"), (99, "target_bpw is 99")):
-        with pytest.raises((LlamaJaxError, ValueError), match=message):
-            quantize(skewed, Recipe(rules, target), calibration=TOKENS, window=32)
     with pytest.raises(LlamaJaxError, match="no rule has an int or uint scheme"):
         quantize(skewed, Recipe(layers_rule(scheme="nf4"), 5), calibration=TOKENS, window=32)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("target", "message"), [(1.2, "over the budget of"), (99, "target_bpw is 99")])
+def test_budgets_that_cannot_be(skewed: Llama, target: float, message: str) -> None:
+    rules = (KEEP_NORMS, Rule(weights="*", scheme="int4", group_size=32, clip="mse", scale_dtype="float16"))
+    with pytest.raises((LlamaJaxError, ValueError), match=message):
+        quantize(skewed, Recipe(rules, target), calibration=TOKENS, window=32)
 
 
 def test_a_layer_with_rules_of_its_own_keeps_them() -> None:

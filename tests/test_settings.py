@@ -33,6 +33,7 @@ def _made(model: Llama, **options) -> list[list[int]]:
     return [row.tokens for row in generate(model, None, PROMPTS, **options)]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16", "int4"])
 def test_generating_under_x64_and_strict_promotion(cache_dtype: str, tiny_model: Llama, request) -> None:
     """The same tokens, seeds included; nothing is computed in float64."""
@@ -45,6 +46,7 @@ def test_generating_under_x64_and_strict_promotion(cache_dtype: str, tiny_model:
     assert logits_BTV.dtype == jnp.float32 and cache.length_B.dtype == jnp.int32
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("prepared", [False, True])
 def test_quantized_models_and_drafts_under_x64(prepared: bool, tiny_int4: Llama, request) -> None:
     model = prepare(tiny_int4) if prepared else tiny_int4

@@ -120,6 +120,7 @@ def test_drafts_by_hand(ids: list[int], draft: list[int]) -> None:
 # ---- The same text --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("drafts", [1, 4, 9])
 def test_a_batch_is_plain_greedy_decoding(drafts: int, tiny_model: Llama) -> None:
     """Rows of different lengths, each accepting its own number; random weights soon repeat themselves."""
@@ -141,6 +142,7 @@ def test_random_models(seed: int, tiny_model: Llama) -> None:
     assert run.speed.decode_steps < 200
 
 
+@pytest.mark.exhaustive
 def test_the_box() -> None:
     """A story to its end, one that repeats its prompt, and another: as many forward passes as the lookup predicts."""
     model, tokenizer = llamajax.load("box", dtype=jnp.float32)
@@ -158,6 +160,7 @@ def test_stories(stories260k: Any) -> None:
     _assert_same(*stories260k, ["", "The cat sat on the mat. " * 5], 4, max_new_tokens=200)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
 def test_quantized(cache_dtype: str, tiny_model: Llama) -> None:
     """4-bit weights and an 8-bit cache: a rejected draft leaves no trace in them."""

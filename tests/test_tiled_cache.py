@@ -12,8 +12,15 @@ from llamajax.tiled_cache import STEP_SLOTS, TILE, TiledKVCache, empty_cache
 from tests.programs import QUICK, forward, step
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize(
+    ("B", "dtype"),
+    [
+        (3, "float32"),
+        (1, "float16"),
+        pytest.param(1, "float32", marks=pytest.mark.exhaustive),
+        pytest.param(3, "float16", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_model_sees_what_it_wrote(tiny_model: llamajax.Llama, dtype: str, B: int) -> None:
     """Pieces that begin and end inside tiles, of which each row keeps some; beside no cache, and the plain cache."""
     rng, V = np.random.default_rng(0), tiny_model.config.vocab_size

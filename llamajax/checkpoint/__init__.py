@@ -9,6 +9,7 @@
 
 import dataclasses
 import functools
+import os
 import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -412,7 +413,7 @@ def _in_dtype(tree: Any, dtype: jax.typing.DTypeLike | None, name: str = "") -> 
 def _tokenizer_beside(path: Path) -> bytes | None:
     """A `tokenizer.model` in the folder of a single-file checkpoint."""
     file = path.parent / "tokenizer.model"
-    return read_bytes(file) if path.is_file() and file.is_file() else None
+    return read_bytes(file) if path.is_file() and os.path.lexists(file) else None
 
 
 def _first_look(path: Path) -> str:

@@ -6,6 +6,7 @@ Every tensor of the files must be one that the model has, and the other way roun
 
 import json
 import math
+import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def open_source(path: Path, ignore_keys: Collection[str] = ()) -> Source:
         dtype,
         tuple(_order(config, files)),
         lambda place: _read(files, place, config.tied_embeddings),
-        read_bytes(tokenizer, LARGEST_TOKENIZER) if tokenizer.is_file() else None,
+        read_bytes(tokenizer, LARGEST_TOKENIZER) if os.path.lexists(tokenizer) else None,
         words,
         (*notes, *word_notes),
     )
@@ -173,7 +174,7 @@ def _tensor_files(path: Path) -> tuple[dict[str, Path], list[str]]:
     # macOS keeps a file's attributes in one beside it, `._` and its name, on disks that have no place for them.
     found = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("._"))
     index = path / "model.safetensors.index.json"
-    if index.is_file():
+    if os.path.lexists(index):
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise LlamaJaxError(f"{index}: expected a weight_map from tensor names to file names")

@@ -7,6 +7,7 @@ special_tokens_map.json and added_tokens.json. What is in them and not done is s
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def read_words(path: Path, config: dict[str, Any], vocab_size: int) -> tuple[Wor
     Raises:
         LlamaJaxError: for a file that is not JSON, or says something of another type than expected.
     """
-    files = {name: read_bytes(path / name) for name in CARRIED_FILES if (path / name).is_file()}
+    files = {name: read_bytes(path / name) for name in CARRIED_FILES if os.path.lexists(path / name)}
     notes: list[str] = []
     generation = _object(files, "generation_config.json", path)
     # transformers asks config.json for them only where there is no generation_config.json.

@@ -12,6 +12,7 @@ import importlib
 import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -50,7 +51,9 @@ _OUT_OF_MEMORY = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 1 for bad input, 2 for a wrong command line, 130 for an interrupt."""
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: terminal.note(f"llamajax: {' '.join(str(message).split())}")
+            return _run(list(sys.argv[1:] if argv is None else argv))
     except terminal.ReaderLeftError:
         terminal.drop_output()
         return 0
