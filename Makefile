@@ -1,41 +1,50 @@
 # Two commands for a bare machine with Python 3.11 or newer: `make demo` and `make test`. Each makes its own .venv.
+# PYTHON= names another Python, VENV= another folder for its environment.
 PYTHON ?= python3
-BIN := .venv/bin
+SHELL := bash
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 # On all cores; the tests of a file stay together.
-PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --durations=10
 
-.PHONY: demo test test-parity lint clean
+.PHONY: demo test test-all test-extras lint clean
 
-demo: .venv/ready
+demo: $(VENV)/ready
 	@$(BIN)/llamajax generate --model=box --prompt='Once upon a time'
 	@echo
 
-test: .venv/test
+# In minutes: of matrices a tenth, another every day. Compiled without LLVM's optimizations.
+test: $(VENV)/test
 	$(PYTEST)
 
-# The same suite with Hugging Face transformers to compare with, and IREE and ONNX Runtime to run bundles.
-test-parity: .venv/parity
-	$(PYTEST)
+# Everything, as users' programs are compiled: all cases, long fuzzing, kills, memory of large models.
+test-all: $(VENV)/test
+	@date; SECONDS=0; $(PYTEST) --all; code=$$?; echo "make test-all: $$(date), $$SECONDS s"; exit $$code
 
-lint: .venv/lint
+# What needs Hugging Face transformers to compare with, or IREE and ONNX Runtime to run bundles; that alone.
+test-extras: $(VENV)/extras
+	XLA_FLAGS= $(PYTEST) -m extras
+
+lint: $(VENV)/lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build dist
+	rm -rf $(VENV) build dist
 
-.venv/bin/python:
-	$(PYTHON) -m venv .venv
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
 
-.venv/ready: pyproject.toml | .venv/bin/python
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+$(VENV)/ready: pyproject.toml | $(BIN)/python
+	$(PIP) --editable .
 	@touch $@
 
-.venv/test .venv/lint: .venv/%: .venv/ready
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,$*]'
+$(VENV)/test $(VENV)/lint: $(VENV)/%: $(VENV)/ready
+	$(PIP) --editable '.[test,$*]'
 	@touch $@
 
-.venv/parity: .venv/ready
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,parity,iree,onnx]'
+$(VENV)/extras: $(VENV)/ready
+	$(PIP) --editable '.[test,parity,iree,onnx]'
 	@touch $@

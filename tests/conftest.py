@@ -40,6 +40,10 @@ _TEXTS = [
 ]
 
 
+# What promotes dtypes implicitly computes in another than was meant, or in 64 bits for users who allow them.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
 # ---- What a run leaves out ------------------------------------------------------------------------------------------
 
 # Of a matrix one in so many cases runs, unless all are asked for.

@@ -17,10 +17,13 @@ from llamajax.errors import LlamaJaxError
 from tests.isolated import run_isolated
 
 MODULES = ("iree.compiler", "iree.runtime")
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("iree") is None or not all(map(importlib.util.find_spec, MODULES)),
-    reason="IREE is not installed: pip install iree-base-compiler iree-base-runtime",
-)
+pytestmark = [
+    pytest.mark.extras,
+    pytest.mark.skipif(
+        importlib.util.find_spec("iree") is None or not all(map(importlib.util.find_spec, MODULES)),
+        reason="IREE is not installed: pip install iree-base-compiler iree-base-runtime",
+    ),
+]
 SPEC = Spec(slots=96, buckets=(4, 16), programs=("score", "embed", "verify"), profile=PROFILES["unrolled"])
 IDS = [1, 5, 9, 300, 17, 42, 8]
 

@@ -16,10 +16,13 @@ from llamajax.errors import LlamaJaxError
 from llamajax.quantize import Rule, quantize
 from tests.isolated import run_isolated
 
-pytestmark = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("onnx", "onnxruntime"))),
-    reason="ONNX is not installed: pip install onnx onnxruntime",
-)
+pytestmark = [
+    pytest.mark.extras,
+    pytest.mark.skipif(
+        not all(map(importlib.util.find_spec, ("onnx", "onnxruntime"))),
+        reason="ONNX is not installed: pip install onnx onnxruntime",
+    ),
+]
 NORMS = Rule(weights="*norm*", keep=True)
 # Widths of 24 and 40: a group that is no power of 2 in a block that it does not fill.
 RULES = {

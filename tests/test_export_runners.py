@@ -91,6 +91,7 @@ def test_all_options_that_we_write_are_allowed_and_no_other() -> None:
     assert {name: rule["const"] for name, rule in schema["properties"].items()} == written
 
 
+@pytest.mark.extras
 def test_all_drivers_that_we_write_are_allowed_and_no_other() -> None:
     drivers = export.bundle._schema()["properties"]["targets"]["additionalProperties"]["properties"]["driver"]["enum"]
     assert {target[0] for target in TARGETS.values()} == set(drivers)
@@ -129,6 +130,7 @@ def test_forged_manifests(change, message: str, copy: Path) -> None:
     assert message in str(error.value)
 
 
+@pytest.mark.extras
 def test_a_driver_that_is_none_of_ours(copy: Path) -> None:
     pytest.importorskip("iree.runtime", reason="IREE is not installed: its runner imports it")
     from export.runners import run_iree

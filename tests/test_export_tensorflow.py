@@ -13,9 +13,12 @@ from export.stablehlo import PROFILES, Spec
 from export.targets import SCRIPTS, add_target
 from llamajax.errors import LlamaJaxError
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("tensorflow") is None, reason="tensorflow is not installed: it makes these targets"
-)
+pytestmark = [
+    pytest.mark.extras,
+    pytest.mark.skipif(
+        importlib.util.find_spec("tensorflow") is None, reason="tensorflow is not installed: it makes these targets"
+    ),
+]
 needs_litert = pytest.mark.skipif(
     importlib.util.find_spec("ai_edge_litert") is None, reason="ai-edge-litert is not installed: it runs this target"
 )

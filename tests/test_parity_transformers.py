@@ -19,6 +19,7 @@ from tests.reference import random_model
 _REASON = "compares with Hugging Face transformers: install the extra: pip install -e '.[parity]'"
 torch = pytest.importorskip("torch", reason=_REASON)
 transformers = pytest.importorskip("transformers", reason=_REASON)
+pytestmark = pytest.mark.extras
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -201,6 +201,7 @@ _FLAGS = st.fixed_dictionaries(
 
 
 @PROPERTY
+@pytest.mark.extras
 @given(
     flags=st.lists(_FLAGS, min_size=4, max_size=4),
     parts=st.lists(
