@@ -473,7 +473,7 @@ def _embed(model: Llama, tokens_BT, count_B):
     hidden_BTD, _ = model.trunk(tokens_BT)
     is_text_BT1 = (jnp.arange(tokens_BT.shape[1]) < count_B[:, None])[:, :, None]
     sum_BD = jnp.sum(jnp.where(is_text_BT1, hidden_BTD.astype(jnp.float32), 0), axis=1)
-    return (_or_nan(_is_count(count_B, tokens_BT), sum_BD / jnp.maximum(count_B, 1)[:, None]),)
+    return (_or_nan(_is_count(count_B, tokens_BT), sum_BD / jnp.maximum(count_B, 1).astype(jnp.float32)[:, None]),)
 
 
 def _fits(length_B, tokens_BT, key_LBKSH):

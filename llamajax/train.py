@@ -199,7 +199,7 @@ def train(
         heldout_loss = None
         if step % options.eval_every == 0 or step == options.steps:
             heldout_loss = cross_entropy(state["model"], heldout, window=options.sequence_length)
-        progress = Progress(step, loss, heldout_loss, float(schedule(options)(step)))
+        progress = Progress(step, loss, heldout_loss, float(schedule(options)(jnp.float32(step))))
         _append(folder / "loss.csv", progress)
         if heldout_loss is not None:  # After its row: what is logged beyond a checkpoint is cut, not made up for.
             _store(checkpoints, step, state)
@@ -210,7 +210,8 @@ def train(
 def _step(optimizer: optax.GradientTransformation, state: dict[str, Any], tokens_BT: jax.Array):
     """One update. Pure: the state before -> the state after, and the loss before."""
     loss, gradient = jax.value_and_grad(lambda model: next_token_losses(model, tokens_BT).mean())(state["model"])
-    updates, optimizer_state = optimizer.update(gradient, state["optimizer"], state["model"])
+    with jax.numpy_dtype_promotion("standard"):  # optax counts steps in int32 and multiplies them with floats
+        updates, optimizer_state = optimizer.update(gradient, state["optimizer"], state["model"])
     return {"model": optax.apply_updates(state["model"], updates), "optimizer": optimizer_state}, loss
 
 

@@ -228,7 +228,7 @@ def test_a_folder_of_another_kind_is_left_to_jax(folder: Path, tmp_path: Path, m
 
 
 def test_settings_are_seen_by_programs_in_memory(folder: Path) -> None:
-    program = CompiledFunction(lambda x: x + np.arange(3).sum())
+    program = CompiledFunction(lambda x: x + jnp.float32(np.arange(3).sum()))
     assert program(np.float32(1)) == 4.0
     with jax.enable_x64(True):
         assert program(np.float32(1)) == 4.0
