@@ -9,8 +9,8 @@ a second or more behind the first, and a first one while the main thread is in n
 """
 
 import contextlib
+import itertools
 import os
-import select
 import signal
 import sys
 import threading
@@ -106,13 +106,15 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 def _watch(reading: int) -> None:
     """In a thread of its own: sees each signal as it arrives, whatever the main thread is doing."""
     global _received
+    signal.pthread_sigmask(signal.SIG_BLOCK, _MESSAGES)  # for the main thread, which may sleep
+    main = threading.main_thread().ident or 0
     resent, first = 0, 0.0
     while True:
         number = os.read(reading, 1)[0]
         if number == _AGAIN[0]:
             time.sleep(0.01)  # until the callback that lost the exception has returned
             resent += 1
-            signal.pthread_kill(threading.main_thread().ident or 0, _received or signal.SIGINT)
+            signal.pthread_kill(main, _received or signal.SIGINT)
         elif number not in _MESSAGES:
             continue
         elif resent:
@@ -122,7 +124,13 @@ def _watch(reading: int) -> None:
                 _end(number)
         else:
             _received, first = number, time.monotonic()
-            while not (_handled or select.select([reading], [], [], 0.05)[0]):
+            for attempt in itertools.count():
+                time.sleep(0.02)
+                if _handled:
+                    break
+                if attempt == 5:  # a thread of a library got it, and the main thread waits on in a system call
+                    resent += 1
+                    signal.pthread_kill(main, number)
                 if time.monotonic() - first > _PATIENCE_SECONDS:
                     _end(number)
 
