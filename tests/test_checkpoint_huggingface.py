@@ -144,9 +144,18 @@ def test_rope_spellings_of_transformers_4_and_5(copy: Path) -> None:
         ),
         (lambda t: t.pop(QUERY), "tensor '" + QUERY.replace(".", "[.]") + "' is missing .1 such"),
         (lambda t: t.pop(HEAD), "'lm_head.weight' is missing .1 such.: is tie_word_embeddings missing in config.json"),
-        (lambda t: t.update({QUERY: t[QUERY][:-1]}), r"query_DQ of layer 0 has shape \(24, 31\): expected \(24, 32\)"),
-        (lambda t: t.update({QUERY: t[QUERY].ravel()}), r"query_DQ of layer 0 has shape \(768,\): expected \(24, 32\)"),
-        (lambda t: t.update({EMBED: t[EMBED].T.copy()}), r"embed_VD has shape \(24, 320\): expected \(320, 24\)"),
+        (
+            lambda t: t.update({QUERY: t[QUERY][:-1]}),
+            r"q_proj.weight has shape \(31, 24\): expected \(32, 24\) by config.json",
+        ),
+        (
+            lambda t: t.update({QUERY: t[QUERY].ravel()}),
+            r"q_proj.weight has shape \(768,\): expected \(32, 24\) by config.json",
+        ),
+        (
+            lambda t: t.update({EMBED: t[EMBED].T.copy()}),
+            r"embed_tokens.weight has shape \(24, 320\): expected \(320, 24\) by config.json",
+        ),
         (lambda t: t.update({QUERY: np.ones((32, 24), np.int64)}), "q_proj.weight has dtype I64: expected one of F32"),
         (lambda t: t.update({QUERY: t[QUERY] * np.nan}), "query_DQ of layer 0 holds NaN or infinity"),
         (

@@ -20,7 +20,7 @@ from llamajax.checkpoint.naming import Place, Source, named_leaves
 from llamajax.config import Config, config_from_hf, config_to_hf
 from llamajax.errors import LlamaJaxError
 from llamajax.files import open_regular, read_bytes, read_json, shortened
-from llamajax.model import Llama
+from llamajax.model import Llama, abstract_model
 from llamajax.tokenizer import LARGEST_TOKENIZER, Tokenizer
 from llamajax.words import Words
 
@@ -246,7 +246,7 @@ def _check_tensors(path: Path, config: Config, files: dict[str, Path]) -> set[np
     if missing:
         hint = ": is tie_word_embeddings missing in config.json?" if missing == [_HEAD] else ""
         raise LlamaJaxError(f"{path}: tensor {missing[0]!r} is missing ({len(missing)} such){hint}")
-    dtypes = set()
+    dtypes, shapes = set(), _expected_shapes(config)
     for file in sorted(set(files.values())):
         with _open(file) as tensors:
             held = set(tensors.keys())
@@ -261,7 +261,20 @@ def _check_tensors(path: Path, config: Config, files: dict[str, Path]) -> set[np
                 if kind not in _DTYPES:
                     raise LlamaJaxError(f"{file}: {name} has dtype {kind}: expected one of {', '.join(_DTYPES)}")
                 dtypes.add(np.dtype(_DTYPES[kind]))
+                shape = tuple(tensors.get_slice(name).get_shape())
+                if shape != shapes.get(name, shape):  # before memory is taken by what the config says
+                    raise LlamaJaxError(f"{file}: {name} has shape {shape}: expected {shapes[name]} by config.json")
     return dtypes
+
+
+def _expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor, by its name in the files."""
+    leaves = named_leaves(abstract_model(config))
+    ours_shaped = {
+        theirs: (ours, leaves[ours].shape if layer is None else leaves[ours].shape[1:])
+        for ours, theirs, layer in expected_tensors(config)
+    }
+    return {theirs: shape[::-1] if _NAMES[ours][1] else shape for theirs, (ours, shape) in ours_shaped.items()}
 
 
 def _order(config: Config, files: dict[str, Path]) -> Iterator[Place]:
