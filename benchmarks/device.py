@@ -600,8 +600,7 @@ class Run:
             result |= {"status": "skipped", "note": _NO_TIME}
         else:
             try:
-                figures = step.work()
-                result |= {"status": "wrong" if figures.pop("wrong", False) else "ok", "note": ""} | figures
+                result |= outcome(step.work())
             except Skip as reason:
                 result |= {"status": "skipped", "note": str(reason)}
             except Exception as error:  # of many kinds: what a compiler or a driver says
@@ -651,6 +650,14 @@ class Run:
         os._exit(self.finish())
 
 
+def outcome(figures: dict[str, Any]) -> dict[str, Any]:
+    """Figures with their status; those that are not finite, which JSON has no word for, are None, and noted."""
+    broken = [name for name, value in figures.items() if isinstance(value, float) and not math.isfinite(value)]
+    wrong = figures.pop("wrong", False) or bool(broken)
+    note = {"note": f"not finite: {', '.join(broken)}"} if broken else {}
+    return {"status": "wrong" if wrong else "ok", "note": ""} | figures | dict.fromkeys(broken) | note
+
+
 def speed_key(result: dict[str, Any]) -> tuple[Any, ...]:
     """What two kinds of weights have in common."""
     return tuple(result.get(name) for name in ("shape", "phase", "rows"))
@@ -691,7 +698,7 @@ def table(head: dict[str, Any], results: list[dict[str, Any]]) -> str:
 def shown(result: dict[str, Any], name: str, form: str, factor: float = 1) -> str:
     """A figure, where there is one."""
     value = result.get(name)
-    return "" if value is None or not math.isfinite(value) else format(value * factor, form)
+    return "" if value is None else format(value * factor, form)
 
 
 def main(argv: list[str]) -> int:
@@ -716,6 +723,7 @@ def main(argv: list[str]) -> int:
     watchdog.daemon = True
     watchdog.start()
     try:
+        run.save()
         for step in run.steps:
             run.do(step)
     finally:

@@ -67,6 +67,28 @@ def test_what_is_late_is_left_out(device, monkeypatch: pytest.MonkeyPatch, capsy
     )
 
 
+def a_run(device, folder: Path):
+    head = {"device": device.device(), "versions": device.versions(), "commit": device.commit()}
+    return device.Run([], 60, folder / "device.json", head)
+
+
+def test_a_step_that_does_not_end(device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the timer does then: all that there is was written, and the process ends."""
+    run, codes = a_run(device, tmp_path), []
+    monkeypatch.setattr(device.os, "_exit", codes.append)
+
+    def hang() -> dict:
+        run.give_up()
+        codes.append(json.loads(run.file.read_text())["steps"])
+        return {}
+
+    run.do(device.Step("kernels", "a", 1, dict))
+    run.do(device.Step("kernels", "b", 1, hang))
+    code, steps = codes
+    assert code == 1
+    assert [(step["status"], step["note"]) for step in steps] == [("ok", ""), ("failed", "still running at the end")]
+
+
 def test_failures_are_kept_and_the_rest_goes_on(device, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> dict:
         raise RuntimeError("no such instruction\nand much more")
@@ -78,8 +100,8 @@ def test_failures_are_kept_and_the_rest_goes_on(device, tmp_path: Path, capsys: 
         raise device.Skip("needs 17 GB")
 
     work = {"a": fail, "b": memory, "c": small, "d": lambda: {"of_bound": 7.0, "wrong": True}, "e": lambda: {}}
-    head = {"device": device.device(), "versions": device.versions(), "commit": device.commit()}
-    run = device.Run([], 60, tmp_path / "device.json", head)
+    work["g"] = lambda: {"error": float("nan"), "tokens": 3}
+    run = a_run(device, tmp_path)
     for name, one in work.items():
         run.do(device.Step("kernels", name, 1, one))
     run.do(device.Step("kernels", "f", 61, lambda: {}))
@@ -91,6 +113,7 @@ def test_failures_are_kept_and_the_rest_goes_on(device, tmp_path: Path, capsys: 
         ("c", "skipped", "needs 17 GB"),
         ("d", "wrong", ""),
         ("e", "ok", ""),
+        ("g", "wrong", "not finite: error"),
         ("f", "skipped", "no time left"),
     ]
     assert "RuntimeError: no such instruction" in capsys.readouterr().out
