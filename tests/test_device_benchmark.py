@@ -134,13 +134,15 @@ def test_a_wrong_product_is_noticed(device, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_times_of_a_product(device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is timed on a device computes the same three ways, over a stack."""
+    """What is timed on a device compiles and runs over a stack, for both layouts and axes."""
     monkeypatch.setattr(device, "_STACK_BYTES", 1)
     for module in (device.gpu, device.tpu):
         for axis in (-1, -2):
             stack = device.weights(device.Case("int4", 32, 256, 128, axis=axis)).stack
             x_RK = jnp.ones((17, 256), jnp.bfloat16)  # no kernel: these do not run on a CPU
-            figures = device.product_times(lambda x_RK, layer: layer.restore().scale.sum(), module.layout(stack), x_RK)
+            figures = device.product_times(
+                lambda x_RK, layer: layer.restore().scale.sum(dtype=jnp.float32), module.layout(stack), x_RK
+            )
             assert all(figures[name] > 0 for name in ("seconds", "faster_than_plain", "faster_than_bfloat16"))
 
 
