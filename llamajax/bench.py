@@ -41,6 +41,7 @@ from llamajax.sampling import make_sampler
 from llamajax.stacks import LayerStacks
 from llamajax.tiled_cache import empty_cache
 from quant import QTensor, Scheme, quantize_rtn
+from quant.kernels import Layout
 from quant.recipe import Rule, assign
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -261,31 +262,40 @@ def _times(work: Callable[[], Any], repeats: int) -> list[float]:
 
 
 def measure_prefill(
-    model: Llama, length: int, *, cache_dtype: jax.typing.DTypeLike | None = None, repeats: int = 5
+    model: Llama,
+    length: int,
+    *,
+    batch: int = 1,
+    cache_dtype: jax.typing.DTypeLike | None = None,
+    repeats: int = 5,
 ) -> Measurement:
-    """Putting a prompt of `length` tokens into the cache, in the chunks that `generate` cuts it into.
+    """Putting prompts of `length` tokens into the cache, in the chunks that `generate` cuts them into.
 
     Args:
         model: prepared or not.
         length: at least 1, at most the model's context.
+        batch: rows, at least 1.
         cache_dtype: one of `cache.CACHE_DTYPES`; the model's unless given.
         repeats: at least 1.
 
     Raises:
         LlamaJaxError: for a value out of range.
     """
-    _check(model.config, {"prefill": length, "repeats": repeats}, length)
+    _check(model.config, {"prefill": length, "batch": batch, "repeats": repeats}, length)
     chunks = plan_chunks(length)
     slots = -(-sum(chunks) // SLOT_MULTIPLE) * SLOT_MULTIPLE
-    token_T = np.random.default_rng(0).integers(0, model.config.vocab_size, sum(chunks), np.int32)
+    token_BT = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, sum(chunks)), np.int32)
     firsts = np.cumsum([0, *chunks[:-1]])
     parts = [
-        (jnp.asarray(token_T[None, first : first + chunk]), jnp.asarray([min(chunk, length - first)], jnp.int32))
+        (
+            jnp.asarray(token_BT[:, first : first + chunk]),
+            jnp.full(batch, min(chunk, length - first), jnp.int32),
+        )
         for first, chunk in zip(firsts, chunks, strict=True)
     ]
 
     def once() -> float:
-        cache = jax.block_until_ready(empty_cache(model.config, 1, slots, cache_dtype or model.dtype))
+        cache = jax.block_until_ready(empty_cache(model.config, batch, slots, cache_dtype or model.dtype))
         start = time.perf_counter()
         for tokens_BT, count_B in parts:
             cache = compiled_prefill(model, tokens_BT, count_B, cache)
@@ -295,10 +305,11 @@ def measure_prefill(
     seconds, programs, compile_seconds = _median(once, compiled_prefill, repeats)
     c = model.config
     pairs = length * (length + 1) // 2
-    operations = 2 * length * _layer_weights(c) + 4 * pairs * c.num_layers * c.num_heads * c.head_size
+    operations = batch * (2 * length * _layer_weights(c) + 4 * pairs * c.num_layers * c.num_heads * c.head_size)
     read = len(chunks) * _weight_bytes(model, head=False)
+    tokens = batch * length
     return Measurement(
-        "prefill", 1, length, length, seconds, read, operations, programs, compile_seconds, resident_bytes()
+        "prefill", batch, length, tokens, seconds, read, operations, programs, compile_seconds, resident_bytes()
     )
 
 
@@ -389,9 +400,10 @@ def _check(config: Config, numbers: Mapping[str, int], length: int) -> None:
 
 def _weight_bytes(model: Llama, head: bool = True) -> int:
     """Bytes of weights that a forward pass reads: all of the layers' and the head's; of embeddings it is but rows."""
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves((model.layers, model.norm)))
     table = model.embed_VD if model.head_VD is None else model.head_VD
-    return size + (sum(leaf.nbytes for leaf in jax.tree.leaves(table)) if head else 0)
+    weights = (model.layers, model.norm, table if head else None)
+    # A layout knows where the device keeps two codes in a byte.
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(weights, is_leaf=lambda node: isinstance(node, Layout)))
 
 
 def _layer_weights(config: Config) -> int:

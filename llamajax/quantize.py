@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,13 @@ from llamajax.errors import LlamaJaxError
 from llamajax.files import read_toml, shortened
 from llamajax.model import Llama, RMSNorm, abstract_model
 from llamajax.quantize_weight import in_dtype, naming, quantize_weight
-from llamajax.resume import PartsOnDisk
 from llamajax.stacks import LayerStacks
 from llamajax.workers import workers
 from quant import QTensor
 from quant.recipe import Recipe, Rule, assign, recipe_from
+
+if TYPE_CHECKING:
+    from llamajax.resume import PartsOnDisk
 
 _WORKERS = 3  # weights in work at a time
 
@@ -105,7 +107,11 @@ def quantize(
         return stacks.model()
     windows = calibrate.calibration_windows(calibration, config, window)
     steps = _Steps(on_weight, len(rules) * (2 if recipe.target_bpw else 1))
-    parts = None if work is None else PartsOnDisk(work, _work_key(rules, recipe.target_bpw, windows, config, read))
+    parts = None
+    if work is not None:
+        from llamajax.resume import PartsOnDisk  # here: it needs safetensors, without which random models can be made
+
+        parts = PartsOnDisk(work, _work_key(rules, recipe.target_bpw, windows, config, read))
     if recipe.target_bpw is not None:
         rules = _chosen_bits(read, rules, recipe.target_bpw, windows, config, parts, steps)
     return _calibrated(read, rules, windows, config, parts, steps)
@@ -174,7 +180,7 @@ def _chosen_bits(
     target_bpw: float,
     windows_WT: np.ndarray,
     config: Config,
-    parts: PartsOnDisk | None,
+    parts: "PartsOnDisk | None",
     steps: _Steps,
 ) -> dict[tuple[str, int | None], Rule]:
     """`choose_bits`, or what it chose before the work was stopped."""
@@ -198,7 +204,7 @@ def _calibrated(
     rules: Rules,
     windows_WT: np.ndarray,
     config: Config,
-    parts: PartsOnDisk | None,
+    parts: "PartsOnDisk | None",
     steps: _Steps,
 ) -> Llama:
     """Layer by layer, each with what the quantized layers before it make of the calibration text."""

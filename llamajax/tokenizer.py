@@ -6,8 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-
-import sentencepiece
+from typing import Any
 
 from llamajax.errors import LlamaJaxError
 from llamajax.files import read_bytes, shortened
@@ -234,8 +233,10 @@ def _is_word(character: str) -> bool:
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
-def _processor(model_bytes: bytes) -> sentencepiece.SentencePieceProcessor:
-    """Raises RuntimeError, OSError or ValueError for bytes that are no model."""
+def _processor(model_bytes: bytes) -> Any:
+    """Sentencepiece's. Raises RuntimeError, OSError or ValueError for bytes that are no model."""
+    import sentencepiece  # here, because a machine for measuring may be without (benchmarks/device.py)
+
     processor = sentencepiece.SentencePieceProcessor()
     if not model_bytes or not processor.LoadFromSerializedProto(model_bytes):
         raise ValueError("no sentencepiece model")
@@ -283,6 +284,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Raises:
         LlamaJaxError: if the texts do not yield `vocab_size` pieces.
     """
+    import sentencepiece  # as above
+
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -9,6 +9,7 @@ import llamajax
 from llamajax.bench import (
     FLOATS,
     Measurement,
+    _weight_bytes,
     measure_decode,
     measure_prefill,
     memory_bandwidth,
@@ -119,6 +120,21 @@ def test_prefill_counts_tokens_not_padding() -> None:
     pairs = 300 * 301 // 2
     assert measured.operations == 300 * 2 * 2 * LAYER + pairs * 2 * 2 * 2 * 64
     assert measured.programs == 2, "256 tokens, and 44 in the smallest bucket that holds them"
+
+
+def test_prefill_of_several_rows() -> None:
+    one, three = (measure_prefill(random_model(CONFIG, "float32"), 20, batch=batch, repeats=1) for batch in (1, 3))
+    assert (three.batch, three.length, three.tokens) == (3, 20, 60)
+    assert (three.bytes_read, three.operations) == (one.bytes_read, 3 * one.operations)
+
+
+def test_bytes_of_weights_are_those_of_the_layout() -> None:
+    """A TPU keeps two codes of 4 bits in a byte, which `nbytes` of the array of codes does not say."""
+    model = random_model(CONFIG, "int4-g32")
+    stored = _weight_bytes(model)
+    wider = 2 * (2 * LAYER + TABLE) // 32  # its scales are float32 instead of float16
+    sizes = [_weight_bytes(llamajax.prepare(model, backend)) for backend in ("cpu", "gpu", "tpu")]
+    assert sizes == [stored, stored, stored + wider]
 
 
 def test_programs_are_counted_once_and_are_those_of_generate() -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from llamajax.checkpoint.huggingface_words import config_ids, read_words, word_files
 from llamajax.checkpoint.naming import Place, Source, named_leaves
@@ -196,6 +195,9 @@ def _tensor_files(path: Path) -> tuple[dict[str, Path], list[str]]:
 
 def _open(path: Path) -> Any:
     """Opens a safetensors file; `pread` rather than `mmap`, whose touched pages would count as our memory."""
+    # Here, because a machine for measuring may be without (benchmarks/device.py).
+    from safetensors import SafetensorError, safe_open
+
     try:
         with open_regular(path) as file:
             header = int.from_bytes(file.read(8), "little")
@@ -300,6 +302,8 @@ def _read(files: dict[str, Path], place: Place, tied: bool) -> np.ndarray:
 
 
 def _get(files: dict[str, Path], name: str) -> np.ndarray:
+    from safetensors import SafetensorError  # as above
+
     with _open(files[name]) as tensors:
         try:
             return tensors.get_tensor(name)
