@@ -270,6 +270,32 @@ def _partial(path: Path) -> Iterator[Path]:
             os.close(descriptor)
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes that ask for the same lock out of a folder, until the block or this process ends.
+
+    Where there is no such folder, or the system has no locks, nothing is locked.
+
+    Raises:
+        LlamaJaxError: if another process has it.
+    """
+    descriptor = None
+    try:
+        if fcntl is not None:
+            descriptor = os.open(folder, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)  # type: ignore[arg-type]
+        raise LlamaJaxError(f"{folder}: another process is writing to it: wait until it has ended") from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 def clear_leftovers(path: Path) -> None:
     """Removes what killed processes left of `path`: partial folders beside it that no living process has locked."""
     parent, prefix = path.absolute().parent, f".{path.name}.partial-"
