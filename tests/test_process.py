@@ -40,7 +40,8 @@ try:
         time.sleep(60)
 except KeyboardInterrupt: ended()
 """,
-    "native code": "with process.interruptible(): ready(); native()",
+    # The signal may arrive before the native code does.
+    "native code": "try:\n    with process.interruptible(): ready(); native()\nexcept KeyboardInterrupt: ended()",
 }
 
 
