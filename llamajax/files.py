@@ -179,6 +179,8 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 def writing(path: Path) -> Iterator[None]:
     """Names `path` in the error if, inside, a disk turns out to be full or to fail, whatever library meets it.
 
+    For what is written into a folder that is not finished itself, that folder's own writer does: a user knows its name.
+
     Raises:
         LlamaJaxError: in the place of that library's error.
     """
@@ -187,6 +189,8 @@ def writing(path: Path) -> Iterator[None]:
     except LlamaJaxError:
         raise
     except Exception as error:
+        if _unfinished.intersection(path.absolute().parents):
+            raise
         if problem := disk_problem(error):
             raise LlamaJaxError(f"{path}: cannot be written ({problem}): make room or choose another place") from error
         raise
