@@ -240,6 +240,23 @@ def open_bundle(path: str | Path) -> Bundle:
             anything else, a link included; the first.
     """
     path = Path(path)
+    manifest = read_manifest(path)
+    try:
+        check_entries(path, manifest["files"])
+    except ValueError as error:
+        raise LlamaJaxError(f"{path}: {line_of(error)}") from None
+    for name, expected in manifest["files"].items():
+        if _sha256(path / name) != expected["sha256"]:
+            raise LlamaJaxError(f"{path}: {name}: not the file that the manifest names (SHA-256 differs)")
+    return Bundle(path, manifest)
+
+
+def read_manifest(path: Path) -> Mapping[str, Any]:
+    """The manifest of a bundle, checked by itself: the bundle's other files are not looked at.
+
+    Raises:
+        LlamaJaxError: if there is none, or it is of a newer version, or damaged.
+    """
     file = path / "manifest.json"
     try:
         data = read_bytes(file, LARGEST_MANIFEST)
@@ -258,14 +275,7 @@ def open_bundle(path: str | Path) -> Bundle:
     if closing != _closing(before):
         raise LlamaJaxError(f"{file}: damaged or changed: its SHA-256, the last line, is another")
     _check_manifest(file, manifest)
-    try:
-        check_entries(path, manifest["files"])
-    except ValueError as error:
-        raise LlamaJaxError(f"{path}: {line_of(error)}") from None
-    for name, expected in manifest["files"].items():
-        if _sha256(path / name) != expected["sha256"]:
-            raise LlamaJaxError(f"{path}: {name}: not the file that the manifest names (SHA-256 differs)")
-    return Bundle(path, manifest)
+    return manifest
 
 
 def standalone_runner(name: str) -> str:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llamajax.cache import KVCache
-from llamajax.checkpoint.naming import STACKED, Place, named_leaves, tensor_places
+from llamajax.checkpoint.naming import Place, named_leaves, tensor_places
 from llamajax.compilation import CompiledFunction
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
@@ -35,14 +35,14 @@ from llamajax.generate import (
     plan_chunks,
 )
 from llamajax.model import Llama, abstract_model
-from llamajax.quantize import read_recipe
+from llamajax.quantize import assigned, read_recipe
 from llamajax.request import row_keys
 from llamajax.sampling import make_sampler
 from llamajax.stacks import LayerStacks
 from llamajax.tiled_cache import empty_cache
 from quant import QTensor, Scheme, quantize_rtn
 from quant.kernels import Layout
-from quant.recipe import Rule, assign
+from quant.recipe import Rule
 
 FLOATS = ("float32", "bfloat16", "float16")
 _DEVIATION = 0.02  # standard deviation of random weights: that which training starts from
@@ -135,21 +135,15 @@ def random_model(
 
 def _rules(weights: str | Path, config: Config) -> Mapping[tuple[str, int | None], Rule]:
     """The rule for each weight of each layer."""
-    names = {
-        name: config.num_layers if name.startswith(STACKED) else None for name in named_leaves(abstract_model(config))
-    }
     if str(weights) in FLOATS:
-        return assign((Rule(weights="*", keep=True),), names)
+        return assigned((Rule(weights="*", keep=True),), config)
     recipe = read_recipe(weights)
     if recipe.target_bpw is not None or any(rule.outliers or rule.act_order for rule in recipe.rules):
         raise LlamaJaxError(
             f"recipe is {str(weights)!r}, whose bits, outliers or order depend on a text: expected one that says all "
             "by itself, as int4-g32"
         )
-    try:
-        return assign(recipe.rules, names)
-    except ValueError as error:
-        raise LlamaJaxError(str(error)) from None
+    return assigned(recipe.rules, config)
 
 
 def _random_weight(place: Place, weight: jax.ShapeDtypeStruct, rule: Rule, generator: np.random.Generator) -> Any:

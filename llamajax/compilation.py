@@ -111,7 +111,11 @@ class CompiledFunction:
 def clear_programs() -> None:
     """Forgets the programs of `generate`, `stream` and `measure_decode` that are in memory, and frees it.
 
-    Those on disk stay, and are loaded when they are needed again.
+    Those on disk stay, and are loaded when they are needed again. It is half of what a new shape of `generate` takes:
+    of 18 MiB on a CPU (2 layers of width 64; 24 for 8 of 512) its two programs hold 9 (14), of which machine code is
+    0.3. JAX's own caches hold the rest, some 150 traced functions and a few small programs a shape:
+    `jax.clear_caches()` frees it, and behind both a process is as large after many rounds as after one. The C library
+    keeps part of the pages that are freed for what comes next (glibc's `malloc_trim(0)` gives them to the system).
     """
     for function in _functions:
         function._programs = {}

@@ -179,6 +179,8 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 def writing(path: Path) -> Iterator[None]:
     """Names `path` in the error if, inside, a disk turns out to be full or to fail, whatever library meets it.
 
+    For what is written into a folder that is not finished itself, that folder's own writer does: a user knows its name.
+
     Raises:
         LlamaJaxError: in the place of that library's error.
     """
@@ -187,6 +189,8 @@ def writing(path: Path) -> Iterator[None]:
     except LlamaJaxError:
         raise
     except Exception as error:
+        if _unfinished.intersection(path.absolute().parents):
+            raise
         if problem := disk_problem(error):
             raise LlamaJaxError(f"{path}: cannot be written ({problem}): make room or choose another place") from error
         raise
@@ -266,6 +270,32 @@ def _partial(path: Path) -> Iterator[Path]:
     finally:
         _remove(partial)
         _unfinished.discard(partial)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes that ask for the same lock out of a folder, until the block or this process ends.
+
+    Where there is no such folder, or the system has no locks, nothing is locked.
+
+    Raises:
+        LlamaJaxError: if another process has it.
+    """
+    descriptor = None
+    try:
+        if fcntl is not None:
+            descriptor = os.open(folder, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)  # type: ignore[arg-type]
+        raise LlamaJaxError(f"{folder}: another process is writing to it: wait until it has ended") from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
         if descriptor is not None:
             os.close(descriptor)
 

@@ -42,11 +42,15 @@ class RMSNorm(nnx.Module):
         """Normalizes the last axis.
 
         In float32: squares of bfloat16 activations overflow its 8 bits of precision long before its range, and the
-        mean of thousands of them would be off in the first digits.
+        mean of thousands of them would be off in the first digits. Activations whose squares are beyond float32, those
+        of 1.8e19 and more, give NaN.
         """
         wide_BTD = x_BTD.astype(jnp.float32)
         mean_square_BT1 = jnp.mean(wide_BTD * wide_BTD, axis=-1, keepdims=True)
-        normed_BTD = wide_BTD * jax.lax.rsqrt(mean_square_BT1 + self.eps)
+        scale_BT1 = jax.lax.rsqrt(mean_square_BT1 + self.eps)
+        # Squares that overflow would make it 0, and numbers of it that no check can tell from right ones.
+        scale_BT1 = jnp.where(scale_BT1 > 0, scale_BT1, jnp.nan)
+        normed_BTD = wide_BTD * scale_BT1
         return normed_BTD.astype(x_BTD.dtype) * self.weight_D[...].astype(x_BTD.dtype)
 
 

@@ -19,11 +19,18 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
+try:
+    import resource
+except ImportError:  # Windows has no such limits
+    resource = None  # type: ignore[assignment]
+
 _MESSAGES = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 # The main thread sees a signal between two instructions of Python. Native code (XLA that compiles, say) may take long.
 _PATIENCE_SECONDS = 1.0
 # `timeout`, `make` and terminals send one signal twice; that is not a user who asks again.
 _REPEAT_SECONDS = 0.5
+# Of addresses, which the libraries' threads need most of. With less, they end the process by themselves.
+_FEW_ADDRESSES = 1750 << 20
 _AGAIN = b"\0"  # to the watcher: the exception was lost
 
 _begun = False
@@ -65,6 +72,16 @@ def begin() -> None:
 def interrupted() -> tuple[str, int] | None:
     """What a signal that arrived is called, and its exit code: "interrupted", 130. None if there was none."""
     return None if _received is None else (_MESSAGES[signal.Signals(_received)], 128 + _received)
+
+
+def few_addresses() -> str | None:
+    """What to say of a limit (`ulimit -v`) under which native libraries end the process with words of their own."""
+    if resource is None or not hasattr(resource, "RLIMIT_AS"):
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY or limit >= _FEW_ADDRESSES:
+        return None
+    return f"ulimit -v is {limit >> 10} KiB: libraries may end this process: allow {_FEW_ADDRESSES >> 10} or more"
 
 
 @contextlib.contextmanager

@@ -60,6 +60,26 @@ def read_recipe(name: str | Path) -> Recipe:
         raise LlamaJaxError(str(error)) from None
 
 
+def assigned(rules: Sequence[Rule], config: Config) -> dict[tuple[str, int | None], Rule]:
+    """The rule of each weight of each layer.
+
+    Raises:
+        LlamaJaxError: if rules and weights do not cover each other, or a norm would be quantized.
+    """
+    leaves = named_leaves(abstract_model(config))
+    try:
+        chosen = assign(rules, {name: config.num_layers if name.startswith(STACKED) else None for name in leaves})
+    except ValueError as error:
+        raise LlamaJaxError(str(error)) from None
+    for (name, layer), rule in chosen.items():
+        if leaves[name].ndim - (layer is not None) == 1 and not rule.keep:
+            raise LlamaJaxError(
+                f"{Place(name, layer)}: the rule for {rule.weights!r} would quantize a norm, which is no matrix: begin "
+                "the recipe with a rule that keeps norms (weights = '*norm*', keep = true)"
+            )
+    return chosen
+
+
 def quantize(
     model: Llama | Opened,
     recipe: str | Path | Recipe | tuple[Rule, ...],
@@ -85,18 +105,14 @@ def quantize(
 
     Raises:
         LlamaJaxError: if the model is quantized already, a rule does not fit its weight, rules and weights do not cover
-            each other, or the recipe needs a calibration text and none is given.
+            each other, a norm would be quantized, or the recipe needs a calibration text and none is given.
     """
     recipe = _checked_recipe(recipe, calibration)
     config = model.config
     if is_quantized(model if isinstance(model, Llama) else model.abstract):
         raise LlamaJaxError("the model is quantized already: quantize the weights that it was made from")
     read = _reader(model)
-    names = named_leaves(abstract_model(config))
-    try:
-        rules = assign(recipe.rules, {name: config.num_layers if name.startswith(STACKED) else None for name in names})
-    except ValueError as error:
-        raise LlamaJaxError(str(error)) from None
+    rules = assigned(recipe.rules, config)
     _check_shared_inputs(rules, config)
     if calibration is None or not recipe.needs_calibration:
         stacks = LayerStacks(rules, config)

@@ -93,6 +93,13 @@ def test_recipes_without_random_weights(weights: str, message: str) -> None:
         random_model(CONFIG, weights)
 
 
+def test_a_recipe_that_quantizes_norms_is_named(tmp_path) -> None:
+    recipe = tmp_path / "all.toml"
+    recipe.write_text("[[rules]]\nweights = '*'\nscheme = 'int4'\n")
+    with pytest.raises(llamajax.LlamaJaxError, match=r"attention_norm.weight_D of layer 0: .* rule that keeps norms"):
+        random_model(CONFIG, recipe)
+
+
 def test_a_decode_step_reads_and_computes_what_it_must() -> None:
     model = random_model(CONFIG, "bfloat16")
     measured = measure_decode(model, 40, batch=3, cache_dtype="float32", steps=2, repeats=1)

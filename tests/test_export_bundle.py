@@ -16,6 +16,7 @@ import safetensors.numpy
 
 import export.bundle
 import export.cli.export
+import export.targets
 import llamajax
 from export.bundle import Bundle, open_bundle, seal, write
 from export.stablehlo import Spec
@@ -24,6 +25,7 @@ from export.verify import verify
 from export.vocabulary import TEXTS
 from llamajax.cli import main
 from llamajax.errors import LlamaJaxError
+from llamajax.files import locked
 from tests.isolated import run_isolated
 
 # Written by the first release that wrote bundles.
@@ -326,6 +328,40 @@ def test_a_target_that_fails_changes_nothing(copy: Path) -> None:
         add_target(open_bundle(copy), "iree-cpu", "no/such/python")
     assert (copy / "manifest.json").read_bytes() == before
     assert open_bundle(copy)
+
+
+def test_a_target_that_was_killed_before_the_manifest_named_it(copy: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """`open_bundle` refuses what it leaves; the next export removes that, and only that, and adds its target."""
+
+    def toolchain(python: str, command: list[str], target: str) -> dict:
+        Path(command[2], "model.bin").write_bytes(b"made")
+        return {"target": target, "files": ["model.bin"], "compiler": "none", "options": [], "profile": "scanned"}
+
+    def killed(folder: Path, manifest: dict) -> None:
+        shutil.copytree(folder, tmp_path / "left")  # what lies on the disk at that moment
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export.targets, "_run", toolchain)
+    monkeypatch.setattr(export.cli.export, "check_toolchain", lambda target, python: None)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(export.targets, "seal", killed)
+        add_target(open_bundle(copy), "cuda:one")
+    assert open_bundle(copy)  # a process that lives takes back what it did
+    left = tmp_path / "left"
+    assert (left / "targets" / "cuda-one" / "model.bin").exists()
+    with pytest.raises(LlamaJaxError, match=r"targets/cuda-one.*: expected regular files that the manifest names"):
+        open_bundle(left)
+    with locked(left):
+        assert main(["export", f"--bundle={left}", "--target=cuda:two"]) == 1
+    assert "another process is writing to it" in capsys.readouterr().err
+    assert main(["export", f"--bundle={left}", "--target=cuda:two"]) == 0
+    assert f"{left}: targets/cuda-one removed" in capsys.readouterr().err
+    assert [path.name for path in (left / "targets").iterdir()] == ["cuda-two"]
+    assert list(open_bundle(left).manifest["targets"]) == ["cuda:two"]
+    (left / "programs" / "surplus").mkdir()
+    (left / "targets" / "file").touch()
+    assert main(["export", f"--bundle={left}", "--target=cuda:one"]) == 1
+    assert (left / "programs" / "surplus").exists() and (left / "targets" / "file").exists()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra tpu)")

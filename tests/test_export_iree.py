@@ -92,7 +92,7 @@ def test_weights_stay_packed(bundle: Bundle) -> None:
     assert config.device.allocator.statistics["device_bytes_peak"] < 1.2 * packed + 4096
 
 
-def test_native_tool_gives_the_same_tokens(bundle: Bundle, tiny_int4) -> None:
+def test_native_tool_gives_the_same_tokens(bundle: Bundle, tiny_int4, tmp_path: Path) -> None:
     script = Path(export.targets.__file__).parents[1] / "runners" / "iree-run-module.sh"
     if shutil.which("iree-run-module") is None:
         pytest.skip("no iree-run-module on PATH: it is in iree-base-runtime")
@@ -108,6 +108,18 @@ def test_native_tool_gives_the_same_tokens(bundle: Bundle, tiny_int4) -> None:
     ):
         done = subprocess.run(["sh", script, bundle.path, *arguments], capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (1, "") and message in done.stderr, done
+    shutil.copytree(bundle.path, tmp_path / "copy")
+    features = bundle.manifest["targets"]["iree-cpu"]["processor"]["features"]
+    for changes, message in (
+        ({"features": [*features, "avx1024"]}, "compiled for a processor with avx1024, which this one"),
+        ({"machine": "pdp11"}, "compiled for a processor with pdp11, which this one"),
+    ):
+        manifest = json.loads(json.dumps(bundle.manifest))
+        manifest["targets"]["iree-cpu"]["processor"].update(changes)
+        seal(tmp_path / "copy", manifest)
+        done = subprocess.run(["sh", script, tmp_path / "copy", "1", "1"], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (1, "") and message in done.stderr, done
+        assert done.stderr.count("\n") == 1
 
 
 def test_loops_are_refused(tiny_int4, tmp_path: Path) -> None:

@@ -128,6 +128,15 @@ def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_inside_a_folder_that_is_not_finished_names_that_folder(tmp_path: Path) -> None:
+    """Not `.folder.partial-…`, which nobody has chosen, and which is gone."""
+    message = rf"^{tmp_path / 'folder'}: cannot be written \({os.strerror(28)}\)"
+    with pytest.raises(LlamaJaxError, match=message), new_folder(tmp_path / "folder") as partial:
+        with new_file(partial / "part"):
+            raise OSError(28, os.strerror(28))
+    assert not os.listdir(tmp_path)
+
+
 def test_a_process_that_ends_removes_what_it_was_writing(tmp_path: Path) -> None:
     with new_folder(tmp_path / "target") as partial:
         (partial / "part").write_bytes(b"data")

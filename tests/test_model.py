@@ -356,6 +356,20 @@ def test_rms_norm_is_computed_in_float32():
     assert np.mean(actual == expected) > 0.999
 
 
+@pytest.mark.parametrize(("magnitude", "finite"), [(1e18, True), (1e30, False)])
+def test_rms_norm_of_squares_beyond_float32_is_nan(magnitude, finite):
+    """Not 0, which would give finite logits that mean nothing."""
+    x = np.random.default_rng(0).standard_normal((1, 2, 64)).astype(np.float32)
+    x[0, 0] *= np.float32(magnitude)
+    norm = RMSNorm(64, 1e-5, jnp.float32)
+    for actual in (norm(jnp.asarray(x)), jax.jit(lambda norm, x: norm(x))(norm, x)):
+        np.testing.assert_allclose(actual[0, 1], reference.rms_norm(x[0, 1], np.ones(64), 1e-5), rtol=1e-5)
+        if finite:
+            np.testing.assert_allclose(actual[0, 0], reference.rms_norm(x[0, 0], np.ones(64), 1e-5), rtol=1e-5)
+        else:
+            assert np.isnan(actual[0, 0]).all()
+
+
 def test_rope_is_computed_in_float32():
     """Positions 4096 and 4097 are one and the same in bfloat16. float32 angles are off by up to 4097 * 2**-24."""
     frequency = reference.frequencies(dataclasses.replace(BASE, head_size=16))

@@ -101,3 +101,14 @@ def test_libraries_that_do_not_fit_into_memory() -> None:
     done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "out of memory while the libraries are loaded (libfoo.so: failed to map segment" in done.stderr
+
+
+def test_a_limit_that_libraries_do_not_survive_is_said() -> None:
+    """They end the process themselves, in C++: the line before tells why."""
+    resource = pytest.importorskip("resource")
+    for limit, said in ((1500 << 20, True), (resource.getrlimit(resource.RLIMIT_AS)[1], False)):
+        program = f"{_BEGIN}\nimport resource; hard = resource.getrlimit(resource.RLIMIT_AS)[1]\n"
+        program += f"resource.setrlimit(resource.RLIMIT_AS, ({limit}, hard)); print(process.few_addresses())"
+        done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert ("ulimit -v is 1536000 KiB: " in done.stdout) == said

@@ -274,6 +274,23 @@ def test_rules_and_weights_must_cover_each_other(rules, message: str) -> None:
         assign(rules, WEIGHTS)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [
+        ((Rule(weights="*", scheme="int4"),), r"layers.attention_norm.weight_D of layer 0"),
+        ((Rule(weights="layers.*norm*", keep=True), Rule(weights="*", scheme="int8")), r"norm.weight_D"),
+        (Recipe((Rule(weights="*", scheme="int4", method="gptq"),)), r"layers.attention_norm.weight_D of layer 0"),
+        (Recipe((Rule(weights="*", scheme="int4"),), target_bpw=4.5), r"layers.attention_norm.weight_D of layer 0"),
+    ],
+)
+def test_a_recipe_that_quantizes_norms_is_named(recipe, name: str) -> None:
+    """Before any work is done."""
+    with pytest.raises(
+        LlamaJaxError, match=rf"^{name}: the rule for '\*' would quantize a norm.* rule that keeps norms"
+    ):
+        quantize(random_model(CONFIG), recipe, calibration=np.arange(64) % CONFIG.vocab_size)
+
+
 def test_the_first_matching_rule_decides() -> None:
     schemes = {key: rule.scheme for key, rule in assign(MIXED, WEIGHTS).items()}
     assert len(schemes) == 9 * 3 + 3

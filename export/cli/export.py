@@ -9,7 +9,7 @@ from rich.table import Table
 
 from export.bundle import Bundle, open_bundle, write
 from export.stablehlo import OPTIONAL_PROGRAMS, PROFILES, Spec
-from export.targets import add_target, check_toolchain, kind_of, profile_for
+from export.targets import add_target, check_toolchain, clear_unnamed, kind_of, profile_for
 from llamajax.cli.model_flags import (
     chosen_activations,
     chosen_dtype,
@@ -23,7 +23,7 @@ from llamajax.cli.model_flags import (
 from llamajax.cli.sizes import readable_bytes, stored_bytes
 from llamajax.cli.terminal import note, show, spinner
 from llamajax.errors import LlamaJaxError
-from llamajax.files import check_absent, new_folder
+from llamajax.files import check_absent, locked, new_folder
 
 SUMMARY = "write a bundle that other runtimes execute: programs, weights, golden prompts"
 EXAMPLES = (
@@ -111,22 +111,30 @@ def run(values: flags.FlagValues) -> None:
     if not values.bundle and not (values.model and values.output):
         raise LlamaJaxError("--model and --output are both needed, or --bundle: see llamajax export --help")
     if values.bundle:
-        bundle = open_bundle(values.bundle)
-        profile_for(values.target, bundle.manifest["profile"])
-    else:
-        check_absent(Path(values.output))
-        profile = profile_for(values.target, values.profile)
-    for target, python in targets.items():
-        check_toolchain(target, python)
-    if values.bundle:
-        bundle = _build(bundle, targets)
+        with locked(Path(values.bundle)):
+            bundle = _add(values, targets)
     else:
         output = Path(values.output)
+        check_absent(output)
+        profile = profile_for(values.target, values.profile)
+        for target, python in targets.items():
+            check_toolchain(target, python)
         with new_folder(output) as folder:
             folder.rmdir()  # `write` makes it
             bundle = _build(_write(values, folder, profile), targets)
         bundle = dataclasses.replace(bundle, path=output)
     _print(bundle)
+
+
+def _add(values: flags.FlagValues, targets: dict[str, str]) -> Bundle:
+    """Adds targets to a bundle, of which nobody else may change anything meanwhile."""
+    for name in clear_unnamed(Path(values.bundle)):
+        note(f"{values.bundle}: {name} removed: of a run that was stopped before the manifest named it")
+    bundle = open_bundle(values.bundle)
+    profile_for(values.target, bundle.manifest["profile"])
+    for target, python in targets.items():
+        check_toolchain(target, python)
+    return _build(bundle, targets)
 
 
 def _build(bundle: Bundle, targets: dict[str, str]) -> Bundle:

@@ -44,6 +44,17 @@ length=$# padded=$*
 for id; do
   [ "$id" -ge 0 ] && [ "$id" -lt "$vocabulary" ] || fail "id $id: expected 0 to $((vocabulary - 1))"
 done
+# What the module needs of the processor: without it, it would end with no word. Other systems do not list features.
+needs=$(echo "$manifest" | sed -n "s/.*\"${TARGET:-iree-cpu}\":{[^{}]*\"processor\":{\"machine\":\"\([^\"]*\)\"[^{}]*\
+\"features\":\[\([^]]*\)\].*/\1,\2/p" | tr -d '"')
+here=$(uname -m | sed 's/^arm64$/aarch64/;s/^AMD64$/x86_64/')
+has=$(sed -n '/^\(flags\|Features\)[[:space:]]*:/{s/.*://p;q;}' /proc/cpuinfo 2>/dev/null || true)
+for need in $(echo "$needs" | tr , ' '); do
+  case " $here ${has:-$need} " in
+    *" $need "*) ;;
+    *) fail "compiled for a processor with $need, which this one ($here) is not: export it for another target, or here" ;;
+  esac
+done
 for _ in $(seq $((bucket - length))); do padded="$padded 0"; done
 
 id=$(step "prefill_$bucket" --input="1x${bucket}xi32=$padded" --input="1xi32=$length" --input=1xi32=0 \

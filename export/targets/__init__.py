@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from export.bundle import Bundle, open_bundle, seal
+from export.bundle import Bundle, open_bundle, read_manifest, seal
 from export.stablehlo import PROFILES
 from export.targets.to_iree import TARGETS as IREE_TARGETS
 from llamajax.errors import LlamaJaxError
@@ -139,8 +139,31 @@ def add_target(bundle: Bundle, target: str, python: str = sys.executable) -> Bun
         entry = _run(python, [script, str(bundle.path), str(partial), target], target)
         entry["files"] = [f"{place}/{name}" for name in entry["files"]]
         bundle.file("targets").mkdir(exist_ok=True)
-    seal(bundle.path, {**bundle.manifest, "targets": {**bundle.manifest["targets"], target: entry}})
+    try:
+        seal(bundle.path, {**bundle.manifest, "targets": {**bundle.manifest["targets"], target: entry}})
+    except BaseException:
+        shutil.rmtree(bundle.file(place), ignore_errors=True)
+        raise
     return open_bundle(bundle.path)
+
+
+def clear_unnamed(path: Path) -> list[str]:
+    """Removes folders under `targets/` that the manifest does not name; returns what they were.
+
+    `add_target` leaves one if it is killed before the manifest names it, and `open_bundle` refuses what is surplus.
+
+    Raises:
+        LlamaJaxError: if the manifest is not whole; then nothing is removed.
+    """
+    manifest, targets = read_manifest(path), path / "targets"
+    named = {name.split("/")[1] for name in manifest["files"] if name.startswith("targets/")}
+    if targets.is_symlink() or not targets.is_dir():
+        return []
+    with os.scandir(targets) as entries:
+        unnamed = [entry for entry in entries if entry.is_dir(follow_symlinks=False) and entry.name not in named]
+    for entry in unnamed:
+        shutil.rmtree(entry.path)
+    return [f"targets/{entry.name}" for entry in unnamed]
 
 
 def _run(python: str, command: list[str], target: str) -> dict[str, Any]:

@@ -99,6 +99,8 @@ def _run(argv: list[str]) -> int:
             raise flags.Error(f"unexpected argument {surplus[0]!r}: write --flag=value")
     except flags.Error as error:
         return _fail(f"{error} (see llamajax {name} --help)", 2)
+    if scarce := process.few_addresses():
+        terminal.note(f"llamajax: {scarce}")
     keep_compiled_programs()
     with process.interruptible():
         command.run(values)
