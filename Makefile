@@ -5,8 +5,8 @@ SHELL := bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
-# On all cores; the tests of a file stay together.
-PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --durations=10
+# On all cores; the tests of a file stay together. In the order of names the last files are quick: no core waits long.
+PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder --durations=10
 
 .PHONY: demo test test-all test-extras lint clean
 

@@ -104,6 +104,7 @@ def test_a_head_of_its_own_is_calibrated_too(skewed: Llama) -> None:
     assert error(skewed, ours) < 0.9 * error(skewed, theirs)
 
 
+@pytest.mark.exhaustive
 def test_bits_are_spent_where_they_help(skewed: Llama) -> None:
     rules = (KEEP_NORMS, Rule(weights="*", scheme="int4", group_size=32, clip="mse", scale_dtype="float16"))
     made = quantize(skewed, Recipe(rules, 4.6), calibration=TOKENS, window=32)
