@@ -58,30 +58,15 @@ def write_model(folder: Path, width: int) -> int:
     return sum(array.nbytes for shard in shards for array in shard.values())
 
 
-def peak_of_quantizing(source: Path, target: Path) -> int:
-    """Peak resident bytes of `llamajax quantize` in a process of its own, as the kernel counts them."""
+def peak_of(command: str, source: Path, target: Path, option: str) -> int:
+    """Peak resident bytes of a command of `llamajax` in a process of its own, as the kernel counts them."""
     script = (
         "import sys; from llamajax.cli import main\n"
-        f"code = main(['quantize', '--model={source}', '--recipe=int4-g32', '--output={target}'])\n"
+        f"code = main(['{command}', '--model={source}', '{option}', '--output={target}'])\n"
         "print([line for line in open('/proc/self/status') if line.startswith('VmHWM')][0].split()[1]); sys.exit(code)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout) * 1024
-
-
-def peak_of_conversion(source: Path, target: Path, form: str) -> int:
-    """Peak resident bytes of `llamajax convert` in a process of its own, as the kernel counts them."""
-    script = (
-        "import sys; from llamajax.cli import main\n"
-        f"code = main(['convert', '--model={source}', '--output={target}', '--to={form}'])\n"
-        "print([line for line in open('/proc/self/status') if line.startswith('VmHWM')][0].split()[1]); sys.exit(code)"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return int(done.stdout) * 1024
 
@@ -93,8 +78,8 @@ def test_conversion_holds_the_weights_once(form: str, tmp_path: Path) -> None:
     small = write_model(tmp_path / "small", 64)
     large = write_model(tmp_path / "large", 896)
     assert large > 380 * MIB
-    base = peak_of_conversion(tmp_path / "small", tmp_path / "small-out", form) - small
-    extra = peak_of_conversion(tmp_path / "large", tmp_path / "large-out", form) - base - large
+    base = peak_of("convert", tmp_path / "small", tmp_path / "small-out", f"--to={form}") - small
+    extra = peak_of("convert", tmp_path / "large", tmp_path / "large-out", f"--to={form}") - base - large
     # A tensor of one layer has 6 MiB, one of all layers 98 MiB; a second copy of the weights would have 394.
     most = {"llamajax": 290, "huggingface": 40}[form]
     assert extra < most * MIB, f"{extra / MIB:.0f} MiB beyond the weights"
@@ -122,8 +107,8 @@ def test_quantizing_holds_the_result_and_weights_in_work(tmp_path: Path) -> None
     """Beside the result: what the process of a small model takes (JAX, what it compiles), and three weights in work."""
     write_model(tmp_path / "small", 64)
     write_model(tmp_path / "large", 896)
-    base = peak_of_quantizing(tmp_path / "small", tmp_path / "small-out")
-    peak = peak_of_quantizing(tmp_path / "large", tmp_path / "large-out")
+    base = peak_of("quantize", tmp_path / "small", tmp_path / "small-out", "--recipe=int4-g32")
+    peak = peak_of("quantize", tmp_path / "large", tmp_path / "large-out", "--recipe=int4-g32")
     result = sum(file.stat().st_size for file in (tmp_path / "large-out").rglob("*") if file.is_file())
     extra = peak - base - result
     # A weight of a layer has 6 MiB, the model 394; with parts four times as large it was 78 MiB.
