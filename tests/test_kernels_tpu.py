@@ -27,7 +27,8 @@ def make(scheme: str, shape: tuple[int, ...], group_size: int, axis: int, scale_
 def decode(weight: quant.QTensor) -> np.ndarray:
     """float64 [..., K, M], from the bytes, by FORMAT.md."""
     planes = [weight.planes[0], weight.scale] + ([] if weight.zero is None else [weight.zero])
-    packed, scale, *zero = (np.asarray(p) if weight.axis == -2 else np.swapaxes(p, -1, -2) for p in planes)
+    planes = [np.asarray(p) for p in planes]
+    packed, scale, *zero = (p if weight.axis == -2 else p.swapaxes(-1, -2) for p in planes)
     bits, groups = weight.scheme.bits, scale.shape[-2]
     parts = packed.astype(int).reshape(*packed.shape[:-2], groups, -1, packed.shape[-1])
     codes = np.concatenate([parts >> slot * bits & 2**bits - 1 for slot in range(8 // bits)], axis=-2)
