@@ -20,6 +20,8 @@ from llamajax.evaluate import encode_documents
 from llamajax.train import heldout_stories
 from quant import QTensor
 from tests import reference
+from tests.programs import QUICK
+from tests.programs import step as _step
 from tests.reference import random_model, weights_of
 
 CONFIG = Config(
@@ -36,9 +38,6 @@ QUANTIZED = {"int8": 255, "int4": 15}  # the largest code of each
 # |x| that float32 rounding of x / scale + zero may add to half a step, in steps.
 ROUNDING = 1e-4
 
-# Programs for one call each, where LLVM's optimizations would take most of the time.
-QUICK = {"xla_backend_optimization_level": 0}
-_step = jax.jit(lambda model, tokens_BT, cache, count_B=None: model(tokens_BT, cache, count_B), compiler_options=QUICK)
 _write = jax.jit(
     lambda cache, layer, key, value, count: cache.write(layer, key, value).advance(count), compiler_options=QUICK
 )

@@ -13,6 +13,8 @@ from llamajax.checkpoint.naming import halves_from_pairs
 from llamajax.evaluate import next_token_losses
 from llamajax.model import RMSNorm, apply_rope, attend, attend_causal, rope_frequencies
 from tests import reference
+from tests.programs import QUICK
+from tests.programs import forward as _forward
 from tests.reference import random_model, weights_of
 
 LINEAR = RopeScaling(kind="linear", factor=4.0)
@@ -29,9 +31,6 @@ BASE = Config(
     context_length=512,
 )
 
-# Where dozens of configs are compiled for one call each, LLVM's optimizations would take most of the time.
-QUICK = {"xla_backend_optimization_level": 0}
-_forward = jax.jit(lambda model, tokens_BT: model(tokens_BT)[0], compiler_options=QUICK)
 _step = jax.jit(lambda model, tokens_BT, cache, count_B: model(tokens_BT, cache, count_B))
 
 
