@@ -60,7 +60,7 @@ _PARTS = ("scale", "zero", "offset", "order", "outlier", "outlier_index")
 
 def recognise(path: Path) -> bool:
     """Whether a folder holds a manifest of ours, of whatever version."""
-    if not (path / "manifest.json").is_file():
+    if not (path / "manifest.json").exists():
         return False
     with open_regular(path / "manifest.json") as file:
         return b'"format"' in file.read(4096)

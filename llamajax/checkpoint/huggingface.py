@@ -49,7 +49,7 @@ _THEIR_DTYPES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 
 def recognise(path: Path) -> bool:
     """Whether a folder holds a config.json that names a model type."""
-    return (path / "config.json").is_file() and "model_type" in _read_json(path / "config.json")
+    return (path / "config.json").exists() and "model_type" in _read_json(path / "config.json")
 
 
 def open_source(path: Path, ignore_keys: Collection[str] = ()) -> Source:
