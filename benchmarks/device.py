@@ -48,12 +48,12 @@ import numpy as np
 
 import llamajax
 import quant
-from llamajax.bench import measure_decode, measure_prefill, memory_bandwidth, random_model
 from llamajax.config import config_from_hf
+from llamajax.evaluation.speed import measure_decode, measure_prefill, memory_bandwidth, random_model
 from llamajax.files import new_file, read_json
-from llamajax.generate import DECODE_BLOCK, SLOT_MULTIPLE
+from llamajax.generation.stream import DECODE_BLOCK, SLOT_MULTIPLE
 from llamajax.model import abstract_model
-from llamajax.quantize import quantize
+from llamajax.quantization.quantize import quantize
 from quant.kernels import gpu, tpu
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -489,7 +489,7 @@ def check_memory(config: llamajax.Config, kind: str, batch: int) -> None:
 
 
 def speed(models: Models, shape: str, config: llamajax.Config, kind: str, phase: str, batch: int) -> dict[str, Any]:
-    """One figure of `llamajax.bench`."""
+    """One figure of `llamajax.evaluation.speed`."""
     check_memory(config, kind, batch)
     model = models.get(config, kind)
     if phase == "decode":

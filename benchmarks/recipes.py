@@ -20,9 +20,9 @@ import numpy as np
 from absl import app, flags
 
 import llamajax
-from llamajax.evaluate import compare, encode_documents
-from llamajax.quantize import quantize, recipe_names
-from llamajax.stories import corpus
+from llamajax.box.stories import corpus
+from llamajax.evaluation.evaluate import compare, encode_documents
+from llamajax.quantization.quantize import quantize, recipe_names
 from llamajax.train import heldout_stories
 
 _RECIPES = flags.DEFINE_list("recipes", None, "names of recipes; all unless given")

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from absl import app, flags
 
 import llamajax
-from llamajax.bench import measure_decode, memory_bandwidth, random_model
 from llamajax.checkpoint.naming import named_leaves
+from llamajax.evaluation.speed import measure_decode, memory_bandwidth, random_model
 from llamajax.model import abstract_model
 
 flags.DEFINE_string("shape", "tinyllama-1.1b", "preset of the shape")

@@ -130,7 +130,7 @@ def write_gguf(path: Path, shape: str) -> None:
 def write_checkpoint(path: Path, shape: str) -> None:
     """Random weights of ours."""
     import llamajax
-    from llamajax.bench import random_model
+    from llamajax.evaluation.speed import random_model
 
     llamajax.save_checkpoint(random_model(llamajax.preset(shape), RECIPE), path)
 
@@ -250,7 +250,7 @@ def their_start() -> Iterator[None]:
 def our_answers() -> Callable[[dict[str, Any]], float]:
     """What our process does for a request: tokens per second."""
     import llamajax
-    from llamajax.bench import measure_decode, measure_prefill, random_model
+    from llamajax.evaluation.speed import measure_decode, measure_prefill, random_model
 
     model = llamajax.with_activations(random_model(llamajax.preset(flags.FLAGS.shape), RECIPE), flags.FLAGS.activations)
     model = llamajax.prepare(model, donate=True)
@@ -271,7 +271,7 @@ def our_start() -> Iterator[None]:
     import jax
 
     import llamajax
-    from llamajax.generate import TextStream
+    from llamajax.generation.stream import TextStream
 
     opened = llamajax.open_checkpoint(Path(flags.FLAGS.folder, "llamajax"))
     wanted = {"backend": jax.default_backend(), "activations": flags.FLAGS.activations}
@@ -346,7 +346,7 @@ def started(program: str) -> tuple[float, float]:
 
 def measure(rounds: int) -> tuple[list[Figure], float]:
     """All figures, and the memory bandwidth in bytes per second."""
-    from llamajax.bench import memory_bandwidth
+    from llamajax.evaluation.speed import memory_bandwidth
 
     figures, steps = [], flags.FLAGS.steps
     for rows, context in (map(int, work.split("x")) for work in flags.FLAGS.decode):

@@ -32,17 +32,17 @@ import numpy as np
 from absl import app, flags
 
 import llamajax
-from llamajax import calibrate
+from llamajax.box.stories import corpus
 from llamajax.checkpoint.huggingface import expected_tensors
 from llamajax.checkpoint.naming import named_leaves
 from llamajax.cli.terminal import progress
-from llamajax.evaluate import Comparison, compare, encode_documents
+from llamajax.evaluation.evaluate import Comparison, compare, encode_documents
+from llamajax.evaluation.plots import Point, quality_curve
+from llamajax.evaluation.windows import document_windows
 from llamajax.model import abstract_model
-from llamajax.plots import Point, quality_curve
-from llamajax.quantize import quantize, read_recipe, recipe_names
-from llamajax.stories import corpus
+from llamajax.quantization import calibrate
+from llamajax.quantization.quantize import quantize, read_recipe, recipe_names
 from llamajax.train import heldout_stories
-from llamajax.windows import document_windows
 
 try:
     import gguf
@@ -196,7 +196,7 @@ def all_logits(model: llama_cpp.Llama, tokens: np.ndarray) -> list[np.ndarray]:
 
 
 def compare_gguf(path: Path, reference: list[np.ndarray], tokens: np.ndarray) -> Comparison:
-    """`llamajax.evaluate.compare`, by llama.cpp."""
+    """`llamajax.evaluation.evaluate.compare`, by llama.cpp."""
     model = open_gguf(path)
     windows = document_windows(tokens, WINDOW).rows
     sums = np.zeros(len(Comparison._fields))

@@ -53,7 +53,7 @@ from export.vocabulary import vocabulary_of
 from llamajax.checkpoint.naming import named_weights
 from llamajax.errors import LlamaJaxError
 from llamajax.files import new_file, new_folder, open_regular, parse_json, read_bytes, shortened
-from llamajax.generate import generate
+from llamajax.generation.stream import generate
 from llamajax.model import Llama
 from llamajax.prepare import prepare
 from llamajax.tokenizer import Tokenizer

@@ -26,12 +26,12 @@ import numpy as np
 from jaxlib.mlir import ir, passmanager
 from jaxlib.mlir.dialects import stablehlo
 
-from llamajax.cache import KVCache
+from llamajax.caches.dense import KVCache
 from llamajax.checkpoint.naming import STACKED, leaf_name, model_from, named_leaves, named_weights
 from llamajax.errors import LlamaJaxError
+from llamajax.generation.sampling import Sampler, sample
 from llamajax.model import Llama
 from llamajax.prepare import prepare
-from llamajax.sampling import Sampler, sample
 from quant import LayerRuns, QTensor, dequantize, dequantize_runs
 from quant.kernels import Layout
 

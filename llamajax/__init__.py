@@ -19,17 +19,17 @@ if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0]) in ("llamajax", "llam
 
     process.begin()
 
-from llamajax.cache import KVCache
+from llamajax.caches.dense import KVCache
 from llamajax.checkpoint import load, open_checkpoint, save_checkpoint
-from llamajax.compilation import clear_programs, fresh_programs
 from llamajax.config import Config, RopeScaling, preset, preset_names
 from llamajax.errors import LlamaJaxError
-from llamajax.evaluate import cross_entropy, next_token_losses
+from llamajax.evaluation.evaluate import cross_entropy, next_token_losses
 from llamajax.export_types import register_export_types
-from llamajax.generate import Completion, decode, generate, prefill, stream
+from llamajax.generation.compilation import clear_programs, fresh_programs
+from llamajax.generation.sampling import Sampler, make_sampler, sample
+from llamajax.generation.stream import Completion, decode, generate, prefill, stream
 from llamajax.model import Llama, abstract_model
 from llamajax.prepare import prepare, with_activations
-from llamajax.sampling import Sampler, make_sampler, sample
 from llamajax.tokenizer import Tokenizer
 
 register_export_types()

@@ -16,13 +16,13 @@ from flax import nnx
 from flax.nnx.graphlib import HashableMapping
 from flax.nnx.pytreelib import PytreeState
 
-from llamajax.cache import KVCache
+from llamajax.caches.dense import KVCache
+from llamajax.caches.tiled import TiledKVCache
 from llamajax.config import Config, RopeScaling
-from llamajax.generate import DecodeState
+from llamajax.generation.sampling import Sampler
+from llamajax.generation.speculate import LookupState
+from llamajax.generation.stream import DecodeState
 from llamajax.model import Attention, Block, FeedForward, Llama, RMSNorm
-from llamajax.sampling import Sampler
-from llamajax.speculate import LookupState
-from llamajax.tiled_cache import TiledKVCache
 from quant import LayerRuns, QTensor, Scheme
 from quant.kernels.cpu import TiledWeight
 

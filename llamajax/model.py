@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llamajax.cache import MASKED, KVCache
+from llamajax.caches.dense import MASKED, KVCache
+from llamajax.caches.tiled import MAX_QUERIES, TiledKVCache
 from llamajax.config import Config
 from llamajax.meshes import on_auto_axes
-from llamajax.tiled_cache import MAX_QUERIES, TiledKVCache
 from quant import einsum, scan_layers, take_rows
 
 # Slots whose scores are held at a time, and queries from which on that is worth a loop: for fewer the scores are small.

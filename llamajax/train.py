@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from llamajax.box.stories import corpus
 from llamajax.checkpoint.naming import leaf_name, named_leaves
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
-from llamajax.evaluate import cross_entropy, next_token_losses, read_documents
+from llamajax.evaluation.evaluate import cross_entropy, next_token_losses, read_documents
 from llamajax.files import new_file, read_text, shortened
 from llamajax.model import Llama
-from llamajax.resume import PartsOnDisk
-from llamajax.stories import corpus
+from llamajax.quantization.resume import PartsOnDisk
 from llamajax.tokenizer import Tokenizer, train_tokenizer
 
 

@@ -30,7 +30,7 @@ import numpy as np
 import pytest
 
 import llamajax
-from llamajax.quantize import Rule, quantize
+from llamajax.quantization.quantize import Rule, quantize
 from llamajax.tokenizer import train_tokenizer
 
 _TEXTS = [

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import llamajax
-from llamajax.bench import (
+from llamajax.checkpoint.naming import named_weights
+from llamajax.evaluation.speed import (
     FLOATS,
     Measurement,
     _weight_bytes,
@@ -17,9 +18,8 @@ from llamajax.bench import (
     random_model,
     resident_bytes,
 )
-from llamajax.checkpoint.naming import named_weights
-from llamajax.generate import compiled_decode
-from llamajax.quantize import quantize
+from llamajax.generation.stream import compiled_decode
+from llamajax.quantization.quantize import quantize
 from quant import LayerRuns, QTensor, dequantize
 from quant.kernels.cpu import TiledWeight
 

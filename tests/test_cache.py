@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 import llamajax
 from llamajax import Config, KVCache, LlamaJaxError, generate, preset, stream
-from llamajax.cache import CACHE_DTYPES
+from llamajax.caches.dense import CACHE_DTYPES
 from llamajax.cli import main
-from llamajax.evaluate import encode_documents
+from llamajax.evaluation.evaluate import encode_documents
 from llamajax.train import heldout_stories
 from quant import QTensor
 from tests import reference

@@ -6,8 +6,17 @@ import numpy as np
 import pytest
 
 from llamajax import Config, LlamaJaxError
-from llamajax.calibrate import INPUTS, advance, block_of, calibration_windows, fold, forward, observe, observe_array
 from llamajax.checkpoint.naming import named_leaves
+from llamajax.quantization.calibrate import (
+    INPUTS,
+    advance,
+    block_of,
+    calibration_windows,
+    fold,
+    forward,
+    observe,
+    observe_array,
+)
 from tests.reference import forward as reference_forward
 from tests.reference import random_model, weights_of
 

@@ -25,7 +25,7 @@ from llamajax import LlamaJaxError, Tokenizer, open_checkpoint, save_checkpoint
 from llamajax.checkpoint import home, huggingface
 from llamajax.checkpoint.naming import Place, named_leaves
 from llamajax.cli import main
-from llamajax.quantize import Rule, quantize
+from llamajax.quantization.quantize import Rule, quantize
 from quant.kernels.cpu import TiledWeight
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 import llamajax
 from llamajax import LlamaJaxError, Tokenizer, open_checkpoint, save_checkpoint
 from llamajax.cli import main
-from llamajax.evaluate import read_text
+from llamajax.evaluation.evaluate import read_text
 
 ROOT = Path(__file__).parents[1]
 

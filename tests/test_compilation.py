@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from llamajax import clear_programs, fresh_programs
-from llamajax.compilation import CompiledFunction, drop_oldest
+from llamajax.generation.compilation import CompiledFunction, drop_oldest
 
 _traces = 0
 
@@ -31,7 +31,7 @@ def step(state: dict[str, jax.Array], weight: jax.Array) -> tuple[dict[str, jax.
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where programs are kept, for this test alone."""
     before = jax.config.values["jax_compilation_cache_dir"]
-    monkeypatch.setattr("llamajax.compilation._said", set())
+    monkeypatch.setattr("llamajax.generation.compilation._said", set())
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     yield tmp_path / "llamajax"
     jax.config.update("jax_compilation_cache_dir", before)
@@ -136,7 +136,7 @@ def test_the_oldest_programs_go(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     assert sorted(folder.iterdir()) == sorted(files)
     drop_oldest(folder, total - 1)
     assert set(files) - set(folder.iterdir()) == {files[1]}
-    monkeypatch.setattr("llamajax.compilation.drop_oldest", lambda folder: drop_oldest(folder, 0))
+    monkeypatch.setattr("llamajax.generation.compilation.drop_oldest", lambda folder: drop_oldest(folder, 0))
     _run(16)
     assert list(folder.iterdir()) == []
 
@@ -176,15 +176,18 @@ def test_a_damaged_program_is_made_again(folder: Path, damage) -> None:
 
 def test_what_a_program_is_made_from_names_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another shape, setting, source or function is another program."""
-    monkeypatch.setattr("llamajax.compilation._source_hash", lambda: "another source")
-    monkeypatch.setattr("llamajax.compilation.processor_features", lambda: "another processor")
+    monkeypatch.setattr("llamajax.generation.compilation._source_hash", lambda: "another source")
+    monkeypatch.setattr("llamajax.generation.compilation.processor_features", lambda: "another processor")
     changes = [contextlib.nullcontext(), jax.default_matmul_precision("float32"), jax.enable_x64(True)]
     for count, change in enumerate(changes, 1):
         with change:
             assert _run()[0] == 1
             assert len(list(folder.iterdir())) == count
     assert _run(size=16) == (1, pytest.approx(_expected(16), rel=1e-5))
-    for changed in ("llamajax.compilation._source_hash", "llamajax.compilation.processor_features"):
+    for changed in (
+        "llamajax.generation.compilation._source_hash",
+        "llamajax.generation.compilation.processor_features",
+    ):
         monkeypatch.setattr(changed, lambda: "")
         assert _run()[0] == 1
     monkeypatch.setattr("flax.__version__", "another")
@@ -237,7 +240,7 @@ def test_settings_are_seen_by_programs_in_memory(folder: Path) -> None:
 
 
 def test_the_programs_used_last_stay_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llamajax.compilation.MOST_PROGRAMS", 2)
+    monkeypatch.setattr("llamajax.generation.compilation.MOST_PROGRAMS", 2)
     program = CompiledFunction(lambda x: 2 * x)
     made = []
     for size in (1, 2, 1, 3, 1, 2):

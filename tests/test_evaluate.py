@@ -10,7 +10,7 @@ import pytest
 
 import llamajax
 from llamajax import Llama, LlamaJaxError, Tokenizer
-from llamajax.evaluate import (
+from llamajax.evaluation.evaluate import (
     compare,
     compare_each,
     cross_entropy,
@@ -20,7 +20,7 @@ from llamajax.evaluate import (
     standard_error,
     token_losses,
 )
-from llamajax.windows import llama_cpp_windows
+from llamajax.evaluation.windows import llama_cpp_windows
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from export.bundle import Bundle, write
 from export.stablehlo import PROFILES, Spec
 from export.targets import add_target
 from llamajax.errors import LlamaJaxError
-from llamajax.quantize import Rule, quantize
+from llamajax.quantization.quantize import Rule, quantize
 from tests.isolated import run_isolated
 
 pytestmark = [

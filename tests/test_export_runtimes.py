@@ -9,7 +9,7 @@ from export.bundle import write
 from export.stablehlo import PROFILES, Spec
 from export.targets import add_target
 from export.verify import RUNTIMES, verify
-from llamajax.quantize import quantize
+from llamajax.quantization.quantize import quantize
 
 TARGETS = {"iree-cpu": ("iree.compiler", "iree.runtime"), "onnx": ("onnx", "onnxruntime")}
 

@@ -16,8 +16,8 @@ import llamajax
 import quant
 from export.stablehlo import PROFILES, Program, Spec, check, lower, parameters
 from llamajax.errors import LlamaJaxError
-from llamajax.quantize import Rule, quantize
-from llamajax.sampling import make_sampler, sample
+from llamajax.generation.sampling import make_sampler, sample
+from llamajax.quantization.quantize import Rule, quantize
 from tests.reference import forward, random_model, softmax, weights_of
 
 CONFIG = llamajax.Config(

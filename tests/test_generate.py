@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import llamajax
 from llamajax import KVCache, Llama, LlamaJaxError, Tokenizer, generate, make_sampler, stream
-from llamajax.generate import DECODE_BLOCK, PREFILL_BUCKETS, DecodeState, Speed, decode, plan_chunks, prefill
+from llamajax.generation.stream import DECODE_BLOCK, PREFILL_BUCKETS, DecodeState, Speed, decode, plan_chunks, prefill
 
 LENGTH = 64  # of all sequences that the cacheless loops see, so that they share one program
 PROMPT = [1, 270, 300, 12, 12, 281]
@@ -284,7 +284,7 @@ def test_plan_chunks(length: int) -> None:
 def backend_compilations(monkeypatch: pytest.MonkeyPatch):
     """Programs that XLA compiled meanwhile, as JAX itself counts them; none is taken from an earlier run of tests."""
     seen: list[str] = []
-    monkeypatch.setattr("llamajax.compilation._program_file", lambda description: None)
+    monkeypatch.setattr("llamajax.generation.compilation._program_file", lambda description: None)
     jax.monitoring.register_event_duration_secs_listener(lambda name, *args, **kwargs: seen.append(name))
     return lambda: sum("backend_compile" in name for name in seen)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import llamajax
 import quant
-from llamajax.quantize import quantize
+from llamajax.quantization.quantize import quantize
 from quant import QTensor
 from quant.kernels import cpu
 from tests.fuzz import fuzz

@@ -15,7 +15,7 @@ import pytest
 import llamajax
 from llamajax import LlamaJaxError, open_checkpoint, save_checkpoint
 from llamajax.checkpoint.naming import named_leaves
-from llamajax.evaluate import cross_entropy, encode_documents
+from llamajax.evaluation.evaluate import cross_entropy, encode_documents
 
 # dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len
 SIZES = (16, 24, 2, 4, 2, 40, 32)

@@ -19,7 +19,7 @@ from llamajax.checkpoint import Opened, open_checkpoint, save_checkpoint
 from llamajax.checkpoint.huggingface import expected_tensors
 from llamajax.checkpoint.naming import Place, named_leaves, named_weights, tensor_places
 from llamajax.config import Config, config_to_hf
-from llamajax.quantize import quantize
+from llamajax.quantization.quantize import quantize
 from llamajax.words import Words
 from quant.recipe import Rule
 

@@ -10,7 +10,7 @@ import pytest
 
 from llamajax import Config, KVCache, Llama, RopeScaling, abstract_model, preset
 from llamajax.checkpoint.naming import halves_from_pairs
-from llamajax.evaluate import next_token_losses
+from llamajax.evaluation.evaluate import next_token_losses
 from llamajax.model import RMSNorm, apply_rope, attend, attend_causal, rope_frequencies
 from tests import reference
 from tests.programs import QUICK

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from llamajax import Config, Llama, LlamaJaxError
-from llamajax.noise import blocks, layer_noise, same_weights, weight_noise
-from llamajax.windows import llama_cpp_windows
+from llamajax.evaluation.noise import blocks, layer_noise, same_weights, weight_noise
+from llamajax.evaluation.windows import llama_cpp_windows
 from quant import LayerRuns, dequantize, quantize_rtn
 from tests.reference import Weights, attention, feed_forward, random_model, rms_norm, weights_of
 

@@ -11,8 +11,8 @@ import pytest
 import llamajax
 from llamajax import Config, Llama, RopeScaling, Tokenizer, make_sampler
 from llamajax.config import config_from_hf
+from llamajax.generation.sampling import filter_logits
 from llamajax.model import rope_frequencies
-from llamajax.sampling import filter_logits
 from llamajax.words import AddedToken, Words
 from tests.reference import random_model
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llamajax import LlamaJaxError
-from llamajax.plots import Point, Speed, check_picture, error_by_layer, quality_curve, speed_bars
+from llamajax.evaluation.plots import Point, Speed, check_picture, error_by_layer, quality_curve, speed_bars
 
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="no matplotlib: pip install 'llamajax[plot]'"

@@ -15,10 +15,10 @@ import pytest
 
 import llamajax
 from llamajax import Config, Llama, LlamaJaxError, next_token_losses
+from llamajax.box.stories import corpus
 from llamajax.checkpoint.naming import named_weights
-from llamajax.evaluate import compare, cross_entropy, encode_documents
-from llamajax.quantize import quantize, read_recipe, recipe_names
-from llamajax.stories import corpus
+from llamajax.evaluation.evaluate import compare, cross_entropy, encode_documents
+from llamajax.quantization.quantize import quantize, read_recipe, recipe_names
 from llamajax.train import heldout_stories
 from quant import QTensor
 from quant.recipe import KEYS, Recipe, Rule, assign, recipe_from

@@ -11,7 +11,7 @@ import pytest
 import llamajax
 from llamajax import Config, Llama, LlamaJaxError
 from llamajax.checkpoint import open_checkpoint
-from llamajax.quantize import quantize
+from llamajax.quantization.quantize import quantize
 from quant import LayerRuns, QTensor, unpack
 from quant.recipe import Recipe, Rule
 from tests.programs import forward
@@ -187,7 +187,7 @@ def test_a_search_for_bits_is_not_done_twice(skewed: Llama, tmp_path: Path, monk
             for key, rule in rules.items()
         }
 
-    monkeypatch.setattr("llamajax.quantize.choose_bits", choose)
+    monkeypatch.setattr("llamajax.quantization.quantize.choose_bits", choose)
     recipe = Recipe(layers_rule(), 5.0)
     first, second = (quantize(skewed, recipe, calibration=TOKENS, window=32, work=tmp_path) for _ in range(2))
     assert chosen == [1]

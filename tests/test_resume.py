@@ -9,7 +9,7 @@ import pytest
 
 from llamajax import Llama, LlamaJaxError
 from llamajax.cli import main
-from llamajax.resume import PartsOnDisk, remove_parts
+from llamajax.quantization.resume import PartsOnDisk, remove_parts
 from quant import QTensor, dequantize, quantize_rtn
 
 WORK = {"config": {"width": 4, "rope_theta": 1e4}, "seed": 3, "text": "ab"}
@@ -95,7 +95,7 @@ def test_a_part_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, mon
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("llamajax.resume.save_file", full)
+    monkeypatch.setattr("llamajax.quantization.resume.save_file", full)
     for name in ("a", "b"):
         message = f"{name}.safetensors: cannot be written .*make room .*the same command goes on"
         with pytest.raises(LlamaJaxError, match=message):

@@ -11,7 +11,7 @@ import pytest
 import llamajax
 from llamajax import Config, Llama, LlamaJaxError
 from llamajax.checkpoint.naming import named_weights
-from llamajax.quantize import quantize
+from llamajax.quantization.quantize import quantize
 from quant import LayerRuns, QTensor, dequantize, split_runs
 from quant.kernels import Layout
 from quant.recipe import Rule

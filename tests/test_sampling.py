@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamajax import LlamaJaxError, make_sampler, sample
-from llamajax.sampling import filter_logits
+from llamajax.generation.sampling import filter_logits
 
 V = 16
 OFF = {"temperature": 1.0, "top_k": V, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}

@@ -9,7 +9,7 @@ import pytest
 
 import quant
 from llamajax import Config, LlamaJaxError
-from llamajax.quantize import quantize
+from llamajax.quantization.quantize import quantize
 from quant.recipe import Recipe, Rule
 from tests.reference import random_model
 

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 
 import llamajax
 from llamajax import KVCache, Llama, LlamaJaxError, Tokenizer, abstract_model, generate, prefill, stream
-from llamajax.speculate import MAX_DRAFTS, MAX_NGRAM, STEPS, LookupState, decode_by_lookup, draft_tokens, slots_beyond
+from llamajax.generation.speculate import (
+    MAX_DRAFTS,
+    MAX_NGRAM,
+    STEPS,
+    LookupState,
+    decode_by_lookup,
+    draft_tokens,
+    slots_beyond,
+)
 from quant import SCHEMES, quantize_rtn
 
 EOS = 2

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from llamajax import stories
+from llamajax.box import stories
 
 GOLDEN_START = "Nobody in Pine Valley was as stubborn as a squirrel named Ma"
 GOLDEN_SHA256 = "708f85c73e03a14a2156b6cf858f49a9801f1c3baede2e261e5ccad893a2b6fe"

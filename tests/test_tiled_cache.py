@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import llamajax
-from llamajax.cache import KVCache
+from llamajax.caches.dense import KVCache
+from llamajax.caches.tiled import STEP_SLOTS, TILE, TiledKVCache, empty_cache
 from llamajax.model import BLOCK_QUERIES, SLOT_BLOCK, attend, attend_blocks
-from llamajax.tiled_cache import STEP_SLOTS, TILE, TiledKVCache, empty_cache
 from tests.programs import QUICK, forward, step
 
 

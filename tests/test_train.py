@@ -12,7 +12,7 @@ import pytest
 
 from llamajax import Config, Llama, LlamaJaxError, abstract_model
 from llamajax.checkpoint.naming import named_leaves
-from llamajax.evaluate import cross_entropy
+from llamajax.evaluation.evaluate import cross_entropy
 from llamajax.tokenizer import Tokenizer
 from llamajax.train import (
     HELDOUT_SEED,
@@ -250,7 +250,7 @@ def test_a_full_disk_loses_no_checkpoint(
 
     _run(tmp_path, stop_at=20)
     with monkeypatch.context() as patched:
-        patched.setattr("llamajax.resume.save_file", full)
+        patched.setattr("llamajax.quantization.resume.save_file", full)
         with pytest.raises(LlamaJaxError, match="step-000000032.safetensors: cannot be written .*make room"):
             _run(tmp_path)
     _, again = _run(tmp_path)

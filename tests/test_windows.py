@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from llamajax import Llama, LlamaJaxError, Tokenizer
-from llamajax.evaluate import cross_entropy, dataset_text, text_windows
-from llamajax.windows import Windows, document_windows, gptq_windows, llama_cpp_windows
+from llamajax.evaluation.evaluate import cross_entropy, dataset_text, text_windows
+from llamajax.evaluation.windows import Windows, document_windows, gptq_windows, llama_cpp_windows
 from tests.reference import Weights, forward, softmax, weights_of
 
 BOS = 1

@@ -21,7 +21,7 @@ from llamajax import LlamaJaxError, Tokenizer, open_checkpoint, save_checkpoint
 from llamajax.checkpoint import read_tokenizer
 from llamajax.checkpoint.huggingface_words import read_words
 from llamajax.cli import main
-from llamajax.evaluate import text_windows
+from llamajax.evaluation.evaluate import text_windows
 from llamajax.words import AddedToken, Words
 from tests.reference import random_model
 

@@ -22,9 +22,9 @@ from absl import flags
 
 from llamajax import process
 from llamajax.cli import terminal
-from llamajax.compilation import drop_oldest, is_private, processor_features
 from llamajax.errors import LlamaJaxError
 from llamajax.files import causes, disk_problem
+from llamajax.generation.compilation import drop_oldest, is_private, processor_features
 
 COMMANDS = {
     "generate": "llamajax.cli.generate",

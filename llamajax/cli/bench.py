@@ -8,16 +8,7 @@ import jax
 from absl import flags
 from rich.table import Table
 
-from llamajax.bench import (
-    FLOATS,
-    Measurement,
-    measure_decode,
-    measure_prefill,
-    memory_bandwidth,
-    product_rate,
-    random_model,
-)
-from llamajax.cache import CACHE_DTYPES
+from llamajax.caches.dense import CACHE_DTYPES
 from llamajax.cli.model_flags import (
     chosen_activations,
     chosen_dtype,
@@ -31,11 +22,20 @@ from llamajax.cli.sizes import memory_bytes, readable_bytes
 from llamajax.cli.terminal import as_json, printable, progress, show, spinner, write
 from llamajax.config import preset, preset_names
 from llamajax.errors import LlamaJaxError
-from llamajax.generate import DECODE_BLOCK
+from llamajax.evaluation.plots import Speed, check_picture, speed_bars
+from llamajax.evaluation.speed import (
+    FLOATS,
+    Measurement,
+    measure_decode,
+    measure_prefill,
+    memory_bandwidth,
+    product_rate,
+    random_model,
+)
+from llamajax.generation.stream import DECODE_BLOCK
 from llamajax.model import Llama
-from llamajax.plots import Speed, check_picture, speed_bars
 from llamajax.prepare import prepare, with_activations
-from llamajax.quantize import recipe_names
+from llamajax.quantization.quantize import recipe_names
 
 SUMMARY = "measure prefill and decode beside the machine's memory bandwidth and products"
 EXAMPLES = (

@@ -23,7 +23,7 @@ from llamajax.cli.model_flags import (
 from llamajax.cli.sizes import memory_bytes, readable_bytes, stored_bytes
 from llamajax.cli.terminal import as_json, printable, progress, show, write
 from llamajax.errors import LlamaJaxError
-from llamajax.evaluate import (
+from llamajax.evaluation.evaluate import (
     DOCUMENT_SEPARATOR,
     compare_each,
     read_text,
@@ -31,11 +31,11 @@ from llamajax.evaluate import (
     text_windows,
     token_losses,
 )
+from llamajax.evaluation.noise import layer_noise, same_weights, weight_noise
+from llamajax.evaluation.plots import Point, check_picture, error_by_layer, quality_curve
+from llamajax.evaluation.windows import CONVENTIONS, Windows
 from llamajax.model import Llama
-from llamajax.noise import layer_noise, same_weights, weight_noise
-from llamajax.plots import Point, check_picture, error_by_layer, quality_curve
 from llamajax.train import heldout_stories
-from llamajax.windows import CONVENTIONS, Windows
 
 SUMMARY = "measure perplexity, size and the distance to a reference, by layer too"
 EXAMPLES = (

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from llamajax.cache import CACHE_DTYPES
+from llamajax.caches.dense import CACHE_DTYPES
 from llamajax.checkpoint import Opened
 from llamajax.cli.model_flags import (
     chosen_activations,
@@ -20,9 +20,9 @@ from llamajax.cli.model_flags import (
     say,
 )
 from llamajax.cli.terminal import as_json, note, write
-from llamajax.generate import Completion, Speed, TextStream
-from llamajax.sampling import make_sampler
-from llamajax.speculate import check_speculate
+from llamajax.generation.sampling import make_sampler
+from llamajax.generation.speculate import check_speculate
+from llamajax.generation.stream import Completion, Speed, TextStream
 
 SUMMARY = "continue a prompt, or several at once"
 EXAMPLES = (

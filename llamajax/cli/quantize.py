@@ -12,11 +12,11 @@ from llamajax.cli.model_flags import define_model, open_named, tokenizer_if_any
 from llamajax.cli.sizes import readable_bytes, stored_bytes
 from llamajax.cli.terminal import note, progress, spinner
 from llamajax.errors import LlamaJaxError
-from llamajax.evaluate import encode_documents, read_documents
+from llamajax.evaluation.evaluate import encode_documents, read_documents
 from llamajax.files import check_absent
 from llamajax.model import Llama
-from llamajax.quantize import quantize, read_recipe, recipe_names
-from llamajax.resume import remove_parts
+from llamajax.quantization.quantize import quantize, read_recipe, recipe_names
+from llamajax.quantization.resume import remove_parts
 from llamajax.tokenizer import Tokenizer
 from llamajax.train import story_texts
 from quant import LayerRuns, QTensor

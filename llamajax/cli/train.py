@@ -10,7 +10,7 @@ from llamajax.checkpoint import save_checkpoint
 from llamajax.cli.terminal import note, progress, spinner
 from llamajax.config import Config, preset, preset_names
 from llamajax.errors import LlamaJaxError
-from llamajax.evaluate import encode_documents
+from llamajax.evaluation.evaluate import encode_documents
 from llamajax.files import check_absent, read_toml, writing
 from llamajax.train import TrainOptions
 

@@ -1,6 +1,6 @@
 """Word lists of the story generator: who the stories are about, where they happen, how they open and close.
 
-Texts use the small template language that `llamajax.stories` explains: ``[a|b]`` picks one alternative, ``{slot}``
+Texts use the small template language that `llamajax.box.stories` explains: ``[a|b]`` picks one alternative, ``{slot}``
 fills in a word of the story and ``{~pool}`` a fresh sentence of `POOLS`.
 """
 

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llamajax import calibrate
 from llamajax.checkpoint.naming import STACKED, Place, named_leaves
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
 from llamajax.model import RMSNorm, abstract_model
-from llamajax.quantize_weight import naming
+from llamajax.quantization import calibrate
+from llamajax.quantization.quantize_weight import naming
 from quant import QTensor, Scheme, dequantize, quantize_rtn
 from quant.budget import allocate
 from quant.recipe import Rule

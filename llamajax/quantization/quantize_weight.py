@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llamajax.calibrate import Statistics
 from llamajax.checkpoint.naming import Place
 from llamajax.errors import LlamaJaxError
+from llamajax.quantization.calibrate import Statistics
 from quant import QTensor, outlier_channels, quantize_gptq, quantize_hqq, quantize_rtn, split_outliers
 from quant.recipe import Rule
 

@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llamajax.cache import KVCache
-from llamajax.compilation import CompiledFunction
+from llamajax.caches.dense import KVCache
 from llamajax.errors import LlamaJaxError
+from llamajax.generation.compilation import CompiledFunction
+from llamajax.generation.sampling import Sampler, plain
 from llamajax.model import Llama
-from llamajax.sampling import Sampler, plain
 from quant import start_indices
 
 # Most tokens that an occurrence must share with the end of the text. More find a better draft more rarely.

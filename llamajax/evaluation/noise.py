@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llamajax.calibrate import run_block
 from llamajax.checkpoint.naming import named_weights
 from llamajax.errors import LlamaJaxError
-from llamajax.evaluate import check_vocabularies
+from llamajax.evaluation.evaluate import check_vocabularies
+from llamajax.evaluation.windows import Windows, as_windows
 from llamajax.model import Block, Llama
-from llamajax.windows import Windows, as_windows
+from llamajax.quantization.calibrate import run_block
 from quant import QTensor, dequantize, split_runs, take_rows
 
 

@@ -21,12 +21,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llamajax.cache import KVCache
+from llamajax.caches.dense import KVCache
+from llamajax.caches.tiled import empty_cache
 from llamajax.checkpoint.naming import Place, named_leaves, tensor_places
-from llamajax.compilation import CompiledFunction
+from llamajax.checkpoint.stacks import LayerStacks
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
-from llamajax.generate import (
+from llamajax.generation.compilation import CompiledFunction
+from llamajax.generation.request import row_keys
+from llamajax.generation.sampling import make_sampler
+from llamajax.generation.stream import (
     DECODE_BLOCK,
     SLOT_MULTIPLE,
     DecodeState,
@@ -35,11 +39,7 @@ from llamajax.generate import (
     plan_chunks,
 )
 from llamajax.model import Llama, abstract_model
-from llamajax.quantize import assigned, read_recipe
-from llamajax.request import row_keys
-from llamajax.sampling import make_sampler
-from llamajax.stacks import LayerStacks
-from llamajax.tiled_cache import empty_cache
+from llamajax.quantization.quantize import assigned, read_recipe
 from quant import QTensor, Scheme, quantize_rtn
 from quant.kernels import Layout
 from quant.recipe import Rule

@@ -277,7 +277,7 @@ def _say_once(message: str) -> None:
 def _source_hash() -> str:
     """Of all our code that a program can be made from."""
     digest = hashlib.sha256()
-    for folder in (Path(quant.__file__).parent, Path(__file__).parent):
+    for folder in (Path(quant.__file__).parent, Path(__file__).parents[1]):
         for file in sorted(folder.rglob("*.py")):
             digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()

@@ -17,22 +17,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llamajax import calibrate
-from llamajax.bit_search import choose_bits
 from llamajax.checkpoint import Opened
 from llamajax.checkpoint.naming import STACKED, Place, is_quantized, named_leaves, named_weights, tensor_places
+from llamajax.checkpoint.stacks import LayerStacks
 from llamajax.config import Config, preset_folder
 from llamajax.errors import LlamaJaxError
 from llamajax.files import read_toml, shortened
 from llamajax.model import Llama, RMSNorm, abstract_model
-from llamajax.quantize_weight import in_dtype, naming, quantize_weight
-from llamajax.stacks import LayerStacks
+from llamajax.quantization import calibrate
+from llamajax.quantization.bit_search import choose_bits
+from llamajax.quantization.quantize_weight import in_dtype, naming, quantize_weight
 from llamajax.workers import workers
 from quant import QTensor
 from quant.recipe import Recipe, Rule, assign, recipe_from
 
 if TYPE_CHECKING:
-    from llamajax.resume import PartsOnDisk
+    from llamajax.quantization.resume import PartsOnDisk
 
 _WORKERS = 3  # weights in work at a time
 
@@ -125,7 +125,9 @@ def quantize(
     steps = _Steps(on_weight, len(rules) * (2 if recipe.target_bpw else 1))
     parts = None
     if work is not None:
-        from llamajax.resume import PartsOnDisk  # here: it needs safetensors, without which random models can be made
+        from llamajax.quantization.resume import (
+            PartsOnDisk,  # here: it needs safetensors, without which random models can be made
+        )
 
         parts = PartsOnDisk(work, _work_key(rules, recipe.target_bpw, windows, config, read))
     if recipe.target_bpw is not None:

@@ -12,10 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from llamajax.errors import LlamaJaxError
+from llamajax.evaluation.windows import (
+    CONVENTIONS,
+    Windows,
+    as_windows,
+    document_windows,
+    gptq_windows,
+    llama_cpp_windows,
+)
 from llamajax.files import read_bytes
 from llamajax.model import Llama
 from llamajax.tokenizer import Tokenizer
-from llamajax.windows import CONVENTIONS, Windows, as_windows, document_windows, gptq_windows, llama_cpp_windows
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 _LARGEST_TEXT = 1 << 32  # TinyStories, the largest that we know of, has 2.2 GB
@@ -75,7 +82,7 @@ def dataset_text(text: str) -> str:
 
 
 def text_windows(text: str, tokenizer: Tokenizer, window: int = 512, convention: str = "documents") -> Windows:
-    """A text cut by one of the conventions that `llamajax.windows` describes.
+    """A text cut by one of the conventions that `llamajax.evaluation.windows` describes.
 
     "documents" splits it at `<|endoftext|>`; the others take it whole: "llama.cpp" less one final newline (which that
     program drops from a file it reads), "gptq" as `dataset_text`.

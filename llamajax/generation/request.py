@@ -11,7 +11,7 @@ import numpy as np
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
 from llamajax.files import shortened
-from llamajax.sampling import Sampler, plain
+from llamajax.generation.sampling import Sampler, plain
 from llamajax.tokenizer import Tokenizer
 
 # New tokens where the caller names no number, if the context has room for them.

@@ -18,12 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llamajax.cache import KVCache, check_cache_dtype
-from llamajax.compilation import CompiledFunction
+from llamajax.caches.dense import KVCache, check_cache_dtype
+from llamajax.caches.tiled import empty_cache
 from llamajax.errors import LlamaJaxError
-from llamajax.meshes import auto_mesh, with_auto_axes
-from llamajax.model import Llama
-from llamajax.request import (
+from llamajax.generation.compilation import CompiledFunction
+from llamajax.generation.request import (
     Completion,
     Prompt,
     Row,
@@ -34,9 +33,10 @@ from llamajax.request import (
     row_keys,
     stop_strings,
 )
-from llamajax.sampling import Sampler, make_sampler, sample
-from llamajax.speculate import LookupState, check_speculate, compiled_lookup, slots_beyond
-from llamajax.tiled_cache import empty_cache
+from llamajax.generation.sampling import Sampler, make_sampler, sample
+from llamajax.generation.speculate import LookupState, check_speculate, compiled_lookup, slots_beyond
+from llamajax.meshes import auto_mesh, with_auto_axes
+from llamajax.model import Llama
 from llamajax.tokenizer import Tokenizer
 from llamajax.workers import workers
 from quant import start_indices

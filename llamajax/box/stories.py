@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from llamajax import story_words as words
+from llamajax.box import story_words as words
 
 T = TypeVar("T")
 

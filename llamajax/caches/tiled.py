@@ -13,7 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from llamajax.cache import MASKED, KVCache, check_cache_dtype
+from llamajax.caches.dense import MASKED, KVCache, check_cache_dtype
 from llamajax.config import Config
 from quant import QTensor, start_indices
 from quant.kernels.cpu import sum_steps

@@ -1,0 +1,1 @@
+"""Caches of keys and values, each of which owns how it is attended to."""
