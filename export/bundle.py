@@ -36,20 +36,12 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
 import llamajax
+from export.lowering import STABLEHLO_VERSION, Program, Value, lower
+from export.profiles import PROFILES, Profile, Spec
+from export.programs import bound, functions
 from export.runners.runner import LARGEST_MANIFEST, check_entries, line_of
-from export.stablehlo import (
-    PROFILES,
-    STABLEHLO_VERSION,
-    Profile,
-    Program,
-    Spec,
-    Value,
-    bound,
-    functions,
-    lower,
-    parameters,
-)
 from export.vocabulary import vocabulary_of
+from export.weights import parameters
 from llamajax.checkpoint.naming import named_weights
 from llamajax.errors import LlamaJaxError
 from llamajax.files import new_file, new_folder, open_regular, parse_json, read_bytes, shortened

@@ -19,7 +19,7 @@ import export.cli.export
 import export.targets
 import llamajax
 from export.bundle import Bundle, open_bundle, seal, write
-from export.stablehlo import Spec
+from export.profiles import Spec
 from export.targets import add_target, profile_for
 from export.verify import verify
 from export.vocabulary import TEXTS

@@ -11,7 +11,7 @@ import pytest
 import export.targets
 import llamajax
 from export.bundle import Bundle, seal, write
-from export.stablehlo import PROFILES, Spec
+from export.profiles import PROFILES, Spec
 from export.targets import add_target
 from llamajax.errors import LlamaJaxError
 from tests.isolated import run_isolated

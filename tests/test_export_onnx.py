@@ -10,7 +10,7 @@ import pytest
 
 import llamajax
 from export.bundle import Bundle, write
-from export.stablehlo import PROFILES, Spec
+from export.profiles import PROFILES, Spec
 from export.targets import add_target
 from llamajax.errors import LlamaJaxError
 from llamajax.quantization.quantize import Rule, quantize

@@ -24,8 +24,8 @@ import export.targets
 import export.verify
 import quant
 from export.bundle import open_bundle, seal, standalone_runner
+from export.profiles import PROFILES
 from export.runners import run_jax
-from export.stablehlo import PROFILES
 from export.targets.to_iree import TARGETS
 from llamajax.cli import main
 from llamajax.errors import LlamaJaxError

@@ -6,7 +6,7 @@ import pytest
 
 import llamajax
 from export.bundle import write
-from export.stablehlo import PROFILES, Spec
+from export.profiles import PROFILES, Spec
 from export.targets import add_target
 from export.verify import RUNTIMES, verify
 from llamajax.quantization.quantize import quantize

@@ -9,7 +9,7 @@ import pytest
 
 import llamajax
 from export.bundle import Bundle, write
-from export.stablehlo import PROFILES, Spec
+from export.profiles import PROFILES, Spec
 from export.targets import SCRIPTS, add_target
 from llamajax.errors import LlamaJaxError
 

@@ -8,7 +8,7 @@ from absl import flags
 from rich.table import Table
 
 from export.bundle import Bundle, open_bundle, write
-from export.stablehlo import OPTIONAL_PROGRAMS, PROFILES, Spec
+from export.profiles import OPTIONAL_PROGRAMS, PROFILES, Spec
 from export.targets import add_target, check_toolchain, clear_unnamed, kind_of, profile_for
 from llamajax.cli.model_flags import (
     chosen_activations,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from export.bundle import Bundle, open_bundle, read_manifest, seal
-from export.stablehlo import PROFILES
+from export.profiles import PROFILES
 from export.targets.to_iree import TARGETS as IREE_TARGETS
 from llamajax.errors import LlamaJaxError
 from llamajax.files import new_folder

@@ -14,7 +14,10 @@ from jaxlib.mlir.dialects import stablehlo
 
 import llamajax
 import quant
-from export.stablehlo import PROFILES, Program, Spec, check, lower, parameters
+from export.lint import check
+from export.lowering import Program, lower
+from export.profiles import PROFILES, Spec
+from export.weights import parameters
 from llamajax.errors import LlamaJaxError
 from llamajax.generation.sampling import make_sampler, sample
 from llamajax.quantization.quantize import Rule, quantize

@@ -1,0 +1,133 @@
+"""The model's functions as StableHLO programs: weights are arguments, named and in one order, never constants.
+
+    programs = lower(model, Spec(slots=512))
+    programs["decode"].artifact          # portable artifact, for any runtime that reads StableHLO
+
+They are the functions that generation uses (`Llama.trunk`, `Llama.logits`, `sample`), traced with a model whose weights
+are arguments. What a runtime needs otherwise is a `Profile`: whether layers are one loop or written out one after the
+other, and whether codes are taken out of their bytes by shifts or by arithmetic of floats.
+
+Every program takes all weights first, in the order of `parameters`, then its inputs, then the state (keys and values),
+and returns its outputs, then the state. Shapes are static.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jaxlib.mlir import passmanager
+from jaxlib.mlir.dialects import stablehlo
+
+from export.lint import check, tidy
+from export.profiles import Profile, Spec
+from export.programs import bound, functions
+from export.weights import from_leaves, parameters, taken_by
+from llamajax.checkpoint.naming import named_leaves
+from llamajax.errors import LlamaJaxError
+from llamajax.model import Llama
+from llamajax.prepare import prepare
+from quant import QTensor
+from quant.kernels import Layout
+
+# The oldest StableHLO that knows all that we write (gathers with batch axes); its promise is five years back, two
+# forward.
+STABLEHLO_VERSION = "1.1.0"
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """An argument or a result: its name, dtype as NumPy calls it, and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str, array: Any) -> "Value":
+        """Of an array, real or abstract."""
+        return cls(name, str(np.dtype(array.dtype)), tuple(array.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One lowered function.
+
+    Attributes:
+        inputs: its arguments behind the weights.
+        outputs: its results. One that has the name of an input is that state, which the input's memory may be used for.
+        weights: which weights are its first arguments, used or not: "packed", "prepared" as a backend wants them, or
+            "none".
+        artifact: StableHLO portable artifact (MLIR bytecode) of a module with one public function, `main`.
+        operations: how often each operation occurs.
+    """
+
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    weights: Literal["packed", "prepared", "none"]
+    artifact: bytes
+    operations: Mapping[str, int]
+
+
+def lower(model: Llama, spec: Spec) -> dict[str, Program]:
+    """Lowers every program that `spec` asks for: `prefill_16`, …, `decode`, and the optional ones.
+
+    Raises:
+        LlamaJaxError: if the model cannot be exported like this, or a program is not clean (`check`).
+    """
+    if any(isinstance(leaf, Layout) for leaf in jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, Layout))):
+        raise LlamaJaxError("the model is prepared for a backend: export it as it was loaded")
+    packed_weights = jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, QTensor))
+    if kinds := {leaf.activations for leaf in packed_weights if isinstance(leaf, QTensor) and leaf.activations}:
+        raise LlamaJaxError(
+            f"weights that ask for rounded activations ({', '.join(sorted(kinds))}): other runtimes lack what rounds: "
+            "export with --activations=float32, or llamajax.with_activations(model, 'float32')"
+        )
+    profile = spec.profile
+    taken = taken_by(profile, model)
+    weights = parameters(taken, profile)
+    kind: Literal["packed", "prepared"] = "packed" if profile.backend is None else "prepared"
+    programs = {}
+    if profile.backend is not None:
+        # Traced with the packed weights as they are: what it returns is what the others take.
+        packed = named_leaves(model)
+        flat = lambda *arrays: tuple(jax.tree.leaves(prepare(from_leaves(arrays, model), profile.backend)))  # noqa: E731
+        programs["prepare"] = _lower_program("prepare", flat, packed, {}, tuple(weights), "packed", profile)
+    for name, function, inputs, results, takes_model in functions(model, spec):
+        flat = bound(function, tuple(weights) if takes_model else None, taken, profile)
+        first = weights if takes_model else {}
+        programs[name] = _lower_program(name, flat, first, inputs, results, kind if takes_model else "none", profile)
+    return programs
+
+
+def _lower_program(
+    name: str,
+    flat: Callable[..., tuple],
+    weights: Mapping[str, Any],
+    inputs: Mapping[str, jax.ShapeDtypeStruct],
+    results: tuple[str, ...],
+    kind: Literal["packed", "prepared", "none"],
+    profile: Profile,
+) -> Program:
+    """Lowers a function of arrays: weights, then inputs."""
+    flat.__name__ = name
+    arguments = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (*weights.values(), *inputs.values())]
+    state = range(len(arguments) - 2, len(arguments)) if "key" in results else ()
+    # Lowered for CPU, where nothing in our programs differs by platform; unused weights stay in their place.
+    jitted = jax.jit(flat, keep_unused=True, donate_argnums=tuple(state))
+    lowered = jitted.trace(*arguments).lower(lowering_platforms=("cpu",))
+    module = lowered.compiler_ir("stablehlo")
+    with module.context:
+        passmanager.PassManager.parse("builtin.module(canonicalize,cse,symbol-dce)").run(module.operation)
+        tidy(module)
+        operations = check(module, profile, name)
+        text = module.operation.get_asm(enable_debug_info=False)
+        artifact = stablehlo.serialize_portable_artifact_str(text, STABLEHLO_VERSION)
+    return Program(
+        tuple(Value.of(input_name, array) for input_name, array in inputs.items()),
+        tuple(Value.of(result, array) for result, array in zip(results, lowered.out_info, strict=True)),
+        kind,
+        artifact,
+        operations,
+    )

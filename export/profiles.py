@@ -1,0 +1,102 @@
+"""What kind of program a runtime wants, and which programs a bundle is to have."""
+
+import dataclasses
+from typing import Literal
+
+from llamajax.errors import LlamaJaxError
+
+_FLOAT_OPERATIONS = frozenset(
+    "abs add and broadcast_in_dim call compare concatenate constant convert cosine divide dot_general dynamic_slice "
+    "dynamic_update_slice exponential floor func gather iota log logistic maximum minimum multiply negate not or pad "
+    "power reduce reshape return rsqrt select sine slice sort sqrt subtract tanh transpose".split()
+)
+
+_INTEGER_OPERATIONS = frozenset("bitcast_convert shift_left shift_right_arithmetic shift_right_logical xor".split())
+
+# `sample` has a cumulative sum (reduce_window) and a random number generator with loops.
+_LOOPS = frozenset({"case", "reduce_window", "while"})
+
+# What the layout of a CPU needs besides.
+_OTHER_XLA = frozenset({"optimization_barrier", "remainder", "sign"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """What kind of program a runtime wants.
+
+    Attributes:
+        name: as in `PROFILES`.
+        layers: "scanned", one loop over stacked weights; or "unrolled", each layer's weights an argument of their own.
+        arithmetic: how codes are unpacked, as `quant.unpack` takes it.
+        operations: that programs may contain, without their dialect.
+        backend: whose layout the weights have that programs take: a program of its own, `prepare`, makes them of the
+            packed ones, once. None: programs take the packed ones.
+    """
+
+    name: str
+    layers: Literal["scanned", "unrolled"]
+    arithmetic: Literal["integer", "float"]
+    operations: frozenset[str]
+    backend: str | None = None
+
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile("scanned", "scanned", "integer", _FLOAT_OPERATIONS | _INTEGER_OPERATIONS | _LOOPS),
+        Profile("unrolled", "unrolled", "integer", _FLOAT_OPERATIONS | _INTEGER_OPERATIONS),
+        Profile("float", "unrolled", "float", _FLOAT_OPERATIONS),
+        Profile(
+            "cpu",
+            "scanned",
+            "integer",
+            _FLOAT_OPERATIONS | _INTEGER_OPERATIONS | _LOOPS | _OTHER_XLA,
+            "cpu",
+        ),
+    )
+}
+
+# Programs that `lower` makes beside prefill and decode.
+OPTIONAL_PROGRAMS = ("sample", "score", "embed", "verify")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What programs to make.
+
+    Attributes:
+        batch: B, rows.
+        slots: S, of the cache.
+        cache_dtype: of keys and values, a float type.
+        buckets: T of each prefill program.
+        programs: of `OPTIONAL_PROGRAMS`.
+        drafts: k, tokens that `verify` checks.
+        profile: of `PROFILES`.
+    """
+
+    batch: int = 1
+    slots: int = 512
+    cache_dtype: str = "float32"
+    buckets: tuple[int, ...] = (16, 64, 256)
+    programs: tuple[str, ...] = ()
+    drafts: int = 4
+    profile: Profile = PROFILES["scanned"]
+
+    def __post_init__(self) -> None:
+        """Checks it.
+
+        Raises:
+            LlamaJaxError: for a value that makes no sense.
+        """
+        if self.batch < 1 or self.slots < 1 or self.drafts < 1:
+            raise LlamaJaxError(f"batch {self.batch}, slots {self.slots}, drafts {self.drafts}: expected at least 1")
+        if self.cache_dtype not in ("float32", "bfloat16", "float16"):
+            raise LlamaJaxError(f"cache of {self.cache_dtype!r}: expected float32, bfloat16 or float16 to export")
+        if list(self.buckets) != sorted(set(self.buckets)) or not self.buckets or self.buckets[0] < 1:
+            raise LlamaJaxError(f"buckets {self.buckets}: expected token counts that grow")
+        if self.buckets[-1] > self.slots or self.drafts >= self.slots:
+            raise LlamaJaxError(
+                f"bucket {self.buckets[-1]}, drafts {self.drafts}: expected less than {self.slots} slots"
+            )
+        if unknown := set(self.programs) - set(OPTIONAL_PROGRAMS):
+            raise LlamaJaxError(f"program {sorted(unknown)[0]!r}: expected one of {', '.join(OPTIONAL_PROGRAMS)}")

@@ -1,0 +1,155 @@
+"""The functions that a bundle has as programs: what they take and return, and the model's calls that they are of.
+
+They are those that generation uses (`Llama.trunk`, `Llama.logits`, `sample`).
+"""
+
+import dataclasses
+import functools
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from export.profiles import Profile, Spec
+from export.weights import assemble
+from llamajax.caches.dense import KVCache
+from llamajax.generation.sampling import Sampler, sample
+from llamajax.model import Llama
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StraightCache(KVCache):
+    """A cache for programs without loops."""
+
+    loops: ClassVar[bool] = False
+
+
+# A program before it is lowered: its name, a function of a model and inputs, these inputs by name, the names of its
+# results, and whether it takes a model (else None is what it gets).
+Function = tuple[str, Callable[..., tuple], dict[str, jax.ShapeDtypeStruct], tuple[str, ...], bool]
+
+
+def functions(model: Llama, spec: Spec, sizes: Mapping[str, Any] = types.MappingProxyType({})) -> list[Function]:
+    """Every program of `spec` as a function of (model, *inputs), with the shapes of its inputs.
+
+    Args:
+        model: for its config.
+        spec: what to make.
+        sizes: "B", "S" and "T" in place of the spec's, such as symbolic ones; with "T" prefill is one program.
+    """
+    B, S = sizes.get("B", spec.batch), sizes.get("S", spec.slots)
+    config = model.config
+    state_shape = (config.num_layers, B, config.num_kv_heads, S, config.head_size)
+    int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    state = {name: jax.ShapeDtypeStruct(state_shape, jnp.dtype(spec.cache_dtype)) for name in ("key", "value")}
+    # With symbolic sizes nothing can be decided by them: one straight way, whatever the profile.
+    cache = KVCache if spec.profile.layers == "scanned" and not sizes else StraightCache
+    prefill, decode, verify = (functools.partial(function, cache) for function in (_prefill, _decode, _verify))
+    made: list[Function] = []
+
+    def add(name: str, function: Callable[..., tuple], inputs: dict[str, Any], results: tuple[str, ...], weights=True):
+        made.append((name, function, inputs, results, weights))
+
+    for name, T in {"prefill": sizes["T"]}.items() if "T" in sizes else ((f"prefill_{T}", T) for T in spec.buckets):
+        inputs = {"tokens": int32((B, T)), "count": int32((B,)), "length": int32((B,)), **state}
+        add(name, prefill, inputs, ("logits", *state))
+    add("decode", decode, {"token": int32((B,)), "length": int32((B,)), **state}, ("logits", *state))
+    T = spec.buckets[-1]
+    text = {"tokens": int32((B, T)), "count": int32((B,))}
+    if "verify" in spec.programs:
+        inputs = {"tokens": int32((B, spec.drafts + 1)), "length": int32((B,)), **state}
+        add("verify", verify, inputs, ("logits", *state))
+    if "score" in spec.programs:
+        add("score", _score, text, ("log_probability",))
+    if "embed" in spec.programs:
+        add("embed", _embed, text, ("embedding",))
+    if "sample" in spec.programs:
+        floats = {name: jax.ShapeDtypeStruct((B,), jnp.float32) for name in ("temperature", "top_p")}
+        inputs = {
+            "logits": jax.ShapeDtypeStruct((B, config.vocab_size), jnp.float32),
+            "key": jax.ShapeDtypeStruct((B, 2), jnp.uint32),
+            "length": int32((B,)),
+            **floats,
+            "top_k": int32((B,)),
+        }
+        add("sample", _sample, inputs, ("token", "log_probability"), False)
+    return made
+
+
+def _prefill(make_cache, model: Llama, tokens_BT, count_B, length_B, key, value):
+    """Puts the first `count` of the T tokens of each row behind the `length` it holds; logits of the last of them."""
+    hidden_BTD, cache = model.trunk(tokens_BT, make_cache(key, value, length_B), count_B)
+    is_last_BT1 = (jnp.arange(tokens_BT.shape[1]) == count_B[:, None] - 1)[:, :, None]
+    # A sum in which all but one are zero: an index for each row would be a gather.
+    last_BD = jnp.sum(jnp.where(is_last_BT1, hidden_BTD, 0), axis=1)
+    assert cache is not None  # a cache went in
+    is_valid_B = _fits(length_B, tokens_BT, key) & _is_count(count_B, tokens_BT)
+    return _or_nan(is_valid_B, model.logits(last_BD)), cache.key_LBKSH, cache.value_LBKSH
+
+
+def _decode(make_cache, model: Llama, token_B, length_B, key, value):
+    """One more token a row, and the logits behind it."""
+    logits_BTV, cache = model(token_B[:, None], make_cache(key, value, length_B))
+    assert cache is not None
+    return _or_nan(_fits(length_B, token_B[:, None], key), logits_BTV[:, 0]), cache.key_LBKSH, cache.value_LBKSH
+
+
+def _verify(make_cache, model: Llama, tokens_BT, length_B, key, value):
+    """The newest token and k drafted ones: logits behind each. The caller advances `length` by what it accepts."""
+    logits_BTV, cache = model(tokens_BT, make_cache(key, value, length_B))
+    assert cache is not None
+    return _or_nan(_fits(length_B, tokens_BT, key), logits_BTV), cache.key_LBKSH, cache.value_LBKSH
+
+
+def _score(model: Llama, tokens_BT, count_B):
+    """Log probability of each token given those before it; 0 for the first, which has none, and for padding."""
+    logits_BTV, _ = model(tokens_BT)
+    log_probability_BTV = jax.nn.log_softmax(logits_BTV[:, :-1], axis=-1)
+    is_next_BTV = jnp.arange(logits_BTV.shape[-1]) == tokens_BT[:, 1:, None]
+    next_BT = jnp.sum(jnp.where(is_next_BTV, log_probability_BTV, 0), axis=-1)
+    next_BT = jnp.where(jnp.arange(1, tokens_BT.shape[1]) < count_B[:, None], next_BT, 0)
+    return (_or_nan(_is_count(count_B, tokens_BT), jnp.pad(next_BT, ((0, 0), (1, 0)))),)
+
+
+def _embed(model: Llama, tokens_BT, count_B):
+    """The mean of a text's last hidden states, behind the final norm."""
+    hidden_BTD, _ = model.trunk(tokens_BT)
+    is_text_BT1 = (jnp.arange(tokens_BT.shape[1]) < count_B[:, None])[:, :, None]
+    sum_BD = jnp.sum(jnp.where(is_text_BT1, hidden_BTD.astype(jnp.float32), 0), axis=1)
+    return (_or_nan(_is_count(count_B, tokens_BT), sum_BD / jnp.maximum(count_B, 1).astype(jnp.float32)[:, None]),)
+
+
+def _sample(_: None, logits_BV, key_B2, length_B, temperature_B, top_p_B, top_k_B):
+    """Chooses a token as `generate` does: `key` is a row's PRNG key, `length` what its cache holds."""
+    key_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(key_B2, impl="threefry2x32"), length_B)
+    return sample(logits_BV, key_B, Sampler(temperature=temperature_B, top_k=top_k_B, top_p=top_p_B))
+
+
+def _fits(length_B, tokens_BT, key_LBKSH):
+    """Whether T tokens behind `length` fit the cache: where not, XLA writes over others. No sum that overflows."""
+    return (length_B >= 0) & (length_B <= key_LBKSH.shape[3] - tokens_BT.shape[1])
+
+
+def _is_count(count_B, tokens_BT):
+    """Whether a count of real tokens is from 1 to T."""
+    return (count_B >= 1) & (count_B <= tokens_BT.shape[1])
+
+
+def _or_nan(is_valid_B, x_BX):
+    """NaN for a row whose arguments make no sense: a program cannot raise an error."""
+    return jnp.where(is_valid_B.reshape(-1, *[1] * (x_BX.ndim - 1)), x_BX, jnp.nan)
+
+
+def bound(function: Callable[..., tuple], names: tuple[str, ...] | None, like: Llama, profile: Profile):
+    """A function of (model, *inputs) as one of flat arrays: the weights of these names first, then the inputs."""
+
+    def flat(*arrays):
+        if names is None:
+            return function(None, *arrays)
+        model = assemble(dict(zip(names, arrays, strict=False)), like, profile)
+        return function(model, *arrays[len(names) :])
+
+    return flat

@@ -1,0 +1,190 @@
+"""A model as the flat arrays that a program takes, named and in one order, and that model again inside a trace."""
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from export.profiles import Profile
+from llamajax.checkpoint.naming import STACKED, leaf_name, model_from, named_leaves, named_weights
+from llamajax.model import Llama
+from llamajax.prepare import prepare
+from quant import LayerRuns, QTensor, dequantize, dequantize_runs
+from quant.kernels import Layout
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "layer"], meta_fields=["arithmetic"])
+@dataclasses.dataclass(frozen=True, eq=False)
+class ExportedWeight(Layout):
+    """A packed weight in a program: each product is a function of its own, so that a reader, or a runtime, knows it.
+
+    Attributes:
+        weight: QTensor [..., K, M] or [..., M, K].
+        layer: as of every `Layout`.
+        arithmetic: as of `Profile`.
+    """
+
+    weight: QTensor
+    layer: jax.Array | None = None
+    _: dataclasses.KW_ONLY
+    arithmetic: Literal["integer", "float"] = "integer"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight, or of one layer of it."""
+        return self.weight.shape if self.layer is None else self.weight.shape[1:]
+
+    def sliced(self) -> "ExportedWeight":
+        """One layer; a stack of one is only reshaped."""
+        if self.layer is not None and self.weight.shape[0] == 1:
+            one = jax.tree.map(lambda array: array.reshape(array.shape[1:]), self.weight)
+            return dataclasses.replace(self, weight=one, layer=None)
+        return super().sliced()
+
+    def matmul(self, x_RK: jax.Array) -> jax.Array:
+        """As the reference does, with the order of its groups applied to the activations."""
+        weight = self.sliced().weight
+        if weight.order is not None:
+            x_RK = jnp.take(x_RK, weight.order.reshape(-1), axis=1)
+            weight = dataclasses.replace(weight, order=None)
+        return _named_product(f"matmul_{_described(weight)}", weight.axis, self.arithmetic)(x_RK, weight)
+
+    def restore(self) -> QTensor:
+        """The weight."""
+        return self.sliced().weight
+
+    def take_rows(self, row_n: jax.Array) -> jax.Array:
+        """Rows of a table, float32: IREE drops the rounding to a narrower float of what is widened again at once."""
+        return _named_rows(f"take_rows_{_described(self.weight)}", self.arithmetic)(self.weight, row_n)
+
+    axis = property(lambda self: self.weight.axis)
+    dtype = property(lambda self: self.weight.dtype)
+    group_size = property(lambda self: self.weight.group_size)
+    activations = property(lambda self: self.weight.activations)
+    nbytes = property(lambda self: self.weight.nbytes)
+    outlier_index = property(lambda self: self.weight.outlier_index)
+
+
+def _described(weight: QTensor) -> str:
+    """`int4_g32_axis2`: scheme, group size and contraction axis (from the end)."""
+    return f"{weight.scheme.name}_g{weight.group_size}_axis{-weight.axis}"
+
+
+@functools.cache
+def _named_product(name: str, axis: int, arithmetic: Literal["integer", "float"]) -> Callable[..., jax.Array]:
+    def product(x_RK: jax.Array, weight: QTensor) -> jax.Array:
+        x_RK = x_RK.astype(jnp.float32)
+        if weight.outlier is not None:
+            equation = "RK,KM->RM" if axis == -2 else "RK,MK->RM"
+            return jnp.einsum(equation, x_RK, dequantize(weight, arithmetic=arithmetic))
+        # Run by run of each group: what is put together from the slots of bytes, some runtimes write out as floats.
+        # Each as a plain matrix: of products over two axes they know less.
+        runs = dequantize_runs(weight, arithmetic=arithmetic)
+        R, equation = x_RK.shape[0], "RK,KM->RM" if axis == -2 else "RK,MK->RM"
+        x_RCSn = x_RK.reshape(R, -1, len(runs), weight.group_size // len(runs))
+        parts = []
+        for i, run_CnM in enumerate(runs):
+            run_KM = run_CnM.reshape((-1, run_CnM.shape[-1]) if axis == -2 else (run_CnM.shape[0], -1))
+            parts.append(jnp.einsum(equation, x_RCSn[:, :, i].reshape(R, -1), run_KM))
+        return functools.reduce(operator.add, parts)
+
+    product.__name__ = name
+    return jax.jit(product)
+
+
+@functools.cache
+def _named_rows(name: str, arithmetic: Literal["integer", "float"]) -> Callable[..., jax.Array]:
+    def rows(table: QTensor, row_n: jax.Array) -> jax.Array:
+        def pick(plane: jax.Array) -> jax.Array:
+            if plane.shape[0] != table.shape[0]:
+                return plane
+            # LiteRT looks up rows of bytes and of float32, not of the narrower floats that scales may be.
+            wide = plane.astype(jnp.float32) if arithmetic == "float" and plane.dtype != jnp.uint8 else plane
+            return jnp.take(wide, row_n, axis=0, mode="clip")
+
+        return dequantize(jax.tree.map(pick, table), arithmetic=arithmetic)
+
+    rows.__name__ = name
+    return jax.jit(rows)
+
+
+def parameters(model: Llama, profile: Profile) -> dict[str, Any]:
+    """The arrays that are a program's first arguments, by name and in order.
+
+    The order is that of the model's tree: `embed_VD`, `head_VD`, `layers`, `norm`. A name is the path of the array, as
+    `layers.ffn.up_DF.planes.0`; with unrolled layers `layers.3.ffn.up_DF.planes.0`, layers in turn.
+    """
+    if profile.layers == "scanned":
+        return named_leaves(model)
+    return {name + part: leaf for name, weight in _unrolled(model) for part, leaf in _parts(weight)}
+
+
+def _unrolled(model: Llama) -> Iterator[tuple[str, Any]]:
+    """Every weight of the model by its name, those of a stack layer by layer, in the stack's place."""
+    weights = named_weights(model)
+    stacked = {name: weight for name, weight in weights.items() if name.startswith(STACKED)}
+    before = True
+    for name, weight in weights.items():
+        if name not in stacked:
+            yield name, weight
+        elif before:
+            before = False
+            for layer in range(model.config.num_layers):
+                for stacked_name, stack in stacked.items():
+                    yield f"{STACKED}{layer}.{stacked_name.removeprefix(STACKED)}", stack[layer]
+
+
+def _parts(weight: Any) -> Iterator[tuple[str, Any]]:
+    """The arrays of one weight, with the end of their names."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(weight)[0]:
+        yield (f".{leaf_name(path)}" if path else ""), leaf
+
+
+def assemble(arrays: Mapping[str, Any], like: Llama, profile: Profile) -> Llama:
+    """Undoes `parameters` inside a trace; packed weights become `ExportedWeight`, prepared ones stay as they are.
+
+    Args:
+        arrays: by name.
+        like: the model, for its structure; leaves may be abstract.
+        profile: as `parameters` had it.
+    """
+
+    def rebuilt(name: str, weight: Any) -> Any:
+        return jax.tree.unflatten(jax.tree.structure(weight), [arrays[name + part] for part, _ in _parts(weight)])
+
+    def exported(weight: Any) -> Any:
+        if isinstance(weight, LayerRuns):
+            return LayerRuns(tuple(exported(part) for part in weight.parts))
+        return ExportedWeight(weight, arithmetic=profile.arithmetic) if isinstance(weight, QTensor) else weight
+
+    if profile.backend is not None:
+        return from_leaves(list(arrays.values()), like)
+    if profile.layers == "scanned":
+        weights = {name: exported(rebuilt(name, weight)) for name, weight in named_weights(like).items()}
+        return model_from(weights, like.config)
+    single = {name: rebuilt(name, weight) for name, weight in _unrolled(like)}
+    weights = {}
+    for name in named_weights(like):
+        if name.startswith(STACKED):
+            rest = name.removeprefix(STACKED)
+            stack = (single[f"{STACKED}{layer}.{rest}"] for layer in range(like.config.num_layers))
+            weights[name] = LayerRuns(tuple(exported(jax.tree.map(lambda array: array[None], one)) for one in stack))
+        else:
+            weights[name] = exported(single[name])
+    return model_from(weights, like.config)
+
+
+def from_leaves(arrays: Sequence[Any], like: Llama) -> Llama:
+    """A model of the same structure as `like`, of these leaves."""
+    return jax.tree.unflatten(jax.tree.structure(like), arrays)
+
+
+def taken_by(profile: Profile, model: Llama) -> Llama:
+    """The model as a profile's programs take it: as it is, or, abstract, as a backend wants it."""
+    if profile.backend is None:
+        return model
+    return jax.eval_shape(lambda model: prepare(model, profile.backend), model)
