@@ -26,8 +26,10 @@ from llamajax.errors import LlamaJaxError
 from llamajax.evaluation.evaluate import cross_entropy, next_token_losses
 from llamajax.export_types import register_export_types
 from llamajax.generation.compilation import clear_programs, fresh_programs
+from llamajax.generation.programs import decode, prefill
+from llamajax.generation.request import Completion
 from llamajax.generation.sampling import Sampler, make_sampler, sample
-from llamajax.generation.stream import Completion, decode, generate, prefill, stream
+from llamajax.generation.stream import generate, stream
 from llamajax.model import Llama, abstract_model
 from llamajax.prepare import prepare, with_activations
 from llamajax.tokenizer import Tokenizer

@@ -19,9 +19,9 @@ from flax.nnx.pytreelib import PytreeState
 from llamajax.caches.dense import KVCache
 from llamajax.caches.tiled import TiledKVCache
 from llamajax.config import Config, RopeScaling
+from llamajax.generation.programs import DecodeState
 from llamajax.generation.sampling import Sampler
 from llamajax.generation.speculate import LookupState
-from llamajax.generation.stream import DecodeState
 from llamajax.model import Attention, Block, FeedForward, Llama, RMSNorm
 from quant import LayerRuns, QTensor, Scheme
 from quant.kernels.cpu import TiledWeight

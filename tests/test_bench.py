@@ -18,7 +18,7 @@ from llamajax.evaluation.speed import (
     random_model,
     resident_bytes,
 )
-from llamajax.generation.stream import compiled_decode
+from llamajax.generation.programs import compiled_decode
 from llamajax.quantization.quantize import quantize
 from quant import LayerRuns, QTensor, dequantize
 from quant.kernels.cpu import TiledWeight

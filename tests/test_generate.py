@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 import llamajax
 from llamajax import KVCache, Llama, LlamaJaxError, Tokenizer, generate, make_sampler, stream
-from llamajax.generation.stream import DECODE_BLOCK, PREFILL_BUCKETS, DecodeState, Speed, decode, plan_chunks, prefill
+from llamajax.generation.programs import DECODE_BLOCK, PREFILL_BUCKETS, DecodeState, decode, plan_chunks, prefill
+from llamajax.generation.speed import Speed
 
 LENGTH = 64  # of all sequences that the cacheless loops see, so that they share one program
 PROMPT = [1, 270, 300, 12, 12, 281]

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import llamajax
 from llamajax import Llama, Tokenizer, abstract_model, generate, stream
+from llamajax.generation.programs import DECODE_BLOCK
 from llamajax.generation.request import Row
-from llamajax.generation.stream import DECODE_BLOCK
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 PRINTABLE = "".join(map(chr, range(33, 127)))

@@ -32,7 +32,7 @@ from llamajax.evaluation.speed import (
     product_rate,
     random_model,
 )
-from llamajax.generation.stream import DECODE_BLOCK
+from llamajax.generation.programs import DECODE_BLOCK
 from llamajax.model import Llama
 from llamajax.prepare import prepare, with_activations
 from llamajax.quantization.quantize import recipe_names

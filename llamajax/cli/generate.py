@@ -20,9 +20,11 @@ from llamajax.cli.model_flags import (
     say,
 )
 from llamajax.cli.terminal import as_json, note, write
+from llamajax.generation.request import Completion
 from llamajax.generation.sampling import make_sampler
 from llamajax.generation.speculate import check_speculate
-from llamajax.generation.stream import Completion, Speed, TextStream
+from llamajax.generation.speed import Speed
+from llamajax.generation.stream import TextStream
 
 SUMMARY = "continue a prompt, or several at once"
 EXAMPLES = (

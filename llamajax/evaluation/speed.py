@@ -28,9 +28,7 @@ from llamajax.checkpoint.stacks import LayerStacks
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
 from llamajax.generation.compilation import CompiledFunction
-from llamajax.generation.request import row_keys
-from llamajax.generation.sampling import make_sampler
-from llamajax.generation.stream import (
+from llamajax.generation.programs import (
     DECODE_BLOCK,
     SLOT_MULTIPLE,
     DecodeState,
@@ -38,6 +36,8 @@ from llamajax.generation.stream import (
     compiled_prefill,
     plan_chunks,
 )
+from llamajax.generation.request import row_keys
+from llamajax.generation.sampling import make_sampler
 from llamajax.model import Llama, abstract_model
 from llamajax.quantization.quantize import assigned, read_recipe
 from quant import QTensor, Scheme, quantize_rtn
@@ -323,7 +323,7 @@ def measure_decode(
         context: at least 1, at most the model's.
         batch: rows, at least 1.
         cache_dtype: one of `cache.CACHE_DTYPES`; the model's unless given.
-        steps: that one call makes, and a repeat is one call: 1 to `generate.DECODE_BLOCK`. They lengthen the context,
+        steps: that one call makes, and a repeat is one call: 1 to `programs.DECODE_BLOCK`. They lengthen the context,
             which begins anew with each repeat.
         repeats: at least 1.
 

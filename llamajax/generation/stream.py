@@ -1,12 +1,11 @@
-"""Text from a model: prefill in buckets, a decode loop on the device, streaming.
+"""Text from a model, whole or as it comes.
 
     completion = generate(model, tokenizer, "Once upon a time", max_new_tokens=100, temperature=0.8, seed=1)
     for piece in stream(model, tokenizer, "Once upon a time"):
         print(piece, end="", flush=True)
 
-`prefill` and `decode` are pure functions of pytrees, for use under `jax.jit` as they are. A prompt's last token is not
-prefilled: it is the first that the decode loop feeds. So prefill needs no head, a prompt of one token no prefill, and
-one decode program serves every request of the same batch and cache size.
+A request checks and encodes its prompts, prefills a cache in buckets, and calls the decode program (`programs.py`), or
+that of speculation (`speculate.py`), until every row has ended.
 """
 
 import dataclasses
@@ -15,13 +14,19 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llamajax.caches.dense import KVCache, check_cache_dtype
 from llamajax.caches.tiled import empty_cache
 from llamajax.errors import LlamaJaxError
-from llamajax.generation.compilation import CompiledFunction
+from llamajax.generation.programs import (
+    DECODE_BLOCK,
+    SLOT_MULTIPLE,
+    DecodeState,
+    compiled_decode,
+    compiled_prefill,
+    plan_chunks,
+)
 from llamajax.generation.request import (
     Completion,
     Prompt,
@@ -33,155 +38,16 @@ from llamajax.generation.request import (
     row_keys,
     stop_strings,
 )
-from llamajax.generation.sampling import Sampler, make_sampler, sample
+from llamajax.generation.sampling import make_sampler
 from llamajax.generation.speculate import LookupState, check_speculate, compiled_lookup, slots_beyond
+from llamajax.generation.speed import Speed
 from llamajax.meshes import auto_mesh, with_auto_axes
 from llamajax.model import Llama
 from llamajax.tokenizer import Tokenizer
 from llamajax.workers import workers
-from quant import start_indices
 
-# Chunks of a prompt. Three sizes are three programs at most; the largest bounds the memory of a long prompt's scores.
-PREFILL_BUCKETS = (16, 64, 256)
-# Most tokens that one call of the decode program makes. A buffer of that many is all it costs.
-DECODE_BLOCK = 64
-# Cache sizes are multiples of this, so that prompts of similar length share their programs.
-SLOT_MULTIPLE = 256
 # How often streamed text should appear.
 _UPDATE_SECONDS = 0.05
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """What the decode loop carries.
-
-    Attributes:
-        cache: everything before `token_B`.
-        token_B: int32, the newest token of each row, not yet in the cache.
-        key_B: one PRNG key a row; the choice at position p uses `fold_in(key, p)`.
-        done_B: bool, rows that have ended: they add nothing to their cache any more.
-        seen_BV: bool, tokens that each row holds, or None without a repetition penalty.
-    """
-
-    cache: KVCache
-    token_B: jax.Array
-    key_B: jax.Array
-    done_B: jax.Array
-    seen_BV: jax.Array | None
-
-
-def prefill(model: Llama, tokens_BT: jax.Array, count_B: jax.Array, cache: KVCache) -> KVCache:
-    """The cache with one chunk of a prompt in it: of each row's T tokens the first `count_B`, the rest is padding."""
-    _, filled = model.trunk(tokens_BT, cache, count_B)
-    assert filled is not None  # a cache went in
-    return filled
-
-
-def decode(
-    model: Llama, state: DecodeState, sampler: Sampler, stop_M: jax.Array, limit: jax.Array
-) -> tuple[DecodeState, jax.Array, jax.Array, jax.Array]:
-    """Makes up to `limit` tokens a row, on the device, until every row has ended.
-
-    Args:
-        model: the model.
-        state: where the rows are.
-        sampler: how tokens are chosen.
-        stop_M: int32, ids that end a row.
-        limit: int32 scalar, at most `DECODE_BLOCK`; not static, so that one program serves every number.
-
-    Returns:
-        The state behind the last token; token_BM and log_probability_BM with `DECODE_BLOCK` columns; and the number of
-        columns that were filled. In a row that ended, what follows its stop token means nothing.
-    """
-    B = state.token_B.shape[0]
-    token_BM = jnp.zeros((B, DECODE_BLOCK), jnp.int32)
-    log_probability_BM = jnp.zeros((B, DECODE_BLOCK), jnp.float32)
-
-    def more(carry):
-        step, state, _, _ = carry
-        return (step < jnp.minimum(limit, DECODE_BLOCK)) & ~jnp.all(state.done_B)
-
-    def one(carry):
-        step, state, token_BM, log_probability_BM = carry
-        count_B = jnp.where(state.done_B, 0, 1)
-        key_B = jax.vmap(jax.random.fold_in)(state.key_B, state.cache.length_B)
-        hidden_BTD, cache = model.trunk(state.token_B[:, None], state.cache, count_B)
-        assert cache is not None  # a cache went in
-        token_B, log_probability_B = sample(model.logits(hidden_BTD[:, 0]), key_B, sampler, state.seen_BV)
-        token_BM = jax.lax.dynamic_update_slice(token_BM, token_B[:, None], start_indices(0, step))
-        log_probability_BM = jax.lax.dynamic_update_slice(
-            log_probability_BM, log_probability_B[:, None], start_indices(0, step)
-        )
-        seen_BV = state.seen_BV
-        if seen_BV is not None:
-            seen_BV |= jnp.arange(seen_BV.shape[1], dtype=jnp.int32) == token_B[:, None]
-        done_B = state.done_B | jnp.any(token_B[:, None] == stop_M, axis=1)
-        state = DecodeState(cache, jnp.where(state.done_B, state.token_B, token_B), state.key_B, done_B, seen_BV)
-        return step + 1, state, token_BM, log_probability_BM
-
-    step, state, token_BM, log_probability_BM = jax.lax.while_loop(
-        more, one, (jnp.zeros((), jnp.int32), state, token_BM, log_probability_BM)
-    )
-    return state, token_BM, log_probability_BM, step
-
-
-compiled_prefill = CompiledFunction(prefill, donate_argnames=("cache",))
-compiled_decode = CompiledFunction(decode, donate_argnames=("state",))
-
-
-@dataclasses.dataclass
-class Speed:
-    """What one request took. Times are of running programs only; compiling is apart.
-
-    Attributes:
-        prefill_tokens: prompt tokens put into the cache, padding not counted.
-        decode_tokens: tokens made, of all rows.
-        decode_steps: forward passes that made them.
-        row_steps: with speculation, those passes counted once for each row that still ran; 0 without.
-        step_bytes: weights and cache that one forward pass reads.
-        prefill_chunks: forward passes of the prefill.
-        compilations: programs compiled during the request.
-        loads: programs loaded from disk instead.
-        compile_seconds: what both took.
-    """
-
-    prefill_tokens: int = 0
-    prefill_chunks: int = 0
-    prefill_seconds: float = 0.0
-    decode_tokens: int = 0
-    decode_steps: int = 0
-    row_steps: int = 0
-    decode_seconds: float = 0.0
-    step_bytes: int = 0
-    compilations: int = 0
-    loads: int = 0
-    compile_seconds: float = 0.0
-
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        """0 where nothing was prefilled."""
-        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        """Of all rows together; 0 where nothing was made."""
-        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
-
-    @property
-    def tokens_per_step(self) -> float:
-        """With speculation, tokens that a row made in one forward pass, at most `speculate` + 1; 0 without."""
-        return self.decode_tokens / self.row_steps if self.row_steps else 0.0
-
-    @property
-    def prefill_gigabytes_per_second(self) -> float:
-        """Bytes of weights and cache read per second, in 1e9."""
-        return self.step_bytes * self.prefill_chunks / self.prefill_seconds / 1e9 if self.prefill_seconds else 0.0
-
-    @property
-    def decode_gigabytes_per_second(self) -> float:
-        """Bytes of weights and cache read per second, in 1e9."""
-        return self.step_bytes * self.decode_steps / self.decode_seconds / 1e9 if self.decode_seconds else 0.0
 
 
 def generate(
@@ -444,20 +310,6 @@ class TextStream:
         compilations, loads, compile_seconds = self._compiled()
         self.speed.compilations, self.speed.loads = compilations - before[0], loads - before[1]
         self.speed.compile_seconds = compile_seconds - before[2]
-
-
-def plan_chunks(length: int) -> list[int]:
-    """Bucket sizes that cover a prompt of `length` tokens: full largest buckets, then one or two that hold the rest.
-
-    Two of a size take less time than one of the next, which is four times as large.
-
-    >>> plan_chunks(300), plan_chunks(128)
-    ([256, 64], [64, 64])
-    """
-    largest = PREFILL_BUCKETS[-1]
-    full, rest = divmod(length, largest)
-    bucket = next(bucket for bucket in PREFILL_BUCKETS if rest <= 2 * bucket)
-    return [largest] * full + [bucket] * -(-rest // bucket)
 
 
 def _chunk(prompts: list[list[int]], first: int, size: int) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,57 @@
+"""What one request took: tokens, forward passes, seconds and bytes."""
+
+import dataclasses
+
+
+@dataclasses.dataclass
+class Speed:
+    """What one request took. Times are of running programs only; compiling is apart.
+
+    Attributes:
+        prefill_tokens: prompt tokens put into the cache, padding not counted.
+        decode_tokens: tokens made, of all rows.
+        decode_steps: forward passes that made them.
+        row_steps: with speculation, those passes counted once for each row that still ran; 0 without.
+        step_bytes: weights and cache that one forward pass reads.
+        prefill_chunks: forward passes of the prefill.
+        compilations: programs compiled during the request.
+        loads: programs loaded from disk instead.
+        compile_seconds: what both took.
+    """
+
+    prefill_tokens: int = 0
+    prefill_chunks: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_steps: int = 0
+    row_steps: int = 0
+    decode_seconds: float = 0.0
+    step_bytes: int = 0
+    compilations: int = 0
+    loads: int = 0
+    compile_seconds: float = 0.0
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """0 where nothing was prefilled."""
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Of all rows together; 0 where nothing was made."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def tokens_per_step(self) -> float:
+        """With speculation, tokens that a row made in one forward pass, at most `speculate` + 1; 0 without."""
+        return self.decode_tokens / self.row_steps if self.row_steps else 0.0
+
+    @property
+    def prefill_gigabytes_per_second(self) -> float:
+        """Bytes of weights and cache read per second, in 1e9."""
+        return self.step_bytes * self.prefill_chunks / self.prefill_seconds / 1e9 if self.prefill_seconds else 0.0
+
+    @property
+    def decode_gigabytes_per_second(self) -> float:
+        """Bytes of weights and cache read per second, in 1e9."""
+        return self.step_bytes * self.decode_steps / self.decode_seconds / 1e9 if self.decode_seconds else 0.0
