@@ -4,7 +4,7 @@ Dimension key used throughout the project, as einsum letters and as suffixes of 
 
     B batch · T new tokens · S cache slots · D model width · N query heads · K key/value heads · G = N/K
     H head size · Q = N x H · M = K x H · F feed-forward width · V vocabulary · L layers · E experts
-    C quantization groups along a contraction
+    C quantization groups along a contraction · P positions of a pattern of layers · R its repeats
 
 `Config` describes architecture only. Run-time choices (dtype, batch, sampling) are arguments of functions.
 """
@@ -15,10 +15,11 @@ import re
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from llamajax.errors import LlamaJaxError
 from llamajax.files import read_toml, shortened
+from llamajax.parameters import Stack, num_parameters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,17 +104,46 @@ class Config:
         if self.head_size % 2:
             raise LlamaJaxError(f"head_size is {self.head_size}: expected an even number, RoPE rotates pairs")
 
+    # What a manifest calls configs of this class; those of a subclass are found by its own (`from_dict`).
+    family: ClassVar[str] = "llama"
+    _families: ClassVar[dict[str, type["Config"]]] = {}
+
+    def __init_subclass__(cls, **options: Any):
+        """A family of its own: a frozen dataclass with a `family`, and what it has otherwise of the below."""
+        super().__init_subclass__(**options)
+        Config._families[cls.family] = cls
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How long the axis of each letter is that weights have."""
+        return {
+            "V": self.vocab_size,
+            "D": self.width,
+            "F": self.ffn_width,
+            "Q": self.num_heads * self.head_size,
+            "M": self.num_kv_heads * self.head_size,
+            "N": self.num_heads,
+            "K": self.num_kv_heads,
+            "H": self.head_size,
+        }
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The layers, as patterns that repeat: layers of one kind, where nothing says otherwise."""
+        return (Stack(0, ("llama",), self.num_layers),)
+
+    def numbers(self, layer: int) -> Mapping[str, float]:
+        """What of a layer is a number of its own, as its window or theta: passed to its block; nothing here."""
+        return {}
+
     @property
     def num_parameters(self) -> int:
         """Number of weights, a tied head counted once."""
-        attention = self.width * self.head_size * 2 * (self.num_heads + self.num_kv_heads)
-        layer = attention + 3 * self.width * self.ffn_width + 2 * self.width
-        embeddings = self.vocab_size * self.width * (1 if self.tied_embeddings else 2)
-        return embeddings + self.num_layers * layer + self.width
+        return num_parameters(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values; `from_dict` reads them back."""
-        return dataclasses.asdict(self)
+        """The fields as plain JSON values, and the family if it is another; `from_dict` reads them back."""
+        return dataclasses.asdict(self) | ({} if self.family == Config.family else {"family": self.family})
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], source: str = "config") -> "Config":
@@ -123,6 +153,7 @@ class Config:
             LlamaJaxError: for an unknown or missing key, or a value out of range; the message begins with `source`.
         """
         try:
+            cls, fields = _of_family(cls, fields)
             fields = _only_known(cls, fields)
             if fields.get("rope_scaling") is not None:
                 fields["rope_scaling"] = RopeScaling(**_only_known(RopeScaling, fields["rope_scaling"]))
@@ -156,6 +187,17 @@ def _check_number(name: str, value: Any, *, low: float) -> None:
     # Compared rather than math.isfinite, which raises for whole numbers beyond the range of float.
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= sys.float_info.max:
         raise LlamaJaxError(f"{name} is {shortened(value)}: expected a finite number, at least {low}")
+
+
+def _of_family(cls: type[Config], fields: Any) -> tuple[type[Config], Any]:
+    """The class that `fields` are of, and the fields without their family."""
+    if not isinstance(fields, Mapping) or "family" not in fields:
+        return cls, fields
+    family = fields["family"]
+    known = {Config.family: Config} | Config._families
+    if not isinstance(family, str) or family not in known:
+        raise LlamaJaxError(f"family is {shortened(family)}: expected one of {', '.join(known)}")
+    return known[family], {name: value for name, value in fields.items() if name != "family"}
 
 
 def _only_known(cls: type, fields: Any) -> dict[str, Any]:

@@ -1,16 +1,15 @@
 """Between loading and generating: weights in the layout of a backend, and what they are multiplied with."""
 
-import dataclasses
 from typing import Any
 
 import jax
 
-from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
-from llamajax.model import Llama
-from quant import LayerRuns, QTensor
+from llamajax.model import Llama, model_from
+from llamajax.parameters import leaves, named_weights
+from quant import is_laid_out, quantized
 from quant import prepare as prepare_weight
-from quant.kernels import Layout
+from quant import with_activations as with_activations_of_weight
 
 ACTIVATIONS = ("float32", "bfloat16", "int8")
 
@@ -31,49 +30,38 @@ def prepare(model: Llama, backend: str | None = None, *, donate: bool = False) -
         The prepared model. Its logits are those of `model` up to the rounding of sums.
     """
     backend = backend or jax.default_backend()
+    of = leaves(model.config, model.plan)
+    made = {
+        name: weight if of[name].spec.is_only_looked_up else prepare_weight(weight, backend, donate=donate)
+        for name, weight in named_weights(model).items()
+    }
+    return model_from(made, model.config, model.plan)
 
-    def one(path: tuple[Any, ...], leaf: Any) -> Any:
-        if only_looked_up(jax.tree_util.keystr(path), model.config):
-            return leaf
-        return prepare_weight(leaf, backend, donate=donate)
 
-    return jax.tree_util.tree_map_with_path(one, model, is_leaf=lambda node: isinstance(node, QTensor | LayerRuns))
-
-
-def with_activations(model: Any, kind: str) -> Any:
+def with_activations(model: Llama, kind: str) -> Llama:
     """The same model, with other rounding of what its quantized weights are multiplied with.
 
     On a CPU prefill is faster with "bfloat16", because products of 16-bit floats are; nothing is with "int8".
 
     Args:
-        model: or a weight, not prepared yet; leaves may be abstract.
+        model: not prepared yet; leaves may be abstract.
         kind: "float32", not rounded; "bfloat16", each to 8 bits of precision; "int8", each group to 8 bits with a scale
             of its own, as llama.cpp does; all elements of a token as one where the weight's groups are reordered.
 
     Raises:
         LlamaJaxError: for another kind, a prepared model, or rounding for one without quantized weights.
     """
+    check_activations(model, kind)
+    return with_activations_of_weight(model, kind)
+
+
+def check_activations(weights: Any, kind: str | None) -> None:
+    """Refuses rounding that the weights of a pytree cannot have, as `with_activations` says; None asks for nothing."""
+    if kind is None:
+        return
     if kind not in ACTIVATIONS:
         raise LlamaJaxError(f"activations {kind!r}: expected one of {', '.join(ACTIVATIONS)}")
-
-    def change(leaf: Any) -> Any:
-        if isinstance(leaf, Layout):
-            raise LlamaJaxError("activations of a model that is laid out for a backend: change them before `prepare`")
-        if not isinstance(leaf, QTensor):
-            return leaf
-        int8 = "int8-group" if leaf.order is None else "int8-token"
-        return dataclasses.replace(leaf, activations={"float32": None, "bfloat16": "bfloat16", "int8": int8}[kind])
-
-    is_packed = lambda node: isinstance(node, QTensor | Layout)  # noqa: E731
-    if (
-        isinstance(model, Llama)
-        and kind != "float32"
-        and not any(map(is_packed, jax.tree.leaves(model, is_leaf=is_packed)))
-    ):
+    if is_laid_out(weights):
+        raise LlamaJaxError("activations of a model that is laid out for a backend: change them before `prepare`")
+    if kind != "float32" and not quantized(weights):
         raise LlamaJaxError(f"activations {kind!r} for a model without quantized weights: nothing would be rounded")
-    return jax.tree.map(change, model, is_leaf=is_packed)
-
-
-def only_looked_up(name: str, config: Config) -> bool:
-    """Whether a weight is an embedding table that serves as no head, and so is multiplied with nothing."""
-    return "embed_VD" in name and not config.tied_embeddings

@@ -1,5 +1,6 @@
 """From the format at rest to the layout that a backend multiplies with, once, when a model is loaded."""
 
+import dataclasses
 import math
 import os
 import types
@@ -10,8 +11,8 @@ import jax
 import numpy as np
 
 from quant.kernels import cpu
+from quant.mixed import Mixed
 from quant.qtensor import QTensor
-from quant.runs import LayerRuns
 
 # Those with a layout of their own.
 BACKENDS = ("cpu", "gpu", "tpu")
@@ -20,10 +21,10 @@ _MOST_THREADS = 8
 
 
 def prepare(weight: Any, backend: str, *, donate: bool = False) -> Any:
-    """Lays a weight out for `quant.einsum` on a backend.
+    """Lays a weight out for `quant.product` on a backend.
 
     Args:
-        weight: QTensor [K, M], [M, K], or a stack [L, ...] of them; or `LayerRuns`.
+        weight: QTensor [..., K, M] or [..., M, K]; or a `Mixed` of such.
         backend: as `jax.default_backend` names it.
         donate: whether the weight's memory may be freed as soon as it has been laid out: the weight is unusable then.
             Otherwise there are two of it.
@@ -31,8 +32,9 @@ def prepare(weight: Any, backend: str, *, donate: bool = False) -> Any:
     Returns:
         The weight in its layout; or itself, where it is an array, or the backend has no layout for it (`refusal`).
     """
-    if isinstance(weight, LayerRuns):
-        return LayerRuns(tuple(prepare(part, backend, donate=donate) for part in weight.parts))
+    if isinstance(weight, Mixed):
+        stacks = tuple(prepare(stack, backend, donate=donate) for stack in weight.stacks)
+        return dataclasses.replace(weight, stacks=stacks)
     if not isinstance(weight, QTensor) or refusal(weight, backend):
         return weight
     arrays = jax.tree.leaves(weight)

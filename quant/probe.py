@@ -1,10 +1,9 @@
 """`Probe`: a weight that notes what it is multiplied with. This is how calibration sees a layer's inputs."""
 
 import dataclasses
+from typing import Any
 
 import jax
-
-from quant.qtensor import QTensor
 
 
 @jax.tree_util.register_dataclass
@@ -17,11 +16,11 @@ class Probe:
         y = layer_function(probed, x)      # seen["up"] is now the input of that weight, as a value of this trace
 
     Attributes:
-        weight: what it stands for; `einsum` uses it as it would without the probe.
+        weight: what it stands for; `product` uses it as it would without the probe.
         name: key in `seen`.
-        seen: dictionary that `einsum` puts the activations in. Under jit make it inside the traced function.
+        seen: dictionary that `product` puts the activations in. Under jit make it inside the traced function.
     """
 
-    weight: jax.Array | QTensor
+    weight: Any
     name: str = dataclasses.field(metadata={"static": True})
     seen: dict[str, jax.Array] = dataclasses.field(metadata={"static": True})

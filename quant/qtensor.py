@@ -8,6 +8,7 @@ everything else holds.
 import dataclasses
 import functools
 import operator
+from collections.abc import Callable
 from typing import Any, Literal, Union
 
 import jax
@@ -27,6 +28,7 @@ from quant.packing import (
     unpack_runs,
 )
 from quant.scheme import Scheme, exponent_values
+from quant.weight import Weight, flat_stack, rounded
 
 SCALE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -40,7 +42,7 @@ Plane = Union[jax.Array, "QTensor"]
     meta_fields=["scheme", "axis", "dtype", "activations"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
-class QTensor:
+class QTensor(Weight):
     """A weight [..., K, M] (`axis=-2`) or [..., M, K] (`axis=-1`) in packed codes, with scales per group along K.
 
     For k in group c, and value(code) by the scheme:
@@ -71,7 +73,7 @@ class QTensor:
         scheme: what a code stands for.
         axis: -2 or -1, the contraction axis of the weight.
         dtype: of the weight that this stands for.
-        activations: how activations are rounded before `einsum` multiplies them with this weight: None, not at all;
+        activations: how activations are rounded before `product` multiplies them with this weight: None, not at all;
             "bfloat16"; "int8-token", to int8 with one scale for each vector along the contraction; "int8-group", with
             one for each of this weight's groups of it. Outlier channels are not rounded to int8, and out of the scales.
     """
@@ -124,16 +126,6 @@ class QTensor:
         return tuple(shape)
 
     @property
-    def ndim(self) -> int:
-        """Number of axes of the weight."""
-        return self.planes[0].ndim
-
-    @property
-    def size(self) -> int:
-        """Number of weights."""
-        return int(np.prod(self.shape))
-
-    @property
     def group_size(self) -> int:
         """Weights along the contraction axis that share a scale."""
         return _group_size(self.shape[self.axis], self.scale.shape[self.axis])
@@ -164,6 +156,48 @@ class QTensor:
             if i is None or i is Ellipsis:
                 raise IndexError(f"index {i}: expected integers, arrays or slices, one for each leading axis")
         return jax.tree.map(operator.itemgetter(index), self)
+
+    def matrix(self, index: jax.Array | int) -> "QTensor":
+        """As of every `Weight`: a slice."""
+        at = jnp.asarray(index, jnp.int32)
+        take = lambda array: jax.lax.dynamic_index_in_dim(array, at, keepdims=False)  # noqa: E731
+        return jax.tree.map(take, flat_stack(self, self.ndim - 2))
+
+    def multiply(self, x: jax.Array) -> jax.Array:
+        """As of every `Weight`: the reference, which dequantizes, then contracts, both in float32.
+
+        The weight is not rounded to the activations' type, so that what other lowerings are compared with has no error
+        but the quantizer's. Activations in int8 are rounded, and multiplied as floats: up to the rounding of sums, what
+        products of integers give.
+        """
+        outlier_K = None
+        if self.outlier_index is not None:
+            outlier_K = outlier_slots(self.outlier_index, self.shape[self.axis], self.axis).reshape(-1) >= 0
+        x = rounded(x, self, outlier_K).astype(jnp.float32)
+        equation = "...K,KM->...M" if self.axis == -2 else "...K,MK->...M"
+        return jnp.einsum(equation, x, dequantize(self), precision=jax.lax.Precision.HIGHEST)
+
+    def rows(self, row_n: jax.Array) -> jax.Array:
+        """As of every `Weight`."""
+        height = self.shape[0]
+
+        def pick(plane: jax.Array) -> jax.Array:
+            # A plane that is the same for all rows (a scale per tensor, the order) has height 1 and broadcasts.
+            return jnp.take(plane, row_n, axis=0, mode="clip") if plane.shape[0] == height else plane
+
+        return dequantize(jax.tree.map(pick, self))
+
+    def values(self) -> jax.Array:
+        """As of every `Weight`: `dequantize`."""
+        return dequantize(self)
+
+    def take(self, number: int) -> "QTensor":
+        """As of every `Weight`."""
+        return self[number]
+
+    def split(self) -> tuple["QTensor", Callable[[Any, jax.Array], Any]]:
+        """As of every `Weight`: a scan slices all arrays."""
+        return self, lambda part, place: part
 
     def validate(self) -> "QTensor":
         """Checks every invariant that shapes and dtypes show; returns the tensor itself. Leaves may be abstract.

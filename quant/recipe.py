@@ -7,7 +7,7 @@
     keep = true
 
     [[rules]]
-    weights = "layers.ffn.down_FD"
+    weights = "layers.*.ffn.down_FD"    # layers.7.ffn.down_FD is that of one layer
     layers = [0, -1]                # the first and the last; all unless given
     scheme = "int6"
     group_size = 32
@@ -24,7 +24,7 @@ A rule that decides for nothing, a weight that no rule matches and a key that no
 import dataclasses
 import fnmatch
 import numbers
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from quant.activations import ACTIVATIONS
@@ -54,7 +54,7 @@ def _one_of(names: Iterable[str]) -> _Kind:
 _BOOLEAN = _Kind("true or false", lambda value: isinstance(value, bool))
 # Type and range of every key. None, which TOML does not have, also stands for a key whose default it is.
 KEYS: dict[str, _Kind] = {
-    "weights": _Kind("a glob, as '*' or 'layers.ffn.*'", lambda value: isinstance(value, str) and value != ""),
+    "weights": _Kind("a glob, as '*' or 'layers.*.ffn.*'", lambda value: isinstance(value, str) and value != ""),
     "layers": _Kind(
         "numbers, as [0, -1]",
         lambda value: isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_whole, value)),
@@ -235,12 +235,17 @@ def recipe_from(table: Mapping[str, Any], source: str) -> Recipe:
         raise ValueError(f"{source}: {error}") from None
 
 
-def assign(rules: Iterable[Rule], weights: Mapping[str, int | None]) -> dict[tuple[str, int | None], Rule]:
+def assign(
+    rules: Iterable[Rule], weights: Mapping[str, Sequence[int] | None], num_layers: int
+) -> dict[tuple[str, int | None], Rule]:
     """The rule of each weight of each layer: the first that matches its name and has its layer.
 
     Args:
-        rules: in order.
-        weights: names, and for each the number of its layers, or None for a weight outside of them.
+        rules: in order. A glob is matched with the name of the weight, `layers.7.ffn.up_DF`, or with what stands for
+            that of all layers, `layers.*.ffn.up_DF` or `layers.ffn.up_DF`.
+        weights: names, `layers.*.ffn.up_DF` for a weight of layers, and for each the layers that have it, or None for
+            one outside of them.
+        num_layers: of the model.
 
     Returns:
         A rule for each (name, layer); layer is None outside of layers.
@@ -249,12 +254,12 @@ def assign(rules: Iterable[Rule], weights: Mapping[str, int | None]) -> dict[tup
         ValueError: if a rule decides for no weight, or no rule for a weight, or a layer does not exist.
     """
     rules, chosen = tuple(rules), {}
-    for name, count in weights.items():
-        for layer in (None,) if count is None else range(count):
-            matching = (rule for rule in rules if fnmatch.fnmatchcase(name, rule.weights) and _has(rule, layer, count))
-            rule = next(matching, None)
+    for name, layers in weights.items():
+        for layer in (None,) if layers is None else layers:
+            rule = next((rule for rule in rules if _matches(rule, name, layer) and _has(rule, layer, num_layers)), None)
             if rule is None:
-                raise ValueError(f"no rule matches the weight {name!r}: end the recipe with weights = '*'")
+                shown = name if layer is None else name.replace("*", str(layer), 1)
+                raise ValueError(f"no rule matches the weight {shown!r}: end the recipe with weights = '*'")
             chosen[name, layer] = rule
     for rule in rules:
         if not any(rule is used for used in chosen.values()):
@@ -264,11 +269,17 @@ def assign(rules: Iterable[Rule], weights: Mapping[str, int | None]) -> dict[tup
     return chosen
 
 
-def _has(rule: Rule, layer: int | None, count: int | None) -> bool:
+def _matches(rule: Rule, name: str, layer: int | None) -> bool:
+    """Whether a rule's glob is for a weight."""
+    names = [name] if layer is None else [name.replace("*", str(layer), 1), name, name.replace(".*", "", 1)]
+    return any(fnmatch.fnmatchcase(each, rule.weights) for each in names)
+
+
+def _has(rule: Rule, layer: int | None, count: int) -> bool:
     """Whether a rule is for that layer of so many."""
     if rule.layers is None:
         return True
-    if layer is None or count is None:
+    if layer is None:
         return False
     outside = [number for number in rule.layers if not -count <= number < count]
     if outside:

@@ -1,1 +1,47 @@
-"""Caches of keys and values, each of which owns how it is attended to."""
+"""Caches of keys and values, each of which owns how it is attended to: `cache.py` says what every one does."""
+
+from llamajax.caches.attention import Scores
+from llamajax.caches.cache import (
+    CACHE_DTYPES,
+    PARTS,
+    STEP_SLOTS,
+    KVCache,
+    NoCache,
+    Part,
+    Where,
+    check_cache_dtype,
+    empty_cache,
+)
+from llamajax.caches.dense import DensePart
+from llamajax.caches.quantized import SCHEME_OF, QuantizedPart
+from llamajax.caches.tiled import TiledPart
+from llamajax.config import Config
+
+__all__ = [
+    "CACHE_DTYPES",
+    "PARTS",
+    "STEP_SLOTS",
+    "DensePart",
+    "KVCache",
+    "NoCache",
+    "Part",
+    "QuantizedPart",
+    "Scores",
+    "TiledPart",
+    "Where",
+    "check_cache_dtype",
+    "empty_cache",
+]
+
+
+def _full(config: Config, layers: int, batch: int, slots: int, dtype: str, layout: str) -> Part:
+    """A part that keeps every token."""
+    if layout not in ("dense", "straight", "scatter", "tiled"):
+        raise ValueError(f"layout {layout!r} of a cache: expected dense, straight, scatter or tiled")
+    if layout == "tiled" and dtype in SCHEME_OF:
+        raise ValueError(f"a tiled cache in {dtype}: expected a float type; or a dense cache")
+    kind = TiledPart if layout == "tiled" else QuantizedPart if dtype in SCHEME_OF else DensePart
+    return kind.empty(config, layers, batch, slots, dtype, layout)  # type: ignore[arg-type]
+
+
+PARTS["full"] = _full

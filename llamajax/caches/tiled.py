@@ -9,68 +9,60 @@ Dimension key: as in `config.py`, and `R` = T N / K queries that share a key, `U
 """
 
 import dataclasses
+import functools
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 
-from llamajax.caches.dense import MASKED, KVCache, check_cache_dtype
+from llamajax.caches.attention import Scores
+from llamajax.caches.cache import STEP_SLOTS
+from llamajax.caches.dense import DensePart, Writes
 from llamajax.config import Config
-from quant import QTensor, start_indices
-from quant.kernels.cpu import sum_steps
+from quant import start_indices, sum_steps
 
 TILE = 16
-# Slots of which one step adds the values; `slots` is a multiple of it.
-STEP_SLOTS = 64
 # Queries of a key up to which a cache is attended to like this. With more, each key that `dot` is given serves enough
 # of them to be worth its copy.
 MAX_QUERIES = 64
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["key_LBKSH", "value_LBKSH"], meta_fields=["layout"])
 @dataclasses.dataclass(frozen=True)
-class TiledKVCache(KVCache):
-    """A `KVCache` of a float type in tiles; everything but the shapes is as in the class that it stands for.
+class TiledPart(DensePart):
+    """Keys and values of some layers, of a float type, in tiles.
 
     Attributes:
         key_LBKSH: [L, B, K, U, H, s], slot 16 u + i being lane i of tile u.
         value_LBKSH: [L, B, K, n, j, H], slot 64 n + j.
-        length_B: as in `KVCache`.
     """
 
-    key_LBKSH: jax.Array
-    value_LBKSH: jax.Array
-
     @classmethod
-    def empty(cls, config: Config, batch: int, slots: int, dtype: jax.typing.DTypeLike = jnp.float32) -> "KVCache":
-        """As `KVCache.empty`, with `slots` a multiple of 64.
+    def empty(cls, config: Config, layers: int, batch: int, slots: int, dtype: str, layout: Writes) -> Self:
+        """Of zeros.
 
         Raises:
-            ValueError: for a type or a number of slots that this cache does not have.
+            ValueError: for a number of slots that this cache does not have.
         """
-        plain = jax.eval_shape(lambda: KVCache.empty(config, batch, slots, dtype))
-        if isinstance(plain.key_LBKSH, QTensor) or slots % STEP_SLOTS:
-            raise ValueError(
-                f"a tiled cache of {slots} slots in {check_cache_dtype(dtype)}: expected a multiple of {STEP_SLOTS} "
-                "in a float type; use KVCache"
-            )
-        L, B, K, S, H = plain.key_LBKSH.shape
-        key_LBKUHs = jnp.zeros((L, B, K, S // TILE, H, TILE), plain.key_LBKSH.dtype)
-        value_LBKnjH = jnp.zeros((L, B, K, S // STEP_SLOTS, STEP_SLOTS, H), plain.key_LBKSH.dtype)
-        return cls(key_LBKUHs, value_LBKnjH, jnp.zeros(batch, jnp.int32))
+        if slots % STEP_SLOTS:
+            raise ValueError(f"a tiled cache of {slots} slots: expected a multiple of {STEP_SLOTS}; or a dense cache")
+        lead, H = (layers, batch, config.num_kv_heads), config.head_size
+        key_LBKUHs = jnp.zeros((*lead, slots // TILE, H, TILE), dtype)
+        return cls(key_LBKUHs, jnp.zeros((*lead, slots // STEP_SLOTS, STEP_SLOTS, H), dtype))
 
     @property
-    def slots(self) -> int:
-        """S, the most tokens that a row can hold."""
+    def slots(self) -> int:  # type: ignore[override]
+        """S."""
         return self.value_LBKSH.shape[3] * STEP_SLOTS
 
-    def write(self, layer: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array) -> "KVCache":
-        """As `KVCache.write`, token by token: a run of them may begin and end inside a tile."""
+    def write(self, layer: Any, key_BTKH: jax.Array, value_BTKH: jax.Array, start_B: jax.Array) -> Self:
+        """As of `DensePart`, token by token: a run of them may begin and end inside a tile."""
         B, T = key_BTKH.shape[:2]
 
         def write_token(i: jax.Array | int, slots: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             row, token = i // T, i % T
             # As one update of all tokens would be: moved back where it would stick out.
-            slot = jnp.clip(self.length_B[row], 0, self.slots - T) + token
+            slot = jnp.clip(start_B[row], 0, self.slots - T) + token
             key_K, value_K = (x[row, token].astype(slots[0].dtype)[None, None, :, None] for x in (key_BTKH, value_BTKH))
             at = (layer, row, 0)
             key_at = start_indices(*at, slot // TILE, 0, slot % TILE)
@@ -84,38 +76,33 @@ class TiledKVCache(KVCache):
         slots = write_token(0, slots) if B * T == 1 else jax.lax.fori_loop(0, B * T, write_token, slots)
         return dataclasses.replace(self, key_LBKSH=slots[0], value_LBKSH=slots[1])
 
-    def read(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """As `KVCache.read`: a copy of one layer."""
+    def read(self, layer: Any) -> tuple[jax.Array, jax.Array]:
+        """As of `DensePart`: a copy of one layer."""
         key_BKUHs = jax.lax.dynamic_index_in_dim(self.key_LBKSH, layer, keepdims=False)
         value_BKnjH = jax.lax.dynamic_index_in_dim(self.value_LBKSH, layer, keepdims=False)
         shape = (*value_BKnjH.shape[:2], self.slots, value_BKnjH.shape[-1])
         return jnp.swapaxes(key_BKUHs, -1, -2).reshape(shape), value_BKnjH.reshape(shape)
 
-    def attend(self, layer: jax.Array, query_BTNH: jax.Array, position_BT: jax.Array) -> jax.Array:
-        """`model.attend` for a few queries, over the cache itself.
-
-        Args:
-            layer: int32 scalar.
-            query_BTNH: queries after RoPE.
-            position_BT: of the queries; each sees slots 0 to its own.
-
-        Returns:
-            [B, T, N, H] in the queries' dtype; scores, softmax and sums in float32.
-        """
+    def mix(self, layer: Any, query_BTNH: jax.Array, position_BT: jax.Array, scores: Scores) -> jax.Array:
+        """Attention over one layer; of a few queries over the cache itself. Scores, softmax and sums in float32."""
+        if query_BTNH.shape[1] * query_BTNH.shape[2] > MAX_QUERIES * self.key_LBKSH.shape[2] or scores.see is not None:
+            return super().mix(layer, query_BTNH, position_BT, scores)
         B, T, N, H = query_BTNH.shape
         K, S = self.key_LBKSH.shape[2], self.slots
         query_BKRH = query_BTNH.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B, K, T * (N // K), H)
         # Tiles stay an axis of their own until the softmax is done: slot numbers would have to be divided in its loops.
-        score_BKRUs = self._scores(layer, query_BKRH.astype(jnp.float32) * H**-0.5)
-        visible_BTUs = jnp.arange(S, dtype=jnp.int32).reshape(-1, TILE) <= position_BT[:, :, None, None]
-        visible_BRUs = jnp.repeat(visible_BTUs, N // K, axis=1)
-        score_BKRUs = jnp.where(visible_BRUs[:, None], score_BKRUs, MASKED)
-        weight_BKRUs = jax.nn.softmax(score_BKRUs, axis=(-2, -1))
+        score_BKRUs = self._scores(layer, query_BKRH.astype(jnp.float32))
+        position_BR = jnp.repeat(position_BT, N // K, axis=1)
+        slot_Us = jnp.arange(S, dtype=jnp.int32).reshape(-1, TILE)
+        score_BKRUs = scores.masked(score_BKRUs, position_BR[:, None, :, None, None], slot_Us)
+        sinks_KG11 = scores.by_head(K)
+        sinks = None if sinks_KG11 is None else jnp.tile(sinks_KG11, (1, T, 1, 1))
+        weight_BKRUs = scores.weights(score_BKRUs, sinks, axes=(-2, -1))
         mixed_BKRH = self._mix(layer, weight_BKRUs)
         mixed_BTNH = mixed_BKRH.reshape(B, K, T, N // K, H).swapaxes(1, 2).reshape(B, T, N, H)
         return mixed_BTNH.astype(query_BTNH.dtype)
 
-    def _scores(self, layer: jax.Array, query_BKRH: jax.Array) -> jax.Array:
+    def _scores(self, layer: Any, query_BKRH: jax.Array) -> jax.Array:
         """Products of queries with the keys of all slots, float32 [B, K, R, U, s]."""
         _, B, K, U, H, s = self.key_LBKSH.shape
         sums = [jnp.zeros((), jnp.float32)] * 4
@@ -126,7 +113,7 @@ class TiledKVCache(KVCache):
             sums[h % 4] += key_BKUs[:, :, None].astype(jnp.float32) * query_BKRH[..., h, None, None]
         return (sums[0] + sums[1]) + (sums[2] + sums[3])
 
-    def _mix(self, layer: jax.Array, weight_BKRUs: jax.Array) -> jax.Array:
+    def _mix(self, layer: Any, weight_BKRUs: jax.Array) -> jax.Array:
         """Sums of values over all slots, float32 [B, K, R, H]."""
         _, B, K, n, _, H = self.value_LBKSH.shape
         weight_BKRnj = weight_BKRUs.reshape(B, K, -1, n, STEP_SLOTS)
@@ -137,12 +124,3 @@ class TiledKVCache(KVCache):
             weight_BKnR = jnp.swapaxes(weight_BKRnj[..., j], 2, 3)
             sums[j % 4] += value_BKnH[:, :, :, None].astype(jnp.float32) * weight_BKnR[..., None]
         return sum_steps((sums[0] + sums[1]) + (sums[2] + sums[3]), 2)
-
-
-def empty_cache(config: Config, batch: int, slots: int, dtype: jax.typing.DTypeLike) -> KVCache:
-    """The cache that the default backend reads fastest; arguments and errors as of `KVCache.empty`.
-
-    In tiles on a CPU, but for bfloat16, of which XLA there converts a whole array to update a slice.
-    """
-    tiled = jax.default_backend() == "cpu" and check_cache_dtype(dtype) in ("float32", "float16")
-    return (TiledKVCache if tiled and slots % STEP_SLOTS == 0 else KVCache).empty(config, batch, slots, dtype)

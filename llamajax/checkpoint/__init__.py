@@ -16,29 +16,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 
 from llamajax.checkpoint import home, huggingface, llama2c
-from llamajax.checkpoint.checks import check_fits, is_finite
-from llamajax.checkpoint.naming import (
-    Place,
-    Source,
-    is_quantized,
-    named_leaves,
-    named_weights,
-    place,
-    placements,
-)
+from llamajax.checkpoint.assemble import Finish, assemble, check_weight, outcome
+from llamajax.checkpoint.checks import is_finite
+from llamajax.checkpoint.source import Source
 from llamajax.config import Config, preset_names
 from llamajax.errors import LlamaJaxError
 from llamajax.files import new_folder, open_regular, read_bytes
-from llamajax.model import Llama, abstract_model
-from llamajax.prepare import only_looked_up, prepare, with_activations
+from llamajax.model import Llama
+from llamajax.parameters import Place, named_arrays
 from llamajax.tokenizer import Tokenizer
 from llamajax.words import Words
-from quant import QTensor, aligned_empty
-from quant import prepare as prepare_weight
-from quant.kernels import Layout
+from quant import is_laid_out, quantized
 
 BOX = "box"
 
@@ -49,29 +39,64 @@ class Opened:
 
     Attributes:
         path: the file or folder.
-        description: source format, for people.
-        config: the architecture.
-        abstract: `Llama` with `jax.ShapeDtypeStruct` leaves, as stored.
+        source: what its reader says of it.
         tokenizer_bytes: the `tokenizer.model` that came with it, or None; `tokenizer_problem` says whether it is read.
-        words: what it says of words beside that: ids, added tokens, defaults for sampling.
-        notes: what of its files is not used, and why: a sentence each.
-        read: reads the weights: `read(dtype=None, shardings=None, on_tensor=…, backend=None, activations=None)`, giving
-            a `Llama`. `dtype` converts floats while reading; `shardings` is one `jax.sharding.Sharding` or a tree of
-            them shaped like the model, the first device unless given, or "host" for leaves that stay NumPy arrays;
-            `on_tensor` is called with (tensors read, tensors in all); `backend` and `activations` are as of `load`.
-        read_weight: reads one weight, of one layer: `read_weight(Place) -> np.ndarray`, as stored. Not for quantized
-            checkpoints.
     """
 
     path: Path
-    description: str
-    config: Config
-    abstract: Llama
+    source: Source
     tokenizer_bytes: bytes | None
-    words: Words
-    notes: tuple[str, ...]
-    read: Callable[..., Llama]
-    read_weight: Callable[[Place], np.ndarray]
+
+    # Source format, for people.
+    description = property(lambda self: self.source.description)
+    config: Config = property(lambda self: self.source.config)  # type: ignore[assignment]
+    # What it says of words beside the tokenizer: ids, added tokens, defaults for sampling.
+    words: Words = property(lambda self: self.source.words)  # type: ignore[assignment]
+    # What of its files is not used, and why: a sentence each.
+    notes: tuple[str, ...] = property(lambda self: self.source.notes)  # type: ignore[assignment]
+
+    @functools.cached_property
+    def abstract(self) -> Llama:
+        """`Llama` with `jax.ShapeDtypeStruct` leaves, as stored."""
+        return outcome(self.source)
+
+    def read(
+        self,
+        dtype: jax.typing.DTypeLike | None = None,
+        shardings: Any = None,
+        on_weight: Callable[[int, int], None] = lambda done, total: None,
+        backend: str | None = None,
+        activations: str | None = None,
+    ) -> Llama:
+        """Reads the weights.
+
+        Args:
+            dtype: of floats, converted while reading.
+            shardings: one `jax.sharding.Sharding` or a tree of them shaped like the model, the first device unless
+                given, or "host" for leaves that stay NumPy arrays.
+            on_weight: called with (weights read, weights in all), a layer's counting singly.
+            backend: as of `load`.
+            activations: as of `load`.
+
+        Raises:
+            LlamaJaxError: for damaged weights, and what the arguments ask for in vain.
+        """
+        return assemble(self.path, self.source, Finish(dtype, activations, backend), shardings, on_weight)
+
+    def outcome(
+        self,
+        dtype: jax.typing.DTypeLike | None = None,
+        backend: str | None = None,
+        activations: str | None = None,
+    ) -> Llama:
+        """What `read` will give for these arguments, with `jax.ShapeDtypeStruct` leaves: to compile for meanwhile."""
+        return outcome(self.source, Finish(dtype, activations, backend))
+
+    def read_weight(self, place: Place) -> Any:
+        """One weight, of one layer, of NumPy arrays as stored; checked."""
+        weight = self.source.read(place)
+        check_weight(self.path, self.source, place, weight)
+        return weight
 
     @property
     def tokenizer_problem(self) -> str | None:
@@ -89,21 +114,6 @@ class Opened:
             return _of_model(tokenizer, self.config), None
         except LlamaJaxError as error:
             return None, str(error)
-
-    def outcome(
-        self,
-        dtype: jax.typing.DTypeLike | None = None,
-        backend: str | None = None,
-        activations: str | None = None,
-    ) -> Llama:
-        """What `read` will give for these arguments, with `jax.ShapeDtypeStruct` leaves: to compile for meanwhile."""
-
-        def finish(model: Llama) -> Llama:
-            model = _in_dtype(model, dtype)
-            model = model if activations is None else with_activations(model, activations)
-            return model if backend is None else prepare(model, backend)
-
-        return jax.eval_shape(finish, self.abstract)
 
 
 def resolve(name: str | Path) -> Path:
@@ -137,47 +147,19 @@ def open_checkpoint(name: str | Path, *, ignore_keys: Collection[str] = ()) -> O
         LlamaJaxError: if there is none, if it is of no format that we read, or if its header is damaged.
     """
     path = resolve(name)
-    if path.is_dir() and home.recognise(path):
-        config, abstract, manifest = home.open_abstract(path)
-        checksums = home.stored_checksums(path, manifest)
-        return Opened(
-            path,
-            f"llamajax version {manifest['version']} (Orbax), from {manifest['source']}",
-            config,
-            abstract,
-            home.read_tokenizer(path, manifest),
-            home.read_words(path, manifest),
-            (),
-            lambda dtype=None, shardings=None, on_tensor=_ignore, backend=None, activations=None: _restore(
-                path, abstract, dtype, shardings, on_tensor, backend, activations
-            ),
-            lambda place: home.read_weight(path, abstract, checksums, place),
-        )
-    if huggingface.recognise(path):
-        return _opened(path, huggingface.open_source(path, ignore_keys))
-    if llama2c.recognise(path):
-        return _opened(path, llama2c.open_source(path))
+    for recognise, open_source in READERS:
+        if recognise(path):
+            source = open_source(path, ignore_keys)
+            return Opened(path, source, source.tokenizer_bytes or _tokenizer_beside(path))
     raise LlamaJaxError(f"{path}: unknown format ({_first_look(path)}): expected {_FORMATS}")
 
 
-def _opened(path: Path, source: Source) -> Opened:
-    abstract = abstract_model(source.config, source.dtype)
-    source = dataclasses.replace(source, read=_checked(path, abstract, source.read))
-    return Opened(
-        path,
-        source.description,
-        source.config,
-        abstract,
-        source.tokenizer_bytes or _tokenizer_beside(path),
-        source.words,
-        source.notes,
-        lambda dtype=None, shardings=None, on_tensor=_ignore, backend=None, activations=None: _assemble(
-            path, source, dtype, shardings, on_tensor, activations
-        ),
-        source.read,
-    )
-
-
+# One reader a format: whether a path is of it, and what it holds, given keys of a config to read over.
+READERS: list[tuple[Callable[[Path], bool], Callable[[Path, Collection[str]], Source]]] = [
+    (home.recognise, lambda path, ignore_keys: home.open_source(path)),
+    (huggingface.recognise, huggingface.open_source),
+    (llama2c.recognise, lambda path, ignore_keys: llama2c.open_source(path)),
+]
 _FORMATS = (
     "a llamajax checkpoint (manifest.json), a Hugging Face folder (config.json and safetensors) or a llama2.c file "
     "(version 0, 1 or 2)"
@@ -287,9 +269,9 @@ def save_checkpoint(
         LlamaJaxError: if `path` exists or cannot be created, if transformers would refuse the model, or if its weights
             are not finite or are laid out for a backend.
     """
-    if any(isinstance(leaf, Layout) for leaf in jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, Layout))):
+    if is_laid_out(model):
         raise LlamaJaxError("the weights are laid out for a backend: save the model as it was before `prepare`")
-    if form == "huggingface" and is_quantized(model):
+    if form == "huggingface" and quantized(model):
         raise LlamaJaxError("the weights are quantized in a way that transformers does not read: write llamajax's form")
     if form == "huggingface" and model.config.width % model.config.num_heads:
         raise LlamaJaxError(
@@ -297,7 +279,7 @@ def save_checkpoint(
             "write llamajax's own form instead"
         )
     known = tokenizer if isinstance(tokenizer, Tokenizer) else _readable(tokenizer, words)
-    for name, leaf in named_leaves(model).items():
+    for name, leaf in named_arrays(model).items():
         if not is_finite(leaf):
             raise LlamaJaxError(f"{path}: {name} holds NaN or infinity: nothing is written")
     tokenizer_bytes = tokenizer.model_bytes if isinstance(tokenizer, Tokenizer) else tokenizer
@@ -317,97 +299,6 @@ def _readable(data: bytes | None, words: Words | None) -> Tokenizer | None:
         return None if data is None else Tokenizer(data, words=words)
     except LlamaJaxError:
         return None
-
-
-def _ignore(done: int, total: int) -> None:
-    """For a caller that does not want to know how far reading is."""
-
-
-def _assemble(
-    path: Path,
-    source: Source,
-    dtype: Any,
-    shardings: Any,
-    on_tensor: Callable[[int, int], None],
-    activations: str | None,
-) -> Llama:
-    """Fills a tree, tensor by tensor in the order of the files. There are no quantized weights in them."""
-    abstract = abstract_model(source.config, dtype or source.dtype)
-    if activations is not None:
-        with_activations(abstract, activations)
-    leaves = named_leaves(abstract)
-    buffers: dict[str, np.ndarray] = {}
-    for done, where in enumerate(source.order, 1):
-        if where.name not in buffers:
-            buffers[where.name] = aligned_empty(leaves[where.name].shape, leaves[where.name].dtype)
-        array, part = source.read(where), buffers[where.name][... if where.layer is None else where.layer]
-        with np.errstate(over="ignore"):
-            part[...] = array
-        check_fits(f"{path}: {where}", array, part)
-        on_tensor(done, len(source.order))
-    targets = placements(abstract, shardings)
-    placed = [place(buffers.pop(name), targets[name]) for name in leaves]
-    return jax.tree.unflatten(jax.tree.structure(abstract), placed)
-
-
-def _checked(path: Path, abstract: Llama, read: Callable[[Place], np.ndarray]) -> Callable[[Place], np.ndarray]:
-    """`read`, with an error for a tensor that is not of the shape that the model expects, or not finite."""
-    shapes = {name: leaf.shape for name, leaf in named_weights(abstract).items()}
-
-    def checked(where: Place) -> np.ndarray:
-        array = read(where)
-        expected = shapes[where.name] if where.layer is None else shapes[where.name][1:]
-        if array.shape != expected:
-            raise LlamaJaxError(f"{path}: {where} has shape {array.shape}: expected {expected}")
-        if not is_finite(array):
-            raise LlamaJaxError(f"{path}: {where} holds NaN or infinity: the weights are damaged")
-        return array
-
-    return checked
-
-
-def _restore(
-    path: Path,
-    abstract: Llama,
-    dtype: Any,
-    shardings: Any,
-    on_tensor: Callable[[int, int], None],
-    backend: str | None,
-    activations: str | None,
-) -> Llama:
-    """A checkpoint of ours, checked, and what else `load` may ask for."""
-    if activations is not None:
-        with_activations(abstract, activations)  # raises before anything is read
-
-    def finish(name: str, weight: Any) -> Any:
-        weight = _in_dtype(weight, dtype, f"{path}: {name}")
-        weight = weight if activations is None else with_activations(weight, activations)
-        if backend is None or only_looked_up(name, abstract.config):
-            return weight
-        return prepare_weight(weight, backend, donate=True)
-
-    return home.restore(path, shardings, on_tensor, finish)
-
-
-def _in_dtype(tree: Any, dtype: jax.typing.DTypeLike | None, name: str = "") -> Any:
-    """With floats in another dtype. What is quantized stays as it is.
-
-    Raises:
-        LlamaJaxError: for numbers that it cannot hold, unless the leaves are abstract; the message begins with `name`.
-    """
-    if dtype is None:
-        return tree
-
-    def convert(leaf: Any) -> Any:
-        if isinstance(leaf, QTensor):
-            return leaf
-        with np.errstate(over="ignore"):
-            after = leaf.astype(dtype)
-        if name:
-            check_fits(name, leaf, after)
-        return after
-
-    return jax.tree.map(convert, tree, is_leaf=lambda node: isinstance(node, QTensor))
 
 
 def _tokenizer_beside(path: Path) -> bytes | None:

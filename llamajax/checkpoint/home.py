@@ -1,10 +1,9 @@
 """Our own checkpoint: a folder with `manifest.json`, `weights/` (Orbax), `tokenizer.model` and `words/`.
 
 The manifest holds the format's version, the config and the name, shape and dtype (or quantization scheme) of every
-weight, so that a checkpoint can be described, and planned for, without reading a weight. Weights are restored into an
-abstract tree, on one device or laid out over any number: an Orbax checkpoint by itself remembers the devices that it
-was saved from. Where its `words` say something (`llamajax.words`), the manifest holds it, and `words/` the files that
-came with it; without, the tokenizer's own applies.
+weight, so that a checkpoint can be described, and planned for, without reading a weight. A weight of a layer is stored
+by itself, `layers.7.ffn.up_DF`. Where its `words` say something (`llamajax.words`), the manifest holds it, and `words/`
+the files that came with it; without, the tokenizer's own applies.
 
 Damage is detected: the manifest holds a checksum of each stored array (`checks.checksum`), of the tokenizer and of
 itself. All are checked by whoever reads; checkpoints of earlier releases have none and are read without.
@@ -18,33 +17,27 @@ import logging
 import math
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import tensorstore
 
-from llamajax.checkpoint.checks import checksum, is_finite
-from llamajax.checkpoint.naming import (
-    STACKED,
-    Place,
-    model_from,
-    named_leaves,
-    named_weights,
-    place,
-    placements,
-)
+from llamajax.checkpoint.checks import checksum
+from llamajax.checkpoint.source import Source
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
 from llamajax.files import open_regular, parse_json, read_bytes, read_json, shortened
-from llamajax.model import Llama, abstract_model
+from llamajax.model import Llama
+from llamajax.parameters import LAYERS, Place, parts_of, specs, weights_of
 from llamajax.words import CARRIED_FILES, Words
-from quant import LayerRuns, QTensor, Scheme, aligned_empty, split_runs
+from quant import abstract_weight, aligned_empty, describe
 
 FORMAT = "llamajax"
-VERSION = 1
+VERSION = 2
+VERSIONS = (1, 2)  # in the first, layers are described as stacks
 # TensorStore's parser recurses: what Orbax writes into a zarr.json has 600 bytes and 16 brackets.
 _LARGEST_ZARR_JSON = 1 << 16
 _MOST_BRACKETS = 100
@@ -53,9 +46,6 @@ _KEY_ENCODINGS = ({"name": "default"}, {"name": "default", "configuration": {"se
 _SMALLEST_CHUNK = 1 << 16
 _CHUNK_BYTES = 16 << 20
 _WORDS = "words"
-_WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
-_PART_DTYPES = (*_WEIGHT_DTYPES, "uint8", "int32")
-_PARTS = ("scale", "zero", "offset", "order", "outlier", "outlier_index")
 
 
 def recognise(path: Path) -> bool:
@@ -78,10 +68,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         kind, version = manifest["format"], manifest["version"]
     except (TypeError, KeyError, IndexError):
         raise LlamaJaxError(f"{file}: damaged: expected a checkpoint manifest, with format and version") from None
-    if kind != FORMAT or version != VERSION:
+    if kind != FORMAT or version not in VERSIONS:
         raise LlamaJaxError(
-            f"{file}: format {shortened(kind)} version {shortened(version)}: this release reads {FORMAT!r} version "
-            f"{VERSION}"
+            f"{file}: format {shortened(kind)} version {shortened(version)}: this release reads {FORMAT!r} versions "
+            f"{', '.join(map(str, VERSIONS))}"
         )
     if "sha256" in manifest and manifest["sha256"] != _manifest_sha256(manifest):
         raise LlamaJaxError(
@@ -100,117 +90,113 @@ def _manifest_sha256(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def open_abstract(path: Path) -> tuple[Config, Llama, dict[str, Any]]:
-    """Config, the tree with `ShapeDtypeStruct` leaves as the manifest describes them, and the manifest itself."""
+def open_source(path: Path) -> Source:
+    """Reads the manifest.
+
+    Raises:
+        LlamaJaxError: if it is damaged, of a newer version, or does not describe the model of its own config.
+    """
     manifest = read_manifest(path)
     config = Config.from_dict(manifest["config"], str(path / "manifest.json"))
-    tree = abstract_model(config)
-    leaves = named_leaves(tree)
-    described = manifest["weights"]
-    if not isinstance(described, Mapping) or set(described) != set(leaves):
-        raise LlamaJaxError(f"{path}/manifest.json: the weights listed are not those of its config: it is damaged")
-    weights = []
-    for name, leaf in leaves.items():
-        try:
-            weight = abstract_weight(described[name])
-            if weight.shape != leaf.shape:
-                raise ValueError(f"shape {weight.shape}: expected {leaf.shape}")
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-            raise LlamaJaxError(f"{path}/manifest.json: {name}: {_first_line(error)}: it is damaged") from None
-        weights.append(weight)
-    model = jax.tree.unflatten(jax.tree.structure(tree), weights)
-    try:
-        split_runs(model.layers)
-    except ValueError as error:
-        raise LlamaJaxError(f"{path}/manifest.json: {error}: it is damaged") from None
-    return config, model, manifest
-
-
-def describe(weight: Any) -> dict[str, Any]:
-    """What the manifest says of a weight.
-
-    Shape and dtype of an array; scheme, axis, dtype and parts of a `QTensor`; each run of a `LayerRuns`.
-    """
-    if isinstance(weight, LayerRuns):
-        return {"runs": [describe(part) for part in weight.parts]}
-    if not isinstance(weight, QTensor):
-        return {"shape": list(weight.shape), "dtype": str(np.dtype(weight.dtype))}
-    parts = {name: getattr(weight, name) for name in _PARTS}
-    return {
-        "scheme": weight.scheme.name,
-        "axis": weight.axis,
-        "dtype": str(weight.dtype),
-        **({"activations": weight.activations} if weight.activations else {}),
-        "planes": [describe(plane) for plane in weight.planes],
-        **{name: describe(part) for name, part in parts.items() if part is not None},
-    }
-
-
-def abstract_weight(entry: Mapping[str, Any], level: int = 0) -> Any:
-    """Undoes `describe`, with `ShapeDtypeStruct` for arrays.
-
-    Raises:
-        ValueError, TypeError, KeyError, AttributeError, OverflowError: for what `describe` does not write.
-    """
-    if "runs" in entry:
-        if set(entry) != {"runs"} or level > 0 or not all(isinstance(part, Mapping) for part in entry["runs"]):
-            raise ValueError("expected runs of layers and nothing else")
-        if not entry["runs"] or any("runs" in part for part in entry["runs"]):
-            raise ValueError("expected runs of layers, each an array or a scheme")
-        runs = LayerRuns(tuple(abstract_weight(part) for part in entry["runs"]))
-        if any(part.shape[1:] != runs.shape[1:] for part in runs.parts):
-            raise ValueError("runs of layers of different shapes")
-        return runs
-    if "scheme" not in entry:
-        if entry["dtype"] not in (_WEIGHT_DTYPES if level == 0 else _PART_DTYPES) or set(entry) != {"shape", "dtype"}:
-            raise ValueError(f"dtype {shortened(entry['dtype'], 40)}: expected one of {', '.join(_WEIGHT_DTYPES)}")
-        if not all(isinstance(size, int) and 0 < size < 1 << 40 for size in entry["shape"]):
-            raise ValueError(f"shape {shortened(entry['shape'], 80)}: expected whole numbers")
-        return jax.ShapeDtypeStruct(tuple(entry["shape"]), entry["dtype"])
-    unknown = set(entry) - {"scheme", "axis", "dtype", "activations", "planes", *_PARTS}
-    if unknown or level > 1 or entry["dtype"] not in _WEIGHT_DTYPES:
-        raise ValueError("expected a scheme, axis, dtype, planes and scales, in at most two levels")
-    parts = {name: abstract_weight(entry[name], level + 1) for name in _PARTS if name in entry}
-    planes = tuple(abstract_weight(plane, level + 1) for plane in entry["planes"])
-    static = {"scheme": Scheme.named(entry["scheme"]), "axis": entry["axis"], "dtype": np.dtype(entry["dtype"])}
-    return QTensor(planes, **parts, **static, activations=entry.get("activations")).validate()
-
-
-def restore(
-    path: Path,
-    shardings: Any = None,
-    on_tensor: Callable[[int, int], None] = lambda done, total: None,
-    finish: Callable[[str, Any], Any] = lambda name, weight: weight,
-) -> Llama:
-    """Reads the weights, one at a time.
-
-    Args:
-        path: the folder.
-        shardings: a pytree of `jax.sharding.Sharding` shaped like the model, or one sharding for every leaf; the first
-            device unless given; "host" for NumPy arrays.
-        on_tensor: called with (weights read, weights in all).
-        finish: called with the name of each weight (`named_weights`) and the weight as soon as it has been read; what
-            it returns stands in the weight's place.
-
-    Raises:
-        LlamaJaxError: for damaged or missing weights, and for NaN or infinity.
-    """
-    config, tree, manifest = open_abstract(path)
     checksums = stored_checksums(path, manifest)
-    # Before a name is made for each layer: a damaged manifest may speak of any number of them.
-    stored = len(list((path / "weights").glob(f"{STACKED}*")))
-    if stored < config.num_layers:
-        raise _cannot_restore(path, f"{config.num_layers} layers in the manifest, {stored} arrays of layers stored")
-    where = placements(tree, shardings)
-    weights = named_weights(tree)
-    restored: dict[str, Any] = {}
-    for name, weight in weights.items():
-        leaves = {f"{name}.{part}" if part else name: leaf for part, leaf in named_leaves(weight).items()}
-        arrays = [place(_read_leaf(path, part, leaf, checksums), where[part]) for part, leaf in leaves.items()]
-        restored[name] = finish(name, jax.tree.unflatten(jax.tree.structure(weight), arrays))
-        del arrays  # not held while the next are read, where `finish` made something else of them
-        on_tensor(len(restored), len(weights))
-    return model_from(restored, config)
+    entries = _entries(path, config, manifest["weights"], manifest["version"])
+    abstract = {}
+    for place, spec in specs(config).items():
+        try:
+            weight = entries[place].weight()
+            if weight.shape != spec.shape(config):
+                raise ValueError(f"shape {weight.shape}: expected {spec.shape(config)}")
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+            raise LlamaJaxError(f"{path}/manifest.json: {place}: {_first_line(error)}: it is damaged") from None
+        abstract[place] = weight
+
+    def read(place: Place) -> Any:
+        weight = jax.tree.map(lambda leaf: aligned_empty(leaf.shape, leaf.dtype), abstract[place])
+        fill([place], [weight])
+        return weight
+
+    def fill(places: Sequence[Place], weights: Sequence[Any]) -> None:
+        arrays = {}
+        for place, weight in zip(places, weights, strict=True):
+            arrays |= {entries[place].stored + part: array for part, array in parts_of(weight).items()}
+        _fill(path, arrays, checksums)
+
+    return Source(
+        f"llamajax version {manifest['version']} (Orbax), from {manifest['source']}",
+        config,
+        abstract,
+        tuple(specs(config)),
+        read,
+        fill,
+        is_checked=checksums is not None,
+        tokenizer_bytes=read_tokenizer(path, manifest),
+        words=read_words(path, manifest),
+    )
+
+
+class _Entry(NamedTuple):
+    """What a manifest says of one weight.
+
+    Attributes:
+        description: as `quant.describe` writes it, of one layer; or of a stack of layers.
+        stored: what the names of its arrays begin with.
+        is_stack: whether shapes begin with the number of layers, as version 1 has them.
+    """
+
+    description: Mapping[str, Any]
+    stored: str
+    is_stack: bool = False
+
+    def weight(self) -> Any:
+        """The abstract weight, of one layer.
+
+        Raises:
+            ValueError, TypeError, KeyError, AttributeError, OverflowError: for a damaged description.
+        """
+        weight = abstract_weight(self.description)
+        if not self.is_stack:
+            return weight
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), weight)
+
+
+def _entries(path: Path, config: Config, described: Any, version: int) -> dict[Place, _Entry]:
+    """What the manifest says of each weight: of each layer's, or of `layers.*` for all.
+
+    Raises:
+        LlamaJaxError: if these are not the weights of the config.
+    """
+    damaged = LlamaJaxError(f"{path}/manifest.json: the weights listed are not those of its config: it is damaged")
+    if not isinstance(described, Mapping):
+        raise damaged
+    entries, used = {}, set()
+    for place in specs(config):
+        for name in (str(place), f"{LAYERS}*.{place.name}", LAYERS + place.name):
+            if name in described and (place.layer is not None or name == str(place)):
+                break
+        else:
+            raise damaged
+        used.add(name)
+        if version > 1 or place.layer is None:
+            entries[place] = _Entry(described[name], str(place))
+        else:
+            entries[place] = _entry_of_runs(described[name], place, config)
+    if used != set(described):
+        raise damaged
+    return entries
+
+
+def _entry_of_runs(described: Any, place: Place, config: Config) -> _Entry:
+    """Of a stack in version 1: all layers alike, or in runs of neighbours that are, each stored from layer 0 on."""
+    if not isinstance(described, Mapping) or "runs" not in described:
+        return _Entry(described, str(place), is_stack=True)
+    first = 0
+    runs = described["runs"] if isinstance(described["runs"], list) and set(described) == {"runs"} else []
+    for number, run in enumerate(runs):
+        length = _Entry(run, "").weight().shape[0] if isinstance(run, Mapping) else 0
+        if place.layer is not None and first <= place.layer < first + length:
+            return _Entry(run, f"{Place(place.name, place.layer - first)}.parts.{number}", is_stack=True)
+        first += length
+    return _Entry({}, "")  # which is no description
 
 
 def stored_checksums(path: Path, manifest: Mapping[str, Any]) -> dict[str, str] | None:
@@ -225,59 +211,36 @@ def stored_checksums(path: Path, manifest: Mapping[str, Any]) -> dict[str, str] 
     return checksums
 
 
-def read_weight(path: Path, abstract: Llama, checksums: Mapping[str, str] | None, where: Place) -> np.ndarray:
-    """One weight of a checkpoint that is not quantized, of one layer.
-
-    Raises:
-        LlamaJaxError: for damaged or missing weights, and for NaN or infinity.
-    """
-    leaf = named_weights(abstract)[where.name]
-    stored = _stored_names(where.name, leaf.shape)[where.layer or 0]
-    shape = leaf.shape if where.layer is None else leaf.shape[1:]
-    return _read_arrays(path, [stored], shape, leaf.dtype, checksums)[0]
-
-
-def _read_leaf(path: Path, name: str, leaf: jax.ShapeDtypeStruct, checksums: Mapping[str, str] | None) -> np.ndarray:
-    """One leaf of the model: its layers are stored one by one and stacked here."""
-    if not name.startswith(STACKED):
-        return _read_arrays(path, [name], leaf.shape, leaf.dtype, checksums)[0]
-    return _read_arrays(path, _stored_names(name, leaf.shape), leaf.shape[1:], leaf.dtype, checksums)
-
-
-def _read_arrays(
-    path: Path, stored: list[str], shape: tuple[int, ...], dtype: Any, checksums: Mapping[str, str] | None
-) -> np.ndarray:
-    """Arrays of one shape and dtype as one, [len(stored), *shape], by the names that they are stored under.
+def _fill(path: Path, arrays: Mapping[str, np.ndarray], checksums: Mapping[str, str] | None) -> None:
+    """Reads arrays by the names that they are stored under, all at once.
 
     By TensorStore, which Orbax reads with too: Orbax makes arrays of its own, to be copied once more.
     """
     try:
         opening = []
-        for name in stored:
+        for name, array in arrays.items():
             folder = os.path.join(path, "weights", name)
-            header = _checked_header(folder, shape, np.dtype(dtype).itemsize)
+            header = _checked_header(folder, array.shape, array.dtype.itemsize)
             files = {"driver": "file", "path": os.path.abspath(folder)}
             spec = {"driver": "zarr3", "kvstore": files, "fill_missing_data_reads": False, "metadata": header}
             opening.append(tensorstore.open(spec, open=True, read=True, assume_metadata=True))
         sources = [future.result() for future in opening]
-        for name, source in zip(stored, sources, strict=True):
-            if source.shape != shape or source.dtype != dtype:
+        for (name, array), source in zip(arrays.items(), sources, strict=True):
+            if source.shape != array.shape or source.dtype != array.dtype:
                 raise ValueError(
-                    f"{name} has shape {source.shape} and dtype {source.dtype.name}; in the manifest {shape}, {dtype}"
+                    f"{name} has shape {source.shape} and dtype {source.dtype.name}; in the manifest {array.shape}, "
+                    f"{array.dtype}"
                 )
-        arrays = aligned_empty((len(stored), *shape), dtype)
-        reading = [tensorstore.array(part).write(source) for part, source in zip(arrays, sources, strict=True)]
-        for name, part, future in zip(stored, arrays, reading, strict=True):
+        reading = [
+            tensorstore.array(array).write(source) for array, source in zip(arrays.values(), sources, strict=True)
+        ]
+        for (name, array), future in zip(arrays.items(), reading, strict=True):
             future.result()
             # Each while it is in a processor's cache, and TensorStore's threads read the next.
-            if checksums is None:
-                if not is_finite(part):
-                    raise ValueError(f"{name} holds NaN or infinity")
-            elif checksums.get(name) != checksum(part):  # which also says that it is finite: no other is saved
+            if checksums is not None and checksums.get(name) != checksum(array):
                 raise ValueError(f"{name} is not as it was written: its checksum differs")
     except Exception as error:  # TensorStore raises many types for damaged files; all mean the same here.
         raise _cannot_restore(path, _first_line(error)) from error
-    return arrays
 
 
 def _checked_header(folder: str, shape: tuple[int, ...], itemsize: int) -> dict[str, Any]:
@@ -329,13 +292,6 @@ def _cannot_restore(path: Path, why: str) -> LlamaJaxError:
     return LlamaJaxError(f"{path}/weights: cannot be restored, damaged or incomplete ({why})")
 
 
-def _stored_names(name: str, shape: tuple[int, ...]) -> list[str]:
-    """`layers.ffn.up_DF` -> `layers.0.ffn.up_DF`, …: one array a layer, so that a writer never holds a whole stack."""
-    if not name.startswith(STACKED):
-        return [name]
-    return [f"{STACKED}{layer}.{name.removeprefix(STACKED)}" for layer in range(shape[0])]
-
-
 def save(model: Llama, path: Path, tokenizer_bytes: bytes | None, source: str, words: Words | None = None) -> None:
     """Writes a checkpoint into `path`, which must exist, empty. The manifest comes last: without it nothing loads."""
     import orbax.checkpoint as ocp  # here, because it takes 0.3 s, and reading does without
@@ -343,12 +299,11 @@ def save(model: Llama, path: Path, tokenizer_bytes: bytes | None, source: str, w
     # NumPy arrays would be copied by Orbax; as arrays on the CPU they are used where they are.
     host = jax.local_devices(backend="cpu")[0]
     arrays, checksums = {}, {}
-    for name, leaf in named_leaves(model).items():
-        array = np.asarray(leaf)
-        slices = array if name.startswith(STACKED) else [array]
-        for stored, part in zip(_stored_names(name, array.shape), slices, strict=True):
-            arrays[stored] = jax.device_put(part, host)
-            checksums[stored] = checksum(part)
+    weights = weights_of(jax.tree.map(np.asarray, model))
+    for place, weight in weights.items():
+        for part, array in parts_of(weight).items():
+            arrays[f"{place}{part}"] = jax.device_put(array, host)
+            checksums[f"{place}{part}"] = checksum(array)
     arguments = ocp.args.PyTreeSave(
         arrays, save_args={name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in arrays}
     )
@@ -371,11 +326,24 @@ def save(model: Llama, path: Path, tokenizer_bytes: bytes | None, source: str, w
         "source": source,
         "tokenizer_sha256": hashlib.sha256(tokenizer_bytes).hexdigest() if tokenizer_bytes is not None else None,
         **_save_words(path, words or Words()),
-        "weights": {name: describe(weight) for name, weight in named_weights(model).items()},
+        "weights": _described(weights, model.config),
         "checksums": checksums,
     }
     manifest["sha256"] = _manifest_sha256(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _described(weights: Mapping[Place, Any], config: Config) -> dict[str, Any]:
+    """What the manifest says of the weights: of all layers at once where they are alike, else of each."""
+    each = {place: describe(weight) for place, weight in weights.items()}
+    of_layers: dict[str, list[Any]] = {}
+    for place, one in each.items():
+        if place.layer is not None:
+            of_layers.setdefault(place.name, []).append(one)
+    alike = {
+        name for name, ones in of_layers.items() if len(ones) == config.num_layers and all(o == ones[0] for o in ones)
+    }
+    return {f"{LAYERS}*.{place.name}" if place.name in alike else str(place): one for place, one in each.items()}
 
 
 @contextlib.contextmanager

@@ -5,21 +5,22 @@ Every tensor of the files must be one that the model has, and the other way roun
 """
 
 import json
-import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
 from llamajax.checkpoint.huggingface_words import config_ids, read_words, word_files
-from llamajax.checkpoint.naming import Place, Source, named_leaves
+from llamajax.checkpoint.source import Source, float_weights
 from llamajax.config import Config, config_from_hf, config_to_hf
 from llamajax.errors import LlamaJaxError
 from llamajax.files import open_regular, read_bytes, read_json, shortened
-from llamajax.model import Llama, abstract_model
+from llamajax.model import Llama
+from llamajax.parameters import Place, Spec, specs, weights_of
 from llamajax.tokenizer import LARGEST_TOKENIZER, Tokenizer
 from llamajax.words import Words
 
@@ -27,22 +28,6 @@ _LARGEST_HEADER = 16 << 20  # of a safetensors file: a hundred bytes for each te
 _SHARD_BYTES = 1 << 30
 
 _HEAD = "lm_head.weight"
-# Ours -> theirs, and whether theirs is transposed ([out, in]). `{}` is the layer.
-_NAMES = {
-    "embed_VD": ("model.embed_tokens.weight", False),
-    "layers.attention.query_DQ": ("model.layers.{}.self_attn.q_proj.weight", True),
-    "layers.attention.key_DM": ("model.layers.{}.self_attn.k_proj.weight", True),
-    "layers.attention.value_DM": ("model.layers.{}.self_attn.v_proj.weight", True),
-    "layers.attention.out_QD": ("model.layers.{}.self_attn.o_proj.weight", True),
-    "layers.attention_norm.weight_D": ("model.layers.{}.input_layernorm.weight", False),
-    "layers.ffn.gate_DF": ("model.layers.{}.mlp.gate_proj.weight", True),
-    "layers.ffn.up_DF": ("model.layers.{}.mlp.up_proj.weight", True),
-    "layers.ffn.down_FD": ("model.layers.{}.mlp.down_proj.weight", True),
-    "layers.ffn_norm.weight_D": ("model.layers.{}.post_attention_layernorm.weight", False),
-    "norm.weight_D": ("model.norm.weight", False),
-    "head_VD": (_HEAD, False),
-}
-
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _THEIR_DTYPES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 
@@ -73,12 +58,12 @@ def open_source(path: Path, ignore_keys: Collection[str] = ()) -> Source:
     return Source(
         f"Hugging Face safetensors ({shards} file{'s' if shards > 1 else ''})",
         config,
-        dtype,
+        float_weights(config, dtype),
         tuple(_order(config, files)),
-        lambda place: _read(files, place, config.tied_embeddings),
-        read_bytes(tokenizer, LARGEST_TOKENIZER) if os.path.lexists(tokenizer) else None,
-        words,
-        (*notes, *word_notes),
+        lambda place: _read(files, place, config),
+        tokenizer_bytes=read_bytes(tokenizer, LARGEST_TOKENIZER) if os.path.lexists(tokenizer) else None,
+        words=words,
+        notes=(*notes, *word_notes),
     )
 
 
@@ -94,15 +79,16 @@ def save(
     `tokenizer_bytes` become its tokenizer.model, whatever they are; `tokenizer` is what they say, if they can be read.
     Beyond 1 GiB in shards with their index. No more than one tensor is held in a transposed copy.
     """
-    leaves = named_leaves(model)
-    shards = _plan_shards(model.config, leaves)
+    weights = weights_of(jax.tree.map(np.asarray, model))
+    names = {place: tensor_name(place, spec) for place, spec in specs(model.config).items()}
+    shards = _plan_shards(weights)
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
+    for number, places in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write_shard(path / file, leaves, names)
-        weight_map |= {theirs: file for _, theirs, _ in names}
+        _write_shard(path / file, model.config, {place: weights[place] for place in places})
+        weight_map |= {names[place]: file for place in places}
     if len(shards) > 1:
-        size = sum(leaf.nbytes for leaf in leaves.values())
+        size = sum(weight.nbytes for weight in weights.values())
         _write_json(path / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
     if tokenizer_bytes is not None:
         (path / "tokenizer.model").write_bytes(tokenizer_bytes)
@@ -110,50 +96,49 @@ def save(
     for name, data in word_files(words, tokenizer).items():
         (path / name).write_bytes(data)
     fields = config_to_hf(model.config) | config_ids(words, tokenizer)
-    _write_json(path / "config.json", fields | {"torch_dtype": str(leaves["embed_VD"].dtype)})
+    _write_json(path / "config.json", fields | {"torch_dtype": str(weights[Place("embed_VD")].dtype)})
 
 
-def _write_shard(path: Path, leaves: dict[str, Any], names: list[tuple[str, str, int | None]]) -> None:
+def tensor_name(place: Place, spec: Spec) -> str:
+    """What transformers calls a weight."""
+    return spec.foreign["huggingface"].format(place.layer)
+
+
+def _write_shard(path: Path, config: Config, weights: Mapping[Place, np.ndarray]) -> None:
     """Writes a safetensors file tensor by tensor; the library's own function wants to be given all of them at once.
 
     The format: the header's length in 8 bytes, the header in JSON (dtype, shape and place of each tensor), the tensors
     one behind the other (github.com/huggingface/safetensors, "Format").
     """
-    names = sorted(names, key=lambda name: -leaves[name[0]].dtype.itemsize)  # so that each is aligned
+    ordered = sorted(weights.items(), key=lambda item: -item[1].dtype.itemsize)  # so that each is aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for ours, theirs, layer in names:
-        leaf = leaves[ours]
-        shape = leaf.shape if layer is None else leaf.shape[1:]
-        start, end = end, end + math.prod(shape) * leaf.dtype.itemsize
-        shape = shape[::-1] if _NAMES[ours][1] else shape
-        header[theirs] = {"dtype": _THEIR_DTYPES[np.dtype(leaf.dtype)], "shape": shape, "data_offsets": (start, end)}
+    for place, weight in ordered:
+        spec = specs(config)[place]
+        start, end = end, end + weight.nbytes
+        shape = weight.shape[::-1] if spec.transposed else weight.shape
+        kind = _THEIR_DTYPES[np.dtype(weight.dtype)]
+        header[tensor_name(place, spec)] = {"dtype": kind, "shape": shape, "data_offsets": (start, end)}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for ours, _, layer in names:
-            file.write(_theirs(leaves[ours], ours, layer).reshape(-1).view(np.uint8).data)
+        for place, weight in ordered:
+            theirs = np.ascontiguousarray(weight.T if specs(config)[place].transposed else weight)
+            file.write(theirs.reshape(-1).view(np.uint8).data)
 
 
-def _plan_shards(config: Config, leaves: dict[str, Any]) -> list[list[tuple[str, str, int | None]]]:
+def _plan_shards(weights: Mapping[Place, Any]) -> list[list[Place]]:
     """The model's tensors in groups of at most 1 GiB (or one tensor)."""
-    shards: list[list[tuple[str, str, int | None]]] = [[]]
+    shards: list[list[Place]] = [[]]
     size = 0
-    for ours, theirs, layer in expected_tensors(config):
-        bytes_here = leaves[ours].nbytes // (1 if layer is None else config.num_layers)
-        if shards[-1] and size + bytes_here > _SHARD_BYTES:
+    for place, weight in weights.items():
+        if shards[-1] and size + weight.nbytes > _SHARD_BYTES:
             shards.append([])
             size = 0
-        shards[-1].append((ours, theirs, layer))
-        size += bytes_here
+        shards[-1].append(place)
+        size += weight.nbytes
     return shards
-
-
-def _theirs(leaf: Any, ours: str, layer: int | None) -> np.ndarray:
-    """One tensor in Hugging Face's orientation."""
-    array = np.asarray(leaf if layer is None else leaf[layer])
-    return np.ascontiguousarray(array.T if _NAMES[ours][1] else array)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -218,15 +203,9 @@ def _shown(path: Path) -> Path:
     return path.with_name(shortened(path.name)[1:-1])
 
 
-def expected_tensors(config: Config) -> Iterator[tuple[str, str, int | None]]:
-    """Every tensor that a folder of this model holds: our name, theirs, layer."""
-    for ours, (theirs, _) in _NAMES.items():
-        if ours == "head_VD" and config.tied_embeddings:
-            continue
-        if ours.startswith("layers."):
-            yield from ((ours, theirs.format(layer), layer) for layer in range(config.num_layers))
-        else:
-            yield ours, theirs, None
+def expected_tensors(config: Config) -> dict[str, Place]:
+    """Every tensor that the files of a model hold, by their name, and the weight that it is."""
+    return {tensor_name(place, spec): place for place, spec in specs(config).items()}
 
 
 def _check_tensors(path: Path, config: Config, files: dict[str, Path]) -> set[np.dtype]:
@@ -236,7 +215,7 @@ def _check_tensors(path: Path, config: Config, files: dict[str, Path]) -> set[np
             f"{path}: config.json says {config.num_layers} layers, but the files hold {len(files)} tensors: "
             "some are missing"
         )
-    expected = {theirs for _, theirs, _ in expected_tensors(config)}
+    expected = set(expected_tensors(config))
     surplus = sorted(name for name in files if name not in expected and not name.endswith("rotary_emb.inv_freq"))
     # A tied model may come with a copy of the embedding as its head: it is checked to be one when it is read.
     surplus = [name for name in surplus if not (name == _HEAD and config.tied_embeddings)]
@@ -271,34 +250,32 @@ def _check_tensors(path: Path, config: Config, files: dict[str, Path]) -> set[np
 
 def _expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor, by its name in the files."""
-    leaves = named_leaves(abstract_model(config))
-    ours_shaped = {
-        theirs: (ours, leaves[ours].shape if layer is None else leaves[ours].shape[1:])
-        for ours, theirs, layer in expected_tensors(config)
+    shapes = {theirs: specs(config)[place] for theirs, place in expected_tensors(config).items()}
+    return {
+        theirs: spec.shape(config)[::-1] if spec.transposed else spec.shape(config) for theirs, spec in shapes.items()
     }
-    return {theirs: shape[::-1] if _NAMES[ours][1] else shape for theirs, (ours, shape) in ours_shaped.items()}
 
 
 def _order(config: Config, files: dict[str, Path]) -> Iterator[Place]:
     """File by file, each from its beginning to its end."""
-    places = {theirs: Place(ours, layer) for ours, theirs, layer in expected_tensors(config)}
+    places = expected_tensors(config)
     for file in sorted(set(files.values())):
         with _open(file) as tensors:
             held = [name for name in tensors.offset_keys() if files.get(name) == file]
         yield from (places[name] for name in held if name in places)
 
 
-def _read(files: dict[str, Path], place: Place, tied: bool) -> np.ndarray:
+def _read(files: dict[str, Path], place: Place, config: Config) -> np.ndarray:
     """One tensor in our orientation; of a tied model that came with a head, too, checks that it is the embedding."""
-    theirs, transposed = _NAMES[place.name]
-    array = _get(files, theirs.format(place.layer))
-    if place.name == "embed_VD" and tied and _HEAD in files:
+    spec = specs(config)[place]
+    array = _get(files, tensor_name(place, spec))
+    if place.name == "embed_VD" and config.tied_embeddings and _HEAD in files:
         if not np.array_equal(array, _get(files, _HEAD)):
             raise LlamaJaxError(
                 f"{files[_HEAD]}: lm_head.weight differs from the embedding: set tie_word_embeddings to false in "
                 "config.json"
             )
-    return array.T if transposed and array.ndim == 2 else array
+    return array.T if spec.transposed else array
 
 
 def _get(files: dict[str, Path], name: str) -> np.ndarray:

@@ -23,10 +23,11 @@ from pathlib import Path
 
 import numpy as np
 
-from llamajax.checkpoint.naming import STACKED, Place, Source, halves_from_pairs
+from llamajax.checkpoint.source import Source, float_weights, halves_from_pairs
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
 from llamajax.files import open_regular
+from llamajax.parameters import LAYER, Place, whole_specs
 
 _MAGIC = 0x616B3432  # "ak42"
 _HEADER_BYTES = 256
@@ -75,7 +76,7 @@ def open_source(path: Path) -> Source:
     return Source(
         description,
         header.config,
-        np.dtype(np.float32),
+        float_weights(header.config, np.float32),
         tuple(offsets),
         lambda place: _read(path, header, place, *offsets[place]),
     )
@@ -133,38 +134,37 @@ def _check_groups(path: Path, config: Config, group_size: int) -> None:
             )
 
 
+# The order of the matrices of layers, each kind for all layers: wq, wk, wv, wo, w1, w2, w3.
+_MATRICES = (
+    *("attention.query_DQ", "attention.key_DM", "attention.value_DM", "attention.out_QD"),
+    *("ffn.gate_DF", "ffn.down_FD", "ffn.up_DF"),
+)
+
+
 def _matrix_shapes(config: Config) -> dict[str, tuple[int, int]]:
     """[out, in] of each matrix, as the files hold them, under our names."""
-    query, shared = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+    specs = whole_specs(config) | {name: LAYER[name] for name in _MATRICES}
+    ours = {name: spec.shape(config) for name, spec in specs.items() if spec.is_matrix}
     return {
-        "embed_VD": (config.vocab_size, config.width),
-        "layers.attention.query_DQ": (query, config.width),
-        "layers.attention.key_DM": (shared, config.width),
-        "layers.attention.value_DM": (shared, config.width),
-        "layers.attention.out_QD": (config.width, query),
-        "layers.ffn.gate_DF": (config.ffn_width, config.width),
-        "layers.ffn.down_FD": (config.width, config.ffn_width),
-        "layers.ffn.up_DF": (config.ffn_width, config.width),
-        "head_VD": (config.vocab_size, config.width),
+        name: (shape[1], shape[0]) if specs[name].transposed else (shape[0], shape[1]) for name, shape in ours.items()
     }
 
 
 def _order(header: _Header) -> list[str]:
     """Names in file order; a layer's tensor stands for all L of them. `rope` is the pair of unused tables."""
-    embed, *matrices, head = _matrix_shapes(header.config)
-    norms = ["layers.attention_norm.weight_D", "layers.ffn_norm.weight_D"]
+    norms = ["attention_norm.weight_D", "ffn_norm.weight_D"]
     if header.version == 0:
-        order = [embed, norms[0], *matrices[:4], norms[1], *matrices[4:], "norm.weight_D", "rope"]
+        order = ["embed_VD", norms[0], *_MATRICES[:4], norms[1], *_MATRICES[4:], "norm.weight_D", "rope"]
     else:
-        order = [*norms, "norm.weight_D", embed, *matrices]
-    return order if header.config.tied_embeddings else [*order, head]
+        order = [*norms, "norm.weight_D", "embed_VD", *_MATRICES]
+    return order if header.config.tied_embeddings else [*order, "head_VD"]
 
 
 def _layout(header: _Header) -> Iterator[tuple[str, int]]:
     """Each name in file order with its bytes (of all layers)."""
     config, shapes = header.config, _matrix_shapes(header.config)
     for name in _order(header):
-        layers = config.num_layers if name.startswith("layers.") else 1
+        layers = config.num_layers if name in LAYER else 1
         if name == "rope":
             yield name, config.context_length * config.head_size * 4
         elif name not in shapes:
@@ -180,7 +180,7 @@ def _offsets(header: _Header) -> dict[Place, tuple[int, int]]:
     """Where each tensor begins and how many bytes it has, in file order."""
     places, offset = {}, header.start
     for name, size in _layout(header):
-        stacked = name.startswith(STACKED)
+        stacked = name in LAYER
         count = header.config.num_layers if stacked else 1
         if name != "rope":
             for layer in range(count):
@@ -213,6 +213,6 @@ def _decode(data: bytes, shape: tuple[int, int] | None, group_size: int | None) 
 
 def _ours(name: str, array: np.ndarray, header: _Header) -> np.ndarray:
     """[out, in] with pairs as neighbours -> [in, out] with pairs as halves; embeddings stay [V, D]."""
-    if name in ("layers.attention.query_DQ", "layers.attention.key_DM"):
+    if name in ("attention.query_DQ", "attention.key_DM"):
         array = halves_from_pairs(array, header.config.head_size)
-    return array.T if name.startswith("layers.") and array.ndim == 2 else array
+    return array.T if name in LAYER and LAYER[name].transposed else array

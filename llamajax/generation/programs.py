@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from llamajax.caches.dense import KVCache
+from llamajax.caches import KVCache
 from llamajax.generation.compilation import CompiledFunction
 from llamajax.generation.sampling import Sampler, sample
 from llamajax.model import Llama
@@ -46,9 +46,8 @@ class DecodeState:
 
 def prefill(model: Llama, tokens_BT: jax.Array, count_B: jax.Array, cache: KVCache) -> KVCache:
     """The cache with one chunk of a prompt in it: of each row's T tokens the first `count_B`, the rest is padding."""
-    _, filled = model.trunk(tokens_BT, cache, count_B)
-    assert filled is not None  # a cache went in
-    return filled
+    _, cache = model.blocks(model.embed(tokens_BT), cache, count_B)
+    return cache
 
 
 def decode(
@@ -79,9 +78,8 @@ def decode(
         step, state, token_BM, log_probability_BM = carry
         count_B = jnp.where(state.done_B, 0, 1)
         key_B = jax.vmap(jax.random.fold_in)(state.key_B, state.cache.length_B)
-        hidden_BTD, cache = model.trunk(state.token_B[:, None], state.cache, count_B)
-        assert cache is not None  # a cache went in
-        token_B, log_probability_B = sample(model.logits(hidden_BTD[:, 0]), key_B, sampler, state.seen_BV)
+        x_BTD, cache = model.blocks(model.embed(state.token_B[:, None]), state.cache, count_B)
+        token_B, log_probability_B = sample(model.head(x_BTD[:, 0]), key_B, sampler, state.seen_BV)
         token_BM = jax.lax.dynamic_update_slice(token_BM, token_B[:, None], start_indices(0, step))
         log_probability_BM = jax.lax.dynamic_update_slice(
             log_probability_BM, log_probability_B[:, None], start_indices(0, step)

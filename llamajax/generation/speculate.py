@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llamajax.caches.dense import KVCache
+from llamajax.caches import KVCache
 from llamajax.errors import LlamaJaxError
 from llamajax.generation.compilation import CompiledFunction
 from llamajax.generation.sampling import Sampler, plain
@@ -142,12 +142,8 @@ def verify(model: Llama, state: LookupState, stop_M: jax.Array) -> tuple[LookupS
     length_B, T = state.cache.length_B, state.drafts + 1
     newest_B1 = jnp.take_along_axis(state.history_BS, length_B[:, None], axis=1)
     draft_BK = draft_tokens(state.history_BS, length_B, state.drafts)
-    # What of this stays is known only afterwards. The rest is overwritten by the next pass: see `KVCache.write`.
-    hidden_BTD, cache = model.trunk(
-        jnp.concatenate([newest_B1, draft_BK], axis=1), state.cache, jnp.zeros_like(length_B)
-    )
-    assert cache is not None  # a cache went in
-    logits_BTV = model.logits(hidden_BTD)
+    # What of this stays is known only afterwards: the cache goes back to it.
+    logits_BTV, cache = model(jnp.concatenate([newest_B1, draft_BK], axis=1), state.cache)
     token_BT = jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32)
     log_probability_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
     log_probability_BT = jnp.take_along_axis(log_probability_BTV, token_BT[:, :, None], axis=-1)[:, :, 0]
@@ -159,7 +155,26 @@ def verify(model: Llama, state: LookupState, stop_M: jax.Array) -> tuple[LookupS
     count_B = jnp.sum(counted_BT, axis=1, dtype=jnp.int32)
     left_B = jnp.where(jnp.any(counted_BT & stops_BT, axis=1), 0, state.left_B - count_B)
     history_BS = _write_rows(state.history_BS, token_BT, length_B + 1)
-    return LookupState(cache.advance(count_B), history_BS, left_B, state.drafts), token_BT, log_probability_BT, count_B
+    kept_B = length_B + count_B
+    if cache.slots is not None:  # A row that did not fit stays too long.
+        kept_B = jnp.where(cache.length_B > cache.slots, cache.length_B, kept_B)
+    cache = rewound(cache, kept_B, T)
+    return LookupState(cache, history_BS, left_B, state.drafts), token_BT, log_probability_BT, count_B
+
+
+def rewound(cache: KVCache, length_B: jax.Array, at_most: int) -> KVCache:
+    """The cache with the tokens that stay, of at most so many more.
+
+    Raises:
+        LlamaJaxError: for a cache that cannot go back.
+    """
+    shorter = cache.rewind(length_B, at_most)
+    if shorter is None:
+        raise LlamaJaxError(
+            f"speculate: the cache cannot forget {at_most} tokens, as it drops old ones to make room: expected fewer "
+            "drafts, or none"
+        )
+    return shorter
 
 
 def decode_by_lookup(

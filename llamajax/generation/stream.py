@@ -16,8 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llamajax.caches.dense import KVCache, check_cache_dtype
-from llamajax.caches.tiled import empty_cache
+from llamajax.caches import KVCache, check_cache_dtype, empty_cache
 from llamajax.errors import LlamaJaxError
 from llamajax.generation.programs import (
     DECODE_BLOCK,
@@ -43,6 +42,7 @@ from llamajax.generation.speculate import LookupState, check_speculate, compiled
 from llamajax.generation.speed import Speed
 from llamajax.meshes import auto_mesh, with_auto_axes
 from llamajax.model import Llama
+from llamajax.parameters import step_bytes
 from llamajax.tokenizer import Tokenizer
 from llamajax.workers import workers
 
@@ -258,9 +258,7 @@ class TextStream:
         # Leaves may be NumPy arrays: moved once, not at every call. Those on a device stay where they are.
         self.model = model = with_auto_axes(jax.device_put(self.model))
         cache = self._empty_cache()
-        self.speed.step_bytes = _tree_bytes(model) + _tree_bytes(cache)
-        if not model.config.tied_embeddings:
-            self.speed.step_bytes -= _tree_bytes(model.embed_VD)  # of which only B rows are read
+        self.speed.step_bytes = step_bytes(model) + sum(array.nbytes for array in cache.state.values())
         chunks = plan_chunks(self._length)
         start, before, first = time.perf_counter(), compiled_prefill.compile_seconds, 0
         for chunk in chunks:
@@ -321,10 +319,6 @@ def _chunk(prompts: list[list[int]], first: int, size: int) -> tuple[jax.Array, 
         tokens_BT[row, : len(part)] = part
         count_B[row] = len(part)
     return jax.device_put(tokens_BT), jax.device_put(count_B)
-
-
-def _tree_bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def _round_up(value: int, multiple: int) -> int:

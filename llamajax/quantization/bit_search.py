@@ -17,19 +17,21 @@ from llamajax.checkpoint.naming import STACKED, Place, named_leaves
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
 from llamajax.model import RMSNorm, abstract_model
+from llamajax.config import Config
+from llamajax.errors import LlamaJaxError
+from llamajax.model import Llama, model_from
+from llamajax.parameters import Place, leaves, specs
 from llamajax.quantization import calibrate
 from llamajax.quantization.quantize_weight import naming
-from quant import QTensor, Scheme, dequantize, quantize_rtn
+from quant import Scheme, quantize_rtn, values
 from quant.budget import allocate
 from quant.recipe import Rule
 
 _BITS = (2, 3, 4, 5, 6, 8)
-# Layers are scanned in runs of equal schemes, each a loop of its own in the program: not more than this many.
-_MAX_RUNS = 8
 _SAMPLE_TOKENS = 4096
 _HEAD_TOKENS = 256
 
-Rules = Mapping[tuple[str, int | None], Rule]
+Rules = Mapping[Place, Rule]
 
 
 def choose_bits(
@@ -39,11 +41,10 @@ def choose_bits(
     windows_WT: np.ndarray,
     config: Config,
     on_weights: Callable[[int], None],
-) -> dict[tuple[str, int | None], Rule]:
+) -> dict[Place, Rule]:
     """The rules with the bits of each `int` and `uint` scheme chosen.
 
-    Layers are tied into at most 8 neighbouring groups that get the same bits. Bits are tried by round-to-nearest with
-    clipping, whatever the rule's method: what matters is how weights compare.
+    Bits are tried by round-to-nearest with clipping, whatever the rule's method: what matters is how weights compare.
 
     Args:
         read: one weight at a time, floats.
@@ -58,26 +59,17 @@ def choose_bits(
             makes of the text is not finite.
     """
     windows_WT = windows_WT[: max(1, _SAMPLE_TOKENS // windows_WT.shape[1])]
-    options = {key: _candidates(rule) for key, rule in rules.items()}
+    options = {place: _candidates(rule) for place, rule in rules.items()}
     if not any(len(candidates) > 1 for candidates in options.values()):
         raise LlamaJaxError("target_bpw: no rule has an int or uint scheme whose bits could be chosen")
     errors = _measure(read, options, windows_WT, config, on_weights)
-    # What is tied has one rule: a layer that the recipe treats in its own way stays apart.
-    items: dict[tuple[str, int | None, Rule], list] = {}
-    for (name, layer), rule in rules.items():
-        tied = None if layer is None else layer * min(_MAX_RUNS, config.num_layers) // config.num_layers
-        items.setdefault((name, tied, rule), []).append((name, layer))
-    float_bytes = read(Place("norm.weight_D", None)).dtype.itemsize
-    costs = [
-        [len(keys) * _bytes(rule, keys[0][0], config, float_bytes) for rule in options[keys[0]]]
-        for keys in items.values()
-    ]
-    faults = [[sum(errors[key][i] for key in keys) for i in range(len(options[keys[0]]))] for keys in items.values()]
+    float_bytes = read(Place("norm.weight_D")).dtype.itemsize
+    costs = [[_bytes(rule, place, config, float_bytes) for rule in candidates] for place, candidates in options.items()]
     try:
-        chosen = allocate(costs, faults, target_bpw * config.num_parameters / 8)
+        chosen = allocate(costs, [errors[place] for place in options], target_bpw * config.num_parameters / 8)
     except ValueError as error:
         raise LlamaJaxError(f"target_bpw is {target_bpw}: in bytes, {error}") from None
-    return {key: options[key][i] for keys, i in zip(items.values(), chosen, strict=True) for key in keys}
+    return {place: options[place][i] for place, i in zip(options, chosen, strict=True)}
 
 
 def _candidates(rule: Rule) -> list[Rule]:
@@ -90,14 +82,7 @@ def _candidates(rule: Rule) -> list[Rule]:
     return [dataclasses.replace(rule, scheme=f"{scheme.kind}{bits}") for bits in _BITS]
 
 
-def _shape(name: str, config: Config) -> tuple[int, ...]:
-    """(K, M) of a weight without layers; (D,) of a norm."""
-    leaf = named_leaves(abstract_model(config))[name]
-    shape = leaf.shape[1:] if name.startswith(STACKED) else leaf.shape
-    return shape[::-1] if name.endswith("_VD") else shape
-
-
-def _quantized(weight: jax.Array, rule: Rule, axis: int) -> QTensor:
+def _quantized(weight: Any, rule: Rule, axis: int) -> Any:
     rule = rule.for_inputs(weight.shape[axis])
     assert rule.scheme is not None  # a rule that quantizes
     return quantize_rtn(
@@ -105,84 +90,90 @@ def _quantized(weight: jax.Array, rule: Rule, axis: int) -> QTensor:
     )
 
 
-def _bytes(rule: Rule, name: str, config: Config, float_bytes: int) -> int:
-    """What a weight of one layer takes by that rule."""
-    shape = _shape(name, config)
+def _bytes(rule: Rule, place: Place, config: Config, float_bytes: int) -> int:
+    """What a weight takes by that rule."""
+    spec = specs(config)[place]
+    shape = spec.shape(config)
     if rule.scheme is None:
-        return int(np.prod(shape)) * float_bytes
+        return math.prod(shape) * float_bytes
     weight = jax.ShapeDtypeStruct(shape, jnp.float32)
-    made = jax.eval_shape(lambda weight: _quantized(weight, rule, -2), weight)
+    made = jax.eval_shape(lambda weight: _quantized(weight, rule, spec.axis), weight)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(made))
-    size += 4 * shape[0] if rule.act_order and made.group_size < shape[0] else 0
-    return size + rule.outliers * (2 * shape[1] + 4)
+    length = shape[spec.axis]
+    size += 4 * length if rule.act_order and made.group_size < length else 0
+    return size + rule.outliers * (2 * math.prod(shape) // length + 4)
 
 
 def _measure(
     read: Callable[[Place], Any],
-    options: Mapping[tuple[str, int | None], list[Rule]],
+    options: Mapping[Place, list[Rule]],
     windows_WT: np.ndarray,
     config: Config,
     on_weights: Callable[[int], None],
-) -> dict[tuple[str, int | None], list[float]]:
+) -> dict[Place, list[float]]:
     """The error of each candidate of each weight; 0 where there is nothing to choose."""
-    errors = {key: [0.0] * len(candidates) for key, candidates in options.items()}
-    embed_VD = calibrate.dense(read(Place("embed_VD", None)))
-    x_WTD = jnp.asarray(embed_VD)[windows_WT]
-    for i, rule in enumerate(options["embed_VD", None]):
-        if len(options["embed_VD", None]) > 1:
-            place = Place("embed_VD", None)
-            errors["embed_VD", None][i] = _change(place, rule, x_WTD, _rounded(place, embed_VD, rule, -1)[windows_WT])
-    names = [name for name, layer in options if layer == 0]
+    of = specs(config)
+    errors = {place: [0.0] * len(candidates) for place, candidates in options.items()}
+    embed = Place("embed_VD")
+    whole = {"embed_VD": values(read(embed)), "norm.weight_D": values(read(Place("norm.weight_D")))}
+    x_WTD = _embedded(config, whole, windows_WT)
+    for i, rule in enumerate(options[embed] if len(options[embed]) > 1 else ()):
+        rounded = _rounded(embed, whole["embed_VD"], rule, of[embed].axis)
+        errors[embed][i] = _change(embed, rule, x_WTD, _embedded(config, whole | {"embed_VD": rounded}, windows_WT))
     for layer in range(config.num_layers):
-        weights = {name.removeprefix(STACKED): calibrate.dense(read(Place(name, layer))) for name in names}
-        after_WTD = calibrate.run_block(calibrate.block_of(weights, config), x_WTD)
-        for name in names:
-            candidates = options[name, layer]
+        numbers = dict(config.numbers(layer))
+        places = [place for place in options if place.layer == layer]
+        weights = {place.name: values(read(place)) for place in places}
+        after_WTD = calibrate.run_block(calibrate.block_of(weights, config, layer), x_WTD, numbers)
+        for place in places:
+            candidates = options[place]
             for i, rule in enumerate(candidates if len(candidates) > 1 else ()):
-                short = name.removeprefix(STACKED)
-                place = Place(name, layer)
-                changed = weights | {short: _rounded(place, weights[short], rule, -2)}
-                block = calibrate.block_of(changed, config)
-                errors[name, layer][i] = _change(place, rule, after_WTD, calibrate.run_block(block, x_WTD))
+                changed = weights | {place.name: _rounded(place, weights[place.name], rule, of[place].axis)}
+                block = calibrate.block_of(changed, config, layer)
+                errors[place][i] = _change(place, rule, after_WTD, calibrate.run_block(block, x_WTD, numbers))
         x_WTD = after_WTD
-        on_weights(len(names))
-    _measure_head(read, options, errors, embed_VD, x_WTD, config)
-    on_weights(len(options) - len(names) * config.num_layers)
+        on_weights(len(places))
+    _measure_head(read, options, errors, whole, x_WTD, config)
+    on_weights(sum(place.layer is None for place in options))
     return errors
+
+
+def _embedded(config: Config, whole: Mapping[str, jax.Array], windows_WT: np.ndarray) -> jax.Array:
+    """What the first layer gets, float32."""
+    return jax.jit(Llama.embed)(model_from(dict.fromkeys(leaves(config)) | dict(whole), config), windows_WT)
 
 
 def _measure_head(
     read: Callable[[Place], Any],
-    options: Mapping[tuple[str, int | None], list[Rule]],
-    errors: dict[tuple[str, int | None], list[float]],
-    embed_VD: jax.Array,
+    options: Mapping[Place, list[Rule]],
+    errors: dict[Place, list[float]],
+    whole: Mapping[str, jax.Array],
     x_WTD: jax.Array,
     config: Config,
 ) -> None:
     """Adds what a quantized head, tied or not, changes in the logits: relative to how they vary over the vocabulary."""
-    name = "embed_VD" if config.tied_embeddings else "head_VD"
-    if len(options[name, None]) == 1:
+    (place,) = (place for place, spec in specs(config).items() if "head" in spec.roles)
+    if len(options[place]) == 1:
         return
-    head_VD = embed_VD if config.tied_embeddings else calibrate.dense(read(Place(name, None)))
-    norm = RMSNorm(config.width, config.norm_eps, jnp.float32)
-    norm.weight_D.set_value(calibrate.dense(read(Place("norm.weight_D", None))))
-    hidden_TD = norm(x_WTD).reshape(-1, config.width)
-    hidden_TD = hidden_TD[:: max(1, len(hidden_TD) // _HEAD_TOKENS)]
+    head_VD = whole["embed_VD"] if place.name in whole else values(read(place))
+    x_TD = x_WTD.reshape(-1, config.width)
+    x_TD = x_TD[:: max(1, len(x_TD) // _HEAD_TOKENS)]
 
     def centred(head_VD: jax.Array) -> jax.Array:
-        logits_TV = hidden_TD @ head_VD.T
+        model = model_from(dict.fromkeys(leaves(config)) | dict(whole) | {place.name: head_VD}, config)
+        logits_TV = jax.jit(Llama.head)(model, x_TD)
         return logits_TV - logits_TV.mean(-1, keepdims=True)
 
     logits_TV = centred(head_VD)
-    for i, rule in enumerate(options[name, None]):
-        place = Place(name, None)
-        errors[name, None][i] += _change(place, rule, logits_TV, centred(_rounded(place, head_VD, rule, -1)))
+    for i, rule in enumerate(options[place]):
+        axis = specs(config)[place].axis
+        errors[place][i] += _change(place, rule, logits_TV, centred(_rounded(place, head_VD, rule, axis)))
 
 
 def _rounded(place: Place, weight: jax.Array, rule: Rule, axis: int) -> jax.Array:
     """What a weight becomes by a candidate, float32."""
     with naming(f"{place} of shape {weight.shape}"):
-        return dequantize(_quantized(weight, rule, axis))
+        return values(_quantized(weight, rule, axis))
 
 
 def _change(place: Place, rule: Rule, before: jax.Array, after: jax.Array) -> float:

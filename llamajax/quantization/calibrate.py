@@ -12,28 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llamajax.checkpoint.naming import named_leaves
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
-from llamajax.model import Block, abstract_model
-from quant import Probe, QTensor, dequantize, quantize_rtn, search_scale, smoothing_scale
+from llamajax.layer import Layer
+from llamajax.model import NO_CACHE
+from llamajax.parameters import KINDS, Spec, block_weights, kind_of_layer
+from quant import Probe, quantize_rtn, search_scale, smoothing_scale
 from quant.gptq import add_to_hessian
 from quant.recipe import Rule
 
-# Weights of a layer that share an input, in the order in which a layer uses them, and whose outputs that input is made
-# of: a channel scaled down there can be scaled up in these weights, and nothing changes but what rounding does.
-INPUTS: dict[str, tuple[str, ...]] = {
-    "attention": ("attention.query_DQ", "attention.key_DM", "attention.value_DM"),
-    "out": ("attention.out_QD",),
-    "ffn": ("ffn.gate_DF", "ffn.up_DF"),
-    "down": ("ffn.down_FD",),
-}
-PRODUCERS = {
-    "attention": "attention_norm.weight_D",
-    "out": "attention.value_DM",
-    "ffn": "ffn_norm.weight_D",
-    "down": "ffn.up_DF",
-}
 # Tokens that a search for scales measures its error on.
 _SAMPLES = 1024
 _BATCH_TOKENS = 4096
@@ -74,54 +61,54 @@ def calibration_windows(tokens: np.ndarray, config: Config, window: int) -> np.n
     return tokens[: count * window].reshape(count, window)
 
 
-def dense(weight: Any) -> jax.Array:
-    """float32 values of a weight, quantized or not."""
-    return dequantize(weight) if isinstance(weight, QTensor) else jnp.asarray(weight).astype(jnp.float32)
-
-
-def block_of(weights: Mapping[str, Any], config: Config) -> Block:
-    """One layer from its weights by name, without the "layers." before it; as the model, a pytree."""
-    names, structure = _block_names(config)
+def block_of(weights: Mapping[str, Any], config: Config, layer: int) -> Any:
+    """One layer from its weights by the names of its specs; as the model, a pytree."""
+    structure, names = _block_tree(config, kind_of_layer(config, layer))
     return jax.tree.unflatten(structure, [weights[name] for name in names])
 
 
 @functools.lru_cache(maxsize=8)
-def _block_names(config: Config) -> tuple[tuple[str, ...], Any]:
-    """Names of a layer's weights in tree order, and the tree."""
-    layers = abstract_model(config).layers
-    return tuple(named_leaves(layers)), jax.tree.structure(layers)
+def _block_tree(config: Config, kind: str) -> tuple[Any, tuple[str, ...]]:
+    """How a layer is made of its weights, and their names in the order of its tree."""
+    block = jax.eval_shape(lambda: KINDS[kind].block(config, key=jax.random.key(0), dtype=jnp.float32))
+    return jax.tree.structure(block), tuple(block_weights(block))
 
 
-def advance(block: Block, x_WTD: np.ndarray) -> np.ndarray:
+def advance(block: Any, x_WTD: np.ndarray, numbers: Mapping[str, float]) -> np.ndarray:
     """What a layer makes of the activations; in place of them."""
     for rows in _batches(x_WTD):
-        x_WTD[rows] = run_block(block, jnp.asarray(x_WTD[rows]))
+        x_WTD[rows] = run_block(block, jnp.asarray(x_WTD[rows]), dict(numbers))
     return x_WTD
 
 
-def forward(block: Block, x_BTD: jax.Array) -> jax.Array:
-    """A layer applied to whole sequences, without a cache."""
-    position_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1], dtype=jnp.int32), x_BTD.shape[:2])
-    return block(x_BTD, position_BT, None, jnp.zeros((), jnp.int32))[0]
+def forward(block: Any, x_BTD: jax.Array, numbers: Mapping[str, Any]) -> jax.Array:
+    """A layer applied to whole sequences, without a cache; `numbers` are its `Config.numbers`."""
+    where = NO_CACHE.begin(x_BTD.shape[1])
+    return block(x_BTD, where, NO_CACHE, Layer(0, numbers=numbers))[0]
 
 
 run_block = jax.jit(forward)
 
 
-def observe(block: Block, x_WTD: np.ndarray, groups: tuple[str, ...], hessians: bool) -> dict[str, Statistics]:
-    """Statistics of some of a layer's `INPUTS`, with that layer's weights as they are.
+def observe(
+    block: Any, x_WTD: np.ndarray, groups: Mapping[str, str], hessians: bool, numbers: Mapping[str, float]
+) -> dict[str, Statistics]:
+    """Statistics of some of a layer's inputs, with that layer's weights as they are.
 
     Args:
         block: the layer, weights as arrays.
         x_WTD: activations before it, float32.
-        groups: keys of `INPUTS`.
+        groups: names of inputs (`Spec.input`), and for each a weight that has it.
         hessians: whether to make Hessians, which are by far the largest part.
+        numbers: of the layer.
     """
     batches = list(_batches(x_WTD))
     stride = max(1, x_WTD.shape[0] * x_WTD.shape[1] // _SAMPLES)
     totals, samples = None, []
     for rows in batches:
-        totals, sample = _observe(block, jnp.asarray(x_WTD[rows]), totals, groups, hessians, stride)
+        totals, sample = _observe(
+            block, jnp.asarray(x_WTD[rows]), totals, dict(numbers), tuple(groups.items()), hessians, stride
+        )
         samples.append(sample)
     assert totals is not None  # there is at least one window
     return {
@@ -147,18 +134,23 @@ def _add_batch(total: Any, x_BTK: jax.Array, hessian: bool) -> tuple[jax.Array, 
 
 @functools.partial(jax.jit, static_argnames=("groups", "hessians", "stride"), donate_argnames="totals")
 def _observe(
-    block: Block, x_BTD: jax.Array, totals: Any, groups: tuple[str, ...], hessians: bool, stride: int
+    block: Any,
+    x_BTD: jax.Array,
+    totals: Any,
+    numbers: Mapping[str, Any],
+    groups: tuple[tuple[str, str], ...],
+    hessians: bool,
+    stride: int,
 ) -> tuple[dict[str, tuple[jax.Array, Statistics]], dict[str, jax.Array]]:
     """Adds a batch to (tokens so far, statistics so far) of each input; also a sample of each. None begins."""
     seen: dict[str, jax.Array] = {}
-    first = {INPUTS[group][0]: group for group in groups}
-    probed = {
-        name: Probe(weight, first[name], seen) if name in first else weight
-        for name, weight in named_leaves(block).items()
-    }
-    forward(jax.tree.unflatten(jax.tree.structure(block), list(probed.values())), x_BTD)
+    first = {weight: group for group, weight in groups}
+    probed = [
+        Probe(weight, first[name], seen) if name in first else weight for name, weight in block_weights(block).items()
+    ]
+    forward(jax.tree.unflatten(jax.tree.structure(block), probed), x_BTD, numbers)
     added, samples = {}, {}
-    for group in groups:
+    for group, _ in groups:
         x_TK = seen[group].reshape(-1, seen[group].shape[-1]).astype(jnp.float32)
         samples[group] = x_TK[::stride]
         added[group] = _add(totals and totals[group], x_TK, hessians)
@@ -195,17 +187,24 @@ def _batches(x_WTD: np.ndarray) -> Iterable[slice]:
     return (slice(first, first + size) for first in range(0, count, size))
 
 
-def input_scale(group: str, rule: Rule, weights: list[jax.Array], seen: Statistics, config: Config) -> jax.Array:
+def input_scale(
+    rule: Rule, weights: list[jax.Array], seen: Statistics, config: Config, made: int
+) -> jax.Array:
     """By how much to scale up the input channels of weights [K, M] that share an input: float32 [K].
 
-    For the attention's output, query heads that share a value head share their scales: there is one channel to fold
-    them into.
+    Args:
+        rule: of the weights.
+        weights: float32.
+        seen: of their input.
+        config: the architecture.
+        made: channels of what makes the input. Of the attention's output they are fewer: query heads that share a value
+            head share their scales, because there is one channel to fold them into.
     """
-    heads = (config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_size)
 
     def shared(x_K: jax.Array) -> jax.Array:
-        if group != "out":
+        if x_K.shape[0] == made:
             return x_K
+        heads = _by_head(config)
         return jnp.broadcast_to(jnp.max(x_K.reshape(heads), axis=1, keepdims=True), heads).reshape(-1)
 
     if rule.scaling == "smoothquant":
@@ -218,25 +217,31 @@ def input_scale(group: str, rule: Rule, weights: list[jax.Array], seen: Statisti
     return search_scale(weights, shared(seen.mean_abs_K), seen.sample_TK, rounded)
 
 
-def fold(weights: dict[str, Any], group: str, scale_K: jax.Array, config: Config, norm_dtype: Any) -> None:
+def fold(weights: dict[str, Any], specs: Mapping[str, Spec], group: str, scale_K: jax.Array, config: Config, norm_dtype: Any) -> None:
     """Scales the input channels of some weights of a layer up, and what makes that input down.
 
     Args:
         weights: of the layer, by name, float32; changed.
-        group: key of `INPUTS`.
+        specs: of them.
+        group: name of the input.
         scale_K: positive.
         config: the architecture.
         norm_dtype: in which norms are stored: the scale is what is left after rounding the folded norm to that.
     """
-    producer = PRODUCERS[group]
+    members = [name for name, spec in specs.items() if spec.input == group]
+    producer = specs[members[0]].maker
     if weights[producer].ndim == 1:
         folded_K = (weights[producer] / scale_K).astype(norm_dtype).astype(jnp.float32)
         scale_K = jnp.where(folded_K == 0, scale_K, weights[producer] / jnp.where(folded_K == 0, 1, folded_K))
         weights[producer] = folded_K
-    elif group == "out":
-        heads = (config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_size)
-        weights[producer] = weights[producer] / scale_K.reshape(heads)[:, 0].reshape(-1)
+    elif weights[producer].shape[-1] != scale_K.shape[0]:
+        weights[producer] = weights[producer] / scale_K.reshape(_by_head(config))[:, 0].reshape(-1)
     else:
         weights[producer] = weights[producer] / scale_K
-    for name in INPUTS[group]:
+    for name in members:
         weights[name] = weights[name] * scale_K[:, None]
+
+
+def _by_head(config: Config) -> tuple[int, int, int]:
+    """(K, G, H): query channels by the key/value head that they share."""
+    return config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_size

@@ -18,17 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from llamajax.checkpoint import Opened
-from llamajax.checkpoint.naming import STACKED, Place, is_quantized, named_leaves, named_weights, tensor_places
-from llamajax.checkpoint.stacks import LayerStacks
+from llamajax.checkpoint.assemble import Stacks
 from llamajax.config import Config, preset_folder
 from llamajax.errors import LlamaJaxError
 from llamajax.files import read_toml, shortened
-from llamajax.model import Llama, RMSNorm, abstract_model
+from llamajax.model import Llama, model_from
+from llamajax.parameters import LAYERS, Place, inputs, leaves, specs, weights_of
 from llamajax.quantization import calibrate
 from llamajax.quantization.bit_search import choose_bits
 from llamajax.quantization.quantize_weight import in_dtype, naming, quantize_weight
 from llamajax.workers import workers
-from quant import QTensor
+from quant import quantized, values
 from quant.recipe import Recipe, Rule, assign, recipe_from
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _WORKERS = 3  # weights in work at a time
 
-Rules = Mapping[tuple[str, int | None], Rule]
+Rules = Mapping[Place, Rule]
 
 
 def recipe_names() -> list[str]:
@@ -60,24 +60,32 @@ def read_recipe(name: str | Path) -> Recipe:
         raise LlamaJaxError(str(error)) from None
 
 
-def assigned(rules: Sequence[Rule], config: Config) -> dict[tuple[str, int | None], Rule]:
+def assigned(rules: Sequence[Rule], config: Config) -> dict[Place, Rule]:
     """The rule of each weight of each layer.
 
     Raises:
         LlamaJaxError: if rules and weights do not cover each other, or a norm would be quantized.
     """
-    leaves = named_leaves(abstract_model(config))
+    layers: dict[str, list[int] | None] = {}
+    for place in specs(config):
+        if place.layer is None:
+            layers[place.name] = None
+        else:
+            of = layers.setdefault(f"{LAYERS}*.{place.name}", [])
+            assert of is not None  # a weight of layers
+            of.append(place.layer)
     try:
-        chosen = assign(rules, {name: config.num_layers if name.startswith(STACKED) else None for name in leaves})
+        chosen = assign(rules, layers, config.num_layers)
     except ValueError as error:
         raise LlamaJaxError(str(error)) from None
-    for (name, layer), rule in chosen.items():
-        if leaves[name].ndim - (layer is not None) == 1 and not rule.keep:
+    made = {Place(name.removeprefix(f"{LAYERS}*."), layer): rule for (name, layer), rule in chosen.items()}
+    for place, rule in made.items():
+        if not specs(config)[place].is_matrix and not rule.keep:
             raise LlamaJaxError(
-                f"{Place(name, layer)}: the rule for {rule.weights!r} would quantize a norm, which is no matrix: begin "
-                "the recipe with a rule that keeps norms (weights = '*norm*', keep = true)"
+                f"{place}: the rule for {rule.weights!r} would quantize what is no matrix: begin the recipe with a rule "
+                "that keeps norms (weights = '*norm*', keep = true)"
             )
-    return chosen
+    return {place: made[place] for place in specs(config)}
 
 
 def quantize(
@@ -109,15 +117,15 @@ def quantize(
     """
     recipe = _checked_recipe(recipe, calibration)
     config = model.config
-    if is_quantized(model if isinstance(model, Llama) else model.abstract):
+    if quantized(model if isinstance(model, Llama) else model.abstract):
         raise LlamaJaxError("the model is quantized already: quantize the weights that it was made from")
     read = _reader(model)
     rules = assigned(recipe.rules, config)
     _check_shared_inputs(rules, config)
     if calibration is None or not recipe.needs_calibration:
-        stacks = LayerStacks(rules, config)
-        one = lambda place: quantize_weight(place, read(place), rules[place])  # noqa: E731
-        for done, (place, weight) in enumerate(_side_by_side(one, tensor_places(config)), 1):
+        stacks = Stacks(config, rules.__getitem__)
+        one = lambda place: quantize_weight(place, read(place), rules[place], specs(config)[place])  # noqa: E731
+        for done, (place, weight) in enumerate(_side_by_side(one, tuple(specs(config))), 1):
             stacks.put(place, weight)
             on_weight(done, len(rules))
         return stacks.model()
@@ -149,8 +157,7 @@ def _reader(model: Llama | Opened) -> Callable[[Place], Any]:
     """One weight at a time, from memory or from a file."""
     if isinstance(model, Opened):
         return model.read_weight
-    leaves = named_weights(model)
-    return lambda place: leaves[place.name] if place.layer is None else leaves[place.name][place.layer]
+    return weights_of(jax.tree.map(np.asarray, model)).__getitem__
 
 
 def _side_by_side(work: Callable[[Place], Any], places: Sequence[Place]) -> Iterator[tuple[Place, Any]]:
@@ -165,19 +172,20 @@ def _side_by_side(work: Callable[[Place], Any], places: Sequence[Place]) -> Iter
 
 
 def _check_shared_inputs(rules: Rules, config: Config) -> None:
-    """That weights with a common input agree on how it is scaled."""
+    """That weights with a common input agree on how it is scaled, and that there is something to scale it in."""
     for layer in range(config.num_layers):
-        for names in calibrate.INPUTS.values():
-            scalings = {rules[STACKED + name, layer].scaling for name in names}
+        for names in inputs(config, layer).values():
+            scalings = {rules[Place(name, layer)].scaling for name in names}
             if len(scalings) > 1:
                 raise LlamaJaxError(
                     f"{', '.join(names)} of layer {layer} share their input, but the recipe scales it by "
                     f"{' and '.join(sorted(map(str, scalings)))}: expected one scaling for all of them"
                 )
-    for name in ("embed_VD", "head_VD"):
-        if (name, None) in rules and rules[name, None].scaling is not None:
+    for place, spec in specs(config).items():
+        if rules[place].scaling is not None and not spec.maker:
             raise LlamaJaxError(
-                f"{name}: scaling of the head's inputs is not supported: expected a rule without scaling"
+                f"{place}: scaling of its inputs is not supported, as nothing that makes them could undo it: expected "
+                "a rule without scaling"
             )
 
 
@@ -200,7 +208,7 @@ def _chosen_bits(
     config: Config,
     parts: "PartsOnDisk | None",
     steps: _Steps,
-) -> dict[tuple[str, int | None], Rule]:
+) -> dict[Place, Rule]:
     """`choose_bits`, or what it chose before the work was stopped."""
     stored = parts.load_arrays("bits") if parts else None
     if stored is not None:
@@ -212,8 +220,8 @@ def _chosen_bits(
         if parts:
             parts.store_arrays("bits", {}, json.dumps(schemes))
     return {
-        key: dataclasses.replace(rule, scheme=scheme)
-        for (key, rule), scheme in zip(rules.items(), schemes, strict=True)
+        place: dataclasses.replace(rule, scheme=scheme)
+        for (place, rule), scheme in zip(rules.items(), schemes, strict=True)
     }
 
 
@@ -226,11 +234,19 @@ def _calibrated(
     steps: _Steps,
 ) -> Llama:
     """Layer by layer, each with what the quantized layers before it make of the calibration text."""
-    stacks = LayerStacks(rules, config)
-    embed = quantize_weight(Place("embed_VD", None), read(Place("embed_VD", None)), rules["embed_VD", None])
-    stacks.put(Place("embed_VD", None), embed)
-    steps.add()
-    x_WTD = np.array(calibrate.dense(embed)[windows_WT])
+    of = specs(config)
+    stacks = Stacks(config, rules.__getitem__)
+
+    def finish(place: Place, seen: calibrate.Statistics | None = None) -> Any:
+        weight = quantize_weight(place, read(place), rules[place], of[place], seen)
+        stacks.put(place, weight)
+        steps.add()
+        return weight
+
+    embed = finish(Place("embed_VD"))
+    norm = values(read(Place("norm.weight_D")))
+    whole = _whole(config, {"embed_VD": embed, "norm.weight_D": norm})
+    x_WTD = np.array(jax.jit(Llama.embed)(whole, windows_WT))
     for layer in range(config.num_layers):
         made = parts.load(f"layer-{layer}") if parts else None
         if made is None:
@@ -238,24 +254,24 @@ def _calibrated(
             if parts:
                 parts.store(f"layer-{layer}", made)
         for name, weight in made.items():
-            stacks.put(Place(STACKED + name, layer), weight)
-        block = calibrate.block_of({name: calibrate.dense(weight) for name, weight in made.items()}, config)
-        x_WTD = calibrate.advance(block, x_WTD)
+            stacks.put(Place(name, layer), weight)
+        block = calibrate.block_of({name: values(weight) for name, weight in made.items()}, config, layer)
+        x_WTD = calibrate.advance(block, x_WTD, config.numbers(layer))
         steps.add(len(made))
-    norm = Place("norm.weight_D", None)
-    stacks.put(norm, quantize_weight(norm, read(norm), rules[norm]))
-    steps.add()
-    if not config.tied_embeddings:
-        head = Place("head_VD", None)
-        rule, seen = rules[head], None
-        if rule.needs_calibration:
-            final_norm = RMSNorm(config.width, config.norm_eps, jnp.float32)
-            final_norm.weight_D.set_value(calibrate.dense(read(norm)))
-            hidden_WTD = np.array(jax.jit(lambda x_WTD: final_norm(x_WTD))(x_WTD))
-            seen = calibrate.observe_array(hidden_WTD, rule.method == "gptq")
-        stacks.put(head, quantize_weight(head, read(head), rule, seen))
-        steps.add()
+    finish(Place("norm.weight_D"))
+    head = Place("head_VD")
+    if head in of:
+        seen = None
+        if rules[head].needs_calibration:
+            hidden_WTD = np.array(jax.jit(lambda model, x_WTD: model.norm(x_WTD))(whole, x_WTD))
+            seen = calibrate.observe_array(hidden_WTD, rules[head].method == "gptq")
+        finish(head, seen)
     return stacks.model()
+
+
+def _whole(config: Config, weights: Mapping[str, Any]) -> Llama:
+    """A model of some weights outside of its layers: enough for `embed`, the final norm or `head`."""
+    return model_from(dict.fromkeys(leaves(config)) | dict(weights), config)
 
 
 def _calibrated_layer(
@@ -266,31 +282,32 @@ def _calibrated_layer(
     The statistics behind each group of weights are those with the groups before it quantized already ("true
     sequential" in GPTQ's reference implementation).
     """
-    names = [name.removeprefix(STACKED) for name, of in rules if of == layer]
-    rule_of = {name: rules[STACKED + name, layer] for name in names}
-    stored = {name: read(Place(STACKED + name, layer)) for name in names}
-    dtypes = {name: stored[name].dtype for name in names}
-    dense = {name: calibrate.dense(stored.pop(name)) for name in names}
+    of = {place.name: spec for place, spec in specs(config).items() if place.layer == layer}
+    rule_of = {name: rules[Place(name, layer)] for name in of}
+    stored = {name: read(Place(name, layer)) for name in of}
+    dtypes = {name: stored[name].dtype for name in of}
+    dense = {name: values(stored.pop(name)) for name in of}
+    numbers = config.numbers(layer)
     _scale_inputs(dense, rule_of, x_WTD, config, dtypes, layer)
     made: dict[str, Any] = {}
-    for group, members in calibrate.INPUTS.items():
+    for group, members in inputs(config, layer).items():
         seen = None
         if any(rule_of[name].needs_calibration for name in members):
             hessians = any(rule_of[name].method == "gptq" for name in members)
-            seen = calibrate.observe(calibrate.block_of(dense, config), x_WTD, (group,), hessians)[group]
+            block = calibrate.block_of(dense, config, layer)
+            seen = calibrate.observe(block, x_WTD, {group: members[0]}, hessians, numbers)[group]
         for name in members:
-            place, rule = Place(STACKED + name, layer), rule_of[name]
-            made[name] = quantize_weight(
-                place, in_dtype(place, dense[name], dtypes[name]) if rule.keep else dense[name], rule, seen
-            )
-            dense[name] = calibrate.dense(made[name])
-            if isinstance(made[name], QTensor):
+            place, rule = Place(name, layer), rule_of[name]
+            weight = in_dtype(place, dense[name], dtypes[name]) if rule.keep else dense[name]
+            made[name] = quantize_weight(place, weight, rule, of[name], seen)
+            dense[name] = values(made[name])
+            if not rule.keep:
                 made[name] = dataclasses.replace(made[name], dtype=np.dtype(dtypes[name]))
-    for name in names:
+    for name in of:
         if name not in made:
-            place = Place(STACKED + name, layer)
-            made[name] = quantize_weight(place, in_dtype(place, dense[name], dtypes[name]), rule_of[name])
-    return {name: made[name] for name in names}
+            place = Place(name, layer)
+            made[name] = quantize_weight(place, in_dtype(place, dense[name], dtypes[name]), rule_of[name], of[name])
+    return {name: made[name] for name in of}
 
 
 def _scale_inputs(
@@ -302,20 +319,23 @@ def _scale_inputs(
     layer: int,
 ) -> None:
     """Finds and folds the scales of a layer's inputs, `dense` being changed; the layer computes what it did."""
-    groups = tuple(group for group, members in calibrate.INPUTS.items() if rule_of[members[0]].scaling is not None)
+    shared, of = inputs(config, layer), {p.name: spec for p, spec in specs(config).items() if p.layer == layer}
+    groups = {group: members[0] for group, members in shared.items() if rule_of[members[0]].scaling is not None}
     if not groups:
         return
-    seen = calibrate.observe(calibrate.block_of(dense, config), x_WTD, groups, hessians=False)
+    block = calibrate.block_of(dense, config, layer)
+    seen = calibrate.observe(block, x_WTD, groups, hessians=False, numbers=config.numbers(layer))
     # From the last input to the first: what is folded into `up` and `value` is then scaled as their own rows are.
     for group in reversed(groups):
-        members = calibrate.INPUTS[group]
-        rule, producer = rule_of[members[0]], calibrate.PRODUCERS[group]
+        members = shared[group]
+        rule, producer = rule_of[members[0]], of[members[0]].maker
         with naming(f"{', '.join(members)} of layer {layer}"):
-            scale_K = calibrate.input_scale(group, rule, [dense[name] for name in members], seen[group], config)
-        calibrate.fold(dense, group, scale_K, config, dtypes[producer])
+            weights = [dense[name] for name in members]
+            scale_K = calibrate.input_scale(rule, weights, seen[group], config, dense[producer].shape[-1])
+        calibrate.fold(dense, of, group, scale_K, config, dtypes[producer])
         if not jnp.isfinite(dense[producer]).all():
             raise LlamaJaxError(
-                f"{Place(STACKED + producer, layer)}: scaled by {rule.scaling}, a value is above the range of "
+                f"{Place(producer, layer)}: scaled by {rule.scaling}, a value is above the range of "
                 f"{dtypes[producer]}: convert the model to bfloat16 or float32 first"
             )
 
@@ -325,11 +345,11 @@ def _work_key(
 ) -> dict[str, Any]:
     """What the result depends on: named in an error where it differs from what a folder was begun with."""
     weights = hashlib.sha256()
-    for place in tensor_places(config):
+    for place in specs(config):
         weights.update(np.ascontiguousarray(read(place)).view(np.uint8).data)
-    listed = [[name, layer, dataclasses.asdict(rule)] for (name, layer), rule in rules.items()]
+    listed = [[str(place), dataclasses.asdict(rule)] for place, rule in rules.items()]
     return {
-        "version": 2,
+        "version": 3,
         "recipe (sha256)": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
         "target_bpw": target_bpw,
         "config": config.to_dict(),

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llamajax.checkpoint.naming import Place
 from llamajax.errors import LlamaJaxError
+from llamajax.parameters import Place, Spec
 from llamajax.quantization.calibrate import Statistics
 from quant import QTensor, outlier_channels, quantize_gptq, quantize_hqq, quantize_rtn, split_outliers
 from quant.recipe import Rule
@@ -20,8 +20,10 @@ from quant.recipe import Rule
 _PART_WEIGHTS = 2**19
 
 
-def quantize_weight(place: Place, weight: Any, rule: Rule, seen: Statistics | None = None) -> jax.Array | QTensor:
-    """One weight by its rule, with the statistics of its input where the rule needs them.
+def quantize_weight(
+    place: Place, weight: Any, rule: Rule, spec: Spec, seen: Statistics | None = None
+) -> jax.Array | QTensor:
+    """One weight, of any number of leading axes, by its rule, with statistics of its input where the rule needs them.
 
     Raises:
         LlamaJaxError: naming the weight, if the rule does not fit it, or it is not finite.
@@ -30,7 +32,7 @@ def quantize_weight(place: Place, weight: Any, rule: Rule, seen: Statistics | No
         if not jnp.isfinite(weight).all():
             raise LlamaJaxError(f"{place} of shape {weight.shape} holds NaN or infinity: expected finite weights")
         return weight
-    axis = -1 if place.name.endswith("_VD") else -2
+    axis = spec.axis
     shape = weight.shape
     rule = rule.for_inputs(shape[axis])
     assert rule.scheme is not None  # a rule that quantizes
@@ -44,6 +46,8 @@ def quantize_weight(place: Place, weight: Any, rule: Rule, seen: Statistics | No
             quantized = split_outliers(weight, index, _quantizer(rule, options, _without(seen, index)), axis=axis)
         else:
             quantized = _in_parts(_quantizer(rule, options, seen), weight, rule, axis)
+        if quantized.shape != tuple(shape):
+            raise ValueError(f"its codes are of shape {quantized.shape}")
         return dataclasses.replace(quantized, activations=rule.activations).validate()
 
 
@@ -100,8 +104,9 @@ def _in_parts(quantizer: Callable[[jax.Array], QTensor], weight: Any, rule: Rule
     most = max(1, _PART_WEIGHTS * count // weight.size)
     size = max(size for size in range(1, most + 1) if count % size == 0)
     size = most if size < most // 4 else size
-    part = lambda start: weight[:, start : start + size] if across == -1 else weight[start : start + size]  # noqa: E731
-    parts = [jax.tree.map(np.asarray, quantizer(jnp.asarray(part(start)))) for start in range(0, count, size)]
+    slices = [slice(start, start + size) for start in range(0, count, size)]
+    cut = [weight[..., part] if across == -1 else weight[..., part, :] for part in slices]
+    parts = [jax.tree.map(np.asarray, quantizer(jnp.asarray(part))) for part in cut]
     return jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=across), *parts)
 
 

@@ -12,9 +12,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from llamajax.checkpoint.home import abstract_weight, describe
 from llamajax.errors import LlamaJaxError
 from llamajax.files import clear_leftovers, new_file, open_regular, parse_json, read_json, shortened
+from quant import abstract_weight, describe
 
 _KEY = "work.json"
 _SUFFIX = ".safetensors"

@@ -1,14 +1,16 @@
 """One lowering per backend for products with quantized weights: a layout, and the product with it.
 
-The reference that each is compared with is `quant.einsum` with the QTensor itself.
+The reference that each is compared with is `quant.product` with the QTensor itself.
 """
 
 import dataclasses
-import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
+
+from quant.weight import Weight, flat_stack, rounded
 
 if TYPE_CHECKING:
     from quant.qtensor import QTensor
@@ -19,35 +21,18 @@ def start_indices(*values: jax.Array | int) -> list[jax.Array]:
     return [jnp.asarray(value, jnp.int32) for value in values]
 
 
-class Layout:
+class Layout(Weight):
     """A quantized weight as one backend multiplies with it; made by `quant.prepare`, never saved.
 
     It stands where the QTensor stood, [..., K, M] or [..., M, K]. But `scan` should not slice it: that would copy a
-    layer out of its stack at every use. A layer is a view, `at_layer`, and is found where its bytes are read.
+    layer out of its stack at every use. A layer is a view, `at_layer`, and is found where its bytes are read; so is any
+    other of its matrices.
     """
 
     # Of a stack; `QTensor.order`, where a layout has one.
     layer: jax.Array | None
     order: jax.Array | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the weight, or of one layer of it."""
-        raise NotImplementedError
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes of the weight."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of weights."""
-        return math.prod(self.shape)
-
-    @property
-    def outlier_index(self) -> None:
-        """As `QTensor.outlier_index`: no layout holds outliers."""
+    group_size: Any
 
     def at_layer(self, layer: jax.Array) -> Self:
         """Layer `layer` of a stack, an int32 scalar known only at run time; nothing is copied."""
@@ -60,21 +45,36 @@ class Layout:
         whole = dataclasses.replace(self, layer=None)  # type: ignore[type-var]
         return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, self.layer, keepdims=False), whole)
 
+    def matrix(self, index: jax.Array | int) -> Self:
+        """As of every `Weight`: a view, a layer of what is then a stack of all matrices."""
+        whole = dataclasses.replace(self, layer=None)  # type: ignore[type-var]
+        number = jnp.asarray(index, jnp.int32)
+        if self.layer is not None:
+            number = self.layer * self.matrices + number
+        return flat_stack(whole, whole.ndim - 2).at_layer(number)
+
+    def multiply(self, x: jax.Array) -> jax.Array:
+        """As of every `Weight`, by the backend's product."""
+        x = rounded(x, self, None)
+        y_RM = self.matmul(x.reshape(-1, x.shape[-1]))
+        return y_RM.reshape(*x.shape[:-1], -1)
+
+    def values(self) -> jax.Array:
+        """As of every `Weight`."""
+        return self.restore().values()
+
+    def take(self, number: int) -> Self:
+        """As of every `Weight`: a copy."""
+        return self.at_layer(jnp.asarray(number, jnp.int32)).sliced()
+
+    def split(self) -> tuple[None, Callable[[Any, jax.Array], Any]]:
+        """As of every `Weight`: a scan slices nothing."""
+        return None, lambda part, place: self.at_layer(place)
+
     def matmul(self, x_RK: jax.Array) -> jax.Array:
-        """Rows of activations times a matrix: float [R, K] -> float32 [R, M]."""
+        """Rows of activations times a matrix, which this is one of: float [R, K] -> float32 [R, M]."""
         raise NotImplementedError
 
     def restore(self) -> "QTensor":
         """The weight as a QTensor, one layer of it if `layer` is given."""
         raise NotImplementedError
-
-    def take_rows(self, row_n: jax.Array) -> jax.Array:
-        """Rows of a table [M, K], int32 indices in [0, M) -> float32 [n, K]."""
-        raise NotImplementedError
-
-    # Of the weight; each layout knows where it keeps them.
-    axis: int
-    dtype: Any
-    group_size: Any
-    activations: Any
-    nbytes: Any

@@ -102,8 +102,8 @@ class TiledWeight(Layout):
         """As the function of this name."""
         return restore(self)
 
-    def take_rows(self, row_n: jax.Array) -> jax.Array:
-        """As the function of this name."""
+    def rows(self, row_n: jax.Array) -> jax.Array:
+        """As `take_rows`."""
         return take_rows(self, row_n)
 
 
@@ -113,8 +113,6 @@ def refusal(weight: QTensor) -> str | None:
         return f"{weight.scheme.name} codes are looked up in a table"
     if weight.outlier is not None:
         return "it has outlier channels"
-    if weight.ndim > 3:
-        return f"it has {weight.ndim - 2} leading axes"
     return None
 
 

@@ -98,8 +98,8 @@ class TpuWeight(Layout):
         """As the function of this name."""
         return restore(self)
 
-    def take_rows(self, row_n: jax.Array) -> jax.Array:
-        """As the function of this name."""
+    def rows(self, row_n: jax.Array) -> jax.Array:
+        """As `take_rows`."""
         return take_rows(self, row_n)
 
 

@@ -1,0 +1,285 @@
+"""The cache of keys and values: an explicit pytree, passed in and returned, never hidden state.
+
+    cache = KVCache.empty(config, batch=2, slots=512)
+    logits_BTV, cache = model(tokens_BT, cache)
+
+It owns attention. `begin` says where new tokens go and what does not fit, `attend` writes those of a layer and mixes
+values, `end` counts them. `length_B` is one for the model; the layers at each position of a stack's pattern have a part
+of their own, of the kind that their `Kind.cache` names in `PARTS`. Rows have lengths of their own, so rows of different
+length share a batch and nothing else is needed for masking: a query at position p sees positions up to p.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from llamajax.caches.attention import PLAIN, Scores, attend_causal
+from llamajax.config import Config
+from llamajax.errors import LlamaJaxError
+from llamajax.parameters import KINDS, path_name
+
+CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """Where the tokens of one call go.
+
+    Attributes:
+        position_BT: int32; B may be 1 where all rows are alike.
+        count_B: int32, how many of the T tokens are real; None for all.
+        fits_B: bool, rows that have room for T tokens; None where there is no limit.
+    """
+
+    position_BT: jax.Array
+    count_B: jax.Array | None = None
+    fits_B: jax.Array | None = None
+
+    @property
+    def start_B(self) -> jax.Array:
+        """The position of each row's first token."""
+        return self.position_BT[:, 0]
+
+    def checked(self, x_BTD: jax.Array) -> jax.Array:
+        """What was computed, NaN in rows that did not fit: they wrote over older tokens."""
+        return x_BTD if self.fits_B is None else jnp.where(self.fits_B[:, None, None], x_BTD, jnp.nan)
+
+
+class Part:
+    """Keys and values of some layers, a pytree of arrays [L, B, …]; what a kind of cache defines.
+
+    `slots` is the most tokens that a row can hold, None where old ones give way (a ring). A ring has as many slots
+    beyond its window as one step may write, and `spare` says how many.
+    """
+
+    slots: int | None
+    spare: int = 0
+
+    def attend(
+        self,
+        layer: jax.Array | int,
+        query_BTNH: jax.Array,
+        key_BTKH: jax.Array,
+        value_BTKH: jax.Array,
+        where: Where,
+        scores: Scores,
+    ) -> tuple[jax.Array, Self]:
+        """As `KVCache.attend`; `layer` is the place of the layer within this part."""
+        raise NotImplementedError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NoCache:
+    """For a whole sequence that starts here and is not continued, as in training; differentiable. It holds nothing."""
+
+    slots = None
+
+    def begin(self, T: int, count_B: jax.Array | None = None) -> Where:
+        """As `KVCache.begin`: every row starts at 0."""
+        return Where(jnp.arange(T, dtype=jnp.int32)[None], count_B)
+
+    def attend(
+        self,
+        part: int,
+        layer: jax.Array | int,
+        query_BTNH: jax.Array,
+        key_BTKH: jax.Array,
+        value_BTKH: jax.Array,
+        where: Where,
+        scores: Scores = PLAIN,
+    ) -> tuple[jax.Array, "NoCache"]:
+        """As `KVCache.attend`, over the tokens themselves."""
+        key_BKTH, value_BKTH = jnp.swapaxes(key_BTKH, 1, 2), jnp.swapaxes(value_BTKH, 1, 2)
+        return attend_causal(query_BTNH, key_BKTH, value_BKTH, where.position_BT, scores), self
+
+    def end(self, where: Where) -> "NoCache":
+        """As `KVCache.end`."""
+        return self
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the tokens seen so far.
+
+    Attributes:
+        parts: one for each position of each stack's pattern, in their order.
+        length_B: int32, tokens held by each row; more than `slots` for a row that overflowed. Slots from there on are
+            read with weight zero: what is in them must be finite.
+    """
+
+    parts: tuple[Any, ...]
+    length_B: jax.Array
+
+    @classmethod
+    def empty(
+        cls,
+        config: Config,
+        batch: int,
+        slots: int,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        *,
+        layout: str = "dense",
+    ) -> "KVCache":
+        """A cache for `batch` rows of up to `slots` tokens.
+
+        Args:
+            config: of the model.
+            batch: B.
+            slots: S.
+            dtype: one of `CACHE_DTYPES`. Of a float type the cache takes 2 L B K S H elements; of "int8" and "int4"
+                2 L B K S (H + 5) and 2 L B K S (H/2 + 5) bytes, and what is read is off by at most scale / 2, where
+                scale is the range of the H values of a head and token, widened to include 0, over 255 or 15.
+            layout: what programs suit it, as `PARTS` has it: "dense"; "straight", without loops; "scatter", which
+                writes all rows at once; "tiled", as CPUs read it best (`llamajax.caches.tiled`).
+
+        Raises:
+            LlamaJaxError: for another dtype.
+            ValueError: for a layout that there is not, or that does not have such slots or dtypes.
+        """
+        name = check_cache_dtype(dtype)
+        parts = [
+            PARTS[KINDS[kind].cache](config, len(stack.layers(position)), batch, slots, name, layout)
+            for stack in config.stacks
+            for position, kind in enumerate(stack.pattern)
+        ]
+        return cls(tuple(parts), jnp.zeros(batch, jnp.int32))
+
+    @property
+    def slots(self) -> int | None:
+        """S, the most tokens that a row can hold; None where there is no limit."""
+        bounds = [part.slots for part in self.parts if part.slots is not None]
+        return min(bounds, default=None)
+
+    def begin(self, T: int, count_B: jax.Array | None = None) -> Where:
+        """Where T new tokens of each row go: behind `length_B`.
+
+        Args:
+            T: tokens of each row, padding included.
+            count_B: how many of them are real; all unless given.
+
+        Raises:
+            ValueError: if T exceeds the slots.
+        """
+        position_BT = self.length_B[:, None] + jnp.arange(T, dtype=jnp.int32)
+        if self.slots is None:
+            return Where(position_BT, count_B)
+        if T > self.slots:
+            raise ValueError(f"{T} tokens do not fit a cache of {self.slots} slots: make the cache larger")
+        return Where(position_BT, count_B, self.length_B + T <= self.slots)
+
+    def attend(
+        self,
+        part: int,
+        layer: jax.Array | int,
+        query_BTNH: jax.Array,
+        key_BTKH: jax.Array,
+        value_BTKH: jax.Array,
+        where: Where,
+        scores: Scores = PLAIN,
+    ) -> tuple[jax.Array, "KVCache"]:
+        """Writes the keys and values of a layer, and mixes values for its queries.
+
+        Args:
+            part: number of the part.
+            layer: place of the layer within it, which may be known at run time only.
+            query_BTNH: behind RoPE, scaled.
+            key_BTKH: behind RoPE.
+            value_BTKH: likewise.
+            where: of `begin`.
+            scores: what the family changes.
+
+        Returns:
+            mixed_BTNH in the queries' dtype, and the cache with the tokens in that layer; `end` counts them.
+        """
+        mixed_BTNH, new = self.parts[part].attend(layer, query_BTNH, key_BTKH, value_BTKH, where, scores)
+        return mixed_BTNH, dataclasses.replace(self, parts=(*self.parts[:part], new, *self.parts[part + 1 :]))
+
+    def end(self, where: Where) -> "KVCache":
+        """The cache behind all layers, with the real tokens counted; a row that did not fit stays too long for good."""
+        T = where.position_BT.shape[1]
+        count_B = T if where.count_B is None else where.count_B
+        if where.fits_B is not None:
+            count_B = jnp.where(where.fits_B, count_B, self.slots + 1)
+        return dataclasses.replace(self, length_B=self.length_B + jnp.asarray(count_B, jnp.int32))
+
+    def rewind(self, length_B: jax.Array, at_most: int | None = None) -> "KVCache | None":
+        """The cache as it was with fewer tokens.
+
+        Args:
+            length_B: int32, no row's more than it has.
+            at_most: tokens that rows are shortened by at most, where that is known.
+
+        Returns:
+            The shorter cache, or None where a part may have lost what it then would need.
+        """
+        for part in self.parts:
+            if part.slots is None and (at_most is None or at_most > part.spare):
+                return None
+        return dataclasses.replace(self, length_B=length_B)
+
+    def take(self, rows: jax.Array) -> "KVCache":
+        """The cache of some rows, in that order, as often as they are named: int32 [b]."""
+        rows = jnp.asarray(rows)
+        parts = jax.tree.map(lambda array: jnp.take(array, rows, axis=1), self.parts)
+        return KVCache(parts, self.length_B[rows])
+
+    def put(self, rows: jax.Array, cache: "KVCache") -> "KVCache":
+        """This cache with the rows of another of the same slots in place of its own: int32 [b], distinct."""
+        parts = jax.tree.map(lambda whole, new: whole.at[:, rows].set(new), self.parts, cache.parts)
+        return KVCache(parts, self.length_B.at[rows].set(cache.length_B))
+
+    @property
+    def state(self) -> dict[str, jax.Array]:
+        """The arrays beside the lengths, by the names that a bundle's manifest gives them: key, value."""
+        named = {}
+        for number, part in enumerate(self.parts):
+            end = f"_{number}" if len(self.parts) > 1 else ""
+            for path, array in jax.tree_util.tree_flatten_with_path(part)[0]:
+                first, _, rest = path_name(path).partition(".")
+                named[".".join(filter(None, (first.partition("_")[0] + end, rest)))] = array
+        return named
+
+    def with_state(self, arrays: Sequence[jax.Array], length_B: jax.Array) -> "KVCache":
+        """This cache with other arrays, in the order of `state`, and lengths."""
+        return KVCache(jax.tree.unflatten(jax.tree.structure(self.parts), list(arrays)), length_B)
+
+
+# Makes a part: (config, layers, batch, slots, dtype, layout) -> Part, for each kind of cache.
+PARTS: dict[str, Callable[[Config, int, int, int, str, str], Any]] = {}
+
+
+def check_cache_dtype(dtype: jax.typing.DTypeLike) -> str:
+    """The name of a dtype that a cache can have, one of `CACHE_DTYPES`.
+
+    Raises:
+        LlamaJaxError: for any other.
+    """
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = None
+    if name not in CACHE_DTYPES:
+        raise LlamaJaxError(f"the cache's dtype is {dtype!r}: expected one of {', '.join(CACHE_DTYPES)}")
+    return name
+
+
+def empty_cache(config: Config, batch: int, slots: int, dtype: jax.typing.DTypeLike) -> KVCache:
+    """The cache that the default backend reads fastest; arguments and errors as of `KVCache.empty`.
+
+    In tiles on a CPU, but for bfloat16, of which XLA there converts a whole array to update a slice. On a GPU rows are
+    written at once: a loop over them takes two launches a row and layer, 13 us on an H200.
+    """
+    backend = jax.default_backend()
+    tiled = backend == "cpu" and check_cache_dtype(dtype) in ("float32", "float16") and slots % STEP_SLOTS == 0
+    layout = "tiled" if tiled else "scatter" if backend == "gpu" else "dense"
+    return KVCache.empty(config, batch, slots, dtype, layout=layout)
+
+
+# Slots of which one step of a tiled cache adds the values; its slots are a multiple of it.
+STEP_SLOTS = 64

@@ -1,0 +1,59 @@
+"""What every reader says of a checkpoint: which weights it holds, in which order, and how one is read.
+
+Readers speak of weights as `parameters.Place`s, one layer's at a time, in our orientation and RoPE layout.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from llamajax.config import Config
+from llamajax.parameters import Place, specs
+from llamajax.words import Words
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A checkpoint that was recognised and whose header was checked; no weight has been read yet.
+
+    Attributes:
+        description: format and version, for people.
+        config: the architecture.
+        abstract: every weight with `jax.ShapeDtypeStruct`s for arrays: a float array, or packed as it is stored.
+        order: every weight once, in the order in which the files hold them.
+        read: reads one weight, of NumPy arrays, which may be views; a float array may be of another type than in
+            `abstract`, and is converted.
+        fill: reads several weights at once into NumPy arrays of their shapes and dtypes, if the reader can.
+        is_checked: whether what was read is known to be what was saved, and so to be finite.
+        tokenizer_bytes: the `tokenizer.model` that came with it, if one did; it may be of another kind than is read.
+        words: what it says of words beside that.
+        notes: what of the files is not used, and why, for people.
+    """
+
+    description: str
+    config: Config
+    abstract: Mapping[Place, Any]
+    order: tuple[Place, ...]
+    read: Callable[[Place], Any]
+    fill: Callable[[Sequence[Place], Sequence[Any]], None] | None = None
+    is_checked: bool = False
+    tokenizer_bytes: bytes | None = None
+    words: Words = Words()
+    notes: tuple[str, ...] = ()
+
+
+def float_weights(config: Config, dtype: Any) -> dict[Place, jax.ShapeDtypeStruct]:
+    """Every weight of a model as an abstract array of one float type."""
+    return {place: jax.ShapeDtypeStruct(spec.shape(config), np.dtype(dtype)) for place, spec in specs(config).items()}
+
+
+def halves_from_pairs(matrix: np.ndarray, head_size: int) -> np.ndarray:
+    """Reorders the rows of a query or key projection [heads * H, D] from Meta's RoPE layout to ours.
+
+    Meta rotates neighbours (2i, 2i + 1), we rotate (i, i + H/2): row 2i goes to i, row 2i + 1 to i + H/2.
+    """
+    heads = matrix.reshape(-1, head_size // 2, 2, matrix.shape[-1])
+    return heads.swapaxes(1, 2).reshape(matrix.shape)

@@ -1,0 +1,107 @@
+"""`Layer`: which layer a block is while it is called, what of it is seen from outside, and where its cache is."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llamajax.caches import Scores, Where
+from llamajax.config import Config
+from llamajax.parameters import Stack, locate
+
+# What is to stand in place of a value, by its name and the number of the layer: an array, or a function of the value.
+Hooks = Mapping[tuple[str, int], jax.Array | Callable[[jax.Array], jax.Array]]
+NO_HOOKS: Hooks = MappingProxyType({})
+# Values of a layer that can be captured, and replaced.
+SEEN = ("hidden", "attention", "attention_out", "ffn_out")
+
+
+@dataclasses.dataclass(eq=False)
+class Layer:
+    """Which layer a block is, for the time of one call.
+
+    Attributes:
+        number: from 0; known at run time only, in a stack that is scanned.
+        part: of the cache.
+        place: along that part.
+        numbers: what of this layer is a number of its own (`Config.numbers`).
+        capture: names of values to keep.
+        hooks: (name, number of the layer) and what is to stand in the value's place.
+        kept: what was captured, by name.
+    """
+
+    number: jax.Array | int
+    part: int = 0
+    place: jax.Array | int = 0
+    numbers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    capture: tuple[str, ...] = ()
+    hooks: Hooks = dataclasses.field(default_factory=lambda: NO_HOOKS)
+    kept: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+    def attend(
+        self,
+        cache: Any,
+        query_BTNH: jax.Array,
+        key_BTKH: jax.Array,
+        value_BTKH: jax.Array,
+        where: Where,
+        scores: Scores | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """As `KVCache.attend`, of this layer; weights of attention may be seen as "attention"."""
+        scores = scores or Scores()
+        if "attention" in self.capture or any(name == "attention" for name, _ in self.hooks):
+            scores = dataclasses.replace(scores, see=lambda weight_BNTS: self.see("attention", weight_BNTS))
+        return cache.attend(self.part, self.place, query_BTNH, key_BTKH, value_BTKH, where, scores)
+
+    def see(self, name: str, value: jax.Array) -> jax.Array:
+        """A value by its name: replaced where a hook says so, then kept where it is to be captured."""
+        for (hooked, number), hook in self.hooks.items():
+            if hooked == name:
+                changed = hook(value) if callable(hook) else jnp.broadcast_to(hook, value.shape).astype(value.dtype)
+                value = jnp.where(jnp.asarray(self.number) == number, changed, value)
+        if name in self.capture:
+            self.kept[name] = value
+        return value
+
+
+def layers_of(config: Config, stack: Stack, position: int) -> Callable[..., Layer]:
+    """What makes the `Layer` of one step of a scan, of its index, its numbers, and what is captured and hooked."""
+    layers = stack.layers(position)
+    found = [locate(config.stacks, layer) for layer in layers]
+    (part,) = {_part(config.stacks, whole, at) for whole, at, _ in found}
+    places = tuple(place for *_, place in found)
+    constant = {name: values[0] for name, values in _numbers(config, layers).items() if len(set(values)) == 1}
+
+    def make(index: jax.Array, varying: Mapping[str, Any], capture: tuple[str, ...], hooks: Hooks) -> Layer:
+        number, place = layers.start + index * layers.step, index
+        if len(layers) == 1:
+            number, place = layers[0], places[0]
+        return Layer(number, part, place, constant | dict(varying), capture, hooks)
+
+    return make
+
+
+def _part(stacks: tuple[Stack, ...], stack: Stack, position: int) -> int:
+    """The number of the part of a cache that a position of a stack's pattern has."""
+    return sum(len(before.pattern) for before in stacks[: stacks.index(stack)]) + position
+
+
+def _numbers(config: Config, layers: range) -> dict[str, list[float]]:
+    """The numbers of some layers, by their names."""
+    each = [config.numbers(layer) for layer in layers]
+    return {name: [numbers[name] for numbers in each] for name in each[0]}
+
+
+def varying(config: Config, stack: Stack, position: int) -> dict[str, jax.Array]:
+    """Numbers that differ between the layers of a position, [R]: scanned beside the weights."""
+    numbers = _numbers(config, stack.layers(position))
+    return {name: jnp.asarray(values) for name, values in numbers.items() if len(set(values)) > 1}
+
+
+def in_order(kept: list[Any], name: str) -> jax.Array:
+    """What was captured in stacks of patterns, [R, …] at each position, as [L, …]."""
+    stacks = [jnp.stack([position[name] for position in positions], axis=1) for positions in kept]
+    return jnp.concatenate([stack.reshape(-1, *stack.shape[2:]) for stack in stacks])

@@ -1,0 +1,451 @@
+"""One declaration for each weight: its axes, what it is for, what it shares, how it begins and what others call it.
+
+Everything that asks something about weights asks here: initialisation, the abstract tree, names in recipes, manifests
+and foreign files, inputs for calibration, counts of parameters, what a step reads, shardings.
+
+Outside of the model's tree a weight has one name: `embed_VD`, or `layers.7.ffn.up_DF` for one of a layer, whose number
+counts from 0; `layers.*.ffn.up_DF` stands for that of all layers. Inside the tree layers are stacked (`Stack`).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llamajax.errors import LlamaJaxError
+from quant import is_weight, layer_of, nbytes
+
+if TYPE_CHECKING:
+    from llamajax.config import Config
+
+LAYERS = "layers."
+_DEVIATION = 0.02
+
+Role = Literal["product", "table", "head", "norm", "bias"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What there is to know of a weight before there is one.
+
+    Attributes:
+        axes: a letter for each axis of a weight of one layer (`config.py` explains them).
+        over: the letter that a product contracts; "" for what is multiplied with nothing.
+        roles: what it is used for: "product" with activations; "table", of which rows are looked up; "head", the
+            product that gives logits; "norm"; "bias". A tied embedding is both table and head.
+        input: the activations that it is multiplied with, by a name; weights of a layer that have it share them.
+        maker: the weight of the layer that makes these activations channel by channel, so that a channel that is
+            scaled down there can be scaled up in all that share it; "" where there is none.
+        init: "normal"; "residual", normal and smaller, for what many layers add to the residual stream; "ones";
+            "zeros".
+        foreign: its name in each foreign format, `{}` being the layer. A matrix contracted over its first axis is
+            stored transposed there, [out, in].
+    """
+
+    axes: str
+    over: str = ""
+    roles: tuple[Role, ...]
+    input: str = ""
+    maker: str = ""
+    init: Literal["normal", "residual", "ones", "zeros"] = "normal"
+    foreign: Mapping[str, str] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
+
+    def shape(self, config: "Config") -> tuple[int, ...]:
+        """Of one layer's weight."""
+        sizes = config.sizes
+        return tuple(sizes[letter] for letter in self.axes)
+
+    @property
+    def axis(self) -> int:
+        """The axis that products contract, from the end; -2 where there is none."""
+        return self.axes.index(self.over) - len(self.axes) if self.over else -2
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is one that a quantizer takes."""
+        return bool(self.over)
+
+    @property
+    def is_only_looked_up(self) -> bool:
+        """Whether activations never meet it."""
+        return self.roles == ("table",)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether foreign files hold it as [out, in]."""
+        return self.is_matrix and self.axis == -2
+
+
+def _foreign(huggingface: str, gguf: str) -> Mapping[str, str]:
+    return MappingProxyType({"huggingface": huggingface, "gguf": gguf})
+
+
+def _product(axes: str, input: str, maker: str, huggingface: str, gguf: str, init: Any = "normal") -> Spec:
+    return Spec(
+        axes=axes,
+        over=axes[0],
+        roles=("product",),
+        input=input,
+        maker=maker,
+        init=init,
+        foreign=_foreign(f"model.layers.{{}}.{huggingface}.weight", f"blk.{{}}.{gguf}.weight"),
+    )
+
+
+def _norm(huggingface: str, gguf: str) -> Spec:
+    return Spec(axes="D", roles=("norm",), init="ones", foreign=_foreign(f"{huggingface}.weight", f"{gguf}.weight"))
+
+
+# Of a layer of a LLaMA, in the order of their use.
+LAYER: Mapping[str, Spec] = MappingProxyType(
+    {
+        "attention_norm.weight_D": _norm("model.layers.{}.input_layernorm", "blk.{}.attn_norm"),
+        "attention.query_DQ": _product("DQ", "attention", "attention_norm.weight_D", "self_attn.q_proj", "attn_q"),
+        "attention.key_DM": _product("DM", "attention", "attention_norm.weight_D", "self_attn.k_proj", "attn_k"),
+        "attention.value_DM": _product("DM", "attention", "attention_norm.weight_D", "self_attn.v_proj", "attn_v"),
+        "attention.out_QD": _product("QD", "out", "attention.value_DM", "self_attn.o_proj", "attn_output", "residual"),
+        "ffn_norm.weight_D": _norm("model.layers.{}.post_attention_layernorm", "blk.{}.ffn_norm"),
+        "ffn.gate_DF": _product("DF", "ffn", "ffn_norm.weight_D", "mlp.gate_proj", "ffn_gate"),
+        "ffn.up_DF": _product("DF", "ffn", "ffn_norm.weight_D", "mlp.up_proj", "ffn_up"),
+        "ffn.down_FD": _product("FD", "down", "ffn.up_DF", "mlp.down_proj", "ffn_down", "residual"),
+    }
+)
+
+_EMBED = Spec(
+    axes="VD",
+    over="D",
+    roles=("table",),
+    foreign=_foreign("model.embed_tokens.weight", "token_embd.weight"),
+)
+_HEAD = Spec(axes="VD", over="D", roles=("head",), input="head", foreign=_foreign("lm_head.weight", "output.weight"))
+_FINAL_NORM = _norm("model.norm", "output_norm")
+
+
+def whole_specs(config: "Config") -> dict[str, Spec]:
+    """The weights outside of layers."""
+    if config.tied_embeddings:
+        tied = dataclasses.replace(_EMBED, roles=("table", "head"), input="head")
+        return {"embed_VD": tied, "norm.weight_D": _FINAL_NORM}
+    return {"embed_VD": _EMBED, "norm.weight_D": _FINAL_NORM, "head_VD": _HEAD}
+
+
+# ---- Layers ----------------------------------------------------------------------------------------------------------
+
+
+class Kind(NamedTuple):
+    """A kind of layer.
+
+    Attributes:
+        block: class of the module: `block(config, key=…, dtype=…)`, called as `model.Block` is.
+        specs: of its weights, by their path in the module.
+        cache: kind of its part of a cache, of `caches.PARTS`.
+    """
+
+    block: type
+    specs: Mapping[str, Spec]
+    cache: str = "full"
+
+
+# Every kind of layer by name; `model.py` adds the LLaMA's, other code its own.
+KINDS: dict[str, Kind] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Layers that are scanned together: a pattern of P of them, repeated R times.
+
+    Attributes:
+        first: number of its first layer.
+        pattern: a key of `KINDS` for each of P positions.
+        repeats: R.
+    """
+
+    first: int
+    pattern: tuple[str, ...]
+    repeats: int
+
+    def layers(self, position: int) -> range:
+        """Numbers of the R layers at one position of the pattern."""
+        step = len(self.pattern)
+        return range(self.first + position, self.first + step * self.repeats, step)
+
+
+def unrolled(stacks: tuple[Stack, ...]) -> tuple[Stack, ...]:
+    """The same layers, each a stack by itself: programs without loops."""
+    kinds = {
+        layer: stack.pattern[p] for stack in stacks for p in range(len(stack.pattern)) for layer in stack.layers(p)
+    }
+    return tuple(Stack(layer, (kinds[layer],), 1) for layer in sorted(kinds))
+
+
+class Place(NamedTuple):
+    """One weight of a model, of one layer if it is one of the layers'.
+
+    Attributes:
+        name: as in the specs: `embed_VD`, `ffn.up_DF`.
+        layer: its number, or None.
+    """
+
+    name: str
+    layer: int | None = None
+
+    def __str__(self) -> str:
+        """`embed_VD`, or `layers.7.ffn.up_DF`."""
+        return self.name if self.layer is None else f"{LAYERS}{self.layer}.{self.name}"
+
+
+class Leaf(NamedTuple):
+    """A leaf of the model's tree: a weight, or those of some layers as a stack.
+
+    Attributes:
+        name: as `Place.name`.
+        layers: numbers of the layers, in the order of the stack; None outside of layers.
+        spec: what it is.
+    """
+
+    name: str
+    layers: range | None
+    spec: Spec
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """The weights that it holds."""
+        return (Place(self.name),) if self.layers is None else tuple(Place(self.name, i) for i in self.layers)
+
+
+@functools.lru_cache(maxsize=64)
+def leaves(config: "Config", stacks: tuple[Stack, ...] | None = None) -> Mapping[str, Leaf]:
+    """Every leaf of the model by its name, in the order of names: whole, layers, whole.
+
+    A stack of all layers is called `layers.*.ffn.up_DF`, of a part of them `layers.0:12:2.ffn.up_DF`, of one
+    `layers.3.ffn.up_DF`.
+    """
+    stacks = stacks or config.stacks
+    made: dict[str, Leaf] = {}
+    whole = whole_specs(config)
+    for name in sorted(whole):
+        if name > LAYERS:
+            break
+        made[name] = Leaf(name, None, whole[name])
+    for stack in stacks:
+        for position, kind in enumerate(stack.pattern):
+            layers, specs = stack.layers(position), KINDS[kind].specs
+            for name in sorted(specs):
+                made[f"{LAYERS}{_numbers(layers, config)}.{name}"] = Leaf(name, layers, specs[name])
+    return MappingProxyType(made | {name: Leaf(name, None, whole[name]) for name in sorted(whole) if name > LAYERS})
+
+
+def _numbers(layers: range, config: "Config") -> str:
+    """`*` for all, `3` for one, else a slice."""
+    if len(layers) == config.num_layers and len(layers) > 1:
+        return "*"
+    if len(layers) == 1:
+        return str(layers[0]) if config.num_layers > 1 else "*"
+    return f"{layers.start}:{layers[-1] + 1}:{layers.step}"
+
+
+@functools.lru_cache(maxsize=64)
+def specs(config: "Config") -> Mapping[Place, Spec]:
+    """Every weight of the model: the embeddings, layer after layer, the rest."""
+    of_layer = {layer: leaf for leaf in leaves(config).values() if leaf.layers for layer in leaf.layers}
+    kinds = {layer: kind_of_layer(config, layer) for layer in of_layer}
+    whole = whole_specs(config)
+    made = {Place("embed_VD"): whole.pop("embed_VD")}
+    for layer in sorted(kinds):
+        made |= {Place(name, layer): spec for name, spec in sorted(KINDS[kinds[layer]].specs.items())}
+    return MappingProxyType(made | {Place(name): spec for name, spec in whole.items()})
+
+
+def kind_of_layer(config: "Config", layer: int) -> str:
+    """The key of `KINDS` for one layer."""
+    stack, position, _ = locate(config.stacks, layer)
+    return stack.pattern[position]
+
+
+def locate(stacks: tuple[Stack, ...], layer: int) -> tuple[Stack, int, int]:
+    """The stack that a layer is in, its position in the pattern, and its place along the stack."""
+    for stack in stacks:
+        count = layer - stack.first
+        if 0 <= count < len(stack.pattern) * stack.repeats:
+            return stack, count % len(stack.pattern), count // len(stack.pattern)
+    raise LlamaJaxError(
+        f"layer {layer}: the model has layers 0 to {stacks[-1].layers(len(stacks[-1].pattern) - 1)[-1]}"
+    )
+
+
+def inputs(config: "Config", layer: int) -> dict[str, tuple[str, ...]]:
+    """The weights of a layer that share each of its inputs, in the order of their use."""
+    shared: dict[str, tuple[str, ...]] = {}
+    for name, spec in KINDS[kind_of_layer(config, layer)].specs.items():
+        if spec.input:
+            shared[spec.input] = (*shared.get(spec.input, ()), name)
+    return shared
+
+
+def num_parameters(config: "Config") -> int:
+    """Weights of a model, a tied head counted once."""
+    return sum(math.prod(spec.shape(config)) for spec in specs(config).values())
+
+
+def product_weights(config: "Config", head: bool = True) -> int:
+    """Weights that the activations of a token are multiplied with."""
+    wanted = ("product", "head") if head else ("product",)
+    return sum(
+        math.prod(spec.shape(config)) for spec in specs(config).values() if any(role in wanted for role in spec.roles)
+    )
+
+
+# ---- The model's tree ------------------------------------------------------------------------------------------------
+
+
+def new(names: tuple[str, ...], kind: str, config: "Config", key: jax.Array, dtype: Any) -> Iterator[jax.Array]:
+    """Weights of a layer as they begin, each of a key of its own.
+
+    "normal" has standard deviation 0.02, "residual" that over sqrt(2 L), as GPT-2 (Radford et al. 2019).
+
+    Args:
+        names: of specs.
+        kind: of layer.
+        config: the architecture.
+        key: split in as many as there are names.
+        dtype: of the weights.
+    """
+    for name, one in zip(names, jax.random.split(key, len(names)), strict=True):
+        yield begin(KINDS[kind].specs[name], config, one, dtype)
+
+
+def begin(spec: Spec, config: "Config", key: jax.Array, dtype: Any) -> jax.Array:
+    """A weight as it begins."""
+    shape = spec.shape(config)
+    if spec.init in ("ones", "zeros"):
+        return jnp.full(shape, float(spec.init == "ones"), dtype)
+    scale = _DEVIATION / (math.sqrt(2 * config.num_layers) if spec.init == "residual" else 1)
+    return (jax.random.normal(key, shape, jnp.float32) * scale).astype(dtype)
+
+
+def named_weights(model: Any) -> dict[str, Any]:
+    """The weights of a model, or of a pytree shaped like one, by the names of `leaves`; a quantized one as one."""
+    return dict(_named(model, is_leaf=is_weight))
+
+
+def weights_of(model: Any) -> dict[Place, Any]:
+    """Every weight of a model by itself, those of layers taken out of their stacks."""
+    named = named_weights(model)
+    found = {
+        place: named[name] if leaf.layers is None else (name, number)
+        for name, leaf in leaves(model.config, model.plan).items()
+        for number, place in enumerate(leaf.places)
+    }
+    taken = {}
+    for place in specs(model.config):
+        one = found[place]
+        taken[place] = layer_of(named[one[0]], one[1]) if place.layer is not None else one
+    return taken
+
+
+def named_arrays(model: Any) -> dict[str, Any]:
+    """The arrays of a model by name: `layers.*.ffn.up_DF`, or `layers.*.ffn.up_DF.planes.0` of a quantized weight."""
+    return {
+        name + part: array for name, weight in named_weights(model).items() for part, array in parts_of(weight).items()
+    }
+
+
+def parts_of(weight: Any) -> dict[str, Any]:
+    """The arrays of a weight by what their names end with: "" of an array, ".planes.0"."""
+    flat = jax.tree_util.tree_flatten_with_path(weight)[0]
+    return {(f".{path_name(path)}" if path else ""): leaf for path, leaf in flat}
+
+
+def block_weights(block: Any) -> dict[str, Any]:
+    """The weights of one layer by the names of its specs."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(block, is_leaf=is_weight)[0]}
+
+
+def _named(model: Any, is_leaf: Any) -> Iterator[tuple[str, Any]]:
+    flat = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_leaf)[0]
+    found = {_tree_name(path): leaf for path, leaf in flat}
+    for name, leaf in leaves(model.config, model.plan).items():
+        yield name, found[_where(leaf, model.plan)]
+
+
+def _where(leaf: Leaf, plan: tuple[Stack, ...]) -> str:
+    """A leaf's path in the tree."""
+    if leaf.layers is None:
+        return leaf.name
+    stack, position, _ = locate(plan, leaf.layers[0])
+    return f"stacks.{plan.index(stack)}.{position}.{leaf.name}"
+
+
+def names_in_tree_order(model: Any) -> list[str]:
+    """The names of `leaves` in the order in which jax flattens the tree."""
+    flat = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_weight)[0]
+    name_of = {_where(leaf, model.plan): name for name, leaf in leaves(model.config, model.plan).items()}
+    return [name_of[_tree_name(path)] for path, _ in flat]
+
+
+def _tree_name(path: tuple[Any, ...]) -> str:
+    return path_name(path)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """`attention.query_DQ` from a key path; the `value` of an `nnx.Param` is left out."""
+    parts = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path]
+    return ".".join(part for part in parts if part != "value")
+
+
+def step_bytes(model: Any, head: bool = True) -> int:
+    """Bytes of weights that a forward pass of one token reads: all, but of tables that are only looked up."""
+    spec_of = {name: leaf.spec for name, leaf in leaves(model.config, model.plan).items()}
+    return sum(
+        nbytes(weight)
+        for name, weight in named_weights(model).items()
+        if not spec_of[name].is_only_looked_up and (head or "head" not in spec_of[name].roles)
+    )
+
+
+# ---- Shardings -------------------------------------------------------------------------------------------------------
+
+
+def shardings(model: Any, mesh: jax.sharding.Mesh, rules: Mapping[str, str | None]) -> Any:
+    """How a model is spread over a mesh: a sharding for each of its arrays, a pytree of its shape.
+
+    Args:
+        model: arrays or quantized weights; leaves may be abstract.
+        mesh: of devices.
+        rules: the axis of the mesh for a letter: `{"F": "model", "Q": "model", "M": "model", "V": "model"}` is tensor
+            parallelism as Megatron has it (Shoeybi et al. 2019, arXiv:1909.08053). Letters without one are whole.
+
+    Returns:
+        Of a quantized weight each array is spread as the weight is, but along axes that its size does not divide, which
+        stay whole (a plane of one scale for all, or of fewer groups than there are devices).
+
+    Raises:
+        LlamaJaxError: for a letter that no weight has, or an axis that the mesh does not have.
+    """
+    known = {letter for leaf in leaves(model.config, model.plan).values() for letter in leaf.spec.axes}
+    for letter, axis in rules.items():
+        if letter not in known or (axis is not None and axis not in mesh.shape):
+            raise LlamaJaxError(
+                f"rule {letter!r}: {axis!r}: expected a letter of {', '.join(sorted(known))} and an axis of "
+                f"{', '.join(mesh.shape)}"
+            )
+
+    def one(leaf: Leaf, array: Any) -> jax.sharding.NamedSharding:
+        names = [rules.get(letter) for letter in leaf.spec.axes]
+        names = [None] * (len(array.shape) - len(names)) + names
+        fits = [
+            name if name is not None and size % mesh.shape[name] == 0 else None
+            for name, size in zip(names, array.shape, strict=True)
+        ]
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*fits))
+
+    of = leaves(model.config, model.plan)
+    spread = {name: jax.tree.map(functools.partial(one, of[name]), w) for name, w in named_weights(model).items()}
+    order = names_in_tree_order(model)
+    flat = [leaf for name in order for leaf in jax.tree.leaves(spread[name])]
+    return jax.tree.unflatten(jax.tree.structure(model), flat)

@@ -1,0 +1,175 @@
+"""`Mixed`: a stacked weight whose layers are of several types, as one leaf; and questions to all weights of a tree."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quant.kernels import Layout
+from quant.qtensor import QTensor
+from quant.weight import Weight, is_weight, layer_of, product, values, view
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["stacks", "layer"], meta_fields=["types", "axis"])
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mixed(Weight):
+    """A stack [L, ..., K, M] or [L, ..., M, K] of layers of different types: of other bits, or kept in floats.
+
+    The layers of a type are a stack of their own, in their order. A product chooses the type of its layer by
+    `lax.switch`: each type is compiled once, however the layers alternate, and no weight is copied.
+
+    Attributes:
+        stacks: arrays or `Weight`s [L_i, ...], one for each type.
+        layer: int32 scalar or None. With it this stands for that layer.
+        types: for each of the L layers the number of its type.
+        axis: the contraction axis.
+    """
+
+    stacks: tuple[Any, ...]
+    layer: jax.Array | None = None
+    _: dataclasses.KW_ONLY
+    types: tuple[int, ...]
+    axis: int = -2
+
+    @classmethod
+    def of(cls, layers: Sequence[Any], axis: int = -2) -> Any:
+        """Layers one by one, arrays or `Weight`s, as one stack [L, ...]: a `Mixed` only where their types differ.
+
+        Args:
+            layers: of NumPy or JAX arrays, of one shape.
+            axis: the contraction axis.
+
+        Raises:
+            ValueError: if their shapes differ, or there is none.
+        """
+        if len({tuple(layer.shape) for layer in layers}) != 1:
+            shapes = sorted({tuple(layer.shape) for layer in layers})
+            raise ValueError(f"layers of shapes {shapes}: expected one shape, of at least one layer")
+        kinds = [kind_of(layer) for layer in layers]
+        found = list(dict.fromkeys(kinds))
+        stacks = tuple(
+            _stacked([layer for layer, kind in zip(layers, kinds, strict=True) if kind == each]) for each in found
+        )
+        types = tuple(map(found.index, kinds))
+        return stacks[0] if len(stacks) == 1 else cls(stacks, types=types, axis=axis)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight, or of one layer of it."""
+        rest = tuple(self.stacks[0].shape[1:])
+        return (len(self.types), *rest) if self.layer is None else rest
+
+    @property
+    def dtype(self) -> Any:
+        """Of the weight that this stands for: that of its first type."""
+        return self.stacks[0].dtype
+
+    @property
+    def activations(self) -> str | None:
+        """As `QTensor.activations`, of the first type that says so."""
+        return next((stack.activations for stack in self.stacks if is_weight(stack) and stack.activations), None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(stack.nbytes for stack in self.stacks)
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """For each layer its place in the stack of its type."""
+        return tuple(self.types[:layer].count(kind) for layer, kind in enumerate(self.types))
+
+    def product(self, x: jax.Array, index: jax.Array | int | None = None) -> jax.Array:
+        """As of every `Weight`, of the layer that `layer` says."""
+        if self.layer is None:
+            raise ValueError(f"a product with all layers of a weight of shape {self.shape}: expected one of them")
+
+        def of_type(stack: Any) -> Callable[..., jax.Array]:
+            def multiply(x: jax.Array, place: jax.Array) -> jax.Array:
+                return product(x, view(stack, place), index, axis=self.axis, dtype=jnp.float32)
+
+            return multiply
+
+        place = jnp.asarray(self.places, jnp.int32)[self.layer]
+        kind = jnp.asarray(self.types, jnp.int32)[self.layer]
+        return jax.lax.switch(kind, [of_type(stack) for stack in self.stacks], x, place)
+
+    def multiply(self, x: jax.Array) -> jax.Array:
+        """As `product`."""
+        return self.product(x)
+
+    def values(self) -> jax.Array:
+        """As of every `Weight`; of all layers, or of one that is known at run time."""
+        if self.layer is None:
+            return jnp.stack([values(self.take(number)) for number in range(len(self.types))])
+        return jax.lax.dynamic_index_in_dim(dataclasses.replace(self, layer=None).values(), self.layer, keepdims=False)
+
+    def take(self, number: int) -> Any:
+        """As of every `Weight`."""
+        return layer_of(self.stacks[self.types[number]], self.places[number])
+
+    def split(self) -> tuple[None, Callable[[Any, jax.Array], Any]]:
+        """As of every `Weight`: a scan slices nothing."""
+        return None, lambda part, place: dataclasses.replace(self, layer=place)
+
+
+def kind_of(weight: Any) -> Any:
+    """What must be equal for weights to share a stack: how they are made of arrays, and shape and dtype of these."""
+    leaves, structure = jax.tree.flatten(weight)
+    return structure, tuple((tuple(leaf.shape), jnp.dtype(leaf.dtype).name) for leaf in leaves)
+
+
+def _stacked(layers: Sequence[Any]) -> Any:
+    """Layers of one type as a stack."""
+
+    def stack(*arrays: Any) -> Any:
+        if isinstance(arrays[0], jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct((len(arrays), *arrays[0].shape), arrays[0].dtype)
+        return (np if isinstance(arrays[0], np.ndarray) else jnp).stack(arrays)
+
+    return jax.tree.map(stack, *layers)
+
+
+def with_layer(weight: Any, number: int, layer: Any, axis: int = -2) -> Any:
+    """A stack [L, ...] with another layer at a static number: of another type it makes the stack a `Mixed`.
+
+    Raises:
+        ValueError: if the layer is of another shape.
+    """
+    layers = [layer_of(weight, i) for i in range(weight.shape[0])]
+    if kind_of(layers[number]) == kind_of(layer) and not is_weight(weight):
+        return weight.at[number].set(layer)
+    layers[number] = layer
+    return Mixed.of(layers, axis)
+
+
+def map_quantized(function: Callable[[QTensor], Any], tree: Any) -> Any:
+    """A tree with `function` of each QTensor in its place, those inside a `Mixed` too."""
+    one = lambda leaf: function(leaf) if isinstance(leaf, QTensor) else leaf  # noqa: E731
+    return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, QTensor))
+
+
+def quantized(tree: Any) -> list[QTensor]:
+    """Every QTensor of a tree, those inside a `Mixed` too, in its order."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, QTensor))
+    return [leaf for leaf in leaves if isinstance(leaf, QTensor)]
+
+
+def is_laid_out(tree: Any) -> bool:
+    """Whether any weight of a tree is laid out for a backend."""
+    is_layout = lambda node: isinstance(node, Layout)  # noqa: E731
+    return any(map(is_layout, jax.tree.leaves(tree, is_leaf=is_layout)))
+
+
+def with_activations(weight: Any, kind: str) -> Any:
+    """A weight with other rounding of what it is multiplied with: "float32", "bfloat16" or "int8"; arrays have none."""
+
+    def change(qtensor: QTensor) -> QTensor:
+        int8 = "int8-group" if qtensor.order is None else "int8-token"
+        return dataclasses.replace(qtensor, activations={"float32": None, "bfloat16": "bfloat16", "int8": int8}[kind])
+
+    return map_quantized(change, weight)

@@ -1,0 +1,337 @@
+"""`Weight`: what a model knows of a quantized weight, whatever holds it; and the two things that it does with one.
+
+    y_BF = product(x_BD, weight_DF)          # of an array or of any `Weight`
+    row_BD = rows(table_VD, ids_B)
+
+All leading axes of a weight [..., K, M] are one axis of matrices with one index: a layer, an expert of a layer, the
+matrix of a head, the adapter of a row are the same product. Dimension key: `K` contraction axis, `M` outputs, `R` rows
+of activations, `X` matrices.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from quant.activations import check_activations, round_activations
+from quant.probe import Probe
+
+# Rows with a matrix of their own that are multiplied one by one, and how many of one matrix share a block beyond.
+_SINGLE_ROWS = 16
+_BLOCK_ROWS = 16
+
+
+class Weight:
+    """A weight [..., K, M] (`axis=-2`) or [..., M, K] (`axis=-1`) that is no plain array; a pytree of arrays.
+
+    Subclasses hold the arrays, and define `shape`, `axis`, `dtype`, `nbytes` and `activations` (as `QTensor` explains
+    them), `matrix`, `multiply`, `rows` and `values`. What they override beside is said there.
+    """
+
+    axis: int
+    dtype: Any
+    activations: str | None
+    nbytes: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight that this stands for."""
+        raise NotImplementedError
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the weight."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def matrices(self) -> int:
+        """X, what the leading axes hold together."""
+        return math.prod(self.shape[:-2])
+
+    def product(self, x: jax.Array, index: jax.Array | int | None = None) -> jax.Array:
+        """Activations times a matrix of this weight; as `quant.product`, in float32."""
+        if index is None:
+            if self.ndim != 2:
+                raise ValueError(
+                    f"a product with a weight of shape {self.shape} without an index: expected one number, or one for "
+                    f"each row of the activations, from 0 to {self.matrices - 1}"
+                )
+            return self.multiply(x)
+        if jnp.ndim(index) == 0:
+            return self.matrix(index).multiply(x)
+        return by_row(x, jnp.asarray(index), self.matrices, lambda x, one: self.matrix(one).multiply(x))
+
+    def matrix(self, index: jax.Array | int) -> "Weight":
+        """One of the X matrices by an int32 scalar that may be known at run time only; a view where it can be."""
+        raise NotImplementedError
+
+    def multiply(self, x: jax.Array) -> jax.Array:
+        """[..., K] times this one matrix: float32 [..., M], activations rounded first where `activations` says so."""
+        raise NotImplementedError
+
+    def rows(self, row_n: jax.Array) -> jax.Array:
+        """Rows of a table [M, K], int32 numbers in [0, M) -> float32 [n, K]."""
+        raise NotImplementedError
+
+    def values(self) -> jax.Array:
+        """The weight itself, float32."""
+        raise NotImplementedError
+
+    def take(self, number: int) -> Any:
+        """One layer of a stack [L, ...] by its static number, an array or `Weight` by itself."""
+        raise NotImplementedError
+
+    def split(self) -> tuple[Any, Callable[[Any, jax.Array], Any]]:
+        """How a scan over a stack [L, ...] goes through it.
+
+        Returns:
+            What `jax.lax.scan` slices, a pytree of arrays [L, ...], by which reverse-mode differentiation goes; and a
+            function that makes a layer of a slice of that and the layer's number. What is not sliced, it closes over.
+        """
+        raise NotImplementedError
+
+
+def is_weight(node: Any) -> bool:
+    """Whether a node of a pytree is a `Weight`: `is_leaf` of the functions of `jax.tree`."""
+    return isinstance(node, Weight)
+
+
+def product(
+    x: jax.Array,
+    weight: Any,
+    index: jax.Array | int | None = None,
+    *,
+    axis: int = -2,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> jax.Array:
+    """Multiplies activations with a weight, quantized or not.
+
+    Products are summed in float32 whatever the inputs are, and the result is rounded once, to `dtype`: a sum over
+    thousands of bfloat16 terms kept in bfloat16 would lose the small ones. float32 inputs are multiplied in float32 on
+    every backend: TPU and recent GPU would otherwise round them to bfloat16 or TF32 first.
+
+    Args:
+        x: float [..., K].
+        weight: float array or `Weight`, [..., K, M] or [..., M, K]. Of a QTensor the result is that of its dequantized
+            float32 values, activations rounded first where it says so (`QTensor.activations`), gradients passing by
+            that rounding. Of what `prepare` makes of one for a backend: the same, but for the order of sums.
+        index: which of the matrices along the leading axes, taken as one axis. None for a weight [K, M]; one number;
+            or one for each row of `x`, an array of its leading axes. Numbers out of range are moved into it.
+        axis: the contraction axis, -2 or -1; that of the `Weight` if it is one.
+        dtype: of the result; that of the activations unless given.
+
+    Returns:
+        [..., M], in `dtype`.
+
+    Raises:
+        ValueError: if a weight of more than two axes comes without an index, an index is of another shape than the
+            rows, or a `Weight` has another contraction axis.
+    """
+    dtype = dtype or x.dtype
+    if isinstance(weight, Probe):
+        weight.seen[weight.name] = x
+        weight = weight.weight
+    if is_weight(weight):
+        if weight.axis != axis:
+            raise ValueError(f"a product along axis {axis} of a weight whose contraction axis is {weight.axis}")
+        return weight.product(x, index).astype(dtype)
+    return _product_of_array(x, weight, index, axis).astype(dtype)
+
+
+def _product_of_array(x: jax.Array, weight: jax.Array, index: jax.Array | int | None, axis: int) -> jax.Array:
+    """`product` with an array, float32."""
+    if index is not None:
+        weight = weight.reshape(-1, *weight.shape[-2:])
+        if jnp.ndim(index):
+            one = lambda x, one: _product_of_array(x, weight, one, axis)  # noqa: E731
+            return by_row(x, jnp.asarray(index), weight.shape[0], one)
+        weight = jax.lax.dynamic_index_in_dim(weight, jnp.asarray(index, jnp.int32), keepdims=False)
+    if weight.ndim != 2:
+        raise ValueError(f"a product with a weight of shape {weight.shape} without an index: expected a matrix")
+    equation = "...K,KM->...M" if axis == -2 else "...K,MK->...M"
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(equation, x, weight, precision=precision, preferred_element_type=jnp.float32)
+
+
+def by_row(
+    x: jax.Array, index: jax.Array, matrices: int, one: Callable[[jax.Array, jax.Array], jax.Array]
+) -> jax.Array:
+    """Rows that each have a matrix of their own, by products that have one for all of their rows.
+
+    A few rows one after the other: then no more is read than the matrices that are used, which in decoding is what
+    counts. More are sorted by matrix and multiplied in blocks of 16 that share one, R/16 + X blocks at most (as
+    MegaBlocks, Gale et al. 2022, arXiv:2211.15841); blocks that stay empty are skipped.
+
+    Args:
+        x: [..., K].
+        index: whole numbers of x's leading axes.
+        matrices: X; numbers are from 0 to X - 1.
+        one: product of [r, K] with a matrix by its number, float32 [r, M].
+
+    Returns:
+        float32 [..., M].
+
+    Raises:
+        ValueError: if the index is of another shape.
+    """
+    if index.shape != x.shape[:-1]:
+        raise ValueError(f"an index of shape {index.shape} for rows {x.shape[:-1]}: expected one number for each row")
+    x_RK, index_R = x.reshape(-1, x.shape[-1]), jnp.clip(index.reshape(-1).astype(jnp.int32), 0, matrices - 1)
+    R = x_RK.shape[0]
+    if R <= _SINGLE_ROWS:
+        y_RM = jax.lax.map(lambda row: one(row[0][None], row[1])[0], (x_RK, index_R))
+        return y_RM.reshape(*x.shape[:-1], -1)
+    blocks = R // _BLOCK_ROWS + min(matrices, R)
+    counts_X = jnp.sum(index_R[:, None] == jnp.arange(matrices, dtype=jnp.int32), axis=0, dtype=jnp.int32)
+    last_X = jnp.cumsum(-(-counts_X // _BLOCK_ROWS), dtype=jnp.int32)
+    # A row's place: behind the blocks of the matrices before its own, and the rows of its own before it.
+    order_R = jnp.argsort(index_R, stable=True)
+    rank_R = jnp.zeros(R, jnp.int32).at[order_R].set(jnp.arange(R, dtype=jnp.int32))
+    rank_R = rank_R - (jnp.cumsum(counts_X, dtype=jnp.int32) - counts_X)[index_R]
+    first_R = (last_X - (-(-counts_X // _BLOCK_ROWS)))[index_R] * _BLOCK_ROWS
+    place_R = first_R + rank_R
+    x_bnK = jnp.zeros((blocks * _BLOCK_ROWS, x_RK.shape[1]), x.dtype).at[place_R].set(x_RK)
+    x_bnK = x_bnK.reshape(blocks, _BLOCK_ROWS, -1)
+    matrix_b = jnp.searchsorted(last_X, jnp.arange(blocks, dtype=jnp.int32), side="right").astype(jnp.int32)
+    outputs = jax.eval_shape(one, x_bnK[0], matrix_b[0]).shape[-1]
+
+    def block(scanned: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x_nK, matrix = scanned
+        empty = lambda x_nK: jnp.zeros((_BLOCK_ROWS, outputs), jnp.float32)  # noqa: E731
+        return jax.lax.cond(matrix < matrices, lambda x_nK: one(x_nK, matrix), empty, x_nK)
+
+    y_SM = jax.lax.map(block, (x_bnK, matrix_b)).reshape(blocks * _BLOCK_ROWS, -1)
+    return y_SM[place_R].reshape(*x.shape[:-1], -1)
+
+
+def rows(table: Any, ids: jax.Array) -> jax.Array:
+    """Looks up rows of an embedding table; of a quantized one only those rows are dequantized.
+
+    Args:
+        table: [V, D], array or `Weight`. A `Weight` must be grouped along D (`axis=-1`): then a row is a few contiguous
+            runs of bytes, and the same table serves as a head, `product(x, table, axis=-1)`.
+        ids: int [...], in [0, V). An id of V or more gives a row of NaN. Negative ids count from the end.
+
+    Returns:
+        [..., D], of an array in its dtype, of a quantized table in float32: rounding is the caller's, to the dtype of
+        its activations.
+
+    Raises:
+        ValueError: if a `Weight` is grouped along V, or is not a matrix.
+    """
+    if not is_weight(table):
+        return jnp.take(table, ids, axis=0, mode="fill")
+    if table.axis != -1 or table.ndim != 2:
+        raise ValueError(
+            f"a table of shape {table.shape} quantized along axis {table.axis}: expected [V, D] along -1, "
+            "so that a row can be looked up; quantize it with axis=-1"
+        )
+    ids = jnp.asarray(ids)
+    height = table.shape[0]
+    row = ids.reshape(-1).astype(jnp.int32)
+    row = jnp.where(row < 0, row + height, row)
+    found = table.rows(jnp.clip(row, 0, height - 1))
+    found = jnp.where(((row >= 0) & (row < height))[:, None], found, jnp.nan)
+    return found.reshape(*ids.shape, table.shape[1])
+
+
+def rounded(x: jax.Array, weight: Any, outlier_K: jax.Array | None) -> jax.Array:
+    """Activations [..., K] as `weight.activations` rounds them, float32 of the same shape.
+
+    Outlier channels are not rounded to int8, and not seen by the scales: that is what they are for (LLM.int8()).
+
+    Args:
+        x: float.
+        weight: with `activations`, `group_size` and `order`.
+        outlier_K: bool, channels that are outliers, or None.
+    """
+    if weight.activations is None:
+        return x
+    x = x.astype(jnp.float32)
+    check_activations(weight.activations, weight.order is not None)
+    if weight.activations == "bfloat16":
+        # Not two conversions, which XLA may leave out for "excess precision".
+        return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    group_size = weight.group_size if weight.activations == "int8-group" else "token"
+    if outlier_K is None:
+        return round_activations(x, group_size)
+    return jnp.where(outlier_K, x, round_activations(jnp.where(outlier_K, 0, x), group_size))
+
+
+def values(weight: Any) -> jax.Array:
+    """float32 values of a weight, quantized or not."""
+    return weight.values() if is_weight(weight) else jnp.asarray(weight).astype(jnp.float32)
+
+
+def view(weight: Any, place: jax.Array) -> Any:
+    """One layer of a stack [L, ...] by a number known at run time, as a scan sees it."""
+    if not is_weight(weight):
+        return jax.lax.dynamic_index_in_dim(weight, place, keepdims=False)
+    part, rebuild = weight.split()
+    part = jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, place, keepdims=False), part)
+    return rebuild(part, place)
+
+
+def layer_of(weight: Any, number: int) -> Any:
+    """One layer of a stack [L, ...], of an array or a `Weight`, by its static number."""
+    return weight.take(number) if is_weight(weight) else weight[number]
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all weights of a pytree, as a device keeps them."""
+    return sum(int(leaf.nbytes) for leaf in jax.tree.leaves(tree, is_leaf=is_weight))
+
+
+def scan_layers(
+    step: Callable[[Any, Any, Any, Any], tuple[Any, Any]], carry: Any, layers: Any, numbers: Any = None
+) -> tuple[Any, Any]:
+    """Applies a stack of layers one after the other, compiled once.
+
+    Arrays and QTensors are sliced by `jax.lax.scan`, which reverse-mode differentiation needs. A weight that is laid
+    out for a backend is not, nor is one of several types: each layer gets a view of the whole stack.
+
+    Args:
+        step: (carry, one layer, its place in the stack, its numbers) -> (carry, a pytree of arrays to keep).
+        carry: pytree of arrays.
+        layers: pytree whose leaves are arrays or `Weight`s [L, ...].
+        numbers: pytree of arrays [L], sliced alike.
+
+    Returns:
+        The carry behind the last layer, and what each layer kept, stacked.
+
+    Raises:
+        ValueError: if the leaves are stacks of different lengths.
+    """
+    leaves, structure = jax.tree.flatten(layers, is_leaf=is_weight)
+    lengths = {leaf.shape[0] for leaf in leaves}
+    if len(lengths) != 1:
+        raise ValueError(f"weights of one stack have {sorted(lengths)} layers: expected one number")
+    length = lengths.pop()
+    parts = [leaf.split() if is_weight(leaf) else (leaf, lambda part, place: part) for leaf in leaves]
+    sliced, rebuild = [part for part, _ in parts], [function for _, function in parts]
+
+    def one(carry: Any, scanned: Any) -> tuple[Any, Any]:
+        slices, place, numbers = scanned
+        layer = [function(part, place) for function, part in zip(rebuild, slices, strict=True)]
+        return step(carry, jax.tree.unflatten(structure, layer), place, numbers)
+
+    if length == 1:
+        # A loop of one would only be in the way of those who read the program.
+        only = jax.tree.map(lambda array: array.reshape(array.shape[1:]), (sliced, numbers))
+        carry, kept = one(carry, (only[0], jnp.zeros((), jnp.int32), only[1]))
+        return carry, jax.tree.map(lambda array: array[None], kept)
+    return jax.lax.scan(one, carry, (sliced, jnp.arange(length, dtype=jnp.int32), numbers))
+
+
+def flat_stack(weight: Any, leads: int) -> Any:
+    """A weight of arrays with `leads` leading axes each, these axes as one."""
+    if leads == 1:
+        return weight
+    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[leads:]), weight)
