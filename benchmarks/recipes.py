@@ -1,9 +1,10 @@
 """What each quantization recipe costs: the tables of the README, for the model in the box and for stories260K.
 
-    python benchmarks/recipes.py [--json] [--recipes=int4-g32,int4-g128-gptq]
+    python benchmarks/recipes.py [--json] [--reference_products] [--recipes=int4-g32,int4-g128-gptq]
 
-Bits a weight and bytes of all weights, norms included; KL divergence and top-1 agreement against the same model in
-floats, computed in float32. Calibrated with 65,536 tokens of text that is not measured on. stories260K (weights of
+Bits a weight and bytes of all weights, norms included, as they are at rest; KL divergence and top-1 agreement against
+the same model in floats, computed in float32 with weights laid out as they run, or, with --reference_products,
+dequantized whole. Calibrated with 65,536 tokens of text that is not measured on. stories260K (weights of
 others, not in this repository) is read from the folder that LLAMAJAX_SHARED names; without it its table is left out.
 """
 
@@ -27,6 +28,9 @@ from llamajax.train import heldout_stories
 
 _RECIPES = flags.DEFINE_list("recipes", None, "names of recipes; all unless given")
 _JSON = flags.DEFINE_boolean("json", False, "print JSON")
+_REFERENCE_PRODUCTS = flags.DEFINE_boolean(
+    "reference_products", False, "measure unprepared weights: dequantized whole, in float32"
+)
 _CALIBRATION_TOKENS = 65536
 _MEASURED_BYTES = 1 << 18  # of the TinyStories sample: those of the anchors in the README
 
@@ -50,6 +54,7 @@ class Row(NamedTuple):
     perplexity: float
     kl_divergence: float
     top1_agreement: float
+    products: str
 
 
 def box() -> Subject:
@@ -77,6 +82,11 @@ def stories260k() -> Subject | None:
     return Subject("stories260K", model, seen, encode_documents(tokenizer, measured))
 
 
+def products() -> str:
+    """How quantized weights are multiplied with, for people."""
+    return "reference" if _REFERENCE_PRODUCTS.value else f"prepared for {jax.default_backend()}"
+
+
 def rows(subject: Subject, names: list[str]) -> list[Row]:
     """A row for each recipe, the largest first, and one for the floats in 16 bits before them."""
     made, parameters = [], subject.model.config.num_parameters
@@ -85,15 +95,13 @@ def rows(subject: Subject, names: list[str]) -> list[Row]:
         print(f"{subject.name}: {name}", file=sys.stderr)
         quantized = quantize(subject.model, name, calibration=subject.calibration)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(quantized))
-        result = compare(quantized, subject.model, subject.measured)
+        measured = quantized if _REFERENCE_PRODUCTS.value else llamajax.prepare(quantized, donate=True)
+        result = compare(measured, subject.model, subject.measured)
         loss = result.reference_cross_entropy
         perplexity = math.exp(result.cross_entropy)
-        made.append(
-            Row(
-                subject.name, name, 8 * size / parameters, size, perplexity, result.kl_divergence, result.top1_agreement
-            )
-        )
-    floats = Row(subject.name, "16-bit floats", 16.0, 2 * parameters, math.exp(loss), 0.0, 1.0)
+        distance = result.kl_divergence, result.top1_agreement
+        made.append(Row(subject.name, name, 8 * size / parameters, size, perplexity, *distance, products()))
+    floats = Row(subject.name, "16-bit floats", 16.0, 2 * parameters, math.exp(loss), 0.0, 1.0, products())
     return [floats, *sorted(made, key=lambda row: -row.bytes)]
 
 
@@ -106,7 +114,7 @@ def main(argv):
         print(json.dumps([row._asdict() for table in tables for row in table]))
         return
     for subject, table in zip(subjects, tables, strict=True):
-        print(f"\n{subject.name}:\n")
+        print(f"\n{subject.name}, products: {products()}:\n")
         print("| recipe | bits a weight | bytes | perplexity | KL divergence, nats | top-1 agreement |")
         print("|---|---|---|---|---|---|")
         for row in table:

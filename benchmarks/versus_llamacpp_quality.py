@@ -7,7 +7,8 @@ The box is written to GGUF in float32, llama.cpp quantizes it, and each program 
 in the same windows: stories that the box was not trained on. KL divergence and agreement are against the same program's
 float32 logits, which are first checked to be the same in both. llama.cpp rounds activations to 8 bits where it
 multiplies by quantized weights; that is how it runs them, and it is in its figures. With --dequantize it runs the same
-weights in float32, as we do: what is left is the error of the weights.
+weights in float32: what is left is the error of the weights. Our weights are laid out as they run on this machine; with
+--reference_products they are dequantized whole, in float32.
 
 Bits a weight count all tensors, norms included, and no metadata. What needs calibration, our recipes and importance
 matrices, sees the same stories. Prints one table and draws `benchmarks/quality.svg`.
@@ -248,6 +249,8 @@ def our_rows(model: llamajax.Llama, tokens: np.ndarray, calibration: np.ndarray,
     for name, (family, recipe) in recipes.items():
         quantized = quantize(model, recipe, calibration=calibration)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(quantized))
+        if not flags.FLAGS.reference_products:
+            quantized = llamajax.prepare(quantized, donate=True)
         with progress(name) as show:
             result = compare(quantized, model, tokens, window=WINDOW, on_batch=show)
         yield Row(name, family, 8 * size / model.config.num_parameters, size, result, {})
@@ -330,14 +333,15 @@ def main(argv):
             rows += llamacpp_rows(folder, reference, tokens, importance_matrix(model, calibration))
     rows += our_rows(model, tokens, calibration, {row.bits for row in rows})
     draw(rows, Path(flags.FLAGS.picture))
+    products = "reference" if flags.FLAGS.reference_products else f"prepared for {jax.default_backend()}"
     if flags.FLAGS.json:
         entries = [row._asdict() | {"result": row.result._asdict()} for row in rows]
-        print(json.dumps({"largest_logit_difference": difference, "rows": entries}))
+        print(json.dumps({"largest_logit_difference": difference, "products": products, "rows": entries}))
         return
     losses = [next(row.result for row in rows if row.family == family) for family in (_TARGETS, "llama.cpp")]
     ours, theirs = (math.exp(result.reference_cross_entropy) for result in losses)
     print(f"float32: perplexity {ours:.6f} by llamajax, {theirs:.6f} by llama.cpp; over the first window their logits")
-    print(f"differ by at most {difference:.2g}.\n")
+    print(f"differ by at most {difference:.2g}. Products of llamajax: {products}.\n")
     print(table(rows), "", *(made_of(row) for row in rows if row.tensors), sep="\n")
 
 
@@ -346,6 +350,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("types", ["Q4_0", "Q4_1", "Q4_K_M", "Q3_K_M", "Q2_K"], "what llama.cpp quantizes to")
     flags.DEFINE_bool("imatrix", True, "measure these types with an importance matrix, too")
     flags.DEFINE_bool("dequantize", False, "llama.cpp runs its weights in float32, and rounds no activations")
+    flags.DEFINE_bool("reference_products", False, "llamajax dequantizes its weights whole, in float32")
     flags.DEFINE_bool("json", False, "print JSON instead of a table")
     flags.DEFINE_string("picture", str(_PICTURE), "where to draw the curves")
     app.run(main)

@@ -143,7 +143,7 @@ def small(tmp_path_factory, tiny_model, tiny_tokenizer) -> Path:
 
 
 EVAL_KEYS = {
-    *("model", "text", "convention", "context", "windows", "predictions"),
+    *("model", "text", "convention", "context", "windows", "predictions", "products"),
     *("cross_entropy_nats", "cross_entropy_standard_error", "perplexity", "perplexity_standard_error"),
     *("bits_per_weight", "bytes_in_memory", "bytes_on_disk"),
 }

@@ -1,15 +1,18 @@
-"""Cross-entropy against NumPy: windows, padding of the last batch, and what is refused."""
+"""Cross-entropy against NumPy: windows, padding of the last batch, the weights as they run, and what is refused."""
 
+import json
 import math
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 import llamajax
 from llamajax import Llama, LlamaJaxError, Tokenizer
+from llamajax.cli import main
 from llamajax.evaluation.evaluate import (
     compare,
     compare_each,
@@ -20,7 +23,9 @@ from llamajax.evaluation.evaluate import (
     standard_error,
     token_losses,
 )
-from llamajax.evaluation.windows import llama_cpp_windows
+from llamajax.evaluation.windows import document_windows, llama_cpp_windows
+from quant import QTensor, dequantize
+from tests.reference import forward, softmax, weights_of
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +110,77 @@ def test_progress(tiny_model: Llama, tokens: np.ndarray) -> None:
 def test_refused(count: int, options: dict[str, int], message: str, tiny_model: Llama) -> None:
     with pytest.raises(LlamaJaxError, match=message):
         cross_entropy(tiny_model, np.ones(count, np.int32), **options)
+
+
+# ---- What is measured is what runs ----------------------------------------------------------------------------------
+
+
+class Bfloat16Product:
+    """A weight [out, in] for `tests.reference`, of whose products one or both factors are rounded to bfloat16."""
+
+    __array_ufunc__ = None  # so that NumPy leaves `x @ weight.T` to this class
+
+    def __init__(self, weight: np.ndarray, round_weight: bool):
+        bits = weight.astype(np.float32).view(np.uint32)
+        # Nearest, halves away from zero, as the layout's docstring says.
+        rounded = (bits + np.uint32(1 << 15) & np.uint32(0xFFFF0000)).view(np.float32)
+        self.weight = (rounded if round_weight else weight).astype(np.float64)
+        self.T = self
+
+    def __rmatmul__(self, x: np.ndarray) -> np.ndarray:
+        return x.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64) @ self.weight.T
+
+
+def bfloat16_losses(model: Llama, rows: np.ndarray, round_weights: bool) -> np.ndarray:
+    """Of a packed model with activations in bfloat16, every token after the first of its row, in float64."""
+    is_packed = lambda node: isinstance(node, QTensor)  # noqa: E731
+    values = jax.tree.map(lambda leaf: dequantize(leaf) if is_packed(leaf) else leaf, model, is_leaf=is_packed)
+    weights = {
+        name: Bfloat16Product(weight, round_weights) if "proj" in name or "lm_head" in name else weight
+        for name, weight in weights_of(values).items()
+    }
+    losses = []
+    for row in rows:
+        probability = softmax(forward(model.config, weights, row[:-1]))
+        losses += [-math.log(probability[t, token]) for t, token in enumerate(row[1:])]
+    return np.array(losses)
+
+
+def test_prepared_weights_are_measured_with_the_rounding_of_their_layout(tiny_int4: Llama, tokens: np.ndarray) -> None:
+    """On a CPU weights are rounded with activations; the reference product rounds activations alone.
+
+    An activation in 30,000 lies so near the middle of two bfloat16 numbers that NumPy may round it the other way, which
+    moves the losses of one row from there on: hence medians.
+    """
+    model = llamajax.with_activations(tiny_int4, "bfloat16")
+    as_it_runs = token_losses(llamajax.prepare(model, "cpu"), tokens, window=11, batch=5)
+    reference = token_losses(model, tokens, window=11, batch=5)
+    rows = document_windows(tokens, 11).rows
+    both, activations = (bfloat16_losses(model, rows, round_weights) for round_weights in (True, False))
+    assert np.median(np.abs(as_it_runs - both)) < 1e-4 < 1e-3 < np.median(np.abs(as_it_runs - activations))
+    assert np.median(np.abs(reference - activations)) < 1e-4
+
+
+def test_eval_measures_prepared_weights_and_says_so(
+    tiny_int4: Llama, tiny_tokenizer: Tokenizer, tmp_path: Path, capsys
+) -> None:
+    text = "A little fox had a red apple. He ate it by the river.\n" * 4
+    (tmp_path / "text").write_text(text, encoding="utf-8")
+    model = llamajax.with_activations(tiny_int4, "bfloat16")
+    llamajax.save_checkpoint(model, tmp_path / "packed", tokenizer=tiny_tokenizer)
+    argv = ["eval", f"--model={tmp_path}/packed", f"--text={tmp_path}/text", "--context=32"]
+    rows = document_windows(tiny_tokenizer.encode(text.strip()), 32).rows
+    measured = {}
+    for flags, products in (([], f"prepared for {jax.default_backend()}"), (["--reference_products"], "reference")):
+        assert main([*argv, *flags, "--json"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["products"] == products
+        expected = np.mean(bfloat16_losses(model, rows, round_weights=not flags))
+        assert result["cross_entropy_nats"] == pytest.approx(expected, abs=2e-4)
+        measured[products] = result["cross_entropy_nats"]
+    assert abs(np.subtract(*measured.values())) > 1e-3
+    assert main([*argv, f"--reference={tmp_path}/packed"]) == 0
+    assert f"products: prepared for {jax.default_backend()}" in " ".join(capsys.readouterr().out.split())
 
 
 # ---- Texts ----------------------------------------------------------------------------------------------------------

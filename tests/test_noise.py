@@ -1,16 +1,17 @@
 """Signal-to-noise ratios against the float64 NumPy model, stepped layer by layer."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamajax import Config, Llama, LlamaJaxError
+from llamajax import Config, Llama, LlamaJaxError, prepare
 from llamajax.evaluation.noise import blocks, layer_noise, same_weights, weight_noise
 from llamajax.evaluation.windows import llama_cpp_windows
-from quant import LayerRuns, dequantize, quantize_rtn
+from quant import LayerRuns, QTensor, dequantize, quantize_rtn
 from tests.reference import Weights, attention, feed_forward, random_model, rms_norm, weights_of
 
 WINDOW = 12
@@ -24,6 +25,22 @@ def quantized(model: Llama) -> Llama:
         return leaf if "norm" in jax.tree_util.keystr(path) else quantize_rtn(leaf, "int4", group_size=8, axis=axis)
 
     return jax.tree_util.tree_map_with_path(convert, model)
+
+
+def in_runs(model: Llama) -> Llama:
+    """The same, its stack of layers cut into runs of one."""
+    cut = jax.tree.map(lambda leaf: leaf, model)
+    is_quantized = lambda node: isinstance(node, QTensor)  # noqa: E731
+    cut.layers = jax.tree.map(lambda leaf: LayerRuns((leaf[:1], leaf[1:])), model.layers, is_leaf=is_quantized)
+    return cut
+
+
+# How a model holds its weights: its noise is the same.
+HELD: dict[str, Callable[[Llama], Llama]] = {
+    "at rest": lambda model: model,
+    "laid out": lambda model: prepare(model, "cpu"),
+    "laid out in runs": lambda model: prepare(in_runs(model), "cpu"),
+}
 
 
 def floats(model: Llama) -> Llama:
@@ -55,7 +72,8 @@ def decibels(reference: np.ndarray, model: np.ndarray) -> float:
     return 10 * math.log10(np.sum(reference**2) / np.sum((reference - model) ** 2))
 
 
-def test_layers(tiny_model: Llama, tokens: np.ndarray) -> None:
+@pytest.mark.parametrize("held", HELD)
+def test_layers(held: str, tiny_model: Llama, tokens: np.ndarray) -> None:
     """5 windows in batches of 2: what fills the last batch does not count."""
     model = quantized(tiny_model)
     ours, theirs = weights_of(floats(model)), weights_of(tiny_model)
@@ -65,6 +83,8 @@ def test_layers(tiny_model: Llama, tokens: np.ndarray) -> None:
         decibels(*map(np.stack, pair)) for pair in zip(*(zip(*each, strict=True) for each in pairs), strict=True)
     ]
     calls: list[tuple[int, int]] = []
+    model = HELD[held](model)
+    assert same_weights(model, tiny_model)
     noise = layer_noise(model, tiny_model, tokens, window=WINDOW, batch=2, on_batch=lambda *done: calls.append(done))
     np.testing.assert_allclose([noise.embedding, *noise.layers, noise.logits], expected, atol=1e-3)
     assert len(noise.layers) == 2 and 0 < noise.logits < noise.embedding < 40 and calls == [(2, 5), (4, 5), (5, 5)]
@@ -83,9 +103,10 @@ def test_a_model_has_no_noise_against_itself(tiny_model: Llama, tokens: np.ndarr
     assert set(np.concatenate(list(weight_noise(tiny_model, tiny_model).values()))) == {math.inf}
 
 
-def test_weights(tiny_model: Llama) -> None:
+@pytest.mark.parametrize("held", HELD)
+def test_weights(held: str, tiny_model: Llama) -> None:
     model = quantized(tiny_model)
-    noise = weight_noise(model, tiny_model)
+    noise = weight_noise(HELD[held](model), tiny_model)
     ours, theirs = floats(model), tiny_model
     pairs = {
         "embed_VD": (ours.embed_VD, theirs.embed_VD),
@@ -104,8 +125,7 @@ def test_weights(tiny_model: Llama) -> None:
 
 def test_layers_in_runs(tiny_model: Llama, tokens: np.ndarray) -> None:
     """A stack cut into runs is the same model, and its layers the same blocks."""
-    cut = jax.tree.map(lambda leaf: leaf, tiny_model)
-    cut.layers = jax.tree.map(lambda leaf: LayerRuns((leaf[:1], leaf[1:])), tiny_model.layers)
+    cut = in_runs(tiny_model)
     assert len(list(blocks(cut))) == 2 and same_weights(cut, tiny_model)
     for ours, theirs in zip(blocks(cut), blocks(tiny_model), strict=True):
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)

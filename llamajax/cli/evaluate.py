@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags
 from rich.table import Table
@@ -42,6 +43,7 @@ EXAMPLES = (
     "llamajax eval --model=box --text=stories",
     "llamajax eval --model=box-int4 --reference=box --plot=layers.svg",
     "llamajax eval --model=box-int8,box-int4,box-int3 --reference=box --plot=curve.svg",
+    "llamajax eval --model=box-int4 --reference_products",
     "llamajax eval --model=path/to/llama --text=wiki.test.raw --convention=llama.cpp --context=512",
     "llamajax eval --model=stories260K.bin --tokenizer=tok512.model --text=tinystories.txt --context=256 --json",
 )
@@ -76,6 +78,13 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("context", 512, "window in tokens; windows do not overlap", flag_values=values)
     flags.DEFINE_integer("batch", 8, "windows evaluated at once", flag_values=values)
     flags.DEFINE_boolean(
+        "reference_products",
+        False,
+        "multiply by quantized weights as the format defines it: dequantized whole, in float32. Otherwise weights are "
+        "laid out as generate runs them, and what is measured has the rounding that this adds",
+        flag_values=values,
+    )
+    flags.DEFINE_boolean(
         "json", False, "print a JSON object a model, one a line, instead of tables", flag_values=values
     )
     flags.DEFINE_string(
@@ -96,7 +105,8 @@ def run(values: flags.FlagValues) -> None:
     if values.plot and reference and len(checkpoints) == 1:
         if not same_weights(checkpoints[0].abstract, reference.abstract):
             raise LlamaJaxError(f"--plot={values.plot}: {_DIFFERENT}")
-    reference_model = read_model(reference, chosen_dtype(values)) if reference else None
+    backend = _backend(values)
+    reference_model = read_model(reference, chosen_dtype(values), backend=backend) if reference else None
     results: list[dict[str, Any]] = []
     try:
         for result in _results(values, windows, checkpoints, reference, reference_model):
@@ -126,8 +136,9 @@ def _results(
             "context": values.context,
             "windows": len(windows.rows),
             "predictions": windows.predictions,
+            "products": f"prepared for {backend}" if (backend := _backend(values)) else "reference",
         }
-        model = read_model(checkpoint, chosen_dtype(values), activations=chosen_activations(values))
+        model = read_model(checkpoint, chosen_dtype(values), backend=backend, activations=chosen_activations(values))
         if reference is None or reference_model is None:
             with progress(f"evaluating {name}") as on_batch, _about(name):
                 losses = token_losses(model, windows, batch=values.batch, on_batch=on_batch)
@@ -139,6 +150,11 @@ def _results(
             result["reference"] = {"model": values.reference, **_score(reference_losses), **_size(reference)}
         del model  # before the next one is read
         yield result
+
+
+def _backend(values: flags.FlagValues) -> str | None:
+    """Whose layout weights are measured in; None for the reference products of the format at rest."""
+    return None if values.reference_products else jax.default_backend()
 
 
 @contextlib.contextmanager
@@ -237,7 +253,8 @@ def _print(results: list[dict[str, Any]]) -> None:
     first = results[0]
     reference = first.get("reference")
     cut = f"{first['windows']:,} windows of {first['context']:,} tokens, {first['predictions']:,} predictions"
-    table = Table(title=f"{printable(first['text'])} by convention {first['convention']}: {cut}", title_justify="left")
+    title = f"{printable(first['text'])} by convention {first['convention']}: {cut}; products: {first['products']}"
+    table = Table(title=title, title_justify="left")
     columns = ["bits a\nweight", "in memory", "on disk", "nats a\ntoken", "perplexity"]
     columns += ["KL divergence,\nnats", "its 99th\npercentile", "top-1\nagreement"] if reference else []
     table.add_column("model")

@@ -1,4 +1,9 @@
-"""How well a model predicts a text, and how near its predictions are to another's."""
+"""How well a model predicts a text, and how near its predictions are to another's.
+
+What is measured is the model that is given, multiplied as its weights are held: laid out by `llamajax.prepare`, as they
+run on a backend, with the rounding that its layout adds for `activations="bfloat16"`; else by the reference product,
+which dequantizes each weight whole. The command `llamajax eval` prepares them.
+"""
 
 import functools
 import io
@@ -119,7 +124,7 @@ def token_losses(
     """Negative log-likelihood of every token that counts, in nats, float32 [predictions], in the text's order.
 
     Args:
-        model: the model.
+        model: the model, prepared (`llamajax.prepare`) for what it gives where it runs, or not, for the reference.
         tokens: ids of the whole text, [n], which `document_windows` cuts, or windows cut otherwise.
         window: inputs per window, where tokens are given.
         batch: windows evaluated at once.
@@ -183,7 +188,10 @@ def compare(
     batch: int = 4,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> Comparison:
-    """Compares a model (quantized, say) with the one that it was made from: the means of `compare_each`."""
+    """Compares a model (quantized, say) with the one that it was made from: the means of `compare_each`.
+
+    Either may be prepared for a backend: each is multiplied as its weights are held.
+    """
     values = compare_each(model, reference, tokens, window=window, batch=batch, on_batch=on_batch)
     return Comparison(*(float(mean) for mean in values.mean(axis=1, dtype=np.float64)))
 

@@ -5,7 +5,6 @@ hundredth, infinity is equality. Quantizers of b bits gain about 6 dB with each 
 """
 
 import math
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llamajax.checkpoint.naming import named_weights
+from llamajax.checkpoint.naming import leaf_name
 from llamajax.errors import LlamaJaxError
 from llamajax.evaluation.evaluate import check_vocabularies
 from llamajax.evaluation.windows import Windows, as_windows
 from llamajax.model import Block, Llama
 from llamajax.quantization.calibrate import run_block
-from quant import QTensor, dequantize, split_runs, take_rows
+from quant import LayerRuns, QTensor, dequantize, split_runs, take_rows
+from quant.kernels import Layout
 
 
 class LayerNoise(NamedTuple):
@@ -40,10 +40,14 @@ class LayerNoise(NamedTuple):
 
 
 def blocks(model: Llama) -> Iterator[Block]:
-    """Each layer by itself, its weights taken out of their stack."""
+    """Each layer by itself: its weights taken out of their stack, or, laid out for a backend, seen in it."""
+
+    def take(weight: Any, i: int) -> Any:
+        return weight.at_layer(jnp.asarray(i, jnp.int32)) if isinstance(weight, Layout) else weight[i]
+
     for _, length, run in split_runs(model.layers):
         for i in range(length):
-            yield jax.tree.map(operator.itemgetter(i), run, is_leaf=lambda node: isinstance(node, QTensor))
+            yield jax.tree.map(lambda weight, i=i: take(weight, i), run, is_leaf=_is_packed)
 
 
 def layer_noise(
@@ -57,7 +61,8 @@ def layer_noise(
 ) -> LayerNoise:
     """Runs both models over a text side by side and compares them behind each layer.
 
-    Holds the activations of one batch and one layer. Arguments are those of `evaluate.token_losses`.
+    Holds the activations of one batch and one layer. Arguments are those of `evaluate.token_losses`; as there, each
+    model is multiplied as its weights are held.
 
     Raises:
         LlamaJaxError: if the text is too short, the models differ in vocabulary, width or layers, or activations are
@@ -85,8 +90,9 @@ def layer_noise(
 def weight_noise(model: Llama, reference: Llama) -> dict[str, list[float]]:
     """Signal-to-noise ratio of every weight by name, in dB: one a layer for those of the layers, else one.
 
-    A recipe that moves scales from one weight to the next (AWQ, SmoothQuant) makes weights differ that the model's
-    outputs do not feel: there only `layer_noise` says something.
+    Of the values that weights stand for, which a backend's layout does not change. A recipe that moves scales from one
+    weight to the next (AWQ, SmoothQuant) makes weights differ that the model's outputs do not feel: there only
+    `layer_noise` says something.
 
     Raises:
         LlamaJaxError: if the models' weights differ in name or shape, or are not finite.
@@ -98,10 +104,10 @@ def weight_noise(model: Llama, reference: Llama) -> dict[str, list[float]]:
         )
     result: dict[str, list[float]] = {name: [] for name in ours}
     for model_block, reference_block in zip(blocks(model), blocks(reference), strict=True):
-        theirs_named = named_weights(reference_block)
-        for name, weight in named_weights(model_block).items():
+        theirs_named = _named(reference_block)
+        for name, weight in _named(model_block).items():
             result[f"layers.{name}"].append(_decibels(_powers(f"layers.{name}", weight, theirs_named[name])))
-    whole, whole_reference = named_weights(model), named_weights(reference)
+    whole, whole_reference = _named(model), _named(reference)
     for name, values in result.items():
         if not name.startswith("layers."):
             values.append(_decibels(_powers(name, whole[name], whole_reference[name])))
@@ -113,8 +119,20 @@ def same_weights(model: Llama, reference: Llama) -> bool:
     return _shapes(model) == _shapes(reference)
 
 
+def _is_packed(node: Any) -> bool:
+    return isinstance(node, QTensor | Layout)
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Weights by name, each as one: in the format at rest, in a backend's layout or in runs of layers."""
+    leaves = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda node: isinstance(node, LayerRuns) or _is_packed(node)
+    )[0]
+    return {leaf_name(path): leaf for path, leaf in leaves}
+
+
 def _shapes(model: Llama) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(weight.shape) for name, weight in named_weights(model).items()}
+    return {name: tuple(weight.shape) for name, weight in _named(model).items()}
 
 
 def _powers(name: str, ours: Any, theirs: Any, used: int | None = None) -> np.ndarray:
@@ -138,8 +156,14 @@ def _powers(name: str, ours: Any, theirs: Any, used: int | None = None) -> np.nd
 
 @jax.jit
 def _row_powers(ours: Any, theirs: Any) -> jax.Array:
-    ours, theirs = (dequantize(x) if isinstance(x, QTensor) else x.astype(jnp.float32) for x in (ours, theirs))
+    ours, theirs = _values(ours), _values(theirs)
     return jnp.stack([jnp.sum(x * x, axis=-1) for x in (theirs, theirs - ours)])
+
+
+def _values(weight: Any) -> jax.Array:
+    """What a weight stands for, or activations, as float32."""
+    weight = weight.restore() if isinstance(weight, Layout) else weight
+    return dequantize(weight) if isinstance(weight, QTensor) else weight.astype(jnp.float32)
 
 
 def _decibels(powers: np.ndarray) -> float:
