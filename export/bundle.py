@@ -42,14 +42,14 @@ from export.programs import bound, functions
 from export.runners.runner import LARGEST_MANIFEST, check_entries, line_of
 from export.vocabulary import vocabulary_of
 from export.weights import parameters
-from llamajax.checkpoint.naming import named_weights
 from llamajax.errors import LlamaJaxError
 from llamajax.files import new_file, new_folder, open_regular, parse_json, read_bytes, shortened
 from llamajax.generation.stream import generate
 from llamajax.model import Llama
+from llamajax.parameters import named_weights
 from llamajax.prepare import prepare
 from llamajax.tokenizer import Tokenizer
-from quant import LayerRuns, QTensor, compiler_options
+from quant import compiler_options, schemes
 
 FORMAT = "llamajax-bundle"
 VERSION = 1
@@ -337,16 +337,8 @@ def _without_locations(exported: jax.export.Exported) -> jax.export.Exported:
 
 
 def _schemes(model: Llama) -> dict[str, str]:
-    """Name of each packed weight and its scheme; a weight whose layers differ has several, commas between."""
-
-    def described(weight: Any) -> str:
-        if isinstance(weight, LayerRuns):
-            return ", ".join(dict.fromkeys(described(part) for part in weight.parts))
-        if isinstance(weight, QTensor):
-            return f"{weight.scheme.name}, groups of {weight.group_size}"
-        return str(np.dtype(weight.dtype))
-
-    return {name: described(weight) for name, weight in named_weights(model).items()}
+    """Name of each weight and its scheme; a weight whose layers differ has several, commas between."""
+    return {name: ", ".join(schemes(weight)) for name, weight in named_weights(model).items()}
 
 
 def _described(value: Value) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     programs = lower(model, Spec(slots=512))
     programs["decode"].artifact          # portable artifact, for any runtime that reads StableHLO
 
-They are the functions that generation uses (`Llama.trunk`, `Llama.logits`, `sample`), traced with a model whose weights
+They are the functions that generation uses (`Llama.blocks`, `Llama.head`, `sample`), traced with a model whose weights
 are arguments. What a runtime needs otherwise is a `Profile`: whether layers are one loop or written out one after the
 other, and whether codes are taken out of their bytes by shifts or by arithmetic of floats.
 
@@ -21,15 +21,14 @@ from jaxlib.mlir import passmanager
 from jaxlib.mlir.dialects import stablehlo
 
 from export.lint import check, tidy
-from export.profiles import Profile, Spec
+from export.profiles import PROFILES, Profile, Spec
 from export.programs import bound, functions
-from export.weights import from_leaves, parameters, taken_by
-from llamajax.checkpoint.naming import named_leaves
+from export.weights import parameters, taken_by
 from llamajax.errors import LlamaJaxError
-from llamajax.model import Llama
+from llamajax.model import Llama, model_from
+from llamajax.parameters import named_weights, parts_of
 from llamajax.prepare import prepare
-from quant import QTensor
-from quant.kernels import Layout
+from quant import is_laid_out, quantized
 
 # The oldest StableHLO that knows all that we write (gathers with batch axes); its promise is five years back, two
 # forward.
@@ -76,10 +75,9 @@ def lower(model: Llama, spec: Spec) -> dict[str, Program]:
     Raises:
         LlamaJaxError: if the model cannot be exported like this, or a program is not clean (`check`).
     """
-    if any(isinstance(leaf, Layout) for leaf in jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, Layout))):
+    if is_laid_out(model):
         raise LlamaJaxError("the model is prepared for a backend: export it as it was loaded")
-    packed_weights = jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, QTensor))
-    if kinds := {leaf.activations for leaf in packed_weights if isinstance(leaf, QTensor) and leaf.activations}:
+    if kinds := {weight.activations for weight in quantized(model) if weight.activations}:
         raise LlamaJaxError(
             f"weights that ask for rounded activations ({', '.join(sorted(kinds))}): other runtimes lack what rounds: "
             "export with --activations=float32, or llamajax.with_activations(model, 'float32')"
@@ -91,14 +89,29 @@ def lower(model: Llama, spec: Spec) -> dict[str, Program]:
     programs = {}
     if profile.backend is not None:
         # Traced with the packed weights as they are: what it returns is what the others take.
-        packed = named_leaves(model)
-        flat = lambda *arrays: tuple(jax.tree.leaves(prepare(from_leaves(arrays, model), profile.backend)))  # noqa: E731
+        packed = parameters(model, PROFILES["scanned"])
+        flat = _prepared(model, tuple(packed), profile)
         programs["prepare"] = _lower_program("prepare", flat, packed, {}, tuple(weights), "packed", profile)
     for name, function, inputs, results, takes_model in functions(model, spec):
         flat = bound(function, tuple(weights) if takes_model else None, taken, profile)
         first = weights if takes_model else {}
         programs[name] = _lower_program(name, flat, first, inputs, results, kind if takes_model else "none", profile)
     return programs
+
+
+def _prepared(like: Llama, names: tuple[str, ...], profile: Profile) -> Callable[..., tuple]:
+    """A function of the packed arrays of these names: those of the model laid out for the profile's backend."""
+
+    def flat(*arrays: Any) -> tuple:
+        of = dict(zip(names, arrays, strict=True))
+        weights = {
+            name: jax.tree.unflatten(jax.tree.structure(weight), [of[name + part] for part in parts_of(weight)])
+            for name, weight in named_weights(like).items()
+        }
+        prepared = prepare(model_from(weights, like.config), profile.backend)
+        return tuple(parameters(prepared, profile).values())
+
+    return flat
 
 
 def _lower_program(

@@ -1,31 +1,22 @@
 """The functions that a bundle has as programs: what they take and return, and the model's calls that they are of.
 
-They are those that generation uses (`Llama.trunk`, `Llama.logits`, `sample`).
+They are those that generation uses (`Llama.blocks`, `Llama.head`, `sample`).
 """
 
-import dataclasses
 import functools
 import types
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from export.profiles import Profile, Spec
 from export.weights import assemble
-from llamajax.caches.dense import KVCache
+from llamajax.caches import KVCache
+from llamajax.config import Config
 from llamajax.generation.sampling import Sampler, sample
 from llamajax.model import Llama
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class StraightCache(KVCache):
-    """A cache for programs without loops."""
-
-    loops: ClassVar[bool] = False
-
 
 # A program before it is lowered: its name, a function of a model and inputs, these inputs by name, the names of its
 # results, and whether it takes a model (else None is what it gets).
@@ -40,13 +31,11 @@ def functions(model: Llama, spec: Spec, sizes: Mapping[str, Any] = types.Mapping
         spec: what to make.
         sizes: "B", "S" and "T" in place of the spec's, such as symbolic ones; with "T" prefill is one program.
     """
-    B, S = sizes.get("B", spec.batch), sizes.get("S", spec.slots)
+    B = sizes.get("B", spec.batch)
     config = model.config
-    state_shape = (config.num_layers, B, config.num_kv_heads, S, config.head_size)
     int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    state = {name: jax.ShapeDtypeStruct(state_shape, jnp.dtype(spec.cache_dtype)) for name in ("key", "value")}
-    # With symbolic sizes nothing can be decided by them: one straight way, whatever the profile.
-    cache = KVCache if spec.profile.layers == "scanned" and not sizes else StraightCache
+    cache = empty_state(config, spec, sizes)
+    state = cache.state
     prefill, decode, verify = (functools.partial(function, cache) for function in (_prefill, _decode, _verify))
     made: list[Function] = []
 
@@ -79,29 +68,34 @@ def functions(model: Llama, spec: Spec, sizes: Mapping[str, Any] = types.Mapping
     return made
 
 
-def _prefill(make_cache, model: Llama, tokens_BT, count_B, length_B, key, value):
+def empty_state(config: Config, spec: Spec, sizes: Mapping[str, Any] = types.MappingProxyType({})) -> KVCache:
+    """The cache that programs of `spec` work on, abstract: what it declares as `KVCache.state` goes in and out."""
+    # With symbolic sizes nothing can be decided by them: one straight way, whatever the profile.
+    layout = "dense" if spec.profile.layers == "scanned" and not sizes else "straight"
+    batch, slots = sizes.get("B", spec.batch), sizes.get("S", spec.slots)
+    return jax.eval_shape(lambda: KVCache.empty(config, batch, slots, spec.cache_dtype, layout=layout))
+
+
+def _prefill(empty: KVCache, model: Llama, tokens_BT, count_B, length_B, *state):
     """Puts the first `count` of the T tokens of each row behind the `length` it holds; logits of the last of them."""
-    hidden_BTD, cache = model.trunk(tokens_BT, make_cache(key, value, length_B), count_B)
+    x_BTD, cache = model.blocks(model.embed(tokens_BT), empty.with_state(state, length_B), count_B)
     is_last_BT1 = (jnp.arange(tokens_BT.shape[1]) == count_B[:, None] - 1)[:, :, None]
     # A sum in which all but one are zero: an index for each row would be a gather.
-    last_BD = jnp.sum(jnp.where(is_last_BT1, hidden_BTD, 0), axis=1)
-    assert cache is not None  # a cache went in
-    is_valid_B = _fits(length_B, tokens_BT, key) & _is_count(count_B, tokens_BT)
-    return _or_nan(is_valid_B, model.logits(last_BD)), cache.key_LBKSH, cache.value_LBKSH
+    last_BD = jnp.sum(jnp.where(is_last_BT1, x_BTD, 0), axis=1)
+    is_valid_B = _fits(length_B, tokens_BT, empty) & _is_count(count_B, tokens_BT)
+    return (_or_nan(is_valid_B, model.head(last_BD)), *cache.state.values())
 
 
-def _decode(make_cache, model: Llama, token_B, length_B, key, value):
+def _decode(empty: KVCache, model: Llama, token_B, length_B, *state):
     """One more token a row, and the logits behind it."""
-    logits_BTV, cache = model(token_B[:, None], make_cache(key, value, length_B))
-    assert cache is not None
-    return _or_nan(_fits(length_B, token_B[:, None], key), logits_BTV[:, 0]), cache.key_LBKSH, cache.value_LBKSH
+    logits_BTV, cache = model(token_B[:, None], empty.with_state(state, length_B))
+    return (_or_nan(_fits(length_B, token_B[:, None], empty), logits_BTV[:, 0]), *cache.state.values())
 
 
-def _verify(make_cache, model: Llama, tokens_BT, length_B, key, value):
+def _verify(empty: KVCache, model: Llama, tokens_BT, length_B, *state):
     """The newest token and k drafted ones: logits behind each. The caller advances `length` by what it accepts."""
-    logits_BTV, cache = model(tokens_BT, make_cache(key, value, length_B))
-    assert cache is not None
-    return _or_nan(_fits(length_B, tokens_BT, key), logits_BTV), cache.key_LBKSH, cache.value_LBKSH
+    logits_BTV, cache = model(tokens_BT, empty.with_state(state, length_B))
+    return (_or_nan(_fits(length_B, tokens_BT, empty), logits_BTV), *cache.state.values())
 
 
 def _score(model: Llama, tokens_BT, count_B):
@@ -116,7 +110,7 @@ def _score(model: Llama, tokens_BT, count_B):
 
 def _embed(model: Llama, tokens_BT, count_B):
     """The mean of a text's last hidden states, behind the final norm."""
-    hidden_BTD, _ = model.trunk(tokens_BT)
+    hidden_BTD = model.norm(model.blocks(model.embed(tokens_BT))[0])
     is_text_BT1 = (jnp.arange(tokens_BT.shape[1]) < count_B[:, None])[:, :, None]
     sum_BD = jnp.sum(jnp.where(is_text_BT1, hidden_BTD.astype(jnp.float32), 0), axis=1)
     return (_or_nan(_is_count(count_B, tokens_BT), sum_BD / jnp.maximum(count_B, 1).astype(jnp.float32)[:, None]),)
@@ -128,9 +122,10 @@ def _sample(_: None, logits_BV, key_B2, length_B, temperature_B, top_p_B, top_k_
     return sample(logits_BV, key_B, Sampler(temperature=temperature_B, top_k=top_k_B, top_p=top_p_B))
 
 
-def _fits(length_B, tokens_BT, key_LBKSH):
+def _fits(length_B, tokens_BT, empty: KVCache):
     """Whether T tokens behind `length` fit the cache: where not, XLA writes over others. No sum that overflows."""
-    return (length_B >= 0) & (length_B <= key_LBKSH.shape[3] - tokens_BT.shape[1])
+    fits_B = length_B >= 0
+    return fits_B if empty.slots is None else fits_B & (length_B <= empty.slots - tokens_BT.shape[1])
 
 
 def _is_count(count_B, tokens_BT):

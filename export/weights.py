@@ -3,17 +3,17 @@
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from export.profiles import Profile
-from llamajax.checkpoint.naming import STACKED, leaf_name, model_from, named_leaves, named_weights
-from llamajax.model import Llama
+from llamajax.model import Llama, model_from
+from llamajax.parameters import leaves, named_arrays, named_weights, parts_of, unrolled, weights_of
 from llamajax.prepare import prepare
-from quant import LayerRuns, QTensor, dequantize, dequantize_runs
+from quant import QTensor, dequantize, dequantize_runs, map_quantized
 from quant.kernels import Layout
 
 
@@ -57,7 +57,7 @@ class ExportedWeight(Layout):
         """The weight."""
         return self.sliced().weight
 
-    def take_rows(self, row_n: jax.Array) -> jax.Array:
+    def rows(self, row_n: jax.Array) -> jax.Array:
         """Rows of a table, float32: IREE drops the rounding to a narrower float of what is widened again at once."""
         return _named_rows(f"take_rows_{_described(self.weight)}", self.arithmetic)(self.weight, row_n)
 
@@ -115,33 +115,19 @@ def _named_rows(name: str, arithmetic: Literal["integer", "float"]) -> Callable[
 def parameters(model: Llama, profile: Profile) -> dict[str, Any]:
     """The arrays that are a program's first arguments, by name and in order.
 
-    The order is that of the model's tree: `embed_VD`, `head_VD`, `layers`, `norm`. A name is the path of the array, as
-    `layers.ffn.up_DF.planes.0`; with unrolled layers `layers.3.ffn.up_DF.planes.0`, layers in turn.
+    A name is that of the weight and the path of the array in it, as `layers.*.ffn.up_DF.planes.0`; with unrolled layers
+    `layers.3.ffn.up_DF.planes.0`, layers in turn.
     """
     if profile.layers == "scanned":
-        return named_leaves(model)
-    return {name + part: leaf for name, weight in _unrolled(model) for part, leaf in _parts(weight)}
+        return named_arrays(model)
+    return {name + part: array for name, weight in _unrolled(model).items() for part, array in parts_of(weight).items()}
 
 
-def _unrolled(model: Llama) -> Iterator[tuple[str, Any]]:
-    """Every weight of the model by its name, those of a stack layer by layer, in the stack's place."""
-    weights = named_weights(model)
-    stacked = {name: weight for name, weight in weights.items() if name.startswith(STACKED)}
-    before = True
-    for name, weight in weights.items():
-        if name not in stacked:
-            yield name, weight
-        elif before:
-            before = False
-            for layer in range(model.config.num_layers):
-                for stacked_name, stack in stacked.items():
-                    yield f"{STACKED}{layer}.{stacked_name.removeprefix(STACKED)}", stack[layer]
-
-
-def _parts(weight: Any) -> Iterator[tuple[str, Any]]:
-    """The arrays of one weight, with the end of their names."""
-    for path, leaf in jax.tree_util.tree_flatten_with_path(weight)[0]:
-        yield (f".{leaf_name(path)}" if path else ""), leaf
+def _unrolled(model: Llama) -> dict[str, Any]:
+    """Every weight by its name, those of layers by themselves, in the order of the unrolled model."""
+    weights = weights_of(model)
+    plan = unrolled(model.config.stacks)
+    return {str(leaf.places[0]): weights[leaf.places[0]] for leaf in leaves(model.config, plan).values()}
 
 
 def assemble(arrays: Mapping[str, Any], like: Llama, profile: Profile) -> Llama:
@@ -154,33 +140,22 @@ def assemble(arrays: Mapping[str, Any], like: Llama, profile: Profile) -> Llama:
     """
 
     def rebuilt(name: str, weight: Any) -> Any:
-        return jax.tree.unflatten(jax.tree.structure(weight), [arrays[name + part] for part, _ in _parts(weight)])
+        return jax.tree.unflatten(jax.tree.structure(weight), [arrays[name + part] for part in parts_of(weight)])
 
-    def exported(weight: Any) -> Any:
-        if isinstance(weight, LayerRuns):
-            return LayerRuns(tuple(exported(part) for part in weight.parts))
-        return ExportedWeight(weight, arithmetic=profile.arithmetic) if isinstance(weight, QTensor) else weight
-
-    if profile.backend is not None:
-        return from_leaves(list(arrays.values()), like)
+    exported = lambda qtensor: ExportedWeight(qtensor, arithmetic=profile.arithmetic)  # noqa: E731
     if profile.layers == "scanned":
-        weights = {name: exported(rebuilt(name, weight)) for name, weight in named_weights(like).items()}
-        return model_from(weights, like.config)
-    single = {name: rebuilt(name, weight) for name, weight in _unrolled(like)}
-    weights = {}
-    for name in named_weights(like):
-        if name.startswith(STACKED):
-            rest = name.removeprefix(STACKED)
-            stack = (single[f"{STACKED}{layer}.{rest}"] for layer in range(like.config.num_layers))
-            weights[name] = LayerRuns(tuple(exported(jax.tree.map(lambda array: array[None], one)) for one in stack))
-        else:
-            weights[name] = exported(single[name])
-    return model_from(weights, like.config)
-
-
-def from_leaves(arrays: Sequence[Any], like: Llama) -> Llama:
-    """A model of the same structure as `like`, of these leaves."""
-    return jax.tree.unflatten(jax.tree.structure(like), arrays)
+        weights = {name: rebuilt(name, weight) for name, weight in named_weights(like).items()}
+        return model_from(map_quantized(exported, weights), like.config)
+    plan = unrolled(like.config.stacks)
+    # Stacks of one layer each: programs without loops.
+    stack = lambda weight: jax.tree.map(lambda array: array[None], weight)  # noqa: E731
+    of = leaves(like.config, plan)
+    single = {name: rebuilt(name, weight) for name, weight in _unrolled(like).items()}
+    weights = {
+        name: single[str(leaf.places[0])] if leaf.layers is None else stack(single[str(leaf.places[0])])
+        for name, leaf in of.items()
+    }
+    return model_from(map_quantized(exported, weights), like.config, plan)
 
 
 def taken_by(profile: Profile, model: Llama) -> Llama:

@@ -19,7 +19,7 @@ if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0]) in ("llamajax", "llam
 
     process.begin()
 
-from llamajax.caches.dense import KVCache
+from llamajax.caches import KVCache, NoCache
 from llamajax.checkpoint import load, open_checkpoint, save_checkpoint
 from llamajax.config import Config, RopeScaling, preset, preset_names
 from llamajax.errors import LlamaJaxError
@@ -44,6 +44,7 @@ __all__ = [
     "KVCache",
     "Llama",
     "LlamaJaxError",
+    "NoCache",
     "RopeScaling",
     "Sampler",
     "Tokenizer",

@@ -16,21 +16,21 @@ from flax import nnx
 from flax.nnx.graphlib import HashableMapping
 from flax.nnx.pytreelib import PytreeState
 
-from llamajax.caches.dense import KVCache
-from llamajax.caches.tiled import TiledKVCache
+from llamajax.caches import DensePart, KVCache, NoCache, QuantizedPart, TiledPart
 from llamajax.config import Config, RopeScaling
 from llamajax.generation.programs import DecodeState
 from llamajax.generation.sampling import Sampler
 from llamajax.generation.speculate import LookupState
 from llamajax.model import Attention, Block, FeedForward, Llama, RMSNorm
-from quant import LayerRuns, QTensor, Scheme
+from llamajax.parameters import Stack
+from quant import Mixed, QTensor, Scheme
 from quant.kernels.cpu import TiledWeight
 
 _MODULES = (Llama, Block, Attention, FeedForward, RMSNorm)
-_STATES = (KVCache, TiledKVCache, DecodeState, LookupState, Sampler)
-_WEIGHTS = (QTensor, LayerRuns, TiledWeight)
+_STATES = (KVCache, NoCache, DensePart, QuantizedPart, TiledPart, DecodeState, LookupState, Sampler)
+_WEIGHTS = (QTensor, Mixed, TiledWeight)
 _FLAX = (nnx.Param, PytreeState)
-_VALUES = {cls.__name__: cls for cls in (Config, RopeScaling, Scheme)}
+_VALUES = {cls.__name__: cls for cls in (Config, RopeScaling, Scheme, Stack)}
 
 
 def register_export_types() -> None:

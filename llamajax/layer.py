@@ -76,10 +76,10 @@ def layers_of(config: Config, stack: Stack, position: int) -> Callable[..., Laye
     constant = {name: values[0] for name, values in _numbers(config, layers).items() if len(set(values)) == 1}
 
     def make(index: jax.Array, varying: Mapping[str, Any], capture: tuple[str, ...], hooks: Hooks) -> Layer:
-        number, place = layers.start + index * layers.step, index
+        numbers = constant | dict(varying)
         if len(layers) == 1:
-            number, place = layers[0], places[0]
-        return Layer(number, part, place, constant | dict(varying), capture, hooks)
+            return Layer(layers[0], part, places[0], numbers, capture, hooks)
+        return Layer(layers.start + index * layers.step, part, index, numbers, capture, hooks)
 
     return make
 

@@ -5,8 +5,8 @@
 
 Nothing is mutated by a call, so `jax.jit`, `grad`, `vmap`, `eval_shape` take the model and its parts directly. A call
 is `head(blocks(embed(tokens)))`. Layers are stacked and scanned: compile time does not grow with depth. Shapes are in
-the names; the letters are explained in `config.py`. What a weight is stands in `parameters.py`; matrices are stored [in,
-out], so that activations multiply from the left: `x_BTD @ w_DF`. How to attend is the cache's (`caches/`).
+the names; the letters are explained in `config.py`. What a weight is stands in `parameters.py`; matrices are stored
+[in, out], so that activations multiply from the left: `x_BTD @ w_DF`. How to attend is the cache's (`caches/`).
 
 Reference implementations: meta-llama/llama (`model.py`) and transformers' `modeling_llama.py`; tests compare with the
 second and with an independent float64 NumPy version.
@@ -39,7 +39,7 @@ from llamajax.parameters import (
     new,
     whole_specs,
 )
-from quant import is_weight, layer_of, product, rows, scan_layers, schemes, with_layer
+from quant import is_weight, product, rows, scan_layers, schemes, view, with_layer
 
 NO_CACHE = NoCache()
 
@@ -320,9 +320,13 @@ class Llama(nnx.Module):
         return product(self.norm(x_BTD), head_VD.get_value(), axis=-1, dtype=jnp.float32)
 
     def layer(self, number: int) -> Any:
-        """One layer by itself, a `Block`: `block(x_BTD, where, cache, Layer(number))`; weights as in their stack."""
+        """One layer by itself, a `Block`: `block(x_BTD, where, cache, Layer(number))`.
+
+        What is laid out for a backend stays in its stack, and is seen there.
+        """
         blocks, position, place = self._at(number)
-        return jax.tree.map(lambda weight: layer_of(weight, place), blocks[position], is_leaf=is_weight)
+        at = jnp.asarray(place, jnp.int32)
+        return jax.tree.map(lambda weight: view(weight, at), blocks[position], is_leaf=is_weight)
 
     def with_layer(self, number: int, block: Any) -> "Llama":
         """The same model with another layer; of other types its weights make mixed stacks (`quant.Mixed`)."""
@@ -352,7 +356,7 @@ class Llama(nnx.Module):
         )
 
 
-Llama.__str__ = Llama.__repr__  # type: ignore[method-assign]
+Llama.__str__ = Llama.__repr__  # type: ignore[method-assign, assignment]
 
 
 def params(prefix: str, names: tuple[str, ...], config: Config, key: jax.Array, dtype: Any, kind: str = "llama") -> Any:

@@ -436,8 +436,8 @@ def shardings(model: Any, mesh: jax.sharding.Mesh, rules: Mapping[str, str | Non
             )
 
     def one(leaf: Leaf, array: Any) -> jax.sharding.NamedSharding:
-        names = [rules.get(letter) for letter in leaf.spec.axes]
-        names = [None] * (len(array.shape) - len(names)) + names
+        of_axes = [rules.get(letter) for letter in leaf.spec.axes]
+        names = [*(None for _ in range(len(array.shape) - len(of_axes))), *of_axes]
         fits = [
             name if name is not None and size % mesh.shape[name] == 0 else None
             for name, size in zip(names, array.shape, strict=True)

@@ -15,12 +15,12 @@ import numpy as np
 import optax
 
 from llamajax.box.stories import corpus
-from llamajax.checkpoint.naming import leaf_name, named_leaves
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
 from llamajax.evaluation.evaluate import cross_entropy, next_token_losses, read_documents
 from llamajax.files import new_file, read_text, shortened
-from llamajax.model import Llama
+from llamajax.model import Llama, model_from
+from llamajax.parameters import leaves, path_name
 from llamajax.quantization.resume import PartsOnDisk
 from llamajax.tokenizer import Tokenizer, train_tokenizer
 
@@ -130,10 +130,10 @@ def schedule(options: TrainOptions) -> optax.Schedule:
 
 
 def make_optimizer(options: TrainOptions) -> optax.GradientTransformation:
-    """AdamW behind a clip; norms are not decayed: pulling a gain to zero regularizes nothing."""
+    """AdamW behind a clip; only matrices are decayed: pulling a gain to zero regularizes nothing."""
 
     def decayed(model):
-        return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in leaf_name(path), model)
+        return model_from({name: leaf.spec.is_matrix for name, leaf in leaves(model.config).items()}, model.config)
 
     return optax.chain(
         optax.clip_by_global_norm(options.clip),
@@ -273,7 +273,7 @@ def _steps(checkpoints: PartsOnDisk) -> list[int]:
 
 def _store(checkpoints: PartsOnDisk, step: int, state: dict[str, Any]) -> None:
     """Writes a checkpoint; then the oldest may go."""
-    checkpoints.store_arrays(_part(step), {name: np.asarray(leaf) for name, leaf in named_leaves(state).items()})
+    checkpoints.store_arrays(_part(step), {name: np.asarray(leaf) for name, leaf in _arrays(state).items()})
     for old in _steps(checkpoints)[:-_KEPT_CHECKPOINTS]:
         checkpoints.discard(_part(old))
 
@@ -281,7 +281,7 @@ def _store(checkpoints: PartsOnDisk, step: int, state: dict[str, Any]) -> None:
 def _load(checkpoints: PartsOnDisk, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
     """The state of a checkpoint."""
     loaded = checkpoints.load_arrays(_part(step))
-    arrays, expected = ({} if loaded is None else loaded[0]), named_leaves(abstract)
+    arrays, expected = ({} if loaded is None else loaded[0]), _arrays(abstract)
     kinds = [{name: (leaf.shape, leaf.dtype) for name, leaf in leaves.items()} for leaves in (arrays, expected)]
     if kinds[0] != kinds[1]:
         raise LlamaJaxError(f"the checkpoint of step {step} holds other arrays than the model's: remove it")
@@ -356,3 +356,9 @@ def draw_loss(log: Path, picture: Path) -> None:
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(picture)
+
+
+def _arrays(state: Any) -> dict[str, Any]:
+    """The arrays of a state by the names that they are stored under: `layers.…` in a single stack of layers."""
+    flat = jax.tree_util.tree_flatten_with_path(state)[0]
+    return {path_name(path).replace("stacks.0.0.", "layers."): leaf for path, leaf in flat}

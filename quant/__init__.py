@@ -8,7 +8,7 @@ FORMAT.md specifies the bytes; `QTensor` is the pytree that holds them.
 
 from quant.activations import quantize_activations, round_activations
 from quant.awq import search_scale
-from quant.description import WEIGHT_DTYPES, abstract_weight, describe, schemes
+from quant.description import WEIGHT_DTYPES, abstract_weight, describe, kinds, schemes
 from quant.gptq import quantize_gptq
 from quant.hqq import quantize_hqq
 from quant.kernels import start_indices
@@ -16,7 +16,7 @@ from quant.kernels.cpu import sum_steps
 from quant.mixed import Mixed, is_laid_out, kind_of, map_quantized, quantized, with_activations, with_layer
 from quant.outliers import outlier_channels, split_outliers
 from quant.packing import FORMAT_VERSION, pack, unpack
-from quant.prepare import aligned_copy, aligned_empty, compiler_options, prepare
+from quant.prepare import BACKENDS, aligned_copy, aligned_empty, compiler_options, lowerings, prepare
 from quant.probe import Probe
 from quant.qtensor import QTensor, dequantize, dequantize_runs
 from quant.rtn import quantize_rtn
@@ -25,6 +25,7 @@ from quant.smoothquant import smoothing_scale
 from quant.weight import Weight, is_weight, layer_of, nbytes, product, rows, scan_layers, values, view
 
 __all__ = [
+    "BACKENDS",
     "FORMAT_VERSION",
     "Mixed",
     "Probe",
@@ -43,7 +44,9 @@ __all__ = [
     "is_laid_out",
     "is_weight",
     "kind_of",
+    "kinds",
     "layer_of",
+    "lowerings",
     "map_quantized",
     "nbytes",
     "outlier_channels",

@@ -63,6 +63,19 @@ def schemes(weight: Any) -> list[str]:
     """What a weight is made of, for people: "int4, groups of 32" or a dtype; several where its layers differ."""
     if isinstance(weight, Mixed):
         return list(dict.fromkeys(scheme for stack in weight.stacks for scheme in schemes(stack)))
-    if isinstance(weight, QTensor):
-        return [f"{weight.scheme.name}, groups of {weight.group_size}"]
+    if is_weight(weight):
+        scheme = getattr(weight, "scheme", None)
+        name = f"{scheme.name}, " if scheme is not None else ""
+        return [f"{name}groups of {weight.group_size}" + ("" if isinstance(weight, QTensor) else ", laid out")]
     return [str(np.dtype(weight.dtype))]
+
+
+def kinds(weight: Any) -> list[str]:
+    """As `schemes`, shorter and of all that decides a product: "int4-g32", "int8-g32 + 4 outliers x int8-token"."""
+    if isinstance(weight, Mixed):
+        return list(dict.fromkeys(kind for stack in weight.stacks for kind in kinds(stack)))
+    if not isinstance(weight, QTensor):
+        return [str(np.dtype(weight.dtype))]
+    outliers = f" + {weight.outlier.shape[weight.axis]} outliers" if weight.outlier is not None else ""
+    activations = f" x {weight.activations}" if weight.activations else ""
+    return [f"{weight.scheme.name}-g{weight.group_size}{outliers}{activations}"]

@@ -140,6 +140,7 @@ def with_layer(weight: Any, number: int, layer: Any, axis: int = -2) -> Any:
     Raises:
         ValueError: if the layer is of another shape.
     """
+    layer = _alone(layer)
     layers = [layer_of(weight, i) for i in range(weight.shape[0])]
     if kind_of(layers[number]) == kind_of(layer) and not is_weight(weight):
         return weight.at[number].set(layer)
@@ -147,10 +148,19 @@ def with_layer(weight: Any, number: int, layer: Any, axis: int = -2) -> Any:
     return Mixed.of(layers, axis)
 
 
+def _alone(weight: Any) -> Any:
+    """A layer by itself, of a view of its stack."""
+    if isinstance(weight, Layout):
+        return weight.sliced()
+    if isinstance(weight, Mixed) and weight.layer is not None:
+        return dataclasses.replace(weight, layer=None).take(int(weight.layer))
+    return weight
+
+
 def map_quantized(function: Callable[[QTensor], Any], tree: Any) -> Any:
-    """A tree with `function` of each QTensor in its place, those inside a `Mixed` too."""
+    """A tree with `function` of each QTensor in its place, those inside a `Mixed` too; layouts stay as they are."""
     one = lambda leaf: function(leaf) if isinstance(leaf, QTensor) else leaf  # noqa: E731
-    return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, QTensor))
+    return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, QTensor | Layout))
 
 
 def quantized(tree: Any) -> list[QTensor]:

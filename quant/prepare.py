@@ -62,6 +62,16 @@ def refusal(weight: QTensor, backend: str) -> str | None:
     return _lowering(backend).refusal(weight)
 
 
+def lowerings(weight: Any, backend: str) -> list[str]:
+    """How a backend multiplies with a weight, for people; several where its layers differ in that."""
+    if isinstance(weight, Mixed):
+        return list(dict.fromkeys(one for stack in weight.stacks for one in lowerings(stack, backend)))
+    if not isinstance(weight, QTensor):
+        return ["float"]
+    reason = refusal(weight, backend)
+    return [f"reference: {reason}" if reason else f"{backend} layout"]
+
+
 def compiler_options(backend: str) -> dict[str, str | bool]:
     """What to compile programs with prepared weights with: `compiler_options` of `jax.jit`, or of `compile`."""
     return dict(cpu.COMPILER_OPTIONS) if backend == "cpu" else {}

@@ -31,8 +31,9 @@ class Weight:
     """
 
     axis: int
+    # Each knows where it keeps them.
     dtype: Any
-    activations: str | None
+    activations: Any
     nbytes: Any
 
     @property
@@ -285,8 +286,9 @@ def layer_of(weight: Any, number: int) -> Any:
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of all weights of a pytree, as a device keeps them."""
-    return sum(int(leaf.nbytes) for leaf in jax.tree.leaves(tree, is_leaf=is_weight))
+    """Bytes of all weights of a pytree, as a device keeps them; they may be abstract."""
+    size = lambda leaf: leaf.nbytes if is_weight(leaf) else math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize  # noqa: E731
+    return sum(size(leaf) for leaf in jax.tree.leaves(tree, is_leaf=is_weight))
 
 
 def scan_layers(

@@ -204,7 +204,7 @@ class KVCache:
         """The cache behind all layers, with the real tokens counted; a row that did not fit stays too long for good."""
         T = where.position_BT.shape[1]
         count_B = T if where.count_B is None else where.count_B
-        if where.fits_B is not None:
+        if where.fits_B is not None and self.slots is not None:
             count_B = jnp.where(where.fits_B, count_B, self.slots + 1)
         return dataclasses.replace(self, length_B=self.length_B + jnp.asarray(count_B, jnp.int32))
 

@@ -47,13 +47,25 @@ class Opened:
     source: Source
     tokenizer_bytes: bytes | None
 
-    # Source format, for people.
-    description = property(lambda self: self.source.description)
-    config: Config = property(lambda self: self.source.config)  # type: ignore[assignment]
-    # What it says of words beside the tokenizer: ids, added tokens, defaults for sampling.
-    words: Words = property(lambda self: self.source.words)  # type: ignore[assignment]
-    # What of its files is not used, and why: a sentence each.
-    notes: tuple[str, ...] = property(lambda self: self.source.notes)  # type: ignore[assignment]
+    @property
+    def description(self) -> str:
+        """Source format, for people."""
+        return self.source.description
+
+    @property
+    def config(self) -> Config:
+        """The architecture."""
+        return self.source.config
+
+    @property
+    def words(self) -> Words:
+        """What it says of words beside the tokenizer: ids, added tokens, defaults for sampling."""
+        return self.source.words
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of its files is not used, and why: a sentence each."""
+        return self.source.notes
 
     @functools.cached_property
     def abstract(self) -> Llama:

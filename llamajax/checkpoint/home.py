@@ -116,7 +116,7 @@ def open_source(path: Path) -> Source:
         return weight
 
     def fill(places: Sequence[Place], weights: Sequence[Any]) -> None:
-        arrays = {}
+        arrays: dict[str, np.ndarray] = {}
         for place, weight in zip(places, weights, strict=True):
             arrays |= {entries[place].stored + part: array for part, array in parts_of(weight).items()}
         _fill(path, arrays, checksums)

@@ -8,7 +8,7 @@ import jax
 from absl import flags
 from rich.table import Table
 
-from llamajax.caches.dense import CACHE_DTYPES
+from llamajax.caches import CACHE_DTYPES
 from llamajax.cli.model_flags import (
     chosen_activations,
     chosen_dtype,

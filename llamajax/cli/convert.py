@@ -5,12 +5,12 @@ from pathlib import Path
 from absl import flags
 
 from llamajax.checkpoint import save_checkpoint
-from llamajax.checkpoint.naming import is_quantized
 from llamajax.cli.model_flags import define_model, open_named, read_model, tokenizer_if_any
 from llamajax.cli.sizes import readable_bytes, stored_bytes
 from llamajax.cli.terminal import note, spinner
 from llamajax.errors import LlamaJaxError
 from llamajax.files import check_absent
+from quant import quantized
 
 SUMMARY = "write a checkpoint in llamajax's own form, or in Hugging Face's"
 EXAMPLES = (
@@ -38,7 +38,7 @@ def run(values: flags.FlagValues) -> None:
     check_absent(output)
     opened = open_named(values, values.model)
     tokenizer = tokenizer_if_any(values, opened) or opened.tokenizer_bytes
-    if values.dtype and is_quantized(opened.abstract):
+    if values.dtype and quantized(opened.abstract):
         raise LlamaJaxError(f"{values.model}: its weights are quantized: --dtype does not apply")
     model = read_model(opened, values.dtype, shardings="host")
     with spinner(f"writing {output}"):

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from llamajax.caches.dense import CACHE_DTYPES
+from llamajax.caches import CACHE_DTYPES
 from llamajax.checkpoint import Opened
 from llamajax.cli.model_flags import (
     chosen_activations,

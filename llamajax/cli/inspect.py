@@ -7,12 +7,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from llamajax.checkpoint import Opened, read_tokenizer
-from llamajax.checkpoint.naming import named_weights
 from llamajax.cli.model_flags import define_model, open_named
 from llamajax.cli.sizes import memory_bytes, readable_bytes
 from llamajax.cli.terminal import as_json, printable, show, write
-from quant import LayerRuns, QTensor
-from quant.prepare import BACKENDS, refusal
+from llamajax.parameters import leaves, named_weights
+from quant import BACKENDS, kinds, lowerings
 
 SUMMARY = "show a checkpoint's architecture, tensors, dtypes, bytes and source format"
 EXAMPLES = (
@@ -42,13 +41,14 @@ def run(values: flags.FlagValues) -> None:
     tokenizer = read_tokenizer(opened, values.tokenizer)
     weights = named_weights(opened.abstract)
     tensors: list[dict[str, Any]] = [
-        {"name": name, "shape": list(weight.shape), "dtype": _kind(weight), "bytes": memory_bytes(weight)}
+        {"name": name, "shape": list(weight.shape), "dtype": ", ".join(kinds(weight)), "bytes": memory_bytes(weight)}
         for name, weight in weights.items()
     ]
     if values.backend:
-        for tensor, weight in zip(tensors, weights.values(), strict=True):
-            looked_up = tensor["name"] == "embed_VD" and not opened.config.tied_embeddings
-            tensor["product"] = "none: rows are looked up" if looked_up else _product(weight, values.backend)
+        for tensor, (name, weight) in zip(tensors, weights.items(), strict=True):
+            looked_up = leaves(opened.config)[name].spec.is_only_looked_up
+            products = ["none: rows are looked up"] if looked_up else lowerings(weight, values.backend)
+            tensor["product"] = ", ".join(products)
     size = sum(tensor["bytes"] for tensor in tensors)
     summary: dict[str, Any] = {
         "model": str(opened.path),
@@ -66,27 +66,6 @@ def run(values: flags.FlagValues) -> None:
         write(as_json(summary, indent=2))
     else:
         _print_tables(opened, summary)
-
-
-def _kind(weight: Any) -> str:
-    """A dtype, or scheme and group size: int4-g32; those of each run of layers."""
-    if isinstance(weight, LayerRuns):
-        return ", ".join(_kind(part) for part in weight.parts)
-    if not isinstance(weight, QTensor):
-        return str(weight.dtype)
-    outliers = f" + {weight.outlier.shape[weight.axis]} outliers" if weight.outlier is not None else ""
-    activations = f" x {weight.activations}" if weight.activations else ""
-    return f"{weight.scheme.name}-g{weight.group_size}{outliers}{activations}"
-
-
-def _product(weight: Any, backend: str) -> str:
-    """How a backend multiplies with a weight; what each run of layers has in common is said once."""
-    if isinstance(weight, LayerRuns):
-        return ", ".join(dict.fromkeys(_product(part, backend) for part in weight.parts))
-    if not isinstance(weight, QTensor):
-        return "float"
-    reason = refusal(weight, backend)
-    return f"reference: {reason}" if reason else f"{backend} layout"
 
 
 def _tokenizer(summary: dict[str, Any]) -> str:

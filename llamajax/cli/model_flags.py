@@ -103,5 +103,5 @@ def chosen_dtype(values: flags.FlagValues) -> jax.typing.DTypeLike | None:
 
 def read_model(opened: Opened, dtype: jax.typing.DTypeLike | None, **options: str | None) -> Llama:
     """Reads the weights behind a progress bar; options as of `Opened.read`."""
-    with progress("reading weights") as on_tensor:
-        return opened.read(dtype, on_tensor=on_tensor, **options)
+    with progress("reading weights") as on_weight:
+        return opened.read(dtype, on_weight=on_weight, **options)

@@ -7,7 +7,6 @@ import numpy as np
 from absl import flags
 
 from llamajax.checkpoint import need_tokenizer, save_checkpoint
-from llamajax.checkpoint.naming import named_weights
 from llamajax.cli.model_flags import define_model, open_named, tokenizer_if_any
 from llamajax.cli.sizes import readable_bytes, stored_bytes
 from llamajax.cli.terminal import note, progress, spinner
@@ -15,11 +14,12 @@ from llamajax.errors import LlamaJaxError
 from llamajax.evaluation.evaluate import encode_documents, read_documents
 from llamajax.files import check_absent
 from llamajax.model import Llama
+from llamajax.parameters import named_weights
 from llamajax.quantization.quantize import quantize, read_recipe, recipe_names
 from llamajax.quantization.resume import remove_parts
 from llamajax.tokenizer import Tokenizer
 from llamajax.train import story_texts
-from quant import LayerRuns, QTensor
+from quant import quantized
 from quant.recipe import Recipe
 
 SUMMARY = "pack weights into 8, 6, 5, 4, 3 or 2 bits by a recipe"
@@ -124,7 +124,7 @@ def _report_other_groups(model: Llama, recipe: Recipe) -> None:
     """Says which weights the recipe's `indivisible` was for: a size that nobody expected is not silent."""
     sizes = {rule.group_size for rule in recipe.rules if rule.indivisible}
     for name, weight in named_weights(model).items():
-        part = weight.parts[0] if isinstance(weight, LayerRuns) else weight
-        if sizes and isinstance(part, QTensor) and part.group_size not in sizes:
-            inputs = part.shape[part.axis]
-            note(f"{name}: {inputs} inputs: {part.scheme.name} in groups of {part.group_size}")
+        for part in quantized(weight):
+            if sizes and part.group_size not in sizes:
+                inputs = part.shape[part.axis]
+                note(f"{name}: {inputs} inputs: {part.scheme.name} in groups of {part.group_size}")

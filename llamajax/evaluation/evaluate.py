@@ -245,8 +245,8 @@ def check_vocabularies(model: Llama, reference: Llama) -> None:
 
 def _scored_logits(model: Llama, tokens_BT: jax.Array, first: int) -> jax.Array:
     """Logits of the predictions that count: the head, the widest matrix, meets no others."""
-    hidden_BTD, _ = model.trunk(tokens_BT[:, :-1])
-    return model.logits(hidden_BTD[:, first:])
+    x_BTD, _ = model.blocks(model.embed(tokens_BT[:, :-1]))
+    return model.head(x_BTD[:, first:])
 
 
 def _finite(logits_BTV: jax.Array) -> jax.Array:

@@ -5,21 +5,20 @@ hundredth, infinity is equality. Quantizers of b bits gain about 6 dB with each 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llamajax.checkpoint.naming import leaf_name
 from llamajax.errors import LlamaJaxError
 from llamajax.evaluation.evaluate import check_vocabularies
 from llamajax.evaluation.windows import Windows, as_windows
-from llamajax.model import Block, Llama
+from llamajax.model import Llama
+from llamajax.parameters import LAYERS, named_weights, weights_of
 from llamajax.quantization.calibrate import run_block
-from quant import LayerRuns, QTensor, dequantize, split_runs, take_rows
-from quant.kernels import Layout
+from quant import values
 
 
 class LayerNoise(NamedTuple):
@@ -37,17 +36,6 @@ class LayerNoise(NamedTuple):
     embedding: float
     layers: tuple[float, ...]
     logits: float
-
-
-def blocks(model: Llama) -> Iterator[Block]:
-    """Each layer by itself: its weights taken out of their stack, or, laid out for a backend, seen in it."""
-
-    def take(weight: Any, i: int) -> Any:
-        return weight.at_layer(jnp.asarray(i, jnp.int32)) if isinstance(weight, Layout) else weight[i]
-
-    for _, length, run in split_runs(model.layers):
-        for i in range(length):
-            yield jax.tree.map(lambda weight, i=i: take(weight, i), run, is_leaf=_is_packed)
 
 
 def layer_noise(
@@ -79,9 +67,9 @@ def layer_noise(
         inputs_BT = jnp.asarray(rows[:, :-1])
         ours, theirs = _embed(model, inputs_BT), _embed(reference, inputs_BT)
         powers[0] += _powers("the embedding", ours, theirs, used)
-        for layer, (block, reference_block) in enumerate(zip(blocks(model), blocks(reference), strict=True), 1):
-            ours, theirs = run_block(block, ours), run_block(reference_block, theirs)
-            powers[layer] += _powers(f"the residual stream behind layer {layer - 1}", ours, theirs, used)
+        for layer in range(model.config.num_layers):
+            ours, theirs = _advance(model, layer, ours), _advance(reference, layer, theirs)
+            powers[layer + 1] += _powers(f"the residual stream behind layer {layer}", ours, theirs, used)
         powers[-1] += _powers("the logits", _head(model, ours), _head(reference, theirs), used)
     embedding, *layers, logits = map(_decibels, powers)
     return LayerNoise(embedding, tuple(layers), logits)
@@ -102,15 +90,11 @@ def weight_noise(model: Llama, reference: Llama) -> dict[str, list[float]]:
         raise LlamaJaxError(
             f"{name} is {ours.get(name)} in the model, {theirs.get(name)} in the reference: expected one shape"
         )
-    result: dict[str, list[float]] = {name: [] for name in ours}
-    for model_block, reference_block in zip(blocks(model), blocks(reference), strict=True):
-        theirs_named = _named(reference_block)
-        for name, weight in _named(model_block).items():
-            result[f"layers.{name}"].append(_decibels(_powers(f"layers.{name}", weight, theirs_named[name])))
-    whole, whole_reference = _named(model), _named(reference)
-    for name, values in result.items():
-        if not name.startswith("layers."):
-            values.append(_decibels(_powers(name, whole[name], whole_reference[name])))
+    result: dict[str, list[float]] = {}
+    theirs_of = weights_of(reference)
+    for place, weight in weights_of(model).items():
+        name = place.name if place.layer is None else f"{LAYERS}*.{place.name}"
+        result.setdefault(name, []).append(_decibels(_powers(str(place), weight, theirs_of[place])))
     return result
 
 
@@ -119,20 +103,12 @@ def same_weights(model: Llama, reference: Llama) -> bool:
     return _shapes(model) == _shapes(reference)
 
 
-def _is_packed(node: Any) -> bool:
-    return isinstance(node, QTensor | Layout)
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    """Weights by name, each as one: in the format at rest, in a backend's layout or in runs of layers."""
-    leaves = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda node: isinstance(node, LayerRuns) or _is_packed(node)
-    )[0]
-    return {leaf_name(path): leaf for path, leaf in leaves}
-
-
 def _shapes(model: Llama) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(weight.shape) for name, weight in _named(model).items()}
+    return {name: tuple(weight.shape) for name, weight in named_weights(model).items()}
+
+
+def _advance(model: Llama, layer: int, x_BTD: jax.Array) -> jax.Array:
+    return run_block(model.layer(layer), x_BTD, dict(model.config.numbers(layer)))
 
 
 def _powers(name: str, ours: Any, theirs: Any, used: int | None = None) -> np.ndarray:
@@ -156,14 +132,8 @@ def _powers(name: str, ours: Any, theirs: Any, used: int | None = None) -> np.nd
 
 @jax.jit
 def _row_powers(ours: Any, theirs: Any) -> jax.Array:
-    ours, theirs = _values(ours), _values(theirs)
+    ours, theirs = values(ours), values(theirs)
     return jnp.stack([jnp.sum(x * x, axis=-1) for x in (theirs, theirs - ours)])
-
-
-def _values(weight: Any) -> jax.Array:
-    """What a weight stands for, or activations, as float32."""
-    weight = weight.restore() if isinstance(weight, Layout) else weight
-    return dequantize(weight) if isinstance(weight, QTensor) else weight.astype(jnp.float32)
 
 
 def _decibels(powers: np.ndarray) -> float:
@@ -173,14 +143,5 @@ def _decibels(powers: np.ndarray) -> float:
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
-# The steps of `Llama.trunk` and `Llama.logits`, with the residual stream in hand between them.
-
-
-@jax.jit
-def _embed(model: Llama, tokens_BT: jax.Array) -> jax.Array:
-    return take_rows(model.embed_VD.get_value(), tokens_BT).astype(model.dtype)
-
-
-@jax.jit
-def _head(model: Llama, x_BTD: jax.Array) -> jax.Array:
-    return model.logits(model.norm(x_BTD))
+_embed = jax.jit(Llama.embed)
+_head = jax.jit(Llama.head)

@@ -21,10 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llamajax.caches.dense import KVCache
-from llamajax.caches.tiled import empty_cache
-from llamajax.checkpoint.naming import Place, named_leaves, tensor_places
-from llamajax.checkpoint.stacks import LayerStacks
+from llamajax.caches import KVCache, empty_cache
+from llamajax.checkpoint.assemble import Stacks
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
 from llamajax.generation.compilation import CompiledFunction
@@ -38,10 +36,10 @@ from llamajax.generation.programs import (
 )
 from llamajax.generation.request import row_keys
 from llamajax.generation.sampling import make_sampler
-from llamajax.model import Llama, abstract_model
+from llamajax.model import Llama
+from llamajax.parameters import Place, Spec, product_weights, specs, step_bytes
 from llamajax.quantization.quantize import assigned, read_recipe
 from quant import QTensor, Scheme, quantize_rtn
-from quant.kernels import Layout
 from quant.recipe import Rule
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -124,16 +122,14 @@ def random_model(
     if str(weights) in FLOATS:
         dtype = str(weights)
     rules = _rules(weights, config)
-    leaves = named_leaves(abstract_model(config, dtype))
-    generator, stacks = np.random.default_rng(seed), LayerStacks(rules, config)
-    for place in tensor_places(config):
-        leaf = leaves[place.name]
-        one = jax.ShapeDtypeStruct(leaf.shape if place.layer is None else leaf.shape[1:], leaf.dtype)
-        stacks.put(place, _random_weight(place, one, rules[place], generator))
+    generator, stacks = np.random.default_rng(seed), Stacks(config, rules.__getitem__)
+    for place, spec in specs(config).items():
+        one = jax.ShapeDtypeStruct(spec.shape(config), np.dtype(dtype))
+        stacks.put(place, _random_weight(place, one, rules[place], spec, generator))
     return stacks.model()
 
 
-def _rules(weights: str | Path, config: Config) -> Mapping[tuple[str, int | None], Rule]:
+def _rules(weights: str | Path, config: Config) -> Mapping[Place, Rule]:
     """The rule for each weight of each layer."""
     if str(weights) in FLOATS:
         return assigned((Rule(weights="*", keep=True),), config)
@@ -146,17 +142,19 @@ def _rules(weights: str | Path, config: Config) -> Mapping[tuple[str, int | None
     return assigned(recipe.rules, config)
 
 
-def _random_weight(place: Place, weight: jax.ShapeDtypeStruct, rule: Rule, generator: np.random.Generator) -> Any:
+def _random_weight(
+    place: Place, weight: jax.ShapeDtypeStruct, rule: Rule, spec: Spec, generator: np.random.Generator
+) -> Any:
     """One weight by its rule, of NumPy arrays; norms are ones."""
     shape = weight.shape
-    if len(shape) == 1:
-        return np.ones(shape, weight.dtype)
+    if not spec.is_matrix:
+        return np.full(shape, float(spec.init == "ones"), weight.dtype)
     if rule.keep:
         # Even, which takes a third of the time of normal.
         even = generator.random(shape, np.float32) - np.float32(0.5)
         even *= np.float32(_DEVIATION * math.sqrt(12))
         return even.astype(weight.dtype)
-    axis = -1 if place.name.endswith("_VD") else -2
+    axis = spec.axis
     rule = rule.for_inputs(shape[axis])
     assert rule.scheme is not None  # a rule that quantizes
     scheme = Scheme.named(rule.scheme)
@@ -299,8 +297,10 @@ def measure_prefill(
     seconds, programs, compile_seconds = _median(once, compiled_prefill, repeats)
     c = model.config
     pairs = length * (length + 1) // 2
-    operations = batch * (2 * length * _layer_weights(c) + 4 * pairs * c.num_layers * c.num_heads * c.head_size)
-    read = len(chunks) * _weight_bytes(model, head=False)
+    operations = batch * (
+        2 * length * product_weights(c, head=False) + 4 * pairs * c.num_layers * c.num_heads * c.head_size
+    )
+    read = len(chunks) * step_bytes(model, head=False)
     tokens = batch * length
     return Measurement(
         "prefill", batch, length, tokens, seconds, read, operations, programs, compile_seconds, resident_bytes()
@@ -335,8 +335,7 @@ def measure_decode(
         raise LlamaJaxError(f"steps is {steps}: expected at most {DECODE_BLOCK}, what one call of the program makes")
     slots = -(-(context + steps) // SLOT_MULTIPLE) * SLOT_MULTIPLE
     state = decode_state(empty_cache(model.config, batch, slots, cache_dtype or model.dtype), context)
-    # Of the type that the cache has, which is not KVCache's own where it has scales.
-    slot_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state.cache.key_LBKSH, state.cache.value_LBKSH))) // slots
+    slot_bytes = sum(array.nbytes for array in state.cache.state.values()) // slots
     arguments = make_sampler(temperature=0), jnp.zeros(0, jnp.int32), jnp.asarray(steps, jnp.int32)
 
     def once() -> float:
@@ -354,9 +353,9 @@ def measure_decode(
 
     seconds, programs, compile_seconds = _median(once, compiled_decode, repeats)
     c = model.config
-    products = _layer_weights(c) + c.vocab_size * c.width
+    products = product_weights(c)
     scores = 4 * (context + 1) * c.num_layers * c.num_heads * c.head_size
-    read = _weight_bytes(model) + context * slot_bytes
+    read = step_bytes(model) + context * slot_bytes
     operations = batch * (2 * products + scores)
     return Measurement(
         "decode", batch, context, batch, seconds, read, operations, programs, compile_seconds, resident_bytes()
@@ -390,17 +389,3 @@ def _check(config: Config, numbers: Mapping[str, int], length: int) -> None:
             raise LlamaJaxError(f"{name} is {number}: expected at least 1")
     if length > config.context_length:
         raise LlamaJaxError(f"{length} tokens: expected at most {config.context_length}, what the model is made for")
-
-
-def _weight_bytes(model: Llama, head: bool = True) -> int:
-    """Bytes of weights that a forward pass reads: all of the layers' and the head's; of embeddings it is but rows."""
-    table = model.embed_VD if model.head_VD is None else model.head_VD
-    weights = (model.layers, model.norm, table if head else None)
-    # A layout knows where the device keeps two codes in a byte.
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(weights, is_leaf=lambda node: isinstance(node, Layout)))
-
-
-def _layer_weights(config: Config) -> int:
-    """Weights of all layers that activations are multiplied with."""
-    attention = config.width * config.head_size * 2 * (config.num_heads + config.num_kv_heads)
-    return config.num_layers * (attention + 3 * config.width * config.ffn_width)

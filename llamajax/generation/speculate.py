@@ -62,6 +62,8 @@ class LookupState:
             prompts: ids of each row.
             drafts: k.
         """
+        if cache.slots is None:
+            raise LlamaJaxError("speculate: the cache has no end, and the text no place: leave speculate out")
         history_BS = np.zeros((len(prompts), cache.slots), np.int32)
         for row, prompt in enumerate(prompts):
             history_BS[row, : len(prompt)] = prompt

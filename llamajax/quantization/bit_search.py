@@ -13,10 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llamajax.checkpoint.naming import STACKED, Place, named_leaves
-from llamajax.config import Config
-from llamajax.errors import LlamaJaxError
-from llamajax.model import RMSNorm, abstract_model
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama, model_from

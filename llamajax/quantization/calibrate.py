@@ -187,9 +187,7 @@ def _batches(x_WTD: np.ndarray) -> Iterable[slice]:
     return (slice(first, first + size) for first in range(0, count, size))
 
 
-def input_scale(
-    rule: Rule, weights: list[jax.Array], seen: Statistics, config: Config, made: int
-) -> jax.Array:
+def input_scale(rule: Rule, weights: list[jax.Array], seen: Statistics, config: Config, made: int) -> jax.Array:
     """By how much to scale up the input channels of weights [K, M] that share an input: float32 [K].
 
     Args:
@@ -217,7 +215,9 @@ def input_scale(
     return search_scale(weights, shared(seen.mean_abs_K), seen.sample_TK, rounded)
 
 
-def fold(weights: dict[str, Any], specs: Mapping[str, Spec], group: str, scale_K: jax.Array, config: Config, norm_dtype: Any) -> None:
+def fold(
+    weights: dict[str, Any], specs: Mapping[str, Spec], group: str, scale_K: jax.Array, config: Config, norm_dtype: Any
+) -> None:
     """Scales the input channels of some weights of a layer up, and what makes that input down.
 
     Args:

@@ -82,8 +82,8 @@ def assigned(rules: Sequence[Rule], config: Config) -> dict[Place, Rule]:
     for place, rule in made.items():
         if not specs(config)[place].is_matrix and not rule.keep:
             raise LlamaJaxError(
-                f"{place}: the rule for {rule.weights!r} would quantize what is no matrix: begin the recipe with a rule "
-                "that keeps norms (weights = '*norm*', keep = true)"
+                f"{place}: the rule for {rule.weights!r} would quantize what is no matrix: begin the recipe with a "
+                "rule that keeps norms (weights = '*norm*', keep = true)"
             )
     return {place: made[place] for place in specs(config)}
 
