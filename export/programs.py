@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from export.profiles import Profile, Spec
 from export.weights import assemble
 from llamajax.caches.dense import KVCache
+from llamajax.config import Config
 from llamajax.generation.sampling import Sampler, sample
 from llamajax.model import Llama
 
@@ -32,6 +33,33 @@ class StraightCache(KVCache):
 Function = tuple[str, Callable[..., tuple], dict[str, jax.ShapeDtypeStruct], tuple[str, ...], bool]
 
 
+def state_values(
+    config: Config, spec: Spec, sizes: Mapping[str, Any] = types.MappingProxyType({})
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays that a program hands to the next one, zeros at first: by name, in the order of inputs and outputs.
+
+    Args:
+        config: of the model.
+        spec: for the cache's size and dtype.
+        sizes: as of `functions`.
+    """
+    B, S = sizes.get("B", spec.batch), sizes.get("S", spec.slots)
+    shape = (config.num_layers, B, config.num_kv_heads, S, config.head_size)
+    return {name: jax.ShapeDtypeStruct(shape, jnp.dtype(spec.cache_dtype)) for name in ("key", "value")}
+
+
+def _opened(kind: type[KVCache], state: tuple[jax.Array, ...], length_B: jax.Array) -> KVCache:
+    """The cache that the arrays of a program's state are."""
+    key_LBKSH, value_LBKSH = state
+    return kind(key_LBKSH, value_LBKSH, length_B)
+
+
+def _state_of(cache: KVCache | None) -> tuple[Any, ...]:
+    """Undoes `_opened`: the arrays, in the order of `state_values`."""
+    assert cache is not None  # a cache went in
+    return cache.key_LBKSH, cache.value_LBKSH
+
+
 def functions(model: Llama, spec: Spec, sizes: Mapping[str, Any] = types.MappingProxyType({})) -> list[Function]:
     """Every program of `spec` as a function of (model, *inputs), with the shapes of its inputs.
 
@@ -42,12 +70,11 @@ def functions(model: Llama, spec: Spec, sizes: Mapping[str, Any] = types.Mapping
     """
     B, S = sizes.get("B", spec.batch), sizes.get("S", spec.slots)
     config = model.config
-    state_shape = (config.num_layers, B, config.num_kv_heads, S, config.head_size)
     int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    state = {name: jax.ShapeDtypeStruct(state_shape, jnp.dtype(spec.cache_dtype)) for name in ("key", "value")}
+    state = state_values(config, spec, sizes)
     # With symbolic sizes nothing can be decided by them: one straight way, whatever the profile.
     cache = KVCache if spec.profile.layers == "scanned" and not sizes else StraightCache
-    prefill, decode, verify = (functools.partial(function, cache) for function in (_prefill, _decode, _verify))
+    prefill, decode, verify = (functools.partial(function, cache, S) for function in (_prefill, _decode, _verify))
     made: list[Function] = []
 
     def add(name: str, function: Callable[..., tuple], inputs: dict[str, Any], results: tuple[str, ...], weights=True):
@@ -79,29 +106,26 @@ def functions(model: Llama, spec: Spec, sizes: Mapping[str, Any] = types.Mapping
     return made
 
 
-def _prefill(make_cache, model: Llama, tokens_BT, count_B, length_B, key, value):
+def _prefill(kind, S, model: Llama, tokens_BT, count_B, length_B, *state):
     """Puts the first `count` of the T tokens of each row behind the `length` it holds; logits of the last of them."""
-    hidden_BTD, cache = model.trunk(tokens_BT, make_cache(key, value, length_B), count_B)
+    hidden_BTD, cache = model.trunk(tokens_BT, _opened(kind, state, length_B), count_B)
     is_last_BT1 = (jnp.arange(tokens_BT.shape[1]) == count_B[:, None] - 1)[:, :, None]
     # A sum in which all but one are zero: an index for each row would be a gather.
     last_BD = jnp.sum(jnp.where(is_last_BT1, hidden_BTD, 0), axis=1)
-    assert cache is not None  # a cache went in
-    is_valid_B = _fits(length_B, tokens_BT, key) & _is_count(count_B, tokens_BT)
-    return _or_nan(is_valid_B, model.logits(last_BD)), cache.key_LBKSH, cache.value_LBKSH
+    is_valid_B = _fits(length_B, tokens_BT, S) & _is_count(count_B, tokens_BT)
+    return _or_nan(is_valid_B, model.logits(last_BD)), *_state_of(cache)
 
 
-def _decode(make_cache, model: Llama, token_B, length_B, key, value):
+def _decode(kind, S, model: Llama, token_B, length_B, *state):
     """One more token a row, and the logits behind it."""
-    logits_BTV, cache = model(token_B[:, None], make_cache(key, value, length_B))
-    assert cache is not None
-    return _or_nan(_fits(length_B, token_B[:, None], key), logits_BTV[:, 0]), cache.key_LBKSH, cache.value_LBKSH
+    logits_BTV, cache = model(token_B[:, None], _opened(kind, state, length_B))
+    return _or_nan(_fits(length_B, token_B[:, None], S), logits_BTV[:, 0]), *_state_of(cache)
 
 
-def _verify(make_cache, model: Llama, tokens_BT, length_B, key, value):
+def _verify(kind, S, model: Llama, tokens_BT, length_B, *state):
     """The newest token and k drafted ones: logits behind each. The caller advances `length` by what it accepts."""
-    logits_BTV, cache = model(tokens_BT, make_cache(key, value, length_B))
-    assert cache is not None
-    return _or_nan(_fits(length_B, tokens_BT, key), logits_BTV), cache.key_LBKSH, cache.value_LBKSH
+    logits_BTV, cache = model(tokens_BT, _opened(kind, state, length_B))
+    return _or_nan(_fits(length_B, tokens_BT, S), logits_BTV), *_state_of(cache)
 
 
 def _score(model: Llama, tokens_BT, count_B):
@@ -128,9 +152,9 @@ def _sample(_: None, logits_BV, key_B2, length_B, temperature_B, top_p_B, top_k_
     return sample(logits_BV, key_B, Sampler(temperature=temperature_B, top_k=top_k_B, top_p=top_p_B))
 
 
-def _fits(length_B, tokens_BT, key_LBKSH):
-    """Whether T tokens behind `length` fit the cache: where not, XLA writes over others. No sum that overflows."""
-    return (length_B >= 0) & (length_B <= key_LBKSH.shape[3] - tokens_BT.shape[1])
+def _fits(length_B, tokens_BT, S):
+    """Whether T tokens behind `length` fit the S slots: where not, XLA writes over others. No sum that overflows."""
+    return (length_B >= 0) & (length_B <= S - tokens_BT.shape[1])
 
 
 def _is_count(count_B, tokens_BT):
