@@ -14,7 +14,9 @@ from llamajax.parameters import leaves, named_weights, parts_of
 Arrays = Mapping[str, Any]
 
 
-def trainable(model: Llama, which: str = "*") -> tuple[dict[str, Any], dict[str, Any], Callable[[Arrays, Arrays], Llama]]:
+def trainable(
+    model: Llama, which: str = "*"
+) -> tuple[dict[str, Any], dict[str, Any], Callable[[Arrays, Arrays], Llama]]:
     """A model in two parts, of which the first can be differentiated.
 
         train, rest, merge = trainable(model, "norm")
