@@ -1,9 +1,11 @@
 """How the house hangs together: imports run one way, flags live in one place, importing has no effects."""
 
 import ast
+import fnmatch
 import json
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,6 +83,23 @@ def test_no_module_reads_the_environment() -> None:
         "llamajax/generation/compilation.py",
     ]
 
+
+# ---- Types -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_types_are_for_others_too(package: str) -> None:
+    """The marker of PEP 561, without which type checkers ignore an installed package's annotations."""
+    assert (ROOT / package / "py.typed").is_file()
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]
+    assert package in build["wheel"]["packages"] and package in build["sdist"]["include"], "all files of it go along"
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+    assert not [pattern for pattern in ignored if fnmatch.fnmatch("py.typed", pattern)], (
+        "the build leaves out ignored files"
+    )
+
+
+# ---- Effects ---------------------------------------------------------------------------------------------------------
 
 # Runs in a fresh interpreter. Flags that are there without us, absl's own and those of libraries, do not count.
 _EFFECTS = """
