@@ -33,6 +33,7 @@ from llamajax.generation.stream import generate, stream
 from llamajax.model import Llama, abstract_model
 from llamajax.prepare import prepare, with_activations
 from llamajax.tokenizer import Tokenizer
+from llamajax.trainable import trainable
 
 register_export_types()
 
@@ -65,5 +66,6 @@ __all__ = [
     "sample",
     "save_checkpoint",
     "stream",
+    "trainable",
     "with_activations",
 ]

@@ -23,11 +23,11 @@ from llamajax.caches import PARTS, Part, Scores, Where
 from llamajax.caches.attention import attend
 from llamajax.checkpoint.source import Source, float_weights
 from llamajax.model import apply_rope, matmul, params, rope_frequencies
-from llamajax.parameters import KINDS, Kind, Place, Spec, Stack, specs, weights_of
+from llamajax.parameters import KINDS, Kind, Spec, Stack, specs, weights_of
 from llamajax.quantization.quantize import quantize
 from quant import start_indices, values
 from quant.recipe import Rule
-from tests.programs import QUICK, forward
+from tests.programs import forward
 
 # ---- The family: block, specs, config, reader ------------------------------------------------------------------------
 
@@ -158,7 +158,7 @@ class RingPart(Part):
 
 PARTS["ring"] = RingPart.empty
 
-# ---- What is expected: NumPy, float64, position by position -----------------------------------------------------------
+# ---- What is expected: NumPy, float64, position by position ----------------------------------------------------------
 
 CONFIG = WindowedConfig(
     vocab_size=64,
