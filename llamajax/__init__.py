@@ -33,7 +33,7 @@ from llamajax.generation.sampling import Sampler, make_sampler, sample
 from llamajax.generation.stream import TextStream, generate, stream
 from llamajax.layer import Layer
 from llamajax.model import Block, Llama, abstract_model, model_from
-from llamajax.parameters import shardings
+from llamajax.meshes import shardings
 from llamajax.prepare import prepare, with_activations
 from llamajax.quantization.quantize import quantize, read_recipe, recipe_names
 from llamajax.tokenizer import Tokenizer
