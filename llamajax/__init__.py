@@ -32,8 +32,8 @@ from llamajax.generation.request import Completion
 from llamajax.generation.sampling import Sampler, make_sampler, sample
 from llamajax.generation.stream import TextStream, generate, stream
 from llamajax.layer import Layer
-from llamajax.model import Block, Llama, abstract_model, model_from
 from llamajax.meshes import shardings
+from llamajax.model import Block, Llama, abstract_model, model_from
 from llamajax.prepare import prepare, with_activations
 from llamajax.quantization.quantize import quantize, read_recipe, recipe_names
 from llamajax.tokenizer import Tokenizer

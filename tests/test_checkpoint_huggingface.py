@@ -14,12 +14,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from absl import flags
+from llamajax.checkpoint.naming import named_leaves
 from safetensors.numpy import load_file, save_file
 
 import llamajax
 from llamajax import Llama, LlamaJaxError, open_checkpoint, save_checkpoint
 from llamajax.checkpoint import huggingface
-from llamajax.checkpoint.naming import named_leaves
 from llamajax.cli import COMMANDS, main
 
 Tensors = dict[str, np.ndarray]
