@@ -12,7 +12,7 @@ import llamajax
 from export.bundle import Bundle, write
 from export.profiles import PROFILES, Spec
 from export.targets import add_target
-from export.verify import verify
+from export.verification import verify
 from llamajax.errors import LlamaJaxError
 from llamajax.quantization.quantize import Rule, quantize
 from tests.counters import write_counters
