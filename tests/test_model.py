@@ -384,10 +384,10 @@ def test_rope_is_computed_in_float32():
 
 
 def test_softmax_is_computed_in_float32():
-    """Scores of about 200, between which bfloat16 has steps of 1: its weights would be off by a factor of e^0.5."""
-    query, key, value = _rounded(np.random.default_rng(0).standard_normal((3, 16, 8)))
-    query[:, 0], key[:, 0] = 24, 24  # adds 24 * 24 / sqrt(8) to all scores alike: the other components decide
-    inputs = [jnp.asarray(array, jnp.bfloat16)[None, :, None] for array in (query, key, value)]
+    """Scores of about 140, between which bfloat16 has steps of 1: its weights would be off by a factor of e^0.5."""
+    query, key, value = _rounded(np.random.default_rng(0).standard_normal((3, 16, 16)))
+    query[:, 0], key[:, 0] = 24, 24  # adds 24 * 24 / sqrt(16) to all scores alike: the other components decide
+    inputs = [jnp.asarray(array, jnp.bfloat16)[None, :, None] for array in (query / 4, key, value)]
     position = jnp.arange(16)[None]
     actual = attend(inputs[0], inputs[1].swapaxes(1, 2), inputs[2].swapaxes(1, 2), position)
     expected = reference.causal_attention(query, key, value)
