@@ -31,11 +31,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from absl import app, flags
+from llamajax.checkpoint.naming import named_leaves
 
 import llamajax
 from llamajax.box.stories import corpus
 from llamajax.checkpoint.huggingface import expected_tensors
-from llamajax.checkpoint.naming import named_leaves
 from llamajax.cli.terminal import progress
 from llamajax.evaluation.evaluate import Comparison, compare, encode_documents
 from llamajax.evaluation.plots import Point, quality_curve

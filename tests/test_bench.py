@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from llamajax.checkpoint.naming import named_weights
 
 import llamajax
-from llamajax.checkpoint.naming import named_weights
 from llamajax.evaluation.speed import (
     FLOATS,
     Measurement,

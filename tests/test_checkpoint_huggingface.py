@@ -14,12 +14,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from absl import flags
+from llamajax.checkpoint.naming import named_leaves
 from safetensors.numpy import load_file, save_file
 
 import llamajax
 from llamajax import Llama, LlamaJaxError, open_checkpoint, save_checkpoint
 from llamajax.checkpoint import huggingface
-from llamajax.checkpoint.naming import named_leaves
 from llamajax.cli import COMMANDS, main
 
 Tensors = dict[str, np.ndarray]
@@ -234,7 +234,7 @@ def test_unknown_keys_of_the_config_can_be_ignored(copy: Path, capsys: pytest.Ca
 @pytest.mark.parametrize("command", ["generate", "inspect", "convert", "quantize", "eval", "bench", "export"])
 def test_every_command_that_opens_a_model_can_ignore_keys(command: str) -> None:
     values = flags.FlagValues()
-    importlib.import_module(COMMANDS[command]).define(values)
+    importlib.import_module(COMMANDS[command].module).define(values)
     assert "ignore_key" in values
 
 
