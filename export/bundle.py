@@ -36,6 +36,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
 import llamajax
+from export.golden import golden, golden_prompts
 from export.lowering import STABLEHLO_VERSION, Program, Value, lower
 from export.profiles import PROFILES, Profile, Spec
 from export.programs import bound, empty_state, functions
@@ -44,22 +45,16 @@ from export.vocabulary import vocabulary_of
 from export.weights import parameters
 from llamajax.errors import LlamaJaxError
 from llamajax.files import new_file, new_folder, open_regular, parse_json, read_bytes, shortened
-from llamajax.generation.stream import generate
 from llamajax.model import Llama
 from llamajax.parameters import named_weights
-from llamajax.prepare import prepare
 from llamajax.tokenizer import Tokenizer
 from quant import compiler_options, schemes
 
 FORMAT = "llamajax-bundle"
 VERSION = 1
-GOLDEN_TOKENS = 64
-GOLDEN_TEXTS = ("Once upon a time", "The little dog ran to the river. There he saw a big fish, and the fish said:")
 _RUNNERS = Path(__file__).parent / "runners"
 # Programs that have a twin by `jax.export`, and the sizes that are open in it.
 _TWINS = {"prefill": "BST", "decode": "BS"}
-# Models of more parameters say their golden tokens in a layout that is many times faster, and slow to compile.
-_LARGE_MODEL = 50_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,14 +126,14 @@ def write(
         safetensors.numpy.save_file(
             {name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / "weights.safetensors"
         )
-        golden = _golden(model, prompts or _golden_prompts(model, tokenizer, spec), spec)
-        safetensors.numpy.save_file(golden, folder / "golden.safetensors")
+        made = golden(model, prompts or golden_prompts(model, tokenizer, spec), spec)
+        safetensors.numpy.save_file(made, folder / "golden.safetensors")
         if tokenizer is not None and vocabulary is not None:
             (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
             (folder / "vocabulary.json").write_text(json.dumps(vocabulary.values, separators=(",", ":")) + "\n")
         for runner in sorted(_RUNNERS.glob("run_*.py")):
             (folder / runner.name).write_text(standalone_runner(runner.name))
-        manifest = _manifest(model, tokenizer, spec, programs, arrays, len(golden) // 3, source)
+        manifest = _manifest(model, tokenizer, spec, programs, arrays, len(made) // 3, source)
         if vocabulary is not None:
             manifest["golden"]["texts"] = vocabulary.texts
             manifest["tokens"]["refusal"] = vocabulary.values["refusal"]
@@ -280,30 +275,6 @@ def standalone_runner(name: str) -> str:
 
 
 _IMPORT = "from export.runners.runner import main\n"
-
-
-def _golden_prompts(model: Llama, tokenizer: Tokenizer | None, spec: Spec) -> list[list[int]]:
-    """Two prompts of different lengths that leave room for what follows."""
-    most = max(1, spec.slots - GOLDEN_TOKENS - 1)
-    if tokenizer is not None:
-        return [tokenizer.encode(text)[:most] for text in GOLDEN_TEXTS]
-    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, 24)
-    return [[int(i) for i in ids[:count]][:most] for count in (5, 24)]
-
-
-def _golden(model: Llama, prompts: Sequence[Sequence[int]], spec: Spec) -> dict[str, np.ndarray]:
-    """What the model itself says to the prompts: the programs are not asked."""
-    arrays = {}
-    model = prepare(model) if model.config.num_parameters > _LARGE_MODEL else model
-    for index, ids in enumerate(prompts):
-        limit = min(GOLDEN_TOKENS, spec.slots - len(ids))
-        made = generate(model, None, list(ids), temperature=0, max_new_tokens=limit, cache_dtype=spec.cache_dtype)
-        assert not isinstance(made, list)  # one prompt
-        logits_BTV, _ = jax.jit(lambda model, tokens_BT: model(tokens_BT))(model, np.asarray([ids], np.int32))
-        arrays[f"prompt_{index}"] = np.asarray(ids, np.int32)
-        arrays[f"tokens_{index}"] = np.asarray(made.tokens, np.int32)
-        arrays[f"logits_{index}"] = np.asarray(logits_BTV[0, -1])
-    return arrays
 
 
 def _twins(model: Llama, spec: Spec) -> dict[str, bytes]:
