@@ -12,6 +12,7 @@ import math
 import tempfile
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,8 @@ from safetensors.numpy import load_file
 
 from llamajax import Config, Llama, abstract_model
 from llamajax.checkpoint import huggingface
-from llamajax.checkpoint.naming import named_leaves
+from llamajax.model import model_from
+from llamajax.parameters import named_arrays
 
 Weights = dict[str, np.ndarray]
 
@@ -70,19 +72,21 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
-def causal_attention(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """One head: each position over itself and those before it; [T, H] three times -> [T, H]."""
-    result = np.empty_like(query)
+def causal_attention(query: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """One head's weights: each position's of itself and those before it; [T, H] twice -> [T, T], zeros above."""
+    result = np.zeros((len(query), len(query)))
     for t in range(len(query)):
-        result[t] = softmax(key[: t + 1] @ query[t] / math.sqrt(query.shape[-1])) @ value[: t + 1]
+        result[t, : t + 1] = softmax(key[: t + 1] @ query[t] / math.sqrt(query.shape[-1]))
     return result
 
 
-def attention(config: Config, weights: Weights, prefix: str, x: np.ndarray, neighbours: bool) -> np.ndarray:
-    """Grouped-query attention of one layer, [T, D] -> [T, D]."""
+def attention(
+    config: Config, weights: Weights, prefix: str, x: np.ndarray, neighbours: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Grouped-query attention of one layer, [T, D] -> [T, D], and its weights [N, T, T]."""
     size, frequency = config.head_size, frequencies(config)
     project = {name: x @ weights[f"{prefix}.{name}_proj.weight"].T for name in "qkv"}
-    heads = []
+    heads, maps = [], []
     for n in range(config.num_heads):
         shared = n * config.num_kv_heads // config.num_heads
         query = project["q"][:, n * size : (n + 1) * size]
@@ -91,8 +95,9 @@ def attention(config: Config, weights: Weights, prefix: str, x: np.ndarray, neig
             np.stack([rotate(vector, t, frequency, neighbours) for t, vector in enumerate(vectors)])
             for vectors in (query, key)
         )
-        heads.append(causal_attention(query, key, value))
-    return np.concatenate(heads, axis=-1) @ weights[f"{prefix}.o_proj.weight"].T
+        maps.append(causal_attention(query, key))
+        heads.append(maps[-1] @ value)
+    return np.concatenate(heads, axis=-1) @ weights[f"{prefix}.o_proj.weight"].T, np.stack(maps)
 
 
 def feed_forward(weights: Weights, prefix: str, x: np.ndarray) -> np.ndarray:
@@ -101,17 +106,49 @@ def feed_forward(weights: Weights, prefix: str, x: np.ndarray) -> np.ndarray:
     return (gate / (1 + np.exp(-gate)) * up) @ weights[f"{prefix}.down_proj.weight"].T
 
 
-def forward(config: Config, weights: Weights, tokens: np.ndarray, neighbours: bool = False) -> np.ndarray:
-    """Logits [T, V] of one sequence of token ids [T]."""
+class Pass(NamedTuple):
+    """What one forward pass computed on the way.
+
+    Attributes:
+        logits: [T, V].
+        hidden: the residual stream behind each layer, [L, T, D].
+        attention: its weights, [L, N, T, T].
+        attention_out: what attention adds to the residual stream, [L, T, D].
+        ffn_out: what the feed-forward half adds, [L, T, D].
+    """
+
+    logits: np.ndarray
+    hidden: np.ndarray
+    attention: np.ndarray
+    attention_out: np.ndarray
+    ffn_out: np.ndarray
+
+
+def trace(config: Config, weights: Weights, tokens: np.ndarray, neighbours: bool = False) -> Pass:
+    """One sequence of token ids [T], with all that a model can be asked to show."""
     x = weights["model.embed_tokens.weight"][np.asarray(tokens)].astype(np.float64)
+    layers = []
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}"
         normed = rms_norm(x, weights[f"{prefix}.input_layernorm.weight"], config.norm_eps)
-        x = x + attention(config, weights, f"{prefix}.self_attn", normed, neighbours)
+        mixed, maps = attention(config, weights, f"{prefix}.self_attn", normed, neighbours)
+        x = x + mixed
         normed = rms_norm(x, weights[f"{prefix}.post_attention_layernorm.weight"], config.norm_eps)
-        x = x + feed_forward(weights, f"{prefix}.mlp", normed)
+        added = feed_forward(weights, f"{prefix}.mlp", normed)
+        x = x + added
+        layers.append((x, maps, mixed, added))
+    return Pass(head(config, weights, x), *(np.stack(each) for each in zip(*layers, strict=True)))
+
+
+def head(config: Config, weights: Weights, x: np.ndarray) -> np.ndarray:
+    """The final norm and the output embeddings, [T, D] -> [T, V]."""
     x = rms_norm(x, weights["model.norm.weight"], config.norm_eps)
     return x @ weights["model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"].T
+
+
+def forward(config: Config, weights: Weights, tokens: np.ndarray, neighbours: bool = False) -> np.ndarray:
+    """Logits [T, V] of one sequence of token ids [T]."""
+    return trace(config, weights, tokens, neighbours).logits
 
 
 def loss(config: Config, weights: Weights, rows: np.ndarray) -> float:
@@ -131,18 +168,17 @@ def random_model(config: Config, seed: int = 0, dtype: jax.typing.DTypeLike = jn
 
     A leaf's values depend on the seed, its name and its shape only, so that two configs can share their weights.
     """
-    abstract = abstract_model(config, dtype)
-    leaves = []
-    for name, leaf in named_leaves(abstract).items():
-        values = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(leaf.shape)
+    made = {}
+    for name, leaf in named_arrays(abstract_model(config, dtype)).items():
+        values = np.random.default_rng([seed, zlib.crc32(name.replace("*.", "").encode())]).standard_normal(leaf.shape)
         if name.endswith("weight_D"):
             values = 1 + 0.3 * values
         else:
             fan_in = leaf.shape[-2] if name.startswith("layers.") else leaf.shape[-1]
             # Small embeddings, so that the first norm's epsilon is felt.
             values = values * (0.05 if name == "embed_VD" else 1 / math.sqrt(fan_in))
-        leaves.append(jnp.asarray(values, dtype))
-    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+        made[name] = jnp.asarray(values, dtype)
+    return model_from(made, config)
 
 
 def weights_of(model: Llama) -> Weights:
