@@ -38,7 +38,7 @@ from jaxlib.mlir.dialects import stablehlo
 import llamajax
 from export.lowering import STABLEHLO_VERSION, Program, Value, lower
 from export.profiles import PROFILES, Profile, Spec
-from export.programs import bound, functions
+from export.programs import bound, empty_state, functions
 from export.runners.runner import LARGEST_MANIFEST, check_entries, line_of
 from export.vocabulary import vocabulary_of
 from export.weights import parameters
@@ -176,6 +176,9 @@ def _manifest(
             "slots": spec.slots,
             "dtype": spec.cache_dtype,
             "layout": "layer, row, key/value head, slot, element",
+            "state": [
+                _described(Value.of(name, value)) for name, value in empty_state(model.config, spec).state.items()
+            ],
         },
         "buckets": list(spec.buckets),
         "tokens": {
@@ -356,6 +359,10 @@ def _check_manifest(file: Path, manifest: Mapping[str, Any]) -> None:
     if error is not None:
         fault = line_of(f"{error.json_path}: {error.message}")
         raise LlamaJaxError(f"{file}: {fault}: the manifest is damaged, or forged")
+    state = manifest["cache"].get("state")
+    inputs, outputs = (manifest["programs"]["decode"][kind] for kind in ("inputs", "outputs"))
+    if state is not None and (inputs[-len(state) :] != state or outputs[-len(state) :] != state):
+        raise LlamaJaxError(f"{file}: cache.state is not what decode takes and returns last: the manifest is damaged")
     entries = [program["file"] for program in manifest["programs"].values()]
     entries += [*manifest["jax"].values(), manifest["golden"]["file"], "weights.safetensors"]
     for target in manifest["targets"].values():

@@ -1,7 +1,7 @@
 """What a lowered program may contain, so that runtimes other than XLA run it."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,17 +16,26 @@ LARGEST_CONSTANT = 4096
 _ARGUMENT_TYPES = ("f32", "bf16", "f16", "ui8", "i32", "ui32")
 
 
-def tidy(module: ir.Module) -> None:
-    """Takes off jax's own attributes of arguments, results and the module, but for the declared aliasing of state."""
+def tidy(module: ir.Module, aliases: Mapping[int, int]) -> None:
+    """Takes off jax's own attributes of the module, of arguments and of results.
+
+    Args:
+        module: with a function `main`, and others.
+        aliases: an argument of `main` and the result that may be written into its memory, by their indices.
+    """
     for name in list(module.operation.attributes):
         if name.startswith("mhlo."):
             del module.operation.attributes[name]
     for function in module.body.operations:
         for kind in ("arg_attrs", "res_attrs"):
             if kind in function.attributes:
-                each = [ir.DictAttr(attributes) for attributes in ir.ArrayAttr(function.attributes[kind])]
-                aliases = [{name: one[name] for name in ("tf.aliasing_output",) if name in one} for one in each]
-                function.attributes[kind] = ir.ArrayAttr.get([ir.DictAttr.get(alias) for alias in aliases])
+                del function.attributes[kind]
+        if ir.StringAttr(function.attributes["sym_name"]).value == "main":
+            i32 = ir.IntegerType.get_signless(32)
+            given: list[dict[str, ir.Attribute]] = [{} for _ in function.regions[0].blocks[0].arguments]
+            for argument, result in aliases.items():
+                given[argument]["tf.aliasing_output"] = ir.IntegerAttr.get(i32, result)
+            function.attributes["arg_attrs"] = ir.ArrayAttr.get([ir.DictAttr.get(attributes) for attributes in given])
 
 
 def check(module: ir.Module, profile: Profile, name: str) -> dict[str, int]:

@@ -7,7 +7,7 @@ They are the functions that generation uses (`Llama.blocks`, `Llama.head`, `samp
 are arguments. What a runtime needs otherwise is a `Profile`: whether layers are one loop or written out one after the
 other, and whether codes are taken out of their bytes by shifts or by arithmetic of floats.
 
-Every program takes all weights first, in the order of `parameters`, then its inputs, then the state (keys and values),
+Every program takes all weights first, in the order of `parameters`, then its inputs, then the state (`empty_state`),
 and returns its outputs, then the state. Shapes are static.
 """
 
@@ -91,11 +91,11 @@ def lower(model: Llama, spec: Spec) -> dict[str, Program]:
         # Traced with the packed weights as they are: what it returns is what the others take.
         packed = parameters(model, PROFILES["scanned"])
         flat = _prepared(model, tuple(packed), profile)
-        programs["prepare"] = _lower_program("prepare", flat, packed, {}, tuple(weights), "packed", profile)
+        programs["prepare"] = lower_program("prepare", flat, packed, {}, tuple(weights), "packed", profile)
     for name, function, inputs, results, takes_model in functions(model, spec):
         flat = bound(function, tuple(weights) if takes_model else None, taken, profile)
         first = weights if takes_model else {}
-        programs[name] = _lower_program(name, flat, first, inputs, results, kind if takes_model else "none", profile)
+        programs[name] = lower_program(name, flat, first, inputs, results, kind if takes_model else "none", profile)
     return programs
 
 
@@ -114,7 +114,7 @@ def _prepared(like: Llama, names: tuple[str, ...], profile: Profile) -> Callable
     return flat
 
 
-def _lower_program(
+def lower_program(
     name: str,
     flat: Callable[..., tuple],
     weights: Mapping[str, Any],
@@ -123,17 +123,17 @@ def _lower_program(
     kind: Literal["packed", "prepared", "none"],
     profile: Profile,
 ) -> Program:
-    """Lowers a function of arrays: weights, then inputs."""
+    """Lowers a function of arrays: weights, then inputs. A result has the memory of the input of its name, if any."""
     flat.__name__ = name
     arguments = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (*weights.values(), *inputs.values())]
-    state = range(len(arguments) - 2, len(arguments)) if "key" in results else ()
+    # Not by donating: jax gives the memory of what is donated to the first result of that shape and dtype.
+    aliases = {len(weights) + i: results.index(value) for i, value in enumerate(inputs) if value in results}
     # Lowered for CPU, where nothing in our programs differs by platform; unused weights stay in their place.
-    jitted = jax.jit(flat, keep_unused=True, donate_argnums=tuple(state))
-    lowered = jitted.trace(*arguments).lower(lowering_platforms=("cpu",))
+    lowered = jax.jit(flat, keep_unused=True).trace(*arguments).lower(lowering_platforms=("cpu",))
     module = lowered.compiler_ir("stablehlo")
     with module.context:
         passmanager.PassManager.parse("builtin.module(canonicalize,cse,symbol-dce)").run(module.operation)
-        tidy(module)
+        tidy(module, aliases)
         operations = check(module, profile, name)
         text = module.operation.get_asm(enable_debug_info=False)
         artifact = stablehlo.serialize_portable_artifact_str(text, STABLEHLO_VERSION)

@@ -23,6 +23,14 @@ from llamajax.model import Llama
 Function = tuple[str, Callable[..., tuple], dict[str, jax.ShapeDtypeStruct], tuple[str, ...], bool]
 
 
+def empty_state(config: Config, spec: Spec, sizes: Mapping[str, Any] = types.MappingProxyType({})) -> KVCache:
+    """The cache that programs of `spec` work on, abstract: what it declares as `KVCache.state` goes in and out."""
+    # With symbolic sizes nothing can be decided by them: one straight way, whatever the profile.
+    layout = "dense" if spec.profile.layers == "scanned" and not sizes else "straight"
+    batch, slots = sizes.get("B", spec.batch), sizes.get("S", spec.slots)
+    return jax.eval_shape(lambda: KVCache.empty(config, batch, slots, spec.cache_dtype, layout=layout))
+
+
 def functions(model: Llama, spec: Spec, sizes: Mapping[str, Any] = types.MappingProxyType({})) -> list[Function]:
     """Every program of `spec` as a function of (model, *inputs), with the shapes of its inputs.
 
@@ -66,14 +74,6 @@ def functions(model: Llama, spec: Spec, sizes: Mapping[str, Any] = types.Mapping
         }
         add("sample", _sample, inputs, ("token", "log_probability"), False)
     return made
-
-
-def empty_state(config: Config, spec: Spec, sizes: Mapping[str, Any] = types.MappingProxyType({})) -> KVCache:
-    """The cache that programs of `spec` work on, abstract: what it declares as `KVCache.state` goes in and out."""
-    # With symbolic sizes nothing can be decided by them: one straight way, whatever the profile.
-    layout = "dense" if spec.profile.layers == "scanned" and not sizes else "straight"
-    batch, slots = sizes.get("B", spec.batch), sizes.get("S", spec.slots)
-    return jax.eval_shape(lambda: KVCache.empty(config, batch, slots, spec.cache_dtype, layout=layout))
 
 
 def _prefill(empty: KVCache, model: Llama, tokens_BT, count_B, length_B, *state):

@@ -13,8 +13,7 @@ from export.profiles import Profile
 from llamajax.model import Llama, model_from
 from llamajax.parameters import leaves, named_arrays, named_weights, parts_of, unrolled, weights_of
 from llamajax.prepare import prepare
-from quant import QTensor, dequantize, dequantize_runs, map_quantized
-from quant.kernels import Layout
+from quant import Layout, QTensor, dequantize, dequantize_runs, map_quantized
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "layer"], meta_fields=["arithmetic"])

@@ -19,8 +19,9 @@ if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0]) in ("llamajax", "llam
 
     process.begin()
 
-from llamajax.caches import KVCache, NoCache
-from llamajax.checkpoint import load, open_checkpoint, save_checkpoint
+from llamajax import files, parameters
+from llamajax.caches import KVCache, NoCache, Scores
+from llamajax.checkpoint import Opened, load, open_checkpoint, save_checkpoint
 from llamajax.config import Config, RopeScaling, preset, preset_names
 from llamajax.errors import LlamaJaxError
 from llamajax.evaluation.evaluate import cross_entropy, next_token_losses
@@ -29,41 +30,60 @@ from llamajax.generation.compilation import clear_programs, fresh_programs
 from llamajax.generation.programs import decode, prefill
 from llamajax.generation.request import Completion
 from llamajax.generation.sampling import Sampler, make_sampler, sample
-from llamajax.generation.stream import generate, stream
-from llamajax.model import Llama, abstract_model
+from llamajax.generation.stream import TextStream, generate, stream
+from llamajax.layer import Layer
+from llamajax.meshes import shardings
+from llamajax.model import Block, Llama, abstract_model, model_from
 from llamajax.prepare import prepare, with_activations
+from llamajax.quantization.quantize import quantize, read_recipe, recipe_names
 from llamajax.tokenizer import Tokenizer
+from llamajax.trainable import trainable
+from llamajax.words import Words
 
 register_export_types()
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Block",
     "Completion",
     "Config",
     "KVCache",
+    "Layer",
     "Llama",
     "LlamaJaxError",
     "NoCache",
+    "Opened",
     "RopeScaling",
     "Sampler",
+    "Scores",
+    "TextStream",
     "Tokenizer",
+    "Words",
     "abstract_model",
     "clear_programs",
     "cross_entropy",
     "decode",
+    "files",
     "fresh_programs",
     "generate",
     "load",
     "make_sampler",
+    "model_from",
     "next_token_losses",
     "open_checkpoint",
+    "parameters",
     "prefill",
     "prepare",
     "preset",
     "preset_names",
+    "quantize",
+    "read_recipe",
+    "recipe_names",
     "sample",
     "save_checkpoint",
+    "shardings",
     "stream",
+    "trainable",
     "with_activations",
 ]

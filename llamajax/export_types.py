@@ -23,8 +23,7 @@ from llamajax.generation.sampling import Sampler
 from llamajax.generation.speculate import LookupState
 from llamajax.model import Attention, Block, FeedForward, Llama, RMSNorm
 from llamajax.parameters import Stack
-from quant import Mixed, QTensor, Scheme
-from quant.kernels.cpu import TiledWeight
+from quant import Mixed, QTensor, Scheme, TiledWeight
 
 _MODULES = (Llama, Block, Attention, FeedForward, RMSNorm)
 _STATES = (KVCache, NoCache, DensePart, QuantizedPart, TiledPart, DecodeState, LookupState, Sampler)

@@ -6,11 +6,15 @@ of Explicit axes is computed with Auto ones, and handed back in Explicit ones.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from llamajax.errors import LlamaJaxError
+from llamajax.parameters import Leaf, leaves, named_weights, names_in_tree_order
 
 
 def on_auto_axes(function: Callable[..., Any], out: Callable[..., Any], *args: Any) -> Any:
@@ -67,3 +71,46 @@ def _explicit_mesh(leaf: Any) -> Any:
 
 def _as_auto(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names)
+
+
+# ---- How a model is spread -------------------------------------------------------------------------------------------
+
+
+def shardings(model: Any, mesh: Mesh, rules: Mapping[str, str | None]) -> Any:
+    """How a model is spread over a mesh: a sharding for each of its arrays, a pytree of its shape.
+
+    Args:
+        model: arrays or quantized weights; leaves may be abstract.
+        mesh: of devices.
+        rules: the axis of the mesh for a letter: `{"F": "model", "Q": "model", "M": "model", "V": "model"}` is tensor
+            parallelism as Megatron has it (Shoeybi et al. 2019, arXiv:1909.08053). Letters without one are whole.
+
+    Returns:
+        Of a quantized weight each array is spread as the weight is, but along axes that its size does not divide, which
+        stay whole (a plane of one scale for all, or of fewer groups than there are devices).
+
+    Raises:
+        LlamaJaxError: for a letter that no weight has, or an axis that the mesh does not have.
+    """
+    known = {letter for leaf in leaves(model.config, model.plan).values() for letter in leaf.spec.axes}
+    for letter, axis in rules.items():
+        if letter not in known or (axis is not None and axis not in mesh.shape):
+            raise LlamaJaxError(
+                f"rule {letter!r}: {axis!r}: expected a letter of {', '.join(sorted(known))} and an axis of "
+                f"{', '.join(mesh.shape)}"
+            )
+
+    def one(leaf: Leaf, array: Any) -> NamedSharding:
+        of_axes = [rules.get(letter) for letter in leaf.spec.axes]
+        names = [*(None for _ in range(len(array.shape) - len(of_axes))), *of_axes]
+        fits = [
+            name if name is not None and size % mesh.shape[name] == 0 else None
+            for name, size in zip(names, array.shape, strict=True)
+        ]
+        return NamedSharding(mesh, PartitionSpec(*fits))
+
+    of = leaves(model.config, model.plan)
+    spread = {name: jax.tree.map(functools.partial(one, of[name]), w) for name, w in named_weights(model).items()}
+    order = names_in_tree_order(model)
+    flat = [leaf for name in order for leaf in jax.tree.leaves(spread[name])]
+    return jax.tree.unflatten(jax.tree.structure(model), flat)

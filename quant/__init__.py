@@ -8,17 +8,19 @@ FORMAT.md specifies the bytes; `QTensor` is the pytree that holds them.
 
 from quant.activations import quantize_activations, round_activations
 from quant.awq import search_scale
+from quant.budget import allocate
 from quant.description import WEIGHT_DTYPES, abstract_weight, describe, kinds, schemes
-from quant.gptq import quantize_gptq
+from quant.gptq import add_to_hessian, quantize_gptq
 from quant.hqq import quantize_hqq
-from quant.kernels import start_indices
-from quant.kernels.cpu import sum_steps
+from quant.kernels import Layout, start_indices
+from quant.kernels.cpu import TiledWeight, sum_steps
 from quant.mixed import Mixed, is_laid_out, kind_of, map_quantized, quantized, with_activations, with_layer
 from quant.outliers import outlier_channels, split_outliers
 from quant.packing import FORMAT_VERSION, pack, unpack
 from quant.prepare import BACKENDS, aligned_copy, aligned_empty, compiler_options, lowerings, prepare
 from quant.probe import Probe
 from quant.qtensor import QTensor, dequantize, dequantize_runs
+from quant.recipe import Recipe, Rule, assign, recipe_from
 from quant.rtn import quantize_rtn
 from quant.scheme import SCHEMES, Scheme
 from quant.smoothquant import smoothing_scale
@@ -27,16 +29,23 @@ from quant.weight import Weight, is_weight, layer_of, nbytes, product, rows, sca
 __all__ = [
     "BACKENDS",
     "FORMAT_VERSION",
+    "SCHEMES",
+    "WEIGHT_DTYPES",
+    "Layout",
     "Mixed",
     "Probe",
     "QTensor",
-    "SCHEMES",
+    "Recipe",
+    "Rule",
     "Scheme",
+    "TiledWeight",
     "Weight",
-    "WEIGHT_DTYPES",
     "abstract_weight",
+    "add_to_hessian",
     "aligned_copy",
     "aligned_empty",
+    "allocate",
+    "assign",
     "compiler_options",
     "dequantize",
     "dequantize_runs",
@@ -58,6 +67,7 @@ __all__ = [
     "quantize_hqq",
     "quantize_rtn",
     "quantized",
+    "recipe_from",
     "round_activations",
     "rows",
     "scan_layers",

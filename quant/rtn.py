@@ -18,7 +18,7 @@ import numpy as np
 
 from quant.packing import axis_position, check_group, merge_groups, split_groups
 from quant.qtensor import SCALE_DTYPES, QTensor, scale_values
-from quant.scheme import E2M1, NF4, Scheme
+from quant.scheme import Scheme
 
 # Largest E2M1 value is 6 = 1.5 * 2**2: with the largest weight's exponent less 2 it falls into the last binade.
 _E2M1_MAX_EXPONENT = 2
@@ -131,42 +131,6 @@ def _spaced(most: float, least: float, levels: int) -> tuple[float, ...]:
     step = min(_CODE_STEP / levels, _FACTOR_STEP)
     count = min(math.ceil((most - least) / step) + 1, _MOST_FACTORS)
     return tuple(float(factor) for factor in np.linspace(most, least, count))
-
-
-def encode(scaled: jax.Array, scheme: Scheme) -> jax.Array:
-    """Nearest codes of `weight / scale` (plus the zero point, for uint): uint8 of the same shape.
-
-    Values beyond the last code get the last code. Halves go to even codes, or as the code book says.
-    """
-    if scheme.kind == "nf4":
-        return _rank(scaled, NF4)
-    if scheme.kind == "mxfp4":
-        magnitude = _rank(jnp.abs(scaled), E2M1[:8])
-        return jnp.where((scaled < 0) & (magnitude > 0), magnitude + 8, magnitude)
-    return jnp.clip(jnp.round(scaled) + scheme.bias, 0, scheme.max_code).astype(jnp.uint8)
-
-
-def _rank(x: jax.Array, ascending: tuple[float, ...]) -> jax.Array:
-    """Index of the nearest of some ascending values, the lower one at a tie: how many midpoints lie below x."""
-    midpoints = [(low + high) / 2 for low, high in zip(ascending, ascending[1:], strict=False)]
-    return functools.reduce(jnp.add, ((x > middle).astype(jnp.uint8) for middle in midpoints))
-
-
-def _nearest_value(scaled: jax.Array, scheme: Scheme) -> jax.Array:
-    """The value of `encode`'s code, in float32 all the way: on a CPU that is several times as fast."""
-    if scheme.kind == "nf4":
-        return _nearest(scaled, NF4)
-    if scheme.kind == "mxfp4":
-        return jnp.copysign(_nearest(jnp.abs(scaled), E2M1[:8]), scaled)
-    return jnp.clip(jnp.round(scaled), -scheme.bias, scheme.max_code - scheme.bias)
-
-
-def _nearest(x: jax.Array, ascending: tuple[float, ...]) -> jax.Array:
-    """The nearest of some ascending values, the lower one at a tie."""
-    nearest = jnp.full_like(x, ascending[0])
-    for low, high in zip(ascending, ascending[1:], strict=False):
-        nearest = jnp.where(x > (low + high) / 2, high, nearest)
-    return nearest
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6, 7))
@@ -303,7 +267,7 @@ def _exponent(largest: jax.Array) -> jax.Array:
 def encode_groups(weight_CgM: jax.Array, scale: jax.Array, zero: jax.Array | None, scheme: Scheme) -> jax.Array:
     """Nearest codes, uint8 [..., C, g, M]."""
     scaled = weight_CgM / divisor(scale_values(scale, scheme))
-    return encode(scaled if zero is None else scaled + zero.astype(jnp.float32), scheme)
+    return scheme.encode(scaled if zero is None else scaled + zero.astype(jnp.float32))
 
 
 def search_clip(
@@ -326,27 +290,8 @@ def search_clip(
     """
     group_size = math.prod(weight_CgM.shape[axis] for axis in reduced)
     factors = jnp.asarray(clip_factors(scheme, group_size, weighted=weighted), jnp.float32)
-    sum_groups = functools.partial(_sum_groups, reduced=reduced)
-
-    def products(scale: jax.Array, zero: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        value_of = _value_of(scale, zero, scheme)
-
-        def term(weight: jax.Array, importance: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-            value = value_of(weight)
-            counted = value if importance is None else value * importance
-            return weight * counted, value * counted
-
-        return sum_groups(term, weight_CgM, importance_CgM)
-
-    def error(scale: jax.Array, zero: jax.Array | None) -> jax.Array:
-        scale = scale.astype(jnp.float32)
-        value_of = _value_of(scale, zero, scheme)
-
-        def term(weight: jax.Array, importance: jax.Array | None) -> jax.Array:
-            square = (weight - value_of(weight) * scale) ** 2
-            return square if importance is None else square * importance
-
-        return sum_groups(term, weight_CgM, importance_CgM)
+    products = functools.partial(_products, weight_CgM, importance_CgM, scheme, reduced)
+    error = functools.partial(_error, weight_CgM, importance_CgM, scheme, reduced)
 
     def attempt(factor: jax.Array | float) -> tuple:
         stored, zero = group_grid(low, high, factor, scheme, scale_dtype)
@@ -377,6 +322,44 @@ def search_clip(
     )
     better = found_error < plain_error
     return jax.tree.map(functools.partial(jnp.where, better), found, plain)
+
+
+def _products(
+    weight_CgM: jax.Array,
+    importance_CgM: jax.Array | None,
+    scheme: Scheme,
+    reduced: tuple[int, ...],
+    scale: jax.Array,
+    zero: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """sum(w v) and sum(v^2) of each group, for the values v of the codes that float32 scales give."""
+    value_of = _value_of(scale, zero, scheme)
+
+    def term(weight: jax.Array, importance: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        value = value_of(weight)
+        counted = value if importance is None else value * importance
+        return weight * counted, value * counted
+
+    return _sum_groups(term, weight_CgM, importance_CgM, reduced=reduced)
+
+
+def _error(
+    weight_CgM: jax.Array,
+    importance_CgM: jax.Array | None,
+    scheme: Scheme,
+    reduced: tuple[int, ...],
+    scale: jax.Array,
+    zero: jax.Array | None,
+) -> jax.Array:
+    """sum((w - s v)^2) of each group, for scales s as they are stored."""
+    scale = scale.astype(jnp.float32)
+    value_of = _value_of(scale, zero, scheme)
+
+    def term(weight: jax.Array, importance: jax.Array | None) -> jax.Array:
+        square = (weight - value_of(weight) * scale) ** 2
+        return square if importance is None else square * importance
+
+    return _sum_groups(term, weight_CgM, importance_CgM, reduced=reduced)
 
 
 def _sum_groups(
@@ -413,9 +396,9 @@ def _value_of(scale: jax.Array, zero: jax.Array | None, scheme: Scheme) -> Calla
     """What weights become, in units of the float32 scale."""
     inverse = 1 / divisor(scale)
     if zero is None:
-        return lambda weight: _nearest_value(weight * inverse, scheme)
+        return lambda weight: scheme.round(weight * inverse)
     shift = zero.astype(jnp.float32)
-    return lambda weight: _nearest_value(weight * inverse + shift, scheme) - shift
+    return lambda weight: scheme.round(weight * inverse + shift) - shift
 
 
 def check_in_range(weight: jax.Array, in_range: jax.Array, scale_dtype: np.dtype) -> None:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from llamajax.checkpoint.naming import named_weights
 
 import llamajax
 from llamajax.evaluation.speed import (

@@ -13,6 +13,7 @@ import pytest
 
 import llamajax
 from llamajax.cli import COMMANDS, main
+from llamajax.cli.commands import find_commands
 
 ROOT = Path(__file__).parents[1]
 
@@ -340,6 +341,103 @@ def test_overview_names_every_command(capsys) -> None:
     assert code == 0 and all(f"  {name}" in out for name in COMMANDS)
     assert run(capsys)[0] == 2
     assert run(capsys, "--version")[1].startswith("llamajax 0.")
+
+
+# ---- Which commands there are ----------------------------------------------------------------------------------------
+
+IN_ORDER = ["generate", "inspect", "convert", "quantize", "eval", "bench", "train", "export", "verify", "run"]
+TRANSLATE = """
+SUMMARY, EXAMPLES = "say it in another language", ("llamajax translate",)
+def define(values): pass
+def run(values): print("traduit")
+"""
+
+
+def _install(folder: Path, distribution: str, commands: dict[str, str], **modules: str) -> None:
+    """What an installer leaves of a distribution: metadata, and modules beside it."""
+    metadata = folder / f"{distribution}-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+    lines = [f"{name} = {module}" for name, module in sorted(commands.items())]
+    (metadata / "entry_points.txt").write_text("\n".join(["[llamajax.commands]", *lines, ""]))
+    for name, source in modules.items():
+        (folder / f"{name}.py").write_text(source)
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of packages of others, which Python finds; modules imported from there are forgotten again."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    return tmp_path
+
+
+def test_the_overview_has_our_commands_in_this_order(capsys) -> None:
+    out = run(capsys, "--help")[1]
+    assert list(COMMANDS) == IN_ORDER
+    assert [line.split()[0] for line in out.split("\n\n")[2].splitlines()] == IN_ORDER
+
+
+def test_commands_are_found_by_installed_metadata(tmp_path: Path, monkeypatch) -> None:
+    """Without a checkout: in whatever order the metadata has them; a pyproject.toml of somebody else is not read."""
+    modules = {name: command.module for name, command in COMMANDS.items()}
+    _install(tmp_path / "site", "llamajax", modules)
+    (tmp_path / "pyproject.toml").write_text("[project]\nname = 'theirs'\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
+    found = find_commands(tmp_path)
+    assert list(found) == IN_ORDER and {name: command.module for name, command in found.items()} == modules
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert find_commands(tmp_path) == {}
+
+
+def test_a_package_without_metadata_says_so(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("llamajax.cli.COMMANDS", {})
+    assert_one_line_error(*run(capsys, "generate"), 1, "no command is known", "pip install", "checkout")
+
+
+def test_another_distribution_adds_a_command(site: Path, capsys, monkeypatch) -> None:
+    _install(site, "theirs", {"translate": "theirs_cli", "zero": "theirs_cli"}, theirs_cli=TRANSLATE)
+    monkeypatch.setattr("llamajax.cli.COMMANDS", find_commands())
+    assert list(find_commands()) == [*IN_ORDER, "translate", "zero"] and "theirs_cli" not in sys.modules
+    assert "  translate  say it in another language\n" in run(capsys, "--help")[1]
+    assert run(capsys, "translate") == (0, "traduit\n", "")
+    assert_one_line_error(*run(capsys, "transalte"), 2, "did you mean 'translate'?")
+
+
+def test_commands_that_cannot_be_used_name_who_declared_them(site: Path, capsys, monkeypatch) -> None:
+    """The overview says it too, and the others work."""
+    _install(site, "theirs", {"inspect": "theirs_cli", "translate": "theirs_cli"}, theirs_cli=TRANSLATE)
+    missing = {"sing": "songs", "hum": "nowhere", "whistle": "tune"}
+    _install(site, "songs", {**missing, "translate": "songs"}, songs="import not_here_at_all", tune="SUMMARY = ''")
+    monkeypatch.setattr("llamajax.cli.COMMANDS", find_commands())
+    errors = {
+        "inspect": ["llamajax (llamajax.cli.inspect) and theirs (theirs_cli)", "uninstall the other"],
+        "translate": ["songs (songs) and theirs (theirs_cli)", "uninstall the other"],
+        "sing": ["songs of the distribution songs cannot be imported (No module named 'not_here_at_all')", "install"],
+        "hum": ["nowhere of the distribution songs cannot be imported", "No module named 'nowhere'", "uninstall it"],
+        "whistle": ["tune of the distribution songs has no EXAMPLES, define, run", "another version of songs"],
+    }
+    code, overview, err = run(capsys, "--help")
+    assert code == 0 and err == "" and "  generate   continue a prompt" in overview
+    for name, parts in errors.items():
+        assert_one_line_error(*run(capsys, name), 1, f"command {name!r}", *parts)
+        (line,) = [line for line in overview.splitlines() if line.startswith(f"  {name} ")]
+        assert "cannot be used: " in line and all(part in line for part in parts)
+
+
+def test_commands_are_not_imported_before_they_are_used() -> None:
+    source = """
+import sys
+from llamajax.cli import main
+assert main(["--version"]) == main(["inspect", "--help"]) == 0
+print([name for name in sys.modules if name.split(".")[0] == "export" or name.startswith("llamajax.cli.")])
+"""
+    done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=True)
+    imported = {name.rpartition(".")[2] for name in eval(done.stdout.splitlines()[-1])}
+    assert imported & set(IN_ORDER) == {"inspect"}
+
+
+# ---- How a command ends ----------------------------------------------------------------------------------------------
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

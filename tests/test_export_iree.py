@@ -13,7 +13,9 @@ import llamajax
 from export.bundle import Bundle, seal, write
 from export.profiles import PROFILES, Spec
 from export.targets import add_target
+from export.verify import verify
 from llamajax.errors import LlamaJaxError
+from tests.counters import PROMPTS, expected_tokens, write_counters
 from tests.isolated import run_isolated
 
 MODULES = ("iree.compiler", "iree.runtime")
@@ -25,6 +27,7 @@ pytestmark = [
     ),
 ]
 SPEC = Spec(slots=96, buckets=(4, 16), programs=("score", "embed", "verify"), profile=PROFILES["unrolled"])
+SCRIPT = Path(export.targets.__file__).parents[1] / "runners" / "iree-run-module.sh"
 IDS = [1, 5, 9, 300, 17, 42, 8]
 
 
@@ -53,6 +56,16 @@ def test_several_rows_and_a_bfloat16_cache(tiny_int4, tmp_path: Path) -> None:
     expected = llamajax.generate(tiny_int4, None, IDS, temperature=0, max_new_tokens=20, cache_dtype="bfloat16")
     made = run(bundle, f"--ids={','.join(map(str, IDS))}", "--max_new_tokens=20")
     assert [int(token) for token in made.split()] == expected.tokens
+
+
+def test_state_of_other_names_shapes_and_dtypes(tmp_path: Path) -> None:
+    bundle = add_target(write_counters(tmp_path / "counters"), "iree-cpu")
+    (result,) = verify(bundle, ["iree"])
+    assert result.held and result.exact and result.tokens == 40, result
+    if shutil.which("iree-run-module"):
+        done = subprocess.run(["sh", SCRIPT, bundle.path, "12", *map(str, PROMPTS[1])], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert [int(token) for token in done.stdout.split()] == expected_tokens(PROMPTS[1], 12)[0]
 
 
 def test_a_module_for_another_processor_is_refused(bundle: Bundle, tmp_path: Path) -> None:
@@ -93,20 +106,25 @@ def test_weights_stay_packed(bundle: Bundle) -> None:
 
 
 def test_native_tool_gives_the_same_tokens(bundle: Bundle, tiny_int4, tmp_path: Path) -> None:
-    script = Path(export.targets.__file__).parents[1] / "runners" / "iree-run-module.sh"
     if shutil.which("iree-run-module") is None:
         pytest.skip("no iree-run-module on PATH: it is in iree-base-runtime")
-    done = subprocess.run(["sh", script, bundle.path, "6", *map(str, IDS[:4])], capture_output=True, text=True)
+    done = subprocess.run(["sh", SCRIPT, bundle.path, "6", *map(str, IDS[:4])], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     expected = llamajax.generate(tiny_int4, None, IDS[:4], temperature=0, max_new_tokens=6)
     assert [int(token) for token in done.stdout.split()] == expected.tokens
+    shutil.copytree(bundle.path, tmp_path / "old")
+    manifest = json.loads(json.dumps(bundle.manifest))
+    del manifest["cache"]["state"]  # as the first releases wrote it
+    seal(tmp_path / "old", manifest)
+    again = subprocess.run(["sh", SCRIPT, tmp_path / "old", "6", *map(str, IDS[:4])], capture_output=True, text=True)
+    assert again.stdout == done.stdout, again.stderr
     for arguments, message in (
         (["6", "1", "320"], "id 320: expected 0 to 319"),
         (["6", "1", "-1"], "id -1: expected 0 to 319"),
         (["6", *"12345"], "5 ids: expected at most 4, the smallest bucket"),
         (["97", "1"], "1 ids and 97 tokens: expected at most 96 + 1 in all"),
     ):
-        done = subprocess.run(["sh", script, bundle.path, *arguments], capture_output=True, text=True)
+        done = subprocess.run(["sh", SCRIPT, bundle.path, *arguments], capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (1, "") and message in done.stderr, done
     shutil.copytree(bundle.path, tmp_path / "copy")
     features = bundle.manifest["targets"]["iree-cpu"]["processor"]["features"]
@@ -117,7 +135,7 @@ def test_native_tool_gives_the_same_tokens(bundle: Bundle, tiny_int4, tmp_path: 
         manifest = json.loads(json.dumps(bundle.manifest))
         manifest["targets"]["iree-cpu"]["processor"].update(changes)
         seal(tmp_path / "copy", manifest)
-        done = subprocess.run(["sh", script, tmp_path / "copy", "1", "1"], capture_output=True, text=True)
+        done = subprocess.run(["sh", SCRIPT, tmp_path / "copy", "1", "1"], capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (1, "") and message in done.stderr, done
         assert done.stderr.count("\n") == 1
 

@@ -12,8 +12,10 @@ import llamajax
 from export.bundle import Bundle, write
 from export.profiles import PROFILES, Spec
 from export.targets import add_target
+from export.verify import verify
 from llamajax.errors import LlamaJaxError
 from llamajax.quantization.quantize import Rule, quantize
+from tests.counters import write_counters
 from tests.isolated import run_isolated
 
 pytestmark = [
@@ -52,6 +54,11 @@ def run(bundle: Bundle, *arguments: str, runner: str = "run_onnx.py") -> str:
     done = run_isolated(bundle.path, *arguments, runner=runner, hidden=("jax",))
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_state_of_other_names_shapes_and_dtypes(tmp_path: Path) -> None:
+    (result,) = verify(add_target(write_counters(tmp_path / "counters"), "onnx"), ["onnx"])
+    assert result.held and result.exact and result.tokens == 40, result
 
 
 def check_golden(bundle: Bundle, runner: str = "run_onnx.py") -> None:

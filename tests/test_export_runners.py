@@ -29,6 +29,7 @@ from export.runners import run_jax
 from export.targets.to_iree import TARGETS
 from llamajax.cli import main
 from llamajax.errors import LlamaJaxError
+from tests.counters import STATE, write_counters
 from tests.isolated import run_isolated
 
 # Written by the first release that wrote bundles.
@@ -212,6 +213,77 @@ def test_empty_folders_of_targets_are_no_fault(copy: Path) -> None:
     (copy / "targets/savedmodel/saved_model.pb").write_text("")
     changed(copy, lambda manifest: None)
     assert open_bundle(copy) and runner.Bundle(str(copy)).tensors("golden.safetensors")
+
+
+def test_state_of_other_names_shapes_and_dtypes(tmp_path: Path) -> None:
+    bundle = write_counters(tmp_path / "counters")
+    assert [value["name"] for value in runner.Bundle(str(bundle.path)).state] == list(STATE)
+    for result in export.verify.verify(bundle, ["jax", "jax_export"]):
+        assert result.held and result.exact and result.tokens == 40, result
+
+
+def test_state_that_the_programs_do_not_take(copy: Path, tmp_path: Path) -> None:
+    assert [value["name"] for value in runner.Bundle(str(copy)).state] == ["key", "value"]  # it does not say it
+    bundle = write_counters(tmp_path / "counters")
+    for state in (
+        [],
+        list(reversed(bundle.manifest["cache"]["state"])),
+        bundle.manifest["programs"]["decode"]["inputs"],
+    ):
+        changed(bundle.path, lambda manifest, state=state: manifest["cache"].update(state=state))
+        with pytest.raises(LlamaJaxError, match=r"cache.state.*the manifest is damaged"):
+            open_bundle(bundle.path)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_the_page_hands_on_the_declared_state(tmp_path: Path) -> None:
+    """`Model.steps` over a session that adds one to each state: what the last step got is how many there were."""
+    write_counters(tmp_path / "counters")
+    changed(tmp_path / "counters", lambda m: m["targets"].update(onnx={"files": []}))
+    (tmp_path / "page.mjs").write_text(PAGE_TEST)
+    page = Path(runner.__file__).parent / "web" / "llama.js"
+    command = [
+        "node",
+        "--no-warnings",
+        "--experimental-default-type=module",
+        "page.mjs",
+        page,
+        "counters/manifest.json",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    kinds = {"float32": "Float32Array", "uint8": "Uint8Array", "int32": "Int32Array"}
+    # A prompt of 5 ids is two buckets, and of 4 tokens 3 are decoded.
+    assert json.loads(done.stdout) == [
+        [name, dtype, kinds[dtype], list(shape), [4] * int(np.prod(shape))] for name, (shape, dtype) in STATE.items()
+    ]
+
+
+PAGE_TEST = """
+import { readFileSync } from "node:fs";
+const { Model } = await import(process.argv[2]);
+const model = Object.assign(new Model(), { manifest: JSON.parse(readFileSync(process.argv[3])) });
+class Tensor { constructor(type, data, dims) { Object.assign(this, { type, data, dims }); } }
+let last;
+const run = async (feeds) => {
+  last = feeds;
+  const results = { logits: new Tensor("float32", new Float32Array(8), [1, 8]) };
+  for (const name of ["trace", "seen", "ticks"]) {
+    const { type, data, dims } = feeds[name];
+    results[`${name}_out`] = new Tensor(type, data.map((element) => element + 1), dims);
+  }
+  return results;
+};
+model.ort = { Tensor };
+model.sessions = { prefill_4: { run }, decode: { run } };
+for await (const token of model.steps([3, 1, 4, 1, 5], 4, () => 2));
+const names = Object.keys(last).filter((name) => !["token", "length"].includes(name));
+const seen = names.map((name) => {
+  const { type, data, dims } = last[name];
+  return [name, type, data.constructor.name, dims, [...data]];
+});
+console.log(JSON.stringify(seen));
+"""
 
 
 def test_runners_open_nothing_that_has_no_hash(copy: Path) -> None:
@@ -466,7 +538,9 @@ def test_no_script_has_the_name_of_what_it_imports() -> None:
         nodes = list(ast.walk(ast.parse(file.read_text())))
         names = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
         names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
-        beside = {other.stem for other in file.parent.glob("*.py")} - {"to_savedmodel"}  # which to_litert.py means
+        # Those that to_litert.py and to_onnx.py mean.
+        meant = {"to_savedmodel", "onnx_graph", "onnx_operations", "onnx_weights"}
+        beside = {other.stem for other in file.parent.glob("*.py")} - meant
         assert not beside & {name.partition(".")[0] for name in names}, file
         # Nor that of a package: a toolchain imports others than the script does.
         assert importlib.util.find_spec(file.stem) is None, file

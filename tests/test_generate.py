@@ -4,7 +4,13 @@ What the text does while it streams is in test_stream.py.
 """
 
 import dataclasses
+import json
 import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,9 +22,13 @@ from hypothesis import strategies as st
 
 import llamajax
 from llamajax import KVCache, Llama, LlamaJaxError, Tokenizer, generate, make_sampler, stream
+from llamajax.caches.dense import CACHE_DTYPES
 from llamajax.generation.programs import DECODE_BLOCK, PREFILL_BUCKETS, DecodeState, decode, plan_chunks, prefill
+from llamajax.generation.speculate import LookupState
 from llamajax.generation.speed import Speed
+from llamajax.quantization.quantize import quantize, read_recipe
 
+ROOT = Path(__file__).parents[1]
 LENGTH = 64  # of all sequences that the cacheless loops see, so that they share one program
 PROMPT = [1, 270, 300, 12, 12, 281]
 
@@ -344,6 +354,67 @@ def test_speed_of_nothing() -> None:
     speed = Speed()
     assert speed.prefill_tokens_per_second == speed.decode_tokens_per_second == 0
     assert speed.prefill_gigabytes_per_second == speed.decode_gigabytes_per_second == 0
+
+
+# ---- What a program is found by --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quantized_box(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quantized") / "box"
+    model, tokenizer = llamajax.load("box")
+    llamajax.save_checkpoint(quantize(model, read_recipe("int4-g32")), folder, tokenizer=tokenizer)
+    return folder
+
+
+_COUNTED = """
+import collections, json, sys
+import jax
+seen = collections.Counter()
+jax.monitoring.register_event_listener(lambda event, **_: seen.update([event]))
+jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: seen.update([event]))
+from llamajax.cli import main
+assert main(sys.argv[1:]) == 0
+read = seen["/jax/compilation_cache/cache_hits"]  # JAX's event of compiling comes for these too
+print()
+print(json.dumps({"compiled": seen["/jax/core/compile/backend_compile_duration"] - read, "read": read}))
+"""
+
+
+@pytest.mark.parametrize("options", [["--temperature=0.8"], ["--temperature=0", "--speculate=2"]])
+def test_a_second_process_compiles_nothing(options: list[str], tmp_path: Path) -> None:
+    """Neither the two programs of a request nor the small ones around them, such as an empty cache."""
+    argv = ["generate", "--model=box", "--prompt=Once upon a time", "--max_new_tokens=8", *options]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    environment = {**kept, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)}
+    texts, counts, said = [], [], []
+    for _ in range(2):
+        command = [sys.executable, "-c", _COUNTED, *argv]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
+        text, _, counted = done.stdout.rstrip("\n").rpartition("\n")
+        texts.append(text)
+        counts.append(json.loads(counted))
+        said.append(done.stderr.splitlines()[-1])
+    assert counts[0]["compiled"] > 2 and counts[0]["read"] == 0 and "for 2 programs," in said[0], "nothing is there yet"
+    assert counts[1]["compiled"] == 0 and counts[1]["read"] > 0
+    assert "for 0 programs and 2 kept by an earlier run" in said[1]
+    assert texts[0] == texts[1] and texts[0].startswith("Once upon a time,")
+
+
+def test_what_programs_are_found_by_has_no_address(quantized_box: Path) -> None:
+    """Kept programs are found by the `repr` of their arguments' structure: an address is another in every process."""
+    box, tokenizer = llamajax.load("box")
+    packed, _ = llamajax.load(quantized_box)
+    trees: list[Any] = [box, packed, llamajax.prepare(packed)]
+    trees += [llamajax.prepare(llamajax.with_activations(packed, kind)) for kind in ("int8", "bfloat16")]
+    for dtype in CACHE_DTYPES:
+        for options in ({"repetition_penalty": 1.2, "top_k": 5}, {"temperature": 0, "speculate": 2}):
+            run = stream(box, tokenizer, ["a", "b"], cache_dtype=dtype, **options)
+            trees.append(run._arguments(run._first_state(run._empty_cache()), 1))
+    assert {type(tree[0]) for tree in trees[5:]} == {DecodeState, LookupState}
+    shown = [repr(jax.tree.structure(tree)) for tree in trees]
+    assert len(set(shown[:5])) == 5 and all("Config(" in each for each in shown[:5]), "what it consists of is there"
+    assert [each for each in shown if re.search(r"\b0x[0-9a-f]{4,}| object at |<function|<lambda>|\.\.\.", each)] == []
 
 
 # ---- Refusals -------------------------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 """How the house hangs together: imports run one way, flags live in one place, importing has no effects."""
 
 import ast
+import fnmatch
 import json
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,6 +83,55 @@ def test_no_module_reads_the_environment() -> None:
         "llamajax/generation/compilation.py",
     ]
 
+
+# ---- Sizes and types -------------------------------------------------------------------------------------------------
+
+MOST_LINES = {"module": 450, "function": 70}
+STORY_WORDS = "llamajax/box/story_words.py"  # data, one line a word
+
+
+def _too_long(file: Path, source: str) -> Iterator[str]:
+    """Modules and functions with more lines than they may have; decorators and docstrings count."""
+    lines = len(source.splitlines())
+    if lines > MOST_LINES["module"]:
+        yield f"{file}: {lines} lines"
+    for node in ast.walk(ast.parse(source, str(file))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = min(each.lineno for each in (node, *node.decorator_list))
+            lines = (node.end_lineno or first) + 1 - first
+            if lines > MOST_LINES["function"]:
+                yield f"{file}:{first} {node.name}: {lines} lines"
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_no_module_and_no_function_is_too_long(package: str) -> None:
+    files = [file for file, _ in _modules(package) if file.as_posix() != STORY_WORDS]
+    assert [each for file in files for each in _too_long(file, (ROOT / file).read_text(encoding="utf-8"))] == []
+
+
+def test_the_check_of_sizes_counts_lines() -> None:
+    body = "".join("    pass\n" for _ in range(69))
+    file = Path("a.py")
+    assert list(_too_long(file, f"def f():\n{body}" * 6)) == []
+    assert list(_too_long(file, f"class A:\n    @property\n    def f(self):\n{body.replace('    ', '        ')}")) == [
+        "a.py:2 f: 71 lines"
+    ]
+    assert list(_too_long(file, "\n" * 451)) == ["a.py: 451 lines"]
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_types_are_for_others_too(package: str) -> None:
+    """The marker of PEP 561, without which type checkers ignore an installed package's annotations."""
+    assert (ROOT / package / "py.typed").is_file()
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]
+    assert package in build["wheel"]["packages"] and package in build["sdist"]["include"], "all files of it go along"
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+    assert not [pattern for pattern in ignored if fnmatch.fnmatch("py.typed", pattern)], (
+        "the build leaves out ignored files"
+    )
+
+
+# ---- Effects ---------------------------------------------------------------------------------------------------------
 
 # Runs in a fresh interpreter. Flags that are there without us, absl's own and those of libraries, do not count.
 _EFFECTS = """

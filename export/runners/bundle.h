@@ -57,13 +57,18 @@ static char *string(Text text) {
   return copy;
 }
 
-/* What an object has for a key. */
-static Text member(Text object, const char *key) {
+/* What an object has for a key; an empty text if it has no such key. */
+static Text optional(Text object, const char *key) {
   Text rest = inside(object), name, value;
   size_t length = strlen(key);
   do name = next(&rest), value = next(&rest);
   while (name.at < name.end && ((size_t)(name.end - name.at) != length || memcmp(name.at, key, length)));
-  if (name.at == name.end) FAIL("no %s: expected the manifest and the tensors of a bundle", key);
+  return value;
+}
+
+static Text member(Text object, const char *key) {
+  Text value = optional(object, key);
+  if (value.at == value.end) FAIL("no %s: expected the manifest and the tensors of a bundle", key);
   return value;
 }
 

@@ -16,13 +16,16 @@ done
 work=$(mktemp -d)
 trap 'rm -r "$work"' EXIT
 
-# function, then its inputs in order. Prints the id with the largest logit; keys and values go to files and come back.
+# function, then its inputs in order. Prints the id with the largest logit; the state goes to files and comes back.
 step() {
   function=$1
   shift
+  [ "$function" != decode ] || for i in $(seq "$states"); do set -- "$@" --input=@"$work/$i.npy"; done
+  set -- "$@" --output=-
+  for i in $(seq "$states"); do set -- "$@" --output=@"$work/$i.npy"; done
   iree-run-module --device="${DEVICE:-local-task}" --module="$bundle/targets/${TARGET:-iree-cpu}/model.vmfb" \
     --parameters=model="$bundle/weights.safetensors" --function="$function" "$@" \
-    --output=- --output=@"$work/key.npy" --output=@"$work/value.npy" --output_max_element_count=1000000 >"$work/out"
+    --output_max_element_count=1000000 >"$work/out"
   sed -n 's/^1x[0-9]*xf32=\[\(.*\)\]$/\1/p' "$work/out" | tr ' ' '\n' |
     awk '/n/ { bad = 1 } NR == 1 || $1 + 0 > most { most = $1 + 0; id = NR - 1 } END { if (NR && !bad) print id }' \
       >"$work/id" # with an n: nan, inf
@@ -33,8 +36,23 @@ step() {
 # The manifest says how the state is shaped: zeros at first. The first bucket is the smallest prefill program.
 manifest=$(head -c 16777216 "$bundle/manifest.json" | tr -d ' \n')
 read_number() { echo "$manifest" | sed -n "s/.*$1\([0-9]\{1,9\}\)[],}].*/\1/p" | grep . || fail "manifest.json: no $2"; }
-shape=$(echo "$manifest" | sed -n 's/.*"name":"key","dtype":"float32","shape":\[\([0-9,]*\)\].*/\1/p' | tr , x)
-[ -n "$shape" ] || fail "manifest.json: no cache of float32"
+value='{"name":"\([^"]*\)","dtype":"\([a-z0-9]*\)","shape":\[\([0-9,]*\)\]},\{0,1\}'
+# The values of a list, a line each: name dtype shape.
+read_values() { echo "$manifest" | sed -n "s/.*$1\[\(\($value\)*\)\].*/\1/p" | sed "s/$value/\1 \2 \3;/g" | tr ';' '\n'; }
+state=$(read_values '"cache":{[^{}]*"state":')
+# Bundles of the first releases do not say what their state is.
+[ -n "$state" ] || state=$(read_values '"decode":{[^{}]*"inputs":' | grep '^\(key\|value\) ') ||
+  fail "manifest.json: no state"
+states=0 zeros=''
+while read -r name dtype shape; do
+  case $dtype in
+    float32) kind=f32 ;; float16) kind=f16 ;; int32) kind=i32 ;; uint8) kind=i8 ;;
+    *) fail "state $name in $dtype: expected float32, float16, int32 or uint8, which iree-run-module keeps in files" ;;
+  esac
+  states=$((states + 1)) zeros="$zeros --input=$(echo "$shape" | sed 's/,/x/g;s/.$/&x/')$kind=0"
+done <<END
+$state
+END
 bucket=$(read_number '"buckets":\[' buckets)
 slots=$(read_number '"slots":' slots)
 vocabulary=$(read_number '"vocab_size":' vocabulary)
@@ -57,11 +75,11 @@ for need in $(echo "$needs" | tr , ' '); do
 done
 for _ in $(seq $((bucket - length))); do padded="$padded 0"; done
 
-id=$(step "prefill_$bucket" --input="1x${bucket}xi32=$padded" --input="1xi32=$length" --input=1xi32=0 \
-  --input="${shape}xf32=0" --input="${shape}xf32=0")
+# shellcheck disable=SC2086  # of words without spaces
+id=$(step "prefill_$bucket" --input="1x${bucket}xi32=$padded" --input="1xi32=$length" --input=1xi32=0 $zeros)
 for _ in $(seq $((tokens - 1))); do
   printf '%s ' "$id"
-  id=$(step decode --input="1xi32=$id" --input="1xi32=$length" --input=@"$work/key.npy" --input=@"$work/value.npy")
+  id=$(step decode --input="1xi32=$id" --input="1xi32=$length")
   length=$((length + 1))
 done
 echo "$id"

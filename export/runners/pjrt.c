@@ -19,7 +19,7 @@
 #include <dlfcn.h>
 #include <unistd.h>
 
-enum { MOST_ARGUMENTS = 1 << 14, MOST_OPTIONS = 16 };
+enum { MOST_ARGUMENTS = 1 << 14, MOST_OPTIONS = 16, MOST_STATE = 256 };
 /* CompileOptionsProto { executable_build_options { device_ordinal: -1 num_replicas: 1 num_partitions: 1 } } */
 static char COMPILE_OPTIONS[] = "\x1a\x0f\x08\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01\x20\x01\x28\x01";
 static const size_t COMPILE_SIZE = sizeof COMPILE_OPTIONS - 1;
@@ -73,9 +73,19 @@ static void compile(PJRT_Program *program, const char *name, char **given, int c
          (long long)memory.temp_size_in_bytes, (long long)memory.generated_code_size_in_bytes);
 }
 
-static int run(PJRT_Program *program, Text weights, Text entry) {
-  static PJRT_Buffer *arguments[MOST_ARGUMENTS], *results[3];
-  size_t count = 0;
+/* How many arrays the state is. Bundles of the first releases do not say it: keys and values. */
+static size_t state_count(Text manifest) {
+  Text state = optional(member(manifest, "cache"), "state");
+  size_t count = state.at == state.end ? 2 : 0;
+  if (count) return count;
+  for (Text rest = inside(state), value = next(&rest); value.at < value.end; value = next(&rest)) count++;
+  if (count < 1 || count > MOST_STATE) FAIL("%zu arrays of state: expected 1 to %d", count, MOST_STATE);
+  return count;
+}
+
+static int run(PJRT_Program *program, Text manifest, Text entry) {
+  static PJRT_Buffer *arguments[MOST_ARGUMENTS], *results[1 + MOST_STATE];
+  size_t count = 0, states = state_count(manifest);
   int32_t token = 0, length = 0, wrong = 0;
   CALL(made, PJRT_Client_Create, .num_options = 0);
   CALL(devices, PJRT_Client_AddressableDevices, .client = made.client);
@@ -86,18 +96,20 @@ static int run(PJRT_Program *program, Text weights, Text entry) {
   Text kind = member(entry, "weights");
   if (kind.end - kind.at != 6 || memcmp(kind.at, "packed", 6)) FAIL("expected an export with --profile=scanned");
   Text file = map("weights.safetensors"), golden = map("golden.safetensors");
+  Text weights = inside(member(manifest, "weights"));
   for (Text weight = next(&weights); weight.at < weight.end; weight = next(&weights)) {
-    if (count + 4 == MOST_ARGUMENTS) FAIL("expected at most %d arguments", MOST_ARGUMENTS);
+    if (count + 2 + states == MOST_ARGUMENTS) FAIL("expected at most %d arguments", MOST_ARGUMENTS);
     char *name = string(member(weight, "name"));
     arguments[count++] = put(made.client, device, tensor(file, name));
     free(name);
   }
-  PJRT_Buffer **last = arguments + count; /* token, length, key, value */
+  PJRT_Buffer **last = arguments + count; /* token, length, state */
   Text inputs = inside(member(entry, "inputs")), outputs = inside(member(entry, "outputs"));
-  Array values[4], logits = described(next(&outputs));
+  static Array values[2 + MOST_STATE];
+  Array logits = described(next(&outputs));
   Array prompt = tensor(golden, "prompt_0"), tokens = tensor(golden, "tokens_0");
   float *row = malloc((size_t)logits.bytes);
-  for (int i = 0; i < 4; i++) {
+  for (size_t i = 0; i < 2 + states; i++) {
     values[i] = described(next(&inputs));
     values[i].data = i == 0 ? (char *)&token : i == 1 ? (char *)&length : calloc(1, (size_t)values[i].bytes);
     if (!values[i].data || !row || (i < 2 && values[i].bytes != 4)) FAIL("expected a batch of 1, and memory for it");
@@ -113,12 +125,12 @@ static int run(PJRT_Program *program, Text weights, Text entry) {
     if (at <= 0) memcpy(&token, prompt.data + 4 * length, 4);
     for (int i = 0; i < 2; i++) replace(&last[i], put(made.client, device, values[i]));
     CALL(step, PJRT_LoadedExecutable_Execute, .executable = compiled.executable, .options = &options, .num_devices = 1,
-         .argument_lists = (PJRT_Buffer *const *const[]){arguments}, .num_args = count + 4,
+         .argument_lists = (PJRT_Buffer *const *const[]){arguments}, .num_args = count + 2 + states,
          .output_lists = (PJRT_Buffer **const[]){results});
     CALL(back, PJRT_Buffer_ToHostBuffer, .src = results[0], .host_layout = &layout, .dst = row,
          .dst_size = (size_t)logits.bytes);
     finish(back.event);
-    for (int i = 1; i < 3; i++) replace(&last[i + 1], results[i]); /* what was given is donated: a handle is left */
+    for (size_t i = 1; i <= states; i++) replace(&last[i + 1], results[i]); /* what was given is donated: a handle is left */
     replace(&results[0], NULL);
     if (at < 0) continue;
     token = 0;
@@ -145,6 +157,6 @@ int main(int count, char **argv) {
   Text code = map(string(member(entry, "file")));
   PJRT_Program program = {.struct_size = PJRT_Program_STRUCT_SIZE, .code = (char *)code.at,
       .code_size = (size_t)(code.end - code.at), .format = "mlir", .format_size = 4};
-  if (count == 3) return run(&program, inside(member(manifest, "weights")), entry);
+  if (count == 3) return run(&program, manifest, entry);
   compile(&program, argv[4], argv + 5, count - 5);
 }

@@ -23,7 +23,8 @@ class Session:
             with open(bundle.file(file), "rb") as opened:
                 exported = jax.export.deserialize(bytearray(opened.read()))
             count = len(exported.in_avals)
-            self._programs[name] = jax.jit(exported.call, donate_argnums=(count - 2, count - 1))
+            state = range(count - len(bundle.state), count)
+            self._programs[name] = jax.jit(exported.call, donate_argnums=tuple(state))
 
     def reset(self):
         self._state = [jax.numpy.zeros(value["shape"], value["dtype"]) for value in self._bundle.state]

@@ -9,19 +9,24 @@ from export.runners.runner import main
 
 
 class Session:
-    """A program is loaded when it is first run. Keys and values stay where they are: only new rows are written."""
+    """A program is loaded when it is first run. State of which programs write slices alone stays where it is."""
 
     def __init__(self, bundle):
         self.name = f"onnxruntime {onnxruntime.__version__}"
-        files = bundle.manifest["targets"].get("onnx", {"files": []})["files"]
-        self._files = {os.path.basename(name): bundle.file(name) for name in files}
+        target = bundle.manifest["targets"].get("onnx", {"files": []})
+        self._files = {os.path.basename(name): bundle.file(name) for name in target["files"]}
+        # Bundles of the first releases do not say it: their keys and values are.
+        self._in_place = target.get("in_place", ["key", "value"])
         self._programs, self._bundle, self._options = {}, bundle, onnxruntime.SessionOptions()
         # Folding would unpack those weights that the program dequantizes itself.
         self._options.add_session_config_entry("optimization.disable_specified_optimizers", "ConstantFolding")
 
     def reset(self):
         make = lambda value: onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(value["shape"], value["dtype"]))  # noqa: E731
-        self._state = {value["name"]: make(value) for value in self._bundle.state}
+        self._state = {value["name"]: [make(value)] for value in self._bundle.state}
+        for value in self._bundle.state:
+            if value["name"] not in self._in_place:
+                self._state[value["name"]].append(make(value))
 
     def run(self, name, inputs):
         if name not in self._programs:
@@ -34,10 +39,12 @@ class Session:
         binding = self._programs[name].io_binding()
         for key, array in inputs.items():
             binding.bind_cpu_input(key, array)
-        for key, value in self._state.items():
-            # The same memory: a program writes the whole cache last, with one node that then has nothing to copy.
-            binding.bind_ortvalue_input(key, value)
-            binding.bind_ortvalue_output(f"{key}_out", value)
+        for key, values in self._state.items():
+            # One memory: a program writes all slices last, with one node that then has nothing else to copy. Or two in
+            # turn, because a program may write the new value before it has read all of the old one.
+            binding.bind_ortvalue_input(key, values[0])
+            binding.bind_ortvalue_output(f"{key}_out", values[-1])
+            values.reverse()
         binding.bind_output("logits")
         self._programs[name].run_with_iobinding(binding)
         return binding.get_outputs()[-1].numpy()

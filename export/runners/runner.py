@@ -98,7 +98,10 @@ class Bundle:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             sys.exit(f"{path}: not a whole bundle: {line_of(error)}")
         self.batch, self.slots = (self.manifest["cache"][key] for key in ("batch", "slots"))
-        self.state = [v for v in self.manifest["programs"]["decode"]["inputs"] if v["name"] in ("key", "value")]
+        inputs = self.manifest["programs"]["decode"]["inputs"]
+        # Bundles of the first releases do not say what their state is.
+        state = self.manifest["cache"].get("state")
+        self.state = state or [value for value in inputs if value["name"] in ("key", "value")]
 
     def _read_manifest(self):
         with open_regular(os.path.join(self.path, "manifest.json"), LARGEST_MANIFEST) as file:

@@ -66,7 +66,8 @@ def main(path, folder, target):
             exported = jax.export.deserialize(bytearray(file.read()))
         values = [*manifest["weights"], *program["inputs"]]
         arguments = [jax.ShapeDtypeStruct(v["shape"], jax.numpy.dtype(v["dtype"]), sharding=sharding) for v in values]
-        state = (len(values) - 2, len(values) - 1)
+        returned, first = {value["name"] for value in program["outputs"]}, len(manifest["weights"])
+        state = [first + i for i, value in enumerate(program["inputs"]) if value["name"] in returned]
         compiled = jax.jit(exported.call, donate_argnums=state, keep_unused=True).lower(*arguments).compile()
         memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
         if memory is None:

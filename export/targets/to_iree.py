@@ -7,7 +7,8 @@ it. What follows the target's name goes to iree-compile and replaces the same op
 of the target: `iree-cuda --iree-cuda-target=sm_89`.
 
 Weights are parameters of the scope "model": whoever loads the module gives it weights.safetensors, and IREE finds each
-by its name. They stay packed there. The state is consumed: keys and values are updated where they are.
+by its name. They stay packed there. The state, what a program both takes and returns, is consumed: it is updated where
+it is.
 """
 
 import argparse
@@ -140,9 +141,12 @@ def merged(bundle: Path, manifest: dict) -> str:
         for index, (argument, kind, _) in enumerate(arguments[:count]):
             types[index] = kind
             loads.append(f"    {argument} = util.global.load immutable @weight_{index} : {kind}\n")
-        given = []
+        given, returned = [], {value["name"] for value in program["outputs"]}
         for (argument, kind, encoding), value in zip(arguments[count:], program["inputs"], strict=True):
-            attributes = [encoding] * bool(encoding) + ["iree.abi.consume"] * (value["name"] in ("key", "value"))
+            # Not where the result goes: IREE 3.13 then writes it before all of the old value was read. What is consumed
+            # it updates in place by itself, where nothing is read later.
+            encoding = re.sub(r"(, )?iree\.abi\.output = \d+ : index", "", encoding)
+            attributes = [encoding] * bool(encoding) + ["iree.abi.consume"] * (value["name"] in returned)
             given.append(f"{argument}: {kind}" + f" {{{', '.join(attributes)}}}" * bool(attributes))
         body = text[head.end() :].rstrip().removesuffix("}")  # of the module
         functions.append(f"  util.func public @{name}({', '.join(given)}) -> {head[2]} {{\n{''.join(loads)}{body}")

@@ -2,8 +2,8 @@
 
 A command is a module with `SUMMARY`, `EXAMPLES`, `define(values)` and `run(values)`; `POSITIONAL` names the flag that
 may be given by its value alone. Flags belong to the command, in an `absl.flags.FlagValues` of its own: nothing is
-defined globally, and no command accepts another's. Commands about bundles stand in the package `export`, which this one
-knows by name only.
+defined globally, and no command accepts another's. Which modules there are, here, in the package `export` and in other
+distributions, is what entry points say: see `commands.py`.
 """
 
 import difflib
@@ -22,23 +22,12 @@ from absl import flags
 
 from llamajax import process
 from llamajax.cli import terminal
+from llamajax.cli.commands import Command, find_commands
 from llamajax.errors import LlamaJaxError
 from llamajax.files import causes, disk_problem
 from llamajax.generation.compilation import drop_oldest, is_private, processor_features
 
-COMMANDS = {
-    "generate": "llamajax.cli.generate",
-    "inspect": "llamajax.cli.inspect",
-    "convert": "llamajax.cli.convert",
-    "quantize": "llamajax.cli.quantize",
-    "eval": "llamajax.cli.evaluate",
-    "bench": "llamajax.cli.bench",
-    "train": "llamajax.cli.train",
-    "export": "export.cli.export",
-    "verify": "export.cli.verify",
-    "run": "export.cli.run",
-}
-
+COMMANDS = find_commands()
 
 _HELP = ("-h", "-help", "--help")
 # How XLA, TensorStore, Python and C++ say that memory, or what the system allows of it, is used up.
@@ -79,11 +68,14 @@ def _run(argv: list[str]) -> int:
         terminal.write(f"llamajax {__version__}")
         return 0
     name, *rest = argv
+    if not COMMANDS:
+        remedy = "pip install it, or run it from a checkout"
+        return _fail(f"no command is known: neither metadata nor pyproject.toml of this package is here: {remedy}", 1)
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(COMMANDS)}"
         return _fail(f"unknown command {name!r}: {hint}", 2)
-    command = importlib.import_module(COMMANDS[name])
+    command = _load(COMMANDS[name])
     values = flags.FlagValues()
     command.define(values)
     flags.DEFINE_boolean("help", False, "show this", short_name="h", flag_values=values)
@@ -105,6 +97,34 @@ def _run(argv: list[str]) -> int:
     with process.interruptible():
         command.run(values)
     return 0
+
+
+def _load(command: Command) -> ModuleType:
+    """The module of a command.
+
+    Raises:
+        LlamaJaxError: where two distributions declare the command, its module cannot be imported, or is no command.
+    """
+    name, module, owner = command.name, command.module, command.distribution
+    if len(command.modules) > 1:
+        rivals = " and ".join(f"{each} ({place})" for each, place in command.modules.items())
+        raise LlamaJaxError(f"command {name!r}: declared by {rivals}: expected one distribution: uninstall the other")
+    try:
+        loaded = importlib.import_module(module)
+    except ImportError as error:
+        if explained(error):  # memory is used up: nothing is missing
+            raise
+        raise LlamaJaxError(
+            f"command {name!r}: {module} of the distribution {owner} cannot be imported ({error}): install what it "
+            f"needs, or another version of {owner}, or uninstall it"
+        ) from error
+    missing = [each for each in ("SUMMARY", "EXAMPLES", "define", "run") if not hasattr(loaded, each)]
+    if missing:
+        raise LlamaJaxError(
+            f"command {name!r}: {module} of the distribution {owner} has no {', '.join(missing)}: expected a command's "
+            f"module: install another version of {owner}, or uninstall it"
+        )
+    return loaded
 
 
 def explained(error: BaseException) -> str | None:
@@ -137,7 +157,8 @@ def keep_compiled_programs() -> None:
         return
     drop_oldest(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # The smallest too, as of an empty cache or a key: together they take a tenth of a second to compile, less to load.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _fail(message: str, code: int) -> int:
@@ -148,9 +169,17 @@ def _fail(message: str, code: int) -> int:
 
 def _overview() -> str:
     lines = ["llamajax: one functional LLaMA in JAX", "", "usage: llamajax COMMAND [--flag=value …]", ""]
-    lines += [f"  {name:10} {importlib.import_module(module).SUMMARY}" for name, module in COMMANDS.items()]
+    lines += [f"  {name:10} {_summary(command)}" for name, command in COMMANDS.items()]
     lines += ["", "examples:", "  llamajax generate --prompt='Once upon a time'", "  llamajax inspect --model=box", ""]
     return "\n".join([*lines, "llamajax COMMAND --help shows a command's flags and examples; --version the version."])
+
+
+def _summary(command: Command) -> str:
+    """One line; of a command that cannot be used, why: the others can."""
+    try:
+        return _load(command).SUMMARY
+    except LlamaJaxError as error:
+        return f"cannot be used: {error}"
 
 
 def _help(name: str, command: ModuleType, values: flags.FlagValues) -> str:

@@ -19,8 +19,7 @@ from llamajax.quantization.quantize import quantize, read_recipe, recipe_names
 from llamajax.quantization.resume import remove_parts
 from llamajax.tokenizer import Tokenizer
 from llamajax.train import story_texts
-from quant import quantized
-from quant.recipe import Recipe
+from quant import Recipe, quantized
 
 SUMMARY = "pack weights into 8, 6, 5, 4, 3 or 2 bits by a recipe"
 EXAMPLES = (

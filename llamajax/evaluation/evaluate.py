@@ -10,7 +10,7 @@ import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -108,9 +108,12 @@ def text_windows(text: str, tokenizer: Tokenizer, window: int = 512, convention:
 # ---- Measures --------------------------------------------------------------------------------------------------------
 
 
-def next_token_losses(model: Llama, tokens_BT: jax.Array) -> jax.Array:
-    """Negative log-likelihood of each token after the first of its row, in nats, float32 [B, T-1]. Differentiable."""
-    return _losses(model(tokens_BT[:, :-1])[0], tokens_BT[:, 1:])
+def next_token_losses(model: Llama, tokens_BT: jax.Array, **options: Any) -> jax.Array:
+    """Negative log-likelihood of each token after the first of its row, in nats, float32 [B, T-1]. Differentiable.
+
+    Options are `hooks` and `remat`, as of `Llama.blocks`.
+    """
+    return _losses(model(tokens_BT[:, :-1], **options)[0], tokens_BT[:, 1:])
 
 
 def token_losses(

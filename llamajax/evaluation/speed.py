@@ -39,8 +39,7 @@ from llamajax.generation.sampling import make_sampler
 from llamajax.model import Llama
 from llamajax.parameters import Place, Spec, product_weights, specs, step_bytes
 from llamajax.quantization.quantize import assigned, read_recipe
-from quant import QTensor, Scheme, quantize_rtn
-from quant.recipe import Rule
+from quant import QTensor, Rule, Scheme, quantize_rtn
 
 FLOATS = ("float32", "bfloat16", "float16")
 _DEVIATION = 0.02  # standard deviation of random weights: that which training starts from

@@ -19,9 +19,7 @@ from llamajax.model import Llama, model_from
 from llamajax.parameters import Place, leaves, specs
 from llamajax.quantization import calibrate
 from llamajax.quantization.quantize_weight import naming
-from quant import Scheme, quantize_rtn, values
-from quant.budget import allocate
-from quant.recipe import Rule
+from quant import Rule, Scheme, allocate, quantize_rtn, values
 
 _BITS = (2, 3, 4, 5, 6, 8)
 _SAMPLE_TOKENS = 4096

@@ -17,9 +17,7 @@ from llamajax.errors import LlamaJaxError
 from llamajax.layer import Layer
 from llamajax.model import NO_CACHE
 from llamajax.parameters import KINDS, Spec, block_weights, kind_of_layer
-from quant import Probe, quantize_rtn, search_scale, smoothing_scale
-from quant.gptq import add_to_hessian
-from quant.recipe import Rule
+from quant import Probe, Rule, add_to_hessian, quantize_rtn, search_scale, smoothing_scale
 
 # Tokens that a search for scales measures its error on.
 _SAMPLES = 1024

@@ -28,8 +28,7 @@ from llamajax.quantization import calibrate
 from llamajax.quantization.bit_search import choose_bits
 from llamajax.quantization.quantize_weight import in_dtype, naming, quantize_weight
 from llamajax.workers import workers
-from quant import quantized, values
-from quant.recipe import Recipe, Rule, assign, recipe_from
+from quant import Recipe, Rule, assign, quantized, recipe_from, values
 
 if TYPE_CHECKING:
     from llamajax.quantization.resume import PartsOnDisk

@@ -12,8 +12,7 @@ import numpy as np
 from llamajax.errors import LlamaJaxError
 from llamajax.parameters import Place, Spec
 from llamajax.quantization.calibrate import Statistics
-from quant import QTensor, outlier_channels, quantize_gptq, quantize_hqq, quantize_rtn, split_outliers
-from quant.recipe import Rule
+from quant import QTensor, Rule, outlier_channels, quantize_gptq, quantize_hqq, quantize_rtn, split_outliers
 
 # Quantized at a time. Three weights are in work, each with several copies of such a part in float32: of 420M weights
 # in bfloat16, beside the result and a process that has compiled anything, 36 MiB; with four times as many 106.

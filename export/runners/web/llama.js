@@ -149,6 +149,9 @@ export function chooser(temperature) {
   };
 }
 
+// Arrays of each dtype that a state may have here; of float16 onnxruntime takes the bits.
+const ZEROS = { float32: Float32Array, float16: Uint16Array, int32: Int32Array, uint8: Uint8Array, uint32: Uint32Array };
+
 export class Model {
   // `bundle` and `ort` are addresses that end in a slash: of the bundle, and of onnxruntime-web's files.
   static async open(bundle, ort) {
@@ -159,7 +162,9 @@ export class Model {
     if (format !== "llamajax-bundle" || version !== 1) throw new Error(`${bundle}: not a bundle of version 1`);
     if (!targets.onnx) throw new Error(`${bundle}: no ONNX programs: export it with the target onnx`);
     if (cache.batch !== 1) throw new Error(`${bundle}: batch ${cache.batch}: this page wants 1`);
-    if (cache.dtype !== "float32") throw new Error(`${bundle}: cache of ${cache.dtype}: this page wants float32`);
+    for (const { name, dtype } of model.declared) {
+      if (!ZEROS[dtype]) throw new Error(`${bundle}: ${name} in ${dtype}: expected ${Object.keys(ZEROS).join(", ")}`);
+    }
     model.text = new Text(JSON.parse(new TextDecoder().decode(await model.file("vocabulary.json"))));
     for (const { text, ids } of model.text.refusal ? [] : model.manifest.golden.texts ?? []) {
       const found = model.text.encode(text);
@@ -170,6 +175,12 @@ export class Model {
     model.sessions = {};
     model.weights = await model.file(model.onnx("weights.bin"));
     return model;
+  }
+
+  // The arrays that each program hands to the next. Bundles of the first releases do not say what they are.
+  get declared() {
+    const { cache, programs } = this.manifest;
+    return cache.state ?? programs.decode.inputs.filter(({ name }) => name === "key" || name === "value");
   }
 
   onnx(name) {
@@ -204,13 +215,13 @@ export class Model {
       feeds[key] = new this.ort.Tensor("int32", Int32Array.from(values), shape);
     }
     const results = await this.sessions[name].run(feeds);
-    this.state = { key: results.key_out, value: results.value_out };
+    this.state = Object.fromEntries(this.declared.map(({ name }) => [name, results[`${name}_out`]]));
     return results.logits.data;
   }
 
   // Prefills `ids`, then yields tokens, at most `limit`.
   async *steps(ids, limit, choose) {
-    const { cache, buckets, programs } = this.manifest;
+    const { cache, buckets } = this.manifest;
     if (!(ids.length > 0 && ids.length < cache.slots)) {
       throw new Error(`${ids.length} tokens: expected 1 to ${cache.slots - 1}, for the cache has ${cache.slots} slots`);
     }
@@ -220,9 +231,9 @@ export class Model {
     }
     const row = (value) => ({ values: [value], shape: [1] });
     this.state = {};
-    for (const { name, shape } of programs.decode.inputs.filter(({ name }) => name === "key" || name === "value")) {
-      const size = shape.reduce((a, b) => a * b);
-      this.state[name] = new this.ort.Tensor("float32", new Float32Array(size), shape);
+    for (const { name, dtype, shape } of this.declared) {
+      const size = shape.reduce((a, b) => a * b, 1);
+      this.state[name] = new this.ort.Tensor(dtype, new ZEROS[dtype](size), shape);
     }
     let length = 0, logits;
     while (length < ids.length) {
