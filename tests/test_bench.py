@@ -19,8 +19,9 @@ from llamajax.evaluation.speed import (
     resident_bytes,
 )
 from llamajax.generation.programs import compiled_decode
+from llamajax.parameters import named_weights
 from llamajax.quantization.quantize import quantize
-from quant import LayerRuns, QTensor, dequantize
+from quant import Mixed, QTensor, dequantize
 from quant.kernels.cpu import TiledWeight
 
 CONFIG = llamajax.Config(
@@ -57,7 +58,7 @@ def test_random_floats(dtype: str) -> None:
     width = np.dtype(dtype).itemsize
     assert {leaf.dtype.name for leaf in jax.tree.leaves(model)} == {dtype}
     assert size(model) == width * (2 * LAYER + 2 * TABLE + NORMS)
-    assert np.asarray(model.layers.ffn.up_DF, np.float32).std() == pytest.approx(0.02, rel=0.1)
+    assert np.asarray(named_weights(model)["layers.*.ffn.up_DF"], np.float32).std() == pytest.approx(0.02, rel=0.1)
     np.testing.assert_array_equal(model.norm.weight_D[...], 1)
     again, other = random_model(CONFIG, dtype), random_model(CONFIG, dtype, seed=1)
     np.testing.assert_array_equal(model.embed_VD[...], again.embed_VD[...])
@@ -72,11 +73,11 @@ def test_layers_of_different_rules(tmp_path) -> None:
         "[[rules]]\nweights = '*'\nscheme = 'mxfp4'\nactivations = 'int8-token'\n"
     )
     model = random_model(CONFIG, recipe)
-    weight = named_weights(model)["layers.ffn.down_FD"]
-    assert isinstance(weight, LayerRuns)
-    assert [part.scheme.name for part in weight.parts] == ["uint4", "mxfp4"]
-    assert [part.activations for part in weight.parts] == [None, "int8-token"]
-    values = [np.asarray(dequantize(part)) for part in weight.parts]
+    weight = named_weights(model)["layers.*.ffn.down_FD"]
+    assert isinstance(weight, Mixed)
+    assert [part.scheme.name for part in weight.stacks] == ["uint4", "mxfp4"]
+    assert [part.activations for part in weight.stacks] == [None, "int8-token"]
+    values = [np.asarray(dequantize(part)) for part in weight.stacks]
     assert all(0.005 < each.std() < 0.04 and abs(each.mean()) < 0.01 for each in values)
     assert np.isfinite(model(jnp.zeros((1, 8), jnp.int32))[0]).all()
 
@@ -157,7 +158,7 @@ def test_programs_are_counted_once_and_are_those_of_generate() -> None:
 
 def test_prepared_models_are_measured() -> None:
     model = llamajax.prepare(random_model(CONFIG, "int4-g32"), donate=True)
-    assert isinstance(model.layers.ffn.up_DF.get_value(), TiledWeight) == (jax.default_backend() == "cpu")
+    assert isinstance(named_weights(model)["layers.*.ffn.up_DF"], TiledWeight) == (jax.default_backend() == "cpu")
     measured = measure_decode(model, 9, steps=1, repeats=1)
     slot = CONFIG.num_layers * 2 * CONFIG.num_kv_heads * CONFIG.head_size * 4
     assert measured.bytes_read == (2 * LAYER + TABLE) * 4.5 / 8 + 4 * NORMS + 9 * slot

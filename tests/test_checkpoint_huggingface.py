@@ -21,6 +21,7 @@ import llamajax
 from llamajax import Llama, LlamaJaxError, open_checkpoint, save_checkpoint
 from llamajax.checkpoint import huggingface
 from llamajax.cli import COMMANDS, main
+from llamajax.parameters import named_arrays, named_weights
 
 Tensors = dict[str, np.ndarray]
 
@@ -76,7 +77,7 @@ def _refused(folder: Path, message: str) -> None:
 
 
 def _assert_equal(first: Any, second: Any) -> None:
-    a, b = named_leaves(first), named_leaves(second)
+    a, b = named_arrays(first), named_arrays(second)
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], name)
@@ -103,17 +104,20 @@ def test_mixed_dtypes_are_widened(dtype: Any, copy: Path, tiny_model: llamajax.L
     """Files with float32 norms among 16-bit matrices exist; float32 holds both exactly."""
     _edit_tensors(copy, lambda t: t.update({QUERY: t[QUERY].astype(dtype)}))
     model = open_checkpoint(copy).read()
-    assert {str(leaf.dtype) for leaf in named_leaves(model).values()} == {"float32"}
-    expected = np.asarray(tiny_model.layers.attention.query_DQ[0]).astype(dtype).astype(np.float32)
-    np.testing.assert_array_equal(model.layers.attention.query_DQ[0], expected)
-    np.testing.assert_array_equal(model.layers.attention.query_DQ[1], tiny_model.layers.attention.query_DQ[1])
+    assert {str(leaf.dtype) for leaf in named_arrays(model).values()} == {"float32"}
+    expected = np.asarray(named_weights(tiny_model)["layers.*.attention.query_DQ"][0]).astype(dtype).astype(np.float32)
+    np.testing.assert_array_equal(named_weights(model)["layers.*.attention.query_DQ"][0], expected)
+    np.testing.assert_array_equal(
+        named_weights(model)["layers.*.attention.query_DQ"][1],
+        named_weights(tiny_model)["layers.*.attention.query_DQ"][1],
+    )
 
 
 def test_tied_with_a_copy_of_the_embedding_as_head(copy: Path) -> None:
     _edit_config(copy, tie_word_embeddings=True)
     _edit_tensors(copy, lambda t: t.update({HEAD: t[EMBED]}))
     model = open_checkpoint(copy).read()
-    assert model.head_VD is None and "head_VD" not in named_leaves(model)
+    assert model.head_VD is None and "head_VD" not in named_arrays(model)
 
 
 def test_tied_with_another_head_is_refused(copy: Path) -> None:
@@ -348,4 +352,4 @@ def test_files_are_as_the_library_writes_them(tiny_model: Llama, tmp_path: Path)
     for name, array in tensors.items():
         assert ours[name]["data_offsets"][0] % array.itemsize == 0
     np.testing.assert_array_equal(tensors["model.norm.weight"], tiny_model.norm.weight_D.get_value())
-    np.testing.assert_array_equal(tensors[QUERY], np.asarray(model.layers.attention.query_DQ[0]).T)
+    np.testing.assert_array_equal(tensors[QUERY], np.asarray(named_weights(model)["layers.*.attention.query_DQ"][0]).T)
