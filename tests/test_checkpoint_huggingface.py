@@ -14,7 +14,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from absl import flags
-from llamajax.checkpoint.naming import named_leaves
 from safetensors.numpy import load_file, save_file
 
 import llamajax
