@@ -168,4 +168,4 @@ def test_a_change_is_a_change() -> None:
         (None, None, 0.5, None),
         (None,) * 3 + (np.ones(4),),
     ):
-        assert np.max(np.abs(expected(*arrays, position_BT, *changes) - plain)) > 0.05
+        assert np.max(np.abs(expected(*arrays, position_BT, *changes) - plain)) > 0.01
