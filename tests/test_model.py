@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from llamajax.checkpoint.naming import halves_from_pairs
 
 from llamajax import Config, KVCache, Llama, RopeScaling, abstract_model, preset
-from llamajax.checkpoint.naming import halves_from_pairs
 from llamajax.evaluation.evaluate import next_token_losses
 from llamajax.model import RMSNorm, apply_rope, attend, attend_causal, rope_frequencies
 from tests import reference
