@@ -31,7 +31,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from absl import app, flags
-from llamajax.checkpoint.naming import named_leaves
 
 import llamajax
 from llamajax.box.stories import corpus

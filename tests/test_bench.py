@@ -4,13 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from llamajax.checkpoint.naming import named_weights
 
 import llamajax
 from llamajax.evaluation.speed import (
     FLOATS,
     Measurement,
-    _weight_bytes,
     measure_decode,
     measure_prefill,
     memory_bandwidth,
@@ -21,7 +19,7 @@ from llamajax.evaluation.speed import (
 from llamajax.generation.programs import compiled_decode
 from llamajax.parameters import named_weights
 from llamajax.quantization.quantize import quantize
-from quant import Mixed, QTensor, dequantize
+from quant import Mixed, QTensor, dequantize, nbytes
 from quant.kernels.cpu import TiledWeight
 
 CONFIG = llamajax.Config(
@@ -97,7 +95,7 @@ def test_recipes_without_random_weights(weights: str, message: str) -> None:
 def test_a_recipe_that_quantizes_norms_is_named(tmp_path) -> None:
     recipe = tmp_path / "all.toml"
     recipe.write_text("[[rules]]\nweights = '*'\nscheme = 'int4'\n")
-    with pytest.raises(llamajax.LlamaJaxError, match=r"attention_norm.weight_D of layer 0: .* rule that keeps norms"):
+    with pytest.raises(llamajax.LlamaJaxError, match=r"layers.0.attention_norm.weight_D: .* rule that keeps norms"):
         random_model(CONFIG, recipe)
 
 
@@ -139,9 +137,9 @@ def test_prefill_of_several_rows() -> None:
 def test_bytes_of_weights_are_those_of_the_layout() -> None:
     """A TPU keeps two codes of 4 bits in a byte, which `nbytes` of the array of codes does not say."""
     model = random_model(CONFIG, "int4-g32")
-    stored = _weight_bytes(model)
+    stored = nbytes(model)
     wider = 2 * (2 * LAYER + TABLE) // 32  # its scales are float32 instead of float16
-    sizes = [_weight_bytes(llamajax.prepare(model, backend)) for backend in ("cpu", "gpu", "tpu")]
+    sizes = [nbytes(llamajax.prepare(model, backend)) for backend in ("cpu", "gpu", "tpu")]
     assert sizes == [stored, stored, stored + wider]
 
 

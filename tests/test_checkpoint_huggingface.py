@@ -160,10 +160,10 @@ def test_rope_spellings_of_transformers_4_and_5(copy: Path) -> None:
             r"embed_tokens.weight has shape \(24, 320\): expected \(320, 24\) by config.json",
         ),
         (lambda t: t.update({QUERY: np.ones((32, 24), np.int64)}), "q_proj.weight has dtype I64: expected one of F32"),
-        (lambda t: t.update({QUERY: t[QUERY] * np.nan}), "query_DQ of layer 0 holds NaN or infinity"),
+        (lambda t: t.update({QUERY: t[QUERY] * np.nan}), "layers.0.attention.query_DQ holds NaN or infinity"),
         (
             lambda t: t.update({QUERY: np.full((32, 24), np.inf, np.float16)}),
-            "query_DQ of layer 0 holds NaN or infinity",
+            "layers.0.attention.query_DQ holds NaN or infinity",
         ),
     ],
 )

@@ -64,7 +64,7 @@ def streams(config: Config, weights: Weights, tokens: np.ndarray) -> list[np.nda
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}"
         normed = rms_norm(x, weights[f"{prefix}.input_layernorm.weight"], config.norm_eps)
-        x = x + attention(config, weights, f"{prefix}.self_attn", normed, False)
+        x = x + attention(config, weights, f"{prefix}.self_attn", normed, False)[0]
         normed = rms_norm(x, weights[f"{prefix}.post_attention_layernorm.weight"], config.norm_eps)
         x = x + feed_forward(weights, f"{prefix}.mlp", normed)
         result.append(x)

@@ -17,10 +17,11 @@ import llamajax
 from llamajax import Config, Llama, LlamaJaxError, next_token_losses
 from llamajax.box.stories import corpus
 from llamajax.evaluation.evaluate import compare, cross_entropy, encode_documents
-from llamajax.parameters import leaves
+from llamajax.parameters import Place, Spec, leaves
 from llamajax.quantization.quantize import quantize, read_recipe, recipe_names
+from llamajax.quantization.quantize_weight import quantize_weight
 from llamajax.train import heldout_stories
-from quant import QTensor
+from quant import QTensor, quantize_rtn
 from quant.recipe import KEYS, Recipe, Rule, assign, recipe_from
 from tests.programs import forward as forward_pass
 from tests.reference import forward, random_model, weights_of
@@ -414,3 +415,20 @@ def test_recipe_from_reads_what_recipes_say() -> None:
     assert recipe_from(table | {"target_bpw": 4.25}, "here") == Recipe(rules, 4.25)
     assert Recipe(rules, 4.25).needs_calibration
     assert Recipe((Rule(weights="*", scheme="int4", method="gptq"),)).needs_calibration
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape"),
+    [("EDF", (4, 1024, 1024)), ("EFD", (4, 1024, 1024)), ("LEDF", (2, 3, 512, 1024)), ("LEFD", (2, 3, 512, 1024))],
+)
+def test_large_weights_of_several_matrices_are_packed_in_parts(axes: str, shape: tuple[int, ...]) -> None:
+    """Parts of the outputs, put together, are the weight quantized at once; along -2 and along -1."""
+    spec = Spec(axes=axes, over="D", roles=("product",))
+    assert spec.axis == (-2 if axes.endswith("DF") else -1)
+    weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    made = quantize_weight(Place("w", 0), weight, Rule(weights="*", scheme="int4", group_size=32), spec)
+    whole = quantize_rtn(jnp.asarray(weight), "int4", group_size=32, axis=spec.axis)
+    assert made.shape == shape and made.axis == spec.axis
+    assert made.planes[0].shape == whole.planes[0].shape and made.scale.shape == whole.scale.shape
+    np.testing.assert_array_equal(made.planes[0], whole.planes[0])
+    np.testing.assert_array_equal(np.asarray(made.scale), np.asarray(whole.scale))

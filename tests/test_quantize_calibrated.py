@@ -225,7 +225,7 @@ def test_a_damaged_part_is_named(skewed: Llama, tmp_path: Path) -> None:
             "query_DQ.*share their input",
         ),
         ((KEEP_NORMS, Rule(weights="*", scheme="int4", scaling="awq")), TOKENS, "embed_VD: scaling"),
-        (layers_rule(group_size=48), None, r"layer 0 of shape \(64, \d+\): groups of 48"),
+        (layers_rule(group_size=48), None, r"layers.0.attention.key_DM of shape \(64, 32\): groups of 48"),
         (layers_rule(outliers=65), TOKENS, "count 65: expected 1 to 64"),
     ],
 )
