@@ -138,7 +138,7 @@ def test_one_scale_for_the_tensor() -> None:
 def test_rows_of_a_table() -> None:
     weight = make("int4", (50, 64), 32, -1, jnp.float16)
     rows = jnp.asarray([0, 49, 7, 7])
-    np.testing.assert_array_equal(gpu.take_rows(gpu.layout(weight), rows), quant.dequantize(weight)[rows])
+    np.testing.assert_array_equal(gpu.layout(weight).rows(rows), quant.dequantize(weight)[rows])
 
 
 @pytest.mark.parametrize(
