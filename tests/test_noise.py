@@ -152,7 +152,7 @@ def test_refused(tiny_model: Llama, tokens: np.ndarray) -> None:
 
 def test_what_is_not_finite_is_named(tiny_model: Llama) -> None:
     large = jax.tree.map(lambda leaf: leaf * 1e30, tiny_model)
-    with pytest.raises(LlamaJaxError, match=r"layers\.attention\.\w+ of the reference is not finite, or its square"):
+    with pytest.raises(LlamaJaxError, match=r"embed_VD of the reference is not finite, or its square"):
         weight_noise(tiny_model, large)
     ids = np.arange(40) % tiny_model.config.vocab_size
     with pytest.raises(LlamaJaxError, match="the embedding of the model is not finite, or its square is not"):
