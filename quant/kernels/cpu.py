@@ -33,6 +33,9 @@ LANES = 16
 STEP_BYTES = (64, 16)
 # Rows up to which widening the bytes anew for each row is faster than a `dot` with weights that were written out.
 MAX_UNROLLED_ROWS = 16
+# Rows from which on the whole weight is written out for one `dot`: slabs read all rows anew for each tile, and so many
+# are in no cache.
+MIN_WHOLE_ROWS = 1024
 # Bytes of the float32 weights that are written out at a time for a `dot`.
 SLAB_BYTES = 2 << 20
 # Passed to `jax.jit` for programs with such products: LLVM uses half of a 512-bit register unless told otherwise. Has
@@ -194,7 +197,10 @@ def matmul(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
     x_RK, weight = jax.lax.optimization_barrier((x_RK.astype(jnp.float32), weight))
     if weight.order is not None:
         x_RK = jnp.take(x_RK, weight.order if weight.layer is None else weight.order[weight.layer], axis=1)
-    product = _by_slabs if x_RK.shape[0] > MAX_UNROLLED_ROWS else _unrolled
+    if x_RK.shape[0] <= MAX_UNROLLED_ROWS:
+        product = _unrolled
+    else:
+        product = _by_slabs if x_RK.shape[0] < MIN_WHOLE_ROWS else _whole
     return product(x_RK, weight)[:, : weight.outputs]
 
 
@@ -360,6 +366,22 @@ def _by_slabs(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
     y_tRl = jnp.zeros((count, x_RK.shape[0], LANES), jnp.float32)
     y_tRl = jax.lax.fori_loop(0, -(-count // slab), one, y_tRl)
     return jnp.swapaxes(y_tRl, 0, 1).reshape(x_RK.shape[0], -1)
+
+
+def _whole(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
+    """`matmul` for so many rows that writing the weight out costs little beside them, [R, M]."""
+    # The order was applied to the activations.
+    restored = restore(dataclasses.replace(weight, order=None))
+    values = dequantize(restored)
+    if weight.activations == "bfloat16":
+        values = _to_bfloat16(values)
+    return jnp.einsum(
+        "RK,KM->RM" if weight.axis == -2 else "RK,MK->RM",
+        x_RK.astype(values.dtype),
+        values,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
 
 
 @jax.custom_jvp  # Of integers there is none.
