@@ -20,9 +20,9 @@ from absl import app, flags
 from safetensors.numpy import save_file
 
 from llamajax.checkpoint.huggingface import expected_tensors
-from llamajax.checkpoint.naming import named_leaves
 from llamajax.config import config_to_hf, preset
 from llamajax.model import abstract_model
+from llamajax.parameters import named_arrays
 
 flags.DEFINE_string("preset", "tinyllama-1.1b", "shape of the model")
 flags.DEFINE_string("scratch", None, "where to put the temporary files; the system's place if not given")
@@ -33,7 +33,7 @@ _SHARD_BYTES = 1 << 30
 def write_random_model(name: str, folder: Path) -> None:
     """A sharded Hugging Face folder with weights drawn from a normal distribution."""
     config = preset(name)
-    shapes = {leaf: array.shape for leaf, array in named_leaves(abstract_model(config)).items()}
+    shapes = {leaf: array.shape for leaf, array in named_arrays(abstract_model(config)).items()}
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
     weight_map: dict[str, str] = {}

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 from absl import app, flags
 
 import llamajax
-from llamajax.checkpoint.naming import named_leaves
 from llamajax.evaluation.speed import measure_decode, memory_bandwidth, random_model
 from llamajax.model import abstract_model
+from llamajax.parameters import named_arrays
 
 flags.DEFINE_string("shape", "tinyllama-1.1b", "preset of the shape")
 flags.DEFINE_integer("rounds", 5, "how often everything is measured", lower_bound=1)
@@ -66,7 +66,7 @@ def qwix_way(config: llamajax.Config) -> Way:
     import qwix
 
     layers = {}
-    for name, leaf in named_leaves(abstract_model(config)).items():
+    for name, leaf in named_arrays(abstract_model(config)).items():
         if name.startswith("layers.") and leaf.ndim == 3:
             stack = jnp.stack([_weight(leaf.shape[1:], layer) for layer in range(config.num_layers)])
             layers[name.rsplit(".", 1)[-1]] = _packed(qwix, stack, (0, 2))

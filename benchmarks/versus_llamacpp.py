@@ -81,9 +81,9 @@ def write_gguf(path: Path, shape: str) -> None:
     import numpy as np
 
     from llamajax.checkpoint.huggingface import expected_tensors
-    from llamajax.checkpoint.naming import named_leaves
     from llamajax.config import preset
     from llamajax.model import abstract_model
+    from llamajax.parameters import named_arrays
 
     config = preset(shape)
     writer = gguf.GGUFWriter(path, "llama")
@@ -101,7 +101,7 @@ def write_gguf(path: Path, shape: str) -> None:
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
-    shapes = {name: leaf.shape for name, leaf in named_leaves(abstract_model(config)).items()}
+    shapes = {name: leaf.shape for name, leaf in named_arrays(abstract_model(config)).items()}
     tensors = []
     for ours, theirs, layer in expected_tensors(config):
         size = shapes[ours] if layer is None else shapes[ours][1:][::-1]

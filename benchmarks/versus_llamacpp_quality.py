@@ -31,7 +31,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from absl import app, flags
-from llamajax.checkpoint.naming import named_leaves
 
 import llamajax
 from llamajax.box.stories import corpus
@@ -41,6 +40,7 @@ from llamajax.evaluation.evaluate import Comparison, compare, encode_documents
 from llamajax.evaluation.plots import Point, quality_curve
 from llamajax.evaluation.windows import document_windows
 from llamajax.model import abstract_model
+from llamajax.parameters import named_arrays
 from llamajax.quantization import calibrate
 from llamajax.quantization.quantize import quantize, read_recipe, recipe_names
 from llamajax.train import heldout_stories
@@ -116,7 +116,7 @@ def write_gguf(
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
-    shapes = {name: leaf.shape for name, leaf in named_leaves(abstract_model(config)).items()}
+    shapes = {name: leaf.shape for name, leaf in named_arrays(abstract_model(config)).items()}
     tensors = []
     for ours, theirs, layer in expected_tensors(config):
         shape = shapes[ours] if layer is None else shapes[ours][1:][::-1]
@@ -147,7 +147,7 @@ def _pairs_from_halves(matrix: np.ndarray, head_size: int) -> np.ndarray:
 
 def _from_model(model: llamajax.Llama) -> Callable[[str, int | None, str], np.ndarray]:
     """A `read` of `write_gguf`: our weights are [in, out], the embedding [V, D]."""
-    leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(model).items()}
+    leaves = {name: np.asarray(leaf) for name, leaf in named_arrays(model).items()}
     return lambda ours, layer, theirs: leaves[ours] if layer is None else leaves[ours][layer].T
 
 

@@ -43,11 +43,7 @@ from export.programs import bound, empty_state, functions
 from export.runners.runner import LARGEST_MANIFEST, check_entries, line_of
 from export.vocabulary import vocabulary_of
 from export.weights import parameters
-from llamajax.errors import LlamaJaxError
-from llamajax.files import new_file, new_folder, open_regular, parse_json, read_bytes, shortened
-from llamajax.model import Llama
-from llamajax.parameters import named_weights
-from llamajax.tokenizer import Tokenizer
+from llamajax import Llama, LlamaJaxError, Tokenizer, files, named_weights
 from quant import compiler_options, schemes
 
 FORMAT = "llamajax-bundle"
@@ -116,7 +112,7 @@ def write(
         raise LlamaJaxError(f"{spec.slots} slots: the model's context is {model.config.context_length}")
     vocabulary = None if tokenizer is None else vocabulary_of(tokenizer)
     programs = lower(model, spec)
-    with new_folder(Path(path)) as folder:
+    with files.new_folder(Path(path)) as folder:
         (folder / "programs").mkdir()
         for name, program in programs.items():
             (folder / "programs" / f"{name}.mlirbc").write_bytes(program.artifact)
@@ -203,11 +199,11 @@ def _manifest(
 def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Writes the manifest, at once, with SHA-256 and size of every other file, and a SHA-256 of itself as last line."""
     names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-    files = {name: {"sha256": _sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
-    files.pop("manifest.json", None)
+    listed = {name: {"sha256": _sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
+    listed.pop("manifest.json", None)
     rest = {key: value for key, value in manifest.items() if key not in ("files", "sha256")}
-    text = json.dumps({**rest, "files": files}, indent=1, ensure_ascii=False).removesuffix("\n}").encode()
-    with new_file(folder / "manifest.json", beside=folder) as partial:  # in it, a leftover would be surplus
+    text = json.dumps({**rest, "files": listed}, indent=1, ensure_ascii=False).removesuffix("\n}").encode()
+    with files.new_file(folder / "manifest.json", beside=folder) as partial:  # in it, a leftover would be surplus
         partial.write_bytes(text + _SEAL + _closing(text))
 
 
@@ -249,17 +245,17 @@ def read_manifest(path: Path) -> Mapping[str, Any]:
     """
     file = path / "manifest.json"
     try:
-        data = read_bytes(file, LARGEST_MANIFEST)
+        data = files.read_bytes(file, LARGEST_MANIFEST)
     except OSError as error:
         raise LlamaJaxError(f"{path}: not a bundle: manifest.json: {error.strerror}") from None
-    manifest = parse_json(data, f"{file}: damaged")
+    manifest = files.parse_json(data, f"{file}: damaged")
     if not isinstance(manifest, dict) or not {"format", "version"} <= set(manifest):
         raise LlamaJaxError(f"{file}: damaged: expected the manifest of a bundle")
     kind, version = manifest["format"], manifest["version"]
     if kind != FORMAT or version != VERSION:
         raise LlamaJaxError(
-            f"{file}: format {shortened(kind)} version {shortened(version)}: this release reads {FORMAT!r} version "
-            f"{VERSION}; a newer bundle needs a newer llamajax"
+            f"{file}: format {files.shortened(kind)} version {files.shortened(version)}: this release reads "
+            f"{FORMAT!r} version {VERSION}; a newer bundle needs a newer llamajax"
         )
     before, _, closing = data.rpartition(_SEAL)
     if closing != _closing(before):
@@ -343,5 +339,5 @@ def _check_manifest(file: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _sha256(path: Path) -> str:
-    with open_regular(path) as file:
+    with files.open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]

@@ -17,10 +17,7 @@ from export.profiles import PROFILES, Spec
 from export.programs import bound, empty_state, functions
 from export.runners.runner import chooser, steps
 from export.weights import parameters
-from llamajax.errors import LlamaJaxError
-from llamajax.model import Llama
-from llamajax.prepare import prepare
-from llamajax.tokenizer import Tokenizer
+from llamajax import Llama, LlamaJaxError, Tokenizer, prepare
 from quant import compiler_options
 
 GOLDEN_TOKENS = 64

@@ -335,7 +335,8 @@ class Llama(nnx.Module):
             LlamaJaxError: for a layer that there is not, or a block of another kind, or of a model of another config.
         """
         blocks, position, place = self._at(number)
-        if len({jax.tree.structure(each, is_leaf=is_weight) for each in (blocks[position], block)}) > 1:
+        structures: list[Any] = [jax.tree.structure(each, is_leaf=is_weight) for each in (blocks[position], block)]
+        if structures[0] != structures[1]:
             raise LlamaJaxError(
                 f"layer {number}: a {type(block).__name__} of another config, or of other weights: expected a "
                 f"{type(blocks[position]).__name__} of a model with {self.config}"

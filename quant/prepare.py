@@ -47,7 +47,7 @@ def prepare(weight: Any, backend: str, *, donate: bool = False) -> Any:
         # What the layout has as it was, jax returns as the same array.
         kept = {id(array) for array in jax.tree.leaves(laid_out)}
         for array in arrays:
-            if id(array) not in kept and isinstance(array, jax.Array):
+            if id(array) not in kept and isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
                 array.delete()
     return laid_out
 

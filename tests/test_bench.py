@@ -4,13 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from llamajax.checkpoint.naming import named_weights
 
 import llamajax
 from llamajax.evaluation.speed import (
     FLOATS,
     Measurement,
-    _weight_bytes,
     measure_decode,
     measure_prefill,
     memory_bandwidth,
@@ -19,8 +17,9 @@ from llamajax.evaluation.speed import (
     resident_bytes,
 )
 from llamajax.generation.programs import compiled_decode
+from llamajax.parameters import named_weights
 from llamajax.quantization.quantize import quantize
-from quant import LayerRuns, QTensor, dequantize
+from quant import Mixed, QTensor, dequantize, nbytes
 from quant.kernels.cpu import TiledWeight
 
 CONFIG = llamajax.Config(
@@ -57,7 +56,7 @@ def test_random_floats(dtype: str) -> None:
     width = np.dtype(dtype).itemsize
     assert {leaf.dtype.name for leaf in jax.tree.leaves(model)} == {dtype}
     assert size(model) == width * (2 * LAYER + 2 * TABLE + NORMS)
-    assert np.asarray(model.layers.ffn.up_DF, np.float32).std() == pytest.approx(0.02, rel=0.1)
+    assert np.asarray(named_weights(model)["layers.*.ffn.up_DF"], np.float32).std() == pytest.approx(0.02, rel=0.1)
     np.testing.assert_array_equal(model.norm.weight_D[...], 1)
     again, other = random_model(CONFIG, dtype), random_model(CONFIG, dtype, seed=1)
     np.testing.assert_array_equal(model.embed_VD[...], again.embed_VD[...])
@@ -72,11 +71,11 @@ def test_layers_of_different_rules(tmp_path) -> None:
         "[[rules]]\nweights = '*'\nscheme = 'mxfp4'\nactivations = 'int8-token'\n"
     )
     model = random_model(CONFIG, recipe)
-    weight = named_weights(model)["layers.ffn.down_FD"]
-    assert isinstance(weight, LayerRuns)
-    assert [part.scheme.name for part in weight.parts] == ["uint4", "mxfp4"]
-    assert [part.activations for part in weight.parts] == [None, "int8-token"]
-    values = [np.asarray(dequantize(part)) for part in weight.parts]
+    weight = named_weights(model)["layers.*.ffn.down_FD"]
+    assert isinstance(weight, Mixed)
+    assert [part.scheme.name for part in weight.stacks] == ["uint4", "mxfp4"]
+    assert [part.activations for part in weight.stacks] == [None, "int8-token"]
+    values = [np.asarray(dequantize(part)) for part in weight.stacks]
     assert all(0.005 < each.std() < 0.04 and abs(each.mean()) < 0.01 for each in values)
     assert np.isfinite(model(jnp.zeros((1, 8), jnp.int32))[0]).all()
 
@@ -96,7 +95,7 @@ def test_recipes_without_random_weights(weights: str, message: str) -> None:
 def test_a_recipe_that_quantizes_norms_is_named(tmp_path) -> None:
     recipe = tmp_path / "all.toml"
     recipe.write_text("[[rules]]\nweights = '*'\nscheme = 'int4'\n")
-    with pytest.raises(llamajax.LlamaJaxError, match=r"attention_norm.weight_D of layer 0: .* rule that keeps norms"):
+    with pytest.raises(llamajax.LlamaJaxError, match=r"layers.0.attention_norm.weight_D: .* rule that keeps norms"):
         random_model(CONFIG, recipe)
 
 
@@ -138,9 +137,9 @@ def test_prefill_of_several_rows() -> None:
 def test_bytes_of_weights_are_those_of_the_layout() -> None:
     """A TPU keeps two codes of 4 bits in a byte, which `nbytes` of the array of codes does not say."""
     model = random_model(CONFIG, "int4-g32")
-    stored = _weight_bytes(model)
+    stored = nbytes(model)
     wider = 2 * (2 * LAYER + TABLE) // 32  # its scales are float32 instead of float16
-    sizes = [_weight_bytes(llamajax.prepare(model, backend)) for backend in ("cpu", "gpu", "tpu")]
+    sizes = [nbytes(llamajax.prepare(model, backend)) for backend in ("cpu", "gpu", "tpu")]
     assert sizes == [stored, stored, stored + wider]
 
 
@@ -157,7 +156,7 @@ def test_programs_are_counted_once_and_are_those_of_generate() -> None:
 
 def test_prepared_models_are_measured() -> None:
     model = llamajax.prepare(random_model(CONFIG, "int4-g32"), donate=True)
-    assert isinstance(model.layers.ffn.up_DF.get_value(), TiledWeight) == (jax.default_backend() == "cpu")
+    assert isinstance(named_weights(model)["layers.*.ffn.up_DF"], TiledWeight) == (jax.default_backend() == "cpu")
     measured = measure_decode(model, 9, steps=1, repeats=1)
     slot = CONFIG.num_layers * 2 * CONFIG.num_kv_heads * CONFIG.head_size * 4
     assert measured.bytes_read == (2 * LAYER + TABLE) * 4.5 / 8 + 4 * NORMS + 9 * slot

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from llamajax import Config, LlamaJaxError
-from llamajax.checkpoint.naming import named_leaves
+from llamajax.parameters import LAYER, inputs, named_weights
 from llamajax.quantization.calibrate import (
-    INPUTS,
     advance,
     block_of,
     calibration_windows,
@@ -31,6 +30,9 @@ CONFIG = Config(
     context_length=64,
 )
 WINDOWS = np.random.default_rng(0).integers(0, 96, (6, 16)).astype(np.int32)
+INPUTS = inputs(CONFIG, 0)
+FIRST = {group: names[0] for group, names in INPUTS.items()}
+NUMBERS = CONFIG.numbers(0)
 THEIRS = {"attention": "self_attn.k_proj", "out": "self_attn.o_proj", "ffn": "mlp.up_proj", "down": "mlp.down_proj"}
 
 
@@ -54,8 +56,8 @@ class Spied:
 
 
 def layers_of(model) -> list[dict[str, jax.Array]]:
-    leaves = {name: leaf for name, leaf in named_leaves(model.layers).items()}
-    return [{name: leaf[layer] for name, leaf in leaves.items()} for layer in range(CONFIG.num_layers)]
+    stacks = named_weights(model)
+    return [{name: stacks[f"layers.*.{name}"][layer] for name in LAYER} for layer in range(CONFIG.num_layers)]
 
 
 def reference_inputs(model, layer: int) -> dict[str, np.ndarray]:
@@ -75,8 +77,8 @@ def test_statistics_are_those_of_the_reference(layer: int) -> None:
     layers = layers_of(model)
     x_WTD = np.array(model.embed_VD.get_value()[WINDOWS])
     for before in layers[:layer]:
-        x_WTD = advance(block_of(before, CONFIG), x_WTD)
-    seen = observe(block_of(layers[layer], CONFIG), x_WTD, tuple(INPUTS), hessians=True)
+        x_WTD = advance(block_of(before, CONFIG, 0), x_WTD, NUMBERS)
+    seen = observe(block_of(layers[layer], CONFIG, layer), x_WTD, FIRST, True, NUMBERS)
     for group, x_TK in reference_inputs(model, layer).items():
         statistics = seen[group]
         np.testing.assert_allclose(statistics.mean_square_K, np.mean(x_TK**2, 0), rtol=2e-4)
@@ -93,7 +95,7 @@ def test_statistics_are_those_of_the_reference(layer: int) -> None:
 def test_hessians_are_made_only_where_asked_for() -> None:
     model = random_model(CONFIG)
     x_WTD = np.array(model.embed_VD.get_value()[WINDOWS])
-    seen = observe(block_of(layers_of(model)[0], CONFIG), x_WTD, ("ffn",), hessians=False)
+    seen = observe(block_of(layers_of(model)[0], CONFIG, 0), x_WTD, {"ffn": "ffn.up_DF"}, False, NUMBERS)
     assert set(seen) == {"ffn"} and seen["ffn"].hessian_KK is None
 
 
@@ -112,16 +114,16 @@ def test_folded_scales_change_nothing(group: str) -> None:
     model = random_model(CONFIG)
     before = layers_of(model)[1]
     x_WTD = np.array(model.embed_VD.get_value()[WINDOWS]) * 20
-    expected = forward(block_of(before, CONFIG), jnp.asarray(x_WTD))
+    expected = forward(block_of(before, CONFIG, 1), jnp.asarray(x_WTD), NUMBERS)
     width = before[INPUTS[group][0]].shape[0]
     scale_K = np.random.default_rng(2).uniform(0.3, 3, width).astype(np.float32)
     if group == "out":
         scale_K = np.broadcast_to(scale_K.reshape(2, 3, 8)[:, :1], (2, 3, 8)).reshape(-1)
     after = dict(before)
-    fold(after, group, jnp.asarray(scale_K), CONFIG, jnp.float32)
+    fold(after, LAYER, group, jnp.asarray(scale_K), CONFIG, jnp.float32)
     changed = [name for name in before if not np.array_equal(before[name], after[name])]
     assert set(INPUTS[group]) < set(changed) and len(changed) == len(INPUTS[group]) + 1
-    np.testing.assert_allclose(forward(block_of(after, CONFIG), jnp.asarray(x_WTD)), expected, atol=2e-4)
+    np.testing.assert_allclose(forward(block_of(after, CONFIG, 1), jnp.asarray(x_WTD), NUMBERS), expected, atol=2e-4)
 
 
 def test_a_norm_in_16_bits_is_folded_without_an_error() -> None:
@@ -130,7 +132,7 @@ def test_a_norm_in_16_bits_is_folded_without_an_error() -> None:
     before["ffn_norm.weight_D"] = before["ffn_norm.weight_D"].astype(jnp.bfloat16).astype(jnp.float32)
     before["ffn_norm.weight_D"] = before["ffn_norm.weight_D"].at[3].set(0)
     after = dict(before)
-    fold(after, "ffn", jnp.linspace(0.5, 2.1, 32), CONFIG, jnp.bfloat16)
+    fold(after, LAYER, "ffn", jnp.linspace(0.5, 2.1, 32), CONFIG, jnp.bfloat16)
     norm = after["ffn_norm.weight_D"]
     np.testing.assert_array_equal(norm, norm.astype(jnp.bfloat16).astype(jnp.float32))
     for name in INPUTS["ffn"]:

@@ -23,8 +23,9 @@ from safetensors.numpy import load_file, save_file
 import llamajax
 from llamajax import LlamaJaxError, Tokenizer, open_checkpoint, save_checkpoint
 from llamajax.checkpoint import home, huggingface
-from llamajax.checkpoint.naming import Place, named_leaves
 from llamajax.cli import main
+from llamajax.model import model_from
+from llamajax.parameters import Place, named_arrays, named_weights
 from llamajax.quantization.quantize import Rule, quantize
 from quant.kernels.cpu import TiledWeight
 
@@ -46,7 +47,7 @@ def copy(saved: Path, tmp_path: Path) -> Path:
 
 
 def _same_bits(first: Any, second: Any) -> bool:
-    a, b = named_leaves(first), named_leaves(second)
+    a, b = named_arrays(first), named_arrays(second)
     same = [
         a[name].dtype == b[name].dtype and np.asarray(a[name]).tobytes() == np.asarray(b[name]).tobytes() for name in a
     ]
@@ -77,11 +78,11 @@ def test_round_trip_bit_for_bit(
 
 def test_header_says_what_is_inside(saved: Path, tiny_model: llamajax.Llama, tiny_tokenizer: Tokenizer) -> None:
     opened = open_checkpoint(saved)
-    assert opened.description == "llamajax version 1 (Orbax), from a test"
+    assert opened.description == "llamajax version 2 (Orbax), from a test"
     assert opened.config == tiny_model.config
     assert opened.tokenizer_bytes == tiny_tokenizer.model_bytes
-    described = {name: (leaf.shape, leaf.dtype) for name, leaf in named_leaves(opened.abstract).items()}
-    assert described == {name: (leaf.shape, leaf.dtype) for name, leaf in named_leaves(tiny_model).items()}
+    described = {name: (leaf.shape, leaf.dtype) for name, leaf in named_arrays(opened.abstract).items()}
+    assert described == {name: (leaf.shape, leaf.dtype) for name, leaf in named_arrays(tiny_model).items()}
 
 
 def test_dtype_and_host_while_reading(saved: Path, tiny_model: llamajax.Llama) -> None:
@@ -98,7 +99,7 @@ def test_reading_into_a_backends_layout(tiny_int4: llamajax.Llama, tmp_path: Pat
     opened = open_checkpoint(tmp_path / "packed")
     prepared = llamajax.prepare(opened.read(), "cpu")
     direct, _ = llamajax.load(tmp_path / "packed", backend="cpu")
-    assert isinstance(direct.layers.ffn.up_DF.get_value(), TiledWeight)
+    assert isinstance(named_weights(direct)["layers.*.ffn.up_DF"], TiledWeight)
     assert not isinstance(direct.embed_VD.get_value(), TiledWeight)  # looked up, not multiplied with
     assert jax.tree.structure(direct) == jax.tree.structure(prepared) and _same_bits(direct, prepared)
     for dtype in (None, "bfloat16"):
@@ -117,11 +118,11 @@ def test_reading_for_rounded_activations(
     kinds = {"bfloat16": "bfloat16", "int8": "int8-group", "float32": None}
     for kind, stored in kinds.items():
         model, _ = llamajax.load(tmp_path / "packed", activations=kind, backend="cpu")
-        assert model.layers.ffn.up_DF.get_value().activations == stored
+        assert named_weights(model)["layers.*.ffn.up_DF"].activations == stored
         assert jax.tree.structure(model) == jax.tree.structure(opened.outcome(None, "cpu", kind))
         again = llamajax.with_activations(llamajax.with_activations(tiny_int4, "int8"), kind)
         assert jax.tree.structure(llamajax.prepare(again, "cpu")) == jax.tree.structure(model)
-    weight = tiny_int4.layers.ffn.up_DF.get_value()
+    weight = named_weights(tiny_int4)["layers.*.ffn.up_DF"]
     order = jnp.arange(24, dtype=jnp.int32)[None, :, None].repeat(2, 0)
     ordered = llamajax.with_activations(dataclasses.replace(weight, order=order), "int8")
     assert ordered.validate().activations == "int8-token"
@@ -151,7 +152,7 @@ from pathlib import Path
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 import llamajax
-from llamajax.checkpoint.naming import named_leaves
+from llamajax.parameters import named_arrays
 from quant.kernels.cpu import TiledWeight
 assert len(jax.devices()) == 4
 mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -159,9 +160,9 @@ opened = llamajax.open_checkpoint(sys.argv[1])
 # The last axis of every matrix over 4 devices; vectors on all of them.
 spread = lambda leaf: NamedSharding(mesh, P(*[None] * (len(leaf.shape) - 1), "x"))
 model = opened.read(shardings=jax.tree.map(spread, opened.abstract))
-for name, leaf in named_leaves(model).items():
+for name, leaf in named_arrays(model).items():
     assert len(leaf.sharding.device_set) == 4 and leaf.addressable_shards[0].data.shape[-1] * 4 == leaf.shape[-1], name
-np.savez(sys.argv[2], **{name: np.asarray(leaf) for name, leaf in named_leaves(model).items()})
+np.savez(sys.argv[2], **{name: np.asarray(leaf) for name, leaf in named_arrays(model).items()})
 llamajax.save_checkpoint(model, sys.argv[3])
 """
 
@@ -175,7 +176,7 @@ def test_another_number_of_devices(saved: Path, tiny_model: llamajax.Llama, tmp_
     )
     assert done.returncode == 0, done.stderr
     with np.load(tmp_path / "values.npz") as values:
-        for name, leaf in named_leaves(tiny_model).items():
+        for name, leaf in named_arrays(tiny_model).items():
             np.testing.assert_array_equal(values[name], leaf, name)
     loaded, _ = llamajax.load(tmp_path / "from4")
     assert _same_bits(loaded, tiny_model)
@@ -188,8 +189,8 @@ def test_another_number_of_devices(saved: Path, tiny_model: llamajax.Llama, tmp_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(version=2), "format 'llamajax' version 2: this release reads 'llamajax' version 1"),
-        (lambda m: m.update(format="other"), "format 'other' version 1: this release reads 'llamajax' version 1"),
+        (lambda m: m.update(version=3), "format 'llamajax' version 3: this release reads 'llamajax' versions 1, 2"),
+        (lambda m: m.update(format="other"), "format 'other' version 2: this release reads 'llamajax' versions 1, 2"),
         (lambda m: m.pop("version"), "damaged: expected a checkpoint manifest, with format and version"),
         (lambda m: m.pop("config"), "'config' is missing: the manifest is damaged"),
         (lambda m: m.pop("tokenizer_sha256"), "'tokenizer_sha256' is missing: the manifest is damaged"),
@@ -198,7 +199,16 @@ def test_another_number_of_devices(saved: Path, tiny_model: llamajax.Llama, tmp_
         (lambda m: m["config"].update(colour="red"), "unknown key 'colour': Config has vocab_size"),
         (lambda m: m["config"].pop("width"), "missing key 'width': Config needs vocab_size"),
         (lambda m: m["config"].update(norm_eps=10**400), "norm_eps is"),
-        (lambda m: m["config"].update(num_layers=3), r"shape \(2, 24.*\): expected \(3, 24"),
+        (lambda m: m["config"].update(ffn_width=48), r"layers.0.ffn.down_FD: shape \(40, 24\): expected \(48, 24\)"),
+        (
+            lambda m: m["config"].update(num_layers=3),
+            "layers.2.attention.key_DM: expected a checksum of every array of its",
+        ),
+        (
+            lambda m: m["config"].update(num_layers=1),
+            "layers.1.attention.key_DM: expected .* and of no other: it is damaged",
+        ),
+        (lambda m: m["checksums"].pop("embed_VD"), "embed_VD: expected a checksum of every array"),
         (lambda m: m["config"].update(tied_embeddings=True), "the weights listed are not those of its config"),
         (lambda m: m.update(weights=[]), "the weights listed are not those of its config"),
         (lambda m: m["weights"].update(embed_VD=7), "embed_VD|the weights listed are not those of its config"),
@@ -249,9 +259,9 @@ import sys
 from pathlib import Path
 import numpy as np
 import llamajax
-from llamajax.checkpoint.naming import named_leaves
+from llamajax.parameters import named_arrays
 from quant.kernels.cpu import TiledWeight
-read = lambda: named_leaves(llamajax.open_checkpoint(sys.argv[1]).read(shardings="host"))
+read = lambda: named_arrays(llamajax.open_checkpoint(sys.argv[1]).read(shardings="host"))
 whole = read()
 for file in sorted(path for path in Path(sys.argv[1], "weights").rglob("*") if path.is_file()):
     data = file.read_bytes()
@@ -281,7 +291,7 @@ def test_damaged_weights(copy: Path) -> None:
     def change(manifest: dict[str, Any]) -> None:
         manifest["config"]["ffn_width"] = 48
         for name in ("gate_DF", "up_DF", "down_FD"):
-            shape = manifest["weights"][f"layers.ffn.{name}"]["shape"]
+            shape = manifest["weights"][f"layers.*.ffn.{name}"]["shape"]
             shape[:] = [48 if size == 40 else size for size in shape]
 
     other = Path(shutil.copytree(copy, copy.with_name("other")))
@@ -312,7 +322,7 @@ def test_checkpoints_without_checksums(copy: Path, tiny_model: llamajax.Llama) -
     assert _same_bits(llamajax.load(copy)[0], tiny_model)
     chunk = copy / "weights" / "embed_VD" / "c" / "0" / "0"
     chunk.write_bytes(np.float32(np.nan).tobytes() + chunk.read_bytes()[4:])
-    with pytest.raises(LlamaJaxError, match=r"copy/weights: cannot be restored, .* \(embed_VD holds NaN or infinity\)"):
+    with pytest.raises(LlamaJaxError, match=r"copy: embed_VD holds NaN or infinity: the weights are damaged"):
         llamajax.load(copy)
 
 
@@ -322,10 +332,10 @@ def test_one_weight_is_checked_as_all_are(copy: Path, tiny_model: llamajax.Llama
     data[100] ^= 1
     chunk.write_bytes(data)
     opened = open_checkpoint(copy)
-    up_DF = opened.read_weight(Place("layers.ffn.up_DF", 0))
-    np.testing.assert_array_equal(up_DF, np.asarray(tiny_model.layers.ffn.up_DF)[0])
+    up_DF = opened.read_weight(Place("ffn.up_DF", 0))
+    np.testing.assert_array_equal(up_DF, np.asarray(named_weights(tiny_model)["layers.*.ffn.up_DF"])[0])
     with pytest.raises(LlamaJaxError, match="layers.1.ffn.up_DF is not as it was written: its checksum differs"):
-        opened.read_weight(Place("layers.ffn.up_DF", 1))
+        opened.read_weight(Place("ffn.up_DF", 1))
 
 
 _FLIPS = """
@@ -333,11 +343,11 @@ import random, sys
 from pathlib import Path
 import numpy as np
 import llamajax
-from llamajax.checkpoint.naming import named_leaves
+from llamajax.parameters import named_arrays
 folder, seed, per_file = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 def read():
     opened = llamajax.open_checkpoint(folder)
-    arrays = {name: leaf.tobytes() for name, leaf in named_leaves(opened.read(shardings="host")).items()}
+    arrays = {name: leaf.tobytes() for name, leaf in named_arrays(opened.read(shardings="host")).items()}
     return opened.config, opened.tokenizer_bytes, arrays
 whole, draw = read(), random.Random(seed)
 for file in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -393,16 +403,17 @@ def test_weights_that_are_not_finite(tiny_model: llamajax.Llama, tmp_path: Path)
 def test_numbers_that_the_asked_dtype_cannot_hold(form: Any, tiny_model: llamajax.Llama, tmp_path: Path) -> None:
     """One line that names the tensor; the same numbers in a dtype of enough range are read."""
     model = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny_model)
-    up_DF = model.layers.ffn.up_DF.get_value().at[1, 2, 3].set(-1e5)
-    model.layers.ffn.up_DF.set_value(up_DF)
+    weights = named_weights(model)
+    weights["layers.*.ffn.up_DF"] = weights["layers.*.ffn.up_DF"].at[1, 2, 3].set(-1e5)
+    model = model_from(weights, model.config)
     save_checkpoint(model, tmp_path / "large", form=form)
-    message = r"large: layers.ffn.up_DF( of layer 1)? holds 99840: float16 has numbers up to 65504: expected a dtype"
+    message = r"large: layers.1.ffn.up_DF holds 99840: float16 has numbers up to 65504: expected a dtype"
     for shardings in (None, "host"):
         with pytest.raises(LlamaJaxError, match=message):
             llamajax.load(tmp_path / "large", dtype="float16", shardings=shardings)
     assert _same_bits(llamajax.load(tmp_path / "large", dtype="bfloat16")[0], model)
     converted, _ = llamajax.load(tmp_path / "large", dtype="float32")
-    assert float(converted.layers.ffn.up_DF.get_value()[1, 2, 3]) == -99840
+    assert float(named_weights(converted)["layers.*.ffn.up_DF"][1, 2, 3]) == -99840
 
 
 def test_convert_to_a_dtype_that_is_too_narrow(
@@ -494,7 +505,7 @@ def test_recognised_by_content_not_by_name(tiny_model: llamajax.Llama, saved: Pa
     (tmp_path / "x.bin" / "model.safetensors").rename(tmp_path / "x.bin" / "odd name.safetensors")
     assert open_checkpoint(tmp_path / "x.bin").description == "Hugging Face safetensors (1 file)"
     shutil.copytree(saved, tmp_path / "weights.gguf")
-    assert open_checkpoint(tmp_path / "weights.gguf").description.startswith("llamajax version 1")
+    assert open_checkpoint(tmp_path / "weights.gguf").description.startswith("llamajax version 2")
 
 
 class _Touch:

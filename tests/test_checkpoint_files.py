@@ -24,10 +24,10 @@ _REPLACED = """
 import os, resource, sys
 from pathlib import Path
 import llamajax
-from llamajax.checkpoint.naming import named_leaves
+from llamajax.parameters import named_arrays
 def read(path):
     opened = llamajax.open_checkpoint(path)
-    arrays = {name: leaf.tobytes() for name, leaf in named_leaves(opened.read(shardings="host")).items()}
+    arrays = {name: leaf.tobytes() for name, leaf in named_arrays(opened.read(shardings="host")).items()}
     return opened.config, arrays
 def sparse(file):
     with file.open("wb") as opened:

@@ -251,7 +251,7 @@ _STORED = """
 import copy, json, random, resource, sys
 from pathlib import Path
 import llamajax
-from llamajax.checkpoint.naming import named_leaves
+from llamajax.parameters import named_arrays
 folder, examples = Path(sys.argv[1]), int(sys.argv[2])
 odd = [None, True, 0, -1, 1, 3, 2**31, 2**63, 10**400, 1e308, float("nan"), "", "../x", "\\0", "\\ud800", "big", "zstd",
        "gzip", "transpose", "float32", "int8", [], {}, [[]], [1, 1], [2**40, 1], {"name": "crc32c"}, {"name": "blosc"}]
@@ -287,7 +287,7 @@ def mutated(data, draw, is_json):
             container[key] = copy.deepcopy(container[key])
     return json.dumps(document).encode()
 def read():
-    arrays = named_leaves(llamajax.open_checkpoint(folder).read(shardings="host"))
+    arrays = named_arrays(llamajax.open_checkpoint(folder).read(shardings="host"))
     return {name: leaf.tobytes() for name, leaf in arrays.items()}
 sys.setrecursionlimit(20000)
 whole, draw, counts = read(), random.Random(0), {}

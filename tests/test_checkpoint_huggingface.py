@@ -14,13 +14,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from absl import flags
-from llamajax.checkpoint.naming import named_leaves
 from safetensors.numpy import load_file, save_file
 
 import llamajax
 from llamajax import Llama, LlamaJaxError, open_checkpoint, save_checkpoint
 from llamajax.checkpoint import huggingface
 from llamajax.cli import COMMANDS, main
+from llamajax.parameters import named_arrays, named_weights
 
 Tensors = dict[str, np.ndarray]
 
@@ -76,7 +76,7 @@ def _refused(folder: Path, message: str) -> None:
 
 
 def _assert_equal(first: Any, second: Any) -> None:
-    a, b = named_leaves(first), named_leaves(second)
+    a, b = named_arrays(first), named_arrays(second)
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], name)
@@ -103,17 +103,20 @@ def test_mixed_dtypes_are_widened(dtype: Any, copy: Path, tiny_model: llamajax.L
     """Files with float32 norms among 16-bit matrices exist; float32 holds both exactly."""
     _edit_tensors(copy, lambda t: t.update({QUERY: t[QUERY].astype(dtype)}))
     model = open_checkpoint(copy).read()
-    assert {str(leaf.dtype) for leaf in named_leaves(model).values()} == {"float32"}
-    expected = np.asarray(tiny_model.layers.attention.query_DQ[0]).astype(dtype).astype(np.float32)
-    np.testing.assert_array_equal(model.layers.attention.query_DQ[0], expected)
-    np.testing.assert_array_equal(model.layers.attention.query_DQ[1], tiny_model.layers.attention.query_DQ[1])
+    assert {str(leaf.dtype) for leaf in named_arrays(model).values()} == {"float32"}
+    expected = np.asarray(named_weights(tiny_model)["layers.*.attention.query_DQ"][0]).astype(dtype).astype(np.float32)
+    np.testing.assert_array_equal(named_weights(model)["layers.*.attention.query_DQ"][0], expected)
+    np.testing.assert_array_equal(
+        named_weights(model)["layers.*.attention.query_DQ"][1],
+        named_weights(tiny_model)["layers.*.attention.query_DQ"][1],
+    )
 
 
 def test_tied_with_a_copy_of_the_embedding_as_head(copy: Path) -> None:
     _edit_config(copy, tie_word_embeddings=True)
     _edit_tensors(copy, lambda t: t.update({HEAD: t[EMBED]}))
     model = open_checkpoint(copy).read()
-    assert model.head_VD is None and "head_VD" not in named_leaves(model)
+    assert model.head_VD is None and "head_VD" not in named_arrays(model)
 
 
 def test_tied_with_another_head_is_refused(copy: Path) -> None:
@@ -157,10 +160,10 @@ def test_rope_spellings_of_transformers_4_and_5(copy: Path) -> None:
             r"embed_tokens.weight has shape \(24, 320\): expected \(320, 24\) by config.json",
         ),
         (lambda t: t.update({QUERY: np.ones((32, 24), np.int64)}), "q_proj.weight has dtype I64: expected one of F32"),
-        (lambda t: t.update({QUERY: t[QUERY] * np.nan}), "query_DQ of layer 0 holds NaN or infinity"),
+        (lambda t: t.update({QUERY: t[QUERY] * np.nan}), "layers.0.attention.query_DQ holds NaN or infinity"),
         (
             lambda t: t.update({QUERY: np.full((32, 24), np.inf, np.float16)}),
-            "query_DQ of layer 0 holds NaN or infinity",
+            "layers.0.attention.query_DQ holds NaN or infinity",
         ),
     ],
 )
@@ -348,4 +351,4 @@ def test_files_are_as_the_library_writes_them(tiny_model: Llama, tmp_path: Path)
     for name, array in tensors.items():
         assert ours[name]["data_offsets"][0] % array.itemsize == 0
     np.testing.assert_array_equal(tensors["model.norm.weight"], tiny_model.norm.weight_D.get_value())
-    np.testing.assert_array_equal(tensors[QUERY], np.asarray(model.layers.attention.query_DQ[0]).T)
+    np.testing.assert_array_equal(tensors[QUERY], np.asarray(named_weights(model)["layers.*.attention.query_DQ"][0]).T)

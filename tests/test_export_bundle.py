@@ -24,7 +24,7 @@ from export.bundle import Bundle, open_bundle, seal, write
 from export.golden import GOLDEN_TOKENS, golden, golden_prompts
 from export.profiles import PROFILES, Spec
 from export.targets import add_target, profile_for
-from export.verify import verify
+from export.verification import verify
 from export.vocabulary import TEXTS
 from llamajax.cli import main
 from llamajax.errors import LlamaJaxError
@@ -144,10 +144,14 @@ def test_nothing_says_where_it_was_made(bundle: Bundle) -> None:
 
 def test_weights_are_packed_and_named_in_order(bundle: Bundle, tiny_int4) -> None:
     weights = bundle.weights()
-    leaves = jax.tree.leaves(tiny_int4)
-    assert [array.shape for array in weights.values()] == [leaf.shape for leaf in leaves]
-    for array, leaf in zip(weights.values(), leaves, strict=True):
-        np.testing.assert_array_equal(array, leaf)
+    names = list(weights)
+    assert names[0] == "embed_VD.planes.0" and "layers.*.ffn.up_DF.planes.0" in names and names[-1] == "norm.weight_D"
+    block = tiny_int4.stacks[0][0]
+    np.testing.assert_array_equal(weights["layers.*.ffn.up_DF.planes.0"], block.ffn.up_DF.get_value().planes[0])
+    np.testing.assert_array_equal(weights["layers.*.attention_norm.weight_D"], block.attention_norm.weight_D[...])
+    arrays = jax.tree.leaves(tiny_int4)
+    assert len(weights) == len(arrays)
+    assert sum(array.nbytes for array in weights.values()) == sum(array.nbytes for array in arrays)
     size = sum(array.nbytes for array in weights.values())
     assert bundle.file("weights.safetensors").stat().st_size < size + 16384
 
@@ -250,7 +254,7 @@ def test_a_newer_version_is_refused(copy: Path) -> None:
 def test_swapped_arguments_are_caught(copy: Path) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
     names = [weight["name"] for weight in manifest["weights"]]
-    up, gate = (names.index(f"layers.ffn.{part}_DF.planes.0") for part in ("up", "gate"))
+    up, gate = (names.index(f"layers.*.ffn.{part}_DF.planes.0") for part in ("up", "gate"))
     manifest["weights"][up], manifest["weights"][gate] = manifest["weights"][gate], manifest["weights"][up]
     seal(copy, manifest)
     (result,) = verify(open_bundle(copy), ["jax"])

@@ -14,8 +14,8 @@ import pytest
 
 import llamajax
 from llamajax import LlamaJaxError, open_checkpoint, save_checkpoint
-from llamajax.checkpoint.naming import named_leaves
 from llamajax.evaluation.evaluate import cross_entropy, encode_documents
+from llamajax.parameters import named_arrays, named_weights
 
 # dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len
 SIZES = (16, 24, 2, 4, 2, 40, 32)
@@ -130,7 +130,9 @@ def test_version_2_is_exactly_code_times_scale(tmp_path: Path) -> None:
     read = _write_v2(tmp_path / "q8", _meta_weights(np.random.default_rng(3)), True)
     model = open_checkpoint(tmp_path / "q8").read()
     np.testing.assert_array_equal(model.embed_VD[...], read["embed"][0])
-    np.testing.assert_array_equal(model.layers.ffn.down_FD[...], np.stack(read["w2"]).swapaxes(1, 2))
+    np.testing.assert_array_equal(
+        named_weights(model)["layers.*.ffn.down_FD"][...], np.stack(read["w2"]).swapaxes(1, 2)
+    )
 
 
 def _damaged(tmp_path: Path, version: int, edit: Any) -> Path:
@@ -223,7 +225,7 @@ def text_ids(shared: Path, stories260k: Any) -> np.ndarray:
 
 
 def test_versions_0_and_1_hold_the_same_bits(files: dict[int, Path]) -> None:
-    first, second = (named_leaves(open_checkpoint(files[version]).read(shardings="host")) for version in (0, 1))
+    first, second = (named_arrays(open_checkpoint(files[version]).read(shardings="host")) for version in (0, 1))
     assert first.keys() == second.keys()
     for name in first:
         assert first[name].tobytes() == second[name].tobytes(), name
@@ -273,8 +275,10 @@ def _q8_from_layout(path: Path) -> dict[str, np.ndarray]:
 def test_q8_file(files: dict[int, Path], stories260k: Any, text_ids: np.ndarray) -> None:
     model, expected = open_checkpoint(files[2]).read(), _q8_from_layout(files[2])
     np.testing.assert_array_equal(model.embed_VD[...], expected["embed"][0])
-    np.testing.assert_array_equal(model.layers.ffn.gate_DF[...], expected["w1"].swapaxes(1, 2))
-    np.testing.assert_array_equal(model.layers.attention.value_DM[...], expected["wv"].swapaxes(1, 2))
+    np.testing.assert_array_equal(named_weights(model)["layers.*.ffn.gate_DF"][...], expected["w1"].swapaxes(1, 2))
+    np.testing.assert_array_equal(
+        named_weights(model)["layers.*.attention.value_DM"][...], expected["wv"].swapaxes(1, 2)
+    )
     assert 0 < np.abs(model.embed_VD[...] - stories260k.model.embed_VD[...]).max() < 0.02
     # 8 bits in groups of 8 cost next to nothing; twice the tolerance of the anchors themselves.
     part = text_ids[: 64 * 256 + 1]

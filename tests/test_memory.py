@@ -17,10 +17,10 @@ from safetensors.numpy import save_file
 from llamajax import Llama
 from llamajax.checkpoint import Opened, open_checkpoint, save_checkpoint
 from llamajax.checkpoint.huggingface import expected_tensors
-from llamajax.checkpoint.naming import Place, named_leaves, named_weights, tensor_places
+from llamajax.checkpoint.source import Source, float_weights
 from llamajax.config import Config, config_to_hf
+from llamajax.parameters import Place, named_arrays, weights_of
 from llamajax.quantization.quantize import quantize
-from llamajax.words import Words
 from quant.recipe import Rule
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +41,7 @@ def write_model(folder: Path, width: int) -> int:
     )
     matrices = {"q": (1, 1), "k": (1, 1), "v": (1, 1), "o": (1, 1), "gate": (4, 1), "up": (4, 1), "down": (1, 4)}
     shards: list[dict[str, np.ndarray]] = [{}, {}]
-    for _, name, layer in expected_tensors(config):
+    for name, (_, layer) in expected_tensors(config).items():
         shape: tuple[int, ...] = (width,)
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
             shape = (512, width)
@@ -90,14 +90,14 @@ def test_writing_for_hugging_face_holds_one_tensor(tmp_path: Path) -> None:
     write_model(tmp_path / "source", 64)
     opened = open_checkpoint(tmp_path / "source")
     model = opened.read(shardings="host")
-    largest = max(leaf.nbytes // (16 if name.startswith("layers") else 1) for name, leaf in named_leaves(model).items())
+    largest = max(leaf.nbytes // (16 if name.startswith("layers") else 1) for name, leaf in named_arrays(model).items())
     tracemalloc.start()
     try:
         save_checkpoint(model, tmp_path / "out", form="huggingface")
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert sum(leaf.nbytes for leaf in named_leaves(model).values()) > 2 * MIB
+    assert sum(leaf.nbytes for leaf in named_arrays(model).values()) > 2 * MIB
     assert peak < largest + MIB // 2, f"{peak / MIB:.2f} MiB for tensors of at most {largest / MIB:.2f}"
 
 
@@ -117,7 +117,7 @@ def test_quantizing_holds_the_result_and_weights_in_work(tmp_path: Path) -> None
 
 def test_few_weights_are_read_ahead(tiny_model: Llama) -> None:
     """However many there are: each is let go of once it is packed."""
-    weights, alive, most = named_weights(tiny_model), 0, 0
+    weights, alive, most = weights_of(tiny_model), 0, 0
 
     def released() -> None:
         nonlocal alive
@@ -125,14 +125,14 @@ def test_few_weights_are_read_ahead(tiny_model: Llama) -> None:
 
     def read(place: Place) -> np.ndarray:
         nonlocal alive, most
-        leaf = weights[place.name]
-        array = np.array(leaf if place.layer is None else leaf[place.layer])
+        array = np.array(weights[place])
         weakref.finalize(array, released)
         alive += 1
         most = max(most, alive)
         return array
 
-    opened = Opened(Path("x"), "", tiny_model.config, tiny_model, None, Words(), (), lambda: tiny_model, read)
+    source = Source("", tiny_model.config, float_weights(tiny_model.config, np.float32), tuple(weights), read)
+    opened = Opened(Path("x"), source, None)
     quantize(opened, (Rule(weights="*norm*", keep=True), Rule(weights="*", scheme="int4", group_size=8)))
     gc.collect()
-    assert len(tensor_places(tiny_model.config)) > 15 and most <= 10
+    assert len(weights) > 15 and most <= 10

@@ -16,11 +16,12 @@ import pytest
 import llamajax
 from llamajax import Config, Llama, LlamaJaxError, next_token_losses
 from llamajax.box.stories import corpus
-from llamajax.checkpoint.naming import named_weights
 from llamajax.evaluation.evaluate import compare, cross_entropy, encode_documents
+from llamajax.parameters import Place, Spec, leaves
 from llamajax.quantization.quantize import quantize, read_recipe, recipe_names
+from llamajax.quantization.quantize_weight import quantize_weight
 from llamajax.train import heldout_stories
-from quant import QTensor
+from quant import QTensor, quantize_rtn
 from quant.recipe import KEYS, Recipe, Rule, assign, recipe_from
 from tests.programs import forward as forward_pass
 from tests.reference import forward, random_model, weights_of
@@ -35,12 +36,12 @@ CONFIG = Config(
     head_size=16,
     context_length=64,
 )
-WEIGHTS = {name: 3 if name.startswith("layers.") else None for name in named_weights(llamajax.abstract_model(CONFIG))}
+WEIGHTS = {name: leaf.layers for name, leaf in leaves(CONFIG).items()}
 KEEP_NORMS = Rule(weights="*norm*", keep=True)
 MIXED = (
     KEEP_NORMS,
-    Rule(weights="layers.ffn.*", scheme="uint3", group_size=32),
-    Rule(weights="layers.attention.*", scheme="nf4", group_size=64, clip="mse"),
+    Rule(weights="layers.*.ffn.*", scheme="uint3", group_size=32),
+    Rule(weights="layers.*.attention.*", scheme="nf4", group_size=64, clip="mse"),
     Rule(weights="*", scheme="int8", group_size=16, scale_dtype="float16"),
 )
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 12))
@@ -108,8 +109,8 @@ def test_gradients_of_lora_beside_quantized_weights(mixed: Llama) -> None:
     tokens = jnp.asarray(TOKENS)
 
     def loss(lora):
-        hidden, _ = mixed.trunk(tokens)
-        logits = mixed.logits(hidden + hidden @ lora["down"] @ lora["up"])
+        hidden, _ = mixed.blocks(mixed.embed(tokens))
+        logits = mixed.head(hidden + hidden @ lora["down"] @ lora["up"])
         return -jnp.mean(jax.nn.log_softmax(logits)[:, :, 3])
 
     keys = jax.random.split(jax.random.key(1), 2)
@@ -139,14 +140,14 @@ def test_checkpoint_round_trip_bit_for_bit(mixed: Llama, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: w["layers.ffn.up_DF"].update(scheme="int9"), "no scheme 'int9'"),
-        (lambda w: w["layers.ffn.up_DF"].update(axis=0), "axis 0"),
-        (lambda w: w["layers.ffn.up_DF"].update(extra=1), "expected a scheme"),
-        (lambda w: w["layers.ffn.up_DF"].pop("scale"), "scale"),
-        (lambda w: w["layers.ffn.up_DF"]["planes"].pop(), "planes"),
-        (lambda w: w["layers.ffn.up_DF"]["planes"][0].update(dtype="int4"), "dtype 'int4'"),
-        (lambda w: w["layers.ffn.up_DF"]["scale"].update(shape=[3, 1, 128]), "plane"),
-        (lambda w: w["layers.ffn.up_DF"].update(scale=dict(w["layers.ffn.up_DF"])), "does not fill whole bytes"),
+        (lambda w: w["layers.*.ffn.up_DF"].update(scheme="int9"), "no scheme 'int9'"),
+        (lambda w: w["layers.*.ffn.up_DF"].update(axis=0), "axis 0"),
+        (lambda w: w["layers.*.ffn.up_DF"].update(extra=1), "expected a scheme"),
+        (lambda w: w["layers.*.ffn.up_DF"].pop("scale"), "scale"),
+        (lambda w: w["layers.*.ffn.up_DF"]["planes"].pop(), "planes"),
+        (lambda w: w["layers.*.ffn.up_DF"]["planes"][0].update(dtype="int4"), "dtype 'int4'"),
+        (lambda w: w["layers.*.ffn.up_DF"]["scale"].update(shape=[1, 128]), "plane"),
+        (lambda w: w["layers.*.ffn.up_DF"].update(scale=dict(w["layers.*.ffn.up_DF"])), "does not fill whole bytes"),
     ],
 )
 def test_damaged_manifests_are_named(mixed: Llama, tmp_path: Path, change, message: str) -> None:
@@ -156,7 +157,7 @@ def test_damaged_manifests_are_named(mixed: Llama, tmp_path: Path, change, messa
     change(manifest["weights"])
     del manifest["sha256"]
     file.write_text(json.dumps(manifest))
-    with pytest.raises(LlamaJaxError, match=f"layers.ffn.up_DF.*{message}.*damaged"):
+    with pytest.raises(LlamaJaxError, match=f"layers.0.ffn.up_DF: .*{message}.*damaged"):
         llamajax.load(tmp_path / "q")
 
 
@@ -165,7 +166,7 @@ def test_what_a_quantized_model_cannot_do_is_said(mixed: Llama, tmp_path: Path) 
         quantize(mixed, MIXED)
     with pytest.raises(LlamaJaxError, match="transformers does not read"):
         llamajax.save_checkpoint(mixed, tmp_path / "hf", form="huggingface")
-    with pytest.raises(LlamaJaxError, match=r"layers.ffn.down_FD of layer 0 of shape \(128, 64\).*groups of 48"):
+    with pytest.raises(LlamaJaxError, match=r"layers.0.ffn.down_FD of shape \(128, 64\).*groups of 48"):
         quantize(random_model(CONFIG), (KEEP_NORMS, Rule(weights="*down*", scheme="int4", group_size=48), MIXED[-1]))
 
 
@@ -271,32 +272,32 @@ def test_scan_over_quantized_layers_compiles_flat_in_depth() -> None:
 )
 def test_rules_and_weights_must_cover_each_other(rules, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        assign(rules, WEIGHTS)
+        assign(rules, WEIGHTS, 3)
 
 
 @pytest.mark.parametrize(
     ("recipe", "name"),
     [
-        ((Rule(weights="*", scheme="int4"),), r"layers.attention_norm.weight_D of layer 0"),
+        ((Rule(weights="*", scheme="int4"),), r"layers.0.attention_norm.weight_D"),
         ((Rule(weights="layers.*norm*", keep=True), Rule(weights="*", scheme="int8")), r"norm.weight_D"),
-        (Recipe((Rule(weights="*", scheme="int4", method="gptq"),)), r"layers.attention_norm.weight_D of layer 0"),
-        (Recipe((Rule(weights="*", scheme="int4"),), target_bpw=4.5), r"layers.attention_norm.weight_D of layer 0"),
+        (Recipe((Rule(weights="*", scheme="int4", method="gptq"),)), r"layers.0.attention_norm.weight_D"),
+        (Recipe((Rule(weights="*", scheme="int4"),), target_bpw=4.5), r"layers.0.attention_norm.weight_D"),
     ],
 )
 def test_a_recipe_that_quantizes_norms_is_named(recipe, name: str) -> None:
     """Before any work is done."""
     with pytest.raises(
-        LlamaJaxError, match=rf"^{name}: the rule for '\*' would quantize a norm.* rule that keeps norms"
+        LlamaJaxError, match=rf"^{name}: the rule for '\*' would quantize what is no matrix.* rule that keeps norms"
     ):
         quantize(random_model(CONFIG), recipe, calibration=np.arange(64) % CONFIG.vocab_size)
 
 
 def test_the_first_matching_rule_decides() -> None:
-    schemes = {key: rule.scheme for key, rule in assign(MIXED, WEIGHTS).items()}
+    schemes = {key: rule.scheme for key, rule in assign(MIXED, WEIGHTS, 3).items()}
     assert len(schemes) == 9 * 3 + 3
-    assert schemes["layers.ffn.up_DF", 2] == "uint3" and schemes["layers.attention.key_DM", 0] == "nf4"
+    assert schemes["layers.*.ffn.up_DF", 2] == "uint3" and schemes["layers.*.attention.key_DM", 0] == "nf4"
     assert schemes["embed_VD", None] == schemes["head_VD", None] == "int8"
-    assert schemes["layers.ffn_norm.weight_D", 1] is None
+    assert schemes["layers.*.ffn_norm.weight_D", 1] is None
 
 
 def test_rules_for_some_layers() -> None:
@@ -305,13 +306,13 @@ def test_rules_for_some_layers() -> None:
         Rule(weights="layers.*", layers=(0, -1), scheme="int8"),
         Rule(weights="*", scheme="int4"),
     )
-    chosen = assign(rules, WEIGHTS)
-    assert [chosen["layers.ffn.up_DF", layer].scheme for layer in range(3)] == ["int8", "int4", "int8"]
+    chosen = assign(rules, WEIGHTS, 3)
+    assert [chosen["layers.*.ffn.up_DF", layer].scheme for layer in range(3)] == ["int8", "int4", "int8"]
     assert chosen["embed_VD", None].scheme == "int4"
     with pytest.raises(ValueError, match="names layer 3: the model has 3"):
-        assign((Rule(weights="layers.*", layers=(3,), keep=True), *rules), WEIGHTS)
+        assign((Rule(weights="layers.*", layers=(3,), keep=True), *rules), WEIGHTS, 3)
     with pytest.raises(ValueError, match="rule for 'embed.*' decides for no weight"):
-        assign((Rule(weights="embed*", layers=(0,), keep=True), *rules), WEIGHTS)
+        assign((Rule(weights="embed*", layers=(0,), keep=True), *rules), WEIGHTS, 3)
 
 
 @pytest.mark.parametrize(
@@ -414,3 +415,20 @@ def test_recipe_from_reads_what_recipes_say() -> None:
     assert recipe_from(table | {"target_bpw": 4.25}, "here") == Recipe(rules, 4.25)
     assert Recipe(rules, 4.25).needs_calibration
     assert Recipe((Rule(weights="*", scheme="int4", method="gptq"),)).needs_calibration
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape"),
+    [("EDF", (4, 1024, 1024)), ("EFD", (4, 1024, 1024)), ("LEDF", (2, 3, 512, 1024)), ("LEFD", (2, 3, 512, 1024))],
+)
+def test_large_weights_of_several_matrices_are_packed_in_parts(axes: str, shape: tuple[int, ...]) -> None:
+    """Parts of the outputs, put together, are the weight quantized at once; along -2 and along -1."""
+    spec = Spec(axes=axes, over="D", roles=("product",))
+    assert spec.axis == (-2 if axes.endswith("DF") else -1)
+    weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    made = quantize_weight(Place("w", 0), weight, Rule(weights="*", scheme="int4", group_size=32), spec)
+    whole = quantize_rtn(jnp.asarray(weight), "int4", group_size=32, axis=spec.axis)
+    assert made.shape == shape and made.axis == spec.axis
+    assert made.planes[0].shape == whole.planes[0].shape and made.scale.shape == whole.scale.shape
+    np.testing.assert_array_equal(made.planes[0], whole.planes[0])
+    np.testing.assert_array_equal(np.asarray(made.scale), np.asarray(whole.scale))

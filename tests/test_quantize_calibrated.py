@@ -11,8 +11,11 @@ import pytest
 import llamajax
 from llamajax import Config, Llama, LlamaJaxError
 from llamajax.checkpoint import open_checkpoint
+from llamajax.model import model_from
+from llamajax.parameters import Place, named_weights
+from llamajax.parameters import weights_of as single_weights
 from llamajax.quantization.quantize import quantize
-from quant import LayerRuns, QTensor, unpack
+from quant import Mixed, QTensor, kinds, unpack
 from quant.recipe import Recipe, Rule
 from tests.programs import forward
 from tests.reference import random_model, weights_of
@@ -43,9 +46,8 @@ def skewed() -> Llama:
     """A random model whose activations have channels tens of times larger than others, as trained ones have."""
     model = random_model(CONFIG)
     boost = np.where(np.random.default_rng(3).random(64) < 0.06, 30.0, 1.0).astype(np.float32)
-    for norm in (model.layers.attention_norm, model.layers.ffn_norm):
-        norm.weight_D.set_value(norm.weight_D.get_value() * boost)
-    return model
+    boosted = {name: weight * boost for name, weight in named_weights(model).items() if name.endswith("_norm.weight_D")}
+    return model_from(named_weights(model) | boosted, CONFIG)
 
 
 def error(model: Llama, quantized: Llama) -> float:
@@ -74,7 +76,7 @@ def test_methods_do_better_than_round_to_nearest(skewed: Llama, options: dict, p
     ours = quantize(skewed, layers_rule(**options), calibration=TOKENS, window=32)
     theirs = quantize(skewed, layers_rule(**plain), calibration=TOKENS, window=32)
     assert error(skewed, ours) < most * error(skewed, theirs)
-    weight = ours.layers.ffn.down_FD.get_value()
+    weight = named_weights(ours)["layers.*.ffn.down_FD"]
     assert isinstance(weight, QTensor) and weight.scheme.name == options.get("scheme", "int4")
     assert weight.activations == options.get("activations") and (weight.outlier is not None) == ("outliers" in options)
     completion = llamajax.generate(ours, None, [5, 6], temperature=0, max_new_tokens=4)
@@ -91,7 +93,7 @@ def test_gptq_of_a_first_layer_is_the_papers(skewed: Llama) -> None:
     hessian = x_TD.T @ x_TD / len(x_TD)
     weight = weights["model.layers.0.self_attn.q_proj.weight"].T
     codes, scale, _ = plain_gptq(weight, hessian, 4, True, 32, False, 0.01)
-    made = made.layers.attention.query_DQ.get_value()[0]
+    made = named_weights(made)["layers.*.attention.query_DQ"][0]
     same_M = (np.asarray(unpack(made.planes, 4, 32)) == codes).all(0)
     assert same_M.mean() > 0.8, "all but outputs in which float32 rounding decided a code"
     np.testing.assert_allclose(np.asarray(made.scale)[:, same_M], scale[:, same_M], rtol=1e-4)
@@ -112,8 +114,8 @@ def test_bits_are_spent_where_they_help(skewed: Llama) -> None:
     even = quantize(skewed, rules)
     assert 4.45 < 8 * size / CONFIG.num_parameters <= 4.6
     assert error(skewed, made) < 0.9 * error(skewed, even)
-    schemes = {part.scheme.name for part in made.layers.ffn.up_DF.get_value().parts}
-    assert len(schemes | {made.head_VD.get_value().scheme.name}) > 1, "one size for all is not what was asked for"
+    schemes = {scheme for layer in range(3) for scheme in kinds(single_weights(made)[Place("ffn.up_DF", layer)])}
+    assert len(schemes | set(kinds(made.head_VD.get_value()))) > 1, "one size for all is not what was asked for"
     with pytest.raises(LlamaJaxError, match="no rule has an int or uint scheme"):
         quantize(skewed, Recipe(layers_rule(scheme="nf4"), 5), calibration=TOKENS, window=32)
 
@@ -127,14 +129,14 @@ def test_budgets_that_cannot_be(skewed: Llama, target: float, message: str) -> N
 
 
 def test_a_layer_with_rules_of_its_own_keeps_them() -> None:
-    """Layers tied for the search get the same bits, but not one that the recipe says something else about."""
+    """Each layer's bits are chosen by themselves, but of one that the recipe says something else about."""
     deep = random_model(dataclasses.replace(CONFIG, num_layers=9), dtype=jnp.bfloat16)
     free = {"scheme": "int4", "group_size": 32, "scale_dtype": "float16"}
     rules = (KEEP_NORMS, Rule(weights="layers.*", layers=(0,), keep=True), Rule(weights="*query*", **free), KEEP)
     made = quantize(deep, Recipe(rules, 14.7), calibration=TOKENS, window=32)
-    parts = made.layers.attention.query_DQ.get_value().parts
-    assert not isinstance(parts[0], QTensor) and parts[0].shape[0] == 1
-    assert all(isinstance(part, QTensor) for part in parts[1:])
+    weight = named_weights(made)["layers.*.attention.query_DQ"]
+    assert isinstance(weight, Mixed) and weight.shape == (9, 64, 64)
+    assert [isinstance(weight.take(layer), QTensor) for layer in range(9)] == [False, *[True] * 8]
 
 
 def test_an_opened_checkpoint_gives_what_the_loaded_model_gives(skewed: Llama, tmp_path: Path) -> None:
@@ -183,7 +185,7 @@ def test_a_search_for_bits_is_not_done_twice(skewed: Llama, tmp_path: Path, monk
     def choose(read, rules, target_bpw, windows_WT, config, on_weights):
         chosen.append(1)
         return {
-            key: rule if rule.keep else dataclasses.replace(rule, scheme="int8" if key[1] == 0 else "int3")
+            key: rule if rule.keep else dataclasses.replace(rule, scheme="int8" if key.layer == 0 else "int3")
             for key, rule in rules.items()
         }
 
@@ -192,8 +194,8 @@ def test_a_search_for_bits_is_not_done_twice(skewed: Llama, tmp_path: Path, monk
     first, second = (quantize(skewed, recipe, calibration=TOKENS, window=32, work=tmp_path) for _ in range(2))
     assert chosen == [1]
     jax.tree.map(np.testing.assert_array_equal, first, second)
-    schemes = [part.scheme.name for part in second.layers.ffn.up_DF.get_value().parts]
-    assert schemes == ["int8", "int3"]
+    weight = named_weights(second)["layers.*.ffn.up_DF"]
+    assert [weight.take(layer).scheme.name for layer in range(3)] == ["int8", "int3", "int3"]
     with pytest.raises(LlamaJaxError, match="target_bpw is 5.0 there, 6.0 here"):
         quantize(skewed, Recipe(layers_rule(), 6.0), calibration=TOKENS, window=32, work=tmp_path)
 
@@ -223,7 +225,7 @@ def test_a_damaged_part_is_named(skewed: Llama, tmp_path: Path) -> None:
             "query_DQ.*share their input",
         ),
         ((KEEP_NORMS, Rule(weights="*", scheme="int4", scaling="awq")), TOKENS, "embed_VD: scaling"),
-        (layers_rule(group_size=48), None, r"layer 0 of shape \(64, \d+\): groups of 48"),
+        (layers_rule(group_size=48), None, r"layers.0.attention.key_DM of shape \(64, 32\): groups of 48"),
         (layers_rule(outliers=65), TOKENS, "count 65: expected 1 to 64"),
     ],
 )
@@ -237,6 +239,6 @@ def test_weights_that_are_no_whole_groups_get_what_the_recipe_says(skewed: Llama
     made = quantize(
         model, layers_rule(scheme="int3", indivisible="int8", clip="mse", method="gptq"), calibration=TOKENS, window=32
     )
-    weight = made.layers.ffn.down_FD.get_value()
-    assert not isinstance(weight, LayerRuns) and weight.scheme.name == "int8" and weight.group_size == 86
-    assert made.layers.ffn.up_DF.get_value().scheme.name == "int3"
+    weight = named_weights(made)["layers.*.ffn.down_FD"]
+    assert isinstance(weight, QTensor) and weight.scheme.name == "int8" and weight.group_size == 86
+    assert named_weights(made)["layers.*.ffn.up_DF"].scheme.name == "int3"

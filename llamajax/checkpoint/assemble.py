@@ -59,13 +59,16 @@ def outcome(source: Source, finish: Finish = Finish()) -> Llama:
     Raises:
         LlamaJaxError: if `finish` asks for what this source does not have.
     """
-    named: dict[str, Any] = {}
+    stacked: dict[str, Any] = {}
     for name, leaf in leaves(source.config).items():
         stored = [finish.one(source.abstract[place]) for place in leaf.places]
-        stacked = stored[0] if leaf.layers is None else Mixed.of(stored, leaf.spec.axis)
-        named[name] = jax.eval_shape(lambda weight, leaf=leaf: finish.stack(leaf, weight), stacked)
-    check_activations(named, finish.activations)
-    return model_from(named, source.config)
+        stacked[name] = stored[0] if leaf.layers is None else Mixed.of(stored, leaf.spec.axis)
+    check_activations(stacked, finish.activations)
+    made = {
+        name: jax.eval_shape(lambda weight, leaf=leaf: finish.stack(leaf, weight), stacked[name])
+        for name, leaf in leaves(source.config).items()
+    }
+    return model_from(made, source.config)
 
 
 def assemble(

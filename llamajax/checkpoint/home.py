@@ -109,6 +109,14 @@ def open_source(path: Path) -> Source:
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise LlamaJaxError(f"{path}/manifest.json: {place}: {_first_line(error)}: it is damaged") from None
         abstract[place] = weight
+    if checksums is not None:
+        stored = {entries[place].stored + part for place, weight in abstract.items() for part in parts_of(weight)}
+        if stored != set(checksums):
+            one = min(stored ^ set(checksums))[:80]
+            raise LlamaJaxError(
+                f"{path}/manifest.json: {one}: expected a checksum of every array of its config's weights, and of no "
+                "other: it is damaged"
+            )
 
     def read(place: Place) -> Any:
         weight = jax.tree.map(lambda leaf: aligned_empty(leaf.shape, leaf.dtype), abstract[place])

@@ -103,8 +103,8 @@ class TiledWeight(Layout):
         return restore(self)
 
     def rows(self, row_n: jax.Array) -> jax.Array:
-        """As `take_rows`."""
-        return take_rows(self, row_n)
+        """As the function of this name."""
+        return rows(self, row_n)
 
 
 def refusal(weight: QTensor) -> str | None:
@@ -169,13 +169,13 @@ def restore(weight: TiledWeight) -> QTensor:
     return dataclasses.replace(jax.tree.map(merge, weight.tiles), axis=weight.axis, order=order)
 
 
-def take_rows(table: TiledWeight, row_n: jax.Array) -> jax.Array:
+def rows(table: TiledWeight, row_n: jax.Array) -> jax.Array:
     """Rows of a table [M, K], int32 indices in [0, M) -> float32 [n, K]; only those are dequantized."""
     pick = lambda plane_tXl: plane_tXl[row_n // LANES, :, row_n % LANES]  # noqa: E731
-    rows = dataclasses.replace(jax.tree.map(pick, table.tiles), axis=-1)
+    found = dataclasses.replace(jax.tree.map(pick, table.tiles), axis=-1)
     if table.order is not None:
-        rows = dataclasses.replace(rows, order=table.order[None])
-    return dequantize(rows)
+        found = dataclasses.replace(found, order=table.order[None])
+    return dequantize(found)
 
 
 def matmul(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:

@@ -10,7 +10,7 @@ import pytest
 
 import llamajax
 from llamajax import Config, Llama, LlamaJaxError
-from llamajax.checkpoint.naming import named_weights
+from llamajax.parameters import named_weights
 from llamajax.quantization.quantize import quantize
 from quant import LayerRuns, QTensor, dequantize, split_runs
 from quant.kernels import Layout
@@ -32,7 +32,7 @@ CONFIG = Config(
 RULES = (
     Rule(weights="*norm*", keep=True),
     Rule(weights="layers.*", layers=(0, -1), scheme="int8", group_size=32),
-    Rule(weights="layers.ffn.down_FD", layers=(2,), keep=True),
+    Rule(weights="layers.*.ffn.down_FD", layers=(2,), keep=True),
     Rule(weights="*", scheme="uint4", group_size=32),
 )
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 12))
@@ -56,14 +56,14 @@ def dense(model: Llama) -> Llama:
 
 
 def test_rules_of_layers_make_runs(runs: Llama) -> None:
-    weight = runs.layers.ffn.down_FD.get_value()
+    weight = named_weights(runs)["layers.*.ffn.down_FD"]
     assert isinstance(weight, LayerRuns) and weight.lengths == (1, 1, 1, 1, 1) and weight.shape == (5, 128, 64)
     assert [part.scheme.name if isinstance(part, QTensor) else str(part.dtype) for part in weight.parts] == [
         "int8", "uint4", "float32", "uint4", "int8",
     ]  # fmt: skip
     assert weight.size == 5 * 128 * 64 and weight.nbytes == sum(part.nbytes for part in weight.parts)
     two = quantize(random_model(CONFIG), (*RULES[:1], Rule(weights="*", layers=(0, 1), scheme="int8"), RULES[-1]))
-    assert two.layers.attention.out_QD.get_value().lengths == (2, 3)
+    assert named_weights(two)["layers.*.attention.out_QD"].lengths == (2, 3)
     assert isinstance(two.embed_VD.get_value(), QTensor)
 
 
@@ -91,7 +91,7 @@ def test_generation_and_gradients_do_not_notice(runs: Llama) -> None:
 
 
 def test_one_layer_by_its_number(runs: Llama) -> None:
-    weight = runs.layers.ffn.up_DF.get_value()
+    weight = named_weights(runs)["layers.*.ffn.up_DF"]
     assert [weight[layer].scheme.name for layer in range(5)] == ["int8", "uint4", "uint4", "uint4", "int8"]
     assert weight[3].shape == (64, 128)
     for layer in (-1, 5):
@@ -118,7 +118,7 @@ def test_checkpoint_round_trip(runs: Llama, tmp_path: Path, capsys) -> None:
         assert before.dtype == after.dtype
         np.testing.assert_array_equal(np.asarray(before), np.asarray(after))
     converted, _ = llamajax.load(tmp_path / "q", dtype=jnp.bfloat16)
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(named_weights(converted)["layers.ffn_norm.weight_D"])} == {
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(named_weights(converted)["layers.*.ffn_norm.weight_D"])} == {
         "bfloat16"
     }
     from llamajax.cli import main
@@ -140,13 +140,13 @@ def test_runs_are_prepared_one_by_one(runs: Llama) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: w["layers.ffn.up_DF"]["runs"].pop(), "shape"),
-        (lambda w: w["layers.ffn.up_DF"].update(runs=[]), "expected runs of layers"),
-        (lambda w: w["layers.ffn.up_DF"].update(scheme="int4"), "expected runs of layers"),
-        (lambda w: w["layers.ffn.up_DF"].update(runs=[dict(w["layers.ffn.up_DF"])]), "expected runs of layers"),
-        (lambda w: w["layers.ffn.up_DF"].update(runs=[3]), "expected runs of layers"),
-        (lambda w: w["layers.ffn.up_DF"]["runs"][1].update(axis=-1), "plane of shape|different shapes"),
-        (lambda w: w.update({"layers.ffn_norm.weight_D": {"shape": [5, 64], "dtype": "float32"}}), "the same cuts"),
+        (lambda w: w["layers.*.ffn.up_DF"]["runs"].pop(), "shape"),
+        (lambda w: w["layers.*.ffn.up_DF"].update(runs=[]), "expected runs of layers"),
+        (lambda w: w["layers.*.ffn.up_DF"].update(scheme="int4"), "expected runs of layers"),
+        (lambda w: w["layers.*.ffn.up_DF"].update(runs=[dict(w["layers.*.ffn.up_DF"])]), "expected runs of layers"),
+        (lambda w: w["layers.*.ffn.up_DF"].update(runs=[3]), "expected runs of layers"),
+        (lambda w: w["layers.*.ffn.up_DF"]["runs"][1].update(axis=-1), "plane of shape|different shapes"),
+        (lambda w: w.update({"layers.*.ffn_norm.weight_D": {"shape": [5, 64], "dtype": "float32"}}), "the same cuts"),
     ],
 )
 def test_damaged_manifests_are_named(runs: Llama, tmp_path: Path, change, message: str) -> None:
