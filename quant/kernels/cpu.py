@@ -24,6 +24,7 @@ import numpy as np
 from quant.kernels import Layout, start_indices
 from quant.packing import plane_bits
 from quant.qtensor import Plane, QTensor, dequantize
+from quant.scheme import Scheme
 
 # Outputs of a tile: the float32 of one 512-bit register, of two of 256 bits (AVX2) or of four of 128 bits (NEON). With
 # twice as many LLVM unrolls over registers too and spills: two to three times slower where it was measured.
@@ -81,6 +82,11 @@ class TiledWeight(Layout):
     def dtype(self) -> np.dtype:
         """Of the weight that this stands for."""
         return self.tiles.dtype
+
+    @property
+    def scheme(self) -> Scheme:
+        """Of its codes."""
+        return self.tiles.scheme
 
     @property
     def group_size(self) -> int:
@@ -198,10 +204,8 @@ def matmul(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
     if weight.order is not None:
         x_RK = jnp.take(x_RK, weight.order if weight.layer is None else weight.order[weight.layer], axis=1)
     if x_RK.shape[0] <= MAX_UNROLLED_ROWS:
-        product = _unrolled
-    else:
-        product = _by_slabs if x_RK.shape[0] < MIN_WHOLE_ROWS else _whole
-    return product(x_RK, weight)[:, : weight.outputs]
+        return _unrolled(x_RK, weight)[:, : weight.outputs]
+    return (_by_slabs if x_RK.shape[0] < MIN_WHOLE_ROWS else _whole)(x_RK, weight)[:, : weight.outputs]
 
 
 @functools.partial(jax.jit, inline=True)  # Weights of the same shape are traced once.
