@@ -13,6 +13,7 @@ a byte, `k` bytes of one plane in a group and step.
 
 import dataclasses
 import functools
+import math
 import operator
 import types
 from typing import Any
@@ -34,9 +35,10 @@ LANES = 16
 STEP_BYTES = (64, 16)
 # Rows up to which widening the bytes anew for each row is faster than a `dot` with weights that were written out.
 MAX_UNROLLED_ROWS = 16
-# Rows from which on the whole weight is written out for one `dot`: slabs read all rows anew for each tile, and so many
-# are in no cache.
-MIN_WHOLE_ROWS = 1024
+# Rows from which on the whole weight is written out for one `dot`, if it is no larger than this in float32: slabs read
+# all rows anew for each tile, and so many are in no cache.
+MIN_WHOLE_ROWS = 512
+_WHOLE_BYTES = 256 << 20
 # Bytes of the float32 weights that are written out at a time for a `dot`.
 SLAB_BYTES = 2 << 20
 # Passed to `jax.jit` for programs with such products: LLVM uses half of a 512-bit register unless told otherwise. Has
@@ -205,7 +207,8 @@ def matmul(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
         x_RK = jnp.take(x_RK, weight.order if weight.layer is None else weight.order[weight.layer], axis=1)
     if x_RK.shape[0] <= MAX_UNROLLED_ROWS:
         return _unrolled(x_RK, weight)[:, : weight.outputs]
-    return (_by_slabs if x_RK.shape[0] < MIN_WHOLE_ROWS else _whole)(x_RK, weight)[:, : weight.outputs]
+    whole = x_RK.shape[0] >= MIN_WHOLE_ROWS and 4 * math.prod(weight.shape) <= _WHOLE_BYTES
+    return (_whole if whole else _by_slabs)(x_RK, weight)[:, : weight.outputs]
 
 
 @functools.partial(jax.jit, inline=True)  # Weights of the same shape are traced once.
