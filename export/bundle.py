@@ -36,30 +36,21 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
 import llamajax
+from export.golden import golden, golden_prompts
 from export.lowering import STABLEHLO_VERSION, Program, Value, lower
 from export.profiles import PROFILES, Profile, Spec
 from export.programs import bound, empty_state, functions
 from export.runners.runner import LARGEST_MANIFEST, check_entries, line_of
 from export.vocabulary import vocabulary_of
 from export.weights import parameters
-from llamajax.errors import LlamaJaxError
-from llamajax.files import new_file, new_folder, open_regular, parse_json, read_bytes, shortened
-from llamajax.generation.stream import generate
-from llamajax.model import Llama
-from llamajax.parameters import named_weights
-from llamajax.prepare import prepare
-from llamajax.tokenizer import Tokenizer
+from llamajax import Llama, LlamaJaxError, Tokenizer, files, named_weights
 from quant import compiler_options, schemes
 
 FORMAT = "llamajax-bundle"
 VERSION = 1
-GOLDEN_TOKENS = 64
-GOLDEN_TEXTS = ("Once upon a time", "The little dog ran to the river. There he saw a big fish, and the fish said:")
 _RUNNERS = Path(__file__).parent / "runners"
 # Programs that have a twin by `jax.export`, and the sizes that are open in it.
 _TWINS = {"prefill": "BST", "decode": "BS"}
-# Models of more parameters say their golden tokens in a layout that is many times faster, and slow to compile.
-_LARGE_MODEL = 50_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +112,7 @@ def write(
         raise LlamaJaxError(f"{spec.slots} slots: the model's context is {model.config.context_length}")
     vocabulary = None if tokenizer is None else vocabulary_of(tokenizer)
     programs = lower(model, spec)
-    with new_folder(Path(path)) as folder:
+    with files.new_folder(Path(path)) as folder:
         (folder / "programs").mkdir()
         for name, program in programs.items():
             (folder / "programs" / f"{name}.mlirbc").write_bytes(program.artifact)
@@ -131,14 +122,14 @@ def write(
         safetensors.numpy.save_file(
             {name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / "weights.safetensors"
         )
-        golden = _golden(model, prompts or _golden_prompts(model, tokenizer, spec), spec)
-        safetensors.numpy.save_file(golden, folder / "golden.safetensors")
+        made = golden(model, prompts or golden_prompts(model, tokenizer, spec), spec)
+        safetensors.numpy.save_file(made, folder / "golden.safetensors")
         if tokenizer is not None and vocabulary is not None:
             (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
             (folder / "vocabulary.json").write_text(json.dumps(vocabulary.values, separators=(",", ":")) + "\n")
         for runner in sorted(_RUNNERS.glob("run_*.py")):
             (folder / runner.name).write_text(standalone_runner(runner.name))
-        manifest = _manifest(model, tokenizer, spec, programs, arrays, len(golden) // 3, source)
+        manifest = _manifest(model, tokenizer, spec, programs, arrays, len(made) // 3, source)
         if vocabulary is not None:
             manifest["golden"]["texts"] = vocabulary.texts
             manifest["tokens"]["refusal"] = vocabulary.values["refusal"]
@@ -208,11 +199,11 @@ def _manifest(
 def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Writes the manifest, at once, with SHA-256 and size of every other file, and a SHA-256 of itself as last line."""
     names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-    files = {name: {"sha256": _sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
-    files.pop("manifest.json", None)
+    listed = {name: {"sha256": _sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
+    listed.pop("manifest.json", None)
     rest = {key: value for key, value in manifest.items() if key not in ("files", "sha256")}
-    text = json.dumps({**rest, "files": files}, indent=1, ensure_ascii=False).removesuffix("\n}").encode()
-    with new_file(folder / "manifest.json", beside=folder) as partial:  # in it, a leftover would be surplus
+    text = json.dumps({**rest, "files": listed}, indent=1, ensure_ascii=False).removesuffix("\n}").encode()
+    with files.new_file(folder / "manifest.json", beside=folder) as partial:  # in it, a leftover would be surplus
         partial.write_bytes(text + _SEAL + _closing(text))
 
 
@@ -254,17 +245,17 @@ def read_manifest(path: Path) -> Mapping[str, Any]:
     """
     file = path / "manifest.json"
     try:
-        data = read_bytes(file, LARGEST_MANIFEST)
+        data = files.read_bytes(file, LARGEST_MANIFEST)
     except OSError as error:
         raise LlamaJaxError(f"{path}: not a bundle: manifest.json: {error.strerror}") from None
-    manifest = parse_json(data, f"{file}: damaged")
+    manifest = files.parse_json(data, f"{file}: damaged")
     if not isinstance(manifest, dict) or not {"format", "version"} <= set(manifest):
         raise LlamaJaxError(f"{file}: damaged: expected the manifest of a bundle")
     kind, version = manifest["format"], manifest["version"]
     if kind != FORMAT or version != VERSION:
         raise LlamaJaxError(
-            f"{file}: format {shortened(kind)} version {shortened(version)}: this release reads {FORMAT!r} version "
-            f"{VERSION}; a newer bundle needs a newer llamajax"
+            f"{file}: format {files.shortened(kind)} version {files.shortened(version)}: this release reads "
+            f"{FORMAT!r} version {VERSION}; a newer bundle needs a newer llamajax"
         )
     before, _, closing = data.rpartition(_SEAL)
     if closing != _closing(before):
@@ -280,30 +271,6 @@ def standalone_runner(name: str) -> str:
 
 
 _IMPORT = "from export.runners.runner import main\n"
-
-
-def _golden_prompts(model: Llama, tokenizer: Tokenizer | None, spec: Spec) -> list[list[int]]:
-    """Two prompts of different lengths that leave room for what follows."""
-    most = max(1, spec.slots - GOLDEN_TOKENS - 1)
-    if tokenizer is not None:
-        return [tokenizer.encode(text)[:most] for text in GOLDEN_TEXTS]
-    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, 24)
-    return [[int(i) for i in ids[:count]][:most] for count in (5, 24)]
-
-
-def _golden(model: Llama, prompts: Sequence[Sequence[int]], spec: Spec) -> dict[str, np.ndarray]:
-    """What the model itself says to the prompts: the programs are not asked."""
-    arrays = {}
-    model = prepare(model) if model.config.num_parameters > _LARGE_MODEL else model
-    for index, ids in enumerate(prompts):
-        limit = min(GOLDEN_TOKENS, spec.slots - len(ids))
-        made = generate(model, None, list(ids), temperature=0, max_new_tokens=limit, cache_dtype=spec.cache_dtype)
-        assert not isinstance(made, list)  # one prompt
-        logits_BTV, _ = jax.jit(lambda model, tokens_BT: model(tokens_BT))(model, np.asarray([ids], np.int32))
-        arrays[f"prompt_{index}"] = np.asarray(ids, np.int32)
-        arrays[f"tokens_{index}"] = np.asarray(made.tokens, np.int32)
-        arrays[f"logits_{index}"] = np.asarray(logits_BTV[0, -1])
-    return arrays
 
 
 def _twins(model: Llama, spec: Spec) -> dict[str, bytes]:
@@ -372,5 +339,5 @@ def _check_manifest(file: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _sha256(path: Path) -> str:
-    with open_regular(path) as file:
+    with files.open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]

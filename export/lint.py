@@ -8,7 +8,7 @@ import numpy as np
 from jaxlib.mlir import ir
 
 from export.profiles import Profile
-from llamajax.errors import LlamaJaxError
+from llamajax import LlamaJaxError
 
 # A constant of more elements must be a weight that was closed over.
 LARGEST_CONSTANT = 4096

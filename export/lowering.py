@@ -24,10 +24,7 @@ from export.lint import check, tidy
 from export.profiles import PROFILES, Profile, Spec
 from export.programs import bound, functions
 from export.weights import parameters, taken_by
-from llamajax.errors import LlamaJaxError
-from llamajax.model import Llama, model_from
-from llamajax.parameters import named_weights, parts_of
-from llamajax.prepare import prepare
+from llamajax import Llama, LlamaJaxError, model_from, named_weights, parts_of, prepare
 from quant import is_laid_out, quantized
 
 # The oldest StableHLO that knows all that we write (gathers with batch axes); its promise is five years back, two

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from llamajax.errors import LlamaJaxError
+from llamajax import LlamaJaxError
 
 _FLOAT_OPERATIONS = frozenset(
     "abs add and broadcast_in_dim call compare concatenate constant convert cosine divide dot_general dynamic_slice "

@@ -13,10 +13,7 @@ import jax.numpy as jnp
 
 from export.profiles import Profile, Spec
 from export.weights import assemble
-from llamajax.caches import KVCache
-from llamajax.config import Config
-from llamajax.generation.sampling import Sampler, sample
-from llamajax.model import Llama
+from llamajax import Config, KVCache, Llama, Sampler, sample
 
 # A program before it is lowered: its name, a function of a model and inputs, these inputs by name, the names of its
 # results, and whether it takes a model (else None is what it gets).

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2
 
-from llamajax.files import shortened
-from llamajax.tokenizer import Tokenizer
+from llamajax import Tokenizer, files
 
 # What tokenizers disagree about: spaces, what looks like a token, several code points for one letter, what is rare.
 TEXTS = (
@@ -102,14 +101,14 @@ def _refusal(model: Any, tokenizer: Tokenizer) -> str | None:
     if trainer.model_type != 2:
         return f"its tokenizer is a sentencepiece model of type {_MODEL_TYPES.get(trainer.model_type, 'unknown')}"
     if normalizer.precompiled_charsmap:
-        return f"its tokenizer normalizes text ({shortened(normalizer.name)})"
+        return f"its tokenizer normalizes text ({files.shortened(normalizer.name)})"
     if not normalizer.escape_whitespaces or trainer.treat_whitespace_as_suffix:
         return "its tokenizer treats spaces in a way of its own"
     if any(piece.type == _PROTO.ModelProto.SentencePiece.UNUSED for piece in model.pieces):
         return "its tokenizer has unused pieces"
     for token in tokenizer.words.added:
         if token.lstrip or token.rstrip or token.single_word:
-            return f"its tokenizer has a token that depends on what is around it, {shortened(token.text)}"
+            return f"its tokenizer has a token that depends on what is around it, {files.shortened(token.text)}"
     return None
 
 
@@ -128,7 +127,7 @@ def _difference(values: dict[str, Any], texts: list[dict[str, Any]]) -> str | No
         runner = importlib.import_module("export.runners.runner").Text(_Folder(Path(folder)))
     for entry in texts:
         if runner.encode(entry["text"]) != entry["ids"]:
-            return f"its tokenizer encodes {shortened(entry['text'])} in a way of its own"
+            return f"its tokenizer encodes {files.shortened(entry['text'])} in a way of its own"
     return None
 
 

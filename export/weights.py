@@ -10,9 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from export.profiles import Profile
-from llamajax.model import Llama, model_from
-from llamajax.parameters import leaves, named_arrays, named_weights, parts_of, unrolled, weights_of
-from llamajax.prepare import prepare
+from llamajax import Llama, leaves, model_from, named_arrays, named_weights, parts_of, prepare, unrolled, weights_of
 from quant import Layout, QTensor, dequantize, dequantize_runs, map_quantized
 
 

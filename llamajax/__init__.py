@@ -34,6 +34,7 @@ from llamajax.generation.stream import TextStream, generate, stream
 from llamajax.layer import Layer
 from llamajax.meshes import shardings
 from llamajax.model import Block, Llama, abstract_model, model_from
+from llamajax.parameters import leaves, named_arrays, named_weights, parts_of, unrolled, weights_of
 from llamajax.prepare import prepare, with_activations
 from llamajax.quantization.quantize import quantize, read_recipe, recipe_names
 from llamajax.tokenizer import Tokenizer
@@ -67,12 +68,16 @@ __all__ = [
     "files",
     "fresh_programs",
     "generate",
+    "leaves",
     "load",
     "make_sampler",
     "model_from",
+    "named_arrays",
+    "named_weights",
     "next_token_losses",
     "open_checkpoint",
     "parameters",
+    "parts_of",
     "prefill",
     "prepare",
     "preset",
@@ -85,5 +90,7 @@ __all__ = [
     "shardings",
     "stream",
     "trainable",
+    "unrolled",
+    "weights_of",
     "with_activations",
 ]

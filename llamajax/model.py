@@ -329,8 +329,18 @@ class Llama(nnx.Module):
         return jax.tree.map(lambda weight: view(weight, at), blocks[position], is_leaf=is_weight)
 
     def with_layer(self, number: int, block: Any) -> "Llama":
-        """The same model with another layer; of other types its weights make mixed stacks (`quant.Mixed`)."""
+        """The same model with another layer; of other types its weights make mixed stacks (`quant.Mixed`).
+
+        Raises:
+            LlamaJaxError: for a layer that there is not, or a block of another kind, or of a model of another config.
+        """
         blocks, position, place = self._at(number)
+        structures: list[Any] = [jax.tree.structure(each, is_leaf=is_weight) for each in (blocks[position], block)]
+        if structures[0] != structures[1]:
+            raise LlamaJaxError(
+                f"layer {number}: a {type(block).__name__} of another config, or of other weights: expected a "
+                f"{type(blocks[position]).__name__} of a model with {self.config}"
+            )
         changed = jax.tree.map(
             lambda weight, layer: with_layer(weight, place, layer), blocks[position], block, is_leaf=is_weight
         )

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from quant.clip import search_clip
+from quant.grid import check_in_range, checked_group_size, encode_groups, group_grid, group_range
 from quant.qtensor import SCALE_DTYPES, QTensor, scale_values
-from quant.rtn import check_in_range, checked_group_size, encode_groups, group_grid, group_range, search_clip
 from quant.scheme import Scheme
 
 # Sums over thousands of channels and tokens: TPUs and GPUs would otherwise multiply float32 in bfloat16 or TF32.

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from quant.grid import check_in_range, checked_group_size, divisor, encode_groups, group_grid, stored_scale
 from quant.packing import merge_groups, split_groups
 from quant.qtensor import SCALE_DTYPES, QTensor
-from quant.rtn import check_in_range, checked_group_size, divisor, encode_groups, group_grid, stored_scale
 from quant.scheme import Scheme
 
 

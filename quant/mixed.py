@@ -11,7 +11,7 @@ import numpy as np
 
 from quant.kernels import Layout
 from quant.qtensor import QTensor
-from quant.weight import Weight, is_weight, layer_of, product, values, view
+from quant.weight import Weight, by_row, inside, is_weight, layer_of, product, values, view
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["stacks", "layer"], meta_fields=["types", "axis"])
@@ -84,9 +84,14 @@ class Mixed(Weight):
         return tuple(self.types[:layer].count(kind) for layer, kind in enumerate(self.types))
 
     def product(self, x: jax.Array, index: jax.Array | int | None = None) -> jax.Array:
-        """As of every `Weight`, of the layer that `layer` says."""
+        """As of every `Weight`, where `layer` is given of that one."""
         if self.layer is None:
-            raise ValueError(f"a product with all layers of a weight of shape {self.shape}: expected one of them")
+            if index is None:
+                return super().product(x)  # which says what is missing
+            if jnp.ndim(index):
+                return by_row(x, index, self.matrices, self.product)
+            layer, rest = jnp.divmod(inside(index, self.matrices), self.matrices // len(self.types))
+            return dataclasses.replace(self, layer=layer).product(x, None if self.ndim == 3 else rest)
 
         def of_type(stack: Any) -> Callable[..., jax.Array]:
             def multiply(x: jax.Array, place: jax.Array) -> jax.Array:

@@ -18,9 +18,12 @@ import jax.numpy as jnp
 from quant.activations import check_activations, round_activations
 from quant.probe import Probe
 
-# Rows with a matrix of their own that are multiplied one by one, and how many of one matrix share a block beyond.
+# Rows with a matrix of their own that are multiplied one by one: at most so many, of at most so many for each matrix.
 _SINGLE_ROWS = 16
-_BLOCK_ROWS = 16
+_SINGLE_ROWS_OF_ONE = 2
+# Rows that a product is made for are a multiple of this, or of the next where they are fewer: vectors are full then.
+_ROW_MULTIPLE = 16
+_FEW_ROWS_MULTIPLE = 4
 
 
 class Weight:
@@ -66,8 +69,8 @@ class Weight:
                 )
             return self.multiply(x)
         if jnp.ndim(index) == 0:
-            return self.matrix(index).multiply(x)
-        return by_row(x, jnp.asarray(index), self.matrices, lambda x, one: self.matrix(one).multiply(x))
+            return self.matrix(inside(index, self.matrices)).multiply(x)
+        return by_row(x, index, self.matrices, lambda x, one: self.matrix(one).multiply(x))
 
     def matrix(self, index: jax.Array | int) -> "Weight":
         """One of the X matrices by an int32 scalar that may be known at run time only; a view where it can be."""
@@ -132,16 +135,21 @@ def product(
         [..., M], in `dtype`.
 
     Raises:
-        ValueError: if a weight of more than two axes comes without an index, an index is of another shape than the
-            rows, or a `Weight` has another contraction axis.
+        ValueError: if activations have another length than the contraction axis, a weight of more than two axes comes
+            without an index, an index is of another shape than the rows, or a `Weight` has another contraction axis.
     """
     dtype = dtype or x.dtype
     if isinstance(weight, Probe):
         weight.seen[weight.name] = x
         weight = weight.weight
+    if is_weight(weight) and weight.axis != axis:
+        raise ValueError(f"a product along axis {axis} of a weight whose contraction axis is {weight.axis}")
+    if x.ndim < 1 or x.shape[-1] != weight.shape[axis]:
+        raise ValueError(
+            f"activations of shape {x.shape} times a weight of shape {weight.shape}: expected "
+            f"[..., {weight.shape[axis]}], as long as its axis {axis}"
+        )
     if is_weight(weight):
-        if weight.axis != axis:
-            raise ValueError(f"a product along axis {axis} of a weight whose contraction axis is {weight.axis}")
         return weight.product(x, index).astype(dtype)
     return _product_of_array(x, weight, index, axis).astype(dtype)
 
@@ -151,29 +159,37 @@ def _product_of_array(x: jax.Array, weight: jax.Array, index: jax.Array | int | 
     if index is not None:
         weight = weight.reshape(-1, *weight.shape[-2:])
         if jnp.ndim(index):
-            one = lambda x, one: _product_of_array(x, weight, one, axis)  # noqa: E731
-            return by_row(x, jnp.asarray(index), weight.shape[0], one)
-        weight = jax.lax.dynamic_index_in_dim(weight, jnp.asarray(index, jnp.int32), keepdims=False)
+            return by_row(x, index, weight.shape[0], lambda x, one: _product_of_array(x, weight, one, axis))
+        weight = jax.lax.dynamic_index_in_dim(weight, inside(index, weight.shape[0]), keepdims=False)
     if weight.ndim != 2:
-        raise ValueError(f"a product with a weight of shape {weight.shape} without an index: expected a matrix")
+        raise ValueError(
+            f"a product with a weight of shape {weight.shape} without an index: expected one number, or one for each "
+            f"row of the activations, from 0 to {math.prod(weight.shape[:-2]) - 1}"
+        )
     equation = "...K,KM->...M" if axis == -2 else "...K,MK->...M"
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.einsum(equation, x, weight, precision=precision, preferred_element_type=jnp.float32)
 
 
+def inside(index: jax.Array | int, count: int) -> jax.Array:
+    """Whole numbers as int32, those out of range moved to 0 or `count` - 1: negative ones do not count from the end."""
+    if isinstance(index, int):
+        return jnp.asarray(min(max(index, 0), count - 1), jnp.int32)
+    return jnp.clip(jnp.asarray(index).astype(jnp.int32), 0, count - 1)
+
+
 def by_row(
-    x: jax.Array, index: jax.Array, matrices: int, one: Callable[[jax.Array, jax.Array], jax.Array]
+    x: jax.Array, index: jax.Array | int, matrices: int, one: Callable[[jax.Array, jax.Array], jax.Array]
 ) -> jax.Array:
     """Rows that each have a matrix of their own, by products that have one for all of their rows.
 
     A few rows one after the other: then no more is read than the matrices that are used, which in decoding is what
-    counts. More are sorted by matrix and multiplied in blocks of 16 that share one, R/16 + X blocks at most (as
-    MegaBlocks, Gale et al. 2022, arXiv:2211.15841); blocks that stay empty are skipped.
+    counts. More are sorted by matrix, and those of one are multiplied together (`_by_blocks`).
 
     Args:
         x: [..., K].
         index: whole numbers of x's leading axes.
-        matrices: X; numbers are from 0 to X - 1.
+        matrices: X; numbers are moved into 0 to X - 1.
         one: product of [r, K] with a matrix by its number, float32 [r, M].
 
     Returns:
@@ -182,34 +198,73 @@ def by_row(
     Raises:
         ValueError: if the index is of another shape.
     """
-    if index.shape != x.shape[:-1]:
-        raise ValueError(f"an index of shape {index.shape} for rows {x.shape[:-1]}: expected one number for each row")
-    x_RK, index_R = x.reshape(-1, x.shape[-1]), jnp.clip(index.reshape(-1).astype(jnp.int32), 0, matrices - 1)
+    if jnp.shape(index) != x.shape[:-1]:
+        raise ValueError(
+            f"an index of shape {jnp.shape(index)} for rows {x.shape[:-1]}: expected one number for each row"
+        )
+    x_RK, index_R = x.reshape(-1, x.shape[-1]), inside(index, matrices).reshape(-1)
+    if x_RK.shape[0] <= min(_SINGLE_ROWS, _SINGLE_ROWS_OF_ONE * matrices):
+        y_RM = jax.lax.map(_recomputed(lambda row: one(row[0][None], row[1])[0]), (x_RK, index_R))
+    else:
+        y_RM = _by_blocks(x_RK, index_R, matrices, one)
+    return y_RM.reshape(*x.shape[:-1], y_RM.shape[-1])
+
+
+def _recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A step of a loop that a gradient computes again: what it needs of the weight, in floats, is not kept a step."""
+    return jax.checkpoint(function, prevent_cse=False)
+
+
+def _by_blocks(
+    x_RK: jax.Array, index_R: jax.Array, matrices: int, one: Callable[[jax.Array, jax.Array], jax.Array]
+) -> jax.Array:
+    """`by_row` for many rows: sorted by matrix, then a block of one matrix after the other, [R, M].
+
+    As MegaBlocks (Gale et al. 2022, arXiv:2211.15841), but that blocks are as large as a matrix has rows on average,
+    and a quarter more: unpacking the matrix costs as much as its product with some tens of rows, so most should be
+    unpacked once. What is left of a matrix is a smaller block where it fits one. A block overwrites what the one before
+    it wrote beyond its own rows.
+    """
     R = x_RK.shape[0]
-    if R <= _SINGLE_ROWS:
-        y_RM = jax.lax.map(lambda row: one(row[0][None], row[1])[0], (x_RK, index_R))
-        return y_RM.reshape(*x.shape[:-1], -1)
-    blocks = R // _BLOCK_ROWS + min(matrices, R)
-    counts_X = jnp.sum(index_R[:, None] == jnp.arange(matrices, dtype=jnp.int32), axis=0, dtype=jnp.int32)
-    last_X = jnp.cumsum(-(-counts_X // _BLOCK_ROWS), dtype=jnp.int32)
-    # A row's place: behind the blocks of the matrices before its own, and the rows of its own before it.
+    sizes = _block_sizes(R, matrices)
+    most = sizes[-1]
     order_R = jnp.argsort(index_R, stable=True)
-    rank_R = jnp.zeros(R, jnp.int32).at[order_R].set(jnp.arange(R, dtype=jnp.int32))
-    rank_R = rank_R - (jnp.cumsum(counts_X, dtype=jnp.int32) - counts_X)[index_R]
-    first_R = (last_X - (-(-counts_X // _BLOCK_ROWS)))[index_R] * _BLOCK_ROWS
-    place_R = first_R + rank_R
-    x_bnK = jnp.zeros((blocks * _BLOCK_ROWS, x_RK.shape[1]), x.dtype).at[place_R].set(x_RK)
-    x_bnK = x_bnK.reshape(blocks, _BLOCK_ROWS, -1)
-    matrix_b = jnp.searchsorted(last_X, jnp.arange(blocks, dtype=jnp.int32), side="right").astype(jnp.int32)
-    outputs = jax.eval_shape(one, x_bnK[0], matrix_b[0]).shape[-1]
+    sorted_R = index_R[order_R]
+    x_SK = jnp.pad(x_RK[order_R], ((0, most), (0, 0)))
+    end_R = jnp.searchsorted(sorted_R, sorted_R, side="right").astype(jnp.int32)
+    outputs = jax.eval_shape(one, x_RK, sorted_R[0]).shape[-1]
 
-    def block(scanned: tuple[jax.Array, jax.Array]) -> jax.Array:
-        x_nK, matrix = scanned
-        empty = lambda x_nK: jnp.zeros((_BLOCK_ROWS, outputs), jnp.float32)  # noqa: E731
-        return jax.lax.cond(matrix < matrices, lambda x_nK: one(x_nK, matrix), empty, x_nK)
+    def of_size(size: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        return lambda x_nK, matrix: jnp.pad(one(x_nK[:size], matrix), ((0, most - size), (0, 0)))
 
-    y_SM = jax.lax.map(block, (x_bnK, matrix_b)).reshape(blocks * _BLOCK_ROWS, -1)
-    return y_SM[place_R].reshape(*x.shape[:-1], -1)
+    nothing = lambda x_nK, matrix: jnp.zeros((most, outputs), jnp.float32)  # noqa: E731
+    choices = [nothing, *map(of_size, sizes)]
+    multiply = _recomputed(lambda fitting, x_nK, matrix: jax.lax.switch(fitting, choices, x_nK, matrix))
+
+    def block(carry: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, jax.Array], None]:
+        first, y_SM = carry
+        at = jnp.minimum(first, R - 1)
+        count = end_R[at] - first  # 0 where no row is left
+        fitting = jnp.sum(jnp.asarray([0, *sizes[:-1]], jnp.int32) < count, dtype=jnp.int32)
+        x_nK = jax.lax.dynamic_slice_in_dim(x_SK, first, most)
+        y_nM = multiply(fitting, x_nK, sorted_R[at])
+        y_SM = jax.lax.dynamic_update_slice_in_dim(y_SM, y_nM, first, 0)
+        return (jnp.minimum(first + most, end_R[at]), y_SM), None
+
+    start = (jnp.zeros((), jnp.int32), jnp.zeros((R + most, outputs), jnp.float32))
+    (_, y_SM), _ = jax.lax.scan(block, start, None, length=R // most + min(matrices, R))
+    # By sorting the places rather than by a scatter, which some runtimes of exported programs lack.
+    return y_SM[jnp.argsort(order_R)]
+
+
+def _block_sizes(count: int, matrices: int) -> list[int]:
+    """Rows of a block that `count` rows of so many matrices are multiplied by, ascending."""
+    up = lambda size, multiple: -(-size // multiple) * multiple  # noqa: E731
+    most = min(count, -(-5 * count // (4 * matrices)))
+    if most <= _ROW_MULTIPLE:
+        return [up(most, _FEW_ROWS_MULTIPLE)]
+    most = up(most, _ROW_MULTIPLE)
+    return sorted({_ROW_MULTIPLE, up(most // 4, _ROW_MULTIPLE), most})
 
 
 def rows(table: Any, ids: jax.Array) -> jax.Array:

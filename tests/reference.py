@@ -72,12 +72,17 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
-def causal_attention(query: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """One head's weights: each position's of itself and those before it; [T, H] twice -> [T, T], zeros above."""
+def attention_weights(query: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """One head: what each position takes of itself and those before it; [T, H] twice -> [T, T], zeros above."""
     result = np.zeros((len(query), len(query)))
     for t in range(len(query)):
         result[t, : t + 1] = softmax(key[: t + 1] @ query[t] / math.sqrt(query.shape[-1]))
     return result
+
+
+def causal_attention(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """One head: each position over itself and those before it; [T, H] three times -> [T, H]."""
+    return attention_weights(query, key) @ value
 
 
 def attention(
@@ -95,8 +100,8 @@ def attention(
             np.stack([rotate(vector, t, frequency, neighbours) for t, vector in enumerate(vectors)])
             for vectors in (query, key)
         )
-        maps.append(causal_attention(query, key))
-        heads.append(maps[-1] @ value)
+        maps.append(attention_weights(query, key))
+        heads.append(causal_attention(query, key, value))
     return np.concatenate(heads, axis=-1) @ weights[f"{prefix}.o_proj.weight"].T, np.stack(maps)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 import llamajax
 import quant
+from llamajax.parameters import named_weights
 from quant.awq import activation_scale, search_scale
 
 LENGTH, OUTPUTS = 64, 12
@@ -91,27 +92,21 @@ def test_scales_are_positive_and_balanced() -> None:
 
 def test_folded_as_documented_the_model_is_the_same(tiny_model: llamajax.Llama) -> None:
     rng = np.random.default_rng(0)
-    layers = tiny_model.layers
-    attention_LD = jnp.asarray(rng.uniform(0.3, 3, layers.attention_norm.weight_D.shape), jnp.float32)
-    ffn_LD = jnp.asarray(rng.uniform(0.3, 3, layers.ffn_norm.weight_D.shape), jnp.float32)
-    down_LF = jnp.asarray(rng.uniform(0.3, 3, layers.ffn.down_FD.shape[:2]), jnp.float32)
+    width, ffn_width = tiny_model.config.width, tiny_model.config.ffn_width
+    attention_LD, ffn_LD = (jnp.asarray(rng.uniform(0.3, 3, (2, width)), jnp.float32) for _ in range(2))
+    down_LF = jnp.asarray(rng.uniform(0.3, 3, (2, ffn_width)), jnp.float32)
     factors = {
-        ".layers.attention_norm.weight_D": 1 / attention_LD,
-        **{f".layers.attention.{name}": attention_LD[..., None] for name in ("query_DQ", "key_DM", "value_DM")},
-        ".layers.ffn_norm.weight_D": 1 / ffn_LD,
-        ".layers.ffn.gate_DF": ffn_LD[..., None],
-        ".layers.ffn.up_DF": ffn_LD[..., None] / down_LF[:, None],
-        ".layers.ffn.down_FD": down_LF[..., None],
+        "layers.*.attention_norm.weight_D": 1 / attention_LD,
+        **{f"layers.*.attention.{name}": attention_LD[..., None] for name in ("query_DQ", "key_DM", "value_DM")},
+        "layers.*.ffn_norm.weight_D": 1 / ffn_LD,
+        "layers.*.ffn.gate_DF": ffn_LD[..., None],
+        "layers.*.ffn.up_DF": ffn_LD[..., None] / down_LF[:, None],
+        "layers.*.ffn.down_FD": down_LF[..., None],
     }
-    used = []
-
-    def fold(path: Any, leaf: jax.Array) -> jax.Array:
-        name = next((name for name in factors if jax.tree_util.keystr(path).startswith(name)), None)
-        used.extend([name] if name else [])
-        return leaf * factors[name] if name else leaf
-
-    folded = jax.tree_util.tree_map_with_path(fold, tiny_model)
-    assert sorted(used) == sorted(factors)
+    weights = named_weights(tiny_model)
+    assert weights["layers.*.ffn.down_FD"].shape == (2, ffn_width, width) and set(factors) < set(weights)
+    factor_of = {id(weight): factors[name] for name, weight in weights.items() if name in factors}
+    folded = jax.tree.map(lambda leaf: leaf * factor_of[id(leaf)] if id(leaf) in factor_of else leaf, tiny_model)
     tokens_BT = jnp.asarray(rng.integers(0, tiny_model.config.vocab_size, (2, 9)))
     expected = jax.jit(lambda model: model(tokens_BT)[0])(tiny_model)
     np.testing.assert_allclose(jax.jit(lambda model: model(tokens_BT)[0])(folded), expected, atol=2e-5, rtol=1e-4)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import llamajax
 from llamajax import Config, KVCache, LlamaJaxError, generate, preset, stream
-from llamajax.caches.dense import CACHE_DTYPES
+from llamajax.caches import CACHE_DTYPES
 from llamajax.cli import main
 from llamajax.evaluation.evaluate import encode_documents
 from llamajax.train import heldout_stories
@@ -38,9 +38,20 @@ QUANTIZED = {"int8": 255, "int4": 15}  # the largest code of each
 # |x| that float32 rounding of x / scale + zero may add to half a step, in steps.
 ROUNDING = 1e-4
 
-_write = jax.jit(
-    lambda cache, layer, key, value, count: cache.write(layer, key, value).advance(count), compiler_options=QUICK
-)
+
+def begun(config: Config, B: int, slots: int, dtype: str, length_B) -> KVCache:
+    """A cache of zeros that counts some tokens."""
+    cache = KVCache.empty(config, B, slots, dtype)
+    return dataclasses.replace(cache, length_B=jnp.broadcast_to(jnp.asarray(length_B, jnp.int32), (B,)))
+
+
+def write(cache: KVCache, layer, key_BTKH, value_BTKH, count_B=0) -> KVCache:
+    """The cache with tokens in one layer, of which `end` counts some."""
+    part = cache.parts[0].write(layer, jnp.asarray(key_BTKH), jnp.asarray(value_BTKH), cache.length_B)
+    return KVCache((part,), cache.length_B + jnp.asarray(count_B, jnp.int32))
+
+
+_write = jax.jit(write, compiler_options=QUICK)
 _forward = jax.jit(lambda model, tokens_BT: model(tokens_BT)[0])
 
 
@@ -77,8 +88,9 @@ def one_layer(head_size: int, kv_heads: int) -> Config:
 def test_codes_are_numpys(dtype: str) -> None:
     """All three planes, and the floats that a decoder of the bytes makes of them."""
     x_BTKH = np.random.default_rng(0).normal(0.5, 1, (2, 5, 2, 8)).astype(np.float32)
-    cache = KVCache.empty(CONFIG, 2, 5, dtype).write(jnp.asarray(1), jnp.asarray(x_BTKH), jnp.asarray(-x_BTKH))
-    for slots, written_BTKH in ((cache.key_LBKSH, x_BTKH), (cache.value_LBKSH, -x_BTKH)):
+    cache = write(KVCache.empty(CONFIG, 2, 5, dtype), jnp.asarray(1), x_BTKH, -x_BTKH)
+    part = cache.parts[0]
+    for slots, written_BTKH in ((part.key_LBKSH, x_BTKH), (part.value_LBKSH, -x_BTKH)):
         codes, scale, zero = (
             part.swapaxes(1, 2) for part in quantize(written_BTKH.astype(np.float64), QUANTIZED[dtype])
         )
@@ -87,7 +99,7 @@ def test_codes_are_numpys(dtype: str) -> None:
         np.testing.assert_array_equal(slots.zero[1], zero)
         np.testing.assert_allclose(decode_bytes(slots)[1], (codes - zero) * scale, rtol=1e-5, atol=1e-7)
         assert not decode_bytes(slots)[0].any(), "the other layer"
-    for read, slots in zip(cache.read(jnp.asarray(1)), (cache.key_LBKSH, cache.value_LBKSH), strict=True):
+    for read, slots in zip(part.read(jnp.asarray(1)), (part.key_LBKSH, part.value_LBKSH), strict=True):
         assert read.dtype == jnp.float32
         np.testing.assert_allclose(read, decode_bytes(slots)[1], rtol=1e-6)
 
@@ -104,8 +116,8 @@ def test_error_is_at_most_half_a_step(dtype: str, shape: tuple, exponent: int, s
     """Of every element, at any magnitude and off-centre too; what is written is read back from the slots behind 1."""
     B, T, K, H = shape
     x_BTKH = ((np.random.default_rng(seed).uniform(-1, 1, shape) + shift) * 10.0**exponent).astype(np.float32)
-    cache = KVCache.empty(one_layer(H, K), B, T + 1, dtype).advance(1)
-    read_BKSH, _ = _write(cache, jnp.asarray(0), jnp.asarray(x_BTKH), jnp.asarray(x_BTKH), T).read(jnp.asarray(0))
+    cache = _write(begun(one_layer(H, K), B, T + 1, dtype, 1), jnp.asarray(0), x_BTKH, x_BTKH, T)
+    read_BKSH, _ = cache.parts[0].read(jnp.asarray(0))
     _, scale, _ = quantize(x_BTKH.astype(np.float64), QUANTIZED[dtype])
     error = np.abs(np.asarray(read_BKSH, np.float64)[:, :, 1:].swapaxes(1, 2) - x_BTKH)
     assert np.all(error <= scale * (0.5 + ROUNDING))
@@ -117,7 +129,7 @@ def test_zeros_stay_zeros_and_large_values_finite(dtype: str) -> None:
     x_BTKH = np.zeros((1, 3, 2, 8), np.float32)
     x_BTKH[0, 1, 0] = np.linspace(-1e6, 3e6, 8)  # beyond float16
     x_BTKH[0, 1, 1] = -1e30
-    key_BKSH, _ = KVCache.empty(CONFIG, 1, 3, dtype).write(0, jnp.asarray(x_BTKH), jnp.asarray(x_BTKH)).read(0)
+    key_BKSH, _ = write(KVCache.empty(CONFIG, 1, 3, dtype), 0, x_BTKH, x_BTKH).parts[0].read(0)
     read = np.asarray(key_BKSH).swapaxes(1, 2)
     assert not read[0, 0].any() and not read[0, 2].any()
     np.testing.assert_allclose(read[0, 1, 0], x_BTKH[0, 1, 0], atol=4e6 / QUANTIZED[dtype] / 2)
@@ -129,7 +141,7 @@ def test_zeros_stay_zeros_and_large_values_finite(dtype: str) -> None:
 def test_what_is_not_finite_stays_so_in_its_head_and_token(dtype: str, bad: float) -> None:
     x_BTKH = np.random.default_rng(0).standard_normal((2, 3, 2, 8)).astype(np.float32)
     x_BTKH[1, 2, 0, 5] = bad
-    key_BKSH, _ = KVCache.empty(CONFIG, 2, 3, dtype).write(0, jnp.asarray(x_BTKH), jnp.asarray(x_BTKH)).read(0)
+    key_BKSH, _ = write(KVCache.empty(CONFIG, 2, 3, dtype), 0, x_BTKH, x_BTKH).parts[0].read(0)
     finite_BTK = np.isfinite(key_BKSH).swapaxes(1, 2)
     assert not finite_BTK[1, 2, 0].any()
     finite_BTK[1, 2, 0] = True
@@ -147,7 +159,8 @@ def test_bytes_are_those_promised(name: str) -> None:
         cache = jax.eval_shape(lambda dtype=dtype: KVCache.empty(config, 3, 1000, dtype))
         leaves = jax.tree.leaves(cache)
         assert sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) == 3 * per_row * size + 3 * 4
-        assert cache.slots == 1000 and cache.key_LBKSH.shape == (config.num_layers, 3, config.num_kv_heads, 1000, H)
+        shape = (config.num_layers, 3, config.num_kv_heads, 1000, H)
+        assert cache.slots == 1000 and cache.parts[0].key_LBKSH.shape == shape
         assert not any("int4" in leaf.dtype.name for leaf in leaves)
 
 
@@ -187,7 +200,7 @@ def test_ragged_writes_are_numpys(dtype: str) -> None:
         length_B += count_B
         np.testing.assert_array_equal(cache.length_B, length_B)
     for layer in range(2):
-        key_BKSH = np.asarray(cache.read(jnp.asarray(layer))[0], np.float32)
+        key_BKSH = np.asarray(cache.parts[0].read(jnp.asarray(layer))[0], np.float32)
         if dtype in QUANTIZED:
             expected_BKSH = round_trip(expected_LBKSH[layer], QUANTIZED[dtype])
             np.testing.assert_allclose(key_BKSH, expected_BKSH, rtol=1e-4, atol=1e-6)
@@ -200,15 +213,15 @@ def test_a_row_is_stored_as_it_would_be_alone(dtype: str) -> None:
     """Bit for bit; and `vmap` over caches is a loop over them."""
     x_BTKH = jnp.asarray(np.random.default_rng(2).standard_normal((3, 4, 2, 8)), jnp.float32)
     start_B = jnp.asarray([0, 3, 5])
-    batch = KVCache.empty(CONFIG, 3, 9, dtype).advance(start_B).write(1, x_BTKH, 2 * x_BTKH)
-    caches = [KVCache.empty(CONFIG, 1, 9, dtype).advance(start_B[b]) for b in range(3)]
-    alone = [cache.write(1, x_BTKH[b : b + 1], 2 * x_BTKH[b : b + 1]) for b, cache in enumerate(caches)]
+    batch = write(begun(CONFIG, 3, 9, dtype, start_B), 1, x_BTKH, 2 * x_BTKH)
+    caches = [begun(CONFIG, 1, 9, dtype, start_B[b]) for b in range(3)]
+    alone = [write(cache, 1, x_BTKH[b : b + 1], 2 * x_BTKH[b : b + 1]) for b, cache in enumerate(caches)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
-    mapped = jax.vmap(lambda cache, x: cache.write(1, x, 2 * x))(stacked, x_BTKH[:, None])
+    mapped = jax.vmap(lambda cache, x: write(cache, 1, x, 2 * x))(stacked, x_BTKH[:, None])
     for b in range(3):
-        of_batch = jax.tree.map(lambda leaf, b=b: leaf[:, b : b + 1], (batch.key_LBKSH, batch.value_LBKSH))
-        of_map = jax.tree.map(lambda leaf, b=b: leaf[b], (mapped.key_LBKSH, mapped.value_LBKSH))
-        expected = jax.tree.leaves((alone[b].key_LBKSH, alone[b].value_LBKSH))
+        of_batch = jax.tree.map(lambda leaf, b=b: leaf[:, b : b + 1], batch.parts)
+        of_map = jax.tree.map(lambda leaf, b=b: leaf[b], mapped.parts)
+        expected = jax.tree.leaves(alone[b].parts)
         for leaves in (jax.tree.leaves(of_batch), jax.tree.leaves(of_map)):
             for actual, leaf in zip(leaves, expected, strict=True):
                 np.testing.assert_array_equal(actual, leaf)
@@ -356,7 +369,7 @@ def test_donated_cache_is_updated_in_place(dtype: str, batch: int) -> None:
     model, cache = random_model(CONFIG), KVCache.empty(CONFIG, batch, 32, dtype)
     tokens_BT = np.ones((batch, 1), np.int32)
     lowered = donating.lower(model, tokens_BT, cache)
-    planes = jax.tree.leaves((cache.key_LBKSH, cache.value_LBKSH))
+    planes = list(cache.state.values())
     shapes = {",".join(map(str, plane.shape)) for plane in planes}
     assert len(planes) == 6 and shapes == {f"2,{batch},2,32,{8 if dtype == 'int8' else 4}", f"2,{batch},2,32,1"}
     compiled = lowered.compile()
@@ -368,5 +381,5 @@ def test_donated_cache_is_updated_in_place(dtype: str, batch: int) -> None:
     before = [plane.unsafe_buffer_pointer() for plane in planes]
     _, after = compiled(model, tokens_BT, cache)
     assert all(plane.is_deleted() for plane in planes)
-    after_planes = jax.tree.leaves((after.key_LBKSH, after.value_LBKSH))
+    after_planes = list(after.state.values())
     assert before == [plane.unsafe_buffer_pointer() for plane in after_planes]

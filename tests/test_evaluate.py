@@ -62,7 +62,8 @@ def test_next_token_losses_are_differentiable(tiny_model: Llama, tokens: np.ndar
         return next_token_losses(model, row).mean()
 
     gradient = jax.jit(jax.grad(mean))(tiny_model.head_VD[...])
-    hidden_D = np.asarray(tiny_model.trunk(row[:, :1])[0])[0, 0]
+    x_BTD, _ = tiny_model.blocks(tiny_model.embed(row[:, :1]))
+    hidden_D = np.asarray(tiny_model.norm(x_BTD))[0, 0]
     error_V = np.array(jax.nn.softmax(tiny_model(row[:, :1])[0][0, 0]))
     error_V[tokens[1]] -= 1
     np.testing.assert_allclose(gradient, np.outer(error_V, hidden_D), rtol=1e-3, atol=1e-5)
@@ -264,8 +265,8 @@ def test_compare_refuses_another_vocabulary(tiny_model: Llama) -> None:
 @pytest.mark.parametrize(("value", "window"), [(np.nan, 9), (np.inf, 10), (-np.inf, 11)])
 def test_logits_that_are_not_finite_are_an_error(tiny_model: Llama, value: float, window: int, monkeypatch) -> None:
     """Where it was first seen; a logit of minus infinity shows in no loss but its own token's."""
-    honest = Llama.logits
-    monkeypatch.setattr(Llama, "logits", lambda self, x_BTD: honest(self, x_BTD).at[1, 3, 5].set(value))
+    honest = Llama.head
+    monkeypatch.setattr(Llama, "head", lambda self, x_BTD: honest(self, x_BTD).at[1, 3, 5].set(value))
     ids = np.arange(100) % 300
     count = 99 // window
     with pytest.raises(LlamaJaxError, match=f"the model's logits are not finite at token 4 of window 2 of {count}"):

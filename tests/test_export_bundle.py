@@ -16,17 +16,21 @@ import safetensors.numpy
 
 import export.bundle
 import export.cli.export
+import export.golden
 import export.targets
 import llamajax
+import quant
 from export.bundle import Bundle, open_bundle, seal, write
-from export.profiles import Spec
+from export.golden import GOLDEN_TOKENS, golden, golden_prompts
+from export.profiles import PROFILES, Spec
 from export.targets import add_target, profile_for
-from export.verify import verify
+from export.verification import verify
 from export.vocabulary import TEXTS
 from llamajax.cli import main
 from llamajax.errors import LlamaJaxError
 from llamajax.files import locked
 from tests.isolated import run_isolated
+from tests.reference import forward, weights_of
 
 # Written by the first release that wrote bundles.
 VERSION1 = Path(__file__).parent / "bundles" / "version1"
@@ -55,6 +59,58 @@ def test_jax_alone_gives_the_tokens_of_generate(bundle: Bundle, tiny_int4) -> No
         done = run_isolated(bundle.path, f"--ids={','.join(map(str, ids))}", runner=runner)
         assert done.returncode == 0, done.stderr
         assert [int(token) for token in done.stdout.split()] == expected.tokens
+
+
+@pytest.mark.parametrize(("profile", "dtype"), [("scanned", "float32"), ("cpu", "float16"), ("unrolled", "bfloat16")])
+def test_golden_prompts_are_what_the_programs_give(profile: str, dtype: str, tiny_int4, tmp_path: Path) -> None:
+    spec = Spec(slots=96, buckets=(4, 16), cache_dtype=dtype, profile=PROFILES[profile])
+    bundle = write(tiny_int4, None, tmp_path / "tiny", spec)
+    arrays = safetensors.numpy.load_file(bundle.file("golden.safetensors"))
+    for index in range(2):
+        prompt = arrays[f"prompt_{index}"].tolist()
+        made = llamajax.generate(tiny_int4, None, prompt, temperature=0, max_new_tokens=64, cache_dtype=dtype)
+        assert arrays[f"tokens_{index}"].tolist() == made.tokens
+        whole = jax.tree.map(
+            lambda leaf: quant.dequantize(leaf) if isinstance(leaf, quant.QTensor) else leaf,
+            tiny_int4,
+            is_leaf=lambda node: isinstance(node, quant.QTensor),
+        )
+        expected_V = forward(tiny_int4.config, weights_of(whole), np.asarray(prompt))[-1]
+        error = np.max(np.abs(arrays[f"logits_{index}"] - expected_V))
+        # Rounded as the cache's dtype is.
+        low, high = {"float32": (0, 1e-5), "float16": (1e-5, 5e-3), "bfloat16": (1e-4, 5e-2)}[dtype]
+        assert low <= error < high
+    (result,) = verify(bundle, ["jax"])
+    assert result.exact and result.largest_logit_error < 1e-5
+
+
+def test_golden_prompts_of_a_large_model(bundle: Bundle, tiny_int4, tiny_tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(export.golden, "_LARGE_MODEL", 0)
+    made = golden(tiny_int4, golden_prompts(tiny_int4, tiny_tokenizer, SPEC), SPEC)
+    arrays = safetensors.numpy.load_file(bundle.file("golden.safetensors"))
+    assert made.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_allclose(made[name], array, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "golden prompt 1: 0 tokens: expected 1 to 95"),
+        ([5] * 96, "golden prompt 1: 96 tokens: expected 1 to 95"),
+        ([320], "golden prompt 1: id 320: expected 0 to 319"),
+    ],
+)
+def test_golden_prompts_that_do_not_fit(prompt: list[int], message: str, tiny_int4) -> None:
+    with pytest.raises(LlamaJaxError, match=message):
+        golden(tiny_int4, [[1], prompt], SPEC)
+
+
+def test_golden_logits_that_are_not_finite(tiny_int4) -> None:
+    broken = jax.tree.map(lambda leaf: leaf, tiny_int4)
+    broken.norm.weight_D.set_value(broken.norm.weight_D.get_value() * np.float32(np.nan))
+    with pytest.raises(LlamaJaxError, match="golden prompt 0: the logits behind 1 tokens are not finite"):
+        golden(broken, [[1]], SPEC)
 
 
 def test_text_and_full_cache(bundle: Bundle, tiny_int4, tiny_tokenizer) -> None:
@@ -88,10 +144,14 @@ def test_nothing_says_where_it_was_made(bundle: Bundle) -> None:
 
 def test_weights_are_packed_and_named_in_order(bundle: Bundle, tiny_int4) -> None:
     weights = bundle.weights()
-    leaves = jax.tree.leaves(tiny_int4)
-    assert [array.shape for array in weights.values()] == [leaf.shape for leaf in leaves]
-    for array, leaf in zip(weights.values(), leaves, strict=True):
-        np.testing.assert_array_equal(array, leaf)
+    names = list(weights)
+    assert names[0] == "embed_VD.planes.0" and "layers.*.ffn.up_DF.planes.0" in names and names[-1] == "norm.weight_D"
+    block = tiny_int4.stacks[0][0]
+    np.testing.assert_array_equal(weights["layers.*.ffn.up_DF.planes.0"], block.ffn.up_DF.get_value().planes[0])
+    np.testing.assert_array_equal(weights["layers.*.attention_norm.weight_D"], block.attention_norm.weight_D[...])
+    arrays = jax.tree.leaves(tiny_int4)
+    assert len(weights) == len(arrays)
+    assert sum(array.nbytes for array in weights.values()) == sum(array.nbytes for array in arrays)
     size = sum(array.nbytes for array in weights.values())
     assert bundle.file("weights.safetensors").stat().st_size < size + 16384
 
@@ -194,7 +254,7 @@ def test_a_newer_version_is_refused(copy: Path) -> None:
 def test_swapped_arguments_are_caught(copy: Path) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
     names = [weight["name"] for weight in manifest["weights"]]
-    up, gate = (names.index(f"layers.ffn.{part}_DF.planes.0") for part in ("up", "gate"))
+    up, gate = (names.index(f"layers.*.ffn.{part}_DF.planes.0") for part in ("up", "gate"))
     manifest["weights"][up], manifest["weights"][gate] = manifest["weights"][gate], manifest["weights"][up]
     seal(copy, manifest)
     (result,) = verify(open_bundle(copy), ["jax"])
@@ -375,4 +435,4 @@ def test_programs_compile_for_a_tpu_from_the_bundle_alone(copy: Path) -> None:
 def test_safetensors_reads_what_runners_read(bundle: Bundle) -> None:
     arrays = safetensors.numpy.load_file(bundle.file("golden.safetensors"))
     assert set(arrays) == {f"{name}_{i}" for name in ("prompt", "tokens", "logits") for i in range(2)}
-    assert len(arrays["tokens_0"]) == export.bundle.GOLDEN_TOKENS
+    assert len(arrays["tokens_0"]) == GOLDEN_TOKENS

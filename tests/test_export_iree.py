@@ -13,7 +13,7 @@ import llamajax
 from export.bundle import Bundle, seal, write
 from export.profiles import PROFILES, Spec
 from export.targets import add_target
-from export.verify import verify
+from export.verification import verify
 from llamajax.errors import LlamaJaxError
 from tests.counters import PROMPTS, expected_tokens, write_counters
 from tests.isolated import run_isolated

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,7 +13,7 @@ import llamajax
 from export.bundle import Bundle, write
 from export.profiles import PROFILES, Spec
 from export.targets import add_target
-from export.verify import verify
+from export.verification import verify
 from llamajax.errors import LlamaJaxError
 from llamajax.quantization.quantize import Rule, quantize
 from tests.counters import write_counters
@@ -131,7 +132,7 @@ def test_score_and_embed(bundle: Bundle, tiny_int4) -> None:
     logits, _ = tiny_int4(np.asarray([IDS], np.int32))
     expected = jax.nn.log_softmax(logits[0, :-1])[np.arange(len(IDS) - 1), np.asarray(IDS[1:])]
     np.testing.assert_allclose(run("score")[0, 1 : len(IDS)], expected, atol=1e-4)
-    hidden, _ = tiny_int4.trunk(np.asarray([IDS], np.int32))
+    hidden = tiny_int4.norm(tiny_int4.blocks(tiny_int4.embed(jnp.asarray([IDS])))[0])
     np.testing.assert_allclose(run("embed"), hidden.mean(1), atol=1e-4)
 
 

@@ -44,14 +44,8 @@ def packed(scheme: str = "int4", group_size: int = 16, **options) -> llamajax.Ll
 
 def expected_logits(model: llamajax.Llama, tokens: np.ndarray) -> np.ndarray:
     """By the float64 LLaMA with the weights that the codes stand for."""
-    is_packed = lambda leaf: isinstance(leaf, quant.QTensor | quant.LayerRuns)  # noqa: E731
-
-    def whole(leaf):
-        if isinstance(leaf, quant.LayerRuns):
-            return jnp.concatenate([whole(part) for part in leaf.parts])
-        return quant.dequantize(leaf) if isinstance(leaf, quant.QTensor) else leaf
-
-    return forward(model.config, weights_of(jax.tree.map(whole, model, is_leaf=is_packed)), tokens)
+    floats = {name: quant.values(weight) for name, weight in llamajax.named_weights(model).items()}
+    return forward(model.config, weights_of(llamajax.model_from(floats, model.config)), tokens)
 
 
 def execute(program: Program, weights: dict, inputs: dict) -> dict[str, np.ndarray]:
@@ -165,7 +159,7 @@ def test_verify_score_and_embed() -> None:
     probability = softmax(expected)
     np.testing.assert_allclose(scores[1:10], [np.log(probability[t, TOKENS[t + 1]]) for t in range(9)], atol=1e-4)
     assert scores[0] == 0 and not scores[10:].any()
-    hidden_BTD, _ = model.trunk(jnp.asarray(TOKENS[None, :10]))
+    hidden_BTD = model.norm(model.blocks(model.embed(jnp.asarray(TOKENS[None, :10])))[0])
     embedding = execute(programs["embed"], weights, text)["embedding"]
     np.testing.assert_allclose(embedding, np.mean(hidden_BTD, axis=1), atol=1e-5)
 
@@ -234,7 +228,7 @@ def test_weights_are_arguments_in_the_order_of_their_names() -> None:
     model = packed()
     names = list(parameters(model, PROFILES["scanned"]))
     assert names[:4] == ["embed_VD.planes.0", "embed_VD.scale", "head_VD.planes.0", "head_VD.scale"]
-    assert "layers.ffn.up_DF.planes.0" in names and names[-1] == "norm.weight_D"
+    assert "layers.*.ffn.up_DF.planes.0" in names and names[-1] == "norm.weight_D"
     unrolled = list(parameters(model, PROFILES["unrolled"]))
     layers = [int(name.split(".")[1]) for name in unrolled if name.startswith("layers.")]
     assert layers == sorted(layers) and set(layers) == {0, 1}

@@ -21,7 +21,7 @@ import safetensors.numpy
 import export.bundle
 import export.runners.runner as runner
 import export.targets
-import export.verify
+import export.verification
 import quant
 from export.bundle import open_bundle, seal, standalone_runner
 from export.profiles import PROFILES
@@ -218,7 +218,7 @@ def test_empty_folders_of_targets_are_no_fault(copy: Path) -> None:
 def test_state_of_other_names_shapes_and_dtypes(tmp_path: Path) -> None:
     bundle = write_counters(tmp_path / "counters")
     assert [value["name"] for value in runner.Bundle(str(bundle.path)).state] == list(STATE)
-    for result in export.verify.verify(bundle, ["jax", "jax_export"]):
+    for result in export.verification.verify(bundle, ["jax", "jax_export"]):
         assert result.held and result.exact and result.tokens == 40, result
 
 
@@ -498,7 +498,7 @@ def test_weights_that_are_not_numbers_end_a_run(copy: Path) -> None:
 def command(tabled: Path, monkeypatch):
     """`llamajax` with a bundle, whose runtime jax is the table."""
     text = (tabled / "run_jax.py").read_text()
-    monkeypatch.setattr(export.verify, "standalone_runner", lambda name: text)
+    monkeypatch.setattr(export.verification, "standalone_runner", lambda name: text)
     return lambda name, *arguments: main([name, str(tabled), *arguments])
 
 
@@ -518,12 +518,12 @@ def test_verify_reports_what_does_not_hold(command, tabled: Path, monkeypatch, c
     assert result["held"] and result["exact"] and result["largest_logit_error"] == 0 < result["tolerance"] < 1e-3
     text = (tabled / "run_jax.py").read_text()
     wrong = text.replace("tokens[at])", "tokens[at] - (at == 20))")
-    monkeypatch.setattr(export.verify, "standalone_runner", lambda name: wrong)
+    monkeypatch.setattr(export.verification, "standalone_runner", lambda name: wrong)
     assert command("verify", "--runtime=jax", "--json") == 1
     (result,) = json.loads(capfd.readouterr().out)
     assert not result["held"] and not result["exact"] and not result["error"]
     monkeypatch.setattr(
-        export.verify, "standalone_runner", lambda name: text.replace("logits[None]", "logits[None] / 0")
+        export.verification, "standalone_runner", lambda name: text.replace("logits[None]", "logits[None] / 0")
     )
     assert command("verify", "--runtime=jax", "--json") == 1
     (result,) = json.loads(capfd.readouterr().out, parse_constant=pytest.fail)  # NaN and Infinity are no JSON

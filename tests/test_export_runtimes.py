@@ -8,7 +8,7 @@ import llamajax
 from export.bundle import write
 from export.profiles import PROFILES, Spec
 from export.targets import add_target
-from export.verify import RUNTIMES, verify
+from export.verification import RUNTIMES, verify
 from llamajax.quantization.quantize import quantize
 
 TARGETS = {"iree-cpu": ("iree.compiler", "iree.runtime"), "onnx": ("onnx", "onnxruntime")}

@@ -291,7 +291,7 @@ def test_quantized_text_is_numpys(model: Llama, calibrated: bool, tmp_path: Path
 def test_a_bundle_runs_it(model: Llama, tmp_path: Path) -> None:
     from export.bundle import write
     from export.profiles import Spec as Programs
-    from export.verify import verify
+    from export.verification import verify
 
     packed = quantize(model, RULES)
     bundle = write(packed, None, tmp_path / "bundle", Programs(slots=128, buckets=(16,)), prompts=[PROMPT])

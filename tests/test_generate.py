@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 import llamajax
 from llamajax import KVCache, Llama, LlamaJaxError, Tokenizer, generate, make_sampler, stream
-from llamajax.caches.dense import CACHE_DTYPES
+from llamajax.caches import CACHE_DTYPES
 from llamajax.generation.programs import DECODE_BLOCK, PREFILL_BUCKETS, DecodeState, decode, plan_chunks, prefill
 from llamajax.generation.speculate import LookupState
 from llamajax.generation.speed import Speed

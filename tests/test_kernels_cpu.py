@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 import llamajax
 import quant
+from llamajax.parameters import named_weights
 from llamajax.quantization.quantize import quantize
 from quant import QTensor
 from quant.kernels import cpu
 from tests.fuzz import fuzz
 from tests.programs import forward
 
-EQUATIONS = {-2: "RK,KM->RM", -1: "RK,MK->RM"}
 SCHEMES = ("int4", "int8", "int3", "int2", "ternary", "uint4", "int5", "int6", "uint8")
 
 
@@ -78,7 +78,7 @@ def test_product_is_numpys(
     qtensor, weight_KM = made(name, group, groups, outputs, axis, seed)
     x_RK = np.random.default_rng(seed).standard_normal((rows, group * groups)).astype(np.float32)
     tiled = cpu.layout(dataclasses.replace(qtensor, activations=activations))
-    y_RM = quant.einsum(EQUATIONS[axis], jnp.asarray(x_RK), tiled)
+    y_RM = quant.product(jnp.asarray(x_RK), tiled, axis=axis)
     assert y_RM.dtype == jnp.float32
     off_RM = bound(x_RK, qtensor)
     if activations == "bfloat16":
@@ -96,7 +96,7 @@ def test_bfloat16_activations_keep_the_gradient_of_scales() -> None:
 
     def total(scale: jax.Array, activations: str | None) -> jax.Array:
         weight = dataclasses.replace(qtensor, scale=scale, activations=activations)
-        return jnp.sum(quant.einsum("RK,KM->RM", x_RK, cpu.layout(weight)))
+        return jnp.sum(quant.product(x_RK, cpu.layout(weight)))
 
     exact, rounded = (jax.grad(total)(qtensor.scale, kind) for kind in (None, "bfloat16"))
     assert float(jnp.abs(exact).max()) > 1
@@ -134,29 +134,28 @@ def test_two_levels_and_one_scale_for_all_become_a_scale_per_group() -> None:
 def test_rows_of_a_table_are_its_own() -> None:
     qtensor, weight_KM = made("int4", 32, 3, 37, -1)
     ids = jnp.asarray([[0, 36, 16], [15, -1, 17]])
-    rows = quant.take_rows(cpu.layout(qtensor), ids)
+    rows = quant.rows(cpu.layout(qtensor), ids)
     np.testing.assert_allclose(rows, weight_KM.T[np.asarray(ids)], rtol=1e-6)
-    assert jnp.isnan(quant.take_rows(cpu.layout(qtensor), jnp.asarray([37]))).all()
+    assert jnp.isnan(quant.rows(cpu.layout(qtensor), jnp.asarray([37]))).all()
 
 
 @pytest.mark.parametrize("rows", [3, 40])
 def test_layers_of_a_stack(rows: int) -> None:
-    """By number, in a scan, and as many layers of activations at once: each is the product with its own weight."""
+    """In a scan, by number, and under vmap: each is the product with its own weight."""
     qtensor, weight_LKM = made("int3", 32, 4, 18, -2, lead=(3,))
     x_RK = np.random.default_rng(1).standard_normal((rows, 128)).astype(np.float32)
     tiled, expected_LRM = cpu.layout(qtensor), x_RK.astype(np.float64) @ weight_LKM
 
-    def step(carry, layer, number):
-        return carry.at[number].set(quant.einsum("RK,KM->RM", jnp.asarray(x_RK), layer["w"]))
+    def step(carry, layer, place, numbers):
+        return carry.at[place].set(quant.product(jnp.asarray(x_RK), layer["w"])), place
 
-    scanned_LRM = jax.jit(lambda w: quant.scan_layers(step, jnp.zeros((3, rows, 18)), {"w": w}))(tiled)
+    scanned_LRM, places_L = jax.jit(lambda w: quant.scan_layers(step, jnp.zeros((3, rows, 18)), {"w": w}))(tiled)
+    assert places_L.tolist() == [0, 1, 2]
     np.testing.assert_allclose(scanned_LRM, expected_LRM, rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(
         scanned_LRM[1], tiled.at_layer(jnp.asarray(1)).matmul(jnp.asarray(x_RK)), rtol=1e-4, atol=1e-4
     )
-    mapped = jax.vmap(lambda x: quant.einsum("RK,KM->RM", x, tiled.at_layer(jnp.asarray(2))))(
-        jnp.asarray(x_RK)[:, None]
-    )
+    mapped = jax.vmap(lambda x: quant.product(x, tiled.at_layer(jnp.asarray(2))))(jnp.asarray(x_RK)[:, None])
     np.testing.assert_allclose(mapped[:, 0], expected_LRM[2], rtol=1e-4, atol=1e-3)
 
 
@@ -167,20 +166,20 @@ def test_gradient_is_the_transposed_product(rows: int) -> None:
     tiled = cpu.layout(qtensor)
 
     def loss(x_RK):
-        return jnp.sum(quant.einsum("RK,KM->RM", x_RK, tiled) * jnp.asarray(cotangent_RM, jnp.float32))
+        return jnp.sum(quant.product(x_RK, tiled) * jnp.asarray(cotangent_RM, jnp.float32))
 
     gradient_RK = jax.grad(loss)(jnp.asarray(x_RK, jnp.float32))
     np.testing.assert_allclose(gradient_RK, cotangent_RM @ weight_KM.T, rtol=1e-3, atol=1e-3)
 
 
-def test_rounded_activations_and_unusual_equations_are_the_references() -> None:
+def test_rounded_activations_of_several_axes_are_the_references() -> None:
     qtensor, _ = made("int4", 32, 4, 18, -2)
     qtensor = dataclasses.replace(qtensor, order=None, activations="int8-group")
     x_BTK = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 128)), jnp.float32)
     tiled = cpu.layout(qtensor)
-    for equation in ("BTK,KM->BTM", "BTK,KM->MTB"):
-        expected = quant.einsum(equation, x_BTK, qtensor)
-        np.testing.assert_allclose(quant.einsum(equation, x_BTK, tiled), expected, rtol=1e-4, atol=1e-4)
+    expected_BTM = quant.product(x_BTK, qtensor)
+    assert expected_BTM.shape == (2, 3, 18)
+    np.testing.assert_allclose(quant.product(x_BTK, tiled), expected_BTM, rtol=1e-4, atol=1e-4)
 
 
 def test_what_has_no_layout_stays_as_it_is() -> None:
@@ -207,7 +206,7 @@ def test_few_rows_write_no_float_weight(tiny_model: llamajax.Llama) -> None:
     qtensor, _ = made("int4", 32, 16, 2048, -2, lead=(4,))
     tiled = cpu.layout(dataclasses.replace(qtensor, order=None))
     x_1K = jnp.ones((1, 512))
-    step = lambda carry, layer, _: carry + quant.einsum("RK,KM->RM", carry, layer)[:, :512]  # noqa: E731
+    step = lambda carry, layer, *_: (carry + quant.product(carry, layer)[:, :512], None)  # noqa: E731
     program = jax.jit(lambda x, w: quant.scan_layers(step, x, w)).lower(x_1K, tiled).compile()
     assert program.memory_analysis().temp_size_in_bytes < tiled.nbytes / 4 / 2
     largest = max(int(n) for n in re.findall(r"= f32\[(\d+),\d+,\d+\]", program.as_text()) or ["0"])
@@ -249,7 +248,7 @@ def test_preparing_may_free_what_it_was_given(packed: llamajax.Llama) -> None:
     kept = llamajax.prepare(copy, "cpu")
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(copy))
     given = llamajax.prepare(copy, "cpu", donate=True)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(copy.layers.ffn.up_DF.get_value()))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(named_weights(copy)["layers.*.ffn.up_DF"]))
     for one, other in zip(jax.tree.leaves(given), jax.tree.leaves(kept), strict=True):
         np.testing.assert_array_equal(one, other)
 

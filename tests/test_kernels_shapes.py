@@ -57,8 +57,7 @@ def _check_traced(weight: QTensor, rows: int, backend: str) -> None:
 
     def product(weight: QTensor, x_RK: jax.Array) -> jax.Array:
         laid_out = weight if refusal(weight, backend) else LAYOUTS[backend](weight)
-        equation = "RK,KM->RM" if weight.axis == -2 else "RK,MK->RM"
-        return quant.einsum(equation, x_RK, laid_out)
+        return quant.product(x_RK, laid_out, axis=weight.axis)
 
     length, outputs = weight.shape if weight.axis == -2 else weight.shape[::-1]
     for dtype in (jnp.float32, jnp.bfloat16):

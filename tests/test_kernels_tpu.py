@@ -1,6 +1,7 @@
 """The TPU lowering beside NumPy: layouts, XLA's product, and the Mosaic kernel in Pallas' interpreter."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +140,7 @@ def test_one_scale_for_the_tensor() -> None:
 def test_rows_of_a_table() -> None:
     weight = make("int4", (50, 64), 32, -1, jnp.float16)
     rows = jnp.asarray([0, 49, 7, 7])
-    np.testing.assert_array_equal(tpu.take_rows(tpu.layout(weight), rows), quant.dequantize(weight)[rows])
+    np.testing.assert_array_equal(tpu.layout(weight).rows(rows), quant.dequantize(weight)[rows])
 
 
 @pytest.mark.parametrize(
@@ -175,3 +176,16 @@ def test_refusals(weight, message) -> None:
     assert message in tpu.refusal(weight)
     with pytest.raises(ValueError, match=rf"laid out for TPU: .*{message}.*; multiply with it as it is"):
         tpu.layout(weight)
+
+
+@pytest.mark.parametrize("rows", [2, 16, 64])
+def test_rows_with_experts_of_their_own_are_lowered_to_the_kernel(rows: int) -> None:
+    """For TPU, without one: the kernel is given the whole stack and a number, and nothing cuts a matrix out."""
+    weight = jax.eval_shape(tpu.layout, make("int4", (2, 4, 256, 384), 32, -2))
+    product = jax.jit(lambda x, weight, layer, index: quant.product(x, weight.at_layer(layer), index))
+    shapes = ((rows, 256), jnp.bfloat16), ((), jnp.int32), ((rows,), jnp.int32)
+    x, layer, index = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
+    text = product.trace(x, weight, layer, index).lower(lowering_platforms=("tpu",)).as_text()
+    calls = [line for line in text.splitlines() if "@tpu_custom_call" in line]
+    assert calls and all("tensor<8x256x384xi4>" in line for line in calls)
+    assert set(re.findall(r"tensor<[\dx]*xi4>", text)) == {"tensor<2x4x256x384xi4>", "tensor<8x256x384xi4>"}

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from llamajax.checkpoint.naming import halves_from_pairs
 
-from llamajax import Config, KVCache, Llama, RopeScaling, abstract_model, preset
+from llamajax import Config, KVCache, Llama, NoCache, RopeScaling, abstract_model, preset
+from llamajax.caches.attention import attend, attend_causal
+from llamajax.checkpoint.source import halves_from_pairs
 from llamajax.evaluation.evaluate import next_token_losses
-from llamajax.model import RMSNorm, apply_rope, attend, attend_causal, rope_frequencies
+from llamajax.model import RMSNorm, apply_rope, rope_frequencies
 from tests import reference
 from tests.programs import QUICK
 from tests.programs import forward as _forward
@@ -184,7 +185,7 @@ def test_count_is_all_tokens_unless_given(base):
     np.testing.assert_array_equal(after.length_B, 8)
     _assert_close(logits, _run_pieces(base, tokens, [8]), 1e-5)
     np.testing.assert_array_equal(cache.length_B, 0)  # the argument is what it was: nothing is mutated
-    assert not cache.key_LBKSH.any()
+    assert not cache.parts[0].key_LBKSH.any()
 
 
 def test_several_query_blocks_agree_with_cache_and_reference(base):
@@ -199,7 +200,8 @@ def test_several_query_blocks_agree_with_cache_and_reference(base):
 def test_attend_causal_at_uneven_lengths(length):
     """130: a last block of 2; 1030: blocks longer than 128, because there are at most 8."""
     query, key, value = np.random.default_rng(0).standard_normal((3, 1, length, 2, 4)).astype(np.float32)
-    actual = jax.jit(attend_causal)(query, key.swapaxes(1, 2), value.swapaxes(1, 2))
+    position_1T, keys = np.arange(length, dtype=np.int32)[None], key.swapaxes(1, 2)
+    actual = jax.jit(attend_causal)(query * np.float32(0.5), keys, value.swapaxes(1, 2), position_1T)  # 0.5: 1/sqrt(4)
     wide = (array[0].astype(np.float64) for array in (query, key, value))
     expected = [reference.causal_attention(*head) for head in zip(*(np.moveaxis(x, 1, 0) for x in wide), strict=True)]
     _assert_close(actual[0], np.stack(expected, axis=1), 1e-5)
@@ -225,9 +227,8 @@ def test_rows_of_different_length_equal_each_row_alone(base):
 
 def test_what_free_slots_hold_does_not_matter(base):
     empty, tokens = KVCache.empty(BASE, 2, SLOTS), _some_tokens(2, 8)
-    garbage = dataclasses.replace(
-        empty, key_LBKSH=jnp.full_like(empty.key_LBKSH, 1e4), value_LBKSH=jnp.full_like(empty.value_LBKSH, -1e4)
-    )
+    key, value = empty.state.values()
+    garbage = empty.with_state([jnp.full_like(key, 1e4), jnp.full_like(value, -1e4)], empty.length_B)
     logits, _ = _step(base.model, tokens, garbage, np.array([8, 8]))
     _assert_close(logits, [base.expected(row) for row in tokens], 1e-5)
 
@@ -307,7 +308,7 @@ def test_vmap_over_models(base):
 def test_without_jit_and_without_cache(base):
     tokens = _some_tokens(1, 12)
     logits, cache = base.model(tokens)
-    assert cache is None and logits.dtype == jnp.float32
+    assert cache == NoCache() and logits.dtype == jnp.float32
     _assert_close(logits, _forward(base.model, tokens), 1e-5)
 
 
@@ -383,10 +384,10 @@ def test_rope_is_computed_in_float32():
 
 
 def test_softmax_is_computed_in_float32():
-    """Scores of about 200, between which bfloat16 has steps of 1: its weights would be off by a factor of e^0.5."""
-    query, key, value = _rounded(np.random.default_rng(0).standard_normal((3, 16, 8)))
-    query[:, 0], key[:, 0] = 24, 24  # adds 24 * 24 / sqrt(8) to all scores alike: the other components decide
-    inputs = [jnp.asarray(array, jnp.bfloat16)[None, :, None] for array in (query, key, value)]
+    """Scores of about 140, between which bfloat16 has steps of 1: its weights would be off by a factor of e^0.5."""
+    query, key, value = _rounded(np.random.default_rng(0).standard_normal((3, 16, 16)))
+    query[:, 0], key[:, 0] = 24, 24  # adds 24 * 24 / sqrt(16) to all scores alike: the other components decide
+    inputs = [jnp.asarray(array, jnp.bfloat16)[None, :, None] for array in (query / 4, key, value)]
     position = jnp.arange(16)[None]
     actual = attend(inputs[0], inputs[1].swapaxes(1, 2), inputs[2].swapaxes(1, 2), position)
     expected = reference.causal_attention(query, key, value)
@@ -430,8 +431,9 @@ def test_donated_cache_is_updated_in_place(base, batch):
     donating = jax.jit(lambda model, tokens_BT, cache: model(tokens_BT, cache), donate_argnames=("cache",))
     cache, tokens = KVCache.empty(BASE, batch, SLOTS), _some_tokens(batch, 1)
     compiled = donating.lower(base.model, tokens, cache).compile()
-    before = [array.unsafe_buffer_pointer() for array in (cache.key_LBKSH, cache.value_LBKSH)]
+    arrays = list(cache.state.values())
+    before = [array.unsafe_buffer_pointer() for array in arrays]
     _, after = compiled(base.model, tokens, cache)
-    assert cache.key_LBKSH.is_deleted() and cache.value_LBKSH.is_deleted()
-    assert before == [array.unsafe_buffer_pointer() for array in (after.key_LBKSH, after.value_LBKSH)]
+    assert len(arrays) == 2 and all(array.is_deleted() for array in arrays)
+    assert before == [array.unsafe_buffer_pointer() for array in after.state.values()]
     assert not re.search(rf"= f32\[2,{batch},2,32,8\]\S* copy\(", compiled.as_text())

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamajax import Config, Llama, LlamaJaxError, prepare
-from llamajax.evaluation.noise import blocks, layer_noise, same_weights, weight_noise
+from llamajax import Config, Llama, LlamaJaxError, model_from, named_weights, prepare
+from llamajax.evaluation.noise import layer_noise, same_weights, weight_noise
 from llamajax.evaluation.windows import llama_cpp_windows
-from quant import LayerRuns, QTensor, dequantize, quantize_rtn
+from quant import Mixed, dequantize, is_weight, quantize_rtn
 from tests.reference import Weights, attention, feed_forward, random_model, rms_norm, weights_of
 
 WINDOW = 12
@@ -27,19 +27,22 @@ def quantized(model: Llama) -> Llama:
     return jax.tree_util.tree_map_with_path(convert, model)
 
 
-def in_runs(model: Llama) -> Llama:
-    """The same, its stack of layers cut into runs of one."""
-    cut = jax.tree.map(lambda leaf: leaf, model)
-    is_quantized = lambda node: isinstance(node, QTensor)  # noqa: E731
-    cut.layers = jax.tree.map(lambda leaf: LayerRuns((leaf[:1], leaf[1:])), model.layers, is_leaf=is_quantized)
-    return cut
+def mixed(model: Llama) -> Llama:
+    """The same, the matrices of its two layers as two stacks of one."""
+
+    def cut(weight):
+        return Mixed((weight[:1], weight[1:]), types=(0, 1)) if is_weight(weight) else weight
+
+    named = named_weights(model)
+    layers = {name: cut(weight) for name, weight in named.items() if name.startswith("layers.")}
+    return model_from(named | layers, model.config)
 
 
 # How a model holds its weights: its noise is the same.
 HELD: dict[str, Callable[[Llama], Llama]] = {
     "at rest": lambda model: model,
     "laid out": lambda model: prepare(model, "cpu"),
-    "laid out in runs": lambda model: prepare(in_runs(model), "cpu"),
+    "laid out, mixed": lambda model: prepare(mixed(model), "cpu"),
 }
 
 
@@ -61,7 +64,7 @@ def streams(config: Config, weights: Weights, tokens: np.ndarray) -> list[np.nda
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}"
         normed = rms_norm(x, weights[f"{prefix}.input_layernorm.weight"], config.norm_eps)
-        x = x + attention(config, weights, f"{prefix}.self_attn", normed, False)
+        x = x + attention(config, weights, f"{prefix}.self_attn", normed, False)[0]
         normed = rms_norm(x, weights[f"{prefix}.post_attention_layernorm.weight"], config.norm_eps)
         x = x + feed_forward(weights, f"{prefix}.mlp", normed)
         result.append(x)
@@ -111,26 +114,25 @@ def test_weights(held: str, tiny_model: Llama) -> None:
     pairs = {
         "embed_VD": (ours.embed_VD, theirs.embed_VD),
         "head_VD": (ours.head_VD, theirs.head_VD),
-        "layers.ffn.down_FD": (ours.layers.ffn.down_FD, theirs.layers.ffn.down_FD),
-        "layers.attention.key_DM": (ours.layers.attention.key_DM, theirs.layers.attention.key_DM),
+        "layers.*.ffn.down_FD": (ours.stacks[0][0].ffn.down_FD, theirs.stacks[0][0].ffn.down_FD),
+        "layers.*.attention.key_DM": (ours.stacks[0][0].attention.key_DM, theirs.stacks[0][0].attention.key_DM),
     }
     for name, pair in pairs.items():
         weight, original = (np.asarray(param[...], np.float64) for param in pair)
         stacked = name.startswith("layers.")
         expected = [decibels(*both) for both in zip(original, weight, strict=True)] if stacked else None
         np.testing.assert_allclose(noise[name], expected or [decibels(original, weight)], atol=1e-3)
-    assert noise["layers.ffn_norm.weight_D"] == [math.inf] * 2 and noise["norm.weight_D"] == [math.inf]
+    assert noise["layers.*.ffn_norm.weight_D"] == [math.inf] * 2 and noise["norm.weight_D"] == [math.inf]
     assert weight_noise(jax.tree.map(jnp.zeros_like, tiny_model), tiny_model)["norm.weight_D"] == [0.0]
 
 
-def test_layers_in_runs(tiny_model: Llama, tokens: np.ndarray) -> None:
-    """A stack cut into runs is the same model, and its layers the same blocks."""
-    cut = in_runs(tiny_model)
-    assert len(list(blocks(cut))) == 2 and same_weights(cut, tiny_model)
-    for ours, theirs in zip(blocks(cut), blocks(tiny_model), strict=True):
-        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-    assert layer_noise(cut, tiny_model, tokens, window=WINDOW).logits > 100
-    assert weight_noise(cut, tiny_model)["layers.ffn.up_DF"] == [math.inf] * 2
+def test_layers_of_mixed_stacks(tiny_model: Llama, tokens: np.ndarray) -> None:
+    """The same model, and its layers the same weights."""
+    whole = quantized(tiny_model)
+    cut = mixed(whole)
+    assert same_weights(cut, whole)
+    assert layer_noise(cut, whole, tokens, window=WINDOW).logits > 100
+    assert weight_noise(cut, whole)["layers.*.ffn.up_DF"] == [math.inf] * 2
 
 
 def test_refused(tiny_model: Llama, tokens: np.ndarray) -> None:
@@ -150,7 +152,7 @@ def test_refused(tiny_model: Llama, tokens: np.ndarray) -> None:
 
 def test_what_is_not_finite_is_named(tiny_model: Llama) -> None:
     large = jax.tree.map(lambda leaf: leaf * 1e30, tiny_model)
-    with pytest.raises(LlamaJaxError, match=r"layers\.attention\.\w+ of the reference is not finite, or its square"):
+    with pytest.raises(LlamaJaxError, match=r"embed_VD of the reference is not finite, or its square"):
         weight_noise(tiny_model, large)
     ids = np.arange(40) % tiny_model.config.vocab_size
     with pytest.raises(LlamaJaxError, match="the embedding of the model is not finite, or its square is not"):

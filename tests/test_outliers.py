@@ -151,7 +151,7 @@ def test_gptq_without_these_channels_in_its_hessian() -> None:
 
 def test_a_program_has_no_scatter() -> None:
     made = dataclasses.replace(quant.split_outliers(_layer()[0], LOUD, _int8), activations="int8-token")
-    for call in (quant.dequantize, lambda made: quant.einsum("BK,KM->BM", jnp.ones((2, 64)), made)):
+    for call in (quant.dequantize, lambda made: quant.product(jnp.ones((2, 64)), made)):
         text = jax.jit(call).lower(made).as_text()
         assert "stablehlo" in text and "scatter" not in text and "custom_call" not in text
 
@@ -159,7 +159,7 @@ def test_a_program_has_no_scatter() -> None:
 @pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["int8-token", "int8-group"])
 @pytest.mark.parametrize("axis", [-2, -1])
-def test_einsum_leaves_activations_of_outliers_alone(kind: str, axis: int) -> None:
+def test_product_leaves_activations_of_outliers_alone(kind: str, axis: int) -> None:
     """Two products, as LLM.int8() has them: integers without the outliers, floats of these alone."""
     weight, x = _layer()
     made = quant.split_outliers(
@@ -177,9 +177,8 @@ def test_einsum_leaves_activations_of_outliers_alone(kind: str, axis: int) -> No
     scale = np.abs(groups).max(-1, keepdims=True) * np.float32(1 / 127)
     rounded = (np.round(groups / scale).astype(np.int64) * scale.astype(np.float64)).reshape(x.shape)
     expected = rounded @ dense + x[:, LOUD] @ dense[LOUD]
-    equation = "BK,KM->BM" if axis == -2 else "...K,MK->...M"
-    np.testing.assert_allclose(quant.einsum(equation, jnp.asarray(x), made), expected, rtol=1e-5, atol=2e-3)
-    gradient = jax.grad(lambda x: quant.einsum(equation, x, made).sum())(jnp.asarray(x))
+    np.testing.assert_allclose(quant.product(jnp.asarray(x), made, axis=axis), expected, rtol=1e-5, atol=2e-3)
+    gradient = jax.grad(lambda x: quant.product(x, made, axis=axis).sum())(jnp.asarray(x))
     np.testing.assert_allclose(gradient, np.broadcast_to(dense.sum(1), x.shape), rtol=1e-4, atol=1e-4)
 
 
@@ -191,7 +190,7 @@ def test_outlier_channels_save_int8_activations() -> None:
     index = quant.outlier_channels(np.abs(x).max(0), 4)
     assert index.tolist() == LOUD.tolist()
     split = dataclasses.replace(quant.split_outliers(weight, index, _int8), activations="int8-token")
-    errors = [np.linalg.norm(quant.einsum("BK,KM->BM", jnp.asarray(x), made) - exact) for made in (plain, split)]
+    errors = [np.linalg.norm(quant.product(jnp.asarray(x), made) - exact) for made in (plain, split)]
     # Measured: 25 times less.
     assert errors[1] < errors[0] / 10
 
@@ -232,12 +231,11 @@ def _split(weight: Any = None, index: Any = LOUD, quantize: Any = _int8, **other
         (lambda: _split(axis=0), "axis 0: groups run along -2"),
         (lambda: _split(np.ones((64, 64)), axis=-1), r"contraction axis -2: expected \(64, 64\) and -1"),
         (
-            lambda: quant.einsum(
-                "BK,LKM->LBM",
+            lambda: quant.product(
                 jnp.ones((2, 64)),
                 dataclasses.replace(_split(np.ones((2, 64, 4)), np.stack([LOUD, LOUD])), activations="int8-token"),
             ),
-            r"shape \(2, 64, 4\) with outlier channels: expected a matrix",
+            r"a weight of shape \(2, 64, 4\) without an index: expected one number",
         ),
     ],
 )

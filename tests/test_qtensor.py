@@ -101,13 +101,13 @@ def test_jit_scan_and_vmap_see_layers() -> None:
 
     @jax.jit
     def scanned(x: jax.Array, made: QTensor) -> jax.Array:
-        return jax.lax.scan(lambda x, layer: (quant.einsum("BK,KM->BM", x, layer) * 1e-3, None), x, made)[0]
+        return jax.lax.scan(lambda x, layer: (quant.product(x, layer) * 1e-3, None), x, made)[0]
 
     expected = np.asarray(x, np.float64)
     for layer in _dense(made).astype(np.float64):
         expected = expected @ layer * 1e-3
     np.testing.assert_allclose(scanned(x, made), expected, rtol=1e-5, atol=1e-6)
-    each = jax.vmap(lambda layer: quant.einsum("BK,KM->BM", x, layer))(made)
+    each = jax.vmap(lambda layer: quant.product(x, layer))(made)
     np.testing.assert_allclose(each, np.asarray(x) @ _dense(made), rtol=1e-4, atol=1e-4)
 
 
@@ -127,7 +127,7 @@ def test_gradients() -> None:
     x, out = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((2, 32), (2, 4)))
 
     def loss(x: jax.Array, scale: jax.Array) -> jax.Array:
-        return jnp.sum(quant.einsum("BK,KM->BM", x, dataclasses.replace(made, scale=scale)) * out)
+        return jnp.sum(quant.product(x, dataclasses.replace(made, scale=scale)) * out)
 
     by_x, by_scale = jax.grad(loss, argnums=(0, 1))(x, made.scale)
     np.testing.assert_allclose(by_x, out @ _dense(made).T, rtol=1e-5, atol=1e-4)
@@ -160,41 +160,42 @@ def test_one_partition_spec_fits_every_leaf() -> None:
     sharding = NamedSharding(mesh, PartitionSpec(None, "data", "model"))
     placed = jax.device_put(made, sharding)
     assert {leaf.sharding for leaf in jax.tree.leaves(placed)} == {sharding}
-    product = jax.jit(lambda x, q: quant.einsum("BK,LKM->LBM", x, q), in_shardings=(None, sharding))
+    product = jax.jit(lambda x, q, n: quant.product(x, q, n), in_shardings=(None, sharding, None))
     x = jnp.ones((2, 64))
-    np.testing.assert_allclose(product(x, placed), np.asarray(x) @ _dense(made), rtol=1e-4, atol=1e-3)
+    for number, expected in enumerate(np.asarray(x) @ _dense(made)):
+        np.testing.assert_allclose(product(x, placed, number), expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_einsum_is_that_of_the_values(dtype: str) -> None:
+def test_product_is_that_of_the_values(dtype: str) -> None:
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.normal(size=(2, 5, 32)), dtype)
     weight, table = _made("int5", (32, 6)), _made("int5", (6, 32), -1)
-    for equation, made in [("BTK,KM->BTM", weight), ("...D,VD->...V", table)]:
-        expected = np.einsum(equation, np.asarray(x, np.float64), np.asarray(_dense(made), np.float64))
-        got = quant.einsum(equation, x, made, dtype=jnp.float32)
+    for made, weight_KM in [(weight, _dense(weight)), (table, _dense(table).T)]:
+        expected = np.asarray(x, np.float64) @ weight_KM.astype(np.float64)
+        got = quant.product(x, made, axis=made.axis, dtype=jnp.float32)
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-4)
-        assert quant.einsum(equation, x, made).dtype == x.dtype
+        assert quant.product(x, made, axis=made.axis).dtype == x.dtype
 
 
 @pytest.mark.parametrize("scale", ["groups", "tensor"])
-def test_take_rows(scale: str) -> None:
+def test_rows(scale: str) -> None:
     changes = {} if scale == "groups" else {"scale": jnp.full((1, 1), 0.5), "zero": None, "offset": None}
     table = _made("uint6", (10, 32), -1, dtype=jnp.bfloat16, **changes)
     ids = jnp.array([[0, 9, 3], [-1, -10, 10], [-11, 5, 5]])
     dense = quant.dequantize(table)
-    rows = jax.jit(quant.take_rows)(table, ids)
+    rows = jax.jit(quant.rows)(table, ids)
     assert rows.dtype == jnp.float32  # whatever the dtype of the weight that the table stands for
-    np.testing.assert_array_equal(rows, quant.take_rows(dense, ids))
+    np.testing.assert_array_equal(rows, quant.rows(dense, ids))
     assert jnp.isnan(rows).any(-1).tolist() == [[False] * 3, [False, False, True], [True, False, False]]
-    np.testing.assert_array_equal(quant.take_rows(table, 3), dense[3])
+    np.testing.assert_array_equal(quant.rows(table, 3), dense[3])
     single = _made("uint6", (1, 32), -1, **changes)
-    np.testing.assert_array_equal(quant.take_rows(single, jnp.zeros(4, int)), np.repeat(_dense(single), 4, 0))
+    np.testing.assert_array_equal(quant.rows(single, jnp.zeros(4, int)), np.repeat(_dense(single), 4, 0))
 
 
-def test_take_rows_dequantizes_only_those() -> None:
+def test_rows_dequantizes_only_those() -> None:
     table = _made("int4", (1000, 32), -1)
-    jaxpr = jax.make_jaxpr(quant.take_rows)(table, jnp.arange(2))
+    jaxpr = jax.make_jaxpr(quant.rows)(table, jnp.arange(2))
     floats = [out.aval for eqn in jaxpr.eqns for out in eqn.outvars if out.aval.dtype == jnp.float32]
     assert floats and all(aval.size <= 2 * 32 for aval in floats)
 
@@ -240,7 +241,7 @@ def _turned(shape: tuple[int, ...]) -> QTensor:
         (lambda: Scheme("fp", 4), "no scheme 'fp' with 4 bits"),
         (lambda: Scheme("nf4", 8), "no scheme 'nf4' with 8 bits"),
         (lambda: Scheme.named("q4"), "no scheme 'q4': expected one of int8"),
-        (lambda: quant.take_rows(_made(shape=(32, 4)), jnp.arange(2)), r"quantized along axis -2: expected \[V, D\]"),
+        (lambda: quant.rows(_made(shape=(32, 4)), jnp.arange(2)), r"quantized along axis -2: expected \[V, D\]"),
     ],
 )
 def test_errors(call: Callable[[], Any], message: str) -> None:

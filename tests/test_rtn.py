@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import quant
-from quant.rtn import clip_factors
+from quant.clip import clip_factors
 from quant.scheme import E2M1, NF4, exponent_values
 
 G = 16
@@ -225,7 +225,7 @@ def test_blocks_change_nothing(axis: int, clip: Any, monkeypatch: pytest.MonkeyP
         return quant.quantize_rtn(weight, "uint3", group_size=G, axis=axis, clip=clip, importance=importance)
 
     whole = quantize()
-    monkeypatch.setattr(quant.rtn, "_BLOCK_WEIGHTS", 3 * weight[0].size // 7)
+    monkeypatch.setattr(quant.clip, "_BLOCK_WEIGHTS", 3 * weight[0].size // 7)
     jax.tree.map(np.testing.assert_array_equal, quantize(), whole)
     quant.rtn._quantize.clear_cache()
 

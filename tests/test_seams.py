@@ -53,7 +53,7 @@ def test_axis_letters_are_parsed_in_one_place() -> None:
 
 @pytest.mark.parametrize(("package", "of"), [("llamajax", "quant"), ("export", "quant"), ("export", "llamajax")])
 def test_packages_meet_at_their_facades(package: str, of: str) -> None:
-    """`from quant import X`, of what the façade exports; commands have one more, `llamajax.cli`."""
+    """`from quant import X`, of what the façade exports; commands use what `llamajax.cli` has for commands."""
     exported = set(importlib.import_module(of).__all__) | {"__version__"}
     wrong = []
     for file, tree in _files(package):
@@ -63,7 +63,7 @@ def test_packages_meet_at_their_facades(package: str, of: str) -> None:
             if isinstance(node, ast.Import):
                 wrong += [f"{file}:{node.lineno}" for alias in node.names if alias.name.startswith(f"{of}.")]
             elif isinstance(node, ast.ImportFrom) and node.module is not None:
-                if file.startswith("export/cli/") and node.module == "llamajax.cli":
+                if file.startswith("export/cli/") and node.module.startswith("llamajax.cli."):
                     continue
                 if node.module.startswith(f"{of}."):
                     wrong.append(f"{file}:{node.lineno} {node.module}")

@@ -121,7 +121,7 @@ def test_several_devices_of_explicit_axes(tiny_model: Llama, tmp_path: Path) -> 
 
 def test_a_patched_block_is_seen(tiny_model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     made = _made(tiny_model)
-    monkeypatch.setattr(Block, "__call__", lambda self, x_BTD, position_BT, cache, layer: (x_BTD, cache))
+    monkeypatch.setattr(Block, "__call__", lambda self, x_BTD, where, cache, at: (x_BTD, cache))
     with fresh_programs():
         patched = _made(tiny_model)
     assert patched != made == _made(tiny_model), "the last goes by shapes"

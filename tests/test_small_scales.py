@@ -98,9 +98,9 @@ def test_it_is_no_worse_than_ggml() -> None:
 def test_above_the_range_is_an_error_that_names_the_weight() -> None:
     model = random_model(CONFIG)
     rules = (Rule(weights="*norm*", keep=True), Rule(weights="*", scheme="int4", group_size=32, scale_dtype="float16"))
-    up = model.layers.ffn.up_DF
+    up = model.stacks[0][0].ffn.up_DF
     up.set_value(up.get_value().at[1, 3, 5].set(1e9))
-    message = r"layers.ffn.up_DF of layer 1 of shape \(64, 64\): a scale is above the range of float16"
+    message = r"layers.1.ffn.up_DF of shape \(64, 64\): a scale is above the range of float16"
     with pytest.raises(LlamaJaxError, match=message):
         quantize(model, rules)
     model.embed_VD.set_value(model.embed_VD.get_value().at[3, 5].set(1e9))
@@ -118,11 +118,12 @@ def test_what_is_kept_must_be_finite() -> None:
 def test_a_norm_that_scaling_takes_out_of_its_dtype_is_named() -> None:
     """SmoothQuant makes small activations of large weights larger: 6e4 in float16 has no room for that."""
     model = random_model(CONFIG, dtype=jnp.float16)
+    block = model.stacks[0][0]
     for weight, where, value in (
         (model.embed_VD, np.s_[:, 3], 1e-3),
-        (model.layers.attention.out_QD, np.s_[0, :, 3], 0),
-        (model.layers.ffn_norm.weight_D, np.s_[0, 3], 6e4),
-        (model.layers.ffn.up_DF, np.s_[0, 3], 6e4),
+        (block.attention.out_QD, np.s_[0, :, 3], 0),
+        (block.ffn_norm.weight_D, np.s_[0, 3], 6e4),
+        (block.ffn.up_DF, np.s_[0, 3], 6e4),
     ):
         weight.set_value(weight.get_value().at[where].set(value))
     rules = (
@@ -130,5 +131,5 @@ def test_a_norm_that_scaling_takes_out_of_its_dtype_is_named() -> None:
         Rule(weights="layers.ffn.[gu]*", scheme="int8", scaling="smoothquant"),
         Rule(weights="*", keep=True),
     )
-    with pytest.raises(LlamaJaxError, match="layers.ffn_norm.weight_D of layer 0.*smoothquant.*range of float16"):
+    with pytest.raises(LlamaJaxError, match="layers.0.ffn_norm.weight_D.*smoothquant.*range of float16"):
         quantize(model, rules, calibration=np.arange(64), window=32)

@@ -91,7 +91,7 @@ def test_smoothing_saves_int8_activations() -> None:
     def error(x: np.ndarray, weight: np.ndarray) -> float:
         made = quant.quantize_rtn(jnp.asarray(weight), "int8", group_size="channel")
         made = dataclasses.replace(made, activations="int8-token")
-        return float(np.linalg.norm(quant.einsum("BK,KM->BM", jnp.asarray(x), made) - exact))
+        return float(np.linalg.norm(quant.product(jnp.asarray(x), made) - exact))
 
     scale = np.asarray(smoothing_scale(np.abs(x).max(0), weight))
     smoothed = error(x / scale, weight * scale[:, None])

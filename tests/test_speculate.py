@@ -173,7 +173,7 @@ def test_stories(stories260k: Any) -> None:
 def test_quantized(cache_dtype: str, tiny_model: Llama) -> None:
     """4-bit weights and an 8-bit cache: a rejected draft leaves no trace in them."""
     model = jax.tree.map(lambda leaf: leaf, tiny_model)
-    weight = model.layers.ffn.gate_DF
+    weight = model.stacks[0][0].ffn.gate_DF
     weight.set_value(quantize_rtn(weight.get_value(), SCHEMES["int4"], group_size=24, axis=-2))
     _assert_same(model, None, [[1, 270, 300, 12], [1]], 4, max_new_tokens=60, cache_dtype=cache_dtype)
 

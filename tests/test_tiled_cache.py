@@ -1,14 +1,16 @@
 """The cache in tiles: the same model outputs as from the plain cache, and from no cache at all."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import llamajax
-from llamajax.caches.dense import KVCache
-from llamajax.caches.tiled import STEP_SLOTS, TILE, TiledKVCache, empty_cache
-from llamajax.model import BLOCK_QUERIES, SLOT_BLOCK, attend, attend_blocks
+from llamajax.caches import STEP_SLOTS, DensePart, KVCache, QuantizedPart, TiledPart, empty_cache
+from llamajax.caches.attention import BLOCK_QUERIES, SLOT_BLOCK, attend, attend_blocks
+from llamajax.caches.tiled import TILE
 from tests.programs import QUICK, forward, step
 
 
@@ -24,7 +26,7 @@ from tests.programs import QUICK, forward, step
 def test_a_model_sees_what_it_wrote(tiny_model: llamajax.Llama, dtype: str, B: int) -> None:
     """Pieces that begin and end inside tiles, of which each row keeps some; beside no cache, and the plain cache."""
     rng, V = np.random.default_rng(0), tiny_model.config.vocab_size
-    cache = TiledKVCache.empty(tiny_model.config, B, 2 * STEP_SLOTS, dtype)
+    cache = KVCache.empty(tiny_model.config, B, 2 * STEP_SLOTS, dtype, layout="tiled")
     plain = KVCache.empty(tiny_model.config, B, 2 * STEP_SLOTS, dtype)
     texts: list[list[int]] = [[] for _ in range(B)]
     seen: list[list[jax.Array]] = [[] for _ in range(B)]
@@ -47,34 +49,39 @@ def test_a_model_sees_what_it_wrote(tiny_model: llamajax.Llama, dtype: str, B: i
 
 def test_slots_are_where_the_docstring_says(tiny_model: llamajax.Llama) -> None:
     config = tiny_model.config
-    cache = TiledKVCache.empty(config, 2, 2 * STEP_SLOTS).advance(jnp.asarray([13, 60]))
+    (part,) = KVCache.empty(config, 2, 2 * STEP_SLOTS, layout="tiled").parts
     key_BTKH, value_BTKH = np.random.default_rng(0).standard_normal((2, 2, 7, 2, 8)).astype(np.float32)
-    cache = cache.write(jnp.asarray(1), jnp.asarray(key_BTKH), jnp.asarray(value_BTKH))
+    part = part.write(jnp.asarray(1), jnp.asarray(key_BTKH), jnp.asarray(value_BTKH), jnp.asarray([13, 60]))
     for b, start in enumerate((13, 60)):
         for t in range(7):
             slot = start + t
-            np.testing.assert_array_equal(cache.key_LBKSH[1, b, :, slot // TILE, :, slot % TILE], key_BTKH[b, t])
+            np.testing.assert_array_equal(part.key_LBKSH[1, b, :, slot // TILE, :, slot % TILE], key_BTKH[b, t])
             at = (1, b, slice(None), slot // STEP_SLOTS, slot % STEP_SLOTS)
-            np.testing.assert_array_equal(cache.value_LBKSH[at], value_BTKH[b, t])
-    assert not cache.key_LBKSH[0].any() and int((cache.key_LBKSH != 0).sum()) == key_BTKH.size
-    for read_BKSH, written_BTKH in zip(cache.read(jnp.asarray(1)), (key_BTKH, value_BTKH), strict=True):
+            np.testing.assert_array_equal(part.value_LBKSH[at], value_BTKH[b, t])
+    assert not part.key_LBKSH[0].any() and int((part.key_LBKSH != 0).sum()) == key_BTKH.size
+    for read_BKSH, written_BTKH in zip(part.read(jnp.asarray(1)), (key_BTKH, value_BTKH), strict=True):
         np.testing.assert_array_equal(read_BKSH[1, :, 60:67], written_BTKH[1].swapaxes(0, 1))
 
 
 def test_a_row_that_overflows_is_nan(tiny_model: llamajax.Llama) -> None:
-    cache = TiledKVCache.empty(tiny_model.config, 2, STEP_SLOTS).advance(jnp.asarray([STEP_SLOTS, 3]))
+    cache = KVCache.empty(tiny_model.config, 2, STEP_SLOTS, layout="tiled")
+    cache = dataclasses.replace(cache, length_B=jnp.asarray([STEP_SLOTS, 3], jnp.int32))
     logits_BTV, cache = step(tiny_model, jnp.asarray([[1], [1]]), cache)
     assert jnp.isnan(logits_BTV[0]).all() and not jnp.isnan(logits_BTV[1]).any()
 
 
 def test_kinds_of_cache(tiny_config: llamajax.Config) -> None:
-    assert isinstance(empty_cache(tiny_config, 1, 128, "float16"), TiledKVCache) == (jax.default_backend() == "cpu")
+    (part,) = empty_cache(tiny_config, 1, 128, "float16").parts
+    assert isinstance(part, TiledPart) == (jax.default_backend() == "cpu")
     for slots, dtype in ((128, "bfloat16"), (128, "int8"), (100, "float32")):
-        assert type(empty_cache(tiny_config, 1, slots, dtype)) is KVCache
-    with pytest.raises(ValueError, match="a tiled cache of 100 slots in float32: expected a multiple of 64 in a float"):
-        TiledKVCache.empty(tiny_config, 1, 100)
-    with pytest.raises(ValueError, match="a tiled cache of 128 slots in int8"):
-        TiledKVCache.empty(tiny_config, 1, 128, "int8")
+        (part,) = empty_cache(tiny_config, 1, slots, dtype).parts
+        assert type(part) is (QuantizedPart if dtype == "int8" else DensePart)
+    with pytest.raises(ValueError, match="a tiled cache of 100 slots: expected a multiple of 64; or a dense cache"):
+        KVCache.empty(tiny_config, 1, 100, layout="tiled")
+    with pytest.raises(ValueError, match="a tiled cache in int8: expected a float type; or a dense cache"):
+        KVCache.empty(tiny_config, 1, 128, "int8", layout="tiled")
+    with pytest.raises(ValueError, match="layout 'ring' of a cache: expected dense, straight, scatter or tiled"):
+        KVCache.empty(tiny_config, 1, 128, layout="ring")
 
 
 @pytest.mark.parametrize(("B", "T", "K", "first"), [(1, 64, 2, 100), (3, 70, 4, 600), (2, 100, 1, 0)])
@@ -105,6 +112,7 @@ def test_long_prompts_do_not_hold_all_scores(tiny_model: llamajax.Llama) -> None
     """Compiled for a cache of 4,096 slots and 256 queries, temporaries are below what their scores alone would take."""
     cache = jax.eval_shape(lambda: KVCache.empty(tiny_model.config, 1, 4096))
     tokens_BT = jax.ShapeDtypeStruct((1, 4 * BLOCK_QUERIES), jnp.int32)
-    memory = jax.jit(tiny_model.trunk).lower(tokens_BT, cache).compile().memory_analysis()
+    layers = jax.jit(lambda tokens_BT, cache: tiny_model.blocks(tiny_model.embed(tokens_BT), cache))
+    memory = layers.lower(tokens_BT, cache).compile().memory_analysis()
     scores = tiny_model.config.num_heads * 256 * 4096 * 4
     assert memory.temp_size_in_bytes < scores

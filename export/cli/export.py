@@ -10,6 +10,7 @@ from rich.table import Table
 from export.bundle import Bundle, open_bundle, write
 from export.profiles import OPTIONAL_PROGRAMS, PROFILES, Spec
 from export.targets import add_target, check_toolchain, clear_unnamed, kind_of, profile_for
+from llamajax import LlamaJaxError, files
 from llamajax.cli.model_flags import (
     chosen_activations,
     chosen_dtype,
@@ -22,8 +23,6 @@ from llamajax.cli.model_flags import (
 )
 from llamajax.cli.sizes import readable_bytes, stored_bytes
 from llamajax.cli.terminal import note, show, spinner
-from llamajax.errors import LlamaJaxError
-from llamajax.files import check_absent, locked, new_folder
 
 SUMMARY = "write a bundle that other runtimes execute: programs, weights, golden prompts"
 EXAMPLES = (
@@ -111,15 +110,15 @@ def run(values: flags.FlagValues) -> None:
     if not values.bundle and not (values.model and values.output):
         raise LlamaJaxError("--model and --output are both needed, or --bundle: see llamajax export --help")
     if values.bundle:
-        with locked(Path(values.bundle)):
+        with files.locked(Path(values.bundle)):
             bundle = _add(values, targets)
     else:
         output = Path(values.output)
-        check_absent(output)
+        files.check_absent(output)
         profile = profile_for(values.target, values.profile)
         for target, python in targets.items():
             check_toolchain(target, python)
-        with new_folder(output) as folder:
+        with files.new_folder(output) as folder:
             folder.rmdir()  # `write` makes it
             bundle = _build(_write(values, folder, profile), targets)
         bundle = dataclasses.replace(bundle, path=output)

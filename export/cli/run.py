@@ -6,10 +6,10 @@ from absl import flags
 
 from export.bundle import open_bundle
 from export.cli.export import define_python, pythons
-from export.verify import RUNTIMES
-from export.verify import run as run_bundle
+from export.verification import RUNTIMES
+from export.verification import run as run_bundle
+from llamajax import LlamaJaxError
 from llamajax.cli.terminal import note, write_bytes
-from llamajax.errors import LlamaJaxError
 
 SUMMARY = "continue a prompt with a bundle, on any runtime that is here"
 EXAMPLES = (

@@ -9,10 +9,10 @@ from rich.table import Table
 
 from export.bundle import open_bundle
 from export.cli.export import define_python, pythons
-from export.verify import RUNTIMES, Result, verify
+from export.verification import RUNTIMES, Result, verify
+from llamajax import LlamaJaxError
 from llamajax.cli.sizes import readable_bytes
 from llamajax.cli.terminal import as_json, printable, show, spinner, write
-from llamajax.errors import LlamaJaxError
 
 SUMMARY = "run a bundle's golden prompts on every runtime present; exit code 1 unless all held"
 EXAMPLES = (

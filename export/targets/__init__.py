@@ -18,8 +18,7 @@ from typing import Any
 from export.bundle import Bundle, open_bundle, read_manifest, seal
 from export.profiles import PROFILES
 from export.targets.to_iree import TARGETS as IREE_TARGETS
-from llamajax.errors import LlamaJaxError
-from llamajax.files import new_folder
+from llamajax import LlamaJaxError, files
 
 # Kind of target, which is its name up to the first "-" or ":", and its script. A script that had the name of what it
 # imports would import itself.
@@ -134,7 +133,7 @@ def add_target(bundle: Bundle, target: str, python: str = sys.executable) -> Bun
     # Beside the bundle, not in it: what a killed toolchain leaves would be files that the manifest does not name.
     path = bundle.path.absolute()
     shutil.rmtree(bundle.file(place), ignore_errors=True)  # of a run that was killed before the manifest named it
-    with new_folder(bundle.file(place), beside=path) as partial:
+    with files.new_folder(bundle.file(place), beside=path) as partial:
         script = str(Path(__file__).parent / SCRIPTS[kind])
         entry = _run(python, [script, str(bundle.path), str(partial), target], target)
         entry["files"] = [f"{place}/{name}" for name in entry["files"]]

@@ -258,7 +258,7 @@ class TextStream:
         # Leaves may be NumPy arrays: moved once, not at every call. Those on a device stay where they are.
         self.model = model = with_auto_axes(jax.device_put(self.model))
         cache = self._empty_cache()
-        self.speed.step_bytes = step_bytes(model) + sum(array.nbytes for array in cache.state.values())
+        self.speed.step_bytes = step_bytes(model) + sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
         chunks = plan_chunks(self._length)
         start, before, first = time.perf_counter(), compiled_prefill.compile_seconds, 0
         for chunk in chunks:

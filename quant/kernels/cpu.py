@@ -24,6 +24,7 @@ import numpy as np
 from quant.kernels import Layout, start_indices
 from quant.packing import plane_bits
 from quant.qtensor import Plane, QTensor, dequantize
+from quant.scheme import Scheme
 
 # Outputs of a tile: the float32 of one 512-bit register, of two of 256 bits (AVX2) or of four of 128 bits (NEON). With
 # twice as many LLVM unrolls over registers too and spills: two to three times slower where it was measured.
@@ -33,6 +34,9 @@ LANES = 16
 STEP_BYTES = (64, 16)
 # Rows up to which widening the bytes anew for each row is faster than a `dot` with weights that were written out.
 MAX_UNROLLED_ROWS = 16
+# Rows from which on the whole weight is written out for one `dot`: slabs read all rows anew for each tile, and so many
+# are in no cache.
+MIN_WHOLE_ROWS = 1024
 # Bytes of the float32 weights that are written out at a time for a `dot`.
 SLAB_BYTES = 2 << 20
 # Passed to `jax.jit` for programs with such products: LLVM uses half of a 512-bit register unless told otherwise. Has
@@ -80,6 +84,11 @@ class TiledWeight(Layout):
         return self.tiles.dtype
 
     @property
+    def scheme(self) -> Scheme:
+        """Of its codes."""
+        return self.tiles.scheme
+
+    @property
     def group_size(self) -> int:
         """Weights along the contraction axis that share a scale."""
         return self.tiles.group_size
@@ -103,8 +112,8 @@ class TiledWeight(Layout):
         return restore(self)
 
     def rows(self, row_n: jax.Array) -> jax.Array:
-        """As `take_rows`."""
-        return take_rows(self, row_n)
+        """As the function of this name."""
+        return rows(self, row_n)
 
 
 def refusal(weight: QTensor) -> str | None:
@@ -169,13 +178,13 @@ def restore(weight: TiledWeight) -> QTensor:
     return dataclasses.replace(jax.tree.map(merge, weight.tiles), axis=weight.axis, order=order)
 
 
-def take_rows(table: TiledWeight, row_n: jax.Array) -> jax.Array:
+def rows(table: TiledWeight, row_n: jax.Array) -> jax.Array:
     """Rows of a table [M, K], int32 indices in [0, M) -> float32 [n, K]; only those are dequantized."""
     pick = lambda plane_tXl: plane_tXl[row_n // LANES, :, row_n % LANES]  # noqa: E731
-    rows = dataclasses.replace(jax.tree.map(pick, table.tiles), axis=-1)
+    found = dataclasses.replace(jax.tree.map(pick, table.tiles), axis=-1)
     if table.order is not None:
-        rows = dataclasses.replace(rows, order=table.order[None])
-    return dequantize(rows)
+        found = dataclasses.replace(found, order=table.order[None])
+    return dequantize(found)
 
 
 def matmul(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
@@ -194,8 +203,9 @@ def matmul(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
     x_RK, weight = jax.lax.optimization_barrier((x_RK.astype(jnp.float32), weight))
     if weight.order is not None:
         x_RK = jnp.take(x_RK, weight.order if weight.layer is None else weight.order[weight.layer], axis=1)
-    product = _by_slabs if x_RK.shape[0] > MAX_UNROLLED_ROWS else _unrolled
-    return product(x_RK, weight)[:, : weight.outputs]
+    if x_RK.shape[0] <= MAX_UNROLLED_ROWS:
+        return _unrolled(x_RK, weight)[:, : weight.outputs]
+    return (_by_slabs if x_RK.shape[0] < MIN_WHOLE_ROWS else _whole)(x_RK, weight)[:, : weight.outputs]
 
 
 @functools.partial(jax.jit, inline=True)  # Weights of the same shape are traced once.
@@ -360,6 +370,22 @@ def _by_slabs(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
     y_tRl = jnp.zeros((count, x_RK.shape[0], LANES), jnp.float32)
     y_tRl = jax.lax.fori_loop(0, -(-count // slab), one, y_tRl)
     return jnp.swapaxes(y_tRl, 0, 1).reshape(x_RK.shape[0], -1)
+
+
+def _whole(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
+    """`matmul` for so many rows that writing the weight out costs little beside them, [R, M]."""
+    # The order was applied to the activations.
+    restored = restore(dataclasses.replace(weight, order=None))
+    values = dequantize(restored)
+    if weight.activations == "bfloat16":
+        values = _to_bfloat16(values)
+    return jnp.einsum(
+        "RK,KM->RM" if weight.axis == -2 else "RK,MK->RM",
+        x_RK.astype(values.dtype),
+        values,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
 
 
 @jax.custom_jvp  # Of integers there is none.

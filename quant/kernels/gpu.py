@@ -99,8 +99,8 @@ class GpuWeight(Layout):
         return restore(self)
 
     def rows(self, row_n: jax.Array) -> jax.Array:
-        """As `take_rows`."""
-        return take_rows(self, row_n)
+        """As the function of this name."""
+        return rows(self, row_n)
 
 
 def refusal(weight: QTensor) -> str | None:
@@ -144,9 +144,9 @@ def restore(weight: GpuWeight) -> QTensor:
     return dataclasses.replace(jax.tree.map(lambda plane: jnp.swapaxes(plane, -1, -2), columns), axis=-1)
 
 
-def take_rows(table: GpuWeight, row_N: jax.Array) -> jax.Array:
-    """Rows of a table [M, K] (`axis=-1`): int [N], each in [0, M) -> float32 [N, K]."""
-    pick = functools.partial(jnp.take, indices=row_N, axis=-1, mode="clip")
+def rows(table: GpuWeight, row_n: jax.Array) -> jax.Array:
+    """Rows of a table [M, K] (`axis=-1`): int [n], each in [0, M) -> float32 [n, K]."""
+    pick = functools.partial(jnp.take, indices=row_n, axis=-1, mode="clip")
     return dequantize(jax.tree.map(pick, table.columns)).T
 
 

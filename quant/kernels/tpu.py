@@ -99,8 +99,8 @@ class TpuWeight(Layout):
         return restore(self)
 
     def rows(self, row_n: jax.Array) -> jax.Array:
-        """As `take_rows`."""
-        return take_rows(self, row_n)
+        """As the function of this name."""
+        return rows(self, row_n)
 
 
 def refusal(weight: QTensor) -> str | None:
@@ -211,9 +211,9 @@ def restore(weight: TpuWeight) -> QTensor:
     return QTensor(planes, scale, *zero, **parts)  # type: ignore[arg-type]
 
 
-def take_rows(table: TpuWeight, row_N: jax.Array) -> jax.Array:
-    """Rows of a table [M, K] (`axis=-1`): int [N], each in [0, M) -> float32 [N, K]."""
-    pick = functools.partial(jnp.take, indices=row_N, axis=-1, mode="clip")
+def rows(table: TpuWeight, row_n: jax.Array) -> jax.Array:
+    """Rows of a table [M, K] (`axis=-1`): int [n], each in [0, M) -> float32 [n, K]."""
+    pick = functools.partial(jnp.take, indices=row_n, axis=-1, mode="clip")
     return _values(jax.tree.map(pick, table), jnp.float32).T
 
 

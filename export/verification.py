@@ -18,7 +18,7 @@ from pathlib import Path
 
 from export.bundle import Bundle, standalone_runner
 from export.targets import kind_of
-from llamajax.errors import LlamaJaxError
+from llamajax import LlamaJaxError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,99 @@
+"""Grids of groups: the scale and the zero point that a range of values gets, as they are stored, and codes by them.
+
+Shapes as in `rtn.py`: weights are [..., C, g, M] and what is one number per group keeps a 1 in the place of g.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quant.packing import axis_position, check_group
+from quant.qtensor import scale_values
+from quant.scheme import Scheme
+
+# Largest E2M1 value is 6 = 1.5 * 2**2: with the largest weight's exponent less 2 it falls into the last binade.
+_E2M1_MAX_EXPONENT = 2
+
+
+def group_range(weight_CgM: jax.Array, scheme: Scheme, reduced: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Lower and upper end of what each group's codes are to cover, float32 [..., C, 1, M]."""
+    if scheme.kind == "ternary":
+        mean = jnp.mean(jnp.abs(weight_CgM), axis=reduced, keepdims=True)
+        return -mean, mean
+    return weight_CgM.min(axis=reduced, keepdims=True), weight_CgM.max(axis=reduced, keepdims=True)
+
+
+def group_grid(
+    low: jax.Array, high: jax.Array, factor: jax.Array | float, scheme: Scheme, scale_dtype: np.dtype
+) -> tuple[jax.Array, jax.Array | None]:
+    """Scales as they are stored, and zero points (uint8) where the scheme has them, for a range times a factor."""
+    if scheme.kind == "uint":
+        low, high = jnp.minimum(low, 0) * factor, jnp.maximum(high, 0) * factor
+        scale = stored_scale((high - low) / scheme.max_code, scale_dtype)
+        zero = jnp.round(-low / divisor(scale.astype(jnp.float32)))
+        return scale, jnp.clip(zero, 0, scheme.max_code).astype(jnp.uint8)
+    if scheme.kind == "int":
+        largest = jnp.where(high >= -low, high, low)
+        # 0 / -8 would be -0, and so would the weights of an empty group.
+        return stored_scale(jnp.where(largest == 0, 0, largest * factor / -scheme.bias), scale_dtype), None
+    scale = jnp.maximum(high, -low) * factor
+    return (_exponent(scale) if scheme.kind == "mxfp4" else stored_scale(scale, scale_dtype)), None
+
+
+def stored_scale(scale: jax.Array, scale_dtype: np.dtype) -> jax.Array:
+    """Scales rounded to `scale_dtype`, where one that is not 0 becomes no less than the smallest of its sign.
+
+    In float16 that is 2**-24. A scale of 0 would make zeros of the group, as ggml does. 0 is among the values of every
+    scheme, so that no weight is further from the nearest multiple of a small scale than it is from 0.
+    """
+    limits = jnp.finfo(scale_dtype)
+    # Subnormal numbers of the others are as good as 0: XLA may flush them.
+    least = float(limits.smallest_subnormal if scale_dtype == jnp.float16 else limits.tiny)
+    stored = scale.astype(scale_dtype)
+    return jnp.where((stored == 0) & (scale != 0), jnp.copysign(least, scale).astype(scale_dtype), stored)
+
+
+def _exponent(largest: jax.Array) -> jax.Array:
+    """E8M0 exponents for groups of that largest magnitude: uint8, 255 (NaN) where it is not finite."""
+    _, exponent = jnp.frexp(largest)  # largest = m * 2**exponent with m in [1/2, 1)
+    stored = jnp.clip(exponent - 1 - _E2M1_MAX_EXPONENT + 127, 0, 254)
+    return jnp.where(jnp.isfinite(largest), jnp.where(largest == 0, 0, stored), 255).astype(jnp.uint8)
+
+
+def encode_groups(weight_CgM: jax.Array, scale: jax.Array, zero: jax.Array | None, scheme: Scheme) -> jax.Array:
+    """Nearest codes, uint8 [..., C, g, M]."""
+    scaled = weight_CgM / divisor(scale_values(scale, scheme))
+    return scheme.encode(scaled if zero is None else scaled + zero.astype(jnp.float32))
+
+
+def check_in_range(weight: jax.Array, in_range: jax.Array, scale_dtype: np.dtype) -> None:
+    """Refuses, outside jit, a weight for which some group has no scale.
+
+    Raises:
+        ValueError: saying whether it is the weight that is not finite or `scale_dtype` that is too narrow.
+    """
+    if not isinstance(in_range, jax.core.Tracer) and not in_range:
+        if not jnp.isfinite(weight).all():
+            raise ValueError(f"weight of shape {weight.shape} holds NaN or infinity: there is no scale for it")
+        raise ValueError(f"a scale is above the range of {scale_dtype.name}: use scale_dtype bfloat16 or float32")
+
+
+def divisor(scale: jax.Array) -> jax.Array:
+    """The scale, or 1 for a group of zeros: 0 / 0 is NaN."""
+    return jnp.where(scale == 0, 1, scale)
+
+
+def checked_group_size(
+    weight: jax.Array, scheme: Scheme, group_size: int | Literal["channel", "tensor"], axis: int
+) -> int:
+    """The group size as a number, checked against the weight."""
+    if not jnp.issubdtype(weight.dtype, jnp.floating) or weight.ndim < 2:
+        raise ValueError(f"weight of dtype {weight.dtype} and shape {weight.shape}: expected floats, at least 2 axes")
+    length = weight.shape[axis_position(weight.shape, axis)]
+    if isinstance(group_size, str) and group_size not in ("channel", "tensor"):
+        raise ValueError(f"group_size {group_size!r}: expected a number, 'channel' or 'tensor'")
+    size = length if isinstance(group_size, str) else group_size
+    check_group(length, size, scheme.bits)
+    return size
