@@ -21,8 +21,7 @@ from safetensors.numpy import save_file
 
 from llamajax.checkpoint.huggingface import expected_tensors
 from llamajax.config import config_to_hf, preset
-from llamajax.model import abstract_model
-from llamajax.parameters import named_arrays
+from llamajax.parameters import specs
 
 flags.DEFINE_string("preset", "tinyllama-1.1b", "shape of the model")
 flags.DEFINE_string("scratch", None, "where to put the temporary files; the system's place if not given")
@@ -33,14 +32,14 @@ _SHARD_BYTES = 1 << 30
 def write_random_model(name: str, folder: Path) -> None:
     """A sharded Hugging Face folder with weights drawn from a normal distribution."""
     config = preset(name)
-    shapes = {leaf: array.shape for leaf, array in named_arrays(abstract_model(config)).items()}
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
     weight_map: dict[str, str] = {}
     shard: dict[str, np.ndarray] = {}
     file = "model-00000.safetensors"
-    for ours, theirs, layer in expected_tensors(config):
-        shape = shapes[ours] if layer is None else shapes[ours][1:][::-1]
+    for theirs, place in expected_tensors(config).items():
+        spec = specs(config)[place]
+        shape = spec.shape(config)[::-1] if spec.transposed else spec.shape(config)
         shard[theirs] = (generator.standard_normal(shape, np.float32) * 0.02).astype(ml_dtypes.bfloat16)
         weight_map[theirs] = file
         if sum(array.nbytes for array in shard.values()) >= _SHARD_BYTES:

@@ -67,8 +67,8 @@ _CONTEXT, _PREFILL = 128, 128
 _LENGTH = 128  # of what the CPU computes logits of, padding included: one program
 _NO_TIME = "no time left"
 _WARM_SECONDS, _SAMPLE_SECONDS = 0.3, 0.02
-# The bound is what may be off in the worst case. Rounding errors add up to far less, which a kernel that is wrong by a few
-# parts in ten thousand would exceed: of the root of the sum of squares of the product. TPU rounds weights.
+# The bound is what may be off in the worst case. Rounding errors add up to far less, which a kernel that is wrong by a
+# few parts in ten thousand would exceed: of the root of the sum of squares of the product. TPU rounds weights.
 _RELATIVE = 1e-5
 
 

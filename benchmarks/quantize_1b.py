@@ -68,8 +68,8 @@ def write_models(name: str, folder: Path) -> None:
     write_random_model(name, source)
     files = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
 
-    def read(ours, layer, theirs):
-        del ours, layer
+    def read(place, theirs):
+        del place
         with safe_open(source / files[theirs], framework="np", backend="pread") as tensors:
             return tensors.get_tensor(theirs)
 

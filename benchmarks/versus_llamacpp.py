@@ -82,8 +82,7 @@ def write_gguf(path: Path, shape: str) -> None:
 
     from llamajax.checkpoint.huggingface import expected_tensors
     from llamajax.config import preset
-    from llamajax.model import abstract_model
-    from llamajax.parameters import named_arrays
+    from llamajax.parameters import specs
 
     config = preset(shape)
     writer = gguf.GGUFWriter(path, "llama")
@@ -101,10 +100,10 @@ def write_gguf(path: Path, shape: str) -> None:
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
-    shapes = {name: leaf.shape for name, leaf in named_arrays(abstract_model(config)).items()}
     tensors = []
-    for ours, theirs, layer in expected_tensors(config):
-        size = shapes[ours] if layer is None else shapes[ours][1:][::-1]
+    for theirs, place in expected_tensors(config).items():
+        spec = specs(config)[place]
+        size = spec.shape(config)[::-1] if spec.transposed else spec.shape(config)
         matrix = len(size) == 2
         stored = gguf.GGMLQuantizationType[KIND if matrix else "F32"]
         length = math.prod(size) // _BLOCK * _BLOCK_BYTES if matrix else 4 * math.prod(size)

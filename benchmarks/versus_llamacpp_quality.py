@@ -39,8 +39,7 @@ from llamajax.cli.terminal import progress
 from llamajax.evaluation.evaluate import Comparison, compare, encode_documents
 from llamajax.evaluation.plots import Point, quality_curve
 from llamajax.evaluation.windows import document_windows
-from llamajax.model import abstract_model
-from llamajax.parameters import named_arrays
+from llamajax.parameters import Place, inputs, specs, weights_of
 from llamajax.quantization import calibrate
 from llamajax.quantization.quantize import quantize, read_recipe, recipe_names
 from llamajax.train import heldout_stories
@@ -90,14 +89,14 @@ class Row(NamedTuple):
 
 
 def write_gguf(
-    path: Path, config: llamajax.Config, read: Callable[[str, int | None, str], np.ndarray], kind: str = "F32"
+    path: Path, config: llamajax.Config, read: Callable[[Place, str], np.ndarray], kind: str = "F32"
 ) -> None:
     """Writes a model as GGUF, tensor by tensor, without a vocabulary: llama.cpp is given ids.
 
     Args:
         path: file to write.
         config: the architecture, without RoPE scaling.
-        read: (our name, layer, Hugging Face's name) -> the tensor in Hugging Face's orientation.
+        read: (its place, Hugging Face's name) -> the tensor in Hugging Face's orientation.
         kind: of the matrices: F32, or BF16. Vectors are float32, as llama.cpp wants them.
     """
     assert config.rope_scaling is None, "RoPE scaling is not written"
@@ -116,21 +115,21 @@ def write_gguf(
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
-    shapes = {name: leaf.shape for name, leaf in named_arrays(abstract_model(config)).items()}
     tensors = []
-    for ours, theirs, layer in expected_tensors(config):
-        shape = shapes[ours] if layer is None else shapes[ours][1:][::-1]
+    for theirs, place in expected_tensors(config).items():
+        spec = specs(config)[place]
+        shape = spec.shape(config)[::-1] if spec.transposed else spec.shape(config)
         stored = gguf.GGMLQuantizationType[kind if len(shape) == 2 else "F32"]
         dtype = np.dtype(ml_dtypes.bfloat16 if stored.name == "BF16" else np.float32)
         size = math.prod(shape) * dtype.itemsize
         writer.add_tensor_info(names.get_name(theirs, (".weight",)), shape, dtype, size, raw_dtype=stored)
-        tensors.append((ours, layer, theirs, dtype))
+        tensors.append((place, theirs, dtype))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for ours, layer, theirs, dtype in tensors:
-        array = read(ours, layer, theirs).astype(dtype)
-        if ours.endswith(("query_DQ", "key_DM")):
+    for place, theirs, dtype in tensors:
+        array = read(place, theirs).astype(dtype)
+        if place.name in ("attention.query_DQ", "attention.key_DM"):
             array = _pairs_from_halves(array, config.head_size)
         writer.write_tensor_data(np.ascontiguousarray(array))
     writer.close()
@@ -139,16 +138,16 @@ def write_gguf(
 def _pairs_from_halves(matrix: np.ndarray, head_size: int) -> np.ndarray:
     """Reorders the rows of a query or key projection to neighbours that rotate together, as llama.cpp's LLaMA does.
 
-    The inverse of `naming.halves_from_pairs`; `permute` in llama.cpp's convert_hf_to_gguf.py.
+    The inverse of `checkpoint.source.halves_from_pairs`; `permute` in llama.cpp's convert_hf_to_gguf.py.
     """
     heads = matrix.reshape(-1, 2, head_size // 2, matrix.shape[-1])
     return heads.swapaxes(1, 2).reshape(matrix.shape)
 
 
-def _from_model(model: llamajax.Llama) -> Callable[[str, int | None, str], np.ndarray]:
+def _from_model(model: llamajax.Llama) -> Callable[[Place, str], np.ndarray]:
     """A `read` of `write_gguf`: our weights are [in, out], the embedding [V, D]."""
-    leaves = {name: np.asarray(leaf) for name, leaf in named_arrays(model).items()}
-    return lambda ours, layer, theirs: leaves[ours] if layer is None else leaves[ours][layer].T
+    weights = {place: np.asarray(weight) for place, weight in weights_of(model).items()}
+    return lambda place, theirs: weights[place].T if specs(model.config)[place].transposed else weights[place]
 
 
 # ---- llama.cpp ------------------------------------------------------------------------------------------------------
@@ -228,11 +227,12 @@ def importance_matrix(model: llamajax.Llama, tokens: np.ndarray) -> dict[str, np
     names |= {"ffn": ("ffn_gate", "ffn_up"), "down": ("ffn_down",)}
     means = {}
     for layer in range(model.config.num_layers):
-        block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], model.layers)
-        for group, statistics in calibrate.observe(block, x_WTD, tuple(names), hessians=False).items():
+        block, numbers = model.layer(layer), model.config.numbers(layer)
+        first = {group: members[0] for group, members in inputs(model.config, layer).items()}
+        for group, statistics in calibrate.observe(block, x_WTD, first, hessians=False, numbers=numbers).items():
             mean = np.array(statistics.mean_square_K, np.float32)
             means |= {f"blk.{layer}.{name}.weight": mean for name in names[group]}
-        x_WTD = calibrate.advance(block, x_WTD)
+        x_WTD = calibrate.advance(block, x_WTD, numbers)
     return means
 
 

@@ -91,6 +91,14 @@ def test_every_weight_has_its_foreign_name(config: Config) -> None:
     assert dict(expected_tensors(config)) == expected and set(expected.values()) == set(specs(config))
 
 
+def test_names_in_gguf_are_those_that_gguf_makes_of_theirs() -> None:
+    gguf = pytest.importorskip("gguf")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, CONFIG.num_layers)
+    for theirs, place in expected_tensors(CONFIG).items():
+        ours = specs(CONFIG)[place].foreign["gguf"].format(place.layer)
+        assert ours == names.get_name(theirs, (".weight",))
+
+
 def test_foreign_shapes_are_ours_turned(tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
