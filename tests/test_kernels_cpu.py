@@ -68,7 +68,7 @@ def largest(qtensor: QTensor) -> float:
     groups=st.integers(1, 7),
     outputs=st.integers(1, 40),
     axis=st.sampled_from([-2, -1]),
-    rows=st.sampled_from([1, 2, 5, cpu.MAX_UNROLLED_ROWS, cpu.MAX_UNROLLED_ROWS + 1, 40]),
+    rows=st.sampled_from([1, 2, 5, cpu.MAX_UNROLLED_ROWS, cpu.MAX_UNROLLED_ROWS + 1, 40, cpu.MIN_WHOLE_ROWS]),
     activations=st.sampled_from([None, "bfloat16"]),
     seed=st.integers(0, 9),
 )
