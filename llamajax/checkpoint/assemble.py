@@ -97,8 +97,8 @@ def assemble(
     where = _placements(outcome(source, Finish(finish.dtype)), shardings)
     made: dict[str, Any] = {}
     done = 0
-    for places in _together(source, finish):
-        if source.fill is not None and len(places) > 1:
+    for places in _together(source):
+        if source.fill is not None and not _converts(source, finish, places):
             views = [stacks.view(place, source.abstract[place]) for place in places]
             source.fill(places, views)
             for place, view in zip(places, views, strict=True):
@@ -116,12 +116,19 @@ def assemble(
     return model_from(made, source.config)
 
 
-def _together(source: Source, finish: Finish) -> Iterator[Sequence[Place]]:
-    """Weights in the order of the source, those of a leaf at once where the reader fills and nothing is converted."""
-    if source.fill is None or finish.dtype is not None:
+def _together(source: Source) -> Iterator[Sequence[Place]]:
+    """Weights in the order of the source; those of a leaf at once where the reader can fill them."""
+    if source.fill is None:
         yield from ((place,) for place in source.order)
-        return
-    yield from (leaf.places for leaf in leaves(source.config).values())
+    else:
+        yield from (leaf.places for leaf in leaves(source.config).values())
+
+
+def _converts(source: Source, finish: Finish, places: Sequence[Place]) -> bool:
+    """Whether a weight gets another dtype, and so is no view of the stack while it is read."""
+    if finish.dtype is None:
+        return False
+    return any(kind_of(finish.one(source.abstract[place])) != kind_of(source.abstract[place]) for place in places)
 
 
 def _finished(stacks: "Stacks", name: str, finish: Finish, where: Mapping[str, Any]) -> Any:
