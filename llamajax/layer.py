@@ -79,7 +79,8 @@ def layers_of(config: Config, stack: Stack, position: int) -> Callable[..., Laye
         numbers = constant | dict(varying)
         if len(layers) == 1:
             return Layer(layers[0], part, places[0], numbers, capture, hooks)
-        return Layer(layers.start + index * layers.step, part, index, numbers, capture, hooks)
+        place = index if places == tuple(range(len(places))) else jnp.asarray(places, jnp.int32)[index]
+        return Layer(layers.start + index * layers.step, part, place, numbers, capture, hooks)
 
     return make
 

@@ -252,12 +252,11 @@ def _numbers(layers: range, config: "Config") -> str:
 @functools.lru_cache(maxsize=64)
 def specs(config: "Config") -> Mapping[Place, Spec]:
     """Every weight of the model: the embeddings, layer after layer, the rest."""
-    of_layer = {layer: leaf for leaf in leaves(config).values() if leaf.layers for layer in leaf.layers}
-    kinds = {layer: kind_of_layer(config, layer) for layer in of_layer}
     whole = whole_specs(config)
     made = {Place("embed_VD"): whole.pop("embed_VD")}
-    for layer in sorted(kinds):
-        made |= {Place(name, layer): spec for name, spec in sorted(KINDS[kinds[layer]].specs.items())}
+    for layer in range(config.num_layers):
+        of_layer = KINDS[kind_of_layer(config, layer)].specs
+        made |= {Place(name, layer): spec for name, spec in sorted(of_layer.items())}
     return MappingProxyType(made | {Place(name): spec for name, spec in whole.items()})
 
 
@@ -330,7 +329,9 @@ def begin(spec: Spec, config: "Config", key: jax.Array, dtype: Any) -> jax.Array
 
 def named_weights(model: Any) -> dict[str, Any]:
     """The weights of a model, or of a pytree shaped like one, by the names of `leaves`; a quantized one as one."""
-    return dict(_named(model, is_leaf=is_weight))
+    flat = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_weight)[0]
+    found = {path_name(path): leaf for path, leaf in flat}
+    return {name: found[_where(leaf, model.plan)] for name, leaf in leaves(model.config, model.plan).items()}
 
 
 def weights_of(model: Any) -> dict[Place, Any]:
@@ -366,13 +367,6 @@ def block_weights(block: Any) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(block, is_leaf=is_weight)[0]}
 
 
-def _named(model: Any, is_leaf: Any) -> Iterator[tuple[str, Any]]:
-    flat = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_leaf)[0]
-    found = {_tree_name(path): leaf for path, leaf in flat}
-    for name, leaf in leaves(model.config, model.plan).items():
-        yield name, found[_where(leaf, model.plan)]
-
-
 def _where(leaf: Leaf, plan: tuple[Stack, ...]) -> str:
     """A leaf's path in the tree."""
     if leaf.layers is None:
@@ -385,11 +379,7 @@ def names_in_tree_order(model: Any) -> list[str]:
     """The names of `leaves` in the order in which jax flattens the tree."""
     flat = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_weight)[0]
     name_of = {_where(leaf, model.plan): name for name, leaf in leaves(model.config, model.plan).items()}
-    return [name_of[_tree_name(path)] for path, _ in flat]
-
-
-def _tree_name(path: tuple[Any, ...]) -> str:
-    return path_name(path)
+    return [name_of[path_name(path)] for path, _ in flat]
 
 
 def path_name(path: tuple[Any, ...]) -> str:
