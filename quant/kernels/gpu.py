@@ -9,7 +9,8 @@ bytes. The format at rest suits it as it is: byte j of a group holds elements j,
 bytes meets consecutive activations, and a row of bytes is contiguous over outputs. Codes are small integers, exact in
 float16 and bfloat16: tensor cores multiply them as they are, and scales come after, in float32.
 
-Compiled ahead of time for A100 and H100 without the hardware; no time has been measured.
+On an H200 it is 1.7 to 2.9 times as fast as XLA's product of the same packed weights, at 8 to 27% of the speed of a copy
+(benchmarks/NOTES.md). Compiled ahead of time for A100 and H100.
 """
 
 import dataclasses
