@@ -1,9 +1,10 @@
 """Layers of two types in turn beside layers of one: a decode step, prefill, and compiling, in ratios of one process.
 
-    python benchmarks/mixed_layers.py --rounds=5
+    python benchmarks/mixed_layers.py --rounds=5                                    # every weight of the layers
+    python benchmarks/mixed_layers.py --rounds=5 --weights='layers.*.ffn.down_FD'   # one, as GGUF files mix them
 
 Models of random weights, laid out for this machine: int4-g32 with scales in float16 in all layers; with scales in
-bfloat16 in all; and the two in turn, for each weight of a layer a `quant.Mixed` of two types. The types are of one size
+bfloat16 in all; and the two in turn, for each weight of a layer (or some) a `quant.Mixed` of two types. The types are of one size
 and multiplied alike: what is compared is choosing. Each round measures all in turn; figures are medians over the
 rounds. "Beside one type" is the time of the mixed model over the mean of the other two's. The decode step is traced and
 compiled anew in each round.
@@ -27,6 +28,7 @@ import quant
 from llamajax.evaluation.speed import measure_decode, measure_prefill, random_model
 
 flags.DEFINE_string("shape", "tinyllama-1.1b", "preset of the shape")
+flags.DEFINE_string("weights", "layers.*", "glob: those that are of two types")
 flags.DEFINE_integer("rounds", 5, "how often everything is measured", lower_bound=1)
 flags.DEFINE_integer("context", 128, "tokens in the cache, and of the prompt", lower_bound=1)
 flags.DEFINE_bool("json", False, "print JSON instead of a table")
@@ -59,7 +61,7 @@ class Way(NamedTuple):
 
 def recipe(layers: int, first: str, second: str) -> str:
     """One dtype of scales for even layers and tables, another for odd layers."""
-    odd = _RULE.format(weights="layers.*", scales=second, layers=f"layers = {list(range(1, layers, 2))}")
+    odd = _RULE.format(weights=flags.FLAGS.weights, scales=second, layers=f"layers = {list(range(1, layers, 2))}")
     return _RULES + odd + _RULE.format(weights="*", scales=first, layers="")
 
 

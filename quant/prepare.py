@@ -74,7 +74,7 @@ def lowerings(weight: Any, backend: str) -> list[str]:
 
 def compiler_options(backend: str) -> dict[str, str | bool]:
     """What to compile programs with prepared weights with: `compiler_options` of `jax.jit`, or of `compile`."""
-    return dict(cpu.COMPILER_OPTIONS) if backend == "cpu" else {}
+    return dict(getattr(_lowering(backend), "COMPILER_OPTIONS", {})) if backend in ("cpu", "gpu") else {}
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

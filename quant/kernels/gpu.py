@@ -33,6 +33,9 @@ MAX_KERNEL_ROWS = 16
 # Programs that keep a card busy: about four for each of the 132 multiprocessors of an H100. Where there are fewer
 # blocks of outputs, K is split.
 _PROGRAMS = 512
+# Passed to `jax.jit` for programs with such products: those that do not depend on each other, as of query, key and value,
+# then run side by side. On an H200 a decode step of the 1.1B shape takes 2.24 ms without and 1.79 with.
+COMPILER_OPTIONS: dict[str, str | bool] = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 # Outputs of a program, the first of these that divides M: 128 bytes are what a memory transaction moves at best.
 _BLOCKS = (128, 64, 32, 16)
 # Byte rows of a step, the first of these that divides a group's: of a step all elements share their scales.
@@ -186,6 +189,15 @@ def _first_divisor(sizes: tuple[int, ...], length: int) -> int:
     return next(size for size in sizes if length % size == 0)
 
 
+def _parts(iterations: int, wanted: int) -> int:
+    """Into how many parts of equal length K is split: the least that are as many as wanted, or all there are.
+
+    Of K = 5632 and 2048 outputs 44 rather than 8, the greatest power of two: 2.28 ms a step of the 1.1B shape become 1.97.
+    """
+    divisors = (parts for parts in range(1, iterations + 1) if iterations % parts == 0)
+    return next((parts for parts in divisors if parts >= wanted), iterations)
+
+
 def _matmul_kernel(x_RK: jax.Array, weight: GpuWeight, interpret: bool) -> jax.Array:
     """The product by a kernel over a grid of (blocks of outputs, parts of K), and the sum of the parts."""
     columns, layer = weight.columns, weight.layer
@@ -196,7 +208,7 @@ def _matmul_kernel(x_RK: jax.Array, weight: GpuWeight, interpret: bool) -> jax.A
     width, step = _first_divisor(_BLOCKS, outputs), _first_divisor(_STEPS, group_bytes)
     steps = columns.planes[0].shape[-2] // step
     together = math.gcd(steps, _ROWS_IN_FLIGHT // step)
-    parts = math.gcd(steps // together, pl.next_power_of_2(pl.cdiv(_PROGRAMS * width, outputs)))
+    parts = _parts(steps // together, pl.cdiv(_PROGRAMS * width, outputs))
     padded_RK = jnp.pad(x_RK, ((0, MAX_KERNEL_ROWS - R), (0, 0)))
     corrections = [plane for plane in (columns.zero, columns.offset) if plane is not None]
     kernel = functools.partial(
