@@ -1,7 +1,7 @@
 """Layers of two types in turn beside layers of one: a decode step, prefill, and compiling, in ratios of one process.
 
-    python benchmarks/mixed_layers.py --rounds=5                                    # every weight of the layers
-    python benchmarks/mixed_layers.py --rounds=5 --weights='layers.*.ffn.down_FD'   # one, as GGUF files mix them
+    python benchmarks/mixed_layers.py --rounds=5                                    # every weight of layers
+    python benchmarks/mixed_layers.py --rounds=5 --weights='layers.*.ffn.down_FD'   # one, as in GGUF files
 
 Models of random weights, laid out for this machine: int4-g32 with scales in float16 in all layers; with scales in
 bfloat16 in all; and the two in turn, for each weight of a layer (or some) a `quant.Mixed` of two types. The types are of one size

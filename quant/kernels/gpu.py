@@ -9,8 +9,8 @@ bytes. The format at rest suits it as it is: byte j of a group holds elements j,
 bytes meets consecutive activations, and a row of bytes is contiguous over outputs. Codes are small integers, exact in
 float16 and bfloat16: tensor cores multiply them as they are, and scales come after, in float32.
 
-On an H200 it is 1.7 to 2.9 times as fast as XLA's product of the same packed weights, at 8 to 27% of the speed of a copy
-(benchmarks/NOTES.md). Compiled ahead of time for A100 and H100.
+On an H200 it is 1.7 to 2.9 times as fast as XLA's product of the same packed weights, at 8 to 27% of the speed of a
+copy (benchmarks/NOTES.md). Compiled ahead of time for A100 and H100.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ MAX_KERNEL_ROWS = 16
 # Programs that keep a card busy: about four for each of the 132 multiprocessors of an H100. Where there are fewer
 # blocks of outputs, K is split.
 _PROGRAMS = 512
-# Passed to `jax.jit` for programs with such products: those that do not depend on each other, as of query, key and value,
-# then run side by side. On an H200 a decode step of the 1.1B shape takes 2.24 ms without and 1.79 with.
+# Passed to `jax.jit` for programs with such products: those that do not depend on each other, as of query, key and
+# value, then run side by side. On an H200 a decode step of the 1.1B shape takes 2.24 ms without and 1.79 with.
 COMPILER_OPTIONS: dict[str, str | bool] = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 # Outputs of a program, the first of these that divides M: 128 bytes are what a memory transaction moves at best.
 _BLOCKS = (128, 64, 32, 16)
@@ -192,7 +192,8 @@ def _first_divisor(sizes: tuple[int, ...], length: int) -> int:
 def _parts(iterations: int, wanted: int) -> int:
     """Into how many parts of equal length K is split: the least that are as many as wanted, or all there are.
 
-    Of K = 5632 and 2048 outputs 44 rather than 8, the greatest power of two: 2.28 ms a step of the 1.1B shape become 1.97.
+    Of K = 5632 and 2048 outputs 44 rather than 8, the greatest power of two: a step of the 1.1B shape takes 1.97 ms
+    instead of 2.28.
     """
     divisors = (parts for parts in range(1, iterations + 1) if iterations % parts == 0)
     return next((parts for parts in divisors if parts >= wanted), iterations)
