@@ -4,10 +4,10 @@
     python benchmarks/mixed_layers.py --rounds=5 --weights='layers.*.ffn.down_FD'   # one, as in GGUF files
 
 Models of random weights, laid out for this machine: int4-g32 with scales in float16 in all layers; with scales in
-bfloat16 in all; and the two in turn, for each weight of a layer (or some) a `quant.Mixed` of two types. The types are of one size
-and multiplied alike: what is compared is choosing. Each round measures all in turn; figures are medians over the
-rounds. "Beside one type" is the time of the mixed model over the mean of the other two's. The decode step is traced and
-compiled anew in each round.
+bfloat16 in all; and the two in turn, for each weight of a layer (or some) a `quant.Mixed` of two types. The types are
+of one size and multiplied alike: what is compared is choosing. Each round measures all in turn; figures are medians
+over the rounds. "Beside one type" is the time of the mixed model over the mean of the other two's. The decode step is
+traced and compiled anew in each round.
 """
 
 import json
