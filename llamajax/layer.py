@@ -10,13 +10,12 @@ import jax.numpy as jnp
 
 from llamajax.caches import Scores, Where
 from llamajax.config import Config
+from llamajax.errors import LlamaJaxError
 from llamajax.parameters import Stack, locate
 
 # What is to stand in place of a value, by its name and the number of the layer: an array, or a function of the value.
 Hooks = Mapping[tuple[str, int], jax.Array | Callable[[jax.Array], jax.Array]]
 NO_HOOKS: Hooks = MappingProxyType({})
-# Values of a layer that can be captured, and replaced.
-SEEN = ("hidden", "attention", "attention_out", "ffn_out")
 
 
 @dataclasses.dataclass(eq=False)
@@ -31,6 +30,7 @@ class Layer:
         capture: names of values to keep.
         hooks: (name, number of the layer) and what is to stand in the value's place.
         kept: what was captured, by name.
+        shown: the names of all values that there were to be seen.
     """
 
     number: jax.Array | int
@@ -40,6 +40,7 @@ class Layer:
     capture: tuple[str, ...] = ()
     hooks: Hooks = dataclasses.field(default_factory=lambda: NO_HOOKS)
     kept: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    shown: set[str] = dataclasses.field(default_factory=set)
 
     def attend(
         self,
@@ -52,12 +53,14 @@ class Layer:
     ) -> tuple[jax.Array, Any]:
         """As `KVCache.attend`, of this layer; weights of attention may be seen as "attention"."""
         scores = scores or Scores()
+        self.shown.add("attention")
         if "attention" in self.capture or any(name == "attention" for name, _ in self.hooks):
             scores = dataclasses.replace(scores, see=lambda weight_BNTS: self.see("attention", weight_BNTS))
         return cache.attend(self.part, self.place, query_BTNH, key_BTKH, value_BTKH, where, scores)
 
     def see(self, name: str, value: jax.Array) -> jax.Array:
         """A value by its name: replaced where a hook says so, then kept where it is to be captured."""
+        self.shown.add(name)
         for (hooked, number), hook in self.hooks.items():
             if hooked == name:
                 changed = hook(value) if callable(hook) else jnp.broadcast_to(hook, value.shape).astype(value.dtype)
@@ -100,6 +103,17 @@ def varying(config: Config, stack: Stack, position: int) -> dict[str, jax.Array]
     """Numbers that differ between the layers of a position, [R]: scanned beside the weights."""
     numbers = _numbers(config, stack.layers(position))
     return {name: jnp.asarray(values) for name, values in numbers.items() if len(set(values)) > 1}
+
+
+def check_shown(shown: list[set[str]], capture: tuple[str, ...], hooks: Hooks, num_layers: int) -> None:
+    """Refuses what no layer shows, or not every one of what is captured, and layers that there are not."""
+    for name, number in (*((name, 0) for name in capture), *hooks):
+        names = set.intersection(*shown) if name in capture else set.union(*shown)
+        if name not in names or not 0 <= number < num_layers:
+            raise LlamaJaxError(
+                f"{name!r} of layer {number}: expected one of {', '.join(sorted(names))}, and a layer from 0 to "
+                f"{num_layers - 1}"
+            )
 
 
 def in_order(kept: list[Any], name: str) -> jax.Array:

@@ -25,7 +25,7 @@ from flax import nnx
 from llamajax.caches import NoCache, Where
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
-from llamajax.layer import NO_HOOKS, SEEN, Hooks, Layer, in_order, layers_of, varying
+from llamajax.layer import NO_HOOKS, Hooks, Layer, check_shown, in_order, layers_of, varying
 from llamajax.meshes import on_auto_axes
 from llamajax.parameters import (
     KINDS,
@@ -268,14 +268,10 @@ class Llama(nnx.Module):
             x_BTD and the cache; with `capture` also what was captured, by name.
 
         Raises:
-            LlamaJaxError: for a name that there is not, or a layer.
+            LlamaJaxError: for a name that there is not, or a layer, or another `remat`.
         """
-        for name, number in (*((name, 0) for name in capture), *hooks):
-            if name not in SEEN or not 0 <= number < self.config.num_layers:
-                raise LlamaJaxError(
-                    f"{name!r} of layer {number}: expected one of {', '.join(SEEN)}, and a layer from 0 to "
-                    f"{self.config.num_layers - 1}"
-                )
+        if remat not in (None, "layer"):
+            raise LlamaJaxError(f"remat is {remat!r}: expected None or 'layer'")
         function = functools.partial(Llama._blocks, capture=capture, remat=remat)
 
         def out(like: Callable[..., Any]) -> Any:
@@ -288,7 +284,8 @@ class Llama(nnx.Module):
         self, x_BTD: jax.Array, cache: Any, count_B: Any, hooks: Hooks, capture: tuple[str, ...], remat: str | None
     ) -> Any:
         where = cache.begin(x_BTD.shape[1], count_B)
-        kept = []
+        kept: list[Any] = []
+        shown: list[set[str]] = []
         # The cache is carried, not scanned over: as scan input and output it would be copied at every call.
         carry = (x_BTD, cache)
         for stack, blocks in zip(self.plan, self.stacks, strict=True):
@@ -301,11 +298,13 @@ class Llama(nnx.Module):
                     x_BTD, cache = block(x_BTD, where, cache, layer)
                     x_BTD = layer.see("hidden", x_BTD)
                     kept.append(layer.kept)
+                    shown.append(layer.shown)
                 return (x_BTD, cache), kept
 
             numbers = [varying(self.config, stack, position) for position in range(len(stack.pattern))]
             carry, kept_here = scan_layers(jax.checkpoint(step) if remat else step, carry, blocks, numbers)
             kept.append(kept_here)
+        check_shown(shown, capture, hooks, self.config.num_layers)
         x_BTD, cache = carry
         # A row that did not fit wrote over its older tokens (XLA moves an update that sticks out): NaN, for good.
         x_BTD, cache = where.checked(x_BTD), cache.end(where)

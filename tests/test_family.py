@@ -305,6 +305,16 @@ def test_a_bundle_runs_it(model: Llama, tmp_path: Path) -> None:
     assert golden["tokens_0"].tolist() == greedy(dense(packed), PROMPT, len(golden["tokens_0"]))
 
 
+def test_what_its_layers_show(model: Llama) -> None:
+    tokens = jnp.asarray([PROMPT], jnp.int32)
+    _, _, captured = jax.jit(lambda model: model(tokens, capture=("attention", "hidden")))(model)
+    assert captured["attention"].shape == (4, 1, 4, 21, 21) and captured["hidden"].shape == (4, 1, 21, 32)
+    behind_window = captured["attention"][0, 0, :, 20, : 21 - CONFIG.window]
+    assert float(behind_window.max()) == 0 and float(captured["attention"][1, 0, :, 20, 0].min()) > 0
+    with pytest.raises(llamajax.LlamaJaxError, match="'ffn_out' of layer 0: expected one of attention, hidden, and"):
+        model(tokens, capture=("ffn_out",))
+
+
 def test_the_family_is_small() -> None:
     lines = Path(__file__).read_text(encoding="utf-8").splitlines()
     marks = [i for i, line in enumerate(lines) if line.startswith("# ---- ")]

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from llamajax import Config, KVCache, Llama, LlamaJaxError, NoCache, abstract_model, next_token_losses, prepare
-from llamajax.layer import SEEN, Layer
+from llamajax.layer import Layer
 from llamajax.model import model_from
 from llamajax.parameters import leaves, named_weights, unrolled
 from llamajax.quantization.quantize import Rule, quantize
@@ -64,6 +64,8 @@ def changed(weights: reference.Weights, layer: int, name: str, change: Any) -> r
     full = f"model.layers.{layer}.{name}.weight"
     return weights | {full: change(weights[full])}
 
+
+SEEN = ("hidden", "attention", "attention_out", "ffn_out")
 
 # ---- Capturing ------------------------------------------------------------------------------------------------------
 
@@ -213,7 +215,7 @@ def test_hooks_are_arguments(model: Llama, weights: reference.Weights) -> None:
 @pytest.mark.parametrize(("name", "layer"), [("hiden", 0), ("hidden", 3), ("hidden", -1), ("logits", 1)])
 def test_what_there_is_not_cannot_be_replaced(model: Llama, name: str, layer: int) -> None:
     message = (
-        f"'{name}' of layer {layer}: expected one of hidden, attention, attention_out, ffn_out, and a layer from 0 to 2"
+        f"'{name}' of layer {layer}: expected one of attention, attention_out, ffn_out, hidden, and a layer from 0 to 2"
     )
     with pytest.raises(LlamaJaxError, match=re.escape(message)):
         model(TOKENS, hooks={(name, layer): jnp.zeros(())})
