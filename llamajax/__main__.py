@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import threading
+import warnings
 
 from llamajax import process
 from llamajax.cli import explained, main
@@ -14,6 +15,8 @@ def run() -> None:
     process.begin()
     threading.excepthook = _report_thread
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what its threads raise, as its callers do
+    # What it had begun and an interrupt ended: Python says so while it cleans up, behind our line.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     code = main()
     if code:
         os._exit(code)  # threads that still read, write or compile would be waited for

@@ -242,12 +242,12 @@ def test_logits_and_text_are_numpys(model: Llama, arrays: dict[str, np.ndarray])
     assert type(model.config) is WindowedConfig and model.config == CONFIG
     logits_TV = expected({name: array.astype(np.float64) for name, array in arrays.items()}, PROMPT)
     np.testing.assert_allclose(forward(model, np.asarray([PROMPT], np.int32))[0], logits_TV, atol=1e-4)
-    made = llamajax.generate(model, None, PROMPT, temperature=0, max_new_tokens=24)
-    assert made.tokens == greedy(dense(model), PROMPT, 24)
+    made = llamajax.generate(model, None, PROMPT, temperature=0, max_new_tokens=12)
+    assert made.tokens == greedy(dense(model), PROMPT, 12)
 
 
 def test_long_prompts_turn_the_ring(model: Llama) -> None:
-    prompt = [int(i) for i in np.random.default_rng(2).integers(0, 64, 600)]
+    prompt = [int(i) for i in np.random.default_rng(2).integers(0, 64, CONFIG.window + _STEP + 30)]
     made = llamajax.generate(model, None, prompt, temperature=0, max_new_tokens=2)
     logits_BTV = forward(model, np.asarray([prompt], np.int32))
     assert made.tokens[0] == int(jnp.argmax(logits_BTV[0, -1]))
@@ -256,10 +256,10 @@ def test_long_prompts_turn_the_ring(model: Llama) -> None:
 
 def test_speculation_goes_back_in_the_ring(model: Llama) -> None:
     prompt = PROMPT[:6] * 5
-    options = {"temperature": 0, "max_new_tokens": 20}
+    options = {"temperature": 0, "max_new_tokens": 12}
     plain = llamajax.generate(model, None, prompt, **options)
     assert llamajax.generate(model, None, prompt, speculate=4, **options).tokens == plain.tokens
-    assert plain.tokens == greedy(dense(model), prompt, 20)
+    assert plain.tokens == greedy(dense(model), prompt, 12)
 
 
 RULES = (
@@ -284,8 +284,8 @@ def test_quantized_text_is_numpys(model: Llama, calibrated: bool, tmp_path: Path
     llamajax.save_checkpoint(packed, tmp_path / "packed")
     loaded, _ = llamajax.load(tmp_path / "packed")
     assert type(loaded.config) is WindowedConfig
-    made = llamajax.generate(llamajax.prepare(loaded, "cpu"), None, PROMPT, temperature=0, max_new_tokens=16)
-    assert made.tokens == greedy(dense(packed), PROMPT, 16)
+    made = llamajax.generate(llamajax.prepare(loaded, "cpu"), None, PROMPT, temperature=0, max_new_tokens=8)
+    assert made.tokens == greedy(dense(packed), PROMPT, 8)
 
 
 def test_a_bundle_runs_it(model: Llama, tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_a_bundle_runs_it(model: Llama, tmp_path: Path) -> None:
     import safetensors.numpy
 
     golden = safetensors.numpy.load_file(bundle.file("golden.safetensors"))
-    assert golden["tokens_0"].tolist() == greedy(dense(packed), PROMPT, len(golden["tokens_0"]))
+    assert golden["tokens_0"][:12].tolist() == greedy(dense(packed), PROMPT, 12)
 
 
 def test_what_its_layers_show(model: Llama) -> None:
