@@ -58,6 +58,7 @@ CASES = [
 ]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("name", "dtype", "backend", "activations"), CASES)
 def test_outcome_is_what_is_read(
     name: str, dtype: str | None, backend: str | None, activations: str | None, folder: Path

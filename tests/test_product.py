@@ -175,6 +175,7 @@ def test_a_matrix_needs_no_number(kind: str, axis: int) -> None:
     check(product(x, weight, np.full((2, 3), 7), axis), x, dense_XKM, np.zeros((2, 3), int))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("lead", [(3,), (2, 3)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_number_for_all_rows(kind: str, lead: tuple[int, ...]) -> None:
@@ -219,6 +220,7 @@ def test_bfloat16_is_rounded_once() -> None:
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8, atol=1e-3)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("count", [3, 40])
 @pytest.mark.parametrize("kind", ["array", "int4, plain", "cpu", "gpu", "tpu", "mixed", "mixed, cpu"])
 def test_experts_of_a_layer_in_a_scan(kind: str, count: int) -> None:
