@@ -381,10 +381,14 @@ print(json.dumps({"compiled": seen["/jax/core/compile/backend_compile_duration"]
 """
 
 
-@pytest.mark.parametrize("options", [["--temperature=0.8"], ["--temperature=0", "--speculate=2"]])
-def test_a_second_process_compiles_nothing(options: list[str], tmp_path: Path) -> None:
-    """Neither the two programs of a request nor the small ones around them, such as an empty cache."""
-    argv = ["generate", "--model=box", "--prompt=Once upon a time", "--max_new_tokens=8", *options]
+_PACKED = "--temperature=0.7"
+
+
+@pytest.mark.parametrize("options", [["--temperature=0.8"], ["--temperature=0", "--speculate=2"], [_PACKED]])
+def test_a_second_process_compiles_nothing(options: list[str], tmp_path: Path, quantized_box: Path) -> None:
+    """Neither the two programs of a request nor the small ones around them, such as an empty cache; packed or not."""
+    model = quantized_box if _PACKED in options else "box"
+    argv = ["generate", f"--model={model}", "--prompt=Once upon a time", "--max_new_tokens=8", *options]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     environment = {**kept, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)}
     texts, counts, said = [], [], []
