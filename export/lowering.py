@@ -24,7 +24,7 @@ from export.lint import check, tidy
 from export.profiles import PROFILES, Profile, Spec
 from export.programs import bound, functions
 from export.weights import parameters, taken_by
-from llamajax import Llama, LlamaJaxError, model_from, named_weights, parts_of, prepare
+from llamajax import Llama, LlamaJaxError, model_from, named_weights, prepare, rebuilt
 from quant import is_laid_out, quantized
 
 # The oldest StableHLO that knows all that we write (gathers with batch axes); its promise is five years back, two
@@ -101,10 +101,7 @@ def _prepared(like: Llama, names: tuple[str, ...], profile: Profile) -> Callable
 
     def flat(*arrays: Any) -> tuple:
         of = dict(zip(names, arrays, strict=True))
-        weights = {
-            name: jax.tree.unflatten(jax.tree.structure(weight), [of[name + part] for part in parts_of(weight)])
-            for name, weight in named_weights(like).items()
-        }
+        weights = {name: rebuilt(name, weight, of) for name, weight in named_weights(like).items()}
         prepared = prepare(model_from(weights, like.config), profile.backend)
         return tuple(parameters(prepared, profile).values())
 

@@ -10,7 +10,18 @@ import jax
 import jax.numpy as jnp
 
 from export.profiles import Profile
-from llamajax import Llama, leaves, model_from, named_arrays, named_weights, parts_of, prepare, unrolled, weights_of
+from llamajax import (
+    Llama,
+    leaves,
+    model_from,
+    named_arrays,
+    named_weights,
+    parts_of,
+    prepare,
+    rebuilt,
+    unrolled,
+    weights_of,
+)
 from quant import Layout, QTensor, dequantize, dequantize_runs, map_quantized
 
 
@@ -135,19 +146,15 @@ def assemble(arrays: Mapping[str, Any], like: Llama, profile: Profile) -> Llama:
         like: the model, for its structure; leaves may be abstract.
         profile: as `parameters` had it.
     """
-
-    def rebuilt(name: str, weight: Any) -> Any:
-        return jax.tree.unflatten(jax.tree.structure(weight), [arrays[name + part] for part in parts_of(weight)])
-
     exported = lambda qtensor: ExportedWeight(qtensor, arithmetic=profile.arithmetic)  # noqa: E731
     if profile.layers == "scanned":
-        weights = {name: rebuilt(name, weight) for name, weight in named_weights(like).items()}
+        weights = {name: rebuilt(name, weight, arrays) for name, weight in named_weights(like).items()}
         return model_from(map_quantized(exported, weights), like.config)
     plan = unrolled(like.config.stacks)
     # Stacks of one layer each: programs without loops.
     stack = lambda weight: jax.tree.map(lambda array: array[None], weight)  # noqa: E731
     of = leaves(like.config, plan)
-    single = {name: rebuilt(name, weight) for name, weight in _unrolled(like).items()}
+    single = {name: rebuilt(name, weight, arrays) for name, weight in _unrolled(like).items()}
     weights = {
         name: single[str(leaf.places[0])] if leaf.layers is None else stack(single[str(leaf.places[0])])
         for name, leaf in of.items()

@@ -34,7 +34,7 @@ from llamajax.generation.stream import TextStream, generate, stream
 from llamajax.layer import Layer
 from llamajax.meshes import shardings
 from llamajax.model import Block, Llama, abstract_model, model_from
-from llamajax.parameters import leaves, named_arrays, named_weights, parts_of, unrolled, weights_of
+from llamajax.parameters import leaves, named_arrays, named_weights, parts_of, rebuilt, unrolled, weights_of
 from llamajax.prepare import prepare, with_activations
 from llamajax.quantization.quantize import quantize, read_recipe, recipe_names
 from llamajax.tokenizer import Tokenizer
@@ -84,6 +84,7 @@ __all__ = [
     "preset_names",
     "quantize",
     "read_recipe",
+    "rebuilt",
     "recipe_names",
     "sample",
     "save_checkpoint",

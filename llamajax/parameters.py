@@ -362,6 +362,11 @@ def parts_of(weight: Any) -> dict[str, Any]:
     return {(f".{path_name(path)}" if path else ""): leaf for path, leaf in flat}
 
 
+def rebuilt(name: str, like: Any, arrays: Mapping[str, Any]) -> Any:
+    """The weight of a name, of arrays by the names of `named_arrays`; `like` says how, its leaves may be abstract."""
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name + part] for part in parts_of(like)])
+
+
 def block_weights(block: Any) -> dict[str, Any]:
     """The weights of one layer by the names of its specs."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(block, is_leaf=is_weight)[0]}

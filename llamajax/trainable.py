@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama, model_from
-from llamajax.parameters import leaves, named_weights, parts_of
+from llamajax.parameters import leaves, named_weights, parts_of, rebuilt
 
 Arrays = Mapping[str, Any]
 
@@ -48,15 +48,12 @@ def trainable(
             f"trainable {which!r}: no weight with floats is meant: expected one of {', '.join(roles)}, or a glob on "
             f"{', '.join(named)}"
         )
-    structures = {name: (jax.tree.structure(weight), tuple(parts_of(weight))) for name, weight in named.items()}
+    abstract = {name: jax.eval_shape(lambda weight=weight: weight) for name, weight in named.items()}
     config, plan = model.config, model.plan
 
     def merge(train: Arrays, rest: Arrays) -> Llama:
         arrays = {**rest, **train}
-        weights = {
-            name: jax.tree.unflatten(structure, [arrays[name + part] for part in parts])
-            for name, (structure, parts) in structures.items()
-        }
+        weights = {name: rebuilt(name, weight, arrays) for name, weight in abstract.items()}
         return model_from(weights, config, plan)
 
     return train, rest, merge

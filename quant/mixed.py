@@ -146,9 +146,9 @@ def with_layer(weight: Any, number: int, layer: Any, axis: int = -2) -> Any:
         ValueError: if the layer is of another shape.
     """
     layer = _alone(layer)
-    layers = [layer_of(weight, i) for i in range(weight.shape[0])]
-    if kind_of(layers[number]) == kind_of(layer) and not is_weight(weight):
+    if not is_weight(weight) and kind_of(weight[number]) == kind_of(layer):
         return weight.at[number].set(layer)
+    layers = [layer_of(weight, i) for i in range(weight.shape[0])]
     layers[number] = layer
     return Mixed.of(layers, axis)
 

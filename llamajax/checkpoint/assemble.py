@@ -91,8 +91,7 @@ def assemble(
     Raises:
         LlamaJaxError: for damaged or missing weights, NaN or infinity, or a dtype that cannot hold them.
     """
-    if finish.activations is not None:
-        outcome(source, finish)  # raises before anything is read
+    check_activations(list(source.abstract.values()), finish.activations)  # before anything is read
     stacks = Stacks(source.config, lambda place: kind_of(finish.one(source.abstract[place])))
     where = _placements(outcome(source, Finish(finish.dtype)), shardings)
     made: dict[str, Any] = {}
