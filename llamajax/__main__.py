@@ -15,7 +15,8 @@ def run() -> None:
     process.begin()
     threading.excepthook = _report_thread
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what its threads raise, as its callers do
-    # What it had begun and an interrupt ended: Python says so while it cleans up, behind our line.
+    # What Orbax had begun and an interrupt ended: Python and asyncio say so while they clean up, behind our line.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     code = main()
     if code:
