@@ -19,8 +19,8 @@ _PAIRS = (
 _HALVES = (
     "falcon falcon-h1 grok dbrx bert nomic-bert stablelm bitnet qwen qwen2 dream qwen2moe qwen3 qwen3moe olmo2 olmoe "
     "phi2 phi3 phimoe plamo plamo2 gemma gemma2 gemma3 gemma3n gemma-embedding starcoder2 openelm gptneox codeshell "
-    "orion nemotron exaone exaone4 minicpm3 bailingmoe2 dots1 hunyuan-moe hunyuan-dense gpt-oss lfm2 lfm2moe smallthinker "
-    "seed_oss grovemoe apertus minimax-m2 cogvlm qwen3next"
+    "orion nemotron exaone exaone4 minicpm3 bailingmoe2 dots1 hunyuan-moe hunyuan-dense gpt-oss lfm2 lfm2moe "
+    "smallthinker seed_oss grovemoe apertus minimax-m2 cogvlm qwen3next"
 )
 ROPE_ROWS: Mapping[str, Literal["pairs", "halves"]] = MappingProxyType(
     dict.fromkeys(_PAIRS.split(), "pairs") | dict.fromkeys(_HALVES.split(), "halves")  # type: ignore[arg-type]
