@@ -145,7 +145,7 @@ def _whole_blocks(kind: Type, blocks: np.ndarray) -> int:
     """How many blocks a row has."""
     if blocks.dtype != np.uint8 or blocks.ndim < 1 or blocks.shape[-1] % kind.nbytes:
         raise ValueError(
-            f"blocks of type {kind.name}, {blocks.dtype} {blocks.shape}: expected uint8, rows of whole {kind.nbytes} bytes"
+            f"blocks of type {kind.name}, {blocks.dtype} {blocks.shape}: expected uint8 rows of {kind.nbytes} bytes"
         )
     return blocks.shape[-1] // kind.nbytes
 

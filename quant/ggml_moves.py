@@ -33,24 +33,39 @@ def _exchange_inside(words: np.ndarray, swaps: Sequence[tuple[int, int]]) -> np.
 
 
 def _transpose_fields(words: np.ndarray, bits: int) -> None:
-    """In place: [..., S, W] words of bytes of S = 8 / bits fields: word s, field t becomes word t, field s."""
+    """In place: [R, S] words of bytes of S = 8 / bits fields: word s, field t becomes word t, field s."""
     slots = 8 // bits
     step = slots // 2
     while step:
         mask = sum((1 << bits) - 1 << bits * slot for slot in range(slots) if not slot & step)
-        pairs = words.reshape(*words.shape[:-2], slots // (2 * step), 2, step, words.shape[-1])
-        _exchange(pairs[..., 0, :, :], pairs[..., 1, :, :], bits * step, mask * 0x0101010101010101)
+        for low in (slot for slot in range(slots) if not slot & step):
+            _exchange(words[:, low], words[:, low + step], bits * step, mask * 0x0101010101010101)
         step //= 2
 
 
+def _deal_nibbles(words: np.ndarray, step: int) -> None:
+    """In place: [R, S] words; the low halves of pairs that are `step` apart go to the first, the high to the second."""
+    for low in (slot for slot in range(words.shape[1]) if not slot & step):
+        _exchange(words[:, low], words[:, low + step], 4, _NIBBLE)
+
+
+def _swapped(words: np.ndarray) -> np.ndarray:
+    """[R, A, B] -> [R, B, A]. Column by column: R is long, A and B are not."""
+    made = np.empty((len(words), words.shape[2], words.shape[1]), words.dtype)
+    for a in range(words.shape[1]):
+        for b in range(words.shape[2]):
+            made[:, b, a] = words[:, a, b]
+    return made
+
+
 def _words(x: Bytes, dtype: str, *shape: int) -> np.ndarray:
-    """A copy of blocks [N, bytes] as words [N, *shape]."""
+    """A copy of blocks [N, bytes] as words [R, *shape]."""
     return x.copy().view(dtype).reshape(-1, *shape)
 
 
-def _bytes(words: np.ndarray) -> Bytes:
-    """Words [N, ...] -> uint8 [N, bytes]."""
-    return np.ascontiguousarray(words).reshape(len(words), -1).view(np.uint8)
+def _bytes(words: np.ndarray, count: int | None = None) -> Bytes:
+    """Words -> uint8 [N, bytes], of as many blocks as there are words along the first axis, or `count`."""
+    return np.ascontiguousarray(words).reshape(count or len(words), -1).view(np.uint8)
 
 
 def invert_sign(x: Bytes) -> Bytes:
@@ -65,70 +80,70 @@ def negate_half(x: Bytes) -> Bytes:
 
 def deal_nibbles_16(x: Bytes) -> Bytes:
     """Q4_K, Q5_K `qs`: of 32 bytes the low halves are a group and the high halves the next <-> 16 bytes a group."""
-    pairs = _words(x, "<u8", x.shape[1] // 32, 2, 2)
-    _exchange(pairs[:, :, 0], pairs[:, :, 1], 4, _NIBBLE)
-    return _bytes(pairs)
+    words = _words(x, "<u8", 4)
+    _deal_nibbles(words, 2)
+    return _bytes(words, len(x))
 
 
 def split_nibbles(x: Bytes) -> tuple[Bytes, Bytes]:
     """Q2_K `scales`: 16 codes in low halves and 16 in high ones -> two planes of 8 bytes."""
-    pairs = _words(x, "<u8", 2)
-    _exchange(pairs[:, 0], pairs[:, 1], 4, _NIBBLE)
-    return _bytes(pairs[:, 0]), _bytes(pairs[:, 1])
+    words = _words(x, "<u8", 2)
+    _deal_nibbles(words, 1)
+    return _bytes(words[:, 0]), _bytes(words[:, 1])
 
 
 def join_nibbles(low: Bytes, high: Bytes) -> Bytes:
     """Undoes `split_nibbles`."""
-    return _bytes(np.stack(split_nibbles(np.concatenate([low, high], 1)), 1))
+    return np.concatenate(split_nibbles(np.concatenate([low, high], 1)), 1)
 
 
 def deal_q6_low(x: Bytes) -> Bytes:
     """Q6_K `ql` -> groups of 16. Of 64 bytes the low halves are two runs of 32 codes, the high halves the next two."""
-    pairs = _words(x, "<u8", 2, 2, 2, 2)  # half of the block, its 32 bytes, their 16, theirs again
-    _exchange(pairs[..., 0], pairs[..., 1], 4, _NIBBLE)
-    return _bytes(pairs.transpose(0, 1, 4, 2, 3))
+    words = _words(x, "<u8", 8)  # of half a block: its 32 bytes, their 16, theirs again
+    _deal_nibbles(words, 1)
+    return _bytes(_swapped(words.reshape(-1, 4, 2)), len(x))
 
 
 def gather_q6_low(x: Bytes) -> Bytes:
     """Undoes `deal_q6_low`."""
-    pairs = np.ascontiguousarray(_words(x, "<u8", 2, 2, 2, 2).transpose(0, 1, 3, 4, 2))
-    _exchange(pairs[..., 0], pairs[..., 1], 4, _NIBBLE)
-    return _bytes(pairs)
+    words = _swapped(_words(x, "<u8", 2, 4)).reshape(-1, 8)
+    _deal_nibbles(words, 1)
+    return _bytes(words, len(x))
 
 
 def deal_quarters(x: Bytes) -> Bytes:
     """Q2_K, Q3_K `qs`, Q6_K `qh` -> groups of 16: field s of 32 bytes is the sth run of 32 codes."""
-    fields = _words(x, "<u4", 2, 2, 4, 1)  # half of the block, half of its 32 bytes, words
-    _transpose_fields(fields, 2)
-    return _bytes(fields.transpose(0, 1, 3, 2, 4))
+    words = _words(x, "<u4", 4)  # of half of 32 bytes
+    _transpose_fields(words, 2)
+    return _bytes(_swapped(words.reshape(-1, 2, 4)), len(x))
 
 
 def gather_quarters(x: Bytes) -> Bytes:
     """Undoes `deal_quarters`."""
-    fields = np.ascontiguousarray(_words(x, "<u4", 2, 4, 2, 1).transpose(0, 1, 3, 2, 4))
-    _transpose_fields(fields, 2)
-    return _bytes(fields)
+    words = _swapped(_words(x, "<u4", 4, 2)).reshape(-1, 4)
+    _transpose_fields(words, 2)
+    return _bytes(words, len(x))
 
 
 def deal_bits_32(x: Bytes) -> Bytes:
     """Q5_K `qh` <-> groups of 32: bit i of 32 bytes is that of the ith group."""
-    bits = _words(x, "<u4", 8, 1)
-    _transpose_fields(bits, 1)
-    return _bytes(bits)
+    words = _words(x, "<u4", 8)
+    _transpose_fields(words, 1)
+    return _bytes(words)
 
 
 def deal_bits_16(x: Bytes) -> Bytes:
     """Q3_K `hmask` -> groups of 16: bit i of 32 bytes is that of the ith run of 32 codes."""
-    bits = _words(x, "<u2", 2, 8, 1)
-    _transpose_fields(bits, 1)
-    return _bytes(bits.transpose(0, 2, 1, 3))
+    words = _words(x, "<u2", 8)
+    _transpose_fields(words, 1)
+    return _bytes(_swapped(words.reshape(-1, 2, 8)))
 
 
 def gather_bits_16(x: Bytes) -> Bytes:
     """Undoes `deal_bits_16`."""
-    bits = np.ascontiguousarray(_words(x, "<u2", 8, 2, 1).transpose(0, 2, 1, 3))
-    _transpose_fields(bits, 1)
-    return _bytes(bits)
+    words = _swapped(_words(x, "<u2", 8, 2)).reshape(-1, 8)
+    _transpose_fields(words, 1)
+    return _bytes(words, len(x))
 
 
 # From neighbours in a word to runs in the slots of bytes, as exchanges of bits of a bit's number.
@@ -201,16 +216,18 @@ def _widen(fields: np.ndarray) -> np.ndarray:
 
 def deal_ternary(x: Bytes) -> Bytes:
     """TQ2_0 `qs` -> one group of 256: field s of 32 bytes is the sth run of 32 codes of a half."""
-    halves = _words(x, "<u8", 2, 4)
-    _exchange(halves[:, 0], halves[:, 1], 2, 0x3333333333333333)
-    return _bytes(_swap_middle(halves))
+    words = _words(x, "<u8", 8)
+    for low in range(4):
+        _exchange(words[:, low], words[:, low + 4], 2, 0x3333333333333333)
+    return _bytes(_swap_middle(words))
 
 
 def gather_ternary(x: Bytes) -> Bytes:
     """Undoes `deal_ternary`."""
-    halves = _swap_middle(_words(x, "<u8", 2, 4))
-    _exchange(halves[:, 0], halves[:, 1], 2, 0x3333333333333333)
-    return _bytes(halves)
+    words = _swap_middle(_words(x, "<u8", 8))
+    for low in range(4):
+        _exchange(words[:, low], words[:, low + 4], 2, 0x3333333333333333)
+    return _bytes(words)
 
 
 def _swap_middle(words: np.ndarray) -> np.ndarray:

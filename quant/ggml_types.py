@@ -15,8 +15,9 @@ from quant import ggml_moves as moves
 from quant.qtensor import QTensor
 from quant.scheme import Scheme
 
-# Rows of a transposition at once, in bytes.
-_SLAB = 32
+# Tiles of a transposition: rows in bytes, columns. Of so many rows, full lines of a cache are written; a tile is copied
+# first, to rows that are no power of two apart, which would all want the same places of a cache.
+_TILE_BYTES, _TILE_COLUMNS, _TILE_GAP = 128, 512, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,12 +310,17 @@ def _with_axis(weight: Any, axis: int) -> Any:
 
 
 def _transpose(x: Any) -> Any:
-    """[..., A, B] -> [..., B, A], contiguous. In slabs: what is written is in the cache still when it is again."""
+    """[..., A, B] -> [..., B, A], contiguous."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((*x.shape[:-2], x.shape[-1], x.shape[-2]), x.dtype)
     x = np.asarray(x)
     made = np.empty((*x.shape[:-2], x.shape[-1], x.shape[-2]), x.dtype)
-    step = max(1, _SLAB // x.dtype.itemsize)
-    for start in range(0, x.shape[-2], step):
-        made[..., start : start + step] = np.swapaxes(x[..., start : start + step, :], -1, -2)
+    height = _TILE_BYTES // x.dtype.itemsize
+    buffer = np.empty((*x.shape[:-2], height, _TILE_COLUMNS + _TILE_GAP // x.dtype.itemsize), x.dtype)
+    for top in range(0, x.shape[-2], height):
+        for left in range(0, x.shape[-1], _TILE_COLUMNS):
+            part = x[..., top : top + height, left : left + _TILE_COLUMNS]
+            tile = buffer[..., : part.shape[-2], : part.shape[-1]]
+            tile[...] = part
+            made[..., left : left + _TILE_COLUMNS, top : top + height] = np.swapaxes(tile, -1, -2)
     return made
