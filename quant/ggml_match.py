@@ -49,11 +49,12 @@ def type_of(weight: Any) -> Type | None:
     return None
 
 
-def nearest(weight: Any) -> Type:
+def nearest(weight: Any, two_levels: bool = True) -> Type:
     """The type which holds something like a weight: of as many bits where there is one, else of the next more.
 
     Args:
         weight: as `type_of` takes it.
+        two_levels: whether it may be one whose scales are in codes of their own, which quantizers here do not make.
     """
     found = type_of(weight)
     if found is not None:
@@ -66,7 +67,9 @@ def nearest(weight: Any) -> Type:
     scheme = weight.scheme
     if isinstance(weight.scale, QTensor) and scheme.bits in _TWO_LEVELS and length % 256 == 0:
         return named(_TWO_LEVELS[scheme.bits])
-    return named(_NEAREST[scheme.kind, scheme.bits][0 if length % 256 == 0 else 1])
+    best, otherwise = map(named, _NEAREST[scheme.kind, scheme.bits])
+    fits = length % best.block == 0 and best.packed is not None and (two_levels or best.packed.second is None)
+    return best if fits else otherwise
 
 
 def holder(weight: Any) -> Type:
