@@ -1,7 +1,7 @@
 """llama.cpp as an independent judge: its logits, its text, its ids, and files in the types that its quantizer makes.
 
-`xllamacpp` is llama.cpp in a prebuilt wheel. Its one extension module exports llama.cpp's C functions (`llama.h` and
-`ggml.h`), which are called here by ctypes. The quantizer of whole files is not linked into it, `ggml_quantize_chunk` is:
+`xllamacpp` is llama.cpp in a prebuilt wheel. Its extension module exports the C functions of `llama.h` and `ggml.h`,
+which are called here by ctypes. The quantizer of whole files is not linked into it, `ggml_quantize_chunk` is:
 `quantize` therefore writes each tensor by llama.cpp's own code, in the type that `llama_tensor_get_type` of its
 llama-quant.cpp chooses for a dense LLaMA without an importance matrix (`tests/test_llamacpp.py` compares the files with
 those of `llama_model_quantize`, where the extra `llamacpp` is installed).
