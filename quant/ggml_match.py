@@ -88,8 +88,11 @@ def described(weight: Any) -> str:
     """What a weight is, with what may keep it out of ggml: "int4, groups of 128, scales in bfloat16, 8 outliers"."""
     said = schemes(weight)[:1]
     if isinstance(weight, QTensor):
-        two = isinstance(weight.scale, QTensor)
-        said.append("scales of two levels" if two else f"scales in {np.dtype(weight.scale.dtype).name}")
+        two, dtype = isinstance(weight.scale, QTensor), np.dtype(weight.scale.dtype).name
+        if weight.scale.shape[-2:] == (1, 1):
+            said = [weight.scheme.name, f"one scale, in {dtype}"]
+        else:
+            said.append("scales of two levels" if two else f"scales in {dtype}")
         said += ["zero points"] if weight.zero is not None else []
         said += ["an order of its channels"] if weight.order is not None else []
         said += [f"{weight.outlier.shape[weight.axis]} outliers"] if weight.outlier is not None else []
