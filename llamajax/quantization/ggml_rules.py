@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from llamajax.config import Config
-from llamajax.errors import LlamaJaxError
 from llamajax.parameters import Place, specs
+from llamajax.quantization.quantize_weight import naming
 from quant import Rule, ggml, quantize_rtn, with_offset
 
 
@@ -30,8 +30,10 @@ def for_ggml(rules: Mapping[Place, Rule], config: Config, bits_are_free: bool) -
         if rule.scheme is not None:
             scale_dtype = "float16" if rule.scale_dtype == "bfloat16" else rule.scale_dtype  # that is the default
             rule = dataclasses.replace(rule, scale_dtype=scale_dtype, offset=rule.scheme.startswith("uint"))
-            if not any(is_held(each, place, config) for each in ([rule, *_others(rule)] if bits_are_free else [rule])):
-                raise LlamaJaxError(f"{place}, by the rule for {rule.weights!r}: {_problem(rule, place, config)}")
+            candidates = [rule, *_others(rule)] if bits_are_free else [rule]
+            with naming(f"{place}, by the rule for {rule.weights!r}"):
+                if not any(is_held(each, place, config) for each in candidates):
+                    raise ValueError(_problem(rule, place, config))
         made[place] = rule
     return made
 
@@ -69,10 +71,7 @@ def _others(rule: Rule) -> list[Rule]:
 
 def _problem(rule: Rule, place: Place, config: Config) -> str:
     """Why no type holds what a rule makes, and which one comes nearest."""
-    try:
-        weight = made_by(rule, place, config)
-    except ValueError as error:
-        return str(error)
+    weight = made_by(rule, place, config)
     said = [ggml.described(weight)]
     said += [f"{rule.outliers} outliers"] if rule.outliers else []
     said += ["act_order"] if rule.act_order else []
