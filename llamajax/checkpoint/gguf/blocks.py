@@ -8,8 +8,8 @@ import numpy as np
 from quant import ggml
 
 # Which bytes of a block are one number, (offset, size) by the type's name: those that a big-endian file turns round
-# (ggml-common.h). Fifth bits of Q5_0 and Q5_1 are written as one 32-bit number. What is not here, IQ1, IQ2 and IQ3, ggml
-# reads partly as bytes, partly as 16- and 32-bit numbers over them, which is not the same on both kinds of machine.
+# (ggml-common.h). Fifth bits of Q5_0 and Q5_1 are written as one 32-bit number. What is not here, IQ1, IQ2 and IQ3,
+# ggml reads partly as bytes, partly as 16- and 32-bit numbers over them: not the same on both kinds of machine.
 _NUMBERS: dict[str, tuple[tuple[int, int], ...]] = {
     **{"F32": ((0, 4),), "F16": ((0, 2),), "BF16": ((0, 2),)},
     **{"F64": ((0, 8),), "I64": ((0, 8),), "I32": ((0, 4),), "I16": ((0, 2),), "I8": ()},

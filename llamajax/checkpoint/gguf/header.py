@@ -128,7 +128,8 @@ class HeaderReader:
         kind = f"{self.order}{letter}"
         (value,) = struct.unpack_from(kind, self.window, self.at)
         self.at += struct.calcsize(kind)
-        return value
+        # 1e-05 rather than 9.999999747378752e-06, which is the same in float32.
+        return float(str(np.float32(value))) if letter == "f" else value
 
     def long_number(self) -> int:
         """The next length or count."""

@@ -236,7 +236,10 @@ class _Reader:
         if kind.packed is None:
             array = self._floats(place)
             return array.T if spec.transposed else array
-        weight = ggml.unpack(kind.name, self._blocks(place))
+        blocks = self._blocks(place)
+        if kind.name == "MXFP4" and (blocks[:, :: kind.nbytes] == 255).any():  # an exponent that stands for NaN
+            raise LlamaJaxError(f"{self.path}: {place} holds NaN or infinity: the weights are damaged")
+        weight = ggml.unpack(kind.name, blocks)
         return ggml.transposed(weight) if spec.transposed else weight
 
     def fill(self, places: Sequence[Place], weights: Sequence[Any]) -> None:
