@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import jax
 
-from llamajax.checkpoint import home, huggingface, llama2c
+from llamajax.checkpoint import gguf, home, huggingface, llama2c
 from llamajax.checkpoint.assemble import Finish, assemble, check_weight, outcome
 from llamajax.checkpoint.checks import is_finite
 from llamajax.checkpoint.source import Source
@@ -113,7 +113,7 @@ class Opened:
     @property
     def tokenizer_problem(self) -> str | None:
         """Why the tokenizer that came with it cannot be used; None if it can, or if none came."""
-        return self._own_tokenizer[1]
+        return self.source.tokenizer_problem or self._own_tokenizer[1]
 
     @functools.cached_property
     def _own_tokenizer(self) -> tuple[Tokenizer | None, str | None]:
@@ -152,8 +152,8 @@ def open_checkpoint(name: str | Path, *, ignore_keys: Collection[str] = ()) -> O
 
     Args:
         name: path of a checkpoint, or "box".
-        ignore_keys: keys of a Hugging Face config.json to read over: those that we do not know and that change no
-            forward pass.
+        ignore_keys: keys of a Hugging Face config.json, or of a GGUF file's metadata, to read over: those that we do
+            not know and that change no forward pass.
 
     Raises:
         LlamaJaxError: if there is none, if it is of no format that we read, or if its header is damaged.
@@ -170,11 +170,12 @@ def open_checkpoint(name: str | Path, *, ignore_keys: Collection[str] = ()) -> O
 READERS: list[tuple[Callable[[Path], bool], Callable[[Path, Collection[str]], Source]]] = [
     (home.recognise, lambda path, ignore_keys: home.open_source(path)),
     (huggingface.recognise, huggingface.open_source),
+    (gguf.recognise, gguf.open_source),
     (llama2c.recognise, lambda path, ignore_keys: llama2c.open_source(path)),
 ]
 _FORMATS = (
-    "a llamajax checkpoint (manifest.json), a Hugging Face folder (config.json and safetensors) or a llama2.c file "
-    "(version 0, 1 or 2)"
+    "a llamajax checkpoint (manifest.json), a Hugging Face folder (config.json and safetensors), a GGUF file or a "
+    "llama2.c file (version 0, 1 or 2)"
 )
 
 
@@ -326,7 +327,7 @@ def _first_look(path: Path) -> str:
         return f"a folder with {', '.join(names)}" if names else "an empty folder"
     with open_regular(path) as file:
         head = file.read(8)
-    known = {b"GGUF": "GGUF", b"PK\x03\x04": "a zip or .pth file", b"\x80": "a pickle", b"ggjt": "ggml"}
+    known = {b"PK\x03\x04": "a zip or .pth file", b"\x80": "a pickle", b"ggjt": "ggml"}
     for magic, kind in known.items():
         if head.startswith(magic):
             return f"{kind}, which is not read"
