@@ -13,6 +13,7 @@ import pytest
 import llamajax
 import quant
 from llamajax import Config, Llama, LlamaJaxError, open_checkpoint, save_checkpoint
+from llamajax.checkpoint import read_tokenizer
 from llamajax.checkpoint.gguf.encode import Entry, header
 from llamajax.cli import main
 from llamajax.parameters import named_arrays, weights_of
@@ -197,6 +198,24 @@ def test_what_was_read_is_written_again(name: str, tmp_path: Path) -> None:
     for tensor, data in blocks.items():
         assert again[tensor].tensor_type.name == name
         np.testing.assert_array_equal(again[tensor].data, data, err_msg=tensor)
+
+
+def test_a_file_of_others_comes_back(smollm2: Path, tmp_path: Path) -> None:
+    """Every tensor of SmolLM2 byte for byte, and every key that is of more than how the file was made."""
+    opened = open_checkpoint(smollm2)
+    path = write(opened.read(shardings="host"), tmp_path, tokenizer=read_tokenizer(opened))
+    before, after = tensors_of(smollm2), tensors_of(path)
+    assert sorted(before) == sorted(after)
+    for name, tensor in before.items():
+        assert tensor.tensor_type == after[name].tensor_type
+        np.testing.assert_array_equal(tensor.data, after[name].data, err_msg=name)
+    keys = [
+        {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()} for file in (smollm2, path)
+    ]
+    left_out = ("GGUF.", "general.", "tokenizer.ggml.add_space_prefix", "tokenizer.ggml.unknown_token_id")
+    for name, value in keys[0].items():  # the two keys are of sentencepiece's vocabularies, and this is none
+        assert name.startswith(left_out) or keys[1].get(name) == value, name
+    assert keys[1]["general.file_type"] == keys[0]["general.file_type"]
 
 
 @pytest.mark.parametrize(
