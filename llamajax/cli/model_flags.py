@@ -21,7 +21,10 @@ def define_model(values: flags.FlagValues, default: str | None = "box", several:
     else:
         flags.DEFINE_string("model", default, f"checkpoint: {text}", flag_values=values)
     flags.DEFINE_string(
-        "tokenizer", None, "sentencepiece tokenizer.model, where none came with the checkpoint", flag_values=values
+        "tokenizer",
+        None,
+        "tokenizer.model, tokenizer.json or tokenizer.bin, where none came with the checkpoint",
+        flag_values=values,
     )
     define_ignore_key(values)
 
