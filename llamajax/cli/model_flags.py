@@ -40,6 +40,17 @@ def define_ignore_key(values: flags.FlagValues) -> None:
     )
 
 
+def define_parse_special(values: flags.FlagValues) -> None:
+    """--parse_special of a command that encodes a text."""
+    flags.DEFINE_boolean(
+        "parse_special",
+        False,
+        "take special tokens in the text, as <|im_start|>, for the ids that they stand for; without, they are spelt, "
+        "because nobody should be able to slip them in",
+        flag_values=values,
+    )
+
+
 def define_dtype(values: flags.FlagValues) -> None:
     """--dtype of a model that is run."""
     flags.DEFINE_enum(
