@@ -8,6 +8,8 @@ ggml has weights as [M, K], K contiguous and in blocks: `axis` -1. Which type be
 other formats go".
 """
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 
@@ -70,11 +72,11 @@ def unpack(kind: Kind, blocks: np.ndarray) -> QTensor:
     return packed.build(leaf).validate()
 
 
-def pack(weight: QTensor, kind: Kind | None = None) -> tuple[Type, np.ndarray]:
+def pack(weight: Any, kind: Kind | None = None) -> tuple[Type, np.ndarray]:
     """The blocks that a weight is: undoes `unpack`, bit for bit.
 
     Args:
-        weight: [..., M, K], `axis` -1, of NumPy arrays or such as become them.
+        weight: a QTensor [..., M, K], `axis` -1, of NumPy arrays or such as become them; or an array of floats.
         kind: the type, its name or number; that of `type_of` unless given.
 
     Returns:
@@ -84,6 +86,8 @@ def pack(weight: QTensor, kind: Kind | None = None) -> tuple[Type, np.ndarray]:
         ValueError: for a weight that no type, or not this one, holds.
     """
     found = named(kind) if kind is not None else holder(weight)
+    if not isinstance(weight, QTensor) and found == type_of(weight):
+        return found, np.ascontiguousarray(weight).view(np.uint8)
     packed = found.packed
     if packed is None or not packed.returns:
         raise ValueError(f"packing to {found.name}: expected a type that a weight in codes is")

@@ -69,7 +69,7 @@ def nearest(weight: Any) -> Type:
     return named(_NEAREST[scheme.kind, scheme.bits][0 if length % 256 == 0 else 1])
 
 
-def holder(weight: QTensor) -> Type:
+def holder(weight: Any) -> Type:
     """`type_of`, or an error that says what the weight is and which type is nearest.
 
     Raises:

@@ -296,13 +296,13 @@ def abstract(kind: Kind, shape: tuple[int, ...]) -> Any:
     return packed.build(leaf)
 
 
-def transposed(weight: QTensor) -> QTensor:
+def transposed(weight: Any) -> Any:
     """A weight whose last two axes are exchanged in every array, and `axis` with them: ggml's form <-> models'.
 
-    Of NumPy arrays; abstract ones have their shapes changed.
+    A QTensor, or an array; of NumPy arrays, of abstract ones the shapes.
     """
     moved = jax.tree.map(_transpose, weight)
-    return _with_axis(moved, -3 - weight.axis)
+    return _with_axis(moved, -3 - weight.axis) if isinstance(weight, QTensor) else moved
 
 
 def _with_axis(weight: Any, axis: int) -> Any:

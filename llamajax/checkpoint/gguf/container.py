@@ -2,7 +2,7 @@
 
     file = open_gguf(path)
     file.metadata["llama.block_count"]                 # 30
-    file.tensors["blk.0.attn_q.weight"].type           # 3, `BLOCK_TYPES[3].name` is Q4_1
+    file.tensors["blk.0.attn_q.weight"].kind.name      # Q4_1
     file.blocks("blk.0.attn_q.weight")                 # uint8 [576, 360], in the file's own memory
 
 Format: `docs/gguf.md` of ggml, and what llama.cpp's `gguf.cpp` and `gguf-split` make of it. Every length and place in
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from llamajax.checkpoint.gguf.blocks import BLOCK_TYPES, Tensor, turned
+from llamajax.checkpoint.gguf.blocks import Tensor, turned
 from llamajax.checkpoint.gguf.header import MAGICS, Header, HeaderReader, is_whole
 from llamajax.errors import LlamaJaxError
 from llamajax.files import open_regular, shortened
@@ -60,13 +60,13 @@ class Gguf:
         blocks = data.reshape(-1, tensor.row_bytes) if tensor.nbytes else data.reshape(0, tensor.row_bytes)
         if self.byteorder == "little":
             return blocks
-        type_ = BLOCK_TYPES[tensor.type]
-        if type_.numbers is None:
+        made = turned(blocks, tensor.kind)
+        if made is None:
             raise LlamaJaxError(
-                f"{self.path}: {shortened(name)} is of type {type_.name} in a big-endian file, of which ggml says "
-                "nothing: expected a little-endian file"
+                f"{self.path}: {shortened(name)} is of type {tensor.kind.name} in a big-endian file, of which ggml "
+                "says nothing: expected a little-endian file"
             )
-        return turned(blocks, type_)
+        return made
 
 
 def is_gguf(path: Path) -> bool:

@@ -9,9 +9,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from llamajax.checkpoint.gguf.blocks import BLOCK_TYPES, Tensor
+from llamajax.checkpoint.gguf.blocks import Tensor
 from llamajax.errors import LlamaJaxError
 from llamajax.files import open_regular, shortened
+from quant import ggml
 
 # "FUGG" is what gguf-py's converter of byte orders began to write at the head of big-endian files; others keep "GGUF".
 MAGICS = (b"GGUF", b"FUGG")
@@ -127,7 +128,8 @@ class HeaderReader:
         kind = f"{self.order}{letter}"
         (value,) = struct.unpack_from(kind, self.window, self.at)
         self.at += struct.calcsize(kind)
-        return value
+        # 1e-05 rather than 9.999999747378752e-06, which is the same in float32.
+        return float(str(np.float32(value))) if letter == "f" else value
 
     def long_number(self) -> int:
         """The next length or count."""
@@ -238,24 +240,21 @@ class HeaderReader:
         sizes = struct.unpack_from(f"{self.order}{rank}Q", self.window, self.at)
         self.at += 8 * rank
         kind, offset = self.number("I"), self.long_number()
-        if kind not in BLOCK_TYPES:
-            self.fail(
-                f"tensor {shortened(name)} is of type {kind}, which this release does not know: expected one of "
-                f"{', '.join(type_.name for type_ in BLOCK_TYPES.values())}"
-            )
-        return Tensor(name, kind, sizes[::-1], 0, offset)
+        try:
+            return Tensor(name, ggml.named(kind), sizes[::-1], 0, offset)
+        except ValueError as error:
+            self.fail(f"tensor {shortened(name)}: {error}")
 
     def placed(self, tensors: list[Tensor], start: int, alignment: int) -> dict[str, Tensor]:
         """The tensors by name, once it is sure that each is inside the file, and over no other."""
         found: dict[str, Tensor] = {}
         for tensor in tensors:
-            name, type_ = shortened(tensor.name), BLOCK_TYPES[tensor.type]
+            name, kind = shortened(tensor.name), tensor.kind
             if tensor.name in found:
                 self.fail(f"tensor {name} is there twice: expected it once")
-            if tensor.shape[-1] % type_.weights:
+            if tensor.shape[-1] % kind.block:
                 self.fail(
-                    f"tensor {name} has rows of {tensor.shape[-1]} in {type_.name}: expected a multiple of "
-                    f"{type_.weights}"
+                    f"tensor {name} has rows of {tensor.shape[-1]} in {kind.name}: expected a multiple of {kind.block}"
                 )
             if tensor.start % alignment:
                 self.fail(f"tensor {name} is at {tensor.start}: expected a multiple of the alignment, {alignment}")

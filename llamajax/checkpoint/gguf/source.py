@@ -83,7 +83,7 @@ def open_source(path: Path, ignore_keys: Collection[str] = ()) -> Source:
         words=words.words,
         notes=tuple(notes),
         expanded=expanded,
-        stored={place: Stored(tensor.type_name, tensor.nbytes) for place, tensor in tensors.items()},
+        stored={place: Stored(tensor.kind.name, tensor.nbytes) for place, tensor in tensors.items()},
         metadata=file.metadata,
     )
 
@@ -94,7 +94,7 @@ def _more(names: Sequence[str], shown: int) -> str:
 
 def _description(file: Gguf, tensors: Mapping[Place, Tensor]) -> str:
     """Version and types, the most frequent first."""
-    types = [tensor.type_name for tensor in tensors.values()]
+    types = [tensor.kind.name for tensor in tensors.values()]
     counts = sorted({name: types.count(name) for name in types}.items(), key=lambda item: -item[1])
     parts = f", {len(file.parts)} parts" if len(file.parts) > 1 else ""
     order = "" if file.byteorder == "little" else ", big-endian"
@@ -115,9 +115,9 @@ def _config(
     config, notes = config_of(path, name, metadata, embedding.shape[0], tied)
     factors = file.tensors.get(ROPE_FACTORS)
     if factors is not None:
-        if factors.type_name != "F32" or factors.nbytes > 1 << 20:
+        if factors.kind.name != "F32" or factors.nbytes > 1 << 20:
             raise LlamaJaxError(
-                f"{path}: {ROPE_FACTORS} is {factors.shape} in {factors.type_name}: expected F32 numbers"
+                f"{path}: {ROPE_FACTORS} is {factors.shape} in {factors.kind.name}: expected F32 numbers"
             )
         divisors = file.blocks(ROPE_FACTORS).view("<f4").reshape(factors.shape)
         original = metadata.get(f"{name}.rope.scaling.original_context_length")
@@ -152,11 +152,9 @@ def _tensors(path: Path, file: Gguf, config: Config) -> tuple[dict[Place, Tensor
         shape = _theirs(spec, config)
         if tensor.shape != shape:
             raise LlamaJaxError(f"{path}: {name} has shape {tensor.shape}: expected {shape} by the metadata")
-        kind = ggml.TYPES.get(tensor.type_name)
-        if kind is None or (kind.packed is None and kind.dtype is None and not kind.dequantized):
-            raise LlamaJaxError(
-                f"{path}: {name} is of type {tensor.type_name} (number {tensor.type}): expected a type of weights"
-            )
+        kind = tensor.kind
+        if kind.packed is None and kind.dtype is None and not kind.dequantized:
+            raise LlamaJaxError(f"{path}: {name} is of type {kind.name}: expected a type that weights are stored in")
         if not spec.is_matrix and kind.dtype is None:
             raise LlamaJaxError(f"{path}: {name} is of type {kind.name}: expected F32, F16 or BF16 of a norm")
         found[place] = tensor
@@ -178,7 +176,7 @@ class _Reader:
         """Foresees what each weight will be."""
         self.path, self.file, self.tensors = path, file, tensors
         self.specs = specs(config)
-        self.kinds = {place: ggml.TYPES[tensor.type_name] for place, tensor in tensors.items()}
+        self.kinds = {place: tensor.kind for place, tensor in tensors.items()}
         self.orders = {}
         if architecture.in_pairs:
             for name, heads in architecture.rotated.items():
@@ -200,7 +198,7 @@ class _Reader:
         one = kinds.pop() if len(kinds) == 1 else None
         if one not in ("float16", "bfloat16"):
             return np.dtype(np.float32)
-        dtype = np.dtype(one) if one == "float16" else ggml.floats("BF16", np.empty((0, 2), np.uint8)).dtype
+        dtype = np.dtype(one)
         with np.errstate(over="ignore"):
             for place in self.specs:
                 norm = None if self.specs[place].is_matrix else self._floats(place)
@@ -212,15 +210,11 @@ class _Reader:
         """A weight as it will be, of `jax.ShapeDtypeStruct`s."""
         kind, spec = self.kinds[place], self.specs[place]
         if kind.packed is not None:
-            weight = ggml.abstract(kind, self.tensors[place].shape)
+            weight = ggml.abstract(kind.name, self.tensors[place].shape)
             return ggml.transposed(weight) if spec.transposed else weight
         shape = self.tensors[place].shape
-        stored = np.float32 if kind.dequantized else self._floats_dtype(kind)
-        dtype = stored if spec.is_only_looked_up and not kind.dequantized else self.dtype
+        dtype = kind.dtype if spec.is_only_looked_up and kind.dtype else self.dtype
         return jax.ShapeDtypeStruct(shape[::-1] if spec.transposed else shape, np.dtype(dtype))
-
-    def _floats_dtype(self, kind: Any) -> np.dtype:
-        return ggml.floats(kind.name, np.empty((0, kind.nbytes), np.uint8)).dtype
 
     def _blocks(self, place: Place) -> np.ndarray:
         """Blocks by row, the rows in our order."""
@@ -242,7 +236,10 @@ class _Reader:
         if kind.packed is None:
             array = self._floats(place)
             return array.T if spec.transposed else array
-        weight = ggml.unpack(kind.name, self._blocks(place))
+        blocks = self._blocks(place)
+        if kind.name == "MXFP4" and (blocks[:, :: kind.nbytes] == 255).any():  # an exponent that stands for NaN
+            raise LlamaJaxError(f"{self.path}: {place} holds NaN or infinity: the weights are damaged")
+        weight = ggml.unpack(kind.name, blocks)
         return ggml.transposed(weight) if spec.transposed else weight
 
     def fill(self, places: Sequence[Place], weights: Sequence[Any]) -> None:
