@@ -49,10 +49,16 @@ def _expected(made: Made) -> dict[Place, np.ndarray]:
     return found
 
 
+# A table, rows that are reordered, a matrix that is not square, a norm: each compiles a program a type.
+_SOME = (Place("embed_VD"), Place("attention.key_DM", 0), Place("ffn.down_FD", 1), Place("ffn_norm.weight_D", 1))
+
+
 def _check_values(made: Made) -> llamajax.Opened:
-    """Every weight is what the gguf package makes of it, and what was foreseen."""
+    """Weights are what the gguf package makes of them, and what was foreseen."""
     opened = open_checkpoint(made.path)
     for place, expected in _expected(made).items():
+        if place not in _SOME and not _all():
+            continue
         weight = opened.read_weight(place)
         np.testing.assert_array_equal(np.asarray(values(weight), np.float32), expected, str(place))
         foreseen = opened.source.abstract[place]
@@ -119,9 +125,7 @@ def test_logits_are_those_of_the_reference_in_pairs(tmp_path: Path) -> None:
 def test_stories260k_tells_its_story(shared: Path) -> None:
     """464 bytes published in llama2.c's test_all.py; the weights are those of the llama2.c file, bit for bit."""
     folder = shared / "data" / "stories260K"
-    opened = open_checkpoint(folder / "stories260K.gguf")
-    model = opened.read()
-    tokenizer = llamajax.Tokenizer.from_file(folder / "tok512.model")
+    model, tokenizer = llamajax.load(folder / "stories260K.gguf")
     completion = llamajax.generate(model, tokenizer, "", max_new_tokens=200, temperature=0)
     assert completion.text.encode() == (folder / "expected_greedy_200.txt").read_bytes()
     theirs = named_arrays(open_checkpoint(folder / "stories260K.bin").read())
