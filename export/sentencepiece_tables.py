@@ -1,11 +1,13 @@
 """A sentencepiece model as tables: its normalizer, its pieces and what may become of them."""
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2
 
-from export.patterns import Unsupported, members
+from export.patterns import Patterns, Unsupported, outside
 from llamajax import Tokenizer, files
 
 _PROTO: Any = sentencepiece_model_pb2  # its classes are made when it is imported: no checker sees them
@@ -18,7 +20,7 @@ _LONGEST_KEY = 64
 _MOST_KEYS = 1 << 20
 
 
-def sentencepiece_tables(tokenizer: Tokenizer) -> dict[str, Any]:
+def sentencepiece_tables(tokenizer: Tokenizer, patterns: Patterns) -> dict[str, Any]:
     """What vocabulary.json says of how a sentencepiece model makes ids.
 
     Raises:
@@ -36,11 +38,16 @@ def sentencepiece_tables(tokenizer: Tokenizer) -> dict[str, Any]:
         for i, (piece, letter) in enumerate(zip(pieces, kinds, strict=True))
         if letter == "c" and piece not in named
     ]
+    split = [_normalizer(model, tokenizer, [piece for piece, k in zip(pieces, kinds, strict=True) if k == "u"])]
+    if kind == "scores" and _ends_at_spaces(dict(zip(pieces, kinds, strict=True))):
+        space = (ord("\u2581"), ord("\u2581"))
+        word = [patterns.of_class(space), "*", patterns.of_class(outside(space)), "+"]
+        split.append({"do": "split", "pattern": word, "behavior": "isolated", "invert": False})
     return {
         "pieces": pieces,
         "pieces_are_bytes": False,
         "normalize": [],
-        "split": [_normalizer(model, tokenizer, [piece for piece, k in zip(pieces, kinds, strict=True) if k == "u"])],
+        "split": split,
         "special_hides": False,
         "controls": controls,
         "model": {
@@ -50,6 +57,12 @@ def sentencepiece_tables(tokenizer: Tokenizer) -> dict[str, Any]:
             "unknown": unknown if unknown >= 0 else None,
         },
     }
+
+
+def _ends_at_spaces(kinds: Mapping[str, str]) -> bool:
+    """Whether no pair of pieces meets at a place where a space begins: each word may then be encoded by itself."""
+    pieces = [piece for piece, kind in kinds.items() if kind in "nux"]
+    return kinds.get("\u2581") == "n" and not any(re.search("[^\u2581]\u2581", piece) for piece in pieces)
 
 
 def _normalizer(model: Any, tokenizer: Tokenizer, whole: list[str]) -> dict[str, Any]:
@@ -71,8 +84,8 @@ def _normalizer(model: Any, tokenizer: Tokenizer, whole: list[str]) -> dict[str,
 def charsmap(blob: bytes) -> dict[str, str]:
     """What a normalizer replaces by what: the longest that begins at a place.
 
-    The blob is the size of a trie in bytes, the trie, and texts that end with a zero byte, which the trie has the places
-    of. The trie is a double array of uint32 (darts.h of github.com/s-yata/darts-clone, `DoubleArrayUnit`).
+    The blob is the size of a trie in bytes, the trie, and texts that end with a zero byte, whose places the trie holds.
+    The trie is a double array of uint32 (darts.h of github.com/s-yata/darts-clone, `DoubleArrayUnit`).
 
     Raises:
         Unsupported: for a blob that is no such thing.

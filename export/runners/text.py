@@ -146,7 +146,8 @@ class Text:
             (token, bits), end = added.texts[found], start + len(found)
             if bits & SPECIAL and not special:
                 continue
-            if bits & SINGLE_WORD and (self.word.match(text[start - 1 : start]) or self.word.match(text[end : end + 1])):
+            beside = (text[start - 1 : start], text[end : end + 1])
+            if bits & SINGLE_WORD and any(map(self.word.match, beside)):
                 continue
             start = max(start, done)
             while bits & LSTRIP and start > done and text[start - 1] in self.blank:
