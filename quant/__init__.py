@@ -6,6 +6,7 @@
 FORMAT.md specifies the bytes; `QTensor` is the pytree that holds them.
 """
 
+from quant import ggml
 from quant.activations import quantize_activations, round_activations
 from quant.awq import search_scale
 from quant.budget import allocate
@@ -50,6 +51,7 @@ __all__ = [
     "dequantize",
     "dequantize_runs",
     "describe",
+    "ggml",
     "is_laid_out",
     "is_weight",
     "kind_of",

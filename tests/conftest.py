@@ -182,6 +182,17 @@ def stories260k(shared: Path) -> Pair:
 
 
 @pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as GGUF in Q4_1, a file that others made; tests that need it are skipped without."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    named = os.environ.get("LLAMAJAX_SMOLLM2")
+    path = Path(named) if named else caches / "llamajax" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not path.is_file():
+        pytest.skip(f"no real GGUF: {path} is no file: `make chat` fetches it, LLAMAJAX_SMOLLM2 names another place")
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_tokenizer() -> llamajax.Tokenizer:
     """A LLaMA-style tokenizer of 320 ids."""
     return train_tokenizer(_TEXTS * 20, 320)

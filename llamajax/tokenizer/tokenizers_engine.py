@@ -9,13 +9,13 @@ bytes (GPT-2's table) and pieces with ▁ for a space.
 import json
 import re
 import threading
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llamajax.files import shortened
 from llamajax.tokenizer.byte_level import bytes_of
-from llamajax.tokenizer.engine import EngineError
 from llamajax.tokenizer.ends import END_TEXTS
+from llamajax.tokenizer.engine import EngineError
+from llamajax.tokenizer.json_form import steps_of
 from llamajax.words import AddedToken, Words
 
 _UNNAMED = "\ufffd".encode()
@@ -41,6 +41,8 @@ class TokenizersEngine:
         parts = {name: _state(self._library, name) for name in ("normalizer", "decoder", "post_processor")}
         _check_growth(parts["normalizer"])
         self._decoding = _decoding(parts["decoder"])
+        if words.space is not None and self._decoding.space:
+            self._put_spaces(words.space)
         self.drops_first_space = self._decoding.strips
         self._add_tokens(words)
         ids = self._library.get_vocab(with_added_tokens=True).values()
@@ -83,6 +85,14 @@ class TokenizersEngine:
         """Never: such a file's decoder takes the first space away, whatever it came from."""
         return False
 
+    def _put_spaces(self, scheme: str) -> None:
+        """Puts spaces before text as a checkpoint says, and not as the file: as transformers' LlamaTokenizer does."""
+        from tokenizers import pre_tokenizers
+
+        self._library.normalizer = None
+        self._library.pre_tokenizer = pre_tokenizers.Metaspace("▁", scheme, split=False)
+        self._decoding.strips = scheme != "never"
+
     def _one(self, ids: list[int], where: str) -> int | None:
         """The id that a post-processor puts before, or behind, a text."""
         if len(ids) > 1:
@@ -121,20 +131,21 @@ class _Decoding:
     """How pieces become bytes.
 
     Attributes:
+        space: what stands for a space in pieces of text; "" where pieces are of bytes.
         strips: whether the space that begins a text is taken away.
     """
 
-    def __init__(self, kind: str, space: str = "", byte_pieces: bool = False, strips: bool = False):
-        """`kind` is "bytes" for GPT-2's table, "spaces" for pieces with `space` for a space."""
-        self._kind, self._space, self._byte_pieces, self.strips = kind, space, byte_pieces, strips
+    def __init__(self, space: str = "", byte_pieces: bool = False, strips: bool = False):
+        """Without `space`, GPT-2's table; with `byte_pieces`, <0x41> is a byte."""
+        self.space, self._byte_pieces, self.strips = space, byte_pieces, strips
 
     def bytes_of(self, piece: str) -> bytes:
         """What a piece stands for."""
-        if self._kind == "bytes":
+        if not self.space:
             return bytes_of(piece)
         if self._byte_pieces and _BYTE_PIECE.fullmatch(piece):
             return bytes([int(piece[3:5], 16)])
-        return piece.replace(self._space, " ").encode()
+        return piece.replace(self.space, " ").encode()
 
 
 def _decoding(state: Any) -> _Decoding:
@@ -143,13 +154,13 @@ def _decoding(state: Any) -> _Decoding:
     Raises:
         EngineError: for others.
     """
-    steps = list(_flat(state, "decoders"))
+    steps = list(steps_of(state, "decoders"))
     kinds = [step.get("type") for step in steps]
     if kinds == ["ByteLevel"]:
-        return _Decoding("bytes")
+        return _Decoding()
     if kinds == ["Metaspace"]:
         scheme = steps[0].get("prepend_scheme", "always")
-        return _Decoding("spaces", space=steps[0].get("replacement", "▁"), strips=scheme != "never")
+        return _Decoding(space=steps[0].get("replacement", "▁"), strips=scheme != "never")
     replaced = [step for step in steps if step.get("type") == "Replace"]
     strips = [step for step in steps if step.get("type") == "Strip"]
     if (
@@ -158,7 +169,7 @@ def _decoding(state: Any) -> _Decoding:
         and [step.get("content") for step in replaced] == [" "]
         and all((step.get("content"), step.get("start"), step.get("stop")) == (" ", 1, 0) for step in strips)
     ):
-        return _Decoding("spaces", space="▁", byte_pieces="ByteFallback" in kinds, strips=bool(strips))
+        return _Decoding(space="▁", byte_pieces="ByteFallback" in kinds, strips=bool(strips))
     named = ", ".join(map(str, kinds)) or "none"
     raise EngineError(
         f"a tokenizer.json whose decoder ({shortened(named)}) is not known: expected ByteLevel, Metaspace, or ▁ "
@@ -174,7 +185,7 @@ def _template(state: Any) -> tuple[list[int], list[int]]:
     """
     before: list[int] = []
     behind: list[int] = []
-    for step in _flat(state, "processors"):
+    for step in steps_of(state, "processors"):
         if step.get("type") == "TemplateProcessing":
             where = before
             for piece in step["single"]:
@@ -197,7 +208,7 @@ def _check_growth(state: Any) -> None:
         EngineError: for them.
     """
     growth = 1
-    for step in _flat(state, "normalizers"):
+    for step in steps_of(state, "normalizers"):
         if step.get("type") == "Replace":
             growth *= max(1, len(step.get("content", "")) + (not next(iter(step.get("pattern", {}).values()), "")))
         growth *= 1 if step.get("type") in ("Replace", "Strip", "Lowercase") else 1 + len(step.get("prepend", "")) // 64
@@ -206,17 +217,6 @@ def _check_growth(state: Any) -> None:
                 f"a tokenizer.json whose normalizer makes text up to {growth} times as long: expected at most "
                 f"{_MOST_GROWTH}"
             )
-
-
-def _flat(state: Any, name: str) -> Iterator[Mapping[str, Any]]:
-    """The steps of a part of a tokenizer.json: one, or a sequence of them, or none."""
-    if state is None:
-        return
-    if state.get("type") == "Sequence":
-        for step in state[name]:
-            yield from _flat(step, name)
-    else:
-        yield state
 
 
 def _state(library: Any, name: str) -> Any:
