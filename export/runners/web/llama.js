@@ -47,6 +47,32 @@ class Longest {
   }
 }
 
+// What sentencepiece's normalizers replace: a trie as a double array (darts.h of darts-clone), and texts.
+class Replacements {
+  constructor(blob) {
+    const view = new DataView(blob.buffer), size = blob.length ? view.getUint32(0, true) : 0;
+    this.units = Array.from({ length: size >> 2 }, (_, i) => view.getUint32(4 + 4 * i, true));
+    this.texts = latin1(blob.slice(4 + size));
+  }
+
+  // How many bytes at a place are replaced, the most that may be, and by what. Bytes are characters here.
+  at(data, place) {
+    const { units, texts } = this, jump = (unit) => (unit >>> 10) << ((unit & 512) >> 6);
+    let found = { size: 0, instead: "" }, node = units.length ? jump(units[0]) : 0;
+    for (let end = place; end < data.length; end++) {
+      const byte = data.charCodeAt(end);
+      node ^= byte;
+      if (!(node < units.length) || (units[node] & 0x800000ff) !== byte) break;
+      const leaf = units[node] & 256;
+      node ^= jump(units[node]);
+      if (!leaf || !(node < units.length)) continue;
+      const begin = units[node] & 0x7fffffff;
+      found = { size: end + 1 - place, instead: texts.slice(begin, texts.indexOf("\0", begin)) };
+    }
+    return found;
+  }
+}
+
 // Text to ids and back by the tables of vocabulary.json: what runners/text.py does.
 export class Text {
   constructor(vocabulary) {
@@ -208,17 +234,25 @@ export class Text {
 
   // Sentencepiece's normalizer. `prefix`: before which parts of a text a space is put.
   sentencepiece({ prefix, collapse, escape, suffix, charsmap, whole }) {
-    const kept = new Longest(new Map(whole.map((piece) => [piece, piece])));
-    const replaced = new Longest(new Map(Object.entries(charsmap))), space = escape ? SPACE : " ";
+    const kept = new Longest(new Map(whole.map((piece) => [utf8(piece), piece]))), space = escape ? SPACE : " ";
+    const replaced = new Replacements(unBase64(charsmap)), decoder = new TextDecoder("utf-8", { ignoreBOM: true });
     const pieces = function* (text) {
-      for (let place = 0; place < text.length; ) {
-        const found = kept.at(text, place), source = found || replaced.at(text, place) || characterAt(text, place);
-        yield found || (replaced.texts.get(source) ?? source);
-        place += source.length;
+      const data = utf8(text);
+      for (let place = 0; place < data.length; ) {
+        const found = kept.at(data, place);
+        let { size, instead } = found ? { size: 0 } : replaced.at(data, place);
+        if (!size) {
+          const byte = data.charCodeAt(place);
+          size = found.length || 1 + (byte >= 0xc0) + (byte >= 0xe0) + (byte >= 0xf0);
+          instead = data.slice(place, place + size);
+        }
+        yield decoder.decode(bytesOf(instead));
+        place += size;
       }
     };
     const normalized = (text, first) => {
-      const some = [...pieces(text)], begin = collapse ? some.findIndex((piece) => piece !== " ") : 0;
+      const some = whole.length || charsmap ? [...pieces(text)] : [...text];
+      const begin = collapse ? some.findIndex((piece) => piece !== " ") : 0;
       if (begin < 0 || !some.length) return "";
       const dummy = prefix === "always" || (prefix === "first" && first);
       let made = dummy && !suffix ? " " : "", afterSpace = collapse;
@@ -292,7 +326,7 @@ export class Text {
     this.single = new Map();
     this.unused = new Set();
     const whole = new Map();
-    this.pieces.forEach((piece, id) => {
+    this.pieces.slice(0, kinds.length).forEach((piece, id) => {
       const kind = kinds[id];
       if ("nux".includes(kind)) this.scored.set(piece, { order: -scores[id], id });
       else this.reserved.set(piece, id);
@@ -314,7 +348,8 @@ export class Text {
     };
     let made = merged(cut.map(({ part }) => part), pair, frozen);
     while (made.some((piece) => apart.has(piece))) made = made.flatMap((piece) => apart.get(piece) ?? [piece]);
-    return this.known(made.map((piece) => [piece, this.scored.get(piece)?.id ?? this.model.unknown]));
+    const idOf = (piece) => (this.unused.has(piece) ? undefined : this.scored.get(piece)?.id);
+    return this.known(made.map((piece) => [piece, idOf(piece) ?? this.model.unknown]));
   }
 
   // Ids of pieces: of their bytes where they are unknown, or one id for all the unknown in a row.
@@ -431,7 +466,7 @@ function ofFirstReleases(old) {
     added: { early, late, blank: "", word: null, special_hides: false },
     split: [{
       do: "sentencepiece", prefix: !old.dummy_prefix ? "never" : old.prefix_parts ? "always" : "first",
-      collapse: old.collapse_spaces ?? false, escape: true, suffix: false, charsmap: {},
+      collapse: old.collapse_spaces ?? false, escape: true, suffix: false, charsmap: "",
       whole: pieces.filter((_, id) => kinds[id] === "u"),
     }],
     model: { kind: "scores", kinds: kinds.join(""), scores: old.scores, unknown },
