@@ -198,10 +198,11 @@ def _read(keys: _Keys, model: str) -> tuple[bytes, Words]:
                 f"tokenizer.ggml.add_{part}_token is true, by the file or for its kind, and "
                 f"tokenizer.ggml.{part}_token_id missing: expected the token's id"
             )
-    named = {part: tokens[said[part]] for part in ("bos", "eos") if part in said}
+    named: dict[str, str] = {part: tokens[said[part]] for part in ("bos", "eos") if part in said}
+    space: str | None = None
+    added: tuple[AddedToken, ...] = ()
     if model == "gpt2":
         data = _byte_level(keys, tokens, types, {part for part in named if (add_bos, add_eos)[part == "eos"]}, named)
-        space, added = None, ()
     else:
         data, space = _sentencepiece(keys, model, tokens, types, said)
         added = tuple(

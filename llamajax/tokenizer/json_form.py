@@ -1,10 +1,10 @@
-"""Byte-level byte-pair encoding written as a tokenizer.json.
+"""The format tokenizer.json: byte-level byte-pair encoding written in it, and its parts taken apart.
 
 The format is that of the library tokenizers of Hugging Face (github.com/huggingface/tokenizers, version "1.0").
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -32,7 +32,7 @@ def byte_level_json(
         eos: the one that ends it.
     """
     kinds = [(special, True), (user_defined, False)]
-    added = [
+    added: list[dict[str, Any]] = [
         {
             "id": index,
             "content": text,
@@ -91,3 +91,14 @@ def _template(bos: str | None, eos: str | None, special: Mapping[str, int]) -> d
             text: {"id": text, "ids": [index], "tokens": [text]} for text, index in sorted(used.items())
         },
     }
+
+
+def steps_of(state: Any, name: str) -> Iterator[Mapping[str, Any]]:
+    """The steps of a part of a tokenizer.json: one, or a sequence of them, or none."""
+    if state is None:
+        return
+    if state.get("type") == "Sequence":
+        for step in state[name]:
+            yield from steps_of(step, name)
+    else:
+        yield state

@@ -1,4 +1,4 @@
-"""llama2.c's tokenizer.bin: the pieces of a sentencepiece model and their scores, in a file of its own.
+r"""llama2.c's tokenizer.bin: the pieces of a sentencepiece model and their scores, in a file of its own.
 
 Little endian: the longest piece's length in 4 bytes, then of each piece its score (float32), its length (int32) and its
 bytes. Spaces are written as such; `<s>` and `</s>` as "\n<s>\n" and "\n</s>\n" (`export` in tokenizer.py of

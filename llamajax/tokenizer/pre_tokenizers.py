@@ -8,9 +8,12 @@ of github.com/ggml-org/llama.cpp. Expressions are those of the families' own tok
 import dataclasses
 
 # GPT-2's, in encoder.py of github.com/openai/gpt-2.
-_GPT2 = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+GPT2 = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 # Llama 3's, in models/llama3/tokenizer.py of github.com/meta-llama/llama-models; OpenAI's cl100k_base.
-_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)"
+    r"|\s+"
+)
 # The same with digits by themselves: tokenizer.json of Qwen/Qwen2-7B.
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 # And with marks among the letters: tokenizer.json of Qwen 3.5.
@@ -40,9 +43,9 @@ _DEEPSEEK3 = (
 # tokenizer.json of deepseek-ai/deepseek-coder-6.7b-base.
 _DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}")
 # tokenizer.json of tiiuae/falcon-7b.
-_FALCON = (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")
+_FALCON = (r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]")
 # llama.cpp's own for files that name none.
-_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
+_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +71,8 @@ _QWEN2_NAMES = ("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan", "
 PATTERNS: dict[str, PreTokenizer] = {
     **dict.fromkeys(_LLAMA3_NAMES, PreTokenizer((_LLAMA3,), ignore_merges=True, adds_bos=True)),
     **dict.fromkeys(("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), PreTokenizer((_LLAMA3,))),
-    **dict.fromkeys(_GPT2_NAMES, PreTokenizer((_GPT2,))),
-    **dict.fromkeys(_DIGITS_NAMES, PreTokenizer((r"\p{N}", _GPT2))),
+    **dict.fromkeys(_GPT2_NAMES, PreTokenizer((GPT2,))),
+    **dict.fromkeys(_DIGITS_NAMES, PreTokenizer((r"\p{N}", GPT2))),
     **dict.fromkeys(_QWEN2_NAMES, PreTokenizer((_QWEN2,))),
     "qwen35": PreTokenizer((_QWEN35,)),
     "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, adds_bos=True),

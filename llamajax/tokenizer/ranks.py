@@ -68,7 +68,7 @@ def _read(data: bytes) -> dict[bytes, int]:
 def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[str, str]]:
     """The pairs of tokens that may become one, in the order of their ranks."""
     merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+    for token in sorted(ranks, key=ranks.__getitem__):
         if len(token) == 1:
             continue
         pairs = []

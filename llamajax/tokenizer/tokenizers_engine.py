@@ -9,13 +9,13 @@ bytes (GPT-2's table) and pieces with ▁ for a space.
 import json
 import re
 import threading
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llamajax.files import shortened
 from llamajax.tokenizer.byte_level import bytes_of
-from llamajax.tokenizer.engine import EngineError
 from llamajax.tokenizer.ends import END_TEXTS
+from llamajax.tokenizer.engine import EngineError
+from llamajax.tokenizer.json_form import steps_of
 from llamajax.words import AddedToken, Words
 
 _UNNAMED = "\ufffd".encode()
@@ -143,7 +143,7 @@ def _decoding(state: Any) -> _Decoding:
     Raises:
         EngineError: for others.
     """
-    steps = list(_flat(state, "decoders"))
+    steps = list(steps_of(state, "decoders"))
     kinds = [step.get("type") for step in steps]
     if kinds == ["ByteLevel"]:
         return _Decoding("bytes")
@@ -174,7 +174,7 @@ def _template(state: Any) -> tuple[list[int], list[int]]:
     """
     before: list[int] = []
     behind: list[int] = []
-    for step in _flat(state, "processors"):
+    for step in steps_of(state, "processors"):
         if step.get("type") == "TemplateProcessing":
             where = before
             for piece in step["single"]:
@@ -197,7 +197,7 @@ def _check_growth(state: Any) -> None:
         EngineError: for them.
     """
     growth = 1
-    for step in _flat(state, "normalizers"):
+    for step in steps_of(state, "normalizers"):
         if step.get("type") == "Replace":
             growth *= max(1, len(step.get("content", "")) + (not next(iter(step.get("pattern", {}).values()), "")))
         growth *= 1 if step.get("type") in ("Replace", "Strip", "Lowercase") else 1 + len(step.get("prepend", "")) // 64
@@ -206,17 +206,6 @@ def _check_growth(state: Any) -> None:
                 f"a tokenizer.json whose normalizer makes text up to {growth} times as long: expected at most "
                 f"{_MOST_GROWTH}"
             )
-
-
-def _flat(state: Any, name: str) -> Iterator[Mapping[str, Any]]:
-    """The steps of a part of a tokenizer.json: one, or a sequence of them, or none."""
-    if state is None:
-        return
-    if state.get("type") == "Sequence":
-        for step in state[name]:
-            yield from _flat(step, name)
-    else:
-        yield state
 
 
 def _state(library: Any, name: str) -> Any:
