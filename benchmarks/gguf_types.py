@@ -315,8 +315,8 @@ def _shares(path: Path) -> dict[str, float]:
 def table(rows: list[Row]) -> str:
     """Markdown."""
     lines = [
-        "| file | tensors | bits a weight: file | memory | decode, tokens/s | GB/s | our scheme | its GB/s | ratio of GB/s"
-        " | llama.cpp, tokens/s | ratio | compiling, s |",
+        "| file | tensors | bits a weight: file | memory | decode, tokens/s | GB/s | our scheme | its GB/s "
+        "| ratio of GB/s | llama.cpp, tokens/s | ratio | compiling, s |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
