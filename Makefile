@@ -22,7 +22,7 @@ test: $(VENV)/test
 test-all: $(VENV)/test
 	@date; SECONDS=0; $(PYTEST) --all; code=$$?; echo "make test-all: $$(date), $$SECONDS s"; exit $$code
 
-# What needs Hugging Face transformers to compare with, or IREE and ONNX Runtime to run bundles; that alone.
+# What needs Hugging Face transformers or llama.cpp to compare with, or IREE and ONNX Runtime to run bundles; that alone.
 test-extras: $(VENV)/extras
 	XLA_FLAGS= $(PYTEST) -m extras
 
