@@ -15,7 +15,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 def define_model(values: flags.FlagValues, default: str | None = "box", several: bool = False) -> None:
     """--model, which may be several with commas between, --tokenizer and --ignore_key."""
-    text = "a llamajax or Hugging Face folder, a llama2.c file, or box"
+    text = "a llamajax or Hugging Face folder, a GGUF or llama2.c file, or box"
     if several:
         flags.DEFINE_list("model", default, f"checkpoints, commas between: each {text}", flag_values=values)
     else:
@@ -31,8 +31,8 @@ def define_ignore_key(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string(
         "ignore_key",
         [],
-        "key of a Hugging Face config.json to read over, if it is unknown and changes no forward pass; repeat the flag "
-        "for several",
+        "key of a Hugging Face config.json, or of a GGUF file's metadata, to read over: unknown, and changing no "
+        "forward pass; repeat the flag for several",
         flag_values=values,
     )
 
