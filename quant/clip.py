@@ -55,7 +55,7 @@ def clip_factors(scheme: Scheme, group_size: int, *, weighted: bool = False) -> 
     least = _LEAST_CLIP if weighted else max((1 - gain) / (1 + gain), _LEAST_CLIP)
     most = levels / (levels - 1)
     factors = _spaced(most, least, levels)
-    if scheme.kind == "int" and most * least <= 1:
+    if scheme.kind in ("int", "iq4_nl") and most * least <= 1:
         factors += tuple(-factor for factor in _spaced(1.0, most * least, levels))
     return (1.0, *factors)
 
@@ -147,7 +147,7 @@ def search_clip(
         stored, zero = group_grid(low, high, factor, scheme, scale_dtype)
         scale = scale_values(stored, scheme)
         with_weight, with_itself = products(scale, zero)
-        if scheme.kind == "mxfp4":
+        if scheme.scale_code:
             return scale * (2 * with_weight - scale * with_itself), stored, zero
         return with_weight**2 / divisor(with_itself), stored, zero
 
@@ -159,7 +159,7 @@ def search_clip(
     # One factor at a time: all at once would need the weight that many times over.
     plain = group_grid(low, high, 1.0, scheme, scale_dtype)
     _, stored, zero = jax.lax.fori_loop(0, len(factors), step, (jnp.full_like(low, -jnp.inf), *plain))
-    if scheme.kind == "mxfp4":
+    if scheme.scale_code:
         return stored, zero
 
     def refit(_: jax.Array, scale: jax.Array) -> jax.Array:

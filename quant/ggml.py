@@ -8,11 +8,13 @@ ggml has weights as [M, K], K contiguous and in blocks: `axis` -1. Which type be
 other formats go".
 """
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 
 from quant.ggml_match import described, explained, fitted, holder, nearest, type_of
-from quant.ggml_types import TYPES, Packed, Type, abstract, named, transposed
+from quant.ggml_types import TYPES, Kind, Packed, Type, abstract, named, transposed
 from quant.qtensor import QTensor
 
 __all__ = [
@@ -34,11 +36,11 @@ __all__ = [
 _CHUNK = 1 << 18
 
 
-def unpack(kind: str | int, blocks: np.ndarray) -> QTensor:
+def unpack(kind: Kind, blocks: np.ndarray) -> QTensor:
     """The weight that blocks are, codes and scales as they stand.
 
     Args:
-        kind: name or number of a type with `packed`.
+        kind: a type with `packed`, its name or number.
         blocks: uint8 [..., M, bytes of a row], contiguous.
 
     Returns:
@@ -70,12 +72,12 @@ def unpack(kind: str | int, blocks: np.ndarray) -> QTensor:
     return packed.build(leaf).validate()
 
 
-def pack(weight: QTensor, kind: str | int | None = None) -> tuple[Type, np.ndarray]:
+def pack(weight: Any, kind: Kind | None = None) -> tuple[Type, np.ndarray]:
     """The blocks that a weight is: undoes `unpack`, bit for bit.
 
     Args:
-        weight: [..., M, K], `axis` -1, of NumPy arrays or such as become them.
-        kind: name or number of the type; that of `type_of` unless given.
+        weight: a QTensor [..., M, K], `axis` -1, of NumPy arrays or such as become them; or an array of floats.
+        kind: the type, its name or number; that of `type_of` unless given.
 
     Returns:
         The type, and uint8 [..., M, bytes of a row].
@@ -84,6 +86,8 @@ def pack(weight: QTensor, kind: str | int | None = None) -> tuple[Type, np.ndarr
         ValueError: for a weight that no type, or not this one, holds.
     """
     found = named(kind) if kind is not None else holder(weight)
+    if not isinstance(weight, QTensor) and found == type_of(weight):
+        return found, np.ascontiguousarray(weight).view(np.uint8)
     packed = found.packed
     if packed is None or not packed.returns:
         raise ValueError(f"packing to {found.name}: expected a type that a weight in codes is")
@@ -108,11 +112,11 @@ def pack(weight: QTensor, kind: str | int | None = None) -> tuple[Type, np.ndarr
     return found, blocks
 
 
-def floats(kind: str | int, blocks: np.ndarray) -> np.ndarray:
+def floats(kind: Kind, blocks: np.ndarray) -> np.ndarray:
     """A tensor as an array: what is stored as floats in its own dtype, what has no form in codes here as float32.
 
     Args:
-        kind: name or number of the type: F32, F16, BF16, Q1_0, IQ1_S, IQ1_M, IQ2_*, IQ3_*.
+        kind: the type, its name or number: F32, F16, BF16, Q1_0, IQ1_S, IQ1_M, IQ2_*, IQ3_*.
         blocks: uint8 [..., bytes of a row].
 
     Returns:

@@ -69,7 +69,7 @@ def nearest(weight: Any) -> Type:
     return named(_NEAREST[scheme.kind, scheme.bits][0 if length % 256 == 0 else 1])
 
 
-def holder(weight: QTensor) -> Type:
+def holder(weight: Any) -> Type:
     """`type_of`, or an error that says what the weight is and which type is nearest.
 
     Raises:
@@ -99,7 +99,7 @@ def explained(kind: Type) -> str:
     packed = kind.packed
     if packed is None:
         return kind.name
-    form = abstract(kind.number, (1, kind.block))
+    form = abstract(kind, (1, kind.block))
     scales = "scales of two levels" if packed.second else f"scales in {packed.scale_dtype}"
     offset = ", offsets" if packed.offset else ""
     return f"{kind.name} ({packed.scheme}, groups of {form.group_size}, {scales}{offset})"
@@ -135,7 +135,7 @@ def _parts(weight: QTensor, packed: Packed) -> dict[str, Any]:
 def _form(kind: Type, weight: QTensor) -> QTensor:
     """What a type has for a weight of that shape, abstract, with that weight's axis."""
     shape = weight.shape if weight.axis == -1 else (*weight.shape[:-2], weight.shape[-1], weight.shape[-2])
-    form = abstract(kind.number, shape)
+    form = abstract(kind, shape)
     return form if weight.axis == -1 else transposed(form)
 
 

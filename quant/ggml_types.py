@@ -251,26 +251,30 @@ _LIST = (
     Type(40, "NVFP4", 64, 36, Packed("nvfp4", {"d": 4, "qs": 32}, (_D, _AS_IT_IS), _FP4_WIDTHS[1], None, "uint8")),
     Type(41, "Q1_0", 128, 18, dequantized=True),
 )
-TYPES: dict[int, Type] = {each.number: each for each in _LIST}
+TYPES: dict[str, Type] = {each.name: each for each in _LIST}
+# What a type may be named by.
+Kind = str | int | Type
 
 
-def named(kind: str | int) -> Type:
-    """The type of a name, `Q4_K`, or a number.
+def named(kind: Kind) -> Type:
+    """The type of a name, `Q4_K`, or a number; itself, if it is one.
 
     Raises:
         ValueError: for one that there is not.
     """
-    found = TYPES.get(kind) if isinstance(kind, int) else next((t for t in _LIST if t.name == kind), None)
+    if isinstance(kind, Type):
+        return kind
+    found = TYPES.get(kind) if isinstance(kind, str) else next((t for t in _LIST if t.number == kind), None)
     if found is None:
         raise ValueError(f"ggml type {kind!r}: expected one of {', '.join(f'{t.name} ({t.number})' for t in _LIST)}")
     return found
 
 
-def abstract(kind: str | int, shape: tuple[int, ...]) -> Any:
+def abstract(kind: Kind, shape: tuple[int, ...]) -> Any:
     """What `unpack` or `floats` makes of a tensor of that type and shape, with `jax.ShapeDtypeStruct` for arrays.
 
     Args:
-        kind: name or number of the type.
+        kind: the type, its name or number.
         shape: of the weight, [..., M, K].
 
     Raises:
@@ -292,13 +296,13 @@ def abstract(kind: str | int, shape: tuple[int, ...]) -> Any:
     return packed.build(leaf)
 
 
-def transposed(weight: QTensor) -> QTensor:
+def transposed(weight: Any) -> Any:
     """A weight whose last two axes are exchanged in every array, and `axis` with them: ggml's form <-> models'.
 
-    Of NumPy arrays; abstract ones have their shapes changed.
+    A QTensor, or an array; of NumPy arrays, of abstract ones the shapes.
     """
     moved = jax.tree.map(_transpose, weight)
-    return _with_axis(moved, -3 - weight.axis)
+    return _with_axis(moved, -3 - weight.axis) if isinstance(weight, QTensor) else moved
 
 
 def _with_axis(weight: Any, axis: int) -> Any:

@@ -101,7 +101,7 @@ def quantize_gptq(
         scheme: a Scheme or its name, as "int4"; any kind.
         group_size: weights along K that share a scale; "channel": all K of an output; "tensor": all of [K, M].
         axis: the contraction axis, -2 or -1.
-        scale_dtype: float32, bfloat16 or float16; mxfp4 has exponents instead.
+        scale_dtype: float32, bfloat16 or float16; mxfp4 and nvfp4 have scales of a byte instead.
         clip: "mse" chooses each group's scale as `quantize_rtn` does, weighing channel k's squared error by
             1 / U[k, k]^2: what GPTQ's own objective charges for it.
         act_order: quantize channels in the order of falling H[k, k], while many are left to make up for the errors

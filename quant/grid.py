@@ -11,7 +11,7 @@ import numpy as np
 
 from quant.packing import axis_position, check_group
 from quant.qtensor import scale_values
-from quant.scheme import Scheme
+from quant.scheme import E2M1, Scheme, e4m3_codes
 
 # Largest E2M1 value is 6 = 1.5 * 2**2: with the largest weight's exponent less 2 it falls into the last binade.
 _E2M1_MAX_EXPONENT = 2
@@ -34,19 +34,22 @@ def group_grid(
         scale = stored_scale((high - low) / scheme.max_code, scale_dtype)
         zero = jnp.round(-low / divisor(scale.astype(jnp.float32)))
         return scale, jnp.clip(zero, 0, scheme.max_code).astype(jnp.uint8)
-    if scheme.kind == "int":
+    if scheme.kind in ("int", "iq4_nl"):
         largest = jnp.where(high >= -low, high, low)
+        first = -scheme.bias if scheme.codebook is None else scheme.codebook[0]
         # 0 / -8 would be -0, and so would the weights of an empty group.
-        return stored_scale(jnp.where(largest == 0, 0, largest * factor / -scheme.bias), scale_dtype), None
+        return stored_scale(jnp.where(largest == 0, 0, largest * factor / first), scale_dtype), None
     scale = jnp.maximum(high, -low) * factor
-    return (_exponent(scale) if scheme.kind == "mxfp4" else stored_scale(scale, scale_dtype)), None
+    if scheme.scale_code:
+        return (_exponent(scale) if scheme.scale_code == "e8m0" else e4m3_codes(scale / E2M1[7])), None
+    return stored_scale(scale, scale_dtype), None
 
 
 def stored_scale(scale: jax.Array, scale_dtype: np.dtype) -> jax.Array:
     """Scales rounded to `scale_dtype`, where one that is not 0 becomes no less than the smallest of its sign.
 
     In float16 that is 2**-24. A scale of 0 would make zeros of the group, as ggml does. 0 is among the values of every
-    scheme, so that no weight is further from the nearest multiple of a small scale than it is from 0.
+    scheme (for iq4_nl 1, of 127), so that no weight is further from the nearest multiple of a small scale than from 0.
     """
     limits = jnp.finfo(scale_dtype)
     # Subnormal numbers of the others are as good as 0: XLA may flush them.

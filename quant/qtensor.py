@@ -27,7 +27,7 @@ from quant.packing import (
     unpack,
     unpack_runs,
 )
-from quant.scheme import Scheme, exponent_values
+from quant.scheme import Scheme, e4m3_values, exponent_values
 from quant.weight import Weight, flat_stack, rounded
 
 SCALE_DTYPES = ("float32", "bfloat16", "float16")
@@ -62,7 +62,8 @@ class QTensor(Weight):
     Attributes:
         planes: uint8 [..., K * p / 8, M] for each bit plane of p bits.
         scale: float32, bfloat16 or float16 [..., C, M], or [..., 1, 1] for a scale per tensor. C = 1 is a scale per
-            channel. For mxfp4 uint8, the scale being 2**(scale - 127), 255 NaN. Or a QTensor of that shape: two levels.
+            channel. For mxfp4 uint8, the scale being 2**(scale - 127), 255 NaN; for nvfp4 uint8, UE4M3, or floats. Or a
+            QTensor of that shape: two levels.
         zero: uint8 or float of scale's shape; `uint` schemes only.
         offset: float array or QTensor of scale's shape; `uint` schemes only.
         order: int32 [..., K, 1] ([..., 1, K] with axis -1), a permutation: stored position i holds index order[i] of
@@ -219,7 +220,7 @@ class QTensor(Weight):
                 f"for a weight of shape {self.shape} with contraction axis {self.axis}"
             )
         check_group(length, self.group_size, self.scheme.bits)
-        self._check_plane("scale", self.scale, shape, ("uint8",) if self.scheme.kind == "mxfp4" else SCALE_DTYPES)
+        self._check_plane("scale", self.scale, shape, _scale_dtypes(self.scheme))
         for name, plane in (("zero", self.zero), ("offset", self.offset)):
             if plane is not None and self.scheme.kind != "uint":
                 raise ValueError(f"{name} plane beside {self.scheme.name} codes: only uint codes have one")
@@ -332,10 +333,15 @@ def outlier_slots(outlier_index: jax.Array, length: int, axis: int) -> jax.Array
 
 
 def scale_values(scale: Plane, scheme: Scheme, *, arithmetic: Literal["integer", "float"] = "integer") -> jax.Array:
-    """The scales themselves, float32 of the plane's shape: from floats, from exponents (mxfp4), or from two levels."""
-    if scheme.kind == "mxfp4" and not isinstance(scale, QTensor):
-        return exponent_values(scale)
+    """The scales themselves, float32 of the plane's shape: from floats, from bytes (mxfp4, nvfp4) or two levels."""
+    if scheme.scale_code and not isinstance(scale, QTensor) and scale.dtype == jnp.uint8:
+        return (exponent_values if scheme.scale_code == "e8m0" else e4m3_values)(scale)
     return _float32(scale, arithmetic)
+
+
+def _scale_dtypes(scheme: Scheme) -> tuple[str, ...]:
+    """What a plane of scales may be made of."""
+    return {"mxfp4": ("uint8",), "nvfp4": ("uint8", *SCALE_DTYPES)}.get(scheme.kind, SCALE_DTYPES)
 
 
 def _float32(plane: Plane, arithmetic: Literal["integer", "float"] = "integer") -> jax.Array:

@@ -40,6 +40,8 @@ def quantize_rtn(
     - nf4: max|w| (QLoRA, Dettmers et al. 2023, arXiv:2305.14314).
     - mxfp4: 2**(floor(log2(max|w|)) - 2) (OCP Microscaling Formats v1.0, 2023; groups of 32 there). Values
       beyond 6 scales become 6 scales. A tie between two values goes to the one nearer to 0.
+    - nvfp4: max|w| / 6, rounded to UE4M3 (ggml's NVFP4, groups of 16 there): from 2**-9 to 448 in steps of an eighth.
+    - iq4_nl: the value of largest magnitude / -127, sign and all, as ggml's IQ4_NL begins its search.
 
     Codes are chosen with the scale as it is stored, rounded to `scale_dtype`: that costs range, hardly accuracy. So a
     value inside the range is off by at most scale / 2 for int, uint and ternary. A group of zeros gets scale 0, any
@@ -51,11 +53,12 @@ def quantize_rtn(
         scheme: a Scheme or its name, as "int4".
         group_size: weights along K that share a scale; "channel": all K of an output; "tensor": all of [K, M].
         axis: the contraction axis, -2 or -1.
-        scale_dtype: float32, bfloat16 or float16; mxfp4 has exponents instead.
+        scale_dtype: float32, bfloat16 or float16; mxfp4 and nvfp4 have scales of a byte instead.
         clip: "mse" looks for the scale of least squared error. It encodes each group with `clip_factors` times its
             scale, keeps the codes that could do best with a scale of their own, fits that scale to them by least
             squares, and encodes and fits again. What it finds is taken only if its error, as it is stored, is less
-            than that of the plain scale. mxfp4, whose scales cannot be fitted, takes the best of its factors.
+            than that of the plain scale. mxfp4 and nvfp4, whose scales cannot be fitted, take the best of their
+            factors.
         importance: float [..., K], not negative: weight of each input channel in that error, for example the mean
             square of its activations, as in llama.cpp's importance matrix. Needs `clip`.
 

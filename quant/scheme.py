@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # NormalFloat: means of 16 equally probable slices of a normal distribution, scaled to [-1, 1], with an exact zero
 # (QLoRA, Dettmers et al. 2023, arXiv:2305.14314, appendix E).
@@ -16,6 +17,16 @@ NF4 = (
 )
 # E2M1: one sign bit, two of exponent, one of mantissa (OCP Microscaling Formats v1.0, 2023).
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+# `kvalues_iq4nl` of ggml (ggml-common.h), in units of the scale.
+IQ4_NL = (
+    *(-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0),
+    *(1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0),
+)
+# The polynomial of least largest error through them, 0.434, lowest power first: rounded it is their values.
+IQ4_NL_POLYNOMIAL = (-126.567, 24.1738, -1.37193, 0.0310864, 0.00158604)
+_CODEBOOKS = {"nf4": NF4, "mxfp4": E2M1, "nvfp4": E2M1, "iq4_nl": IQ4_NL}
+# UE4M3: four bits of exponent and three of mantissa, no sign; 448 is the largest.
+_E4M3_LARGEST, _E4M3_LEAST_EXPONENT = 448.0, -6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +40,8 @@ class Scheme:
     | ternary | 2 | code - 1: -1, 0 or 1 |
     | nf4 | 4 | NF4[code] |
     | mxfp4 | 4 | E2M1[code]; the scales are powers of two, stored as their exponents |
+    | nvfp4 | 4 | E2M1[code]; the scales are floats of 8 bits, UE4M3, or floats as elsewhere |
+    | iq4_nl | 4 | IQ4_NL[code] |
     """
 
     kind: str
@@ -40,8 +53,9 @@ class Scheme:
         Raises:
             ValueError: for one that is not in the table.
         """
-        allowed = {"ternary": (2,), "nf4": (4,), "mxfp4": (4,)}.get(self.kind, (2, 3, 4, 5, 6, 8))
-        if self.kind not in ("int", "uint", "ternary", "nf4", "mxfp4") or self.bits not in allowed:
+        plain = (2, 3, 4, 5, 6, 8)
+        allowed = {"int": plain, "uint": plain, "ternary": (2,)} | dict.fromkeys(_CODEBOOKS, (4,))
+        if self.bits not in allowed.get(self.kind, ()):
             raise ValueError(f"no scheme {self.kind!r} with {self.bits} bits: expected one of {', '.join(SCHEMES)}")
 
     @classmethod
@@ -63,7 +77,12 @@ class Scheme:
     @property
     def codebook(self) -> tuple[float, ...] | None:
         """The value of each code, for the kinds whose values are not equally spaced."""
-        return {"nf4": NF4, "mxfp4": E2M1}.get(self.kind)
+        return _CODEBOOKS.get(self.kind)
+
+    @property
+    def scale_code(self) -> str | None:
+        """What a scale of one byte stands for: "e8m0" (mxfp4), "ue4m3" (nvfp4), or None where scales are floats."""
+        return {"mxfp4": "e8m0", "nvfp4": "ue4m3"}.get(self.kind)
 
     @property
     def bias(self) -> int:
@@ -79,30 +98,34 @@ class Scheme:
         """Values of uint8 codes, float32 of the same shape. Ternary code 3, which nobody writes, is 2, as in ggml."""
         if self.codebook is None:
             return codes.astype(jnp.float32) - self.bias
+        if self.codebook == E2M1:
+            return _e2m1_values(codes.astype(jnp.float32))
+        if self.kind == "iq4_nl":
+            return jnp.round(polynomial(codes.astype(jnp.float32), IQ4_NL_POLYNOMIAL))
         # 15 selects instead of a gather: they vectorise, fuse and shard like any elementwise operation.
         value = jnp.full(codes.shape, self.codebook[0], jnp.float32)
-        for code, entry in enumerate(self.codebook[1:], start=1):
-            value = jnp.where(codes == code, entry, value)
+        for number, entry in enumerate(self.codebook[1:], start=1):
+            value = jnp.where(codes == number, entry, value)
         return value
 
     def encode(self, scaled: jax.Array) -> jax.Array:
         """Nearest codes of `weight / scale` (plus the zero point, for uint): uint8 of the same shape.
 
-        Values beyond the last code get the last code. Halves go to even codes, or as the code book says: NF4 to the
-        lower value, E2M1 to the one nearer to 0.
+        Values beyond the last code get the last code. Halves go to even codes, or as the code book says: NF4 and
+        IQ4_NL to the lower value, E2M1 to the one nearer to 0.
         """
-        if self.kind == "nf4":
-            return _rank(scaled, NF4)
-        if self.kind == "mxfp4":
+        if self.kind in ("nf4", "iq4_nl"):
+            return _rank(scaled, _CODEBOOKS[self.kind])
+        if self.codebook == E2M1:
             magnitude = _rank(jnp.abs(scaled), E2M1[:8])
             return jnp.where((scaled < 0) & (magnitude > 0), magnitude + 8, magnitude)
         return jnp.clip(jnp.round(scaled) + self.bias, 0, self.max_code).astype(jnp.uint8)
 
     def round(self, scaled: jax.Array) -> jax.Array:
         """The value of `encode`'s code, in float32 all the way: on a CPU that is several times as fast."""
-        if self.kind == "nf4":
-            return _nearest(scaled, NF4)
-        if self.kind == "mxfp4":
+        if self.kind in ("nf4", "iq4_nl"):
+            return _nearest(scaled, _CODEBOOKS[self.kind])
+        if self.codebook == E2M1:
             return jnp.copysign(_nearest(jnp.abs(scaled), E2M1[:8]), scaled)
         return jnp.clip(jnp.round(scaled), -self.bias, self.max_code - self.bias)
 
@@ -124,8 +147,25 @@ def _nearest(x: jax.Array, ascending: tuple[float, ...]) -> jax.Array:
 SCHEMES: dict[str, Scheme] = {
     **{f"int{bits}": Scheme("int", bits) for bits in (8, 6, 5, 4, 3, 2)},
     **{f"uint{bits}": Scheme("uint", bits) for bits in (8, 6, 5, 4, 3, 2)},
-    **{"nf4": Scheme("nf4", 4), "mxfp4": Scheme("mxfp4", 4), "ternary": Scheme("ternary", 2)},
+    **{kind: Scheme(kind, 4) for kind in _CODEBOOKS},
+    "ternary": Scheme("ternary", 2),
 }
+
+
+def polynomial(x: jax.Array, factors: tuple[float, ...]) -> jax.Array:
+    """The polynomial with these factors, lowest power first, in float32."""
+    value = jnp.full_like(x, factors[-1])
+    for factor in factors[-2::-1]:
+        value = value * x + factor
+    return value
+
+
+def _e2m1_values(code: jax.Array) -> jax.Array:
+    """E2M1 of codes 0 to 15 in float32: twice its size grows by 1, by 2 and by 4 from code to code."""
+    negative = code >= 8
+    size = jnp.where(negative, code - 8, code)
+    size = jnp.maximum(size, jnp.maximum(2 * size - 4, 4 * size - 16)) * 0.5
+    return jnp.where(negative, -size, size)
 
 
 def exponent_values(exponents: jax.Array) -> jax.Array:
@@ -135,3 +175,28 @@ def exponent_values(exponents: jax.Array) -> jax.Array:
     """
     bits = jnp.where(exponents == 0, 0x0040_0000, exponents.astype(jnp.uint32) << 23)
     return jnp.where(exponents == 255, jnp.nan, jax.lax.bitcast_convert_type(bits.astype(jnp.uint32), jnp.float32))
+
+
+def e4m3_values(codes: jax.Array) -> jax.Array:
+    """UE4M3: uint8 -> float32, as in ggml, but for the factor 1/2 there: 127 is 0 and 255 NaN; else bit 7 is ignored.
+
+    In float16 the same bits, three places lower, are the value times 2**-8; subnormal ones are exact there.
+    """
+    low = jnp.where((codes & 127) == 127, 0, codes & 127).astype(jnp.uint16)
+    value = jax.lax.bitcast_convert_type(low << np.uint16(7), jnp.float16).astype(jnp.float32) * 2.0**8
+    return jnp.where(codes == 255, jnp.nan, value)
+
+
+def e4m3_codes(values: jax.Array) -> jax.Array:
+    """Nearest UE4M3 of floats that are not negative: uint8, halves to even; 448 for more, 255 for what is not finite.
+
+    One that is not 0 becomes no less than the smallest, 2**-9.
+    """
+    limited = jnp.minimum(values, _E4M3_LARGEST)
+    _, exponent = jnp.frexp(limited)  # values = m * 2**exponent with m in [1/2, 1)
+    least = jnp.maximum(exponent - 1, _E4M3_LEAST_EXPONENT)
+    # In steps of the binade, 0 to 16: the mantissa with its leading bit; 16 is the next binade's first.
+    steps = jnp.round(jnp.ldexp(limited, 3 - least)).astype(jnp.int32)
+    code = (least - _E4M3_LEAST_EXPONENT) * 8 + steps
+    code = jnp.where(values > 0, jnp.maximum(code, 1), 0)
+    return jnp.where(jnp.isfinite(values), code, 255).astype(jnp.uint8)

@@ -25,7 +25,7 @@ def abstract(scheme: quant.Scheme, group: int, groups: int, outputs: int, axis: 
         return jax.ShapeDtypeStruct((rows, outputs) if axis == -2 else (outputs, rows), dtype)
 
     planes = tuple(plane(group * groups * width // 8, jnp.uint8) for width in plane_bits(scheme.bits))
-    scale = plane(groups, jnp.uint8 if scheme.kind == "mxfp4" else jnp.float16)
+    scale = plane(groups, jnp.uint8 if scheme.scale_code else jnp.float16)
     return QTensor(planes, scale, scheme=scheme, axis=axis).validate()
 
 

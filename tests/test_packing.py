@@ -51,7 +51,9 @@ def decode(arrays: dict[str, np.ndarray], scheme: str, axis: int) -> np.ndarray:
             code[..., k, :] += (byte >> (element // n * p)) % 2**p << sum(widths[:number])
     if kind == "nf4":
         value = np.array(NF4)[code]
-    elif kind == "mxfp4":
+    elif kind == "iq4_nl":
+        value = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])[code]
+    elif kind in ("mxfp4", "nvfp4"):
         exponent, mantissa = code >> 1 & 3, code & 1
         magnitude = np.where(exponent == 0, mantissa / 2, (1 + mantissa / 2) * 2.0 ** (exponent - 1))
         value = np.where(code & 8, -magnitude, magnitude)
@@ -59,6 +61,9 @@ def decode(arrays: dict[str, np.ndarray], scheme: str, axis: int) -> np.ndarray:
         value = code - {"int": 2 ** (bits - 1), "uint": 0, "ternary": 1}[kind]
     planes = {k: np.repeat(v, g, -2).astype(np.float32) for k, v in arrays.items() if k in ("scale", "zero", "offset")}
     scale = np.exp2(planes["scale"] - np.float32(127)) if kind == "mxfp4" else planes["scale"]
+    if kind == "nvfp4" and arrays["scale"].dtype == np.uint8:
+        exponent, mantissa = np.floor(scale / 8), scale % 8 / 8
+        scale = np.where(exponent == 0, mantissa * 2**-6, (1 + mantissa) * 2 ** (exponent - 7)).astype(np.float32)
     weight = (value.astype(np.float32) - planes.get("zero", np.float32(0))) * scale + planes.get(
         "offset", np.float32(0)
     )
@@ -155,6 +160,8 @@ def test_the_independent_decoder_agrees_on_values(name: str, axis: int, scale_dt
     optional = {"order": np.stack([rng.permutation(32) for _ in range(2)])[..., None].astype(np.int32)}
     if scheme.kind == "mxfp4":
         scale = rng.integers(100, 150, scale.shape, np.uint8)
+    if scheme.kind == "nvfp4":
+        scale = rng.integers(0, 127, scale.shape, np.uint8)
     if scheme.kind == "uint":
         optional["zero"] = rng.integers(0, 2**scheme.bits, scale.shape, np.uint8)
     turn = (lambda x: x) if axis == -2 else (lambda x: np.swapaxes(x, -1, -2))

@@ -112,8 +112,8 @@ def test_jit_scan_and_vmap_see_layers() -> None:
 
 
 def test_compiled_and_operation_by_operation_agree() -> None:
-    for name in ("int5", "uint3", "nf4", "mxfp4", "ternary"):
-        scale = jnp.full((3, 4, 4), 120, jnp.uint8) if name == "mxfp4" else jnp.full((3, 4, 4), 0.3)
+    for name in ("int5", "uint3", "nf4", "mxfp4", "nvfp4", "iq4_nl", "ternary"):
+        scale = jnp.full((3, 4, 4), 120, jnp.uint8) if name in ("mxfp4", "nvfp4") else jnp.full((3, 4, 4), 0.3)
         made = _made(name, scale=scale, **({"offset": None} if "uint" in name else {}))
         with jax.disable_jit():
             eager = quant.dequantize(made)
@@ -326,9 +326,11 @@ REPACK: dict[str, Callable[[np.ndarray], QTensor]] = {
     "Q6_K": _q6_k,
     "TQ2_0": _tq2_0,
     "MXFP4": lambda block: _whole_bytes("mxfp4", block[..., 1:], jnp.asarray(block[..., 0])),
+    "NVFP4": lambda block: _whole_bytes("nvfp4", block[..., 4:], jnp.asarray(block[..., :4].reshape(len(block), -1))),
+    "IQ4_NL": lambda block: _whole_bytes("iq4_nl", block[..., 2:], _half(block[..., :2])),
 }
 # Where the float16 scales are in a block of the types that gguf reads but does not write.
-SCALES_AT = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+SCALES_AT = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "NVFP4": ()}
 
 
 @pytest.mark.parametrize("name", REPACK)
@@ -342,6 +344,8 @@ def test_ggml_blocks_without_loss(name: str) -> None:
         for at in SCALES_AT[name]:
             scales = rng.normal(size=(6, 3, 1)) * 10 ** rng.uniform(-6, 0, (6, 3, 1))
             data[..., at : at + 2] = scales.astype(np.float16).view(np.uint8)
+        if name == "NVFP4":
+            data[..., :4] &= 127  # scales have no sign
         data = data.reshape(6, -1)
     else:
         weight = rng.normal(size=(6, 3 * elements)) * 10 ** rng.uniform(-4, 0, (6, 1))
@@ -349,7 +353,7 @@ def test_ggml_blocks_without_loss(name: str) -> None:
     expected = gguf.quants.dequantize(data, kind)
     made = REPACK[name](data.reshape(6, -1, size))
     assert made.shape == expected.shape and made.nbytes == data.nbytes
-    if name == "MXFP4":  # ggml has no -0
+    if name in ("MXFP4", "NVFP4"):  # ggml has no -0
         np.testing.assert_array_equal(_dense(made), expected)
     else:
         np.testing.assert_array_equal(_dense(made).view(np.uint32), expected.view(np.uint32))

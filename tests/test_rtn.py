@@ -12,11 +12,12 @@ import pytest
 
 import quant
 from quant.clip import clip_factors
-from quant.scheme import E2M1, NF4, exponent_values
+from quant.qtensor import scale_values
+from quant.scheme import E2M1, IQ4_NL, IQ4_NL_POLYNOMIAL, NF4, e4m3_codes, e4m3_values, exponent_values
 
 G = 16
 NAMES = [*quant.SCHEMES]
-SOME = ["int4", "uint3", "nf4", "mxfp4", "ternary"]
+SOME = ["int4", "uint3", "nf4", "mxfp4", "nvfp4", "iq4_nl", "ternary"]
 
 # QLoRA, arXiv:2305.14314, appendix E.
 PUBLISHED_NF4 = [
@@ -30,7 +31,9 @@ def _values(name: str) -> np.ndarray:
     """The value of each code that a quantizer may write."""
     if name == "nf4":
         return np.array(PUBLISHED_NF4)
-    if name == "mxfp4":
+    if name == "iq4_nl":
+        return np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113.0])
+    if name in ("mxfp4", "nvfp4"):
         return np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float64)
     if name == "ternary":
         return np.array([-1.0, 0.0, 1.0])
@@ -52,7 +55,17 @@ def _expected_grid(groups: np.ndarray, name: str, factor: float = 1.0, stored: A
         return np.abs(groups).mean(1, keepdims=True) * factor, 0
     if name == "mxfp4":
         return 2 ** np.floor(np.log2(np.abs(largest) * factor)) / 4, 0
+    if name == "nvfp4":
+        return _nearest_e4m3(np.abs(largest) * factor / 6), 0
+    if name == "iq4_nl":
+        return largest * factor / -127, 0
     return np.abs(largest) * factor, 0
+
+
+def _nearest_e4m3(values: np.ndarray) -> np.ndarray:
+    """Nearest of the floats of 8 bits that are neither negative nor NaN."""
+    every = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    return every[np.argmin(np.abs(values[..., None] - every), axis=-1)]
 
 
 def _nearest(groups: np.ndarray, scale: np.ndarray, zero: Any, name: str) -> np.ndarray:
@@ -73,7 +86,7 @@ def _grouped(x: Any, groups: int = 4) -> np.ndarray:
 
 
 def _scales(made: quant.QTensor) -> np.ndarray:
-    return np.asarray(exponent_values(made.scale) if made.scheme.kind == "mxfp4" else made.scale, np.float64)[:, None]
+    return np.asarray(scale_values(made.scale, made.scheme), np.float64)[:, None]
 
 
 @pytest.mark.matrix
@@ -155,7 +168,13 @@ def test_zeros_stay_zeros(name: str, clip: Any) -> None:
     made = quant.quantize_rtn(weight, name, group_size=G, clip=clip)
     values = np.asarray(quant.dequantize(made))
     assert made.scale[0, 1] == 0 and made.scale[0, 0] != 0
-    assert (values[weight == 0] == 0).all() and not np.signbit(values[:G, 1]).any()
+    # Of the values of iq4_nl the nearest to 0 is 1; a scale is the largest value's by 127 or 113.
+    allowed = 1.01 * np.abs(weight).max() / 113 if name == "iq4_nl" else 0
+    assert (
+        (values[:G, 1] == 0).all()
+        and (np.abs(values[weight == 0]) <= allowed).all()
+        and not np.signbit(values[:G, 1]).any()
+    )
 
 
 def _importance(length: int) -> np.ndarray:
@@ -190,7 +209,7 @@ def test_mse_clip_is_no_worse_than_any_of_its_factors(name: str, weighted: bool)
         tried.append(_group_errors(_nearest(groups, scale, zero, name), groups, importance))
     # At 8 bits the errors are what remains of squares 100,000 times as large, in float32.
     assert (of_clipped <= np.min(tried, axis=0) * (1 + (1e-2 if "8" in name else 1e-5))).all()
-    if name == "mxfp4":
+    if name in ("mxfp4", "nvfp4"):
         np.testing.assert_allclose(of_clipped, np.min(tried, axis=0), rtol=1e-5)
 
 
@@ -288,6 +307,30 @@ def test_microscaling_tables() -> None:
     assert exponent_values(jnp.zeros(1, jnp.uint8))[0] in (0, np.float32(2.0**-127))
 
 
+def test_iq4_nl_is_a_rounded_polynomial() -> None:
+    """Its published values, by the formula; far enough from the middle of two whole numbers for any float32."""
+    codes = jnp.arange(16, dtype=jnp.uint8)
+    published = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+    assert list(IQ4_NL) == published
+    np.testing.assert_array_equal(quant.SCHEMES["iq4_nl"].decode(codes), published)
+    exact = np.polynomial.Polynomial(np.array(IQ4_NL_POLYNOMIAL, np.float64))(np.arange(16.0))
+    assert 0.4 < np.abs(exact - published).max() < 0.44
+
+
+def test_scales_of_nvfp4_are_floats_of_8_bits() -> None:
+    codes = np.arange(127, dtype=np.uint8)
+    expected = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    np.testing.assert_array_equal(e4m3_values(jnp.asarray(codes)), expected)
+    np.testing.assert_array_equal(e4m3_values(jnp.asarray(codes[1:] | 128)), expected[1:])
+    assert e4m3_values(jnp.asarray([127], jnp.uint8))[0] == 0 and jnp.isnan(e4m3_values(jnp.asarray([255], jnp.uint8)))
+    np.testing.assert_array_equal(e4m3_codes(jnp.asarray(expected)), codes)
+    values = np.abs(np.random.default_rng(0).normal(size=4000) * 10 ** np.random.default_rng(1).uniform(-4, 3, 4000))
+    values = values.astype(np.float32)
+    nearest = np.minimum(values, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    np.testing.assert_array_equal(e4m3_codes(jnp.asarray(values)), np.maximum(nearest, 1))
+    np.testing.assert_array_equal(e4m3_codes(jnp.asarray([0, 1e-9, 1e9, np.inf, np.nan])), [0, 1, 126, 255, 255])
+
+
 @pytest.mark.parametrize("name", ["Q4_0", "MXFP4"])
 def test_codes_and_scales_are_those_of_ggml(name: str) -> None:
     gguf = pytest.importorskip("gguf", reason="compares with the gguf package: pip install gguf")
@@ -319,7 +362,7 @@ def test_a_bfloat16_weight_is_its_float32_values() -> None:
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("name", ["int4", "uint4", "nf4", "mxfp4", "ternary"])
+@pytest.mark.parametrize("name", ["int4", "uint4", "nf4", "mxfp4", "nvfp4", "iq4_nl", "ternary"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_under_jit_what_is_not_finite_shows(name: str, bad: float) -> None:
     weight = _weight()

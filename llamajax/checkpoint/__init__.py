@@ -266,21 +266,24 @@ def save_checkpoint(
     tokenizer: Tokenizer | bytes | None = None,
     words: Words | None = None,
     source: str = "llamajax",
-    form: Literal["llamajax", "huggingface"] = "llamajax",
+    form: Literal["llamajax", "huggingface", "gguf"] = "llamajax",
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> None:
-    """Writes a checkpoint folder, atomically: it appears whole, or not at all.
+    """Writes a checkpoint, atomically: it appears whole, or not at all.
 
     Args:
         model: the model; leaves may be NumPy arrays.
-        path: of the folder; must not exist.
+        path: of the folder, or of the file for "gguf", which is to end in .gguf; must not exist.
         tokenizer: saved with the weights; as bytes, whatever they are.
         words: what is known of words, saved too; those of a `Tokenizer` are its own.
         source: where the weights came from; kept in the manifest.
-        form: "llamajax" (Orbax) or "huggingface" (config.json and safetensors, as transformers reads it).
+        form: "llamajax" (Orbax), "huggingface" (config.json and safetensors, as transformers reads it) or "gguf" (one
+            file, as llama.cpp reads it).
+        dtype: for "gguf": of floats; packed weights, which are ggml's types otherwise, become floats of it too.
 
     Raises:
-        LlamaJaxError: if `path` exists or cannot be created, if transformers would refuse the model, or if its weights
-            are not finite or are laid out for a backend.
+        LlamaJaxError: if `path` exists or cannot be created, if transformers would refuse the model, if no ggml type
+            holds a weight, or if weights are not finite or are laid out for a backend.
     """
     if is_laid_out(model):
         raise LlamaJaxError("the weights are laid out for a backend: save the model as it was before `prepare`")
@@ -297,13 +300,18 @@ def save_checkpoint(
             raise LlamaJaxError(f"{path}: {name} holds NaN or infinity: nothing is written")
     tokenizer_bytes = tokenizer.model_bytes if isinstance(tokenizer, Tokenizer) else tokenizer
     words = tokenizer.words if isinstance(tokenizer, Tokenizer) else words
+    if form == "gguf":
+        if known is None and tokenizer_bytes is not None:
+            raise LlamaJaxError("the tokenizer is not one that is read, and so cannot go into GGUF: give another")
+        gguf.save(model, Path(path), known, words, dtype)
+        return
     with new_folder(Path(path)) as folder:
         if form == "huggingface":
             huggingface.save(model, folder, tokenizer_bytes, words, known)
         elif form == "llamajax":
             home.save(model, folder, tokenizer_bytes, source, words)
         else:
-            raise LlamaJaxError(f"form is {form!r}: expected 'llamajax' or 'huggingface'")
+            raise LlamaJaxError(f"form is {form!r}: expected 'llamajax', 'huggingface' or 'gguf'")
 
 
 def _readable(data: bytes | None, words: Words | None) -> Tokenizer | None:

@@ -170,8 +170,10 @@ def _filled(abstract: Any, generator: np.random.Generator) -> QTensor:
     scheme = abstract.scheme
     middle = 2 ** (scheme.bits - 1)
     step = _DEVIATION / float(jnp.std(scheme.decode(jnp.arange(2**scheme.bits, dtype=jnp.uint8))))
-    if scheme.kind == "mxfp4":
+    if scheme.scale_code == "e8m0":
         step = round(math.log2(step)) + 127  # an exponent
+    elif scheme.scale_code == "ue4m3":
+        step = 8  # of 2**-6, its smallest normal number
 
     def codes(plane: Any) -> np.ndarray:
         drawn = np.frombuffer(generator.bytes(math.prod(plane.shape)), np.uint8).reshape(plane.shape)

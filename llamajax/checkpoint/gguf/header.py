@@ -240,12 +240,10 @@ class HeaderReader:
         sizes = struct.unpack_from(f"{self.order}{rank}Q", self.window, self.at)
         self.at += 8 * rank
         kind, offset = self.number("I"), self.long_number()
-        if kind not in ggml.TYPES:
-            self.fail(
-                f"tensor {shortened(name)} is of type {kind}, which this release does not know: expected one of "
-                f"{', '.join(each.name for each in ggml.TYPES.values())}"
-            )
-        return Tensor(name, ggml.TYPES[kind], sizes[::-1], 0, offset)
+        try:
+            return Tensor(name, ggml.named(kind), sizes[::-1], 0, offset)
+        except ValueError as error:
+            self.fail(f"tensor {shortened(name)}: {error}")
 
     def placed(self, tensors: list[Tensor], start: int, alignment: int) -> dict[str, Tensor]:
         """The tensors by name, once it is sure that each is inside the file, and over no other."""

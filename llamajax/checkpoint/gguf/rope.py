@@ -40,7 +40,7 @@ def with_factors(path: Any, config: Config, divisors: np.ndarray, original: Any 
     if config.rope_scaling is not None:
         raise LlamaJaxError(f"{name} comes beside RoPE scaling {config.rope_scaling.kind!r}: expected one of them")
     for scaling in _candidates(config, divisors, original):
-        if np.allclose(_divisors(config, scaling), divisors, rtol=_CLOSE, atol=0):
+        if np.allclose(divisors_of(config, scaling), divisors, rtol=_CLOSE, atol=0):
             return dataclasses.replace(config, rope_scaling=scaling)
     raise LlamaJaxError(
         f"{name} holds {shortened(divisors.tolist())}: expected the divisors of Llama 3.1's RoPE scaling: another "
@@ -54,7 +54,7 @@ def _turns(config: Config) -> np.ndarray:
     return config.rope_theta ** (-2 * pair / config.head_size) / (2 * math.pi)
 
 
-def _divisors(config: Config, scaling: RopeScaling) -> np.ndarray:
+def divisors_of(config: Config, scaling: RopeScaling) -> np.ndarray:
     """What frequencies are divided by, [H/2]: the arithmetic of `model.rope_frequencies`."""
     turns = scaling.original_context_length * _turns(config)
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
