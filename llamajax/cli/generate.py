@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from typing import Any
 
 import jax
 from absl import flags
@@ -13,6 +14,7 @@ from llamajax.cli.model_flags import (
     define_activations,
     define_dtype,
     define_model,
+    define_parse_special,
     open_model,
     read_model,
 )
@@ -39,6 +41,7 @@ def define(values: flags.FlagValues) -> None:
     define_dtype(values)
     define_activations(values)
     flags.DEFINE_multi_string("prompt", [""], "text to continue; repeat the flag for a batch", flag_values=values)
+    define_parse_special(values)
     flags.DEFINE_integer(
         "max_new_tokens",
         None,
@@ -79,10 +82,13 @@ def run(values: flags.FlagValues) -> None:
     dtype = chosen_dtype(values)
     options = {"backend": jax.default_backend(), "activations": chosen_activations(values)}
     single = len(values.prompt) == 1
+    prompts: list[Any] = values.prompt
+    if values.parse_special:
+        prompts = [tokenizer.encode(prompt, eos=False, special=True) for prompt in values.prompt]
     stream = TextStream(
         opened.outcome(dtype, **options),
         tokenizer,
-        values.prompt[0] if single else values.prompt,
+        prompts[0] if single else prompts,
         max_new_tokens=values.max_new_tokens,
         **knobs,
         seed=values.seed,
