@@ -20,7 +20,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 SPACES = ("first", "always", "never")
 # Files that belong to one tokenizer, and do not hold for another.
 _TOKENIZER_FILES = frozenset(
-    "added_tokens.json chat_template.jinja chat_template.json special_tokens_map.json tokenizer.json "
+    "added_tokens.json chat_template.jinja chat_template.json special_tokens_map.json tokenizer.json tokenizer.model "
     "tokenizer_config.json".split()
 )
 # Files that a checkpoint's folder may carry along.

@@ -26,7 +26,7 @@ from llamajax.errors import LlamaJaxError
 from llamajax.files import new_folder, open_regular, read_bytes
 from llamajax.model import Llama
 from llamajax.parameters import Place, named_arrays
-from llamajax.tokenizer import Tokenizer
+from llamajax.tokenizer import LARGEST_TOKENIZER, Tokenizer
 from llamajax.words import Words
 from quant import is_laid_out, quantized
 
@@ -40,7 +40,7 @@ class Opened:
     Attributes:
         path: the file or folder.
         source: what its reader says of it.
-        tokenizer_bytes: the `tokenizer.model` that came with it, or None; `tokenizer_problem` says whether it is read.
+        tokenizer_bytes: the tokenizer that came with it, or None; `tokenizer_problem` says whether it is read.
     """
 
     path: Path
@@ -119,8 +119,7 @@ class Opened:
     def _own_tokenizer(self) -> tuple[Tokenizer | None, str | None]:
         """The tokenizer that came with it, or why there is none."""
         if self.tokenizer_bytes is None:
-            problem = f"{self.path}: its tokenizer.json is not read" if "tokenizer.json" in self.words.files else None
-            return None, problem
+            return None, None
         try:
             tokenizer = Tokenizer(self.tokenizer_bytes, f"{self.path}: its tokenizer", self.words)
             return _of_model(tokenizer, self.config), None
@@ -162,7 +161,8 @@ def open_checkpoint(name: str | Path, *, ignore_keys: Collection[str] = ()) -> O
     for recognise, open_source in READERS:
         if recognise(path):
             source = open_source(path, ignore_keys)
-            return Opened(path, source, source.tokenizer_bytes or _tokenizer_beside(path))
+            beside = None if source.tokenizer_problem else _tokenizer_beside(path)
+            return Opened(path, source, source.tokenizer_bytes or beside)
     raise LlamaJaxError(f"{path}: unknown format ({_first_look(path)}): expected {_FORMATS}")
 
 
@@ -196,7 +196,8 @@ def load(
 
     Args:
         name: path of a checkpoint (llamajax, Hugging Face or llama2.c), or "box" for the model in the package.
-        tokenizer: path of a sentencepiece `tokenizer.model`; the one that came with the checkpoint unless given.
+        tokenizer: path of a `tokenizer.model`, `tokenizer.json` or `tokenizer.bin`; the one that came with the
+            checkpoint unless given.
         dtype: of the weights, for example `jax.numpy.float32`; as stored unless given.
         shardings: where the weights go: one `jax.sharding.Sharding` or a tree of them shaped like the model; the first
             device unless given.
@@ -231,7 +232,8 @@ def read_tokenizer(opened: Opened, path: str | Path | None = None) -> Tokenizer 
     if path is None:
         return opened._own_tokenizer[0]
     tokenizer = Tokenizer.from_file(path, opened.words)
-    if tokenizer.model_bytes != opened.tokenizer_bytes:
+    own = opened._own_tokenizer[0]
+    if tokenizer.model_bytes != (opened.tokenizer_bytes if own is None else own.model_bytes):
         tokenizer.words = opened.words.for_another_tokenizer()
     return _of_model(tokenizer, opened.config)
 
@@ -245,7 +247,7 @@ def need_tokenizer(opened: Opened, path: str | Path | None = None) -> Tokenizer:
     tokenizer = read_tokenizer(opened, path)
     if tokenizer is None:
         why = opened.tokenizer_problem or f"{opened.path}: no tokenizer came with it"
-        raise LlamaJaxError(f"{why}: give --tokenizer=PATH of its sentencepiece tokenizer.model")
+        raise LlamaJaxError(f"{why}: give --tokenizer=PATH of its tokenizer.model or tokenizer.json")
     return tokenizer
 
 
@@ -323,9 +325,10 @@ def _readable(data: bytes | None, words: Words | None) -> Tokenizer | None:
 
 
 def _tokenizer_beside(path: Path) -> bytes | None:
-    """A `tokenizer.model` in the folder of a single-file checkpoint."""
-    file = path.parent / "tokenizer.model"
-    return read_bytes(file) if path.is_file() and os.path.lexists(file) else None
+    """A tokenizer in the folder of a single-file checkpoint, by the names that are usual."""
+    files = [path.parent / name for name in ("tokenizer.model", "tokenizer.json", "tokenizer.bin")]
+    found = next((file for file in files if os.path.lexists(file)), None)
+    return read_bytes(found, LARGEST_TOKENIZER) if path.is_file() and found is not None else None
 
 
 def _first_look(path: Path) -> str:

@@ -40,7 +40,7 @@ class Source:
             `abstract`, and is converted.
         fill: reads several weights at once into NumPy arrays of their shapes and dtypes, if the reader can.
         is_checked: whether what was read is known to be what was saved, and so to be finite.
-        tokenizer_bytes: the `tokenizer.model` that came with it, if one did; it may be of another kind than is read.
+        tokenizer_bytes: the tokenizer that came with it, if one did, of whatever form; it may be none that is read.
         words: what it says of words beside that.
         notes: what of the files is not used, and why, for people.
         tokenizer_problem: why a tokenizer that came with it cannot be read; None if it can, or if none came.

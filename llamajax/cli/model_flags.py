@@ -21,7 +21,10 @@ def define_model(values: flags.FlagValues, default: str | None = "box", several:
     else:
         flags.DEFINE_string("model", default, f"checkpoint: {text}", flag_values=values)
     flags.DEFINE_string(
-        "tokenizer", None, "sentencepiece tokenizer.model, where none came with the checkpoint", flag_values=values
+        "tokenizer",
+        None,
+        "tokenizer.model, tokenizer.json or tokenizer.bin, where none came with the checkpoint",
+        flag_values=values,
     )
     define_ignore_key(values)
 
@@ -33,6 +36,17 @@ def define_ignore_key(values: flags.FlagValues) -> None:
         [],
         "key of a Hugging Face config.json, or of a GGUF file's metadata, to read over: unknown, and changing no "
         "forward pass; repeat the flag for several",
+        flag_values=values,
+    )
+
+
+def define_parse_special(values: flags.FlagValues) -> None:
+    """--parse_special of a command that encodes a text."""
+    flags.DEFINE_boolean(
+        "parse_special",
+        False,
+        "take special tokens in the text, as <|im_start|>, for the ids that they stand for; without, they are spelt, "
+        "because nobody should be able to slip them in",
         flag_values=values,
     )
 

@@ -9,8 +9,16 @@ There are two engines, the libraries sentencepiece and tokenizers, and so two fo
 a tokenizer.json. What comes in another form is converted (`formats`); the vocabulary in a GGUF's metadata too (`gguf`).
 """
 
-from llamajax.tokenizer.formats import FILE_NAMES, LARGEST_TOKENIZER, file_name
+from llamajax.tokenizer.formats import FILE_NAMES, LARGEST_TOKENIZER, file_name, is_sentencepiece
 from llamajax.tokenizer.tokenizer import StreamDecoder, Tokenizer
 from llamajax.tokenizer.training import train_tokenizer
 
-__all__ = ["FILE_NAMES", "LARGEST_TOKENIZER", "StreamDecoder", "Tokenizer", "file_name", "train_tokenizer"]
+__all__ = [
+    "FILE_NAMES",
+    "LARGEST_TOKENIZER",
+    "StreamDecoder",
+    "Tokenizer",
+    "file_name",
+    "is_sentencepiece",
+    "train_tokenizer",
+]

@@ -7,12 +7,13 @@ tokens); `TikTokenConverter` in convert_slow_tokenizer.py of github.com/huggingf
 
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from llamajax.tokenizer.byte_level import characters_of
 from llamajax.tokenizer.engine import EngineError
 from llamajax.tokenizer.json_form import byte_level_json
 from llamajax.tokenizer.pre_tokenizers import PATTERNS
+from llamajax.words import AddedToken
 
 # models/llama3/tokenizer.py; what Llama 3.0 called reserved tokens 2 to 4 have names there since 3.1.
 _NAMED = (
@@ -23,24 +24,41 @@ _NAMED = (
 SPECIAL = (*_NAMED, *(f"<|reserved_special_token_{2 + i}|>" for i in range(256 - len(_NAMED))))
 
 
-def json_of_ranks(data: bytes) -> bytes:
+def json_of_ranks(data: bytes, added: Iterable[AddedToken] = ()) -> bytes:
     """A tokenizer.json that gives tiktoken's ids.
+
+    Args:
+        data: the file.
+        added: what a checkpoint calls the tokens behind the ranks, which have had other names.
 
     Raises:
         EngineError: for lines that are no ranks, or ranks that are not those of a byte-level vocabulary.
     """
     ranks = _read(data)
     vocabulary = {characters_of(token): rank for token, rank in ranks.items()}
-    special = {text: len(ranks) + index for index, text in enumerate(SPECIAL)}
+    special, user_defined = _behind(len(ranks), added)
+    first = next((text for text, index in special.items() if index == len(ranks)), None)
     return byte_level_json(
         vocabulary,
         merges_of(ranks),
         patterns=PATTERNS["llama-bpe"].expressions,
         ignore_merges=True,
         special=special,
-        user_defined={},
-        bos=SPECIAL[0],
+        user_defined=user_defined,
+        bos=first,
     )
+
+
+def _behind(first: int, added: Iterable[AddedToken]) -> tuple[dict[str, int], dict[str, int]]:
+    """The tokens behind the ranks, special ones and others, by text."""
+    named = {token.id: token for token in added if token.id >= first}
+    texts = {index: token.text for index, token in named.items()}
+    for index in range(first, max([first + len(SPECIAL) - 1, *named]) + 1):
+        usual = SPECIAL[index - first] if index - first < len(SPECIAL) else ""
+        if index not in texts:
+            texts[index] = f"<|reserved_token_{index}|>" if usual in ("", *texts.values()) else usual
+    special = {text: index for index, text in sorted(texts.items()) if index not in named or named[index].special}
+    return special, {text: index for index, text in texts.items() if text not in special}
 
 
 def _read(data: bytes) -> dict[bytes, int]:

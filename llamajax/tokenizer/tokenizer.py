@@ -41,7 +41,7 @@ class Tokenizer:
         """
         self.words = words or Words()
         try:
-            self.model_bytes = at_rest(model_bytes)
+            self.model_bytes = at_rest(model_bytes, self.words)
             engine = TokenizersEngine if is_json(self.model_bytes) else SentencePieceEngine
             self._engine: Engine = engine(self.model_bytes, self.words)
         except EngineError as error:

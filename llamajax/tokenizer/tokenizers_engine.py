@@ -41,6 +41,8 @@ class TokenizersEngine:
         parts = {name: _state(self._library, name) for name in ("normalizer", "decoder", "post_processor")}
         _check_growth(parts["normalizer"])
         self._decoding = _decoding(parts["decoder"])
+        if words.space is not None and self._decoding.space:
+            self._put_spaces(words.space)
         self.drops_first_space = self._decoding.strips
         self._add_tokens(words)
         ids = self._library.get_vocab(with_added_tokens=True).values()
@@ -83,6 +85,14 @@ class TokenizersEngine:
         """Never: such a file's decoder takes the first space away, whatever it came from."""
         return False
 
+    def _put_spaces(self, scheme: str) -> None:
+        """Puts spaces before text as a checkpoint says, and not as the file: as transformers' LlamaTokenizer does."""
+        from tokenizers import pre_tokenizers
+
+        self._library.normalizer = None
+        self._library.pre_tokenizer = pre_tokenizers.Metaspace("▁", scheme, split=False)
+        self._decoding.strips = scheme != "never"
+
     def _one(self, ids: list[int], where: str) -> int | None:
         """The id that a post-processor puts before, or behind, a text."""
         if len(ids) > 1:
@@ -121,20 +131,21 @@ class _Decoding:
     """How pieces become bytes.
 
     Attributes:
+        space: what stands for a space in pieces of text; "" where pieces are of bytes.
         strips: whether the space that begins a text is taken away.
     """
 
-    def __init__(self, kind: str, space: str = "", byte_pieces: bool = False, strips: bool = False):
-        """`kind` is "bytes" for GPT-2's table, "spaces" for pieces with `space` for a space."""
-        self._kind, self._space, self._byte_pieces, self.strips = kind, space, byte_pieces, strips
+    def __init__(self, space: str = "", byte_pieces: bool = False, strips: bool = False):
+        """Without `space`, GPT-2's table; with `byte_pieces`, <0x41> is a byte."""
+        self.space, self._byte_pieces, self.strips = space, byte_pieces, strips
 
     def bytes_of(self, piece: str) -> bytes:
         """What a piece stands for."""
-        if self._kind == "bytes":
+        if not self.space:
             return bytes_of(piece)
         if self._byte_pieces and _BYTE_PIECE.fullmatch(piece):
             return bytes([int(piece[3:5], 16)])
-        return piece.replace(self._space, " ").encode()
+        return piece.replace(self.space, " ").encode()
 
 
 def _decoding(state: Any) -> _Decoding:
@@ -146,10 +157,10 @@ def _decoding(state: Any) -> _Decoding:
     steps = list(steps_of(state, "decoders"))
     kinds = [step.get("type") for step in steps]
     if kinds == ["ByteLevel"]:
-        return _Decoding("bytes")
+        return _Decoding()
     if kinds == ["Metaspace"]:
         scheme = steps[0].get("prepend_scheme", "always")
-        return _Decoding("spaces", space=steps[0].get("replacement", "▁"), strips=scheme != "never")
+        return _Decoding(space=steps[0].get("replacement", "▁"), strips=scheme != "never")
     replaced = [step for step in steps if step.get("type") == "Replace"]
     strips = [step for step in steps if step.get("type") == "Strip"]
     if (
@@ -158,7 +169,7 @@ def _decoding(state: Any) -> _Decoding:
         and [step.get("content") for step in replaced] == [" "]
         and all((step.get("content"), step.get("start"), step.get("stop")) == (" ", 1, 0) for step in strips)
     ):
-        return _Decoding("spaces", space="▁", byte_pieces="ByteFallback" in kinds, strips=bool(strips))
+        return _Decoding(space="▁", byte_pieces="ByteFallback" in kinds, strips=bool(strips))
     named = ", ".join(map(str, kinds)) or "none"
     raise EngineError(
         f"a tokenizer.json whose decoder ({shortened(named)}) is not known: expected ByteLevel, Metaspace, or ▁ "
