@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 from absl import app, flags
 from convert_memory import write_random_model  # and its flags --preset and --scratch
+from gguf_files import tensors_of, write_gguf
 from safetensors import safe_open
-from versus_llamacpp_quality import QUANTIZING_THREADS, tensors_of, write_gguf
 
 from llamajax.cli.sizes import readable_bytes, stored_bytes
 from llamajax.config import Config, preset
@@ -34,6 +34,7 @@ flags.DEFINE_integer("rounds", 3, "how often each program quantizes; medians are
 flags.DEFINE_string("folder", None, "where the two models stay for another time; a temporary folder if not given")
 
 RECIPE, KIND = "int4-g32", "Q4_0"
+QUANTIZING_THREADS = 2
 _BITS = 4.5  # of the recipe: 4 and a float16 scale per 32 weights
 
 # llama.cpp's process: as little Python as there can be.

@@ -75,55 +75,26 @@ class Figure(NamedTuple):
 # ---- Files ----------------------------------------------------------------------------------------------------------
 
 
-def write_gguf(path: Path, shape: str) -> None:
+def write_random_blocks(path: Path, shape: str) -> None:
     """Random Q4_0 weights of a preset's shape, without a vocabulary; scales are one number, norms ones."""
-    import gguf
     import numpy as np
+    from gguf_files import read_random, stored_shape, write_gguf
 
-    from llamajax.checkpoint.huggingface import expected_tensors
     from llamajax.config import preset
-    from llamajax.parameters import specs
 
     config = preset(shape)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_context_length(config.context_length)
-    writer.add_embedding_length(config.width)
-    writer.add_feed_forward_length(config.ffn_width)
-    writer.add_block_count(config.num_layers)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_size)
-    writer.add_value_length(config.head_size)
-    writer.add_rope_dimension_count(config.head_size)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
-    tensors = []
-    for theirs, place in expected_tensors(config).items():
-        spec = specs(config)[place]
-        size = spec.shape(config)[::-1] if spec.transposed else spec.shape(config)
-        matrix = len(size) == 2
-        stored = gguf.GGMLQuantizationType[KIND if matrix else "F32"]
-        length = math.prod(size) // _BLOCK * _BLOCK_BYTES if matrix else 4 * math.prod(size)
-        writer.add_tensor_info(
-            names.get_name(theirs, (".weight",)), size, np.dtype("float32"), length, raw_dtype=stored
-        )
-        tensors.append((size, matrix))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    generator = np.random.default_rng(0)
-    for size, matrix in tensors:
-        if not matrix:
-            writer.write_tensor_data(np.ones(size, np.float32))
-            continue
+    generator, floats = np.random.default_rng(0), read_random(config)
+
+    def read(place, theirs):
+        size = stored_shape(config, place)
+        if len(size) == 1:
+            return floats(place, theirs)
         block = np.frombuffer(generator.bytes(math.prod(size) // _BLOCK * _BLOCK_BYTES), np.uint8).copy()
         block = block.reshape(-1, _BLOCK_BYTES)
         block[:, :2] = np.frombuffer(np.float16(0.004).tobytes(), np.uint8)
-        writer.write_tensor_data(block.reshape(size[0], -1))
-    writer.close()
+        return block.reshape(size[0], -1)
+
+    write_gguf(path, config, read, KIND)
 
 
 def write_checkpoint(path: Path, shape: str) -> None:
@@ -411,7 +382,7 @@ def _write_files(folder: Path) -> None:
     import multiprocessing
 
     shape, gguf = flags.FLAGS.shape, Path(flags.FLAGS.gguf)
-    wanted = [(write_gguf, gguf), *([(write_checkpoint, folder / "llamajax")] if flags.FLAGS.start else [])]
+    wanted = [(write_random_blocks, gguf), *([(write_checkpoint, folder / "llamajax")] if flags.FLAGS.start else [])]
     for write, path in wanted:
         if not path.exists():
             writer = multiprocessing.get_context("spawn").Process(target=write, args=(path, shape))

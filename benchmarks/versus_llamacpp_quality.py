@@ -15,31 +15,29 @@ matrices, sees the same stories. Prints one table and draws `benchmarks/quality.
 """
 
 import collections
-import ctypes
 import dataclasses
 import json
 import logging
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from absl import app, flags
+from gguf_files import quantize_gguf, read_model, tensors_of, write_gguf
 
 import llamajax
 from llamajax.box.stories import corpus
-from llamajax.checkpoint.huggingface import expected_tensors
 from llamajax.cli.terminal import progress
 from llamajax.evaluation.evaluate import Comparison, compare, encode_documents
 from llamajax.evaluation.plots import Point, quality_curve
 from llamajax.evaluation.windows import document_windows
-from llamajax.parameters import Place, inputs, specs, weights_of
+from llamajax.parameters import inputs
 from llamajax.quantization import calibrate
 from llamajax.quantization.quantize import quantize, read_recipe, recipe_names
 from llamajax.train import heldout_stories
@@ -53,7 +51,6 @@ except ImportError:
 logging.getLogger("gguf").setLevel(logging.WARNING)  # It tells what it writes.
 
 WINDOW = 512
-QUANTIZING_THREADS = 2
 # llama.cpp's threads wait for each other by spinning: on a machine that does something else, too, two took seven times
 # as long as one. No figure depends on it.
 RUNNING_THREADS = 1
@@ -85,94 +82,7 @@ class Row(NamedTuple):
     tensors: dict[str, str | int]
 
 
-# ---- The box as GGUF ------------------------------------------------------------------------------------------------
-
-
-def write_gguf(
-    path: Path, config: llamajax.Config, read: Callable[[Place, str], np.ndarray], kind: str = "F32"
-) -> None:
-    """Writes a model as GGUF, tensor by tensor, without a vocabulary: llama.cpp is given ids.
-
-    Args:
-        path: file to write.
-        config: the architecture, without RoPE scaling.
-        read: (its place, Hugging Face's name) -> the tensor in Hugging Face's orientation.
-        kind: of the matrices: F32, or BF16. Vectors are float32, as llama.cpp wants them.
-    """
-    assert config.rope_scaling is None, "RoPE scaling is not written"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_context_length(config.context_length)
-    writer.add_embedding_length(config.width)
-    writer.add_feed_forward_length(config.ffn_width)
-    writer.add_block_count(config.num_layers)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_size)
-    writer.add_value_length(config.head_size)
-    writer.add_rope_dimension_count(config.head_size)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
-    tensors = []
-    for theirs, place in expected_tensors(config).items():
-        spec = specs(config)[place]
-        shape = spec.shape(config)[::-1] if spec.transposed else spec.shape(config)
-        stored = gguf.GGMLQuantizationType[kind if len(shape) == 2 else "F32"]
-        dtype = np.dtype(ml_dtypes.bfloat16 if stored.name == "BF16" else np.float32)
-        size = math.prod(shape) * dtype.itemsize
-        writer.add_tensor_info(names.get_name(theirs, (".weight",)), shape, dtype, size, raw_dtype=stored)
-        tensors.append((place, theirs, dtype))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for place, theirs, dtype in tensors:
-        array = read(place, theirs).astype(dtype)
-        if place.name in ("attention.query_DQ", "attention.key_DM"):
-            array = _pairs_from_halves(array, config.head_size)
-        writer.write_tensor_data(np.ascontiguousarray(array))
-    writer.close()
-
-
-def _pairs_from_halves(matrix: np.ndarray, head_size: int) -> np.ndarray:
-    """Reorders the rows of a query or key projection to neighbours that rotate together, as llama.cpp's LLaMA does.
-
-    The inverse of `checkpoint.source.halves_from_pairs`; `permute` in llama.cpp's convert_hf_to_gguf.py.
-    """
-    heads = matrix.reshape(-1, 2, head_size // 2, matrix.shape[-1])
-    return heads.swapaxes(1, 2).reshape(matrix.shape)
-
-
-def _from_model(model: llamajax.Llama) -> Callable[[Place, str], np.ndarray]:
-    """A `read` of `write_gguf`: our weights are [in, out], the embedding [V, D]."""
-    weights = {place: np.asarray(weight) for place, weight in weights_of(model).items()}
-    return lambda place, theirs: weights[place].T if specs(model.config)[place].transposed else weights[place]
-
-
 # ---- llama.cpp ------------------------------------------------------------------------------------------------------
-
-
-def quantize_gguf(source: Path, target: Path, kind: str, importance: dict[str, np.ndarray] | None = None) -> None:
-    """llama.cpp's own quantization: one GGUF file -> another of type `kind`, say MOSTLY_Q4_K_M, or ALL_F32."""
-    llama_cpp._logger.set_verbose(False)
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.nthread, params.ftype = QUANTIZING_THREADS, getattr(llama_cpp, f"LLAMA_FTYPE_{kind}")
-    params.allow_requantize = kind == "ALL_F32"
-    if importance:
-        entry = llama_cpp.llama_model_imatrix_data
-        floats = ctypes.POINTER(ctypes.c_float)
-        entries = [entry(name.encode(), mean.ctypes.data_as(floats), mean.size) for name, mean in importance.items()]
-        params.imatrix = (entry * (len(entries) + 1))(*entries)  # The last one stays null: the end.
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)):
-        sys.exit(f"llama.cpp could not quantize {source} to {kind}")
-
-
-def tensors_of(path: Path) -> tuple[dict[str, str], int, int]:
-    """A GGUF file's tensors: the type of each, the bytes of all, the elements of all."""
-    held = gguf.GGUFReader(path).tensors
-    kinds = {tensor.name: tensor.tensor_type.name for tensor in held}
-    return kinds, sum(int(tensor.n_bytes) for tensor in held), sum(int(tensor.n_elements) for tensor in held)
 
 
 def open_gguf(path: Path) -> llama_cpp.Llama:
@@ -325,7 +235,7 @@ def main(argv):
     calibration = encode_documents(tokenizer, corpus(0, 600))[:CALIBRATION_TOKENS]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_gguf(folder / "float32.gguf", model.config, _from_model(model))
+        write_gguf(folder / "float32.gguf", model.config, read_model(model))
         reference = all_logits(open_gguf(folder / "float32.gguf"), tokens)
         difference = check_same_logits(model, reference, tokens)
         rows = list(llamacpp_rows(folder, reference, tokens))

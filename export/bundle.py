@@ -266,11 +266,12 @@ def read_manifest(path: Path) -> Mapping[str, Any]:
 
 def standalone_runner(name: str) -> str:
     """A runner as one file: what all runners share, with its own text behind."""
-    shared = (_RUNNERS / "runner.py").read_text(encoding="utf-8")
-    return shared + "\n\n" + (_RUNNERS / name).read_text(encoding="utf-8").replace("\n" + _IMPORT, "")
+    shared, text, own = ((_RUNNERS / part).read_text(encoding="utf-8") for part in ("runner.py", "text.py", name))
+    return shared.replace(_IMPORT_TEXT, text) + "\n\n" + own.replace("\n" + _IMPORT, "")
 
 
 _IMPORT = "from export.runners.runner import main\n"
+_IMPORT_TEXT = "from export.runners.text import Text\n"
 
 
 def _twins(model: Llama, spec: Spec) -> dict[str, bytes]:

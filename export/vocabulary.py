@@ -1,22 +1,28 @@
 """What a runner needs to turn text into ids and back as the tokenizer does, and whether it then does.
 
-Runners have no sentencepiece: their class `Text` does byte-pair encoding itself. What it cannot do exactly (unigram
-models, tokenizers that normalize text) has a `refusal` in vocabulary.json: a runner then takes ids alone. A table of
-texts is encoded both ways, here when a bundle is written and again by each runner that runs the golden prompts.
+Runners have no sentencepiece and no tokenizers: their class `Text` goes by tables (`export.sentencepiece_tables`,
+`export.tokenizers_tables`). What it cannot do exactly has a `refusal` in vocabulary.json: a runner then takes ids
+alone. Texts are encoded both ways when a bundle is written; those of a table in it again by each runner that runs the
+golden prompts.
 """
 
-import base64
 import dataclasses
+import functools
 import importlib
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sentencepiece import sentencepiece_model_pb2
 
+from export.patterns import Patterns, Unsupported, all_characters, characters_in, ranges_of
+from export.sentencepiece_tables import sentencepiece_tables
+from export.tokenizers_tables import normalized_text, tokenizers_tables
 from llamajax import Tokenizer, files
+
+VERSION = 2
 
 # What tokenizers disagree about: spaces, what looks like a token, several code points for one letter, what is rare.
 TEXTS = (
@@ -43,8 +49,11 @@ TEXTS = (
 )
 _FROM_PIECES = 12
 _MOST_WHOLE = 16
-_PROTO: Any = sentencepiece_model_pb2  # its classes are made when it is imported: no checker sees them
-_MODEL_TYPES = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
+# Texts drawn when a bundle is written, which are compared and not kept.
+_DRAWN = 400
+_UNNAMED = "\ufffd".encode()
+# Bits of an added token, as in runners/text.py.
+_BITS = {"special": 1, "lstrip": 2, "rstrip": 4, "single_word": 8}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,73 +70,113 @@ class Vocabulary:
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
-    """The pieces of a tokenizer, in base64, their scores, which may be merged, and what else decides the ids."""
-    model = _PROTO.ModelProto.FromString(tokenizer.model_bytes)
-    kind = _PROTO.ModelProto.SentencePiece
-    of_kind = lambda *kinds: [i for i, piece in enumerate(model.pieces) if piece.type in kinds]  # noqa: E731
-    merged = set(of_kind(kind.NORMAL, kind.USER_DEFINED))
-    unknown = of_kind(kind.UNKNOWN)
-    # In two tables: those of the second are looked for between those of the first.
-    added = [
-        {token.text: token.id for token in tokenizer.words.added if token.normalized is late} for late in (False, True)
-    ]
-    values = {
+    """The tables of a tokenizer: pieces, merges or scores, and how text is normalized and split before."""
+    patterns = Patterns()
+    values: dict[str, Any] = {
+        "version": VERSION,
+        "refusal": None,
         "bos": tokenizer.bos_id if tokenizer.add_bos else None,
         "eos": tokenizer.eos_id if tokenizer.add_eos else None,
         "stop": list(tokenizer.stop_ids),
-        "dummy_prefix": tokenizer.drops_first_space,
-        "prefix_parts": tokenizer.words.space == "always",
-        "collapse_spaces": model.normalizer_spec.remove_extra_whitespaces,
-        "pieces": [base64.b64encode(tokenizer.token_bytes(i)).decode() for i in range(tokenizer.vocab_size)],
-        "scores": [piece.score for piece in model.pieces],
-        "merges": [int(i in merged) for i in range(len(model.pieces))],
-        "single_bytes": of_kind(kind.BYTE),
-        "never_split": of_kind(kind.USER_DEFINED),
-        "added": [tokens for tokens in added if tokens],
-        "unknown": unknown[0] if unknown else None,
-        "refusal": _refusal(model, tokenizer),
+        "first_space": tokenizer.drops_first_space,
     }
-    whole = [*(token.text for token in tokenizer.words.added), *(model.pieces[i].piece for i in values["never_split"])]
-    around = [f"a{text}b {text} c{text}{text} " for text in whole[:_MOST_WHOLE]]
-    texts = [{"text": text, "ids": tokenizer.encode(text)} for text in (*TEXTS, *around, *_texts_of_pieces(tokenizer))]
+    try:
+        if tokenizer.form == "sentencepiece":
+            tables = sentencepiece_tables(tokenizer, patterns)
+        else:
+            tables = tokenizers_tables(tokenizer, patterns)
+        added = _added(tokenizer, tables.pop("controls"), tables.pop("special_hides"), patterns)
+        values |= {"added": added, **tables, "classes": patterns.classes}
+    except Unsupported as error:
+        values |= {"refusal": f"its tokenizer {error}", "pieces": [], "pieces_are_bytes": False}
+    values |= _bytes_of_ids(tokenizer, values)
+    drawn = [*_texts_of_pieces(tokenizer, _FROM_PIECES), *_around_pieces(tokenizer, values)]
+    texts = [{"text": text, "ids": tokenizer.encode(text)} for text in (*TEXTS, *drawn)]
     if values["refusal"] is None:
-        values["refusal"] = _difference(values, texts)
+        values["refusal"] = _difference(values, tokenizer, [*TEXTS, *drawn, *_texts_of_pieces(tokenizer, _DRAWN)])
     return Vocabulary(values, texts)
 
 
-def _refusal(model: Any, tokenizer: Tokenizer) -> str | None:
-    """What in a sentencepiece model, or among added tokens, runners do not do, or None."""
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    if trainer.model_type != 2:
-        return f"its tokenizer is a sentencepiece model of type {_MODEL_TYPES.get(trainer.model_type, 'unknown')}"
-    if normalizer.precompiled_charsmap:
-        return f"its tokenizer normalizes text ({files.shortened(normalizer.name)})"
-    if not normalizer.escape_whitespaces or trainer.treat_whitespace_as_suffix:
-        return "its tokenizer treats spaces in a way of its own"
-    if any(piece.type == _PROTO.ModelProto.SentencePiece.UNUSED for piece in model.pieces):
-        return "its tokenizer has unused pieces"
-    for token in tokenizer.words.added:
-        if token.lstrip or token.rstrip or token.single_word:
-            return f"its tokenizer has a token that depends on what is around it, {files.shortened(token.text)}"
-    return None
+def _added(tokenizer: Tokenizer, controls: Sequence[Any], special_hides: bool, patterns: Patterns) -> dict[str, Any]:
+    """The added tokens, and the characters that white space and words are made of around some of them."""
+    tables: dict[bool, list[list[Any]]] = {False: list(controls), True: []}
+    for token in tokenizer.added:
+        bits = sum(bit for name, bit in _BITS.items() if getattr(token, name))
+        # What is looked for behind the normalizer is looked for as the normalizer writes it.
+        late = token.normalized and tokenizer.form == "tokenizers"
+        text = normalized_text(tokenizer, token.text) if late else token.text
+        if text:
+            tables[token.normalized].append([token.id, text, bits])
+    theirs = tokenizer.form == "tokenizers"
+    words = any(token.single_word for token in tokenizer.added)
+    return {
+        "early": tables[False],
+        "late": tables[True],
+        "blank": _WHITE_SPACE + ("" if theirs else "\x1c\x1d\x1e\x1f"),
+        "word": patterns.of_class(_word_characters(theirs)) if words else None,
+        "special_hides": special_hides,
+    }
 
 
-def _texts_of_pieces(tokenizer: Tokenizer) -> list[str]:
+# Unicode's property White_Space.
+_WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
+
+
+@functools.cache
+def _word_characters(of_library: bool) -> tuple[int, ...]:
+    """What a token that stands by itself alone may not touch, for the library or for `llamajax.tokenizer`."""
+    if not of_library:
+        return ranges_of(characters_in("".join(c for c in all_characters() if c.isalnum() or c == "_")))
+    import tokenizers
+
+    # Each character before a token of this kind: it stays part of the text where it makes words.
+    token = "\ue000"
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.add_tokens([tokenizers.AddedToken(token, single_word=True, normalized=False)])
+    others = all_characters().replace(token, "")
+    ends = library.encode("".join(f"{character}{token} " for character in others), add_special_tokens=False).offsets
+    found = {begin // 3 for begin, _ in ends}
+    return ranges_of(characters_in("".join(c for index, c in enumerate(others) if index not in found)))
+
+
+def _bytes_of_ids(tokenizer: Tokenizer, values: dict[str, Any]) -> dict[str, Any]:
+    """What `Text.bytes_of` needs beside the pieces: bytes, as Latin-1, of those ids whose piece does not say it."""
+    pieces = (values["pieces"] + [None] * tokenizer.vocab_size)[: max(tokenizer.vocab_size, len(values["pieces"]))]
+    texts = {}
+    for index, piece in enumerate(pieces):
+        data = tokenizer.token_bytes(index) if index < tokenizer.vocab_size else _UNNAMED
+        if piece is None or data != (
+            piece.encode("latin-1") if values["pieces_are_bytes"] else piece.replace("\u2581", " ").encode()
+        ):
+            texts[str(index)] = data.decode("latin-1")
+    spaced = (i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i)[:1] == b" ")
+    return {"pieces": pieces, "texts": texts, "spelt": [i for i in spaced if tokenizer.is_spelt(i)]}
+
+
+def _around_pieces(tokenizer: Tokenizer, values: dict[str, Any]) -> list[str]:
+    """Texts with added tokens, and pieces that are never split, in them."""
+    steps = values.get("split", [])
+    whole = [token.text for token in tokenizer.added] + [piece for step in steps for piece in step.get("whole", [])]
+    return [f"a{text}b {text} c{text}{text} " for text in whole[:_MOST_WHOLE]]
+
+
+def _texts_of_pieces(tokenizer: Tokenizer, count: int) -> list[str]:
     """Texts that the pieces of a vocabulary give, drawn at random: of any length, in any order."""
     rng = np.random.default_rng(0)
-    ids = rng.integers(0, tokenizer.vocab_size, (_FROM_PIECES, 16)).tolist()
+    ids = rng.integers(0, tokenizer.vocab_size, (count, 16)).tolist()
     return [b"".join(map(tokenizer.token_bytes, row)).decode(errors="ignore") for row in ids]
 
 
-def _difference(values: dict[str, Any], texts: list[dict[str, Any]]) -> str | None:
+def _difference(values: dict[str, Any], tokenizer: Tokenizer, texts: Sequence[str]) -> str | None:
     """The first text for which the runners' `Text` gives other ids than the tokenizer, or None."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "vocabulary.json").write_text(json.dumps(values))
         # By name: what runners share is for older Pythons, and no part of what is type-checked.
-        runner = importlib.import_module("export.runners.runner").Text(_Folder(Path(folder)))
-    for entry in texts:
-        if runner.encode(entry["text"]) != entry["ids"]:
-            return f"its tokenizer encodes {files.shortened(entry['text'])} in a way of its own"
+        runner = importlib.import_module("export.runners.text").Text(_Folder(Path(folder)))
+    for text in texts:
+        for special in (False, True):
+            if runner.encode(text, special) != tokenizer.encode(text, special=special):
+                return f"its tokenizer encodes {files.shortened(text)} in a way of its own"
     return None
 
 

@@ -78,8 +78,13 @@ class ExportedWeight(Layout):
 
 
 def _described(weight: QTensor) -> str:
-    """`int4_g32_axis2`: scheme, group size and contraction axis (from the end)."""
-    return f"{weight.scheme.name}_g{weight.group_size}_axis{-weight.axis}"
+    """`int4_g32_axis2`: scheme, group size and contraction axis (from the end); the schemes of a second level behind.
+
+    As `uint4_g32_axis2_scale_uint6_offset_uint6`.
+    """
+    planes = {"scale": weight.scale, "offset": weight.offset}
+    second = [f"_{name}_{scheme.name}" for name, plane in planes.items() if (scheme := getattr(plane, "scheme", None))]
+    return f"{weight.scheme.name}_g{weight.group_size}_axis{-weight.axis}{''.join(second)}"
 
 
 @functools.cache

@@ -7,6 +7,7 @@ generation, evaluation and export, go by it. A field that is None or empty was n
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,11 +20,12 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 SPACES = ("first", "always", "never")
 # Files that belong to one tokenizer, and do not hold for another.
 _TOKENIZER_FILES = frozenset(
-    "added_tokens.json chat_template.jinja chat_template.json special_tokens_map.json tokenizer.json "
+    "added_tokens.json chat_template.jinja chat_template.json special_tokens_map.json tokenizer.json tokenizer.model "
     "tokenizer_config.json".split()
 )
 # Files that a checkpoint's folder may carry along.
 CARRIED_FILES = tuple(sorted({"generation_config.json", *_TOKENIZER_FILES}))
+_NAMED_TEMPLATE = re.compile(r"chat_template\.[A-Za-z0-9_-]{1,40}\.jinja")
 _LARGEST_ID = 1 << 27
 
 
@@ -72,7 +74,7 @@ class Words:
         space: where a space is put before text: one of `SPACES` ("first", if not said).
         added: tokens beside the tokenizer's pieces, by id.
         sampling: defaults for the knobs named in `SAMPLING`; temperature 0 is greedy choice.
-        files: files of the source by name (of `CARRIED_FILES`), unchanged.
+        files: files of the source by name (`is_carried`), unchanged.
 
     Raises:
         LlamaJaxError: for a value of another type, or ids that no vocabulary has.
@@ -112,13 +114,13 @@ class Words:
                 raise LlamaJaxError(
                     f"sampling has {name}={shortened(value)}: expected numbers for {', '.join(SAMPLING)}"
                 )
-        unknown = sorted(set(self.files) - set(CARRIED_FILES))
+        unknown = sorted(name for name in self.files if not is_carried(name))
         if unknown:
             raise LlamaJaxError(f"file {shortened(unknown[0])}: expected one of {', '.join(CARRIED_FILES)}")
 
     def for_another_tokenizer(self) -> "Words":
         """The same without the files that belong to the tokenizer that they came with."""
-        files = {name: data for name, data in self.files.items() if name not in _TOKENIZER_FILES}
+        files = {name: data for name, data in self.files.items() if name == "generation_config.json"}
         return dataclasses.replace(self, files=files)
 
     def to_dict(self) -> dict[str, Any]:
@@ -153,6 +155,11 @@ class Words:
         if found != digests:
             raise LlamaJaxError("words: the files are not those of the manifest (SHA-256 differs)")
         return words
+
+
+def is_carried(name: str) -> bool:
+    """Whether a file of this name may be among the files of `Words`: `CARRIED_FILES`, and chat templates by name."""
+    return name in CARRIED_FILES or _NAMED_TEMPLATE.fullmatch(name) is not None
 
 
 def _check_text(name: str, value: Any) -> None:

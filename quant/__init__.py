@@ -6,11 +6,13 @@
 FORMAT.md specifies the bytes; `QTensor` is the pytree that holds them.
 """
 
+from quant import ggml
 from quant.activations import quantize_activations, round_activations
 from quant.awq import search_scale
 from quant.budget import allocate
 from quant.description import WEIGHT_DTYPES, abstract_weight, describe, kinds, schemes
 from quant.gptq import add_to_hessian, quantize_gptq
+from quant.grid import with_offset
 from quant.hqq import quantize_hqq
 from quant.kernels import Layout, start_indices
 from quant.kernels.cpu import TiledWeight
@@ -51,6 +53,7 @@ __all__ = [
     "dequantize",
     "dequantize_runs",
     "describe",
+    "ggml",
     "is_laid_out",
     "is_weight",
     "kind_of",
@@ -83,4 +86,5 @@ __all__ = [
     "view",
     "with_activations",
     "with_layer",
+    "with_offset",
 ]

@@ -280,7 +280,7 @@ def dequantize(
     """
     axis = qtensor.axis
     codes_KM = unpack(qtensor.planes, qtensor.scheme.bits, qtensor.group_size, axis=axis, arithmetic=arithmetic)
-    weight_CgM = _values(split_groups(codes_KM, qtensor.group_size, axis), qtensor)
+    weight_CgM = _values(split_groups(codes_KM, qtensor.group_size, axis), qtensor, arithmetic)
     weight_KM = merge_groups(weight_CgM, axis)
     if qtensor.order is not None:
         weight_KM = jnp.take_along_axis(weight_KM, jnp.argsort(qtensor.order, axis=axis), axis=axis)
@@ -303,18 +303,18 @@ def dequantize_runs(qtensor: QTensor, *, arithmetic: Literal["integer", "float"]
     codes = unpack_runs(
         qtensor.planes, qtensor.scheme.bits, qtensor.group_size, axis=qtensor.axis, arithmetic=arithmetic
     )
-    return [_values(codes_CnM, qtensor) for codes_CnM in codes]
+    return [_values(codes_CnM, qtensor, arithmetic) for codes_CnM in codes]
 
 
-def _values(codes_CnM: jax.Array, qtensor: QTensor) -> jax.Array:
+def _values(codes_CnM: jax.Array, qtensor: QTensor, arithmetic: Literal["integer", "float"]) -> jax.Array:
     """What codes [..., C, n, M] of the groups stand for, float32: the formula of `QTensor`."""
     per_group = lambda plane: jnp.expand_dims(plane, qtensor.axis)  # noqa: E731
     weight_CnM = qtensor.scheme.decode(codes_CnM)
     if qtensor.zero is not None:
         weight_CnM = weight_CnM - per_group(_float32(qtensor.zero))
-    weight_CnM = weight_CnM * per_group(scale_values(qtensor.scale, qtensor.scheme))
+    weight_CnM = weight_CnM * per_group(scale_values(qtensor.scale, qtensor.scheme, arithmetic=arithmetic))
     if qtensor.offset is not None:
-        weight_CnM = weight_CnM + per_group(_float32(qtensor.offset))
+        weight_CnM = weight_CnM + per_group(_float32(qtensor.offset, arithmetic))
     return weight_CnM
 
 
@@ -332,11 +332,11 @@ def outlier_slots(outlier_index: jax.Array, length: int, axis: int) -> jax.Array
     return jnp.max(jnp.where(match_Kr1, slot_r1, -1), axis=axis)
 
 
-def scale_values(scale: Plane, scheme: Scheme) -> jax.Array:
+def scale_values(scale: Plane, scheme: Scheme, *, arithmetic: Literal["integer", "float"] = "integer") -> jax.Array:
     """The scales themselves, float32 of the plane's shape: from floats, from bytes (mxfp4, nvfp4) or two levels."""
     if scheme.scale_code and not isinstance(scale, QTensor) and scale.dtype == jnp.uint8:
         return (exponent_values if scheme.scale_code == "e8m0" else e4m3_values)(scale)
-    return _float32(scale)
+    return _float32(scale, arithmetic)
 
 
 def _scale_dtypes(scheme: Scheme) -> tuple[str, ...]:
@@ -344,9 +344,9 @@ def _scale_dtypes(scheme: Scheme) -> tuple[str, ...]:
     return {"mxfp4": ("uint8",), "nvfp4": ("uint8", *SCALE_DTYPES)}.get(scheme.kind, SCALE_DTYPES)
 
 
-def _float32(plane: Plane) -> jax.Array:
+def _float32(plane: Plane, arithmetic: Literal["integer", "float"] = "integer") -> jax.Array:
     """A plane of floats or of integers, or of two levels, as float32."""
-    return dequantize(plane) if isinstance(plane, QTensor) else plane.astype(jnp.float32)
+    return dequantize(plane, arithmetic=arithmetic) if isinstance(plane, QTensor) else plane.astype(jnp.float32)
 
 
 def _group_size(length: int, count: int) -> int:

@@ -11,9 +11,7 @@ _HERE = {os.path.realpath(os.path.dirname(__file__)), os.path.dirname(os.path.re
 sys.path[:] = [place for place in sys.path if os.path.realpath(place) not in _HERE]
 
 import argparse
-import base64
 import hashlib
-import heapq
 import json
 import mmap
 import re
@@ -22,6 +20,8 @@ import stat
 import time
 
 import numpy as np
+
+from export.runners.text import Text
 
 # 30 times the manifest of a model of 126 layers.
 LARGEST_MANIFEST = 16 << 20
@@ -135,116 +135,6 @@ class Bundle:
         data = np.memmap(self.file(name), np.uint8, "r", offset=8 + length)
         view = lambda entry: data[slice(*entry["data_offsets"])].view(dtypes[entry["dtype"]]).reshape(entry["shape"])  # noqa: E731
         return {key: view(entry) for key, entry in header.items() if key != "__metadata__"}
-
-
-def one_of(texts, *otherwise):
-    """A pattern for the longest of the texts that begins at a place, in a group, or else for the others."""
-    longest_first = sorted(map(re.escape, texts), key=len, reverse=True)
-    return re.compile("|".join([*([f"({'|'.join(longest_first)})"] if longest_first else []), *otherwise]), re.DOTALL)
-
-
-class Text:
-    """Byte-pair encoding by the scores in vocabulary.json, as sentencepiece does it, and the bytes of each id."""
-
-    def __init__(self, bundle):
-        with open(bundle.file("vocabulary.json"), "rb") as file:
-            vocabulary = json.load(file)
-        self.bos, self.stop, self.prefix = (vocabulary[key] for key in ("bos", "stop", "dummy_prefix"))
-        # Bundles of the first releases do not say these.
-        self.collapse, self.unknown = vocabulary.get("collapse_spaces", False), vocabulary.get("unknown")
-        self.refusal, never_split = vocabulary.get("refusal"), vocabulary.get("never_split", [])
-        self.eos, self.prefix_parts = vocabulary.get("eos"), vocabulary.get("prefix_parts", False)
-        self.added = [(one_of(added), added) for added in vocabulary.get("added", [])]
-        self.bytes = [base64.b64decode(piece) for piece in vocabulary["pieces"]]
-        scored = zip(self.bytes, vocabulary["scores"], vocabulary["merges"])
-        self.merges = {data: (-score, i) for i, (data, score, merges) in enumerate(scored) if merges}
-        self.single = {self.bytes[i]: i for i in vocabulary["single_bytes"]}
-        self.whole = {self.bytes[i].decode() for i in never_split} - {""}
-        self.symbols = one_of(self.whole, ".")
-
-    def encode(self, text):
-        if self.refusal:
-            sys.exit(f"{self.refusal}, which this runner does not know: give ids with --ids")
-        parts = [text]
-        for pattern, added in self.added:
-            split = [[part] if isinstance(part, int) else pattern.split(part) for part in parts]
-            parts = [added.get(part, part) for several in split for part in several]
-        ids = [] if self.bos is None else [self.bos]
-        for index, part in enumerate(part for part in parts if part != ""):
-            spaced = self.prefix and (index == 0 or self.prefix_parts)
-            ids += [part] if isinstance(part, int) else self.encode_part(part, " " * spaced)
-        return ids if self.eos is None else [*ids, self.eos]
-
-    def encode_part(self, text, before):
-        if self.collapse:
-            text = re.sub(" +", " ", text.lstrip(" "))
-        text = before * bool(text) + text.replace("\u2581", " ")  # sentencepiece's own sign for a space
-        ids: list = []
-        known = True
-        for part in self.merged(
-            [found.group() for found in self.symbols.finditer(text.rstrip(" ") if self.collapse else text)]
-        ):
-            spelt = [self.merges[part][1]] if part in self.merges else self.spelt(part)
-            if spelt:
-                ids += spelt
-            elif self.unknown is None:
-                sys.exit(f"{part.decode()!r} is not in the vocabulary")
-            elif known:
-                ids.append(self.unknown)  # one for all unknown characters in a row
-            known = bool(spelt)
-        return ids
-
-    def spelt(self, part):
-        """Ids of single bytes; none where the vocabulary has not all of them."""
-        ids = [self.single[bytes([byte])] for byte in part if bytes([byte]) in self.single]
-        return ids if len(ids) == len(part) else []
-
-    def merged(self, symbols):
-        """Joins the neighbours of the highest score, the first of equal ones, while any are in the vocabulary."""
-        heap: list = []
-        parts = [symbol.encode() for symbol in symbols]
-        left_of, right_of = list(range(-1, len(parts) - 1)), list(range(1, len(parts) + 1))
-
-        def offer(left, right):
-            if (
-                left >= 0
-                and right < len(parts)
-                and symbols[left] not in self.whole
-                and symbols[right] not in self.whole
-            ):
-                joined = parts[left] + parts[right]
-                if joined in self.merges:
-                    heapq.heappush(heap, (self.merges[joined][0], left, right, joined))
-
-        for left in range(len(parts) - 1):
-            offer(left, left + 1)
-        while heap:
-            _, left, right, joined = heapq.heappop(heap)
-            if parts[left] and parts[right] and parts[left] + parts[right] == joined:  # neither was joined meanwhile
-                parts[left], parts[right], following = joined, b"", right_of[right]
-                right_of[left] = following
-                if following < len(parts):
-                    left_of[following] = left
-                offer(left_of[left], left)
-                offer(left, following)
-        return filter(None, parts)
-
-    def decoder(self, ids):
-        """A function that gives the bytes of one id after another behind `ids`; an id without text is U+FFFD.
-
-        The first piece of a text lacks the space that encoding puts there.
-        """
-        text_of = lambda token: self.bytes[token] if token < len(self.bytes) else b"\xef\xbf\xbd"  # noqa: E731
-        started, spelt = any(map(text_of, ids)), {self.unknown, *self.single.values()}
-        spelt.update(token for _, added in self.added for token in added.values())
-
-        def decode(token):
-            nonlocal started
-            data, first = text_of(token), not started
-            started = started or bool(data)
-            return data[1:] if first and self.prefix and token not in spelt and data[:1] == b" " else data
-
-        return decode
 
 
 def steps(session, bundle, ids, limit, choose, whole=True):
@@ -404,4 +294,7 @@ def main(open_session, description):
                 file=sys.stderr,
             )
     rate = f"{session.count / session.seconds:.1f} tokens/s, " if session.seconds else ""
+    if text:
+        out.write(decode(None))
+        out.flush()
     print(f"\n{session.name}: {rate}loaded in {load_seconds:.1f} s", file=sys.stderr)

@@ -6,6 +6,7 @@ import numpy as np
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 from onnx_graph import Error, element_of, shape_of
+from onnx_packed import SCHEMES
 from onnx_weights import as_four_bits, matmul, take_rows
 
 
@@ -184,11 +185,12 @@ def _call(graph, operation, names):
     callee = ir.FlatSymbolRefAttr(operation.attributes["callee"]).value
     match = _PACKED.match(callee)
     if match:
-        kind, scheme, group, axis = match.groups()
+        kind, scheme, group, axis, *of_planes = match.groups()
         translate, weight_names = (matmul, names[1:]) if kind == "matmul" else (take_rows, names[:-1])
-        packed = as_four_bits(graph, scheme, int(group), int(axis), weight_names)
-        if packed:
-            return translate(graph, operation, names, *packed)
+        planes = dict(zip(("scale", "offset"), of_planes, strict=True))
+        weight = as_four_bits(graph, scheme, int(group), int(axis), planes, weight_names)
+        if weight:
+            return translate(graph, operation, names, weight)
     return body(graph, graph.functions[callee], names)[0]
 
 
@@ -242,6 +244,7 @@ _TRANSLATORS = {
     "stablehlo.power": _elementwise("Pow"),
     "stablehlo.reduce": _reduce,
     "stablehlo.reshape": _reshape,
+    "stablehlo.round_nearest_even": _elementwise("Round"),
     "stablehlo.rsqrt": _rsqrt,
     "stablehlo.select": _elementwise("Where"),
     "stablehlo.shift_left": _shift("LEFT"),
@@ -262,4 +265,6 @@ _NOT_ROUNDED = {"func.call", "stablehlo.constant", "stablehlo.convert"} | {
     "reshape select slice transpose".split()
 }
 
-_PACKED = re.compile(r"(matmul|take_rows)_(u?int[2-8]|ternary)_g(\d+)_axis([12])(?:_\d+)?$")
+_PACKED = re.compile(
+    rf"(matmul|take_rows)_({SCHEMES})_g(\d+)_axis([12])(?:_scale_({SCHEMES}))?(?:_offset_({SCHEMES}))?(?:_\d+)?$"
+)

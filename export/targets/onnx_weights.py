@@ -1,18 +1,18 @@
 """Weights for ONNX: the data file that all graphs share, and packed ones as codes of 4 bits."""
 
+import dataclasses
 import functools
 import json
 
 import numpy as np
 from onnx import TensorProto, helper
 from onnx_graph import element_of, shape_of
+from onnx_packed import PackedWeight, bits_of, digits_of, nibbles, raw_digits, values_of
 
 WEIGHTS_FILE = "weights.bin"
 # ONNX wants offsets of whole pages, to map large arrays; small ones would be mostly padding.
 _PAGE, _LARGE = 4096, 1 << 16
 _SAFETENSORS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8", "I32": "int32", "U32": "uint32"}
-# Bits of each plane, by the bits of a code.
-_PLANES = {2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 8: [8]}
 
 
 class Weights:
@@ -55,88 +55,108 @@ def _tensors(path):
     return arrays
 
 
-def as_four_bits(graph, scheme, group, axis, names):
-    """A packed weight [K, M] as 4-bit codes, or None where it cannot be had like that without loss.
+@dataclasses.dataclass(frozen=True)
+class FourBits:
+    """A weight [K, M] in codes of 4 bits: names of arrays in the data file.
 
-    A code of more bits is two of 4, for which its product is 16 times that of the high ones, plus that of the low ones:
-    ONNX Runtime has fast kernels for 4 bits alone.
+    Attributes:
+        parts: each (codes [M, blocks, block / 2], zero points [M, blocks / 2] or "" for 8, factor). The weight is the
+            sum of their (code - zero point) * factor, times the scale, plus the offset.
+        scales: float32 [M, blocks].
+        offsets: float32 [C, M], or "".
+        group: g = K / C.
+    """
+
+    parts: list
+    scales: str
+    offsets: str
+    group: int
+
+
+def as_four_bits(graph, scheme, group, axis, of_planes, names):
+    """A packed weight as 4-bit codes, or None where it cannot be had like that without loss.
+
+    Values beyond 4 bits are two digits of 4, for which the product is 16 times that of the high ones, plus that of the
+    low ones: ONNX Runtime has fast kernels for 4 bits alone. Two levels of scales become one.
+
+    Args:
+        graph: that multiplies with it.
+        scheme: of its codes.
+        group: g, elements that share a scale.
+        axis: 2 for a weight [K, M], 1 for [M, K].
+        of_planes: the schemes of "scale" and "offset", where those are in codes too.
+        names: of its arrays.
 
     Returns:
-        Parts, each (codes [M, blocks, block / 2], zero points [M, blocks / 2] or "" for 8, factor); scales [M, blocks].
+        `FourBits`, or None.
     """
-    arrays = graph.weights.arrays
-    prefix = names[0].removesuffix(".planes.0")
+    arrays, prefix = graph.weights.arrays, names[0].removesuffix(".planes.0")
     given = {name.removeprefix(f"{prefix}."): arrays[name] for name in names if name in arrays}
-    if len(given) < len(names) or given.keys() - {"planes.0", "planes.1", "scale", "zero"}:
+    if len(given) < len(names) or not PackedWeight.known(given):
         return None
-    if axis == 1:
-        given = {part: array.T for part, array in given.items()}
-    width = 2 if scheme == "ternary" else int(scheme[-1])
-    planes = [given[f"planes.{i}"] for i in range(len(_PLANES[width]))]
-    K, M = planes[0].shape[0] * 8 // _PLANES[width][0], planes[0].shape[1]
+    weight = PackedWeight(given, scheme, group, axis, of_planes)
+    (K, M), zero = weight.shape, weight.zero
     block = min(group & -group, 256)  # the largest power of 2 in a group: MatMulNBits takes 16 to 256
     if group == K <= 256 and block < 16:
         block = max(16, 1 << (K - 1).bit_length())  # one group, in a block that it does not fill
-    zero = given.get("zero", 0 if scheme[0] == "u" else 1 if scheme == "ternary" else 1 << (width - 1))
-    # Zero points may be floats, or larger than any code.
-    if block < 16 or np.asarray(zero).dtype.kind == "f" or (width <= 4 and np.max(zero) > 15):
+    if block < 16:
         return None
     blocks = -(-K // block)
+    values, unit = values_of(scheme)
+    # Zero points that are no codes, floats above all, become a part of the offsets.
+    stored = zero is not None and zero.dtype == np.uint8 and (len(values) > 16 or int(np.max(zero)) <= 15)
+    shift, digits = (0, raw_digits(bits_of(scheme))) if stored else digits_of(values)
 
     def for_blocks(array):
         array = np.broadcast_to(array, (K // group, M))
         return np.repeat(array, max(1, group // block), axis=0).T
 
-    def make_codes(shift):
-        codes = np.pad(_unpacked(planes, width, group), ((0, blocks * block - K), (0, 0)))
-        return _nibbles(codes.T.reshape(M, blocks, block) >> shift)
+    def make_codes(table):
+        codes = np.pad(weight.codes(), ((0, blocks * block - K), (0, 0)))
+        return nibbles(table[codes.T.reshape(M, blocks, block)])
 
-    def make_zeros(shift):
-        return _nibbles(np.pad(for_blocks(np.asarray(zero, np.uint8)), ((0, 0), (0, blocks % 2))) >> shift)
+    def make_zeros(factor):
+        zeros = for_blocks(zero // np.uint8(factor) if stored else np.zeros((1, 1), np.uint8))
+        return nibbles(np.pad(zeros, ((0, 0), (0, blocks % 2))))
+
+    def make_offsets():
+        moved = shift * unit - (0.0 if stored or zero is None else zero.astype(np.float64))
+        return ((weight.offset() if weight.has_offset else 0) + moved * weight.scale()).astype(np.float32)
 
     parts = []
-    for label, shift in ((".high", 4), (".low", 0)) if width > 4 else (("", 0),):
-        codes = graph.repacked(f"{prefix}.codes{label}", functools.partial(make_codes, np.uint8(shift)))
-        zeros = "" if isinstance(zero, int) and zero >> shift & 15 == 8 else f"{prefix}.zeros{label}"
+    for factor, table, at_zero in digits:
+        label = {16: ".high", 1: ".low"}[factor] if len(digits) > 1 else ""
+        codes = graph.repacked(f"{prefix}.codes{label}", functools.partial(make_codes, table))
+        zeros = "" if at_zero == 8 else f"{prefix}.zeros{label}"
         if zeros:
-            graph.repacked(zeros, functools.partial(make_zeros, np.uint8(shift)))
-        parts.append((codes, zeros, float(1 << shift)))
-    return parts, graph.repacked(f"{prefix}.scales", lambda: for_blocks(given["scale"]).astype(np.float32))
+            graph.repacked(zeros, functools.partial(make_zeros, factor))
+        parts.append((codes, zeros, float(factor)))
+    scales = graph.repacked(f"{prefix}.scales", lambda: for_blocks(weight.scale() * np.float32(unit)))
+    needed = weight.has_offset or shift or (zero is not None and not stored)
+    return FourBits(parts, scales, graph.repacked(f"{prefix}.offsets", make_offsets) if needed else "", group)
 
 
-def _unpacked(planes, width, group):
-    """Codes [K, M] of planes [K * bits / 8, M]: slot i of byte j of a group holds its element j + i * bytes."""
-    parts, low = [], 0
-    for plane, bits in zip(planes, _PLANES[width], strict=True):
-        bytes_CnM = plane.reshape(-1, group * bits // 8, plane.shape[1])
-        slots = [bytes_CnM >> np.uint8(i) & np.uint8((1 << bits) - 1) for i in range(0, 8, bits)]
-        parts.append(np.concatenate(slots, axis=1).reshape(-1, plane.shape[1]) << np.uint8(low))
-        low += bits
-    return functools.reduce(np.bitwise_or, parts)
-
-
-def _nibbles(codes):
-    """The low four bits of two neighbours in a byte, the first in its low four."""
-    return codes[..., 0::2] & np.uint8(15) | codes[..., 1::2] << np.uint8(4)
-
-
-def matmul(graph, operation, names, parts, scales):
-    """The product of activations and a weight `as_four_bits`."""
+def matmul(graph, operation, names, weight):
+    """The product of activations and a weight `as_four_bits`: offsets are multiplied with the sums of the groups."""
     x, result = operation.operands[0], operation.results[0]
     name = graph.whole(names[0], shape_of(x))
-    (_, K), (_, M), (_, _, half) = shape_of(x), shape_of(result), graph.shapes[parts[0][0]]
+    (R, K), (_, M), (_, _, half) = shape_of(x), shape_of(result), graph.shapes[weight.parts[0][0]]
     # Accuracy level 1: activations stay float32; by default they may be rounded to 8 bits.
     options = {"K": K, "N": M, "bits": 4, "block_size": 2 * half, "accuracy_level": 1, "domain": "com.microsoft"}
     products = []
-    for codes, zeros, factor in parts:
-        inputs = [name, codes, scales, zeros] if zeros else [name, codes, scales]
+    for codes, zeros, factor in weight.parts:
+        inputs = [name, codes, weight.scales, zeros] if zeros else [name, codes, weight.scales]
         products.append(_scaled(graph, graph.add("MatMulNBits", inputs, shape_of(result), **options), factor))
+    if weight.offsets:
+        C, axes = K // weight.group, graph.constant(np.array([2], np.int64))
+        sums = graph.add("ReduceSum", [graph.reshape(name, (R, C, weight.group)), axes], (R, C), keepdims=0)
+        products.append(graph.add("MatMul", [sums, weight.offsets], (R, M)))
     return functools.reduce(functools.partial(graph.elementwise, "Add"), products)
 
 
-def take_rows(graph, operation, names, parts, scales):
+def take_rows(graph, operation, names, weight):
     """Rows of a table: its packed rows are gathered, then dequantized."""
-    (rows, K), (height, blocks) = shape_of(operation.results[0]), graph.shapes[scales]
+    (rows, K), (height, blocks) = shape_of(operation.results[0]), graph.shapes[weight.scales]
     index = graph.between(graph.whole(names[-1], (rows,)), height - 1, np.int32)
 
     def gathered(name):
@@ -150,14 +170,20 @@ def take_rows(graph, operation, names, parts, scales):
         return graph.cast(graph.reshape(pair, (*shape[:-1], 2 * shape[-1])), "f32")
 
     terms = []
-    for codes, zeros, factor in parts:
+    for codes, zeros, factor in weight.parts:
         zero = graph.constant(np.float32(8))
         if zeros:
             zero = graph.reshape(_first(graph, numbers(zeros), (rows, blocks)), (rows, blocks, 1))
         terms.append(_scaled(graph, graph.elementwise("Sub", numbers(codes), zero), factor))
     sum_of_parts = functools.reduce(functools.partial(graph.elementwise, "Add"), terms)
-    values = graph.elementwise("Mul", sum_of_parts, graph.reshape(gathered(scales), (rows, blocks, 1)))
+    values = graph.elementwise("Mul", sum_of_parts, graph.reshape(gathered(weight.scales), (rows, blocks, 1)))
     values = _first(graph, graph.reshape(values, (rows, int(np.prod(graph.shapes[values][1:])))), (rows, K))
+    if weight.offsets:
+        C = K // weight.group
+        offsets = graph.add("Gather", [weight.offsets, index], (C, rows), axis=1)
+        grouped = graph.reshape(values, (rows, C, weight.group))
+        moved = graph.elementwise("Add", grouped, graph.reshape(graph.transpose(offsets, [1, 0]), (rows, C, 1)))
+        values = graph.reshape(moved, (rows, K))
     element = element_of(operation.results[0])
     return values if element == "f32" else graph.cast(values, element)
 

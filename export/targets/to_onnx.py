@@ -9,8 +9,9 @@ left out. `in_place` in the manifest names the state for which a runtime may be 
 
 A product with a packed weight is a function of its own in the programs, named after its scheme. It becomes a
 `MatMulNBits` (domain com.microsoft), which ONNX Runtime and OpenVINO multiply with as it is packed: codes of up to 4
-bits as 4, those of more as two times 4, so that no value changes. Other schemes (nf4, mxfp4, scales of two levels,
-offsets, outliers, groups of less than 16) are dequantized as the program says, at each step.
+bits as 4, those of more as two times 4, so that no value changes. Of scales in two levels the products are stored, in
+float32; offsets are multiplied with the sums of the activations of each group. Other schemes (nf4, outliers, groups of
+less than 16) are dequantized as the program says, at each step.
 
 Needs jax (for MLIR), onnx and NumPy; nothing of llamajax.
 """

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import jax
 
-from llamajax.checkpoint import home, huggingface, llama2c
+from llamajax.checkpoint import gguf, home, huggingface, llama2c
 from llamajax.checkpoint.assemble import Finish, assemble, check_weight, outcome
 from llamajax.checkpoint.checks import is_finite
 from llamajax.checkpoint.source import Source
@@ -26,7 +26,7 @@ from llamajax.errors import LlamaJaxError
 from llamajax.files import new_folder, open_regular, read_bytes
 from llamajax.model import Llama
 from llamajax.parameters import Place, named_arrays
-from llamajax.tokenizer import Tokenizer
+from llamajax.tokenizer import LARGEST_TOKENIZER, Tokenizer
 from llamajax.words import Words
 from quant import is_laid_out, quantized
 
@@ -40,7 +40,7 @@ class Opened:
     Attributes:
         path: the file or folder.
         source: what its reader says of it.
-        tokenizer_bytes: the `tokenizer.model` that came with it, or None; `tokenizer_problem` says whether it is read.
+        tokenizer_bytes: the tokenizer that came with it, or None; `tokenizer_problem` says whether it is read.
     """
 
     path: Path
@@ -113,14 +113,13 @@ class Opened:
     @property
     def tokenizer_problem(self) -> str | None:
         """Why the tokenizer that came with it cannot be used; None if it can, or if none came."""
-        return self._own_tokenizer[1]
+        return self.source.tokenizer_problem or self._own_tokenizer[1]
 
     @functools.cached_property
     def _own_tokenizer(self) -> tuple[Tokenizer | None, str | None]:
         """The tokenizer that came with it, or why there is none."""
         if self.tokenizer_bytes is None:
-            problem = f"{self.path}: its tokenizer.json is not read" if "tokenizer.json" in self.words.files else None
-            return None, problem
+            return None, None
         try:
             tokenizer = Tokenizer(self.tokenizer_bytes, f"{self.path}: its tokenizer", self.words)
             return _of_model(tokenizer, self.config), None
@@ -152,8 +151,8 @@ def open_checkpoint(name: str | Path, *, ignore_keys: Collection[str] = ()) -> O
 
     Args:
         name: path of a checkpoint, or "box".
-        ignore_keys: keys of a Hugging Face config.json to read over: those that we do not know and that change no
-            forward pass.
+        ignore_keys: keys of a Hugging Face config.json, or of a GGUF file's metadata, to read over: those that we do
+            not know and that change no forward pass.
 
     Raises:
         LlamaJaxError: if there is none, if it is of no format that we read, or if its header is damaged.
@@ -162,7 +161,8 @@ def open_checkpoint(name: str | Path, *, ignore_keys: Collection[str] = ()) -> O
     for recognise, open_source in READERS:
         if recognise(path):
             source = open_source(path, ignore_keys)
-            return Opened(path, source, source.tokenizer_bytes or _tokenizer_beside(path))
+            beside = None if source.tokenizer_problem else _tokenizer_beside(path)
+            return Opened(path, source, source.tokenizer_bytes or beside)
     raise LlamaJaxError(f"{path}: unknown format ({_first_look(path)}): expected {_FORMATS}")
 
 
@@ -170,11 +170,12 @@ def open_checkpoint(name: str | Path, *, ignore_keys: Collection[str] = ()) -> O
 READERS: list[tuple[Callable[[Path], bool], Callable[[Path, Collection[str]], Source]]] = [
     (home.recognise, lambda path, ignore_keys: home.open_source(path)),
     (huggingface.recognise, huggingface.open_source),
+    (gguf.recognise, gguf.open_source),
     (llama2c.recognise, lambda path, ignore_keys: llama2c.open_source(path)),
 ]
 _FORMATS = (
-    "a llamajax checkpoint (manifest.json), a Hugging Face folder (config.json and safetensors) or a llama2.c file "
-    "(version 0, 1 or 2)"
+    "a llamajax checkpoint (manifest.json), a Hugging Face folder (config.json and safetensors), a GGUF file or a "
+    "llama2.c file (version 0, 1 or 2)"
 )
 
 
@@ -195,7 +196,8 @@ def load(
 
     Args:
         name: path of a checkpoint (llamajax, Hugging Face or llama2.c), or "box" for the model in the package.
-        tokenizer: path of a sentencepiece `tokenizer.model`; the one that came with the checkpoint unless given.
+        tokenizer: path of a `tokenizer.model`, `tokenizer.json` or `tokenizer.bin`; the one that came with the
+            checkpoint unless given.
         dtype: of the weights, for example `jax.numpy.float32`; as stored unless given.
         shardings: where the weights go: one `jax.sharding.Sharding` or a tree of them shaped like the model; the first
             device unless given.
@@ -230,7 +232,8 @@ def read_tokenizer(opened: Opened, path: str | Path | None = None) -> Tokenizer 
     if path is None:
         return opened._own_tokenizer[0]
     tokenizer = Tokenizer.from_file(path, opened.words)
-    if tokenizer.model_bytes != opened.tokenizer_bytes:
+    own = opened._own_tokenizer[0]
+    if tokenizer.model_bytes != (opened.tokenizer_bytes if own is None else own.model_bytes):
         tokenizer.words = opened.words.for_another_tokenizer()
     return _of_model(tokenizer, opened.config)
 
@@ -244,7 +247,7 @@ def need_tokenizer(opened: Opened, path: str | Path | None = None) -> Tokenizer:
     tokenizer = read_tokenizer(opened, path)
     if tokenizer is None:
         why = opened.tokenizer_problem or f"{opened.path}: no tokenizer came with it"
-        raise LlamaJaxError(f"{why}: give --tokenizer=PATH of its sentencepiece tokenizer.model")
+        raise LlamaJaxError(f"{why}: give --tokenizer=PATH of its tokenizer.model or tokenizer.json")
     return tokenizer
 
 
@@ -265,21 +268,24 @@ def save_checkpoint(
     tokenizer: Tokenizer | bytes | None = None,
     words: Words | None = None,
     source: str = "llamajax",
-    form: Literal["llamajax", "huggingface"] = "llamajax",
+    form: Literal["llamajax", "huggingface", "gguf"] = "llamajax",
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> None:
-    """Writes a checkpoint folder, atomically: it appears whole, or not at all.
+    """Writes a checkpoint, atomically: it appears whole, or not at all.
 
     Args:
         model: the model; leaves may be NumPy arrays.
-        path: of the folder; must not exist.
+        path: of the folder, or of the file for "gguf", which is to end in .gguf; must not exist.
         tokenizer: saved with the weights; as bytes, whatever they are.
         words: what is known of words, saved too; those of a `Tokenizer` are its own.
         source: where the weights came from; kept in the manifest.
-        form: "llamajax" (Orbax) or "huggingface" (config.json and safetensors, as transformers reads it).
+        form: "llamajax" (Orbax), "huggingface" (config.json and safetensors, as transformers reads it) or "gguf" (one
+            file, as llama.cpp reads it).
+        dtype: for "gguf": of floats; packed weights, which are ggml's types otherwise, become floats of it too.
 
     Raises:
-        LlamaJaxError: if `path` exists or cannot be created, if transformers would refuse the model, or if its weights
-            are not finite or are laid out for a backend.
+        LlamaJaxError: if `path` exists or cannot be created, if transformers would refuse the model, if no ggml type
+            holds a weight, or if weights are not finite or are laid out for a backend.
     """
     if is_laid_out(model):
         raise LlamaJaxError("the weights are laid out for a backend: save the model as it was before `prepare`")
@@ -296,13 +302,18 @@ def save_checkpoint(
             raise LlamaJaxError(f"{path}: {name} holds NaN or infinity: nothing is written")
     tokenizer_bytes = tokenizer.model_bytes if isinstance(tokenizer, Tokenizer) else tokenizer
     words = tokenizer.words if isinstance(tokenizer, Tokenizer) else words
+    if form == "gguf":
+        if known is None and tokenizer_bytes is not None:
+            raise LlamaJaxError("the tokenizer is not one that is read, and so cannot go into GGUF: give another")
+        gguf.save(model, Path(path), known, words, dtype)
+        return
     with new_folder(Path(path)) as folder:
         if form == "huggingface":
             huggingface.save(model, folder, tokenizer_bytes, words, known)
         elif form == "llamajax":
             home.save(model, folder, tokenizer_bytes, source, words)
         else:
-            raise LlamaJaxError(f"form is {form!r}: expected 'llamajax' or 'huggingface'")
+            raise LlamaJaxError(f"form is {form!r}: expected 'llamajax', 'huggingface' or 'gguf'")
 
 
 def _readable(data: bytes | None, words: Words | None) -> Tokenizer | None:
@@ -314,9 +325,10 @@ def _readable(data: bytes | None, words: Words | None) -> Tokenizer | None:
 
 
 def _tokenizer_beside(path: Path) -> bytes | None:
-    """A `tokenizer.model` in the folder of a single-file checkpoint."""
-    file = path.parent / "tokenizer.model"
-    return read_bytes(file) if path.is_file() and os.path.lexists(file) else None
+    """A tokenizer in the folder of a single-file checkpoint, by the names that are usual."""
+    files = [path.parent / name for name in ("tokenizer.model", "tokenizer.json", "tokenizer.bin")]
+    found = next((file for file in files if os.path.lexists(file)), None)
+    return read_bytes(found, LARGEST_TOKENIZER) if path.is_file() and found is not None else None
 
 
 def _first_look(path: Path) -> str:
@@ -326,7 +338,7 @@ def _first_look(path: Path) -> str:
         return f"a folder with {', '.join(names)}" if names else "an empty folder"
     with open_regular(path) as file:
         head = file.read(8)
-    known = {b"GGUF": "GGUF", b"PK\x03\x04": "a zip or .pth file", b"\x80": "a pickle", b"ggjt": "ggml"}
+    known = {b"PK\x03\x04": "a zip or .pth file", b"\x80": "a pickle", b"ggjt": "ggml"}
     for magic, kind in known.items():
         if head.startswith(magic):
             return f"{kind}, which is not read"

@@ -11,14 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from llamajax.checkpoint.checks import check_fits, is_finite
+from llamajax.checkpoint.checks import check_fits, check_memory, is_finite
 from llamajax.checkpoint.source import Source
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama, model_from
 from llamajax.parameters import Leaf, Place, leaves, named_weights, names_in_tree_order, parts_of
 from llamajax.prepare import check_activations
-from quant import Mixed, aligned_empty, is_weight, kind_of, prepare, with_activations
+from quant import Mixed, aligned_empty, is_weight, kind_of, nbytes, prepare, with_activations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +92,10 @@ def assemble(
         LlamaJaxError: for damaged or missing weights, NaN or infinity, or a dtype that cannot hold them.
     """
     check_activations(list(source.abstract.values()), finish.activations)  # before anything is read
+    foreseen = outcome(source, Finish(finish.dtype))
+    check_memory(path, source.expanded, nbytes(foreseen))
     stacks = Stacks(source.config, lambda place: kind_of(finish.one(source.abstract[place])))
-    where = _placements(outcome(source, Finish(finish.dtype)), shardings)
+    where = _placements(foreseen, shardings)
     made: dict[str, Any] = {}
     done = 0
     for places in _together(source):

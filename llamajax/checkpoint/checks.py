@@ -1,6 +1,7 @@
 """Whether weights are those that were written, whether they are finite, and whether another dtype holds them."""
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -66,6 +67,43 @@ def check_fits(name: str, before: Any, after: Any) -> None:
         f"{name} holds {value:g}: {after.dtype} has numbers up to {_largest(after.dtype):g}: expected a dtype of a "
         "wider range, bfloat16 or float32"
     )
+
+
+def available_memory() -> int | None:
+    """Bytes that can be taken without others losing theirs; None where the system does not say.
+
+    Linux's own estimate, and the limit of the container where there is one.
+    """
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii") for name in ("max", "stat"))
+        anonymous = next(int(line.split()[1]) for line in used.splitlines() if line.startswith("anon "))
+        found.append(int(limit) - anonymous)
+    except (OSError, ValueError, IndexError, StopIteration):
+        pass
+    return min(found, default=None)
+
+
+def check_memory(path: Any, what: str, needed: int) -> None:
+    """Refuses weights that are floats in memory only, where they do not fit.
+
+    Args:
+        path: of the file, for the message.
+        what: says which weights these are.
+        needed: bytes of all weights.
+
+    Raises:
+        LlamaJaxError: if more is needed than there is.
+    """
+    available = available_memory()
+    if what and available is not None and needed > available:
+        raise LlamaJaxError(
+            f"{path}: {what} are floats in memory: {needed / (1 << 30):.1f} GiB in all, "
+            f"{available / (1 << 30):.1f} GiB are available: pack them first, weight by weight: llamajax quantize "
+            f"--model={path} --output=…"
+        )
 
 
 def _largest(dtype: Any) -> float:

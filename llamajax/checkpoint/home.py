@@ -1,9 +1,10 @@
-"""Our own checkpoint: a folder with `manifest.json`, `weights/` (Orbax), `tokenizer.model` and `words/`.
+"""Our own checkpoint: a folder with `manifest.json`, `weights/` (Orbax), a tokenizer and `words/`.
 
 The manifest holds the format's version, the config and the name, shape and dtype (or quantization scheme) of every
 weight, so that a checkpoint can be described, and planned for, without reading a weight. A weight of a layer is stored
 by itself, `layers.7.ffn.up_DF`. Where its `words` say something (`llamajax.words`), the manifest holds it, and `words/`
-the files that came with it; without, the tokenizer's own applies.
+the files that came with it; without, the tokenizer's own applies. The tokenizer is a `tokenizer.model` (sentencepiece)
+unless the manifest's `tokenizer_file` says `tokenizer.json`.
 
 Damage is detected: the manifest holds a checksum of each stored array (`checks.checksum`), of the tokenizer and of
 itself. All are checked by whoever reads; checkpoints of earlier releases have none and are read without.
@@ -32,7 +33,8 @@ from llamajax.errors import LlamaJaxError
 from llamajax.files import open_regular, parse_json, read_bytes, read_json, shortened
 from llamajax.model import Llama
 from llamajax.parameters import LAYERS, Place, parts_of, specs, weights_of
-from llamajax.words import CARRIED_FILES, Words
+from llamajax.tokenizer import FILE_NAMES, file_name
+from llamajax.words import Words, is_carried
 from quant import abstract_weight, aligned_empty, describe
 
 FORMAT = "llamajax"
@@ -46,6 +48,7 @@ _KEY_ENCODINGS = ({"name": "default"}, {"name": "default", "configuration": {"se
 _SMALLEST_CHUNK = 1 << 16
 _CHUNK_BYTES = 16 << 20
 _WORDS = "words"
+_TOKENIZER = FILE_NAMES["sentencepiece"]
 
 
 def recognise(path: Path) -> bool:
@@ -325,14 +328,16 @@ def save(model: Llama, path: Path, tokenizer_bytes: bytes | None, source: str, w
     )
     with _quiet(), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save((path / "weights").absolute(), args=arguments)
+    tokenizer_file = _TOKENIZER if tokenizer_bytes is None else file_name(tokenizer_bytes)
     if tokenizer_bytes is not None:
-        (path / "tokenizer.model").write_bytes(tokenizer_bytes)
+        (path / tokenizer_file).write_bytes(tokenizer_bytes)
     manifest = {
         "format": FORMAT,
         "version": VERSION,
         "config": model.config.to_dict(),
         "source": source,
         "tokenizer_sha256": hashlib.sha256(tokenizer_bytes).hexdigest() if tokenizer_bytes is not None else None,
+        **({} if tokenizer_file == _TOKENIZER else {"tokenizer_file": tokenizer_file}),
         **_save_words(path, words or Words()),
         "weights": _described(weights, model.config),
         "checksums": checksums,
@@ -377,7 +382,10 @@ def read_tokenizer(path: Path, manifest: Mapping[str, Any]) -> bytes | None:
     """
     if manifest["tokenizer_sha256"] is None:
         return None
-    file = path / "tokenizer.model"
+    name = manifest.get("tokenizer_file", _TOKENIZER)
+    if name not in FILE_NAMES.values():
+        raise LlamaJaxError(f"{path}/manifest.json: tokenizer_file {shortened(name)}: it is damaged")
+    file = path / name
     if not file.is_file():
         raise LlamaJaxError(f"{file}: no such file, though the manifest names it")
     data = read_bytes(file)
@@ -403,7 +411,7 @@ def read_words(path: Path, manifest: Mapping[str, Any]) -> Words:
     """
     said = manifest.get("words", {})
     try:
-        names = [name for name in CARRIED_FILES if name in said.get("files", {})]
+        names = [name for name in said.get("files", {}) if is_carried(name)]
         return Words.from_dict(said, {name: read_bytes(path / _WORDS / name) for name in names})
     except (AttributeError, TypeError, LlamaJaxError) as error:
         raise LlamaJaxError(f"{path}/manifest.json: {str(error)[:300]}: it is damaged") from None

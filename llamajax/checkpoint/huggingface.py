@@ -14,14 +14,14 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from llamajax.checkpoint.huggingface_words import config_ids, read_words, word_files
+from llamajax.checkpoint.huggingface_words import choose_tokenizer, config_ids, read_words, write_words
 from llamajax.checkpoint.source import Source, float_weights
 from llamajax.config import Config, config_from_hf, config_to_hf
 from llamajax.errors import LlamaJaxError
-from llamajax.files import open_regular, read_bytes, read_json, shortened
+from llamajax.files import open_regular, read_json, shortened
 from llamajax.model import Llama
 from llamajax.parameters import Place, Spec, specs, weights_of
-from llamajax.tokenizer import LARGEST_TOKENIZER, Tokenizer
+from llamajax.tokenizer import Tokenizer
 from llamajax.words import Words
 
 _LARGEST_HEADER = 16 << 20  # of a safetensors file: a hundred bytes for each tensor
@@ -53,7 +53,7 @@ def open_source(path: Path, ignore_keys: Collection[str] = ()) -> Source:
     dtypes = _check_tensors(path, config, files)
     dtype = np.dtype(np.float32) if len(dtypes) > 1 else dtypes.pop()
     words, word_notes = read_words(path, fields, config.vocab_size)
-    tokenizer = path / "tokenizer.model"
+    tokenizer_bytes, words = choose_tokenizer(path, words)
     shards = len(set(files.values()))
     return Source(
         f"Hugging Face safetensors ({shards} file{'s' if shards > 1 else ''})",
@@ -61,7 +61,7 @@ def open_source(path: Path, ignore_keys: Collection[str] = ()) -> Source:
         float_weights(config, dtype),
         tuple(_order(config, files)),
         lambda place: _read(files, place, config),
-        tokenizer_bytes=read_bytes(tokenizer, LARGEST_TOKENIZER) if os.path.lexists(tokenizer) else None,
+        tokenizer_bytes=tokenizer_bytes,
         words=words,
         notes=(*notes, *word_notes),
     )
@@ -76,7 +76,8 @@ def save(
 ) -> None:
     """Writes a folder that `open_source` and transformers read; `path` must exist, empty.
 
-    `tokenizer_bytes` become its tokenizer.model, whatever they are; `tokenizer` is what they say, if they can be read.
+    `tokenizer_bytes` become its tokenizer.json or tokenizer.model, whatever they are; `tokenizer` is what they say, if
+    they can be read.
     Beyond 1 GiB in shards with their index. No more than one tensor is held in a transposed copy.
     """
     weights = weights_of(jax.tree.map(np.asarray, model))
@@ -90,11 +91,8 @@ def save(
     if len(shards) > 1:
         size = sum(weight.nbytes for weight in weights.values())
         _write_json(path / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
-    if tokenizer_bytes is not None:
-        (path / "tokenizer.model").write_bytes(tokenizer_bytes)
     words = words or Words()
-    for name, data in word_files(words, tokenizer).items():
-        (path / name).write_bytes(data)
+    write_words(path, words, tokenizer_bytes, tokenizer)
     fields = config_to_hf(model.config) | config_ids(words, tokenizer)
     _write_json(path / "config.json", fields | {"torch_dtype": str(weights[Place("embed_VD")].dtype)})
 

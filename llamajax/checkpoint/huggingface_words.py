@@ -8,14 +8,15 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llamajax.errors import LlamaJaxError
 from llamajax.files import parse_json, read_bytes, shortened
-from llamajax.tokenizer import Tokenizer
-from llamajax.words import CARRIED_FILES, SAMPLING, AddedToken, Words
+from llamajax.tokenizer import LARGEST_TOKENIZER, Tokenizer, file_name, is_sentencepiece
+from llamajax.words import CARRIED_FILES, SAMPLING, AddedToken, Words, is_carried
 
 # What generation_config.json may ask for that is not done, and the values that ask for nothing.
 _NOT_DONE: dict[str, tuple[Any, ...]] = {
@@ -41,6 +42,11 @@ _NOT_DONE: dict[str, tuple[Any, ...]] = {
     "typical_p": (1.0,),
     "watermarking_config": (),
 }
+_MODEL, _JSON = "tokenizer.model", "tokenizer.json"
+# Where transformers has the chat templates that are not the only one.
+_TEMPLATES = "additional_chat_templates"
+_MOST_TEMPLATES = 100
+_NAMED_TEMPLATE = re.compile(r"chat_template\.(.+)\.jinja")
 _FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -59,7 +65,8 @@ def read_words(path: Path, config: dict[str, Any], vocab_size: int) -> tuple[Wor
     Raises:
         LlamaJaxError: for a file that is not JSON, or says something of another type than expected.
     """
-    files = {name: read_bytes(path / name) for name in CARRIED_FILES if os.path.lexists(path / name)}
+    here = [name for name in CARRIED_FILES if name != _MODEL and os.path.lexists(path / name)]
+    files = {name: read_bytes(path / name) for name in here} | _named_templates(path)
     notes: list[str] = []
     generation = _object(files, "generation_config.json", path)
     # transformers asks config.json for them only where there is no generation_config.json.
@@ -88,6 +95,32 @@ def read_words(path: Path, config: dict[str, Any], vocab_size: int) -> tuple[Wor
     return _with_tokenizers_end(words, path, vocab_size, notes), tuple(notes)
 
 
+def choose_tokenizer(path: Path, words: Words) -> tuple[bytes | None, Words]:
+    """The tokenizer's file that transformers would go by, and the words that go with it.
+
+    That is tokenizer.json, but for the class LlamaTokenizer, which takes pieces and merges alone from it and has its
+    own rules for spaces: those that `Words.space` says, and that hold for a sentencepiece model.
+
+    Args:
+        path: the folder.
+        words: as `read_words` gives them; the other of two files stays among theirs.
+    """
+    model = None
+    if os.path.lexists(path / _MODEL):
+        model = read_bytes(path / _MODEL, LARGEST_TOKENIZER)
+    value = words.files.get(_JSON)
+    name = _object(words.files, "tokenizer_config.json", path).get("tokenizer_class")
+    is_llama = name is None or (isinstance(name, str) and name.removesuffix("Fast") == "LlamaTokenizer")
+    holds_tokenizer = value is not None and b'"model"' in value
+    if model is not None and not (holds_tokenizer and not (is_llama and is_sentencepiece(model))):
+        return model, words
+    if value is None:
+        return None, words
+    files = {file: data for file, data in words.files.items() if file != _JSON}
+    files |= {} if model is None else {_MODEL: model}
+    return value, dataclasses.replace(words, files=files, space=(words.space or "first") if is_llama else None)
+
+
 def _with_tokenizers_end(words: Words, path: Path, vocab_size: int, notes: list[str]) -> Words:
     """Stops at the tokenizer's end where no config lists one; where it is not among those listed, says so."""
     end = next((token.id for token in words.added if token.text == words.eos_token), None)
@@ -101,6 +134,14 @@ def _with_tokenizers_end(words: Words, path: Path, vocab_size: int, notes: list[
         f"configs ({listed}), at which alone generation ends"
     )
     return words
+
+
+def _named_templates(path: Path) -> dict[str, bytes]:
+    """The folder's chat templates beside the default one, as `Words` calls them."""
+    folder = path / _TEMPLATES
+    found = sorted(folder.glob("*.jinja"))[:_MOST_TEMPLATES] if folder.is_dir() else []
+    files = {f"chat_template.{file.stem}.jinja": file for file in found}
+    return {name: read_bytes(file) for name, file in files.items() if is_carried(name)}
 
 
 def _object(files: Mapping[str, bytes], name: str, path: Path) -> dict[str, Any]:
@@ -269,13 +310,28 @@ def config_ids(words: Words, tokenizer: Tokenizer | None) -> dict[str, Any]:
     return {key: value for key, value in ids.items() if value not in (None, [])}
 
 
-def word_files(words: Words, tokenizer: Tokenizer | None) -> dict[str, bytes]:
-    """The files beside config.json and tokenizer.model: those that came with the source, and what they leave unsaid.
+def write_words(path: Path, words: Words, tokenizer_bytes: bytes | None, tokenizer: Tokenizer | None) -> None:
+    """Writes the files beside config.json: those that came with the source, what they leave unsaid, the tokenizer.
 
     Args:
+        path: the folder.
         words: what is known.
-        tokenizer: the sentencepiece tokenizer that is written with them, or None.
+        tokenizer_bytes: become its tokenizer.json or tokenizer.model.
+        tokenizer: what these are, if they can be read.
     """
+    files = _word_files(words, tokenizer) | (
+        {} if tokenizer_bytes is None else {file_name(tokenizer_bytes): tokenizer_bytes}
+    )
+    for name, data in files.items():
+        file = path / name
+        if named := _NAMED_TEMPLATE.fullmatch(name):
+            file = path / _TEMPLATES / f"{named[1]}.jinja"
+            file.parent.mkdir(exist_ok=True)
+        file.write_bytes(data)
+
+
+def _word_files(words: Words, tokenizer: Tokenizer | None) -> dict[str, bytes]:
+    """The files that came with the source, and what they leave unsaid."""
     files = dict(words.files)
     if "generation_config.json" not in files:
         generation = config_ids(words, tokenizer) | dict(words.sampling)
@@ -293,19 +349,20 @@ def word_files(words: Words, tokenizer: Tokenizer | None) -> dict[str, bytes]:
 def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     words = tokenizer.words
     name = lambda index: None if index is None else tokenizer.piece(index)  # noqa: E731
+    is_model = tokenizer.form == "sentencepiece"
+    spaces = {"add_prefix_space": tokenizer.drops_first_space, "legacy": words.space == "always"}
     return {
-        "tokenizer_class": "LlamaTokenizer",
+        "tokenizer_class": "LlamaTokenizer" if is_model else "PreTrainedTokenizerFast",
         "bos_token": name(tokenizer.bos_id),
         "eos_token": name(tokenizer.eos_id),
         "unk_token": name(tokenizer.unk_id),
         "add_bos_token": tokenizer.add_bos,
         "add_eos_token": tokenizer.add_eos,
-        "add_prefix_space": tokenizer.drops_first_space,
-        "legacy": words.space == "always",
+        **(spaces if is_model or words.space else {}),
         "clean_up_tokenization_spaces": False,
         "added_tokens_decoder": {
             str(token.id): {"content": token.text, **{flag: getattr(token, flag) for flag in _FLAGS}}
-            for token in words.added
+            for token in tokenizer.added
         },
     }
 

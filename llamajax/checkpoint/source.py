@@ -5,7 +5,7 @@ Readers speak of weights as `parameters.Place`s, one layer's at a time, in our o
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,6 +13,18 @@ import numpy as np
 from llamajax.config import Config
 from llamajax.parameters import Place, specs
 from llamajax.words import Words
+
+
+class Stored(NamedTuple):
+    """What a weight is in a file.
+
+    Attributes:
+        type: by the format's name.
+        nbytes: that it takes there.
+    """
+
+    type: str
+    nbytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +40,13 @@ class Source:
             `abstract`, and is converted.
         fill: reads several weights at once into NumPy arrays of their shapes and dtypes, if the reader can.
         is_checked: whether what was read is known to be what was saved, and so to be finite.
-        tokenizer_bytes: the `tokenizer.model` that came with it, if one did; it may be of another kind than is read.
+        tokenizer_bytes: the tokenizer that came with it, if one did, of whatever form; it may be none that is read.
         words: what it says of words beside that.
         notes: what of the files is not used, and why, for people.
+        tokenizer_problem: why a tokenizer that came with it cannot be read; None if it can, or if none came.
+        expanded: which weights are floats in memory, but are not in the files, for people; "" for none.
+        stored: what each weight is in the files, where that is another thing than in memory.
+        metadata: what else the files say, by key, for people.
     """
 
     description: str
@@ -43,6 +59,10 @@ class Source:
     tokenizer_bytes: bytes | None = None
     words: Words = Words()
     notes: tuple[str, ...] = ()
+    tokenizer_problem: str | None = None
+    expanded: str = ""
+    stored: Mapping[Place, Stored] = dataclasses.field(default_factory=dict)
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def float_weights(config: Config, dtype: Any) -> dict[Place, jax.ShapeDtypeStruct]:
@@ -50,10 +70,14 @@ def float_weights(config: Config, dtype: Any) -> dict[Place, jax.ShapeDtypeStruc
     return {place: jax.ShapeDtypeStruct(spec.shape(config), np.dtype(dtype)) for place, spec in specs(config).items()}
 
 
-def halves_from_pairs(matrix: np.ndarray, head_size: int) -> np.ndarray:
-    """Reorders the rows of a query or key projection [heads * H, D] from Meta's RoPE layout to ours.
+def halves_order(rows: int, head_size: int) -> np.ndarray:
+    """Which row of a query or key projection in Meta's RoPE layout is each row of ours, int [heads * H].
 
     Meta rotates neighbours (2i, 2i + 1), we rotate (i, i + H/2): row 2i goes to i, row 2i + 1 to i + H/2.
     """
-    heads = matrix.reshape(-1, head_size // 2, 2, matrix.shape[-1])
-    return heads.swapaxes(1, 2).reshape(matrix.shape)
+    return np.arange(rows).reshape(-1, head_size // 2, 2).swapaxes(1, 2).reshape(-1)
+
+
+def halves_from_pairs(matrix: np.ndarray, head_size: int) -> np.ndarray:
+    """Reorders the rows of a query or key projection [heads * H, D] from Meta's RoPE layout to ours."""
+    return matrix[halves_order(len(matrix), head_size)]

@@ -151,14 +151,18 @@ def keep_compiled_programs() -> None:
     """
     if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
-    root = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    folder = root / "llamajax" / f"xla-{hashlib.sha256(processor_features().encode()).hexdigest()[:12]}"
+    folder = user_caches() / f"xla-{hashlib.sha256(processor_features().encode()).hexdigest()[:12]}"
     if not is_private(folder):  # Everything works without.
         return
     drop_oldest(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # The smallest too, as of an empty cache or a key: together they take a tenth of a second to compile, less to load.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def user_caches() -> Path:
+    """The folder for what can be made or fetched again, of the user: by XDG_CACHE_HOME, else in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "llamajax"
 
 
 def _fail(message: str, code: int) -> int:

@@ -1,10 +1,12 @@
 """`llamajax convert`: a checkpoint in another format, or another dtype."""
 
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from llamajax.checkpoint import save_checkpoint
+from llamajax.checkpoint.gguf import check_name as check_gguf_name
 from llamajax.cli.model_flags import define_model, open_named, read_model, tokenizer_if_any
 from llamajax.cli.sizes import readable_bytes, stored_bytes
 from llamajax.cli.terminal import note, spinner
@@ -12,37 +14,44 @@ from llamajax.errors import LlamaJaxError
 from llamajax.files import check_absent
 from quant import quantized
 
-SUMMARY = "write a checkpoint in llamajax's own form, or in Hugging Face's"
+SUMMARY = "write a checkpoint in llamajax's own form, in Hugging Face's, or as GGUF"
 EXAMPLES = (
     "llamajax convert --model=path/to/Llama-3.2-1B --output=llama3.2-1b",
     "llamajax convert --model=stories15M.bin --tokenizer=tokenizer.model --to=huggingface --output=stories15M-hf",
     "llamajax convert --model=box --dtype=float32 --output=box32",
+    "llamajax convert --model=box-int4 --to=gguf --output=box-int4.gguf",
 )
 
 
 def define(values: flags.FlagValues) -> None:
     """Flags of the command."""
     define_model(values, default=None)
-    flags.DEFINE_string("output", None, "folder to write; must not exist", flag_values=values)
-    flags.DEFINE_enum("to", "llamajax", ["llamajax", "huggingface"], "format to write", flag_values=values)
+    flags.DEFINE_string("output", None, "folder to write, or file for gguf; must not exist", flag_values=values)
+    flags.DEFINE_enum("to", "llamajax", ["llamajax", "huggingface", "gguf"], "format to write", flag_values=values)
     flags.DEFINE_enum(
-        "dtype", None, ["float32", "bfloat16", "float16"], "dtype to write; as stored if not given", flag_values=values
+        "dtype",
+        None,
+        ["float32", "bfloat16", "float16"],
+        "dtype to write; as stored if not given. To gguf, packed weights become floats of it too",
+        flag_values=values,
     )
 
 
 def run(values: flags.FlagValues) -> None:
-    """Reads, converts, writes; the folder appears whole or not at all."""
+    """Reads, converts, writes; the folder, or file, appears whole or not at all."""
     if not values.model or not values.output:
         raise LlamaJaxError("--model and --output are both needed: see llamajax convert --help")
     output = Path(values.output)
     check_absent(output)
+    if values.to == "gguf":
+        check_gguf_name(output)
     opened = open_named(values, values.model)
     tokenizer = tokenizer_if_any(values, opened) or opened.tokenizer_bytes
-    if values.dtype and quantized(opened.abstract):
+    if values.dtype and values.to != "gguf" and quantized(opened.abstract):
         raise LlamaJaxError(f"{values.model}: its weights are quantized: --dtype does not apply")
-    model = read_model(opened, values.dtype, shardings="host")
+    dtype, written = (None, values.dtype) if values.to == "gguf" else (values.dtype, None)
+    model = read_model(opened, dtype, shardings="host")
     with spinner(f"writing {output}"):
-        save_checkpoint(
-            model, output, tokenizer=tokenizer, words=opened.words, source=opened.description, form=values.to
-        )
+        said: dict[str, Any] = {"tokenizer": tokenizer, "words": opened.words, "source": opened.description}
+        save_checkpoint(model, output, form=values.to, dtype=written, **said)
     note(f"{output}: {readable_bytes(stored_bytes(output))}, {values.to}, from {opened.description}")

@@ -15,13 +15,16 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 def define_model(values: flags.FlagValues, default: str | None = "box", several: bool = False) -> None:
     """--model, which may be several with commas between, --tokenizer and --ignore_key."""
-    text = "a llamajax or Hugging Face folder, a llama2.c file, or box"
+    text = "a llamajax or Hugging Face folder, a GGUF or llama2.c file, or box"
     if several:
         flags.DEFINE_list("model", default, f"checkpoints, commas between: each {text}", flag_values=values)
     else:
         flags.DEFINE_string("model", default, f"checkpoint: {text}", flag_values=values)
     flags.DEFINE_string(
-        "tokenizer", None, "sentencepiece tokenizer.model, where none came with the checkpoint", flag_values=values
+        "tokenizer",
+        None,
+        "tokenizer.model, tokenizer.json or tokenizer.bin, where none came with the checkpoint",
+        flag_values=values,
     )
     define_ignore_key(values)
 
@@ -31,8 +34,19 @@ def define_ignore_key(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string(
         "ignore_key",
         [],
-        "key of a Hugging Face config.json to read over, if it is unknown and changes no forward pass; repeat the flag "
-        "for several",
+        "key of a Hugging Face config.json, or of a GGUF file's metadata, to read over: unknown, and changing no "
+        "forward pass; repeat the flag for several",
+        flag_values=values,
+    )
+
+
+def define_parse_special(values: flags.FlagValues) -> None:
+    """--parse_special of a command that encodes a text."""
+    flags.DEFINE_boolean(
+        "parse_special",
+        False,
+        "take special tokens in the text, as <|im_start|>, for the ids that they stand for; without, they are spelt, "
+        "because nobody should be able to slip them in",
         flag_values=values,
     )
 

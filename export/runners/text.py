@@ -1,0 +1,501 @@
+"""Text to ids and back by the tables of vocabulary.json, with nothing but Python and NumPy.
+
+In a bundle this is part of each runner. It follows the libraries that made the ids step by step: sentencepiece
+(normalizer.cc, bpe_model.cc, unigram_model.cc) and tokenizers (added_vocabulary.rs, bpe/model.rs, pre_tokenizers/).
+"""
+
+import base64
+import heapq
+import json
+import re
+import sys
+import unicodedata
+
+import numpy as np
+
+SPACE = "\u2581"  # sentencepiece's sign for a space
+SPECIAL, LSTRIP, RSTRIP, SINGLE_WORD = 1, 2, 4, 8
+MOST_CACHED = 1 << 16
+
+
+class Longest:
+    """Finds the longest of some texts that begins at a place."""
+
+    def __init__(self, texts):
+        lengths: dict = {}
+        for text in texts:
+            lengths.setdefault(text[0], set()).add(len(text))
+        self.texts, self.lengths = texts, {first: sorted(found, reverse=True) for first, found in lengths.items()}
+
+    def at(self, text, place):
+        for length in self.lengths.get(text[place], ()):
+            if text[place : place + length] in self.texts:
+                return text[place : place + length]
+        return ""
+
+    def find(self, text):
+        """Those in a text, from left to right, as (place, what is there)."""
+        place = 0
+        while place < len(text):
+            found = self.at(text, place)
+            if found:
+                yield place, found
+            place += len(found) or 1
+
+    def cut(self, text):
+        """A text in parts: those that are found, and single characters; of each, whether it was found."""
+        place = 0
+        while place < len(text):
+            found = self.at(text, place)
+            yield found or text[place], bool(found)
+            place += len(found) or 1
+
+
+class Replacements:
+    """What sentencepiece's normalizers replace: a trie as a double array (darts.h of darts-clone), and texts."""
+
+    def __init__(self, blob):
+        size = int.from_bytes(blob[:4], "little")
+        self.units, self.texts = np.frombuffer(blob[4 : 4 + size], "<u4").tolist(), blob[4 + size :]
+
+    def at(self, data, place):
+        """How many bytes at a place are replaced, the most that may be, and by what."""
+        units, found = self.units, (0, b"")
+        jump = lambda unit: (unit >> 10) << ((unit & 512) >> 6)  # noqa: E731
+        node = jump(units[0]) if units else 0
+        for end in range(place, len(data)):
+            node ^= data[end]
+            if node >= len(units) or units[node] & 0x800000FF != data[end]:
+                break
+            leaf, node = units[node] & 256, node ^ jump(units[node])
+            if leaf and node < len(units):
+                begin = units[node] & 0x7FFFFFFF
+                found = end + 1 - place, self.texts[begin : self.texts.find(b"\0", begin)]
+        return found
+
+
+class Text:
+    """Encodes text by a vocabulary, and has the bytes of each id."""
+
+    def __init__(self, bundle):
+        with open(bundle.file("vocabulary.json"), "rb") as file:
+            vocabulary = json.load(file)
+        if "version" not in vocabulary:
+            vocabulary = of_first_releases(vocabulary)
+        if vocabulary["version"] != 2:
+            sys.exit(f"vocabulary.json: version {vocabulary['version']}: this runner reads 1 and 2")
+        self.bos, self.eos, self.stop, self.refusal = (vocabulary[key] for key in ("bos", "eos", "stop", "refusal"))
+        self.first_space, self.spelt = vocabulary["first_space"], set(vocabulary["spelt"])
+        self.pieces, self.texts, self.of_bytes = (vocabulary[key] for key in ("pieces", "texts", "pieces_are_bytes"))
+        if not self.refusal:
+            self.classes, self.model = vocabulary["classes"], vocabulary["model"]
+            self.read_added(**vocabulary["added"])
+            self.normalize, self.split = (
+                [self.step(**step) for step in vocabulary[key]] for key in ("normalize", "split")
+            )
+            self.cache: dict = {}
+            getattr(self, "read_" + self.model["kind"])()
+
+    def bytes_of(self, token):
+        """The bytes that an id stands for; those of U+FFFD where it stands for nothing."""
+        if str(token) in self.texts:
+            return self.texts[str(token)].encode("latin-1")
+        if token >= len(self.pieces):
+            return b"\xef\xbf\xbd"
+        piece = self.pieces[token]
+        return piece.encode("latin-1") if self.of_bytes else piece.replace(SPACE, " ").encode()
+
+    def decoder(self, ids):
+        """A function that gives the bytes of one id after another behind `ids`, whole characters alone.
+
+        The first piece of a text lacks the space that encoding puts there.
+        """
+        started, held = any(map(self.bytes_of, ids)), b""
+
+        def decode(token):
+            nonlocal started, held
+            if token is None:
+                return held  # what is left at the end
+            data = self.bytes_of(token)
+            if data and not started:
+                data = data[1:] if self.first_space and token not in self.spelt and data[:1] == b" " else data
+                started = True
+            data, held = whole_characters(held + data)
+            return data
+
+        return decode
+
+    # ---- Parts of a text ----
+
+    def read_added(self, early, late, blank, word, special_hides):
+        """Added tokens: those looked for in a text as it is, and those in what the normalizer makes of it.
+
+        A special token that is not asked for may still hide others that begin inside it.
+        """
+        kept = lambda some, special: {  # noqa: E731
+            text: (i, bits) for i, text, bits in some if special or special_hides or not bits & SPECIAL
+        }
+        self.added = {special: [Longest(kept(some, special)) for some in (early, late)] for special in (False, True)}
+        self.blank, self.word = blank, re.compile(self.pattern_text([] if word is None else [word]))
+
+    def encode(self, text, special=False):
+        """Ids of a text. `special`: whether special tokens are read out of it, or are spelt as any other text."""
+        if self.refusal:
+            sys.exit(f"{self.refusal}, which this runner does not know: give ids with --ids")
+        ids = [] if self.bos is None else [self.bos]
+        early, late = self.added[special]
+        for place, part in self.around_added(early, text, special):
+            if isinstance(part, int):
+                ids.append(part)
+                continue
+            for step in self.normalize:
+                part = "".join(step([part], place == 0))
+            for later, inner in self.around_added(late, part, special):
+                if isinstance(inner, int):
+                    ids.append(inner)
+                    continue
+                words = [inner]
+                for step in self.split:
+                    words = [word for word in step(words, place + later == 0) if word]
+                for word in words:
+                    ids += self.encode_word(word)
+        return ids if self.eos is None else [*ids, self.eos]
+
+    def around_added(self, added, text, special):
+        """A text in parts, each with its place: ids of added tokens, and the text between them."""
+        done = 0
+        for start, found in added.find(text):
+            (token, bits), end = added.texts[found], start + len(found)
+            if bits & SPECIAL and not special:
+                continue
+            beside = (text[start - 1 : start], text[end : end + 1])
+            if bits & SINGLE_WORD and any(map(self.word.match, beside)):
+                continue
+            start = max(start, done)
+            while bits & LSTRIP and start > done and text[start - 1] in self.blank:
+                start -= 1
+            while bits & RSTRIP and end < len(text) and text[end] in self.blank:
+                end += 1
+            if done < start:
+                yield done, text[done:start]
+            yield start, token
+            done = end
+        if done < len(text):
+            yield done, text[done:]
+
+    # ---- Steps: functions of words, and whether these are the first of a text ----
+
+    def step(self, do, **values):
+        return getattr(self, "step_" + do)(**values)
+
+    def pattern_text(self, pattern):
+        """A regular expression, in which numbers stand for classes of characters."""
+        text = []
+        for part in pattern:
+            if isinstance(part, int):
+                ends = self.classes[part]
+                ranges = "".join(f"\\U{a:08x}-\\U{b:08x}" for a, b in zip(ends[::2], ends[1::2]))
+                part = f"[{ranges}]" if ranges else "(?!)"
+            text.append(part)
+        return "".join(text)
+
+    def step_bytes(self):
+        return lambda words, _: [word.encode().decode("latin-1") for word in words]
+
+    def step_replace(self, pattern, text):
+        found = re.compile(self.pattern_text(pattern))
+        return lambda words, _: [found.sub(lambda _: text, word) for word in words]
+
+    def step_form(self, name, pattern):
+        """Unicode's normal forms, for the characters that the tokenizer's version of Unicode changes."""
+        found = re.compile(self.pattern_text(pattern))
+        made = lambda match: unicodedata.normalize(name, match.group())  # noqa: E731
+        return lambda words, _: [found.sub(made, word) for word in words]
+
+    def step_prefix(self, text, unless, first):
+        def put(words, at_start):
+            return [
+                word if (first and (index or not at_start)) or (unless and word.startswith(text)) else text + word
+                for index, word in enumerate(words)
+            ]
+
+        return put
+
+    def step_split(self, pattern, behavior, invert):
+        found = re.compile(self.pattern_text(pattern))
+
+        def parts(word):
+            """What matches and what lies between, each with whether it matches."""
+            done = 0
+            for match in found.finditer(word):
+                if done < match.start():
+                    yield word[done : match.start()], invert
+                yield match.group(), not invert
+                done = match.end()
+            if done < len(word):
+                yield word[done:], invert
+
+        def joined(word):
+            if behavior == "removed":
+                return [part for part, matches in parts(word) if not matches]
+            some: list = []
+            before = None
+            for part, matches in parts(word) if behavior != "merged_with_next" else reversed(list(parts(word))):
+                if behavior == "contiguous" and matches == before:
+                    some[-1] += part
+                elif behavior == "merged_with_previous" and matches and before is False:
+                    some[-1] += part
+                elif behavior == "merged_with_next" and matches and before is False:
+                    some[-1] = part + some[-1]
+                else:
+                    some.append(part)
+                before = matches
+            return some[::-1] if behavior == "merged_with_next" else some
+
+        if behavior == "isolated" and not invert:
+            return lambda words, _: [part for word in words for part, _ in parts(word)]
+        return lambda words, _: [part for word in words for part in joined(word)]
+
+    def step_sentencepiece(self, prefix, collapse, escape, suffix, charsmap, whole):
+        """Sentencepiece's normalizer. `prefix`: before which parts of a text a space is put."""
+        kept, replaced = Longest({piece.encode() for piece in whole}), Replacements(base64.b64decode(charsmap))
+        space = SPACE if escape else " "
+
+        def pieces(text):
+            data, place = text.encode(), 0
+            while place < len(data):
+                found = kept.at(data, place)
+                size, instead = (0, b"") if found else replaced.at(data, place)
+                if not size:
+                    size = len(found) or 1 + sum(data[place] >= least for least in (0xC0, 0xE0, 0xF0))
+                    instead = data[place : place + size]
+                yield instead.decode()
+                place += size
+
+        def normalized(text, first):
+            some = list(pieces(text)) if kept.lengths or charsmap else [*text]
+            begin = 0
+            while collapse and begin < len(some) and some[begin] == " ":
+                begin += 1
+            if begin == len(some):
+                return ""
+            dummy, made, after_space = prefix == "always" or (prefix == "first" and first), [], collapse
+            for piece in some[begin:]:
+                piece = piece.lstrip(" ") if after_space else piece
+                if piece:
+                    made.append(piece)
+                    after_space = collapse and piece.endswith(" ")
+            text = " " * (dummy and not suffix) + "".join(made)
+            text = text.replace(" ", SPACE) if escape else text
+            while collapse and text.endswith(space):
+                text = text[: -len(space)]
+            return text + space * (dummy and suffix)
+
+        return lambda words, first: [normalized(word, first) for word in words]
+
+    # ---- Models: ids of a word ----
+
+    def encode_word(self, word):
+        found = self.cache.get(word)
+        if found is None:
+            found = getattr(self, "encode_" + self.model["kind"])(word)
+            if len(self.cache) < MOST_CACHED and len(word) < 64:
+                self.cache[word] = found
+        return found
+
+    def read_merges(self):
+        """Byte-pair encoding by a list of merges, the best first."""
+        left, right = (
+            np.frombuffer(base64.b64decode(self.model[key]), "<i4").astype(np.int64) for key in ("left", "right")
+        )
+        self.size = len(self.pieces)
+        self.ranks = dict(zip((left * self.size + right).tolist(), range(len(left))))
+        self.ids = {piece: i for i, piece in enumerate(self.pieces) if piece is not None}
+        self.single = [self.ids.get(f"<0x{byte:02X}>") for byte in range(256)]
+
+    def encode_merges(self, word):
+        if self.model["ignore_merges"] and word in self.ids:
+            return [self.ids[word]]
+        symbols: list = []
+        unknown, waiting = self.model["unknown"], False  # one for all unknown characters in a row, if they are fused
+        for character in word:
+            token = self.ids.get(character)
+            if token is not None:
+                symbols += [unknown] * waiting
+                symbols.append(token)
+                waiting = False
+                continue
+            spelt = [self.single[byte] for byte in character.encode()] if self.model["byte_fallback"] else [None]
+            if None not in spelt:
+                symbols += spelt
+            elif unknown is not None:
+                symbols += [unknown] * (waiting and not self.model["fuse_unknown"])
+                waiting = True
+        symbols += [unknown] * waiting
+        pieces, ids, ranks, size = self.pieces, self.ids, self.ranks, self.size
+
+        def pair(left, right):
+            rank = ranks.get(left * size + right)
+            return None if rank is None else (rank, ids[pieces[left] + pieces[right]])
+
+        return merged(symbols, pair)
+
+    def read_scores(self):
+        """Byte-pair encoding by scores of pieces: sentencepiece's."""
+        kinds, scores = self.model["kinds"], self.model["scores"]
+        pieces = self.pieces[: len(kinds)]
+        self.scored = {piece: (-scores[i], i) for i, piece in enumerate(pieces) if kinds[i] in "nux"}
+        self.reserved = {piece: i for i, piece in enumerate(pieces) if kinds[i] in "cb?"}
+        self.single = {int(piece[3:5], 16): i for piece, i in self.reserved.items() if kinds[i] == "b"}
+        self.unused = {piece for piece, (_, i) in self.scored.items() if kinds[i] == "x"}
+        self.whole = Longest({piece: i for piece, (_, i) in self.scored.items() if kinds[i] == "u"})
+
+    def encode_scores(self, word):
+        symbols, frozen, apart = [], set(), {}
+        for symbol, found in self.whole.cut(word) if self.whole.lengths else ((character, False) for character in word):
+            if found:
+                frozen.add(len(symbols))
+            symbols.append(symbol)
+
+        def pair(left, right):
+            scored = self.scored.get(left + right)
+            if scored is None:
+                return None
+            if self.unused and left + right in self.unused:
+                apart[left + right] = left, right
+            return scored[0], left + right
+
+        made = merged(symbols, pair, frozen)
+        while apart and not apart.keys().isdisjoint(made):  # unused pieces fall apart again
+            made = [part for piece in made for part in apart.get(piece, (piece,))]
+        other = 0, self.model["unknown"]
+        scored = [other if piece in self.unused else self.scored.get(piece, other) for piece in made]
+        return self.known(zip(made, (token for _, token in scored)))
+
+    def known(self, pieces):
+        """Ids of pieces: of their bytes where they are unknown, or one id for all the unknown in a row."""
+        ids: list = []
+        unknown, before = self.model["unknown"], False
+        for piece, token in pieces:
+            token = self.reserved.get(piece, token)
+            if token == unknown and self.single:
+                ids += [self.single[byte] for byte in piece.encode()]
+            elif token is None:
+                sys.exit(f"{piece!r} is not in the vocabulary")
+            elif not (before and token == unknown):
+                ids.append(token)
+            before = token == unknown
+        return ids
+
+    def read_unigram(self):
+        """The likeliest pieces: sentencepiece's unigram models."""
+        self.read_scores()
+        kinds, scores = self.model["kinds"], np.float32(self.model["scores"])
+        normal = [score for score, kind in zip(scores.tolist(), kinds) if kind == "n"]
+        self.unlikely = float(np.float32(min(normal, default=0.0)) - np.float32(10))
+        most = max([float(np.finfo(np.float32).tiny), *normal])  # sentencepiece begins at the smallest positive number
+        self.likely = {}
+        for piece, (_, i) in self.scored.items():
+            if kinds[i] != "x":
+                length = float(np.float32(len(piece.encode())) * np.float32(most))
+                self.likely[piece] = (length - 0.1 if kinds[i] == "u" else float(scores[i]), i)
+        self.reach = Longest(self.likely).lengths
+
+    def encode_unigram(self, word):
+        best: list = [None] * (len(word) + 1)  # (log probability, in float32; where the last piece begins; its id)
+        best[0] = 0.0, 0, 0
+
+        def offer(end, score, begin, token):
+            if best[end] is None or score > best[end][0]:
+                best[end] = float(np.float32(score)), begin, token
+
+        for begin, first in enumerate(word):
+            so_far, single = best[begin][0], False
+            for length in reversed(self.reach.get(first, ())):
+                likely = self.likely.get(word[begin : begin + length]) if begin + length <= len(word) else None
+                if likely:
+                    offer(begin + length, so_far + likely[0], begin, likely[1])
+                    single = single or length == 1
+            if not single:
+                offer(begin + 1, so_far + self.unlikely, begin, self.model["unknown"])
+        pieces: list = []
+        end = len(word)
+        while end:
+            _, begin, token = best[end]
+            pieces.append((word[begin:end], token))
+            end = begin
+        return self.known(reversed(pieces))
+
+
+def merged(symbols, pair, frozen=()):
+    """Joins neighbours, the best pair first, of equal ones the first. `pair(left, right)`: (order, joined) or None."""
+    heap: list = []
+    parts, count = list(symbols), len(symbols)
+    left_of, right_of = list(range(-1, count - 1)), list(range(1, count + 1))
+
+    def offer(left, right):
+        if left >= 0 and right < count and left not in frozen and right not in frozen:
+            found = pair(parts[left], parts[right])
+            if found is not None:
+                heapq.heappush(heap, (found[0], left, found[1]))
+
+    for left in range(count - 1):
+        offer(left, left + 1)
+    while heap:
+        _, left, joined = heapq.heappop(heap)
+        right = right_of[left]
+        if parts[left] is None or right >= count:
+            continue
+        found = pair(parts[left], parts[right])
+        if found is None or found[1] != joined:  # one of the two was joined meanwhile
+            continue
+        parts[left], parts[right], following = joined, None, right_of[right]
+        right_of[left] = following
+        if following < count:
+            left_of[following] = left
+        offer(left_of[left], left)
+        offer(left, following)
+    return [part for part in parts if part is not None]
+
+
+def whole_characters(data):
+    """Bytes up to the beginning of a UTF-8 character that the end cuts off, and the rest."""
+    for back in range(1, min(4, len(data) + 1)):
+        if data[-back] >= 0xC0:
+            wanted = 2 + (data[-back] >= 0xE0) + (data[-back] >= 0xF0)
+            return (data[:-back], data[-back:]) if back < wanted and data[-back] < 0xF8 else (data, b"")
+        if data[-back] < 0x80:
+            break
+    return data, b""
+
+
+def of_first_releases(old):
+    """A vocabulary of version 2 from one of bundles of the first releases: sentencepiece's byte-pair encoding."""
+    data = [base64.b64decode(piece) for piece in old["pieces"]]
+    kinds = ["n" if merges else "c" for merges in old["merges"]] + ["c"] * (len(data) - len(old["merges"]))
+    pieces = [piece.decode(errors="replace").replace(" ", SPACE) for piece in data]
+    texts = {str(i): piece.decode("latin-1") for i, piece in enumerate(data) if kinds[i] == "c"}
+    for i in old["single_bytes"]:
+        kinds[i], pieces[i] = "b", f"<0x{data[i][0]:02X}>"
+    for i in old.get("never_split", []):
+        kinds[i] = "u"
+    unknown, prefix = old.get("unknown"), "always" if old.get("prefix_parts") else "first"
+    early, late, *_ = [[[i, text, 0] for text, i in tokens.items()] for tokens in old.get("added", [])] + [[], []]
+    step = {
+        "do": "sentencepiece",
+        "prefix": prefix if old["dummy_prefix"] else "never",
+        "collapse": old.get("collapse_spaces", False),
+        "escape": True,
+        "suffix": False,
+        "charsmap": "",
+        "whole": [piece for piece, kind in zip(pieces, kinds) if kind == "u"],
+    }
+    return {
+        **{"version": 2, "refusal": old.get("refusal"), "bos": old["bos"], "eos": old.get("eos"), "stop": old["stop"]},
+        **{"pieces": pieces, "texts": texts, "pieces_are_bytes": False, "classes": [], "normalize": []},
+        "first_space": old["dummy_prefix"],
+        "spelt": [unknown, *old["single_bytes"], *(i for i, _, _ in early + late)],
+        "added": {"early": early, "late": late, "blank": "", "word": None, "special_hides": False},
+        "split": [step],
+        "model": {"kind": "scores", "kinds": "".join(kinds), "scores": old["scores"], "unknown": unknown},
+    }

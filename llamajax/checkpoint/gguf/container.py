@@ -1,0 +1,154 @@
+"""GGUF files, version 2 and 3, of either byte order, whole or split: metadata, and tensors as blocks of bytes.
+
+    file = open_gguf(path)
+    file.metadata["llama.block_count"]                 # 30
+    file.tensors["blk.0.attn_q.weight"].kind.name      # Q4_1
+    file.blocks("blk.0.attn_q.weight")                 # uint8 [576, 360], in the file's own memory
+
+Format: `docs/gguf.md` of ggml, and what llama.cpp's `gguf.cpp` and `gguf-split` make of it. Every length and place in
+the file is checked against the file before anything is made by it.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamajax.checkpoint.gguf.blocks import Tensor, turned
+from llamajax.checkpoint.gguf.header import MAGICS, Header, HeaderReader, is_whole
+from llamajax.errors import LlamaJaxError
+from llamajax.files import open_regular, shortened
+
+_MOST_PARTS = 1 << 10
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gguf:
+    """A file, or the parts of one, whose header was read and checked.
+
+    Attributes:
+        path: of the file, the first part of several.
+        version: of the format.
+        byteorder: "little" or "big".
+        metadata: every key but those of splitting: int, float, bool, str, a NumPy array of numbers or bools, a list of
+            str, or a list of such.
+        tensors: by name, in the order of the file.
+        parts: the bytes of each part.
+    """
+
+    path: Path
+    version: int
+    byteorder: str
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    parts: tuple[np.ndarray, ...]
+
+    def blocks(self, name: str) -> np.ndarray:
+        """The bytes of a tensor, uint8 [rows, bytes of a row]; numbers in them are little-endian whatever the file is.
+
+        A view of the mapped file, but for big-endian files.
+
+        Raises:
+            LlamaJaxError: for a type of which nobody says what a big-endian file holds.
+        """
+        tensor = self.tensors[name]
+        data = self.parts[tensor.file][tensor.start : tensor.start + tensor.nbytes]
+        blocks = data.reshape(-1, tensor.row_bytes) if tensor.nbytes else data.reshape(0, tensor.row_bytes)
+        if self.byteorder == "little":
+            return blocks
+        made = turned(blocks, tensor.kind)
+        if made is None:
+            raise LlamaJaxError(
+                f"{self.path}: {shortened(name)} is of type {tensor.kind.name} in a big-endian file, of which ggml "
+                "says nothing: expected a little-endian file"
+            )
+        return made
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as GGUF files do."""
+    if not path.is_file():
+        return False
+    with open_regular(path) as file:
+        return file.read(4) in MAGICS
+
+
+def open_gguf(path: str | Path) -> Gguf:
+    """Reads the header of a file, and of the others beside it if it is a part of several.
+
+    Raises:
+        LlamaJaxError: for a damaged file, a version or type of tensor that we do not know, or parts that do not belong
+            together.
+    """
+    path = Path(path)
+    part = HeaderReader(path).read()
+    count = part.metadata.get("split.count", 0)
+    if is_whole(count) and count <= 1:
+        _check_whole(path, part)
+        return _joined([part])
+    paths = _paths_of_parts(path, count)
+    parts = [part if each == path else _part(each) for each in paths]
+    for number, (each, part) in enumerate(zip(paths, parts, strict=True)):
+        said = tuple(part.metadata.get(f"split.{key}") for key in ("no", "count"))
+        if said != (number, count):
+            raise LlamaJaxError(
+                f"{each}: says that it is part {shortened(said)}: expected {(number, count)} by its name"
+            )
+        if part.byteorder != parts[0].byteorder:
+            raise LlamaJaxError(f"{each}: of another byte order than {paths[0]}: they do not belong together")
+    return _joined(parts)
+
+
+def _check_whole(path: Path, part: Header) -> None:
+    """That a file which says that it is the only part says so by all keys."""
+    if part.metadata.get("split.no", 0) != 0:
+        raise LlamaJaxError(f"{path}: split.no is {shortened(part.metadata['split.no'])} of 1 part: expected 0")
+
+
+def _paths_of_parts(path: Path, count: Any) -> list[Path]:
+    """All parts of a split file, by the name of one."""
+    if not is_whole(count) or not 1 < count <= _MOST_PARTS:
+        raise LlamaJaxError(f"{path}: split.count is {shortened(count)}: expected a number from 1 to {_MOST_PARTS}")
+    match = _PART.fullmatch(path.name)
+    if match is None or int(match[3]) != count:
+        raise LlamaJaxError(
+            f"{path}: one of {count} parts: expected a name such as model-00001-of-{count:05}.gguf, by which the "
+            "others are found beside it: rename it as it was published"
+        )
+    paths = [path.with_name(f"{match[1]}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+    missing = [each for each in paths if not each.is_file()]
+    if missing:
+        raise LlamaJaxError(
+            f"{missing[0]}: no such file: {path.name} is one of {count} parts ({len(missing)} missing): put them into "
+            "one folder"
+        )
+    return paths
+
+
+def _part(path: Path) -> Header:
+    if not is_gguf(path):
+        raise LlamaJaxError(f"{path}: no GGUF file: expected a part of a split one")
+    return HeaderReader(path).read()
+
+
+def _joined(parts: list[Header]) -> Gguf:
+    """The parts as one: the metadata of the first, the tensors of all."""
+    tensors: dict[str, Tensor] = {}
+    for number, part in enumerate(parts):
+        for name, tensor in part.tensors.items():
+            if name in tensors:
+                raise LlamaJaxError(f"{part.path}: tensor {shortened(name)} is in two parts: expected it in one")
+            tensors[name] = dataclasses.replace(tensor, file=number)
+    expected = parts[0].metadata.get("split.tensors.count", len(tensors))
+    if not is_whole(expected) or expected != len(tensors):
+        raise LlamaJaxError(
+            f"{parts[0].path}: split.tensors.count is {shortened(expected)}: expected {len(tensors)}, the tensors of "
+            "all parts: they do not belong together"
+        )
+    metadata = {key: value for key, value in parts[0].metadata.items() if not key.startswith("split.")}
+    first, mapped = parts[0], tuple(part.data for part in parts)
+    return Gguf(first.path, first.version, first.byteorder, metadata, tensors, mapped)

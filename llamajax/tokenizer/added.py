@@ -1,0 +1,58 @@
+"""Added tokens in a text, for an engine that knows none, by the rules of Hugging Face's tokenizers library."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+from llamajax.words import AddedToken
+
+
+class AddedPatterns:
+    """Finds added tokens: first those that are not normalized, then the others between them."""
+
+    def __init__(self, tokens: Iterable[AddedToken]):
+        """Compiles a pattern for each of the two groups."""
+        tokens = list(tokens)
+        self._patterns = []
+        for normalized in (False, True):
+            by_text = {token.text: token for token in tokens if token.normalized is normalized}
+            if by_text:
+                # The longest of those that begin at one place.
+                longest_first = sorted(by_text, key=len, reverse=True)
+                self._patterns.append((re.compile("|".join(map(re.escape, longest_first))), by_text))
+
+    def parts(self, text: str) -> Iterator[tuple[int, str | int]]:
+        """The text in parts with the place of each: ids of added tokens, and the text between them."""
+        parts: list[tuple[int, str | int]] = [(0, text)]
+        for pattern, tokens in self._patterns:
+            parts = [
+                found
+                for at, part in parts
+                for found in ([(at, part)] if isinstance(part, int) else _split(at, part, pattern, tokens))
+            ]
+        return ((at, part) for at, part in parts if part != "")
+
+
+def _split(
+    at: int, text: str, pattern: re.Pattern[str], tokens: Mapping[str, AddedToken]
+) -> Iterator[tuple[int, str | int]]:
+    """Text around added tokens, by the rules of Hugging Face's tokenizers (`find_matches` in added_vocabulary.rs)."""
+    done = 0
+    for match in pattern.finditer(text):
+        token, start, end = tokens[match.group()], match.start(), match.end()
+        if token.single_word and (_is_word(text[start - 1 : start]) or _is_word(text[end : end + 1])):
+            continue
+        start = max(start, done)
+        while token.lstrip and start > done and text[start - 1].isspace():
+            start -= 1
+        while token.rstrip and end < len(text) and text[end].isspace():
+            end += 1
+        if done < start:
+            yield at + done, text[done:start]
+        yield at + start, token.id
+        done = end
+    if done < len(text):
+        yield at + done, text[done:]
+
+
+def _is_word(character: str) -> bool:
+    return character.isalnum() or character == "_"

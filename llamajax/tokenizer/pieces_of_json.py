@@ -1,0 +1,84 @@
+"""The pieces of a tokenizer.json by id, with the types and scores that other formats have for them."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from llamajax.errors import LlamaJaxError
+from llamajax.files import shortened
+from llamajax.tokenizer.model_proto import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from llamajax.tokenizer.tokenizer import Tokenizer
+
+_BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
+_PAD = re.compile(r"\[PAD(\d+)\]")
+# Below every piece that merges make.
+_UNMERGED = -1e6
+
+
+@dataclasses.dataclass
+class Pieces:
+    """Pieces by id.
+
+    Attributes:
+        tokens: their texts.
+        types: sentencepiece's types (`model_proto`).
+        merges: pairs of pieces in the order in which they are merged.
+    """
+
+    tokens: list[str]
+    types: list[int]
+    merges: list[tuple[str, str]]
+
+    def scores(self) -> list[float]:
+        """Scores by which sentencepiece merges as the merges say: the sooner, the higher.
+
+        Raises:
+            LlamaJaxError: if no scores do: if pairs that make one piece are not beside each other.
+        """
+        order: dict[str, int] = {}
+        last = ""
+        for left, right in self.merges:
+            piece = left + right
+            if piece != last and piece in order:
+                raise LlamaJaxError(
+                    f"the tokenizer.json makes {shortened(piece)} sooner of some pairs than of others, which no "
+                    "scores of pieces say"
+                )
+            order.setdefault(piece, len(order))
+            last = piece
+        return [
+            0.0
+            if kind in (CONTROL, UNKNOWN, BYTE, USER_DEFINED)
+            else -float(order[token])
+            if token in order
+            else _UNMERGED
+            for token, kind in zip(self.tokens, self.types, strict=True)
+        ]
+
+
+def pieces_of_json(tokenizer: Tokenizer, model: Mapping[str, Any]) -> Pieces:
+    """The pieces of a tokenizer whose form is "tokenizers".
+
+    Args:
+        tokenizer: it.
+        model: the model of its file, parsed; byte-pair encoding.
+    """
+    fallback = bool(model.get("byte_fallback"))
+    tokens, types = [], []
+    added = {token.id: token for token in tokenizer.added}
+    for index in range(tokenizer.vocab_size):
+        text = tokenizer.piece(index)
+        token = added.get(index)
+        if index == tokenizer.unk_id:
+            kind = UNKNOWN
+        elif token is not None:
+            kind = CONTROL if token.special else USER_DEFINED
+        elif text == "" or ((pad := _PAD.fullmatch(text)) and int(pad[1]) == index):
+            text, kind = f"[PAD{index}]", UNUSED
+        else:
+            kind = BYTE if fallback and _BYTE_PIECE.fullmatch(text) else NORMAL
+        tokens.append(text)
+        types.append(kind)
+    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    return Pieces(tokens, types, merges)  # type: ignore[arg-type]

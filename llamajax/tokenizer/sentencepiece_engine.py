@@ -1,0 +1,141 @@
+"""The engine for sentencepiece models: byte-pair encoding or unigram, with whatever normalizer they carry."""
+
+from typing import Any
+
+from llamajax.files import shortened
+from llamajax.tokenizer.added import AddedPatterns
+from llamajax.tokenizer.engine import EngineError
+from llamajax.words import AddedToken, Words
+
+# Behind a serialized ModelProto: normalizer_spec (field 3) { add_dummy_prefix (field 3): false }. Where a field comes
+# twice, protobuf takes the later one's values.
+_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+_UNNAMED = "\ufffd".encode()
+
+
+class SentencePieceEngine:
+    """See `engine.Engine`. Words say which tokens are added, and where a space is put before text."""
+
+    form = "sentencepiece"
+    add_bos, add_eos = True, False
+
+    def __init__(self, data: bytes, words: Words):
+        """Reads a serialized ModelProto.
+
+        Raises:
+            EngineError: if it is none, or does not go with the added tokens.
+        """
+        try:
+            self._processor = _processor(data)
+            self._pieces: list[str] = self._processor.id_to_piece(list(range(self._processor.vocab_size())))
+            self._token_bytes = self._all_bytes()
+        except (RuntimeError, OSError, ValueError):  # ValueError: pieces that are not UTF-8, bytes that are none
+            self._token_bytes = []
+        if not self._token_bytes:
+            raise EngineError("not a sentencepiece model: expected a tokenizer.model")
+        self._add_tokens(words)
+        self.size = len(self._token_bytes)
+        self.bos_id, self.eos_id, self.unk_id = (
+            index if index >= 0 else None
+            for index in (self._processor.bos_id(), self._processor.eos_id(), self._processor.unk_id())
+        )
+        self.stop_ids = tuple(index for index in (self.bos_id, self.eos_id) if index is not None)
+        # Only with a dummy prefix is the space that the first piece begins with not part of the text.
+        first = self._processor.encode("a")
+        adds_space = self._processor.decode(first) == "a" and self._pieces[first[0]].startswith("▁")
+        self._space = (words.space or "first") if adds_space else "never"
+        self.drops_first_space = self._space != "never"
+        # The same model without a dummy prefix, for text that gets none: behind an added token, above all.
+        self._bare = _processor(data + _NO_DUMMY_PREFIX) if adds_space else self._processor
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        """See `Engine.encode`."""
+        ids: list[int] = []
+        for at, part in self._patterns[special].parts(text):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                spaced = self._space == "always" or (self._space == "first" and at == 0)
+                ids += (self._processor if spaced else self._bare).encode(part)
+        return ids
+
+    def piece(self, index: int) -> str:
+        """The name of an id: the piece of the sentencepiece model, or the text of an added token."""
+        added = self._added.get(index)
+        if added is not None:
+            return added.text
+        return self._pieces[index] if index < len(self._pieces) else ""
+
+    def token_bytes(self, index: int) -> bytes:
+        """See `Engine.token_bytes`."""
+        return self._token_bytes[index]
+
+    def id_of(self, piece: str) -> int | None:
+        """See `Engine.id_of`."""
+        for token in self.added:
+            if token.text == piece:
+                return token.id
+        index = self._processor.piece_to_id(piece)
+        return index if self._pieces[index] == piece else None
+
+    def is_spelt(self, index: int) -> bool:
+        """Whether an id is a single byte, an added token or the unknown one: its space is never the dummy prefix."""
+        if index in self._added or index >= len(self._pieces):
+            return True
+        return self._processor.is_byte(index) or self._processor.is_unknown(index)
+
+    def _all_bytes(self) -> list[bytes]:
+        """What each piece stands for."""
+        ids = list(range(len(self._pieces)))
+        made = [piece.replace("▁", " ").encode() for piece in self._pieces]
+        for index, (control, byte, unknown) in enumerate(
+            zip(
+                self._processor.is_control(ids),
+                self._processor.is_byte(ids),
+                self._processor.is_unknown(ids),
+                strict=True,
+            )
+        ):
+            if control:
+                made[index] = b""
+            elif byte:
+                made[index] = bytes([int(self._pieces[index][3:5], 16)])
+            elif unknown:
+                made[index] = self._processor.decode([index]).encode()
+        return made
+
+    def _add_tokens(self, words: Words) -> None:
+        """Takes in the added tokens: their bytes, and the patterns that find them in a text."""
+        self.added = words.added
+        self._added = {token.id: token for token in words.added}
+        for index, token in self._added.items():
+            if index < len(self._pieces) and self._pieces[index] not in (token.text, token.text.replace(" ", "▁")):
+                raise EngineError(
+                    f"id {index} is {shortened(self._pieces[index])} in the sentencepiece model, "
+                    f"{shortened(token.text)} among the added tokens: expected the tokenizer that the model was "
+                    "trained with"
+                )
+            # Ids that nothing names, between those that have a token, decode like the embeddings beyond the tokenizer.
+            self._token_bytes += [_UNNAMED] * (index + 1 - len(self._token_bytes))
+            if token.special or index >= len(self._pieces):
+                self._token_bytes[index] = b"" if token.special else token.text.encode()
+        texts = {token.text for token in words.added}
+        controls = [
+            AddedToken(id=index, text=self._pieces[index], special=True)
+            for index, is_control in enumerate(self._processor.is_control(list(range(len(self._pieces)))))
+            if is_control and index not in self._added and self._pieces[index] not in ("", *texts)
+        ]
+        self._patterns = {
+            False: AddedPatterns(token for token in words.added if not token.special),
+            True: AddedPatterns([*words.added, *controls]),
+        }
+
+
+def _processor(model_bytes: bytes) -> Any:
+    """Sentencepiece's. Raises RuntimeError, OSError or ValueError for bytes that are no model."""
+    import sentencepiece  # here, because a machine for measuring may be without (benchmarks/device.py)
+
+    processor = sentencepiece.SentencePieceProcessor()
+    if not model_bytes or not processor.LoadFromSerializedProto(model_bytes):
+        raise ValueError("no sentencepiece model")
+    return processor

@@ -1,0 +1,250 @@
+"""The engine for tokenizer.json: the library tokenizers of Hugging Face, asked for ids and nothing else.
+
+The file decides how text becomes ids: its normalizer, its pre-tokenizer, its model and its added tokens. BOS and EOS
+are put there by `Tokenizer`; what a file's post-processor says of them is read from it. Ids become bytes here, one by
+one, so that text can be streamed: by the file's decoder, of which there are two kinds in use, characters that stand for
+bytes (GPT-2's table) and pieces with ▁ for a space.
+"""
+
+import json
+import re
+import threading
+from typing import Any
+
+from llamajax.files import shortened
+from llamajax.tokenizer.byte_level import bytes_of
+from llamajax.tokenizer.ends import END_TEXTS
+from llamajax.tokenizer.engine import EngineError
+from llamajax.tokenizer.json_form import steps_of
+from llamajax.words import AddedToken, Words
+
+_UNNAMED = "\ufffd".encode()
+_BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
+_LARGEST_ID = 1 << 27
+# A normalizer that a text passes may make it longer, and one behind another may do so without end.
+_MOST_GROWTH = 64
+
+
+class TokenizersEngine:
+    """See `engine.Engine`."""
+
+    form = "tokenizers"
+
+    def __init__(self, data: bytes, words: Words):
+        """Reads a tokenizer.json.
+
+        Raises:
+            EngineError: if it is none, does not go with the added tokens, or does what this class does not know.
+        """
+        self._library = _read(data)
+        self._lock = threading.Lock()
+        parts = {name: _state(self._library, name) for name in ("normalizer", "decoder", "post_processor")}
+        _check_growth(parts["normalizer"])
+        self._decoding = _decoding(parts["decoder"])
+        if words.space is not None and self._decoding.space:
+            self._put_spaces(words.space)
+        self.drops_first_space = self._decoding.strips
+        self._add_tokens(words)
+        ids = self._library.get_vocab(with_added_tokens=True).values()
+        self.size = max(ids, default=-1) + 1
+        if not 0 < self.size <= _LARGEST_ID:
+            raise EngineError(f"a tokenizer.json whose ids end at {self.size - 1}: expected 0 to {_LARGEST_ID - 1}")
+        before, behind = _template(parts["post_processor"])
+        self.bos_id, self.eos_id = (self._one(ids, where) for ids, where in ((before, "before"), (behind, "behind")))
+        self.add_bos, self.add_eos = self.bos_id is not None, self.eos_id is not None
+        unknown = getattr(self._library.model, "unk_token", None)
+        self.unk_id = None if not isinstance(unknown, str) else self.id_of(unknown)
+        ends = [token.id for token in self.added if token.special and token.text in END_TEXTS]
+        self.stop_ids = tuple(dict.fromkeys([self.eos_id] if self.eos_id is not None else [])) or tuple(ends)
+        if self.eos_id is None and ends:
+            self.eos_id = ends[0]
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        """See `Engine.encode`."""
+        with self._lock:  # the library keeps the choice in the tokenizer
+            self._library.encode_special_tokens = not special
+            return _guarded(lambda: self._library.encode(text, add_special_tokens=False).ids)
+
+    def piece(self, index: int) -> str:
+        """See `Engine.piece`."""
+        return self._library.id_to_token(index) or ""
+
+    def token_bytes(self, index: int) -> bytes:
+        """See `Engine.token_bytes`."""
+        made = self._bytes.get(index)
+        if made is None:
+            piece = self._library.id_to_token(index)
+            made = self._bytes[index] = _UNNAMED if piece is None else self._decoding.bytes_of(piece)
+        return made
+
+    def id_of(self, piece: str) -> int | None:
+        """See `Engine.id_of`."""
+        return self._library.token_to_id(piece)
+
+    def is_spelt(self, index: int) -> bool:
+        """Never: such a file's decoder takes the first space away, whatever it came from."""
+        return False
+
+    def _put_spaces(self, scheme: str) -> None:
+        """Puts spaces before text as a checkpoint says, and not as the file: as transformers' LlamaTokenizer does."""
+        from tokenizers import pre_tokenizers
+
+        self._library.normalizer = None
+        self._library.pre_tokenizer = pre_tokenizers.Metaspace("▁", scheme, split=False)
+        self._decoding.strips = scheme != "never"
+
+    def _one(self, ids: list[int], where: str) -> int | None:
+        """The id that a post-processor puts before, or behind, a text."""
+        if len(ids) > 1:
+            raise EngineError(f"a tokenizer.json that puts {len(ids)} tokens {where} every text: expected at most one")
+        return ids[0] if ids else None
+
+    def _add_tokens(self, words: Words) -> None:
+        """Takes in what a checkpoint adds to the file's own added tokens."""
+        from tokenizers import AddedToken as TheirToken
+
+        for token in words.added:
+            flags = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word", "normalized")}
+            theirs = TheirToken(token.text, special=token.special, **flags)
+            add = self._library.add_special_tokens if token.special else self._library.add_tokens
+            _guarded(lambda add=add, theirs=theirs: add([theirs]))
+            if self._library.token_to_id(token.text) != token.id:
+                raise EngineError(
+                    f"added token {shortened(token.text)} is {self._library.token_to_id(token.text)} in its "
+                    f"tokenizer.json, {token.id} among the added tokens: expected the tokenizer that the model was "
+                    "trained with"
+                )
+        special = {token.id for token in words.added if token.special}
+        self.added = tuple(
+            AddedToken(
+                id=index,
+                text=token.content,
+                special=token.special or index in special,
+                **{name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word", "normalized")},
+            )
+            for index, token in sorted(self._library.get_added_tokens_decoder().items())
+        )
+        self._bytes = {token.id: b"" if token.special else token.text.encode() for token in self.added}
+
+
+class _Decoding:
+    """How pieces become bytes.
+
+    Attributes:
+        space: what stands for a space in pieces of text; "" where pieces are of bytes.
+        strips: whether the space that begins a text is taken away.
+    """
+
+    def __init__(self, space: str = "", byte_pieces: bool = False, strips: bool = False):
+        """Without `space`, GPT-2's table; with `byte_pieces`, <0x41> is a byte."""
+        self.space, self._byte_pieces, self.strips = space, byte_pieces, strips
+
+    def bytes_of(self, piece: str) -> bytes:
+        """What a piece stands for."""
+        if not self.space:
+            return bytes_of(piece)
+        if self._byte_pieces and _BYTE_PIECE.fullmatch(piece):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(self.space, " ").encode()
+
+
+def _decoding(state: Any) -> _Decoding:
+    """What a decoder does, of those that models of the LLaMA family have.
+
+    Raises:
+        EngineError: for others.
+    """
+    steps = list(steps_of(state, "decoders"))
+    kinds = [step.get("type") for step in steps]
+    if kinds == ["ByteLevel"]:
+        return _Decoding()
+    if kinds == ["Metaspace"]:
+        scheme = steps[0].get("prepend_scheme", "always")
+        return _Decoding(space=steps[0].get("replacement", "▁"), strips=scheme != "never")
+    replaced = [step for step in steps if step.get("type") == "Replace"]
+    strips = [step for step in steps if step.get("type") == "Strip"]
+    if (
+        set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip"}
+        and [step.get("pattern") for step in replaced] == [{"String": "▁"}]
+        and [step.get("content") for step in replaced] == [" "]
+        and all((step.get("content"), step.get("start"), step.get("stop")) == (" ", 1, 0) for step in strips)
+    ):
+        return _Decoding(space="▁", byte_pieces="ByteFallback" in kinds, strips=bool(strips))
+    named = ", ".join(map(str, kinds)) or "none"
+    raise EngineError(
+        f"a tokenizer.json whose decoder ({shortened(named)}) is not known: expected ByteLevel, Metaspace, or ▁ "
+        "replaced by a space"
+    )
+
+
+def _template(state: Any) -> tuple[list[int], list[int]]:
+    """The ids that a post-processor puts before a text, and behind it.
+
+    Raises:
+        EngineError: for one that is not known.
+    """
+    before: list[int] = []
+    behind: list[int] = []
+    for step in steps_of(state, "processors"):
+        if step.get("type") == "TemplateProcessing":
+            where = before
+            for piece in step["single"]:
+                if "Sequence" in piece:
+                    where = behind
+                else:
+                    where += step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+        elif step.get("type") != "ByteLevel":
+            raise EngineError(
+                f"a tokenizer.json with the post-processor {shortened(step.get('type'))}: expected "
+                "TemplateProcessing or ByteLevel"
+            )
+    return before, behind
+
+
+def _check_growth(state: Any) -> None:
+    """Refuses normalizers that would make a text many times as long.
+
+    Raises:
+        EngineError: for them.
+    """
+    growth = 1
+    for step in steps_of(state, "normalizers"):
+        if step.get("type") == "Replace":
+            growth *= max(1, len(step.get("content", "")) + (not next(iter(step.get("pattern", {}).values()), "")))
+        growth *= 1 if step.get("type") in ("Replace", "Strip", "Lowercase") else 1 + len(step.get("prepend", "")) // 64
+        if growth > _MOST_GROWTH:
+            raise EngineError(
+                f"a tokenizer.json whose normalizer makes text up to {growth} times as long: expected at most "
+                f"{_MOST_GROWTH}"
+            )
+
+
+def _state(library: Any, name: str) -> Any:
+    """A part of a tokenizer.json as the library read it; None where there is none."""
+    part = getattr(library, name)
+    return None if part is None else json.loads(part.__getstate__())
+
+
+def _read(data: bytes) -> Any:
+    """The library's tokenizer, without padding and truncation, which are for batches of training.
+
+    Raises:
+        EngineError: for bytes that the library does not read.
+    """
+    import tokenizers  # here, because a machine for measuring may be without (benchmarks/device.py)
+
+    library = _guarded(lambda: tokenizers.Tokenizer.from_buffer(data))
+    library.no_padding()
+    library.no_truncation()
+    return library
+
+
+def _guarded(work: Any) -> Any:
+    """What `work` gives, where an error of the library, or a panic of its Rust, is an `EngineError`."""
+    try:
+        return work()
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:  # PanicException is no Exception
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EngineError(f"a tokenizer.json that the library tokenizers does not read ({shortened(line)})") from None

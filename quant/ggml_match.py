@@ -1,0 +1,191 @@
+"""Which of ggml's types holds a weight without loss, and which comes nearest."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from quant.description import schemes
+from quant.ggml_types import TYPES, Packed, Type, abstract, named, transposed
+from quant.mixed import kind_of
+from quant.qtensor import QTensor
+
+_FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# By kind and bits of the codes: for rows of whole 256, and for rows of whole 32 only.
+_NEAREST = {
+    **{("int", 2): ("Q2_K", "Q4_0"), ("int", 3): ("Q3_K", "Q4_0"), ("int", 4): ("Q4_0", "Q4_0")},
+    **{("int", 5): ("Q5_0", "Q5_0"), ("int", 6): ("Q6_K", "Q8_0"), ("int", 8): ("Q8_0", "Q8_0")},
+    **{("uint", 2): ("Q2_K", "Q4_1"), ("uint", 3): ("Q3_K", "Q4_1"), ("uint", 4): ("Q4_1", "Q4_1")},
+    **{("uint", 5): ("Q5_1", "Q5_1"), ("uint", 6): ("Q6_K", "Q8_0"), ("uint", 8): ("Q8_0", "Q8_0")},
+    **{("ternary", 2): ("TQ2_0", "Q4_0"), ("nf4", 4): ("IQ4_NL", "IQ4_NL"), ("iq4_nl", 4): ("IQ4_NL", "IQ4_NL")},
+    **{("mxfp4", 4): ("MXFP4", "MXFP4"), ("nvfp4", 4): ("NVFP4", "MXFP4")},
+}
+_TWO_LEVELS = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K"}
+
+
+def type_of(weight: Any) -> Type | None:
+    """The type that holds a weight without loss: every code and every scale as it is.
+
+    Scales in float32 or bfloat16 are held where float16 has all of them, and a zero point where an offset does, which
+    only their values show: of an abstract weight that is unknown, and the answer None. How activations are rounded is
+    not stored in ggml's types, nor asked.
+
+    Args:
+        weight: an array or a QTensor [..., M, K] or [..., K, M]; arrays may be abstract.
+
+    Returns:
+        The type, or None where there is none.
+    """
+    if not isinstance(weight, QTensor):
+        name = _FLOATS.get(np.dtype(weight.dtype).name) if hasattr(weight, "dtype") else None
+        return named(name) if name is not None and not hasattr(weight, "planes") else None
+    same = _plain(weight)
+    for kind in TYPES.values():
+        if kind.packed is None or not kind.packed.returns or weight.shape[weight.axis] % kind.block:
+            continue
+        if kind.packed.scheme == weight.scheme.name and _kind(same) == _kind(_form(kind, weight)):
+            return kind
+    return None
+
+
+def nearest(weight: Any, two_levels: bool = True) -> Type:
+    """The type which holds something like a weight: of as many bits where there is one, else of the next more.
+
+    Args:
+        weight: as `type_of` takes it.
+        two_levels: whether it may be one whose scales are in codes of their own, which quantizers here do not make.
+    """
+    found = type_of(weight)
+    if found is not None:
+        return found
+    if not isinstance(weight, QTensor):
+        return named("F32")
+    length = weight.shape[weight.axis]
+    if length % 32:
+        return named("F16")
+    scheme = weight.scheme
+    if isinstance(weight.scale, QTensor) and scheme.bits in _TWO_LEVELS and length % 256 == 0:
+        return named(_TWO_LEVELS[scheme.bits])
+    best, otherwise = map(named, _NEAREST[scheme.kind, scheme.bits])
+    fits = length % best.block == 0 and best.packed is not None and (two_levels or best.packed.second is None)
+    return best if fits else otherwise
+
+
+def holder(weight: Any) -> Type:
+    """`type_of`, or an error that says what the weight is and which type is nearest.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    found = type_of(weight)
+    if found is None:
+        raise ValueError(f"{described(weight)}: no ggml type holds it; the nearest is {explained(nearest(weight))}")
+    return found
+
+
+def described(weight: Any) -> str:
+    """What a weight is, with what may keep it out of ggml: "int4, groups of 128, scales in bfloat16, 8 outliers"."""
+    said = schemes(weight)[:1]
+    if isinstance(weight, QTensor):
+        two, dtype = isinstance(weight.scale, QTensor), np.dtype(weight.scale.dtype).name
+        if weight.scale.shape[-2:] == (1, 1):
+            said = [weight.scheme.name, f"one scale, in {dtype}"]
+        else:
+            said.append("scales of two levels" if two else f"scales in {dtype}")
+        said += ["zero points"] if weight.zero is not None else []
+        said += ["an order of its channels"] if weight.order is not None else []
+        said += [f"{weight.outlier.shape[weight.axis]} outliers"] if weight.outlier is not None else []
+        said += [f"rows of {weight.shape[weight.axis]}"] if weight.shape[weight.axis] % 32 else []
+    return ", ".join(said)
+
+
+def explained(kind: Type) -> str:
+    """A type, with what it is: "Q4_0 (int4, groups of 32, scales in float16)"."""
+    packed = kind.packed
+    if packed is None:
+        return kind.name
+    form = abstract(kind, (1, kind.block))
+    scales = "scales of two levels" if packed.second else f"scales in {packed.scale_dtype}"
+    offset = ", offsets" if packed.offset else ""
+    return f"{kind.name} ({packed.scheme}, groups of {form.group_size}, {scales}{offset})"
+
+
+def fitted(weight: QTensor, kind: Type) -> dict[str, np.ndarray]:
+    """The parts of a weight by name, as NumPy arrays of a type's dtypes.
+
+    Raises:
+        ValueError: if the type does not hold it, or its `axis` is not -1.
+    """
+    if weight.axis != -1:
+        raise ValueError(f"a weight with axis {weight.axis}: expected -1, as ggml has them: `transposed` makes it so")
+    same = _plain(weight)
+    if weight.shape[-1] % kind.block or _kind(same) != _kind(_form(kind, weight)):
+        raise ValueError(f"{described(weight)}: expected what {explained(kind)} holds")
+    assert kind.packed is not None
+    return {name: np.asarray(part) for name, part in _parts(same, kind.packed).items()}
+
+
+def _parts(weight: QTensor, packed: Packed) -> dict[str, Any]:
+    """The arrays of a weight by their names in FORMAT.md."""
+
+    def find(name: str) -> Any:
+        at: Any = weight
+        for step in name.split("."):
+            at = at[int(step)] if step.isdigit() else getattr(at, step)
+        return at
+
+    return {name: find(name) for name in packed.widths}
+
+
+def _form(kind: Type, weight: QTensor) -> QTensor:
+    """What a type has for a weight of that shape, abstract, with that weight's axis."""
+    shape = weight.shape if weight.axis == -1 else (*weight.shape[:-2], weight.shape[-1], weight.shape[-2])
+    form = abstract(kind, shape)
+    return form if weight.axis == -1 else transposed(form)
+
+
+def _kind(weight: QTensor) -> Any:
+    """`kind_of`, without what a weight stands for and how it is multiplied."""
+    return kind_of(_bare(weight))
+
+
+def _bare(weight: Any) -> Any:
+    """A weight, and its second levels, that stand for float32 and round no activations."""
+    if not isinstance(weight, QTensor):
+        return weight
+    scale, offset = _bare(weight.scale), _bare(weight.offset)
+    return dataclasses.replace(weight, scale=scale, offset=offset, dtype=np.dtype("float32"), activations=None)
+
+
+def _plain(weight: QTensor) -> QTensor:
+    """The same values with float16 scales, and an offset for a zero point, where these hold every one of them."""
+    scale, offset = _half(weight.scale), _half(weight.offset)
+    if weight.zero is None or not _is_concrete(weight.zero) or not _is_concrete(weight.scale):
+        return dataclasses.replace(weight, scale=scale, offset=offset)
+    if weight.scheme.kind != "uint" or isinstance(weight.scale, QTensor) or weight.offset is not None:
+        return weight
+    # Products of a code, or of a zero point as small, and a float16 are exact in float32.
+    exact = np.asarray(weight.zero).dtype == np.uint8
+    shifted = -(np.asarray(weight.zero, np.float32) * np.asarray(weight.scale, np.float32))
+    half = _half(np.where(shifted == 0, np.float32(0), shifted))
+    if not exact or half.dtype != np.float16 or scale.dtype != np.float16:
+        return dataclasses.replace(weight, scale=scale)
+    return dataclasses.replace(weight, scale=scale, zero=None, offset=half)
+
+
+def _half(plane: Any) -> Any:
+    """Floats as float16 where that is what they are; else as they come."""
+    if isinstance(plane, QTensor):
+        return dataclasses.replace(plane, scale=_half(plane.scale))
+    if plane is None or not _is_concrete(plane) or np.dtype(plane.dtype).name not in ("float32", "bfloat16"):
+        return plane
+    wide = np.asarray(plane).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        half = wide.astype(np.float16)
+    return half if np.array_equal(half.astype(np.float32).view(np.uint32), wide.view(np.uint32)) else plane
+
+
+def _is_concrete(plane: Any) -> bool:
+    """Whether an array has values."""
+    return not any(isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer) for leaf in jax.tree.leaves(plane))
