@@ -111,7 +111,7 @@ class _Keys:
         value = self.value(name)
         if value is None:
             return otherwise
-        if value not in (False, True):
+        if not isinstance(value, int) or value not in (False, True):
             raise self._wrong(name, value, "true or false")
         return bool(value)
 
