@@ -195,7 +195,7 @@ def load(
     `Opened.tokenizer_problem`).
 
     Args:
-        name: path of a checkpoint (llamajax, Hugging Face or llama2.c), or "box" for the model in the package.
+        name: path of a checkpoint (llamajax, Hugging Face, GGUF or llama2.c), or "box" for the model in the package.
         tokenizer: path of a `tokenizer.model`, `tokenizer.json` or `tokenizer.bin`; the one that came with the
             checkpoint unless given.
         dtype: of the weights, for example `jax.numpy.float32`; as stored unless given.
