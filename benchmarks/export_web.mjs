@@ -17,11 +17,16 @@ if (!bundle) throw new Error("usage: node export_web.mjs BUNDLE [chromium]");
 const page = fileURLToPath(new URL("../export/runners/web", import.meta.url));
 const types = { ".html": "text/html", ".js": "text/javascript", ".mjs": "text/javascript", ".wasm": "application/wasm" };
 
+// As text, for Node would look for a package.json that says what kind of script it is.
+const script = readFileSync(join(page, "llama.js"));
+const { Text } = await import(`data:text/javascript;base64,${script.toString("base64")}`);
+
 // The golden prompts and tokens as text, by the pieces of vocabulary.json.
 function goldenTexts() {
   const vocabulary = JSON.parse(readFileSync(join(bundle, "vocabulary.json")));
-  const pieces = vocabulary.pieces.map((piece) => Buffer.from(piece, "base64"));
-  const decoded = (ids) => Buffer.concat(ids.filter((id) => id !== vocabulary.bos).map((id) => pieces[id])).toString();
+  const text = new Text(vocabulary);
+  const bytes = (ids) => ids.filter((id) => id !== vocabulary.bos).map((id) => text.bytesOf(id));
+  const decoded = (ids) => Buffer.concat(bytes(ids)).toString();
   const file = readFileSync(join(bundle, "golden.safetensors"));
   const start = 8 + Number(file.readBigUInt64LE());
   const header = JSON.parse(file.subarray(8, start));
@@ -33,8 +38,8 @@ function goldenTexts() {
   return Array.from({ length: prompts }, (_, index) => {
     const tokens = ids(`tokens_${index}`), prompt = decoded(ids(`prompt_${index}`));
     const end = tokens.findIndex((id) => vocabulary.stop.includes(id)); // where the page stops
-    const text = decoded(end < 0 ? tokens : tokens.slice(0, end));
-    return { prompt: vocabulary.dummy_prefix ? prompt.slice(1) : prompt, tokens: tokens.length, text };
+    const story = decoded(end < 0 ? tokens : tokens.slice(0, end));
+    return { prompt: text.first_space ? prompt.slice(1) : prompt, tokens: tokens.length, text: story };
   });
 }
 

@@ -25,13 +25,23 @@ _OPENS = {"(?=": "(?=", "(?!": "(?!", "(?>": "", "(?:": "(?:", "(?i:": "(?:", "(
 # Letters that fold to what a single character folds to as well.
 _FOLDED = ("ss", "st", "ff", "fi", "fl")
 _MOST_DEPTH = 50
-# All characters: code points without surrogates, which no text has.
 _CODES = 0x110000
-ALL_CHARACTERS = "".join(map(chr, [*range(0xD800), *range(0xE000, _CODES)]))
 
 
 class Unsupported(Exception):
     """What in a tokenizer cannot be written as a table: the end of a sentence about it."""
+
+
+@functools.cache
+def all_characters() -> str:
+    """All characters: code points without surrogates, which no text has."""
+    return "".join(map(chr, [*range(0xD800), *range(0xE000, _CODES)]))
+
+
+@functools.cache
+def _cased() -> str:
+    """Those that have a case: without regard to case, a letter matches no others."""
+    return "".join(character for character in all_characters() if character.lower() != character.upper())
 
 
 def ranges_of(held: np.ndarray) -> tuple[int, ...]:
@@ -53,19 +63,26 @@ def characters_in(text: str) -> np.ndarray:
 
 
 @functools.lru_cache(256)
-def members(expression: str) -> tuple[int, ...]:
-    """The characters that an expression of Oniguruma matches by themselves, as ranges.
+def members(expression: str, among: str | None = None) -> tuple[int, ...]:
+    """The characters, or those of a text, that an expression of Oniguruma matches by themselves, as ranges.
 
     Raises:
         Unsupported: if the library does not read it.
     """
     from tokenizers import Regex, normalizers  # here, as in llamajax.tokenizer
 
+    asked = all_characters() if among is None else among
     try:
-        left = normalizers.Replace(Regex(expression), "").normalize_str(ALL_CHARACTERS)
+        left = normalizers.Replace(Regex(expression), "").normalize_str(asked)
     except Exception:  # the library has no class of its own for its errors
         raise Unsupported(f"has a regular expression that its library does not read ({expression[:40]})") from None
-    return ranges_of(characters_in(ALL_CHARACTERS) & ~characters_in(left))
+    return ranges_of(characters_in(asked) & ~characters_in(left))
+
+
+def outside(ends: tuple[int, ...]) -> tuple[int, ...]:
+    """The code points that are not in these ranges."""
+    begins, last = [0, *(end + 1 for end in ends[1::2])], [*(first - 1 for first in ends[::2]), _CODES - 1]
+    return tuple(end for pair in zip(begins, last, strict=True) if pair[0] <= pair[1] for end in pair)
 
 
 class Patterns:
@@ -200,7 +217,9 @@ class _Parser:
         elif first == "\\":
             self._skip_escape()
         elif first != ".":
-            ends = members(f"(?i:{re.escape(first)})") if ignore_case and first.isalpha() else (ord(first), ord(first))
+            ends: tuple[int, ...] = (ord(first), ord(first))
+            if ignore_case and first.isalpha():
+                ends = members(f"(?i:{first})", _cased())
             return _Found((self._of_class(ends),), False)
         source = self._text[begin : self._at]
         return _Found((self._of_class(members(f"(?i:{source})" if ignore_case else source)),), False)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from export.patterns import ALL_CHARACTERS, Patterns, Unsupported, characters_in, ranges_of
+from export.patterns import Patterns, Unsupported, all_characters, characters_in, ranges_of
 from llamajax import Tokenizer, files
 
 Step = dict[str, Any]
@@ -167,7 +167,7 @@ def _digits() -> tuple[int, ...]:
     """What the library's Digits splits at."""
     from tokenizers import pre_tokenizers
 
-    runs = pre_tokenizers.Digits(individual_digits=False).pre_tokenize_str(ALL_CHARACTERS)
+    runs = pre_tokenizers.Digits(individual_digits=False).pre_tokenize_str(all_characters())
     return ranges_of(characters_in("".join(run for run, _ in runs[1::2])))  # the first run is of control characters
 
 
@@ -181,16 +181,17 @@ def _changing(form: str) -> tuple[int, ...]:
     from tokenizers import normalizers
 
     theirs = {name: getattr(normalizers, name)().normalize_str for name in (form, "NFC", "NFD")}
-    same = lambda text, name: theirs[name](text) == unicodedata.normalize(name, text)  # noqa: E731
+    ours: Any = unicodedata.normalize  # for a name that is no literal
+    same = lambda text, name: theirs[name](text) == ours(name, text)  # noqa: E731
     held: set[str] = set()
-    for character in ALL_CHARACTERS:
-        apart = unicodedata.normalize("NFD", character)
-        if unicodedata.normalize(form.replace("C", "D"), character) != character and same(character, form):
+    for character in all_characters():
+        apart = ours("NFD", character)
+        if ours(form.replace("C", "D"), character) != character and same(character, form):
             held.add(character)
         if unicodedata.combining(character) and same("\u0345" + character, "NFD") and same(character + "\u0334", "NFD"):
             held.add(character)
         if len(apart) > 1:  # the pairs that become one: the character before its last mark, and the mark
-            pair = unicodedata.normalize("NFC", apart[:-1]) + apart[-1]
-            if len(pair) == 2 and same(pair, "NFC") and unicodedata.normalize("NFC", pair) == character:
+            pair = ours("NFC", apart[:-1]) + apart[-1]
+            if len(pair) == 2 and same(pair, "NFC") and ours("NFC", pair) == character:
                 held.update(pair)
     return ranges_of(characters_in("".join(held)))

@@ -1,9 +1,9 @@
 """What a runner needs to turn text into ids and back as the tokenizer does, and whether it then does.
 
 Runners have no sentencepiece and no tokenizers: their class `Text` goes by tables (`export.sentencepiece_tables`,
-`export.tokenizers_tables`). What it cannot do exactly has a `refusal` in vocabulary.json: a runner then takes ids alone.
-Texts are encoded both ways when a bundle is written; those of a table in it again by each runner that runs the golden
-prompts.
+`export.tokenizers_tables`). What it cannot do exactly has a `refusal` in vocabulary.json: a runner then takes ids
+alone. Texts are encoded both ways when a bundle is written; those of a table in it again by each runner that runs the
+golden prompts.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from export.patterns import ALL_CHARACTERS, Patterns, Unsupported, characters_in, ranges_of
+from export.patterns import Patterns, Unsupported, all_characters, characters_in, ranges_of
 from export.sentencepiece_tables import sentencepiece_tables
 from export.tokenizers_tables import normalized_text, tokenizers_tables
 from llamajax import Tokenizer, files
@@ -82,7 +82,7 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     }
     try:
         if tokenizer.form == "sentencepiece":
-            tables = sentencepiece_tables(tokenizer)
+            tables = sentencepiece_tables(tokenizer, patterns)
         else:
             tables = tokenizers_tables(tokenizer, patterns)
         added = _added(tokenizer, tables.pop("controls"), tables.pop("special_hides"), patterns)
@@ -90,7 +90,7 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     except Unsupported as error:
         values |= {"refusal": f"its tokenizer {error}", "pieces": [], "pieces_are_bytes": False}
     values |= _bytes_of_ids(tokenizer, values)
-    drawn = [*_texts_of_pieces(tokenizer, _FROM_PIECES), *_around_pieces(tokenizer)]
+    drawn = [*_texts_of_pieces(tokenizer, _FROM_PIECES), *_around_pieces(tokenizer, values)]
     texts = [{"text": text, "ids": tokenizer.encode(text)} for text in (*TEXTS, *drawn)]
     if values["refusal"] is None:
         values["refusal"] = _difference(values, tokenizer, [*TEXTS, *drawn, *_texts_of_pieces(tokenizer, _DRAWN)])
@@ -126,14 +126,14 @@ _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x20
 def _word_characters(of_library: bool) -> tuple[int, ...]:
     """What a token that stands by itself alone may not touch, for the library or for `llamajax.tokenizer`."""
     if not of_library:
-        return ranges_of(characters_in("".join(c for c in ALL_CHARACTERS if c.isalnum() or c == "_")))
+        return ranges_of(characters_in("".join(c for c in all_characters() if c.isalnum() or c == "_")))
     import tokenizers
 
     # Each character before a token of this kind: it stays part of the text where it makes words.
     token = "\ue000"
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.add_tokens([tokenizers.AddedToken(token, single_word=True, normalized=False)])
-    others = ALL_CHARACTERS.replace(token, "")
+    others = all_characters().replace(token, "")
     ends = library.encode("".join(f"{character}{token} " for character in others), add_special_tokens=False).offsets
     found = {begin // 3 for begin, _ in ends}
     return ranges_of(characters_in("".join(c for index, c in enumerate(others) if index not in found)))
@@ -153,11 +153,10 @@ def _bytes_of_ids(tokenizer: Tokenizer, values: dict[str, Any]) -> dict[str, Any
     return {"pieces": pieces, "texts": texts, "spelt": [i for i in spaced if tokenizer.is_spelt(i)]}
 
 
-def _around_pieces(tokenizer: Tokenizer) -> list[str]:
+def _around_pieces(tokenizer: Tokenizer, values: dict[str, Any]) -> list[str]:
     """Texts with added tokens, and pieces that are never split, in them."""
-    whole = [token.text for token in tokenizer.added]
-    if tokenizer.form == "sentencepiece":
-        whole += sentencepiece_tables(tokenizer)["split"][0]["whole"]
+    steps = values.get("split", [])
+    whole = [token.text for token in tokenizer.added] + [piece for step in steps for piece in step.get("whole", [])]
     return [f"a{text}b {text} c{text}{text} " for text in whole[:_MOST_WHOLE]]
 
 

@@ -12,6 +12,7 @@ from quant.awq import search_scale
 from quant.budget import allocate
 from quant.description import WEIGHT_DTYPES, abstract_weight, describe, kinds, schemes
 from quant.gptq import add_to_hessian, quantize_gptq
+from quant.grid import with_offset
 from quant.hqq import quantize_hqq
 from quant.kernels import Layout, start_indices
 from quant.kernels.cpu import TiledWeight
@@ -85,4 +86,5 @@ __all__ = [
     "view",
     "with_activations",
     "with_layer",
+    "with_offset",
 ]

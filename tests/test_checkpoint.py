@@ -446,8 +446,8 @@ def test_target_that_cannot_be_created(tiny_model: llamajax.Llama, tmp_path: Pat
 
 
 def test_unknown_form(tiny_model: llamajax.Llama, tmp_path: Path) -> None:
-    with pytest.raises(LlamaJaxError, match="form is 'gguf': expected 'llamajax' or 'huggingface'"):
-        save_checkpoint(tiny_model, tmp_path / "saved", form="gguf")
+    with pytest.raises(LlamaJaxError, match="form is 'zip': expected 'llamajax', 'huggingface' or 'gguf'"):
+        save_checkpoint(tiny_model, tmp_path / "saved", form="zip")
     assert not list(tmp_path.iterdir())
 
 

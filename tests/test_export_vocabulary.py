@@ -4,28 +4,24 @@ import io
 import json
 import re
 import shutil
-import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-import export.vocabulary
 import llamajax
 from export.bundle import open_bundle, seal
-from export.runners.runner import Text
+from export.runners.text import Text
 from export.vocabulary import TEXTS, vocabulary_of
-from llamajax.tokenizer import Tokenizer
+from llamajax import Tokenizer
 from llamajax.words import AddedToken, Words
+from tests.encoded import STORY, Folder, assert_same, by_node, drawn_texts
 from tests.isolated import run_isolated
 
 VERSION1 = Path(__file__).parent / "bundles" / "version1"
-PAGE = Path(export.vocabulary.__file__).parent / "runners" / "web" / "llama.js"
-STORY = "Once upon a time, there was a little fox named Ted.\nHe found 12 red apples; 'May I?' asked the café's owl. "
 IDENTITY = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity", "vocab_size": 340}
 # Models of their own, each by what it has that is not as LLaMA's.
 TRAINED: dict[str, dict] = {
@@ -35,6 +31,16 @@ TRAINED: dict[str, dict] = {
     "no byte fallback": {"byte_fallback": False, "vocab_size": 70},
     "no BOS": {"bos_id": -1},
     "whole symbols": {"user_defined_symbols": ["<|im_end|>", "<|im_end|>x", "the", "é"], "vocab_size": 345},
+    "spaces are symbols": {"user_defined_symbols": ["  ", "▁a", "a▁"], "vocab_size": 343},
+    "spaces are suffixes": {"treat_whitespace_as_suffix": True},
+    "normalized": {"normalization_rule_name": "nmt_nfkc"},
+    "normalized, without case": {"normalization_rule_name": "nmt_nfkc_cf", "remove_extra_whitespaces": False},
+    "unigram": {"model_type": "unigram", "vocab_size": 300},
+    "unigram, normalized": {"model_type": "unigram", "vocab_size": 300, "normalization_rule_name": "nmt_nfkc"},
+    "unigram, whole symbols": {
+        **{"model_type": "unigram", "byte_fallback": False, "vocab_size": 48},
+        "user_defined_symbols": ["<|im_end|>", "the", "the f", "é", "  "],
+    },
 }
 
 
@@ -46,122 +52,90 @@ def trained(**options) -> Tokenizer:
     return Tokenizer(model.getvalue())
 
 
-class Folder:
-    """As much of a bundle as `Text` asks for."""
-
-    def __init__(self, path: Path, values: dict):
-        self.path = path
-        (path / "vocabulary.json").write_text(json.dumps(values))
-
-    def file(self, name: str) -> Path:
-        return self.path / name
-
-
-def drawn_texts() -> list[str]:
-    """Short texts in which everything meets everything, by chance; another seed than that of the golden texts."""
-    rng = np.random.default_rng(5)
-    parts = [
-        "a",
-        "e",
-        "aa",
-        "the",
-        " ",
-        "  ",
-        "▁",
-        "<|im_end|>",
-        "<s>",
-        "é",
-        "e\u0301",
-        "日",
-        "🦊",
-        "\n",
-        "\x00",
-        "12",
-        "Once",
-    ]
-    return ["".join(rng.choice(parts, rng.integers(1, 14))) for _ in range(300)] + [STORY, "  " + STORY + "  "]
-
-
-def expected_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+def own_ids(tokenizer: Tokenizer) -> Callable[[str], Sequence[int]]:
+    """Sentencepiece's own."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
     begin = [processor.bos_id()] if processor.bos_id() >= 0 else []
-    return [begin + processor.encode(text) for text in texts]
-
-
-def assert_same(tokenizer: Tokenizer, folder: Path) -> None:
-    """Python's and the page's `Text` against sentencepiece."""
-    values = vocabulary_of(tokenizer).values
-    assert values["refusal"] is None
-    bundle, texts = Folder(folder, values), [*TEXTS, *drawn_texts()]
-    runner, expected = Text(bundle), expected_ids(tokenizer, texts)
-    for text, ids in zip(texts, expected, strict=True):
-        assert runner.encode(text) == ids, text
-    if shutil.which("node"):
-        for text, ids, found in zip(texts, expected, by_node(folder, texts), strict=True):
-            assert found == ids, text
-
-
-def by_node(folder: Path, texts: list[str], method: str = "texts.map((text) => runner.encode(text))") -> list:
-    (folder / "texts.json").write_text(json.dumps(texts))
-    script = (
-        f"import {{ readFileSync }} from 'node:fs'; import {{ Text }} from '{PAGE.as_uri()}';"
-        "const [vocabulary, texts] = process.argv.slice(1).map((file) => JSON.parse(readFileSync(file)));"
-        f"const runner = new Text(vocabulary); console.log(JSON.stringify({method}));"
-    )
-    command = ["node", "--no-warnings", "--input-type=module", "--experimental-default-type=module", "-e", script]
-    files = [str(folder / name) for name in ("vocabulary.json", "texts.json")]
-    done = subprocess.run([*command, *files], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return lambda text: begin + processor.encode(text)
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_trained_tokenizers(name: str, tmp_path: Path) -> None:
-    assert_same(trained(**TRAINED[name]), tmp_path)
+    tokenizer = trained(**TRAINED[name])
+    assert_same(tokenizer, tmp_path, own_ids(tokenizer))
 
 
-@pytest.mark.parametrize("name", ["box", "stories260K", "llama2"])
+def changed(change: Callable[[Any], None], **options) -> Tokenizer:
+    """A model of which something is changed that no trainer writes."""
+    proto: Any = sentencepiece_model_pb2
+    model = proto.ModelProto.FromString(trained(**options).model_bytes)
+    change(model)
+    return Tokenizer(model.SerializeToString())
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_unused_pieces(kind: str, tmp_path: Path) -> None:
+    def unused(model) -> None:
+        for piece in [piece for piece in model.pieces if piece.type == piece.NORMAL][::3]:
+            piece.type = piece.UNUSED
+
+    tokenizer = changed(unused, model_type=kind, vocab_size=300)
+    assert_same(tokenizer, tmp_path, own_ids(tokenizer))
+
+
+def test_spaces_that_stay_spaces(tmp_path: Path) -> None:
+    def plain(model) -> None:
+        model.normalizer_spec.escape_whitespaces = False
+        for piece in model.pieces:
+            piece.piece = piece.piece.replace("▁", " ")
+
+    for collapse in (False, True):
+        tokenizer = changed(plain, remove_extra_whitespaces=collapse)
+        assert_same(tokenizer, tmp_path, own_ids(tokenizer))
+
+
+@pytest.mark.parametrize("name", ["box", "stories260K", "llama2", "mistral"])
 def test_tokenizers_in_use(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     if name == "box":
         tokenizer = llamajax.load("box")[1]
     else:
         data = request.getfixturevalue("shared") / "data"
         files = {"stories260K": "stories260K/tok512.model", "llama2": "tokenizers/llama2_tokenizer.model"}
+        files["mistral"] = "tokenizers/mistral_tokenizer.model.v1"
         tokenizer = Tokenizer.from_file(data / files[name])
-    assert_same(tokenizer, tmp_path)
+    assert_same(tokenizer, tmp_path, own_ids(tokenizer), [*TEXTS, *drawn_texts(3000)])
 
 
-def test_a_long_text_takes_no_time_in_its_square(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = trained()
-    runner, text = Text(Folder(tmp_path, vocabulary_of(tokenizer).values)), STORY * 80
+@pytest.mark.parametrize("name", ["as LLaMA's", "unigram"])
+def test_a_long_text_takes_no_time_in_its_square(name: str, tmp_path: Path) -> None:
+    tokenizer = trained(**{**TRAINED[name], "split_by_whitespace": False})
+    runner, text = Text(Folder(tmp_path, vocabulary_of(tokenizer).values)), STORY.replace(" ", "") * 99
     taken = 0
 
     class Counted(dict):
-        def __contains__(self, key) -> bool:
+        def get(self, key, default=None):
             nonlocal taken
             taken += 1
-            return super().__contains__(key)
+            return super().get(key, default)
 
-    runner.merges = Counted(runner.merges)
-    assert len(text) > 8000 and [runner.encode(text)] == expected_ids(tokenizer, [text])
-    assert taken < 5 * len(text)
+    of_kind = "likely" if name == "unigram" else "scored"
+    setattr(runner, of_kind, Counted(getattr(runner, of_kind)))
+    assert len(text) > 8000 and runner.encode(text) == own_ids(tokenizer)(text)
+    assert taken < 20 * len(text)
 
 
-@pytest.mark.parametrize(
-    ("options", "refusal"),
-    [
-        ({"model_type": "unigram", "vocab_size": 300}, "a sentencepiece model of type unigram"),
-        ({"normalization_rule_name": "nmt_nfkc"}, r"normalizes text \('nmt_nfkc'\)"),
-        ({"treat_whitespace_as_suffix": True}, "treats spaces in a way of its own"),
-        # A piece's "▁" is a space to runners, which no text has when sentencepiece looks for this symbol.
-        ({"user_defined_symbols": ["  "], "remove_extra_whitespaces": False}, "encodes .* in a way of its own"),
-    ],
-)
-def test_what_runners_cannot_encode_is_refused(options: dict, refusal: str, tmp_path: Path) -> None:
-    values = vocabulary_of(trained(**options)).values
-    assert re.search(refusal, values["refusal"]), values["refusal"]
+@pytest.mark.parametrize("kind", ["word", "char"])
+def test_what_runners_cannot_encode_is_refused(kind: str, tmp_path: Path) -> None:
+    values = vocabulary_of(trained(model_type=kind, byte_fallback=False, vocab_size=20)).values
+    refusal = f"its tokenizer is a sentencepiece model of type {kind}"
+    assert values["refusal"] == refusal
     with pytest.raises(SystemExit, match=rf"{refusal}, which this runner does not know: give ids with --ids"):
         Text(Folder(tmp_path, values)).encode("Once")
+
+
+def test_a_difference_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Text, "step_sentencepiece", lambda self, **_: lambda words, _: words)
+    assert re.search("encodes .* in a way of its own", vocabulary_of(trained()).values["refusal"])
 
 
 def test_tokens_that_a_checkpoint_adds(tmp_path: Path) -> None:
@@ -173,29 +147,37 @@ def test_tokens_that_a_checkpoint_adds(tmp_path: Path) -> None:
     added += [AddedToken(id=341, text="<|im_end|>x"), AddedToken(id=342, text="12", normalized=True)]
     for changes in ({}, {"space": "always"}, {"space": "never"}, {"add_bos": False, "add_eos": True}):
         tokenizer = Tokenizer(model.model_bytes, words=Words(added=tuple(added), **changes))
-        values = vocabulary_of(tokenizer).values
-        assert values["refusal"] is None
-        runner, expected = Text(Folder(tmp_path, values)), [tokenizer.encode(text) for text in texts]
-        assert [runner.encode(text) for text in texts] == expected
-        assert not shutil.which("node") or by_node(tmp_path, texts) == expected
-    rstrip = AddedToken(id=340, text="<|im_end|>", rstrip=True)
-    values = vocabulary_of(Tokenizer(model.model_bytes, words=Words(added=(rstrip,)))).values
-    assert values["refusal"] == "its tokenizer has a token that depends on what is around it, '<|im_end|>'"
-
-
-def test_unused_pieces_are_refused() -> None:
-    proto: Any = sentencepiece_model_pb2
-    model = proto.ModelProto.FromString(trained().model_bytes)
-    model.pieces[-1].type = proto.ModelProto.SentencePiece.UNUSED
-    assert vocabulary_of(Tokenizer(model.SerializeToString())).values["refusal"] == "its tokenizer has unused pieces"
+        assert_same(tokenizer, tmp_path, texts=texts)
+    flags = [{}, {"lstrip": True}, {"rstrip": True, "lstrip": True}, {"single_word": True}]
+    for flag in flags:
+        around = [AddedToken(id=340, text="<|im_end|>", rstrip=True), AddedToken(id=341, text="12", **flag)]
+        around += [
+            AddedToken(id=342, text="<|im_end|>x", special=True),
+            AddedToken(id=343, text="日", single_word=True),
+        ]
+        assert_same(Tokenizer(model.model_bytes, words=Words(added=tuple(around))), tmp_path)
 
 
 def test_a_character_that_nothing_stands_for(tmp_path: Path) -> None:
-    # As the first bundles were: without the id of the unknown.
     values = vocabulary_of(trained(byte_fallback=False, vocab_size=70)).values
-    del values["unknown"]
+    values["model"]["unknown"] = None
     with pytest.raises(SystemExit, match="'日' is not in the vocabulary"):
         Text(Folder(tmp_path, values)).encode("Once 日")
+
+
+def test_vocabularies_of_the_first_releases(tmp_path: Path) -> None:
+    values, texts = json.loads((VERSION1 / "vocabulary.json").read_bytes()), [*TEXTS, *drawn_texts()]
+    tokenizer = Tokenizer.from_file(VERSION1 / "tokenizer.model")
+    assert "version" not in values
+    expected = [own_ids(tokenizer)(text) for text in texts]
+    assert [Text(Folder(tmp_path, values)).encode(text) for text in texts] == expected
+    assert not shutil.which("node") or by_node(tmp_path, texts) == expected
+    runner = Text(Folder(tmp_path, values))
+    assert [runner.bytes_of(i) for i in range(tokenizer.vocab_size)] == list(
+        map(tokenizer.token_bytes, range(tokenizer.vocab_size))
+    )
+    with pytest.raises(SystemExit, match=r"vocabulary\.json: version 3: this runner reads 1 and 2"):
+        Text(Folder(tmp_path, {"version": 3}))
 
 
 @pytest.mark.parametrize("prompt", ["", "Once"])
@@ -208,7 +190,7 @@ def test_text_of_ids(prompt: str, tmp_path: Path) -> None:
     assert before + expected == prompt + "  fox upon"[not prompt :]
     decode = Text(folder).decoder(ids)
     # Behind the tokenizer's ids there may be more in the model: `generate` shows one of those as U+FFFD.
-    assert b"".join(map(decode, [*made, tokenizer.vocab_size])).decode() == expected + "\ufffd"
+    assert b"".join(map(decode, [*made, tokenizer.vocab_size, None])).decode() == expected + "\ufffd"
     if shutil.which("node"):
         method = f"[{made}, [{tokenizer.vocab_size}]].flat().map(runner.decoder(texts)).map((bytes) => [...bytes])"
         assert b"".join(map(bytes, by_node(tmp_path, ids, method))).decode() == expected + "\ufffd"
@@ -217,9 +199,9 @@ def test_text_of_ids(prompt: str, tmp_path: Path) -> None:
 def test_a_bundle_whose_tokenizer_runners_lack(tmp_path: Path) -> None:
     shutil.copytree(VERSION1, tmp_path / "copy")
     bundle = open_bundle(tmp_path / "copy")
-    values = vocabulary_of(trained(model_type="unigram", vocab_size=300)).values
+    values = vocabulary_of(trained(model_type="char", byte_fallback=False, vocab_size=20)).values
     bundle.file("vocabulary.json").write_text(json.dumps(values))
     seal(bundle.path, bundle.manifest)
     done = run_isolated(bundle.path, "--prompt=Once", runner="run_jax.py")
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert done.stderr.endswith("type unigram, which this runner does not know: give ids with --ids\n")
+    assert done.stderr.endswith("type char, which this runner does not know: give ids with --ids\n")

@@ -491,13 +491,12 @@ def test_types_that_no_weight_is_of(tmp_path: Path) -> None:
     info = b"blk.0.ffn_up.weight" + struct.pack("<IQQ", 2, 256, 512)
     at = file.index(info) + len(info)
     for number, message in (
-        (28, "is of type F64: expected a type that weights"),
-        (77, "is of type 77, which this release"),
+        (26, "is of type I32: expected a type that weights"),
+        (77, "tensor 'blk.0.ffn_up.weight': ggml type 77: expected one of F32"),
     ):
-        (tmp_path / "other").write_bytes(file[:at] + struct.pack("<I", number) + file[at + 4 :] + bytes(1 << 20))
-        with pytest.raises(LlamaJaxError, match=f"{message}|overlap") as caught:
+        (tmp_path / "other").write_bytes(file[:at] + struct.pack("<I", number) + file[at + 4 :])
+        with pytest.raises(LlamaJaxError, match=message):
             open_checkpoint(tmp_path / "other")
-        assert number == 28 or message in str(caught.value)
 
 
 # ---- What becomes of it ----------------------------------------------------------------------------------------------
@@ -550,5 +549,5 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_our_sizes_are_the_gguf_packages() -> None:
     sizes = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items() if kind != Kind.Q8_1}
-    ours = {number: (kind.block, kind.nbytes) for number, kind in ggml.TYPES.items() if kind.name != "Q8_1"}
+    ours = {kind.number: (kind.block, kind.nbytes) for kind in ggml.TYPES.values() if kind.name != "Q8_1"}
     assert ours == sizes

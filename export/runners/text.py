@@ -51,6 +51,29 @@ class Longest:
             place += len(found) or 1
 
 
+class Replacements:
+    """What sentencepiece's normalizers replace: a trie as a double array (darts.h of darts-clone), and texts."""
+
+    def __init__(self, blob):
+        size = int.from_bytes(blob[:4], "little")
+        self.units, self.texts = np.frombuffer(blob[4 : 4 + size], "<u4").tolist(), blob[4 + size :]
+
+    def at(self, data, place):
+        """How many bytes at a place are replaced, the most that may be, and by what."""
+        units, found = self.units, (0, b"")
+        jump = lambda unit: (unit >> 10) << ((unit & 512) >> 6)  # noqa: E731
+        node = jump(units[0]) if units else 0
+        for end in range(place, len(data)):
+            node ^= data[end]
+            if node >= len(units) or units[node] & 0x800000FF != data[end]:
+                break
+            leaf, node = units[node] & 256, node ^ jump(units[node])
+            if leaf and node < len(units):
+                begin = units[node] & 0x7FFFFFFF
+                found = end + 1 - place, self.texts[begin : self.texts.find(b"\0", begin)]
+        return found
+
+
 class Text:
     """Encodes text by a vocabulary, and has the bytes of each id."""
 
@@ -64,9 +87,8 @@ class Text:
         self.bos, self.eos, self.stop, self.refusal = (vocabulary[key] for key in ("bos", "eos", "stop", "refusal"))
         self.first_space, self.spelt = vocabulary["first_space"], set(vocabulary["spelt"])
         self.pieces, self.texts, self.of_bytes = (vocabulary[key] for key in ("pieces", "texts", "pieces_are_bytes"))
-        self.classes = vocabulary["classes"]
-        self.model = None if self.refusal else vocabulary["model"]
-        if self.model:
+        if not self.refusal:
+            self.classes, self.model = vocabulary["classes"], vocabulary["model"]
             self.read_added(**vocabulary["added"])
             self.normalize, self.split = (
                 [self.step(**step) for step in vocabulary[key]] for key in ("normalize", "split")
@@ -146,7 +168,8 @@ class Text:
             (token, bits), end = added.texts[found], start + len(found)
             if bits & SPECIAL and not special:
                 continue
-            if bits & SINGLE_WORD and (self.word.match(text[start - 1 : start]) or self.word.match(text[end : end + 1])):
+            beside = (text[start - 1 : start], text[end : end + 1])
+            if bits & SINGLE_WORD and any(map(self.word.match, beside)):
                 continue
             start = max(start, done)
             while bits & LSTRIP and start > done and text[start - 1] in self.blank:
@@ -235,16 +258,19 @@ class Text:
 
     def step_sentencepiece(self, prefix, collapse, escape, suffix, charsmap, whole):
         """Sentencepiece's normalizer. `prefix`: before which parts of a text a space is put."""
-        kept, replaced = Longest(dict.fromkeys(whole, 1)), Longest(charsmap)
+        kept, replaced = Longest({piece.encode() for piece in whole}), Replacements(base64.b64decode(charsmap))
         space = SPACE if escape else " "
 
         def pieces(text):
-            place = 0
-            while place < len(text):
-                found = kept.at(text, place)
-                source = found or replaced.at(text, place) or text[place]
-                yield source if found else charsmap.get(source, source)
-                place += len(source)
+            data, place = text.encode(), 0
+            while place < len(data):
+                found = kept.at(data, place)
+                size, instead = (0, b"") if found else replaced.at(data, place)
+                if not size:
+                    size = len(found) or 1 + sum(data[place] >= least for least in (0xC0, 0xE0, 0xF0))
+                    instead = data[place : place + size]
+                yield instead.decode()
+                place += size
 
         def normalized(text, first):
             some = list(pieces(text)) if kept.lengths or charsmap else [*text]
@@ -317,8 +343,9 @@ class Text:
     def read_scores(self):
         """Byte-pair encoding by scores of pieces: sentencepiece's."""
         kinds, scores = self.model["kinds"], self.model["scores"]
-        self.scored = {piece: (-scores[i], i) for i, piece in enumerate(self.pieces) if kinds[i] in "nux"}
-        self.reserved = {piece: i for i, piece in enumerate(self.pieces) if kinds[i] in "cb?"}
+        pieces = self.pieces[: len(kinds)]
+        self.scored = {piece: (-scores[i], i) for i, piece in enumerate(pieces) if kinds[i] in "nux"}
+        self.reserved = {piece: i for i, piece in enumerate(pieces) if kinds[i] in "cb?"}
         self.single = {int(piece[3:5], 16): i for piece, i in self.reserved.items() if kinds[i] == "b"}
         self.unused = {piece for piece, (_, i) in self.scored.items() if kinds[i] == "x"}
         self.whole = Longest({piece: i for piece, (_, i) in self.scored.items() if kinds[i] == "u"})
@@ -341,7 +368,9 @@ class Text:
         made = merged(symbols, pair, frozen)
         while apart and not apart.keys().isdisjoint(made):  # unused pieces fall apart again
             made = [part for piece in made for part in apart.get(piece, (piece,))]
-        return self.known((piece, self.scored.get(piece, (0, self.model["unknown"]))[1]) for piece in made)
+        other = 0, self.model["unknown"]
+        scored = [other if piece in self.unused else self.scored.get(piece, other) for piece in made]
+        return self.known(zip(made, (token for _, token in scored)))
 
     def known(self, pieces):
         """Ids of pieces: of their bytes where they are unknown, or one id for all the unknown in a row."""
@@ -458,7 +487,7 @@ def of_first_releases(old):
         "collapse": old.get("collapse_spaces", False),
         "escape": True,
         "suffix": False,
-        "charsmap": {},
+        "charsmap": "",
         "whole": [piece for piece, kind in zip(pieces, kinds) if kind == "u"],
     }
     return {

@@ -26,8 +26,6 @@ from quant.scheme import E2M1, IQ4_NL_POLYNOMIAL, Scheme, polynomial
 # Packed bytes of one output that a step unrolls, for one row of activations and for several: for one, more work hides
 # what a step costs; for several, what was widened should stay in registers from row to row.
 STEP_BYTES = (64, 16)
-# Added to a float32 of less than 2**22 and taken away again, it leaves a whole number.
-_ROUNDING = np.float32(3 << 22)
 # E2M1 in the bits of a float16 is the value times 2**-14.
 _E2M1_IN_FLOAT16 = 2.0**14
 
@@ -137,7 +135,7 @@ def _value(byte: jax.Array, slot: int, scheme: Scheme) -> jax.Array:
     if scheme.kind == "iq4_nl":
         constant, *factors = (factor * 16.0 ** (-slot * i) for i, factor in enumerate(IQ4_NL_POLYNOMIAL))
         code = code.astype(jnp.float32)
-        return (polynomial(code, tuple(factors)) * code + (constant + _ROUNDING)) - _ROUNDING
+        return jnp.floor(polynomial(code, tuple(factors)) * code + (constant + 0.5))
     values = [jnp.float32(value) for value in scheme.codebook or ()]
     for bit in range(4):
         is_set = (code & (1 << 4 * slot + bit)) != 0

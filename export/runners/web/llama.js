@@ -3,109 +3,474 @@
 
 const latin1 = (bytes) => Array.from(bytes, (byte) => String.fromCharCode(byte)).join("");
 
-// A pattern for the longest of the texts that begins at a place, in a group.
-function oneOf(texts, otherwise) {
-  const longestFirst = [...texts].sort((a, b) => b.length - a.length);
-  const escaped = longestFirst.map((text) => text.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&"));
-  return new RegExp((escaped.length ? `(${escaped.join("|")})` : "(?!)") + otherwise, "gu");
-}
+const SPACE = "\u2581"; // sentencepiece's sign for a space
+const SPECIAL = 1, LSTRIP = 2, RSTRIP = 4, SINGLE_WORD = 8;
+const utf8 = (text) => latin1(new TextEncoder().encode(text));
+const bytesOf = (latin) => Uint8Array.from(latin, (character) => character.charCodeAt(0));
+const unBase64 = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+const int32 = (text) => {
+  const view = new DataView(unBase64(text).buffer);
+  return Array.from({ length: view.byteLength / 4 }, (_, i) => view.getInt32(4 * i, true));
+};
+// The character of one or two units at a place, and the one that ends before it; "" outside of the text.
+const characterAt = (text, place) => (place < text.length ? String.fromCodePoint(text.codePointAt(place)) : "");
+const characterBefore = (text, place) => [...text.slice(Math.max(0, place - 2), place)].at(-1) ?? "";
 
-// Byte-pair encoding by the scores in vocabulary.json, as sentencepiece does it, and the bytes of each id.
-export class Text {
-  constructor(vocabulary) {
-    const pieces = vocabulary.pieces.map((piece) => atob(piece));
-    this.bos = vocabulary.bos;
-    this.stop = vocabulary.stop;
-    this.prefix = vocabulary.dummy_prefix ? " " : "";
-    // Bundles of the first releases do not say these.
-    this.collapse = vocabulary.collapse_spaces ?? false;
-    this.unknown = vocabulary.unknown ?? null;
-    this.refusal = vocabulary.refusal ?? null;
-    this.bytes = pieces.map((piece) => Uint8Array.from(piece, (character) => character.charCodeAt(0)));
-    this.merges = new Map();
-    pieces.forEach((piece, id) => {
-      if (vocabulary.merges[id]) this.merges.set(piece, { score: vocabulary.scores[id], id });
-    });
-    this.single = new Map(vocabulary.single_bytes.map((id) => [pieces[id], id]));
-    const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
-    this.whole = new Set((vocabulary.never_split ?? []).map((id) => decoder.decode(this.bytes[id])).filter(Boolean));
-    this.symbols = oneOf(this.whole, "|[^]");
-    this.eos = vocabulary.eos ?? null;
-    this.prefixParts = vocabulary.prefix_parts ?? false;
-    this.added = (vocabulary.added ?? []).map((ids) => new Map(Object.entries(ids)));
+// Finds the longest of some texts that begins at a place.
+class Longest {
+  constructor(texts) {
+    this.texts = texts; // a Map
+    this.lengths = new Map();
+    for (const text of texts.keys()) {
+      const first = characterAt(text, 0);
+      if (!this.lengths.has(first)) this.lengths.set(first, new Set());
+      this.lengths.get(first).add(text.length);
+    }
+    for (const [first, lengths] of this.lengths) this.lengths.set(first, [...lengths].sort((a, b) => b - a));
   }
 
-  encode(text) {
-    if (this.refusal) throw new Error(`${this.refusal}, which this page does not know`);
-    let parts = [text];
-    for (const added of this.added) {
-      const pattern = oneOf(added.keys(), "");
-      parts = parts.flatMap((part) => (typeof part === "number" ? [part] : part.split(pattern)));
-      parts = parts.map((part) => added.get(part) ?? part);
+  at(text, place) {
+    for (const length of this.lengths.get(characterAt(text, place)) ?? []) {
+      const found = text.slice(place, place + length);
+      if (this.texts.has(found)) return found;
     }
-    const ids = this.bos === null ? [] : [this.bos];
-    parts.filter((part) => part !== "").forEach((part, index) => {
-      const before = index === 0 || this.prefixParts ? this.prefix : "";
-      ids.push(...(typeof part === "number" ? [part] : this.encodePart(part, before)));
-    });
+    return "";
+  }
+
+  // A text in parts: those that are found, and single characters, each with its place.
+  *cut(text) {
+    for (let place = 0; place < text.length; ) {
+      const found = this.at(text, place), part = found || characterAt(text, place);
+      yield { place, part, found: found !== "" };
+      place += part.length;
+    }
+  }
+}
+
+// What sentencepiece's normalizers replace: a trie as a double array (darts.h of darts-clone), and texts.
+class Replacements {
+  constructor(blob) {
+    const view = new DataView(blob.buffer), size = blob.length ? view.getUint32(0, true) : 0;
+    this.units = Array.from({ length: size >> 2 }, (_, i) => view.getUint32(4 + 4 * i, true));
+    this.texts = latin1(blob.slice(4 + size));
+  }
+
+  // How many bytes at a place are replaced, the most that may be, and by what. Bytes are characters here.
+  at(data, place) {
+    const { units, texts } = this, jump = (unit) => (unit >>> 10) << ((unit & 512) >> 6);
+    let found = { size: 0, instead: "" }, node = units.length ? jump(units[0]) : 0;
+    for (let end = place; end < data.length; end++) {
+      const byte = data.charCodeAt(end);
+      node ^= byte;
+      if (!(node < units.length) || (units[node] & 0x800000ff) !== byte) break;
+      const leaf = units[node] & 256;
+      node ^= jump(units[node]);
+      if (!leaf || !(node < units.length)) continue;
+      const begin = units[node] & 0x7fffffff;
+      found = { size: end + 1 - place, instead: texts.slice(begin, texts.indexOf("\0", begin)) };
+    }
+    return found;
+  }
+}
+
+// Text to ids and back by the tables of vocabulary.json: what runners/text.py does.
+export class Text {
+  constructor(vocabulary) {
+    if (vocabulary.version === undefined) vocabulary = ofFirstReleases(vocabulary);
+    if (vocabulary.version !== 2) throw new Error(`vocabulary.json: version ${vocabulary.version}: expected 1 or 2`);
+    Object.assign(this, vocabulary); // bos, eos, stop, refusal, pieces, texts, classes, model
+    this.spelt = new Set(vocabulary.spelt);
+    if (this.refusal) return;
+    const { blank, word } = vocabulary.added, tables = ["early", "late"];
+    this.added = [false, true].map((special) => tables.map((name) => this.kept(vocabulary.added, name, special)));
+    this.blank = blank;
+    this.word = word === null ? null : new RegExp(`^${this.patternText([word])}$`, "u");
+    [this.normalize, this.split] = ["normalize", "split"].map((key) => vocabulary[key].map((step) => this.step(step)));
+    this.cache = new Map();
+    const { kind } = this.model;
+    if (kind === "merges") this.readMerges();
+    else if (kind === "scores") this.readScores();
+    else this.readUnigram();
+  }
+
+  // Added tokens of a table. A special token that is not asked for may still hide others that begin inside it.
+  kept({ special_hides: hides, ...tables }, name, special) {
+    const some = tables[name].filter(([, , bits]) => special || hides || !(bits & SPECIAL));
+    return new Longest(new Map(some.map(([id, text, bits]) => [text, { id, bits }])));
+  }
+
+  // The bytes that an id stands for; those of U+FFFD where it stands for nothing.
+  bytesOf(id) {
+    if (this.texts[id] !== undefined) return bytesOf(this.texts[id]);
+    if (!(id < this.pieces.length)) return new TextEncoder().encode("\ufffd");
+    const piece = this.pieces[id];
+    return this.pieces_are_bytes ? bytesOf(piece) : new TextEncoder().encode(piece.replaceAll(SPACE, " "));
+  }
+
+  // A function that gives the bytes of one id after another behind `ids`, whole characters alone; of null, what is
+  // left. The first piece of a text lacks the space that encoding puts there.
+  decoder(ids) {
+    let started = ids.some((id) => this.bytesOf(id).length), held = new Uint8Array();
+    return (id) => {
+      if (id === null) return held;
+      let bytes = this.bytesOf(id);
+      if (bytes.length && !started) {
+        if (this.first_space && !this.spelt.has(id) && bytes[0] === 32) bytes = bytes.slice(1);
+        started = true;
+      }
+      const data = new Uint8Array([...held, ...bytes]), end = wholeCharacters(data);
+      held = data.slice(end);
+      return data.slice(0, end);
+    };
+  }
+
+  encode(text, special = false) {
+    if (this.refusal) throw new Error(`${this.refusal}, which this page does not know`);
+    const ids = this.bos === null ? [] : [this.bos], [early, late] = this.added[+special];
+    for (const { place, part, id } of this.aroundAdded(early, text, special)) {
+      if (id !== undefined) {
+        ids.push(id);
+        continue;
+      }
+      const normalized = this.normalize.reduce((part, step) => step([part], place === 0).join(""), part);
+      for (const { place: later, part: inner, id } of this.aroundAdded(late, normalized, special)) {
+        if (id !== undefined) {
+          ids.push(id);
+          continue;
+        }
+        const atStart = place + later === 0;
+        const words = this.split.reduce((words, step) => step(words, atStart).filter((word) => word !== ""), [inner]);
+        for (const word of words) for (const id of this.encodeWord(word)) ids.push(id);
+      }
+    }
     return this.eos === null ? ids : [...ids, this.eos];
   }
 
-  encodePart(text, before) {
-    if (this.collapse) text = text.replace(/^ +/, "").replace(/ +/g, " ");
-    text = (text && before) + text.replaceAll("\u2581", " "); // sentencepiece's own sign for a space
-    if (this.collapse) text = text.replace(/ +$/, "");
-    const ids = [];
-    let known = true;
-    for (const part of this.merged(text.match(this.symbols) ?? [])) {
-      const merge = this.merges.get(part);
-      const spelt = merge ? [merge.id] : Array.from(part, (byte) => this.single.get(byte));
-      const found = !spelt.includes(undefined);
-      if (found) ids.push(...spelt);
-      else if (this.unknown === null) throw new Error("a character is not in the vocabulary");
-      else if (known) ids.push(this.unknown); // one for all unknown characters in a row
-      known = found;
+  // A text in parts, each with its place: ids of added tokens, and the text between them.
+  *aroundAdded(added, text, special) {
+    let done = 0;
+    for (const { place, part, found } of added.lengths.size ? added.cut(text) : []) {
+      if (!found) continue;
+      const { id, bits } = added.texts.get(part);
+      let start = place, end = place + part.length;
+      if (bits & SPECIAL && !special) continue;
+      const beside = [characterBefore(text, start), characterAt(text, end)];
+      if (bits & SINGLE_WORD && beside.some((character) => this.word.test(character))) continue;
+      start = Math.max(start, done);
+      while (bits & LSTRIP && start > done && this.blank.includes(text[start - 1])) start--;
+      while (bits & RSTRIP && end < text.length && this.blank.includes(text[end])) end++;
+      if (done < start) yield { place: done, part: text.slice(done, start) };
+      yield { place: start, id };
+      done = end;
+    }
+    if (done < text.length) yield { place: done, part: text.slice(done) };
+  }
+
+  // A regular expression, in which numbers stand for classes of characters.
+  patternText(pattern) {
+    const code = (number) => `\\u{${number.toString(16)}}`;
+    const classText = (ends) => {
+      let text = "";
+      for (let i = 0; i < ends.length; i += 2) text += `${code(ends[i])}-${code(ends[i + 1])}`;
+      return text ? `[${text}]` : "(?!)";
+    };
+    return pattern.map((part) => (typeof part === "number" ? classText(this.classes[part]) : part)).join("");
+  }
+
+  pattern(parts) {
+    return new RegExp(this.patternText(parts), "gu");
+  }
+
+  // A function of words, and whether the first of them begins the text.
+  step({ do: name, ...values }) {
+    if (name === "bytes") return (words) => words.map(utf8);
+    if (name === "replace") {
+      const pattern = this.pattern(values.pattern);
+      return (words) => words.map((word) => word.replace(pattern, () => values.text));
+    }
+    if (name === "form") {
+      const pattern = this.pattern(values.pattern);
+      return (words) => words.map((word) => word.replace(pattern, (found) => found.normalize(values.name)));
+    }
+    if (name === "prefix") {
+      const { text, unless, first } = values;
+      const bare = (word, index, atStart) => (first && (index || !atStart)) || (unless && word.startsWith(text));
+      return (words, atStart) => words.map((word, index) => (bare(word, index, atStart) ? word : text + word));
+    }
+    if (name === "split") return this.splitter(values);
+    if (name === "sentencepiece") return this.sentencepiece(values);
+    throw new Error(`vocabulary.json: step ${name}: this page does not know it`);
+  }
+
+  splitter({ pattern, behavior, invert }) {
+    const expression = this.pattern(pattern);
+    const parts = (word) => {
+      const some = [];
+      let done = 0;
+      for (const { 0: found, index } of word.matchAll(expression)) {
+        if (done < index) some.push({ part: word.slice(done, index), matches: invert });
+        some.push({ part: found, matches: !invert });
+        done = index + found.length;
+      }
+      if (done < word.length) some.push({ part: word.slice(done), matches: invert });
+      return some;
+    };
+    const joined = (word) => {
+      const backwards = behavior === "merged_with_next", some = [];
+      const all = backwards ? parts(word).reverse() : parts(word);
+      if (behavior === "removed") return all.filter(({ matches }) => !matches).map(({ part }) => part);
+      let before = null;
+      for (const { part, matches } of all) {
+        const joins = matches && before === false;
+        if (behavior === "contiguous" ? matches === before : behavior !== "isolated" && joins) {
+          some.push(backwards ? part + some.pop() : some.pop() + part);
+        } else some.push(part);
+        before = matches;
+      }
+      return backwards ? some.reverse() : some;
+    };
+    return (words) => words.flatMap(joined);
+  }
+
+  // Sentencepiece's normalizer. `prefix`: before which parts of a text a space is put.
+  sentencepiece({ prefix, collapse, escape, suffix, charsmap, whole }) {
+    const kept = new Longest(new Map(whole.map((piece) => [utf8(piece), piece]))), space = escape ? SPACE : " ";
+    const replaced = new Replacements(unBase64(charsmap)), decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+    const pieces = function* (text) {
+      const data = utf8(text);
+      for (let place = 0; place < data.length; ) {
+        const found = kept.at(data, place);
+        let { size, instead } = found ? { size: 0 } : replaced.at(data, place);
+        if (!size) {
+          const byte = data.charCodeAt(place);
+          size = found.length || 1 + (byte >= 0xc0) + (byte >= 0xe0) + (byte >= 0xf0);
+          instead = data.slice(place, place + size);
+        }
+        yield decoder.decode(bytesOf(instead));
+        place += size;
+      }
+    };
+    const normalized = (text, first) => {
+      const some = whole.length || charsmap ? [...pieces(text)] : [...text];
+      const begin = collapse ? some.findIndex((piece) => piece !== " ") : 0;
+      if (begin < 0 || !some.length) return "";
+      const dummy = prefix === "always" || (prefix === "first" && first);
+      let made = dummy && !suffix ? " " : "", afterSpace = collapse;
+      for (let piece of some.slice(begin)) {
+        if (afterSpace) piece = piece.replace(/^ +/, "");
+        made += piece;
+        if (piece) afterSpace = collapse && piece.endsWith(" ");
+      }
+      if (escape) made = made.replaceAll(" ", SPACE);
+      while (collapse && made.endsWith(space)) made = made.slice(0, -1);
+      return dummy && suffix ? made + space : made;
+    };
+    return (words, first) => words.map((word) => normalized(word, first));
+  }
+
+  encodeWord(word) {
+    let found = this.cache.get(word);
+    if (!found) {
+      const { kind } = this.model;
+      found = kind === "merges" ? this.byMerges(word) : kind === "scores" ? this.byScores(word) : this.byUnigram(word);
+      if (this.cache.size < 65536 && word.length < 64) this.cache.set(word, found);
+    }
+    return found;
+  }
+
+  // Byte-pair encoding by a list of merges, the best first.
+  readMerges() {
+    const left = int32(this.model.left), right = int32(this.model.right), size = this.pieces.length;
+    this.ranks = new Map(left.map((id, rank) => [id * size + right[rank], rank]));
+    this.ids = new Map(this.pieces.map((piece, id) => [piece, id]));
+    this.ids.delete(null);
+    this.single = Array.from({ length: 256 }, (_, byte) =>
+      this.ids.get(`<0x${byte.toString(16).toUpperCase().padStart(2, "0")}>`),
+    );
+  }
+
+  byMerges(word) {
+    const { ignore_merges: ignore, unknown, byte_fallback: fallback, fuse_unknown: fuse } = this.model;
+    if (ignore && this.ids.has(word)) return [this.ids.get(word)];
+    const symbols = [];
+    let waiting = false; // one for all unknown characters in a row, if they are fused
+    for (const character of word) {
+      const id = this.ids.get(character);
+      if (id !== undefined) {
+        if (waiting) symbols.push(unknown);
+        symbols.push(id);
+        waiting = false;
+        continue;
+      }
+      const spelt = fallback ? Array.from(utf8(character), (byte) => this.single[byte.charCodeAt(0)]) : [undefined];
+      if (!spelt.includes(undefined)) {
+        symbols.push(...spelt);
+      } else if (unknown !== null) {
+        if (waiting && !fuse) symbols.push(unknown);
+        waiting = true;
+      }
+    }
+    if (waiting) symbols.push(unknown);
+    const size = this.pieces.length;
+    return merged(symbols, (left, right) => {
+      const rank = this.ranks.get(left * size + right);
+      return rank === undefined ? null : { order: rank, joined: this.ids.get(this.pieces[left] + this.pieces[right]) };
+    });
+  }
+
+  // Byte-pair encoding by scores of pieces: sentencepiece's.
+  readScores() {
+    const { kinds, scores } = this.model;
+    this.scored = new Map();
+    this.reserved = new Map();
+    this.single = new Map();
+    this.unused = new Set();
+    const whole = new Map();
+    this.pieces.slice(0, kinds.length).forEach((piece, id) => {
+      const kind = kinds[id];
+      if ("nux".includes(kind)) this.scored.set(piece, { order: -scores[id], id });
+      else this.reserved.set(piece, id);
+      if (kind === "b") this.single.set(parseInt(piece.slice(3, 5), 16), id);
+      if (kind === "x") this.unused.add(piece);
+      if (kind === "u") whole.set(piece, id);
+    });
+    this.whole = new Longest(whole);
+  }
+
+  byScores(word) {
+    const cut = [...this.whole.cut(word)], apart = new Map();
+    const frozen = new Set(cut.flatMap(({ found }, index) => (found ? [index] : [])));
+    const pair = (left, right) => {
+      const joined = left + right, scored = this.scored.get(joined);
+      if (!scored) return null;
+      if (this.unused.has(joined)) apart.set(joined, [left, right]);
+      return { order: scored.order, joined };
+    };
+    let made = merged(cut.map(({ part }) => part), pair, frozen);
+    while (made.some((piece) => apart.has(piece))) made = made.flatMap((piece) => apart.get(piece) ?? [piece]);
+    const idOf = (piece) => (this.unused.has(piece) ? undefined : this.scored.get(piece)?.id);
+    return this.known(made.map((piece) => [piece, idOf(piece) ?? this.model.unknown]));
+  }
+
+  // Ids of pieces: of their bytes where they are unknown, or one id for all the unknown in a row.
+  known(pieces) {
+    const ids = [], { unknown } = this.model;
+    let before = false;
+    for (const [piece, scored] of pieces) {
+      const id = this.reserved.get(piece) ?? scored;
+      if (id === unknown && this.single.size) {
+        for (const byte of utf8(piece)) ids.push(this.single.get(byte.charCodeAt(0)));
+      } else if (id === null) throw new Error("a character is not in the vocabulary");
+      else if (!(before && id === unknown)) ids.push(id);
+      before = id === unknown;
     }
     return ids;
   }
 
-  // Joins the two neighbours of the highest score, the first of equal ones, while there are any in the vocabulary.
-  merged(symbols) {
-    const encoder = new TextEncoder();
-    const heap = new Heap((a, b) => a.score > b.score || (a.score === b.score && a.left < b.left));
-    const parts = symbols.map((symbol) => latin1(encoder.encode(symbol)));
-    const leftOf = parts.map((_, i) => i - 1), rightOf = parts.map((_, i) => i + 1);
-    const offer = (left, right) => {
-      if (left < 0 || right >= parts.length || this.whole.has(symbols[left]) || this.whole.has(symbols[right])) return;
-      const joined = parts[left] + parts[right], merge = this.merges.get(joined);
-      if (merge) heap.push({ score: merge.score, left, right, joined });
-    };
-    for (let left = 0; left + 1 < parts.length; left++) offer(left, left + 1);
-    for (let best; (best = heap.pop()); ) {
-      const { left, right, joined } = best;
-      if (!parts[left] || !parts[right] || parts[left] + parts[right] !== joined) continue; // one was joined meanwhile
-      parts[left] = joined;
-      parts[right] = "";
-      rightOf[left] = rightOf[right];
-      if (rightOf[left] < parts.length) leftOf[rightOf[left]] = left;
-      offer(leftOf[left], left);
-      offer(left, rightOf[left]);
+  // The likeliest pieces: sentencepiece's unigram models.
+  readUnigram() {
+    this.readScores();
+    const { kinds, scores } = this.model, normal = scores.filter((_, id) => kinds[id] === "n");
+    const least = normal.reduce((a, b) => Math.min(a, b), Infinity), tiny = 2 ** -126;
+    const most = Math.fround(normal.reduce((a, b) => Math.max(a, b), tiny)); // sentencepiece begins at it
+    this.unlikely = Math.fround(Math.fround(least) - 10);
+    this.likely = new Map();
+    for (const [piece, { id }] of this.scored) {
+      if (kinds[id] === "x") continue;
+      const bonus = Math.fround(utf8(piece).length * most) - 0.1;
+      this.likely.set(piece, { score: kinds[id] === "u" ? bonus : Math.fround(scores[id]), id });
     }
-    return parts.filter(Boolean);
+    this.reach = new Longest(this.likely).lengths;
   }
 
-  // A function that gives the bytes of one id after another behind `ids`; an id without text is U+FFFD.
-  // The first piece of a text lacks the space that encoding puts there.
-  decoder(ids) {
-    const bytesOf = (id) => this.bytes[id] ?? new TextEncoder().encode("\ufffd");
-    const spelt = new Set([this.unknown, ...this.single.values(), ...this.added.flatMap((added) => [...added.values()])]);
-    let started = ids.some((id) => bytesOf(id).length);
-    return (id) => {
-      const bytes = bytesOf(id), first = !started;
-      started ||= bytes.length > 0;
-      return first && this.prefix && !spelt.has(id) && bytes[0] === 32 ? bytes.slice(1) : bytes;
+  byUnigram(word) {
+    const best = Array(word.length + 1).fill(null); // {score, in float32; begin of the last piece; its id}
+    best[0] = { score: 0, begin: 0, id: 0 };
+    const offer = (end, score, begin, id) => {
+      if (best[end] === null || score > best[end].score) best[end] = { score: Math.fround(score), begin, id };
     };
+    for (let begin = 0; begin < word.length; ) {
+      const first = characterAt(word, begin), { score } = best[begin];
+      let single = false;
+      for (const length of [...(this.reach.get(first) ?? [])].reverse()) {
+        const likely = begin + length <= word.length && this.likely.get(word.slice(begin, begin + length));
+        if (!likely) continue;
+        offer(begin + length, score + likely.score, begin, likely.id);
+        single ||= length === first.length;
+      }
+      if (!single) offer(begin + first.length, score + this.unlikely, begin, this.model.unknown);
+      begin += first.length;
+    }
+    const pieces = [];
+    for (let end = word.length; end; ) {
+      const { begin, id } = best[end];
+      pieces.push([word.slice(begin, end), id]);
+      end = begin;
+    }
+    return this.known(pieces.reverse());
   }
+}
+
+// Joins neighbours, the best pair first, of equal ones the first. `pair(left, right)`: {order, joined} or null.
+function merged(symbols, pair, frozen = new Set()) {
+  const heap = new Heap((a, b) => a.order < b.order || (a.order === b.order && a.left < b.left));
+  const parts = [...symbols], leftOf = parts.map((_, i) => i - 1), rightOf = parts.map((_, i) => i + 1);
+  const offer = (left, right) => {
+    if (left < 0 || right >= parts.length || frozen.has(left) || frozen.has(right)) return;
+    const found = pair(parts[left], parts[right]);
+    if (found) heap.push({ ...found, left });
+  };
+  for (let left = 0; left + 1 < parts.length; left++) offer(left, left + 1);
+  for (let best; (best = heap.pop()); ) {
+    const { left, joined } = best, right = rightOf[left];
+    if (parts[left] === null || right >= parts.length) continue;
+    if (pair(parts[left], parts[right])?.joined !== joined) continue; // one of the two was joined meanwhile
+    parts[left] = joined;
+    parts[right] = null;
+    rightOf[left] = rightOf[right];
+    if (rightOf[left] < parts.length) leftOf[rightOf[left]] = left;
+    offer(leftOf[left], left);
+    offer(left, rightOf[left]);
+  }
+  return parts.filter((part) => part !== null);
+}
+
+// How many bytes there are before a UTF-8 character that the end cuts off.
+function wholeCharacters(data) {
+  for (let back = 1; back < 4 && back <= data.length; back++) {
+    const byte = data[data.length - back];
+    const length = byte < 0xf8 ? 2 + (byte >= 0xe0) + (byte >= 0xf0) : 0;
+    if (byte >= 0xc0) return back < length ? data.length - back : data.length;
+    if (byte < 0x80) break;
+  }
+  return data.length;
+}
+
+// A vocabulary of version 2 from one of bundles of the first releases: sentencepiece's byte-pair encoding.
+function ofFirstReleases(old) {
+  const data = old.pieces.map((piece) => atob(piece)), decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+  const kinds = data.map((_, id) => (old.merges[id] ? "n" : "c")), texts = {};
+  const pieces = data.map((piece) => decoder.decode(bytesOf(piece)).replaceAll(" ", SPACE));
+  kinds.forEach((kind, id) => kind === "c" && (texts[id] = data[id]));
+  for (const id of old.single_bytes) {
+    kinds[id] = "b";
+    pieces[id] = `<0x${data[id].charCodeAt(0).toString(16).toUpperCase().padStart(2, "0")}>`;
+  }
+  for (const id of old.never_split ?? []) kinds[id] = "u";
+  const [early, late] = [0, 1].map((i) => Object.entries(old.added?.[i] ?? {}).map(([text, id]) => [id, text, 0]));
+  const unknown = old.unknown ?? null;
+  return {
+    version: 2, refusal: old.refusal ?? null, bos: old.bos, eos: old.eos ?? null, stop: old.stop,
+    pieces, texts, pieces_are_bytes: false, classes: [], normalize: [], first_space: old.dummy_prefix,
+    spelt: [unknown, ...old.single_bytes, ...[...early, ...late].map(([id]) => id)],
+    added: { early, late, blank: "", word: null, special_hides: false },
+    split: [{
+      do: "sentencepiece", prefix: !old.dummy_prefix ? "never" : old.prefix_parts ? "always" : "first",
+      collapse: old.collapse_spaces ?? false, escape: true, suffix: false, charsmap: "",
+      whole: pieces.filter((_, id) => kinds[id] === "u"),
+    }],
+    model: { kind: "scores", kinds: kinds.join(""), scores: old.scores, unknown },
+  };
 }
 
 // A binary heap: `pop` gives the first by `before`, or undefined.

@@ -1,0 +1,80 @@
+"""Runners' two classes `Text`, in Python and in the browser's language, against a tokenizer."""
+
+import json
+import random
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import export.vocabulary
+from export.runners.text import Text
+from export.vocabulary import TEXTS, vocabulary_of
+from llamajax import Tokenizer
+
+PAGE = Path(export.vocabulary.__file__).parent / "runners" / "web" / "llama.js"
+STORY = "Once upon a time, there was a little fox named Ted.\nHe found 12 red apples; 'May I?' asked the café's owl. "
+
+
+class Folder:
+    """As much of a bundle as `Text` asks for."""
+
+    def __init__(self, path: Path, values: dict):
+        self.path = path
+        (path / "vocabulary.json").write_text(json.dumps(values))
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+
+def drawn_texts(count: int = 300, seed: int = 5) -> list[str]:
+    """Short texts in which everything meets everything, by chance; another seed than that of the golden texts."""
+    draw = random.Random(seed)
+    words = [*"ae▁é日🦊\n\x00 ", "aa", "the", "  ", "<|im_end|>", "<s>", "e\u0301", "12", "Once", "'LL", "'ſ", "\r\n"]
+    code = lambda *ranges: chr(draw.randrange(*draw.choice(ranges)))  # noqa: E731
+    kinds: list[Callable[[], str]] = [
+        lambda: draw.choice(words),
+        lambda: code((32, 127)),
+        lambda: draw.choice("\n\t\r\x0b\x1c\x85\u00a0\u1680\u2003\u2028\u200b\u3000\ufeff▁ﬁ①\u0345\u0301"),
+        lambda: code((0xA0, 0x600), (0x900, 0x1200), (0x1E00, 0x2200)),
+        lambda: code((0x3000, 0x3200), (0x4E00, 0xA000), (0xAC00, 0xD7A4), (0x1F000, 0x1FA00)),
+        lambda: code((0, 0xD800), (0xE000, 0x20000), (0xE000, 0x110000)),
+    ]
+    texts = []
+    for _ in range(count):
+        likely = [draw.random() ** 2 for _ in kinds]
+        texts.append("".join(make() for make in draw.choices(kinds, likely, k=draw.randrange(30))))
+    return [*texts, STORY, "  " + STORY + "  "]
+
+
+def assert_same(
+    tokenizer: Tokenizer,
+    folder: Path,
+    expected: Callable[[str], Sequence[int]] | None = None,
+    texts: Sequence[str] | None = None,
+) -> None:
+    """Python's and the page's `Text` against a tokenizer, or what else gives the expected ids."""
+    values = vocabulary_of(tokenizer).values
+    assert values["refusal"] is None
+    runner, texts = Text(Folder(folder, values)), [*TEXTS, *drawn_texts()] if texts is None else texts
+    for special in (False, True) if expected is None else (False,):
+        ids = [list(expected(text) if expected else tokenizer.encode(text, special=special)) for text in texts]
+        differ = [text for text, wanted in zip(texts, ids, strict=True) if runner.encode(text, special) != wanted]
+        assert differ == []
+        if shutil.which("node"):
+            found = by_node(folder, texts, f"texts.map((text) => runner.encode(text, {json.dumps(special)}))")
+            assert [text for text, one, other in zip(texts, ids, found, strict=True) if one != other] == []
+
+
+def by_node(folder: Path, texts: Sequence[str], method: str = "texts.map((text) => runner.encode(text))") -> list:
+    (folder / "texts.json").write_text(json.dumps(texts))
+    script = (
+        f"import {{ readFileSync }} from 'node:fs'; import {{ Text }} from '{PAGE.as_uri()}';"
+        "const [vocabulary, texts] = process.argv.slice(1).map((file) => JSON.parse(readFileSync(file)));"
+        f"const runner = new Text(vocabulary); console.log(JSON.stringify({method}));"
+    )
+    command = ["node", "--no-warnings", "--input-type=module", "--experimental-default-type=module", "-e", script]
+    files = [str(folder / name) for name in ("vocabulary.json", "texts.json")]
+    done = subprocess.run([*command, *files], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
