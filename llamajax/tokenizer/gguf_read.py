@@ -84,7 +84,7 @@ def from_metadata(metadata: Mapping[str, Any]) -> tuple[bytes | None, Words, fro
     if left:
         raise LlamaJaxError(
             f"{shortened(left[0])} is {shortened(metadata[left[0]])}: a key of the tokenizer that is not known: "
-            "whether it changes ids cannot be said"
+            f"whether it changes ids cannot be said: give --ignore_key={shortened(left[0])[1:-1]} if it does not"
         )
     return data, words, frozenset(key for key in metadata if key.startswith(PREFIX))
 
