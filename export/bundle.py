@@ -8,8 +8,8 @@
     programs/NAME.jax       the same for `jax.export.deserialize`, any batch, cache size and prompt length
     weights.safetensors     the arrays that are the programs' first arguments
     golden.safetensors      prompts, the tokens that greedy choice continues them with, logits behind each prompt
-    tokenizer.model         sentencepiece, where the model has one
-    vocabulary.json         the same for runners that have no sentencepiece: pieces, scores, or why that is not enough
+    tokenizer.model         sentencepiece, where the model has one; or tokenizer.json, of the library tokenizers
+    vocabulary.json         the same as tables, for runners without these: how text is split, pieces, scores or merges
     run_jax.py, …           runners of one file each
     targets/                what was compiled or converted for a runtime
 
@@ -48,6 +48,7 @@ from quant import compiler_options, schemes
 
 FORMAT = "llamajax-bundle"
 VERSION = 1
+_TOKENIZER_FILES = {"sentencepiece": "tokenizer.model", "tokenizers": "tokenizer.json"}
 _RUNNERS = Path(__file__).parent / "runners"
 # Programs that have a twin by `jax.export`, and the sizes that are open in it.
 _TWINS = {"prefill": "BST", "decode": "BS"}
@@ -125,7 +126,7 @@ def write(
         made = golden(model, prompts or golden_prompts(model, tokenizer, spec), spec)
         safetensors.numpy.save_file(made, folder / "golden.safetensors")
         if tokenizer is not None and vocabulary is not None:
-            (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+            (folder / _TOKENIZER_FILES[tokenizer.form]).write_bytes(tokenizer.model_bytes)
             (folder / "vocabulary.json").write_text(json.dumps(vocabulary.values, separators=(",", ":")) + "\n")
         for runner in sorted(_RUNNERS.glob("run_*.py")):
             (folder / runner.name).write_text(standalone_runner(runner.name))
