@@ -8,11 +8,19 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 # On all cores; the tests of a file stay together. In the order of names the last files are quick: no core waits long.
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder --durations=10
 
-.PHONY: demo test test-all test-extras lint clean
+.PHONY: demo chat smollm2 test test-all test-extras lint clean
 
 demo: $(VENV)/ready
 	@$(BIN)/llamajax generate --model=box --prompt='Once upon a time'
 	@echo
+
+# Answers each line of input: with SmolLM2-135M-Instruct, 98 MB, which is fetched once, or the GGUF that is named so.
+chat: $(VENV)/ready
+	@$(BIN)/llamajax chat --model="$${LLAMAJAX_SMOLLM2:-smollm2}"
+
+# The same model for tests, fetched unless it is there.
+smollm2: $(VENV)/ready
+	@test -n "$$LLAMAJAX_SMOLLM2" || $(BIN)/python -m llamajax.cli.smollm2
 
 # In minutes: of matrices a tenth, another every day. Compiled without LLVM's optimizations.
 test: $(VENV)/test
@@ -22,8 +30,9 @@ test: $(VENV)/test
 test-all: $(VENV)/test
 	@date; SECONDS=0; $(PYTEST) --all; code=$$?; echo "make test-all: $$(date), $$SECONDS s"; exit $$code
 
-# What needs Hugging Face transformers to compare with, or IREE and ONNX Runtime to run bundles; that alone.
-test-extras: $(VENV)/extras
+# What needs Hugging Face transformers or llama.cpp to compare with, or IREE and ONNX Runtime to run bundles; that alone.
+# A few tests are of a model in use, which is fetched first.
+test-extras: $(VENV)/extras smollm2
 	XLA_FLAGS= $(PYTEST) -m extras
 
 lint: $(VENV)/lint

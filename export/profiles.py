@@ -8,7 +8,7 @@ from llamajax import LlamaJaxError
 _FLOAT_OPERATIONS = frozenset(
     "abs add and broadcast_in_dim call compare concatenate constant convert cosine divide dot_general dynamic_slice "
     "dynamic_update_slice exponential floor func gather iota log logistic maximum minimum multiply negate not or pad "
-    "power reduce reshape return rsqrt select sine slice sort sqrt subtract tanh transpose".split()
+    "power reduce reshape return round_nearest_even rsqrt select sine slice sort sqrt subtract tanh transpose".split()
 )
 
 _INTEGER_OPERATIONS = frozenset("bitcast_convert shift_left shift_right_arithmetic shift_right_logical xor".split())

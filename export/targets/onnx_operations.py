@@ -244,6 +244,7 @@ _TRANSLATORS = {
     "stablehlo.power": _elementwise("Pow"),
     "stablehlo.reduce": _reduce,
     "stablehlo.reshape": _reshape,
+    "stablehlo.round_nearest_even": _elementwise("Round"),
     "stablehlo.rsqrt": _rsqrt,
     "stablehlo.select": _elementwise("Where"),
     "stablehlo.shift_left": _shift("LEFT"),

@@ -8,8 +8,9 @@ import numpy as np
 # Bits of each plane, by the bits of a code.
 _PLANES = {2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 8: [8]}
 # Codes that are no numbers by themselves: the whole numbers that they stand for, and the unit of these.
-_E2M1_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
-_CODE_BOOKS = {"ternary": ((-1, 0, 1, 2), 1.0), "mxfp4": (_E2M1_DOUBLED, 0.5)}
+_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), 0.5
+_IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113), 1.0
+_CODE_BOOKS = {"ternary": ((-1, 0, 1, 2), 1.0), "mxfp4": _E2M1, "nvfp4": _E2M1, "iq4_nl": _IQ4_NL}
 # The schemes that are known here, as a regular expression.
 SCHEMES = "|".join(["u?int[234568]", *_CODE_BOOKS])
 _PARTS = re.compile(r"(scale\.|offset\.)?(planes\.[01]|scale)|zero|offset")
@@ -71,18 +72,28 @@ class PackedWeight:
         return functools.reduce(np.bitwise_or, parts)
 
     def _plane(self, part):
-        """A plane of floats, of exponents, or of codes with a scale of their own."""
+        """A plane of floats, of floats of 8 bits, or of codes with a scale of their own."""
         K, M = self.shape
         if part in self._arrays:
             plane = self._arrays[part]
-            if plane.dtype == np.uint8:  # 2**(e - 127), NaN for 255
-                plane = np.where(plane == 255, np.nan, np.ldexp(1.0, plane.astype(np.int32) - 127))
+            if plane.dtype == np.uint8:
+                plane = (_e8m0 if self._scheme == "mxfp4" else _ue4m3)(plane.astype(np.int32))
             return np.broadcast_to(plane, (K // self.group, M)).astype(np.float32)
         scheme, scale = self._of_planes[part], self._arrays[f"{part}.scale"].astype(np.float32)
         group = K // self.group // scale.shape[0]
         values, unit = values_of(scheme)
         numbers = values[self._codes(f"{part}.", scheme, group)].astype(np.float32) * np.float32(unit)
         return numbers * np.repeat(scale, group, axis=0)
+
+
+def _e8m0(codes):
+    return np.where(codes == 255, np.nan, np.ldexp(1.0, codes - 127))
+
+
+def _ue4m3(codes):
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    values = np.ldexp(mantissa + 8.0 * (exponent > 0), np.maximum(exponent, 1) - 10)
+    return np.where(codes == 255, np.nan, np.where(codes & 127 == 127, 0, values))
 
 
 def bits_of(scheme):

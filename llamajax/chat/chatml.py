@@ -4,8 +4,8 @@
     What is the capital of France?<|im_end|>
     <|im_start|>assistant
 
-A checkpoint carries its format as a Jinja template (`chat_template.jinja`). Those that say ChatML, and nothing more than
-a system message where a conversation begins without one, are recognised here as text; every other one is an error.
+A checkpoint carries its format as a Jinja template (`chat_template.jinja`). Those that say ChatML, and nothing more
+than a system message where a conversation begins without one, are recognised here as text; every other is an error.
 """
 
 import dataclasses
@@ -111,25 +111,44 @@ class ChatML:
         """Ids of a conversation that the model is to answer.
 
         Raises:
-            LlamaJaxError: if the tokenizer lacks a token of the format.
+            LlamaJaxError: as `check`.
         """
-        ids = {token: self.token(tokenizer, token) for token in (START, END)}
+        ids = self.check(tokenizer)
         made: list[int] = []
         for text, is_token in self.parts(messages):
             made += [ids[text]] if is_token else tokenizer.encode(text, bos=False, eos=False, special=False)
         return made
 
-    @staticmethod
-    def token(tokenizer: Tokenizer, text: str) -> int:
-        """The id of one of the format's tokens.
+    def ending(self, tokenizer: Tokenizer) -> Tokenizer:
+        """The tokenizer, by which generation ends where the format ends a message.
 
         Raises:
-            LlamaJaxError: if the tokenizer does not have it as one token.
+            LlamaJaxError: as `check`.
         """
-        ids = tokenizer.encode(text, bos=False, eos=False, special=True)
-        if len(ids) != 1:
+        end = self.check(tokenizer)[END]
+        if end in tokenizer.stop_ids:
+            return tokenizer
+        words = dataclasses.replace(tokenizer.words, stop_ids=(*tokenizer.stop_ids, end))
+        return Tokenizer(tokenizer.model_bytes, words=words)
+
+    @staticmethod
+    def check(tokenizer: Tokenizer) -> dict[str, int]:
+        """The ids of the format's tokens.
+
+        Raises:
+            LlamaJaxError: for a tokenizer that does not have them, or that puts a space before text: at which messages,
+                templates do not say.
+        """
+        ids = {text: tokenizer.id_of(text) for text in (START, END)}
+        missing = [text for text, index in ids.items() if index is None]
+        if missing:
             raise LlamaJaxError(
-                f"the tokenizer spells {text!r} with {len(ids)} ids, and the chat template needs it as one: expected "
-                "the tokenizer that the model was trained with"
+                f"the tokenizer has no token {missing[0]!r}, which the chat template needs: expected the tokenizer "
+                "that the model was trained with"
             )
-        return ids[0]
+        if tokenizer.drops_first_space:
+            raise LlamaJaxError(
+                "ChatML with a tokenizer that puts a space before text is not read so far: continue a text in its own "
+                "format with llamajax generate"
+            )
+        return {text: index for text, index in ids.items() if index is not None}

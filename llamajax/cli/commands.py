@@ -20,7 +20,10 @@ from llamajax.files import read_toml
 GROUP = "llamajax.commands"
 _OURS = "llamajax"  # our distribution's name
 # In the overview these stand first, in the order in which a user meets them; others behind them, by name.
-_ORDER = ("generate", "inspect", "tokenize", "convert", "quantize", "eval", "bench", "train", "export", "verify", "run")
+_ORDER = (
+    *("generate", "chat", "inspect", "tokenize", "convert", "quantize", "eval", "bench", "train"),
+    *("export", "verify", "run"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

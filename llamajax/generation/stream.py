@@ -116,6 +116,7 @@ class TextStream:
         cache_dtype: jax.typing.DTypeLike | None = None,
         speculate: int = 0,
         smooth: bool = True,
+        least_slots: int = 0,
     ):
         """Checks and encodes; nothing runs yet.
 
@@ -138,6 +139,8 @@ class TextStream:
                 Greedy choice only. The text is the same up to rounding: a product over more tokens may be summed in
                 another order.
             smooth: whether text should come every 50 ms rather than 64 tokens at a time.
+            least_slots: of the cache, more of which are made where the request needs them: requests with as many share
+                their programs.
         """
         each, self.single = as_prompts(prompts)
         self.model, self._tokenizer, self._smooth = model, tokenizer, smooth
@@ -156,6 +159,7 @@ class TextStream:
         stops = stop_strings(stop, tokenizer)
         self._rows = [Row(prompt, tokenizer, stops) for prompt in self._prompts]
         self._length = max(len(prompt) for prompt in self._prompts) - 1  # to prefill
+        self._least_slots = least_slots
         self._compiled_before: tuple[int, int, float] | None = None
         self.speed = Speed()
 
@@ -249,7 +253,8 @@ class TextStream:
 
     def _empty_cache(self) -> KVCache:
         """The cache of this request."""
-        room = max(sum(plan_chunks(self._length)), self._length + self._limit + slots_beyond(self._drafts))
+        needed = self._length + self._limit + slots_beyond(self._drafts)
+        room = max(sum(plan_chunks(self._length)), needed, self._least_slots)
         return empty_cache(self.model.config, len(self._prompts), _round_up(room, SLOT_MULTIPLE), self._cache_dtype)
 
     @auto_mesh()

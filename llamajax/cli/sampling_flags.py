@@ -1,0 +1,59 @@
+"""The flags that say how tokens are chosen, and what a checkpoint asks for where they are not given."""
+
+from typing import Any
+
+from absl import flags
+
+from llamajax.checkpoint import Opened
+from llamajax.cli.model_flags import say
+from llamajax.generation.sampling import make_sampler
+
+_KNOBS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def define_sampling(values: flags.FlagValues, temperature: float = 0.8, top_p: float = 0.95) -> None:
+    """--temperature, --top_k, --top_p, --min_p, --repetition_penalty and --seed, with our defaults for two of them."""
+    flags.DEFINE_float(
+        "temperature",
+        temperature,
+        "0 is greedy; higher is more surprising. This and the four flags below: as the checkpoint asks for, unless "
+        "given (generation_config.json of a Hugging Face folder, general.sampling of a GGUF file)",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("top_k", None, "choose among the K likeliest tokens only", flag_values=values)
+    flags.DEFINE_float(
+        "top_p", top_p, "choose among the likeliest tokens that make up this probability", flag_values=values
+    )
+    flags.DEFINE_float(
+        "min_p", None, "choose among tokens at least this fraction as likely as the likeliest", flag_values=values
+    )
+    flags.DEFINE_float(
+        "repetition_penalty", None, "above 1: avoid tokens that the text already holds", flag_values=values
+    )
+    flags.DEFINE_integer("seed", 0, "the same seed gives the same text", flag_values=values)
+
+
+def check_sampling(values: flags.FlagValues) -> None:
+    """Refuses flags that are out of range, before anything is read.
+
+    Raises:
+        LlamaJaxError: naming the knob.
+    """
+    given: dict[str, Any] = {name: values[name].value for name in _KNOBS}
+    make_sampler(**given)
+
+
+def chosen_sampling(values: flags.FlagValues, opened: Opened) -> dict[str, Any]:
+    """How tokens are chosen: as the flags say; where none was given, as the checkpoint says, else by our defaults."""
+    given = {name for name in _KNOBS if values[name].present}
+    # What greedy choice ignores is not worth a line.
+    greedy = "temperature" in given and values.temperature == 0
+    used = {
+        name: value
+        for name, value in opened.words.sampling.items()
+        if name not in given and (name == "repetition_penalty" or not greedy)
+    }
+    if used:
+        settings = ", ".join(f"{name} {value:g}" for name, value in used.items())
+        say(f"{values.model}: its files ask for {settings}: flags override this")
+    return {name: used.get(name, values[name].value) for name in _KNOBS}

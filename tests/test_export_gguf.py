@@ -1,0 +1,180 @@
+"""GGUF files become bundles: weights stay packed, and other runtimes give the tokens that we give."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import llamajax
+from export.bundle import Bundle, open_bundle, write
+from export.profiles import PROFILES, Spec
+from export.targets import add_target
+from export.targets.onnx_packed import PackedWeight, bits_of, digits_of, raw_digits, values_of
+from export.verification import verify
+from llamajax.chat.chatml import ChatML, Message
+from quant import ggml
+from tests import gguf_files, reference
+from tests.gguf_files import Kind
+
+NEEDS = {"onnx": ("onnx", "onnxruntime"), "iree": ("iree.compiler", "iree.runtime")}
+# Of the table, and of the seven matrices of the one layer. Together all that stay packed, but for TQ1_0 and TQ2_0.
+NAMES = ("token_embd", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+TYPES = {
+    "small": ("Q8_0", "Q4_1", "Q4_1", "Q4_K", "Q6_K", "Q4_1", "Q4_K", "Q6_K"),
+    "usual": ("Q6_K", "Q4_1", "Q4_K", "Q6_K", "Q5_K", "Q8_0", "Q4_0", "Q5_1"),
+    "others": ("Q4_1", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "Q2_K", "Q3_K", "Q5_0"),
+}
+CONFIG = dataclasses.replace(gguf_files.CONFIG, num_layers=1)
+PROMPTS = [[1, 5, 9, 300, 17, 42, 8], [3]]
+
+
+def _missing(runtime: str) -> str:
+    """Of the modules that a runtime and its toolchain are, one that is not installed, or ""."""
+    try:
+        return next((name for name in NEEDS[runtime] if importlib.util.find_spec(name) is None), "")
+    except ModuleNotFoundError as error:  # the package of a module
+        return str(error.name)
+
+
+def made_of(types: str, folder: Path, profile: str) -> tuple[gguf_files.Made, Bundle]:
+    """A GGUF file by the gguf package, and the bundle of what is read of it."""
+    of = dict(zip(NAMES, TYPES[types], strict=True))
+    made = gguf_files.write(folder / "tiny.gguf", lambda name: Kind[of[name.split(".")[-2]]], CONFIG)
+    model = llamajax.open_checkpoint(made.path).read(None)
+    spec = Spec(slots=96, buckets=(16,), profile=PROFILES[profile])
+    return made, write(model, None, folder / "tiny.bundle", spec, prompts=PROMPTS)
+
+
+def check_against_the_reference(made: gguf_files.Made, bundle: Bundle) -> None:
+    """Every golden token is the likeliest of the float64 LLaMA with the gguf package's floats."""
+    theirs, golden = made.weights(), safetensors.numpy.load_file(bundle.file("golden.safetensors"))
+    weights = {
+        spec.foreign["huggingface"].format(place.layer): theirs[spec.foreign["gguf"].format(place.layer)]
+        for place, spec in llamajax.parameters.specs(CONFIG).items()
+    }
+    for index, prompt in enumerate(PROMPTS):
+        tokens = golden[f"tokens_{index}"]
+        text = np.concatenate([prompt, tokens[:-1]])
+        logits = reference.forward(CONFIG, weights, text, neighbours=True)[len(prompt) - 1 :]
+        np.testing.assert_array_equal(np.argmax(logits, axis=-1), tokens)
+        np.testing.assert_allclose(golden[f"logits_{index}"], logits[0], atol=2e-5 * np.abs(logits[0]).max())
+
+
+@pytest.fixture(scope="module", params=["usual", "others"])
+def bundle(request, tmp_path_factory) -> Bundle:
+    made, bundle = made_of(request.param, tmp_path_factory.mktemp("gguf"), "unrolled")
+    check_against_the_reference(made, bundle)
+    return bundle
+
+
+# ---- What ONNX gets of a packed weight: NumPy alone -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [kind.name for kind in ggml.TYPES.values() if kind.packed is not None])
+@pytest.mark.parametrize("axis", [2, 1])
+def test_digits_times_scales_plus_offsets_are_the_weight(name: str, axis: int) -> None:
+    """In float64, against the gguf package: the digits of 4 bits lose nothing of a type."""
+    blocks = gguf_files.blocks(Kind[name], 24, 512)
+    expected_MK = gguf.quants.dequantize(blocks, Kind[name])
+    made = ggml.unpack(name, blocks)
+    weight = made if axis == 1 else ggml.transposed(made)
+    arrays = {part[1:]: np.asarray(array) for part, array in llamajax.parts_of(weight).items()}
+    assert PackedWeight.known(arrays)
+    of_planes = {part: getattr(getattr(weight, part), "scheme", None) for part in ("scale", "offset")}
+    of_planes = {part: scheme and scheme.name for part, scheme in of_planes.items()}
+    packed = PackedWeight(arrays, weight.scheme.name, weight.group_size, axis, of_planes)
+    assert packed.shape == (512, 24) and packed.zero is None
+    values, unit = values_of(weight.scheme.name)
+    shift, digits = digits_of(values)
+    codes_KM, group = packed.codes(), weight.group_size
+    spread = lambda plane_CM: np.repeat(plane_CM.astype(np.float64), group, axis=0)  # noqa: E731
+    numbers = shift + sum(factor * (table[codes_KM].astype(int) - zero) for factor, table, zero in digits)
+    assert all(table.max() <= 15 for _, table, _ in digits)
+    made_KM = numbers * unit * spread(packed.scale()) + (spread(packed.offset()) if packed.has_offset else 0)
+    np.testing.assert_array_equal(made_KM.astype(np.float32), expected_MK.T)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "uint8", "int6", "uint5", "uint4", "int3", "uint2", "ternary", "iq4_nl"])
+def test_digits_are_the_numbers(scheme: str) -> None:
+    values, _ = values_of(scheme)
+    shift, digits = digits_of(values)
+    for factor, table, zero in digits:
+        assert table.dtype == np.uint8 and factor in (1, 16) and zero in (0, 8)
+    made = shift + sum(factor * (table.astype(int) - zero) for factor, table, zero in digits)
+    np.testing.assert_array_equal(made, values)
+    # A zero point of the weight's own is in the same digits.
+    raw = sum(factor * table.astype(int) for factor, table, _ in raw_digits(bits_of(scheme)))
+    np.testing.assert_array_equal(raw, np.arange(1 << bits_of(scheme)))
+
+
+# ---- Bundles --------------------------------------------------------------------------------------------------------
+
+
+def test_weights_stay_packed_and_give_the_reference_tokens(tmp_path: Path) -> None:
+    made, bundle = made_of("small", tmp_path, "scanned")
+    assert sum(array.nbytes for array in bundle.weights().values()) == sum(
+        data.nbytes for _, data in made.blocks.values()
+    )
+    check_against_the_reference(made, bundle)
+
+
+def check(bundle: Bundle, runtime: str) -> None:
+    """Adds what a runtime needs, and lets it give the golden tokens."""
+    if missing := _missing(runtime):
+        pytest.skip(f"{missing} is not installed")
+    target = {"onnx": "onnx", "iree": "iree-cpu"}[runtime]
+    bundle = open_bundle(bundle.path)
+    (result,) = verify(bundle if target in bundle.manifest["targets"] else add_target(bundle, target), [runtime])
+    assert result.held and result.exact and result.tokens == bundle.manifest["golden"]["prompts"] * 64, result
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("runtime", NEEDS)
+def test_the_same_tokens(runtime: str, bundle: Bundle) -> None:
+    check(bundle, runtime)
+
+
+@pytest.mark.extras
+def test_weights_are_not_dequantized_in_onnx(bundle: Bundle) -> None:
+    """Every matrix is multiplied as codes of 4 bits: what is left of plain products is attention, and of offsets."""
+    if missing := _missing("onnx"):
+        pytest.skip(f"{missing} is not installed")
+    import onnx
+
+    bundle = open_bundle(bundle.path)
+    bundle = bundle if "onnx" in bundle.manifest["targets"] else add_target(bundle, "onnx")
+    graph = onnx.load(bundle.file("targets/onnx/decode.onnx"), load_external_data=False).graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    inputs = {name for node in graph.node for name in node.input if name in tensors}
+    assert not [name for name in inputs if ".planes." in name], "planes are read only where codes are unpacked"
+    products = [node.input[1] for node in graph.node if node.op_type == "MatMul" and node.input[1] in tensors]
+    assert all(name.endswith(".offsets") for name in products)
+    assert {node.input[1].partition(".codes")[0] for node in graph.node if node.op_type == "MatMulNBits"} == {
+        weight["name"].removesuffix(".planes.0")
+        for weight in bundle.manifest["weights"]
+        if weight["name"].endswith(".planes.0") and not weight["name"].endswith((".scale.planes.0", ".offset.planes.0"))
+    }
+
+
+# ---- A file that others made ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.extras
+def test_smollm2_says_the_same_everywhere(smollm2: Path, tmp_path: Path) -> None:
+    """SmolLM2-135M-Instruct, Q4_1 and Q8_0, from its GGUF: 64 greedy tokens, of which the first are an answer."""
+    opened = llamajax.open_checkpoint(smollm2)
+    tokenizer, model = llamajax.Tokenizer(opened.tokenizer_bytes, words=opened.words), opened.read(None)
+    ids = ChatML.of(tokenizer).encode(tokenizer, [Message("user", "What is the capital of France?")])
+    spec = Spec(slots=128, buckets=(64,), profile=PROFILES["unrolled"])
+    bundle = write(model, None, tmp_path / "smollm2", spec, prompts=[ids])
+    tokens = safetensors.numpy.load_file(bundle.file("golden.safetensors"))["tokens_0"].tolist()
+    answer = tokens[: tokens.index(tokenizer.id_of("<|im_end|>"))]
+    assert tokenizer.decode(answer) == "The capital of France is Paris."
+    (result,) = verify(bundle, ["jax"])
+    assert result.held and result.exact, result
+    for runtime in NEEDS:
+        check(bundle, runtime)
