@@ -267,12 +267,15 @@ def read_manifest(path: Path) -> Mapping[str, Any]:
 
 def standalone_runner(name: str) -> str:
     """A runner as one file: what all runners share, with its own text behind."""
-    shared, text, own = ((_RUNNERS / part).read_text(encoding="utf-8") for part in ("runner.py", "text.py", name))
-    return shared.replace(_IMPORT_TEXT, text) + "\n\n" + own.replace("\n" + _IMPORT, "")
+    parts = {part: (_RUNNERS / f"{part}.py").read_text(encoding="utf-8") for part in ("runner", "text", "text_models")}
+    own = (_RUNNERS / name).read_text(encoding="utf-8")
+    text = parts["text"].replace(_IMPORT_MODELS, parts["text_models"])
+    return parts["runner"].replace(_IMPORT_TEXT, text) + "\n\n" + own.replace("\n" + _IMPORT, "")
 
 
 _IMPORT = "from export.runners.runner import main\n"
 _IMPORT_TEXT = "from export.runners.text import Text\n"
+_IMPORT_MODELS = "from export.runners.text_models import MODELS, SPACE, Longest\n"
 
 
 def _twins(model: Llama, spec: Spec) -> dict[str, bytes]:

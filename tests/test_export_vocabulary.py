@@ -117,8 +117,8 @@ def test_a_long_text_takes_no_time_in_its_square(name: str, tmp_path: Path) -> N
             taken += 1
             return super().get(key, default)
 
-    of_kind = "likely" if name == "unigram" else "scored"
-    setattr(runner, of_kind, Counted(getattr(runner, of_kind)))
+    model, of_kind = runner.model, "likely" if name == "unigram" else "scored"
+    setattr(model, of_kind, Counted(getattr(model, of_kind)))
     assert len(text) > 8000 and runner.encode(text) == own_ids(tokenizer)(text)
     assert taken < 20 * len(text)
 
