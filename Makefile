@@ -30,8 +30,8 @@ test: $(VENV)/test
 test-all: $(VENV)/test
 	@date; SECONDS=0; $(PYTEST) --all; code=$$?; echo "make test-all: $$(date), $$SECONDS s"; exit $$code
 
-# What needs Hugging Face transformers to compare with, or IREE and ONNX Runtime to run bundles; that alone. A few tests
-# are of a model in use, which is fetched first.
+# What needs Hugging Face transformers or llama.cpp to compare with, or IREE and ONNX Runtime to run bundles; that alone.
+# A few tests are of a model in use, which is fetched first.
 test-extras: $(VENV)/extras smollm2
 	XLA_FLAGS= $(PYTEST) -m extras
 

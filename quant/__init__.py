@@ -12,9 +12,11 @@ from quant.awq import search_scale
 from quant.budget import allocate
 from quant.description import WEIGHT_DTYPES, abstract_weight, describe, kinds, schemes
 from quant.gptq import add_to_hessian, quantize_gptq
+from quant.grid import with_offset
 from quant.hqq import quantize_hqq
 from quant.kernels import Layout, start_indices
-from quant.kernels.cpu import TiledWeight, sum_steps
+from quant.kernels.cpu import TiledWeight
+from quant.kernels.cpu_sums import sum_steps
 from quant.mixed import Mixed, is_laid_out, kind_of, map_quantized, quantized, with_activations, with_layer
 from quant.outliers import outlier_channels, split_outliers
 from quant.packing import FORMAT_VERSION, pack, unpack
@@ -84,4 +86,5 @@ __all__ = [
     "view",
     "with_activations",
     "with_layer",
+    "with_offset",
 ]

@@ -66,6 +66,7 @@ KEYS: dict[str, _Kind] = {
         lambda value: (_is_whole(value) and value >= 1) or (isinstance(value, str) and value in ("channel", "tensor")),
     ),
     "scale_dtype": _one_of(SCALE_DTYPES),
+    "offset": _BOOLEAN,
     "method": _one_of(("rtn", "gptq", "hqq")),
     "clip": _one_of(("mse",)),
     "importance": _BOOLEAN,
@@ -103,6 +104,7 @@ class Rule:
         scheme: name of a `Scheme`.
         group_size: weights that share a scale, "channel" or "tensor".
         scale_dtype: float32, bfloat16 or float16.
+        offset: of a `uint` scheme: store what the zero point amounts to, a number beside the scale (`with_offset`).
         method: "rtn" (`quantize_rtn`), "gptq" (`quantize_gptq`) or "hqq" (`quantize_hqq`).
         clip: None or "mse" (see `quantize_rtn`).
         importance: weigh each input channel's error by its activations' mean square, as llama.cpp's imatrix does; rtn
@@ -124,6 +126,7 @@ class Rule:
     scheme: str | None = None
     group_size: int | Literal["channel", "tensor"] = 32
     scale_dtype: str = "bfloat16"
+    offset: bool = False
     method: Literal["rtn", "gptq", "hqq"] = "rtn"
     clip: Literal["mse"] | None = None
     importance: bool = False
@@ -159,6 +162,7 @@ class Rule:
             ),
             (self.importance and (self.method != "rtn" or self.clip is None), "importance needs method rtn and clip"),
             (self.act_order and self.method != "gptq", "act_order needs method gptq"),
+            (self.offset and not str(self.scheme).startswith("uint"), "offset needs a uint scheme"),
             (self.method == "hqq" and self.clip is not None, "hqq has a search of its own: leave clip out"),
         ):
             if wrong:
@@ -176,8 +180,15 @@ class Rule:
                 return dataclasses.replace(self, group_size=size)
         if length % multiple == 0:
             return dataclasses.replace(self, group_size="channel")
+        offset = self.offset and self.indivisible.startswith("uint")
         return dataclasses.replace(
-            self, scheme=self.indivisible, group_size="channel", method="rtn", act_order=False, outliers=0
+            self,
+            scheme=self.indivisible,
+            group_size="channel",
+            method="rtn",
+            act_order=False,
+            outliers=0,
+            offset=offset,
         )
 
     @property

@@ -101,7 +101,7 @@ class Scheme:
         if self.codebook == E2M1:
             return _e2m1_values(codes.astype(jnp.float32))
         if self.kind == "iq4_nl":
-            return jnp.round(polynomial(codes.astype(jnp.float32), IQ4_NL_POLYNOMIAL))
+            return jnp.floor(polynomial(codes.astype(jnp.float32), IQ4_NL_POLYNOMIAL) + 0.5)
         # 15 selects instead of a gather: they vectorise, fuse and shard like any elementwise operation.
         value = jnp.full(codes.shape, self.codebook[0], jnp.float32)
         for number, entry in enumerate(self.codebook[1:], start=1):

@@ -60,7 +60,7 @@ def blocks(kind: Kind, rows: int, columns: int, seed: int = 0) -> np.ndarray:
 
 
 def dequantized(data: np.ndarray, kind: Kind) -> np.ndarray:
-    """By the gguf package; of Q1_0, which it has none for, as ggml-quants.c says: bit 1 is the scale, 0 its negative."""
+    """By the gguf package; of Q1_0, as ggml-quants.c says: bit 1 is the scale, 0 its negative."""
     if kind != Kind.Q1_0:
         return np.asarray(gguf.quants.dequantize(data, kind), np.float32)
     made = data.reshape(-1, 18)

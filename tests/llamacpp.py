@@ -20,8 +20,9 @@ import gguf
 import numpy as np
 import pytest
 
-REASON = "compares with llama.cpp: install the extra: pip install -e '.[parity]'"
-xllamacpp = pytest.importorskip("xllamacpp.xllamacpp", reason=REASON)
+xllamacpp = pytest.importorskip(
+    "xllamacpp.xllamacpp", reason="compares with llama.cpp: install the extra: pip install -e '.[parity]'"
+)
 
 Kind = gguf.GGMLQuantizationType
 # What `quantize` makes: llama.cpp's name of a file type -> the type of most tensors. MXFP4 is no mixture of llama.cpp's

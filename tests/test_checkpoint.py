@@ -142,7 +142,7 @@ def test_tokenizer_option(saved: Path, tmp_path: Path, tiny_model: llamajax.Llam
     assert llamajax.load(tmp_path / "bare")[1] is None
     (tmp_path / "named").write_bytes(tiny_tokenizer.model_bytes)
     assert llamajax.load(tmp_path / "bare", tokenizer=tmp_path / "named")[1].model_bytes == tiny_tokenizer.model_bytes
-    with pytest.raises(LlamaJaxError, match="nowhere: no such file: expected a sentencepiece tokenizer.model"):
+    with pytest.raises(LlamaJaxError, match="nowhere: no such file: expected a tokenizer.model or tokenizer.json"):
         llamajax.load(saved, tokenizer=tmp_path / "nowhere")
 
 
@@ -446,8 +446,8 @@ def test_target_that_cannot_be_created(tiny_model: llamajax.Llama, tmp_path: Pat
 
 
 def test_unknown_form(tiny_model: llamajax.Llama, tmp_path: Path) -> None:
-    with pytest.raises(LlamaJaxError, match="form is 'gguf': expected 'llamajax' or 'huggingface'"):
-        save_checkpoint(tiny_model, tmp_path / "saved", form="gguf")
+    with pytest.raises(LlamaJaxError, match="form is 'zip': expected 'llamajax', 'huggingface' or 'gguf'"):
+        save_checkpoint(tiny_model, tmp_path / "saved", form="zip")
     assert not list(tmp_path.iterdir())
 
 

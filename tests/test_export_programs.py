@@ -77,6 +77,7 @@ def row(value: int) -> np.ndarray:
 # Every scheme in one profile, every profile with one scheme; the arithmetic itself is test_packing's.
 CASES = [(scheme, "scanned") for scheme in ("int4", "uint4", "int3", "int8", "nf4", "ternary")]
 CASES += [("int3", "unrolled"), ("int4", "unrolled"), ("int4", "float"), ("int4", "cpu")]
+CASES += [("mxfp4", "unrolled"), ("iq4_nl", "float"), ("nvfp4", "cpu"), ("iq4_nl", "cpu")]
 
 
 @pytest.mark.matrix

@@ -49,10 +49,16 @@ def _expected(made: Made) -> dict[Place, np.ndarray]:
     return found
 
 
+# A table, rows that are reordered, a matrix that is not square, a norm: each compiles a program a type.
+_SOME = (Place("embed_VD"), Place("attention.key_DM", 0), Place("ffn.down_FD", 1), Place("ffn_norm.weight_D", 1))
+
+
 def _check_values(made: Made) -> llamajax.Opened:
-    """Every weight is what the gguf package makes of it, and what was foreseen."""
+    """Weights are what the gguf package makes of them, and what was foreseen."""
     opened = open_checkpoint(made.path)
     for place, expected in _expected(made).items():
+        if place not in _SOME and not _all():
+            continue
         weight = opened.read_weight(place)
         np.testing.assert_array_equal(np.asarray(values(weight), np.float32), expected, str(place))
         foreseen = opened.source.abstract[place]
@@ -119,9 +125,7 @@ def test_logits_are_those_of_the_reference_in_pairs(tmp_path: Path) -> None:
 def test_stories260k_tells_its_story(shared: Path) -> None:
     """464 bytes published in llama2.c's test_all.py; the weights are those of the llama2.c file, bit for bit."""
     folder = shared / "data" / "stories260K"
-    opened = open_checkpoint(folder / "stories260K.gguf")
-    model = opened.read()
-    tokenizer = llamajax.Tokenizer.from_file(folder / "tok512.model")
+    model, tokenizer = llamajax.load(folder / "stories260K.gguf")
     completion = llamajax.generate(model, tokenizer, "", max_new_tokens=200, temperature=0)
     assert completion.text.encode() == (folder / "expected_greedy_200.txt").read_bytes()
     theirs = named_arrays(open_checkpoint(folder / "stories260K.bin").read())
@@ -487,13 +491,12 @@ def test_types_that_no_weight_is_of(tmp_path: Path) -> None:
     info = b"blk.0.ffn_up.weight" + struct.pack("<IQQ", 2, 256, 512)
     at = file.index(info) + len(info)
     for number, message in (
-        (28, "is of type F64: expected a type that weights"),
-        (77, "is of type 77, which this release"),
+        (26, "is of type I32: expected a type that weights"),
+        (77, "tensor 'blk.0.ffn_up.weight': ggml type 77: expected one of F32"),
     ):
-        (tmp_path / "other").write_bytes(file[:at] + struct.pack("<I", number) + file[at + 4 :] + bytes(1 << 20))
-        with pytest.raises(LlamaJaxError, match=f"{message}|overlap") as caught:
+        (tmp_path / "other").write_bytes(file[:at] + struct.pack("<I", number) + file[at + 4 :])
+        with pytest.raises(LlamaJaxError, match=message):
             open_checkpoint(tmp_path / "other")
-        assert number == 28 or message in str(caught.value)
 
 
 # ---- What becomes of it ----------------------------------------------------------------------------------------------
@@ -546,5 +549,5 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_our_sizes_are_the_gguf_packages() -> None:
     sizes = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items() if kind != Kind.Q8_1}
-    ours = {number: (kind.block, kind.nbytes) for number, kind in ggml.TYPES.items() if kind.name != "Q8_1"}
+    ours = {kind.number: (kind.block, kind.nbytes) for kind in ggml.TYPES.values() if kind.name != "Q8_1"}
     assert ours == sizes

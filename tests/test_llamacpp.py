@@ -1,4 +1,4 @@
-"""Files in llama.cpp's types: what ours says of the packed weights is what llama.cpp says of the same weights in floats.
+"""Files in llama.cpp's types: ours says of the packed weights what llama.cpp says of the same weights in floats.
 
 llama.cpp rounds activations to 8 bits where it multiplies by packed weights, so that it is asked about the same file
 dequantized to F32 (by gguf's own dequantizers), where it rounds nothing.
@@ -8,19 +8,21 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import llamajax
-from benchmarks.gguf_files import read_model, write_gguf
+from benchmarks.gguf_files import quantize_gguf, read_model, read_random, write_gguf
 from llamajax.evaluation.evaluate import encode_documents
 from llamajax.evaluation.windows import document_windows
+from llamajax.quantization.quantize import quantize
 from llamajax.train import heldout_stories
 
 pytest.importorskip("xllamacpp", reason="compares with llama.cpp: install the extra: pip install -e '.[parity]'")
-from tests import llamacpp  # noqa: E402
+from tests import llamacpp
 
 pytestmark = pytest.mark.extras
 
@@ -57,21 +59,122 @@ def _theirs(path: Path, rows: np.ndarray) -> np.ndarray:
         return np.stack(list(model.windows(rows[:, :-1].tolist())))
 
 
-def _ours(path: Path, rows: np.ndarray, backend: str | None) -> np.ndarray:
-    model = llamajax.open_checkpoint(path).read("float32", backend=backend)
+def _ours(path: Path, rows: np.ndarray) -> np.ndarray:
+    """Logits by products of weights as they are laid out, which is how `load` gives them."""
+    return _ours_of(llamajax.open_checkpoint(path).read("float32", backend="cpu"), rows)
+
+
+def _ours_of(model: llamajax.Llama, rows: np.ndarray) -> np.ndarray:
     return np.asarray(_logits(model, rows[:, :-1]))
 
 
-@pytest.mark.parametrize("backend", [None, "cpu"])
-@pytest.mark.parametrize(
-    "kind",
-    "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K_M Q4_K_M Q5_K_M Q6_K IQ4_NL IQ4_XS TQ2_0 MXFP4".split(),
-)
-def test_a_packed_file_says_what_its_weights_say(kind: str, backend: str | None, box: Box, tmp_path: Path) -> None:
-    packed, floats = tmp_path / f"{kind}.gguf", tmp_path / "dequantized.gguf"
-    llamacpp.quantize(box.path, packed, kind)
+KINDS = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K_M Q4_K_M Q5_K_M Q6_K IQ4_NL IQ4_XS TQ1_0 TQ2_0 MXFP4".split()
+
+
+@pytest.fixture(params=KINDS)
+def files(request: pytest.FixtureRequest, box: Box, tmp_path: Path) -> tuple[Path, Path]:
+    """The box in one of llama.cpp's types, and the same weights in F32."""
+    packed, floats = tmp_path / f"{request.param}.gguf", tmp_path / "dequantized.gguf"
+    llamacpp.quantize(box.path, packed, request.param)
     llamacpp.dequantize(packed, floats)
-    theirs, ours = _theirs(floats, box.rows), _ours(packed, box.rows, backend)
-    print(kind, backend, np.abs(ours - theirs).max(), _perplexity(ours, box.rows) / _perplexity(theirs, box.rows) - 1)
+    return packed, floats
+
+
+def test_a_packed_file_says_what_its_weights_say(files: tuple[Path, Path], box: Box) -> None:
+    packed, floats = files
+    theirs, ours = _theirs(floats, box.rows), _ours(packed, box.rows)
     assert np.abs(ours - theirs).max() < 2e-3
     assert _perplexity(ours, box.rows) == pytest.approx(_perplexity(theirs, box.rows), rel=2e-4)
+
+
+@pytest.mark.matrix  # A program of several seconds to compile, for each type.
+def test_a_packed_file_continues_as_its_weights_do(files: tuple[Path, Path], box: Box) -> None:
+    packed, floats = files
+    prompt = box.rows[0, :24].tolist()
+    model = llamajax.open_checkpoint(packed).read("float32", backend="cpu")
+    ours = llamajax.generate(model, None, prompt, max_new_tokens=48, temperature=0, cache_dtype="float32")
+    assert list(ours.tokens) == llamacpp.greedy(floats, prompt, len(ours.tokens))
+
+
+# ---- What ours writes ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[llamajax.Llama, llamajax.Tokenizer]:
+    """The model in the box, in floats, and its tokenizer."""
+    return llamajax.load("box", dtype=jnp.float32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_llamacpp_continues_floats_that_ours_writes(dtype: str, trained, tmp_path: Path) -> None:
+    model, tokenizer = trained
+    llamajax.save_checkpoint(model, tmp_path / "box.gguf", tokenizer=tokenizer, form="gguf", dtype=dtype)
+    text = "Once upon a time, there was a"
+    with llamacpp.Model(tmp_path / "box.gguf") as theirs:
+        ids = theirs.tokenize(text, add_special=True)
+        assert ids == tokenizer.encode(text)
+        continued = theirs.greedy(ids, 64)
+    rounded = jax.tree.map(lambda leaf: leaf.astype(dtype).astype("float32") if leaf.ndim > 2 else leaf, model)
+    ours = llamajax.generate(rounded, tokenizer, text, max_new_tokens=64, temperature=0, cache_dtype="float32")
+    assert list(ours.tokens) == continued[: len(ours.tokens)]
+
+
+@pytest.mark.parametrize("recipe", ["int4-g32", "int8", "mixed-5bpw-g32"])
+def test_llamacpp_predicts_as_ours_from_what_ours_quantizes(recipe: str, trained, box: Box, tmp_path: Path) -> None:
+    model, tokenizer = trained
+    packed = quantize(model, recipe, types="ggml", calibration=box.rows[:, :-1].ravel())
+    llamajax.save_checkpoint(packed, tmp_path / "box.gguf", tokenizer=tokenizer, form="gguf")
+    _check_same_predictions(_ours_of(packed, box.rows), _theirs(tmp_path / "box.gguf", box.rows))
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K_M", "Q6_K"])
+def test_a_packed_file_written_again_is_the_same(kind: str, box: Box, tmp_path: Path) -> None:
+    first, again = tmp_path / "first.gguf", tmp_path / "again.gguf"
+    llamacpp.quantize(box.path, first, kind)
+    model = llamajax.open_checkpoint(first).read()
+    llamajax.save_checkpoint(model, again, form="gguf")
+    held = [{tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors} for path in (first, again)]
+    assert held[0].keys() == held[1].keys()
+    for name, tensor in held[0].items():
+        assert tensor.tensor_type == held[1][name].tensor_type
+        np.testing.assert_array_equal(tensor.data, held[1][name].data, err_msg=name)
+    _check_same_predictions(_ours_of(model, box.rows), _theirs(again, box.rows))
+
+
+def _check_same_predictions(ours_BTV: np.ndarray, theirs_BTV: np.ndarray) -> None:
+    """llama.cpp rounds activations to 8 bits: the likeliest token is the same at 97% of places, KL below 0.01."""
+    ours_BTV, theirs_BTV = jax.nn.log_softmax(ours_BTV), jax.nn.log_softmax(theirs_BTV)
+    divergence_BT = jnp.sum(jnp.exp(theirs_BTV) * (theirs_BTV - ours_BTV), axis=-1)
+    agreement = float(jnp.mean(ours_BTV.argmax(-1) == theirs_BTV.argmax(-1)))
+    assert agreement >= 0.97
+    assert divergence_BT.mean() < 0.01
+
+
+# ---- The helper itself ----------------------------------------------------------------------------------------------
+
+# Grouped queries, an untied head, many layers; rows that are no whole blocks of 256, or of 32.
+_SHAPES = {
+    "deep": {"width": 256, "ffn_width": 512, "num_layers": 17, "num_heads": 8, "num_kv_heads": 2, "head_size": 32},
+    "narrow": {"width": 96, "ffn_width": 288, "num_layers": 9, "num_heads": 3, "num_kv_heads": 1, "head_size": 32},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shape", _SHAPES)
+def test_files_are_those_of_llamacpps_own_quantizer(shape: str, tied: bool, tmp_path: Path) -> None:
+    pytest.importorskip(
+        "llama_cpp", reason="llama.cpp's own quantizer: install the extra: pip install -e '.[llamacpp]'"
+    )
+    config = llamajax.Config(vocab_size=64, context_length=64, tied_embeddings=tied, **_SHAPES[shape])
+    source, theirs, ours = (tmp_path / f"{name}.gguf" for name in ("source", "theirs", "ours"))
+    write_gguf(source, config, read_random(config), "F16")
+    for kind in KINDS:
+        if kind in ("F32", "F16", "BF16"):
+            continue
+        quantize_gguf(source, theirs, "MOSTLY_MXFP4_MOE" if kind == "MXFP4" else f"MOSTLY_{kind}", pure=kind == "MXFP4")
+        llamacpp.quantize(source, ours, kind)
+        held = [{tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors} for path in (theirs, ours)]
+        assert held[0].keys() == held[1].keys()
+        for name, tensor in held[0].items():
+            assert tensor.tensor_type == held[1][name].tensor_type, (kind, name)
+            np.testing.assert_array_equal(tensor.data, held[1][name].data, err_msg=f"{kind} {name}")

@@ -72,20 +72,21 @@ def peak_of(command: str, source: Path, target: Path, option: str) -> int:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("form", ["llamajax", "huggingface"])
+@pytest.mark.parametrize("form", ["llamajax", "huggingface", "gguf"])
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc for a process's peak memory")
 def test_conversion_holds_the_weights_once(form: str, tmp_path: Path) -> None:
     small = write_model(tmp_path / "small", 64)
     large = write_model(tmp_path / "large", 896)
     assert large > 380 * MIB
-    base = peak_of("convert", tmp_path / "small", tmp_path / "small-out", f"--to={form}") - small
-    extra = peak_of("convert", tmp_path / "large", tmp_path / "large-out", f"--to={form}") - base - large
+    base = peak_of("convert", tmp_path / "small", tmp_path / f"small.{form}", f"--to={form}") - small
+    extra = peak_of("convert", tmp_path / "large", tmp_path / f"large.{form}", f"--to={form}") - base - large
     # A tensor of one layer has 6 MiB, one of all layers 98 MiB; a second copy of the weights would have 394.
-    most = {"llamajax": 290, "huggingface": 40}[form]
+    most = {"llamajax": 290, "huggingface": 40, "gguf": 40}[form]
     assert extra < most * MIB, f"{extra / MIB:.0f} MiB beyond the weights"
 
 
-def test_writing_for_hugging_face_holds_one_tensor(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["huggingface", "gguf"])
+def test_writing_holds_one_tensor(form: str, tmp_path: Path) -> None:
     """Of what is given, all in one shard; counted by tracemalloc, which NumPy reports its arrays to."""
     write_model(tmp_path / "source", 64)
     opened = open_checkpoint(tmp_path / "source")
@@ -93,7 +94,7 @@ def test_writing_for_hugging_face_holds_one_tensor(tmp_path: Path) -> None:
     largest = max(leaf.nbytes // (16 if name.startswith("layers") else 1) for name, leaf in named_arrays(model).items())
     tracemalloc.start()
     try:
-        save_checkpoint(model, tmp_path / "out", form="huggingface")
+        save_checkpoint(model, tmp_path / f"out.{form}", form=form)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

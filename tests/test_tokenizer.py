@@ -162,14 +162,14 @@ def test_files_that_are_no_model(damage, tiny_tokenizer: Tokenizer, tmp_path: Pa
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(LlamaJaxError, match="nothing: no such file: expected a sentencepiece tokenizer.model"):
+    with pytest.raises(LlamaJaxError, match="nothing: no such file: expected a tokenizer.model or tokenizer.json"):
         Tokenizer.from_file(tmp_path / "nothing")
 
 
 def test_file_that_is_too_large(tmp_path: Path) -> None:
     with (tmp_path / "large").open("wb") as file:
         file.truncate((64 << 20) + 1)  # sparse: takes no room
-    with pytest.raises(LlamaJaxError, match="67108865 bytes: expected a sentencepiece model of at most 64 MiB"):
+    with pytest.raises(LlamaJaxError, match="67108865 bytes: expected a tokenizer of at most 64 MiB"):
         Tokenizer.from_file(tmp_path / "large")
 
 

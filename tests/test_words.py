@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +22,7 @@ from llamajax.checkpoint import read_tokenizer
 from llamajax.checkpoint.huggingface_words import read_words
 from llamajax.cli import main
 from llamajax.evaluation.evaluate import text_windows
+from llamajax.tokenizer.added import AddedPatterns
 from llamajax.words import AddedToken, Words
 from tests.reference import random_model
 
@@ -32,8 +33,8 @@ CHAT = {
     str(END): {"content": "<|im_end|>", "special": True, "normalized": False},
     str(TOOL): {"content": "<tool>", "special": False, "normalized": False},
 }
-# Llama 3's tokenizer.model in small: a token in base64 and its rank, a line each.
-TIKTOKEN = b"".join(base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256))
+# Bytes of no tokenizer.
+UNKNOWN = b"a vocabulary of another kind\n"
 
 
 @pytest.fixture(scope="module")
@@ -165,22 +166,28 @@ def test_added_tokens_are_one_id(source: str, folder, processor) -> None:
     }[source]
     tokenizer = tokenizer_of(folder(**files))
     assert tokenizer.vocab_size == 323
-    ids = tokenizer.encode("<|im_start|>user\nfox<|im_end|>\na<tool> fox")
+    text = "<|im_start|>user\nfox<|im_end|>\na<tool> fox"
+    ids = tokenizer.encode(text, special=True)
     assert [index for index in ids if index >= 320] == [START, END, TOOL] and ids[:2] == [1, START]
     assert (
         "".join(processor.id_to_piece(index) for index in ids[2 : ids.index(END)]).replace("<0x0A>", "\n")
         == "user\nfox"
     )
     assert tokenizer.decode(ids) == "user\nfox\na<tool> fox"
+    # Special ones are text, unless asked for.
+    assert [index for index in tokenizer.encode(text) if index >= 320] == [TOOL]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode("fox") == [1, *processor.encode("fox")]
     # Control tokens that no file lists are spelt, as ever.
     assert tokenizer.encode("<s>", bos=False) == processor.encode("<s>")
 
 
-def test_listed_control_tokens_are_read_from_the_text(folder, processor) -> None:
+def test_control_tokens_are_read_from_the_text_if_asked_for(folder, processor) -> None:
     listed = {"1": {"content": "<s>", "special": True}, "2": {"content": "</s>", "special": True}}
     tokenizer = tokenizer_of(folder(tokenizer_config={"added_tokens_decoder": listed}))
-    assert tokenizer.encode("a</s><s>", bos=False) == [*processor.encode("a"), 2, 1]
+    assert tokenizer.encode("a</s><s>", bos=False, special=True) == [*processor.encode("a"), 2, 1]
+    assert tokenizer.encode("a</s><s>", bos=False) == processor.encode("a</s><s>")
+    assert tokenizer_of(folder()).encode("a</s><s>", bos=False, special=True) == [*processor.encode("a"), 2, 1]
     assert tokenizer.decode([1, *processor.encode("a"), 2]) == "a"
 
 
@@ -201,16 +208,14 @@ _FLAGS = st.fixed_dictionaries(
 
 
 @PROPERTY
-@pytest.mark.extras
 @given(
     flags=st.lists(_FLAGS, min_size=4, max_size=4),
     parts=st.lists(
         st.sampled_from(["<A>", "<A", "B>", "word", "<AB>", " ", "  ", "\n", "x", "é", "_", "."]), max_size=12
     ),
 )
-def test_added_tokens_are_found_as_tokenizers_does(flags, parts, tiny_tokenizer: Tokenizer) -> None:
+def test_added_tokens_are_found_as_tokenizers_does(flags, parts) -> None:
     """Against Hugging Face's tokenizers, with one id for all text between them."""
-    tokenizers = pytest.importorskip("tokenizers", reason="compares with Hugging Face tokenizers")
     text = "".join(parts)
     contents = ["<A>", "<AB>", "word", "B>"]
     model = tokenizers.models.WordLevel({"[other]": 0}, unk_token="[other]")
@@ -221,8 +226,7 @@ def test_added_tokens_are_found_as_tokenizers_does(flags, parts, tiny_tokenizer:
     tokens = tuple(
         AddedToken(id=400 + i, text=c, **each) for i, (c, each) in enumerate(zip(contents, flags, strict=True))
     )
-    ours = Tokenizer(tiny_tokenizer.model_bytes, words=Words(added=tokens))
-    parts_of_ours = list(ours._parts(text))
+    parts_of_ours = list(AddedPatterns(tokens).parts(text))
     assert [at for at, _ in parts_of_ours] == [start for start, _ in encoded.offsets]
     assert [0 if isinstance(part, str) else part - 399 for _, part in parts_of_ours] == encoded.ids
 
@@ -505,18 +509,18 @@ def test_a_tokenizer_that_is_not_read_stops_only_what_needs_text(
     folder, tmp_path: Path, capsys, tiny_tokenizer
 ) -> None:
     path = folder({"eos_token_id": 2})
-    (path / "tokenizer.model").write_bytes(TIKTOKEN)
-    why = f"{path}: its tokenizer: a tiktoken vocabulary, as of Llama 3, which is not read: expected a tokenizer.model"
-    with pytest.warns(UserWarning, match="a tiktoken vocabulary, as of Llama 3, which is not read"):
+    (path / "tokenizer.model").write_bytes(UNKNOWN)
+    why = f"{path}: its tokenizer: not a sentencepiece model: expected a tokenizer.model"
+    with pytest.warns(UserWarning, match="its tokenizer: not a sentencepiece model"):
         model, tokenizer = llamajax.load(path)
     assert tokenizer is None
     for form in ("llamajax", "huggingface"):
         code, _, err = run(capsys, "convert", f"--model={path}", f"--to={form}", f"--output={tmp_path / form}")
         assert code == 0 and err.startswith(f"llamajax: {why}: going on without it\n")
-        assert (tmp_path / form / "tokenizer.model").read_bytes() == TIKTOKEN
+        assert (tmp_path / form / "tokenizer.model").read_bytes() == UNKNOWN
         assert open_checkpoint(tmp_path / form).words.stop_ids == (2,)
     code, _, err = run(capsys, "quantize", f"--model={path}", "--recipe=int8", f"--output={tmp_path / 'packed'}")
-    assert code == 0 and why in err and (tmp_path / "packed" / "tokenizer.model").read_bytes() == TIKTOKEN
+    assert code == 0 and why in err and (tmp_path / "packed" / "tokenizer.model").read_bytes() == UNKNOWN
     code, out, _ = run(capsys, "inspect", f"--model={path}", "--json")
     assert (json.loads(out)["tokenizer"], json.loads(out)["tokenizer_problem"]) == (False, why)
     _, out, _ = run(capsys, "inspect", f"--model={path}")
@@ -526,7 +530,7 @@ def test_a_tokenizer_that_is_not_read_stops_only_what_needs_text(
         assert (code, out, err) == (
             1,
             "",
-            f"llamajax: {why}: give --tokenizer=PATH of its sentencepiece tokenizer.model\n",
+            f"llamajax: {why}: give --tokenizer=PATH of its tokenizer.model or tokenizer.json\n",
         )
     (tmp_path / "named.model").write_bytes(tiny_tokenizer.model_bytes)
     assert llamajax.load(path, tokenizer=tmp_path / "named.model")[1].stop_ids == (2,)
@@ -549,15 +553,24 @@ def test_tokenizers_that_do_not_go_with_the_model(kind: str, folder, bare: Path,
         "damaged": "its tokenizer: not a sentencepiece model",
         "too large": "the tokenizer has 320 ids, the model 319 embeddings: expected the tokenizer that the model was",
         "other pieces": "id 300 is .* in the sentencepiece model, 'the wrong' among the added tokens",
-        "json": "its tokenizer.json is not read",
+        "json": "its tokenizer: a tokenizer.json that the library tokenizers does not read",
     }[kind]
     with pytest.warns(UserWarning, match=message):
         assert llamajax.load(path)[1] is None
 
 
-def test_llama_3s_own_tokenizer(folder, shared: Path, tmp_path: Path) -> None:
-    path = folder()
+def test_llama_3s_own_tokenizer(tiny_config: llamajax.Config, shared: Path, tmp_path: Path, capsys) -> None:
+    """Ranks in a folder's tokenizer.model, named as its files name them; kept as a tokenizer.json."""
+    config = llamajax.Config.from_dict(tiny_config.to_dict() | {"vocab_size": 128256, "width": 8, "num_layers": 1})
+    path = tmp_path / "folder"
+    save_checkpoint(random_model(config), path, form="huggingface")
     shutil.copy(shared / "data" / "tokenizers" / "llama3_tokenizer.model", path / "tokenizer.model")
-    opened = open_checkpoint(path)
-    assert read_tokenizer(opened) is None and "a tiktoken vocabulary" in (opened.tokenizer_problem or "")
-    assert np.isfinite(np.asarray(opened.read().norm.weight_D)).all()
+    named = {"128004": {"content": "<|the pad|>", "special": True}}
+    (path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": named}))
+    for form in ("llamajax", "huggingface"):
+        assert run(capsys, "convert", f"--model={path}", f"--to={form}", f"--output={tmp_path / form}")[0] == 0
+        path = tmp_path / form
+        assert (path / "tokenizer.json").is_file() and not (path / "tokenizer.model").exists()
+        tokenizer = tokenizer_of(path)
+        assert tokenizer.encode("hi<|eot_id|><|the pad|>", special=True) == [128000, 6151, 128009, 128004]
+        assert tokenizer.vocab_size == 128256 and tokenizer.form == "tokenizers"

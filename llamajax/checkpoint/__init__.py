@@ -161,7 +161,8 @@ def open_checkpoint(name: str | Path, *, ignore_keys: Collection[str] = ()) -> O
     for recognise, open_source in READERS:
         if recognise(path):
             source = open_source(path, ignore_keys)
-            return Opened(path, source, source.tokenizer_bytes or _tokenizer_beside(path))
+            beside = None if source.tokenizer_problem else _tokenizer_beside(path)
+            return Opened(path, source, source.tokenizer_bytes or beside)
     raise LlamaJaxError(f"{path}: unknown format ({_first_look(path)}): expected {_FORMATS}")
 
 

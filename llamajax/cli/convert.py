@@ -6,6 +6,7 @@ from typing import Any
 from absl import flags
 
 from llamajax.checkpoint import save_checkpoint
+from llamajax.checkpoint.gguf import check_name as check_gguf_name
 from llamajax.cli.model_flags import define_model, open_named, read_model, tokenizer_if_any
 from llamajax.cli.sizes import readable_bytes, stored_bytes
 from llamajax.cli.terminal import note, spinner
@@ -42,6 +43,8 @@ def run(values: flags.FlagValues) -> None:
         raise LlamaJaxError("--model and --output are both needed: see llamajax convert --help")
     output = Path(values.output)
     check_absent(output)
+    if values.to == "gguf":
+        check_gguf_name(output)
     opened = open_named(values, values.model)
     tokenizer = tokenizer_if_any(values, opened) or opened.tokenizer_bytes
     if values.dtype and values.to != "gguf" and quantized(opened.abstract):

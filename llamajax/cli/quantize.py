@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -27,10 +28,12 @@ EXAMPLES = (
     "llamajax quantize --model=path/to/TinyLlama --recipe=int4-g128-gptq --calibration=text.txt --output=tinyllama",
     "llamajax quantize --model=box --target_bpw=3.5 --calibration=stories --output=box-3.5",
     "llamajax quantize --model=path/to/TinyLlama --recipe=my_recipe.toml --output=tinyllama-mine",
+    "llamajax quantize --model=box --recipe=int4-g32 --types=ggml --output=box-q4_0",
 )
 # Of our story generator, for the model in the box; those that it is measured on are others.
 _CALIBRATION_STORIES = 1000
 _TARGET_RECIPE = "mixed-4.5bpw"
+_GGML_TARGET_RECIPE = "mixed-5bpw-g32"
 
 
 def define(values: flags.FlagValues) -> None:
@@ -40,7 +43,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "recipe",
         None,
-        f"a .toml file, or one of {names}; int4-g32 unless given, {_TARGET_RECIPE} with --target_bpw",
+        f"a .toml file, or one of {names}; int4-g32 unless given, with --target_bpw {_TARGET_RECIPE}, for ggml "
+        f"{_GGML_TARGET_RECIPE}",
         flag_values=values,
     )
     flags.DEFINE_float(
@@ -48,6 +52,14 @@ def define(values: flags.FlagValues) -> None:
         None,
         "bits per weight that the whole model may have: the bits of each weight are searched for, by the error that "
         "they cause on the calibration text",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "types",
+        None,
+        ["ggml"],
+        "ggml: make only what its types hold without loss, and refuse rules that ask for something else: what llamajax "
+        "convert --to=gguf then writes, llama.cpp runs bit for bit",
         flag_values=values,
     )
     flags.DEFINE_string(
@@ -74,7 +86,8 @@ def run(values: flags.FlagValues) -> None:
         raise LlamaJaxError("--model and --output are both needed: see llamajax quantize --help")
     output = Path(values.output)
     check_absent(output)
-    name = values.recipe or ("int4-g32" if values.target_bpw is None else _TARGET_RECIPE)
+    target_recipe = _GGML_TARGET_RECIPE if values.types else _TARGET_RECIPE
+    name = values.recipe or ("int4-g32" if values.target_bpw is None else target_recipe)
     recipe = _with_target(read_recipe(name), values.target_bpw)
     if recipe.needs_calibration and not values.calibration:
         raise LlamaJaxError(f"{name} needs a text to run the model on: give --calibration=FILE")
@@ -90,7 +103,8 @@ def run(values: flags.FlagValues) -> None:
     window = min(values.context, opened.config.context_length)
     work = output.absolute().with_name(f"{output.name}.work")
     with progress("quantizing") as on_weight:
-        model = quantize(opened, recipe, calibration=tokens, window=window, work=work, on_weight=on_weight)
+        with_text: dict[str, Any] = {"calibration": tokens, "window": window, "work": work}
+        model = quantize(opened, recipe, on_weight=on_weight, types=values.types, **with_text)
     _report_other_groups(model, recipe)
     with spinner(f"writing {output}"):
         source = f"{opened.description}, quantized by {name}"

@@ -39,7 +39,7 @@ from llamajax.generation.sampling import make_sampler
 from llamajax.model import Llama
 from llamajax.parameters import Place, Spec, product_weights, specs, step_bytes
 from llamajax.quantization.quantize import assigned, read_recipe
-from quant import QTensor, Rule, Scheme, quantize_rtn
+from quant import QTensor, Rule, Scheme, quantize_rtn, with_offset
 
 FLOATS = ("float32", "bfloat16", "float16")
 _DEVIATION = 0.02  # standard deviation of random weights: that which training starts from
@@ -162,7 +162,10 @@ def _random_weight(
         made: Any = jax.eval_shape(lambda weight: quantize_rtn(weight, scheme, **options), weight)
     except (ValueError, TypeError) as error:
         raise LlamaJaxError(f"{place} of shape {shape}: {error}") from None
-    return dataclasses.replace(_filled(made, generator), activations=rule.activations)
+    filled = _filled(made, generator)
+    if rule.offset:
+        filled = jax.tree.map(np.asarray, with_offset(filled))
+    return dataclasses.replace(filled, activations=rule.activations)
 
 
 def _filled(abstract: Any, generator: np.random.Generator) -> QTensor:

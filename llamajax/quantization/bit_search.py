@@ -19,7 +19,7 @@ from llamajax.model import Llama, model_from
 from llamajax.parameters import Place, leaves, specs
 from llamajax.quantization import calibrate
 from llamajax.quantization.quantize_weight import naming
-from quant import Rule, Scheme, allocate, quantize_rtn, values
+from quant import Rule, Scheme, allocate, quantize_rtn, values, with_offset
 
 _BITS = (2, 3, 4, 5, 6, 8)
 _SAMPLE_TOKENS = 4096
@@ -35,6 +35,7 @@ def choose_bits(
     windows_WT: np.ndarray,
     config: Config,
     on_weights: Callable[[int], None],
+    holds: Callable[[Place, Rule], bool] = lambda place, rule: True,
 ) -> dict[Place, Rule]:
     """The rules with the bits of each `int` and `uint` scheme chosen.
 
@@ -47,13 +48,14 @@ def choose_bits(
         windows_WT: calibration text; its first 4,096 tokens are used.
         config: the architecture.
         on_weights: called with how many weights more have been measured.
+        holds: whether a rule may be chosen for a weight.
 
     Raises:
         LlamaJaxError: if no weight's bits are free, not even the fewest fit, a weight cannot be quantized, or what it
             makes of the text is not finite.
     """
     windows_WT = windows_WT[: max(1, _SAMPLE_TOKENS // windows_WT.shape[1])]
-    options = {place: _candidates(rule) for place, rule in rules.items()}
+    options = {place: [each for each in _candidates(rule) if holds(place, each)] for place, rule in rules.items()}
     if not any(len(candidates) > 1 for candidates in options.values()):
         raise LlamaJaxError("target_bpw: no rule has an int or uint scheme whose bits could be chosen")
     errors = _measure(read, options, windows_WT, config, on_weights)
@@ -79,9 +81,10 @@ def _candidates(rule: Rule) -> list[Rule]:
 def _quantized(weight: Any, rule: Rule, axis: int) -> Any:
     rule = rule.for_inputs(weight.shape[axis])
     assert rule.scheme is not None  # a rule that quantizes
-    return quantize_rtn(
+    quantized = quantize_rtn(
         weight, rule.scheme, group_size=rule.group_size, axis=axis, scale_dtype=rule.scale_dtype, clip="mse"
     )
+    return with_offset(quantized) if rule.offset else quantized
 
 
 def _bytes(rule: Rule, place: Place, config: Config, float_bytes: int) -> int:

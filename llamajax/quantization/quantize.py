@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from llamajax.model import Llama, model_from
 from llamajax.parameters import LAYERS, Place, inputs, leaves, specs, weights_of
 from llamajax.quantization import calibrate
 from llamajax.quantization.bit_search import choose_bits
+from llamajax.quantization.ggml_rules import for_ggml, is_held
 from llamajax.quantization.quantize_weight import in_dtype, naming, quantize_weight
 from llamajax.workers import workers
 from quant import Recipe, Rule, assign, quantized, recipe_from, values
@@ -95,6 +96,7 @@ def quantize(
     window: int = 512,
     work: Path | None = None,
     on_weight: Callable[[int, int], None] = lambda done, total: None,
+    types: Literal["ggml"] | None = None,
 ) -> Llama:
     """The model with its weights quantized as a recipe says.
 
@@ -109,6 +111,9 @@ def quantize(
         work: folder for finished layers of a calibrated recipe, so that the same call goes on where it was stopped. It
             stays: remove it, by `resume.remove_parts`, once the model has been saved.
         on_weight: called with (weights done, weights in all), a layer's counting singly.
+        types: "ggml": only what a type of ggml's holds without loss, so that `save_checkpoint` writes it as GGUF bit
+            for bit. Scales are float16 then, zero points of uint schemes offsets, and a target of bits a weight is met
+            with 4, 5 and 8 bits.
 
     Raises:
         LlamaJaxError: if the model is quantized already, a rule does not fit its weight, rules and weights do not cover
@@ -120,6 +125,10 @@ def quantize(
         raise LlamaJaxError("the model is quantized already: quantize the weights that it was made from")
     read = _reader(model)
     rules = assigned(recipe.rules, config)
+    if types not in (None, "ggml"):
+        raise LlamaJaxError(f"types is {types!r}: expected None or 'ggml'")
+    if types is not None:
+        rules = for_ggml(rules, config, recipe.target_bpw is not None)
     _check_shared_inputs(rules, config)
     if calibration is None or not recipe.needs_calibration:
         stacks = Stacks(config, rules.__getitem__)
@@ -136,9 +145,10 @@ def quantize(
             PartsOnDisk,  # here: it needs safetensors, without which random models can be made
         )
 
-        parts = PartsOnDisk(work, _work_key(rules, recipe.target_bpw, windows, config, read))
+        parts = PartsOnDisk(work, _work_key(rules, recipe.target_bpw, windows, config, read, types))
     if recipe.target_bpw is not None:
-        rules = _chosen_bits(read, rules, recipe.target_bpw, windows, config, parts, steps)
+        holds = (lambda place, rule: is_held(rule, place, config)) if types else (lambda place, rule: True)
+        rules = _chosen_bits(read, rules, recipe.target_bpw, windows, config, parts, steps, holds)
     return _calibrated(read, rules, windows, config, parts, steps)
 
 
@@ -207,6 +217,7 @@ def _chosen_bits(
     config: Config,
     parts: "PartsOnDisk | None",
     steps: _Steps,
+    holds: Callable[[Place, Rule], bool],
 ) -> dict[Place, Rule]:
     """`choose_bits`, or what it chose before the work was stopped."""
     stored = parts.load_arrays("bits") if parts else None
@@ -214,7 +225,7 @@ def _chosen_bits(
         steps.add(len(rules))
         schemes = json.loads(stored[1])
     else:
-        chosen = choose_bits(read, rules, target_bpw, windows_WT, config, steps.add)
+        chosen = choose_bits(read, rules, target_bpw, windows_WT, config, steps.add, holds)
         schemes = [rule.scheme for rule in chosen.values()]
         if parts:
             parts.store_arrays("bits", {}, json.dumps(schemes))
@@ -340,7 +351,12 @@ def _scale_inputs(
 
 
 def _work_key(
-    rules: Rules, target_bpw: float | None, windows: np.ndarray, config: Config, read: Callable[[Place], Any]
+    rules: Rules,
+    target_bpw: float | None,
+    windows: np.ndarray,
+    config: Config,
+    read: Callable[[Place], Any],
+    types: str | None,
 ) -> dict[str, Any]:
     """What the result depends on: named in an error where it differs from what a folder was begun with."""
     weights = hashlib.sha256()
@@ -351,6 +367,7 @@ def _work_key(
         "version": 3,
         "recipe (sha256)": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
         "target_bpw": target_bpw,
+        **({"types": types} if types else {}),
         "config": config.to_dict(),
         "windows and tokens of each": list(windows.shape),
         "calibration text (sha256)": hashlib.sha256(np.ascontiguousarray(windows).tobytes()).hexdigest(),

@@ -12,7 +12,16 @@ import numpy as np
 from llamajax.errors import LlamaJaxError
 from llamajax.parameters import Place, Spec
 from llamajax.quantization.calibrate import Statistics
-from quant import QTensor, Rule, outlier_channels, quantize_gptq, quantize_hqq, quantize_rtn, split_outliers
+from quant import (
+    QTensor,
+    Rule,
+    outlier_channels,
+    quantize_gptq,
+    quantize_hqq,
+    quantize_rtn,
+    split_outliers,
+    with_offset,
+)
 
 # Quantized at a time. Three weights are in work, each with several copies of such a part in float32: of 420M weights
 # in bfloat16, beside the result and a process that has compiled anything, 36 MiB; with four times as many 106.
@@ -45,6 +54,8 @@ def quantize_weight(
             quantized = split_outliers(weight, index, _quantizer(rule, options, _without(seen, index)), axis=axis)
         else:
             quantized = _in_parts(_quantizer(rule, options, seen), weight, rule, axis)
+        if rule.offset:
+            quantized = with_offset(quantized)
         if quantized.shape != tuple(shape):
             raise ValueError(f"its codes are of shape {quantized.shape}")
         return dataclasses.replace(quantized, activations=rule.activations).validate()

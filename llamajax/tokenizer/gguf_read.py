@@ -122,7 +122,7 @@ class _Keys:
             return None
         try:
             whole = int(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             whole = -1
         if whole < 0 or whole != value:
             raise self._wrong(name, value, "a token's id")

@@ -129,8 +129,26 @@ def _of_json(tokenizer: Tokenizer) -> _Table:
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
         keys: dict[str, Any] = {"model": "gpt2", "pre": _pre_tokenizer(value), "merges": merges}
         return _Table(table.tokens, table.types, None, keys)
+    _check_spaces(value)
     keys = {"model": "llama", "pre": "default", "add_space_prefix": tokenizer.drops_first_space}
     return _Table(table.tokens, table.types, table.scores(), keys)
+
+
+def _check_spaces(value: Mapping[str, Any]) -> None:
+    """Refuses what a tokenizer.json does with text beyond writing ▁ for spaces and before it."""
+    prefix, spaced = {"type": "Prepend", "prepend": "▁"}, {"String": " "}
+    for step in steps_of(value.get("normalizer"), "normalizers"):
+        replaced = step.get("type") == "Replace" and (step.get("pattern"), step.get("content"))
+        # The second is for Metaspace, which puts no ▁ before a text that begins with one.
+        if step != prefix and replaced not in ((spaced, "▁"), ({"Regex": r"\A▁"}, "▁▁")):
+            raise LlamaJaxError(
+                f"the tokenizer.json has the normalizer {shortened(json.dumps(step))}, for which GGUF has no key"
+            )
+    for step in steps_of(value.get("pre_tokenizer"), "pretokenizers"):
+        if step.get("type") != "Metaspace" or step.get("replacement") != "▁":
+            raise LlamaJaxError(
+                f"the tokenizer.json has the pre-tokenizer {shortened(json.dumps(step))}, for which GGUF has no key"
+            )
 
 
 def _pre_tokenizer(value: Mapping[str, Any]) -> str:

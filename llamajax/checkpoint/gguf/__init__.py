@@ -5,6 +5,6 @@ model's mean; `source` reads it; `write` writes it, with `encode` for the bytes.
 """
 
 from llamajax.checkpoint.gguf.source import open_source, recognise
-from llamajax.checkpoint.gguf.write import save
+from llamajax.checkpoint.gguf.write import check_name, save
 
-__all__ = ["open_source", "recognise", "save"]
+__all__ = ["check_name", "open_source", "recognise", "save"]

@@ -108,6 +108,9 @@ def config_of(
     for key in _OF_LAYERS:
         if isinstance(said.get(key), np.ndarray):
             said[key] = _same_in_all(path, prefix + key, said[key])
+    for key, value in said.items():
+        if isinstance(value, np.ndarray | list):
+            raise LlamaJaxError(f"{path}: {prefix}{key} is an array of {len(value)}: expected one value")
     ours: dict[str, Any] = {_FIELDS[key]: value for key, value in said.items() if key in _FIELDS}
     ours.setdefault("num_kv_heads", ours["num_heads"])
     if "head_size" not in ours and is_whole(ours["width"]) and is_whole(ours["num_heads"]):
@@ -169,7 +172,7 @@ def _check_values(path: Any, prefix: str, said: Mapping[str, Any], config: Confi
         if key not in said:
             continue
         value = said[key]
-        if isinstance(value, np.ndarray | list) or value not in values:
+        if value not in values:
             raise LlamaJaxError(
                 f"{path}: {prefix}{key} is {shortened(value)}, which is not supported: expected {values[0]!r}"
             )
@@ -178,7 +181,7 @@ def _check_values(path: Any, prefix: str, said: Mapping[str, Any], config: Confi
 def check_quantization(path: Any, metadata: Mapping[str, Any]) -> None:
     """That blocks are laid out as they have been since GGUF is."""
     version = metadata.get("general.quantization_version", 2)
-    if version != 2:
+    if not is_whole(version) or version != 2:
         raise LlamaJaxError(
             f"{path}: general.quantization_version is {shortened(version)}, which is not read: expected 2"
         )

@@ -99,7 +99,7 @@ def _scalar_type(value: Any) -> str:
     if isinstance(value, int):
         return ("uint32" if value < 1 << 32 else "uint64") if value >= 0 else "int32"
     if isinstance(value, float):
-        if not math.isinf(value) and abs(value) > np.finfo(np.float32).max:
+        if not math.isinf(value) and abs(value) > float(np.finfo(np.float32).max):
             raise OverflowError(f"{value} is above the range of float32")
         return "float32"
     raise KeyError(type(value).__name__)

@@ -80,7 +80,7 @@ def architecture_of(path: object, metadata: Mapping[str, object]) -> Architectur
         "clip": "a multimodal projector (images or sound, for llama.cpp's --mmproj)",
     }
     found = others.get(str(kind)) or others.get(str(name))
-    if found is None and kind not in (None, "model"):
+    if found is None and kind is not None and str(kind) != "model":
         found = f"of general.type {shortened(kind)}"
     if found is not None:
         raise LlamaJaxError(f"{path}: is {found}, not a language model: give the file of the model itself")

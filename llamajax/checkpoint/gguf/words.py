@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from llamajax.errors import LlamaJaxError
-from llamajax.files import shortened
+from llamajax.tokenizer.gguf import from_metadata
 from llamajax.words import Words
 
 
@@ -27,27 +27,13 @@ class Said(NamedTuple):
 
 def words_of(path: Any, metadata: Mapping[str, Any], vocab_size: int, sampling: Mapping[str, float]) -> Said:
     """Reads them; a vocabulary that cannot be used is a problem of whoever needs it, not of the weights."""
-    keys = frozenset(key for key in metadata if key.startswith("tokenizer."))
     words = Words(sampling=dict(sampling))
-    if "tokenizer.ggml.model" not in metadata:
-        return Said(None, words, None, keys if not keys else frozenset())
-    if metadata["tokenizer.ggml.model"] in ("none", "no_vocab"):
-        return Said(None, words, None, keys)
     try:
-        from llamajax.tokenizer.gguf import from_metadata
-    except ImportError:
-        return Said(None, words, f"{path}: its vocabulary is not read", keys)
-    try:
-        data, words, consumed = from_metadata(metadata)
-        unknown = sorted(keys - set(consumed))
-        if unknown:
-            raise LlamaJaxError(
-                f"unknown key {shortened(unknown[0])}: if it changes no words, give "
-                f"--ignore_key={shortened(unknown[0])[1:-1]} (ignore_keys in the library)"
-            )
-        tokens = len(metadata["tokenizer.ggml.tokens"])
+        data, found, consumed = from_metadata(metadata)
+        tokens = len(metadata["tokenizer.ggml.tokens"]) if data is not None else vocab_size
         if tokens != vocab_size:
             raise LlamaJaxError(f"{tokens} tokens, but the embedding has {vocab_size} rows: expected one for each")
     except LlamaJaxError as error:
-        return Said(None, Words(sampling=dict(sampling)), f"{path}: its vocabulary cannot be used: {error}", keys)
-    return Said(data, dataclasses.replace(words, sampling={**words.sampling, **sampling}), None, frozenset(consumed))
+        keys = frozenset(key for key in metadata if key.startswith("tokenizer."))
+        return Said(None, words, f"{path}: its vocabulary cannot be used: {error}", keys)
+    return Said(data, dataclasses.replace(found, sampling=words.sampling), None, consumed)

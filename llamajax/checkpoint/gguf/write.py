@@ -56,6 +56,12 @@ class _Tensor(NamedTuple):
     data: Callable[[], np.ndarray]
 
 
+def check_name(path: Path) -> None:
+    """Refuses a path that no GGUF file has, before any work is done for it."""
+    if path.suffix != ".gguf":
+        raise LlamaJaxError(f"{path}: GGUF is one file: expected a name that ends in .gguf")
+
+
 def save(model: Llama, path: Path, tokenizer: Tokenizer | None, words: Words | None, dtype: Any = None) -> None:
     """Writes the file, tensor by tensor: in memory is one at a time beside the model. It appears whole, or not at all.
 
@@ -73,8 +79,7 @@ def save(model: Llama, path: Path, tokenizer: Tokenizer | None, words: Words | N
     config = model.config
     if config.family != Config.family:
         raise LlamaJaxError(f"a model of family {config.family!r} as GGUF: expected {Config.family!r}")
-    if path.suffix != ".gguf":
-        raise LlamaJaxError(f"{path}: GGUF is one file: expected a name that ends in .gguf")
+    check_name(path)
     check_absent(path)
     weights = weights_of(jax.tree.map(np.asarray, model))
     tensors = list(_tensors(weights, config, dtype))

@@ -1,0 +1,160 @@
+"""How fast one row is multiplied with the weights of GGUF files, beside our own recipes of the same size.
+
+    python benchmarks/packed_types.py [--types=Q4_K,Q6_K] [--rounds=40] [--rows=1]
+
+For every ggml type that stays packed: a stack of matrices of each of the shapes of TinyLlama-1.1B in the type's codes
+and scales, random, laid out for this machine, and a stack of the same shapes in the recipe whose bits a weight are
+nearest. The two are multiplied in turns, layer after layer, as in decoding. The rate is that of the bytes in the file;
+the ratio of two rates is the median over rounds, all shapes together. With it go the bits a weight in the file and in
+memory.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+import quant
+from quant.packing import plane_bits
+
+flags.DEFINE_list("types", None, "names of types; all unless given")
+flags.DEFINE_integer("rounds", 40, "how often everything is measured", lower_bound=1)
+flags.DEFINE_integer("rows", 1, "rows of activations", lower_bound=1)
+flags.DEFINE_integer("megabytes", 64, "packed weights of one shape, more than caches hold", lower_bound=1)
+flags.DEFINE_list("shapes", ["2048x2048", "2048x5632", "5632x2048", "2048x32000"], "inputs x outputs")
+flags.DEFINE_bool("json", False, "print JSON instead of a table")
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """Codes and scales of a type: as `quant/FORMAT.md` tabulates them."""
+
+    scheme: str
+    group: int
+    peer: str  # scheme and group of the recipe beside it, with float16 scales
+    levels: str | None = None  # scheme of the codes of scales, in groups of `span`
+    span: int = 8
+    offset: bool = False
+
+
+FORMS = {
+    "Q4_0": Form("int4", 32, "int4-32"),
+    "Q4_1": Form("uint4", 32, "int4-32", offset=True),
+    "Q5_0": Form("int5", 32, "int5-32"),
+    "Q5_1": Form("uint5", 32, "int5-32", offset=True),
+    "Q8_0": Form("int8", 32, "int8-32"),
+    "Q2_K": Form("uint2", 16, "int2-32", "uint4", 16, offset=True),
+    "Q3_K": Form("int3", 16, "int3-32", "int6", 16),
+    "Q4_K": Form("uint4", 32, "int4-32", "uint6", offset=True),
+    "Q5_K": Form("uint5", 32, "int5-32", "uint6", offset=True),
+    "Q6_K": Form("int6", 16, "int6-32", "int8", 16),
+    "IQ4_NL": Form("iq4_nl", 32, "int4-32"),
+    "IQ4_XS": Form("iq4_nl", 32, "int4-64", "int6"),
+    "TQ2_0": Form("ternary", 256, "ternary-256"),
+    "MXFP4": Form("mxfp4", 32, "int4-64"),
+    "NVFP4": Form("nvfp4", 16, "int4-32"),
+    "NF4": Form("nf4", 64, "int4-64"),
+}
+
+
+def weight(form: Form, count: int, length: int, outputs: int, generator: np.random.Generator) -> quant.QTensor:
+    """A stack [count, length, outputs] of random codes with small scales."""
+    scheme, groups = quant.SCHEMES[form.scheme], length // form.group
+
+    def planes(rows: int, bits: int) -> tuple[Any, ...]:
+        shapes = [(count, rows * width // 8, outputs) for width in plane_bits(bits)]
+        return tuple(np.frombuffer(generator.bytes(int(np.prod(shape))), np.uint8).reshape(shape) for shape in shapes)
+
+    def scales() -> Any:
+        if scheme.scale_code:
+            return np.full((count, groups, outputs), 100 if scheme.scale_code == "e8m0" else 20, np.uint8)
+        if form.levels is None:
+            return np.full((count, groups, outputs), 2.0**-8, np.float16)
+        levels = quant.SCHEMES[form.levels]
+        outer: Any = np.full((count, groups // form.span, outputs), 2.0**-12, np.float16)
+        return quant.QTensor(planes(groups, levels.bits), outer, scheme=levels)
+
+    offset = scales() if form.offset else None
+    return quant.QTensor(planes(length, scheme.bits), scales(), offset=offset, scheme=scheme).validate()
+
+
+def peer_of(form: Form) -> Form:
+    """The recipe that a type is compared with."""
+    scheme, group = form.peer.split("-")
+    return Form(scheme, int(group), form.peer)
+
+
+def program(x_RK: jax.Array, stack: Any) -> Callable[[], Any]:
+    """Multiplies with one layer after the other; what comes in depends on what came out."""
+
+    def step(x_RK: jax.Array, layer: Any, *_: Any) -> tuple[jax.Array, None]:
+        y_RM = quant.product(x_RK, layer)
+        width = min(x_RK.shape[1], y_RM.shape[1])
+        return x_RK.at[:, :width].add(1e-9 * y_RM[:, :width]), None
+
+    options = quant.compiler_options(jax.default_backend())
+    run = jax.jit(lambda x, w: quant.scan_layers(step, x, w)[0], compiler_options=options).lower(x_RK, stack).compile()
+    return lambda: jax.block_until_ready(run(x_RK, stack))
+
+
+def measure(form: Form, generator: np.random.Generator) -> dict[str, Any]:
+    """Rates and bits of a type and of its peer."""
+    values = flags.FLAGS
+    bits, memory, size = {}, {}, {"type": 0, "peer": 0}
+    turns = np.zeros((2, values.rounds))
+    for shape in values.shapes:
+        length, outputs = map(int, shape.split("x"))
+        programs = {}
+        x_RK = jnp.asarray(generator.normal(size=(values.rows, length)), jnp.float32)
+        for name, one in (("type", form), ("peer", peer_of(form))):
+            count = max(2, (values.megabytes << 20) * 2 // (length * outputs))
+            made = weight(one, count, length, outputs, generator)
+            laid_out = quant.prepare(jax.tree.map(jnp.asarray, made), jax.default_backend(), donate=True)
+            bits[name], memory[name] = 8 * made.nbytes / made.size, 8 * laid_out.nbytes / made.size
+            size[name] += made.nbytes
+            programs[name] = program(x_RK, laid_out)
+            programs[name]()
+        for turn in range(values.rounds):
+            for number, name in enumerate(("type", "peer")):
+                begin = time.perf_counter()
+                programs[name]()
+                turns[number, turn] += time.perf_counter() - begin
+    rates = {name: size[name] / turns[number] / 1e9 for number, name in enumerate(("type", "peer"))}
+    return {
+        "peer": form.peer,
+        "bits": bits["type"],
+        "bits_in_memory": memory["type"],
+        "peer_bits": bits["peer"],
+        "rate": statistics.median(rates["type"]),
+        "peer_rate": statistics.median(rates["peer"]),
+        "ratio": statistics.median(rates["type"] / rates["peer"]),
+        "ratio_of_best": float(rates["type"].max() / rates["peer"].max()),
+    }
+
+
+def main(argv: list[str]) -> None:
+    """Measures and prints."""
+    del argv
+    values, generator = flags.FLAGS, np.random.default_rng(0)
+    found = {name: measure(FORMS[name], generator) for name in values.types or FORMS}
+    if values.json:
+        print(json.dumps(found))
+        return
+    print("| type | bits in the file | in memory | GB/s | recipe | its bits | GB/s | ratio | ratio of the best |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, row in found.items():
+        print(
+            f"| {name} | {row['bits']:.4g} | {row['bits_in_memory']:.4g} | {row['rate']:.1f} | {row['peer']} "
+            f"| {row['peer_bits']:.4g} | {row['peer_rate']:.1f} | {row['ratio']:.2f} | {row['ratio_of_best']:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    app.run(main)

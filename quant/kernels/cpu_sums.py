@@ -1,0 +1,237 @@
+"""The product of a few rows with tiles of packed bytes on a CPU: a sum written out, which XLA compiles to one loop.
+
+Bytes are widened in registers; the values of codes and both levels of scales are made there too. What is read is what
+is packed. benchmarks/NOTES.md says why each expression is what it is.
+
+Dimension key: `K` contraction axis, `R` rows of activations, `C` groups along K, `t` tiles of the outputs, `l` lanes of
+a tile, `n` steps along K, `u` groups in a step or `f` steps in a group (one of the two is 1), `s` slots of a byte, `k`
+bytes of one plane in a group and step.
+"""
+
+import functools
+import math
+import operator
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quant.kernels import start_indices
+from quant.kernels.cpu_tiles import PAIR_BITS, is_paired
+from quant.packing import plane_bits
+from quant.qtensor import Plane, QTensor, scale_values
+from quant.scheme import E2M1, IQ4_NL_POLYNOMIAL, Scheme, polynomial
+
+# Packed bytes of one output that a step unrolls, for one row of activations and for several: for one, more work hides
+# what a step costs; for several, what was widened should stay in registers from row to row.
+STEP_BYTES = (64, 16)
+# E2M1 in the bits of a float16 is the value times 2**-14.
+_E2M1_IN_FLOAT16 = 2.0**14
+
+
+@functools.partial(jax.jit, inline=True)  # Weights of the same shape are traced once.
+def unrolled(x_RK: jax.Array, tiles: QTensor, layer: jax.Array | None) -> jax.Array:
+    """Rows times a weight, [R, M] with the outputs of all tiles: a sum for each step along K, then their sum.
+
+    Shapes are for several rows. For one there is no axis R: XLA would give it a place of its own in memory order, and
+    copy.
+
+    Args:
+        x_RK: float32.
+        tiles: as in `TiledWeight`.
+        layer: int32 scalar where `tiles` are a stack of them, or None.
+    """
+    R = x_RK.shape[0]
+    groups, parts = _steps(tiles, STEP_BYTES[R > 1])
+    widths = plane_bits(tiles.scheme.bits)
+    x_RCg = x_RK.reshape(R, -1, tiles.group_size)
+    factors = _by_slot if tiles.scheme.codebook else _factors
+    factors_nRusk = [_split(factors(x_RCg, width), groups, parts) for width in widths]
+    # The planes hold the same elements of a group, if not of each part of it: the first plane's stand for all.
+    x_nRu = jnp.sum(_split(_by_slot(x_RCg, widths[0]), groups, parts), axis=(-1, -2))
+    take = functools.partial(_per_group, layer=layer, groups=groups, parts=parts, rows=R)
+    partial_tnRl = scaled_tnRl = shifted_tnRl = jnp.zeros((), jnp.float32)
+    for group in range(groups):
+        sum_nR1 = x_nRu[..., group, None]
+        dot_tnRl = _dot(tiles, layer, factors_nRusk, groups, group, sum_nR1)
+        if tiles.zero is not None:
+            dot_tnRl -= take(tiles.zero, group).astype(jnp.float32) * sum_nR1
+        if isinstance(tiles.scale, QTensor):
+            scaled_tnRl += dot_tnRl * _level_codes(tiles, "scale", take, group)
+        else:
+            partial_tnRl += dot_tnRl * scale_values(take(tiles.scale, group), tiles.scheme)
+        if isinstance(tiles.offset, QTensor):
+            shifted_tnRl += _level_codes(tiles, "offset", take, group) * sum_nR1
+        elif tiles.offset is not None:
+            partial_tnRl += take(tiles.offset, group).astype(jnp.float32) * sum_nR1
+    for level, sum_tnRl in ((tiles.scale, scaled_tnRl), (tiles.offset, shifted_tnRl)):
+        if isinstance(level, QTensor):
+            # The groups of a step are among those that share a scale of the second level.
+            repeats = tiles.scale.shape[-2] // level.scale.shape[-2] // groups * parts
+            assert not isinstance(level.scale, QTensor)
+            partial_tnRl += sum_tnRl * _per_group(level.scale, 0, layer, 1, repeats, R).astype(jnp.float32)
+    sum_tRl = sum_steps(partial_tnRl, 1)
+    return sum_tRl.reshape(1, -1) if R == 1 else jnp.swapaxes(sum_tRl, 0, 1).reshape(R, -1)
+
+
+def _dot(
+    tiles: QTensor, layer: jax.Array | None, factors: list[jax.Array], groups: int, group: int, sum_nR1: jax.Array
+) -> jax.Array:
+    """The sum over one group of each step of values of codes times activations, [t, n, R, l]."""
+    if tiles.scheme.codebook is None:
+        return _sum(_terms(tiles, layer, factors, groups, group)) - tiles.scheme.bias * sum_nR1
+    ((plane,), (factor_nRusk,)) = tiles.planes, factors
+    slots, count = factor_nRusk.shape[-2:]
+    terms = []
+    for k in range(count):
+        byte_tnl = _take(plane, layer, groups, group, k, count)
+        byte_tnRl = byte_tnl if factor_nRusk.ndim == 4 else byte_tnl[:, :, None]
+        for slot in range(slots):
+            terms.append(_value(byte_tnRl, slot, tiles.scheme) * factor_nRusk[..., group, slot, k, None])
+    return _sum(terms) * (_E2M1_IN_FLOAT16 if tiles.scheme.codebook == E2M1 else 1.0)
+
+
+def _terms(
+    tiles: QTensor, layer: jax.Array | None, factors: list[jax.Array], groups: int, group: int
+) -> list[jax.Array]:
+    """The products of one group of each step, [t, n, R, l], whose sum is that of codes times activations."""
+    terms, first_bit = [], 0
+    widths = plane_bits(tiles.scheme.bits)
+    for plane, width, factor_nRusk in zip(tiles.planes, widths, factors, strict=True):
+        slots, count = factor_nRusk.shape[-2:]
+        for k in range(count):
+            byte_tnl = _take(plane, layer, groups, group, k, count).astype(jnp.int32)
+            byte_tnRl = byte_tnl if factor_nRusk.ndim == 4 else byte_tnl[:, :, None]
+            for slot in range(slots):
+                # The last slot's bits are the whole byte.
+                low_tnRl = byte_tnRl & (2 ** (width * (slot + 1)) - 1) if slot < slots - 1 else byte_tnRl
+                factor_nR1 = factor_nRusk[..., group, slot, k, None] * 2.0**first_bit
+                terms.append(low_tnRl.astype(jnp.float32) * factor_nR1)
+        first_bit += width
+    return terms
+
+
+def _sum(terms: list[jax.Array]) -> jax.Array:
+    """Of all terms; as four sums, where there are so many, because in one each term waits for the one before."""
+    if len(terms) < 4:
+        return functools.reduce(operator.add, terms)
+    sums = [functools.reduce(operator.add, terms[i::4]) for i in range(4)]
+    return (sums[0] + sums[1]) + (sums[2] + sums[3])
+
+
+def _value(byte: jax.Array, slot: int, scheme: Scheme) -> jax.Array:
+    """What the code in one half of a uint8 stands for, float32; of E2M1 2**-14 times that.
+
+    IQ4_NL is a polynomial of the code, or of 16 times the code, which is exactly the same. E2M1 has the exponents of a
+    float16, if few of them: its bits go to their places, and the processor makes a float32, of subnormal ones too. NF4
+    is chosen bit by bit.
+    """
+    if scheme.codebook == E2M1:
+        word = byte.astype(jnp.uint16)
+        size, sign = (word << np.uint16(9 - 4 * slot)) & np.uint16(0x0E00), word << np.uint16(12 - 4 * slot)
+        return jax.lax.bitcast_convert_type(size | sign & np.uint16(0x8000), jnp.float16).astype(jnp.float32)
+    code = byte.astype(jnp.int32) & (15 << 4 * slot)
+    if scheme.kind == "iq4_nl":
+        constant, *factors = (factor * 16.0 ** (-slot * i) for i, factor in enumerate(IQ4_NL_POLYNOMIAL))
+        code = code.astype(jnp.float32)
+        return jnp.floor(polynomial(code, tuple(factors)) * code + (constant + 0.5))
+    values = [jnp.float32(value) for value in scheme.codebook or ()]
+    for bit in range(4):
+        is_set = (code & (1 << 4 * slot + bit)) != 0
+        values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
+
+
+def _level_codes(tiles: QTensor, name: str, take: Callable[[jax.Array, int], jax.Array], group: int) -> jax.Array:
+    """The whole numbers that a second level's scale is multiplied with, float32 for one group of each step."""
+    level: Plane = getattr(tiles, name)
+    assert isinstance(level, QTensor) and isinstance(tiles.scale, QTensor)
+    if not is_paired(tiles):
+        return take(level.planes[0], group).astype(jnp.float32) - level.scheme.bias
+    pair = take(tiles.scale.planes[0], group).astype(jnp.int32)
+    low = (pair & (2**PAIR_BITS - 1)).astype(jnp.float32)
+    return low if name == "scale" else (pair.astype(jnp.float32) - low) * 2.0**-PAIR_BITS
+
+
+def _factors(x_RCg: jax.Array, width: int) -> jax.Array:
+    """What the low bits of the bytes are multiplied with, [R, C, s, k], so that no code needs a shift.
+
+    With v_i the code in slot i of a byte and low_i the bits of slots 0 to i, v_i 2**(width i) is low_i - low_(i-1), and
+    the sum of v_i x_i that of low_i (x_i 2**(-width i) - x_(i+1) 2**(-width (i+1))). Scaling by powers of two is exact,
+    and no product is larger than 2**width max|x|. A shift would take an instruction more a code; and a shift count used
+    more than 15 times becomes an operand of the loop, an unknown, which LLVM then guards against being too large.
+    """
+    scale_s1 = 2.0 ** (-width * np.arange(8 // width, dtype=np.float32)[:, None])
+    x_RCsk = _by_slot(x_RCg, width) * scale_s1
+    return x_RCsk - jnp.pad(x_RCsk[:, :, 1:], [(0, 0), (0, 0), (0, 1), (0, 0)])
+
+
+def _by_slot(x_RCg: jax.Array, width: int) -> jax.Array:
+    """Activations by slot and byte of the plane that hold their codes: [R, C, s, k]."""
+    return x_RCg.reshape(*x_RCg.shape[:2], 8 // width, -1)
+
+
+def _split(x_RCsk: jax.Array, groups: int, parts: int) -> jax.Array:
+    """[R, C, s, k] of groups -> [n, R, u, s, k] of steps, without R where it is 1."""
+    R, C, s, k = x_RCsk.shape
+    x_Rnusfk = x_RCsk.reshape(R, C // groups, groups, s, parts, k // parts)
+    x_nRusk = x_Rnusfk.transpose(1, 4, 0, 2, 3, 5).reshape(-1, R, groups, s, k // parts)
+    return x_nRusk[:, 0] if R == 1 else x_nRusk
+
+
+def _steps(tiles: QTensor, step_bytes: int) -> tuple[int, int]:
+    """Groups in a step and parts (steps) in a group, one of them 1: steps of up to about so many bytes of an output.
+
+    Groups of a step share their scales of a second level.
+    """
+    group_bytes, count = tiles.group_size * tiles.scheme.bits // 8, tiles.scale.shape[-2]
+    if group_bytes <= step_bytes:
+        levels = [level for level in (tiles.scale, tiles.offset) if isinstance(level, QTensor)]
+        shared = math.gcd(count, *(count // level.scale.shape[-2] for level in levels))
+        return _largest_divisor(shared, step_bytes // group_bytes), 1
+    shortest = tiles.group_size * min(plane_bits(tiles.scheme.bits)) // 8
+    return 1, shortest // _largest_divisor(shortest, max(1, shortest * step_bytes // group_bytes))
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is at most `limit`."""
+    return max(divisor for divisor in range(1, limit + 1) if number % divisor == 0)
+
+
+def _per_group(plane: jax.Array, group: int, layer: jax.Array | None, groups: int, parts: int, rows: int) -> jax.Array:
+    """One number for each step, of its group `group`, every one `parts` times: [t, n, l], or [t, n, 1, l]."""
+    plane_tCl = _take(plane, layer, groups, group, 0)
+    plane_tnl = jnp.repeat(plane_tCl, parts, axis=1) if parts > 1 else plane_tCl
+    return plane_tnl if rows == 1 else plane_tnl[:, :, None]
+
+
+def _take(plane: jax.Array, layer: jax.Array | None, groups: int, group: int, k: int, count: int = 1) -> jax.Array:
+    """Row k of `count` of group `group` of every step, [t, n, l], sliced out of the whole [L, t, X, l] at once.
+
+    Slicing layer, step and row one after the other would make XLA copy what comes first.
+    """
+    plane_LtXl = plane[None] if layer is None else plane
+    L, t, length, lanes = plane_LtXl.shape
+    plane_Ltnukl = plane_LtXl.reshape(L, t, -1, groups, count, lanes)
+    start = start_indices(0 if layer is None else layer, 0, 0, group, k, 0)
+    n = length // (groups * count)
+    return jax.lax.dynamic_slice(plane_Ltnukl, start, (1, t, n, 1, 1, lanes)).reshape(t, n, lanes)
+
+
+def sum_steps(partial_X: jax.Array, axis: int) -> jax.Array:
+    """The sum over one axis, of partial sums that an elementwise expression made.
+
+    In a loop of two, which XLA fuses with nothing: it would compute the partial sums again in every use of the sum, and
+    `reduce` does that for every element.
+    """
+    steps = partial_X.shape[axis]
+    half = steps // 2
+
+    def add(i: jax.Array, sum_X: jax.Array) -> jax.Array:
+        for step in range(half):
+            sum_X += jax.lax.dynamic_index_in_dim(partial_X, steps % 2 + i * half + step, axis, keepdims=False)
+        return sum_X
+
+    first_X = jax.lax.index_in_dim(partial_X, 0, axis, keepdims=False)
+    return jax.lax.fori_loop(0, 2, add, first_X if steps % 2 else jnp.zeros_like(first_X)) if half else first_X

@@ -1,0 +1,202 @@
+"""The CPU lowering of what GGUF files hold: two levels of scales, and codebooks; against NumPy in float64."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import quant
+from quant import QTensor
+from quant.kernels import cpu
+from tests.fuzz import fuzz
+from tests.test_packing import arrays_of, decode
+
+# ggml's type: codes, group, codes of scales (and their group), whether offsets have the same, bits a weight in a file.
+FORMS: dict[str, tuple[str, int, tuple[str, int] | None, bool, float]] = {
+    "Q4_0": ("int4", 32, None, False, 4.5),
+    "Q4_1": ("uint4", 32, None, True, 5.0),
+    "Q5_1": ("uint5", 32, None, True, 6.0),
+    "Q8_0": ("int8", 32, None, False, 8.5),
+    "Q2_K": ("uint2", 16, ("uint4", 16), True, 2.625),
+    "Q3_K": ("int3", 16, ("int6", 16), False, 3.4375),
+    "Q4_K": ("uint4", 32, ("uint6", 8), True, 4.5),
+    "Q5_K": ("uint5", 32, ("uint6", 8), True, 5.5),
+    "Q6_K": ("int6", 16, ("int8", 16), False, 6.5625),
+    "IQ4_NL": ("iq4_nl", 32, None, False, 4.5),
+    "IQ4_XS": ("iq4_nl", 32, ("int6", 8), False, 4.25),
+    "TQ2_0": ("ternary", 256, None, False, 2.0625),
+    "MXFP4": ("mxfp4", 32, None, False, 4.25),
+    "NVFP4": ("nvfp4", 16, None, False, 4.5),
+    "NF4": ("nf4", 64, None, False, 4.25),
+}
+EITHER_AXIS = [(name, -1 - number % 2) for number, name in enumerate(FORMS)]
+
+
+def made(name: str, blocks: int, outputs: int, axis: int, lead: tuple[int, ...] = (), seed: int = 0, **changes: Any):
+    """A weight of so many times 256 inputs in a type's form, random codes and scales, and its arrays of one level."""
+    rng, (scheme, group, levels, has_offset, _) = np.random.default_rng(seed), FORMS[name]
+    levels, K = changes.get("levels", levels), 256 * blocks
+    turn = (lambda x: jnp.asarray(x)) if axis == -2 else (lambda x: jnp.asarray(np.swapaxes(x, -1, -2)))
+
+    def codes(kind: quant.Scheme, rows: int) -> jax.Array:
+        return turn(rng.integers(0, kind.max_code + 1, (*lead, rows, outputs), np.uint8))
+
+    def halves(rows: int) -> jax.Array:
+        return turn(rng.normal(size=(*lead, rows, outputs)).astype(np.float16))
+
+    def scales() -> Any:
+        if scheme == "mxfp4":
+            return turn(rng.integers(120, 130, (*lead, K // group, outputs), np.uint8))
+        if scheme == "nvfp4":
+            return turn(rng.integers(0, 127, (*lead, K // group, outputs), np.uint8))
+        if levels is None:
+            return halves(K // group)
+        inner, span = quant.SCHEMES[levels[0]], levels[1]
+        return QTensor.from_codes(codes(inner, K // group), halves(K // group // span), inner, axis=axis)
+
+    parts = {"offset": scales()} if has_offset else {}
+    kind = quant.SCHEMES[scheme]
+    weight = QTensor.from_codes(codes(kind, K), scales(), kind, axis=axis, **parts)
+    arrays = arrays_of(dataclasses.replace(weight, scale=jnp.zeros(()), offset=None))
+    for part in ("scale", "offset"):
+        plane = getattr(weight, part)
+        if isinstance(plane, QTensor):
+            arrays[part] = decode(arrays_of(plane), plane.scheme.name, axis)
+        elif plane is not None:
+            arrays[part] = np.asarray(plane)
+    return weight, arrays
+
+
+def dense(weight: QTensor, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Values [..., K, M] in float64, and the largest that a code can stand for in each place."""
+    name, axis = weight.scheme.name, weight.axis
+    largest = 0.0
+    for code in (0, weight.scheme.max_code):
+        planes = quant.pack(jnp.full(weight.shape, code, jnp.uint8), weight.scheme.bits, weight.group_size, axis=axis)
+        extreme = arrays | {f"planes.{i}": np.asarray(plane) for i, plane in enumerate(planes)}
+        largest = np.maximum(largest, np.abs(decode(extreme, name, axis)))
+    if "offset" in arrays:
+        largest = largest + 2 * np.repeat(np.abs(arrays["offset"].astype(np.float32)), weight.group_size, axis)
+    both = (decode(arrays, name, axis).astype(np.float64), largest.astype(np.float64))
+    return both if axis == -2 else tuple(np.swapaxes(x, -1, -2) for x in both)  # type: ignore[return-value]
+
+
+def check(y_RM: jax.Array, x_RK: np.ndarray, weight_KM: np.ndarray, largest_KM: np.ndarray) -> None:
+    """Within the bound of `cpu.matmul`'s docstring."""
+    bound_RM = (x_RK.shape[1] + 16) * 2.0**-24 * 16 * np.abs(x_RK).astype(np.float64) @ largest_KM
+    assert y_RM.dtype == jnp.float32
+    assert np.all(np.abs(np.asarray(y_RM, np.float64) - x_RK.astype(np.float64) @ weight_KM) <= bound_RM)
+
+
+@pytest.mark.parametrize(("name", "axis"), EITHER_AXIS)
+def test_one_row_is_numpys_in_as_many_bits(name: str, axis: int) -> None:
+    """And what is in memory is at most 1.1 times what is in the file; outputs fill whole tiles."""
+    weight, arrays = made(name, 3, 48, axis)
+    bits = FORMS[name][-1]
+    tiled = quant.prepare(weight, "cpu")
+    assert isinstance(tiled, cpu.TiledWeight) and weight.bits_per_weight == bits
+    assert bits <= 8 * tiled.nbytes / tiled.size <= 1.1 * bits
+    x_RK = np.random.default_rng(1).standard_normal((1, 768)).astype(np.float32)
+    check(quant.product(jnp.asarray(x_RK), tiled, axis=axis), x_RK, *dense(weight, arrays))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("rows", [3, cpu.MAX_UNROLLED_ROWS + 1, cpu.MIN_WHOLE_ROWS])
+@pytest.mark.parametrize("axis", [-2, -1])
+@pytest.mark.parametrize("name", FORMS)
+def test_several_rows_of_a_layer_are_numpys(name: str, axis: int, rows: int) -> None:
+    """With outputs that fill no tile: by the sum written out, by slabs, and by the whole weight."""
+    weight, arrays = made(name, 2, 21, axis, lead=(2,))
+    x_RK = np.random.default_rng(1).standard_normal((rows, 512)).astype(np.float32)
+    layer = cpu.layout(weight).at_layer(jnp.asarray(1))
+    weight_LKM, largest_LKM = dense(weight, arrays)
+    check(jax.jit(cpu.matmul)(jnp.asarray(x_RK), layer), x_RK, weight_LKM[1], largest_LKM[1])
+
+
+@fuzz(30)
+@given(
+    name=st.sampled_from(["Q4_K", "Q6_K", "IQ4_XS"]),
+    blocks=st.integers(1, 3),
+    outputs=st.integers(1, 40),
+    axis=st.sampled_from([-2, -1]),
+    rows=st.sampled_from([1, 2, 40]),
+    levels=st.sampled_from(
+        [("uint4", 2), ("int6", 4), ("uint6", 8), ("int8", 1), ("int4", 8), ("uint2", 8), ("nf4", 8)]
+    ),
+    seed=st.integers(0, 9),
+)
+def test_any_two_levels_are_numpys(
+    name: str, blocks: int, outputs: int, axis: int, rows: int, levels: tuple[str, int], seed: int
+) -> None:
+    """Spans of the second level that are no type's, longer and shorter than a step; codes that become floats."""
+    weight, arrays = made(name, blocks, outputs, axis, seed=seed, levels=levels)
+    x_RK = np.random.default_rng(seed).standard_normal((rows, 256 * blocks)).astype(np.float32)
+    tiled = cpu.layout(weight)
+    check(quant.product(jnp.asarray(x_RK), tiled, axis=axis), x_RK, *dense(weight, arrays))
+    np.testing.assert_array_equal(quant.dequantize(cpu.restore(tiled)), quant.dequantize(weight))
+
+
+@pytest.mark.parametrize(("name", "axis"), EITHER_AXIS)
+def test_layout_is_undone(name: str, axis: int) -> None:
+    """Every array of both levels, bit for bit, of a stack and of one layer; laid out by NumPy as by JAX."""
+    weight, _ = made(name, 1, 21, axis, lead=(2,))
+    tiled = cpu.layout(weight)
+    for back, expected in (
+        (tiled.restore(), weight),
+        (tiled.at_layer(jnp.asarray(1)).restore(), weight[1]),
+        (quant.prepare(weight, "cpu"), tiled),
+    ):
+        assert jax.tree.structure(back) == jax.tree.structure(expected)
+        jax.tree.map(np.testing.assert_array_equal, back, expected)
+    tiled.restore().validate()
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q6_K", "IQ4_XS", "MXFP4"])
+def test_rows_of_a_table_are_its_own(name: str) -> None:
+    weight, arrays = made(name, 1, 37, -1)
+    ids = jnp.asarray([0, 36, 16, 15])
+    expected = dense(weight, arrays)[0].T[np.asarray(ids)]
+    np.testing.assert_allclose(quant.rows(cpu.layout(weight), ids), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_scale_for_the_whole_second_level_is_broadcast() -> None:
+    weight, _ = made("Q4_K", 1, 20, -2)
+    whole = dataclasses.replace(weight.scale, scale=jnp.full((1, 1), 0.25, jnp.float16))
+    weight = dataclasses.replace(weight, scale=whole).validate()
+    tiled = cpu.layout(weight)
+    np.testing.assert_array_equal(quant.dequantize(tiled.restore()), quant.dequantize(weight))
+    x_1K = np.random.default_rng(0).standard_normal((1, 256)).astype(np.float32)
+    np.testing.assert_allclose(
+        quant.product(jnp.asarray(x_1K), tiled), x_1K @ np.asarray(quant.dequantize(weight)), rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q4_K", "MXFP4"])
+def test_one_row_writes_no_floats(name: str) -> None:
+    """Neither weights nor scales: the program's temporaries are small beside what is packed."""
+    weight = jax.eval_shape(lambda: made_shape(name))
+    tiled = jax.eval_shape(cpu.layout, weight)
+    program = jax.jit(quant.product).lower(jax.ShapeDtypeStruct((1, 2048), jnp.float32), tiled).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 2048 * 2048 / 8
+
+
+def made_shape(name: str) -> QTensor:
+    """A weight of 2048 by 2048 in a type's form, of zeros."""
+    scheme, group, levels, has_offset, _ = FORMS[name]
+    kind = quant.SCHEMES[scheme]
+
+    def scales() -> Any:
+        if kind.scale_code:
+            return jnp.zeros((2048 // group, 2048), jnp.uint8)
+        if levels is None:
+            return jnp.zeros((2048 // group, 2048), jnp.float16)
+        inner, outer = quant.SCHEMES[levels[0]], jnp.zeros((2048 // group // levels[1], 2048), jnp.float16)
+        return QTensor.from_codes(jnp.zeros((2048 // group, 2048), jnp.uint8), outer, inner)
+
+    offset = scales() if has_offset else None
+    return QTensor.from_codes(jnp.zeros((2048, 2048), jnp.uint8), scales(), kind, offset=offset)
