@@ -27,6 +27,7 @@ from quant.recipe import Recipe, Rule, assign, recipe_from
 from quant.rtn import quantize_rtn
 from quant.scheme import SCHEMES, Scheme
 from quant.smoothquant import smoothing_scale
+from quant.two_levels import quantize_two_levels
 from quant.weight import Weight, is_weight, layer_of, nbytes, product, rows, scan_layers, values, view
 
 __all__ = [
@@ -70,6 +71,7 @@ __all__ = [
     "quantize_gptq",
     "quantize_hqq",
     "quantize_rtn",
+    "quantize_two_levels",
     "quantized",
     "recipe_from",
     "round_activations",

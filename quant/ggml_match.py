@@ -49,12 +49,11 @@ def type_of(weight: Any) -> Type | None:
     return None
 
 
-def nearest(weight: Any, two_levels: bool = True) -> Type:
+def nearest(weight: Any) -> Type:
     """The type which holds something like a weight: of as many bits where there is one, else of the next more.
 
     Args:
         weight: as `type_of` takes it.
-        two_levels: whether it may be one whose scales are in codes of their own, which quantizers here do not make.
     """
     found = type_of(weight)
     if found is not None:
@@ -68,8 +67,7 @@ def nearest(weight: Any, two_levels: bool = True) -> Type:
     if isinstance(weight.scale, QTensor) and scheme.bits in _TWO_LEVELS and length % 256 == 0:
         return named(_TWO_LEVELS[scheme.bits])
     best, otherwise = map(named, _NEAREST[scheme.kind, scheme.bits])
-    fits = length % best.block == 0 and best.packed is not None and (two_levels or best.packed.second is None)
-    return best if fits else otherwise
+    return best if length % best.block == 0 else otherwise
 
 
 def holder(weight: Any) -> Type:
@@ -88,11 +86,12 @@ def described(weight: Any) -> str:
     """What a weight is, with what may keep it out of ggml: "int4, groups of 128, scales in bfloat16, 8 outliers"."""
     said = schemes(weight)[:1]
     if isinstance(weight, QTensor):
-        two, dtype = isinstance(weight.scale, QTensor), np.dtype(weight.scale.dtype).name
-        if weight.scale.shape[-2:] == (1, 1):
+        scale = weight.scale
+        dtype = scale.scheme.name if isinstance(scale, QTensor) else np.dtype(scale.dtype).name
+        if scale.shape[-2:] == (1, 1):
             said = [weight.scheme.name, f"one scale, in {dtype}"]
         else:
-            said.append("scales of two levels" if two else f"scales in {dtype}")
+            said.append(f"scales in {dtype}")
         said += ["zero points"] if weight.zero is not None else []
         said += ["an order of its channels"] if weight.order is not None else []
         said += [f"{weight.outlier.shape[weight.axis]} outliers"] if weight.outlier is not None else []
@@ -106,9 +105,11 @@ def explained(kind: Type) -> str:
     if packed is None:
         return kind.name
     form = abstract(kind, (1, kind.block))
-    scales = "scales of two levels" if packed.second else f"scales in {packed.scale_dtype}"
-    offset = ", offsets" if packed.offset else ""
-    return f"{kind.name} ({packed.scheme}, groups of {form.group_size}, {scales}{offset})"
+    offset = " and offsets" if packed.offset else ""
+    return (
+        f"{kind.name} ({packed.scheme}, groups of {form.group_size}, scales{offset} in "
+        f"{packed.second or packed.scale_dtype})"
+    )
 
 
 def fitted(weight: QTensor, kind: Type) -> dict[str, np.ndarray]:

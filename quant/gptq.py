@@ -83,6 +83,7 @@ def quantize_gptq(
     act_order: bool = False,
     damping: float = 0.01,
     block_size: int = 128,
+    scales: QTensor | None = None,
 ) -> QTensor:
     """Quantizes a weight by GPTQ (arXiv:2210.17323), to codes and scales of the same form as `quantize_rtn`'s.
 
@@ -110,6 +111,8 @@ def quantize_gptq(
         damping: fraction of the mean diagonal of H that is added to it.
         block_size: at most how many channels go between two updates of all the others. For speed only: the result is
             the same but for the rounding of float32 sums.
+        scales: the same weight, quantized in another way with the same scheme, groups and axis, without zero points,
+            order and outliers: its scales and offsets stay, whatever they are made of, and only codes are chosen.
 
     Returns:
         The quantized weight; its `dtype` is that of `weight`.
@@ -123,9 +126,25 @@ def quantize_gptq(
     size = checked_group_size(weight, scheme, group_size, axis)
     _check_arguments(weight, hessian, axis, scale_dtype, clip, damping, block_size)
     grid = _Grid(scheme, size, group_size == "tensor", scale_dtype, clip is not None)
-    quantized, in_range = _quantize(weight, hessian, damping, grid, axis, act_order, block_size)
+    fixed = None if scales is None else _fixed(scales, weight, scheme, size, axis, act_order)
+    quantized, in_range = _quantize(weight, hessian, damping, fixed, grid, axis, act_order, block_size)
     check_in_range(weight, in_range, scale_dtype)
-    return quantized
+    return quantized if scales is None else dataclasses.replace(quantized, scale=scales.scale, offset=scales.offset)
+
+
+def _fixed(
+    scales: QTensor, weight: jax.Array, scheme: Scheme, group_size: int, axis: int, act_order: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Scales and offsets that stay, float32 [..., C, M]."""
+    like = (scales.scheme, scales.shape, scales.group_size, scales.axis, scales.zero, scales.order, scales.outlier)
+    if act_order or like != (scheme, weight.shape, group_size, axis, None, None, None):
+        raise ValueError(
+            f"scales of {scales.shape}, {scales.scheme.name} in groups of {scales.group_size}: expected those of "
+            f"{weight.shape}, {scheme.name} and {group_size}, without zero points, order and outliers"
+        )
+    scale = scale_values(scales.scale, scheme)
+    offset = jnp.zeros_like(scale) if scales.offset is None else scale_values(scales.offset, scheme)
+    return jax.tree.map(lambda x: x if axis == -2 else x.swapaxes(-1, -2), (scale, offset))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,11 +175,12 @@ class _Grid:
         return codes_nM, value_nM * scale_values(scale, self.scheme)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
+@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
 def _quantize(
     weight: jax.Array,
     hessian: jax.Array,
     damping: float | jax.Array,
+    fixed: tuple[jax.Array, jax.Array] | None,
     grid: _Grid,
     axis: int,
     act_order: bool,
@@ -170,11 +190,11 @@ def _quantize(
     weight_KM = weight.astype(jnp.float32) if axis == -2 else weight.astype(jnp.float32).swapaxes(-1, -2)
     one = functools.partial(_quantize_matrix, damping=damping, grid=grid, act_order=act_order, block_size=block_size)
     if weight.ndim == 2:
-        parts = one(weight_KM, hessian)
+        parts = one(weight_KM, hessian, fixed)
     else:
         # One matrix at a time, not vmap: memory stays that of one.
-        matrices = (weight_KM.reshape(-1, *weight_KM.shape[-2:]), hessian.reshape(-1, *hessian.shape[-2:]))
-        parts = jax.lax.map(lambda pair: one(*pair), matrices)
+        matrices = jax.tree.map(lambda x: x.reshape(-1, *x.shape[-2:]), (weight_KM, hessian, fixed))
+        parts = jax.lax.map(lambda each: one(*each), matrices)
         parts = jax.tree.map(lambda part: part.reshape(*weight.shape[:-2], *part.shape[1:]), parts)
     codes, scale, zero, in_range, order = parts if axis == -2 else jax.tree.map(lambda x: x.swapaxes(-1, -2), parts)
     quantized = QTensor.from_codes(codes, scale, grid.scheme, zero=zero, order=order, axis=axis, dtype=weight.dtype)
@@ -184,6 +204,7 @@ def _quantize(
 def _quantize_matrix(
     weight_KM: jax.Array,
     hessian_KK: jax.Array,
+    fixed: tuple[jax.Array, jax.Array] | None,
     *,
     damping: float | jax.Array,
     grid: _Grid,
@@ -199,7 +220,11 @@ def _quantize_matrix(
         weight_KM, hessian_KK = weight_KM[order_K], hessian_KK[order_K][:, order_K]
     factor_KK = _inverse_factor(hessian_KK, damping)
     sizes = _block_sizes(length, grid.group_size, block_size)
-    codes_KM, _, (scale, zero, in_range) = _sweep(weight_KM, factor_KK, sizes, grid, None)
+    scale_KM = None
+    if fixed is not None:
+        scale_KM, offset_KM = (jnp.repeat(part, grid.group_size, 0) for part in fixed)
+        weight_KM = weight_KM - offset_KM  # which rounding does not change
+    codes_KM, _, (scale, zero, in_range) = _sweep(weight_KM, factor_KK, sizes, grid, None, scale_KM)
     if act_order and grid.group_size == length:
         # One group needs no order: codes go back to where their channels are.
         return codes_KM[jnp.argsort(order_K)], scale, zero, in_range, None
@@ -252,7 +277,12 @@ def _largest_divisor(number: int, limit: int) -> int:
 
 
 def _sweep(
-    weight_nM: jax.Array, factor_nn: jax.Array, sizes: tuple[int, ...], grid: _Grid, fitted: Any
+    weight_nM: jax.Array,
+    factor_nn: jax.Array,
+    sizes: tuple[int, ...],
+    grid: _Grid,
+    fitted: Any,
+    scale_nM: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Quantizes rows from the first to the last.
 
@@ -261,7 +291,8 @@ def _sweep(
     lazy batches, at every level: rank 1 inside the smallest.
 
     `weight_nM` has the errors of all rows before it taken in, `factor_nn` is its part of U, `fitted` what `grid.fit`
-    made of the group that the rows are in, if they are less than one. Returns codes uint8 [n, M], errors divided by U's
+    made of the group that the rows are in, if they are less than one; `scale_nM` are the scales of rows, where they are
+    given, and nothing is to be fitted. Returns codes uint8 [n, M], errors divided by U's
     diagonal float32 [n, M], and `grid.fit` of the groups begun, stacked.
     """
     if not sizes:
@@ -275,8 +306,13 @@ def _sweep(
         weight_sM = jax.lax.dynamic_slice_in_dim(weight_nM, start, size)
         factor_sn = jax.lax.dynamic_slice_in_dim(factor_nn, start, size)
         factor_ss = jax.lax.dynamic_slice_in_dim(factor_sn, start, size, axis=1)
-        own = grid.fit(weight_sM, jnp.diagonal(factor_ss)[:, None] ** -2) if begins_group else fitted
-        codes_sM, error_sM, groups = _sweep(weight_sM, factor_ss, tuple(smaller), grid, own)
+        scale_sM = None if scale_nM is None else jax.lax.dynamic_slice_in_dim(scale_nM, start, size)
+        own = fitted
+        if begins_group and scale_sM is not None:
+            own = scale_sM[:1], None, jnp.isfinite(scale_sM[:1]).all(keepdims=True)
+        elif begins_group:
+            own = grid.fit(weight_sM, jnp.diagonal(factor_ss)[:, None] ** -2)
+        codes_sM, error_sM, groups = _sweep(weight_sM, factor_ss, tuple(smaller), grid, own, scale_sM)
         return weight_nM - _matmul(factor_sn.T, error_sM), (codes_sM, error_sM, own if begins_group else groups)
 
     if size == len(weight_nM):

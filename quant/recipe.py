@@ -66,6 +66,7 @@ KEYS: dict[str, _Kind] = {
         lambda value: (_is_whole(value) and value >= 1) or (isinstance(value, str) and value in ("channel", "tensor")),
     ),
     "scale_dtype": _one_of(SCALE_DTYPES),
+    "scale_scheme": _one_of(SCHEMES),
     "offset": _BOOLEAN,
     "method": _one_of(("rtn", "gptq", "hqq")),
     "clip": _one_of(("mse",)),
@@ -104,6 +105,8 @@ class Rule:
         scheme: name of a `Scheme`.
         group_size: weights that share a scale, "channel" or "tensor".
         scale_dtype: float32, bfloat16 or float16.
+        scale_scheme: name of the scheme that scales have, codes themselves then, under a float for each 256 weights
+            (`quantize_two_levels`).
         offset: of a `uint` scheme: store what the zero point amounts to, a number beside the scale (`with_offset`).
         method: "rtn" (`quantize_rtn`), "gptq" (`quantize_gptq`) or "hqq" (`quantize_hqq`).
         clip: None or "mse" (see `quantize_rtn`).
@@ -126,6 +129,7 @@ class Rule:
     scheme: str | None = None
     group_size: int | Literal["channel", "tensor"] = 32
     scale_dtype: str = "bfloat16"
+    scale_scheme: str | None = None
     offset: bool = False
     method: Literal["rtn", "gptq", "hqq"] = "rtn"
     clip: Literal["mse"] | None = None
@@ -162,6 +166,8 @@ class Rule:
             ),
             (self.importance and (self.method != "rtn" or self.clip is None), "importance needs method rtn and clip"),
             (self.act_order and self.method != "gptq", "act_order needs method gptq"),
+            (self.scale_scheme is not None and self.method == "hqq", "hqq has no scale_scheme"),
+            (self.scale_scheme is not None and self.act_order, "act_order has no scale_scheme"),
             (self.offset and not str(self.scheme).startswith("uint"), "offset needs a uint scheme"),
             (self.method == "hqq" and self.clip is not None, "hqq has a search of its own: leave clip out"),
         ):
@@ -177,19 +183,12 @@ class Rule:
         multiple = 8 // min(plane_bits(Scheme.named(self.scheme).bits))
         for size in range(min(length, self.group_size), _SMALLEST_GROUP - 1, -1):
             if length % size == 0 and size % multiple == 0:
-                return dataclasses.replace(self, group_size=size)
+                return dataclasses.replace(self, group_size=size, scale_scheme=None)
         if length % multiple == 0:
-            return dataclasses.replace(self, group_size="channel")
-        offset = self.offset and self.indivisible.startswith("uint")
-        return dataclasses.replace(
-            self,
-            scheme=self.indivisible,
-            group_size="channel",
-            method="rtn",
-            act_order=False,
-            outliers=0,
-            offset=offset,
-        )
+            return dataclasses.replace(self, group_size="channel", scale_scheme=None)
+        plain: dict[str, Any] = {"method": "rtn", "act_order": False, "outliers": 0, "scale_scheme": None}
+        plain["offset"] = self.offset and self.indivisible.startswith("uint")
+        return dataclasses.replace(self, scheme=self.indivisible, group_size="channel", **plain)
 
     @property
     def needs_calibration(self) -> bool:

@@ -219,9 +219,9 @@ def test_wider_scales_are_held_where_float16_has_them() -> None:
         (lambda: weight_of("int4", 128), "int4, groups of 128, scales in float16", "Q4_0 (int4, groups of 32"),
         (lambda: weight_of("int4", "tensor"), "int4, one scale, in float16", "Q4_0"),
         (lambda: weight_of("nf4", 64), "nf4, groups of 64", "IQ4_NL (iq4_nl, groups of 32, scales in float16)"),
-        (lambda: weight_of("int6"), "int6, groups of 32", "Q6_K (int6, groups of 16, scales of two levels)"),
+        (lambda: weight_of("int6"), "int6, groups of 32", "Q6_K (int6, groups of 16, scales in int8)"),
         (lambda: weight_of("int3", length=96), "int3, groups of 32", "Q4_0"),
-        (lambda: weight_of("uint4"), "zero points", "Q4_1 (uint4, groups of 32, scales in float16, offsets)"),
+        (lambda: weight_of("uint4"), "zero points", "Q4_1 (uint4, groups of 32, scales and offsets in float16)"),
         (lambda: weight_of("int8", 43, 172), "groups of 43, scales in float16, rows of 172", "F16"),
         (lambda: weight_of("ternary", "channel"), "ternary, groups of 512", "TQ2_0 (ternary, groups of 256"),
         (

@@ -138,6 +138,11 @@ RULES = {
     "IQ4_NL": {"scheme": "iq4_nl"},
     "MXFP4": {"scheme": "mxfp4"},
     "TQ2_0": {"scheme": "ternary", "group_size": 256},
+    "Q2_K": {"scheme": "uint2", "group_size": 16, "scale_scheme": "uint4"},
+    "Q3_K": {"scheme": "int3", "group_size": 16, "scale_scheme": "int6"},
+    "Q4_K": {"scheme": "uint4", "scale_scheme": "uint6"},
+    "Q5_K": {"scheme": "uint5", "scale_scheme": "uint6", "clip": "mse"},
+    "Q6_K": {"scheme": "int6", "group_size": 16, "scale_scheme": "int8", "clip": "mse"},
 }
 
 
@@ -147,6 +152,7 @@ def assert_same_arrays(one: Any, other: Any) -> None:
         np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", RULES)
 def test_packed_weights_are_written_as_they_are(name: str, tmp_path: Path) -> None:
     """Codes and scales out, codes and scales in; and the gguf package sees our values."""
@@ -428,7 +434,7 @@ def test_quantize_for_ggml_and_convert(tmp_path: Path, capsys) -> None:
             ["quantize", "--types=ggml", "--recipe=ternary"],
             "one scale, in float16: no ggml type holds it, the nearest is",
         ),
-        (["quantize", "--types=ggml", "--target_bpw=5"], "mixed-5bpw-g32 needs a text to run the model on"),
+        (["quantize", "--types=ggml", "--target_bpw=5"], "mixed-4.5bpw needs a text to run the model on"),
         (["convert", "--to=gguf"], "out: GGUF is one file: expected a name that ends in .gguf"),
     ],
 )
@@ -452,14 +458,18 @@ TOKENS = np.random.default_rng(0).integers(0, 96, 256)
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("kind", ["int4", "uint4"])
-def test_the_search_for_bits_chooses_among_ggml_types(kind: str, tmp_path: Path) -> None:
-    rules = (KEEP_NORMS, Rule(weights="*", scheme=kind, clip="mse"))
-    recipe = quant.Recipe(rules, target_bpw=5.6)
-    model = quantize(random_model(SMALL), recipe, calibration=TOKENS, window=64, types="ggml")
+@pytest.mark.parametrize(
+    ("width", "target", "expected"),
+    [(64, 5.2, {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"}), (256, 3.9, {"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0"})],
+)
+def test_the_search_for_bits_chooses_among_ggml_types(width: int, target: float, expected: Any, tmp_path: Path) -> None:
+    """Whatever groups the rules have: of rows of whole 256 the types of two levels, else the others."""
+    config = Config.from_dict(SMALL.to_dict() | {"width": width, "ffn_width": width, "num_heads": width // 32})
+    recipe = quant.Recipe((KEEP_NORMS, Rule(weights="*", scheme="int4", group_size=64, clip="mse")), target_bpw=target)
+    model = quantize(random_model(config), recipe, calibration=TOKENS, window=64, types="ggml")
     types = [tensor.tensor_type.name for tensor in tensors_of(write(model, tmp_path)).values() if len(tensor.shape) > 1]
-    assert len(set(types)) > 1 and set(types) <= ({"Q4_0", "Q5_0", "Q8_0"} if kind == "int4" else {"Q4_1", "Q5_1"})
-    assert 8 * quant.nbytes(model) / SMALL.num_parameters <= 5.6
+    assert len(set(types)) > 1 and set(types) <= expected
+    assert 8 * quant.nbytes(model) / config.num_parameters <= target
 
 
 @pytest.mark.matrix
@@ -470,12 +480,17 @@ def test_the_search_for_bits_chooses_among_ggml_types(kind: str, tmp_path: Path)
         {"scheme": "uint4", "method": "gptq"},
         {"scheme": "int4", "scaling": "awq", "clip": "mse", "importance": True},
         {"scheme": "uint5", "method": "hqq"},
+        {"scheme": "uint4", "scale_scheme": "uint6", "method": "gptq", "clip": "mse"},
+        {"scheme": "int3", "group_size": 16, "scale_scheme": "int6", "method": "gptq"},
     ],
 )
 def test_what_other_methods_make_is_held_too(rule: dict[str, Any], tmp_path: Path) -> None:
-    plain = {key: value for key, value in rule.items() if key == "scheme"}
-    rules = (KEEP_NORMS, Rule(weights="layers.*", **rule), Rule(weights="*", **plain))
-    model = quantize(random_model(SMALL), rules, calibration=TOKENS, window=64, types="ggml")
+    rules = (KEEP_NORMS, Rule(weights="layers.*", **rule), Rule(weights="*", scheme="uint4"))
+    config = (
+        SMALL if "scale_scheme" not in rule else Config.from_dict(SMALL.to_dict() | {"width": 256, "ffn_width": 256})
+    )
+    config = dataclasses.replace(config, num_heads=config.width // 32)
+    model = quantize(random_model(config), rules, calibration=TOKENS, window=64, types="ggml")
     values = values_of(write(model, tmp_path))
     for tensor, value in expected_values(model).items():
         np.testing.assert_array_equal(values[tensor], value, err_msg=tensor)
@@ -488,6 +503,7 @@ def test_what_other_methods_make_is_held_too(rule: dict[str, Any], tmp_path: Pat
         ({"scheme": "int4", "method": "gptq", "act_order": True}, "act_order: no ggml type holds it"),
         ({"scheme": "int4", "scale_dtype": "float32"}, "scales in float32: .* Q4_0 .*keep the weight"),
         ({"scheme": "int6"}, r"the nearest is Q8_0 \(int8, groups of 32"),
+        ({"scheme": "int6", "group_size": 16, "scale_scheme": "int8"}, "two levels of scales, .* multiple of 256"),
         ({"scheme": "int4", "group_size": 24}, "groups of 24 do not divide an axis of 64"),
     ],
 )
@@ -538,6 +554,7 @@ def test_llamacpp_goes_on_with_the_same_text(name: str, dtype: str, request, tmp
 
 
 @pytest.mark.extras
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", RULES)
 def test_llamacpp_agrees_with_packed_weights(name: str, tmp_path: Path, llamacpp) -> None:
     """Fed the same text: llama.cpp rounds activations to 8 bits, in groups as it rounds weights."""

@@ -196,7 +196,7 @@ def _template(*single: Any, ids: Any) -> dict[str, Any]:
         ({"post_processor": {"type": "BertProcessing", "sep": ["b", 1], "cls": ["a", 0]}}, "the post-processor 'BertP"),
         (
             {"post_processor": _template(_TOKEN, _TEXT, ids=[1]) | {"special_tokens": {}}},
-            "names .*'q'.*: no token|that the library tokenizers does not read",
+            "names .*'q'.*: expected a token|that the library tokenizers does not read",
         ),
         ({"post_processor": _template(_TOKEN, _TEXT, ids=[1, 2])}, "puts 2 tokens before every text: expected at most"),
         ({"post_processor": _template(_TEXT, _TOKEN, ids=[9999])}, "puts 9999 behind every text: expected an id of"),

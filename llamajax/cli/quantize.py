@@ -33,7 +33,6 @@ EXAMPLES = (
 # Of our story generator, for the model in the box; those that it is measured on are others.
 _CALIBRATION_STORIES = 1000
 _TARGET_RECIPE = "mixed-4.5bpw"
-_GGML_TARGET_RECIPE = "mixed-5bpw-g32"
 
 
 def define(values: flags.FlagValues) -> None:
@@ -43,8 +42,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "recipe",
         None,
-        f"a .toml file, or one of {names}; int4-g32 unless given, with --target_bpw {_TARGET_RECIPE}, for ggml "
-        f"{_GGML_TARGET_RECIPE}",
+        f"a .toml file, or one of {names}; int4-g32 unless given, {_TARGET_RECIPE} with --target_bpw",
         flag_values=values,
     )
     flags.DEFINE_float(
@@ -86,8 +84,7 @@ def run(values: flags.FlagValues) -> None:
         raise LlamaJaxError("--model and --output are both needed: see llamajax quantize --help")
     output = Path(values.output)
     check_absent(output)
-    target_recipe = _GGML_TARGET_RECIPE if values.types else _TARGET_RECIPE
-    name = values.recipe or ("int4-g32" if values.target_bpw is None else target_recipe)
+    name = values.recipe or ("int4-g32" if values.target_bpw is None else _TARGET_RECIPE)
     recipe = _with_target(read_recipe(name), values.target_bpw)
     if recipe.needs_calibration and not values.calibration:
         raise LlamaJaxError(f"{name} needs a text to run the model on: give --calibration=FILE")

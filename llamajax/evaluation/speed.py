@@ -39,7 +39,8 @@ from llamajax.generation.sampling import make_sampler
 from llamajax.model import Llama
 from llamajax.parameters import Place, Spec, product_weights, specs, step_bytes
 from llamajax.quantization.quantize import assigned, read_recipe
-from quant import QTensor, Rule, Scheme, quantize_rtn, with_offset
+from llamajax.quantization.quantize_weight import by_rounding
+from quant import QTensor, Rule
 
 FLOATS = ("float32", "bfloat16", "float16")
 _DEVIATION = 0.02  # standard deviation of random weights: that which training starts from
@@ -156,23 +157,18 @@ def _random_weight(
     axis = spec.axis
     rule = rule.for_inputs(shape[axis])
     assert rule.scheme is not None  # a rule that quantizes
-    scheme = Scheme.named(rule.scheme)
-    options: dict[str, Any] = {"group_size": rule.group_size, "axis": axis, "scale_dtype": rule.scale_dtype}
     try:
-        made: Any = jax.eval_shape(lambda weight: quantize_rtn(weight, scheme, **options), weight)
+        made: Any = jax.eval_shape(lambda weight: by_rounding(weight, rule, axis), weight)
     except (ValueError, TypeError) as error:
         raise LlamaJaxError(f"{place} of shape {shape}: {error}") from None
-    filled = _filled(made, generator)
-    if rule.offset:
-        filled = jax.tree.map(np.asarray, with_offset(filled))
-    return dataclasses.replace(filled, activations=rule.activations)
+    return dataclasses.replace(_filled(made, generator, _DEVIATION), activations=rule.activations)
 
 
-def _filled(abstract: Any, generator: np.random.Generator) -> QTensor:
-    """A quantized weight of those shapes with random codes."""
+def _filled(abstract: Any, generator: np.random.Generator, deviation: float) -> QTensor:
+    """A quantized weight of those shapes with random codes, or a level of its scales."""
     scheme = abstract.scheme
     middle = 2 ** (scheme.bits - 1)
-    step = _DEVIATION / float(jnp.std(scheme.decode(jnp.arange(2**scheme.bits, dtype=jnp.uint8))))
+    step: Any = deviation / float(jnp.std(scheme.decode(jnp.arange(2**scheme.bits, dtype=jnp.uint8))))
     if scheme.scale_code == "e8m0":
         step = round(math.log2(step)) + 127  # an exponent
     elif scheme.scale_code == "ue4m3":
@@ -184,11 +180,17 @@ def _filled(abstract: Any, generator: np.random.Generator) -> QTensor:
             return drawn & ~((drawn >> 1) & drawn & 0x55)  # 2 where a code is 3, which there is not
         return drawn
 
+    def numbers(plane: Any, value: float) -> Any:
+        if plane is None or isinstance(plane, jax.ShapeDtypeStruct):
+            return None if plane is None else np.full(plane.shape, value, plane.dtype)
+        return _filled(plane, generator, value)
+
     return dataclasses.replace(
         abstract,
         planes=tuple(codes(plane) for plane in abstract.planes),
-        scale=np.full(abstract.scale.shape, step, abstract.scale.dtype),
-        zero=None if abstract.zero is None else np.full(abstract.zero.shape, middle, abstract.zero.dtype),
+        scale=numbers(abstract.scale, step),
+        zero=numbers(abstract.zero, middle),
+        offset=numbers(abstract.offset, -middle * step),
     )
 
 

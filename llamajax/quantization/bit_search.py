@@ -18,8 +18,8 @@ from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama, model_from
 from llamajax.parameters import Place, leaves, specs
 from llamajax.quantization import calibrate
-from llamajax.quantization.quantize_weight import naming
-from quant import Rule, Scheme, allocate, quantize_rtn, values, with_offset
+from llamajax.quantization.quantize_weight import by_rounding, naming
+from quant import Rule, Scheme, allocate, values
 
 _BITS = (2, 3, 4, 5, 6, 8)
 _SAMPLE_TOKENS = 4096
@@ -35,7 +35,7 @@ def choose_bits(
     windows_WT: np.ndarray,
     config: Config,
     on_weights: Callable[[int], None],
-    holds: Callable[[Place, Rule], bool] = lambda place, rule: True,
+    candidates: Callable[[Place, Rule], list[Rule]] | None = None,
 ) -> dict[Place, Rule]:
     """The rules with the bits of each `int` and `uint` scheme chosen.
 
@@ -48,14 +48,15 @@ def choose_bits(
         windows_WT: calibration text; its first 4,096 tokens are used.
         config: the architecture.
         on_weights: called with how many weights more have been measured.
-        holds: whether a rule may be chosen for a weight.
+        candidates: what may be chosen for a weight by its rule; the same rule with other numbers of bits unless given.
 
     Raises:
         LlamaJaxError: if no weight's bits are free, not even the fewest fit, a weight cannot be quantized, or what it
             makes of the text is not finite.
     """
     windows_WT = windows_WT[: max(1, _SAMPLE_TOKENS // windows_WT.shape[1])]
-    options = {place: [each for each in _candidates(rule) if holds(place, each)] for place, rule in rules.items()}
+    candidates = candidates or (lambda place, rule: _candidates(rule))
+    options = {place: candidates(place, rule) for place, rule in rules.items()}
     if not any(len(candidates) > 1 for candidates in options.values()):
         raise LlamaJaxError("target_bpw: no rule has an int or uint scheme whose bits could be chosen")
     errors = _measure(read, options, windows_WT, config, on_weights)
@@ -68,23 +69,24 @@ def choose_bits(
     return {place: options[place][i] for place, i in zip(options, chosen, strict=True)}
 
 
+def bits_are_free(rule: Rule) -> bool:
+    """Whether the bits of a rule's scheme are a starting point only."""
+    if rule.scheme is None or not isinstance(rule.group_size, int) or rule.scale_scheme is not None:
+        return False
+    return Scheme.named(rule.scheme).kind in ("int", "uint")
+
+
 def _candidates(rule: Rule) -> list[Rule]:
     """The rule with each number of bits; itself alone where nothing is free."""
-    if rule.keep or rule.scheme is None or not isinstance(rule.group_size, int):
+    if not bits_are_free(rule):
         return [rule]
-    scheme = Scheme.named(rule.scheme)
-    if scheme.kind not in ("int", "uint"):
-        return [rule]
+    scheme = Scheme.named(str(rule.scheme))
     return [dataclasses.replace(rule, scheme=f"{scheme.kind}{bits}") for bits in _BITS]
 
 
 def _quantized(weight: Any, rule: Rule, axis: int) -> Any:
     rule = rule.for_inputs(weight.shape[axis])
-    assert rule.scheme is not None  # a rule that quantizes
-    quantized = quantize_rtn(
-        weight, rule.scheme, group_size=rule.group_size, axis=axis, scale_dtype=rule.scale_dtype, clip="mse"
-    )
-    return with_offset(quantized) if rule.offset else quantized
+    return by_rounding(weight, dataclasses.replace(rule, method="rtn", clip="mse", importance=False), axis)
 
 
 def _bytes(rule: Rule, place: Place, config: Config, float_bytes: int) -> int:

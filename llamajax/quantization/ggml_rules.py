@@ -10,17 +10,29 @@ import jax.numpy as jnp
 
 from llamajax.config import Config
 from llamajax.parameters import Place, specs
-from llamajax.quantization.quantize_weight import naming
-from quant import Rule, ggml, quantize_rtn, with_offset
+from llamajax.quantization.bit_search import bits_are_free
+from llamajax.quantization.quantize_weight import by_rounding, naming
+from quant import Rule, ggml
+
+# What the search for bits chooses from, as (scheme, group_size, scale_scheme): Q2_K, Q3_K, Q4_K, Q5_K, Q6_K and Q8_0;
+# of rows that are no multiple of 256, Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0.
+_Form = tuple[str, int, str | None]
+_FORMS: tuple[_Form, ...] = (
+    *(("uint2", 16, "uint4"), ("int3", 16, "int6"), ("uint4", 32, "uint6"), ("uint5", 32, "uint6")),
+    *(("int6", 16, "int8"), ("int8", 32, None)),
+)
+_FORMS_OF_32: tuple[_Form, ...] = (
+    *(("int4", 32, None), ("uint4", 32, None), ("int5", 32, None), ("uint5", 32, None), ("int8", 32, None)),
+)
 
 
-def for_ggml(rules: Mapping[Place, Rule], config: Config, bits_are_free: bool) -> dict[Place, Rule]:
+def for_ggml(rules: Mapping[Place, Rule], config: Config, search: bool) -> dict[Place, Rule]:
     """The rules with what ggml has but one form of: scales in float16, offsets instead of zero points.
 
     Args:
         rules: of every weight.
         config: the architecture.
-        bits_are_free: whether `choose_bits` will choose the number of bits of `int` and `uint` rules.
+        search: whether `candidates` will be chosen from, where the bits of a rule are free.
 
     Raises:
         LlamaJaxError: naming the weight and what comes nearest, for a rule that makes what no type holds.
@@ -28,55 +40,66 @@ def for_ggml(rules: Mapping[Place, Rule], config: Config, bits_are_free: bool) -
     made = {}
     for place, rule in rules.items():
         if rule.scheme is not None:
-            scale_dtype = "float16" if rule.scale_dtype == "bfloat16" else rule.scale_dtype  # that is the default
-            rule = dataclasses.replace(rule, scale_dtype=scale_dtype, offset=rule.scheme.startswith("uint"))
-            candidates = [rule, *_others(rule)] if bits_are_free else [rule]
             with naming(f"{place}, by the rule for {rule.weights!r}"):
-                if not any(is_held(each, place, config) for each in candidates):
-                    raise ValueError(_problem(rule, place, config))
+                rule = _in_float16(rule)
+                if not (search and bits_are_free(rule) and candidates(place, rule, config)):
+                    _check_held(rule, place, config)
         made[place] = rule
     return made
 
 
-def is_held(rule: Rule, place: Place, config: Config) -> bool:
-    """Whether a type of ggml's holds what a rule makes of a weight."""
-    if rule.scheme is None:
-        return True
-    return not rule.outliers and not rule.act_order and ggml.type_of(made_by(rule, place, config)) is not None
+def candidates(place: Place, rule: Rule, config: Config) -> list[Rule]:
+    """What a search for bits may choose for a weight: the rule in the forms of ggml's types, itself if it says one."""
+    if not bits_are_free(rule):
+        return [rule]
+    spec = specs(config)[place]
+    length = spec.shape(config)[spec.axis]
+    if length % 32 or rule.outliers or rule.act_order:
+        return []
+    forms = _FORMS_OF_32 if length % 256 or rule.method == "hqq" else _FORMS
+    made = []
+    for scheme, group_size, scale_scheme in forms:
+        is_uint = scheme.startswith("uint")
+        if rule.method != "hqq" or is_uint:
+            changes: dict[str, Any] = {"scheme": scheme, "group_size": group_size, "scale_scheme": scale_scheme}
+            made.append(dataclasses.replace(rule, **changes, offset=is_uint and scale_scheme is None))
+    return made
 
 
-def made_by(rule: Rule, place: Place, config: Config) -> Any:
+def _in_float16(rule: Rule) -> Rule:
+    """With scales as ggml's types have them, unless the rule asks for float32; bfloat16 is what it says by default."""
+    scale_dtype = "float16" if rule.scale_dtype == "bfloat16" else rule.scale_dtype
+    offset = rule.scale_scheme is None and str(rule.scheme).startswith("uint")
+    return dataclasses.replace(rule, scale_dtype=scale_dtype, offset=offset)
+
+
+def _check_held(rule: Rule, place: Place, config: Config) -> None:
+    """Refuses a rule that makes what no type holds.
+
+    Raises:
+        ValueError: saying what that is, and what comes nearest.
+    """
+    weight = _made_by(rule, place, config)
+    if not rule.outliers and not rule.act_order and ggml.type_of(weight) is not None:
+        return
+    said = [ggml.described(weight)]
+    said += [f"{rule.outliers} outliers"] if rule.outliers else []
+    said += ["act_order"] if rule.act_order else []
+    raise ValueError(
+        f"{', '.join(said)}: no ggml type holds it, the nearest is {ggml.explained(ggml.nearest(weight))}: change the "
+        "rule, or let it keep the weight (keep = true)"
+    )
+
+
+def _made_by(rule: Rule, place: Place, config: Config) -> Any:
     """What a rule makes of a weight, with `jax.ShapeDtypeStruct` for arrays; without outliers and order."""
     spec = specs(config)[place]
     shape = spec.shape(config)
     rule = rule.for_inputs(shape[spec.axis])
-    assert rule.scheme is not None  # a rule that quantizes
-    return _made(rule.scheme, rule.group_size, rule.scale_dtype, rule.offset, shape, spec.axis)
+    form = {name: getattr(rule, name) for name in ("scheme", "group_size", "scale_dtype", "scale_scheme", "offset")}
+    return _made(Rule(weights="*", **form), shape, spec.axis)
 
 
 @functools.lru_cache(maxsize=256)
-def _made(scheme: str, group_size: Any, scale_dtype: str, offset: bool, shape: tuple[int, ...], axis: int) -> Any:
-    def make(weight: jax.Array) -> Any:
-        quantized = quantize_rtn(weight, scheme, group_size=group_size, axis=axis, scale_dtype=scale_dtype)
-        return with_offset(quantized) if offset else quantized
-
-    return jax.eval_shape(make, jax.ShapeDtypeStruct(shape, jnp.float32))
-
-
-def _others(rule: Rule) -> list[Rule]:
-    """The rule with other numbers of bits."""
-    kind = str(rule.scheme).rstrip("0123456789")
-    return [dataclasses.replace(rule, scheme=f"{kind}{bits}") for bits in (4, 5, 8)] if kind in ("int", "uint") else []
-
-
-def _problem(rule: Rule, place: Place, config: Config) -> str:
-    """Why no type holds what a rule makes, and which one comes nearest."""
-    weight = made_by(rule, place, config)
-    said = [ggml.described(weight)]
-    said += [f"{rule.outliers} outliers"] if rule.outliers else []
-    said += ["act_order"] if rule.act_order else []
-    near = ggml.explained(ggml.nearest(weight, two_levels=False))
-    return (
-        f"{', '.join(said)}: no ggml type holds it, the nearest is {near}: change the rule, or let it keep the weight "
-        "(keep = true)"
-    )
+def _made(rule: Rule, shape: tuple[int, ...], axis: int) -> Any:
+    return jax.eval_shape(lambda weight: by_rounding(weight, rule, axis), jax.ShapeDtypeStruct(shape, jnp.float32))

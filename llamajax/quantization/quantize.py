@@ -26,7 +26,7 @@ from llamajax.model import Llama, model_from
 from llamajax.parameters import LAYERS, Place, inputs, leaves, specs, weights_of
 from llamajax.quantization import calibrate
 from llamajax.quantization.bit_search import choose_bits
-from llamajax.quantization.ggml_rules import for_ggml, is_held
+from llamajax.quantization.ggml_rules import candidates, for_ggml
 from llamajax.quantization.quantize_weight import in_dtype, naming, quantize_weight
 from llamajax.workers import workers
 from quant import Recipe, Rule, assign, quantized, recipe_from, values
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from llamajax.quantization.resume import PartsOnDisk
 
 _WORKERS = 3  # weights in work at a time
+_FORM = ("scheme", "group_size", "scale_scheme", "offset")  # what a search for bits chooses
 
 Rules = Mapping[Place, Rule]
 
@@ -113,7 +114,7 @@ def quantize(
         on_weight: called with (weights done, weights in all), a layer's counting singly.
         types: "ggml": only what a type of ggml's holds without loss, so that `save_checkpoint` writes it as GGUF bit
             for bit. Scales are float16 then, zero points of uint schemes offsets, and a target of bits a weight is met
-            with 4, 5 and 8 bits.
+            with types of 2 to 8 bits, whatever groups the rules have.
 
     Raises:
         LlamaJaxError: if the model is quantized already, a rule does not fit its weight, rules and weights do not cover
@@ -147,8 +148,8 @@ def quantize(
 
         parts = PartsOnDisk(work, _work_key(rules, recipe.target_bpw, windows, config, read, types))
     if recipe.target_bpw is not None:
-        holds = (lambda place, rule: is_held(rule, place, config)) if types else (lambda place, rule: True)
-        rules = _chosen_bits(read, rules, recipe.target_bpw, windows, config, parts, steps, holds)
+        of_types = (lambda place, rule: candidates(place, rule, config)) if types else None
+        rules = _chosen_bits(read, rules, recipe.target_bpw, windows, config, parts, steps, of_types)
     return _calibrated(read, rules, windows, config, parts, steps)
 
 
@@ -217,21 +218,21 @@ def _chosen_bits(
     config: Config,
     parts: "PartsOnDisk | None",
     steps: _Steps,
-    holds: Callable[[Place, Rule], bool],
+    of_types: Callable[[Place, Rule], list[Rule]] | None,
 ) -> dict[Place, Rule]:
     """`choose_bits`, or what it chose before the work was stopped."""
     stored = parts.load_arrays("bits") if parts else None
     if stored is not None:
         steps.add(len(rules))
-        schemes = json.loads(stored[1])
+        forms = json.loads(stored[1])
     else:
-        chosen = choose_bits(read, rules, target_bpw, windows_WT, config, steps.add, holds)
-        schemes = [rule.scheme for rule in chosen.values()]
+        chosen = choose_bits(read, rules, target_bpw, windows_WT, config, steps.add, of_types)
+        forms = [{name: getattr(rule, name) for name in _FORM} for rule in chosen.values()]
         if parts:
-            parts.store_arrays("bits", {}, json.dumps(schemes))
+            parts.store_arrays("bits", {}, json.dumps(forms))
     return {
-        place: dataclasses.replace(rule, scheme=scheme)
-        for (place, rule), scheme in zip(rules.items(), schemes, strict=True)
+        place: rule if rule.keep else dataclasses.replace(rule, **form)
+        for (place, rule), form in zip(rules.items(), forms, strict=True)
     }
 
 
@@ -364,7 +365,7 @@ def _work_key(
         weights.update(np.ascontiguousarray(read(place)).view(np.uint8).data)
     listed = [[str(place), dataclasses.asdict(rule)] for place, rule in rules.items()]
     return {
-        "version": 3,
+        "version": 4,
         "recipe (sha256)": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
         "target_bpw": target_bpw,
         **({"types": types} if types else {}),

@@ -19,6 +19,7 @@ from quant import (
     quantize_gptq,
     quantize_hqq,
     quantize_rtn,
+    quantize_two_levels,
     split_outliers,
     with_offset,
 )
@@ -44,18 +45,15 @@ def quantize_weight(
     shape = weight.shape
     rule = rule.for_inputs(shape[axis])
     assert rule.scheme is not None  # a rule that quantizes
-    options: dict[str, Any] = {"group_size": rule.group_size, "axis": axis, "scale_dtype": rule.scale_dtype}
     with naming(f"{place} of shape {shape}"):
         if seen is None and rule.needs_calibration:
             raise ValueError("a rule that needs calibration, for a weight that is looked up: its inputs are token ids")
         if rule.outliers:
             assert seen is not None
             index = outlier_channels(seen.max_abs_K, rule.outliers)
-            quantized = split_outliers(weight, index, _quantizer(rule, options, _without(seen, index)), axis=axis)
+            quantized = split_outliers(weight, index, _quantizer(rule, axis, _without(seen, index)), axis=axis)
         else:
-            quantized = _in_parts(_quantizer(rule, options, seen), weight, rule, axis)
-        if rule.offset:
-            quantized = with_offset(quantized)
+            quantized = _in_parts(_quantizer(rule, axis, seen), weight, rule, axis)
         if quantized.shape != tuple(shape):
             raise ValueError(f"its codes are of shape {quantized.shape}")
         return dataclasses.replace(quantized, activations=rule.activations).validate()
@@ -86,19 +84,42 @@ def in_dtype(place: Place, weight: jax.Array, dtype: Any) -> jax.Array:
     return cast
 
 
-def _quantizer(rule: Rule, options: dict[str, Any], seen: Statistics | None) -> Callable[[jax.Array], QTensor]:
+def by_rounding(weight: Any, rule: Rule, axis: int, importance: Any = None) -> QTensor:
+    """A weight by round-to-nearest, in the form that a rule, for inputs of its length, asks for.
+
+    Raises:
+        ValueError: if the rule does not fit the weight.
+    """
+    assert rule.scheme is not None  # a rule that quantizes
+    options: dict[str, Any] = {"axis": axis, "scale_dtype": rule.scale_dtype, "clip": rule.clip}
+    if rule.scale_scheme is not None:
+        size: Any = rule.group_size  # which is checked
+        options |= {"group_size": size, "importance": importance}
+        return quantize_two_levels(weight, rule.scheme, rule.scale_scheme, **options)
+    made = quantize_rtn(weight, rule.scheme, group_size=rule.group_size, importance=importance, **options)
+    return with_offset(made) if rule.offset else made
+
+
+def _quantizer(rule: Rule, axis: int, seen: Statistics | None) -> Callable[[jax.Array], QTensor]:
     """The method of a rule, as a function of the weight."""
     scheme = rule.scheme
     assert scheme is not None  # a rule that quantizes
-    if rule.method == "hqq":
-        return lambda weight: quantize_hqq(weight, scheme, **options)
     if rule.method == "rtn":
         importance = seen.mean_square_K if rule.importance and seen is not None else None
-        return lambda weight: quantize_rtn(weight, scheme, **options, clip=rule.clip, importance=importance)
+        return lambda weight: by_rounding(weight, rule, axis, importance)
+    options: dict[str, Any] = {"group_size": rule.group_size, "axis": axis, "scale_dtype": rule.scale_dtype}
+    finish = with_offset if rule.offset else lambda made: made
+    if rule.method == "hqq":
+        return lambda weight: finish(quantize_hqq(weight, scheme, **options))
     assert seen is not None and seen.hessian_KK is not None
-    options |= {"clip": rule.clip, "act_order": rule.act_order}
     hessian_KK = seen.hessian_KK
-    return lambda weight: quantize_gptq(weight, hessian_KK, scheme, **options)
+    if rule.scale_scheme is not None:
+        # Scales of several groups hang together, and cannot wait until GPTQ reaches the last of them.
+        importance = jnp.diagonal(hessian_KK) if rule.clip else None
+        scales = lambda weight: by_rounding(weight, rule, axis, importance)  # noqa: E731
+        return lambda weight: quantize_gptq(weight, hessian_KK, scheme, scales=scales(weight), **options)
+    options |= {"clip": rule.clip, "act_order": rule.act_order}
+    return lambda weight: finish(quantize_gptq(weight, hessian_KK, scheme, **options))
 
 
 def _in_parts(quantizer: Callable[[jax.Array], QTensor], weight: Any, rule: Rule, axis: int) -> QTensor:

@@ -84,7 +84,7 @@ def from_metadata(metadata: Mapping[str, Any]) -> tuple[bytes | None, Words, fro
     if left:
         raise LlamaJaxError(
             f"{shortened(left[0])} is {shortened(metadata[left[0]])}: a key of the tokenizer that is not known: "
-            "whether it changes ids cannot be said"
+            f"whether it changes ids cannot be said: give --ignore_key={shortened(left[0])[1:-1]} if it does not"
         )
     return data, words, frozenset(key for key in metadata if key.startswith(PREFIX))
 
@@ -111,7 +111,7 @@ class _Keys:
         value = self.value(name)
         if value is None:
             return otherwise
-        if value not in (False, True):
+        if not isinstance(value, int) or value not in (False, True):
             raise self._wrong(name, value, "true or false")
         return bool(value)
 

@@ -198,7 +198,9 @@ def _template(state: Any) -> tuple[list[int], list[int]]:
                     continue
                 named = tokens.get(piece["SpecialToken"]["id"])
                 if named is None:
-                    raise EngineError(f"a tokenizer.json whose post-processor names {shortened(piece)}: no token")
+                    raise EngineError(
+                        f"a tokenizer.json whose post-processor names {shortened(piece)}: expected a token"
+                    )
                 where += named["ids"]
         elif step.get("type") != "ByteLevel":
             raise EngineError(

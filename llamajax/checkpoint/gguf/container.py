@@ -6,7 +6,8 @@
     file.blocks("blk.0.attn_q.weight")                 # uint8 [576, 360], in the file's own memory
 
 Format: `docs/gguf.md` of ggml, and what llama.cpp's `gguf.cpp` and `gguf-split` make of it. Every length and place in
-the file is checked against the file before anything is made by it.
+the file is checked against the file before anything is made by it. Files are mapped, which makes opening them fast; one
+that is cut short by somebody else while it is being read ends the process, as with every mapped file.
 """
 
 import dataclasses

@@ -60,7 +60,9 @@ def open_source(path: Path, ignore_keys: Collection[str] = ()) -> Source:
     config, notes = _config(path, file, architecture, metadata)
     tensors, unused = _tensors(path, file, config)
     reader = _Reader(path, file, config, architecture, tensors)
-    words = words_of(path, metadata, config.vocab_size, sampling_of(path, metadata))
+    sampling, not_done = sampling_of(path, metadata)
+    words = words_of(path, metadata, config.vocab_size, sampling)
+    notes += not_done
     unknown = unknown_keys(metadata, architecture.name, words.consumed)
     if unknown:
         notes.append(

@@ -1,0 +1,135 @@
+"""Scales, and offsets, that are codes of a few bits themselves, under a float for all of 256 weights: ggml's K types.
+
+Shapes as in `rtn.py`.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from quant.grid import divisor
+from quant.packing import axis_position, merge_groups, split_groups
+from quant.qtensor import QTensor, dequantize
+from quant.rtn import quantize_rtn
+from quant.scheme import Scheme
+
+# That share a float of the second level.
+SUPERBLOCK = 256
+# Starts of the search for a range, and fits to what the best of them gives.
+_STARTS, _REFITS = 10, 2
+
+
+def quantize_two_levels(
+    weight: jax.Array,
+    scheme: Scheme | str,
+    scale_scheme: Scheme | str,
+    *,
+    group_size: int,
+    axis: int = -2,
+    scale_dtype: jax.typing.DTypeLike = jnp.float16,
+    clip: Literal["mse"] | None = None,
+    importance: jax.Array | None = None,
+) -> QTensor:
+    """Quantizes a weight by rounding, with scales that are quantized themselves, and codes chosen by what they became.
+
+    Scales are first floats: of int those of `quantize_rtn`; of uint those of the range of a group, which begins at a
+    number of its own. Then they are rounded to `scale_scheme`, each 256 weights' by a float of their own.
+
+    Args:
+        weight: float [..., K, M] (`axis=-2`) or [..., M, K] (`axis=-1`), K a multiple of 256.
+        scheme: a Scheme or its name; an int or uint.
+        scale_scheme: that of the scales: int where `scheme` is, uint likewise.
+        group_size: weights along K that share a scale; divides 256.
+        axis: the contraction axis, -2 or -1.
+        scale_dtype: of the second level: float32, bfloat16 or float16.
+        clip: "mse" looks for the scales, and the beginnings of ranges, of least squared error.
+        importance: as of `quantize_rtn`.
+
+    Returns:
+        The quantized weight, of two levels; its `dtype` is that of `weight`.
+
+    Raises:
+        ValueError: as `quantize_rtn`, and for schemes and sizes that do not go together.
+    """
+    scheme, second = (Scheme.named(each) if isinstance(each, str) else each for each in (scheme, scale_scheme))
+    weight = jnp.asarray(weight)
+    length = weight.shape[axis_position(weight.shape, axis)]
+    if scheme.kind not in ("int", "uint") or second.kind != scheme.kind:
+        raise ValueError(f"{scheme.name} with scales in {second.name}: expected int with int, or uint with uint")
+    if not isinstance(group_size, int) or SUPERBLOCK % group_size or length % SUPERBLOCK:
+        raise ValueError(
+            f"two levels of scales, in groups of {group_size} of rows of {length}: expected a divisor of {SUPERBLOCK}, "
+            f"of rows of a multiple of {SUPERBLOCK}"
+        )
+
+    def coded(plane: Any) -> Any:
+        # What is 0 or more gets zero points of 0, and needs none.
+        made = quantize_rtn(plane, second, group_size=SUPERBLOCK // group_size, axis=axis, scale_dtype=scale_dtype)
+        return dataclasses.replace(made, zero=None)
+
+    if scheme.kind == "int":
+        options: dict[str, Any] = {"group_size": group_size, "axis": axis, "clip": clip, "importance": importance}
+        scale = quantize_rtn(weight, scheme, scale_dtype=jnp.float32, **options).scale
+        return _with_codes(weight, coded(scale), None, scheme, axis)
+    scale, depth = _range(weight, importance, scheme, group_size, axis, clip is not None)
+    offset = coded(depth)
+    return _with_codes(weight, coded(scale), dataclasses.replace(offset, scale=-offset.scale), scheme, axis)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _range(
+    weight: jax.Array, importance: jax.Array | None, scheme: Scheme, group_size: int, axis: int, search: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Scales of uint codes, and how far below 0 their range begins: float32 [..., C, M].
+
+    The range of a group, widened to include 0; or with `search` what has the least squared error among the fits, of
+    both numbers at once, to the codes that some multiples of it give: `make_qkx2_quants` of ggml-quants.c.
+    """
+    weight_CgM = split_groups(weight.astype(jnp.float32), group_size, axis)
+    low = jnp.minimum(weight_CgM.min(axis=axis, keepdims=True), 0)
+    width = weight_CgM.max(axis=axis, keepdims=True, initial=0) - low
+    plain = width / scheme.max_code, -low
+    if not search:
+        return jax.tree.map(lambda x: jnp.squeeze(x, axis), plain)
+    counted = jnp.ones((), jnp.float32)
+    if importance is not None:
+        channel = importance[..., None] if axis == -2 else importance[..., None, :]
+        counted = split_groups(jnp.broadcast_to(channel.astype(jnp.float32), weight.shape), group_size, axis)
+
+    def total(x: jax.Array) -> jax.Array:
+        return jnp.sum(x * counted, axis=axis, keepdims=True)
+
+    def values(scale: jax.Array, depth: jax.Array) -> jax.Array:
+        return scheme.round((weight_CgM + depth) / divisor(scale))
+
+    def error(scale: jax.Array, depth: jax.Array) -> jax.Array:
+        return total((weight_CgM + depth - values(scale, depth) * scale) ** 2)
+
+    def step(number: jax.Array, best: tuple) -> tuple:
+        start = width / (scheme.max_code - 1 + 2 * number / _STARTS), -low
+        code = values(*jax.tree.map(lambda a, b: jnp.where(number <= _STARTS, a, b), start, best[1:]))
+        count, codes, squares = total(jnp.ones_like(code)), total(code), total(code**2)
+        weights, products = total(weight_CgM), total(weight_CgM * code)
+        scale = (count * products - codes * weights) / divisor(count * squares - codes**2)
+        depth = (scale * codes - weights) / divisor(count)
+        # Where the range would begin above 0, which no offset says, it begins there.
+        scale, depth = jnp.where(depth > 0, scale, products / divisor(squares)), jnp.maximum(depth, 0)
+        new = (error(scale, depth), scale, depth)
+        return jax.tree.map(lambda a, b: jnp.where((new[0] < best[0]) & (scale >= 0), a, b), new, best)
+
+    _, *best = jax.lax.fori_loop(0, _STARTS + 1 + _REFITS, step, (error(*plain), *plain))
+    return jnp.squeeze(best[0], axis), jnp.squeeze(best[1], axis)
+
+
+def _with_codes(weight: jax.Array, scale: QTensor, offset: QTensor | None, scheme: Scheme, axis: int) -> QTensor:
+    """The nearest codes of a weight for scales and offsets as they are."""
+    group_size = weight.shape[axis] // scale.shape[axis]
+    weight_CgM = split_groups(weight.astype(jnp.float32), group_size, axis)
+    if offset is not None:
+        weight_CgM = weight_CgM - jnp.expand_dims(dequantize(offset), axis)
+    codes_CgM = scheme.encode(weight_CgM / divisor(jnp.expand_dims(dequantize(scale), axis)))
+    codes_KM = merge_groups(codes_CgM, axis)
+    return QTensor.from_codes(codes_KM, scale, scheme, offset=offset, axis=axis, dtype=weight.dtype)
