@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from llamajax import Tokenizer
+from llamajax.checkpoint.huggingface_words import choose_tokenizer, read_words
+from llamajax.tokenizer.byte_level import CHARACTERS
 from llamajax.tokenizer.gguf import from_metadata, to_metadata
 from llamajax.tokenizer.pre_tokenizers import PATTERNS
 from tests.texts import random_texts, vectors
@@ -22,6 +24,15 @@ def read(metadata: dict[str, Any]) -> Tokenizer:
     data, words, _ = from_metadata(metadata)
     assert data is not None
     return Tokenizer(data, words=words)
+
+
+def _within(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[str]:
+    """Texts of bytes that a byte-level vocabulary has; SmolLM2's lacks some control characters.
+
+    The library tokenizers, and so training, drops such bytes before it merges, llama.cpp behind it.
+    """
+    lacking = {byte for byte, character in CHARACTERS.items() if tokenizer.id_of(character) is None}
+    return (text for text in texts if not lacking & set(text.encode()))
 
 
 # ---- llama.cpp ------------------------------------------------------------------------------------------------------
@@ -84,7 +95,7 @@ def test_smollm2_on_all_of_wikitext(llama_cpp, smollm2: Path, smollm2_metadata: 
         assert tokenizer.decode(ids) == text
         for index in range(tokenizer.vocab_size):
             assert tokenizer.token_bytes(index) == theirs.piece(index, special=False)
-        for text in random_texts(1000):
+        for text in _within(tokenizer, random_texts(1000)):
             assert tokenizer.encode(text) == theirs.tokenize(text, add_special=True), text
             assert tokenizer.encode(text, special=True) == theirs.tokenize(text, parse_special=True), text
 
@@ -98,7 +109,7 @@ def test_pre_tokenizers_are_llama_cpps(name: str, llama_cpp, smollm2_metadata: d
     tokenizer = read(metadata)
     differ = []
     with llama_cpp(tmp_path / "vocabulary.gguf") as theirs:
-        texts = random_texts(600)
+        texts = list(_within(tokenizer, random_texts(600)))
         differ = [text for text in texts if tokenizer.encode(text) != theirs.tokenize(text)]
     # llama.cpp's own expressions leave marks out of words for the first group, and take no space but ASCII's for the
     # second: theirs are rewritten, ours the families' own.
@@ -140,6 +151,7 @@ def converted(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
             shutil.copy(file, folder / "tokenizer.model")
             (folder / "tokenizer_config.json").write_text(json.dumps(settings))
             transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+            (folder / "tokenizer.model").unlink()
         return folder
 
     return make
@@ -161,11 +173,13 @@ def test_transformers_llama_2(converted, shared: Path) -> None:
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("kind", ["TokenizersBackend", "LlamaTokenizer"])
 def test_transformers_own_ids(kind: str, legacy: bool, converted) -> None:
-    """What its own tokenizer makes of the file that it wrote, whatever its rules for spaces."""
+    """What its own tokenizer makes of the folder that it wrote, whatever its rules for spaces."""
     transformers = pytest.importorskip("transformers")
     folder = converted("llama2", tokenizer_class=kind, legacy=legacy, add_bos_token=True)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
+    data, words = choose_tokenizer(folder, read_words(folder, {}, 32000)[0])
+    assert data == (folder / "tokenizer.json").read_bytes()
+    tokenizer = Tokenizer(data, words=words)
     for text in random_texts(500):
         assert tokenizer.encode(text, special=True) == theirs(text)["input_ids"], text
         ids = tokenizer.encode(text)
