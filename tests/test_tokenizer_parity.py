@@ -1,6 +1,7 @@
 """Tokenizers against llama.cpp itself, and against transformers and what its converters write."""
 
 import json
+import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from llamajax.checkpoint.huggingface_words import choose_tokenizer, read_words
 from llamajax.tokenizer.byte_level import CHARACTERS
 from llamajax.tokenizer.gguf import from_metadata, to_metadata
 from llamajax.tokenizer.pre_tokenizers import PATTERNS
+from llamajax.words import AddedToken, Words
 from tests.texts import random_texts, vectors
 
 pytestmark = pytest.mark.extras
@@ -129,6 +131,29 @@ def test_what_we_write_llama_cpp_reads(name: str, llama_cpp, shared: Path, tmp_p
         again = read(to_metadata(tokenizer, tokenizer.vocab_size + 8))
         text = f"a{control}b {control}"
         assert theirs.tokenize(text, parse_special=True) == again.encode(text, bos=False, special=True)
+
+
+def test_added_tokens_in_a_sentencepiece_vocabulary(llama_cpp, shared: Path, tmp_path: Path) -> None:
+    """Tokens with a text, one of them with a space, and special ones, between other text."""
+    model = (shared / "data" / "tokenizers" / "llama2_tokenizer.model").read_bytes()
+    texts = {"<tool>": False, "a tool": False, "<|im_end|>": True, "<|sys|>": True}
+    added = tuple(AddedToken(id=32000 + i, text=text, special=texts[text]) for i, text in enumerate(texts))
+    for space in ("always", "never"):
+        path = tmp_path / f"{space}.gguf"
+        metadata = to_metadata(Tokenizer(model, words=Words(added=added, space=space)), 32008)
+        write_vocabulary(path, metadata)
+        tokenizer = read(metadata)
+        draw = random.Random(0)
+        with llama_cpp(path) as theirs:
+            for text in random_texts(300):
+                parts = [text, *draw.choices([*texts, "</s>", "<unk>", " ", "x"], k=5), text[::-1]]
+                text = "".join(draw.sample(parts, len(parts)))
+                assert tokenizer.encode(text) == theirs.tokenize(text, add_special=True), text
+                assert tokenizer.encode(text, special=True, bos=False) == theirs.tokenize(text, parse_special=True)
+            for index in range(tokenizer.vocab_size):
+                # Sentencepiece has a sign of its own for what is unknown, and shows unused pieces.
+                if metadata["tokenizer.ggml.token_type"][index] not in (2, 5):
+                    assert tokenizer.token_bytes(index) == theirs.piece(index, special=False), index
 
 
 # ---- transformers ---------------------------------------------------------------------------------------------------
