@@ -11,12 +11,14 @@ import gguf
 import numpy as np
 import pytest
 
-from llamajax import Tokenizer
+import llamajax
+from llamajax import Config, Tokenizer
 from llamajax.checkpoint.huggingface_words import choose_tokenizer, read_words
 from llamajax.tokenizer.byte_level import CHARACTERS
 from llamajax.tokenizer.gguf import from_metadata, to_metadata
 from llamajax.tokenizer.pre_tokenizers import PATTERNS
 from llamajax.words import AddedToken, Words
+from tests.reference import random_model
 from tests.texts import random_texts, vectors
 
 pytestmark = pytest.mark.extras
@@ -223,3 +225,34 @@ def test_transformers_llama_3(converted, shared: Path) -> None:
         for each in (tokenizer, packed):
             assert each.encode(text, bos=False) == ids, text
             assert each.decode(ids) == text
+
+
+def test_transformers_reads_a_folder_that_we_write(
+    smollm2_metadata: dict[str, Any], shared: Path, tmp_path: Path
+) -> None:
+    """SmolLM2's vocabulary out of its GGUF, in a Hugging Face folder: ids of WikiText-2, and the chat format."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = read(smollm2_metadata)
+    config = Config(
+        vocab_size=tokenizer.vocab_size,
+        width=8,
+        ffn_width=8,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_size=4,
+        context_length=64,
+    )
+    llamajax.save_checkpoint(random_model(config), tmp_path / "ours", tokenizer=tokenizer, form="huggingface")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    ours = llamajax.load(tmp_path / "ours")[1]
+    assert ours is not None and set(ours.stop_ids) == set(tokenizer.stop_ids)
+    text = (shared / "data" / "wikitext2" / "wiki.test.raw").read_bytes().decode()
+    ids = tokenizer.encode(text)
+    assert theirs(text)["input_ids"] == ids == ours.encode(text)
+    assert theirs.decode(ids) == text
+    chat = theirs.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False)
+    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert theirs(chat)["input_ids"] == ours.encode(chat, special=True)
+    assert ours.decode(ours.encode(chat, special=True)) == theirs.decode(theirs(chat)["input_ids"], True)
