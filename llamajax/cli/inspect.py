@@ -55,6 +55,7 @@ def run(values: flags.FlagValues) -> None:
         "bits_per_weight": 8 * size / opened.config.num_parameters,
         **_of_file(opened),
         "tokenizer": tokenizer is not None,
+        "tokenizer_form": tokenizer.form if tokenizer is not None else None,
         "tokenizer_problem": opened.tokenizer_problem if tokenizer is None else None,
         "words": opened.words.to_dict(),
         "config": opened.config.to_dict(),
@@ -125,7 +126,8 @@ def _tokenizer(summary: dict[str, Any]) -> str:
     if not summary["tokenizer"]:
         return "none included: give --tokenizer"
     added = len(summary["words"].get("added", ()))
-    return f"sentencepiece, included, and {added} added tokens" if added else "sentencepiece, included"
+    library = f"{summary['tokenizer_form']}, included"
+    return f"{library}, and {added} added tokens" if added else library
 
 
 def _print_tables(opened: Opened, summary: dict[str, Any]) -> None:
