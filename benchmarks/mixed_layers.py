@@ -1,13 +1,15 @@
 """Layers of two types in turn beside layers of one: a decode step, prefill, and compiling, in ratios of one process.
 
     python benchmarks/mixed_layers.py --rounds=5                                    # every weight of layers
-    python benchmarks/mixed_layers.py --rounds=5 --weights='layers.*.ffn.down_FD'   # one, as in GGUF files
+    python benchmarks/mixed_layers.py --rounds=5 --weights='layers.*.ffn.down_FD'   # one
+    python benchmarks/mixed_layers.py --rounds=5 --file=Q4_K_M                      # types of a GGUF file
 
 Models of random weights, laid out for this machine: int4-g32 with scales in float16 in all layers; with scales in
 bfloat16 in all; and the two in turn, for each weight of a layer (or some) a `quant.Mixed` of two types. The types are
-of one size and multiplied alike: what is compared is choosing. Each round measures all in turn; figures are medians
-over the rounds. "Beside one type" is the time of the mixed model over the mean of the other two's. The decode step is
-traced and compiled anew in each round.
+of one size and multiplied alike: what is compared is choosing. With --file=Q4_K_M: Q4_K in all, Q6_K in all, and the
+two as llama.cpp's quantizer mixes them; times of a decode step are then of a byte. Each round measures all in turn;
+figures are medians over the rounds. "Beside one type" is the time of the mixed model over the mean of the other two's.
+The decode step is traced and compiled anew in each round.
 """
 
 import json
@@ -16,19 +18,25 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import app, flags
 
 import llamajax
 import quant
+from llamajax.checkpoint.assemble import Finish, assemble
+from llamajax.checkpoint.source import Source
 from llamajax.evaluation.speed import measure_decode, measure_prefill, random_model
+from llamajax.parameters import Place, specs
 
 flags.DEFINE_string("shape", "tinyllama-1.1b", "preset of the shape")
 flags.DEFINE_string("weights", "layers.*", "glob: those that are of two types")
+flags.DEFINE_enum("file", None, ["Q4_K_M"], "types as in such a GGUF file, in place of scales of two dtypes")
 flags.DEFINE_integer("rounds", 5, "how often everything is measured", lower_bound=1)
 flags.DEFINE_integer("context", 128, "tokens in the cache, and of the prompt", lower_bound=1)
 flags.DEFINE_bool("json", False, "print JSON instead of a table")
@@ -68,15 +76,64 @@ def recipe(layers: int, first: str, second: str) -> str:
 def ways() -> list[Way]:
     """The models."""
     config = llamajax.preset(flags.FLAGS.shape)
+    if flags.FLAGS.file is not None:
+        kinds = {"Q4_K": lambda place: "Q4_K", "Q6_K": lambda place: "Q6_K", flags.FLAGS.file: q4_k_m(config)}
+        return [_way(label, of_types(config, kind)) for label, kind in kinds.items()]
     made = []
     for first, second in (("float16", "float16"), ("bfloat16", "bfloat16"), ("float16", "bfloat16")):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "recipe.toml"
             path.write_text(recipe(config.num_layers, first, second))
             model = llamajax.prepare(random_model(config, path), donate=True)
-        size = measure_decode(model, flags.FLAGS.context, steps=1, repeats=1, cache_dtype="float32").bytes_read
-        made.append(Way(first if first == second else "in turn", model, size, [], [], []))
+        made.append(_way(first if first == second else "in turn", model))
     return made
+
+
+def _way(label: str, model: Any) -> Way:
+    size = measure_decode(model, flags.FLAGS.context, steps=1, repeats=1, cache_dtype="float32").bytes_read
+    return Way(label, model, size, [], [], [])
+
+
+def q4_k_m(config: llamajax.Config) -> Callable[[Place], str]:
+    """The type of each matrix in Q4_K_M: `llama_tensor_get_type` of llama.cpp's src/llama-quant.cpp."""
+
+    def kind(place: Place) -> str:
+        layer, eighth = place.layer or 0, config.num_layers // 8
+        more = layer < eighth or layer >= 7 * eighth or (layer - eighth) % 3 == 2
+        wide = place.name in ("attention.value_DM", "ffn.down_FD") and more
+        return "Q6_K" if wide or place.name == "head_VD" else "Q4_K"
+
+    return kind
+
+
+def of_types(config: llamajax.Config, kind: Callable[[Place], str]) -> llamajax.Llama:
+    """A model of random codes, laid out, its matrices of types by their places."""
+    generator = np.random.default_rng(0)
+    places = {place: spec for place, spec in specs(config).items()}
+
+    def theirs(place: Place) -> tuple[int, ...]:
+        shape = places[place].shape(config)
+        return shape[::-1] if places[place].transposed else shape
+
+    def ours(place: Place, weight: Any) -> Any:
+        return quant.ggml.transposed(weight) if places[place].transposed else weight
+
+    def abstract(place: Place) -> Any:
+        if not places[place].is_matrix:
+            return jax.ShapeDtypeStruct(theirs(place), np.float32)
+        return ours(place, quant.ggml.abstract(kind(place), theirs(place)))
+
+    def read(place: Place) -> Any:
+        if not places[place].is_matrix:
+            return np.ones(theirs(place), np.float32)
+        form, (rows, columns) = quant.ggml.named(kind(place)), theirs(place)
+        blocks = generator.integers(0, 256, (rows * columns // form.block, form.nbytes), np.uint8)
+        for at in (208,) if form.name == "Q6_K" else (0, 2):
+            blocks[:, at : at + 2] = np.frombuffer(np.float16(2.0**-12).tobytes(), np.uint8)
+        return ours(place, quant.ggml.unpack(form.name, blocks.reshape(rows, -1)))
+
+    source = Source("random", config, {place: abstract(place) for place in places}, tuple(places), read)
+    return assemble("random", source, Finish(backend=jax.default_backend()))
 
 
 def once(way: Way) -> None:
@@ -113,7 +170,7 @@ def main(argv: list[str]) -> None:
     ratios = {
         name: statistics.median(
             value / statistics.mean(others)
-            for value, *others in zip(*(getattr(way, name) for way in (mixed, *alone)), strict=True)
+            for value, *others in zip(*(_times(way, name) for way in (mixed, *alone)), strict=True)
         )
         for name in ("decode", "prefill", "compile")
     }
@@ -129,6 +186,12 @@ def main(argv: list[str]) -> None:
         print(f"| {way.label} | {way.bytes_read / 1e9:.2f} | {1 / found['decode']:.1f} ", end="")
         print(f"| {1 / found['prefill']:.0f} | {found['compile']:.2f} |")
     print(f"| time beside one type | | {ratios['decode']:.2f} | {ratios['prefill']:.2f} | {ratios['compile']:.2f} |")
+
+
+def _times(way: Way, name: str) -> list[float]:
+    """Seconds, or of a decode step those of a byte where the ways are of different sizes."""
+    size = way.bytes_read if flags.FLAGS.file is not None and name == "decode" else 1
+    return [seconds / size for seconds in getattr(way, name)]
 
 
 def _medians(way: Way) -> dict[str, float]:

@@ -38,10 +38,11 @@ class Form:
 
     scheme: str
     group: int
-    peer: str  # scheme and group of the recipe beside it, with float16 scales
+    peer: str  # scheme and group of the recipe beside it
     levels: str | None = None  # scheme of the codes of scales, in groups of `span`
     span: int = 8
     offset: bool = False
+    scale_dtype: Any = np.float16
 
 
 FORMS = {
@@ -76,7 +77,7 @@ def weight(form: Form, count: int, length: int, outputs: int, generator: np.rand
         if scheme.scale_code:
             return np.full((count, groups, outputs), 100 if scheme.scale_code == "e8m0" else 20, np.uint8)
         if form.levels is None:
-            return np.full((count, groups, outputs), 2.0**-8, np.float16)
+            return np.full((count, groups, outputs), 2.0**-8, form.scale_dtype)
         levels = quant.SCHEMES[form.levels]
         outer: Any = np.full((count, groups // form.span, outputs), 2.0**-12, np.float16)
         return quant.QTensor(planes(groups, levels.bits), outer, scheme=levels)
@@ -88,7 +89,7 @@ def weight(form: Form, count: int, length: int, outputs: int, generator: np.rand
 def peer_of(form: Form) -> Form:
     """The recipe that a type is compared with."""
     scheme, group = form.peer.split("-")
-    return Form(scheme, int(group), form.peer)
+    return Form(scheme, int(group), form.peer, scale_dtype=jnp.bfloat16)  # as recipes have it
 
 
 def program(x_RK: jax.Array, stack: Any) -> Callable[[], Any]:

@@ -8,8 +8,8 @@
     programs/NAME.jax       the same for `jax.export.deserialize`, any batch, cache size and prompt length
     weights.safetensors     the arrays that are the programs' first arguments
     golden.safetensors      prompts, the tokens that greedy choice continues them with, logits behind each prompt
-    tokenizer.model         sentencepiece, where the model has one
-    vocabulary.json         the same for runners that have no sentencepiece: pieces, scores, or why that is not enough
+    tokenizer.model         sentencepiece, where the model has one; or tokenizer.json, of the library tokenizers
+    vocabulary.json         the same as tables, for runners without these: how text is split, pieces, scores or merges
     run_jax.py, …           runners of one file each
     targets/                what was compiled or converted for a runtime
 
@@ -48,6 +48,7 @@ from quant import compiler_options, schemes
 
 FORMAT = "llamajax-bundle"
 VERSION = 1
+_TOKENIZER_FILES = {"sentencepiece": "tokenizer.model", "tokenizers": "tokenizer.json"}
 _RUNNERS = Path(__file__).parent / "runners"
 # Programs that have a twin by `jax.export`, and the sizes that are open in it.
 _TWINS = {"prefill": "BST", "decode": "BS"}
@@ -125,14 +126,14 @@ def write(
         made = golden(model, prompts or golden_prompts(model, tokenizer, spec), spec)
         safetensors.numpy.save_file(made, folder / "golden.safetensors")
         if tokenizer is not None and vocabulary is not None:
-            (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+            (folder / _TOKENIZER_FILES[tokenizer.form]).write_bytes(tokenizer.model_bytes)
             (folder / "vocabulary.json").write_text(json.dumps(vocabulary.values, separators=(",", ":")) + "\n")
         for runner in sorted(_RUNNERS.glob("run_*.py")):
             (folder / runner.name).write_text(standalone_runner(runner.name))
         manifest = _manifest(model, tokenizer, spec, programs, arrays, len(made) // 3, source)
         if vocabulary is not None:
             manifest["golden"]["texts"] = vocabulary.texts
-            manifest["tokens"]["refusal"] = vocabulary.values["refusal"]
+            manifest["tokens"] |= {name: vocabulary.values[name] for name in ("refusal", "version")}
         for file in folder.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors makes them its owner's alone
         seal(folder, manifest)
@@ -266,12 +267,15 @@ def read_manifest(path: Path) -> Mapping[str, Any]:
 
 def standalone_runner(name: str) -> str:
     """A runner as one file: what all runners share, with its own text behind."""
-    shared, text, own = ((_RUNNERS / part).read_text(encoding="utf-8") for part in ("runner.py", "text.py", name))
-    return shared.replace(_IMPORT_TEXT, text) + "\n\n" + own.replace("\n" + _IMPORT, "")
+    parts = {part: (_RUNNERS / f"{part}.py").read_text(encoding="utf-8") for part in ("runner", "text", "text_models")}
+    own = (_RUNNERS / name).read_text(encoding="utf-8")
+    text = parts["text"].replace(_IMPORT_MODELS, parts["text_models"])
+    return parts["runner"].replace(_IMPORT_TEXT, text) + "\n\n" + own.replace("\n" + _IMPORT, "")
 
 
 _IMPORT = "from export.runners.runner import main\n"
 _IMPORT_TEXT = "from export.runners.text import Text\n"
+_IMPORT_MODELS = "from export.runners.text_models import MODELS, SPACE, Longest\n"
 
 
 def _twins(model: Llama, spec: Spec) -> dict[str, bytes]:

@@ -8,7 +8,7 @@ import base64
 import functools
 import json
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -72,12 +72,12 @@ def tokenizers_tables(tokenizer: Tokenizer, patterns: Patterns) -> dict[str, Any
 _AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
 
 
-def normalized_text(tokenizer: Tokenizer, text: str) -> str:
+def normalizer_of(tokenizer: Tokenizer) -> Callable[[str], str]:
     """What the normalizer of a tokenizer.json makes of a text: so are some added tokens looked for."""
     import tokenizers
 
     normalizer = tokenizers.Tokenizer.from_str(tokenizer.model_bytes.decode()).normalizer
-    return text if normalizer is None else normalizer.normalize_str(text)
+    return str if normalizer is None else normalizer.normalize_str
 
 
 def _of_bytes(piece: str | None) -> str | None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from export.patterns import Patterns, Unsupported, all_characters, characters_in, ranges_of
 from export.sentencepiece_tables import sentencepiece_tables
-from export.tokenizers_tables import normalized_text, tokenizers_tables
+from export.tokenizers_tables import normalizer_of, tokenizers_tables
 from llamajax import Tokenizer, files
 
 VERSION = 2
@@ -46,6 +46,14 @@ TEXTS = (
     "\x00\x01\x7f\ufffd\ufeff",
     "a" * 100,
     "abababab" * 8 + " " * 40 + "x",
+    "I'm, we'LL, they'Ve; it'\u017f O'Neil 'tis rock'n'roll ''d",
+    "1234567890 12345,678 \u0663\u0664\u0665 \u00b2\u00b3 x2y3z",
+    "a \n b  \n\n  c\r\n\r\n\td \n",
+    "if (x != 0) { y += --z; } // ...?!\n\n",
+    "HTTPServer camelCase UPPER lower \u01c5 \u1f88",
+    "e\u0301\u0327 o\u0308\u0304 \u1100\u1161\u11a8 \uac00\u11a8 \u0958 \u2126\u212b",
+    "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \u0928\u092e\u0938\u094d\u0924\u0947 \u0645\u0631\u062d\u0628\u0627",
+    "\u3053\u3093\u306b\u3061\u306f\u30ab\u30bf\u30ab\u30ca\uff01\u3002\u300c\u5b57\u300d",
 )
 _FROM_PIECES = 12
 _MOST_WHOLE = 16
@@ -90,8 +98,10 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     except Unsupported as error:
         values |= {"refusal": f"its tokenizer {error}", "pieces": [], "pieces_are_bytes": False}
     values |= _bytes_of_ids(tokenizer, values)
-    drawn = [*_texts_of_pieces(tokenizer, _FROM_PIECES), *_around_pieces(tokenizer, values)]
-    texts = [{"text": text, "ids": tokenizer.encode(text)} for text in (*TEXTS, *drawn)]
+    around = _around_pieces(tokenizer, values)
+    drawn = [*_texts_of_pieces(tokenizer, _FROM_PIECES), *around]
+    texts: list[dict[str, Any]] = [{"text": text, "ids": tokenizer.encode(text)} for text in (*TEXTS, *drawn)]
+    texts += [{"text": text, "ids": tokenizer.encode(text, special=True), "special": True} for text in around]
     if values["refusal"] is None:
         values["refusal"] = _difference(values, tokenizer, [*TEXTS, *drawn, *_texts_of_pieces(tokenizer, _DRAWN)])
     return Vocabulary(values, texts)
@@ -100,14 +110,14 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
 def _added(tokenizer: Tokenizer, controls: Sequence[Any], special_hides: bool, patterns: Patterns) -> dict[str, Any]:
     """The added tokens, and the characters that white space and words are made of around some of them."""
     tables: dict[bool, list[list[Any]]] = {False: list(controls), True: []}
+    theirs = tokenizer.form == "tokenizers"
+    # What is looked for behind the normalizer is looked for as the normalizer writes it.
+    normalized = normalizer_of(tokenizer) if theirs and any(token.normalized for token in tokenizer.added) else str
     for token in tokenizer.added:
         bits = sum(bit for name, bit in _BITS.items() if getattr(token, name))
-        # What is looked for behind the normalizer is looked for as the normalizer writes it.
-        late = token.normalized and tokenizer.form == "tokenizers"
-        text = normalized_text(tokenizer, token.text) if late else token.text
+        text = normalized(token.text) if token.normalized else token.text
         if text:
             tables[token.normalized].append([token.id, text, bits])
-    theirs = tokenizer.form == "tokenizers"
     words = any(token.single_word for token in tokenizer.added)
     return {
         "early": tables[False],
@@ -127,16 +137,12 @@ def _word_characters(of_library: bool) -> tuple[int, ...]:
     """What a token that stands by itself alone may not touch, for the library or for `llamajax.tokenizer`."""
     if not of_library:
         return ranges_of(characters_in("".join(c for c in all_characters() if c.isalnum() or c == "_")))
-    import tokenizers
+    from tokenizers import pre_tokenizers
 
-    # Each character before a token of this kind: it stays part of the text where it makes words.
-    token = "\ue000"
-    library = tokenizers.Tokenizer(tokenizers.models.BPE())
-    library.add_tokens([tokenizers.AddedToken(token, single_word=True, normalized=False)])
-    others = all_characters().replace(token, "")
-    ends = library.encode("".join(f"{character}{token} " for character in others), add_special_tokens=False).offsets
-    found = {begin // 3 for begin, _ in ends}
-    return ranges_of(characters_in("".join(c for index, c in enumerate(others) if index not in found)))
+    # Its pre-tokenizer Whitespace splits between words and others, by the same regular expression \w.
+    runs = pre_tokenizers.Whitespace().pre_tokenize_str
+    words = [run for run, _ in runs(all_characters()) if len(runs("a" + run[0])) == 1]
+    return ranges_of(characters_in("".join(words)))
 
 
 def _bytes_of_ids(tokenizer: Tokenizer, values: dict[str, Any]) -> dict[str, Any]:

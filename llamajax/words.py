@@ -162,6 +162,15 @@ def is_carried(name: str) -> bool:
     return name in CARRIED_FILES or _NAMED_TEMPLATE.fullmatch(name) is not None
 
 
+def sampling_in_range(name: str, value: float) -> bool:
+    """Whether `sampling.make_sampler` takes the value; it says what it expects of one that a user gives."""
+    if name == "temperature":
+        return value == 0 or 1e-4 <= value < 1e30
+    if name == "top_k":
+        return 1 <= value <= 1 << 30
+    return 0 < value <= (1 if name in ("top_p", "min_p") else 1e30)
+
+
 def _check_text(name: str, value: Any) -> None:
     # JSON can spell halves of a character (surrogates), which are no text.
     if not isinstance(value, str) or not value or any("\ud800" <= character <= "\udfff" for character in value):

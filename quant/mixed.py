@@ -11,7 +11,7 @@ import numpy as np
 
 from quant.kernels import Layout
 from quant.qtensor import QTensor
-from quant.weight import Weight, by_row, inside, is_weight, layer_of, product, values, view
+from quant.weight import Weight, by_row, inside, is_weight, layer_of, nbytes, product, values, view
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["stacks", "layer"], meta_fields=["types", "axis"])
@@ -76,7 +76,7 @@ class Mixed(Weight):
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return sum(stack.nbytes for stack in self.stacks)
+        return sum(map(nbytes, self.stacks))
 
     @property
     def places(self) -> tuple[int, ...]:

@@ -530,14 +530,14 @@ def _write_unknown(path: Path, kind: str) -> None:
         path.mkdir()
         (path / "pytorch_model.bin").write_bytes(pickle.dumps(_Touch(path.with_name("executed"))))
     else:
-        contents = {"GGUF": b"GGUF\x03\0\0\0" + bytes(64), "empty": b"", "text": b"To whom it may concern:\n" * 9}
+        contents = {"ggml": b"tjgg\x03\0\0\0" + bytes(64), "empty": b"", "text": b"To whom it may concern:\n" * 9}
         path.write_bytes(contents[kind])
 
 
 @pytest.mark.parametrize(
     ("kind", "found"),
     [
-        ("GGUF", "GGUF, which is not read"),
+        ("ggml", "ggml's format before GGUF, which is not read"),
         ("zip", "a zip or .pth file, which is not read"),
         ("pickle", "a pickle, which is not read"),
         ("empty", "an empty file"),
@@ -552,8 +552,8 @@ def test_unknown_formats(kind: str, found: str, tmp_path: Path) -> None:
     with pytest.raises(LlamaJaxError) as caught:
         open_checkpoint(path)
     expected = (
-        "a llamajax checkpoint (manifest.json), a Hugging Face folder (config.json and safetensors) or a llama2.c file "
-        "(version 0, 1 or 2)"
+        "a llamajax checkpoint (manifest.json), a Hugging Face folder (config.json and safetensors), a GGUF file or a "
+        "llama2.c file (version 0, 1 or 2)"
     )
     assert str(caught.value) == f"{path}: unknown format ({found}): expected {expected}"
     assert not (tmp_path / "executed").exists()

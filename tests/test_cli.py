@@ -345,7 +345,10 @@ def test_overview_names_every_command(capsys) -> None:
 
 # ---- Which commands there are ----------------------------------------------------------------------------------------
 
-IN_ORDER = ["generate", "inspect", "convert", "quantize", "eval", "bench", "train", "export", "verify", "run"]
+IN_ORDER = (
+    *("generate", "chat", "inspect", "tokenize", "convert", "quantize", "eval", "bench", "train"),
+    *("export", "verify", "run"),
+)
 TRANSLATE = """
 SUMMARY, EXAMPLES = "say it in another language", ("llamajax translate",)
 def define(values): pass
@@ -374,8 +377,8 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_overview_has_our_commands_in_this_order(capsys) -> None:
     out = run(capsys, "--help")[1]
-    assert list(COMMANDS) == IN_ORDER
-    assert [line.split()[0] for line in out.split("\n\n")[2].splitlines()] == IN_ORDER
+    assert tuple(COMMANDS) == IN_ORDER
+    assert [line.split()[0] for line in out.split("\n\n")[2].splitlines()] == list(IN_ORDER)
 
 
 def test_commands_are_found_by_installed_metadata(tmp_path: Path, monkeypatch) -> None:
@@ -385,7 +388,7 @@ def test_commands_are_found_by_installed_metadata(tmp_path: Path, monkeypatch) -
     (tmp_path / "pyproject.toml").write_text("[project]\nname = 'theirs'\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
     found = find_commands(tmp_path)
-    assert list(found) == IN_ORDER and {name: command.module for name, command in found.items()} == modules
+    assert tuple(found) == IN_ORDER and {name: command.module for name, command in found.items()} == modules
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     assert find_commands(tmp_path) == {}
 

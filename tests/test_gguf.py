@@ -319,7 +319,6 @@ def test_parts_that_do_not_belong_together(tmp_path: Path) -> None:
         ({"llama.feed_forward_length": [512, 256]}, "feed_forward_length differs between layers"),
         ({"llama.context_length": "long"}, "context_length is 'long': expected a whole number"),
         ({"general.quantization_version": np.uint32(1)}, "general.quantization_version is 1, which is not read"),
-        ({"general.sampling.temp": "warm"}, "general.sampling.temp is 'warm': expected a finite number"),
     ],
 )
 def test_keys_that_ask_for_something_else(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -386,6 +385,27 @@ def test_sampling_defaults(tmp_path: Path) -> None:
         "min_p": 0.05,
         "repetition_penalty": 1.1,
     }
+    assert opened.notes == ()
+
+
+def test_sampling_that_is_not_followed_is_said(tmp_path: Path) -> None:
+    changes = {
+        "general.sampling.temp": np.float32(-1),
+        "general.sampling.top_k": np.int32(0),
+        "general.sampling.top_p": "most",
+        "general.sampling.penalty_repeat": np.float32(1.2),
+        "general.sampling.penalty_last_n": np.int32(64),
+        "general.sampling.mirostat": np.int32(2),
+        "general.sampling.xtc_threshold": np.float32(0.1),
+    }
+    path = write(tmp_path / "m.gguf", metadata=changes).path
+    opened = open_checkpoint(path)
+    assert dict(opened.words.sampling) == {"temperature": 0, "repetition_penalty": 1.2}
+    assert opened.notes == (
+        f"{path}: general.sampling.top_p is 'most': left out",
+        f"{path}: general.sampling.mirostat is 2, which is not done",
+        f"{path}: general.sampling.penalty_last_n is 64, which is not done",
+    )
 
 
 # ---- RoPE factors ----------------------------------------------------------------------------------------------------

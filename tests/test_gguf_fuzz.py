@@ -2,8 +2,10 @@
 
 import json
 import pickle
+import struct
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import pytest
 import sentencepiece
 
 import llamajax
-from llamajax import Tokenizer, open_checkpoint
+from llamajax import LlamaJaxError, Tokenizer, open_checkpoint
+from llamajax.checkpoint.gguf.container import open_gguf
 from tests.gguf_files import Kind, blocks, metadata_of, shapes
 from tests.gguf_mutations import Document
 
@@ -129,3 +132,136 @@ def test_mutations(count: int, tiny_tokenizer: Tokenizer, tmp_path: Path) -> Non
     counts = json.loads(done.stdout.splitlines()[-1])
     assert counts["refused"] + counts["loaded"] == count
     assert counts["refused"] > count // 3 and counts["loaded"] > count // 20
+
+
+# ---- Forgeries -------------------------------------------------------------------------------------------------------
+
+
+def _head(num_tensors: int, num_keys: int) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, num_tensors, num_keys)
+
+
+def _text(text: bytes, length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(text) if length is None else length) + text
+
+
+def _key(name: bytes, kind: int, value: bytes) -> bytes:
+    return _text(name) + struct.pack("<I", kind) + value
+
+
+def _array(kind: int, count: int, values: bytes = b"") -> bytes:
+    return struct.pack("<IQ", kind, count) + values
+
+
+def _tensor(name: bytes, sizes: tuple[int, ...], kind: int, offset: int) -> bytes:
+    return _text(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, kind, offset)
+
+
+_DEEP = _array(9, 1) * 5 + _array(0, 1, b"\0")
+_TWO = _tensor(b"a", (64,), 0, 0) + _tensor(b"b", (64,), 0, 0)
+
+FORGERIES = {
+    "shorter than a header": (b"GGUF\3\0\0\0", "8 bytes: expected a GGUF file"),
+    "tensors without end": (_head(1 << 63, 0), "9223372036854775808 tensors and 0 keys in 424 bytes: expected fewer"),
+    "keys without end": (_head(0, (1 << 64) - 1), "keys in 424 bytes: expected fewer"),
+    "more keys than bytes": (_head(0, 60), "0 tensors and 60 keys in 424 bytes: expected fewer"),
+    "a key without a name": (_head(0, 1) + _key(b"", 0, b"\0"), "a key's name has 0 bytes"),
+    "a key's name without end": (_head(0, 1) + _text(b"k", 1 << 40), "a key's name has 1099511627776 bytes"),
+    "a key's name that is no text": (_head(0, 1) + _key(b"\xff", 0, b"\0"), "expected UTF-8 text"),
+    "a key twice": (_head(0, 2) + _key(b"k", 0, b"\0") * 2, "key 'k' is there twice"),
+    "a type that is none": (_head(0, 1) + _key(b"k", 13, b""), "'k' is of type 13: expected one from 0 to 12"),
+    "a bool of 2": (_head(0, 1) + _key(b"k", 7, b"\2"), "'k' is a bool of 2: expected 0 or 1"),
+    "bools of 2": (_head(0, 1) + _key(b"k", 9, _array(7, 2, b"\1\2")), "'k' has bools of 2"),
+    "a string without end": (_head(0, 1) + _key(b"k", 8, _text(b"", 1 << 62)), "'k' has 4611686018427387904 bytes"),
+    "an array without end": (_head(0, 1) + _key(b"k", 9, _array(4, 1 << 61)), "'k' has 2305843009213693952 elements"),
+    "strings without end": (_head(0, 1) + _key(b"k", 9, _array(8, 1 << 40)), "'k' has 1099511627776 elements"),
+    "a string of an array without end": (
+        _head(0, 1) + _key(b"k", 9, _array(8, 2, _text(b"a") + _text(b"", 1 << 50))),
+        "bytes behind the file: truncated or damaged",
+    ),
+    "an array of no text": (
+        _head(0, 1) + _key(b"tokenizer.k", 9, _array(8, 2, _text(b"a") + _text(b"\xc0"))),
+        "element 1 is .*: expected UTF-8 text",
+    ),
+    "arrays in arrays": (_head(0, 1) + _key(b"k", 9, _DEEP), "arrays in arrays, 5 deep: expected 4 at most"),
+    "arrays of what is no type": (_head(0, 1) + _key(b"k", 9, _array(13, 1)), "'k' has elements of type 13"),
+    "an alignment of 24": (
+        _head(0, 1) + _key(b"general.alignment", 4, struct.pack("<I", 24)),
+        "general.alignment is 24: expected a power of two",
+    ),
+    "an alignment of 0": (_head(0, 1) + _key(b"general.alignment", 4, bytes(4)), "general.alignment is 0"),
+    "an alignment of another type": (_head(0, 1) + _key(b"general.alignment", 8, _text(b"32")), "alignment is '32'"),
+    "tensors of one name": (_head(2, 0) + _tensor(b"a", (64,), 0, 0) * 2, "tensor 'a' is there twice"),
+    "tensors over each other": (_head(2, 0) + _TWO, "tensors 'a' and 'b' overlap"),
+    "a tensor behind the end": (_head(1, 0) + _tensor(b"a", (64,), 0, 1 << 40), "tensor 'a' ends at byte"),
+    "a tensor at the largest place": (_head(1, 0) + _tensor(b"a", (64,), 0, (1 << 64) - 32), "tensor 'a' ends at byte"),
+    "a tensor at no place of the alignment": (_head(1, 0) + _tensor(b"a", (8,), 0, 4), "expected a multiple of the"),
+    "a tensor too large": (_head(1, 0) + _tensor(b"a", (1 << 40, 1 << 40), 0, 0), "tensor 'a' ends at byte"),
+    "a tensor of the largest sizes": (_head(1, 0) + _tensor(b"a", ((1 << 64) - 1,) * 4, 0, 0), "ends at byte"),
+    "a tensor of five axes": (_head(1, 0) + _tensor(b"a", (1, 1, 1, 1, 1), 0, 0), "tensor 'a' has 5 axes"),
+    "a tensor of no axes": (_head(1, 0) + _tensor(b"a", (), 0, 0), "tensor 'a' has 0 axes"),
+    "rows that are no blocks": (
+        _head(1, 0) + _tensor(b"a", (33,), 2, 0),
+        "rows of 33 in Q4_0: expected a multiple of 32",
+    ),
+    "a type of the future": (_head(1, 0) + _tensor(b"a", (32,), 500, 0), "tensor 'a': ggml type 500: expected one of"),
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_forgeries(name: str, tmp_path: Path) -> None:
+    data, message = FORGERIES[name]
+    path = tmp_path / "forged.gguf"
+    path.write_bytes(data if len(data) < 24 else data + bytes(424 - len(data)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(LlamaJaxError, match=message):
+            open_gguf(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_every_truncation_is_refused_or_whole(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Cut at every place of the header, and at some of the tensors."""
+    path = tmp_path / "cut.gguf"
+    data = document(_sentencepiece(tiny_tokenizer), {"": Kind.Q8_0}).bytes()
+    path.write_bytes(data)
+    header = min(tensor.start for tensor in open_gguf(path).tensors.values())
+    for length in [*range(0, 700), *range(700, header, 97), *range(header, len(data) - 32, 2503)]:
+        path.write_bytes(data[:length])
+        with pytest.raises(LlamaJaxError):
+            open_gguf(path)
+
+
+def test_more_strings_than_any_vocabulary(tmp_path: Path) -> None:
+    """Each takes six times its bytes in memory, so that their number is limited, whatever the file holds."""
+    count = (1 << 21) + 1
+    path = tmp_path / "strings.gguf"
+    path.write_bytes(_head(0, 1) + _key(b"k", 9, _array(8, count, bytes(8 * count))))
+    with pytest.raises(LlamaJaxError, match="'k': 2097153 strings: expected at most 2097152"):
+        open_gguf(path)
+
+
+def test_a_vocabulary_of_another_size_is_no_tokenizer(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The weights are read; whoever needs a tokenizer is told why there is none, and not given one beside."""
+    path = tmp_path / "m.gguf"
+    for change, message in (
+        (
+            lambda words: words | {"tokenizer.ggml.tokens": words["tokenizer.ggml.tokens"][:-20]},
+            "its vocabulary cannot",
+        ),
+        (lambda words: words | {"tokenizer.ggml.scores": words["tokenizer.ggml.scores"][:-1]}, "its vocabulary cannot"),
+        (lambda words: words | {"tokenizer.ggml.new_rule": True}, "tokenizer.ggml.new_rule"),
+        (lambda words: words | {"tokenizer.ggml.model": "wordpiece"}, "tokenizer.ggml.model is 'wordpiece'"),
+    ):
+        path.write_bytes(document(change(_sentencepiece(tiny_tokenizer)), {}).bytes())
+        (tmp_path / "tokenizer.model").write_bytes(tiny_tokenizer.model_bytes)
+        opened = open_checkpoint(path)
+        assert opened.tokenizer_problem is not None and message in opened.tokenizer_problem
+        assert llamajax.checkpoint.read_tokenizer(opened) is None
+        assert opened.read(shardings="host") is not None
+        assert llamajax.checkpoint.read_tokenizer(opened, tmp_path / "tokenizer.model") is not None
+    opened = open_checkpoint(path, ignore_keys=["tokenizer.ggml.model"])
+    assert opened.tokenizer_problem is None

@@ -164,7 +164,6 @@ _INT4 = make("int4", (64, 4), 32, -2)
     [
         (dataclasses.replace(_INT4, scheme=quant.SCHEMES["nf4"]), "nf4 codes are looked up in a table"),
         (make("int3", (64, 4), 32, -2), "its codes of 3 bits are in 2 planes"),
-        (dataclasses.replace(_INT4, scale=_INT4), "its scales are in codes of their own"),
         (dataclasses.replace(_INT4, order=jnp.arange(64)[:, None]), "its groups are of reordered inputs"),
         (dataclasses.replace(_INT4, outlier=_INT4.scale), "it has outlier channels"),
     ],

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import quant
 from quant import QTensor
-from quant.kernels import cpu
+from quant.kernels import cpu, gpu
 from tests.fuzz import fuzz
 from tests.test_packing import arrays_of, decode
 
@@ -179,24 +179,45 @@ def test_a_scale_for_the_whole_second_level_is_broadcast() -> None:
 @pytest.mark.parametrize("name", ["Q2_K", "Q4_K", "MXFP4"])
 def test_one_row_writes_no_floats(name: str) -> None:
     """Neither weights nor scales: the program's temporaries are small beside what is packed."""
-    weight = jax.eval_shape(lambda: made_shape(name))
+    weight = jax.eval_shape(lambda: zeros(name, 2048, 2048))
     tiled = jax.eval_shape(cpu.layout, weight)
     program = jax.jit(quant.product).lower(jax.ShapeDtypeStruct((1, 2048), jnp.float32), tiled).compile()
     assert program.memory_analysis().temp_size_in_bytes < 2048 * 2048 / 8
 
 
-def made_shape(name: str) -> QTensor:
-    """A weight of 2048 by 2048 in a type's form, of zeros."""
+def zeros(name: str, K: int, outputs: int) -> QTensor:
+    """A weight [K, outputs] in a type's form."""
     scheme, group, levels, has_offset, _ = FORMS[name]
     kind = quant.SCHEMES[scheme]
 
     def scales() -> Any:
         if kind.scale_code:
-            return jnp.zeros((2048 // group, 2048), jnp.uint8)
+            return jnp.zeros((K // group, outputs), jnp.uint8)
         if levels is None:
-            return jnp.zeros((2048 // group, 2048), jnp.float16)
-        inner, outer = quant.SCHEMES[levels[0]], jnp.zeros((2048 // group // levels[1], 2048), jnp.float16)
-        return QTensor.from_codes(jnp.zeros((2048 // group, 2048), jnp.uint8), outer, inner)
+            return jnp.zeros((K // group, outputs), jnp.float16)
+        inner, outer = quant.SCHEMES[levels[0]], jnp.zeros((K // group // levels[1], outputs), jnp.float16)
+        return QTensor.from_codes(jnp.zeros((K // group, outputs), jnp.uint8), outer, inner)
 
     offset = scales() if has_offset else None
-    return QTensor.from_codes(jnp.zeros((2048, 2048), jnp.uint8), scales(), kind, offset=offset)
+    return QTensor.from_codes(jnp.zeros((K, outputs), jnp.uint8), scales(), kind, offset=offset)
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q4_1"])
+def test_on_a_gpu_two_levels_become_one(name: str) -> None:
+    """So that the kernel takes them; compiled for the interpreter."""
+    weight, arrays = made(name, 1, 64, -1)
+    laid_out = gpu.layout(weight)
+    np.testing.assert_array_equal(quant.dequantize(laid_out.restore()), quant.dequantize(weight))
+    x_RK = np.random.default_rng(1).standard_normal((3, 256)).astype(np.float32)
+    assert gpu.uses_kernel(laid_out, 3)
+    check(gpu.matmul(jnp.asarray(x_RK), laid_out, interpret=True), x_RK, *dense(weight, arrays))
+
+
+@pytest.mark.parametrize("backend", ["gpu", "tpu"])
+def test_other_backends_say_which_product_they_take(backend: str) -> None:
+    """What has no layout there is multiplied by the reference, with a reason that people are shown."""
+    laid_out = {"gpu": {"Q4_0", "Q4_1", "Q8_0", "Q2_K", "Q4_K", "TQ2_0"}, "tpu": {"Q4_0", "Q8_0"}}[backend]
+    for name in FORMS:
+        weight = jax.eval_shape(lambda name=name: zeros(name, 512, 32))
+        (said,) = quant.lowerings(weight, backend)
+        assert said == f"{backend} layout" if name in laid_out else said.startswith("reference: "), (name, said)

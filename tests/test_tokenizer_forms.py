@@ -125,7 +125,7 @@ def test_llama2c_s_own_file(shared: Path) -> None:
     ours, theirs = Tokenizer.from_file(folder / "tok512.bin"), Tokenizer.from_file(folder / "tok512.model")
     assert [ours.token_bytes(i) for i in range(1, 512)] == [theirs.token_bytes(i) for i in range(1, 512)]
     for text in random_texts(300):
-        text = " ".join(text.split())
+        text = " ".join(text.replace("▁", " ").split())
         assert ours.encode(text) == theirs.encode(text), text
 
 

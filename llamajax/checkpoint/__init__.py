@@ -195,7 +195,7 @@ def load(
     `Opened.tokenizer_problem`).
 
     Args:
-        name: path of a checkpoint (llamajax, Hugging Face or llama2.c), or "box" for the model in the package.
+        name: path of a checkpoint (llamajax, Hugging Face, GGUF or llama2.c), or "box" for the model in the package.
         tokenizer: path of a `tokenizer.model`, `tokenizer.json` or `tokenizer.bin`; the one that came with the
             checkpoint unless given.
         dtype: of the weights, for example `jax.numpy.float32`; as stored unless given.
@@ -338,7 +338,8 @@ def _first_look(path: Path) -> str:
         return f"a folder with {', '.join(names)}" if names else "an empty folder"
     with open_regular(path) as file:
         head = file.read(8)
-    known = {b"PK\x03\x04": "a zip or .pth file", b"\x80": "a pickle", b"ggjt": "ggml"}
+    known = {b"PK\x03\x04": "a zip or .pth file", b"\x80": "a pickle"}
+    known |= dict.fromkeys((b"tjgg", b"fmgg", b"lmgg"), "ggml's format before GGUF")
     for magic, kind in known.items():
         if head.startswith(magic):
             return f"{kind}, which is not read"

@@ -16,7 +16,7 @@ from typing import Any
 from llamajax.errors import LlamaJaxError
 from llamajax.files import parse_json, read_bytes, shortened
 from llamajax.tokenizer import LARGEST_TOKENIZER, Tokenizer, file_name, is_sentencepiece
-from llamajax.words import CARRIED_FILES, SAMPLING, AddedToken, Words, is_carried
+from llamajax.words import CARRIED_FILES, SAMPLING, AddedToken, Words, is_carried, sampling_in_range
 
 # What generation_config.json may ask for that is not done, and the values that ask for nothing.
 _NOT_DONE: dict[str, tuple[Any, ...]] = {
@@ -270,7 +270,7 @@ def _sampling(file: Path, asked: dict[str, Any], notes: list[str]) -> dict[str, 
             continue
         whole = isinstance(value, int) and not isinstance(value, bool)
         finite = isinstance(value, float) and math.isfinite(value)
-        if not (whole or (finite and name != "top_k")) or not _in_range(name, value):
+        if not (whole or (finite and name != "top_k")) or not sampling_in_range(name, value):
             notes.append(f"{file}: {name} is {shortened(value)}: left out")
             continue
         sampling[name] = value
@@ -280,15 +280,6 @@ def _sampling(file: Path, asked: dict[str, Any], notes: list[str]) -> dict[str, 
         if asked.get(name) not in (None, *neutral, [], {})
     ]
     return sampling
-
-
-def _in_range(name: str, value: float) -> bool:
-    """Whether `sampling.make_sampler` takes the value; it says what it expects of one that a user gives."""
-    if name == "temperature":
-        return value == 0 or 1e-4 <= value < 1e30
-    if name == "top_k":
-        return 1 <= value <= 1 << 30
-    return 0 < value <= (1 if name in ("top_p", "min_p") else 1e30)
 
 
 # ---- Writing --------------------------------------------------------------------------------------------------------

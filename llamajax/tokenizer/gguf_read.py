@@ -84,7 +84,7 @@ def from_metadata(metadata: Mapping[str, Any]) -> tuple[bytes | None, Words, fro
     if left:
         raise LlamaJaxError(
             f"{shortened(left[0])} is {shortened(metadata[left[0]])}: a key of the tokenizer that is not known: "
-            "whether it changes ids cannot be said"
+            f"whether it changes ids cannot be said: give --ignore_key={shortened(left[0])[1:-1]} if it does not"
         )
     return data, words, frozenset(key for key in metadata if key.startswith(PREFIX))
 
@@ -111,7 +111,7 @@ class _Keys:
         value = self.value(name)
         if value is None:
             return otherwise
-        if value not in (False, True):
+        if not isinstance(value, int) or value not in (False, True):
             raise self._wrong(name, value, "true or false")
         return bool(value)
 
@@ -139,15 +139,15 @@ class _Keys:
             return list(value)
         return [self._decoded(name, each) for each in value]
 
-    def numbers(self, name: str, length: int, otherwise: Any) -> list[Any] | None:
-        """An array of at least `length` numbers, of which so many."""
+    def numbers(self, name: str, length: int | None, otherwise: Any) -> list[Any] | None:
+        """An array of at least `length` numbers, of which so many; all for None."""
         value = self.value(name)
         if value is None:
             return otherwise
         listed = value.tolist() if hasattr(value, "tolist") else value
         if not isinstance(listed, list | tuple) or not set(map(type, listed)) <= {int, float, bool}:
             raise self._wrong(name, value, "an array of numbers")
-        if len(listed) < length:
+        if length is not None and len(listed) < length:
             raise LlamaJaxError(f"tokenizer.{name} has {len(listed)} values for {length} tokens: expected one for each")
         return list(listed[:length])
 
@@ -292,7 +292,7 @@ def _sentencepiece(
     if types.count(BYTE) not in (0, 256):
         raise LlamaJaxError(f"tokenizer.ggml.token_type has {types.count(BYTE)} bytes: expected 256 or none")
     prefix = keys.flag("ggml.add_space_prefix", _KINDS[model].dummy_prefix)
-    charsmap = keys.numbers("ggml.precompiled_charsmap", 0, None)
+    charsmap = keys.numbers("ggml.precompiled_charsmap", None, None)
     pieces = [
         token.replace(" ", "▁") if one == USER_DEFINED else token for token, one in zip(tokens, types, strict=True)
     ]
@@ -310,17 +310,14 @@ def _sentencepiece(
         kind=BPE if model == "llama" else UNIGRAM,
         dummy_prefix=prefix,
         remove_extra_whitespaces=keys.flag("ggml.remove_extra_whitespaces", False),
-        charsmap=_bytes_of("ggml.precompiled_charsmap", keys, charsmap),
+        charsmap=_bytes_of("ggml.precompiled_charsmap", charsmap or []),
     )
     # llama.cpp puts the space behind every token that it found in the text.
     return data, "always" if prefix else "never"
 
 
-def _bytes_of(name: str, keys: _Keys, values: list[Any] | None) -> bytes:
+def _bytes_of(name: str, values: list[Any]) -> bytes:
     """An array of 8-bit numbers, signed or not, as bytes."""
-    if values is None:
-        value = keys.value(name)
-        return bytes(value) if isinstance(value, bytes) else b""
     if not all(isinstance(value, int) and -128 <= value < 256 for value in values):
         raise LlamaJaxError(f"tokenizer.{name}: expected an array of bytes")
     return bytes(value & 255 for value in values)

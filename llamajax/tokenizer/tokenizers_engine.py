@@ -6,6 +6,7 @@ one, so that text can be streamed: by the file's decoder, of which there are two
 bytes (GPT-2's table) and pieces with ▁ for a space.
 """
 
+import base64
 import json
 import re
 import threading
@@ -50,7 +51,7 @@ class TokenizersEngine:
         if not 0 < self.size <= _LARGEST_ID:
             raise EngineError(f"a tokenizer.json whose ids end at {self.size - 1}: expected 0 to {_LARGEST_ID - 1}")
         before, behind = _template(parts["post_processor"])
-        self.bos_id, self.eos_id = (self._one(ids, where) for ids, where in ((before, "before"), (behind, "behind")))
+        self.bos_id, self.eos_id = self._one(before, "before"), self._one(behind, "behind")
         self.add_bos, self.add_eos = self.bos_id is not None, self.eos_id is not None
         unknown = getattr(self._library.model, "unk_token", None)
         self.unk_id = None if not isinstance(unknown, str) else self.id_of(unknown)
@@ -97,6 +98,8 @@ class TokenizersEngine:
         """The id that a post-processor puts before, or behind, a text."""
         if len(ids) > 1:
             raise EngineError(f"a tokenizer.json that puts {len(ids)} tokens {where} every text: expected at most one")
+        if ids and not 0 <= ids[0] < self.size:
+            raise EngineError(f"a tokenizer.json that puts {ids[0]} {where} every text: expected an id of its own")
         return ids[0] if ids else None
 
     def _add_tokens(self, words: Words) -> None:
@@ -188,11 +191,17 @@ def _template(state: Any) -> tuple[list[int], list[int]]:
     for step in steps_of(state, "processors"):
         if step.get("type") == "TemplateProcessing":
             where = before
-            for piece in step["single"]:
+            tokens = step.get("special_tokens", {})
+            for piece in step.get("single", []):
                 if "Sequence" in piece:
                     where = behind
-                else:
-                    where += step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+                    continue
+                named = tokens.get(piece["SpecialToken"]["id"])
+                if named is None:
+                    raise EngineError(
+                        f"a tokenizer.json whose post-processor names {shortened(piece)}: expected a token"
+                    )
+                where += named["ids"]
         elif step.get("type") != "ByteLevel":
             raise EngineError(
                 f"a tokenizer.json with the post-processor {shortened(step.get('type'))}: expected "
@@ -233,10 +242,28 @@ def _read(data: bytes) -> Any:
     """
     import tokenizers  # here, because a machine for measuring may be without (benchmarks/device.py)
 
+    if b'"Precompiled"' in data:
+        _check_charsmaps(data)
     library = _guarded(lambda: tokenizers.Tokenizer.from_buffer(data))
     library.no_padding()
     library.no_truncation()
+    if getattr(library.model, "dropout", None) is not None:
+        library.model.dropout = None  # for training, too: ids would be drawn
     return library
+
+
+def _check_charsmaps(data: bytes) -> None:
+    """Refuses damaged tables of normalizers, of which the library panics, and says so on standard error.
+
+    Raises:
+        EngineError: for them.
+    """
+    from tokenizers import normalizers
+
+    value = _guarded(lambda: json.loads(data))
+    steps = _guarded(lambda: list(steps_of(value.get("normalizer"), "normalizers")))
+    for table in (step["precompiled_charsmap"] for step in steps if "precompiled_charsmap" in step):
+        _guarded(lambda table=table: normalizers.Precompiled(base64.b64decode(table)))
 
 
 def _guarded(work: Any) -> Any:

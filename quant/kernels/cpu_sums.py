@@ -128,9 +128,11 @@ def _value(byte: jax.Array, slot: int, scheme: Scheme) -> jax.Array:
     is chosen bit by bit.
     """
     if scheme.codebook == E2M1:
+        # Products: shifts would be guarded, see `_factors`.
         word = byte.astype(jnp.uint16)
-        size, sign = (word << np.uint16(9 - 4 * slot)) & np.uint16(0x0E00), word << np.uint16(12 - 4 * slot)
-        return jax.lax.bitcast_convert_type(size | sign & np.uint16(0x8000), jnp.float16).astype(jnp.float32)
+        size, sign = word * np.uint16(1 << 9 - 4 * slot), word * np.uint16(1 << 12 - 4 * slot)
+        bits = size & np.uint16(0x0E00) | sign & np.uint16(0x8000)
+        return jax.lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
     code = byte.astype(jnp.int32) & (15 << 4 * slot)
     if scheme.kind == "iq4_nl":
         constant, *factors = (factor * 16.0 ** (-slot * i) for i, factor in enumerate(IQ4_NL_POLYNOMIAL))

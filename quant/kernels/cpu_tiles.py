@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from quant.packing import pack, unpack
+from quant.packing import merge_groups, pack, plane_bits, split_groups
 from quant.qtensor import Plane, QTensor, dequantize
 from quant.scheme import SCHEMES, Scheme
 
@@ -106,10 +106,22 @@ def _compact_plane(plane: Plane, weight: QTensor, xp: types.ModuleType) -> Plane
 
 def _codes(plane: QTensor, weight: QTensor, xp: types.ModuleType) -> Any:
     """Codes of a second level, uint8 for every group and output; those of int8 for all signed ones."""
-    codes = xp.asarray(unpack(plane.planes, plane.scheme.bits, plane.group_size, axis=plane.axis))
+    codes = _unpacked(plane, xp)
     if plane.scheme.kind == "int":
         codes = codes + xp.uint8(SCHEMES["int8"].bias - plane.scheme.bias)
     return _broadcast(codes, weight, xp)
+
+
+def _unpacked(plane: QTensor, xp: types.ModuleType) -> Any:
+    """`unpack` by NumPy too: nothing is compiled while a model is loaded."""
+    codes: Any = None
+    first_bit = 0
+    for packed, width in zip(plane.planes, plane_bits(plane.scheme.bits), strict=True):
+        bytes_CnM = split_groups(packed, plane.group_size * width // 8, plane.axis)
+        runs = [bytes_CnM >> xp.uint8(slot * width) & xp.uint8(2**width - 1) for slot in range(8 // width)]
+        part_CgM = xp.concatenate(runs, axis=plane.axis) << xp.uint8(first_bit)
+        codes, first_bit = part_CgM if codes is None else codes | part_CgM, first_bit + width
+    return merge_groups(codes, plane.axis)
 
 
 def _of_bytes(plane: QTensor, codes: Any, weight: QTensor, xp: types.ModuleType) -> QTensor:

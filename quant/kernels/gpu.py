@@ -16,6 +16,7 @@ copy (benchmarks/NOTES.md). Compiled ahead of time for A100 and H100.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,8 +114,6 @@ def refusal(weight: QTensor) -> str | None:
         return f"{weight.scheme.name} codes are looked up in a table"
     if len(weight.planes) > 1:
         return f"its codes of {weight.scheme.bits} bits are in {len(weight.planes)} planes"
-    if isinstance(weight.scale, QTensor) or isinstance(weight.offset, QTensor):
-        return "its scales are in codes of their own"
     if weight.order is not None:
         return "its groups are of reordered inputs"
     if weight.outlier is not None:
@@ -123,7 +122,7 @@ def refusal(weight: QTensor) -> str | None:
 
 
 def layout(weight: QTensor) -> GpuWeight:
-    """Lays a weight out for a GPU: as it is with `axis=-2`, transposed with -1.
+    """Lays a weight out for a GPU: as it is with `axis=-2`, transposed with -1; scales of two levels become float32.
 
     Raises:
         ValueError: for a weight that `refusal` says no to.
@@ -137,11 +136,17 @@ def layout(weight: QTensor) -> GpuWeight:
         # One scale for the tensor becomes one for each output.
         return jnp.broadcast_to(plane_XM, (*plane_XM.shape[:-1], outputs))
 
-    return GpuWeight(dataclasses.replace(jax.tree.map(place, weight), axis=-2), axis=weight.axis)
+    levels: dict[str, Any] = {
+        name: dequantize(plane)
+        for name, plane in (("scale", weight.scale), ("offset", weight.offset))
+        if isinstance(plane, QTensor)
+    }
+    columns = jax.tree.map(place, dataclasses.replace(weight, **levels))
+    return GpuWeight(dataclasses.replace(columns, axis=-2), axis=weight.axis)
 
 
 def restore(weight: GpuWeight) -> QTensor:
-    """The weight as it was before `layout`, one layer of it if `layer` is given."""
+    """The weight as it was before `layout`, one layer of it if `layer` is given; scales are of one level."""
     columns = weight.sliced().columns
     if weight.axis == -2:
         return columns

@@ -13,7 +13,7 @@ from llamajax.checkpoint.gguf.header import is_whole
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
 from llamajax.files import shortened
-from llamajax.words import SAMPLING
+from llamajax.words import SAMPLING, sampling_in_range
 
 # Our field for each key that says one.
 _FIELDS = {
@@ -72,6 +72,7 @@ _SAMPLING = {
     "general.sampling.min_p": "min_p",
     "general.sampling.penalty_repeat": "repetition_penalty",
 }
+_OFF = ("top_k", "min_p")  # by 0 or less
 # Where other keys that are known begin: descriptions, how a file was made.
 _DESCRIPTIONS = ("general.", "quantize.", "split.", "imatrix.", "training.")
 
@@ -187,17 +188,34 @@ def check_quantization(path: Any, metadata: Mapping[str, Any]) -> None:
         )
 
 
-def sampling_of(path: Any, metadata: Mapping[str, Any]) -> dict[str, float]:
-    """Defaults of sampling."""
-    found = {}
+def sampling_of(path: Any, metadata: Mapping[str, Any]) -> tuple[dict[str, float], list[str]]:
+    """Defaults of sampling, and a note on each that is asked for and not followed."""
+    found, notes = {}, []
     for key, name in _SAMPLING.items():
         value = metadata.get(key)
-        if value is None:
+        if value is None or (name in _OFF and (is_whole(value) or isinstance(value, float)) and value <= 0):
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise LlamaJaxError(f"{path}: {key} is {shortened(value)}: expected a finite number")
-        found[name] = value
-    return {name: found[name] for name in SAMPLING if name in found}
+        number = is_whole(value) or (isinstance(value, float) and math.isfinite(value) and name != "top_k")
+        if not number or not sampling_in_range(name, max(value, 0) if name == "temperature" else value):
+            notes.append(f"{path}: {key} is {shortened(value)}: left out")
+            continue
+        found[name] = max(value, 0) if name == "temperature" else value
+    notes += [
+        f"{path}: {key} is {shortened(metadata[key])}, which is not done"
+        for key in sorted(metadata)
+        if key.startswith("general.sampling.") and key not in _SAMPLING and not _asks_nothing(key, metadata)
+    ]
+    return {name: found[name] for name in SAMPLING if name in found}, notes
+
+
+def _asks_nothing(key: str, metadata: Mapping[str, Any]) -> bool:
+    """Whether a setting of sampling that is not done changes nothing beside the others."""
+    name = key.removeprefix("general.sampling.")
+    needs = {"penalty_last_n": ("penalty_repeat", 1), "xtc_threshold": ("xtc_probability", 0)}
+    needs |= {"mirostat_tau": ("mirostat", 0), "mirostat_eta": ("mirostat", 0)}
+    name, nothing = needs.get(name, (name, 0))
+    value = metadata.get(f"general.sampling.{name}", nothing)
+    return (is_whole(value) or isinstance(value, float)) and value == nothing
 
 
 def unknown_keys(metadata: Mapping[str, Any], architecture: str, consumed: Collection[str]) -> list[str]:
