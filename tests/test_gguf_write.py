@@ -210,14 +210,13 @@ def test_a_file_of_others_comes_back(smollm2: Path, tmp_path: Path) -> None:
     """Every tensor of SmolLM2 byte for byte, and every key that is of more than how the file was made."""
     opened = open_checkpoint(smollm2)
     path = write(opened.read(shardings="host"), tmp_path, tokenizer=read_tokenizer(opened))
-    before, after = tensors_of(smollm2), tensors_of(path)
+    readers = [gguf.GGUFReader(file) for file in (smollm2, path)]
+    before, after = ({tensor.name: tensor for tensor in reader.tensors} for reader in readers)
     assert sorted(before) == sorted(after)
     for name, tensor in before.items():
         assert tensor.tensor_type == after[name].tensor_type
         np.testing.assert_array_equal(tensor.data, after[name].data, err_msg=name)
-    keys = [
-        {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()} for file in (smollm2, path)
-    ]
+    keys = [{name: field.contents() for name, field in reader.fields.items()} for reader in readers]
     left_out = ("GGUF.", "general.", "tokenizer.ggml.add_space_prefix", "tokenizer.ggml.unknown_token_id")
     for name, value in keys[0].items():  # the two keys are of sentencepiece's vocabularies, and this is none
         assert name.startswith(left_out) or keys[1].get(name) == value, name
@@ -448,13 +447,25 @@ def test_commands_say_what_does_not_go(argv: list[str], message: str, tmp_path: 
 # ---- Only what ggml's types hold ------------------------------------------------------------------------------------
 
 
-# Small, and of one layer: what is looked at is which rules there are.
-SMALL = Config.from_dict(
-    CONFIG.to_dict()
-    | {"vocab_size": 96, "width": 64, "ffn_width": 96, "num_heads": 2, "num_kv_heads": 1, "head_size": 32}
-    | {"num_layers": 1, "tied_embeddings": True}
+# Small, of one layer, and all matrices of one shape: what is looked at is which rules there are.
+SMALL = Config(
+    vocab_size=64,
+    width=64,
+    ffn_width=64,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=2,
+    head_size=32,
+    context_length=64,
+    tied_embeddings=True,
 )
-TOKENS = np.random.default_rng(0).integers(0, 96, 256)
+TOKENS = np.random.default_rng(0).integers(0, 64, 256)
+
+
+def wide(width: int) -> Config:
+    """The same of another width."""
+    heads = {"num_heads": width // 32, "num_kv_heads": width // 32}
+    return Config.from_dict(SMALL.to_dict() | {"width": width, "ffn_width": width, **heads})
 
 
 @pytest.mark.matrix
@@ -464,7 +475,7 @@ TOKENS = np.random.default_rng(0).integers(0, 96, 256)
 )
 def test_the_search_for_bits_chooses_among_ggml_types(width: int, target: float, expected: Any, tmp_path: Path) -> None:
     """Whatever groups the rules have: of rows of whole 256 the types of two levels, else the others."""
-    config = Config.from_dict(SMALL.to_dict() | {"width": width, "ffn_width": width, "num_heads": width // 32})
+    config = wide(width)
     recipe = quant.Recipe((KEEP_NORMS, Rule(weights="*", scheme="int4", group_size=64, clip="mse")), target_bpw=target)
     model = quantize(random_model(config), recipe, calibration=TOKENS, window=64, types="ggml")
     types = [tensor.tensor_type.name for tensor in tensors_of(write(model, tmp_path)).values() if len(tensor.shape) > 1]
@@ -486,10 +497,7 @@ def test_the_search_for_bits_chooses_among_ggml_types(width: int, target: float,
 )
 def test_what_other_methods_make_is_held_too(rule: dict[str, Any], tmp_path: Path) -> None:
     rules = (KEEP_NORMS, Rule(weights="layers.*", **rule), Rule(weights="*", scheme="uint4"))
-    config = (
-        SMALL if "scale_scheme" not in rule else Config.from_dict(SMALL.to_dict() | {"width": 256, "ffn_width": 256})
-    )
-    config = dataclasses.replace(config, num_heads=config.width // 32)
+    config = wide(256) if "scale_scheme" in rule else SMALL
     model = quantize(random_model(config), rules, calibration=TOKENS, window=64, types="ggml")
     values = values_of(write(model, tmp_path))
     for tensor, value in expected_values(model).items():

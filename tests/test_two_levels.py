@@ -76,6 +76,7 @@ def test_importance(name: str) -> None:
     )
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["Q3_K", "Q4_K"])
 def test_both_axes_and_leading_axes(name: str) -> None:
     floats = weight((2, 512, 8))
@@ -125,6 +126,7 @@ def inputs(length: int = 256) -> np.ndarray:
     return (x / x.std()).astype(np.float32)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", FORMS)
 def test_gptq_keeps_scales_and_chooses_codes(name: str) -> None:
     floats, x = weight((256, 12)), inputs()
