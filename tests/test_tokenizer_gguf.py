@@ -149,6 +149,7 @@ def test_a_file_without_a_tokenizer() -> None:
         (bpe(ggml__tokens=[]), "tokenizer.ggml.tokens is missing"),
         (bpe(ggml__merges=None), "tokenizer.ggml.merges is missing"),
         (bpe(ggml__token_type=[1]), "tokenizer.ggml.token_type has 1 values for 258 tokens: expected one for each"),
+        (bpe(("<0x41>", BYTE)), "token_type has bytes of their own, 6: expected none beside GPT-2's characters"),
         (bpe(("a b", 9)), "tokenizer.ggml.token_type has 9: expected 1 to 6"),
         (bpe(ggml__add_bos_token=True), "add_bos_token is true, by the file or for its kind, and .*bos_token_id miss"),
         (bpe(ggml__add_bos_token=7), "tokenizer.ggml.add_bos_token is 7: expected true or false"),

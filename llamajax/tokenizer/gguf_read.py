@@ -251,6 +251,10 @@ def _byte_level(keys: _Keys, tokens: list[str], types: list[int], adds: set[str]
     merges = keys.texts("ggml.merges")
     if merges is None:
         raise LlamaJaxError("tokenizer.ggml.merges is missing: expected the merges of the vocabulary")
+    if BYTE in types:
+        raise LlamaJaxError(
+            "tokenizer.ggml.token_type has bytes of their own, 6: expected none beside GPT-2's characters"
+        )
     pre = PATTERNS[name]
     special = {tokens[index]: index for index, one in enumerate(types) if one in (CONTROL, UNKNOWN)}
     # What begins and ends every text is written down as a special token, whatever its type.
