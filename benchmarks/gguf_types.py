@@ -13,8 +13,8 @@ a layout that takes more memory than the file gets no credit for it. Bits in mem
 is laid out. Compiling is of the decode step. "Beside one type" of a mixture is its time over the sum of what its parts
 take by the GB/s of files of one type, and the time of compiling over that of Q4_K alone.
 
-With --smollm2, the first token: from the start of a process that finds all it can find warm, from that file and from
-our checkpoint of the same weights, in turn.
+With --smollm2, the first token: from the start of a process that finds all it can find warm, tokenizer included, from
+that file and from our checkpoint of the same weights, in turn.
 """
 
 import json
@@ -204,13 +204,14 @@ def our_start() -> Iterator[None]:
     import jax
 
     import llamajax
+    from llamajax.checkpoint import need_tokenizer
     from llamajax.generation.stream import TextStream
 
     opened = llamajax.open_checkpoint(flags.FLAGS.held)
-    prompt = list(range(3, 19))
-    options = {"max_new_tokens": 2, "temperature": 0, "cache_dtype": flags.FLAGS.cache_dtype}
     wanted = {"backend": jax.default_backend()}
-    stream = TextStream(opened.outcome("float32", **wanted), None, prompt, **options)
+    options = {"max_new_tokens": 8, "temperature": 0, "cache_dtype": flags.FLAGS.cache_dtype}
+    outcome = opened.outcome("float32", **wanted)
+    stream = TextStream(outcome, need_tokenizer(opened), "The capital of France is", **options)
     stream.compile_while(lambda: opened.read("float32", **wanted))
     next(iter(stream))
     yield
@@ -273,11 +274,13 @@ def measured(name: str, path: Path) -> Row:
 def first_tokens(path: Path, rounds: int) -> dict[str, list[float]]:
     """Seconds from the start of a process to its first token, of a file and of our checkpoint of its weights."""
     import llamajax
+    from llamajax.checkpoint import need_tokenizer
 
     seconds: dict[str, list[float]] = {"file": [], "checkpoint": []}
     with tempfile.TemporaryDirectory() as folder:
         own = Path(folder, "checkpoint")
-        llamajax.save_checkpoint(llamajax.open_checkpoint(path).read("float32"), own)
+        opened = llamajax.open_checkpoint(path)
+        llamajax.save_checkpoint(opened.read("float32"), own, tokenizer=need_tokenizer(opened))
         for done in range(rounds + 1):  # The first round warms.
             for name, held in (("file", path), ("checkpoint", own)):
                 begin = time.perf_counter()

@@ -182,7 +182,7 @@ def test_work_that_was_stopped_goes_on(skewed: Llama, tmp_path: Path) -> None:
 def test_a_search_for_bits_is_not_done_twice(skewed: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[int] = []
 
-    def choose(read, rules, target_bpw, windows_WT, config, on_weights):
+    def choose(read, rules, target_bpw, windows_WT, config, on_weights, candidates):
         chosen.append(1)
         return {
             key: rule if rule.keep else dataclasses.replace(rule, scheme="int8" if key.layer == 0 else "int3")
