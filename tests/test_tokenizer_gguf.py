@@ -133,6 +133,14 @@ def test_a_file_without_a_tokenizer() -> None:
     assert data is None and len(keys) == 2
 
 
+def test_a_vocabulary_that_does_not_say_how_text_is_split() -> None:
+    """llama.cpp goes on, and warns; digits come in threes."""
+    metadata = {key: value for key, value in bpe().items() if key != "tokenizer.ggml.pre"}
+    with pytest.warns(UserWarning, match="tokenizer.ggml.pre is missing: text is split as llama.cpp does then"):
+        tokenizer = read(metadata)
+    assert to_metadata(tokenizer, 258)["tokenizer.ggml.pre"] == "default"
+
+
 # ---- What is refused ------------------------------------------------------------------------------------------------
 
 
@@ -176,6 +184,7 @@ def test_a_name_of_nothing_known_lists_those_that_are() -> None:
     assert all(name in str(raised.value) for name in PATTERNS)
 
 
+@pytest.mark.filterwarnings("ignore:tokenizer.ggml.pre is missing")
 def test_mutations_give_our_error_or_a_tokenizer() -> None:
     draw, read_well = random.Random(0), 0
     values = [None, 0, -1, 2**32 - 1, True, "", "x", b"\xff", [], [1], ["a"], 1.5, float("nan"), {"a": 1}, np.zeros(3)]
