@@ -133,7 +133,7 @@ def write(
         manifest = _manifest(model, tokenizer, spec, programs, arrays, len(made) // 3, source)
         if vocabulary is not None:
             manifest["golden"]["texts"] = vocabulary.texts
-            manifest["tokens"]["refusal"] = vocabulary.values["refusal"]
+            manifest["tokens"] |= {name: vocabulary.values[name] for name in ("refusal", "version")}
         for file in folder.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors makes them its owner's alone
         seal(folder, manifest)

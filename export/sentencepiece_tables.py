@@ -38,7 +38,7 @@ def sentencepiece_tables(tokenizer: Tokenizer, patterns: Patterns) -> dict[str, 
     split = [_normalizer(model, tokenizer, [piece for piece, k in zip(pieces, kinds, strict=True) if k == "u"])]
     if kind == "scores" and _ends_at_spaces(dict(zip(pieces, kinds, strict=True))):
         space = (ord("\u2581"), ord("\u2581"))
-        word = [patterns.of_class(space), "*", patterns.of_class(outside(space)), "+"]
+        word = [patterns.of_class(space), "+", patterns.of_class(outside(space)), "*"]
         split.append({"do": "split", "pattern": word, "behavior": "isolated", "invert": False})
     return {
         "pieces": pieces,

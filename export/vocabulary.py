@@ -46,6 +46,14 @@ TEXTS = (
     "\x00\x01\x7f\ufffd\ufeff",
     "a" * 100,
     "abababab" * 8 + " " * 40 + "x",
+    "I'm, we'LL, they'Ve; it'\u017f O'Neil 'tis rock'n'roll ''d",
+    "1234567890 12345,678 \u0663\u0664\u0665 \u00b2\u00b3 x2y3z",
+    "a \n b  \n\n  c\r\n\r\n\td \n",
+    "if (x != 0) { y += --z; } // ...?!\n\n",
+    "HTTPServer camelCase UPPER lower \u01c5 \u1f88",
+    "e\u0301\u0327 o\u0308\u0304 \u1100\u1161\u11a8 \uac00\u11a8 \u0958 \u2126\u212b",
+    "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \u0928\u092e\u0938\u094d\u0924\u0947 \u0645\u0631\u062d\u0628\u0627",
+    "\u3053\u3093\u306b\u3061\u306f\u30ab\u30bf\u30ab\u30ca\uff01\u3002\u300c\u5b57\u300d",
 )
 _FROM_PIECES = 12
 _MOST_WHOLE = 16
@@ -90,8 +98,10 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     except Unsupported as error:
         values |= {"refusal": f"its tokenizer {error}", "pieces": [], "pieces_are_bytes": False}
     values |= _bytes_of_ids(tokenizer, values)
-    drawn = [*_texts_of_pieces(tokenizer, _FROM_PIECES), *_around_pieces(tokenizer, values)]
-    texts = [{"text": text, "ids": tokenizer.encode(text)} for text in (*TEXTS, *drawn)]
+    around = _around_pieces(tokenizer, values)
+    drawn = [*_texts_of_pieces(tokenizer, _FROM_PIECES), *around]
+    texts: list[dict[str, Any]] = [{"text": text, "ids": tokenizer.encode(text)} for text in (*TEXTS, *drawn)]
+    texts += [{"text": text, "ids": tokenizer.encode(text, special=True), "special": True} for text in around]
     if values["refusal"] is None:
         values["refusal"] = _difference(values, tokenizer, [*TEXTS, *drawn, *_texts_of_pieces(tokenizer, _DRAWN)])
     return Vocabulary(values, texts)

@@ -11,12 +11,16 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
+from export.bundle import open_bundle, seal
 from export.runners.text import Text
 from export.vocabulary import TEXTS, vocabulary_of
 from llamajax import Tokenizer
+from llamajax.checkpoint import need_tokenizer, open_checkpoint
 from llamajax.tokenizer.pre_tokenizers import PATTERNS
 from tests.encoded import STORY, Folder, assert_same, by_node, drawn_texts
+from tests.isolated import run_isolated
 
+VERSION1 = Path(__file__).parent / "bundles" / "version1"
 TEXT = [STORY + "Ünïcödé 日本語 🦊 e\u0301 don't DON'T 1234567 \n\n  x▁y "] * 20
 (LLAMA3,) = PATTERNS["llama-bpe"].expressions
 SPACES = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -200,9 +204,7 @@ def test_tokenizers_in_use(name: str, vectors: str, shared: Path, tmp_path: Path
 
 
 def test_smollm2(smollm2: Path, tmp_path: Path) -> None:
-    from llamajax.checkpoint import open_checkpoint
-
-    assert_same(open_checkpoint(smollm2).tokenizer(), tmp_path, texts=[*TEXTS, *drawn_texts(3000)])
+    assert_same(need_tokenizer(open_checkpoint(smollm2)), tmp_path, texts=[*TEXTS, *drawn_texts(3000)])
 
 
 def test_a_stream_never_splits_a_character(tmp_path: Path) -> None:
@@ -223,3 +225,21 @@ def test_a_stream_never_splits_a_character(tmp_path: Path) -> None:
         method = f"((decode) => [{made}, [null]].flat().map(decode).map((bytes) => [...bytes]))(runner.decoder([]))"
         parts = [bytes(part).decode() for part in by_node(tmp_path, [], method)]
         assert "".join(parts) == text and parts[-1] == ""
+
+
+def test_a_bundle_with_a_tokenizer_json(tmp_path: Path) -> None:
+    """The runner as its users have it, one file in a process of its own, encodes the golden texts."""
+    shutil.copytree(VERSION1, tmp_path / "copy")
+    bundle, made = open_bundle(tmp_path / "copy"), vocabulary_of(Tokenizer(MADE["Llama 3"]().to_str().encode()))
+    special = [entry for entry in made.texts if entry.get("special")]
+    assert special and any(set(entry["ids"]) & {340, 341} for entry in special)
+    bundle.file("vocabulary.json").write_text(json.dumps(made.values))
+    manifest = {**bundle.manifest, "golden": {**bundle.manifest["golden"], "texts": made.texts}}
+    seal(bundle.path, manifest)
+    done = run_isolated(bundle.path, "--golden", runner="run_jax.py", hidden=("tokenizers", "sentencepiece", "regex"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["texts"] == len(made.texts) > len(TEXTS) + 12
+    special[-1]["ids"].append(0)
+    seal(bundle.path, manifest)
+    done = run_isolated(bundle.path, "--golden", runner="run_jax.py")
+    assert done.returncode == 1 and "gives ids" in done.stderr

@@ -105,6 +105,7 @@ def test_a_sentencepiece_vocabulary() -> None:
             (258, False),
             (258, 259),
         ),
+        (bpe(("<|fim_prefix|>", NORMAL), ("<EOT>", USER_DEFINED)), (None, False), (259, False), (259,)),
         (bpe(("</s>", NORMAL), ("<|tool_response>", CONTROL)), (None, False), (None, False), (259,)),
     ],
 )

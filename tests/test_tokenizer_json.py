@@ -194,6 +194,10 @@ def _template(*single: Any, ids: Any) -> dict[str, Any]:
         ({"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}, "whose decoder .'WordPiece'. is not kno"),
         ({"decoder": None}, "whose decoder .'none'. is not known: expected ByteLevel, Metaspace, or ▁"),
         ({"post_processor": {"type": "BertProcessing", "sep": ["b", 1], "cls": ["a", 0]}}, "the post-processor 'BertP"),
+        (
+            {"post_processor": _template(_TOKEN, _TEXT, ids=[1]) | {"special_tokens": {}}},
+            "names .*'q'.*: expected a token|that the library tokenizers does not read",
+        ),
         ({"post_processor": _template(_TOKEN, _TEXT, ids=[1, 2])}, "puts 2 tokens before every text: expected at most"),
         ({"post_processor": _template(_TEXT, _TOKEN, ids=[9999])}, "puts 9999 behind every text: expected an id of"),
         ({"model": {"vocab": {"a": 0, "b": 2**32 - 1}, "merges": []}}, "whose ids end at 4294967295: expected 0 to"),

@@ -1,6 +1,5 @@
 """What decides words: read from every file that says it, kept through every form, used, or said."""
 
-import base64
 import itertools
 import json
 import random
@@ -241,8 +240,8 @@ def test_what_runners_of_a_bundle_get(folder, tiny_tokenizer: Tokenizer) -> None
     tokenizer = tokenizer_of(folder({"eos_token_id": [2, END]}, tokenizer_config={"added_tokens_decoder": CHAT}))
     vocabulary, plain = vocabulary_of(tokenizer).values, vocabulary_of(tiny_tokenizer).values
     assert vocabulary["stop"] == [2, END] and plain["stop"] == [1, 2]
-    assert [base64.b64decode(piece) for piece in vocabulary["pieces"][320:]] == [b"", b"", b"<tool>"]
-    assert vocabulary["pieces"][:320] == plain["pieces"] and vocabulary["merges"] == plain["merges"]
+    assert [vocabulary["texts"][str(index)] for index in (320, 321, 322)] == ["", "", "<tool>"]
+    assert vocabulary["pieces"] == [*plain["pieces"], None, None, None] and vocabulary["model"] == plain["model"]
 
 
 # ---- Kept through every form ----------------------------------------------------------------------------------------
@@ -557,6 +556,70 @@ def test_tokenizers_that_do_not_go_with_the_model(kind: str, folder, bare: Path,
     }[kind]
     with pytest.warns(UserWarning, match=message):
         assert llamajax.load(path)[1] is None
+
+
+def byte_json() -> bytes:
+    """A tokenizer.json of 256 bytes and "fo"."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: index for index, character in enumerate([*alphabet, "fo"])}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("f", "o")]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    return made.to_str().encode()
+
+
+@pytest.mark.parametrize(
+    ("said", "has_model", "form"),
+    [
+        ({}, True, "sentencepiece"),
+        ({"tokenizer_class": "LlamaTokenizerFast"}, True, "sentencepiece"),
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, True, "tokenizers"),
+        ({"tokenizer_class": "PreTrainedTokenizerFast", "legacy": True}, False, "tokenizers"),
+        ({}, False, "tokenizers"),
+    ],
+)
+def test_which_tokenizer_a_folder_has(said: Any, has_model: bool, form: str, folder, tmp_path: Path) -> None:
+    """transformers takes tokenizer.json; LlamaTokenizer no more of it than a tokenizer.model has. Both are kept."""
+    path = folder(tokenizer_config=said)
+    (path / "tokenizer.json").write_bytes(byte_json())
+    if not has_model:
+        (path / "tokenizer.model").unlink()
+    for target in ("huggingface", "llamajax", "huggingface"):
+        tokenizer = tokenizer_of(path)
+        assert tokenizer.form == form and tokenizer.decode(tokenizer.encode(" fox")) == " fox"
+        previous, path = path, tmp_path / f"{target} of {path.name}"
+        save_checkpoint(llamajax.load(previous)[0], path, tokenizer=tokenizer, form=target)  # type: ignore[arg-type]
+    assert (path / "tokenizer.json").read_bytes() == byte_json() and (path / "tokenizer.model").exists() == has_model
+
+
+def test_chat_templates_by_name(folder, tmp_path: Path) -> None:
+    path = folder()
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    (path / "additional_chat_templates" / "no template.jinja").write_text("its name is no name")
+    for target in ("llamajax", "huggingface"):
+        assert open_checkpoint(path).words.files == {"chat_template.tool_use.jinja": b"{{ tools }}"}
+        model, tokenizer = llamajax.load(path)
+        path = tmp_path / target
+        save_checkpoint(model, path, tokenizer=tokenizer, form=target)  # type: ignore[arg-type]
+    assert (path / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
+
+
+def test_a_damaged_name_of_the_tokenizers_file(folder, tmp_path: Path) -> None:
+    model, tokenizer = llamajax.load(folder())
+    save_checkpoint(model, tmp_path / "own", tokenizer=tokenizer)
+    manifest = json.loads((tmp_path / "own" / "manifest.json").read_text())
+    del manifest["sha256"]
+    (tmp_path / "own" / "manifest.json").write_text(json.dumps(manifest | {"tokenizer_file": "../tokenizer.model"}))
+    with pytest.raises(LlamaJaxError, match=r"tokenizer_file '\.\./tokenizer.model': it is damaged"):
+        open_checkpoint(tmp_path / "own")
+
+
+def test_a_tokenizer_beside_a_llama2c_file(shared: Path, tmp_path: Path) -> None:
+    for name, target in (("stories260K.bin", "model.bin"), ("tok512.bin", "tokenizer.bin")):
+        shutil.copy(shared / "data" / "stories260K" / name, tmp_path / target)
+    tokenizer = llamajax.load(tmp_path / "model.bin")[1]
+    assert tokenizer is not None and tokenizer.vocab_size == 512
 
 
 def test_llama_3s_own_tokenizer(tiny_config: llamajax.Config, shared: Path, tmp_path: Path, capsys) -> None:

@@ -9,6 +9,7 @@ from export.cli.export import define_python, pythons
 from export.verification import RUNTIMES
 from export.verification import run as run_bundle
 from llamajax import LlamaJaxError
+from llamajax.cli.model_flags import define_parse_special
 from llamajax.cli.terminal import note, write_bytes
 
 SUMMARY = "continue a prompt with a bundle, on any runtime that is here"
@@ -29,6 +30,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("max_new_tokens", 64, "most tokens to make", lower_bound=1, flag_values=values)
     flags.DEFINE_float("temperature", 0.0, "0 is greedy; higher is more surprising", 0.0, flag_values=values)
     flags.DEFINE_integer("seed", 0, "the same seed gives the same text on one runtime", 0, flag_values=values)
+    define_parse_special(values)
     define_python(values)
 
 
@@ -43,5 +45,7 @@ def run(values: flags.FlagValues) -> None:
     bundle = open_bundle(values.bundle)
     arguments = [f"--{name}={values[name].value}" for name in ("max_new_tokens", "temperature", "seed")]
     arguments.append(f"--prompt={values.prompt}" if values.ids is None else f"--ids={values.ids}")
+    if values.parse_special:
+        arguments.append("--parse_special")
     python = pythons(values).get(values.runtime, sys.executable)
     note(run_bundle(bundle, values.runtime, python, arguments, write_bytes))

@@ -187,7 +187,7 @@ def check_texts(bundle):
     if text is None or text.refusal:
         return 0
     for entry in texts:
-        ids = text.encode(entry["text"])
+        ids = text.encode(entry["text"], entry.get("special", False))
         if ids != entry["ids"]:
             sys.exit(f"{entry['text']!r} gives ids {ids}: expected {entry['ids']}")
     return len(texts)
@@ -255,6 +255,7 @@ def main(open_session, description):
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("bundle", nargs="?", default=os.path.dirname(os.path.abspath(__file__)))
     parser.add_argument("--prompt", default="Once upon a time")
+    parser.add_argument("--parse_special", action="store_true", help="read special tokens out of the prompt")
     parser.add_argument("--ids", help="ids with commas between, instead of a prompt; prints ids")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -270,7 +271,7 @@ def main(open_session, description):
     if ids is None and not options.golden and "vocabulary.json" not in bundle.manifest["files"]:
         sys.exit(f"{options.bundle}: exported without a tokenizer: expected --ids")
     text = Text(bundle) if ids is None and not options.golden else None
-    ids = text.encode(options.prompt) if text else ids
+    ids = text.encode(options.prompt, options.parse_special) if text else ids
     session = open_session(bundle)
     if options.golden:
         sys.exit(golden(session, bundle, start))

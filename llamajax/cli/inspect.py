@@ -55,7 +55,8 @@ def run(values: flags.FlagValues) -> None:
         "bits_per_weight": 8 * size / opened.config.num_parameters,
         **_of_file(opened),
         "tokenizer": tokenizer is not None,
-        "tokenizer_form": tokenizer.form if tokenizer is not None else None,
+        "tokenizer_form": None if tokenizer is None else tokenizer.form,
+        "tokenizer_ids": None if tokenizer is None else tokenizer.vocab_size,
         "tokenizer_problem": opened.tokenizer_problem if tokenizer is None else None,
         "words": opened.words.to_dict(),
         "config": opened.config.to_dict(),
@@ -125,9 +126,9 @@ def _tokenizer(summary: dict[str, Any]) -> str:
         return f"cannot be read: {summary['tokenizer_problem']}"
     if not summary["tokenizer"]:
         return "none included: give --tokenizer"
-    added = len(summary["words"].get("added", ()))
-    library = f"{summary['tokenizer_form']}, included"
-    return f"{library}, and {added} added tokens" if added else library
+    form, size, added = summary["tokenizer_form"], summary["tokenizer_ids"], len(summary["words"].get("added", ()))
+    whose = "tokenizer.json" if form == "tokenizers" else form
+    return f"{whose}, included, of {size:,} ids" + (f", {added} of them added tokens" if added else "")
 
 
 def _print_tables(opened: Opened, summary: dict[str, Any]) -> None:

@@ -19,6 +19,15 @@ FIM_TEXTS = {
     "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
     "fim_sep": ("<|file_sep|>",),
 }
+# Where a model of code is to fill in: no ends, and no text either.
+_PLACES = frozenset(
+    (
+        *("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>", "<|code_prefix|>"),
+        *("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>", "<|code_suffix|>"),
+        *("<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>", "<|code_middle|>"),
+        *("<|prefix|>", "<|suffix|>", "<|middle|>"),
+    )
+)
 # Where the first are all there, the last is no end: channels of gpt-oss, calls of Solar, tools of Gemma 4.
 _NO_END = (
     (("<|return|>", "<|call|>"), "<|end|>"),
@@ -37,7 +46,7 @@ def ends_of(ids: Mapping[str, int], said: Mapping[str, int]) -> tuple[list[int],
         said: ids by their part to play, as far as a file says them: "eos", "eot", "eom", and those of `FIM_TEXTS`.
 
     Returns:
-        The ids, in order, and those among them that are known by their text.
+        The ids, in order; and those that are control tokens by their text, whatever a file says of their types.
     """
     by_text = {index for text, index in ids.items() if text in END_TEXTS}
     ends = set(by_text)
@@ -51,7 +60,7 @@ def ends_of(ids: Mapping[str, int], said: Mapping[str, int]) -> tuple[list[int],
         if text in ids and all(sign in ids for sign in signs):
             ends.discard(ids[text])
             by_text.discard(ids[text])
-    return sorted(ends), sorted(by_text)
+    return sorted(ends), sorted(by_text | {index for text, index in ids.items() if text in _PLACES})
 
 
 def with_first(first: int | None, ids: Iterable[int]) -> tuple[int, ...]:

@@ -120,10 +120,12 @@ class SentencePieceEngine:
             if token.special or index >= len(self._pieces):
                 self._token_bytes[index] = b"" if token.special else token.text.encode()
         texts = {token.text for token in words.added}
+        ids = list(range(len(self._pieces)))
+        kinds = zip(ids, self._processor.is_control(ids), self._processor.is_unknown(ids), strict=True)
         controls = [
             AddedToken(id=index, text=self._pieces[index], special=True)
-            for index, is_control in enumerate(self._processor.is_control(list(range(len(self._pieces)))))
-            if is_control and index not in self._added and self._pieces[index] not in ("", *texts)
+            for index, is_control, is_unknown in kinds
+            if (is_control or is_unknown) and index not in self._added and self._pieces[index] not in ("", *texts)
         ]
         self._patterns = {
             False: AddedPatterns(token for token in words.added if not token.special),

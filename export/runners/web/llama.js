@@ -531,8 +531,8 @@ export class Model {
       if (!ZEROS[dtype]) throw new Error(`${bundle}: ${name} in ${dtype}: expected ${Object.keys(ZEROS).join(", ")}`);
     }
     model.text = new Text(JSON.parse(new TextDecoder().decode(await model.file("vocabulary.json"))));
-    for (const { text, ids } of model.text.refusal ? [] : model.manifest.golden.texts ?? []) {
-      const found = model.text.encode(text);
+    for (const { text, ids, special = false } of model.text.refusal ? [] : model.manifest.golden.texts ?? []) {
+      const found = model.text.encode(text, special);
       if (`${found}` !== `${ids}`) throw new Error(`${JSON.stringify(text)} gives ids ${found}: expected ${ids}`);
     }
     model.ort = await import(ort + "ort.wasm.min.mjs");

@@ -11,6 +11,7 @@ that is cut short by somebody else while it is being read ends the process, as w
 """
 
 import dataclasses
+import mmap
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,7 +39,7 @@ class Gguf:
         metadata: every key but those of splitting: int, float, bool, str, a NumPy array of numbers or bools, a list of
             str, or a list of such.
         tensors: by name, in the order of the file.
-        parts: the bytes of each part.
+        maps: each part, mapped.
     """
 
     path: Path
@@ -46,7 +47,7 @@ class Gguf:
     byteorder: str
     metadata: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
-    parts: tuple[np.ndarray, ...]
+    maps: tuple[mmap.mmap, ...]
 
     def blocks(self, name: str) -> np.ndarray:
         """The bytes of a tensor, uint8 [rows, bytes of a row]; numbers in them are little-endian whatever the file is.
@@ -57,7 +58,7 @@ class Gguf:
             LlamaJaxError: for a type of which nobody says what a big-endian file holds.
         """
         tensor = self.tensors[name]
-        data = self.parts[tensor.file][tensor.start : tensor.start + tensor.nbytes]
+        data = np.frombuffer(self.maps[tensor.file], np.uint8, tensor.nbytes, tensor.start)
         blocks = data.reshape(-1, tensor.row_bytes) if tensor.nbytes else data.reshape(0, tensor.row_bytes)
         if self.byteorder == "little":
             return blocks
@@ -68,6 +69,14 @@ class Gguf:
                 "says nothing: expected a little-endian file"
             )
         return made
+
+    def release(self, name: str) -> None:
+        """Gives back the memory that a tensor's bytes are in, which have been read; they may be read again."""
+        tensor = self.tensors[name]
+        start = -(-tensor.start // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (tensor.start + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self.maps[tensor.file].madvise(mmap.MADV_DONTNEED, start, length)
 
 
 def is_gguf(path: Path) -> bool:
@@ -151,5 +160,5 @@ def _joined(parts: list[Header]) -> Gguf:
             "all parts: they do not belong together"
         )
     metadata = {key: value for key, value in parts[0].metadata.items() if not key.startswith("split.")}
-    first, mapped = parts[0], tuple(part.data for part in parts)
+    first, mapped = parts[0], tuple(part.map for part in parts)
     return Gguf(first.path, first.version, first.byteorder, metadata, tensors, mapped)

@@ -44,7 +44,7 @@ class Header:
         byteorder: "little" or "big".
         metadata: every key: int, float, bool, str, a NumPy array of numbers or bools, a list of str, or of such arrays.
         tensors: by name, in the order of the file.
-        data: the whole file, uint8, mapped.
+        map: the whole file, mapped.
     """
 
     path: Path
@@ -52,7 +52,7 @@ class Header:
     byteorder: str
     metadata: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
-    data: np.ndarray
+    map: mmap.mmap
 
 
 class HeaderReader:
@@ -113,9 +113,8 @@ class HeaderReader:
         found = [self.tensor() for _ in range(num_tensors)]
         start = -(-self.at // alignment) * alignment
         tensors = self.placed(found, start, alignment)
-        whole = np.frombuffer(self.map, np.uint8)
         order = "little" if self.order == "<" else "big"
-        return Header(self.path, self.version, order, metadata, tensors, whole)
+        return Header(self.path, self.version, order, metadata, tensors, self.map)
 
     def fail(self, what: str) -> NoReturn:
         """Raises our error."""

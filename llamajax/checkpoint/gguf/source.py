@@ -98,7 +98,7 @@ def _description(file: Gguf, tensors: Mapping[Place, Tensor]) -> str:
     """Version and types, the most frequent first."""
     types = [tensor.kind.name for tensor in tensors.values()]
     counts = sorted({name: types.count(name) for name in types}.items(), key=lambda item: -item[1])
-    parts = f", {len(file.parts)} parts" if len(file.parts) > 1 else ""
+    parts = f", {len(file.maps)} parts" if len(file.maps) > 1 else ""
     order = "" if file.byteorder == "little" else ", big-endian"
     return f"GGUF version {file.version}{order}{parts} ({', '.join(f'{count} {name}' for name, count in counts)})"
 
@@ -242,6 +242,7 @@ class _Reader:
         if kind.name == "MXFP4" and (blocks[:, :: kind.nbytes] == 255).any():  # an exponent that stands for NaN
             raise LlamaJaxError(f"{self.path}: {place} holds NaN or infinity: the weights are damaged")
         weight = ggml.unpack(kind.name, blocks)
+        self.file.release(self.tensors[place].name)
         return ggml.transposed(weight) if spec.transposed else weight
 
     def fill(self, places: Sequence[Place], weights: Sequence[Any]) -> None:
@@ -250,6 +251,7 @@ class _Reader:
         def one(place: Place, into: Any) -> None:
             for target, array in zip(jax.tree.leaves(into), jax.tree.leaves(self.read(place)), strict=True):
                 np.copyto(target, array, casting="same_kind")
+            self.file.release(self.tensors[place].name)  # floats were a view
 
         with workers(min(_MOST_THREADS, len(places), os.cpu_count() or 1)) as pool:
             for done in [pool.submit(one, place, into) for place, into in zip(places, weights, strict=True)]:
