@@ -96,6 +96,19 @@ def test_a_packed_file_continues_as_its_weights_do(files: tuple[Path, Path], box
     assert list(ours.tokens) == llamacpp.greedy(floats, prompt, len(ours.tokens))
 
 
+def test_stories260k_is_told_as_llamacpp_tells_it(shared: Path) -> None:
+    path, text = shared / "data" / "stories260K" / "stories260K.gguf", "Once upon a time"
+    model, tokenizer = llamajax.load(path, dtype="float32")
+    with llamacpp.Model(path) as theirs:
+        ids = theirs.tokenize(text, add_special=True)
+        assert tokenizer.encode(text) == ids
+        continued = theirs.greedy(ids, 100)
+        pieces = b"".join(theirs.piece(token) for token in continued)
+    ours = llamajax.generate(model, tokenizer, text, max_new_tokens=100, temperature=0)
+    assert list(ours.tokens) == continued
+    assert ours.text == pieces.decode()
+
+
 # ---- What ours writes ----------------------------------------------------------------------------------------------
 
 
