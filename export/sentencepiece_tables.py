@@ -33,7 +33,7 @@ def sentencepiece_tables(tokenizer: Tokenizer, patterns: Patterns) -> dict[str, 
     controls = [
         [i, piece, 1]
         for i, (piece, letter) in enumerate(zip(pieces, kinds, strict=True))
-        if letter == "c" and piece not in named
+        if letter in "c?" and piece not in named
     ]
     split = [_normalizer(model, tokenizer, [piece for piece, k in zip(pieces, kinds, strict=True) if k == "u"])]
     if kind == "scores" and _ends_at_spaces(dict(zip(pieces, kinds, strict=True))):
