@@ -70,7 +70,6 @@ class Gguf:
             )
         return made
 
-
     def release(self, name: str) -> None:
         """Gives back the memory that a tensor's bytes are in, which have been read; they may be read again."""
         tensor = self.tensors[name]

@@ -23,6 +23,7 @@ from llamajax.files import check_absent, new_file
 from llamajax.model import Llama
 from llamajax.parameters import Place, specs, weights_of
 from llamajax.tokenizer import Tokenizer
+from llamajax.tokenizer.gguf import to_metadata
 from llamajax.words import Words
 from quant import ggml, is_weight, values
 
@@ -139,13 +140,11 @@ def _tokenizer_metadata(tokenizer: Tokenizer | None, config: Config) -> dict[str
     """What is said of the vocabulary: a token for each row of the embedding."""
     if tokenizer is None:
         return {"tokenizer.ggml.model": "none"}
-    from llamajax.tokenizer.gguf import to_metadata
-
     return dict(to_metadata(tokenizer, config.vocab_size))
 
 
 def _tensors(weights: Mapping[Place, Any], config: Config, dtype: Any) -> Iterator[_Tensor]:
-    """The tensors in the order of the file: embeddings, what is left outside of layers, layers."""
+    """The tensors in the order of the file: RoPE's divisors if there are any, then that of `specs`."""
     if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
         factors = divisors_of(config, config.rope_scaling).astype(np.float32)
         yield _tensor(ROPE_FACTORS, ggml.named("F32"), factors.shape, lambda: factors)
