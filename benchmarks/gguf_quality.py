@@ -25,7 +25,7 @@ from versus_llamacpp_quality import WINDOW, gguf_logits, open_gguf
 
 import llamajax
 from llamajax.checkpoint import read_tokenizer
-from llamajax.evaluation.windows import document_windows
+from llamajax.evaluation.evaluate import read_text, text_windows
 
 
 class Row(NamedTuple):
@@ -61,8 +61,7 @@ def token_rows(path: Path) -> np.ndarray:
     if tokenizer is None or flags.FLAGS.text is None:
         print(f"{path.name}: no vocabulary or no text: random ids", file=sys.stderr)
         return np.random.default_rng(0).integers(3, opened.config.vocab_size, (count, WINDOW + 1), np.int32)
-    text = Path(flags.FLAGS.text).read_text(encoding="utf-8")
-    return document_windows(np.asarray(tokenizer.encode(text), np.int32), WINDOW).rows[:count]
+    return text_windows(read_text(flags.FLAGS.text), tokenizer, WINDOW).rows[:count]
 
 
 def their_logits(path: Path, rows: np.ndarray) -> np.ndarray:

@@ -10,8 +10,7 @@ time; figures are medians over the rounds, ratios those of the medians, with the
 
 GB/s are bytes of the weights that a step reads, as the file or the recipe stores them, and of the cache, over its time:
 a layout that takes more memory than the file gets no credit for it. Bits in memory count what the model holds once it
-is laid out. Compiling is of the decode step. "Beside one type" of a mixture is its time over the sum of what its parts
-take by the GB/s of files of one type, and the time of compiling over that of Q4_K alone.
+is laid out. Compiling is of the decode step. What mixing types costs, `mixed_layers.py --file=Q4_K_M` measures.
 
 With --smollm2, the first token: from the start of a process that finds all it can find warm, tokenizer included, from
 that file and from our checkpoint of the same weights, in turn.
@@ -71,10 +70,7 @@ TYPES = {
     "IQ4_XS": Type("IQ4_XS", "int4", 64, 0.5),
     "IQ4_NL": Type("IQ4_NL", "int4", 32, 0.5),
     "MXFP4": Type("MXFP4_MOE", "int4", 64, 0.5, pure=True),
-    # No file of anyone's: to compare the mixture with its parts.
-    "Q4_K": Type("Q4_K_M", "int4", 32, 0.9, pure=True),
 }
-_MIXTURE, _PARTS = "Q4_K_M", ("Q4_K", "Q6_K")
 _RULES = """
 [[rules]]
 weights = "*norm*"
@@ -291,30 +287,6 @@ def first_tokens(path: Path, rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def mixture(rows: dict[str, Row]) -> tuple[float, float] | None:
-    """Time of a step and of compiling it, of the mixture over one type; None where not all of them were measured."""
-    if not {_MIXTURE, *_PARTS} <= rows.keys():
-        return None
-    mixed, one = rows[_MIXTURE], rows[_PARTS[0]]
-    shares = _shares(gguf_file(Path(flags.FLAGS.folder), _MIXTURE))
-    expected = sum(share * mixed.bytes[FILE] / rows[kind].gigabytes(FILE) for kind, share in shares.items())
-    step = mixed.bytes[FILE] / mixed.gigabytes(FILE) / expected
-    return step, mixed.compile_seconds[FILE] / one.compile_seconds[FILE]
-
-
-def _shares(path: Path) -> dict[str, float]:
-    """The fraction of the bytes of a step, embeddings aside, that each type of a file has."""
-    import gguf
-
-    held = gguf.GGUFReader(path).tensors
-    sizes: dict[str, int] = {}
-    for tensor in held:
-        kind = tensor.tensor_type.name
-        if kind != "F32" and tensor.name != "token_embd.weight":
-            sizes[kind] = sizes.get(kind, 0) + int(tensor.n_bytes)
-    return {kind: size / sum(sizes.values()) for kind, size in sizes.items()}
-
-
 def table(rows: list[Row]) -> str:
     """Markdown."""
     lines = [
@@ -345,16 +317,13 @@ def main(argv):
         folder.mkdir(parents=True, exist_ok=True)
         files = {name: gguf_file(folder, name) for name in flags.FLAGS.types or TYPES}
         rows = {name: measured(name, path) for name, path in files.items()}
-        beside = mixture(rows)
         first = first_tokens(Path(flags.FLAGS.smollm2), flags.FLAGS.rounds) if flags.FLAGS.smollm2 else None
     if flags.FLAGS.json:
-        print(json.dumps({"rows": [row._asdict() for row in rows.values()], "mixture": beside, "first_token": first}))
+        print(json.dumps({"rows": [row._asdict() for row in rows.values()], "first_token": first}))
         return None
     print(table(list(rows.values())))
     short = [name for name, row in rows.items() if row.gigabytes(FILE) < TYPES[name].least * row.gigabytes(RECIPE)]
     print(f"\nBelow the GB/s that they shall reach: {', '.join(short) or 'none'}.")
-    if beside:
-        print(f"{_MIXTURE} beside one type: {beside[0]:.2f} of the time of a step, {beside[1]:.2f} of compiling.")
     if first:
         ours, own = (statistics.median(first[name]) for name in ("file", "checkpoint"))
         print(f"First token, warm: {ours:.2f} s from the file, {own:.2f} s from our checkpoint: {ours / own:.2f}.")

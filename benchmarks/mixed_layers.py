@@ -12,6 +12,7 @@ figures are medians over the rounds. "Beside one type" is the time of the mixed 
 The decode step is traced and compiled anew in each round.
 """
 
+import dataclasses
 import json
 import os
 import statistics
@@ -35,6 +36,7 @@ from llamajax.evaluation.speed import measure_decode, measure_prefill, random_mo
 from llamajax.parameters import Place, specs
 
 flags.DEFINE_string("shape", "tinyllama-1.1b", "preset of the shape")
+flags.DEFINE_integer("layers", None, "layers in place of the preset's", lower_bound=1)
 flags.DEFINE_string("weights", "layers.*", "glob: those that are of two types")
 flags.DEFINE_enum("file", None, ["Q4_K_M"], "types as in such a GGUF file, in place of scales of two dtypes")
 flags.DEFINE_integer("rounds", 5, "how often everything is measured", lower_bound=1)
@@ -76,6 +78,8 @@ def recipe(layers: int, first: str, second: str) -> str:
 def ways() -> list[Way]:
     """The models."""
     config = llamajax.preset(flags.FLAGS.shape)
+    if flags.FLAGS.layers is not None:
+        config = dataclasses.replace(config, num_layers=flags.FLAGS.layers)
     if flags.FLAGS.file is not None:
         kinds = {"Q4_K": lambda place: "Q4_K", "Q6_K": lambda place: "Q6_K", flags.FLAGS.file: q4_k_m(config)}
         return [_way(label, of_types(config, kind)) for label, kind in kinds.items()]

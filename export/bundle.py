@@ -178,7 +178,7 @@ def _manifest(
             "eos": tokenizer.eos_id if tokenizer else None,
             "stop": list(tokenizer.stop_ids) if tokenizer else [],
         },
-        "chat_template": None,
+        "chat_template": _chat_template(tokenizer),
         "compiler_options": compiler_options(spec.profile.backend) if spec.profile.backend else {},
         "weights": [_described(Value.of(name, array)) for name, array in arrays.items()],
         "programs": {
@@ -195,6 +195,12 @@ def _manifest(
         "golden": {"file": "golden.safetensors", "prompts": prompts},
         "targets": {},
     }
+
+
+def _chat_template(tokenizer: Tokenizer | None) -> str | None:
+    """The Jinja template that came with a tokenizer; runners do not use it."""
+    data = tokenizer.words.files.get("chat_template.jinja") if tokenizer else None
+    return None if data is None else data.decode(errors="replace")
 
 
 def seal(folder: Path, manifest: Mapping[str, Any]) -> None:

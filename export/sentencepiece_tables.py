@@ -30,10 +30,11 @@ def sentencepiece_tables(tokenizer: Tokenizer, patterns: Patterns) -> dict[str, 
     pieces, kinds = [piece.piece for piece in model.pieces], "".join(_KINDS[piece.type] for piece in model.pieces)
     unknown = kinds.find("?")
     named = {token.text for token in tokenizer.words.added} | {""}
+    listed = {token.id for token in tokenizer.words.added}
     controls = [
         [i, piece, 1]
         for i, (piece, letter) in enumerate(zip(pieces, kinds, strict=True))
-        if letter == "c" and piece not in named
+        if letter in "c?" and piece not in named and i not in listed
     ]
     split = [_normalizer(model, tokenizer, [piece for piece, k in zip(pieces, kinds, strict=True) if k == "u"])]
     if kind == "scores" and _ends_at_spaces(dict(zip(pieces, kinds, strict=True))):

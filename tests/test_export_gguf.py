@@ -5,6 +5,7 @@ import importlib.util
 from pathlib import Path
 
 import gguf
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -15,6 +16,7 @@ from export.profiles import PROFILES, Spec
 from export.targets import add_target
 from export.targets.onnx_packed import PackedWeight, bits_of, digits_of, raw_digits, values_of
 from export.verification import verify
+from export.weights import ExportedWeight
 from llamajax.chat.chatml import ChatML, Message
 from quant import ggml
 from tests import gguf_files, reference
@@ -66,6 +68,8 @@ def check_against_the_reference(made: gguf_files.Made, bundle: Bundle) -> None:
 
 @pytest.fixture(scope="module", params=["usual", "others"])
 def bundle(request, tmp_path_factory) -> Bundle:
+    if all(map(_missing, NEEDS)):
+        pytest.skip("neither ONNX Runtime nor IREE is installed")
     made, bundle = made_of(request.param, tmp_path_factory.mktemp("gguf"), "unrolled")
     check_against_the_reference(made, bundle)
     return bundle
@@ -111,6 +115,18 @@ def test_digits_are_the_numbers(scheme: str) -> None:
     np.testing.assert_array_equal(raw, np.arange(1 << bits_of(scheme)))
 
 
+def test_second_levels_are_unpacked_in_the_arithmetic_that_is_asked_for() -> None:
+    weight = ggml.transposed(ggml.unpack("Q4_K", gguf_files.blocks(Kind.Q4_K, 8, 256)))
+    x = np.ones((1, 256), np.float32)
+    for arithmetic, shifts in (("integer", True), ("float", False)):
+        multiply = jax.jit(
+            lambda weight, x, arithmetic=arithmetic: ExportedWeight(weight, arithmetic=arithmetic).matmul(x)
+        )
+        text = multiply.lower(weight, x).as_text()
+        assert "matmul_uint4_g32_axis2_scale_uint6_offset_uint6(" in text
+        assert ("stablehlo.shift_right_logical" in text or "stablehlo.and" in text) is shifts
+
+
 # ---- Bundles --------------------------------------------------------------------------------------------------------
 
 
@@ -122,10 +138,14 @@ def test_weights_stay_packed_and_give_the_reference_tokens(tmp_path: Path) -> No
     check_against_the_reference(made, bundle)
 
 
+def need(*runtimes: str) -> None:
+    """Skips a test where one of them is not installed."""
+    if missing := next(filter(None, map(_missing, runtimes)), ""):
+        pytest.skip(f"{missing} is not installed")
+
+
 def check(bundle: Bundle, runtime: str) -> None:
     """Adds what a runtime needs, and lets it give the golden tokens."""
-    if missing := _missing(runtime):
-        pytest.skip(f"{missing} is not installed")
     target = {"onnx": "onnx", "iree": "iree-cpu"}[runtime]
     bundle = open_bundle(bundle.path)
     (result,) = verify(bundle if target in bundle.manifest["targets"] else add_target(bundle, target), [runtime])
@@ -135,16 +155,14 @@ def check(bundle: Bundle, runtime: str) -> None:
 @pytest.mark.extras
 @pytest.mark.parametrize("runtime", NEEDS)
 def test_the_same_tokens(runtime: str, bundle: Bundle) -> None:
+    need(runtime)
     check(bundle, runtime)
 
 
 @pytest.mark.extras
 def test_weights_are_not_dequantized_in_onnx(bundle: Bundle) -> None:
     """Every matrix is multiplied as codes of 4 bits: what is left of plain products is attention, and of offsets."""
-    if missing := _missing("onnx"):
-        pytest.skip(f"{missing} is not installed")
-    import onnx
-
+    onnx = pytest.importorskip("onnx")
     bundle = open_bundle(bundle.path)
     bundle = bundle if "onnx" in bundle.manifest["targets"] else add_target(bundle, "onnx")
     graph = onnx.load(bundle.file("targets/onnx/decode.onnx"), load_external_data=False).graph
@@ -166,6 +184,7 @@ def test_weights_are_not_dequantized_in_onnx(bundle: Bundle) -> None:
 @pytest.mark.extras
 def test_smollm2_says_the_same_everywhere(smollm2: Path, tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct, Q4_1 and Q8_0, from its GGUF: 64 greedy tokens, of which the first are an answer."""
+    need(*NEEDS)
     opened = llamajax.open_checkpoint(smollm2)
     tokenizer, model = llamajax.Tokenizer(opened.tokenizer_bytes, words=opened.words), opened.read(None)
     ids = ChatML.of(tokenizer).encode(tokenizer, [Message("user", "What is the capital of France?")])

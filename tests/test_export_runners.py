@@ -539,7 +539,7 @@ def test_no_script_has_the_name_of_what_it_imports() -> None:
         names = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
         names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
         # Those that to_litert.py and to_onnx.py mean.
-        meant = {"to_savedmodel", "onnx_graph", "onnx_operations", "onnx_weights"}
+        meant = {"to_savedmodel", "onnx_graph", "onnx_operations", "onnx_packed", "onnx_weights"}
         beside = {other.stem for other in file.parent.glob("*.py")} - meant
         assert not beside & {name.partition(".")[0] for name in names}, file
         # Nor that of a package: a toolchain imports others than the script does.

@@ -121,6 +121,7 @@ def test_documents_are_files_that_the_gguf_package_reads(tiny_tokenizer: Tokeniz
         assert llamajax.checkpoint.read_tokenizer(opened) is not None
 
 
+@pytest.mark.filterwarnings("ignore:tokenizer.ggml.pre is missing")
 @pytest.mark.parametrize("count", [500, pytest.param(5000, marks=pytest.mark.exhaustive)])
 def test_mutations(count: int, tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
     """In a process of its own, which a mutation may end: more than 200 MiB, a second, or code that runs fail there."""

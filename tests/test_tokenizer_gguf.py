@@ -133,6 +133,14 @@ def test_a_file_without_a_tokenizer() -> None:
     assert data is None and len(keys) == 2
 
 
+def test_a_vocabulary_that_does_not_say_how_text_is_split() -> None:
+    """llama.cpp goes on, and warns; digits come in threes."""
+    metadata = {key: value for key, value in bpe().items() if key != "tokenizer.ggml.pre"}
+    with pytest.warns(UserWarning, match="tokenizer.ggml.pre is missing: text is split as llama.cpp does then"):
+        tokenizer = read(metadata)
+    assert to_metadata(tokenizer, 258)["tokenizer.ggml.pre"] == "default"
+
+
 # ---- What is refused ------------------------------------------------------------------------------------------------
 
 
@@ -149,6 +157,7 @@ def test_a_file_without_a_tokenizer() -> None:
         (bpe(ggml__tokens=[]), "tokenizer.ggml.tokens is missing"),
         (bpe(ggml__merges=None), "tokenizer.ggml.merges is missing"),
         (bpe(ggml__token_type=[1]), "tokenizer.ggml.token_type has 1 values for 258 tokens: expected one for each"),
+        (bpe(("<0x41>", BYTE)), "token_type has bytes of their own, 6: expected none beside GPT-2's characters"),
         (bpe(("a b", 9)), "tokenizer.ggml.token_type has 9: expected 1 to 6"),
         (bpe(ggml__add_bos_token=True), "add_bos_token is true, by the file or for its kind, and .*bos_token_id miss"),
         (bpe(ggml__add_bos_token=7), "tokenizer.ggml.add_bos_token is 7: expected true or false"),
@@ -175,6 +184,7 @@ def test_a_name_of_nothing_known_lists_those_that_are() -> None:
     assert all(name in str(raised.value) for name in PATTERNS)
 
 
+@pytest.mark.filterwarnings("ignore:tokenizer.ggml.pre is missing")
 def test_mutations_give_our_error_or_a_tokenizer() -> None:
     draw, read_well = random.Random(0), 0
     values = [None, 0, -1, 2**32 - 1, True, "", "x", b"\xff", [], [1], ["a"], 1.5, float("nan"), {"a": 1}, np.zeros(3)]

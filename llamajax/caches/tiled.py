@@ -2,8 +2,8 @@
 
 `dot` needs its operands whole, so a layer's keys and values would be copied out of the stack at every token, in another
 type than theirs to be converted too. Written as unrolled sums over slices of the stack they are read once, in their own
-type, and XLA compiles the sums to the same kind of loop as the products with packed weights (`quant/kernels/cpu.py`).
-For that, the slots of a key's element must lie side by side: hence the tiles.
+type, and XLA compiles the sums to the same kind of loop as the products with packed weights
+(`quant/kernels/cpu_sums.py`). For that, the slots of a key's element must lie side by side: hence the tiles.
 
 Dimension key: as in `config.py`, and `R` = T N / K queries that share a key, `U` tiles of `s` slots.
 """

@@ -29,7 +29,7 @@ from llamajax.quantization.bit_search import choose_bits
 from llamajax.quantization.ggml_rules import candidates, for_ggml
 from llamajax.quantization.quantize_weight import in_dtype, naming, quantize_weight
 from llamajax.workers import workers
-from quant import Recipe, Rule, assign, quantized, recipe_from, values
+from quant import Recipe, Rule, assign, kind_of, quantized, recipe_from, values
 
 if TYPE_CHECKING:
     from llamajax.quantization.resume import PartsOnDisk
@@ -117,13 +117,13 @@ def quantize(
             with types of 2 to 8 bits, whatever groups the rules have.
 
     Raises:
-        LlamaJaxError: if the model is quantized already, a rule does not fit its weight, rules and weights do not cover
+        LlamaJaxError: if the model is quantized already (but a file's that also holds what only floats are made of: its
+            packed weights stay as they are), a rule does not fit its weight, rules and weights do not cover
             each other, a norm would be quantized, or the recipe needs a calibration text and none is given.
     """
     recipe = _checked_recipe(recipe, calibration)
     config = model.config
-    if quantized(model if isinstance(model, Llama) else model.abstract):
-        raise LlamaJaxError("the model is quantized already: quantize the weights that it was made from")
+    packed = _packed(model, recipe)
     read = _reader(model)
     rules = assigned(recipe.rules, config)
     if types not in (None, "ggml"):
@@ -132,8 +132,12 @@ def quantize(
         rules = for_ggml(rules, config, recipe.target_bpw is not None)
     _check_shared_inputs(rules, config)
     if calibration is None or not recipe.needs_calibration:
-        stacks = Stacks(config, rules.__getitem__)
-        one = lambda place: quantize_weight(place, read(place), rules[place], specs(config)[place])  # noqa: E731
+        stacks = Stacks(config, lambda place: packed.get(place, rules[place]))
+
+        def one(place: Place) -> Any:
+            return read(place) if place in packed else quantize_weight(place, read(place), rules[place], of[place])
+
+        of = specs(config)
         for done, (place, weight) in enumerate(_side_by_side(one, tuple(specs(config))), 1):
             stacks.put(place, weight)
             on_weight(done, len(rules))
@@ -151,6 +155,23 @@ def quantize(
         of_types = (lambda place, rule: candidates(place, rule, config)) if types else None
         rules = _chosen_bits(read, rules, recipe.target_bpw, windows, config, parts, steps, of_types)
     return _calibrated(read, rules, windows, config, parts, steps)
+
+
+def _packed(model: Llama | Opened, recipe: Recipe) -> dict[Place, Any]:
+    """The weights that stay packed as they are, each with what its layers must share to be one stack.
+
+    Those of a file most of whose weights have no packed form here (`Source.expanded`); otherwise there may be none.
+    """
+    if not quantized(model if isinstance(model, Llama) else model.abstract):
+        return {}
+    if isinstance(model, Llama) or not model.source.expanded:
+        raise LlamaJaxError("the model is quantized already: quantize the weights that it was made from")
+    if recipe.needs_calibration:
+        raise LlamaJaxError(
+            f"{model.path}: some of its weights are packed already: expected a recipe that needs no calibration text, "
+            "such as int4-g32"
+        )
+    return {place: kind_of(weight) for place, weight in model.source.abstract.items() if quantized(weight)}
 
 
 def _checked_recipe(recipe: str | Path | Recipe | tuple[Rule, ...], calibration: np.ndarray | None) -> Recipe:

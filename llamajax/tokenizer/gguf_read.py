@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -67,6 +68,9 @@ def from_metadata(metadata: Mapping[str, Any]) -> tuple[bytes | None, Words, fro
         The tokenizer in one of the forms at rest, None where the file has none; what the metadata says of words, the
         chat template among its files; and the keys that are dealt with, which are all that begin with "tokenizer.".
 
+    Warns:
+        UserWarning: where a byte-level vocabulary comes without the name of its pre-tokenizer.
+
     Raises:
         LlamaJaxError: for keys or values that are not known, or do not go together.
     """
@@ -85,6 +89,12 @@ def from_metadata(metadata: Mapping[str, Any]) -> tuple[bytes | None, Words, fro
         raise LlamaJaxError(
             f"{shortened(left[0])} is {shortened(metadata[left[0]])}: a key of the tokenizer that is not known: "
             f"whether it changes ids cannot be said: give --ignore_key={shortened(left[0])[1:-1]} if it does not"
+        )
+    if model == "gpt2" and metadata.get("tokenizer.ggml.pre") is None:
+        warnings.warn(
+            "tokenizer.ggml.pre is missing: text is split as llama.cpp does then, which is hardly what the model was "
+            "trained with: take a newer conversion",
+            stacklevel=2,
         )
     return data, words, frozenset(key for key in metadata if key.startswith(PREFIX))
 
@@ -251,6 +261,10 @@ def _byte_level(keys: _Keys, tokens: list[str], types: list[int], adds: set[str]
     merges = keys.texts("ggml.merges")
     if merges is None:
         raise LlamaJaxError("tokenizer.ggml.merges is missing: expected the merges of the vocabulary")
+    if BYTE in types:
+        raise LlamaJaxError(
+            "tokenizer.ggml.token_type has bytes of their own, 6: expected none beside GPT-2's characters"
+        )
     pre = PATTERNS[name]
     special = {tokens[index]: index for index, one in enumerate(types) if one in (CONTROL, UNKNOWN)}
     # What begins and ends every text is written down as a special token, whatever its type.

@@ -46,8 +46,11 @@ def unrolled(x_RK: jax.Array, tiles: QTensor, layer: jax.Array | None) -> jax.Ar
     groups, parts = _steps(tiles, STEP_BYTES[R > 1])
     widths = plane_bits(tiles.scheme.bits)
     x_RCg = x_RK.reshape(R, -1, tiles.group_size)
-    factors = _by_slot if tiles.scheme.codebook else _factors
-    factors_nRusk = [_split(factors(x_RCg, width), groups, parts) for width in widths]
+    if tiles.scheme.codebook:
+        factors_RCsk = [_by_slot(x_RCg, width) for width in widths]
+    else:
+        factors_RCsk = [_factors(x_RCg, width) * 2.0 ** sum(widths[:plane]) for plane, width in enumerate(widths)]
+    factors_nRusk = [_split(factor_RCsk, groups, parts) for factor_RCsk in factors_RCsk]
     # The planes hold the same elements of a group, if not of each part of it: the first plane's stand for all.
     x_nRu = jnp.sum(_split(_by_slot(x_RCg, widths[0]), groups, parts), axis=(-1, -2))
     take = functools.partial(_per_group, layer=layer, groups=groups, parts=parts, rows=R)
@@ -96,7 +99,7 @@ def _terms(
     tiles: QTensor, layer: jax.Array | None, factors: list[jax.Array], groups: int, group: int
 ) -> list[jax.Array]:
     """The products of one group of each step, [t, n, R, l], whose sum is that of codes times activations."""
-    terms, first_bit = [], 0
+    terms = []
     widths = plane_bits(tiles.scheme.bits)
     for plane, width, factor_nRusk in zip(tiles.planes, widths, factors, strict=True):
         slots, count = factor_nRusk.shape[-2:]
@@ -106,9 +109,7 @@ def _terms(
             for slot in range(slots):
                 # The last slot's bits are the whole byte.
                 low_tnRl = byte_tnRl & (2 ** (width * (slot + 1)) - 1) if slot < slots - 1 else byte_tnRl
-                factor_nR1 = factor_nRusk[..., group, slot, k, None] * 2.0**first_bit
-                terms.append(low_tnRl.astype(jnp.float32) * factor_nR1)
-        first_bit += width
+                terms.append(low_tnRl.astype(jnp.float32) * factor_nRusk[..., group, slot, k, None])
     return terms
 
 

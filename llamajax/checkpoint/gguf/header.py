@@ -20,7 +20,7 @@ VERSIONS = (2, 3)
 
 # The vocabulary of Gemma 3, the largest in use, has 777,000 strings, of 9 MB. Strings take more memory than bytes.
 _MOST_STRINGS = 1 << 21
-_LARGEST_METADATA = 1 << 28
+_LARGEST_METADATA = 1 << 26  # a character may take 4 bytes in memory
 _LONGEST_NAME = 1024  # ggml's own limit is 63
 _MOST_TENSORS = 1 << 16  # and as many keys
 _LARGEST_ALIGNMENT = 1 << 16
