@@ -93,6 +93,7 @@ def check(y_RM: jax.Array, x_RK: np.ndarray, weight_KM: np.ndarray, largest_KM: 
     assert np.all(np.abs(np.asarray(y_RM, np.float64) - x_RK.astype(np.float64) @ weight_KM) <= bound_RM)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("name", "axis"), EITHER_AXIS)
 def test_one_row_is_numpys_in_as_many_bits(name: str, axis: int) -> None:
     """And what is in memory is at most 1.1 times what is in the file; outputs fill whole tiles."""
@@ -141,6 +142,7 @@ def test_any_two_levels_are_numpys(
     np.testing.assert_array_equal(quant.dequantize(cpu.restore(tiled)), quant.dequantize(weight))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("name", "axis"), EITHER_AXIS)
 def test_layout_is_undone(name: str, axis: int) -> None:
     """Every array of both levels, bit for bit, of a stack and of one layer; laid out by NumPy as by JAX."""

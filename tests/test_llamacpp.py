@@ -132,7 +132,7 @@ def test_llamacpp_continues_floats_that_ours_writes(dtype: str, trained, tmp_pat
     assert list(ours.tokens) == continued[: len(ours.tokens)]
 
 
-@pytest.mark.parametrize("recipe", ["int4-g32", "int8", "mixed-4.5bpw"])
+@pytest.mark.parametrize("recipe", ["int4-g32", "int8", pytest.param("mixed-4.5bpw", marks=pytest.mark.exhaustive)])
 def test_llamacpp_predicts_as_ours_from_what_ours_quantizes(recipe: str, trained, box: Box, tmp_path: Path) -> None:
     model, tokenizer = trained
     packed = quantize(model, recipe, types="ggml", calibration=box.rows[:, :-1].ravel())
