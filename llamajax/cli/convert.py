@@ -48,7 +48,10 @@ def run(values: flags.FlagValues) -> None:
     opened = open_named(values, values.model)
     tokenizer = tokenizer_if_any(values, opened) or opened.tokenizer_bytes
     if values.dtype and values.to != "gguf" and quantized(opened.abstract):
-        raise LlamaJaxError(f"{values.model}: its weights are quantized: --dtype does not apply")
+        raise LlamaJaxError(
+            f"{values.model}: its weights are quantized, which --dtype does not undo: leave it out; "
+            "--to=gguf --dtype=float32 writes floats"
+        )
     dtype, written = (None, values.dtype) if values.to == "gguf" else (values.dtype, None)
     model = read_model(opened, dtype, shardings="host")
     with spinner(f"writing {output}"):
