@@ -291,8 +291,8 @@ def save_checkpoint(
         raise LlamaJaxError("the weights are laid out for a backend: save the model as it was before `prepare`")
     if form == "huggingface" and quantized(model):
         raise LlamaJaxError(
-            "the weights are quantized in a way that transformers does not read: write llamajax's form, or gguf; with a "
-            "dtype a gguf has floats, which can be converted"
+            "the weights are quantized in a way that transformers does not read: write llamajax's form, or gguf; with "
+            "a dtype a gguf has floats, which can be converted"
         )
     if form == "huggingface" and model.config.width % model.config.num_heads:
         raise LlamaJaxError(
