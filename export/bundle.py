@@ -48,7 +48,6 @@ from quant import compiler_options, schemes
 
 FORMAT = "llamajax-bundle"
 VERSION = 1
-_TOKENIZER_FILES = {"sentencepiece": "tokenizer.model", "tokenizers": "tokenizer.json"}
 _RUNNERS = Path(__file__).parent / "runners"
 # Programs that have a twin by `jax.export`, and the sizes that are open in it.
 _TWINS = {"prefill": "BST", "decode": "BS"}
@@ -126,7 +125,7 @@ def write(
         made = golden(model, prompts or golden_prompts(model, tokenizer, spec), spec)
         safetensors.numpy.save_file(made, folder / "golden.safetensors")
         if tokenizer is not None and vocabulary is not None:
-            (folder / _TOKENIZER_FILES[tokenizer.form]).write_bytes(tokenizer.model_bytes)
+            (folder / llamajax.tokenizer.FILE_NAMES[tokenizer.form]).write_bytes(tokenizer.model_bytes)
             (folder / "vocabulary.json").write_text(json.dumps(vocabulary.values, separators=(",", ":")) + "\n")
         for runner in sorted(_RUNNERS.glob("run_*.py")):
             (folder / runner.name).write_text(standalone_runner(runner.name))

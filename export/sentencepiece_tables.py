@@ -5,12 +5,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from sentencepiece import sentencepiece_model_pb2
-
 from export.patterns import Patterns, Unsupported, outside
 from llamajax import Tokenizer
+from llamajax import tokenizer as forms
 
-_PROTO: Any = sentencepiece_model_pb2  # its classes are made when it is imported: no checker sees them
 _MODEL_TYPES = {1: "unigram", 2: "scores"}
 _OTHER_TYPES = {3: "word", 4: "char"}
 # Letters for the kinds of pieces: normal, unknown, control, user-defined, unused, byte.
@@ -23,7 +21,7 @@ def sentencepiece_tables(tokenizer: Tokenizer, patterns: Patterns) -> dict[str, 
     Raises:
         Unsupported: for what runners do not do.
     """
-    model = _PROTO.ModelProto.FromString(tokenizer.model_bytes)
+    model = forms.proto().ModelProto.FromString(tokenizer.model_bytes)
     kind = _MODEL_TYPES.get(model.trainer_spec.model_type)
     if kind is None:
         raise Unsupported(f"is a sentencepiece model of type {_OTHER_TYPES.get(model.trainer_spec.model_type)}")

@@ -15,14 +15,9 @@ import numpy as np
 
 from export.patterns import Patterns, Unsupported, all_characters, characters_in, ranges_of
 from llamajax import Tokenizer, files
+from llamajax import tokenizer as forms
 
 Step = dict[str, Any]
-# ByteLevel's own (byte_level.rs), from encoder.py of github.com/openai/gpt-2.
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-# GPT-2's characters for bytes.
-_BYTES = {chr(byte): chr(byte) for byte in _PRINTABLE} | {chr(256 + i): chr(byte) for i, byte in enumerate(_OTHERS)}
 _FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 
 
@@ -40,7 +35,9 @@ def tokenizers_tables(tokenizer: Tokenizer, patterns: Patterns) -> dict[str, Any
     for name, wanted in (("type", ("BPE",)), ("dropout", (None, 0.0)), *((name, (None, "")) for name in _AFFIXES)):
         if model.get(name) not in wanted:
             raise Unsupported(f"has a model with {name} {files.shortened(str(model.get(name)))}")
-    splits = [made for step in _flat(data["pre_tokenizer"], "pretokenizers") for made in _split(step, patterns)]
+    splits = [
+        made for step in forms.steps_of(data["pre_tokenizer"], "pretokenizers") for made in _split(step, patterns)
+    ]
     of_bytes = {"do": "bytes"} in splits
     if {"do": "bytes"} in splits[:-1]:
         raise Unsupported("splits text after it has become bytes")
@@ -53,7 +50,9 @@ def tokenizers_tables(tokenizer: Tokenizer, patterns: Patterns) -> dict[str, Any
     return {
         "pieces": [_of_bytes(piece) for piece in pieces] if of_bytes else pieces,
         "pieces_are_bytes": of_bytes,
-        "normalize": [made for step in _flat(data["normalizer"], "normalizers") for made in _normalize(step, patterns)],
+        "normalize": [
+            made for step in forms.steps_of(data["normalizer"], "normalizers") for made in _normalize(step, patterns)
+        ],
         "split": splits,
         "special_hides": True,
         "controls": [],
@@ -82,18 +81,9 @@ def normalizer_of(tokenizer: Tokenizer) -> Callable[[str], str]:
 
 def _of_bytes(piece: str | None) -> str | None:
     """A piece in characters that each are a byte; None if it has others: no text gives it."""
-    if piece is None or not all(character in _BYTES for character in piece):
+    if piece is None or not all(character in forms.BYTES for character in piece):
         return None
-    return "".join(_BYTES[character] for character in piece)
-
-
-def _flat(step: Any, name: str) -> Iterator[Mapping[str, Any]]:
-    """A step, or those of a sequence."""
-    if step is not None and step["type"] == "Sequence":
-        for inner in step[name]:
-            yield from _flat(inner, name)
-    elif step is not None:
-        yield step
+    return "".join(chr(forms.BYTES[character]) for character in piece)
 
 
 def _pattern(pattern: Mapping[str, str], patterns: Patterns) -> list[Any]:
@@ -136,7 +126,7 @@ def _split(step: Mapping[str, Any], patterns: Patterns) -> Iterator[Step]:
         if step["add_prefix_space"]:
             yield {"do": "prefix", "text": " ", "unless": True, "first": False}
         if step["use_regex"]:
-            yield _split_at(patterns.of_expression(_GPT2), "isolated")
+            yield _split_at(patterns.of_expression(forms.GPT2), "isolated")
         yield {"do": "bytes"}
     elif kind == "Metaspace":
         space = step["replacement"]

@@ -19,7 +19,7 @@ if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0]) in ("llamajax", "llam
 
     process.begin()
 
-from llamajax import files, parameters
+from llamajax import files, parameters, tokenizer
 from llamajax.caches import KVCache, NoCache, Scores
 from llamajax.checkpoint import Opened, load, open_checkpoint, save_checkpoint
 from llamajax.config import Config, RopeScaling, preset, preset_names
@@ -90,6 +90,7 @@ __all__ = [
     "save_checkpoint",
     "shardings",
     "stream",
+    "tokenizer",
     "trainable",
     "unrolled",
     "weights_of",

@@ -22,7 +22,7 @@ from quant.outliers import outlier_channels, split_outliers
 from quant.packing import FORMAT_VERSION, pack, unpack
 from quant.prepare import BACKENDS, aligned_copy, aligned_empty, compiler_options, lowerings, prepare
 from quant.probe import Probe
-from quant.qtensor import QTensor, dequantize, dequantize_runs
+from quant.qtensor import QTensor, dequantize, dequantize_runs, has_nan_scales
 from quant.recipe import Recipe, Rule, assign, recipe_from
 from quant.rtn import quantize_rtn
 from quant.scheme import SCHEMES, Scheme
@@ -55,6 +55,7 @@ __all__ = [
     "dequantize_runs",
     "describe",
     "ggml",
+    "has_nan_scales",
     "is_laid_out",
     "is_weight",
     "kind_of",

@@ -302,15 +302,7 @@ def transposed(weight: Any) -> Any:
     A QTensor, or an array; of NumPy arrays, of abstract ones the shapes.
     """
     moved = jax.tree.map(_transpose, weight)
-    return _with_axis(moved, -3 - weight.axis) if isinstance(weight, QTensor) else moved
-
-
-def _with_axis(weight: Any, axis: int) -> Any:
-    """A QTensor that says another axis, in its second levels too."""
-    if not isinstance(weight, QTensor):
-        return weight
-    scale, offset = _with_axis(weight.scale, axis), _with_axis(weight.offset, axis)
-    return dataclasses.replace(weight, scale=scale, offset=offset, axis=axis)
+    return moved.along(-3 - weight.axis) if isinstance(weight, QTensor) else moved
 
 
 def _transpose(x: Any) -> Any:

@@ -158,6 +158,12 @@ class QTensor(Weight):
                 raise IndexError(f"index {i}: expected integers, arrays or slices, one for each leading axis")
         return jax.tree.map(operator.itemgetter(index), self)
 
+    def along(self, axis: int) -> "QTensor":
+        """The same arrays, of both levels, for another contraction axis."""
+        scale = self.scale.along(axis) if isinstance(self.scale, QTensor) else self.scale
+        offset = self.offset.along(axis) if isinstance(self.offset, QTensor) else self.offset
+        return dataclasses.replace(self, scale=scale, offset=offset, axis=axis)
+
     def matrix(self, index: jax.Array | int) -> "QTensor":
         """As of every `Weight`: a slice."""
         at = jnp.asarray(index, jnp.int32)
@@ -337,6 +343,13 @@ def scale_values(scale: Plane, scheme: Scheme, *, arithmetic: Literal["integer",
     if scheme.scale_code and not isinstance(scale, QTensor) and scale.dtype == jnp.uint8:
         return (exponent_values if scheme.scale_code == "e8m0" else e4m3_values)(scale)
     return _float32(scale, arithmetic)
+
+
+def has_nan_scales(weight: Any) -> bool:
+    """Whether a scale in a byte stands for NaN, 255 of mxfp4 and nvfp4; those in floats show it themselves."""
+    if not isinstance(weight, QTensor) or weight.scheme.scale_code is None or isinstance(weight.scale, QTensor):
+        return False
+    return weight.scale.dtype == jnp.uint8 and bool((weight.scale == 255).any())
 
 
 def _scale_dtypes(scheme: Scheme) -> tuple[str, ...]:

@@ -493,9 +493,10 @@ def test_scales_that_are_not_finite(kind: Kind, value: int, tmp_path: Path) -> N
         open_checkpoint(made.path).read()
 
 
-def test_an_exponent_that_is_nan(tmp_path: Path) -> None:
-    made = write(tmp_path / "m.gguf", Kind.MXFP4)
-    _damage(made, "blk.0.attn_q.weight", 17, b"\xff")
+@pytest.mark.parametrize(("kind", "at"), [(Kind.MXFP4, 17), (Kind.NVFP4, 2)])
+def test_a_scale_in_a_byte_that_is_nan(kind: Kind, at: int, tmp_path: Path) -> None:
+    made = write(tmp_path / "m.gguf", kind)
+    _damage(made, "blk.0.attn_q.weight", at, b"\xff")
     with pytest.raises(LlamaJaxError, match="layers.0.attention.query_DQ holds NaN or infinity"):
         open_checkpoint(made.path).read()
 

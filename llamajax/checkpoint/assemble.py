@@ -18,7 +18,7 @@ from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama, model_from
 from llamajax.parameters import Leaf, Place, leaves, named_weights, names_in_tree_order, parts_of
 from llamajax.prepare import check_activations
-from quant import Mixed, aligned_empty, is_weight, kind_of, nbytes, prepare, with_activations
+from quant import Mixed, aligned_empty, has_nan_scales, is_weight, kind_of, nbytes, prepare, with_activations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ def check_weight(path: Any, source: Source, place: Place, weight: Any) -> None:
     expected = source.abstract[place].shape
     if tuple(weight.shape) != tuple(expected):
         raise LlamaJaxError(f"{path}: {place} has shape {weight.shape}: expected {tuple(expected)}")
-    if not source.is_checked and not all(map(is_finite, jax.tree.leaves(weight))):
+    if not source.is_checked and (has_nan_scales(weight) or not all(map(is_finite, jax.tree.leaves(weight)))):
         raise LlamaJaxError(f"{path}: {place} holds NaN or infinity: the weights are damaged")
 
 

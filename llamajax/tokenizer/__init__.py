@@ -9,16 +9,24 @@ There are two engines, the libraries sentencepiece and tokenizers, and so two fo
 a tokenizer.json. What comes in another form is converted (`formats`); the vocabulary in a GGUF's metadata too (`gguf`).
 """
 
+from llamajax.tokenizer.byte_level import BYTES
 from llamajax.tokenizer.formats import FILE_NAMES, LARGEST_TOKENIZER, file_name, is_sentencepiece
+from llamajax.tokenizer.json_form import steps_of
+from llamajax.tokenizer.model_proto import proto
+from llamajax.tokenizer.pre_tokenizers import GPT2
 from llamajax.tokenizer.tokenizer import StreamDecoder, Tokenizer
 from llamajax.tokenizer.training import train_tokenizer
 
 __all__ = [
+    "BYTES",
     "FILE_NAMES",
+    "GPT2",
     "LARGEST_TOKENIZER",
     "StreamDecoder",
     "Tokenizer",
     "file_name",
     "is_sentencepiece",
+    "proto",
+    "steps_of",
     "train_tokenizer",
 ]

@@ -7,19 +7,17 @@ the others, in order, for the characters from U+0100 on.
 _PRINTABLE = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1))
 _OTHERS = tuple(byte for byte in range(256) if byte not in _PRINTABLE)
 CHARACTERS = {byte: chr(byte) for byte in _PRINTABLE} | {byte: chr(256 + i) for i, byte in enumerate(_OTHERS)}
-_BYTES = {character: byte for byte, character in CHARACTERS.items()}
-# Latin-1 has a character for each byte: str.translate does the rest.
-_OF_LATIN_1 = {byte: character for byte, character in CHARACTERS.items()}
+BYTES = {character: byte for byte, character in CHARACTERS.items()}
 
 
 def characters_of(data: bytes) -> str:
     """Bytes as the characters of the table."""
-    return data.decode("latin-1").translate(_OF_LATIN_1)
+    return data.decode("latin-1").translate(CHARACTERS)  # Latin-1 has a character for each byte
 
 
 def bytes_of(piece: str) -> bytes:
     """The bytes that a piece stands for; a piece with characters that are none of the table's stands for itself."""
     try:
-        return bytes([_BYTES[character] for character in piece])
+        return bytes([BYTES[character] for character in piece])
     except KeyError:
         return piece.encode()

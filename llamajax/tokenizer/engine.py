@@ -4,6 +4,9 @@ from typing import Protocol
 
 from llamajax.words import AddedToken
 
+# What an id that nothing names decodes to.
+UNNAMED = "\ufffd".encode()
+
 
 class EngineError(Exception):
     """Why bytes are no tokenizer that an engine reads: the end of a sentence, which the caller begins."""

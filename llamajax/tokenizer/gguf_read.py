@@ -1,7 +1,6 @@
 """The vocabulary in a GGUF's metadata as a tokenizer, and as what it says of words."""
 
 import dataclasses
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,9 +9,19 @@ from llamajax.errors import LlamaJaxError
 from llamajax.files import shortened
 from llamajax.tokenizer.ends import ends_of, with_first
 from llamajax.tokenizer.json_form import byte_level_json
-from llamajax.tokenizer.model_proto import BPE, BYTE, CONTROL, NORMAL, UNIGRAM, UNKNOWN, USER_DEFINED, make_model
+from llamajax.tokenizer.model_proto import (
+    BPE,
+    BYTE,
+    BYTE_PIECE,
+    CONTROL,
+    NORMAL,
+    UNIGRAM,
+    UNKNOWN,
+    USER_DEFINED,
+    make_model,
+)
 from llamajax.tokenizer.pre_tokenizers import PATTERNS
-from llamajax.words import AddedToken, Words
+from llamajax.words import AddedToken, Words, is_carried
 
 PREFIX = "tokenizer."
 TEMPLATE = "tokenizer.chat_template"
@@ -38,8 +47,6 @@ _WITHOUT_EFFECT = frozenset(
     )
 )
 _TYPES = range(1, 7)
-_BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
-_TEMPLATE_NAME = re.compile("[A-Za-z0-9_-]{1,40}")
 
 
 class _Kind(NamedTuple):
@@ -240,7 +247,7 @@ def _types(keys: _Keys, tokens: list[str], said: Mapping[str, int], guess: bool)
         if unknown is not None:
             raise LlamaJaxError(f"tokenizer.ggml.token_type has {shortened(unknown)}: expected 1 to 6")
         return [int(one) for one in types]
-    types = [BYTE if guess and _BYTE_PIECE.fullmatch(token) else NORMAL for token in tokens]
+    types = [BYTE if guess and BYTE_PIECE.fullmatch(token) else NORMAL for token in tokens]
     for part in ("bos", "eos"):
         if part in said:
             types[said[part]] = CONTROL
@@ -299,7 +306,7 @@ def _sentencepiece(
     types = [CONTROL if one == UNKNOWN else one for one in types]
     types[said["unk"]] = UNKNOWN
     for index, one in enumerate(types):
-        if one == BYTE and not _BYTE_PIECE.fullmatch(tokens[index]):
+        if one == BYTE and not BYTE_PIECE.fullmatch(tokens[index]):
             raise LlamaJaxError(
                 f"token {index} is {shortened(tokens[index])}, a byte by its type: expected <0x00> to <0xFF>"
             )
@@ -347,9 +354,10 @@ def _templates(keys: _Keys) -> dict[str, bytes]:
     for key in sorted(keys.metadata):
         if key.startswith(f"{TEMPLATE}."):
             name = key.removeprefix(f"{TEMPLATE}.")
-            if not _TEMPLATE_NAME.fullmatch(name):
+            file = f"chat_template.{name}.jinja"
+            if not is_carried(file):
                 raise LlamaJaxError(
                     f"{shortened(key)}: a chat template's name: expected 1 to 40 letters, digits, _ and -"
                 )
-            files[f"chat_template.{name}.jinja"] = keys.text(f"chat_template.{name}", "").encode()
+            files[file] = keys.text(f"chat_template.{name}", "").encode()
     return files

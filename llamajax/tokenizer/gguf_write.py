@@ -126,7 +126,7 @@ def _of_json(tokenizer: Tokenizer) -> _Table:
         raise LlamaJaxError("the tokenizer.json marks where words begin or end, for which GGUF has no key")
     table = pieces_of_json(tokenizer, model)
     if any(step.get("type") == "ByteLevel" for step in steps_of(value.get("decoder"), "decoders")):
-        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        merges = list(map(" ".join, table.merges))
         keys: dict[str, Any] = {"model": "gpt2", "pre": _pre_tokenizer(value), "merges": merges}
         return _Table(table.tokens, table.types, None, keys)
     _check_spaces(value)

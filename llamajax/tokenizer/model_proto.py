@@ -3,12 +3,14 @@
 Source: sentencepiece_model.proto of github.com/google/sentencepiece.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 # SentencePiece.Type; GGUF's token types are the same numbers.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 UNIGRAM, BPE = 1, 2
+BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 
 
 def make_model(

@@ -7,10 +7,9 @@ from typing import Any
 
 from llamajax.errors import LlamaJaxError
 from llamajax.files import shortened
-from llamajax.tokenizer.model_proto import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from llamajax.tokenizer.model_proto import BYTE, BYTE_PIECE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from llamajax.tokenizer.tokenizer import Tokenizer
 
-_BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 _PAD = re.compile(r"\[PAD(\d+)\]")
 # Below every piece that merges make.
 _UNMERGED = -1e6
@@ -77,7 +76,7 @@ def pieces_of_json(tokenizer: Tokenizer, model: Mapping[str, Any]) -> Pieces:
         elif text == "" or ((pad := _PAD.fullmatch(text)) and int(pad[1]) == index):
             text, kind = f"[PAD{index}]", UNUSED
         else:
-            kind = BYTE if fallback and _BYTE_PIECE.fullmatch(text) else NORMAL
+            kind = BYTE if fallback and BYTE_PIECE.fullmatch(text) else NORMAL
         tokens.append(text)
         types.append(kind)
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]

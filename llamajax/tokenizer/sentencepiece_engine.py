@@ -4,13 +4,12 @@ from typing import Any
 
 from llamajax.files import shortened
 from llamajax.tokenizer.added import AddedPatterns
-from llamajax.tokenizer.engine import EngineError
+from llamajax.tokenizer.engine import UNNAMED, EngineError
 from llamajax.words import AddedToken, Words
 
 # Behind a serialized ModelProto: normalizer_spec (field 3) { add_dummy_prefix (field 3): false }. Where a field comes
 # twice, protobuf takes the later one's values.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
-_UNNAMED = "\ufffd".encode()
 
 
 class SentencePieceEngine:
@@ -116,7 +115,7 @@ class SentencePieceEngine:
                     "trained with"
                 )
             # Ids that nothing names, between those that have a token, decode like the embeddings beyond the tokenizer.
-            self._token_bytes += [_UNNAMED] * (index + 1 - len(self._token_bytes))
+            self._token_bytes += [UNNAMED] * (index + 1 - len(self._token_bytes))
             if token.special or index >= len(self._pieces):
                 self._token_bytes[index] = b"" if token.special else token.text.encode()
         texts = {token.text for token in words.added}

@@ -15,11 +15,10 @@ from typing import Any
 from llamajax.files import shortened
 from llamajax.tokenizer.byte_level import bytes_of
 from llamajax.tokenizer.ends import END_TEXTS
-from llamajax.tokenizer.engine import EngineError
+from llamajax.tokenizer.engine import UNNAMED, EngineError
 from llamajax.tokenizer.json_form import steps_of
 from llamajax.words import AddedToken, Words
 
-_UNNAMED = "\ufffd".encode()
 _BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
 _LARGEST_ID = 1 << 27
 # A normalizer that a text passes may make it longer, and one behind another may do so without end.
@@ -75,7 +74,7 @@ class TokenizersEngine:
         made = self._bytes.get(index)
         if made is None:
             piece = self._library.id_to_token(index)
-            made = self._bytes[index] = _UNNAMED if piece is None else self._decoding.bytes_of(piece)
+            made = self._bytes[index] = UNNAMED if piece is None else self._decoding.bytes_of(piece)
         return made
 
     def id_of(self, piece: str) -> int | None:

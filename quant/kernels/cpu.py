@@ -22,7 +22,7 @@ import numpy as np
 
 from quant.kernels import Layout, start_indices
 from quant.kernels.cpu_sums import unrolled
-from quant.kernels.cpu_tiles import compact, expand, level_schemes, plain, turned
+from quant.kernels.cpu_tiles import compact, expand, level_schemes, plain
 from quant.qtensor import QTensor, dequantize
 from quant.scheme import Scheme
 
@@ -146,7 +146,7 @@ def layout(weight: QTensor, xp: types.ModuleType = jnp) -> TiledWeight:
 
     tiles = jax.tree.map(tile, compact(dataclasses.replace(weight, order=None), xp))
     order = None if weight.order is None else xp.squeeze(weight.order, -1 if weight.axis == -2 else -2)
-    return TiledWeight(turned(tiles, -2), order, outputs=outputs, axis=weight.axis, levels=level_schemes(weight))
+    return TiledWeight(tiles.along(-2), order, outputs=outputs, axis=weight.axis, levels=level_schemes(weight))
 
 
 def restore(weight: TiledWeight) -> QTensor:
@@ -159,14 +159,14 @@ def restore(weight: TiledWeight) -> QTensor:
         return plane_XM if weight.axis == -2 else jnp.swapaxes(plane_XM, -1, -2)
 
     order = None if weight.order is None else jnp.expand_dims(weight.order, -1 if weight.axis == -2 else -2)
-    merged = turned(jax.tree.map(merge, weight.tiles), weight.axis)
+    merged = jax.tree.map(merge, weight.tiles).along(weight.axis)
     return dataclasses.replace(expand(merged, weight.levels), order=order)
 
 
 def rows(table: TiledWeight, row_n: jax.Array) -> jax.Array:
     """Rows of a table [M, K], int32 indices in [0, M) -> float32 [n, K]; only those are dequantized."""
     pick = lambda plane_tXl: plane_tXl[row_n // LANES, :, row_n % LANES]  # noqa: E731
-    found = plain(turned(jax.tree.map(pick, table.tiles), -1))
+    found = plain(jax.tree.map(pick, table.tiles).along(-1))
     if table.order is not None:
         found = dataclasses.replace(found, order=table.order[None])
     return dequantize(found)

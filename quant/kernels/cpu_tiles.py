@@ -75,16 +75,6 @@ def is_paired(weight: QTensor) -> bool:
     return isinstance(weight.offset, QTensor) and not weight.offset.planes
 
 
-def turned(weight: QTensor, axis: int) -> QTensor:
-    """The same arrays, of both levels, for another contraction axis."""
-    levels: dict[str, Any] = {
-        name: dataclasses.replace(plane, axis=axis)
-        for name, plane in (("scale", weight.scale), ("offset", weight.offset))
-        if isinstance(plane, QTensor)
-    }
-    return dataclasses.replace(weight, axis=axis, **levels)
-
-
 def _keeps_codes(plane: Plane | None) -> TypeGuard[QTensor]:
     """Whether a plane is of two levels that a loop can make floats of: whole numbers times a scale."""
     if not isinstance(plane, QTensor) or plane.scheme.kind not in ("int", "uint"):

@@ -15,8 +15,9 @@ from llamajax.errors import LlamaJaxError
 from llamajax.files import shortened
 from llamajax.words import SAMPLING, sampling_in_range
 
+QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml.h: how blocks are laid out
 # Our field for each key that says one.
-_FIELDS = {
+FIELDS = {
     "embedding_length": "width",
     "feed_forward_length": "ffn_width",
     "block_count": "num_layers",
@@ -34,7 +35,7 @@ _REQUIRED = (
 # One number for all layers, or one for each.
 _OF_LAYERS = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
 _READ = (
-    *(*_FIELDS, "vocab_size", "attention.value_length", "rope.dimension_count"),
+    *(*FIELDS, "vocab_size", "attention.value_length", "rope.dimension_count"),
     *("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"),
 )
 # Keys that would change the forward pass: allowed only at the values at which they do nothing.
@@ -65,7 +66,7 @@ _NO_EFFECT = (
 )
 
 # gguf-py's `Keys.General`; what of it decides how tokens are drawn, under our names.
-_SAMPLING = {
+SAMPLING_KEYS = {
     "general.sampling.temp": "temperature",
     "general.sampling.top_k": "top_k",
     "general.sampling.top_p": "top_p",
@@ -112,7 +113,7 @@ def config_of(
     for key, value in said.items():
         if isinstance(value, np.ndarray | list):
             raise LlamaJaxError(f"{path}: {prefix}{key} is an array of {len(value)}: expected one value")
-    ours: dict[str, Any] = {_FIELDS[key]: value for key, value in said.items() if key in _FIELDS}
+    ours: dict[str, Any] = {FIELDS[key]: value for key, value in said.items() if key in FIELDS}
     ours.setdefault("num_kv_heads", ours["num_heads"])
     if "head_size" not in ours and is_whole(ours["width"]) and is_whole(ours["num_heads"]):
         ours["head_size"] = ours["width"] // max(ours["num_heads"], 1)
@@ -181,17 +182,18 @@ def _check_values(path: Any, prefix: str, said: Mapping[str, Any], config: Confi
 
 def check_quantization(path: Any, metadata: Mapping[str, Any]) -> None:
     """That blocks are laid out as they have been since GGUF is."""
-    version = metadata.get("general.quantization_version", 2)
-    if not is_whole(version) or version != 2:
+    version = metadata.get("general.quantization_version", QUANTIZATION_VERSION)
+    if not is_whole(version) or version != QUANTIZATION_VERSION:
         raise LlamaJaxError(
-            f"{path}: general.quantization_version is {shortened(version)}, which is not read: expected 2"
+            f"{path}: general.quantization_version is {shortened(version)}, which is not read: expected "
+            f"{QUANTIZATION_VERSION}"
         )
 
 
 def sampling_of(path: Any, metadata: Mapping[str, Any]) -> tuple[dict[str, float], list[str]]:
     """Defaults of sampling, and a note on each that is asked for and not followed."""
     found, notes = {}, []
-    for key, name in _SAMPLING.items():
+    for key, name in SAMPLING_KEYS.items():
         value = metadata.get(key)
         if value is None or (name in _OFF and (is_whole(value) or isinstance(value, float)) and value <= 0):
             continue
@@ -203,7 +205,7 @@ def sampling_of(path: Any, metadata: Mapping[str, Any]) -> tuple[dict[str, float
     notes += [
         f"{path}: {key} is {shortened(metadata[key])}, which is not done"
         for key in sorted(metadata)
-        if key.startswith("general.sampling.") and key not in _SAMPLING and not _asks_nothing(key, metadata)
+        if key.startswith("general.sampling.") and key not in SAMPLING_KEYS and not _asks_nothing(key, metadata)
     ]
     return {name: found[name] for name in SAMPLING if name in found}, notes
 

@@ -10,15 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-ALIGNMENT = 32  # what readers take where `general.alignment` is not said
+from llamajax.checkpoint.gguf.header import ALIGNMENT, ARRAY, BOOL, NUMBERS, STRING
+
 _VERSION = 3
-# `enum gguf_metadata_value_type`, with the format of what is a number.
-_NUMBERS = {
-    **{"uint8": (0, "B"), "int8": (1, "b"), "uint16": (2, "H"), "int16": (3, "h"), "uint32": (4, "I")},
-    **{"int32": (5, "i"), "float32": (6, "f"), "bool": (7, "?"), "uint64": (10, "Q"), "int64": (11, "q")},
-    "float64": (12, "d"),
-}
-_STRING, _ARRAY = 8, 9
+# Number and format of what is a number, by NumPy's name.
+_NUMBERS = {np.dtype(name).name: (number, letter) for number, (letter, name) in NUMBERS.items()} | {"bool": (BOOL, "?")}
 
 
 class Entry(NamedTuple):
@@ -82,9 +78,9 @@ def _value(key: str, value: Any) -> bytes:
     """A value with its type in front."""
     try:
         if isinstance(value, np.ndarray | list | tuple):
-            return struct.pack("<I", _ARRAY) + _elements(value)
+            return struct.pack("<I", ARRAY) + _elements(value)
         if isinstance(value, str | bytes):
-            return struct.pack("<I", _STRING) + _text(value)
+            return struct.pack("<I", STRING) + _text(value)
         number, form = _NUMBERS[_scalar_type(value)]
         return struct.pack(f"<I{form}", number, value)
     except (KeyError, struct.error, OverflowError, UnicodeEncodeError) as error:
@@ -111,7 +107,7 @@ def _elements(values: Any) -> bytes:
         number, _ = _NUMBERS[values.dtype.name]
         return struct.pack("<IQ", number, values.size) + values.astype(values.dtype.newbyteorder("<")).tobytes()
     if all(isinstance(value, str | bytes) for value in values):
-        return struct.pack("<IQ", _STRING, len(values)) + b"".join(map(_text, values))
+        return struct.pack("<IQ", STRING, len(values)) + b"".join(map(_text, values))
     if all(isinstance(value, bool) for value in values):
         return _elements(np.array(values, bool))
     if all(isinstance(value, int) and not isinstance(value, bool) for value in values):

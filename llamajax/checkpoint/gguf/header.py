@@ -27,11 +27,12 @@ _LARGEST_ALIGNMENT = 1 << 16
 _DEEPEST_ARRAY = 4
 
 # By the number of a type of value: `struct`'s letter, NumPy's name without its byte order.
-_NUMBERS = {
+NUMBERS = {
     **{0: ("B", "u1"), 1: ("b", "i1"), 2: ("H", "u2"), 3: ("h", "i2"), 4: ("I", "u4"), 5: ("i", "i4")},
     **{6: ("f", "f4"), 10: ("Q", "u8"), 11: ("q", "i8"), 12: ("d", "f8")},
 }
-_BOOL, _STRING, _ARRAY = 7, 8, 9
+BOOL, STRING, ARRAY = 7, 8, 9
+ALIGNMENT = 32  # unless `general.alignment` says another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,7 @@ class HeaderReader:
             if key in metadata:
                 self.fail(f"key {shortened(key)} is there twice: expected it once")
             metadata[key] = self.value(key, self.number("I"))
-        alignment = metadata.get("general.alignment", 32)
+        alignment = metadata.get("general.alignment", ALIGNMENT)
         if not is_whole(alignment) or not 0 < alignment <= _LARGEST_ALIGNMENT or alignment & (alignment - 1):
             self.fail(
                 f"general.alignment is {shortened(alignment)}: expected a power of two, {_LARGEST_ALIGNMENT} at most"
@@ -156,16 +157,16 @@ class HeaderReader:
 
     def value(self, key: str, kind: int, depth: int = 0) -> Any:
         """The next value, of the type of a number."""
-        if kind in _NUMBERS:
-            return self.number(_NUMBERS[kind][0])
-        if kind == _BOOL:
+        if kind in NUMBERS:
+            return self.number(NUMBERS[kind][0])
+        if kind == BOOL:
             value = self.number("B")
             if value > 1:
                 self.fail(f"{shortened(key)} is a bool of {value}: expected 0 or 1: it is damaged")
             return bool(value)
-        if kind == _STRING:
+        if kind == STRING:
             return self.text(key, self.raw(self.long_number(), shortened(key)))
-        if kind == _ARRAY:
+        if kind == ARRAY:
             return self.array(key, depth + 1)
         self.fail(f"{shortened(key)} is of type {kind}: expected one from 0 to 12: it is damaged")
 
@@ -182,19 +183,19 @@ class HeaderReader:
         left = len(self.window) - self.at
         if depth > _DEEPEST_ARRAY:
             self.fail(f"{shortened(key)}: arrays in arrays, {depth} deep: expected {_DEEPEST_ARRAY} at most")
-        size = {_BOOL: 1, _STRING: 8, _ARRAY: 12}.get(kind) or np.dtype(_NUMBERS.get(kind, ("", "u1"))[1]).itemsize
+        size = {BOOL: 1, STRING: 8, ARRAY: 12}.get(kind) or np.dtype(NUMBERS.get(kind, ("", "u1"))[1]).itemsize
         if count * size > left:
             self.fail(f"{shortened(key)} has {count} elements, {left} bytes are left: truncated or damaged")
-        if kind == _STRING:
+        if kind == STRING:
             return self.texts(key, count)
-        if kind == _ARRAY:
+        if kind == ARRAY:
             self.count_strings(key, count)  # each takes as much memory as a string does
             return [self.array(key, depth + 1) for _ in range(count)]
-        if kind != _BOOL and kind not in _NUMBERS:
+        if kind != BOOL and kind not in NUMBERS:
             self.fail(f"{shortened(key)} has elements of type {kind}: expected one from 0 to 12: it is damaged")
-        stored = np.dtype("u1" if kind == _BOOL else self.order + _NUMBERS[kind][1])
+        stored = np.dtype("u1" if kind == BOOL else self.order + NUMBERS[kind][1])
         values = np.frombuffer(self.raw(count * size, shortened(key)), stored)
-        if kind == _BOOL:
+        if kind == BOOL:
             if count and values.max() > 1:
                 self.fail(f"{shortened(key)} has bools of {values.max()}: expected 0 or 1: it is damaged")
             return values.astype(bool)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from llamajax.checkpoint.checks import check_fits
+from llamajax.checkpoint.gguf.config import FIELDS, QUANTIZATION_VERSION, SAMPLING_KEYS
 from llamajax.checkpoint.gguf.encode import Entry, header, padding
 from llamajax.checkpoint.gguf.names import ARCHITECTURES, ROPE_FACTORS, tensor_names
 from llamajax.checkpoint.gguf.rope import divisors_of
@@ -28,19 +29,12 @@ from llamajax.words import Words
 from quant import ggml, is_weight, values
 
 _ARCHITECTURE = ARCHITECTURES["llama"]
-_QUANTIZATION_VERSION = 2
 # `enum llama_ftype` in llama.h, by the type that most weights have.
 _FILE_TYPES = {
     **{"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 15},
     **{"Q5_K": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32, "TQ2_0": 37, "MXFP4": 38, "NVFP4": 39},
 }
-_SAMPLING = {
-    "temperature": "general.sampling.temp",
-    "top_k": "general.sampling.top_k",
-    "top_p": "general.sampling.top_p",
-    "min_p": "general.sampling.min_p",
-    "repetition_penalty": "general.sampling.penalty_repeat",
-}
+_SAMPLING = {name: key for key, name in SAMPLING_KEYS.items()}
 
 
 class _Tensor(NamedTuple):
@@ -112,17 +106,11 @@ def _metadata(config: Config, name: str, tensors: list[_Tensor]) -> dict[str, An
         "general.type": "model",
         "general.name": name,
         "general.file_type": _FILE_TYPES[most],
-        "general.quantization_version": _QUANTIZATION_VERSION,
+        "general.quantization_version": QUANTIZATION_VERSION,
     }
     of_model: dict[str, Any] = {
+        **{key: getattr(config, field) for key, field in FIELDS.items()},
         "vocab_size": config.vocab_size,
-        "context_length": config.context_length,
-        "embedding_length": config.width,
-        "block_count": config.num_layers,
-        "feed_forward_length": config.ffn_width,
-        "attention.head_count": config.num_heads,
-        "attention.head_count_kv": config.num_kv_heads,
-        "attention.key_length": config.head_size,
         "attention.value_length": config.head_size,
         "attention.layer_norm_rms_epsilon": float(config.norm_eps),
         "rope.dimension_count": config.head_size,
