@@ -16,6 +16,7 @@ from llamajax.cli.model_flags import (
     define_activations,
     define_dtype,
     define_model,
+    define_threads,
     open_named,
     read_model,
     say,
@@ -51,6 +52,7 @@ def define(values: flags.FlagValues) -> None:
     )
     define_dtype(values)
     define_activations(values)
+    define_threads(values)
     flags.DEFINE_string("system", None, "system message; what the chat template says unless given", flag_values=values)
     flags.DEFINE_integer(
         "max_new_tokens",
