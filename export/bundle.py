@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -272,15 +273,27 @@ def read_manifest(path: Path) -> Mapping[str, Any]:
 
 def standalone_runner(name: str) -> str:
     """A runner as one file: what all runners share, with its own text behind."""
-    parts = {part: (_RUNNERS / f"{part}.py").read_text(encoding="utf-8") for part in ("runner", "text", "text_models")}
-    own = (_RUNNERS / name).read_text(encoding="utf-8")
-    text = parts["text"].replace(_IMPORT_MODELS, parts["text_models"])
-    return parts["runner"].replace(_IMPORT_TEXT, text) + "\n\n" + own.replace("\n" + _IMPORT, "")
+    text = (_RUNNERS / "runner.py").read_text(encoding="utf-8")
+    for part, line in _IMPORTS.items():
+        _, _, of_part = (_RUNNERS / f"{part}.py").read_text(encoding="utf-8").partition('"""\n\n')
+        text = text.replace(line, of_part + "\n\n")
+    own = (_RUNNERS / name).read_text(encoding="utf-8").replace("\n" + _IMPORT, "")
+    seen, once = set(), []
+    for line in (text + "\n\n" + own).splitlines(keepends=True):
+        if line not in seen:
+            once.append(line)
+        if line.startswith("import "):
+            seen.add(line)
+    return re.sub("\n{4,}", "\n\n\n", "".join(once))
 
 
 _IMPORT = "from export.runners.runner import main\n"
-_IMPORT_TEXT = "from export.runners.text import Text\n"
-_IMPORT_MODELS = "from export.runners.text_models import MODELS, SPACE, Longest\n"
+# Where each part goes.
+_IMPORTS = {
+    "answers": "from export.runners.answers import chooser, converse, pieces, steps, write_until\n",
+    "text": "from export.runners.text import Text\n",
+    "text_models": "from export.runners.text_models import MODELS, SPACE, Longest\n",
+}
 
 
 def _twins(model: Llama, spec: Spec) -> dict[str, bytes]:
