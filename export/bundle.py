@@ -22,7 +22,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
 import llamajax
+from export.conversations import chat_of
 from export.golden import golden, golden_prompts
 from export.lowering import STABLEHLO_VERSION, Program, Value, lower
 from export.profiles import PROFILES, Profile, Spec
@@ -95,6 +96,8 @@ def write(
     *,
     prompts: Sequence[Sequence[int]] | None = None,
     source: str = "llamajax",
+    template: str | None = None,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> Bundle:
     """Writes a bundle, whole or not at all.
 
@@ -105,13 +108,18 @@ def write(
         spec: what programs to make.
         prompts: ids of the golden prompts; texts of our own unless given.
         source: where the weights came from.
+        template: name of the chat template; the checkpoint's own unless given.
+        on_note: called with a line that says why runners cannot chat, if so.
 
     Raises:
-        LlamaJaxError: if the model cannot be exported, or `path` exists.
+        LlamaJaxError: if there is no template of that name, the model cannot be exported, or `path` exists.
     """
     if spec.slots > model.config.context_length:
         raise LlamaJaxError(f"{spec.slots} slots: the model's context is {model.config.context_length}")
     vocabulary = None if tokenizer is None else vocabulary_of(tokenizer)
+    chat = chat_of(tokenizer, vocabulary, template, source)
+    if chat.refusal:
+        on_note(f"no --chat in this bundle: {chat.refusal}")
     programs = lower(model, spec)
     with files.new_folder(Path(path)) as folder:
         (folder / "programs").mkdir()
@@ -134,6 +142,9 @@ def write(
         if vocabulary is not None:
             manifest["golden"]["texts"] = vocabulary.texts
             manifest["tokens"] |= {name: vocabulary.values[name] for name in ("refusal", "version")}
+        if chat.section is not None:
+            manifest["chat"] = chat.section
+            manifest["golden"]["conversations"] = chat.golden
         for file in folder.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors makes them its owner's alone
         seal(folder, manifest)
@@ -198,7 +209,7 @@ def _manifest(
 
 
 def _chat_template(tokenizer: Tokenizer | None) -> str | None:
-    """The Jinja template that came with a tokenizer; runners do not use it."""
+    """The Jinja template that came with a tokenizer; runners go by what `conversations` makes of it."""
     data = tokenizer.words.files.get("chat_template.jinja") if tokenizer else None
     return None if data is None else data.decode(errors="replace")
 
@@ -290,7 +301,7 @@ def standalone_runner(name: str) -> str:
 _IMPORT = "from export.runners.runner import main\n"
 # Where each part goes.
 _IMPORTS = {
-    "answers": "from export.runners.answers import chooser, converse, pieces, steps, write_until\n",
+    "answers": "from export.runners.answers import chooser, conversation, converse, steps, write_until\n",
     "text": "from export.runners.text import Text\n",
     "text_models": "from export.runners.text_models import MODELS, SPACE, Longest\n",
 }

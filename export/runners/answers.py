@@ -73,7 +73,7 @@ def chooser(temperature, seed, top_k=0, top_p=1.0):
     return choose
 
 
-def write_until(generated, decode, ends, stops, out, before=b""):
+def write_until(generated, decode, ends, stops, out, before=b"", behind=b""):
     """Writes what is generated as it comes, up to the first stop text; what may become one is held back.
 
     Returns the ids, the bytes that were written, and whether something ended it before `generated` did.
@@ -94,21 +94,20 @@ def write_until(generated, decode, ends, stops, out, before=b""):
         out.flush()
         shown = len(data) - held
     data += b"" if ended and ids[-1] not in ends else decode(None)
-    out.write(data[shown:])
+    out.write(data[shown:] + behind)
     out.flush()
     return ids, data, ended
 
 
-def pieces(form, messages):
-    """A conversation as ids of control tokens, and texts. Messages are (role, text), the last one a user's."""
+def conversation(text, form, messages):
+    """Ids of a conversation. Messages are (role, text), the last one a user's; no text in them is a control token."""
     made, before = [], form["system" if messages[0][0] == "system" else "begin"]
-    for role, text in messages:
-        end = form["thinking_end"] if role == "assistant" else None
-        if end and end in text:
-            text = text.rpartition(end)[2].lstrip(form["thinking_blank"])
-        made += [*before, text.strip() if role != "assistant" or form["trims_answers"] else text]
+    for role, said in messages:
+        if role == "assistant" and form["thinking_end"] and form["thinking_end"] in said:
+            said = said.rpartition(form["thinking_end"])[2].lstrip(form["thinking_blank"])
+        made += [*before, said.strip() if role != "assistant" or form["trims_answers"] else said]
         before = form[{"system": "behind_system", "user": "answer", "assistant": "next"}[role]]
-    return [*made, *form["reply"]]
+    return text.encode_pieces([*made, *form["reply"]], form["control"])
 
 
 def lines():
@@ -125,24 +124,22 @@ def lines():
 def converse(session, bundle, text, options, choose, stops, out):
     """Answers each line of input, or the prompt. Of the cache all is kept that the next turn begins with."""
     form, said, held, most = bundle.manifest["chat"], [], [], options.max_new_tokens
-    first = [("system", options.system)] if options.system else []
+    first = [("system", options.system)] if options.system.strip() else []
     for line in lines() if options.prompt is None else [options.prompt]:
         said.append(("user", line))
-        ids, count = text.encode_pieces(pieces(form, first + said)), len(said)
+        ids, count = conversation(text, form, first + said), len(said)
         while len(ids) + most > bundle.slots and len(said) > 2:
             del said[:2]
-            ids = text.encode_pieces(pieces(form, first + said))
+            ids = conversation(text, form, first + said)
         if len(ids) + most > bundle.slots:
             sys.exit(f"{len(ids)} tokens and {most} to make: expected {bundle.slots} together, the cache's slots")
         if len(said) < count:
             print(f"the window is full: the oldest {count - len(said)} messages are forgotten", file=sys.stderr)
         keep = min(len(os.path.commonprefix([ids, held])), len(ids) - 1)
         generated = steps(session, bundle, ids, most, choose, keep=keep)
-        made, data, ended = write_until(generated, text.decoder([]), form["stop"], stops, out)
-        out.write(b"\n")
-        out.flush()
+        made, data, ended = write_until(generated, text.decoder([]), form["stop"], stops, out, behind=b"\n")
         said.append(("assistant", data.decode("utf-8", "replace")))
         held = ids + made[:-1]
         rate = f", {session.count / session.seconds:.1f} tokens/s" if session.seconds else ""
         used = f"{len(ids) - keep} tokens read, {len(made)} made{rate}; {len(held) + 1} of {bundle.slots} slots"
-        print(used + "; cut: --max_new_tokens allows more" * (not ended), file=sys.stderr)
+        print(used + "; cut: --max_new_tokens allows more" * (not ended), file=sys.stderr, flush=True)

@@ -21,7 +21,7 @@ import time
 
 import numpy as np
 
-from export.runners.answers import chooser, converse, pieces, steps, write_until
+from export.runners.answers import chooser, conversation, converse, steps, write_until
 from export.runners.text import Text
 
 # 30 times the manifest of a model of 126 layers.
@@ -144,12 +144,13 @@ def check_texts(bundle):
     text = Text(bundle) if kinds["texts"] else None
     if text is None or text.refusal:
         return {kind: 0 for kind in kinds}
-    for entry in kinds["texts"] + kinds["conversations"]:
-        said = entry.get("text", entry.get("messages"))
-        special, talk = entry.get("special", False), "messages" in entry
-        ids = text.encode_pieces(pieces(bundle.manifest["chat"], said)) if talk else text.encode(said, special)
-        if ids != entry["ids"]:
-            sys.exit(f"{said!r} gives ids {ids}: expected {entry['ids']}")
+    form = bundle.manifest.get("chat")
+    encoded = [(e["text"], text.encode(e["text"], e.get("special", False)), e["ids"]) for e in kinds["texts"]]
+    talks = kinds["conversations"]
+    encoded += [(e["messages"], conversation(text, form, e["messages"]), e["ids"]) for e in talks]
+    for said, ids, expected in encoded:
+        if ids != expected:
+            sys.exit(f"{said!r} gives ids {ids}: expected {expected}")
     return {kind: len(entries) for kind, entries in kinds.items()}
 
 
@@ -209,43 +210,46 @@ def golden(session, bundle, start):
     return f"{session.name}: golden prompt {', '.join(failed)}: not the golden tokens or logits" if failed else None
 
 
-def main(open_session, description):
-    """The command line. `open_session(bundle)` has name, reset() and run(program, inputs) -> logits [B, V]; and
-    product, the relative error of rounding the factors of a float32 product, where the device rounds them."""
+def options_of(description):
+    """The command line."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("bundle", nargs="?", default=os.path.dirname(os.path.abspath(__file__)))
-    parser.add_argument("--prompt", help="text to continue, or with --chat the one line to answer")
-    parser.add_argument("--parse_special", action="store_true", help="read special tokens out of the prompt")
-    parser.add_argument("--ids", help="ids with commas between, instead of a prompt; prints ids")
-    parser.add_argument("--chat", action="store_true", help="answer each line of standard input")
-    parser.add_argument("--system", default="", help="system message of --chat; the template's own unless given")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="of the text, or of each answer")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top_k", type=int, default=0, help="choose among the K likeliest tokens only; 0: all")
-    parser.add_argument(
-        "--top_p", type=float, default=1.0, help="choose among the likeliest that have this probability"
-    )
-    parser.add_argument("--stop", action="append", default=[], help="text to end before; may be repeated")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--golden", action="store_true", help="run the golden prompts; print JSON")
-    options, start = parser.parse_args(), time.perf_counter()
+    flag = parser.add_argument
+    flag("bundle", nargs="?", default=os.path.dirname(os.path.abspath(__file__)))
+    flag("--prompt", help="text to continue, or with --chat the one message to answer")
+    flag("--parse_special", action="store_true", help="read special tokens out of the prompt")
+    flag("--ids", help="ids with commas between, instead of a prompt; prints ids")
+    flag("--chat", action="store_true", help="answer each line of standard input")
+    flag("--system", default="", help="system message of --chat; the template's own unless given")
+    flag("--max_new_tokens", type=int, default=64, help="of the text, or of each answer")
+    flag("--temperature", type=float, default=0.0, help="0 is greedy")
+    flag("--top_k", type=int, default=0, help="choose among the K likeliest tokens only; 0: among all")
+    flag("--top_p", type=float, default=1.0, help="choose among the likeliest tokens that make up this probability")
+    flag("--stop", action="append", default=[], help="end before this text; may be repeated")
+    flag("--seed", type=int, default=0)
+    flag("--golden", action="store_true", help="run the golden prompts; print JSON")
+    options = parser.parse_args()
     if min(options.max_new_tokens, options.seed + 1) < 1 or not 0 <= options.temperature < np.inf:
         sys.exit("expected --max_new_tokens of 1 or more, --seed and --temperature of 0 or more")
     if options.top_k < 0 or not 0 < options.top_p <= 1 or "" in options.stop:
         sys.exit("expected --top_k of 0 or more, --top_p above 0 and at most 1, --stop of a character or more")
-    ids = None if options.ids is None else [int(token) for token in options.ids.split(",")]
-    if ids is not None and (options.chat or options.stop):
+    if options.ids is not None and (options.chat or options.stop):
         sys.exit("--chat and --stop are for text: expected a prompt instead of --ids")
+    return options
+
+
+def main(open_session, description):
+    """Runs. `open_session(bundle)` has name, reset() and run(program, inputs) -> logits [B, V]; and product, the
+    relative error of rounding the factors of a float32 product, where the device rounds them."""
+    start, options = time.perf_counter(), options_of(description)
+    ids = None if options.ids is None else [int(token) for token in options.ids.split(",")]
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads the output has seen enough
     bundle = Bundle(options.bundle)
     if ids is None and not options.golden and "vocabulary.json" not in bundle.manifest["files"]:
         sys.exit(f"{options.bundle}: exported without a tokenizer: expected --ids")
-    form = bundle.manifest.get("chat")
-    if options.chat and (form is None or (options.system and form["system"] is None)):
-        sys.exit(
-            f"{options.bundle}: no place for {'messages' if form is None else 'a system message'} in its chat template"
-        )
+    form = bundle.manifest.get("chat", {"system": None})
+    if options.chat and ("begin" not in form or (options.system and form["system"] is None)):
+        sys.exit("--system: the chat template has no place for it" if "begin" in form else "no chat in this bundle")
     text, prompt = None if ids is not None or options.golden else Text(bundle), b""
     if text and not options.chat:
         prompt = "Once upon a time" if options.prompt is None else options.prompt
@@ -254,17 +258,16 @@ def main(open_session, description):
     if options.golden:
         sys.exit(golden(session, bundle, start))
     check_device(session, bundle)
-    load_seconds = time.perf_counter() - start
+    loaded = f"loaded in {time.perf_counter() - start:.1f} s"
     out, choose = sys.stdout.buffer, chooser(options.temperature, options.seed, options.top_k, options.top_p)
-    stops = [stop.encode() for stop in options.stop]
+    stops, most = [stop.encode() for stop in options.stop], options.max_new_tokens
     if options.chat:
-        print(f"{session.name}: loaded in {load_seconds:.1f} s", file=sys.stderr)
+        print(f"{session.name}: {loaded}", file=sys.stderr)
         return converse(session, bundle, text, options, choose, stops, out)
-    most = options.max_new_tokens
     decode = text.decoder(ids) if text else lambda token: b"" if token is None else b"%d " % token
     generated = steps(session, bundle, ids, most, choose)
     made, _, ended = write_until(generated, decode, text.stop if text else (), stops, out, prompt)
     if not ended and len(made) < most:
         print(f"\nthe cache's {bundle.slots} slots are full: {len(made)} of {most} tokens", file=sys.stderr)
     rate = f"{session.count / session.seconds:.1f} tokens/s, " if session.seconds else ""
-    print(f"\n{session.name}: {rate}loaded in {load_seconds:.1f} s", file=sys.stderr)
+    print(f"\n{session.name}: {rate}{loaded}", file=sys.stderr)

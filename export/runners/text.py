@@ -110,8 +110,8 @@ class Text:
         ids += self.encode_part(text, special, True)
         return ids if self.eos is None else [*ids, self.eos]
 
-    def encode_pieces(self, pieces):
-        """Ids of what is ids and texts. Texts beside each other are one; special tokens in them are text."""
+    def encode_pieces(self, pieces, control):
+        """Ids of ids and texts. Texts beside each other are one; special and control tokens in them are text."""
         ids, run = [], ""
         for piece in (*pieces, None):
             if isinstance(piece, str):
@@ -119,21 +119,21 @@ class Text:
                 continue
             run = run.lstrip(self.blank) if self.bits.get(ids[-1] if ids else None, 0) & RSTRIP else run
             run = run.rstrip(self.blank) if self.bits.get(piece, 0) & LSTRIP else run
-            ids += self.encode_part(run, False, not ids) if run else []
+            ids += self.encode_part(run, False, not ids, control) if run else []
             ids, run = ids if piece is None else [*ids, piece], ""
         return ids
 
-    def encode_part(self, text, special, at_start):
+    def encode_part(self, text, special, at_start, control=()):
         """Ids of a part of a text."""
         ids = []
         early, late = self.added[special]
-        for place, part in self.around_added(early, text, special):
+        for place, part in self.around_added(early, text, special, control):
             if isinstance(part, int):
                 ids.append(part)
                 continue
             for step in self.normalize:
                 part = "".join(step([part], at_start and place == 0))
-            for later, inner in self.around_added(late, part, special):
+            for later, inner in self.around_added(late, part, special, control):
                 if isinstance(inner, int):
                     ids.append(inner)
                     continue
@@ -144,12 +144,12 @@ class Text:
                     ids += self.encode_word(word)
         return ids
 
-    def around_added(self, added, text, special):
+    def around_added(self, added, text, special, control=()):
         """A text in parts, each with its place: ids of added tokens, and the text between them."""
         done = 0
         for start, found in added.find(text):
             (token, bits), end = added.texts[found], start + len(found)
-            if bits & SPECIAL and not special:
+            if (bits & SPECIAL or token in control) and not special:
                 continue
             beside = (text[start - 1 : start], text[end : end + 1])
             if bits & SINGLE_WORD and any(map(self.word.match, beside)):
