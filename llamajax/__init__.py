@@ -21,6 +21,9 @@ if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0]) in ("llamajax", "llam
 
 from llamajax import files, parameters, tokenizer
 from llamajax.caches import KVCache, NoCache, Scores
+from llamajax.chat import role_strings
+from llamajax.chat.messages import Message
+from llamajax.chat.template import Template
 from llamajax.checkpoint import Opened, load, open_checkpoint, save_checkpoint
 from llamajax.config import Config, RopeScaling, preset, preset_names
 from llamajax.errors import LlamaJaxError
@@ -60,11 +63,13 @@ __all__ = [
     "Llama",
     "LlamaJaxError",
     "Made",
+    "Message",
     "NoCache",
     "Opened",
     "RopeScaling",
     "Sampler",
     "Scores",
+    "Template",
     "TextStream",
     "Tokenizer",
     "Words",
@@ -92,6 +97,7 @@ __all__ = [
     "read_recipe",
     "rebuilt",
     "recipe_names",
+    "role_strings",
     "sample",
     "save_checkpoint",
     "shardings",
