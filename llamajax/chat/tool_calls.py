@@ -12,10 +12,11 @@ calls of earlier turns in the same way.
 import dataclasses
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from llamajax.chat.messages import ToolCall
+from llamajax.errors import LlamaJaxError
 from llamajax.files import shortened
 
 _BARE_BEGINNINGS = ('{"name"', '{"type":"function"')
@@ -190,3 +191,29 @@ def read_calls(form: CallForm, text: str) -> tuple[list[ToolCall], str, str | No
     except ValueError as error:
         return [], text, str(error)
     return calls, rest, None
+
+
+def check_tools(tools: Any) -> list[dict[str, Any]]:
+    """Tools as templates are given them.
+
+    Raises:
+        LlamaJaxError: for anything but functions as JSON schemas.
+    """
+    if tools is None:
+        return []
+    if not isinstance(tools, list | tuple):
+        raise LlamaJaxError(f"tools are {shortened(tools)}: expected a list of functions as JSON schemas")
+    for number, tool in enumerate(tools, 1):
+        function = tool.get("function") if isinstance(tool, Mapping) and tool.get("type") == "function" else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise LlamaJaxError(
+                f'tool {number} is {shortened(tool)}: expected {{"type": "function", "function": {{"name": …, '
+                '"description": …, "parameters": …}}'
+            )
+        try:
+            json.dumps(tool, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise LlamaJaxError(
+                f"tool {number} is not JSON ({shortened(str(error))}): expected a JSON schema"
+            ) from None
+    return [dict(tool) for tool in tools]
