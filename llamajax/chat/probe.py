@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llamajax.chat.messages import Message, ToolCall
 from llamajax.chat.interim import Template
+from llamajax.chat.messages import Message, ToolCall
 from llamajax.chat.tool_calls import CallForm, form_of
 from llamajax.errors import LlamaJaxError
 from llamajax.tokenizer import Tokenizer
