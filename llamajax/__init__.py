@@ -22,7 +22,8 @@ if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0]) in ("llamajax", "llam
 from llamajax import files, parameters, tokenizer
 from llamajax.caches import KVCache, NoCache, Scores
 from llamajax.chat import role_strings
-from llamajax.chat.messages import Message
+from llamajax.chat.chat import Chat
+from llamajax.chat.messages import Message, ToolCall
 from llamajax.chat.template import Template
 from llamajax.checkpoint import Opened, load, open_checkpoint, save_checkpoint
 from llamajax.config import Config, RopeScaling, preset, preset_names
@@ -52,6 +53,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Block",
+    "Chat",
     "Completion",
     "Config",
     "Engine",
@@ -72,6 +74,7 @@ __all__ = [
     "Template",
     "TextStream",
     "Tokenizer",
+    "ToolCall",
     "Words",
     "abstract_model",
     "clear_programs",

@@ -65,7 +65,8 @@ def test_flags_live_in_the_command_line_only(package: str) -> None:
 
 def test_no_module_reads_the_environment() -> None:
     """But the command line, which keeps compiled programs where the user's environment says that caches are, and what
-    looks for a kept program, which what XLA reads from the environment is a part of.
+    looks for a kept program, which what XLA reads from the environment is a part of; and `--threads`, which XLA takes
+    from the environment alone.
 
     Targets and runners are no modules but scripts, for processes of their own.
     """
@@ -81,6 +82,7 @@ def test_no_module_reads_the_environment() -> None:
     assert [place.split(":")[0] for place in wrong] == [
         "llamajax/cli/__init__.py",
         "llamajax/generation/compilation.py",
+        *["llamajax/threads.py"] * 2,
     ]
 
 
