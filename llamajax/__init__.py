@@ -21,6 +21,8 @@ if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0]) in ("llamajax", "llam
 
 from llamajax import files, parameters, tokenizer
 from llamajax.caches import KVCache, NoCache, Scores
+from llamajax.chat.chat import Chat
+from llamajax.chat.messages import Message, ToolCall
 from llamajax.checkpoint import Opened, load, open_checkpoint, save_checkpoint
 from llamajax.config import Config, RopeScaling, preset, preset_names
 from llamajax.errors import LlamaJaxError
@@ -47,12 +49,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Block",
+    "Chat",
     "Completion",
     "Config",
     "KVCache",
     "Layer",
     "Llama",
     "LlamaJaxError",
+    "Message",
     "NoCache",
     "Opened",
     "RopeScaling",
@@ -60,6 +64,7 @@ __all__ = [
     "Scores",
     "TextStream",
     "Tokenizer",
+    "ToolCall",
     "Words",
     "abstract_model",
     "clear_programs",
