@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from llamajax.cli import chat_screen
-from llamajax.cli.chat_screen import Screen, finished, harmless
+from llamajax.cli.chat_screen import Screen, finished
+from llamajax.cli.terminal import harmless
 
 pyte = pytest.importorskip("pyte", reason="a terminal to look at: pip install -e '.[test]'")
 

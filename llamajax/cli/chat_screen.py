@@ -8,7 +8,6 @@ the model writes steers the terminal: control characters are escaped before anyt
 import io
 import sys
 import time
-import unicodedata
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -17,26 +16,12 @@ from rich.markdown import CodeBlock, Heading, Markdown
 from rich.syntax import Syntax
 from rich.text import Text
 
-from llamajax.cli.terminal import write
+from llamajax.cli.terminal import harmless, write
 
 _REFRESH_SECONDS = 0.1
 # Drawing takes at most this part of the time, which the model has one thread less in.
 _DRAWING_SHARE = 0.1
 _NARROWEST = 20
-
-
-def harmless(text: str) -> str:
-    r"""Text in which what would steer a terminal is escaped: control characters but \n and \t, marks that turn lines.
-
-    Other than `terminal.printable` it keeps what texts of all languages are made of, as spaces that do not break and
-    joiners of emojis.
-    """
-    return "".join(c if _is_harmless(c) else c.encode("unicode_escape").decode() for c in text)
-
-
-def _is_harmless(character: str) -> bool:
-    turns = "\u202a" <= character <= "\u202e" or "\u2066" <= character <= "\u2069"
-    return character in "\n\t" or not (turns or unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"))
 
 
 class Screen:
