@@ -23,6 +23,7 @@ from llamajax import files, parameters, tokenizer
 from llamajax.caches import KVCache, NoCache, Scores
 from llamajax.chat.chat import Chat
 from llamajax.chat.messages import Message, ToolCall
+from llamajax.chat.template import Template
 from llamajax.checkpoint import Opened, load, open_checkpoint, save_checkpoint
 from llamajax.config import Config, RopeScaling, preset, preset_names
 from llamajax.errors import LlamaJaxError
@@ -62,6 +63,7 @@ __all__ = [
     "RopeScaling",
     "Sampler",
     "Scores",
+    "Template",
     "TextStream",
     "Tokenizer",
     "ToolCall",
