@@ -5,10 +5,12 @@ import random
 import pytest
 
 from llamajax.chat.messages import Message, ToolCall
+from llamajax.chat.probes import ToolCalls
 from llamajax.chat.reply import Reply, ReplyForm
-from llamajax.chat.tool_calls import FORMS, form_of
+from llamajax.chat.tool_calls import BARE, DEEPSEEK, HERMES, MISTRAL, form_of, marked
+from llamajax.errors import LlamaJaxError
 
-FORM = {form.name: form for form in FORMS}
+FORM = {"hermes": HERMES, "llama3": BARE, "mistral": MISTRAL, "deepseek": DEEPSEEK}
 THINK = ("<think>", "</think>")
 WEATHER = ToolCall("get_current_temperature", {"location": "San Francisco, CA, USA"})
 LATER = ToolCall("get_temperature_date", {"location": "San Francisco, CA, USA", "date": "2024-10-01"})
@@ -20,12 +22,12 @@ QWEN = """<tool_call>
 {"name": "get_temperature_date", "arguments": {"location": "San Francisco, CA, USA", "date": "2024-10-01"}}
 </tool_call>"""
 LLAMA = '{"name": "get_current_temperature", "parameters": {"location": "San Francisco, CA, USA"}}'
-MISTRAL = (
+NEMO = (
     '[TOOL_CALLS] [{"name": "get_current_temperature", "arguments": {"location": "San Francisco, CA, USA"}, '
     '"id": "VvvODy9mT"}]'
 )
 TEKKEN = '[TOOL_CALLS]get_current_temperature[CALL_ID]VvvODy9mT[ARGS]{"location": "San Francisco, CA, USA"}'
-DEEPSEEK = (
+DEEPSEEK3 = (
     "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_current_temperature\n```json\n"
     '{"location": "San Francisco, CA, USA"}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>'
     'get_temperature_date\n```json\n{"location": "San Francisco, CA, USA", "date": "2024-10-01"}\n```'
@@ -66,7 +68,7 @@ def cuts(text: str) -> list[list[str]]:
 
 REPLIES = {
     "plain": (ReplyForm(), "Hello <think> </think>", said("Hello <think> </think>")),
-    "empty": (ReplyForm(THINK, calls=FORM["llama3"]), "", said("")),
+    "empty": (ReplyForm(THINK, calls=BARE), "", said("")),
     "thinking": (ReplyForm(THINK), "\n<think>\nOne.\n\nTwo.\n</think>\n\nThree.\n", said("Three.\n", "One.\n\nTwo.")),
     "opened thinking": (ReplyForm(THINK, True), "One < two\n</think>\n\n3", said("3", "One < two")),
     "cut thinking": (ReplyForm(THINK, True), "\nOne\n</thi", said("", "One\n</thi")),
@@ -74,46 +76,46 @@ REPLIES = {
     "no thinking": (ReplyForm(THINK), "  <thin air", said("  <thin air")),
     "thinking in content": (ReplyForm(THINK), "The mark <think> opens", said("The mark <think> opens")),
     "a first space": (ReplyForm(drops_first_space=True), "  two", said(" two")),
-    "Qwen": (ReplyForm(THINK, calls=FORM["hermes"]), QWEN, said("", None, WEATHER, LATER)),
+    "Qwen": (ReplyForm(THINK, calls=HERMES), QWEN, said("", None, WEATHER, LATER)),
     "Qwen 3": (
-        ReplyForm(THINK, calls=FORM["hermes"]),
+        ReplyForm(THINK, calls=HERMES),
         f"<think>\nHm.\n</think>\n\nLet me see.\n{QWEN}",
         said("Let me see.", "Hm.", WEATHER, LATER),
     ),
-    "Qwen, not closed": (ReplyForm(calls=FORM["hermes"]), QWEN[:-13], said("", None, WEATHER, LATER)),
+    "Qwen, not closed": (ReplyForm(calls=HERMES), QWEN[:-13], said("", None, WEATHER, LATER)),
     "Qwen, text between": (
-        ReplyForm(calls=FORM["hermes"]),
+        ReplyForm(calls=HERMES),
         f"{QWEN.splitlines()[0]}{QWEN.splitlines()[1]}</tool_call> That is all. ",
         said("That is all.", None, WEATHER),
     ),
     "a mark in a call": (
-        ReplyForm(calls=FORM["hermes"]),
+        ReplyForm(calls=HERMES),
         '<tool_call>{"name": "f", "arguments": {"a": "</tool_call><tool_call>"}}</tool_call>',
         said("", None, ToolCall("f", {"a": "</tool_call><tool_call>"})),
     ),
-    "Llama": (ReplyForm(calls=FORM["llama3"]), LLAMA, said("", None, WEATHER)),
-    "Llama, two": (ReplyForm(calls=FORM["llama3"]), f"\n{LLAMA}; {LLAMA}", said("", None, WEATHER, WEATHER)),
-    "Llama, marked": (ReplyForm(calls=FORM["llama3"]), f"<|python_tag|>{LLAMA}", said("", None, WEATHER)),
-    "Llama, behind text": (ReplyForm(calls=FORM["llama3"]), f"So: <|python_tag|>{LLAMA}", said("So:", None, WEATHER)),
-    "Llama, other JSON": (ReplyForm(calls=FORM["llama3"]), '{"nap": 1} \n', said('{"nap": 1} \n')),
+    "Llama": (ReplyForm(calls=BARE), LLAMA, said("", None, WEATHER)),
+    "Llama, two": (ReplyForm(calls=BARE), f"\n{LLAMA}; {LLAMA}", said("", None, WEATHER, WEATHER)),
+    "Llama, marked": (ReplyForm(calls=BARE), f"<|python_tag|>{LLAMA}", said("", None, WEATHER)),
+    "Llama, behind text": (ReplyForm(calls=BARE), f"So: <|python_tag|>{LLAMA}", said("So:", None, WEATHER)),
+    "Llama, other JSON": (ReplyForm(calls=BARE), '{"nap": 1} \n', said('{"nap": 1} \n')),
     "Mistral": (
-        ReplyForm(calls=FORM["mistral"]),
-        MISTRAL,
+        ReplyForm(calls=MISTRAL),
+        NEMO,
         said("", None, ToolCall(WEATHER.name, WEATHER.arguments, "VvvODy9mT")),
     ),
     "Mistral's later": (
-        ReplyForm(calls=FORM["mistral"]),
+        ReplyForm(calls=MISTRAL),
         TEKKEN,
         said("", None, ToolCall(WEATHER.name, WEATHER.arguments, "VvvODy9mT")),
     ),
     "Mistral, no ids": (
-        ReplyForm(calls=FORM["mistral"]),
+        ReplyForm(calls=MISTRAL),
         '[TOOL_CALLS]f[ARGS]{}[TOOL_CALLS]g[ARGS]{"a": 1}',
         said("", None, ToolCall("f", {}, "call00000"), ToolCall("g", {"a": 1}, "call00001")),
     ),
-    "DeepSeek": (ReplyForm(calls=FORM["deepseek"]), f"Yes. {DEEPSEEK}", said("Yes.", None, WEATHER, LATER)),
-    "DeepSeek V3.1": (ReplyForm(calls=FORM["deepseek"]), DEEPSEEK31, said("", None, WEATHER)),
-    "half a mark": (ReplyForm(calls=FORM["hermes"]), "a \n<tool_cal", said("a \n<tool_cal")),
+    "DeepSeek": (ReplyForm(calls=DEEPSEEK), f"Yes. {DEEPSEEK3}", said("Yes.", None, WEATHER, LATER)),
+    "DeepSeek V3.1": (ReplyForm(calls=DEEPSEEK), DEEPSEEK31, said("", None, WEATHER)),
+    "half a mark": (ReplyForm(calls=HERMES), "a \n<tool_cal", said("a \n<tool_cal")),
 }
 
 
@@ -150,7 +152,7 @@ def test_what_is_no_call_stays_text_and_is_said(name: str, text: str, problem: s
 
 
 def test_text_is_shown_as_soon_as_it_is_certain() -> None:
-    reply = Reply(ReplyForm(THINK, calls=FORM["llama3"]))
+    reply = Reply(ReplyForm(THINK, calls=BARE))
     shown = [
         [(piece.kind, piece.text) for piece in reply.add(text)] for text in ("<thi", "nk>", "a <", "b", "</think>")
     ]
@@ -160,22 +162,27 @@ def test_text_is_shown_as_soon_as_it_is_certain() -> None:
     assert [piece.text for piece in reply.finish()] == [" <|python"]
 
 
-@pytest.mark.parametrize(
-    "rendered, name",
-    [
-        ('<tool_call>\n{"name": "probe", "arguments": {"a": "b"}}\n</tool_call>', "hermes"),
-        ("<tool_call>\n<function=probe>\n<parameter=a>\nb\n</parameter>\n</function>\n</tool_call>", None),
-        ('<|eot_id|>{"name": "probe", "parameters": {"a": "b"}}<|eot_id|>', "llama3"),
-        ('[TOOL_CALLS] [{"name": "probe", "arguments": {"a": "b"}, "id": "abcdefghi"}]</s>', "mistral"),
-        (DEEPSEEK31, "deepseek"),
-        ("<|im_start|>assistant\n<|im_end|>", None),
-    ],
-)
-def test_the_way_of_calls_is_seen_in_what_a_template_writes(rendered: str, name: str | None) -> None:
-    form = form_of(rendered)
-    assert (form and form.name) == name
+def test_the_way_of_calls_is_that_of_the_template() -> None:
+    assert form_of(ToolCalls("<tool_call>", "</tool_call>", "name", "arguments")) is HERMES
+    assert form_of(ToolCalls("[TOOL_CALLS]", "", "name", "arguments", listed=True)) is MISTRAL
+    begun = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>"
+    assert form_of(ToolCalls(begun, "<｜tool▁call▁end｜>", None, None, "\n```json\n")) is DEEPSEEK
+    assert form_of(ToolCalls("", "", "name", "parameters")) is BARE
+    with pytest.raises(LlamaJaxError, match="calls of tools between '<call>' and '</call>' are not read"):
+        form_of(ToolCalls("<call>", "</call>", None, None, ": "))
+
+
+def test_other_marks_around_json_are_read() -> None:
+    """As Command R's template has a call."""
+    form = form_of(ToolCalls("Action: ```json", "```", "tool_name", "parameters", listed=True))
+    said_so = '[{"tool_name": "f", "parameters": {"a": 1}}, {"tool_name": "g", "parameters": {}}]'
+    text = f"I see. Action: ```json\n{said_so}\n```"
+    for parts in cuts(text):
+        calls = ToolCall("f", {"a": 1}), ToolCall("g", {})
+        assert in_pieces(ReplyForm(calls=form), parts).message() == said("I see.", None, *calls)
+    assert marked("<f>", "").marks == ("<f>",)
 
 
 def test_marks_of_a_form() -> None:
     assert ReplyForm().marks == ()
-    assert ReplyForm(THINK, calls=FORM["llama3"]).marks == ("<think>", "</think>", "<|python_tag|>")
+    assert ReplyForm(THINK, calls=BARE).marks == ("<think>", "</think>", "<|python_tag|>")

@@ -17,10 +17,9 @@ from typing import Any
 import jax
 
 from llamajax.chat.answer import Answer
-from llamajax.chat.interim import Template
 from llamajax.chat.messages import Message, as_messages
-from llamajax.chat.probe import abilities, opens_thinking
-from llamajax.chat.reply import ReplyForm
+from llamajax.chat.probe import reply_form, stop_strings, thinking_switch
+from llamajax.chat.template import Template
 from llamajax.chat.tool_calls import check_tools
 from llamajax.chat.window import fit
 from llamajax.errors import LlamaJaxError
@@ -42,7 +41,6 @@ class Chat:
     """A conversation.
 
     Attributes:
-        messages: all of them so far, a system message first if there is one. May be changed or set between turns.
         knobs: of `sampling.make_sampler`, by name; may be changed between turns.
         model: what answers. Its leaves may be abstract (`jax.ShapeDtypeStruct`) until `compile_while`.
         tokenizer: its tokenizer, which ends where the template ends a message.
@@ -102,20 +100,23 @@ class Chat:
         self.max_new_tokens, self.think, self.seed = max_new_tokens, think, seed
         self.samples, self.vote = samples, vote
         self.knobs = {**tokenizer.words.sampling, **knobs}
-        self.messages = [] if system is None else [Message("system", system)]
+        self._messages = [] if system is None else [Message("system", system)]
         self.context_length = model.config.context_length
-        self._can = abilities(self.template, tokenizer, self.tools)
-        self._forms = {each: self._reply_form(each, tokenizer.drops_first_space) for each in (False, True)}
+        self._switch = thinking_switch(self.template)
+        self._forms = {
+            each: reply_form(self.template, tokenizer, self._variables(each), self.tools) for each in (False, True)
+        }
         marks = [mark for form in self._forms.values() for mark in form.marks]
         self.tokenizer = tokenizer.replying(self.template.stop_ids(tokenizer), marks)
-        self._options: dict[str, Any] = {"cache_dtype": cache_dtype, "speculate": speculate, "stop": stop}
+        stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+        stops += stop_strings(self.template, tokenizer)
+        self._options: dict[str, Any] = {"cache_dtype": cache_dtype, "speculate": speculate, "stop": stops or None}
         self._first = 0  # the oldest message that is seen
         self._tries = 0  # of the last answer
         self._used = 0  # tokens of the last prompt
         self._answer: Answer | None = None
+        self._is_noted = False
         self._check()
-        if self.template.note:
-            on_note(self.template.note)
 
     # ---- Turns -------------------------------------------------------------------------------------------------------
 
@@ -157,7 +158,7 @@ class Chat:
         """Forgets everything but the system message."""
         self.close()
         self.messages = self.messages[:1] if self.system is not None else []
-        self._first = self._used = 0
+        self._used, self._answer = 0, None
 
     def close(self) -> None:
         """Ends an answer that has not ended."""
@@ -173,6 +174,20 @@ class Chat:
     # ---- What may be asked and changed between turns -----------------------------------------------------------------
 
     @property
+    def messages(self) -> list[Message]:
+        """All messages so far, also those that have left the context; a system message first, if there is one.
+
+        May be changed or set between turns, to a list of messages or of what `Message.of` reads.
+        """
+        return self._messages
+
+    @messages.setter
+    def messages(self, messages: Sequence[Message | Mapping[str, Any]]) -> None:
+        read = as_messages(messages) if messages else []
+        self.close()
+        self._messages, self._first = read, 0
+
+    @property
     def system(self) -> str | None:
         """The system message; another may be set."""
         return self.messages[0].content if self.messages and self.messages[0].role == "system" else None
@@ -180,7 +195,9 @@ class Chat:
     @system.setter
     def system(self, text: str | None) -> None:
         rest = self.messages if self.system is None else self.messages[1:]
-        self.messages[:] = rest if text is None else [Message("system", text), *rest]
+        changed = rest if text is None else [Message("system", text), *rest]
+        self._first = max(self._first + len(changed) - len(self.messages), 0)
+        self.messages[:] = changed
 
     @property
     def context_used(self) -> int:
@@ -204,6 +221,9 @@ class Chat:
                 if window.turns > 1
                 else f"the context holds {self.context_length} tokens: the oldest turn has left it"
             )
+        if self.template.note and not self._is_noted:
+            self.on_note(self.template.note)
+            self._is_noted = True
         self._first, self._used = window.first, len(window.ids)
         limit = min(most, self.context_length - len(window.ids) + 1)
         stream = self._text_stream(window.ids, limit, smooth)
@@ -238,15 +258,11 @@ class Chat:
     @property
     def _thinks(self) -> bool:
         """Whether the model thinks by itself."""
-        return self._can.thinking is not None and (self.think or self._can.switch is None)
+        return self._forms[self.think].thinking is not None and (self.think or self._switch is None)
 
     def _variables(self, think: bool) -> dict[str, Any]:
         """What the template is told."""
-        return {self._can.switch: think} if self._can.switch else {}
-
-    def _reply_form(self, think: bool, drops_first_space: bool) -> ReplyForm:
-        opened = self._can.thinking is not None and opens_thinking(self.template, self._variables(think))
-        return ReplyForm(self._can.thinking, opened, self._can.calls, drops_first_space)
+        return {self._switch: think} if self._switch else {}
 
     def _choose(self, completions: Sequence[Completion], messages: Sequence[Message]) -> int:
         raise NotImplementedError

@@ -234,7 +234,8 @@ def main(cpu_seconds: float, memory_nbytes: int, request_nbytes: int) -> None:
     writing.flush()
     while line := reading.readline(request_nbytes):
         if timed:
-            signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # the signal ends the process, wherever it is
+            # The signal ends the process, wherever it is.
+            signal.setitimer(signal.ITIMER_PROF, cpu_seconds * (1 + len(line) / (1 << 20)))
         data = json.dumps(answer(line), ensure_ascii=False).encode("utf-8", "replace")
         if timed:
             signal.setitimer(signal.ITIMER_PROF, 0)

@@ -6,20 +6,20 @@
     <｜tool▁call▁begin｜>function<｜tool▁sep｜>f …json…              DeepSeek V3 and R1; V3.1 without the word
 
 Each reader takes the text from the first mark to the reply's end. Sources: the models' chat templates, which write the
-calls of earlier turns in the same way.
+calls of earlier turns in the same way; a template that has other marks around such JSON is read by these.
 """
 
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llamajax.chat.messages import ToolCall
+from llamajax.chat.probes import ToolCalls
 from llamajax.errors import LlamaJaxError
 from llamajax.files import shortened
 
-_BARE_BEGINNINGS = ('{"name"', '{"type":"function"')
 _decoder = json.JSONDecoder()
 
 
@@ -28,31 +28,34 @@ class CallForm:
     """One way to write calls.
 
     Attributes:
-        name: of the way.
-        begins: marks with which a reply's calls begin.
+        begins: marks with which a reply's calls begin; of none, calls begin a reply by themselves.
         marks: all marks within; where they are control tokens they must be seen.
         read: the calls of a text that begins with a mark, and the text that belongs to none of them.
             Raises ValueError where it is not what it should be.
-        recognised: of the text that a template makes of a message with a call of `probe`.
-        bare: whether calls may begin a reply without a mark.
+        bare: how a reply begins that is calls without a mark, white space aside.
     """
 
-    name: str
     begins: tuple[str, ...]
     marks: tuple[str, ...]
     read: Callable[[str], tuple[list[ToolCall], str]]
-    recognised: re.Pattern[str]
-    bare: bool = False
+    bare: tuple[str, ...] = ()
 
     def may_begin(self, text: str) -> bool:
         """Whether a reply that begins with this may be a call without a mark."""
-        begun = re.sub(r"\s+", "", text)
-        return self.bare and any(each.startswith(begun) or begun.startswith(each) for each in _BARE_BEGINNINGS)
+        begun = re.sub(r"\s+", "", text[:1000])
+        return any(each.startswith(begun) or begun.startswith(each) for each in self.bare)
 
 
-def form_of(rendered: str) -> CallForm | None:
-    """The way in which a template wrote a call of the function `probe`; None for one that is not read."""
-    return next((form for form in FORMS if form.recognised.search(rendered)), None)
+def form_of(written: ToolCalls) -> CallForm:
+    """The way in which a template writes calls."""
+    for mark, form in _BY_MARK.items():
+        if mark in written.before:
+            return form
+    if written.before and written.name_key and written.arguments_key:
+        return marked(written.before, written.behind, written.name_key, written.arguments_key)
+    if written.name_key:
+        return BARE
+    raise LlamaJaxError(f"calls of tools between {written.before!r} and {written.behind!r} are not read")
 
 
 def _value(text: str, at: int) -> tuple[Any, int]:
@@ -64,13 +67,14 @@ def _value(text: str, at: int) -> tuple[Any, int]:
         raise ValueError("it is nested too deeply") from None
 
 
-def _call(value: Any, **given: Any) -> ToolCall:
-    """A call from its object, whose arguments some models call parameters."""
+def _call(value: Any, keys: Sequence[str] = ("name", "parameters")) -> ToolCall:
+    """A call from its object, whose keys some models have other words for."""
     if not isinstance(value, dict):
         raise ValueError(f"{shortened(value, 60)} is no object with a name and arguments")
-    value = {**value, **{key: field for key, field in given.items() if key not in value}}
-    if "parameters" in value and "arguments" not in value:
-        value["arguments"] = value.pop("parameters")
+    for ours, theirs in zip(("name", "arguments"), keys, strict=True):
+        if theirs in value and ours not in value:
+            value = {**value, ours: value[theirs]}
+            del value[theirs]
     return ToolCall.of(value)
 
 
@@ -80,18 +84,23 @@ def _skip(text: str, at: int, pattern: str) -> int:
     return found.end() if found else at
 
 
-def _read_hermes(text: str) -> tuple[list[ToolCall], str]:
-    begin, end = "<tool_call>", "</tool_call>"
-    calls, rest, at = [], "", 0
-    while (start := text.find(begin, at)) >= 0:
-        rest += text[at:start].strip()
-        value, at = _value(text, start + len(begin))
-        closed = _skip(text, at, rf"\s*{end}")
-        if closed == at and text[at:].strip():
-            raise ValueError(f"{end} is missing behind it")
-        calls.append(_call(value))
-        at = closed
-    return calls, rest + text[at:].strip()
+def marked(begin: str, end: str, name_key: str = "name", arguments_key: str = "parameters") -> CallForm:
+    """Calls that stand one by one, or as a list, between two marks, of which a reply may leave out the last."""
+
+    def read(text: str) -> tuple[list[ToolCall], str]:
+        calls, rest, at = [], "", 0
+        while (start := text.find(begin, at)) >= 0:
+            rest += text[at:start].strip()
+            value, at = _value(text, start + len(begin))
+            closed = _skip(text, at, rf"\s*{re.escape(end)}") if end else at
+            if end and closed == at and text[at:].strip():
+                raise ValueError(f"{end} is missing behind it")
+            values = value if isinstance(value, list) else [value]
+            calls += [_call(each, (name_key, arguments_key)) for each in values]
+            at = closed
+        return calls, rest + text[at:].strip()
+
+    return CallForm((begin,), tuple(each for each in (begin, end) if each), read)
 
 
 def _read_bare(text: str) -> tuple[list[ToolCall], str]:
@@ -140,43 +149,26 @@ def _read_deepseek(text: str) -> tuple[list[ToolCall], str]:
     return calls, text[_skip(text, at, r"\s*<｜tool▁calls▁end｜>") :].strip()
 
 
-FORMS = (
-    CallForm(
-        "hermes",
-        begins=("<tool_call>",),
-        marks=("<tool_call>", "</tool_call>"),
-        read=_read_hermes,
-        recognised=re.compile(r'<tool_call>\s*\{\s*"name":\s*"probe"'),
+HERMES = marked("<tool_call>", "</tool_call>")
+MISTRAL = CallForm(("[TOOL_CALLS]",), ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"), _read_mistral)
+DEEPSEEK = CallForm(
+    ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"),
+    (
+        "<｜tool▁calls▁begin｜>",
+        "<｜tool▁call▁begin｜>",
+        "<｜tool▁sep｜>",
+        "<｜tool▁call▁end｜>",
+        "<｜tool▁calls▁end｜>",
     ),
-    CallForm(
-        "mistral",
-        begins=("[TOOL_CALLS]",),
-        marks=("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
-        read=_read_mistral,
-        recognised=re.compile(r"\[TOOL_CALLS\]"),
-    ),
-    CallForm(
-        "deepseek",
-        begins=("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"),
-        marks=(
-            "<｜tool▁calls▁begin｜>",
-            "<｜tool▁call▁begin｜>",
-            "<｜tool▁sep｜>",
-            "<｜tool▁call▁end｜>",
-            "<｜tool▁calls▁end｜>",
-        ),
-        read=_read_deepseek,
-        recognised=re.compile("<｜tool▁call▁begin｜>"),
-    ),
-    CallForm(
-        "llama3",
-        begins=("<|python_tag|>",),
-        marks=("<|python_tag|>",),
-        read=_read_bare,
-        recognised=re.compile(r'\{\s*"name":\s*"probe",\s*"parameters"'),
-        bare=True,
-    ),
+    _read_deepseek,
 )
+BARE = CallForm(("<|python_tag|>",), ("<|python_tag|>",), _read_bare, bare=('{"name"', '{"type":"function"'))
+_BY_MARK = {
+    "<tool_call>": HERMES,
+    "[TOOL_CALLS]": MISTRAL,
+    "<｜tool▁call▁begin｜>": DEEPSEEK,
+    "<|python_tag|>": BARE,
+}
 
 
 def read_calls(form: CallForm, text: str) -> tuple[list[ToolCall], str, str | None]:

@@ -54,7 +54,7 @@ def fit(
     begins = [i for i in range(len(system), len(messages)) if messages[i].role == "user"]
     if len(messages) > len(system) and (not begins or begins[0] > len(system)):
         begins.insert(0, len(system))  # an assistant greeted, say
-    begins = [begin for begin in begins if begin >= first] or begins[-1:] or [len(system)]
+    begins = [begin for begin in begins if begin >= first] or begins or [len(system)]
 
     def ids_from(turn: int) -> list[int]:
         return encode([*system, *messages[begins[turn] :]])
