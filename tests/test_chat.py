@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import sys
 import zipfile
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 import llamajax
-from llamajax.chat.chatml import ChatML, Message
+from llamajax.chat.chatml import ChatML
+from llamajax.chat.messages import Message, save_conversation
 from llamajax.cli import main, smollm2
 from llamajax.errors import LlamaJaxError
 from llamajax.tokenizer import Tokenizer
@@ -143,6 +145,42 @@ def test_a_full_context_is_said(folder: Path, monkeypatch, capsys) -> None:
     assert "llamajax: the answer was cut at 20 tokens: --max_new_tokens allows more" in err
     code, _, err = chat(monkeypatch, capsys, b"once " * 200, f"--model={folder}", "--max_new_tokens=20")
     assert code == 1 and "expected at most 256 together, the model's context: shorten the turn" in err
+
+
+def test_machines_get_an_object_a_line(folder: Path, monkeypatch, capsys) -> None:
+    lines = b"Once upon a time\na fox\n"
+    argv = (f"--model={folder}", "--max_new_tokens=9")
+    _, texts, _ = chat(monkeypatch, capsys, lines, *argv)
+    code, out, err = chat(monkeypatch, capsys, lines, *argv, "--json")
+    said = [json.loads(line) for line in out.splitlines()]
+    tokenizer = llamajax.load(folder)[1]
+    assert code == 0 and "".join(each["content"] + "\n" for each in said) == texts, err
+    for each in said:
+        assert (each["role"], each["thinking"], each["tool_calls"]) == ("assistant", None, [])
+        assert each["finish_reason"] in ("length", "stop") and tokenizer.decode(each["tokens"]) == each["content"]
+        assert each["speed"]["decode_tokens_per_second"] > 0
+
+
+def test_a_conversation_goes_on_in_another_form(folder: Path, monkeypatch, capsys, tmp_path: Path) -> None:
+    """Flags are the same as the messages and the template that they name."""
+    file, template = tmp_path / "said.json", tmp_path / "form.jinja"
+    before = [Message("system", "brief"), Message("user", "a fox"), Message("assistant", "there was")]
+    save_conversation(file, before)
+    template.write_text(CHATML.replace("assistant\\n", "system\\n"))
+    model, tokenizer = llamajax.load(folder)
+    plain = ChatML()
+    ids = plain.encode(tokenizer, [*before, Message("user", "more")])
+    begun = ids[: -ids[::-1].index(tokenizer.id_of("<|im_start|>"))]
+    assert begun + tokenizer.encode("assistant\n", bos=False) == ids
+    for argv, prompt in (
+        (["--template=chatml"], ids),
+        ([f"--template={template}"], begun + tokenizer.encode("system\n", bos=False)),
+    ):
+        expected = llamajax.generate(model, plain.ending(tokenizer), prompt, temperature=0, max_new_tokens=9).text
+        argv += [f"--model={folder}", "--max_new_tokens=9", f"--load={file}"]
+        assert chat(monkeypatch, capsys, b"more", *argv)[:2] == (0, f"{expected}\n")
+    code, _, err = chat(monkeypatch, capsys, b"more", f"--model={folder}", "--template=llama9")
+    assert code == 1 and "llama9" in err and "expected" in err
 
 
 def test_input_that_is_no_text(folder: Path, monkeypatch, capsys) -> None:

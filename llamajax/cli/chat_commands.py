@@ -75,6 +75,11 @@ def _help(session: "Session", argument: str) -> None:
     show(f"\n{_KEYS}")
 
 
+def _reset(session: "Session", argument: str) -> None:
+    session.reset()
+    session.say("a new conversation")
+
+
 def _save(session: "Session", argument: str) -> None:
     path = Path(argument).expanduser()
     if path.exists():
@@ -137,7 +142,7 @@ def _number(name: str, text: str, kind: type) -> Any:
 COMMANDS: dict[str, Command] = {
     "/help": Command("", "shows this", _help),
     "/retry": Command("", "another answer to the last message", lambda session, _: session.retry()),
-    "/reset": Command("", "begins a new conversation; the system message stays", lambda session, _: session.reset()),
+    "/reset": Command("", "begins a new conversation; the system message stays", _reset),
     "/system": Command("[TEXT]", "what stands before the conversation; - for what the chat template says", _system),
     "/temperature": Command("[X]", "0 is greedy; higher is more surprising", _knob("temperature", float)),
     "/top_k": Command("[K]", "chooses among the K likeliest tokens only; or off", _knob("top_k", int)),

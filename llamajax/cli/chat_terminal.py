@@ -1,5 +1,6 @@
 """A conversation at a terminal: what is typed is answered, or is a command; Ctrl-C stops an answer, not the program."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from llamajax.cli.chat_commands import COMMANDS, run_command
 from llamajax.cli.chat_input import PROMPT, PlainlyTyped, Typed, Words, message_of
 from llamajax.cli.chat_screen import Screen
 from llamajax.cli.conversation import Conversation
-from llamajax.cli.terminal import harmless, is_dumb, keys_unseen, tell, write
+from llamajax.cli.terminal import harmless, is_dumb, keys_unseen, spinner, tell, write
 from llamajax.errors import LlamaJaxError
 
 
@@ -59,11 +60,12 @@ class Session:
     def reset(self) -> None:
         """Begins a new conversation."""
         self.chat.reset()
-        self.say("a new conversation")
 
     def load(self, path: Path) -> None:
         """Goes on with the conversation of a file."""
-        self.chat.messages = load_conversation(path)
+        messages = load_conversation(path)
+        self.reset()
+        self.chat.messages = messages
         self.show_history()
 
     def show_history(self) -> None:
@@ -118,7 +120,9 @@ class Session:
             answer.stop()
         try:
             with keys_unseen():
-                for piece in answer:
+                with spinner("answering"):  # a long text is read first, or several samples are made
+                    first = list(itertools.islice(answer, 1))
+                for piece in itertools.chain(first, answer):
                     screen.show(piece.kind, piece.text)
         finally:
             self._answer = None

@@ -1,14 +1,23 @@
 """The conversation that the flags of `llamajax chat` ask for, at a terminal or in a pipe."""
 
+import dataclasses
+import os
+
 import jax
 from absl import flags
 
 from llamajax.chat.answer import Answer
+from llamajax.chat.builtin import BUILT_IN
 from llamajax.chat.chat import Chat, Template
 from llamajax.chat.messages import load_conversation
 from llamajax.checkpoint import need_tokenizer
 from llamajax.cli.model_flags import chosen_activations, chosen_dtype, open_named, read_model, say
 from llamajax.cli.sampling_flags import chosen_sampling
+from llamajax.files import read_text
+from llamajax.tokenizer import Tokenizer
+from llamajax.words import CHAT_TEMPLATE
+
+_LARGEST_TEMPLATE = 1 << 20
 
 
 class Conversation:
@@ -33,12 +42,12 @@ class Conversation:
         self._dtype = chosen_dtype(values)
         self._options = {"backend": jax.default_backend(), "activations": chosen_activations(values)}
         self._has_weights = False
-        tokenizer = need_tokenizer(self._opened, values.tokenizer)
+        tokenizer, template = _with_template(need_tokenizer(self._opened, values.tokenizer), values.template)
         self.chat = Chat(
             self._opened.outcome(self._dtype, **self._options),
             tokenizer,
             system=values.system,
-            template=Template.of(tokenizer, name, values.template),
+            template=Template.of(tokenizer, name, template),
             max_new_tokens=values.max_new_tokens,
             cache_dtype=None if values.kv_cache == "auto" else values.kv_cache,
             speculate=values.speculate,
@@ -79,3 +88,11 @@ class Conversation:
         reasons = {"stopped": " (stopped)", "length": f" (cut at {made:,} tokens: /max_new_tokens allows more)"}
         ended = reasons.get(answer.completion.finish_reason, "")
         return f"{made:,} token{'' if made == 1 else 's'}, {rate:.1f} tokens/s, {used}{ended}"
+
+
+def _with_template(tokenizer: Tokenizer, wanted: str | None) -> tuple[Tokenizer, str | None]:
+    """The tokenizer, with the chat template of a file if that is what is wanted, and the name of a template."""
+    if wanted is None or wanted in (*BUILT_IN, *tokenizer.words.chat_templates) or not os.path.exists(wanted):
+        return tokenizer, wanted
+    files = {**tokenizer.words.files, CHAT_TEMPLATE: read_text(wanted, _LARGEST_TEMPLATE).encode()}
+    return Tokenizer(tokenizer.model_bytes, words=dataclasses.replace(tokenizer.words, files=files)), None
