@@ -27,7 +27,9 @@ from llamajax.errors import LlamaJaxError
 from llamajax.evaluation.evaluate import cross_entropy, next_token_losses
 from llamajax.export_types import register_export_types
 from llamajax.generation.compilation import clear_programs, fresh_programs
-from llamajax.generation.programs import decode, prefill
+from llamajax.generation.engine import Engine, Knobs
+from llamajax.generation.kept import Kept
+from llamajax.generation.programs import EngineState, Made, prefill
 from llamajax.generation.request import Completion
 from llamajax.generation.sampling import Sampler, make_sampler, sample
 from llamajax.generation.stream import TextStream, generate, stream
@@ -49,10 +51,15 @@ __all__ = [
     "Block",
     "Completion",
     "Config",
+    "Engine",
+    "EngineState",
     "KVCache",
+    "Kept",
+    "Knobs",
     "Layer",
     "Llama",
     "LlamaJaxError",
+    "Made",
     "NoCache",
     "Opened",
     "RopeScaling",
@@ -64,7 +71,6 @@ __all__ = [
     "abstract_model",
     "clear_programs",
     "cross_entropy",
-    "decode",
     "files",
     "fresh_programs",
     "generate",
