@@ -25,7 +25,7 @@ from llamajax.generation import programs
 from llamajax.generation.compilation import Compilations, CompiledFunction
 from llamajax.generation.programs import DECODE_BLOCK, Asked, EngineState, Made, plan_chunks
 from llamajax.generation.request import row_keys, row_seeds
-from llamajax.generation.sampling import Sampler, make_sampler
+from llamajax.generation.sampling import NEUTRAL, Sampler, make_sampler
 from llamajax.generation.speculate import check_speculate
 from llamajax.meshes import auto_mesh, with_auto_axes
 from llamajax.model import Llama
@@ -347,11 +347,11 @@ def full_sampler(knobs: Sequence[Knobs]) -> Sampler:
     Raises:
         LlamaJaxError: for a value out of its range.
     """
-    values: dict[str, Any] = {"temperature": [each.temperature for each in knobs]}
-    for name, off in {"top_k": 1 << 30, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}.items():
-        values[name] = [off if (value := getattr(each, name)) is None else value for each in knobs]
+    values: dict[str, Any] = {name: [getattr(each, name) for each in knobs] for name in NEUTRAL}
+    for name in set(NEUTRAL) - {"temperature"}:  # which may not be None
+        values[name] = [NEUTRAL[name].item() if value is None else value for value in values[name]]
     make_sampler(**values)
-    arrays = {name: np.asarray(each, np.int32 if name == "top_k" else np.float32) for name, each in values.items()}
+    arrays = {name: np.asarray(each, NEUTRAL[name].dtype) for name, each in values.items()}
     return Sampler(**jax.device_put(arrays))
 
 
