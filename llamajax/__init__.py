@@ -21,6 +21,7 @@ if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0]) in ("llamajax", "llam
 
 from llamajax import files, parameters, tokenizer
 from llamajax.caches import KVCache, NoCache, Scores
+from llamajax.chat import role_strings
 from llamajax.chat.chat import Chat
 from llamajax.chat.messages import Message, ToolCall
 from llamajax.chat.template import Template
@@ -99,6 +100,7 @@ __all__ = [
     "read_recipe",
     "rebuilt",
     "recipe_names",
+    "role_strings",
     "sample",
     "save_checkpoint",
     "shardings",

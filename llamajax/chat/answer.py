@@ -44,7 +44,6 @@ class Answer:
         self._stream, self._form, self._choose = stream, form, choose
         self._messages, self._conversation = messages, list(conversation)
         self._chosen = 0
-        self._stopping = False
         self._pieces = self._run()
 
     @property
@@ -70,7 +69,7 @@ class Answer:
 
     def stop(self) -> None:
         """Ends the answer after the tokens that are being computed; may be called by a signal handler."""
-        self._stopping = True
+        self._stream.stop()
 
     def close(self) -> None:
         """Ends the answer where it is, if it has not ended."""
@@ -89,8 +88,6 @@ class Answer:
                     if len(replies) == 1:
                         self._keep(reply)
                         yield from pieces
-                if self._stopping:
-                    break
             yield from self._end(replies or [Reply(self._form)])
         except GeneratorExit:
             self._end(replies or [Reply(self._form)])

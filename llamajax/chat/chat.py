@@ -23,6 +23,7 @@ from llamajax.chat.template import Template
 from llamajax.chat.tool_calls import check_tools
 from llamajax.chat.window import fit
 from llamajax.errors import LlamaJaxError
+from llamajax.generation.kept import Kept
 from llamajax.generation.request import DEFAULT_NEW_TOKENS, Completion
 from llamajax.generation.sampling import make_sampler, plain
 from llamajax.generation.stream import TextStream
@@ -111,6 +112,7 @@ class Chat:
         stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
         stops += stop_strings(self.template, tokenizer)
         self._options: dict[str, Any] = {"cache_dtype": cache_dtype, "speculate": speculate, "stop": stops or None}
+        self._kept = Kept()
         self._first = 0  # the oldest message that is seen
         self._tries = 0  # of the last answer
         self._used = 0  # tokens of the last prompt
@@ -246,6 +248,8 @@ class Chat:
             seed=(self.seed + self._tries) % (1 << 32),
             smooth=smooth,
             least_slots=min(FIRST_SLOTS, self.context_length),
+            samples=None if self.samples == 1 else self.samples,
+            kept=self._kept,
             **self._options,
             **self.knobs,
         )

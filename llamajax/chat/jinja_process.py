@@ -174,4 +174,4 @@ def _exchange(process: subprocess.Popen[bytes], line: bytes, seconds: float) -> 
 
 _worker = _Worker()
 atexit.register(_worker.end)
-start = _worker.start
+start, end = _worker.start, _worker.end

@@ -39,7 +39,7 @@ _OUTPUT_LENGTH, _OUTPUT_GROWTH = 512 << 10, 4
 _MOST_REPEATED = 1 << 20
 _LONG_FIELD = re.compile(r"[0-9]{7}")
 # What Python and Jinja import when they need it; later no file can be opened.
-_LATE = ("encodings.unicode_escape", "jinja2.constants", "jinja2.debug", "pprint", "textwrap")
+_LATE = ("encodings.unicode_escape", "html", "jinja2.constants", "jinja2.debug", "pprint", "textwrap")
 
 
 class RefusedError(Exception):

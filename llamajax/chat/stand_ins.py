@@ -30,7 +30,9 @@ class StandIns:
             TooMuchError: if there are not enough.
         """
         characters = set().union(*texts)
-        characters |= {other for each in characters for other in (each.lower(), each.upper()) if len(other) == 1}
+        if len(characters) > len(_PRIVATE) // 2:
+            raise TooMuchError(f"gets {len(characters)} different characters, more than can be told apart")
+        characters |= {other for each in characters for other in f"{each.lower()}{each.upper()}{each.title()}"}
         self.real = "".join(sorted(re.sub(f"[{_NEUTRAL}]", "", "".join(characters))))
         self._index = {ord(character): i for i, character in enumerate(self.real)}
         private = re.compile(f"[{chr(_PRIVATE.start)}-{chr(_PRIVATE.stop - 1)}]")
@@ -40,7 +42,7 @@ class StandIns:
         size = max(len(self.real), 1)
         self.alphabets = min(room // size, _MOST_ALPHABETS)
         if not self.alphabets:
-            raise TooMuchError(f"has {size} different characters, more than can be told apart")
+            raise TooMuchError(f"gets {size} different characters, more than can be told apart")
         self._back = {self.start + i: self.real[i % size] for i in range(self.alphabets * len(self.real))}
 
     def marked(self, text: str, number: int) -> "Content":
@@ -200,10 +202,11 @@ def _as_case(name: str) -> Any:
     method = getattr(str, name)
 
     def changed(self: Content) -> str:
-        made = method(_plain(self))
-        if len(made) != len(self):
-            return method(self)
-        return Content("".join(map(_now.like, made, str.__iter__(self))))
+        made, marks = method(_plain(self)), list(str.__iter__(self))
+        if len(made) != len(marks):  # as ß does, which becomes SS
+            each = [method(character) for character in _plain(self)]
+            marks = [mark for mark, texts in zip(marks, each, strict=True) for _ in texts]
+        return Content("".join(map(_now.like, made, marks))) if len(made) == len(marks) else method(self)
 
     return changed
 

@@ -11,7 +11,7 @@ from llamajax.chat.answer import Answer
 from llamajax.chat.reply import CONTENT
 from llamajax.cli import smollm2, user_state
 from llamajax.cli.conversation import Conversation
-from llamajax.cli.model_flags import define_activations, define_dtype, define_model, say
+from llamajax.cli.model_flags import define_activations, define_dtype, define_model, define_threads, say
 from llamajax.cli.sampling_flags import (
     check_sampling,
     define_kv_cache,
@@ -43,6 +43,7 @@ def define(values: flags.FlagValues) -> None:
     )
     define_dtype(values)
     define_activations(values)
+    define_threads(values)
     flags.DEFINE_string("system", None, "system message; what the chat template says unless given", flag_values=values)
     flags.DEFINE_string(
         "template",

@@ -15,6 +15,7 @@ from llamajax.cli.model_flags import (
     define_dtype,
     define_model,
     define_parse_special,
+    define_threads,
     open_model,
     read_model,
 )
@@ -39,6 +40,7 @@ def define(values: flags.FlagValues) -> None:
     define_model(values)
     define_dtype(values)
     define_activations(values)
+    define_threads(values)
     flags.DEFINE_multi_string("prompt", [""], "text to continue; repeat the flag for a batch", flag_values=values)
     define_parse_special(values)
     flags.DEFINE_integer(

@@ -9,7 +9,6 @@ is given: so the model may be one of a preset's shape with random weights, which
 
 import dataclasses
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -31,6 +30,7 @@ from llamajax.model import Llama
 from llamajax.parameters import Place, Spec, product_weights, specs, step_bytes
 from llamajax.quantization.quantize import assigned, read_recipe
 from llamajax.quantization.quantize_weight import by_rounding
+from llamajax.threads import thread_count
 from quant import QTensor, Rule
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -191,8 +191,8 @@ def _filled(abstract: Any, generator: np.random.Generator, deviation: float) -> 
 def memory_bandwidth(size: int = 1 << 29, repeats: int = 8) -> float:
     """Bytes per second that can be read from memory: the most that one of the repeats reached, for it is a limit.
 
-    On a CPU one thread a core looks for the largest of its share of a buffer of int32, in NumPy: of what Python offers
-    that reads fastest, as fast as a loop in C that does nothing else. Elsewhere XLA looks for it.
+    On a CPU as many threads as XLA has look for the largest of their shares of a buffer of int32, in NumPy: of what
+    Python offers that reads fastest, as fast as a loop in C that does nothing else. Elsewhere XLA looks for it.
 
     Args:
         size: of the buffer in bytes; several times what the caches hold.
@@ -202,9 +202,9 @@ def memory_bandwidth(size: int = 1 << 29, repeats: int = 8) -> float:
         buffer = jnp.ones(size // 4, jnp.int32)
         largest = jax.jit(jnp.max)
         return size / min(_times(lambda: jax.block_until_ready(largest(buffer)), repeats))
-    cores = _cores()
-    parts = np.array_split(np.ones(size // 4, np.int32), cores)
-    with ThreadPoolExecutor(cores) as pool:
+    threads = thread_count()
+    parts = np.array_split(np.ones(size // 4, np.int32), threads)
+    with ThreadPoolExecutor(threads) as pool:
         return size / min(_times(lambda: list(pool.map(np.max, parts)), repeats))
 
 
@@ -229,11 +229,6 @@ def resident_bytes() -> int | None:
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), None)
-
-
-def _cores() -> int:
-    """Those that this process may use, where the system says."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _times(work: Callable[[], Any], repeats: int) -> list[float]:
