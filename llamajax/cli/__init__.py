@@ -170,6 +170,11 @@ def user_caches() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "llamajax"
 
 
+def user_state() -> Path:
+    """The folder for what a command remembers for its next run, of the user: by XDG_STATE_HOME, else ~/.local/state."""
+    return Path(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")) / "llamajax"
+
+
 def _fail(message: str, code: int) -> int:
     lines = (line.strip() for line in message.splitlines())
     terminal.note(f"llamajax: {' '.join(line for line in lines if line)}")
