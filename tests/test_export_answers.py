@@ -18,8 +18,8 @@ from export.runners.text import Text
 from export.vocabulary import vocabulary_of
 from llamajax.generation.sampling import filter_logits, make_sampler, sample
 from llamajax.tokenizer import Tokenizer
+from tests.chat_tokenizers import tokenizer_with
 from tests.encoded import Folder
-from tests.test_chat import tokenizer_with
 
 RUNNERS = sorted(path.name for path in (Path(export.bundle.__file__).parent / "runners").glob("run_*.py"))
 
@@ -146,6 +146,7 @@ def test_a_stop_id_ends_a_text_and_what_was_held_back_is_written() -> None:
 # ---- Conversations ---------------------------------------------------------------------------------------------------
 
 FORM = {
+    "bos": [],
     "begin": [1, "system\nBe kind.", 2, "\n", 1, "user\n"],
     "system": [1, "system\n"],
     "behind_system": [2, "\n", 1, "user\n"],
