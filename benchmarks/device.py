@@ -51,7 +51,8 @@ import quant
 from llamajax.config import config_from_hf
 from llamajax.evaluation.speed import measure_decode, measure_prefill, memory_bandwidth, random_model
 from llamajax.files import new_file, read_json
-from llamajax.generation.programs import DECODE_BLOCK, SLOT_MULTIPLE
+from llamajax.generation.engine import SLOT_MULTIPLE
+from llamajax.generation.programs import DECODE_BLOCK
 from llamajax.model import abstract_model
 from llamajax.quantization.quantize import quantize
 from quant.kernels import gpu, tpu

@@ -22,7 +22,8 @@ if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0]) in ("llamajax", "llam
 from llamajax import files, parameters, tokenizer
 from llamajax.caches import KVCache, NoCache, Scores
 from llamajax.chat import role_strings
-from llamajax.chat.messages import Message
+from llamajax.chat.chat import Chat
+from llamajax.chat.messages import Message, ToolCall
 from llamajax.chat.template import Template
 from llamajax.checkpoint import Opened, load, open_checkpoint, save_checkpoint
 from llamajax.config import Config, RopeScaling, preset, preset_names
@@ -30,7 +31,9 @@ from llamajax.errors import LlamaJaxError
 from llamajax.evaluation.evaluate import cross_entropy, next_token_losses
 from llamajax.export_types import register_export_types
 from llamajax.generation.compilation import clear_programs, fresh_programs
-from llamajax.generation.programs import decode, prefill
+from llamajax.generation.engine import Engine, Knobs
+from llamajax.generation.kept import Kept
+from llamajax.generation.programs import EngineState, Made, prefill
 from llamajax.generation.request import Completion
 from llamajax.generation.sampling import Sampler, make_sampler, sample
 from llamajax.generation.stream import TextStream, generate, stream
@@ -50,12 +53,18 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Block",
+    "Chat",
     "Completion",
     "Config",
+    "Engine",
+    "EngineState",
     "KVCache",
+    "Kept",
+    "Knobs",
     "Layer",
     "Llama",
     "LlamaJaxError",
+    "Made",
     "Message",
     "NoCache",
     "Opened",
@@ -65,11 +74,11 @@ __all__ = [
     "Template",
     "TextStream",
     "Tokenizer",
+    "ToolCall",
     "Words",
     "abstract_model",
     "clear_programs",
     "cross_entropy",
-    "decode",
     "files",
     "fresh_programs",
     "generate",

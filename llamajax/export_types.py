@@ -18,15 +18,14 @@ from flax.nnx.pytreelib import PytreeState
 
 from llamajax.caches import DensePart, KVCache, NoCache, QuantizedPart, TiledPart
 from llamajax.config import Config, RopeScaling
-from llamajax.generation.programs import DecodeState
+from llamajax.generation.programs import Asked, EngineState, Made
 from llamajax.generation.sampling import Sampler
-from llamajax.generation.speculate import LookupState
 from llamajax.model import Attention, Block, FeedForward, Llama, RMSNorm
 from llamajax.parameters import Stack
 from quant import Mixed, QTensor, Scheme, TiledWeight
 
 _MODULES = (Llama, Block, Attention, FeedForward, RMSNorm)
-_STATES = (KVCache, NoCache, DensePart, QuantizedPart, TiledPart, DecodeState, LookupState, Sampler)
+_STATES = (KVCache, NoCache, DensePart, QuantizedPart, TiledPart, EngineState, Asked, Made, Sampler)
 _WEIGHTS = (QTensor, Mixed, TiledWeight)
 _FLAX = (nnx.Param, PytreeState)
 _VALUES = {cls.__name__: cls for cls in (Config, RopeScaling, Scheme, Stack)}

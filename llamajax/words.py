@@ -26,7 +26,7 @@ _TOKENIZER_FILES = frozenset(
 )
 # Files that a checkpoint's folder may carry along.
 CARRIED_FILES = tuple(sorted({"generation_config.json", *_TOKENIZER_FILES}))
-_TEMPLATE = "chat_template.jinja"
+CHAT_TEMPLATE = "chat_template.jinja"
 _NAMED_TEMPLATE = re.compile(r"chat_template\.([A-Za-z0-9_-]{1,40})\.jinja")
 _LARGEST_ID = 1 << 27
 
@@ -130,7 +130,7 @@ class Words:
         found = {
             (named[1] if (named := _NAMED_TEMPLATE.fullmatch(name)) else "default"): data.decode("utf-8", "replace")
             for name, data in self.files.items()
-            if name == _TEMPLATE or _NAMED_TEMPLATE.fullmatch(name)
+            if name == CHAT_TEMPLATE or _NAMED_TEMPLATE.fullmatch(name)
         }
         for name in ("tokenizer_config.json", "chat_template.json"):
             value = parse_json(self.files[name], name) if name in self.files and not found else {}

@@ -16,7 +16,7 @@ from llamajax.evaluation.speed import (
     random_model,
     resident_bytes,
 )
-from llamajax.generation.programs import compiled_decode
+from llamajax.generation.engine import compiled_step
 from llamajax.parameters import named_weights
 from llamajax.quantization.quantize import quantize
 from quant import Mixed, QTensor, dequantize, nbytes
@@ -149,9 +149,9 @@ def test_programs_are_counted_once_and_are_those_of_generate() -> None:
     assert first.programs == 1 and first.compile_seconds > 0
     again = measure_decode(model, 100, steps=2, repeats=1)
     assert again.programs == 0 and again.compile_seconds == 0
-    compiled = compiled_decode.compilations
+    compiled = compiled_step.total.compilations
     llamajax.generate(model, None, [1], max_new_tokens=2, temperature=0)
-    assert compiled_decode.compilations == compiled
+    assert compiled_step.total.compilations == compiled
 
 
 def test_prepared_models_are_measured() -> None:

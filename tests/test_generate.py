@@ -21,10 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llamajax
-from llamajax import KVCache, Llama, LlamaJaxError, Tokenizer, generate, make_sampler, stream
+from llamajax import Engine, EngineState, Knobs, Llama, LlamaJaxError, Made, Tokenizer, generate, prefill, stream
 from llamajax.caches import CACHE_DTYPES
-from llamajax.generation.programs import DECODE_BLOCK, PREFILL_BUCKETS, DecodeState, decode, plan_chunks, prefill
-from llamajax.generation.speculate import LookupState
+from llamajax.generation.programs import DECODE_BLOCK, PREFILL_BUCKETS, plan_chunks, step
 from llamajax.generation.speed import Speed
 from llamajax.quantization.quantize import quantize, read_recipe
 
@@ -205,43 +204,49 @@ def test_an_overflow_of_float16_is_named(tiny_model: Llama) -> None:
         generate(model, None, PROMPT, max_new_tokens=6)
 
 
-def test_prefill_and_decode_by_hand(tiny_model: Llama) -> None:
+def _run_by_hand(model: Llama, state: EngineState, limit: int) -> tuple[EngineState, Made]:
+    return jax.jit(step)(model, state, jnp.asarray(limit))
+
+
+def test_prefill_and_step_by_hand(tiny_model: Llama) -> None:
     """Pure functions: under plain `jax.jit`, in two chunks and two calls, they make what `generate` makes."""
-    prompt, plain_prefill, plain_decode = list(range(3, 40)), jax.jit(prefill), jax.jit(decode)
-    cache = KVCache.empty(tiny_model.config, 1, 128)
+    prompt, plain_prefill = list(range(3, 40)), jax.jit(prefill)
+    engine = Engine(tiny_model, 1, 256)
+    state = engine.start(engine.empty(), [0], [prompt], [Knobs(80, temperature=0.9, seed=5)])
+    cache = dataclasses.replace(state.cache, length_B=jnp.asarray([0]))
     cache = plain_prefill(tiny_model, jnp.asarray([prompt[:16]]), jnp.asarray([16]), cache)
     padded = jnp.asarray([prompt[16:-1] + [0] * 12])
     cache = plain_prefill(tiny_model, padded, jnp.asarray([20]), cache)
     assert cache.length_B.tolist() == [36]
-    last_B, key_B = jnp.asarray([prompt[-1]]), jax.random.key(5)[None]
-    state = DecodeState(cache, last_B, key_B, jnp.zeros(1, bool), None)
+    state = dataclasses.replace(state, cache=cache)
     made: list[int] = []
     for limit in (5, 1000):  # More than a block is a block.
-        arguments = make_sampler(temperature=0.9), jnp.zeros(0, jnp.int32), jnp.asarray(limit)
-        state, token_BM, log_probability_BM, steps = plain_decode(tiny_model, state, *arguments)
-        assert token_BM.shape == log_probability_BM.shape == (1, DECODE_BLOCK)
-        assert int(steps) == min(limit, DECODE_BLOCK)
-        made += token_BM[0, : int(steps)].tolist()
+        state, new = _run_by_hand(tiny_model, state, limit)
+        assert new.token_BM.shape == new.log_probability_BM.shape == (1, DECODE_BLOCK)
+        assert new.count_B.tolist() == new.pass_B.tolist() == [min(limit, DECODE_BLOCK)]
+        made += new.token_BM[0, : int(new.count_B[0])].tolist()
     assert state.cache.length_B.tolist() == [36 + 5 + DECODE_BLOCK]
-    assert state.token_B.tolist() == made[-1:]
+    assert state.newest_B.tolist() == made[-1:]
+    assert state.history_BS[0, : 37 + len(made)].tolist() == prompt + made
+    assert state.left_B.tolist() == [80 - len(made)]
     expected = generate(tiny_model, None, prompt, max_new_tokens=len(made), temperature=0.9, seed=5)
     assert made == expected.tokens
 
 
-def test_decode_stops_when_every_row_has(tiny_model: Llama) -> None:
+def test_a_step_ends_when_every_row_has(tiny_model: Llama) -> None:
+    """One row by a stop token of its own, the other by its limit."""
     made = _greedy(tiny_model, PROMPT, 8)
-    cache = prefill(
-        tiny_model, jnp.asarray([PROMPT[:-1]] * 2), jnp.asarray([5, 5]), KVCache.empty(tiny_model.config, 2, 64)
-    )
-    state = DecodeState(
-        cache, jnp.asarray([PROMPT[-1]] * 2), jax.random.split(jax.random.key(0)), jnp.zeros(2, bool), None
-    )
     stop = next(token for i, token in enumerate(made) if i > 2 and token not in made[:i])
-    arguments = make_sampler(temperature=0), jnp.asarray([9999, stop]), jnp.asarray(64)
-    state, token_BM, _, steps = jax.jit(decode)(tiny_model, state, *arguments)
-    assert int(steps) == made.index(stop) + 1
-    assert token_BM[0, : int(steps)].tolist() == made[: int(steps)]
-    assert state.done_B.tolist() == [True, True]
+    engine = Engine(tiny_model, 2, 256)
+    state = engine.insert(
+        engine.empty(), [0, 1], [PROMPT] * 2, [Knobs(64, temperature=0, stop_ids=(319, stop)), Knobs(8, temperature=0)]
+    )
+    state, new = _run_by_hand(tiny_model, state, 64)
+    assert new.count_B.tolist() == new.pass_B.tolist() == [made.index(stop) + 1, 8]
+    assert new.token_BM[0, : made.index(stop) + 1].tolist() == made[: made.index(stop) + 1]
+    assert new.token_BM[1, :8].tolist() == made
+    assert state.left_B.tolist() == [0, 0]
+    assert state.cache.length_B.tolist() == [5 + made.index(stop) + 1, 5 + 8]
 
 
 # ---- Limits ---------------------------------------------------------------------------------------------------------
@@ -320,13 +325,14 @@ def test_number_of_programs(tiny_model: Llama, tiny_tokenizer: Tokenizer, backen
     assert compiled([1], max_new_tokens=3) == 0
     assert backend_compilations() == before
     assert compiled([1] * 34, max_new_tokens=3) == 1  # the next bucket: a prefill program
-    assert compiled([1] * 34, max_new_tokens=3, temperature=0) == 1  # greedy: a decode program
-    ahead = stream(jax.eval_shape(lambda: model), None, [1] * 9, max_new_tokens=3, top_k=2)
+    assert compiled([1] * 34, max_new_tokens=3, temperature=0) == 0  # greedy is the same program
+    assert compiled([1] * 34, max_new_tokens=3, top_k=3, top_p=0.9, min_p=0.1, repetition_penalty=1.2) == 0
+    ahead = stream(jax.eval_shape(lambda: model), None, [1] * 9, max_new_tokens=3, speculate=2)
     ahead.compile()
     ahead.model = model
     before = backend_compilations()
     assert len(list(ahead)) > 0 and len(ahead.completions[0].tokens) == 3
-    assert ahead.speed.compilations == 1 and ahead.speed.compile_seconds > 0  # with top_k: a decode program
+    assert ahead.speed.compilations == 1 and ahead.speed.compile_seconds > 0  # with drafts: another program
     assert backend_compilations() == before
     assert compiled([1]) == 1  # room for the 512 tokens that are made where no number is named
     assert len(generate(model, None, [1], seed=8).tokens) == 512
@@ -411,11 +417,9 @@ def test_what_programs_are_found_by_has_no_address(quantized_box: Path) -> None:
     packed, _ = llamajax.load(quantized_box)
     trees: list[Any] = [box, packed, llamajax.prepare(packed)]
     trees += [llamajax.prepare(llamajax.with_activations(packed, kind)) for kind in ("int8", "bfloat16")]
-    for dtype in CACHE_DTYPES:
-        for options in ({"repetition_penalty": 1.2, "top_k": 5}, {"temperature": 0, "speculate": 2}):
-            run = stream(box, tokenizer, ["a", "b"], cache_dtype=dtype, **options)
-            trees.append(run._arguments(run._first_state(run._empty_cache()), 1))
-    assert {type(tree[0]) for tree in trees[5:]} == {DecodeState, LookupState}
+    trees += [
+        Engine(box, 2, 64, cache_dtype=dtype, drafts=drafts).empty() for dtype in CACHE_DTYPES for drafts in (0, 2)
+    ]
     shown = [repr(jax.tree.structure(tree)) for tree in trees]
     assert len(set(shown[:5])) == 5 and all("Config(" in each for each in shown[:5]), "what it consists of is there"
     assert [each for each in shown if re.search(r"\b0x[0-9a-f]{4,}| object at |<function|<lambda>|\.\.\.", each)] == []

@@ -45,10 +45,13 @@ except KeyboardInterrupt: ended()
 }
 
 
-def start(program: str) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-c", _BEGIN + program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+# Whatever the suite was started with: behind `&`, shells let their children ignore SIGINT.
+_HEEDS = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+
+
+def start(program: str, *argv: str, stdin: int | None = None) -> subprocess.Popen[str]:
+    command = [sys.executable, "-I", "-c", _HEEDS + _BEGIN + program, *argv]
+    process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout and process.stdout.readline() == "ready\n"
     return process
 
@@ -79,6 +82,65 @@ def test_a_second_one_does_not_wait() -> None:
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=30)
     assert process.returncode in (130, 143) and err.count("\n") == 1
+
+
+def test_an_interrupt_may_call_a_function_instead() -> None:
+    """However often it comes, also during native code for which the watcher would have no patience."""
+    program = """
+import os
+begun = time.monotonic()
+hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000)
+rounds = int(1.5 / (time.monotonic() - begun) * 100_000)
+try:
+    with process.interruptible():
+        with process.interrupt_calls(lambda: os.write(1, b"called\\n")):
+            ready()
+            sys.stdin.readline()
+            hashlib.pbkdf2_hmac("sha256", b"", b"", rounds)
+        ready()
+        time.sleep(60)
+except KeyboardInterrupt: ended()
+"""
+    process = start(program, stdin=subprocess.PIPE)
+    assert process.stdin and process.stdout
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "called\n"
+        time.sleep(0.6)
+    process.stdin.write("\n")
+    process.stdin.flush()
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert [process.stdout.readline() for _ in range(2)] == ["called\n", "ready\n"]
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "llamajax: interrupted\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_come_back_from_a_library(number: signal.Signals) -> None:
+    """Else native code could not be ended: asyncio takes signals, and leaves nobody who sees them."""
+    program = """
+import asyncio
+async def takes():
+    asyncio.get_running_loop().add_signal_handler(2, print)
+    ready()
+    await asyncio.sleep(0.2 if "SIGINT" in sys.argv else 60)
+try:
+    with process.interruptible():
+        with process.lend_signals(): asyncio.run(takes())
+        ready()
+        native()
+except KeyboardInterrupt: ended()
+"""
+    process = start(program, number.name)
+    assert process.stdout
+    if number == signal.SIGINT:
+        assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    expected = "interrupted" if number == signal.SIGINT else "terminated"
+    assert (process.returncode, err) == (128 + number, f"llamajax: {expected}\n")
 
 
 def test_what_the_parent_ignores_is_ignored() -> None:

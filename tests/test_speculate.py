@@ -12,16 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llamajax
-from llamajax import KVCache, Llama, LlamaJaxError, Tokenizer, abstract_model, generate, prefill, stream
-from llamajax.generation.speculate import (
-    MAX_DRAFTS,
-    MAX_NGRAM,
-    STEPS,
-    LookupState,
-    decode_by_lookup,
-    draft_tokens,
-    slots_beyond,
-)
+from llamajax import Engine, Knobs, Llama, LlamaJaxError, Tokenizer, abstract_model, generate, stream
+from llamajax.generation.programs import DRAFT_PASSES, step
+from llamajax.generation.speculate import MAX_DRAFTS, MAX_NGRAM, draft_tokens
 from quant import SCHEMES, quantize_rtn
 
 EOS = 2
@@ -231,41 +224,37 @@ def test_the_context_is_filled_exactly(tiny_model: Llama) -> None:
 def test_by_hand_with_no_slot_to_spare(cycle: Callable[[list[int]], Llama]) -> None:
     """Pure functions under plain `jax.jit`; a row that ended first waits in its last slots for the other."""
     model, drafts, new = cycle(LOOP), 4, 30
-    prompts, V = [LOOP * 2, [60, 61, *LOOP]], model.config.vocab_size
-    cache = KVCache.empty(model.config, 2, len(prompts[0]) - 1 + new + slots_beyond(drafts))
-    padded = [prompt[:-1] + [0] * (19 - len(prompt) + 1) for prompt in prompts]
-    cache = prefill(model, jnp.asarray(padded), jnp.asarray([len(prompt) - 1 for prompt in prompts]), cache)
-    state = dataclasses.replace(LookupState.start(cache, prompts, drafts), left_B=jnp.asarray([new, new]))
+    prompts = [LOOP * 22 + LOOP[:3], [60, 61, *LOOP]]
+    assert len(prompts[0]) + new - 1 + drafts == 256
+    engine = Engine(model, 2, 256, drafts=drafts)
+    state = engine.insert(engine.empty(), [0, 1], prompts, Knobs(new, temperature=0))
     made: list[list[int]] = [[], []]
     total_B = np.zeros(2, int)
     for limit in (2, 1, 1000):  # More than a block is a block.
-        state, token_BM, log_probability_BM, made_B, step_B = jax.jit(decode_by_lookup)(
-            model, state, jnp.asarray([V]), jnp.asarray(limit)
-        )
-        assert token_BM.shape == log_probability_BM.shape == (2, STEPS * (drafts + 1))
-        assert int(step_B.max()) <= min(limit, STEPS)
-        total_B += np.asarray(step_B)
+        state, each = jax.jit(step)(model, state, jnp.asarray(limit))
+        assert each.token_BM.shape == each.log_probability_BM.shape == (2, DRAFT_PASSES * (drafts + 1))
+        assert int(each.pass_B.max()) <= min(limit, DRAFT_PASSES)
+        total_B += np.asarray(each.pass_B)
         for row in range(2):
-            made[row] += token_BM[row, : int(made_B[row])].tolist()
-    assert made == [LOOP * 3, LOOP * 3]
-    assert total_B.tolist() == [_passes(prompt, LOOP * 3, drafts) for prompt in prompts] == [6, 7]
+            made[row] += each.token_BM[row, : int(each.count_B[row])].tolist()
+    expected = [(LOOP[3:] + LOOP * 3)[:30], LOOP * 3]
+    assert made == expected
+    assert total_B.tolist() == [_passes(*each, drafts) for each in zip(prompts, expected, strict=True)] == [6, 7]
     assert state.left_B.tolist() == [0, 0]
     assert state.cache.length_B.tolist() == [len(prompt) - 1 + new for prompt in prompts]
     for row, prompt in enumerate(prompts):
         assert state.history_BS[row, : len(prompt) + new].tolist() == prompt + made[row]
-    again = jax.jit(decode_by_lookup)(model, state, jnp.asarray([V]), jnp.asarray(8))
-    assert again[3].tolist() == again[4].tolist() == [0, 0], "rows that have ended make no pass"
+    _, again = jax.jit(step)(model, state, jnp.asarray(8))
+    assert again.count_B.tolist() == again.pass_B.tolist() == [0, 0], "rows that have ended make no pass"
 
 
 def test_nothing_is_counted_behind_a_stop_token(cycle: Callable[[list[int]], Llama]) -> None:
     model, prompt = cycle(LOOP), LOOP * 2
-    cache = KVCache.empty(model.config, 1, 64)
-    cache = prefill(model, jnp.asarray([prompt[:-1]]), jnp.asarray([len(prompt) - 1]), cache)
-    state = dataclasses.replace(LookupState.start(cache, [prompt], 7), left_B=jnp.asarray([30]))
-    stop_M = jnp.asarray([LOOP[4], LOOP[2]])
-    state, token_BM, _, made_B, step_B = jax.jit(decode_by_lookup)(model, state, stop_M, jnp.asarray(16))
-    assert (made_B.tolist(), step_B.tolist(), state.left_B.tolist()) == ([3], [1], [0])
-    assert token_BM[0, :3].tolist() == LOOP[:3]
+    engine = Engine(model, 1, 64, drafts=7)
+    state = engine.insert(engine.empty(), 0, prompt, Knobs(30, temperature=0, stop_ids=(LOOP[4], LOOP[2])))
+    state, made = jax.jit(step)(model, state, jnp.asarray(16))
+    assert (made.count_B.tolist(), made.pass_B.tolist(), state.left_B.tolist()) == ([3], [1], [0])
+    assert made.token_BM[0, :3].tolist() == LOOP[:3]
     assert state.cache.length_B.tolist() == [len(prompt) - 1 + 3]
 
 
@@ -295,8 +284,6 @@ def test_number_of_programs(tiny_model: Llama) -> None:
         ({"speculate": MAX_DRAFTS + 1}, f"speculate is {MAX_DRAFTS + 1}: expected a whole number"),
         ({"speculate": 2.0}, "speculate is 2.0: expected a whole number"),
         ({"speculate": True}, "speculate is True: expected a whole number"),
-        ({"speculate": 4, "temperature": 0.8}, "speculate is 4 and the temperature not 0: .* set temperature to 0, or"),
-        ({"speculate": 4, "repetition_penalty": 1.1}, "speculate is 4 and there is a repetition_penalty: .* leave one"),
     ],
 )
 def test_refused(options: dict[str, Any], message: str, tiny_model: Llama) -> None:

@@ -17,6 +17,7 @@ from llamajax.cli.model_flags import (
     define_activations,
     define_dtype,
     define_model,
+    define_threads,
     open_named,
     read_model,
     tokenizer_if_any,
@@ -39,6 +40,7 @@ def define(values: flags.FlagValues) -> None:
     define_model(values, default=None)
     define_dtype(values)
     define_activations(values)
+    define_threads(values)
     flags.DEFINE_string("output", None, "folder to write; must not exist", flag_values=values)
     flags.DEFINE_string(
         "bundle", None, "a bundle to add targets to, instead of --model and --output", flag_values=values

@@ -71,6 +71,11 @@ class Part:
         """As `KVCache.attend`; `layer` is the place of the layer within this part."""
         raise NotImplementedError
 
+    def grow(self, larger: Self) -> Self:
+        """As `KVCache.grow`. Here for parts whose slots of a row are in their order, however an array cuts them."""
+        corner = lambda whole, new: jax.lax.dynamic_update_slice(whole, new, (0,) * new.ndim)  # noqa: E731
+        return jax.tree.map(corner, larger, self)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +228,16 @@ class KVCache:
                 return None
         return dataclasses.replace(self, length_B=length_B)
 
+    def idle(self, idle_B: jax.Array, T: int) -> "KVCache":
+        """The cache for a call of T tokens in which some rows only wait, bool [B]: none of those runs out of slots.
+
+        A row that waits is written too, behind its tokens or in its last T slots; its length is to be put back.
+        """
+        if self.slots is None:
+            return self
+        waiting_B = jnp.minimum(self.length_B, self.slots - T)
+        return dataclasses.replace(self, length_B=jnp.where(idle_B, waiting_B, self.length_B))
+
     def take(self, rows: jax.Array) -> "KVCache":
         """The cache of some rows, in that order, as often as they are named: int32 [b]."""
         rows = jnp.asarray(rows)
@@ -233,6 +248,26 @@ class KVCache:
         """This cache with the rows of another of the same slots in place of its own: int32 [b], distinct."""
         parts = jax.tree.map(lambda whole, new: whole.at[:, rows].set(new), self.parts, cache.parts)
         return KVCache(parts, self.length_B.at[rows].set(cache.length_B))
+
+    def copy(self, row: jax.Array, to: jax.Array) -> "KVCache":
+        """This cache with one row, an int32 scalar, in the place of others, int32 [b]."""
+
+        def one(array: jax.Array) -> jax.Array:
+            copied = jax.lax.dynamic_slice_in_dim(array, row, 1, axis=1)
+            write = lambda i, array: jax.lax.dynamic_update_slice_in_dim(array, copied, to[i], axis=1)  # noqa: E731
+            return jax.lax.fori_loop(0, to.shape[0], write, array)
+
+        return KVCache(jax.tree.map(one, self.parts), self.length_B.at[to].set(self.length_B[row]))
+
+    def finite(self) -> "KVCache":
+        """The same with 0 for what is NaN or infinite: slots behind a row's tokens are read, with weight zero."""
+        mend = lambda x: jnp.where(jnp.isfinite(x), x, 0) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
+        return dataclasses.replace(self, parts=jax.tree.map(mend, self.parts))
+
+    def grow(self, larger: "KVCache") -> "KVCache":
+        """The rows of this cache in one of as many rows and more slots, otherwise alike, whose arrays it takes."""
+        parts = [part.grow(other) for part, other in zip(self.parts, larger.parts, strict=True)]
+        return KVCache(tuple(parts), self.length_B)
 
     @property
     def state(self) -> dict[str, jax.Array]:

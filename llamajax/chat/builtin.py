@@ -9,6 +9,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
+from llamajax.errors import LlamaJaxError
+from llamajax.tokenizer import Tokenizer
+
 # A text, and whether it is somebody's content.
 Span = tuple[str, bool]
 # A role and what it says.
@@ -137,6 +140,8 @@ def _mistral_v7(space: str) -> Roles:
     return Roles((*_INST, *_SYSTEM_PROMPT), around, other=(space, "</s>"))
 
 
+# Mistral's, of which `find` chooses one.
+MISTRAL = "mistral"
 BUILT_IN: Mapping[str, BuiltIn] = {
     "llama2": Brackets(
         tokens=("<s>", "</s>"),
@@ -185,3 +190,29 @@ BUILT_IN: Mapping[str, BuiltIn] = {
         drops="</think>",
     ),
 }
+NAMES = tuple(sorted([*BUILT_IN, MISTRAL]))
+
+
+def find(name: str, tokenizer: Tokenizer) -> BuiltIn:
+    """A built-in format.
+
+    Args:
+        name: of `NAMES`; "mistral" is the version whose tokens the tokenizer has.
+        tokenizer: whose tokens are the format's.
+
+    Raises:
+        LlamaJaxError: if the tokenizer does not have them.
+    """
+    if name == MISTRAL:
+        tekken = "" if tokenizer.drops_first_space or tokenizer.form == "sentencepiece" else "-tekken"
+        has = lambda token: tokenizer.id_of(token) is not None  # noqa: E731
+        version = f"v7{tekken}" if has(_SYSTEM_PROMPT[0]) else f"v3{tekken}" if has(_INST[0]) else "v1"
+        name = f"{MISTRAL}-{version}"
+    built_in = BUILT_IN[name]
+    missing = [text for text in built_in.tokens if tokenizer.id_of(text) is None]
+    if missing:
+        raise LlamaJaxError(
+            f"the tokenizer has no token {missing[0]!r}, which the format {name} needs: expected the format that the "
+            "model was trained with"
+        )
+    return built_in

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -24,10 +25,12 @@ from llamajax.files import shortened
 
 _WORKER = Path(__file__).with_name("jinja_worker.py")
 # Templates take milliseconds. Of a processor's time, where the system can limit it, and by the clock, whatever the
-# process does; to start an interpreter may take long on a busy machine.
+# process does; as much again for each MiB of a conversation. To start an interpreter may take long on a busy machine.
 _CPU_SECONDS, _CLOCK_SECONDS, _START_SECONDS = 1.0, 1.4, 60.0
+# By which a process that is out of time ends: the signals of the two clocks, and what Windows says of a killed one.
+_ENDED_FOR_TIME = (-getattr(signal, "SIGPROF", 0), -getattr(signal, "SIGKILL", 0), 1)
 _MEMORY_NBYTES = 512 << 20
-_REQUEST_NBYTES, _ANSWER_NBYTES = 32 << 20, 1 << 30
+_REQUEST_NBYTES, _ANSWER_NBYTES = 8 << 20, 1 << 30
 _OTHERWISE = "expected one that renders a conversation: choose a built-in format instead, such as chatml"
 
 
@@ -110,12 +113,14 @@ class _Worker:
                     raise LlamaJaxError(
                         f"the process for chat templates does not start: expected {sys.executable} to import jinja2"
                     )
-                answer = _exchange(process, line, _CLOCK_SECONDS)
+                answer = _exchange(process, line, _CLOCK_SECONDS * (1 + len(line) / (1 << 20)))
             finally:  # whatever happened, what comes next on the pipe is not the next answer
                 if answer is None:
                     self.end()
         if answer is None:
-            raise LlamaJaxError(f"{source}: its chat template takes more than {_CPU_SECONDS:g} s: {_OTHERWISE}")
+            is_slow = process.returncode in _ENDED_FOR_TIME
+            problem = f"takes more than {_CPU_SECONDS:g} s" if is_slow else "ends the process that renders it"
+            raise LlamaJaxError(f"{source}: its chat template {problem}: {_OTHERWISE}")
         return answer
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -169,4 +174,4 @@ def _exchange(process: subprocess.Popen[bytes], line: bytes, seconds: float) -> 
 
 _worker = _Worker()
 atexit.register(_worker.end)
-start = _worker.start
+start, end = _worker.start, _worker.end

@@ -39,7 +39,7 @@ _OUTPUT_LENGTH, _OUTPUT_GROWTH = 512 << 10, 4
 _MOST_REPEATED = 1 << 20
 _LONG_FIELD = re.compile(r"[0-9]{7}")
 # What Python and Jinja import when they need it; later no file can be opened.
-_LATE = ("encodings.unicode_escape", "jinja2.constants", "jinja2.debug", "pprint", "textwrap")
+_LATE = ("encodings.unicode_escape", "html", "jinja2.constants", "jinja2.debug", "pprint", "textwrap")
 
 
 class RefusedError(Exception):
@@ -234,7 +234,8 @@ def main(cpu_seconds: float, memory_nbytes: int, request_nbytes: int) -> None:
     writing.flush()
     while line := reading.readline(request_nbytes):
         if timed:
-            signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # the signal ends the process, wherever it is
+            # The signal ends the process, wherever it is.
+            signal.setitimer(signal.ITIMER_PROF, cpu_seconds * (1 + len(line) / (1 << 20)))
         data = json.dumps(answer(line), ensure_ascii=False).encode("utf-8", "replace")
         if timed:
             signal.setitimer(signal.ITIMER_PROF, 0)

@@ -179,6 +179,21 @@ class Message:
         return message
 
 
+def as_messages(said: Any) -> list[Message]:
+    """A user's text, a message, or several: as messages.
+
+    Raises:
+        LlamaJaxError: as `Message.of`; or for none.
+    """
+    if isinstance(said, str):
+        return [Message("user", said)]
+    if isinstance(said, Message | Mapping):
+        return [Message.of(said)]
+    if not isinstance(said, Sequence) or not said:
+        raise LlamaJaxError(f"{shortened(said)}: expected a text, a message, or a list of messages")
+    return [Message.of(each, f"message {number}") for number, each in enumerate(said, 1)]
+
+
 def save_conversation(path: str | Path, messages: Sequence[Message]) -> None:
     """Writes messages to a JSON file, which takes the place of what stood there when it is whole.
 

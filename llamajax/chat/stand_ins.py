@@ -12,15 +12,12 @@ from typing import Any
 # Where stand-ins are taken from; which strings they belong to is told apart, as far as there are enough.
 _PRIVATE = range(0xF0000, 0x10FFFE)
 _MOST_ALPHABETS = 64
+# These have no stand-ins: templates and JSON treat them in ways of their own.
+_NEUTRAL = r'\s"\\\x00-\x1f\x7f'
 
 
 class TooMuchError(Exception):
     """A limit was met: the end of a sentence."""
-
-
-def is_neutral(character: str) -> bool:
-    """Whether a character has no stand-in, because templates and JSON treat it in ways of its own."""
-    return character.isspace() or character < " " or character in '"\\\x7f'
 
 
 class StandIns:
@@ -33,16 +30,19 @@ class StandIns:
             TooMuchError: if there are not enough.
         """
         characters = set().union(*texts)
-        characters |= {other for each in characters for other in (each.lower(), each.upper()) if len(other) == 1}
-        self.real = "".join(sorted(each for each in characters if not is_neutral(each)))
+        if len(characters) > len(_PRIVATE) // 2:
+            raise TooMuchError(f"gets {len(characters)} different characters, more than can be told apart")
+        characters |= {other for each in characters for other in f"{each.lower()}{each.upper()}{each.title()}"}
+        self.real = "".join(sorted(re.sub(f"[{_NEUTRAL}]", "", "".join(characters))))
         self._index = {ord(character): i for i, character in enumerate(self.real)}
-        taken = sorted({ord(c) for text in (self.real, *avoided) for c in text if ord(c) in _PRIVATE})
+        private = re.compile(f"[{chr(_PRIVATE.start)}-{chr(_PRIVATE.stop - 1)}]")
+        taken = sorted({ord(c) for text in (self.real, *avoided) for c in private.findall(text)})
         edges = [_PRIVATE.start - 1, *taken, _PRIVATE.stop]
         room, self.start = max((b - a - 1, a + 1) for a, b in zip(edges, edges[1:], strict=False))
         size = max(len(self.real), 1)
         self.alphabets = min(room // size, _MOST_ALPHABETS)
         if not self.alphabets:
-            raise TooMuchError(f"has {size} different characters, more than can be told apart")
+            raise TooMuchError(f"gets {size} different characters, more than can be told apart")
         self._back = {self.start + i: self.real[i % size] for i in range(self.alphabets * len(self.real))}
 
     def marked(self, text: str, number: int) -> "Content":
@@ -56,30 +56,35 @@ class StandIns:
 
     def spans(self, text: str) -> Iterator[tuple[str, bool]]:
         """A rendering in parts: runs of one alphabet, with the neutral characters within them, and what is between."""
-        begin, end, alphabet = 0, 0, -1
-        for at, run_end, number in self._runs(text):
-            if number != alphabet or not all(map(is_neutral, text[end:at])):
-                if alphabet >= 0:
-                    yield self.plain(text[begin:end]), True
-                if end < at:
-                    yield text[end:at], False
-                begin, alphabet = at, number
-            end = run_end
-        if alphabet >= 0:
-            yield self.plain(text[begin:end]), True
+        end = 0
+        for begin, after in self._runs(text):
+            if end < begin:
+                yield text[end:begin], False
+            yield self.plain(text[begin:after]), True
+            end = after
         if end < len(text):
             yield text[end:], False
 
-    def _runs(self, text: str) -> Iterator[tuple[int, int, int]]:
-        """Where stand-ins of one alphabet begin and end, and its number."""
-        size, last = len(self.real), self.start + len(self._back) - 1
-        if not size:
+    def _runs(self, text: str) -> Iterator[tuple[int, int]]:
+        """Where runs of one alphabet begin and end."""
+        if not self._back:
             return
-        for found in re.finditer(f"[{chr(self.start)}-{chr(last)}]+", text):
-            at = found.start()
-            for number, run in itertools.groupby(found.group(), lambda mark: (ord(mark) - self.start) // size):
-                begin, at = at, at + sum(1 for _ in run)
-                yield begin, at, number
+        size, marks = len(self.real), f"{chr(self.start)}-{chr(self.start + len(self._back) - 1)}"
+        for found in re.finditer(f"[{marks}](?:[{marks}{_NEUTRAL}]*[{marks}])?", text):
+            run = found.group()
+            numbers = [(ord(end(run)) - self.start) // size for end in (self._least, max)]
+            if numbers[0] == numbers[1]:
+                yield found.span()
+                continue
+            begin = found.start()  # of several alphabets
+            places = (at for at in range(begin, found.end()) if ord(text[at]) >= self.start)
+            for _, group in itertools.groupby(places, lambda at: (ord(text[at]) - self.start) // size):
+                one = list(group)
+                yield one[0], one[-1] + 1
+
+    def _least(self, run: str) -> str:
+        """The least stand-in of a run: neutral characters are less than any."""
+        return min(filter(chr(self.start).__le__, set(run)))
 
     def like(self, character: str, stand_in: str) -> str:
         """Another character in the alphabet of a stand-in; itself if that is none."""
@@ -171,7 +176,9 @@ class Content(str):
         return self[: len(_plain(self).rstrip(_plain(characters)))]
 
     def strip(self, characters: Any = None) -> Any:
-        return self.lstrip(characters).rstrip(characters)
+        plain, characters = _plain(self), _plain(characters)
+        begin = len(plain) - len(plain.lstrip(characters))
+        return self[begin : max(len(plain.rstrip(characters)), begin)]
 
     def removeprefix(self, prefix: str) -> Any:
         return self[len(prefix) :] if self.startswith(prefix) else self
@@ -195,10 +202,11 @@ def _as_case(name: str) -> Any:
     method = getattr(str, name)
 
     def changed(self: Content) -> str:
-        made = method(_plain(self))
-        if len(made) != len(self):
-            return method(self)
-        return Content("".join(map(_now.like, made, str.__iter__(self))))
+        made, marks = method(_plain(self)), list(str.__iter__(self))
+        if len(made) != len(marks):  # as ß does, which becomes SS
+            each = [method(character) for character in _plain(self)]
+            marks = [mark for mark, texts in zip(marks, each, strict=True) for _ in texts]
+        return Content("".join(map(_now.like, made, marks))) if len(made) == len(marks) else method(self)
 
     return changed
 

@@ -14,8 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from llamajax.chat import jinja_process, probes
-from llamajax.chat.builtin import BUILT_IN
+from llamajax.chat import builtin, jinja_process, probes
 from llamajax.chat.jinja_process import Rendering
 from llamajax.chat.probes import Thinking, ToolCalls
 from llamajax.errors import LlamaJaxError
@@ -72,19 +71,20 @@ class Template:
         note: what to tell a user, once: set where a rendering was not followed; else None.
     """
 
-    def __init__(self, name: str, form: Form, tokenizer: Tokenizer, written: str, adds_bos: bool):
+    def __init__(self, name: str, form: Form, tokenizer: Tokenizer, source: str, written: str, adds_bos: bool):
         """Use `of`.
 
         Args:
             name: see above.
             form: writes a conversation.
             tokenizer: whose tokens are the format's.
+            source: where it is from, for errors.
             written: where all tokens that the format writes occur.
             adds_bos: whether BOS, where the tokenizer begins with it, stands before what `form` writes.
         """
         self.name = name
         self.note: str | None = None
-        self._form, self._adds_bos = form, adds_bos
+        self._form, self._source, self._adds_bos = form, source, adds_bos
         self._control = frozenset(
             token.text
             for token in tokenizer.added
@@ -101,22 +101,22 @@ class Template:
         Args:
             tokenizer: the checkpoint's, with its words.
             source: the checkpoint, for errors.
-            name: of `BUILT_IN`, or of the checkpoint's templates if it has several; None for its own choice, which is
-                "tool_use" where there are tools and it has one, else "default".
+            name: one of `builtin.NAMES`, or of the checkpoint's templates if it has several; None for its own choice,
+                which is "tool_use" where there are tools and it has one, else "default".
 
         Raises:
             LlamaJaxError: if there is no such format, or the tokenizer does not have its tokens.
         """
-        if name is not None and name in BUILT_IN:
+        if name is not None and name in builtin.NAMES:
             return cls._built_in(tokenizer, name)
         texts = tokenizer.words.chat_templates
         if name is not None and name not in texts:
-            named = ", ".join([*BUILT_IN, *texts])
+            named = ", ".join([*builtin.NAMES, *texts])
             raise LlamaJaxError(f"no chat template is called {shortened(name)}: expected one of {named}")
         if not texts:
             raise LlamaJaxError(
                 f"{source}: it carries no chat template, so it was not trained to answer: continue a text with "
-                f"llamajax generate, or name the format that it was trained with: {', '.join(BUILT_IN)}"
+                f"llamajax generate, or name the format that it was trained with: {', '.join(builtin.NAMES)}"
             )
         texts = texts if name is None else {"default": texts[name]}
         trusted = _special_tokens(tokenizer)
@@ -129,17 +129,11 @@ class Template:
             said = {"documents": None, **variables, "messages": messages, "tools": tools}
             return jinja_process.render(text, trusted | {"add_generation_prompt": reply}, said, source)
 
-        return cls(name or "the checkpoint's", form, tokenizer, "\0".join(texts.values()), adds_bos=False)
+        return cls(name or "the checkpoint's", form, tokenizer, source, "\0".join(texts.values()), adds_bos=False)
 
     @classmethod
     def _built_in(cls, tokenizer: Tokenizer, name: str) -> "Template":
-        built = BUILT_IN[name]
-        missing = [text for text in built.tokens if tokenizer.id_of(text) is None]
-        if missing:
-            raise LlamaJaxError(
-                f"the tokenizer has no token {missing[0]!r}, which the format {name} needs: expected the format that "
-                "the model was trained with"
-            )
+        built = builtin.find(name, tokenizer)
 
         def form(messages: list[dict[str, Any]], reply: bool, tools: Any, variables: Mapping[str, Any]) -> Rendering:
             if tools:
@@ -147,7 +141,7 @@ class Template:
             spans = tuple(built.write([(each["role"], str(each.get("content") or "")) for each in messages], reply))
             return Rendering("".join(text for text, _ in spans), spans)
 
-        return cls(name, form, tokenizer, "\0".join(built.tokens), adds_bos=True)
+        return cls(name, form, tokenizer, name, "\0".join(built.tokens), adds_bos=True)
 
     def parts(
         self, messages: Messages, *, reply: bool = True, tools: Sequence[Any] | None = None, **variables: Any
@@ -232,8 +226,8 @@ class Template:
         spans = rendering.spans
         if spans is None:
             raise LlamaJaxError(
-                "its chat template computes with what messages say, so that control tokens in them cannot be told "
-                "from its own: choose a built-in format instead, such as chatml"
+                f"{self._source}: its chat template computes with what messages say, so that control tokens in them "
+                "cannot be told from its own: choose a built-in format instead, such as chatml"
             )
         if "".join(text for text, _ in spans) == rendering.text:
             return spans

@@ -15,13 +15,13 @@ from llamajax.cli.model_flags import (
     define_dtype,
     define_model,
     define_parse_special,
+    define_threads,
     open_model,
     read_model,
 )
 from llamajax.cli.sampling_flags import check_sampling, chosen_sampling, define_sampling
 from llamajax.cli.terminal import as_json, note, write
 from llamajax.generation.request import Completion
-from llamajax.generation.sampling import make_sampler
 from llamajax.generation.speculate import check_speculate
 from llamajax.generation.speed import Speed
 from llamajax.generation.stream import TextStream
@@ -40,6 +40,7 @@ def define(values: flags.FlagValues) -> None:
     define_model(values)
     define_dtype(values)
     define_activations(values)
+    define_threads(values)
     flags.DEFINE_multi_string("prompt", [""], "text to continue; repeat the flag for a batch", flag_values=values)
     define_parse_special(values)
     flags.DEFINE_integer(
@@ -63,7 +64,7 @@ def define(values: flags.FlagValues) -> None:
         "speculate",
         0,
         "tokens that the text itself drafts for each forward pass to check, such as 4. The same text, sooner where it "
-        "repeats itself or its prompt. Needs --temperature=0",
+        "repeats itself or its prompt",
         flag_values=values,
     )
     flags.DEFINE_boolean("echo", True, "print the prompt before its continuation", flag_values=values)
@@ -78,7 +79,7 @@ def run(values: flags.FlagValues) -> None:
     check_sampling(values)
     opened, tokenizer = open_model(values)
     knobs = chosen_sampling(values, opened)
-    check_speculate(values.speculate, make_sampler(**knobs))
+    check_speculate(values.speculate)
     dtype = chosen_dtype(values)
     options = {"backend": jax.default_backend(), "activations": chosen_activations(values)}
     single = len(values.prompt) == 1

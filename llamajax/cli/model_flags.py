@@ -76,6 +76,19 @@ def define_activations(values: flags.FlagValues) -> None:
     )
 
 
+def define_threads(values: flags.FlagValues) -> None:
+    """--threads of a command that computes; `cli.main` applies it, before a backend starts."""
+    flags.DEFINE_integer(
+        "threads",
+        None,
+        "threads that XLA computes with on a CPU: 1 to the processors that the process may use; all of them unless "
+        "given. Programs are compiled for a number of threads, and kept for each. Reading and compiling have threads "
+        "of their own",
+        lower_bound=1,
+        flag_values=values,
+    )
+
+
 def chosen_activations(values: flags.FlagValues) -> str | None:
     """What --activations asks for; None for what the checkpoint says."""
     return None if values.activations == "auto" else values.activations

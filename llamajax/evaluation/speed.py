@@ -9,7 +9,6 @@ is given: so the model may be one of a preset's shape with random weights, which
 
 import dataclasses
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -21,25 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llamajax.caches import KVCache, empty_cache
 from llamajax.checkpoint.assemble import Stacks
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
-from llamajax.generation.compilation import CompiledFunction
-from llamajax.generation.programs import (
-    DECODE_BLOCK,
-    SLOT_MULTIPLE,
-    DecodeState,
-    compiled_decode,
-    compiled_prefill,
-    plan_chunks,
-)
-from llamajax.generation.request import row_keys
-from llamajax.generation.sampling import make_sampler
+from llamajax.generation.compilation import Compilations
+from llamajax.generation.engine import Engine
+from llamajax.generation.programs import DECODE_BLOCK, EngineState
 from llamajax.model import Llama
 from llamajax.parameters import Place, Spec, product_weights, specs, step_bytes
 from llamajax.quantization.quantize import assigned, read_recipe
 from llamajax.quantization.quantize_weight import by_rounding
+from llamajax.threads import thread_count
 from quant import QTensor, Rule
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -200,8 +191,8 @@ def _filled(abstract: Any, generator: np.random.Generator, deviation: float) -> 
 def memory_bandwidth(size: int = 1 << 29, repeats: int = 8) -> float:
     """Bytes per second that can be read from memory: the most that one of the repeats reached, for it is a limit.
 
-    On a CPU one thread a core looks for the largest of its share of a buffer of int32, in NumPy: of what Python offers
-    that reads fastest, as fast as a loop in C that does nothing else. Elsewhere XLA looks for it.
+    On a CPU as many threads as XLA has look for the largest of their shares of a buffer of int32, in NumPy: of what
+    Python offers that reads fastest, as fast as a loop in C that does nothing else. Elsewhere XLA looks for it.
 
     Args:
         size: of the buffer in bytes; several times what the caches hold.
@@ -211,9 +202,9 @@ def memory_bandwidth(size: int = 1 << 29, repeats: int = 8) -> float:
         buffer = jnp.ones(size // 4, jnp.int32)
         largest = jax.jit(jnp.max)
         return size / min(_times(lambda: jax.block_until_ready(largest(buffer)), repeats))
-    cores = _cores()
-    parts = np.array_split(np.ones(size // 4, np.int32), cores)
-    with ThreadPoolExecutor(cores) as pool:
+    threads = thread_count()
+    parts = np.array_split(np.ones(size // 4, np.int32), threads)
+    with ThreadPoolExecutor(threads) as pool:
         return size / min(_times(lambda: list(pool.map(np.max, parts)), repeats))
 
 
@@ -238,11 +229,6 @@ def resident_bytes() -> int | None:
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), None)
-
-
-def _cores() -> int:
-    """Those that this process may use, where the system says."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _times(work: Callable[[], Any], repeats: int) -> list[float]:
@@ -280,27 +266,23 @@ def measure_prefill(
         LlamaJaxError: for a value out of range.
     """
     _check(model.config, {"prefill": length, "batch": batch, "repeats": repeats}, length)
-    chunks = plan_chunks(length)
-    slots = -(-sum(chunks) // SLOT_MULTIPLE) * SLOT_MULTIPLE
-    token_BT = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, sum(chunks)), np.int32)
-    firsts = np.cumsum([0, *chunks[:-1]])
-    parts = [
-        (
-            jnp.asarray(token_BT[:, first : first + chunk]),
-            jnp.full(batch, min(chunk, length - first), jnp.int32),
-        )
-        for first, chunk in zip(firsts, chunks, strict=True)
-    ]
+    counted = Compilations()
+    engine = Engine(model, batch, length, cache_dtype=cache_dtype, counted=counted)
+    state, rows = engine.empty(), range(batch)
+    token_BT = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, length + 1), np.int32)
+    # One more than is prefilled: the last token of a text is the first that a step takes.
+    chunks = engine.plan(state, rows, token_BT.tolist(), [0] * batch)
 
     def once() -> float:
-        cache = jax.block_until_ready(empty_cache(model.config, batch, slots, cache_dtype or model.dtype))
+        nonlocal state
+        jax.block_until_ready(state)
         start = time.perf_counter()
-        for tokens_BT, count_B in parts:
-            cache = compiled_prefill(model, tokens_BT, count_B, cache)
-        jax.block_until_ready(cache)
+        for chunk in chunks:
+            state = engine.extend(state, rows, chunk)
+        jax.block_until_ready(state)
         return time.perf_counter() - start
 
-    seconds, programs, compile_seconds = _median(once, compiled_prefill, repeats)
+    seconds = _median(once, repeats)
     c = model.config
     pairs = length * (length + 1) // 2
     operations = batch * (
@@ -308,9 +290,7 @@ def measure_prefill(
     )
     read = len(chunks) * step_bytes(model, head=False)
     tokens = batch * length
-    return Measurement(
-        "prefill", batch, length, tokens, seconds, read, operations, programs, compile_seconds, resident_bytes()
-    )
+    return _measurement("prefill", batch, length, tokens, seconds, read, operations, counted)
 
 
 def measure_decode(
@@ -339,54 +319,58 @@ def measure_decode(
     _check(model.config, {"context": context, "batch": batch, "steps": steps, "repeats": repeats}, context)
     if steps > DECODE_BLOCK:
         raise LlamaJaxError(f"steps is {steps}: expected at most {DECODE_BLOCK}, what one call of the program makes")
-    slots = -(-(context + steps) // SLOT_MULTIPLE) * SLOT_MULTIPLE
-    state = decode_state(empty_cache(model.config, batch, slots, cache_dtype or model.dtype), context)
-    slot_bytes = sum(array.nbytes for array in state.cache.state.values()) // slots
-    arguments = make_sampler(temperature=0), jnp.zeros(0, jnp.int32), jnp.asarray(steps, jnp.int32)
+    counted = Compilations()
+    engine = Engine(model, batch, context + steps, cache_dtype=cache_dtype, counted=counted)
+    state = engine.empty()
+    slot_bytes = sum(array.nbytes for array in state.cache.state.values()) // engine.slots
 
     def once() -> float:
         nonlocal state
-        state = jax.block_until_ready(_at_length(state, context))
+        state = jax.block_until_ready(_at_length(state, context, steps))
         start = time.perf_counter()
-        state, _, log_probability_BM, _ = jax.block_until_ready(compiled_decode(model, state, *arguments))
+        state, made = jax.block_until_ready(engine.step(state, steps))
         seconds = time.perf_counter() - start
-        if not np.isfinite(log_probability_BM[:, :steps]).all():
+        if not np.isfinite(made.log_probability_BM[:, :steps]).all():
             raise LlamaJaxError(
                 f"the logits behind {context} tokens are not finite: the weights hold NaN or infinity, or values "
                 f"overflow {model.dtype}: expected a model that computes numbers"
             )
         return seconds / steps
 
-    seconds, programs, compile_seconds = _median(once, compiled_decode, repeats)
+    seconds = _median(once, repeats)
     c = model.config
     products = product_weights(c)
     scores = 4 * (context + 1) * c.num_layers * c.num_heads * c.head_size
     read = step_bytes(model) + context * slot_bytes
     operations = batch * (2 * products + scores)
-    return Measurement(
-        "decode", batch, context, batch, seconds, read, operations, programs, compile_seconds, resident_bytes()
+    return _measurement("decode", batch, context, batch, seconds, read, operations, counted)
+
+
+def _at_length(state: EngineState, context: int, steps: int) -> EngineState:
+    """The same cache, as if it held so many tokens: what is behind them is not looked at. Greedy rows make `steps`."""
+    length_B = jnp.full(state.rows, context, jnp.int32)
+    asked = dataclasses.replace(
+        state.asked,
+        left_B=jnp.full(state.rows, steps, jnp.int32),
+        sampler=dataclasses.replace(state.asked.sampler, temperature=jnp.zeros(state.rows, jnp.float32)),
     )
+    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, length_B=length_B), asked=asked)
 
 
-def decode_state(cache: KVCache, context: int) -> DecodeState:
-    """What the decode program starts from: every row of `cache` with `context` tokens in it, whose keys are zeros."""
-    batch = cache.length_B.shape[0]
-    token_B, done_B = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool)
-    return _at_length(DecodeState(cache, token_B, row_keys(0, batch), done_B, None), context)
-
-
-def _at_length(state: DecodeState, context: int) -> DecodeState:
-    """The same cache, as if it held so many tokens: what is behind them is not looked at."""
-    length_B = jnp.full(state.cache.length_B.shape, context, jnp.int32)
-    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, length_B=length_B))
-
-
-def _median(once: Callable[[], float], program: CompiledFunction, repeats: int) -> tuple[float, int, float]:
-    """Median seconds, behind a first time that compiles; programs compiled, and how long that took."""
-    programs, compiling = program.compilations + program.loads, program.compile_seconds
+def _median(once: Callable[[], float], repeats: int) -> float:
+    """Median seconds, behind a first time that compiles."""
     once()
-    seconds = statistics.median(once() for _ in range(repeats))
-    return seconds, program.compilations + program.loads - programs, program.compile_seconds - compiling
+    return statistics.median(once() for _ in range(repeats))
+
+
+def _measurement(
+    phase: str, batch: int, length: int, tokens: int, seconds: float, read: int, operations: int, counted: Compilations
+) -> Measurement:
+    """With what was compiled, and the memory now."""
+    programs, compile_seconds = counted.compilations + counted.loads, counted.compile_seconds
+    return Measurement(
+        phase, batch, length, tokens, seconds, read, operations, programs, compile_seconds, resident_bytes()
+    )
 
 
 def _check(config: Config, numbers: Mapping[str, int], length: int) -> None:

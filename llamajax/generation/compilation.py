@@ -5,6 +5,7 @@ method of the model, say) is not among these: `fresh_programs` compiles what it 
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import os
@@ -27,6 +28,7 @@ from jax.experimental import serialize_executable
 import quant
 from llamajax.errors import LlamaJaxError
 from llamajax.files import new_file, read_bytes
+from llamajax.threads import thread_count
 from quant import compiler_options
 
 # Most programs that a function holds in memory: those used last. One takes up to 20 MiB.
@@ -41,6 +43,21 @@ _keeps_programs = True  # on disk; not within `fresh_programs`
 _said: set[str] = set()
 
 
+@dataclasses.dataclass
+class Compilations:
+    """What somebody waited for.
+
+    Attributes:
+        compilations: programs compiled for it.
+        loads: programs loaded from disk instead.
+        compile_seconds: what both took, and waiting for a thread that compiled the same program.
+    """
+
+    compilations: int = 0
+    loads: int = 0
+    compile_seconds: float = 0.0
+
+
 class CompiledFunction:
     """`jax.jit` that compiles explicitly, once for each combination of shapes, dtypes, shardings and JAX's settings.
 
@@ -52,57 +69,90 @@ class CompiledFunction:
     else can write to it (`is_private`). What it holds beyond `FOLDER_BYTES` is removed, what was not used for longest
     first.
 
+    Several threads may call it: what one compiles the others wait for.
+
     Attributes:
-        compilations: how many programs were compiled so far.
-        loads: how many were loaded from disk instead.
-        compile_seconds: how long both took, tracing included.
+        total: of all calls so far.
     """
 
     def __init__(self, function: Callable[..., Any], donate_argnames: tuple[str, ...] = ()):
         """Wraps a pure function of pytrees; arguments named in `donate_argnames` give their memory to the results."""
-        self.compilations = self.loads = 0
-        self.compile_seconds = 0.0
+        self.total = Compilations()
         self._function = function
         self._donated = donate_argnames
         self._programs: dict[Any, Any] = {}
+        self._making: dict[Any, threading.Lock] = {}
+        self._lock = threading.Lock()  # of the two dictionaries and the total
         _functions.add(self)
 
-    def __call__(self, *args: Any) -> Any:
-        """Runs the function, compiling it first if these shapes are new."""
-        return self.compile(*args)(*args)
+    def __call__(self, *args: Any, counted: Compilations | None = None) -> Any:
+        """Runs the function, compiling it first if these shapes are new, which is `counted`."""
+        return self.compile(*args, counted=counted)(*args)
 
-    def compile(self, *args: Any) -> Any:
+    def compile(self, *args: Any, counted: Compilations | None = None) -> Any:
         """The program for arguments of these shapes; they may be `jax.ShapeDtypeStruct`s, or NumPy arrays."""
         leaves, structure = jax.tree.flatten(args)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shapes = tuple((leaf.shape, leaf.dtype, getattr(leaf, "sharding", None) or device) for leaf in leaves)
         key = structure, shapes, _settings()
-        program = self._programs.pop(key, None)
-        if program is None:
-            start = time.perf_counter()
-            program = self._load_or_compile(structure, shapes, args)
-            self.compile_seconds += time.perf_counter() - start
-        self._programs[key] = program  # behind all others: the first is the one that was not used for longest
-        if len(self._programs) > MOST_PROGRAMS:
-            del self._programs[next(iter(self._programs))]
+        program = self._found(key)
+        if program is not None:
+            return program
+        begun = time.perf_counter()
+        with self._lock:
+            making = self._making.setdefault(key, threading.Lock())
+        took = Compilations()
+        with making:
+            program = self._found(key)  # by a thread that was here first
+            if program is None:
+                program, loaded = self._load_or_compile(structure, shapes, args)
+                took.loads, took.compilations = int(loaded), int(not loaded)
+                self._remember(key, program)
+        took.compile_seconds = time.perf_counter() - begun
+        with self._lock:
+            self._making.pop(key, None)
+            for count in (self.total, counted):
+                if count is not None:
+                    count.compilations += took.compilations
+                    count.loads += took.loads
+                    count.compile_seconds += took.compile_seconds
         return program
 
-    def _load_or_compile(self, structure: Any, shapes: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+    def _found(self, key: Any) -> Any:
+        """A program in memory, put behind all others: the first is the one that was not used for longest."""
+        with self._lock:
+            program = self._programs.pop(key, None)
+            if program is not None:
+                self._programs[key] = program
+            return program
+
+    def _remember(self, key: Any, program: Any) -> None:
+        with self._lock:
+            self._programs[key] = program
+            if len(self._programs) > MOST_PROGRAMS:
+                del self._programs[next(iter(self._programs))]
+
+    def _forget(self, programs: dict[Any, Any]) -> dict[Any, Any]:
+        """Holds other programs; returns those that it held."""
+        with self._lock:
+            before, self._programs = self._programs, programs
+            return before
+
+    def _load_or_compile(self, structure: Any, shapes: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, bool]:
+        """The program, and whether it was loaded from disk."""
         options = compiler_options(jax.default_backend())
         name = f"{self._function.__module__}.{self._function.__qualname__}"
         # What is spread over devices is described by axes, which do not tell one order of devices from another.
         on_one_device = all(len(sharding.device_set) == 1 for *_, sharding in shapes)
         file = _program_file(f"{name} {self._donated} {options} {(structure, shapes)}") if on_one_device else None
         if file is not None and (program := _kept(file)):
-            self.loads += 1
-            return program
+            return program, True
         with _unknown_to_jax() if file is not None else contextlib.nullcontext():
             traced = jax.jit(_anew(self._function, unique=file is not None), donate_argnames=self._donated)
             program = traced.lower(*args).compile(options)
-        self.compilations += 1
         if file is not None:
             _keep(program, file)
-        return program
+        return program, False
 
 
 # ---- Forgetting ------------------------------------------------------------------------------------------------------
@@ -118,7 +168,7 @@ def clear_programs() -> None:
     keeps part of the pages that are freed for what comes next (glibc's `malloc_trim(0)` gives them to the system).
     """
     for function in _functions:
-        function._programs = {}
+        function._forget({})
 
 
 @contextlib.contextmanager
@@ -134,15 +184,14 @@ def fresh_programs() -> Iterator[None]:
     your own (`jax.jit`) are not concerned: `jax.clear_caches` is for those.
     """
     global _keeps_programs
-    before, kept = _keeps_programs, {function: function._programs for function in _functions}
+    before, kept = _keeps_programs, {function: function._forget({}) for function in _functions}
     _keeps_programs = False
-    clear_programs()
     try:
         yield
     finally:
         _keeps_programs = before
         for function in _functions:
-            function._programs = kept.get(function, {})
+            function._forget(kept.get(function, {}))
 
 
 # ---- Compiling -------------------------------------------------------------------------------------------------------
@@ -206,7 +255,7 @@ def _program_file(description: str) -> Path | None:
     device = jax.devices()[0]
     versions = jax.__version__, jaxlib.__version__, flax.__version__, device.client.platform_version
     settings = dict(zip((*_setting_names(), "mesh"), _settings(), strict=True))
-    machine = f"{device.device_kind} {processor_features()}"
+    machine = f"{device.device_kind} {processor_features()} {thread_count()}"  # code is cut up for so many threads
     made_from = f"{description} {settings} {flags} {versions} {machine} {_source_hash()}"
     return folder / hashlib.sha256(made_from.encode()).hexdigest()
 

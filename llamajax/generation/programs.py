@@ -1,8 +1,7 @@
-"""The two programs of every request: prefill in buckets, and a decode loop on the device.
+"""What runs on the device: pure functions of rows, for use under `jax.jit` as they are; `Engine` compiles them.
 
-`prefill` and `decode` are pure functions of pytrees, for use under `jax.jit` as they are. A prompt's last token is not
-prefilled: it is the first that the decode loop feeds. So prefill needs no head, a prompt of one token no prefill, and
-one decode program serves every request of the same batch and cache size.
+A prompt's last token is not prefilled: it is the first that `step` feeds. So `extend` needs no head, a prompt of one
+token no prefill, and one program of `step` serves every request of the same rows and slots.
 """
 
 import dataclasses
@@ -11,37 +10,99 @@ import jax
 import jax.numpy as jnp
 
 from llamajax.caches import KVCache
-from llamajax.generation.compilation import CompiledFunction
+from llamajax.errors import LlamaJaxError
 from llamajax.generation.sampling import Sampler, sample
+from llamajax.generation.speculate import draft_tokens
 from llamajax.model import Llama
 from quant import start_indices
 
 # Chunks of a prompt. Three sizes are three programs at most; the largest bounds the memory of a long prompt's scores.
 PREFILL_BUCKETS = (16, 64, 256)
-# Most tokens that one call of the decode program makes. A buffer of that many is all it costs.
+# Most tokens that one call of `step` makes in each row, one a forward pass. A buffer of that many is all it costs.
 DECODE_BLOCK = 64
-# Cache sizes are multiples of this, so that prompts of similar length share their programs.
-SLOT_MULTIPLE = 256
+# Most forward passes of a call where each may make several tokens: about one block without drafts.
+DRAFT_PASSES = 16
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """What the decode loop carries.
+class Asked:
+    """What rows ask for, an array with one value a row each.
 
     Attributes:
-        cache: everything before `token_B`.
-        token_B: int32, the newest token of each row, not yet in the cache.
-        key_B: one PRNG key a row; the choice at position p uses `fold_in(key, p)`.
-        done_B: bool, rows that have ended: they add nothing to their cache any more.
-        seen_BV: bool, tokens that each row holds, or None without a repetition penalty.
+        left_B: int32, tokens that each row may still make; 0 in a row that has ended, or is free.
+        key_B: PRNG keys; the choice at position p uses `fold_in(key, p)`.
+        sampler: the knobs, of which none is None; greedy and neutral values turn them off.
+        stop_BM: int32, ids that end each row, behind them -1.
+    """
+
+    left_B: jax.Array
+    key_B: jax.Array
+    sampler: Sampler
+    stop_BM: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EngineState:
+    """Rows that make tokens, each with a text, a cache and knobs of its own.
+
+    A row that has ended keeps its tokens, but for the last where the cache is full: of its slots, as many as a forward
+    pass has tokens are written by rows that wait.
+
+    Attributes:
+        cache: everything before the newest token of each row.
+        history_BS: int32, the ids of each row at their positions, the newest at `cache.length_B`; what is behind it
+            means nothing. It has `drafts` + 2 columns more than the cache has slots, so that every row can be written.
+        asked: what each row asks for.
+        drafts: k, tokens that the text itself drafts for each forward pass to check (`speculate.py`); static.
     """
 
     cache: KVCache
-    token_B: jax.Array
-    key_B: jax.Array
-    done_B: jax.Array
-    seen_BV: jax.Array | None
+    history_BS: jax.Array
+    asked: Asked
+    drafts: int = dataclasses.field(default=0, metadata={"static": True})
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return self.history_BS.shape[0]
+
+    @property
+    def left_B(self) -> jax.Array:
+        """Tokens that each row may still make."""
+        return self.asked.left_B
+
+    @property
+    def newest_B(self) -> jax.Array:
+        """The newest token of each row, not yet in the cache."""
+        return jnp.take_along_axis(self.history_BS, self.cache.length_B[:, None], axis=1)[:, 0]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What a call of `step` made.
+
+    Attributes:
+        token_BM: int32, of each row the first `count_B` columns; a stop token is among them. Others mean nothing.
+        log_probability_BM: float32, of these tokens under the model itself.
+        count_B: int32, tokens made.
+        pass_B: int32, forward passes that each row took part in.
+    """
+
+    token_BM: jax.Array
+    log_probability_BM: jax.Array
+    count_B: jax.Array
+    pass_B: jax.Array
+
+
+def columns(drafts: int) -> int:
+    """M, most tokens that one call of `step` makes in a row."""
+    return DRAFT_PASSES * (drafts + 1) if drafts else DECODE_BLOCK
+
+
+# ---- Rows that come and go -------------------------------------------------------------------------------------------
 
 
 def prefill(model: Llama, tokens_BT: jax.Array, count_B: jax.Array, cache: KVCache) -> KVCache:
@@ -50,55 +111,209 @@ def prefill(model: Llama, tokens_BT: jax.Array, count_B: jax.Array, cache: KVCac
     return cache
 
 
-def decode(
-    model: Llama, state: DecodeState, sampler: Sampler, stop_M: jax.Array, limit: jax.Array
-) -> tuple[DecodeState, jax.Array, jax.Array, jax.Array]:
-    """Makes up to `limit` tokens a row, on the device, until every row has ended.
+def extend(
+    model: Llama,
+    cache: KVCache,
+    tokens_bT: jax.Array,
+    count_b: jax.Array,
+    held_b: jax.Array,
+    row_b: jax.Array | None = None,
+) -> KVCache:
+    """Puts a chunk of tokens into some rows of a cache.
 
     Args:
         model: the model.
-        state: where the rows are.
-        sampler: how tokens are chosen.
-        stop_M: int32, ids that end a row.
-        limit: int32 scalar, at most `DECODE_BLOCK`; not static, so that one program serves every number.
-
-    Returns:
-        The state behind the last token; token_BM and log_probability_BM with `DECODE_BLOCK` columns; and the number of
-        columns that were filled. In a row that ended, what follows its stop token means nothing.
+        cache: of all rows.
+        tokens_bT: int32, padded.
+        count_b: int32, how many of the T tokens are real.
+        held_b: int32, tokens that each row keeps, which the chunk goes behind; `length + T` must not exceed the slots.
+        row_b: int32, distinct rows; all of them in their order unless given, which spares a copy.
     """
-    B = state.token_B.shape[0]
-    token_BM = jnp.zeros((B, DECODE_BLOCK), jnp.int32)
-    log_probability_BM = jnp.zeros((B, DECODE_BLOCK), jnp.float32)
+    some = cache if row_b is None else cache.take(row_b)
+    some = prefill(model, tokens_bT, count_b, dataclasses.replace(some, length_B=held_b))
+    return some if row_b is None else cache.put(row_b, some)
+
+
+def start(
+    state: EngineState, row_b: jax.Array, history_bS: jax.Array, length_b: jax.Array, asked: Asked
+) -> EngineState:
+    """Lets rows run, whose caches hold all but the last token.
+
+    Args:
+        state: all rows.
+        row_b: int32, distinct rows.
+        history_bS: int32, their ids, as of the state.
+        length_b: int32, tokens in their caches: the newest token of each is behind so many others.
+        asked: what they ask for.
+    """
+    put = lambda whole, new: whole.at[row_b].set(new)  # noqa: E731
+    return dataclasses.replace(
+        state,
+        cache=dataclasses.replace(state.cache, length_B=put(state.cache.length_B, length_b)),
+        history_BS=put(state.history_BS, history_bS),
+        asked=jax.tree.map(put, state.asked, asked),
+    )
+
+
+def copy(state: EngineState, row: jax.Array, to_b: jax.Array, asked: Asked) -> EngineState:
+    """Puts what a row holds into others, which go on from there as they ask; `row` is an int32 scalar."""
+    put = lambda whole, new: whole.at[to_b].set(new)  # noqa: E731
+    return dataclasses.replace(
+        state,
+        cache=state.cache.copy(row, to_b),
+        history_BS=put(state.history_BS, state.history_BS[row]),
+        asked=jax.tree.map(put, state.asked, asked),
+    )
+
+
+def free(state: EngineState, row_b: jax.Array) -> EngineState:
+    """Ends rows: they make nothing more until they are started again."""
+    left_B = state.asked.left_B.at[row_b].set(0)
+    return dataclasses.replace(state, asked=dataclasses.replace(state.asked, left_B=left_B))
+
+
+def grow(state: EngineState, larger: EngineState) -> EngineState:
+    """The rows of `state` in the place of those of `larger`, which has as many of them and more slots."""
+    history_BS = jax.lax.dynamic_update_slice(larger.history_BS, state.history_BS, start_indices(0, 0))
+    return dataclasses.replace(larger, cache=state.cache.grow(larger.cache), history_BS=history_BS, asked=state.asked)
+
+
+# ---- Making tokens ---------------------------------------------------------------------------------------------------
+
+
+def step(model: Llama, state: EngineState, limit: jax.Array) -> tuple[EngineState, Made]:
+    """Makes tokens for up to `limit` forward passes, on the device, until every row has ended.
+
+    A forward pass takes T = `drafts` + 1 tokens of each row: its newest and the draft. Behind each of them a token is
+    chosen as the row's knobs say, with the key of its position; the draft's tokens count as far as they are what was
+    chosen. So the text is what it would be without drafts, greedy or sampled.
+
+    Args:
+        model: the model.
+        state: the rows; one whose `length + T` exceeds the slots while it still runs gets logits of NaN.
+        limit: int32 scalar; not static, so that one program serves every number. More than `columns` has room for is
+            as many as it has.
+    """
+    B, T, M = state.rows, state.drafts + 1, columns(state.drafts)
+    none_B = jnp.zeros(B, jnp.int32)
+    made = Made(jnp.zeros((B, M), jnp.int32), jnp.zeros((B, M), jnp.float32), none_B, none_B)
 
     def more(carry):
-        step, state, _, _ = carry
-        return (step < jnp.minimum(limit, DECODE_BLOCK)) & ~jnp.all(state.done_B)
+        state, made = carry
+        # Rows end but never begin again: one that still runs took part in every pass.
+        return (jnp.max(made.pass_B) < jnp.minimum(limit, M // T)) & jnp.any(state.asked.left_B > 0)
 
     def one(carry):
-        step, state, token_BM, log_probability_BM = carry
-        count_B = jnp.where(state.done_B, 0, 1)
-        key_B = jax.vmap(jax.random.fold_in)(state.key_B, state.cache.length_B)
-        x_BTD, cache = model.blocks(model.embed(state.token_B[:, None]), state.cache, count_B)
-        token_B, log_probability_B = sample(model.head(x_BTD[:, 0]), key_B, sampler, state.seen_BV)
-        token_BM = jax.lax.dynamic_update_slice(token_BM, token_B[:, None], start_indices(0, step))
-        log_probability_BM = jax.lax.dynamic_update_slice(
-            log_probability_BM, log_probability_B[:, None], start_indices(0, step)
+        state, made = carry
+        state, token_BT, log_probability_BT, count_B = forward(model, state)
+        # Without drafts all rows that run fill the same column, and what others write there means nothing.
+        write = _write_rows if T > 1 else _write_columns
+        at_B = made.count_B if T > 1 else jnp.max(made.count_B)
+        return state, Made(
+            write(made.token_BM, token_BT, at_B),
+            write(made.log_probability_BM, log_probability_BT, at_B),
+            made.count_B + count_B,
+            made.pass_B + (count_B > 0).astype(jnp.int32),
         )
-        seen_BV = state.seen_BV
-        if seen_BV is not None:
-            seen_BV |= jnp.arange(seen_BV.shape[1], dtype=jnp.int32) == token_B[:, None]
-        done_B = state.done_B | jnp.any(token_B[:, None] == stop_M, axis=1)
-        state = DecodeState(cache, jnp.where(state.done_B, state.token_B, token_B), state.key_B, done_B, seen_BV)
-        return step + 1, state, token_BM, log_probability_BM
 
-    step, state, token_BM, log_probability_BM = jax.lax.while_loop(
-        more, one, (jnp.zeros((), jnp.int32), state, token_BM, log_probability_BM)
+    return jax.lax.while_loop(more, one, (state, made))
+
+
+def forward(model: Llama, state: EngineState) -> tuple[EngineState, jax.Array, jax.Array, jax.Array]:
+    """One forward pass of all rows.
+
+    Returns:
+        The state behind the tokens made; token_BT, int32, and log_probability_BT, float32, what is chosen behind each
+        token that the model was given; and count_B, int32, how many of them the row has made: behind the draft's first
+        wrong token, a stop token or the last of `left_B` they mean nothing. 0 in a row that has ended.
+    """
+    asked, length_B, B, T = state.asked, state.cache.length_B, state.rows, state.drafts + 1
+    runs_B = asked.left_B > 0
+    token_BT = state.newest_B[:, None]
+    if T > 1:
+        token_BT = jnp.concatenate([token_BT, draft_tokens(state.history_BS, length_B, T - 1)], axis=1)
+    draft_BK = token_BT[:, 1:]
+    # How many of several tokens stay is known only afterwards: then the cache goes back to these.
+    added_B = runs_B.astype(jnp.int32) if T == 1 else None
+    x_BTD, cache = model.blocks(model.embed(token_BT), state.cache.idle(~runs_B, T), added_B)
+    position_BT = length_B[:, None] + jnp.arange(T, dtype=jnp.int32)
+    token_BT, log_probability_BT = _choose(model.head(x_BTD.reshape(B * T, -1)), state, draft_BK, position_BT)
+    # A token counts if all of the draft before it was right and none before it ended the row.
+    stops_BT = jnp.any(token_BT[:, :, None] == asked.stop_BM[:, None], axis=-1)
+    follows_BK = (draft_BK == token_BT[:, :-1]) & ~stops_BT[:, :-1]
+    reached_BT = jnp.cumprod(jnp.pad(follows_BK, ((0, 0), (1, 0)), constant_values=True), axis=1, dtype=jnp.int32)
+    counted_BT = (reached_BT == 1) & (jnp.arange(T, dtype=jnp.int32) < asked.left_B[:, None])
+    count_B = jnp.sum(counted_BT, axis=1, dtype=jnp.int32)
+    left_B = jnp.where(jnp.any(counted_BT & stops_BT, axis=1), 0, asked.left_B - count_B)
+    if T > 1:
+        cache = _rewound(cache, length_B + count_B, T)
+    state = EngineState(
+        dataclasses.replace(cache, length_B=jnp.where(runs_B, cache.length_B, length_B)),
+        _write_rows(state.history_BS, token_BT, length_B + 1),
+        dataclasses.replace(asked, left_B=left_B),
+        state.drafts,
     )
-    return state, token_BM, log_probability_BM, step
+    return state, token_BT, log_probability_BT, count_B
 
 
-compiled_prefill = CompiledFunction(prefill, donate_argnames=("cache",))
-compiled_decode = CompiledFunction(decode, donate_argnames=("state",))
+def _choose(
+    logits_RV: jax.Array, state: EngineState, draft_BK: jax.Array, position_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens by each row's knobs, and their log-probabilities, [B, T], from logits of B T rows."""
+    B, T = position_BT.shape
+    sampler = jax.tree.map(lambda knob_B: jnp.repeat(knob_B, T), state.asked.sampler)
+    key_R = jax.vmap(jax.random.fold_in)(jnp.repeat(state.asked.key_B, T), position_BT.reshape(-1))
+    seen_RV = jax.lax.cond(
+        jnp.any(sampler.repetition_penalty != 1),
+        lambda: _seen(state, draft_BK, logits_RV.shape[1]).reshape(logits_RV.shape),
+        lambda: jnp.zeros(logits_RV.shape, bool),
+    )
+    token_R, log_probability_R = sample(logits_RV, key_R, sampler, seen_RV)
+    return token_R.reshape(B, T), log_probability_R.reshape(B, T)
+
+
+def _seen(state: EngineState, draft_BK: jax.Array, V: int) -> jax.Array:
+    """The tokens of each row up to each of the T that a pass is given, those of the draft included: bool [B, T, V]."""
+    position_S = jnp.arange(state.history_BS.shape[1], dtype=jnp.int32)
+    held_BS = jnp.where(position_S <= state.cache.length_B[:, None], state.history_BS, V)
+    row_B1 = jnp.arange(state.rows, dtype=jnp.int32)[:, None]
+    seen_BV = jnp.zeros((state.rows, V), bool).at[row_B1, held_BS].set(True, mode="drop")
+    seen_BTV = [seen_BV]
+    for draft_B in draft_BK.T:
+        seen_BTV.append(seen_BTV[-1] | (jnp.arange(V, dtype=jnp.int32) == draft_B[:, None]))
+    return jnp.stack(seen_BTV, axis=1)
+
+
+def _rewound(cache: KVCache, length_B: jax.Array, at_most: int) -> KVCache:
+    """The cache with the tokens that stay, of at most so many more; a row that did not fit stays too long.
+
+    Raises:
+        LlamaJaxError: for a cache that cannot go back.
+    """
+    if cache.slots is not None:
+        length_B = jnp.where(cache.length_B > cache.slots, cache.length_B, length_B)
+    shorter = cache.rewind(length_B, at_most)
+    if shorter is None:
+        raise LlamaJaxError(
+            f"speculate: the cache cannot forget {at_most} tokens, as it drops old ones to make room: expected fewer "
+            "drafts, or none"
+        )
+    return shorter
+
+
+def _write_columns(whole_BM: jax.Array, new_BT: jax.Array, start: jax.Array) -> jax.Array:
+    """Writes all rows from the same column on."""
+    return jax.lax.dynamic_update_slice(whole_BM, new_BT, start_indices(0, start))
+
+
+def _write_rows(whole_BS: jax.Array, new_BT: jax.Array, start_B: jax.Array) -> jax.Array:
+    """Writes row b of `new_BT` from column `start_B[b]` on, one contiguous update a row as in the cache."""
+
+    def write_row(row, whole_BS):
+        new_1T = jax.lax.dynamic_slice_in_dim(new_BT, row, 1, axis=0)
+        return jax.lax.dynamic_update_slice(whole_BS, new_1T, start_indices(row, start_B[row]))
+
+    return jax.lax.fori_loop(0, new_BT.shape[0], write_row, whole_BS)
 
 
 def plan_chunks(length: int) -> list[int]:

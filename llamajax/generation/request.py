@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
 from llamajax.files import shortened
-from llamajax.generation.sampling import Sampler, plain
+from llamajax.generation.sampling import make_sampler, plain
 from llamajax.tokenizer import Tokenizer
 
 # New tokens where the caller names no number, if the context has room for them.
@@ -30,7 +30,8 @@ class Completion:
         tokens: the new ids, without a stop token; with the ids that spelt a stop string.
         log_probabilities: of each of `tokens` under the model itself (before temperature and filters), in nats.
         prompt_tokens: number of ids in the prompt, BOS included.
-        finish_reason: "stop" for a stop token or string, "length" for `max_new_tokens`.
+        finish_reason: "stop" for a stop token or string, "length" for `max_new_tokens`, "stopped" where the request
+            was ended before (`TextStream.stop`).
     """
 
     text: str
@@ -43,15 +44,22 @@ class Completion:
 class Row:
     """The host's side of one row: ids to text, stop strings, what is certain and what must still be held back."""
 
-    def __init__(self, prompt: list[int], tokenizer: Tokenizer | None, stops: tuple[str, ...]):
-        """Nothing made yet."""
+    def __init__(
+        self,
+        prompt: list[int],
+        tokenizer: Tokenizer | None,
+        stops: tuple[str, ...],
+        stop_ids: Sequence[int] | None = None,
+    ):
+        """Nothing made yet; stop ids are the tokenizer's unless given."""
         self.prompt_tokens = len(prompt)
         self.tokens: list[int] = []
         self.log_probabilities: list[float] = []
         self.finish_reason: str | None = None
         self.not_finite = False
+        self.cut = False  # ended by a stop string, which only the text shows
         self._text, self._shown, self._stops = "", 0, stops
-        self._stop_ids = frozenset(tokenizer.stop_ids if tokenizer else ())
+        self._stop_ids = frozenset((tokenizer.stop_ids if tokenizer else ()) if stop_ids is None else stop_ids)
         # Some models have more embeddings than their tokenizer has ids; a text shows that one of those was drawn.
         self._known_ids = tokenizer.vocab_size if tokenizer else 0
         self._decoder = tokenizer.stream() if tokenizer else None
@@ -83,6 +91,13 @@ class Row:
             self._end("length")
         return self._release(), len(self.tokens) - before
 
+    def stop(self) -> str:
+        """Ends the row where it has not ended; returns the text that was held back."""
+        if self.finish_reason:
+            return ""
+        self._end("stopped")
+        return self._release()
+
     def completion(self) -> Completion:
         """What there is so far."""
         reason = self.finish_reason or "length"
@@ -103,7 +118,7 @@ class Row:
         hits = [at for stop in self._stops if (at := self._text.find(stop, searched)) >= 0]
         if hits:
             self._text = self._text[: min(hits)]
-            self.finish_reason = "stop"
+            self.finish_reason, self.cut = "stop", True
         return bool(hits)
 
     def _end(self, reason: str) -> None:
@@ -169,20 +184,52 @@ def new_token_limit(prompts: list[list[int]], wanted: int | None, config: Config
     return wanted
 
 
-def check_knobs(sampler: Sampler, rows: int) -> None:
-    """Refuses knobs that have neither one value nor one a row."""
-    for field in dataclasses.fields(sampler):
-        knob = getattr(sampler, field.name)
-        if knob is not None and knob.ndim and knob.shape != (rows,):
+def check_knobs(knobs: Mapping[str, Any], rows: int) -> None:
+    """Refuses knobs, by the names of `make_sampler`, that are out of range, or neither one value nor one a prompt."""
+    make_sampler(**knobs)
+    for name, knob in knobs.items():
+        shape = np.shape(plain(knob)) if knob is not None else ()
+        if shape and shape != (rows,):
             raise LlamaJaxError(
-                f"{field.name} has values of shape {knob.shape}: expected one, or one for each of {rows} prompts"
-                if knob.ndim > 1
-                else f"{field.name} has {knob.shape[0]} values: expected one, or one for each of {rows} prompts"
+                f"{name} has values of shape {shape}: expected one, or one for each of {rows} prompts"
+                if len(shape) > 1
+                else f"{name} has {shape[0]} values: expected one, or one for each of {rows} prompts"
             )
 
 
-def row_keys(seed: Any, rows: int) -> jax.Array:
-    """One PRNG key a row, from one seed or one a row."""
+def by_prompt(values: Mapping[str, Any], prompts: int) -> list[dict[str, Any]]:
+    """Of values that are one for all prompts or a list of one each, those of each prompt."""
+    plainly = {name: plain(value) for name, value in values.items()}
+    return [
+        {name: value[i] if isinstance(value, list) else value for name, value in plainly.items()}
+        for i in range(prompts)
+    ]
+
+
+def check_samples(samples: Any) -> int:
+    """How many texts of each prompt; 1 for None."""
+    samples = plain(samples)
+    if samples is None:
+        return 1
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise LlamaJaxError(f"samples is {samples!r}: expected a whole number, at least 1")
+    return samples
+
+
+def check_ids(ids: Sequence[int], config: Config) -> tuple[int, ...]:
+    """Stop ids, checked."""
+    ids = plain(ids)
+    known = range(config.vocab_size)
+    wrong = [index for index in ids if isinstance(index, bool) or not isinstance(index, int) or index not in known]
+    if wrong:
+        raise LlamaJaxError(
+            f"{shortened(wrong[0])} in stop_ids: expected whole numbers from 0 to {config.vocab_size - 1}"
+        )
+    return tuple(ids)
+
+
+def row_seeds(seed: Any, rows: int) -> list[int]:
+    """One seed a prompt, from one or one each; checked."""
     seed = plain(seed)
     seeds = seed if isinstance(seed, list) else [seed] * rows
     if len(seeds) != rows:
@@ -190,7 +237,16 @@ def row_keys(seed: Any, rows: int) -> jax.Array:
     for value in seeds:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 32:
             raise LlamaJaxError(f"seed is {value!r}: expected a whole number from 0 to {(1 << 32) - 1}")
-    return jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
+    return seeds
+
+
+def row_keys(seeds: Sequence[int], samples: Sequence[int] | None = None) -> jax.Array:
+    """One PRNG key for each seed: of sample 0 its own, of others what `fold_in` makes of it."""
+    key_B = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
+    if not samples or not any(samples):
+        return key_B
+    sample_B = np.asarray(samples, np.uint32)
+    return jax.numpy.where(sample_B > 0, jax.vmap(jax.random.fold_in)(key_B, sample_B), key_B)
 
 
 def stop_strings(stop: str | Sequence[str] | None, tokenizer: Tokenizer | None) -> tuple[str, ...]:

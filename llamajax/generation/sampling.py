@@ -1,14 +1,15 @@
 """From logits to the next token: pure functions of logits, a key and knobs.
 
-A knob that is None is off and costs nothing; the others are arrays, so that changing a temperature compiles nothing.
-Each knob is a scalar or one value a row. Order and meaning follow transformers' logits processors: repetition penalty,
-temperature, top-k, top-p, min-p.
+A knob that is None is off and left out of the program. The others are arrays, a scalar or one value a row, so that
+changing a temperature compiles nothing; and what no row uses is not executed: `NEUTRAL` has the value that is "off".
+Order and meaning follow transformers' logits processors: repetition penalty, temperature, top-k, top-p, min-p.
 """
 
 import dataclasses
 import math
 import numbers
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,11 +17,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from llamajax.errors import LlamaJaxError
+from llamajax.generation.noise import gumbel_noise
+from llamajax.generation.ranks import kth_largest, nucleus
 
 # A token at this logit is never drawn; finite for the reason given at `cache.MASKED`.
 _EXCLUDED = -1e30
 # Logits divided by less would leave float32, or fall below the mark of excluded tokens.
 _LOWEST_TEMPERATURE = 1e-4
+# Each knob's value for "off", whose type is the array's: greedy choice, and all tokens as the model has them.
+NEUTRAL: Mapping[str, np.float32 | np.int32] = types.MappingProxyType(
+    {
+        "temperature": np.float32(0),
+        "top_k": np.int32(1 << 30),
+        "top_p": np.float32(1),
+        "min_p": np.float32(0),
+        "repetition_penalty": np.float32(1),
+    }
+)
 
 
 @jax.tree_util.register_dataclass
@@ -29,8 +42,9 @@ class Sampler:
     """How a token is chosen; built by `make_sampler`, which checks the values.
 
     Attributes:
-        temperature: float32, divides the logits; None for greedy choice, which ignores the knobs below it. A row whose
-            temperature is 0 (or anything below 1e-4) gets the likeliest token, as all rows do with None.
+        temperature: float32, divides the logits; None for greedy choice, which ignores the knobs below it but the
+            penalty. A row whose temperature is 0 (or anything below 1e-4) gets the likeliest token, as all rows do
+            with None.
         top_k: int32, only the k likeliest tokens (and those as likely as the k-th).
         top_p: float32, only the fewest tokens that together have this probability; of equally likely tokens those of
             lower id come first (Holtzman et al. 2020, arXiv:1904.09751).
@@ -45,6 +59,32 @@ class Sampler:
     top_p: jax.Array | None = None
     min_p: jax.Array | None = None
     repetition_penalty: jax.Array | None = None
+
+    @classmethod
+    def neutral(cls, rows: int) -> "Sampler":
+        """Every knob an array [rows] that is off: rows whose knobs may be set later, without another program."""
+        return cls().each(rows)
+
+    def each(self, rows: int) -> "Sampler":
+        """These knobs as arrays [rows]; those that are None are off."""
+        return Sampler(**{name: jnp.broadcast_to(knob, (rows,)) for name, knob in self._values().items()})
+
+    def at_rows(self, row: jax.typing.ArrayLike, knobs: "Sampler") -> "Sampler":
+        """With other knobs in some rows, under `jax.jit` too.
+
+        Args:
+            row: which: one number, or several.
+            knobs: for each knob one value, or one for each of these rows; None is off.
+        """
+        return Sampler(**{name: getattr(self, name).at[row].set(knob) for name, knob in knobs._values().items()})
+
+    def repeat(self, times: int) -> "Sampler":
+        """Each row's knobs so many times in a row: for logits of several positions a row, [B * times, V]."""
+        return jax.tree.map(lambda knob: jnp.repeat(knob, times) if knob.ndim else knob, self)
+
+    def _values(self) -> dict[str, jax.typing.ArrayLike]:
+        """Each knob's value, for "off" where it is None."""
+        return {name: NEUTRAL[name] if knob is None else knob for name, knob in vars(self).items()}
 
 
 def make_sampler(
@@ -66,7 +106,7 @@ def make_sampler(
         "temperature": _checked(
             "temperature", temperature, 0.0, math.inf, "0 (greedy) or a finite number of at least 1e-4"
         ),
-        "top_k": _checked("top_k", top_k, 1, 1 << 30, "a whole number from 1 to 2**30"),
+        "top_k": _checked("top_k", top_k, 1, int(NEUTRAL["top_k"]), "a whole number from 1 to 2**30"),
         "top_p": _checked("top_p", top_p, 0.0, 1.0, "a number above 0, at most 1", open_low=True),
         "min_p": _checked("min_p", min_p, 0.0, 1.0, "a number from 0 to 1"),
         "repetition_penalty": _checked(
@@ -88,13 +128,14 @@ def _checked(
     value = plain(value)
     if value is None:
         return None
-    whole = name == "top_k"
+    dtype = NEUTRAL[name].dtype
+    whole = dtype == np.int32
     largest = min(high, float(np.finfo(np.float32).max))
     for number in _as_list(value):
         numeric = isinstance(number, numbers.Integral if whole else numbers.Real) and not isinstance(number, bool)
         if not numeric or not low <= number <= largest or (open_low and number == low):
             raise LlamaJaxError(f"{name} is {number!r}: expected {expected}")
-    return jax.device_put(np.asarray(value, np.int32 if whole else np.float32))
+    return jax.device_put(np.asarray(value, dtype))
 
 
 def plain(value: Any) -> Any:
@@ -111,10 +152,32 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def seen_tokens(history_BS: jax.Array, count_B: jax.Array, vocab_size: int, sampler: Sampler) -> jax.Array | None:
+    """The tokens that each row holds, bool [B, V], for `sample`; looked up only if a row is penalized for them.
+
+    Args:
+        history_BS: int32, tokens at their positions.
+        count_B: int32, how many of them each row holds.
+        vocab_size: V.
+        sampler: None without a repetition penalty, and nothing seen where every row's is neutral.
+    """
+    if sampler.repetition_penalty is None:
+        return None
+    B, S = history_BS.shape
+
+    def look() -> jax.Array:
+        # Behind the last token nothing is marked: these ids are outside of the vocabulary.
+        token_BS = jnp.where(jnp.arange(S, dtype=jnp.int32) < count_B[:, None], history_BS, vocab_size)
+        row_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
+        return jnp.zeros((B, vocab_size), bool).at[row_B1, token_BS].set(True, mode="drop")
+
+    return jax.lax.cond(_penalizes(sampler), look, lambda: jnp.zeros((B, vocab_size), bool))
+
+
 def sample(
     logits_BV: jax.Array, key_B: jax.Array, sampler: Sampler, seen_BV: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Chooses one token a row.
+    """Chooses one token a row. Rows that are greedy draw no noise and filter nothing, unless others beside them do.
 
     Args:
         logits_BV: float32.
@@ -126,38 +189,49 @@ def sample(
         token_B, int32, and log_probability_B, float32: of that token under the model itself, before any knob. It is
         not finite exactly where the row's logits are of no use: one is NaN or +infinity, or all are -infinity.
     """
-    log_probability_BV = jax.nn.log_softmax(logits_BV, axis=-1)
-    chances_BV = filter_logits(logits_BV, sampler, seen_BV)
-    if sampler.temperature is not None:
-        # The largest sum of a logit and Gumbel noise is a draw from the softmax, as in `jax.random.categorical`.
-        noise_BV = jax.vmap(lambda key, logits_V: jax.random.gumbel(key, logits_V.shape, logits_V.dtype))(
-            key_B, chances_BV
+    if sampler.repetition_penalty is not None:
+        token_B = jax.lax.cond(
+            _penalizes(sampler),
+            lambda: _likeliest(_penalized(logits_BV, sampler, seen_BV)),
+            lambda: _likeliest(logits_BV),
         )
-        chances_BV += jnp.where(_column(_is_greedy(sampler.temperature), logits_BV), 0, noise_BV)
-    token_B = jnp.argmax(chances_BV, axis=-1).astype(jnp.int32)
-    return token_B, jnp.take_along_axis(log_probability_BV, token_B[:, None], axis=-1)[:, 0]
+    else:
+        token_B = _likeliest(logits_BV)
+    if sampler.temperature is not None:
+        is_greedy_B = jnp.broadcast_to(_is_greedy(sampler.temperature), token_B.shape)
+
+        def draw() -> jax.Array:
+            # The largest sum of a logit and Gumbel noise is a draw from the softmax, as in `jax.random.categorical`.
+            chances_BV = filter_logits(logits_BV, sampler, seen_BV)
+            return jnp.where(is_greedy_B, token_B, _likeliest(chances_BV + gumbel_noise(key_B, logits_BV.shape[-1])))
+
+        token_B = jax.lax.cond(jnp.all(is_greedy_B), lambda: token_B, draw)
+    most_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+    total_B = jnp.sum(jnp.exp(logits_BV - most_B1), axis=-1)
+    chosen_B1 = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)
+    return token_B, (chosen_B1 - most_B1)[:, 0] - jnp.log(total_B)
 
 
 def filter_logits(logits_BV: jax.Array, sampler: Sampler, seen_BV: jax.Array | None = None) -> jax.Array:
-    """Logits after penalty and temperature, tokens that the knobs rule out at -1e30; divided by 1 in greedy rows."""
-    if sampler.repetition_penalty is not None:
-        assert seen_BV is not None, "a repetition penalty needs seen_BV"
-        penalty = _column(sampler.repetition_penalty, logits_BV)
-        penalized_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
-        logits_BV = jnp.where(seen_BV, penalized_BV, logits_BV)
+    """Logits after penalty and temperature, tokens that the knobs rule out at -1e30; of greedy rows penalized alone."""
+    logits_BV = _penalized(logits_BV, sampler, seen_BV)
+    warm_B = jnp.ones(logits_BV.shape[:1], bool)
     if sampler.temperature is not None:
-        temperature = jnp.where(_is_greedy(sampler.temperature), 1, sampler.temperature)
-        logits_BV = logits_BV / _column(temperature, logits_BV)
-    if sampler.top_k is not None or sampler.top_p is not None:
-        logits_BV = jnp.where(_kept_by_rank(logits_BV, sampler), logits_BV, _EXCLUDED)
-    if sampler.min_p is not None:
-        floor_B1 = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(_column(sampler.min_p, logits_BV))
-        logits_BV = jnp.where(logits_BV < floor_B1, _EXCLUDED, logits_BV)
-    return logits_BV
+        warm_B &= ~_is_greedy(sampler.temperature)
+        logits_BV = logits_BV / jnp.where(warm_B, sampler.temperature, 1)[:, None]
+    least_B, last_B = _kept(logits_BV, sampler, warm_B)
+    id_V = jnp.arange(logits_BV.shape[-1], dtype=jnp.int32)
+    is_least_BV = (logits_BV == least_B[:, None]) & (id_V <= last_B[:, None])
+    return jnp.where((logits_BV > least_B[:, None]) | is_least_BV, logits_BV, _EXCLUDED)
 
 
 def _is_greedy(temperature: jax.Array) -> jax.Array:
     return temperature < _LOWEST_TEMPERATURE
+
+
+def _penalizes(sampler: Sampler) -> jax.Array:
+    """Whether any row is penalized."""
+    return jnp.any(sampler.repetition_penalty != NEUTRAL["repetition_penalty"])
 
 
 def _column(knob: jax.Array, logits_BV: jax.Array) -> jax.Array:
@@ -165,28 +239,58 @@ def _column(knob: jax.Array, logits_BV: jax.Array) -> jax.Array:
     return jnp.broadcast_to(knob, logits_BV.shape[:1])[:, None]
 
 
-def _kept_by_rank(logits_BV: jax.Array, sampler: Sampler) -> jax.Array:
-    """The tokens that top-k and top-p keep, bool [B, V]: one sort serves both.
+def _penalized(logits_BV: jax.Array, sampler: Sampler, seen_BV: jax.Array | None) -> jax.Array:
+    if sampler.repetition_penalty is None:
+        return logits_BV
+    assert seen_BV is not None, "a repetition penalty needs seen_BV"
+    penalty = _column(sampler.repetition_penalty, logits_BV)
+    return jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
 
-    The sort is of logits alone, which takes half the time of one that carries ids along: where equally likely tokens
-    straddle the end, they are counted off in the order of their ids instead.
+
+def _likeliest(chances_BV: jax.Array) -> jax.Array:
+    """The first token of the largest value, int32 [B]; any for a row that holds NaN.
+
+    XLA's `argmax` compares one value at a time on a CPU; these two passes compare a register of them.
     """
-    sorted_BV = -jnp.sort(-logits_BV, axis=-1)
-    V = logits_BV.shape[-1]
+    most_B1 = jnp.max(chances_BV, axis=-1, keepdims=True)
+    V = chances_BV.shape[-1]
+    id_V = jnp.arange(V, dtype=jnp.int32)
+    return jnp.min(jnp.where(chances_BV == most_B1, id_V, V - 1), axis=-1)
+
+
+def _kept(logits_BV: jax.Array, sampler: Sampler, warm_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What top-k, top-p and min-p keep in the rows that are sampled: all above a logit, and some of those equal to it.
+
+    Returns:
+        least_B, float32, the least logit that is kept, and last_B, int32, the last id that is kept with it.
+    """
+    B, V = logits_BV.shape
+    kept = jnp.full(B, -jnp.inf), jnp.full(B, V, jnp.int32)
     if sampler.top_k is not None:
-        last_B1 = jnp.minimum(_column(sampler.top_k, logits_BV), V) - 1
-        kth_B1 = jnp.take_along_axis(sorted_BV, last_B1, axis=-1)
-        if sampler.top_p is None:
-            return logits_BV >= kth_B1
-        sorted_BV = jnp.where(sorted_BV >= kth_B1, sorted_BV, _EXCLUDED)
-    assert sampler.top_p is not None
-    top_p = _column(sampler.top_p, logits_BV)
-    probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
-    before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
-    # At 1 all are kept, also those whose probability is lost beside the sum.
-    keep_BV = (sorted_BV > _EXCLUDED) & ((before_BV < top_p) | (top_p >= 1))
-    kept_B1 = jnp.maximum(jnp.sum(keep_BV, axis=-1, keepdims=True, dtype=jnp.int32), 1)
-    least_B1 = jnp.take_along_axis(sorted_BV, kept_B1 - 1, axis=-1)
-    likelier_B1 = jnp.sum(sorted_BV > least_B1, axis=-1, keepdims=True, dtype=jnp.int32)
-    place_BV = jnp.cumsum(logits_BV == least_B1, axis=-1, dtype=jnp.int32)
-    return (logits_BV > least_B1) | ((logits_BV == least_B1) & (place_BV <= kept_B1 - likelier_B1))
+        top_k_B = jnp.broadcast_to(sampler.top_k, (B,))
+        used_B = warm_B & (top_k_B < V)
+        kept = _where_used(used_B, kept, lambda: (kth_largest(logits_BV, top_k_B), kept[1]))
+    if sampler.top_p is not None:
+        top_p_B, least_B = jnp.broadcast_to(sampler.top_p, (B,)), kept[0]
+        # At 1 all are kept, also those whose probability is lost beside the sum.
+        kept = _where_used(warm_B & (top_p_B < 1), kept, lambda: nucleus(logits_BV, top_p_B, least_B))
+    if sampler.min_p is not None:
+        min_p_B, (least_B, last_B) = jnp.broadcast_to(sampler.min_p, (B,)), kept
+
+        def raised() -> tuple[jax.Array, jax.Array]:
+            floor_B = jnp.max(logits_BV, axis=-1) + jnp.log(min_p_B)
+            return jnp.maximum(floor_B, least_B), jnp.where(floor_B > least_B, V, last_B)
+
+        kept = _where_used(warm_B & (min_p_B > 0), kept, raised)
+    return kept
+
+
+def _where_used(
+    used_B: jax.Array, otherwise: tuple[jax.Array, jax.Array], compute: Callable[[], tuple[jax.Array, jax.Array]]
+) -> tuple[jax.Array, jax.Array]:
+    """What `compute` gives, in the rows that use it; not executed if there are none. Arrays [B], which cost no copy."""
+    return jax.lax.cond(
+        jnp.any(used_B),
+        lambda: jax.tree.map(lambda new_B, old_B: jnp.where(used_B, new_B, old_B), compute(), otherwise),
+        lambda: otherwise,
+    )

@@ -2,9 +2,11 @@
 
 import dataclasses
 
+from llamajax.generation.compilation import Compilations
+
 
 @dataclasses.dataclass
-class Speed:
+class Speed(Compilations):
     """What one request took. Times are of running programs only; compiling is apart.
 
     Attributes:
@@ -14,22 +16,18 @@ class Speed:
         row_steps: with speculation, those passes counted once for each row that still ran; 0 without.
         step_bytes: weights and cache that one forward pass reads.
         prefill_chunks: forward passes of the prefill.
-        compilations: programs compiled during the request.
-        loads: programs loaded from disk instead.
-        compile_seconds: what both took.
+        reused_tokens: prompt tokens that an earlier request had left in the cache.
     """
 
     prefill_tokens: int = 0
     prefill_chunks: int = 0
     prefill_seconds: float = 0.0
+    reused_tokens: int = 0
     decode_tokens: int = 0
     decode_steps: int = 0
     row_steps: int = 0
     decode_seconds: float = 0.0
     step_bytes: int = 0
-    compilations: int = 0
-    loads: int = 0
-    compile_seconds: float = 0.0
 
     @property
     def prefill_tokens_per_second(self) -> float:

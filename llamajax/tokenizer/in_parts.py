@@ -31,17 +31,18 @@ def encode_parts(engine: Engine, parts: Sequence[tuple[str, bool]], control: Col
         return inside
 
     found = list(_patterns(known).parts(whole, counts))
-    read = [part for _, part in found if isinstance(part, int) and part in guarded]
+    controls = guarded - {engine.unk_id}  # which stands for what the vocabulary does not have, too
+    read = [part for _, part in found if isinstance(part, int) and part in controls]
     if not refused:
         ids = engine.encode(whole, special=True)
         # Tokens that are looked for in normalized text may be more than those that the text itself has.
-        if [index for index in ids if index in guarded] == read:
+        if [index for index in ids if index in controls] == read:
             return ids
     ids = []
     for at, part in found:
         spelt = [part] if isinstance(part, int) else engine.spell(part, at == 0)
-        if not isinstance(part, int) and not guarded.isdisjoint(spelt):
-            name = engine.piece(next(index for index in spelt if index in guarded))
+        if not isinstance(part, int) and not controls.isdisjoint(spelt):
+            name = engine.piece(next(index for index in spelt if index in controls))
             raise EngineError(f"the vocabulary has no other spelling of {shortened(name)} than the token itself")
         ids += spelt
     return ids

@@ -1,6 +1,7 @@
 """Text to token ids and back: `Tokenizer`, the same over every engine."""
 
 import codecs
+import copy
 import os
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -59,6 +60,7 @@ class Tokenizer:
         self.add_eos: bool = self.eos_id is not None and (own.add_eos if add_eos is None else add_eos)
         mine = tuple(i for i in (self.bos_id, self.eos_id) if i is not None) if self.form == "sentencepiece" else ()
         self.stop_ids: tuple[int, ...] = (mine or own.stop_ids) if stops is None else stops
+        self._shown: dict[int, bytes] = {}  # control tokens that are decoded to more than nothing
 
     @classmethod
     def from_file(cls, path: str | Path, words: Words | None = None) -> "Tokenizer":
@@ -160,7 +162,20 @@ class Tokenizer:
             LlamaJaxError: if `index` is not an id of this tokenizer.
         """
         self._check(index)
-        return self._engine.token_bytes(index)
+        return self._shown.get(index) or self._engine.token_bytes(index)
+
+    def replying(self, stop_ids: Iterable[int], marks: Iterable[str] = ()) -> "Tokenizer":
+        """The same tokenizer, for answers of a chat.
+
+        Args:
+            stop_ids: ids at which generation ends.
+            marks: texts of tokens that are decoded to these texts, whether they are control tokens or not.
+        """
+        other = copy.copy(self)
+        other.stop_ids = tuple(stop_ids)
+        known = [(index, mark) for mark in marks if (index := self.id_of(mark)) is not None]
+        other._shown = {index: mark.encode() for index, mark in known if not self.token_bytes(index)}
+        return other
 
     def is_spelt(self, index: int) -> bool:
         """Whether an id is a single byte, an added token or the unknown one: its space is never the dummy prefix."""

@@ -1,0 +1,387 @@
+"""The engine under the text: rows that are put in, make tokens, and are freed, whatever the others do meanwhile.
+
+    engine = Engine(model, rows=8, slots=1024)
+    state = engine.empty()
+    state = engine.insert(state, 3, ids, Knobs(max_new_tokens=100, temperature=0.8, seed=1))
+    state, made = engine.step(state)
+    ids += np.asarray(made.token_BM[3, : made.count_B[3]]).tolist()
+    state = engine.free(state, 3)
+
+It knows ids and no text. Each call takes the memory of the state that it is given: only the state that it returns is of
+use afterwards.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import jax
+import numpy as np
+
+from llamajax.caches import KVCache, check_cache_dtype, empty_cache
+from llamajax.errors import LlamaJaxError
+from llamajax.generation import programs
+from llamajax.generation.compilation import Compilations, CompiledFunction
+from llamajax.generation.programs import DECODE_BLOCK, Asked, EngineState, Made, plan_chunks
+from llamajax.generation.request import row_keys, row_seeds
+from llamajax.generation.sampling import Sampler, make_sampler
+from llamajax.generation.speculate import check_speculate
+from llamajax.meshes import auto_mesh, with_auto_axes
+from llamajax.model import Llama
+
+# Slots are a multiple of this, so that requests of similar length share their programs.
+SLOT_MULTIPLE = 256
+# Ids that may end a row, unless an engine is made for more.
+STOPS = 8
+
+compiled_extend = CompiledFunction(programs.extend, donate_argnames=("cache",))
+compiled_start = CompiledFunction(programs.start, donate_argnames=("state",))
+compiled_copy = CompiledFunction(programs.copy, donate_argnames=("state",))
+compiled_step = CompiledFunction(programs.step, donate_argnames=("state",))
+compiled_free = CompiledFunction(programs.free, donate_argnames=("state",))
+compiled_grow = CompiledFunction(programs.grow, donate_argnames=("larger",))
+
+
+@dataclasses.dataclass(frozen=True)
+class Knobs:
+    """What one row asks for.
+
+    Attributes:
+        max_new_tokens: at most.
+        temperature: 0 is greedy. This and the knobs behind it as of `sampling.Sampler`; None is off.
+        top_k: likewise.
+        top_p: likewise.
+        min_p: likewise.
+        repetition_penalty: likewise.
+        seed: whole number from 0 to 2**32 - 1.
+        sample: which of several samples of the same seed this is; the first, 0, is what the seed gives alone.
+        stop_ids: the row ends behind any of them.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int = 0
+    sample: int = 0
+    stop_ids: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Tokens that one forward pass puts into the cache, arrays as of `programs.extend`."""
+
+    tokens_bT: np.ndarray
+    count_b: np.ndarray
+    held_b: np.ndarray
+
+
+class Options(TypedDict):
+    """What an engine is made for beside its model, rows and slots; attributes of it."""
+
+    cache_dtype: str
+    drafts: int
+    stops: int
+
+
+class Engine:
+    """Compiles what rows need, and checks what is asked of them.
+
+    Attributes:
+        rows: B, how many there are.
+        slots: S, most tokens of a row.
+        cache_dtype: the name of one of `caches.CACHE_DTYPES`.
+        drafts: k, tokens that the text itself drafts for each forward pass (`speculate.py`); 0 is none.
+        stops: most ids that end a row.
+        counted: what was compiled.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        rows: int,
+        slots: int,
+        *,
+        cache_dtype: jax.typing.DTypeLike | None = None,
+        drafts: int = 0,
+        stops: int = STOPS,
+        counted: Compilations | None = None,
+    ):
+        """Nothing is moved to the device yet, nor compiled.
+
+        Args:
+            model: its leaves may be abstract (`jax.ShapeDtypeStruct`), for `compile` alone.
+            rows: see the attributes.
+            slots: likewise, rounded up to a multiple of `SLOT_MULTIPLE`. A row of P tokens that makes at most n needs
+                P + n - 1 + `drafts`.
+            cache_dtype: the model's unless given.
+            drafts: see the attributes.
+            stops: likewise.
+            counted: where compilations are counted.
+        """
+        self._given = model
+        self.rows, self.slots = rows, -(-slots // SLOT_MULTIPLE) * SLOT_MULTIPLE
+        self.cache_dtype = check_cache_dtype(model.dtype if cache_dtype is None else cache_dtype)
+        self.drafts, self.stops = check_speculate(drafts), stops
+        self.counted = Compilations() if counted is None else counted
+
+    @functools.cached_property
+    @auto_mesh()
+    def model(self) -> Llama:
+        """What runs. Leaves that are NumPy arrays were moved once, not at every call; others stay where they are."""
+        self._given = with_auto_axes(jax.device_put(self._given))
+        return self._given
+
+    @auto_mesh()
+    def empty(self) -> EngineState:
+        """Rows that are all free."""
+        return self._state(self._cache(), [()] * self.rows, [Knobs(0)] * self.rows)
+
+    @auto_mesh()
+    def compile(self, length: int, rows: Sequence[int] | None = None, copies: int = 0) -> None:
+        """Makes programs ready.
+
+        Args:
+            length: of the longest text that will be inserted.
+            rows: those that are inserted together; all unless given.
+            copies: how many rows `copy` will be given at a time, if any.
+        """
+        every = list(range(self.rows))
+        rows = every if rows is None else rows
+        state = self._state(jax.eval_shape(self._cache), [()] * self.rows, [Knobs(0)] * self.rows)
+        ready = functools.partial(CompiledFunction.compile, counted=self.counted)
+        for size in sorted(set(plan_chunks(length - 1))):
+            chunk = _chunk([[0] * length] * len(rows), [0] * len(rows), size)
+            ready(compiled_extend, self._given, state.cache, *_on_device(chunk), *self._places(rows))
+        if list(rows) != every:
+            ready(
+                compiled_start, state, _ids(rows), *self._history([()] * len(rows)), self._asked([Knobs(0)] * len(rows))
+            )
+        if copies:
+            ready(compiled_copy, state, _scalar(0), _ids(every[:copies]), self._asked([Knobs(0)] * copies))
+        ready(compiled_step, self._given, state, _scalar(1))
+
+    def insert(
+        self,
+        state: EngineState,
+        row: int | Sequence[int],
+        tokens: Sequence[int] | Sequence[Sequence[int]],
+        knobs: Knobs | Sequence[Knobs],
+        *,
+        keep: int | Sequence[int] = 0,
+    ) -> EngineState:
+        """Puts a text into a row, or one into each of several, in which it then goes on.
+
+        Args:
+            state: the rows.
+            row: one row or several distinct ones; what they held is given up.
+            tokens: ids of the whole text; for several rows, of each.
+            knobs: what the row asks for; likewise.
+            keep: how many of these tokens its cache holds already, of which it may compute some anew; likewise.
+
+        Raises:
+            LlamaJaxError: for a row that there is not, a text that does not fit, or knobs out of range.
+        """
+        rows, texts, asked, keeps = _each(row, tokens, knobs, keep)
+        for chunk in self.plan(state, rows, texts, keeps):
+            state = self.extend(state, rows, chunk)
+        return self.start(state, rows, texts, asked)
+
+    def plan(
+        self, state: EngineState, rows: Sequence[int], texts: Sequence[Sequence[int]], keep: Sequence[int]
+    ) -> list[Chunk]:
+        """What `insert` gives to `extend`, chunk by chunk; arguments and errors as there."""
+        self._check_rows(rows)
+        for row, text in zip(rows, texts, strict=True):
+            if not 1 <= len(text) <= self.slots:
+                raise LlamaJaxError(f"{len(text)} tokens for row {row}: expected from 1 to {self.slots}, its slots")
+        keeps = self._keeps(state, rows, texts, keep)
+        longest = max(len(text) - 1 - kept for text, kept in zip(texts, keeps, strict=True))
+        chunks = []
+        for size in plan_chunks(longest):
+            chunk = _chunk(texts, keeps, size)
+            chunks.append(chunk)
+            keeps = (chunk.held_b + chunk.count_b).tolist()
+        return chunks
+
+    @auto_mesh()
+    def extend(self, state: EngineState, rows: Sequence[int], chunk: Chunk) -> EngineState:
+        """Puts a chunk of `plan` into the rows that it was made for."""
+        cache = self._run(compiled_extend, self.model, state.cache, *_on_device(chunk), *self._places(rows))
+        return dataclasses.replace(state, cache=cache)
+
+    @auto_mesh()
+    def start(
+        self, state: EngineState, rows: Sequence[int], texts: Sequence[Sequence[int]], knobs: Sequence[Knobs]
+    ) -> EngineState:
+        """Lets rows run, whose caches hold all but the last token of their texts."""
+        for row, text, asked in zip(rows, texts, knobs, strict=True):
+            needed = len(text) + asked.max_new_tokens - 1 + self.drafts
+            if asked.max_new_tokens < 0 or needed > self.slots:
+                raise LlamaJaxError(
+                    f"max_new_tokens is {asked.max_new_tokens} in row {row}: expected from 0 to "
+                    f"{self.slots - len(text) + 1 - self.drafts}, what its {self.slots} slots hold behind {len(text)} "
+                    "tokens: ask for fewer, or make the engine with more slots"
+                )
+        if self._is_all(rows):
+            return self._state(state.cache, texts, knobs)
+        history_bS, length_b = self._history(texts)
+        return self._run(compiled_start, state, _ids(rows), history_bS, length_b, self._asked(knobs))
+
+    @auto_mesh()
+    def copy(
+        self, state: EngineState, row: int, to: int | Sequence[int], knobs: Knobs | Sequence[Knobs]
+    ) -> EngineState:
+        """Puts what a row holds into one or several others, which go on from there as each asks.
+
+        Raises:
+            LlamaJaxError: for a row that there is not, or knobs out of range.
+        """
+        rows = [to] if isinstance(to, int) else list(to)
+        self._check_rows([row, *rows])
+        asked = [knobs] * len(rows) if isinstance(knobs, Knobs) else knobs
+        return self._run(compiled_copy, state, _scalar(row), _ids(rows), self._asked(asked))
+
+    @auto_mesh()
+    def step(self, state: EngineState, limit: int = DECODE_BLOCK) -> tuple[EngineState, Made]:
+        """Makes tokens in every row that runs, in up to `limit` forward passes; see `programs.step`."""
+        return self._run(compiled_step, self.model, state, _scalar(limit))
+
+    @auto_mesh()
+    def free(self, state: EngineState, row: int | Sequence[int]) -> EngineState:
+        """Ends one row or several: they make nothing more until something is inserted."""
+        rows = [row] if isinstance(row, int) else list(row)
+        self._check_rows(rows)
+        return self._run(compiled_free, state, _ids(rows))
+
+    @auto_mesh()
+    def grow(self, state: EngineState, slots: int) -> tuple["Engine", EngineState]:
+        """An engine of more slots, and its state, in which rows are as they were; the given state is of use, too."""
+        larger = Engine(
+            self.model,
+            self.rows,
+            max(slots, self.slots),
+            cache_dtype=self.cache_dtype,
+            drafts=self.drafts,
+            stops=self.stops,
+            counted=self.counted,
+        )
+        return larger, self._run(compiled_grow, state, larger.empty())
+
+    def _run(self, program: CompiledFunction, *args: Any) -> Any:
+        return program(*args, counted=self.counted)
+
+    def _places(self, rows: Sequence[int]) -> tuple[jax.Array, ...]:
+        """The last argument of `extend`: none for all rows."""
+        return () if self._is_all(rows) else (_ids(rows),)
+
+    def _cache(self) -> KVCache:
+        return empty_cache(self._given.config, self.rows, self.slots, self.cache_dtype)
+
+    def _state(self, cache: KVCache, texts: Sequence[Sequence[int]], knobs: Sequence[Knobs]) -> EngineState:
+        """All rows with these texts."""
+        history_BS, length_B = self._history(texts)
+        cache = dataclasses.replace(cache, length_B=length_B)
+        return EngineState(cache, history_BS, self._asked(knobs), self.drafts)
+
+    def _history(self, texts: Sequence[Sequence[int]]) -> tuple[jax.Array, jax.Array]:
+        """The ids of texts at their positions, and the position of the last of each."""
+        history_bS = np.zeros((len(texts), self.slots + self.drafts + 2), np.int32)
+        for ids, text in zip(history_bS, texts, strict=True):
+            ids[: len(text)] = text
+        length_b = np.asarray([max(len(text) - 1, 0) for text in texts], np.int32)
+        return jax.device_put(history_bS), jax.device_put(length_b)
+
+    def _asked(self, knobs: Sequence[Knobs]) -> Asked:
+        """Knobs as arrays, those that are off at their neutral values; checked."""
+        stop_bM = np.full((len(knobs), self.stops), -1, np.int32)
+        for ids, each in zip(stop_bM, knobs, strict=True):
+            if len(each.stop_ids) > self.stops:
+                raise LlamaJaxError(
+                    f"{len(each.stop_ids)} stop ids: expected at most {self.stops}, what the engine was made for"
+                )
+            ids[: len(each.stop_ids)] = each.stop_ids
+        seeds = row_seeds([each.seed for each in knobs], len(knobs))
+        key_b = row_keys(seeds, [each.sample for each in knobs])
+        left_b = jax.device_put(np.asarray([each.max_new_tokens for each in knobs], np.int32))
+        return Asked(left_b, key_b, full_sampler(knobs), jax.device_put(stop_bM))
+
+    def _keeps(
+        self, state: EngineState, rows: Sequence[int], texts: Sequence[Sequence[int]], keep: Sequence[int]
+    ) -> list[int]:
+        """Tokens that each row can keep, at most `keep`: what its cache can go back to, and the chunks behind fit."""
+        if not any(keep):
+            return [0] * len(rows)
+        held = [int(length) for length in np.asarray(state.cache.length_B)[list(rows)]]
+        for row, holds, kept, text in zip(rows, held, keep, texts, strict=True):
+            if not 0 <= kept <= min(holds, len(text)):
+                raise LlamaJaxError(f"row {row} is to keep {kept} tokens: expected from 0 to {min(holds, len(text))}")
+        # The last token is for `step`; and in the slots of one of its passes, the last, rows that waited were written.
+        most = [min(kept, len(text) - 1, self.slots - self.drafts - 1) for kept, text in zip(keep, texts, strict=True)]
+        if state.cache.rewind(state.cache.length_B, max(np.subtract(held, most).tolist())) is None:
+            return [0] * len(rows)
+        for unit in (1, 64, 256):
+            whole = [each // unit * unit for each in most]
+            rest = max(len(text) - 1 - each for text, each in zip(texts, whole, strict=True))
+            if max(whole) + sum(plan_chunks(rest)) <= self.slots:
+                return whole
+        return [0] * len(rows)
+
+    def _is_all(self, rows: Sequence[int]) -> bool:
+        return list(rows) == list(range(self.rows))
+
+    def _check_rows(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            if not 0 <= row < self.rows:
+                raise LlamaJaxError(f"row {row}: expected from 0 to {self.rows - 1}, one of the engine's")
+        if len(set(rows)) != len(rows):
+            raise LlamaJaxError(f"rows {list(rows)}: expected each at most once")
+
+
+def full_sampler(knobs: Sequence[Knobs]) -> Sampler:
+    """A sampler with a value for every row of every knob; where one is off, what changes nothing.
+
+    Raises:
+        LlamaJaxError: for a value out of its range.
+    """
+    values: dict[str, Any] = {"temperature": [each.temperature for each in knobs]}
+    for name, off in {"top_k": 1 << 30, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}.items():
+        values[name] = [off if (value := getattr(each, name)) is None else value for each in knobs]
+    make_sampler(**values)
+    arrays = {name: np.asarray(each, np.int32 if name == "top_k" else np.float32) for name, each in values.items()}
+    return Sampler(**jax.device_put(arrays))
+
+
+def _each(row: Any, tokens: Any, knobs: Any, keep: Any) -> tuple[list[int], list[list[int]], list[Knobs], list[int]]:
+    """The arguments of `insert` for several rows."""
+    if isinstance(row, int):
+        return [row], [list(tokens)], [knobs], [keep]
+    rows = list(row)
+    asked = [knobs] * len(rows) if isinstance(knobs, Knobs) else list(knobs)
+    return rows, [list(text) for text in tokens], asked, [keep] * len(rows) if isinstance(keep, int) else list(keep)
+
+
+def _chunk(texts: Sequence[Sequence[int]], held: Sequence[int], size: int) -> Chunk:
+    """The next `size` tokens of each text behind those that are held, but for the last; padded with 0."""
+    tokens_bT = np.zeros((len(texts), size), np.int32)
+    count_b = np.zeros(len(texts), np.int32)
+    for row, (text, first) in enumerate(zip(texts, held, strict=True)):
+        part = text[first : min(first + size, len(text) - 1)]
+        tokens_bT[row, : len(part)] = part
+        count_b[row] = len(part)
+    return Chunk(tokens_bT, count_b, np.asarray(held, np.int32))
+
+
+def _on_device(chunk: Chunk) -> tuple[jax.Array, ...]:
+    return jax.device_put(chunk.tokens_bT), jax.device_put(chunk.count_b), jax.device_put(chunk.held_b)
+
+
+def _ids(rows: Sequence[int]) -> jax.Array:
+    return jax.device_put(np.asarray(rows, np.int32))
+
+
+def _scalar(number: int) -> jax.Array:
+    return jax.device_put(np.int32(number))

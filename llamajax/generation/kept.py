@@ -1,0 +1,167 @@
+"""Rows that outlive a request: what their caches hold is not computed again by the next."""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from llamajax.generation.compilation import Compilations
+from llamajax.generation.engine import Chunk, Engine, Knobs, Options
+from llamajax.generation.programs import EngineState
+from llamajax.model import Llama
+
+
+class MadeOnHost(NamedTuple):
+    """As `Made`, in arrays of NumPy."""
+
+    token_BM: np.ndarray
+    log_probability_BM: np.ndarray
+    count_B: np.ndarray
+    pass_B: np.ndarray
+
+
+class Kept:
+    """An engine, the state of its rows, and the ids that their caches hold.
+
+        kept = Kept()
+        first = TextStream(model, tokenizer, "Once upon a time", kept=kept)
+        ...
+        second = TextStream(model, tokenizer, longer_text, kept=kept)
+
+    The second request prefills only what its prompt does not share with what the first left. Nothing is kept from a
+    model to another, nor where rows, the cache's dtype or drafts differ. One request at a time may use it.
+
+    Attributes:
+        engine: that of the last request; None before the first.
+    """
+
+    def __init__(self) -> None:
+        """Holds nothing."""
+        self.engine: Engine | None = None
+        self._texts: list[list[int]] = []  # ids of each row, the newest included,
+        self._lengths: list[int] = []  # and how many of them its cache holds
+        self._state: EngineState | None = None
+        self._given: weakref.ref[Any] | None = None  # what the engine's model was made from
+
+    @property
+    def held(self) -> list[list[int]]:
+        """Ids in the cache of each row."""
+        return [text[:length] for text, length in zip(self._texts, self._lengths, strict=True)]
+
+    def slots(self, model: Llama, rows: int, slots: int, options: Options) -> int:
+        """How many slots an engine will have for a request that needs at least so many; arguments as of `fit`."""
+        engine = self.engine
+        if engine is None or not self._suits(engine, model, rows, options):
+            return slots
+        if slots <= engine.slots:
+            return engine.slots
+        most = model.config.context_length + engine.drafts
+        return max(slots, min(2 * engine.slots, most))  # few sizes, of which each needs programs
+
+    def fit(self, model: Llama, rows: int, slots: int, options: Options, counted: Compilations) -> Engine:
+        """The engine for a request, grown or made anew where what is kept does not suit it.
+
+        Args:
+            model: the caller's; what an engine was made from, or its own, is known again.
+            rows: B.
+            slots: at least.
+            options: cache_dtype, drafts and stops of `Engine`.
+            counted: where compilations are counted from now on.
+        """
+        slots = self.slots(model, rows, slots, options)
+        if self.engine is None or self._state is None or not self._suits(self.engine, model, rows, options):
+            self.clear()
+            self.engine = Engine(model, rows, slots, **options, counted=counted)
+            self._given = weakref.ref(model)
+            self._state = self.engine.empty()
+            self._texts, self._lengths = [[] for _ in range(rows)], [0] * rows
+        self.engine.counted = counted
+        if self.engine.slots < slots:
+            self.engine, self._state = self.engine.grow(self._state, slots)
+        return self.engine
+
+    def clear(self) -> None:
+        """Holds nothing any more."""
+        self.engine = self._state = self._given = None
+        self._texts, self._lengths = [], []
+
+    def _suits(self, engine: Engine, model: Llama, rows: int, options: Options) -> bool:
+        known = model is engine.model or (self._given is not None and model is self._given())
+        ours = {name: getattr(engine, name) for name in options}
+        return known and engine.rows == rows and ours == options
+
+    # ---- The engine's calls, each of which takes the state and leaves another ----------------------------------------
+
+    def shared(self, row: int, text: Sequence[int]) -> int:
+        """How many of a text's tokens, but for its last, a row's cache holds already."""
+        if not self._texts:
+            return 0
+        held = self._texts[row]
+        most = min(self._lengths[row], len(text) - 1)
+        return next((i for i in range(most) if held[i] != text[i]), most)
+
+    def plan(self, rows: Sequence[int], texts: Sequence[Sequence[int]]) -> list[Chunk]:
+        """As of `Engine.plan`, keeping what texts share with what rows hold."""
+        keep = [self.shared(*each) for each in zip(rows, texts, strict=True)]
+        return self._engine.plan(self._held_state, rows, texts, keep)
+
+    def extend(self, rows: Sequence[int], chunk: Chunk) -> None:
+        """As of `Engine.extend`."""
+        self._state = self._engine.extend(self._take(), rows, chunk)
+        for i, row in enumerate(rows):
+            self._texts[row] = [*self._texts[row][: chunk.held_b[i]], *chunk.tokens_bT[i, : chunk.count_b[i]].tolist()]
+            self._lengths[row] = len(self._texts[row])
+
+    def start(self, rows: Sequence[int], texts: Sequence[Sequence[int]], knobs: Sequence[Knobs]) -> None:
+        """As of `Engine.start`."""
+        self._state = self._engine.start(self._take(), rows, texts, knobs)
+        for row, text in zip(rows, texts, strict=True):
+            self._texts[row], self._lengths[row] = list(text), len(text) - 1
+
+    def copy(self, row: int, to: Sequence[int], knobs: Sequence[Knobs]) -> None:
+        """As of `Engine.copy`."""
+        self._state = self._engine.copy(self._take(), row, to, knobs)
+        for other in to:
+            self._texts[other], self._lengths[other] = list(self._texts[row]), self._lengths[row]
+
+    def step(self, limit: int) -> MadeOnHost:
+        """As of `Engine.step`."""
+        state, made = self._engine.step(self._take(), limit)
+        token_BM, log_probability_BM, count_B, pass_B = (
+            np.asarray(array) for array in (made.token_BM, made.log_probability_BM, made.count_B, made.pass_B)
+        )
+        self._state = state
+        for row, (tokens, count) in enumerate(zip(token_BM, count_B, strict=True)):
+            self._texts[row] += tokens[:count].tolist()
+            self._lengths[row] += int(count)
+        return MadeOnHost(token_BM, log_probability_BM, count_B, pass_B)
+
+    def free(self, rows: Sequence[int]) -> None:
+        """As of `Engine.free`."""
+        self._state = self._engine.free(self._take(), rows)
+
+    def wait(self) -> None:
+        """Until the device has done what it was given."""
+        jax.block_until_ready(self._held_state)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache."""
+        return sum(array.nbytes for array in jax.tree.leaves(self._held_state.cache))
+
+    @property
+    def _engine(self) -> Engine:
+        assert self.engine is not None, "fit comes first"
+        return self.engine
+
+    @property
+    def _held_state(self) -> EngineState:
+        assert self._state is not None, "fit comes first"
+        return self._state
+
+    def _take(self) -> EngineState:
+        """The state, which is then nobody's: a call that is interrupted must not leave one whose memory it took."""
+        state, self._state = self._held_state, None
+        return state
