@@ -108,7 +108,7 @@ def run(values: flags.FlagValues) -> None:
     memory = _memory_here(backend) if given is None else given
     name = values.shape or values.model or "box"
     model: Any = _architecture(values) if values.shape else open_named(values, name)
-    options = {
+    options: dict[str, Any] = {
         "dtype": chosen_dtype(values, backend),
         "activations": chosen_activations(values),
         "backend": backend,
