@@ -21,7 +21,8 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
 import llamajax
+from export.conversations import chat_of
 from export.golden import golden, golden_prompts
 from export.lowering import STABLEHLO_VERSION, Program, Value, lower
 from export.profiles import PROFILES, Profile, Spec
@@ -94,6 +96,8 @@ def write(
     *,
     prompts: Sequence[Sequence[int]] | None = None,
     source: str = "llamajax",
+    template: str | None = None,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> Bundle:
     """Writes a bundle, whole or not at all.
 
@@ -104,13 +108,18 @@ def write(
         spec: what programs to make.
         prompts: ids of the golden prompts; texts of our own unless given.
         source: where the weights came from.
+        template: name of the chat template; the checkpoint's own unless given.
+        on_note: called with a line that says why runners cannot chat, if so.
 
     Raises:
-        LlamaJaxError: if the model cannot be exported, or `path` exists.
+        LlamaJaxError: if there is no template of that name, the model cannot be exported, or `path` exists.
     """
     if spec.slots > model.config.context_length:
         raise LlamaJaxError(f"{spec.slots} slots: the model's context is {model.config.context_length}")
     vocabulary = None if tokenizer is None else vocabulary_of(tokenizer)
+    chat = chat_of(tokenizer, vocabulary, template, source)
+    if chat.refusal:
+        on_note(f"no --chat in this bundle: {chat.refusal}")
     programs = lower(model, spec)
     with files.new_folder(Path(path)) as folder:
         (folder / "programs").mkdir()
@@ -133,6 +142,9 @@ def write(
         if vocabulary is not None:
             manifest["golden"]["texts"] = vocabulary.texts
             manifest["tokens"] |= {name: vocabulary.values[name] for name in ("refusal", "version")}
+        if chat.section is not None:
+            manifest["chat"] = chat.section
+            manifest["golden"]["conversations"] = chat.golden
         for file in folder.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors makes them its owner's alone
         seal(folder, manifest)
@@ -197,7 +209,7 @@ def _manifest(
 
 
 def _chat_template(tokenizer: Tokenizer | None) -> str | None:
-    """The Jinja template that came with a tokenizer; runners do not use it."""
+    """The Jinja template that came with a tokenizer; runners go by what `conversations` makes of it."""
     data = tokenizer.words.files.get("chat_template.jinja") if tokenizer else None
     return None if data is None else data.decode(errors="replace")
 
@@ -272,15 +284,27 @@ def read_manifest(path: Path) -> Mapping[str, Any]:
 
 def standalone_runner(name: str) -> str:
     """A runner as one file: what all runners share, with its own text behind."""
-    parts = {part: (_RUNNERS / f"{part}.py").read_text(encoding="utf-8") for part in ("runner", "text", "text_models")}
-    own = (_RUNNERS / name).read_text(encoding="utf-8")
-    text = parts["text"].replace(_IMPORT_MODELS, parts["text_models"])
-    return parts["runner"].replace(_IMPORT_TEXT, text) + "\n\n" + own.replace("\n" + _IMPORT, "")
+    text = (_RUNNERS / "runner.py").read_text(encoding="utf-8")
+    for part, line in _IMPORTS.items():
+        _, _, of_part = (_RUNNERS / f"{part}.py").read_text(encoding="utf-8").partition('"""\n\n')
+        text = text.replace(line, of_part + "\n\n")
+    own = (_RUNNERS / name).read_text(encoding="utf-8").replace("\n" + _IMPORT, "")
+    seen, once = set(), []
+    for line in (text + "\n\n" + own).splitlines(keepends=True):
+        if line not in seen:
+            once.append(line)
+        if line.startswith("import "):
+            seen.add(line)
+    return re.sub("\n{4,}", "\n\n\n", "".join(once))
 
 
 _IMPORT = "from export.runners.runner import main\n"
-_IMPORT_TEXT = "from export.runners.text import Text\n"
-_IMPORT_MODELS = "from export.runners.text_models import MODELS, SPACE, Longest\n"
+# Where each part goes.
+_IMPORTS = {
+    "answers": "from export.runners.answers import chooser, conversation, converse, steps, write_until\n",
+    "text": "from export.runners.text import Text\n",
+    "text_models": "from export.runners.text_models import MODELS, SPACE, Longest\n",
+}
 
 
 def _twins(model: Llama, spec: Spec) -> dict[str, bytes]:

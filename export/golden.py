@@ -15,7 +15,7 @@ import numpy as np
 
 from export.profiles import PROFILES, Spec
 from export.programs import bound, empty_state, functions
-from export.runners.runner import chooser, steps
+from export.runners.answers import chooser, steps
 from export.weights import parameters
 from llamajax import Llama, LlamaJaxError, Tokenizer, prepare
 from quant import compiler_options

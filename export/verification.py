@@ -63,6 +63,8 @@ class Result:
         load_seconds: from opening the bundle, hashes included, to having run each program once that is compiled then.
         tokens_per_second: of decoding one row.
         resident_bytes: of its process, at the end.
+        texts: how many golden texts it encoded to their ids.
+        conversations: how many golden conversations.
     """
 
     runtime: str
@@ -77,6 +79,8 @@ class Result:
     load_seconds: float = 0.0
     tokens_per_second: float = 0.0
     resident_bytes: int = 0
+    texts: int = 0
+    conversations: int = 0
 
 
 def verify(
@@ -138,8 +142,16 @@ def _runner(name: str) -> Iterator[Path]:
         yield file
 
 
-def run(bundle: Bundle, name: str, python: str, arguments: Sequence[str], on_output: Callable[[bytes], None]) -> str:
-    """Continues a prompt on one runtime; returns what the runner said to its standard error.
+def run(
+    bundle: Bundle,
+    name: str,
+    python: str,
+    arguments: Sequence[str],
+    on_output: Callable[[bytes], None],
+    *,
+    shows_notes: bool = False,
+) -> str:
+    """Continues a prompt, or chats, on one runtime; returns what the runner said to its standard error.
 
     Args:
         bundle: opened.
@@ -147,6 +159,7 @@ def run(bundle: Bundle, name: str, python: str, arguments: Sequence[str], on_out
         python: that has it.
         arguments: of the runner.
         on_output: called with what the runner writes to its standard output, as it comes.
+        shows_notes: whether what it says to its standard error is this process's, as it comes, and not returned.
 
     Raises:
         LlamaJaxError: if the runtime is not here, the bundle has nothing for it, or it fails.
@@ -157,7 +170,9 @@ def run(bundle: Bundle, name: str, python: str, arguments: Sequence[str], on_out
         command = [python, "-I", str(file), str(bundle.path), *arguments]
         with (
             tempfile.TemporaryFile() as said,
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, bufsize=0) as process,
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=None if shows_notes else said, bufsize=0
+            ) as process,
         ):
             assert process.stdout
             try:
@@ -195,4 +210,6 @@ def _result(name: str, report: Mapping) -> Result:
         load_seconds=report["load_seconds"],
         tokens_per_second=report["decode_steps"] / report["decode_seconds"] if report["decode_seconds"] else 0.0,
         resident_bytes=report["resident_bytes"],
+        texts=report["texts"],
+        conversations=report["conversations"],
     )

@@ -175,15 +175,20 @@ def _texts_of_pieces(tokenizer: Tokenizer, count: int) -> list[str]:
 
 def _difference(values: dict[str, Any], tokenizer: Tokenizer, texts: Sequence[str]) -> str | None:
     """The first text for which the runners' `Text` gives other ids than the tokenizer, or None."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "vocabulary.json").write_text(json.dumps(values))
-        # By name: what runners share is for older Pythons, and no part of what is type-checked.
-        runner = importlib.import_module("export.runners.text").Text(_Folder(Path(folder)))
+    runner = text_of(values)
     for text in texts:
         for special in (False, True):
             if runner.encode(text, special) != tokenizer.encode(text, special=special):
                 return f"its tokenizer encodes {files.shortened(text)} in a way of its own"
     return None
+
+
+def text_of(values: dict[str, Any]) -> Any:
+    """The runners' `Text` of a vocabulary."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "vocabulary.json").write_text(json.dumps(values))
+        # By name: what runners share is for older Pythons, and no part of what is type-checked.
+        return importlib.import_module("export.runners.text").Text(_Folder(Path(folder)))
 
 
 @dataclasses.dataclass(frozen=True)

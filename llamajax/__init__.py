@@ -21,6 +21,10 @@ if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0]) in ("llamajax", "llam
 
 from llamajax import files, parameters, tokenizer
 from llamajax.caches import KVCache, NoCache, Scores
+from llamajax.chat import role_strings
+from llamajax.chat.chat import Chat
+from llamajax.chat.messages import Message, ToolCall
+from llamajax.chat.template import Template
 from llamajax.checkpoint import Opened, load, open_checkpoint, save_checkpoint
 from llamajax.config import Config, RopeScaling, preset, preset_names
 from llamajax.errors import LlamaJaxError
@@ -49,6 +53,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Block",
+    "Chat",
     "Completion",
     "Config",
     "Engine",
@@ -60,13 +65,16 @@ __all__ = [
     "Llama",
     "LlamaJaxError",
     "Made",
+    "Message",
     "NoCache",
     "Opened",
     "RopeScaling",
     "Sampler",
     "Scores",
+    "Template",
     "TextStream",
     "Tokenizer",
+    "ToolCall",
     "Words",
     "abstract_model",
     "clear_programs",
@@ -92,6 +100,7 @@ __all__ = [
     "read_recipe",
     "rebuilt",
     "recipe_names",
+    "role_strings",
     "sample",
     "save_checkpoint",
     "shardings",

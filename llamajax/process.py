@@ -6,6 +6,9 @@
 
 Outside of `interruptible` there is nothing to remove, and a signal ends the process at once. So does a second one, half
 a second or more behind the first, and a first one while the main thread is in native code that does not return.
+
+    with process.interrupt_calls(stop):
+        converse()                   # Ctrl-C calls `stop` and ends nothing; SIGTERM raises as before
 """
 
 import contextlib
@@ -15,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -34,7 +37,11 @@ _FEW_ADDRESSES = 1750 << 20
 _AGAIN = b"\0"  # to the watcher: the exception was lost
 
 _begun = False
+_taken: list[signal.Signals] = []
+_to_watcher: int | None = None
 _working = False
+_instead: Callable[[], None] | None = None
+_lent_to: Callable[[], None] | None = None
 _received: int | None = None
 _handled = False
 _ending = threading.Lock()
@@ -42,21 +49,23 @@ _ending = threading.Lock()
 
 def begin() -> None:
     """Prepares the process; once, from the main thread."""
-    global _begun
+    global _begun, _to_watcher
     if _begun or threading.current_thread() is not threading.main_thread():
         return
     _begun = True
     _open_missing_streams()
     sys.excepthook = _report_uncaught
-    wanted = [number for number in _MESSAGES if signal.getsignal(number) is not signal.SIG_IGN]  # as `nohup`, `&` ask
-    for number in wanted:
-        signal.signal(number, _on_signal)
-    if os.name != "posix" or not wanted:  # elsewhere the main thread alone takes signals
+    _taken[:] = [
+        number for number in _MESSAGES if signal.getsignal(number) is not signal.SIG_IGN
+    ]  # as `nohup`, `&` ask
+    if os.name != "posix" or not _taken:  # elsewhere the main thread alone takes signals
+        _take()
         return
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
-    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    _to_watcher = writing
+    _take()
 
     def lost(unraisable: Any) -> None:
         """Python drops what is raised in a finalizer or a callback of its garbage collector, where JAX has one.
@@ -95,6 +104,53 @@ def interruptible() -> Iterator[None]:
         _working = False
 
 
+@contextlib.contextmanager
+def interrupt_calls(function: Callable[[], None] | None) -> Iterator[None]:
+    """Inside, SIGINT calls a function in the main thread, and raises and ends nothing; it may come any number of times.
+
+    Args:
+        function: what is called, between two instructions of whatever runs; None within such a block: SIGINT is again
+            what it was outside.
+    """
+    global _instead
+    before, _instead = _instead, function
+    try:
+        yield
+    finally:
+        _instead = before
+
+
+@contextlib.contextmanager
+def lend_signals(end: Callable[[], None]) -> Iterator[None]:
+    """Inside, a library may take signals for itself, as asyncio does, and leave none behind; then they come here again.
+
+    Args:
+        end: asked, in the main thread, to leave the block soon because a signal came that the library did not take. An
+            exception would be raised within the library, at any place. A second such signal ends the process.
+
+    Raises:
+        KeyboardInterrupt: behind the block, for that signal.
+    """
+    global _lent_to
+    _lent_to = end
+    try:
+        yield
+    finally:
+        _lent_to = None
+        if _begun:
+            _take()
+    if _received is not None:
+        raise KeyboardInterrupt
+
+
+def _take() -> None:
+    """Lets signals come to `_on_signal` and, where there is one, to the watcher."""
+    for number in _taken:
+        signal.signal(number, _on_signal)
+    if _to_watcher is not None:
+        signal.set_wakeup_fd(_to_watcher, warn_on_full_buffer=False)
+
+
 def _open_missing_streams() -> None:
     """Puts something in the place of standard streams that were closed, before other files get their numbers.
 
@@ -114,10 +170,15 @@ def _open_missing_streams() -> None:
 def _on_signal(number: int, frame: FrameType | None) -> None:
     """In the main thread."""
     global _handled, _received
-    _received, _handled = _received or number, True
-    if not _working:
+    if number == signal.SIGINT and _instead is not None:
+        _instead()
+        return
+    again, _received, _handled = _received is not None, _received or number, True
+    if not _working or (again and _lent_to is not None):
         _end(number)
-    raise KeyboardInterrupt
+    if _lent_to is None:
+        raise KeyboardInterrupt
+    _lent_to()
 
 
 def _watch(reading: int) -> None:
@@ -132,7 +193,7 @@ def _watch(reading: int) -> None:
             time.sleep(0.01)  # until the callback that lost the exception has returned
             resent += 1
             signal.pthread_kill(main, _received or signal.SIGINT)
-        elif number not in _MESSAGES:
+        elif number not in _MESSAGES or (number == signal.SIGINT and _instead is not None):
             continue
         elif resent:
             resent -= 1
@@ -156,9 +217,9 @@ def _end(number: int) -> None:
     """Ends the process, from any thread, without waiting for any."""
     if not _ending.acquire(blocking=False):
         return
-    if files := sys.modules.get("llamajax.files"):
+    for module, leave in (("llamajax.files", "remove_unfinished"), ("llamajax.cli.terminal", "restore_keys")):
         with contextlib.suppress(AttributeError):  # which it has not where it is being imported
-            files.remove_unfinished()
+            getattr(sys.modules.get(module), leave)()
     with contextlib.suppress(OSError):
         cursor = "\x1b[?25h" if os.isatty(2) else ""  # which a progress bar hides
         os.write(2, f"{cursor}llamajax: {_MESSAGES[signal.Signals(number)]}\n".encode())

@@ -6,13 +6,14 @@ generation, evaluation and export, go by it. A field that is None or empty was n
 """
 
 import dataclasses
+import functools
 import hashlib
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from llamajax.errors import LlamaJaxError
-from llamajax.files import shortened
+from llamajax.files import parse_json, shortened
 
 # The knobs of `sampling.Sampler` that a checkpoint may bring defaults for.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -25,7 +26,8 @@ _TOKENIZER_FILES = frozenset(
 )
 # Files that a checkpoint's folder may carry along.
 CARRIED_FILES = tuple(sorted({"generation_config.json", *_TOKENIZER_FILES}))
-_NAMED_TEMPLATE = re.compile(r"chat_template\.[A-Za-z0-9_-]{1,40}\.jinja")
+CHAT_TEMPLATE = "chat_template.jinja"
+_NAMED_TEMPLATE = re.compile(r"chat_template\.([A-Za-z0-9_-]{1,40})\.jinja")
 _LARGEST_ID = 1 << 27
 
 
@@ -117,6 +119,27 @@ class Words:
         unknown = sorted(name for name in self.files if not is_carried(name))
         if unknown:
             raise LlamaJaxError(f"file {shortened(unknown[0])}: expected one of {', '.join(CARRIED_FILES)}")
+
+    @functools.cached_property
+    def chat_templates(self) -> Mapping[str, str]:
+        """The chat templates by name, "default" first: files of their own, else those in a file of the tokenizer's.
+
+        Raises:
+            LlamaJaxError: for a file that is not JSON.
+        """
+        found = {
+            (named[1] if (named := _NAMED_TEMPLATE.fullmatch(name)) else "default"): data.decode("utf-8", "replace")
+            for name, data in self.files.items()
+            if name == CHAT_TEMPLATE or _NAMED_TEMPLATE.fullmatch(name)
+        }
+        for name in ("tokenizer_config.json", "chat_template.json"):
+            value = parse_json(self.files[name], name) if name in self.files and not found else {}
+            said = value.get("chat_template") if isinstance(value, Mapping) else None
+            each = [{"name": "default", "template": said}] if isinstance(said, str) else said
+            each = each if isinstance(each, list) else []
+            pairs = [(one.get("name"), one.get("template")) for one in each if isinstance(one, Mapping)]
+            found |= {key: text for key, text in pairs if isinstance(key, str) and isinstance(text, str)}
+        return {name: found[name] for name in sorted(found, key=lambda name: (name != "default", name))}
 
     def for_another_tokenizer(self) -> "Words":
         """The same without the files that belong to the tokenizer that they came with."""

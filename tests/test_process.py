@@ -45,10 +45,13 @@ except KeyboardInterrupt: ended()
 }
 
 
-def start(program: str) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-c", _BEGIN + program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+# Whatever the suite was started with: behind `&`, shells let their children ignore SIGINT.
+_HEEDS = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+
+
+def start(program: str, *argv: str, stdin: int | None = None) -> subprocess.Popen[str]:
+    command = [sys.executable, "-I", "-c", _HEEDS + _BEGIN + program, *argv]
+    process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout and process.stdout.readline() == "ready\n"
     return process
 
@@ -79,6 +82,90 @@ def test_a_second_one_does_not_wait() -> None:
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=30)
     assert process.returncode in (130, 143) and err.count("\n") == 1
+
+
+def test_an_interrupt_may_call_a_function_instead() -> None:
+    """However often it comes, also during native code for which the watcher would have no patience."""
+    program = """
+import os
+begun = time.monotonic()
+hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000)
+rounds = int(1.5 / (time.monotonic() - begun) * 100_000)
+try:
+    with process.interruptible():
+        with process.interrupt_calls(lambda: os.write(1, b"called\\n")):
+            ready()
+            sys.stdin.readline()
+            hashlib.pbkdf2_hmac("sha256", b"", b"", rounds)
+        ready()
+        time.sleep(60)
+except KeyboardInterrupt: ended()
+"""
+    process = start(program, stdin=subprocess.PIPE)
+    assert process.stdin and process.stdout
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "called\n"
+        time.sleep(0.6)
+    process.stdin.write("\n")
+    process.stdin.flush()
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert [process.stdout.readline() for _ in range(2)] == ["called\n", "ready\n"]
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "llamajax: interrupted\n")
+
+
+def test_signals_come_back_from_a_library() -> None:
+    """Else native code could not be ended: asyncio takes signals, and leaves nobody who sees them."""
+    program = """
+import asyncio
+async def takes():
+    asyncio.get_running_loop().add_signal_handler(2, print)
+    ready()
+    await asyncio.sleep(0.2)
+try:
+    with process.interruptible():
+        with process.lend_signals(print): asyncio.run(takes())
+        ready()
+        native()
+except KeyboardInterrupt: ended()
+"""
+    process = start(program)
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "llamajax: interrupted\n")
+
+
+@pytest.mark.parametrize("seconds", [0.3, 60])
+def test_a_library_is_asked_to_end(seconds: float) -> None:
+    """A second signal does not wait for it."""
+    program = f"""
+import asyncio
+async def waits():
+    loop, asked = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_signal_handler(2, print)
+    def end():
+        loop.call_soon_threadsafe(asked.set)
+    with process.lend_signals(end):
+        ready()
+        await asked.wait()
+        ready()
+        await asyncio.sleep({seconds})
+try:
+    with process.interruptible(): asyncio.run(waits())
+except KeyboardInterrupt: ended()
+"""
+    process = start(program)
+    assert process.stdout
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "ready\n"
+    if seconds == 60:
+        process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (143, "llamajax: terminated\n")
 
 
 def test_what_the_parent_ignores_is_ignored() -> None:

@@ -17,6 +17,7 @@ from llamajax.cli.model_flags import (
     define_activations,
     define_dtype,
     define_model,
+    define_threads,
     open_named,
     read_model,
     tokenizer_if_any,
@@ -39,6 +40,7 @@ def define(values: flags.FlagValues) -> None:
     define_model(values, default=None)
     define_dtype(values)
     define_activations(values)
+    define_threads(values)
     flags.DEFINE_string("output", None, "folder to write; must not exist", flag_values=values)
     flags.DEFINE_string(
         "bundle", None, "a bundle to add targets to, instead of --model and --output", flag_values=values
@@ -74,6 +76,13 @@ def define(values: flags.FlagValues) -> None:
         "(this processor), onnx, savedmodel, litert, coreml, tpu:TOPOLOGY, cuda:CARD; the README lists them",
         flag_values=values,
     )
+    flags.DEFINE_string(
+        "template",
+        None,
+        "chat template that runners' --chat follows: a built-in format (chatml, llama2, llama3, …), or one of the "
+        "checkpoint's by name; the checkpoint's own unless given",
+        flag_values=values,
+    )
     define_python(values)
 
 
@@ -105,8 +114,8 @@ def run(values: flags.FlagValues) -> None:
     named = pythons(values)
     # Python by target, each once.
     targets = {target: named.get(target, named.get(kind_of(target), sys.executable)) for target in values.target}
-    if values.bundle and (values.model or values.output or not targets):
-        raise LlamaJaxError("--bundle goes with --target, and without --model and --output")
+    if values.bundle and (values.model or values.output or values.template or not targets):
+        raise LlamaJaxError("--bundle goes with --target, and without --model, --output and --template")
     if not values.bundle and not (values.model and values.output):
         raise LlamaJaxError("--model and --output are both needed, or --bundle: see llamajax export --help")
     if values.bundle:
@@ -162,8 +171,13 @@ def _write(values: flags.FlagValues, folder: Path, profile: str) -> Bundle:
         profile=PROFILES[profile],
     )
     model = read_model(opened, chosen_dtype(values), activations=chosen_activations(values))
+    notes: list[str] = []
+    named = {"source": opened.description, "template": values.template, "on_note": notes.append}
     with spinner(f"writing {values.output}"):
-        return write(model, tokenizer, folder, spec, source=opened.description)
+        bundle = write(model, tokenizer, folder, spec, **named)
+    for line in notes:
+        note(line)
+    return bundle
 
 
 def _print(bundle: Bundle) -> None:

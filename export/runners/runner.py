@@ -21,6 +21,7 @@ import time
 
 import numpy as np
 
+from export.runners.answers import chooser, conversation, converse, steps, write_until
 from export.runners.text import Text
 
 # 30 times the manifest of a model of 126 layers.
@@ -137,60 +138,20 @@ class Bundle:
         return {key: view(entry) for key, entry in header.items() if key != "__metadata__"}
 
 
-def steps(session, bundle, ids, limit, choose, whole=True):
-    """Prefills `ids`, then yields (token, logits it was chosen from), at most `limit`. All rows hold the same text.
-
-    Without `whole` the prompt too is decoded, token by token. The first step is not timed: a runtime may compile then.
-    """
-    if not 0 < len(ids) < bundle.slots:
-        sys.exit(f"{len(ids)} tokens: expected 1 to {bundle.slots - 1}, for the cache has {bundle.slots} slots")
-    vocabulary = bundle.manifest["config"]["vocab_size"]
-    for token in ids:
-        if not 0 <= token < vocabulary:
-            sys.exit(f"id {token}: expected 0 to {vocabulary - 1}")
-    rows = lambda value: np.full(bundle.batch, value, np.int32)  # noqa: E731
-    session.reset()
-    session.seconds, session.count, length = 0.0, 0, 0
-    while length < len(ids):
-        # The padding of a bucket must fit the cache too; what fits none is decoded token by token.
-        fitting = [bucket for bucket in bundle.manifest["buckets"] if length + bucket <= bundle.slots and whole]
-        bucket = next((bucket for bucket in fitting if bucket >= len(ids) - length), fitting[-1] if fitting else 1)
-        part = ids[length : length + bucket]
-        tokens = np.tile(np.array(part + [0] * (bucket - len(part)), np.int32), (bundle.batch, 1))
-        inputs = {"tokens": tokens, "count": rows(len(part))} if fitting else {"token": tokens[:, 0]}
-        logits = session.run(f"prefill_{bucket}" if fitting else "decode", {**inputs, "length": rows(length)})
-        length += len(part)
-    for made in range(1, limit + 1):
-        if not np.isfinite(logits).all():
-            sys.exit(f"the logits behind {length} tokens are not finite: the weights or this runtime are at fault")
-        token = choose(logits[0])
-        yield token, logits[0]
-        if made == limit or length == bundle.slots:
-            break
-        start = time.perf_counter()
-        logits = session.run("decode", {"token": rows(token), "length": rows(length)})
-        if made > 1:
-            session.seconds, session.count = session.seconds + time.perf_counter() - start, made - 1
-        length += 1
-
-
-def chooser(temperature, seed):
-    """Greedy for temperature 0, else a draw: adding Gumbel noise and taking the largest is one."""
-    noise = np.random.default_rng(seed).gumbel
-    return lambda logits: int(np.argmax(logits + temperature * noise(size=logits.shape)))
-
-
 def check_texts(bundle):
-    """Encodes the golden texts, unless this tokenizer is refused; how many there were."""
-    texts = bundle.manifest["golden"].get("texts", [])
-    text = Text(bundle) if texts else None
+    """Encodes the golden texts and conversations, unless this tokenizer is refused; how many there were of each."""
+    kinds = {kind: bundle.manifest["golden"].get(kind, []) for kind in ("texts", "conversations")}
+    text = Text(bundle) if kinds["texts"] else None
     if text is None or text.refusal:
-        return 0
-    for entry in texts:
-        ids = text.encode(entry["text"], entry.get("special", False))
-        if ids != entry["ids"]:
-            sys.exit(f"{entry['text']!r} gives ids {ids}: expected {entry['ids']}")
-    return len(texts)
+        return {kind: 0 for kind in kinds}
+    form = bundle.manifest.get("chat")
+    encoded = [(e["text"], text.encode(e["text"], e.get("special", False)), e["ids"]) for e in kinds["texts"]]
+    talks = kinds["conversations"]
+    encoded += [(e["messages"], conversation(text, form, e["messages"]), e["ids"]) for e in talks]
+    for said, ids, expected in encoded:
+        if ids != expected:
+            sys.exit(f"{said!r} gives ids {ids}: expected {expected}")
+    return {kind: len(entries) for kind, entries in kinds.items()}
 
 
 def tolerance(session, bundle, logits):
@@ -243,59 +204,70 @@ def golden(session, bundle, start):
     with open("/proc/self/status" if os.path.exists("/proc/self/status") else os.devnull) as lines:
         resident = sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
     speed = {"decode_steps": steps_made, "decode_seconds": seconds, "load_seconds": load_seconds}
-    counts = {"texts": check_texts(bundle), "resident_bytes": resident}
+    counts = {**check_texts(bundle), "resident_bytes": resident}
     print(json.dumps({"runtime": session.name, "prompts": prompts, **speed, **counts}))
     failed = [str(index) for index, prompt in enumerate(prompts) if not prompt["held"]]
     return f"{session.name}: golden prompt {', '.join(failed)}: not the golden tokens or logits" if failed else None
 
 
-def main(open_session, description):
-    """The command line. `open_session(bundle)` has name, reset() and run(program, inputs) -> logits [B, V]; and
-    product, the relative error of rounding the factors of a float32 product, where the device rounds them."""
+def options_of(description):
+    """The command line."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("bundle", nargs="?", default=os.path.dirname(os.path.abspath(__file__)))
-    parser.add_argument("--prompt", default="Once upon a time")
-    parser.add_argument("--parse_special", action="store_true", help="read special tokens out of the prompt")
-    parser.add_argument("--ids", help="ids with commas between, instead of a prompt; prints ids")
-    parser.add_argument("--max_new_tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--golden", action="store_true", help="run the golden prompts; print JSON")
-    options, start = parser.parse_args(), time.perf_counter()
-    if options.max_new_tokens < 1 or options.seed < 0 or not 0 <= options.temperature < np.inf:
+    flag = parser.add_argument
+    flag("bundle", nargs="?", default=os.path.dirname(os.path.abspath(__file__)))
+    flag("--prompt", help="text to continue, or with --chat the one message to answer")
+    flag("--parse_special", action="store_true", help="read special tokens out of the prompt")
+    flag("--ids", help="ids with commas between, instead of a prompt; prints ids")
+    flag("--chat", action="store_true", help="answer each line of standard input")
+    flag("--system", default="", help="system message of --chat; the template's own unless given")
+    flag("--max_new_tokens", type=int, default=64, help="of the text, or of each answer")
+    flag("--temperature", type=float, default=0.0, help="0 is greedy")
+    flag("--top_k", type=int, default=0, help="choose among the K likeliest tokens only; 0: among all")
+    flag("--top_p", type=float, default=1.0, help="choose among the likeliest tokens that make up this probability")
+    flag("--stop", action="append", default=[], help="end before this text; may be repeated")
+    flag("--seed", type=int, default=0)
+    flag("--golden", action="store_true", help="run the golden prompts; print JSON")
+    options = parser.parse_args()
+    if min(options.max_new_tokens, options.seed + 1) < 1 or not 0 <= options.temperature < np.inf:
         sys.exit("expected --max_new_tokens of 1 or more, --seed and --temperature of 0 or more")
+    if options.top_k < 0 or not 0 < options.top_p <= 1 or "" in options.stop:
+        sys.exit("expected --top_k of 0 or more, --top_p above 0 and at most 1, --stop of a character or more")
+    if options.ids is not None and (options.chat or options.stop):
+        sys.exit("--chat and --stop are for text: expected a prompt instead of --ids")
+    return options
+
+
+def main(open_session, description):
+    """Runs. `open_session(bundle)` has name, reset() and run(program, inputs) -> logits [B, V]; and product, the
+    relative error of rounding the factors of a float32 product, where the device rounds them."""
+    start, options = time.perf_counter(), options_of(description)
     ids = None if options.ids is None else [int(token) for token in options.ids.split(",")]
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads the output has seen enough
     bundle = Bundle(options.bundle)
     if ids is None and not options.golden and "vocabulary.json" not in bundle.manifest["files"]:
         sys.exit(f"{options.bundle}: exported without a tokenizer: expected --ids")
-    text = Text(bundle) if ids is None and not options.golden else None
-    ids = text.encode(options.prompt, options.parse_special) if text else ids
+    form = bundle.manifest.get("chat", {"system": None})
+    if options.chat and ("begin" not in form or (options.system and form["system"] is None)):
+        sys.exit("--system: the chat template has no place for it" if "begin" in form else "no chat in this bundle")
+    text, prompt = None if ids is not None or options.golden else Text(bundle), b""
+    if text and not options.chat:
+        prompt = "Once upon a time" if options.prompt is None else options.prompt
+        ids, prompt = text.encode(prompt, options.parse_special), prompt.encode()
     session = open_session(bundle)
     if options.golden:
         sys.exit(golden(session, bundle, start))
     check_device(session, bundle)
-    load_seconds = time.perf_counter() - start
-    out, choose, made = sys.stdout.buffer, chooser(options.temperature, options.seed), 0
-    decode = text.decoder(ids) if text else lambda token: b"%d " % token
-    generated = steps(session, bundle, ids, options.max_new_tokens, choose)
-    for token, _ in generated:
-        if not made:
-            out.write(options.prompt.encode() if text else b"")
-        made += 1
-        if text and token in text.stop:
-            break
-        out.write(decode(token))
-        out.flush()
-    else:
-        if made < options.max_new_tokens:
-            print(
-                f"\nthe cache's {bundle.slots} slots are full: {made} of {options.max_new_tokens} tokens",
-                file=sys.stderr,
-            )
+    loaded = f"loaded in {time.perf_counter() - start:.1f} s"
+    out, choose = sys.stdout.buffer, chooser(options.temperature, options.seed, options.top_k, options.top_p)
+    stops, most = [stop.encode() for stop in options.stop], options.max_new_tokens
+    if options.chat:
+        print(f"{session.name}: {loaded}", file=sys.stderr)
+        return converse(session, bundle, text, options, choose, stops, out)
+    decode = text.decoder(ids) if text else lambda token: b"" if token is None else b"%d " % token
+    generated = steps(session, bundle, ids, most, choose)
+    made, _, ended = write_until(generated, decode, text.stop if text else (), stops, out, prompt)
+    if not ended and len(made) < most:
+        print(f"\nthe cache's {bundle.slots} slots are full: {len(made)} of {most} tokens", file=sys.stderr)
     rate = f"{session.count / session.seconds:.1f} tokens/s, " if session.seconds else ""
-    if text:
-        out.write(decode(None))
-        out.flush()
-    print(f"\n{session.name}: {rate}loaded in {load_seconds:.1f} s", file=sys.stderr)
+    print(f"\n{session.name}: {rate}{loaded}", file=sys.stderr)

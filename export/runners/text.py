@@ -1,8 +1,5 @@
-"""Text to ids and back by the tables of vocabulary.json, with nothing but Python and NumPy.
-
-In a bundle this is part of each runner. It follows the libraries that made the ids step by step: sentencepiece
-(normalizer.cc, bpe_model.cc, unigram_model.cc) and tokenizers (added_vocabulary.rs, bpe/model.rs, pre_tokenizers/).
-"""
+"""Text to ids and back by the tables of vocabulary.json, step by step as sentencepiece (normalizer.cc) and tokenizers
+(added_vocabulary.rs, pre_tokenizers/) do it. In a bundle this is part of each runner."""
 
 import base64
 import json
@@ -102,6 +99,7 @@ class Text:
             text: (i, bits) for i, text, bits in some if special or special_hides or not bits & SPECIAL
         }
         self.added = {special: [Longest(kept(some, special)) for some in (early, late)] for special in (False, True)}
+        self.bits = {i: bits for some in (early, late) for i, _, bits in some}
         self.blank, self.word = blank, re.compile(self.pattern_text([] if word is None else [word]))
 
     def encode(self, text, special=False):
@@ -109,30 +107,49 @@ class Text:
         if self.refusal:
             sys.exit(f"{self.refusal}, which this runner does not know: give ids with --ids")
         ids = [] if self.bos is None else [self.bos]
+        ids += self.encode_part(text, special, True)
+        return ids if self.eos is None else [*ids, self.eos]
+
+    def encode_pieces(self, pieces, control):
+        """Ids of ids and texts. Texts beside each other are one; special and control tokens in them are text."""
+        ids, run = [], ""
+        for piece in (*pieces, None):
+            if isinstance(piece, str):
+                run += piece
+                continue
+            run = run.lstrip(self.blank) if self.bits.get(ids[-1] if ids else None, 0) & RSTRIP else run
+            run = run.rstrip(self.blank) if self.bits.get(piece, 0) & LSTRIP else run
+            ids += self.encode_part(run, False, not ids, control) if run else []
+            ids, run = ids if piece is None else [*ids, piece], ""
+        return ids
+
+    def encode_part(self, text, special, at_start, control=()):
+        """Ids of a part of a text."""
+        ids = []
         early, late = self.added[special]
-        for place, part in self.around_added(early, text, special):
+        for place, part in self.around_added(early, text, special, control):
             if isinstance(part, int):
                 ids.append(part)
                 continue
             for step in self.normalize:
-                part = "".join(step([part], place == 0))
-            for later, inner in self.around_added(late, part, special):
+                part = "".join(step([part], at_start and place == 0))
+            for later, inner in self.around_added(late, part, special, control):
                 if isinstance(inner, int):
                     ids.append(inner)
                     continue
                 words = [inner]
                 for step in self.split:
-                    words = [word for word in step(words, place + later == 0) if word]
+                    words = [word for word in step(words, at_start and place + later == 0) if word]
                 for word in words:
                     ids += self.encode_word(word)
-        return ids if self.eos is None else [*ids, self.eos]
+        return ids
 
-    def around_added(self, added, text, special):
+    def around_added(self, added, text, special, control=()):
         """A text in parts, each with its place: ids of added tokens, and the text between them."""
         done = 0
         for start, found in added.find(text):
             (token, bits), end = added.texts[found], start + len(found)
-            if bits & SPECIAL and not special:
+            if (bits & SPECIAL or token in control) and not special:
                 continue
             beside = (text[start - 1 : start], text[end : end + 1])
             if bits & SINGLE_WORD and any(map(self.word.match, beside)):

@@ -1,8 +1,5 @@
-"""How words become ids: the models behind `Text`, in each runner of a bundle.
-
-They follow the libraries that made the ids: sentencepiece (bpe_model.cc, unigram_model.cc) and tokenizers
-(bpe/model.rs, bpe/word.rs).
-"""
+"""How words become ids, in each runner of a bundle: as in sentencepiece (bpe_model.cc, unigram_model.cc) and tokenizers
+(bpe/model.rs, bpe/word.rs)."""
 
 import base64
 import heapq

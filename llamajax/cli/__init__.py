@@ -26,6 +26,7 @@ from llamajax.cli.commands import Command, find_commands
 from llamajax.errors import LlamaJaxError
 from llamajax.files import causes, disk_problem
 from llamajax.generation.compilation import drop_oldest, is_private, processor_features
+from llamajax.threads import thread_count, use_threads
 
 COMMANDS = find_commands()
 
@@ -93,6 +94,8 @@ def _run(argv: list[str]) -> int:
         return _fail(f"{error} (see llamajax {name} --help)", 2)
     if scarce := process.few_addresses():
         terminal.note(f"llamajax: {scarce}")
+    if "threads" in values and values.threads is not None:
+        use_threads(values.threads)
     keep_compiled_programs()
     with process.interruptible():
         command.run(values)
@@ -146,12 +149,14 @@ def keep_compiled_programs() -> None:
     """Lets JAX keep what it compiles in the user's cache folder, so that a second start does not compile again.
 
     JAX's own settings win: JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false turns it
-    off. A folder is for one kind of processor: JAX does not tell apart programs for different instruction sets. It is
-    used only if nobody else can write to it, and the oldest files of it go where they become too many.
+    off. A folder is for one kind of processor and number of threads: JAX does not tell apart programs for different
+    instruction sets, nor those cut up for more or fewer threads. It is used only if nobody else can write to it, and
+    the oldest files of it go where they become too many.
     """
     if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
-    folder = user_caches() / f"xla-{hashlib.sha256(processor_features().encode()).hexdigest()[:12]}"
+    made_for = f"{processor_features()} {thread_count()}"
+    folder = user_caches() / f"xla-{hashlib.sha256(made_for.encode()).hexdigest()[:12]}"
     if not is_private(folder):  # Everything works without.
         return
     drop_oldest(folder)
@@ -163,6 +168,11 @@ def keep_compiled_programs() -> None:
 def user_caches() -> Path:
     """The folder for what can be made or fetched again, of the user: by XDG_CACHE_HOME, else in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "llamajax"
+
+
+def user_state() -> Path:
+    """The folder for what a command remembers for its next run, of the user: by XDG_STATE_HOME, else ~/.local/state."""
+    return Path(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")) / "llamajax"
 
 
 def _fail(message: str, code: int) -> int:

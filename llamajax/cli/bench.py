@@ -15,6 +15,7 @@ from llamajax.cli.model_flags import (
     define_activations,
     define_dtype,
     define_ignore_key,
+    define_threads,
     open_named,
     read_model,
 )
@@ -24,7 +25,6 @@ from llamajax.config import preset, preset_names
 from llamajax.errors import LlamaJaxError
 from llamajax.evaluation.plots import Speed, check_picture, speed_bars
 from llamajax.evaluation.speed import (
-    FLOATS,
     Measurement,
     measure_decode,
     measure_prefill,
@@ -35,7 +35,9 @@ from llamajax.evaluation.speed import (
 from llamajax.generation.programs import DECODE_BLOCK
 from llamajax.model import Llama
 from llamajax.prepare import prepare, with_activations
+from llamajax.quantization.foreseen import FLOATS
 from llamajax.quantization.quantize import recipe_names
+from llamajax.threads import thread_count
 
 SUMMARY = "measure prefill and decode beside the machine's memory bandwidth and products"
 EXAMPLES = (
@@ -71,6 +73,7 @@ def define(values: flags.FlagValues) -> None:
     )
     define_dtype(values)
     define_activations(values)
+    define_threads(values)
     flags.DEFINE_list(
         "prefill", ["16", "128", "512"], "lengths of prompts, in tokens; none if empty", flag_values=values
     )
@@ -137,6 +140,7 @@ def run(values: flags.FlagValues) -> None:
         "cache_dtype": str(cache_dtype),
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
+        "threads": thread_count() if jax.default_backend() == "cpu" else None,
         "memory_gigabytes_per_second": bandwidth / 1e9,
         "product_gigaflops_per_second": flops / 1e9,
         "compile_seconds": sum(each.compile_seconds for each in measured),
@@ -230,6 +234,8 @@ def _print(result: dict[str, Any]) -> None:
     weights = f"{result['weights']}{'' if result['prepared'] else ', not prepared'}"
     title = f"{result['model']}, {weights}: {result['parameters']:,} weights, {readable_bytes(result['bytes'])}; "
     title += f"cache {result['cache_dtype']}; {result['backend']}"
+    if threads := result["threads"]:
+        title += f", {threads} thread{'' if threads == 1 else 's'}"
     table = Table(title=printable(title), title_justify="left", caption_justify="left")
     table.add_column("")
     for column in ("rows", "tokens", "tokens/s", "ms", "GB/s", "of\nmemory", "GFLOP/s", "of\nproducts", "resident"):

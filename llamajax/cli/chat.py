@@ -1,33 +1,28 @@
-"""`llamajax chat`: a conversation, a line of input at a time."""
+"""`llamajax chat`: a conversation, typed at a terminal, or a line of input at a time."""
 
-import contextlib
+import dataclasses
 import sys
 from collections.abc import Iterator
+from typing import Any
 
-import jax
 from absl import flags
 
-from llamajax.chat.chatml import ChatML, Message
-from llamajax.checkpoint import Opened, need_tokenizer
-from llamajax.cli import smollm2
-from llamajax.cli.model_flags import (
-    chosen_activations,
-    chosen_dtype,
-    define_activations,
-    define_dtype,
-    define_model,
-    open_named,
-    read_model,
-    say,
+from llamajax.chat.answer import Answer
+from llamajax.chat.reply import CONTENT
+from llamajax.cli import smollm2, user_state
+from llamajax.cli.conversation import Conversation
+from llamajax.cli.model_flags import define_activations, define_dtype, define_model, define_threads, say
+from llamajax.cli.sampling_flags import (
+    check_sampling,
+    define_kv_cache,
+    define_samples,
+    define_sampling,
+    define_speculate,
 )
-from llamajax.cli.sampling_flags import check_sampling, chosen_sampling, define_sampling
-from llamajax.cli.terminal import note, write
+from llamajax.cli.terminal import as_json, harmless, is_terminal, write
 from llamajax.errors import LlamaJaxError
-from llamajax.generation.stream import TextStream
-from llamajax.model import Llama
-from llamajax.tokenizer import Tokenizer
 
-SUMMARY = "answer each line of input, with a model that was trained to"
+SUMMARY = "answer what is typed, or each line of input, with a model that was trained to"
 EXAMPLES = (
     "llamajax chat",
     "echo 'What is the capital of France?' | llamajax chat --temperature=0",
@@ -36,9 +31,6 @@ EXAMPLES = (
 
 # The name of the model that is fetched.
 SMOLLM2 = "smollm2"
-_MOST_NEW_TOKENS = 512
-# The cache of a conversation begins with so many slots, and doubles: few sizes, of which each needs programs.
-_FIRST_SLOTS = 1024
 _LONGEST_LINE = 1 << 20
 
 
@@ -46,113 +38,112 @@ def define(values: flags.FlagValues) -> None:
     """Flags of the command."""
     define_model(values, default=SMOLLM2)
     values["model"].help = (
-        f"checkpoint: a llamajax or Hugging Face folder, or a GGUF file, that carries a chat template in ChatML; "
+        f"checkpoint: a llamajax or Hugging Face folder, or a GGUF file, that carries a chat template; "
         f"{SMOLLM2} is SmolLM2-135M-Instruct, 98 MB, which is fetched once into the user's cache folder"
     )
     define_dtype(values)
     define_activations(values)
+    define_threads(values)
     flags.DEFINE_string("system", None, "system message; what the chat template says unless given", flag_values=values)
+    flags.DEFINE_string(
+        "template",
+        None,
+        "chat template: the name of a built-in one, or a file of Jinja; the checkpoint's unless given",
+        flag_values=values,
+    )
+    flags.DEFINE_string("load", None, "file of a conversation to go on with, as /save writes it", flag_values=values)
     flags.DEFINE_integer(
         "max_new_tokens",
         None,
-        f"most tokens of an answer; {_MOST_NEW_TOKENS}, or a quarter of a small context, unless given",
+        "most tokens of an answer; 512, eight times as many where the model thinks, or a quarter of a small context, "
+        "unless given",
         lower_bound=1,
         flag_values=values,
     )
     define_sampling(values, temperature=0.2, top_p=0.9)
+    define_kv_cache(values)
+    define_speculate(values)
+    define_samples(values)
+    flags.DEFINE_boolean("markdown", True, "read answers as Markdown, at a terminal", flag_values=values)
+    flags.DEFINE_boolean(
+        "history",
+        True,
+        "remember what is typed at a terminal for the arrow keys of later conversations, in a file "
+        "that only you can read",
+        flag_values=values,
+    )
+    flags.DEFINE_boolean(
+        "json",
+        False,
+        "one JSON object for each line of input, with the answer's thinking, tool calls, ids and speed",
+        flag_values=values,
+    )
 
 
 def run(values: flags.FlagValues) -> None:
-    """Answers on standard output as the answers come; a person gets a prompt, a pipe the answers alone.
+    """A conversation with a person at a terminal; of a pipe, lines of standard input and answers on standard output.
 
     Raises:
-        LlamaJaxError: for a model that carries no chat template in ChatML, or a line that is not UTF-8 or does not fit.
+        LlamaJaxError: for a model that carries no chat template, or a line that is not UTF-8 or does not fit.
     """
     check_sampling(values)
+    if sys.stdin is None or sys.stdin.closed:
+        raise LlamaJaxError("standard input is closed: expected lines to answer")
     name = str(smollm2.fetch(_say_fetching)) if values.model == SMOLLM2 else values.model
-    opened = open_named(values, name)
-    tokenizer = need_tokenizer(opened, values.tokenizer)
-    form = ChatML.of(tokenizer, name)
-    conversation = Conversation(values, opened, form.ending(tokenizer), form)
+    conversation = Conversation(values, name)
+    if is_terminal(sys.stdin) and is_terminal(sys.stdout) and not values.json:
+        # Imported here: a pipe needs none of the libraries that edit lines and draw.
+        from llamajax.cli.chat_terminal import Session
+
+        Session(conversation, values.markdown, user_state() / "chat_history" if values.history else None).run()
+        return
     for line in _lines():
-        conversation.answer(line)
+        answer = conversation.stream(line)
+        if values.json:
+            write(as_json(_described(answer)))
+        else:
+            _write(answer)
+        if answer.completion.finish_reason == "length":
+            say(f"the answer was cut at {len(answer.completion.tokens)} tokens: --max_new_tokens allows more")
 
 
 def _say_fetching() -> None:
     say(f"fetching {smollm2.FILE}, {smollm2.NBYTES / 1e6:.0f} MB, once (Hugging Face, Apache-2.0)")
 
 
-class Conversation:
-    """The messages so far, and the model that answers them; its weights are read for the first answer."""
+def _write(answer: Answer) -> None:
+    """Writes what is said, not what is thought, as it comes: exactly, but for what would steer a terminal."""
+    shown = harmless if is_terminal(sys.stdout) else str
+    for piece in answer:
+        if piece.kind == CONTENT:
+            write(shown(piece.text), end="")
+    write("")
 
-    def __init__(self, values: flags.FlagValues, opened: Opened, tokenizer: Tokenizer, form: ChatML):
-        """Nothing said but the system message, if one is given."""
-        self._values, self._opened, self._tokenizer, self._form = values, opened, tokenizer, form
-        self._knobs = chosen_sampling(values, opened)
-        self._first = [] if values.system is None else [Message("system", values.system)]
-        self._said: list[Message] = []
-        self._model: Llama | None = None
-        context = opened.config.context_length
-        self._limit = values.max_new_tokens or min(_MOST_NEW_TOKENS, context // 4)
 
-    def answer(self, line: str) -> None:
-        """Writes the answer to a line, and remembers both."""
-        self._said.append(Message("user", line))
-        stream = self._stream(self._fitting())
-        for piece in stream:
-            write(piece, end="")
-        write("")
-        (made,) = stream.completions
-        if made.finish_reason == "length":
-            say(f"the answer was cut at {self._limit} tokens: --max_new_tokens allows more")
-        self._said.append(Message("assistant", made.text))
-
-    def _fitting(self) -> list[int]:
-        """Ids of the conversation; messages at its beginning are given up where the context has no room for them."""
-        context, dropped = self._opened.config.context_length, 0
-        while True:
-            ids = self._form.encode(self._tokenizer, [*self._first, *self._said])
-            if len(ids) + self._limit <= context:
-                break
-            if len(self._said) == 1:
-                raise LlamaJaxError(
-                    f"the line and what stands before it are {len(ids)} tokens, and an answer may have {self._limit}: "
-                    f"expected {context} together, the model's context: shorten it, or lower --max_new_tokens"
-                )
-            del self._said[:2]
-            dropped += 2
-        if dropped:
-            say(f"the context holds {context} tokens: the oldest {dropped} messages are forgotten")
-        return ids
-
-    def _stream(self, ids: list[int]) -> TextStream:
-        """The answer to come."""
-        values, dtype, slots = self._values, chosen_dtype(self._values), _FIRST_SLOTS
-        options = {"backend": jax.default_backend(), "activations": chosen_activations(values)}
-        while slots < len(ids) + self._limit:
-            slots *= 2
-        stream = TextStream(
-            self._opened.outcome(dtype, **options) if self._model is None else self._model,
-            self._tokenizer,
-            ids,
-            max_new_tokens=self._limit,
-            **self._knobs,
-            seed=values.seed,
-            least_slots=min(slots, self._opened.config.context_length),
-        )
-        if self._model is None:
-            stream.compile_while(lambda: read_model(self._opened, dtype, **options))
-            self._model = stream.model
-        return stream
+def _described(answer: Answer) -> dict[str, Any]:
+    """An answer for machines, when it has ended."""
+    for _ in answer:
+        pass
+    message, completion, speed = answer.message, answer.completion, answer.speed
+    return {
+        "role": message.role,
+        "content": message.content,
+        "thinking": message.thinking,
+        "tool_calls": [call.as_dict() for call in message.tool_calls],
+        "tokens": completion.tokens,
+        "finish_reason": completion.finish_reason,
+        "speed": {
+            **dataclasses.asdict(speed),
+            "prefill_tokens_per_second": speed.prefill_tokens_per_second,
+            "decode_tokens_per_second": speed.decode_tokens_per_second,
+        },
+    }
 
 
 def _lines() -> Iterator[str]:
-    """Lines of standard input that hold something; a terminal shows that one is waited for."""
-    if sys.stdin is None or sys.stdin.closed:
-        raise LlamaJaxError("standard input is closed: expected lines to answer")
-    if sys.stdin.isatty():
-        yield from _typed()
-        return
+    """Lines of standard input that hold something."""
+    if is_terminal(sys.stdin):
+        say("each line is answered; Ctrl-D ends")
     number = 0
     while data := sys.stdin.buffer.readline(_LONGEST_LINE + 1):
         number += 1
@@ -162,22 +153,5 @@ def _lines() -> Iterator[str]:
             line = data.decode("utf-8").strip()
         except UnicodeDecodeError as error:
             raise LlamaJaxError(f"line {number} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-        if line:
-            yield line
-
-
-def _typed() -> Iterator[str]:
-    """Lines as a person types them, until the end of input."""
-    with contextlib.suppress(ImportError):  # Windows has none
-        import readline  # noqa: F401  # arrow keys edit the line
-
-    note("Each line is answered; Ctrl-D ends.")
-    prompt = "> " if sys.stdout.isatty() else ""  # which Python writes to standard output
-    while True:
-        try:
-            line = input(prompt).strip()
-        except EOFError:
-            note("")
-            return
         if line:
             yield line

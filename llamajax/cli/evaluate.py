@@ -18,6 +18,7 @@ from llamajax.cli.model_flags import (
     define_activations,
     define_dtype,
     define_model,
+    define_threads,
     open_named,
     read_model,
 )
@@ -56,6 +57,7 @@ def define(values: flags.FlagValues) -> None:
     define_model(values, several=True)
     define_dtype(values)
     define_activations(values)
+    define_threads(values)
     flags.DEFINE_string(
         "text", "stories", "UTF-8 file; or stories, 200 stories that the box was not trained on", flag_values=values
     )

@@ -76,6 +76,19 @@ def define_activations(values: flags.FlagValues) -> None:
     )
 
 
+def define_threads(values: flags.FlagValues) -> None:
+    """--threads of a command that computes; `cli.main` applies it, before a backend starts."""
+    flags.DEFINE_integer(
+        "threads",
+        None,
+        "threads that XLA computes with on a CPU: 1 to the processors that the process may use; all of them unless "
+        "given. Programs are compiled for a number of threads, and kept for each. Reading and compiling have threads "
+        "of their own",
+        lower_bound=1,
+        flag_values=values,
+    )
+
+
 def chosen_activations(values: flags.FlagValues) -> str | None:
     """What --activations asks for; None for what the checkpoint says."""
     return None if values.activations == "auto" else values.activations
@@ -108,10 +121,10 @@ def say(text: str) -> None:
     note(f"llamajax: {' '.join(text.split())}")
 
 
-def chosen_dtype(values: flags.FlagValues) -> jax.typing.DTypeLike | None:
-    """What --dtype asks for; None for the dtype that the checkpoint is stored in."""
+def chosen_dtype(values: flags.FlagValues, backend: str | None = None) -> jax.typing.DTypeLike | None:
+    """What --dtype asks for on a backend, the one here unless given; None for what the checkpoint is stored in."""
     if values.dtype == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else None
+        return jnp.float32 if (backend or jax.default_backend()) == "cpu" else None
     return values.dtype
 
 

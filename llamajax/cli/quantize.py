@@ -8,7 +8,7 @@ import numpy as np
 from absl import flags
 
 from llamajax.checkpoint import need_tokenizer, save_checkpoint
-from llamajax.cli.model_flags import define_model, open_named, tokenizer_if_any
+from llamajax.cli.model_flags import define_model, define_threads, open_named, tokenizer_if_any
 from llamajax.cli.sizes import readable_bytes, stored_bytes
 from llamajax.cli.terminal import note, progress, spinner
 from llamajax.errors import LlamaJaxError
@@ -38,6 +38,7 @@ _TARGET_RECIPE = "mixed-4.5bpw"
 def define(values: flags.FlagValues) -> None:
     """Flags of the command."""
     define_model(values, default=None)
+    define_threads(values)
     names = ", ".join(recipe_names())
     flags.DEFINE_string(
         "recipe",

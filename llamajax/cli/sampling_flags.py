@@ -4,8 +4,10 @@ from typing import Any
 
 from absl import flags
 
+from llamajax.caches import CACHE_DTYPES
 from llamajax.checkpoint import Opened
 from llamajax.cli.model_flags import say
+from llamajax.generation.choose import STEP_BY_STEP
 from llamajax.generation.sampling import make_sampler
 
 _KNOBS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -31,6 +33,55 @@ def define_sampling(values: flags.FlagValues, temperature: float = 0.8, top_p: f
         "repetition_penalty", None, "above 1: avoid tokens that the text already holds", flag_values=values
     )
     flags.DEFINE_integer("seed", 0, "the same seed gives the same text", flag_values=values)
+
+
+def define_kv_cache(values: flags.FlagValues) -> None:
+    """--kv_cache."""
+    flags.DEFINE_enum(
+        "kv_cache",
+        "auto",
+        ["auto", *CACHE_DTYPES],
+        "what keys and values are kept in; auto is the dtype that the model computes in. int8 takes about half the "
+        "memory of 16-bit floats and hardly changes the text, int4 little more than a quarter and does. On a CPU "
+        "bfloat16 is slow, int8 is not",
+        flag_values=values,
+    )
+
+
+def define_speculate(values: flags.FlagValues) -> None:
+    """--speculate."""
+    flags.DEFINE_integer(
+        "speculate",
+        0,
+        "tokens that the text itself drafts for each forward pass to check, such as 4. The same text, sooner where it "
+        "repeats itself or its prompt",
+        flag_values=values,
+    )
+
+
+def define_samples(values: flags.FlagValues) -> None:
+    """--think, --samples and --vote."""
+    flags.DEFINE_boolean(
+        "think",
+        False,
+        f"let the model answer step by step: by its own thinking if its chat template has any, else by asking: "
+        f"{STEP_BY_STEP}",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "samples",
+        1,
+        "texts to make at once, of which the likeliest is taken: that of the best mean log probability a token",
+        lower_bound=1,
+        flag_values=values,
+    )
+    flags.DEFINE_boolean(
+        "vote",
+        False,
+        "of several samples take one that comes to the answer most of them come to: what is boxed, what 'the answer "
+        "is' names, or the last number",
+        flag_values=values,
+    )
 
 
 def check_sampling(values: flags.FlagValues) -> None:

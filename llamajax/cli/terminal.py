@@ -12,6 +12,7 @@ import math
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
@@ -22,6 +23,11 @@ from rich.table import Table
 from rich.text import Text
 
 from llamajax.errors import LlamaJaxError
+
+try:
+    import termios
+except ImportError:  # Windows
+    termios = None  # type: ignore[assignment]
 
 # Tables of narrower terminals are this wide: the terminal breaks their lines, and nothing is left out.
 _NARROWEST = 60
@@ -63,9 +69,38 @@ def note(text: str) -> None:
             _put(sys.stderr, (printable(text, keep="\n") + "\n").encode())
 
 
+def tell(text: str, style: str = "") -> None:
+    """A `note` in a style, as "dim", with lines broken between words where standard error is a terminal that can."""
+    console = _error_console()
+    if _moves(console):
+        with contextlib.suppress(OSError, ValueError):
+            console.print(Text(printable(text, keep="\n"), style=style))
+    else:
+        note(text)
+
+
 def printable(text: str, keep: str = "") -> str:
     """Text with control characters escaped, but for those to keep."""
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def harmless(text: str) -> str:
+    r"""Text in which what would steer a terminal is escaped: control characters but \n and \t, marks that turn lines.
+
+    Other than `printable` it keeps what texts of all languages are made of, as spaces that do not break and
+    joiners of emojis.
+    """
+    return "".join(c if _is_harmless(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+def _is_harmless(character: str) -> bool:
+    turns = "\u202a" <= character <= "\u202e" or "\u2066" <= character <= "\u2069"
+    return character in "\n\t" or not (turns or unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"))
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a standard stream is a terminal."""
+    return stream is not None and not stream.closed and stream.isatty()
 
 
 def drop_output() -> None:
@@ -93,7 +128,7 @@ def show(table: Table | str) -> None:
     """
     for column in table.columns if isinstance(table, Table) else ():
         column.overflow = "fold"
-    terminal = _is_terminal(sys.stdout)
+    terminal = is_terminal(sys.stdout)
     page = io.StringIO()
     plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
     console = Console(file=page, width=1 << 16, force_terminal=terminal, **plain)
@@ -107,6 +142,11 @@ def show(table: Table | str) -> None:
         table.title = None
     console.print(table)
     write(page.getvalue(), end="")
+
+
+def is_dumb() -> bool:
+    """Whether the terminal cannot move its cursor, by TERM."""
+    return Console().is_dumb_terminal
 
 
 @contextlib.contextmanager
@@ -130,6 +170,44 @@ def spinner(label: str) -> Iterator[None]:
         yield
 
 
+_keys_before: list[Any] | None = None
+
+
+@contextlib.contextmanager
+def keys_restored() -> Iterator[None]:
+    """Keys are as they were behind the block, and where the process ends within it."""
+    global _keys_before
+    if termios is not None and is_terminal(sys.stdin):
+        _keys_before = termios.tcgetattr(sys.stdin)
+    try:
+        yield
+    finally:
+        restore_keys()
+
+
+@contextlib.contextmanager
+def keys_unseen() -> Iterator[None]:
+    """Inside, a terminal does not show keys, in the middle of what is drawn; who reads standard input next gets them.
+
+    Ctrl-C and Ctrl-Z do what they always do.
+    """
+    with keys_restored():
+        if termios is not None and is_terminal(sys.stdin):
+            unseen = termios.tcgetattr(sys.stdin)
+            unseen[3] &= ~termios.ECHO
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, unseen)
+        yield
+
+
+def restore_keys() -> None:
+    """Ends `keys_restored`; also for a process that is about to end within."""
+    global _keys_before
+    before, _keys_before = _keys_before, None
+    if before is not None:
+        with contextlib.suppress(OSError, ValueError, termios.error):
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+
 def _put(stream: TextIO, data: bytes) -> None:
     buffer = getattr(stream, "buffer", None)
     if buffer is None:  # a stream of text alone, as in a notebook
@@ -137,10 +215,6 @@ def _put(stream: TextIO, data: bytes) -> None:
     else:
         buffer.write(data)
     stream.flush()
-
-
-def _is_terminal(stream: TextIO | None) -> bool:
-    return stream is not None and not stream.closed and stream.isatty()
 
 
 def _error_console() -> Console:
@@ -151,7 +225,7 @@ def _error_console() -> Console:
 
 def _moves(console: Console) -> bool:
     """Whether something can be drawn over what was drawn before."""
-    return _is_terminal(sys.stderr) and not console.is_dumb_terminal
+    return is_terminal(sys.stderr) and not console.is_dumb_terminal
 
 
 def _not_finite(value: Any, name: str) -> Iterator[str]:

@@ -7,6 +7,7 @@ from typing import Any
 from absl import flags
 
 from llamajax.checkpoint import save_checkpoint
+from llamajax.cli.model_flags import define_threads
 from llamajax.cli.terminal import note, progress, spinner
 from llamajax.config import Config, preset, preset_names
 from llamajax.errors import LlamaJaxError
@@ -52,6 +53,7 @@ def define(values: flags.FlagValues) -> None:
         default: Any = _DEFAULTS[name]
         define_flag: Any = flags.DEFINE_float if isinstance(default, float) else flags.DEFINE_integer
         define_flag(name, default, text, flag_values=values)
+    define_threads(values)
 
 
 def run(values: flags.FlagValues) -> None:

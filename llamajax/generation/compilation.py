@@ -28,6 +28,7 @@ from jax.experimental import serialize_executable
 import quant
 from llamajax.errors import LlamaJaxError
 from llamajax.files import new_file, read_bytes
+from llamajax.threads import thread_count
 from quant import compiler_options
 
 # Most programs that a function holds in memory: those used last. One takes up to 20 MiB.
@@ -254,7 +255,7 @@ def _program_file(description: str) -> Path | None:
     device = jax.devices()[0]
     versions = jax.__version__, jaxlib.__version__, flax.__version__, device.client.platform_version
     settings = dict(zip((*_setting_names(), "mesh"), _settings(), strict=True))
-    machine = f"{device.device_kind} {processor_features()}"
+    machine = f"{device.device_kind} {processor_features()} {thread_count()}"  # code is cut up for so many threads
     made_from = f"{description} {settings} {flags} {versions} {machine} {_source_hash()}"
     return folder / hashlib.sha256(made_from.encode()).hexdigest()
 

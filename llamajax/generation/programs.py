@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from llamajax.caches import KVCache
 from llamajax.errors import LlamaJaxError
-from llamajax.generation.sampling import Sampler, sample, seen_tokens
+from llamajax.generation.sampling import Sampler, sample
 from llamajax.generation.speculate import draft_tokens
 from llamajax.model import Llama
 from quant import start_indices
@@ -261,29 +261,27 @@ def _choose(
 ) -> tuple[jax.Array, jax.Array]:
     """Tokens by each row's knobs, and their log-probabilities, [B, T], from logits of B T rows."""
     B, T = position_BT.shape
-    sampler = state.asked.sampler.repeat(T)
+    sampler = jax.tree.map(lambda knob_B: jnp.repeat(knob_B, T), state.asked.sampler)
     key_R = jax.vmap(jax.random.fold_in)(jnp.repeat(state.asked.key_B, T), position_BT.reshape(-1))
-    token_R, log_probability_R = sample(logits_RV, key_R, sampler, _seen(state, draft_BK, logits_RV.shape[1]))
+    seen_RV = jax.lax.cond(
+        sampler.penalizes,
+        lambda: _seen(state, draft_BK, logits_RV.shape[1]).reshape(logits_RV.shape),
+        lambda: jnp.zeros(logits_RV.shape, bool),
+    )
+    token_R, log_probability_R = sample(logits_RV, key_R, sampler, seen_RV)
     return token_R.reshape(B, T), log_probability_R.reshape(B, T)
 
 
 def _seen(state: EngineState, draft_BK: jax.Array, V: int) -> jax.Array:
-    """The tokens of each row up to each of the T that a pass is given, those of the draft included: bool [B T, V]."""
-    sampler, (B, K) = state.asked.sampler, draft_BK.shape
-    seen_BV = seen_tokens(state.history_BS, state.cache.length_B + 1, V, sampler)
-    assert seen_BV is not None and sampler.repetition_penalty is not None, "of every row"
-    if not K:
-        return seen_BV
-
-    def with_draft() -> jax.Array:
-        drafted_BKV = jnp.arange(V, dtype=jnp.int32) == draft_BK[:, :, None]
-        seen_BTV = jnp.concatenate([seen_BV[:, None], drafted_BKV], axis=1)
-        return jnp.cumsum(seen_BTV, axis=1, dtype=jnp.int32) > 0
-
-    seen_BTV = jax.lax.cond(
-        jnp.any(sampler.repetition_penalty != 1), with_draft, lambda: jnp.zeros((B, K + 1, V), bool)
-    )
-    return seen_BTV.reshape(-1, V)
+    """The tokens of each row up to each of the T that a pass is given, those of the draft included: bool [B, T, V]."""
+    position_S = jnp.arange(state.history_BS.shape[1], dtype=jnp.int32)
+    held_BS = jnp.where(position_S <= state.cache.length_B[:, None], state.history_BS, V)
+    row_B1 = jnp.arange(state.rows, dtype=jnp.int32)[:, None]
+    seen_BV = jnp.zeros((state.rows, V), bool).at[row_B1, held_BS].set(True, mode="drop")
+    seen_BTV = [seen_BV]
+    for draft_B in draft_BK.T:
+        seen_BTV.append(seen_BTV[-1] | (jnp.arange(V, dtype=jnp.int32) == draft_B[:, None]))
+    return jnp.stack(seen_BTV, axis=1)
 
 
 def _rewound(cache: KVCache, length_B: jax.Array, at_most: int) -> KVCache:

@@ -64,7 +64,7 @@ def _largest(holds: Callable[[jax.Array], jax.Array], rows: int) -> jax.Array:
 
 
 def _bits(holds: Callable[[jax.Array], jax.Array], rows: int, count: int) -> jax.Array:
-    """The largest number of `count` bits, uint32 [B], for which `holds(number_B)`, which holds for 0 and all up to it."""
+    """The largest number of `count` bits, uint32 [B], for which `holds(number_B)`: as it does for all up to it."""
 
     def add(i: jax.Array, number_B: jax.Array) -> jax.Array:
         candidate_B = number_B | (jnp.uint32(1) << (count - 1 - i).astype(jnp.uint32))

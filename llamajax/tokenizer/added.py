@@ -1,9 +1,11 @@
 """Added tokens in a text, for an engine that knows none, by the rules of Hugging Face's tokenizers library."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from llamajax.words import AddedToken
+
+Counts = Callable[[AddedToken, int], bool]
 
 
 class AddedPatterns:
@@ -20,25 +22,45 @@ class AddedPatterns:
                 longest_first = sorted(by_text, key=len, reverse=True)
                 self._patterns.append((re.compile("|".join(map(re.escape, longest_first))), by_text))
 
-    def parts(self, text: str) -> Iterator[tuple[int, str | int]]:
-        """The text in parts with the place of each: ids of added tokens, and the text between them."""
+    def parts(self, text: str, counts: Counts = lambda token, at: True) -> Iterator[tuple[int, str | int]]:
+        """The text in parts with the place of each: ids of added tokens, and the text between them.
+
+        Args:
+            text: where they are looked for.
+            counts: whether a token, found at a place, is one: it is text otherwise.
+        """
         parts: list[tuple[int, str | int]] = [(0, text)]
         for pattern, tokens in self._patterns:
             parts = [
                 found
                 for at, part in parts
-                for found in ([(at, part)] if isinstance(part, int) else _split(at, part, pattern, tokens))
+                for found in ([(at, part)] if isinstance(part, int) else _split(at, part, pattern, tokens, counts))
             ]
         return ((at, part) for at, part in parts if part != "")
 
 
+def _matches(
+    at: int, text: str, pattern: re.Pattern[str], tokens: Mapping[str, AddedToken], counts: Counts
+) -> Iterator[tuple[AddedToken, int, int]]:
+    """Tokens that count, with where they begin and end; what does not count hides no other that overlaps it."""
+    found = pattern.search(text)
+    while found:
+        start = found.start()
+        here = [found.group()]
+        if not counts(tokens[here[0]], at + start):
+            shorter = [each for each in tokens if len(each) < len(here[0]) and text.startswith(each, start)]
+            here = [each for each in sorted(shorter, key=len, reverse=True) if counts(tokens[each], at + start)][:1]
+        for each in here:
+            yield tokens[each], start, start + len(each)
+        found = pattern.search(text, start + (len(here[0]) if here else 1))
+
+
 def _split(
-    at: int, text: str, pattern: re.Pattern[str], tokens: Mapping[str, AddedToken]
+    at: int, text: str, pattern: re.Pattern[str], tokens: Mapping[str, AddedToken], counts: Counts
 ) -> Iterator[tuple[int, str | int]]:
     """Text around added tokens, by the rules of Hugging Face's tokenizers (`find_matches` in added_vocabulary.rs)."""
     done = 0
-    for match in pattern.finditer(text):
-        token, start, end = tokens[match.group()], match.start(), match.end()
+    for token, start, end in _matches(at, text, pattern, tokens, counts):
         if token.single_word and (_is_word(text[start - 1 : start]) or _is_word(text[end : end + 1])):
             continue
         start = max(start, done)

@@ -19,6 +19,7 @@ class Engine(Protocol):
         form: "sentencepiece" or "tokenizers".
         size: number of ids, those of added tokens included; where ids have holes, one more than the largest.
         added: all added tokens by id, those that the file itself lists and those of the checkpoint.
+        controls: control pieces that are not among them: read out of a text like special tokens.
         bos_id: what the file alone says to begin with, or None.
         eos_id: what it says to end with, or None.
         unk_id: the id of what cannot be encoded, or None.
@@ -31,6 +32,7 @@ class Engine(Protocol):
     form: str
     size: int
     added: tuple[AddedToken, ...]
+    controls: tuple[AddedToken, ...]
     bos_id: int | None
     eos_id: int | None
     unk_id: int | None
@@ -41,6 +43,9 @@ class Engine(Protocol):
 
     def encode(self, text: str, special: bool) -> list[int]:
         """Ids of a text, without BOS and EOS; special tokens in it are text unless `special`."""
+
+    def spell(self, text: str, first: bool) -> list[int]:
+        """Ids of a text in which no added token is read, nor a control piece; `first`: where a whole text begins."""
 
     def piece(self, index: int) -> str:
         """The name of an id from 0 to `size` - 1."""

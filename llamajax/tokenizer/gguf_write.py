@@ -204,21 +204,8 @@ def _pad(table: _Table, size: int) -> None:
 
 
 def _templates(tokenizer: Tokenizer) -> dict[str, str]:
-    """The chat templates: files of their own, or in tokenizer_config.json."""
-    keys: dict[str, str] = {}
-    files = tokenizer.words.files
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        said = parse_json(files[name], name).get("chat_template") if name in files else None
-        if isinstance(said, str):
-            keys[TEMPLATE] = said
-        elif isinstance(said, list):
-            named = {each.get("name"): each.get("template") for each in said if isinstance(each, dict)}
-            keys |= {
-                TEMPLATE if name == "default" else f"{TEMPLATE}.{name}": text
-                for name, text in named.items()
-                if isinstance(name, str) and isinstance(text, str)
-            }
-    for name, data in files.items():
-        if name.startswith("chat_template.") and name.endswith(".jinja"):
-            keys[f"tokenizer.{name.removesuffix('.jinja')}"] = data.decode("utf-8", "replace")
-    return keys
+    """The chat templates."""
+    return {
+        TEMPLATE if name == "default" else f"{TEMPLATE}.{name}": text
+        for name, text in tokenizer.words.chat_templates.items()
+    }

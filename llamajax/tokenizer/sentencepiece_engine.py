@@ -51,12 +51,13 @@ class SentencePieceEngine:
         """See `Engine.encode`."""
         ids: list[int] = []
         for at, part in self._patterns[special].parts(text):
-            if isinstance(part, int):
-                ids.append(part)
-            else:
-                spaced = self._space == "always" or (self._space == "first" and at == 0)
-                ids += (self._processor if spaced else self._bare).encode(part)
+            ids += [part] if isinstance(part, int) else self.spell(part, at == 0)
         return ids
+
+    def spell(self, text: str, first: bool) -> list[int]:
+        """See `Engine.spell`."""
+        spaced = self._space == "always" or (self._space == "first" and first)
+        return (self._processor if spaced else self._bare).encode(text)
 
     def piece(self, index: int) -> str:
         """The name of an id: the piece of the sentencepiece model, or the text of an added token."""
@@ -121,14 +122,14 @@ class SentencePieceEngine:
         texts = {token.text for token in words.added}
         ids = list(range(len(self._pieces)))
         kinds = zip(ids, self._processor.is_control(ids), self._processor.is_unknown(ids), strict=True)
-        controls = [
+        self.controls = tuple(
             AddedToken(id=index, text=self._pieces[index], special=True)
             for index, is_control, is_unknown in kinds
             if (is_control or is_unknown) and index not in self._added and self._pieces[index] not in ("", *texts)
-        ]
+        )
         self._patterns = {
             False: AddedPatterns(token for token in words.added if not token.special),
-            True: AddedPatterns([*words.added, *controls]),
+            True: AddedPatterns([*words.added, *self.controls]),
         }
 
 

@@ -1,14 +1,16 @@
 """Text to token ids and back: `Tokenizer`, the same over every engine."""
 
 import codecs
+import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from llamajax.errors import LlamaJaxError
 from llamajax.files import read_bytes
 from llamajax.tokenizer.engine import Engine, EngineError
 from llamajax.tokenizer.formats import LARGEST_TOKENIZER, at_rest, is_json
+from llamajax.tokenizer.in_parts import encode_parts
 from llamajax.tokenizer.sentencepiece_engine import SentencePieceEngine
 from llamajax.tokenizer.tokenizers_engine import TokenizersEngine
 from llamajax.words import AddedToken, Words
@@ -58,6 +60,7 @@ class Tokenizer:
         self.add_eos: bool = self.eos_id is not None and (own.add_eos if add_eos is None else add_eos)
         mine = tuple(i for i in (self.bos_id, self.eos_id) if i is not None) if self.form == "sentencepiece" else ()
         self.stop_ids: tuple[int, ...] = (mine or own.stop_ids) if stops is None else stops
+        self._shown: dict[int, bytes] = {}  # control tokens that are decoded to more than nothing
 
     @classmethod
     def from_file(cls, path: str | Path, words: Words | None = None) -> "Tokenizer":
@@ -78,6 +81,11 @@ class Tokenizer:
         """The added tokens by id."""
         return self._engine.added
 
+    @property
+    def controls(self) -> tuple[AddedToken, ...]:
+        """Control pieces of the vocabulary that are not among the added tokens."""
+        return self._engine.controls
+
     def encode(
         self, text: str, *, bos: bool | None = None, eos: bool | None = None, special: bool = False
     ) -> list[int]:
@@ -96,19 +104,47 @@ class Tokenizer:
         Raises:
             LlamaJaxError: for text that is not Unicode, or that the library behind it cannot encode.
         """
+        ids = self._beginning(bos) + self._encoded(text, lambda: self._engine.encode(text, special))
+        if (self.add_eos if eos is None else eos) and self.eos_id is not None:
+            ids.append(self.eos_id)
+        return ids
+
+    def encode_parts(
+        self, parts: Iterable[tuple[str, bool]], *, bos: bool | None = False, control: Collection[str] = ()
+    ) -> list[int]:
+        """Ids of a text of which some parts are trusted and others are not, as a conversation's.
+
+        Special tokens are their ids where all of one stands in trusted parts, and are spelt elsewhere. Between them,
+        what stands beside each other is encoded as one text, whatever parts it comes from: where no part that is not
+        trusted spells a special token, the ids are those of `encode` of the whole, with `special`.
+
+        Args:
+            parts: texts, each with whether special tokens in it are to be read.
+            bos: whether BOS goes before it; None for what the checkpoint says.
+            control: texts of added tokens that are no special ones, and that are to be read like them: in trusted
+                parts alone.
+
+        Raises:
+            LlamaJaxError: as `encode`.
+        """
+        parts = [(text, special) for text, special in parts if text]
+        whole = "".join(text for text, _ in parts)
+        return self._beginning(bos) + self._encoded(whole, lambda: encode_parts(self._engine, parts, control))
+
+    def _beginning(self, bos: bool | None) -> list[int]:
+        return [self.bos_id] if (self.add_bos if bos is None else bos) and self.bos_id is not None else []
+
+    def _encoded(self, text: str, encode: Callable[[], list[int]]) -> list[int]:
+        """What an engine makes of a text, which must be one."""
         if not text.isascii():
             try:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise LlamaJaxError(f"the text is not Unicode at character {error.start}: expected UTF-8") from None
-        ids = [self.bos_id] if (self.add_bos if bos is None else bos) and self.bos_id is not None else []
         try:
-            ids += self._engine.encode(text, special)
+            return encode()
         except EngineError as error:
             raise LlamaJaxError(f"the text cannot be encoded: {error}") from None
-        if (self.add_eos if eos is None else eos) and self.eos_id is not None:
-            ids.append(self.eos_id)
-        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, control and special tokens left out; bytes that are not UTF-8 become U+FFFD."""
@@ -126,7 +162,20 @@ class Tokenizer:
             LlamaJaxError: if `index` is not an id of this tokenizer.
         """
         self._check(index)
-        return self._engine.token_bytes(index)
+        return self._shown.get(index) or self._engine.token_bytes(index)
+
+    def replying(self, stop_ids: Iterable[int], marks: Iterable[str] = ()) -> "Tokenizer":
+        """The same tokenizer, for answers of a chat.
+
+        Args:
+            stop_ids: ids at which generation ends.
+            marks: texts of tokens that are decoded to these texts, whether they are control tokens or not.
+        """
+        other = copy.copy(self)
+        other.stop_ids = tuple(stop_ids)
+        known = [(index, mark) for mark in marks if (index := self.id_of(mark)) is not None]
+        other._shown = {index: mark.encode() for index, mark in known if not self.token_bytes(index)}
+        return other
 
     def is_spelt(self, index: int) -> bool:
         """Whether an id is a single byte, an added token or the unknown one: its space is never the dummy prefix."""

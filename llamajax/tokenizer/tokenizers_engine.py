@@ -29,6 +29,7 @@ class TokenizersEngine:
     """See `engine.Engine`."""
 
     form = "tokenizers"
+    controls: tuple[AddedToken, ...] = ()
 
     def __init__(self, data: bytes, words: Words):
         """Reads a tokenizer.json.
@@ -64,6 +65,33 @@ class TokenizersEngine:
         with self._lock:  # the library keeps the choice in the tokenizer
             self._library.encode_special_tokens = not special
             return _guarded(lambda: self._library.encode(text, add_special_tokens=False).ids)
+
+    def spell(self, text: str, first: bool) -> list[int]:
+        """See `Engine.spell`."""
+        return _guarded(lambda: self._spelt(text, first))
+
+    def _spelt(self, text: str, first: bool) -> list[int]:
+        """The file's steps one by one: its library never leaves out the one that reads added tokens."""
+        library = self._library
+        normal = text if library.normalizer is None else library.normalizer.normalize_str(text)
+        splitter = library.pre_tokenizer if first else self._splitter_behind()
+        words = [normal] if splitter is None else [word for word, _ in splitter.pre_tokenize_str(normal)]
+        return [token.id for word in words if word for token in library.model.tokenize(word)]
+
+    def _splitter_behind(self) -> Any:
+        """The pre-tokenizer for text that another part stands before: it puts no space before the first word alone."""
+        from tokenizers import pre_tokenizers
+
+        splitter = self._library.pre_tokenizer
+        state = None if splitter is None else json.loads(splitter.__getstate__())
+        firsts: list[Any] = [step for step in steps_of(state, "pretokenizers") if step.get("prepend_scheme") == "first"]
+        if not firsts:
+            return splitter
+        for step in firsts:
+            step["prepend_scheme"] = "never"
+        made = pre_tokenizers.Metaspace()
+        made.__setstate__(json.dumps(state).encode())
+        return made
 
     def piece(self, index: int) -> str:
         """See `Engine.piece`."""

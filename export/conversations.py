@@ -1,0 +1,155 @@
+"""A checkpoint's chat template as runners have it: the section `chat` of the manifest, and golden conversations.
+
+Runners have no Jinja. Of a template of the usual form they get the strings between messages (`llamajax.role_strings`),
+in which control tokens are ids: text, a message's above all, never becomes one. Whether a runner's ids are then the
+template's is looked at when a bundle is written, for conversations that hold what is awkward.
+"""
+
+import dataclasses
+import importlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from export.vocabulary import Vocabulary, text_of
+from llamajax import LlamaJaxError, Message, Template, Tokenizer, files, role_strings
+
+# Of the conversations that are compared, so many are in the bundle, for each runner to encode.
+_GOLDEN = 12
+_MOST_TOKENS = 16
+_SPECIAL = 1  # the bit of a special token, as in runners/text.py
+_STRINGS = ("begin", "system", "behind_system", "answer", "next", "reply")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """Conversations as runners have them.
+
+    Attributes:
+        section: of the manifest; None where runners cannot chat.
+        golden: conversations, each with the ids that the template and its tokenizer give.
+        refusal: why there is no section, or "".
+    """
+
+    section: dict[str, Any] | None
+    golden: list[dict[str, Any]]
+    refusal: str
+
+
+def chat_of(tokenizer: Tokenizer | None, vocabulary: Vocabulary | None, name: str | None, source: str) -> Chat:
+    """The chat of a bundle.
+
+    Args:
+        tokenizer: with the checkpoint's template; None for a bundle of ids.
+        vocabulary: of it, as runners have it.
+        name: of a template, as for `Template.of`.
+        source: the checkpoint, for errors.
+
+    Raises:
+        LlamaJaxError: if there is no template of that name.
+    """
+    if tokenizer is None or vocabulary is None:
+        return Chat(None, [], "it has no tokenizer")
+    if vocabulary.values["refusal"] is not None:
+        return Chat(None, [], vocabulary.values["refusal"])
+    try:
+        template = Template.of(tokenizer, source, name)
+    except LlamaJaxError as error:
+        if name is not None:
+            raise
+        return Chat(None, [], str(error))
+    if any("strftime_now" in text for text in _jinja(tokenizer, name)):
+        return Chat(None, [], "its chat template says the day's date")
+    strings, refusal = role_strings.role_strings(lambda messages, reply: template.parts(messages, reply=reply))
+    if strings is None:
+        return Chat(None, [], f"its chat template is not of the usual form: {refusal}")
+    runner = text_of(vocabulary.values)
+    try:
+        section = _section(strings, template, tokenizer, runner)
+        golden = _compared(section, template, tokenizer, runner)
+    except LlamaJaxError as error:
+        return Chat(None, [], str(error))
+    return Chat(section, golden, "")
+
+
+def _jinja(tokenizer: Tokenizer, name: str | None) -> Sequence[str]:
+    """The checkpoint's templates of a name, or all of them."""
+    own = tokenizer.words.chat_templates
+    return [text for key, text in own.items() if name in (None, key)]
+
+
+def _section(
+    strings: role_strings.RoleStrings, template: Template, tokenizer: Tokenizer, runner: Any
+) -> dict[str, Any]:
+    """What the manifest says of conversations. `runner`: the runners' `Text`."""
+    control = _control(template, tokenizer)
+    tokens = {text: (index, bits) for some in runner.added[True] for text, (index, bits) in some.texts.items()}
+    tokens |= {token.text: tokens.get(token.text, (token.id, token.special)) for token in tokenizer.added}
+    written = {text: token for text, token in tokens.items() if token[1] & _SPECIAL or token[0] in control}
+    made: dict[str, Any] = {}
+    for key in _STRINGS:
+        string = getattr(strings, key)
+        made[key] = None if string is None else _pieces(string, written, runner)
+    begun = template.encode(tokenizer, [Message("user", "Hi")])[:1]
+    is_added = (
+        begun == [tokenizer.bos_id] and made["begin"][:1] != begun
+    )  # a built-in format leaves it to the tokenizer
+    return {
+        "bos": begun if is_added else [],
+        **made,
+        "trims_answers": strings.trims_answers,
+        "thinking_end": strings.thinking_end,
+        "thinking_blank": strings.thinking_blank,
+        "control": control,
+        "stop": list(template.stop_ids(tokenizer)),
+    }
+
+
+def _control(template: Template, tokenizer: Tokenizer) -> list[int]:
+    """Ids of the added tokens that are no special ones, and that the template reads in its own text alone."""
+    tokens = [token for token in tokenizer.added if not token.special and token.text.strip()]
+    if not tokens:
+        return []
+    ids_of = lambda text: Counter(template.encode(tokenizer, [Message("user", text)]))  # noqa: E731
+    read = ids_of("x " + " x ".join(token.text for token in tokens) + " x") - ids_of("x")
+    return [token.id for token in tokens if token.id not in read]
+
+
+def _pieces(string: str, written: dict[str, tuple[int, int]], runner: Any) -> list[int | str]:
+    """A string of the template as ids of control tokens, and text."""
+    longest = importlib.import_module("export.runners.text_models").Longest(written)
+    return [part for _, part in runner.around_added(longest, string, True)]
+
+
+def _compared(section: dict[str, Any], template: Template, tokenizer: Tokenizer, runner: Any) -> list[dict[str, Any]]:
+    """The golden conversations.
+
+    Raises:
+        LlamaJaxError: where a runner's ids are not the template's.
+    """
+    encode = importlib.import_module("export.runners.answers").conversation
+    golden = []
+    for messages in _conversations(tokenizer, section["system"] is not None):
+        said = [[message.role, message.content] for message in messages]
+        ids = template.encode(tokenizer, messages)
+        if encode(runner, section, said) != ids:
+            last = files.shortened(messages[-1].content)
+            raise LlamaJaxError(
+                f"a conversation of {len(messages)} messages, the last {last}, is encoded in a way of its own"
+            )
+        golden.append({"messages": said, "ids": ids})
+    return golden[:_GOLDEN]
+
+
+def _conversations(tokenizer: Tokenizer, with_system: bool) -> Iterator[Sequence[Message]]:
+    """Those that are compared; first a usual one, and those with what looks like a control token."""
+    asked, told = (
+        Message("user", "What is the capital of France?"),
+        Message("assistant", "The capital of France is Paris."),
+    )
+    yield [asked]
+    yield [*[Message("system", "Be brief.")] * with_system, asked, told, Message("user", "And of Italy?")]
+    for token in tokenizer.added[:_MOST_TOKENS]:
+        text = f"a{token.text}b {token.text}"
+        yield [Message("user", text.strip()), Message("assistant", text), Message("user", f"{text} c")]
+    yield from role_strings.conversations(with_system)

@@ -1,0 +1,179 @@
+"""The process that renders Jinja templates: a template is a program, and whoever made it is nobody to trust.
+
+    rendering = render(template, trusted={"bos_token": "<s>"}, contents={"messages": [...]})
+
+One process renders for all, and is started when it is first needed: a new interpreter with nothing of ours in it
+(`jinja_worker`), no environment, no open files, and limits of time, memory and output. After a limit was met it is
+ended, and the next rendering starts another. It ends with this process.
+"""
+
+import atexit
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llamajax.errors import LlamaJaxError
+from llamajax.files import shortened
+
+_WORKER = Path(__file__).with_name("jinja_worker.py")
+# Templates take milliseconds. Of a processor's time, where the system can limit it, and by the clock, whatever the
+# process does; as much again for each MiB of a conversation. To start an interpreter may take long on a busy machine.
+_CPU_SECONDS, _CLOCK_SECONDS, _START_SECONDS = 1.0, 1.4, 60.0
+# By which a process that is out of time ends: the signals of the two clocks, and what Windows says of a killed one.
+_ENDED_FOR_TIME = (-getattr(signal, "SIGPROF", 0), -getattr(signal, "SIGKILL", 0), 1)
+_MEMORY_NBYTES = 512 << 20
+_REQUEST_NBYTES, _ANSWER_NBYTES = 8 << 20, 1 << 30
+_OTHERWISE = "expected one that renders a conversation: choose a built-in format instead, such as chatml"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendering:
+    """What a template made.
+
+    Attributes:
+        text: the rendering.
+        spans: what it made of contents in stand-ins: texts, each with whether it is from a content. Together they are
+            `text`, but where the template looks into contents in ways that are not followed. None if it fails there.
+    """
+
+    text: str
+    spans: tuple[tuple[str, bool], ...] | None
+
+
+def render(
+    template: str, trusted: Mapping[str, Any], contents: Mapping[str, Any], source: str, *, marked: bool = True
+) -> Rendering:
+    """Renders a template in the process.
+
+    Args:
+        template: of Jinja.
+        trusted: variables that are the format's own: what they say is not told apart from the template.
+        contents: variables that others wrote, `messages` among them, whose roles are the format's.
+        source: where the template is from, for errors.
+        marked: whether the spans are asked for.
+
+    Raises:
+        LlamaJaxError: for a template that is none, refuses these variables, meets a limit, or asks for what it may
+            not have; for variables that are no JSON.
+    """
+    try:
+        request = {"template": template, "trusted": dict(trusted), "contents": dict(contents), "marked": marked}
+        line = json.dumps(request, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    except UnicodeEncodeError as error:
+        raise LlamaJaxError(f"a message holds {shortened(error.object[error.start])}: expected Unicode text") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise LlamaJaxError(f"messages for a chat template: {shortened(str(error))}: expected JSON values") from None
+    if len(line) > _REQUEST_NBYTES:
+        raise LlamaJaxError(f"a conversation of {len(line)} bytes: expected at most {_REQUEST_NBYTES}")
+    answer = _worker.ask(line, source)
+    if problem := answer.get("limit"):
+        _worker.end()
+        raise LlamaJaxError(f"{source}: its chat template {problem}: {_OTHERWISE}")
+    if problem := answer.get("refused"):
+        raise LlamaJaxError(f"{source}: its chat template refuses the conversation ({shortened(problem, 300)[1:-1]})")
+    if problem := answer.get("error"):
+        raise LlamaJaxError(f"{source}: its chat template fails ({shortened(problem, 300)[1:-1]}): {_OTHERWISE}")
+    spans = answer.get("spans")
+    return Rendering(answer["plain"], None if spans is None else tuple((text, content) for text, content in spans))
+
+
+class _Worker:
+    """The process, and the two pipes to it."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner, self._ready = 0, False
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Starts the process, unless it runs, and does not wait until it is ready."""
+        with self._lock:
+            self._start()
+
+    def ask(self, line: bytes, source: str) -> dict[str, Any]:
+        """The answer to a request.
+
+        Raises:
+            LlamaJaxError: if there is none in time, or no process.
+        """
+        with self._lock:
+            answer = None
+            try:
+                process = self._start()
+                self._ready = self._ready or _exchange(process, b"", _START_SECONDS) is not None
+                if not self._ready:
+                    raise LlamaJaxError(
+                        f"the process for chat templates does not start: expected {sys.executable} to import jinja2"
+                    )
+                answer = _exchange(process, line, _CLOCK_SECONDS * (1 + len(line) / (1 << 20)))
+            finally:  # whatever happened, what comes next on the pipe is not the next answer
+                if answer is None:
+                    self.end()
+        if answer is None:
+            is_slow = process.returncode in _ENDED_FOR_TIME
+            problem = f"takes more than {_CPU_SECONDS:g} s" if is_slow else "ends the process that renders it"
+            raise LlamaJaxError(f"{source}: its chat template {problem}: {_OTHERWISE}")
+        return answer
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        process = self._process
+        if process is not None and self._owner == os.getpid() and process.poll() is None:
+            return process
+        self.end()
+        limits = map(str, (_CPU_SECONDS, _MEMORY_NBYTES, _REQUEST_NBYTES))
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-B", str(_WORKER), *limits],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={} if os.name == "posix" else None,  # without one, Windows starts no interpreter
+                start_new_session=True,  # Ctrl-C at a terminal is for us
+                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),  # the same on Windows
+            )
+        except OSError as error:
+            raise LlamaJaxError(f"no process for chat templates can be started ({error.strerror})") from None
+        self._process, self._owner, self._ready = process, os.getpid(), False
+        return process
+
+    def end(self) -> None:
+        """Ends the process, if there is one and it is ours."""
+        process, self._process = self._process, None
+        if process is None or self._owner != os.getpid():
+            return
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError):
+                pipe.close()  # type: ignore[union-attr]
+
+
+def _exchange(process: subprocess.Popen[bytes], line: bytes, seconds: float) -> dict[str, Any] | None:
+    """Sends a line, and reads one; None if the process ended before, as it does when time is up."""
+    ending = threading.Timer(seconds, process.kill)
+    ending.daemon = True
+    ending.start()
+    try:
+        writing, reading = process.stdin, process.stdout
+        assert writing is not None and reading is not None, "both are pipes"
+        writing.write(line)
+        writing.flush()
+        data = reading.readline(_ANSWER_NBYTES)
+        return json.loads(data) if data.endswith(b"\n") else None
+    except (OSError, ValueError):
+        return None
+    finally:
+        ending.cancel()
+
+
+_worker = _Worker()
+atexit.register(_worker.end)
+start, end = _worker.start, _worker.end

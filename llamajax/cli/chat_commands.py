@@ -1,0 +1,169 @@
+"""What a person may ask of a conversation, besides an answer: `/help` and the other commands, in one table."""
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from llamajax.chat.messages import load_conversation, save_conversation
+from llamajax.cli.terminal import show
+from llamajax.errors import LlamaJaxError
+from llamajax.files import shortened
+from llamajax.generation.sampling import make_sampler
+
+if TYPE_CHECKING:
+    from llamajax.cli.chat_terminal import Session
+
+_KEYS = (
+    "Enter sends. Alt-Enter, or a backslash at the end of a line, begins another line; so does Enter in a message that "
+    'opens with """, until """ closes it. The arrow keys bring back what was typed, Tab completes a command. Ctrl-C '
+    "stops an answer, or drops what is being typed; Ctrl-D ends. A message that begins with / is typed with //, or "
+    "behind a space."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        argument: what stands behind its name, as /help shows it; in brackets what may be left out.
+        summary: what it does.
+        run: does it, with a session and the argument.
+        choices: what the argument may be, where that is little; None for anything.
+    """
+
+    argument: str
+    summary: str
+    run: Callable[["Session", str], None]
+    choices: tuple[str, ...] | None = None
+
+
+def run_command(session: "Session", line: str) -> None:
+    """Does what a line that begins with a slash asks.
+
+    Raises:
+        LlamaJaxError: for an unknown command, or an argument that it does not take.
+        OSError: for a file that cannot be read or written.
+    """
+    name, *rest = line.split(maxsplit=1)
+    argument = rest[0].strip() if rest else ""
+    name = _OTHER_NAMES.get(name, name)
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, [*COMMANDS, *_OTHER_NAMES], 1)
+        hint = f"did you mean {close[0]}?" if close else "/help lists the commands"
+        raise LlamaJaxError(f"{shortened(name, 40)} is no command: {hint} (// sends a message that begins with /)")
+    command = COMMANDS[name]
+    if argument and not command.argument:
+        raise LlamaJaxError(f"{name} takes nothing behind it: it was given {shortened(argument, 40)}")
+    if not argument and command.argument and not command.argument.startswith("["):
+        raise LlamaJaxError(f"{name}: expected {command.argument} behind it: {command.summary}")
+    if argument and command.choices and argument not in command.choices:
+        raise LlamaJaxError(f"{name}: {shortened(argument, 40)}: expected {' or '.join(command.choices)}")
+    command.run(session, argument)
+
+
+def _help(session: "Session", argument: str) -> None:
+    table = Table.grid(padding=(0, 2))
+    for name, command in COMMANDS.items():
+        table.add_row(Text(f"{name} {command.argument}"), Text(command.summary))
+    show(table)
+    show(f"\n{_KEYS}")
+
+
+def _reset(session: "Session", argument: str) -> None:
+    session.reset()
+    session.say("a new conversation")
+
+
+def _save(session: "Session", argument: str) -> None:
+    path = Path(argument).expanduser()
+    if path.exists():
+        try:
+            load_conversation(path)
+        except LlamaJaxError as error:
+            raise LlamaJaxError(f"{path}: exists, and is no saved conversation: choose another name") from error
+    messages = session.chat.messages
+    save_conversation(path, messages)
+    session.say(f"{len(messages)} messages are in {path}")
+
+
+def _load(session: "Session", argument: str) -> None:
+    session.load(Path(argument).expanduser())
+
+
+def _system(session: "Session", argument: str) -> None:
+    if argument:
+        session.chat.system = None if argument == "-" else argument
+    system = session.chat.system
+    session.say("the system message is the chat template's" if system is None else f"the system message: {system}")
+
+
+def _think(session: "Session", argument: str) -> None:
+    if argument:
+        session.chat.think = argument == "on"
+    session.say(f"thinking step by step is {'on' if session.chat.think else 'off'}")
+
+
+def _most(session: "Session", argument: str) -> None:
+    if argument:
+        session.chat.max_new_tokens = _number("/max_new_tokens", argument, int)
+    session.say(f"an answer may have {session.chat.max_new_tokens} tokens")
+
+
+def _knob(knob: str, kind: type) -> Callable[["Session", str], None]:
+    """The command that shows and sets one of the knobs of sampling."""
+
+    def run(session: "Session", argument: str) -> None:
+        if argument:
+            value = None if argument == "off" else _number(f"/{knob}", argument, kind)
+            if value is None and knob == "temperature":
+                value = 0.0
+            make_sampler(**{**session.chat.knobs, knob: value})
+            session.chat.knobs[knob] = value
+        value = session.chat.knobs.get(knob)
+        session.say(f"{knob} is off" if value is None else f"{knob} is {value:g}")
+
+    return run
+
+
+def _number(name: str, text: str, kind: type) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        expected = "a whole number" if kind is int else "a number"
+        raise LlamaJaxError(f"{name}: {shortened(text, 40)}: expected {expected}") from None
+
+
+COMMANDS: dict[str, Command] = {
+    "/help": Command("", "shows this", _help),
+    "/retry": Command("", "another answer to the last message", lambda session, _: session.retry()),
+    "/reset": Command("", "begins a new conversation; the system message stays", _reset),
+    "/system": Command("[TEXT]", "what stands before the conversation; - for what the chat template says", _system),
+    "/temperature": Command("[X]", "0 is greedy; higher is more surprising", _knob("temperature", float)),
+    "/top_k": Command("[K]", "chooses among the K likeliest tokens only; or off", _knob("top_k", int)),
+    "/top_p": Command("[P]", "chooses among the likeliest tokens that make up P; or off", _knob("top_p", float)),
+    "/min_p": Command("[P]", "chooses among tokens P times as likely as the likeliest; or off", _knob("min_p", float)),
+    "/repetition_penalty": Command(
+        "[X]", "above 1: avoids what was said before; or off", _knob("repetition_penalty", float)
+    ),
+    "/max_new_tokens": Command("[N]", "most tokens of an answer", _most),
+    "/think": Command("[on|off]", "answers step by step", _think, choices=("on", "off")),
+    "/history": Command("", "shows the conversation so far", lambda session, _: session.show_history()),
+    "/save": Command("FILE", "writes the conversation to a JSON file", _save),
+    "/load": Command("FILE", "goes on with a conversation that was saved", _load),
+    "/exit": Command("", "ends, as Ctrl-D does", lambda session, _: session.end()),
+}
+# As other programs name them.
+_OTHER_NAMES = {
+    "/quit": "/exit",
+    "/bye": "/exit",
+    "/clear": "/reset",
+    "/new": "/reset",
+    "/regenerate": "/retry",
+    "/?": "/help",
+}

@@ -1,0 +1,203 @@
+"""What a conversation looks like at a terminal: Markdown as it streams, thinking dim, quiet lines about it.
+
+A block of Markdown (a paragraph, a list, code, a table) that is finished is printed for good, and scrolls as any text
+does. The one that still grows is drawn anew in place, up to ten times a second, at most a screen of it. Nothing that
+the model writes steers the terminal: control characters are escaped before anything else looks at the text.
+"""
+
+import io
+import sys
+import time
+
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markdown import CodeBlock, Heading, Markdown
+from rich.syntax import Syntax
+from rich.text import Text
+
+from llamajax.cli.terminal import harmless, write
+
+_REFRESH_SECONDS = 0.1
+# Drawing takes at most this part of the time, which the model has one thread less in.
+_DRAWING_SHARE = 0.1
+_NARROWEST = 20
+
+
+class Screen:
+    """Standard output, a terminal, while an answer is written; one object an answer.
+
+    Attributes:
+        console: of standard output.
+    """
+
+    def __init__(self, markdown: bool = True):
+        """Nothing written yet.
+
+        Args:
+            markdown: whether to read the text as Markdown, if the terminal can draw over what it shows.
+        """
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # lines of tables are characters that ASCII does not have
+        self.console = Console(markup=False, emoji=False, highlight=False)
+        moves = not self.console.is_dumb_terminal and not self.console.legacy_windows
+        self._markdown = markdown and moves and self.console.is_terminal
+        self._text = ""  # of the content, what is not printed for good
+        self._kind: str | None = None
+        self._tail = _Tail(self.console)
+        self._next = 0.0
+        self._ends_line = True
+
+    def show(self, kind: str, text: str) -> None:
+        """Adds a piece of the answer: of its "content", or of its "thinking"."""
+        text = harmless(text)
+        if kind != self._kind and self._kind is not None:
+            self._finish_part()
+            write("")
+        self._kind = kind
+        if self._markdown and kind == "content":
+            self._text += text
+            self._draw()
+        elif text:
+            self._ends_line = text.endswith("\n")
+            self._write_plain(text, "dim" if kind == "thinking" else "")
+
+    def finish(self) -> None:
+        """Prints what is left, and ends the line."""
+        if self._kind is not None:
+            self._finish_part()
+
+    def _finish_part(self) -> None:
+        if self._markdown and self._kind == "content":
+            self._print(self._text)
+            self._text = ""
+        elif not self._ends_line:
+            write("")
+        self._ends_line = True
+
+    def _write_plain(self, text: str, style: str) -> None:
+        with self.console.capture() as capture:  # soft_wrap: the terminal breaks lines, where it knows the column
+            self.console.print(Text(text, style=style), end="", soft_wrap=True)
+        write(capture.get(), end="")
+
+    def _draw(self) -> None:
+        """Prints blocks that are finished, and draws the other where it is time to."""
+        if time.monotonic() < self._next:
+            return
+        begun = time.monotonic()
+        if done := finished(self._text):
+            self._print(self._text[:done])
+            self._text = self._text[done:]
+        self._tail.draw(self._rendered(self._text))
+        now = time.monotonic()
+        self._next = now + max(_REFRESH_SECONDS, (now - begun) / _DRAWING_SHARE)
+
+    def _print(self, text: str) -> None:
+        """Prints blocks for good, in the place of the tail."""
+        self._tail.end(self._rendered(text))
+
+    def _rendered(self, text: str) -> list[str]:
+        """Lines, with the codes of their styles."""
+        # The last column stays free: terminals disagree on what is behind it, and on the width of some characters.
+        width = max(self.console.width - 1, _NARROWEST)
+        with self.console.capture() as capture:
+            self.console.print(_Markdown(text), width=width)
+        return capture.get().strip("\n").split("\n") if text.strip() else []
+
+
+class _Tail:
+    """The last lines on the screen, which can be drawn anew. The cursor stands behind the last of them."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._lines: list[str] = []
+        self._width = 0
+        self._blocks = 0  # printed for good
+
+    def draw(self, lines: list[str]) -> None:
+        """Draws lines in the place of those before; of many the last, as many as the screen has room for."""
+        self._replace(self._spaced(lines)[-max(self._console.height - 1, 1) :])
+
+    def end(self, lines: list[str]) -> None:
+        """Draws all lines, which stay; the cursor goes to the next line."""
+        if not lines:
+            return
+        self._replace(self._spaced(lines))
+        write("")
+        self._lines, self._blocks = [], self._blocks + 1
+
+    def _spaced(self, lines: list[str]) -> list[str]:
+        return ["", *lines] if lines and self._blocks else lines
+
+    def _replace(self, lines: list[str]) -> None:
+        """Writes from the first line that differs, at once, so that nothing flickers."""
+        before, width = self._lines, self._console.width
+        if before and width != self._width:  # the terminal broke its lines anew: where they stand, nobody knows
+            write("")
+            before = []
+        self._lines, self._width = lines, width
+        same = 0
+        while same < min(len(before), len(lines)) and before[same] == lines[same]:
+            same += 1
+        if same == len(before) == len(lines):
+            return
+        same = min(same, max(len(before) - 1, 0), max(len(lines) - 1, 0))
+        up = len(before) - 1 - same
+        begin = ("\r" + (f"\x1b[{up}A" if up > 0 else "")) if before else ""
+        write(begin + "\x1b[K\n".join(lines[same:]) + "\x1b[K\x1b[J", end="")
+
+
+# ---- Markdown --------------------------------------------------------------------------------------------------------
+
+# What rich would leave out is text here: HTML, definitions of links, images.
+_PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable(["reference", "image"])
+
+
+def finished(text: str) -> int:
+    """How many of a growing text's first characters are Markdown blocks to which no more text can belong."""
+    complete = text[: text.rfind("\n") + 1]
+    begins = [
+        token.map[0] for token in _PARSER.parse(complete) if token.level == 0 and token.map and token.nesting >= 0
+    ]
+    if len(begins) < 2:
+        return 0
+    return sum(len(line) for line in complete.splitlines(keepends=True)[: begins[-1]])
+
+
+class _LeftHeading(Heading):
+    """A heading at the left, as in a text; rich centers the first level."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        self.text.justify = "left"
+        yield self.text
+
+
+class _Code(CodeBlock):
+    """Code between dim fences, not indented and not filled up: a terminal is for copying from, too."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        code = str(self.text).rstrip("\n")
+        name = "" if self.lexer_name == "text" else self.lexer_name
+        yield Text(f"```{name}", style="dim")
+        if code:
+            yield Syntax(code, self.lexer_name, theme=self.theme, word_wrap=True, background_color="default")
+        yield Text("```", style="dim")
+
+
+class _Markdown(Markdown):
+    """Markdown of a model: lines end where it ended them, and links show where they lead."""
+
+    elements = {**Markdown.elements, "heading_open": _LeftHeading, "fence": _Code, "code_block": _Code}
+
+    def __init__(self, text: str):
+        super().__init__("", hyperlinks=False, code_theme="ansi_dark")
+        self.parsed = _PARSER.parse(text)
+        for token in self.parsed:
+            for child in token.children or ():
+                _keep_line(child)
+
+
+def _keep_line(token: Token) -> None:
+    """The end of a line within a paragraph is one."""
+    if token.type == "softbreak":
+        token.type = "hardbreak"

@@ -1,0 +1,52 @@
+"""How many threads XLA computes with on a CPU.
+
+The pool is made when the backend starts, and XLA cuts up what it compiles for as many. JAX has no setting for it: XLA
+reads PJRT_NPROC, else NPROC, from the environment (`DefaultThreadPoolSize` in xla/pjrt/utils.cc), else it takes as many
+as the process may use processors.
+"""
+
+import os
+
+from jax._src import xla_bridge  # nothing public says whether a backend has started
+
+from llamajax.errors import LlamaJaxError
+
+_VARIABLES = ("PJRT_NPROC", "NPROC")  # the first that is a number counts
+
+
+def processors() -> int:
+    """Those that this process may use, where the system says."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def thread_count() -> int:
+    """Threads that XLA computes with on a CPU, as the environment says now."""
+    for name in _VARIABLES:
+        try:
+            return max(1, int(os.environ.get(name, "")))
+        except ValueError:
+            continue
+    return processors()
+
+
+def use_threads(count: int) -> None:
+    """Lets XLA compute with so many threads in this process, and in those that it starts.
+
+    Reading files, compiling and what libraries do beside XLA have threads of their own.
+
+    Args:
+        count: from 1 to `processors`: more only wait for each other.
+
+    Raises:
+        LlamaJaxError: for another number, or where a backend has started with another.
+    """
+    if not 1 <= count <= processors():
+        raise LlamaJaxError(
+            f"threads is {count}: expected 1 to {processors()}, the processors that this process may use"
+        )
+    if xla_bridge.backends_are_initialized() and count != thread_count():
+        raise LlamaJaxError(
+            f"threads is {count}, but JAX computes with {thread_count()} in this process already: choose before "
+            "anything runs, or in a process of its own"
+        )
+    os.environ[_VARIABLES[0]] = str(count)

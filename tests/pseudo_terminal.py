@@ -1,0 +1,87 @@
+"""A program in a pseudo-terminal, and what a person who scrolls up would see of it."""
+
+import fcntl
+import os
+import pty
+import select
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import pyte
+
+_PATIENCE_SECONDS = 120
+# What a shell does before it runs a program in the foreground: the terminal's keys are its, and SIGINT is not ignored.
+_IN_FRONT = """
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+class PseudoTerminal:
+    """A running program, its keyboard and its screen."""
+
+    def __init__(self, argv: Sequence[str], environment: Mapping[str, str], columns: int = 80, lines: int = 24):
+        """Starts it, in the foreground of a terminal of some size."""
+        self._screen = pyte.HistoryScreen(columns, lines, history=10_000, ratio=1)
+        self._stream = pyte.ByteStream(self._screen)
+        self.written = b""
+        self._terminal, end = pty.openpty()
+        fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+        self.process = subprocess.Popen(
+            [sys.executable, "-IS", "-c", _IN_FRONT, *argv],
+            **dict.fromkeys(("stdin", "stdout", "stderr"), end),
+            env=dict(environment),
+            start_new_session=True,
+        )
+        os.close(end)
+
+    def text(self) -> str:
+        """All lines that were ever shown, without the spaces at their ends."""
+        gone = ["".join(line[x].data for x in range(self._screen.columns)) for line in self._screen.history.top]
+        return "\n".join(line.rstrip() for line in [*gone, *self._screen.display]).rstrip()
+
+    def type(self, keys: str) -> None:
+        """Presses keys."""
+        os.write(self._terminal, keys.encode("utf-8", "surrogateescape"))
+
+    def wait_for(self, condition: Callable[[str], bool], what: str) -> str:
+        """Waits until the text fulfils a condition; returns it."""
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while not condition(self.text()):
+            assert time.monotonic() < deadline and self._read(0.5), f"no {what} in:\n{self.text()}"
+        return self.text()
+
+    def end(self) -> int:
+        """Waits until the program has ended; returns its exit code."""
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while self._read(0.5):
+            assert time.monotonic() < deadline, f"goes on behind:\n{self.text()}"
+        return self.process.wait(_PATIENCE_SECONDS)
+
+    def shows_keys(self) -> bool:
+        """Whether the terminal shows what is typed by itself, as it does for a shell."""
+        return bool(termios.tcgetattr(self._terminal)[3] & termios.ECHO)
+
+    def _read(self, seconds: float) -> bool:
+        """Takes what the program writes within some time; False where it has ended."""
+        if not select.select([self._terminal], [], [], seconds)[0]:
+            return True
+        try:
+            data = os.read(self._terminal, 1 << 16)
+        except OSError:  # Linux says so
+            data = b""
+        self.written += data
+        self._stream.feed(data)
+        return bool(data)
+
+    def close(self) -> None:
+        """Ends the program, whatever it does."""
+        self.process.kill()
+        self.process.wait()
+        os.close(self._terminal)

@@ -1,0 +1,191 @@
+"""`llamajax chat` in a pseudo-terminal: a person types, stops answers, saves and loads, and sees what was said."""
+
+import json
+import os
+import re
+import signal
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.chat_models import CYCLE, answer, save_speller
+
+pytest.importorskip("pty", reason="pseudo-terminals of POSIX")
+pytest.importorskip("pyte", reason="a terminal to look at: pip install -e '.[test]'")
+from tests.pseudo_terminal import PseudoTerminal  # imports both
+
+ROOT = Path(__file__).parents[1]
+PROMPT = re.compile(r"^> ?$")
+
+
+class Person(PseudoTerminal):
+    """Who converses, and waits for the prompt behind each message."""
+
+    def waits(self) -> str:
+        """What was shown since the last message, when the program waits for another."""
+        seen = self.wait_for(lambda text: bool(PROMPT.match(text.rpartition("\n")[2])), "prompt")
+        since = seen[self._seen :]
+        self._seen = len(seen)
+        return since
+
+    _seen = 0
+
+    def words(self) -> str:
+        """All that was shown, whatever the terminal's width."""
+        return " ".join(self.text().split())
+
+    def says(self, message: str) -> str:
+        """What is shown behind a message."""
+        return self.presses(f"{message}\r")
+
+    def presses(self, keys: str) -> str:
+        """What is shown behind keys, when the program waits for others."""
+        self.type(keys)
+        self.wait_for(lambda text: len(text) > self._seen, "echo")
+        return self.waits()
+
+
+@pytest.fixture(scope="module")
+def speller(tmp_path_factory) -> Path:
+    return save_speller(tmp_path_factory.mktemp("chat") / "speller", 16_384)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator:
+    """Starts `llamajax chat` with flags, as a terminal of some size."""
+    started = []
+
+    def begin(*argv: str, term: str = "xterm", **size: int) -> Person:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "TERM": term,
+            "XDG_STATE_HOME": str(tmp_path / "state"),
+        }
+        person = Person([sys.executable, "-m", "llamajax", "chat", "--temperature=0", *argv], environment, **size)
+        started.append(person)
+        return person
+
+    yield begin
+    for person in started:
+        person.close()
+
+
+def saved(path: Path) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in json.loads(path.read_text())["messages"]]
+
+
+def test_a_conversation(speller: Path, start, tmp_path: Path) -> None:
+    person, file = start(f"--model={speller}", "--max_new_tokens=30"), tmp_path / "said.json"
+    assert "speller, 16,384 tokens of context. /help lists" in person.waits()
+    first = person.says("hello")
+    assert answer(30) in first
+    assert re.search(r"\n30 tokens, [\d,.]+ tokens/s, \d+ of 16,384 tokens of context \(cut at 30 tokens:\s/max", first)
+    assert answer(30) in person.says('three quotes: """ and /slash')
+
+    # Ctrl-C in an answer: it stops, and all goes on.
+    assert "an answer may have 12000 tokens" in person.says("/max_new_tokens 12000")
+    person.type("long\r")
+    person.wait_for(lambda text: CYCLE in text[person._seen :], "answer")
+    assert not person.shows_keys()
+    person.type("\x03")
+    assert re.search(r"tokens of context \(stopped\)\n", person.waits())
+    person.says("/max_new_tokens 20")
+    assert f"\n{answer(20)}\n" in person.says("next")
+
+    said = person.says(f"/save {file}")
+    assert f"8 messages are in {file}" in said.replace("\n", "")
+    messages = saved(file)
+    assert [role for role, _ in messages] == ["user", "assistant"] * 4
+    assert [content for _, content in messages[::2]] == ["hello", 'three quotes: """ and /slash', "long", "next"]
+    stopped = messages[5][1]
+    assert 27 < len(stopped) < 12_000 and stopped == answer(len(stopped))
+
+    # Another answer takes the last one's place.
+    assert answer(20) in person.says("/retry")
+    assert answer(20) not in person.says("/temperature 100") and "temperature is 100" in person.text()
+    assert answer(20) not in person.says("/retry")
+    person.says(f"/save {file}")
+    assert saved(file)[:7] == messages[:7] and saved(file)[7][1] != answer(20)
+    person.says("/temperature 0")
+
+    assert "the system message: Be brief." in person.says("/system Be brief.")
+    person.says("/reset")
+    assert answer(20) in person.says("//path")
+    person.says(f"/save {file}")
+    assert saved(file) == [("system", "Be brief."), ("user", "/path"), ("assistant", answer(20))]
+    person.says("/reset")
+    loaded = person.says(f"/load {file}")
+    assert f"> /path\n{answer(20)}" in loaded and "system: Be brief." in loaded
+    assert answer(20) in person.says("again")
+
+    for typed, shown in (
+        ("/hlep", "'/hlep' is no command: did you mean /help?"),
+        ("/temperature warm", "/temperature: 'warm': expected a number"),
+        ("/temperature -1", "temperature is -1.0: expected 0 (greedy) or"),
+        ("/save", "/save: expected FILE behind it"),
+        ("/reset all", "/reset takes nothing behind it: it was given 'all'"),
+        ("/think maybe", "/think: 'maybe': expected on or off"),
+        (f"/save {speller}/manifest.json", "exists, and is no saved conversation: choose another name"),
+        ("/load nowhere.json", "nowhere.json: cannot be read (No such file or directory)"),
+        ("/top_p off", "top_p is off"),
+        ("/help", "/retry another answer to the last message"),
+    ):
+        person.says(typed)
+        assert shown in person.words(), typed
+    person.type("\x04")
+    assert person.end() == 0 and person.shows_keys()
+    history = tmp_path / "state" / "llamajax" / "chat_history"
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+    assert [json.loads(line) for line in history.read_text().splitlines()][:2] == [
+        "hello",
+        'three quotes: """ and /slash',
+    ]
+
+
+def test_a_narrow_terminal_and_a_full_window(tmp_path: Path, start) -> None:
+    """Messages of several lines, what was typed in another conversation, bytes that are no text, SIGTERM."""
+    history = tmp_path / "state" / "llamajax" / "chat_history"
+    history.parent.mkdir(parents=True)
+    history.write_text('"/system typed before"\nnot JSON\n')
+    speller, file = save_speller(tmp_path / "speller", 256), tmp_path / "said.json"
+    person = start(f"--model={speller}", "--max_new_tokens=60", columns=24, lines=10)
+    person.waits()
+    assert "the system message:\ntyped before" in person.says("\x1b[A")  # the arrow upwards
+    person.says("/system -")
+
+    person.says('"""\ra\r""\r"""')
+    person.says("one\\\rtwo\x1b\rthree")
+    person.says("\x1b[200~pasted\nlines \\\nof it\x1b[201~")
+    person.presses("dropped\x03")
+    person.says("\udcff!")
+    assert "the message holds bytes that are not UTF-8: expected text; it was not sent" in person.words()
+    assert person.says("   ").strip() == ">"
+    person.says("/sav\t" + f" {file}")
+    said = saved(file)
+    assert [content for role, content in said if role == "user"] == [
+        *('a\n""', "one\ntwo\nthree", "pasted\nlines \\\nof it"),
+    ]
+    assert [content for role, content in said if role == "assistant"] == [answer(60)] * 3
+    assert "left it" not in person.words()
+    person.says("one too many")
+    assert re.search(r"the context holds 256 tokens: the oldest (turn has|\d turns have) left it", person.words())
+    assert person.text().replace("\n", "").count(answer(26)) == 4 * answer(60).count(answer(26))
+
+    person.type("half a message")
+    person.wait_for(lambda text: text.endswith("message"), "echo")
+    os.kill(person.process.pid, signal.SIGTERM)
+    assert person.end() == 143 and person.shows_keys()
+    assert person.text().endswith("llamajax: terminated")
+
+
+def test_a_dumb_terminal(speller: Path, start) -> None:
+    person = start(f"--model={speller}", "--max_new_tokens=30", "--nohistory", term="dumb")
+    person.waits()
+    assert answer(30) in person.says("hello")
+    person.says("/temperature 1")
+    person.type("/exit\r")
+    assert person.end() == 0 and b"\x1b" not in person.written
