@@ -108,6 +108,17 @@ _EXPRESSIONS = (
         "c | indent",
     ),
     *(
+        *(
+            "('x' ~ c).split('a')[-1]",
+            "([c, d] | join('')).split('a')[-1]",
+            "('%s' % c).split('a')[0]",
+            "(c | string) == d",
+        ),
+        *(
+            "(c | indent).partition('a')[0]",
+            "'{}'.format(c).split('a') | last",
+            "'-'.join([c, d]).rsplit('a', 1) | first",
+        ),
         "{'a': 1}[c] | default('no')",
         "c in ['a', d]",
         "c.removeprefix('a').removesuffix('b')",
