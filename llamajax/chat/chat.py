@@ -23,6 +23,7 @@ from llamajax.chat.template import Template
 from llamajax.chat.tool_calls import check_tools
 from llamajax.chat.window import fit
 from llamajax.errors import LlamaJaxError
+from llamajax.generation.choose import Choice, best_of, vote, with_steps
 from llamajax.generation.kept import Kept
 from llamajax.generation.request import DEFAULT_NEW_TOKENS, Completion
 from llamajax.generation.sampling import make_sampler, plain
@@ -256,7 +257,10 @@ class Chat:
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
         if self.think and not self._thinks:
-            messages = [_asking_for_steps(message) for message in messages]
+            messages = [
+                dataclasses.replace(message, content=with_steps(message.content)) if message.role == "user" else message
+                for message in messages
+            ]
         return self.template.encode(self.tokenizer, messages, tools=self.tools or None, **self._variables(self.think))
 
     @property
@@ -268,8 +272,9 @@ class Chat:
         """What the template is told."""
         return {self._switch: think} if self._switch else {}
 
-    def _choose(self, completions: Sequence[Completion], messages: Sequence[Message]) -> int:
-        raise NotImplementedError
+    def _choose(self, completions: Sequence[Completion], messages: Sequence[Message]) -> Choice:
+        """The answer of several, whose thinking has no vote."""
+        return vote(completions, [message.content for message in messages]) if self.vote else best_of(completions)
 
     def _check(self) -> None:
         """Refuses attributes that are out of range: they may have been changed."""
@@ -282,10 +287,3 @@ class Chat:
             wanted = value is None and name == "max_new_tokens"
             if not wanted and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise LlamaJaxError(f"{name} is {value!r}: expected a whole number, at least 1")
-
-
-def _asking_for_steps(message: Message) -> Message:
-    """A user's message that asks for an answer step by step."""
-    if message.role != "user":
-        return message
-    return dataclasses.replace(message, content=f"{message.content}\n\nLet's think step by step.")
