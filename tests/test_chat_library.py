@@ -442,6 +442,24 @@ def test_what_is_no_call_is_said() -> None:
     assert answer.note.startswith("what began as a tool call stays text: ") and "'arguments' is missing" in answer.note
 
 
+def test_calls_are_read_where_a_template_has_no_place_for_tools() -> None:
+    """As DeepSeek's, which has one for calls, and wants their arguments as JSON."""
+    words = ["<tool_call>", CALL, "</tool_call>"]
+    calls = "{% for call in message.tool_calls or [] %}"
+    written = "'<tool_call>{\"name\": \"' + call.function.name + '\", \"arguments\": ' + call.function.arguments + '}'"
+    template = CHATML.replace(
+        "message['content'] +", f"message['content']}}}}{calls}{{{{{written}}}}}{{% endfor %}}{{{{"
+    )
+    tokenizer = tokenizer_with(template, WORDS)
+    chat = Chat(scripted(tokenizer, words), tokenizer, system="Call add.", temperature=0)
+    call = ToolCall("add", {"a": 1})
+    for _ in range(2):
+        assert chat.send("1 + 2?") == Message("assistant", "", tool_calls=(call,))
+    assert '"arguments": {"a": 1}' in tokenizer.decode(chat._encode(chat.messages))
+    with pytest.raises(LlamaJaxError, match="tools are given, and .* has no place for them"):
+        Chat(chat.model, tokenizer, tools=[ADD])
+
+
 def test_thinking_is_no_content() -> None:
     words = ["<think>", "Hm.", "</think>", "\n\n", "Three."]
     tokenizer = tokenizer_with(HERMES, WORDS)

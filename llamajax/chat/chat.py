@@ -18,7 +18,7 @@ import jax
 
 from llamajax.chat.answer import Answer
 from llamajax.chat.messages import Message, as_messages
-from llamajax.chat.probe import reply_form, stop_strings, thinking_switch
+from llamajax.chat.probe import in_terms_of, reply_form, stop_strings, thinking_switch
 from llamajax.chat.template import Template
 from llamajax.chat.tool_calls import check_tools
 from llamajax.chat.window import fit
@@ -120,6 +120,11 @@ class Chat:
         self._answer: Answer | None = None
         self._is_noted = False
         self._check()
+        if self.tools and self._forms[think].calls is None:
+            on_note(
+                f"calls of tools stay text: the chat template ({self.template.name}) writes them in a way that is not "
+                "read"
+            )
 
     # ---- Turns -------------------------------------------------------------------------------------------------------
 
@@ -261,7 +266,8 @@ class Chat:
                 dataclasses.replace(message, content=with_steps(message.content)) if message.role == "user" else message
                 for message in messages
             ]
-        return self.template.encode(self.tokenizer, messages, tools=self.tools or None, **self._variables(self.think))
+        said = in_terms_of(self.template, messages)
+        return self.template.encode(self.tokenizer, said, tools=self.tools or None, **self._variables(self.think))
 
     @property
     def _thinks(self) -> bool:
