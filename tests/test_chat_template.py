@@ -378,7 +378,7 @@ def test_hostile_templates_end_in_an_error_within_two_seconds(name: str) -> None
 
 def test_the_clock_ends_what_no_other_limit_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on systems that cannot limit a process's time."""
-    jinja_process.end()
+    jinja_process._worker.end()
     monkeypatch.setattr(jinja_process, "_CPU_SECONDS", 50.0)
     monkeypatch.setattr(jinja_process, "_CLOCK_SECONDS", 0.5)
     form = Template.of(tokenizer_with(HOSTILES["runs forever"][0]))
@@ -390,7 +390,7 @@ def test_the_clock_ends_what_no_other_limit_does(monkeypatch: pytest.MonkeyPatch
 def test_the_process_has_nothing_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """No environment, no open files; and it ends when we do, as its standard input then does."""
     monkeypatch.setenv("SECRET", "x")
-    jinja_process.end()
+    jinja_process._worker.end()
     with open(os.devnull) as other:
         os.set_inheritable(other.fileno(), True)
         assert jinja_process.render("{{ 1 }}", {}, {}, "m").text == "1"
@@ -406,7 +406,7 @@ def test_the_process_has_nothing_of_ours(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_process_that_was_ended_is_started_again() -> None:
     form = Template.of(tokenizer_with(SMOLLM2))
     expected = form.render([user("x")])
-    jinja_process.end()
+    jinja_process._worker.end()
     assert form.render([user("x")]) == expected
 
 

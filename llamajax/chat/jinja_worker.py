@@ -21,18 +21,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2.ext
-import jinja2.sandbox
-
 if TYPE_CHECKING:
     from llamajax.chat import stand_ins
     from llamajax.chat.stand_ins import TooMuchError
 else:
-    sys.path.append(str(Path(__file__).parent))
+    sys.path += [*sys.argv[4:], str(Path(__file__).parent)]  # where Jinja is, behind what this interpreter knows
     import stand_ins
     from stand_ins import TooMuchError
 
     sys.path.pop()
+
+import jinja2.ext
+import jinja2.sandbox
 
 # Of a rendering: as many characters as these, and so many for each byte of the request.
 _OUTPUT_LENGTH, _OUTPUT_GROWTH = 512 << 10, 4
@@ -178,8 +178,6 @@ def answer(line: bytes) -> dict[str, Any]:
         _marking = False
         random.seed(len(line))
         plain = _rendered(compiled, trusted | contents, limit)
-        if not request["marked"]:
-            return {"plain": plain}
         alphabets = stand_ins.begin(contents, (plain, template))
         again = stand_ins.marked(contents)
         for message, original in zip(again.get("messages", ()), contents.get("messages", ()), strict=True):
