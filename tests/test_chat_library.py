@@ -285,6 +285,7 @@ def test_turns_leave_whole() -> None:
     [
         ({"heat": 1}, "heat: expected knobs among temperature, top_k"),
         ({"temperature": -1}, "temperature is -1"),
+        ({"stop": 5}, "stop is 5: expected texts of at least one character"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0: expected a whole number, at least 1"),
         ({"samples": 1.5}, "samples is 1.5: expected a whole number, at least 1"),
         ({"tools": {}}, r"tools are \{\}: expected a list of functions"),
@@ -458,6 +459,22 @@ def test_calls_are_read_where_a_template_has_no_place_for_tools() -> None:
     assert '"arguments": {"a": 1}' in tokenizer.decode(chat._encode(chat.messages))
     with pytest.raises(LlamaJaxError, match="tools are given, and .* has no place for them"):
         Chat(chat.model, tokenizer, tools=[ADD])
+
+
+def test_calls_in_a_way_that_is_not_read_are_said(model, tokenizer) -> None:
+    template = HERMES.replace("call.function | tojson", "call.function.name + '()'")
+    notes: list[str] = []
+    Chat(model, tokenizer_with(template), tools=[ADD], on_note=notes.append)
+    assert len(notes) == 1 and notes[0].startswith("calls of tools stay text: the chat template (the checkpoint's)")
+
+
+def test_formats_without_tokens_end_an_answer_where_the_next_turn_begins(model, tokenizer) -> None:
+    for template, stops in (
+        ("{% for m in messages %}\n\n### {{m.role}}:\n{{m.content}}{% endfor %}\n\n### assistant:\n", ["### user:"]),
+        ("{% for m in messages %}{{m.role | upper}}: {{m.content}}\n{% endfor %}ASSISTANT:", ["USER:"]),
+        (CHATML, None),
+    ):
+        assert Chat(model, tokenizer_with(template))._options["stop"] == stops
 
 
 def test_thinking_is_no_content() -> None:

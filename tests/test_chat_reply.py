@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from llamajax.chat.abilities import in_terms_of
 from llamajax.chat.messages import Message, ToolCall
-from llamajax.chat.probe import in_terms_of
 from llamajax.chat.probes import ToolCalls
 from llamajax.chat.reply import Reply, ReplyForm
 from llamajax.chat.template import Template

@@ -95,7 +95,7 @@ def _has_place(template: Template, tools: Sequence[Mapping[str, Any]]) -> bool:
         return False
 
 
-def stop_strings(template: Template, tokenizer: Tokenizer) -> tuple[str, ...]:
+def turn_beginnings(template: Template, tokenizer: Tokenizer) -> tuple[str, ...]:
     """Texts with which a template begins a user's message, where no control token does, as in Alpaca and Vicuna.
 
     A model that does not end its answer goes on with what it was trained to see next.
