@@ -91,9 +91,11 @@ def _section(
         string = getattr(strings, key)
         made[key] = None if string is None else _pieces(string, written, runner)
     begun = template.encode(tokenizer, [Message("user", "Hi")])[:1]
-    if begun == [tokenizer.bos_id] and made["begin"][:1] != begun:  # a built-in format leaves it to the tokenizer
-        made |= {key: begun + made[key] for key in ("begin", "system") if made[key] is not None}
+    is_added = (
+        begun == [tokenizer.bos_id] and made["begin"][:1] != begun
+    )  # a built-in format leaves it to the tokenizer
     return {
+        "bos": begun if is_added else [],
         **made,
         "trims_answers": strings.trims_answers,
         "thinking_end": strings.thinking_end,

@@ -17,7 +17,6 @@ from export.targets import add_target
 from export.targets.onnx_packed import PackedWeight, bits_of, digits_of, raw_digits, values_of
 from export.verification import verify
 from export.weights import ExportedWeight
-from llamajax.chat.chatml import ChatML, Message
 from quant import ggml
 from tests import gguf_files, reference
 from tests.gguf_files import Kind
@@ -187,7 +186,8 @@ def test_smollm2_says_the_same_everywhere(smollm2: Path, tmp_path: Path) -> None
     need(*NEEDS)
     opened = llamajax.open_checkpoint(smollm2)
     tokenizer, model = llamajax.Tokenizer(opened.tokenizer_bytes, words=opened.words), opened.read(None)
-    ids = ChatML.of(tokenizer).encode(tokenizer, [Message("user", "What is the capital of France?")])
+    asked = "What is the capital of France?"
+    ids = llamajax.Template.of(tokenizer).encode(tokenizer, [llamajax.Message("user", asked)])
     spec = Spec(slots=128, buckets=(64,), profile=PROFILES["unrolled"])
     bundle = write(model, None, tmp_path / "smollm2", spec, prompts=[ids])
     tokens = safetensors.numpy.load_file(bundle.file("golden.safetensors"))["tokens_0"].tolist()
