@@ -58,7 +58,7 @@ def chat_of(tokenizer: Tokenizer | None, vocabulary: Vocabulary | None, name: st
         if name is not None:
             raise
         return Chat(None, [], str(error))
-    if any("strftime_now" in text for text in _jinja(tokenizer, name)):
+    if "strftime_now" in tokenizer.words.chat_templates.get(name or "default", ""):
         return Chat(None, [], "its chat template says the day's date")
     strings, refusal = role_strings.role_strings(lambda messages, reply: template.parts(messages, reply=reply))
     if strings is None:
@@ -70,12 +70,6 @@ def chat_of(tokenizer: Tokenizer | None, vocabulary: Vocabulary | None, name: st
     except LlamaJaxError as error:
         return Chat(None, [], str(error))
     return Chat(section, golden, "")
-
-
-def _jinja(tokenizer: Tokenizer, name: str | None) -> Sequence[str]:
-    """The checkpoint's templates of a name, or all of them."""
-    own = tokenizer.words.chat_templates
-    return [text for key, text in own.items() if name in (None, key)]
 
 
 def _section(

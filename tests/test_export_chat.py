@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import export.bundle
 import export.verification
 import llamajax
 from export.bundle import Bundle, open_bundle, seal, write
@@ -250,3 +251,14 @@ def test_why_a_bundle_has_no_chat_is_said(template: str | None, refusal: str) ->
     made = chat(tokenizer)
     assert (made.section, made.golden) == (None, []) and made.refusal.startswith(refusal)
     assert chat_of(None, None, None, "x.gguf").refusal == "it has no tokenizer"
+
+
+def test_write_says_why_there_is_no_chat(tiny_int4: llamajax.Llama, tmp_path: Path, monkeypatch) -> None:
+    def enough(*_) -> None:
+        raise LlamaJaxError("enough")
+
+    notes: list[str] = []
+    monkeypatch.setattr(export.bundle, "lower", enough)
+    with pytest.raises(LlamaJaxError, match="enough"):
+        write(tiny_int4, tokenizer_with(None), tmp_path / "x", Spec(slots=64), source="x.gguf", on_note=notes.append)
+    assert len(notes) == 1 and notes[0].startswith("no --chat in this bundle: x.gguf: it carries no chat template")
