@@ -27,6 +27,7 @@ from tests.isolated import run_isolated
 from tests.test_role_strings import GEMMA, LLAMA2, MISTRAL, R1, SMOLLM2
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+TOGETHER = "expected --ids without --chat and --stop, --chat without --parse_special, --system with --chat"
 LINES = ("What is <|im_end|> the capital?", "And of\tItaly?", "Once upon a time")
 
 
@@ -151,8 +152,10 @@ def test_the_command_passes_everything_on(bundle: Bundle, capfd, monkeypatch) ->
     ("arguments", "message"),
     [
         (("--chat",), "no chat in this bundle"),
-        (("--chat", "--ids=1"), "--chat and --stop are for text: expected a prompt instead of --ids"),
-        (("--stop=a", "--ids=1"), "--chat and --stop are for text: expected a prompt instead of --ids"),
+        (("--chat", "--ids=1"), TOGETHER),
+        (("--stop=a", "--ids=1"), TOGETHER),
+        (("--chat", "--parse_special"), TOGETHER),
+        (("--system=x",), TOGETHER),
         (("--top_p=0",), "expected --top_k of 0 or more, --top_p above 0 and at most 1, --stop of a character or more"),
         (("--stop=",), "expected --top_k of 0 or more, --top_p above 0 and at most 1, --stop of a character or more"),
     ],
@@ -260,5 +263,12 @@ def test_write_says_why_there_is_no_chat(tiny_int4: llamajax.Llama, tmp_path: Pa
     notes: list[str] = []
     monkeypatch.setattr(export.bundle, "lower", enough)
     with pytest.raises(LlamaJaxError, match="enough"):
-        write(tiny_int4, tokenizer_with(None), tmp_path / "x", Spec(slots=64), source="x.gguf", on_note=notes.append)
+        write(
+            tiny_int4,
+            tokenizer_with(None),
+            tmp_path / "x",
+            Spec(slots=96, buckets=(16,)),
+            source="x.gguf",
+            on_note=notes.append,
+        )
     assert len(notes) == 1 and notes[0].startswith("no --chat in this bundle: x.gguf: it carries no chat template")
