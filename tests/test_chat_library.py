@@ -435,3 +435,46 @@ def test_thinking_is_no_content() -> None:
     chat = Chat(scripted(tokenizer, words), tokenizer, temperature=0, think=True)
     assert [(piece.kind, piece.text) for piece in chat.stream("1 + 2?")] == [("thinking", "Hm."), ("content", "Three.")]
     assert chat.messages[1] == Message("assistant", "Three.", thinking="Hm.")
+
+
+# ---- Against transformers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.extras
+def test_turns_are_those_of_transformers(tokenizer, tmp_path) -> None:
+    reason = "compares with Hugging Face transformers: install the extra: pip install -e '.[parity]'"
+    torch = pytest.importorskip("torch", reason=reason)
+    transformers = pytest.importorskip("transformers", reason=reason)
+    sizes = {"vocab_size": tokenizer.vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    ids = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **ids, initializer_range=0.2)).eval()
+    theirs.save_pretrained(tmp_path)
+    words = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(tokenizer.model_bytes.decode()),
+        eos_token="<|im_end|>",
+        chat_template=CHATML,
+    )
+    words.save_pretrained(tmp_path)
+    chat, said = Chat(*llamajax.load(tmp_path), **GREEDY), []
+    for text in ("Once upon a time", "there was a fox", "a little café"):
+        said.append({"role": "user", "content": text})
+        given = words.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        with torch.no_grad():
+            made = theirs.generate(**given, do_sample=False, max_new_tokens=12)[0, given["input_ids"].shape[1] :]
+        said.append({"role": "assistant", "content": words.decode(made, skip_special_tokens=True)})
+        answer = chat.stream(text)
+        list(answer)
+        assert [message.as_dict() for message in chat.messages] == said
+    assert answer.speed.reused_tokens > 20
+
+
+def test_programs_are_made_while_weights_are_read(model, tokenizer) -> None:
+    chat = Chat(llamajax.abstract_model(model.config), tokenizer, **GREEDY)
+    chat.compile_while(lambda: model)
+    answer = chat.stream("a fox")
+    text = "".join(piece.text for piece in answer)
+    assert text == fresh(model, tokenizer, [ask("a fox")], **GREEDY)
+    assert answer.speed.compilations == answer.speed.loads == 0

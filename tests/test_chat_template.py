@@ -5,11 +5,13 @@ import os
 import random
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import jinja2.ext
 import jinja2.sandbox
 import pytest
+import sentencepiece
 import tokenizers
 
 from llamajax import LlamaJaxError, Tokenizer
@@ -284,15 +286,49 @@ def test_control_tokens_are_read_in_trusted_parts_alone(kind: str, by_kind: dict
         tokenizer.encode_parts([("a", True), ("\ud800", False)])
 
 
+def test_control_tokens_that_are_ordinary_pieces_are_taken_apart(tmp_path: Path) -> None:
+    """Sentencepiece reads symbols that its model defines in any text."""
+    text = "once upon a time < there was > a fox"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([text] * 20),
+        model_prefix=str(tmp_path / "m"),
+        vocab_size=60,
+        model_type="bpe",
+        user_defined_symbols=["<turn>"],
+        minloglevel=2,
+    )
+    data = (tmp_path / "m.model").read_bytes()
+    turn = Tokenizer(data).id_of("<turn>")
+    assert turn is not None
+    tokenizer = Tokenizer(data, words=Words(added=(AddedToken(id=turn, text="<turn>", special=True),)))
+    ids = tokenizer.encode_parts([("<turn>", True), ("a <turn> fox<turn>", False)])
+    assert ids.count(turn) == 1 == ids.index(turn) + 1
+    assert tokenizer.decode(ids) == "a <turn> fox<turn>"
+
+
 def test_a_vocabulary_that_spells_a_control_token_as_itself() -> None:
-    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<x>": 0, "a": 1, "?": 2}, unk_token="?"))
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"§": 0, "a": 1, "?": 2}, unk_token="?"))
     library.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     library.decoder = tokenizers.decoders.ByteLevel()
-    library.add_special_tokens(["<x>"])
+    library.add_special_tokens(["§"])
     tokenizer = Tokenizer(library.to_str().encode())
-    assert tokenizer.encode_parts([("<x> a", True)]) == [0, 1]
-    with pytest.raises(LlamaJaxError, match="no other spelling of '<x>' than the token itself"):
-        tokenizer.encode_parts([("a <x>", False)])
+    assert tokenizer.encode_parts([("§ a", True)]) == [0, 1]
+    with pytest.raises(LlamaJaxError, match="no other spelling of '§' than the token itself"):
+        tokenizer.encode_parts([("a §", False)])
+
+
+def test_what_transformers_gives_templates() -> None:
+    template = """\
+{% for n in [1, 2, 3] %}
+  {% if n == 2 %}{% continue %}{% endif %}
+{% generation %}{{ n }}{% endgeneration %};
+{% endfor %}
+{{ {'a': '<é&>'} | tojson }} {{ dict(a=1) }} {{ namespace(x=5).x }} {{ strftime_now('%Y') | length }}
+{{- ' ' }}{{ documents is none }}
+{{ eos_token }}{{ nothing }}{{ custom }}"""
+    form = Template.of_text(template, tokenizer_with("</s>"))
+    assert form.render([user("x")], custom="y") == '1;\n3;\n{"a": "<é&>"} {\'a\': 1} 5 4 True\n</s>y'
+    assert form.parts([user("x")], custom="y")[-1] == Part("y", True)
 
 
 # ---- Hostile templates -----------------------------------------------------------------------------------------------

@@ -127,6 +127,7 @@ class _Worker:
         process = self._process
         if process is not None and self._owner == os.getpid() and process.poll() is None:
             return process
+        self.end()
         limits = map(str, (_CPU_SECONDS, _MEMORY_NBYTES, _REQUEST_NBYTES))
         try:
             process = subprocess.Popen(
@@ -136,6 +137,7 @@ class _Worker:
                 stderr=subprocess.DEVNULL,
                 env={} if os.name == "posix" else None,  # without one, Windows starts no interpreter
                 start_new_session=True,  # Ctrl-C at a terminal is for us
+                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),  # the same on Windows
             )
         except OSError as error:
             raise LlamaJaxError(f"no process for chat templates can be started ({error.strerror})") from None
@@ -143,7 +145,7 @@ class _Worker:
         return process
 
     def end(self) -> None:
-        """Ends the process, if it runs and is ours."""
+        """Ends the process, if there is one and it is ours."""
         process, self._process = self._process, None
         if process is None or self._owner != os.getpid():
             return

@@ -7,6 +7,7 @@ of standard input, its answer one of standard output. What templates get is what
 is, and in `stand_ins`.
 """
 
+import contextlib
 import datetime
 import functools
 import importlib
@@ -222,7 +223,8 @@ def limit_process(memory_nbytes: int) -> None:
         if hasattr(resource, name):
             hard = resource.getrlimit(getattr(resource, name))[1]
             amount = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
-            resource.setrlimit(getattr(resource, name), (amount, amount))
+            with contextlib.suppress(OSError, ValueError):  # macOS has limits that it does not take
+                resource.setrlimit(getattr(resource, name), (amount, amount))
 
 
 def main(cpu_seconds: float, memory_nbytes: int, request_nbytes: int) -> None:

@@ -118,7 +118,21 @@ class Template:
                 f"{source}: it carries no chat template, so it was not trained to answer: continue a text with "
                 f"llamajax generate, or name the format that it was trained with: {', '.join(builtin.NAMES)}"
             )
-        texts = texts if name is None else {"default": texts[name]}
+        return cls._of_jinja(texts if name is None else {"default": texts[name]}, tokenizer, source, name)
+
+    @classmethod
+    def of_text(cls, text: str, tokenizer: Tokenizer, source: str = "the template") -> "Template":
+        """A Jinja template that no checkpoint carries.
+
+        Args:
+            text: the template.
+            tokenizer: whose tokens are the format's.
+            source: where it is from, for errors.
+        """
+        return cls._of_jinja({"default": text}, tokenizer, source, source)
+
+    @classmethod
+    def _of_jinja(cls, texts: Mapping[str, str], tokenizer: Tokenizer, source: str, name: str | None) -> "Template":
         trusted = _special_tokens(tokenizer)
         jinja_process.start()
 

@@ -121,10 +121,10 @@ def say(text: str) -> None:
     note(f"llamajax: {' '.join(text.split())}")
 
 
-def chosen_dtype(values: flags.FlagValues) -> jax.typing.DTypeLike | None:
-    """What --dtype asks for; None for the dtype that the checkpoint is stored in."""
+def chosen_dtype(values: flags.FlagValues, backend: str | None = None) -> jax.typing.DTypeLike | None:
+    """What --dtype asks for on a backend, the one here unless given; None for what the checkpoint is stored in."""
     if values.dtype == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else None
+        return jnp.float32 if (backend or jax.default_backend()) == "cpu" else None
     return values.dtype
 
 
