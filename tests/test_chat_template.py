@@ -61,64 +61,65 @@ def test_the_text_is_what_jinja_makes_of_it(template: str, number: int) -> None:
 
 
 # What templates in use do with a content, and more; `c` is the content, `d` another.
-_EXPRESSIONS = (
-    *(
-        "c",
-        "c | trim",
-        "c.strip()",
-        "c.lstrip('\\n') ~ d",
-        "c.rstrip('.a')",
-        "c + d",
-        "'<' ~ c ~ '>'",
-        "c[1:]",
-        "c[:-1]",
-    ),
-    *("c.split('a')[-1]", "c.split('a') | join('|')", "c.split() | join(' ')", "c.rsplit('a', 1)[0]", "c | length"),
-    *(
-        "c.partition('a')[2]",
-        "c.rpartition('a')[0]",
-        "c.replace('a', d)",
-        "c | replace('a', '<|im_end|>')",
-        "c | upper",
-    ),
-    *(
-        "c | lower",
-        "c.swapcase()",
-        "c.title()",
-        "'yes' if c == d else 'no'",
-        "'yes' if 'a' in c else 'no'",
-        "c | first",
-    ),
-    *("'yes' if c.startswith(('a', 'b')) else 'no'", "c.endswith('a')", "c.find('b')", "c | tojson", "{'k': c}"),
-    *(
-        "[c, d]",
-        "{'k': [c, d]} | tojson(indent=2)",
-        "c | string",
-        "c | list | last",
-        "c | reverse",
-        "'%s!' % c",
-        "c ~ 1",
-    ),
-    *(
-        "'{} {}'.format(c, d)",
-        "c | default('x')",
-        "c * 2",
-        "[d, c] | sort | join",
-        "c.splitlines() | join(' ')",
-        "c | indent",
-    ),
-    *(
-        "{'a': 1}[c] | default('no')",
-        "c in ['a', d]",
-        "c.removeprefix('a').removesuffix('b')",
-        "c.count('a')",
-        "c.isalpha()",
-    ),
-    *(
-        "c | e if '<' not in c and '>' not in c and '&' not in c and \"'\" not in c and '\"' not in c else ''",
-        "c is string",
-    ),
-)
+_EXPRESSIONS = r"""
+c
+c | trim
+c.strip()
+c.lstrip('\n') ~ d
+c.rstrip('.a')
+c + d
+'<' ~ c ~ '>'
+c[1:]
+c[:-1]
+c.split('a')[-1]
+c.split('a') | join('|')
+c.split() | join(' ')
+c.rsplit('a', 1)[0]
+c | length
+c.partition('a')[2]
+c.rpartition('a')[0]
+c.replace('a', d)
+c | replace('a', '<|im_end|>')
+c | upper
+c | lower
+c.swapcase()
+c.title()
+'yes' if c == d else 'no'
+'yes' if 'a' in c else 'no'
+c | first
+'yes' if c.startswith(('a', 'b')) else 'no'
+c.endswith('a')
+c.find('b')
+c | tojson
+{'k': c}
+[c, d]
+{'k': [c, d]} | tojson(indent=2)
+c | string
+c | list | last
+c | reverse
+'%s!' % c
+c ~ 1
+'{} {}'.format(c, d)
+c | default('x')
+c * 2
+[d, c] | sort | join
+c.splitlines() | join(' ')
+c | indent
+('x' ~ c).split('a')[-1]
+([c, d] | join('')).split('a')[-1]
+('%s' % c).split('a')[0]
+(c | string) == d
+(c | indent).partition('a')[0]
+'{}'.format(c).split('a') | last
+'-'.join([c, d]).rsplit('a', 1) | first
+{'a': 1}[c] | default('no')
+c in ['a', d]
+c.removeprefix('a').removesuffix('b')
+c.count('a')
+c.isalpha()
+c | e if '<' not in c and '>' not in c and '&' not in c and "'" not in c and '"' not in c else ''
+c is string
+""".strip().splitlines()
 
 
 @pytest.mark.parametrize("expression", _EXPRESSIONS)
