@@ -206,6 +206,16 @@ def test_an_interrupted_answer_stays_as_far_as_it_came(model, tokenizer, monkeyp
     assert chat.send("a fox").content == fresh(model, tokenizer, chat.messages[:3], **GREEDY)
 
 
+def test_an_answer_interrupted_before_it_is_shown_is_empty(model, tokenizer, monkeypatch) -> None:
+    """The first token is there, and its text is still held back."""
+    chat = Chat(model, tokenizer, **GREEDY)
+    answer = chat.stream("Once upon a time")
+    monkeypatch.setattr(answer._stream, "_account", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        next(answer)
+    assert chat.messages == [ask("Once upon a time"), reply_to("")]
+
+
 def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
@@ -340,6 +350,16 @@ def test_the_second_turn_prefills_what_is_new(long_model, tokenizer) -> None:
     assert second.speed.prefill_tokens + second.speed.reused_tokens == len(more) - 1
     assert second.speed.reused_tokens >= len(ids) - 1 and second.speed.prefill_tokens < 80
     assert text == fresh(long_model, tokenizer, chat.messages[:-1], **GREEDY)
+
+
+def test_a_cache_grows_and_keeps_what_it_holds(long_model, tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr("llamajax.chat.chat.FIRST_SLOTS", 256)
+    chat = Chat(long_model, tokenizer, **GREEDY)
+    chat.send("Once upon a time")
+    answer = chat.stream("a fox " * 120)
+    text = "".join(piece.text for piece in answer)
+    assert chat.context_used > 256 and answer.speed.reused_tokens >= len(prompt(tokenizer, chat.messages[:1])) - 1
+    assert text == fresh(long_model, tokenizer, chat.messages[:-1], least_slots=512, **GREEDY)
 
 
 def test_thinking_that_leaves_the_history_is_not_kept(model, tokenizer) -> None:

@@ -80,19 +80,18 @@ class Answer:
     def _run(self) -> Generator[Piece, None, None]:
         before = list(self._messages)
         self._messages[:] = [*self._conversation, self.message]
-        replies: list[Reply] = []
+        replies = [Reply(self._form) for _ in self.completions]
         try:
             for texts in self._stream:
                 texts = texts if isinstance(texts, list) else [texts]
-                replies = replies or [Reply(self._form) for _ in texts]
                 for reply, text in zip(replies, texts, strict=True):
                     pieces = reply.add(text)
                     if len(replies) == 1:
                         self._keep(reply)
                         yield from pieces
-            yield from self._end(replies or [Reply(self._form)])
+            yield from self._end(replies)
         except GeneratorExit:
-            self._end(replies or [Reply(self._form)])
+            self._end(replies)
             raise
         except BaseException:
             if any(completion.tokens for completion in self.completions):

@@ -277,7 +277,7 @@ class Chat:
     @property
     def _thinks(self) -> bool:
         """Whether the model thinks by itself."""
-        return self._forms[self.think].thinking is not None and (self.think or self._switch is None)
+        return self.template.thinking is not None and (self.think or self._switch is None)
 
     def _variables(self, think: bool) -> dict[str, Any]:
         """What the template is told."""
