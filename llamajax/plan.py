@@ -164,7 +164,7 @@ def plan(
         LlamaJaxError: for an argument out of range, or a recipe that does not fit or depends on a text.
     """
     weights = plan_weights(model, recipe, dtype=dtype, activations=activations, backend=backend)
-    return weights.plan(context or default_context(weights.model.config), batch, cache_dtype)
+    return weights.plan(default_context(weights.model.config) if context is None else context, batch, cache_dtype)
 
 
 def plan_weights(

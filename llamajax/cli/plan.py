@@ -230,7 +230,7 @@ def _recipes(model: Any, made: Plan, room: int, options: dict[str, Any]) -> dict
 
 def _totals(model: Any, made: Plan, options: dict[str, Any]) -> Iterator[tuple[str, int]]:
     for name in recipe_names():
-        if any(rule.scheme is not None and rule.scheme.kind == "ternary" for rule in read_recipe(name).rules):
+        if any(rule.scheme == "ternary" for rule in read_recipe(name).rules):
             continue  # for models that were trained for it
         try:
             weights = plan_weights(model, name, **options)
