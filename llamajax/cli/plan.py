@@ -108,7 +108,7 @@ def run(values: flags.FlagValues) -> None:
     memory = _memory_here(backend) if given is None else given
     name = values.shape or values.model or "box"
     model: Any = _architecture(values) if values.shape else open_named(values, name)
-    options = {
+    options: dict[str, Any] = {
         "dtype": chosen_dtype(values, backend),
         "activations": chosen_activations(values),
         "backend": backend,
@@ -258,11 +258,8 @@ def _print(result: dict[str, Any]) -> None:
     if result["process"]:
         whole = readable_bytes(result["total"] + result["process"])
         table.add_row("and Python, JAX", whole, f"{readable_bytes(result['process'])} before anything is loaded")
-    stage = (
-        "while weights are read"
-        if result["most"] > result["total"] + result["compiling"]
-        else "the first start, which compiles"
-    )
+    reads = result["most"] > result["total"] + result["compiled"]
+    stage = "the first start, while it reads and compiles" if reads else "the first start, which has compiled"
     table.add_row("at its most", readable_bytes(result["most"] + result["process"]), stage)
     show(table)
     for line in _verdict(result):
