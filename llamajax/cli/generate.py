@@ -1,13 +1,15 @@
 """`llamajax generate`: text from a prompt."""
 
+import contextlib
 import dataclasses
+import math
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from absl import flags
 
-from llamajax.caches import CACHE_DTYPES
 from llamajax.cli.model_flags import (
     chosen_activations,
     chosen_dtype,
@@ -18,21 +20,37 @@ from llamajax.cli.model_flags import (
     define_threads,
     open_model,
     read_model,
+    say,
 )
-from llamajax.cli.sampling_flags import check_sampling, chosen_sampling, define_sampling
-from llamajax.cli.terminal import as_json, note, write
+from llamajax.cli.sampling_flags import (
+    check_sampling,
+    chosen_sampling,
+    define_kv_cache,
+    define_samples,
+    define_sampling,
+    define_speculate,
+)
+from llamajax.cli.standard_input import read_standard_input
+from llamajax.cli.terminal import as_json, note, spinner, write
+from llamajax.errors import LlamaJaxError
+from llamajax.files import read_text
+from llamajax.generation.choose import Choice, best_of, vote, with_steps
 from llamajax.generation.request import Completion
 from llamajax.generation.speculate import check_speculate
 from llamajax.generation.speed import Speed
 from llamajax.generation.stream import TextStream
+from llamajax.tokenizer import Tokenizer
 
 SUMMARY = "continue a prompt, or several at once"
 EXAMPLES = (
     "llamajax generate",
     "llamajax generate --prompt='Once upon a time' --temperature=0 --max_new_tokens=100",
     "llamajax generate --prompt='One day' --prompt='At night' --seed=7 --top_p=0.9 --stop='The end'",
+    "echo 'Q: What is 17 plus 25?' | llamajax generate --model=m.gguf --prompt_file=- --think --samples=8 --vote",
     "llamajax generate --model=stories15M.bin --tokenizer=tokenizer.model --json",
 )
+# Of --prompt_file: standard input.
+_STANDARD_INPUT = "-"
 
 
 def define(values: flags.FlagValues) -> None:
@@ -42,6 +60,13 @@ def define(values: flags.FlagValues) -> None:
     define_activations(values)
     define_threads(values)
     flags.DEFINE_multi_string("prompt", [""], "text to continue; repeat the flag for a batch", flag_values=values)
+    flags.DEFINE_string(
+        "prompt_file",
+        None,
+        "file with one text to continue, UTF-8, without the newline at its end; - is standard input, which is not "
+        "read otherwise",
+        flag_values=values,
+    )
     define_parse_special(values)
     flags.DEFINE_integer(
         "max_new_tokens",
@@ -50,26 +75,16 @@ def define(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     define_sampling(values)
+    define_samples(values)
     flags.DEFINE_multi_string("stop", [], "text at which to stop; repeat the flag for several", flag_values=values)
-    flags.DEFINE_enum(
-        "kv_cache",
-        "auto",
-        ["auto", *CACHE_DTYPES],
-        "what keys and values are kept in; auto is the dtype that the model computes in. int8 takes about half the "
-        "memory of 16-bit floats and hardly changes the text, int4 little more than a quarter and does. On a CPU "
-        "bfloat16 is slow, int8 is not",
-        flag_values=values,
-    )
-    flags.DEFINE_integer(
-        "speculate",
-        0,
-        "tokens that the text itself drafts for each forward pass to check, such as 4. The same text, sooner where it "
-        "repeats itself or its prompt",
-        flag_values=values,
-    )
+    define_kv_cache(values)
+    define_speculate(values)
     flags.DEFINE_boolean("echo", True, "print the prompt before its continuation", flag_values=values)
     flags.DEFINE_boolean(
-        "json", False, "print one JSON object a prompt, with ids and log probabilities", flag_values=values
+        "json",
+        False,
+        "print one JSON object a prompt, with ids and log probabilities; with all samples, and which was chosen",
+        flag_values=values,
     )
 
 
@@ -77,37 +92,83 @@ def run(values: flags.FlagValues) -> None:
     """Streams text to stdout and ends with the speed on stderr."""
     # Checked before the weights are read: a slip should not cost a minute.
     check_sampling(values)
+    check_speculate(values.speculate)
+    prompts = _prompts(values)
     opened, tokenizer = open_model(values)
     knobs = chosen_sampling(values, opened)
-    check_speculate(values.speculate)
+    if values.samples > 1 and knobs["temperature"] == 0:
+        raise LlamaJaxError("--samples: at temperature 0 all are the same: expected --temperature above 0, such as 0.7")
+    given = _given(values, tokenizer, prompts)
     dtype = chosen_dtype(values)
     options = {"backend": jax.default_backend(), "activations": chosen_activations(values)}
-    single = len(values.prompt) == 1
-    prompts: list[Any] = values.prompt
-    if values.parse_special:
-        prompts = [tokenizer.encode(prompt, eos=False, special=True) for prompt in values.prompt]
+    streamed = len(prompts) == values.samples == 1 and not values.json
     stream = TextStream(
         opened.outcome(dtype, **options),
         tokenizer,
-        prompts[0] if single else prompts,
+        given[0] if streamed else given,
         max_new_tokens=values.max_new_tokens,
         **knobs,
         seed=values.seed,
+        samples=None if streamed else values.samples,
         stop=values.stop,
         cache_dtype=None if values.kv_cache == "auto" else values.kv_cache,
         speculate=values.speculate,
-        smooth=single and not values.json,
+        smooth=streamed,
     )
     stream.compile_while(lambda: read_model(opened, dtype, **options))
-    if single and not values.json:
-        _write_stream(stream, values.prompt[0] if values.echo else "")
+    if streamed:
+        _write_stream(stream, prompts[0] if values.echo else "")
     else:
-        for _ in stream:
-            pass
-        for prompt, completion in zip(values.prompt, stream.completions, strict=True):
-            echo = prompt if values.echo else ""
-            write(_as_json(prompt, completion) if values.json else echo + completion.text + "\n")
+        with spinner(f"{len(stream.completions)} texts") if values.samples > 1 else contextlib.nullcontext():
+            for _ in stream:
+                pass
+        groups = list(_by_prompt(stream.completions, values.samples))
+        for prompt, samples in zip(prompts, groups, strict=True):
+            _write_samples(values, prompt, samples, alone=len(groups) == 1)
     note(describe_speed(stream.speed))
+
+
+def _prompts(values: flags.FlagValues) -> list[str]:
+    """What is to be continued.
+
+    Raises:
+        LlamaJaxError: for flags that contradict each other, or a file that cannot be read as text.
+    """
+    if values.vote and values.samples < 2:
+        raise LlamaJaxError("--vote: there is one sample: expected several to choose from, such as --samples=8")
+    prompts: list[str] = values.prompt
+    if (file := values.prompt_file) is not None:
+        if values["prompt"].present:
+            raise LlamaJaxError("--prompt and --prompt_file are both given: expected one of them")
+        text = read_standard_input("expected a prompt") if file == _STANDARD_INPUT else read_text(file)
+        prompts = [text.removesuffix("\n").removesuffix("\r")]
+    return [with_steps(prompt) for prompt in prompts] if values.think else prompts
+
+
+def _given(values: flags.FlagValues, tokenizer: Tokenizer, prompts: list[str]) -> list[Any]:
+    """The prompts as the request takes them: texts, or ids where control tokens are read in texts."""
+    if values.parse_special:
+        return [tokenizer.encode(prompt, eos=False, special=True) for prompt in prompts]
+    return prompts
+
+
+def _by_prompt(completions: list[Completion], samples: int) -> Iterator[list[Completion]]:
+    for first in range(0, len(completions), samples):
+        yield completions[first : first + samples]
+
+
+def _write_samples(values: flags.FlagValues, prompt: str, samples: list[Completion], alone: bool) -> None:
+    """Writes what there is for one prompt: its only text, or the one that is chosen, and on stderr why it is."""
+    choice = (vote if values.vote else best_of)(samples) if len(samples) > 1 else None
+    chosen = samples[choice.index if choice else 0]
+    if values.json:
+        write(_samples_as_json(prompt, samples, choice) if choice else _as_json(prompt, chosen))
+    else:
+        write((prompt if values.echo else "") + chosen.text, end="" if alone else "\n\n")
+        if alone:
+            _end_line()
+    if choice:
+        say(str(choice))
 
 
 def _write_stream(stream: TextStream, echo: str) -> None:
@@ -115,6 +176,10 @@ def _write_stream(stream: TextStream, echo: str) -> None:
     write(echo, end="")
     for piece in stream:
         write(piece, end="")
+    _end_line()
+
+
+def _end_line() -> None:
     if sys.stdout.isatty():
         write("")
     else:
@@ -123,6 +188,20 @@ def _write_stream(stream: TextStream, echo: str) -> None:
 
 def _as_json(prompt: str, completion: Completion) -> str:
     return as_json({"prompt": prompt, **dataclasses.asdict(completion)})
+
+
+def _samples_as_json(prompt: str, samples: list[Completion], choice: Choice) -> str:
+    """The samples, each with its score (null for one of no tokens) and answer, and which of them was chosen."""
+    rows = [
+        {
+            **dataclasses.asdict(sample),
+            "mean_log_probability": score if math.isfinite(score) else None,
+            **({"answer": choice.answers[i]} if choice.answers else {}),
+        }
+        for i, (sample, score) in enumerate(zip(samples, choice.scores, strict=True))
+    ]
+    votes = {"votes": dict(choice.votes)} if choice.answers else {}
+    return as_json({"prompt": prompt, "chosen": choice.index, **votes, "samples": rows})
 
 
 def describe_speed(speed: Speed) -> str:

@@ -7,6 +7,7 @@ from absl import flags
 from llamajax.caches import CACHE_DTYPES
 from llamajax.checkpoint import Opened
 from llamajax.cli.model_flags import say
+from llamajax.generation.choose import STEP_BY_STEP
 from llamajax.generation.sampling import make_sampler
 
 _KNOBS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -60,16 +61,26 @@ def define_speculate(values: flags.FlagValues) -> None:
 
 def define_samples(values: flags.FlagValues) -> None:
     """--think, --samples and --vote."""
-    flags.DEFINE_boolean("think", False, "let the model think step by step before it answers", flag_values=values)
+    flags.DEFINE_boolean(
+        "think",
+        False,
+        f"let the model answer step by step: by its own thinking if its chat template has any, else by asking: "
+        f"{STEP_BY_STEP}",
+        flag_values=values,
+    )
     flags.DEFINE_integer(
         "samples",
         1,
-        "answers to make at once, of which the likeliest is taken: the best mean log probability of its tokens",
+        "texts to make at once, of which the likeliest is taken: that of the best mean log probability a token",
         lower_bound=1,
         flag_values=values,
     )
     flags.DEFINE_boolean(
-        "vote", False, "of several samples take one with the result that most of them have", flag_values=values
+        "vote",
+        False,
+        "of several samples take one that comes to the answer most of them come to: what is boxed, what 'the answer "
+        "is' names, or the last number",
+        flag_values=values,
     )
 
 

@@ -1,13 +1,12 @@
 """`llamajax tokenize`: the ids of a text and what each is called, or the text of ids."""
 
-import sys
-
 from absl import flags
 
 from llamajax.cli.model_flags import define_model, define_parse_special, open_model
+from llamajax.cli.standard_input import read_standard_input
 from llamajax.cli.terminal import as_json, printable, write
 from llamajax.errors import LlamaJaxError
-from llamajax.files import LARGEST_TEXT, shortened
+from llamajax.files import shortened
 from llamajax.tokenizer import Tokenizer
 
 SUMMARY = "show the ids and pieces of a text, or the text of ids"
@@ -42,7 +41,7 @@ def run(values: flags.FlagValues) -> None:
     """
     tokenizer = _tokenizer(values)
     if values.ids is None:
-        text = _input() if values.text is None else values.text
+        text = read_standard_input("tokenize it in parts") if values.text is None else values.text
         ids = tokenizer.encode(text, bos=values.bos, special=values.parse_special)
     elif values.text is not None:
         raise LlamaJaxError("--ids and a text are given: expected one of them")
@@ -70,14 +69,3 @@ def _number(word: str) -> int:
     if not word.strip().isdecimal() or len(word) > 12:
         raise LlamaJaxError(f"--ids has {shortened(word)}: expected whole numbers with commas between")
     return int(word)
-
-
-def _input() -> str:
-    """What standard input holds."""
-    data = sys.stdin.buffer.read(LARGEST_TEXT + 1) if sys.stdin is not None else b""
-    if len(data) > LARGEST_TEXT:
-        raise LlamaJaxError(f"standard input: more than {LARGEST_TEXT} bytes: tokenize it in parts")
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise LlamaJaxError(f"standard input: not UTF-8 text ({error.reason} at byte {error.start})") from None

@@ -25,7 +25,7 @@ from llamajax.generation import programs
 from llamajax.generation.compilation import Compilations, CompiledFunction
 from llamajax.generation.programs import DECODE_BLOCK, Asked, EngineState, Made, plan_chunks
 from llamajax.generation.request import row_keys, row_seeds
-from llamajax.generation.sampling import Sampler, make_sampler
+from llamajax.generation.sampling import NEUTRAL, Sampler, make_sampler
 from llamajax.generation.speculate import check_speculate
 from llamajax.meshes import auto_mesh, with_auto_axes
 from llamajax.model import Llama
@@ -196,7 +196,7 @@ class Engine:
         """What `insert` gives to `extend`, chunk by chunk; arguments and errors as there."""
         self._check_rows(rows)
         for row, text in zip(rows, texts, strict=True):
-            if not 1 <= len(text) <= self.slots:
+            if not 1 <= len(text) <= self.slots + 1:
                 raise LlamaJaxError(f"{len(text)} tokens for row {row}: expected from 1 to {self.slots}, its slots")
         keeps = self._keeps(state, rows, texts, keep)
         longest = max(len(text) - 1 - kept for text, kept in zip(texts, keeps, strict=True))
@@ -347,12 +347,12 @@ def full_sampler(knobs: Sequence[Knobs]) -> Sampler:
     Raises:
         LlamaJaxError: for a value out of its range.
     """
-    values: dict[str, Any] = {"temperature": [each.temperature for each in knobs]}
-    for name, off in {"top_k": 1 << 30, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}.items():
-        values[name] = [off if (value := getattr(each, name)) is None else value for each in knobs]
+    values: dict[str, Any] = {
+        name: [off.item() if (value := getattr(each, name)) is None else value for each in knobs]
+        for name, off in NEUTRAL.items()
+    }
     make_sampler(**values)
-    arrays = {name: np.asarray(each, np.int32 if name == "top_k" else np.float32) for name, each in values.items()}
-    return Sampler(**jax.device_put(arrays))
+    return Sampler(**jax.device_put({name: np.asarray(each, NEUTRAL[name].dtype) for name, each in values.items()}))
 
 
 def _each(row: Any, tokens: Any, knobs: Any, keep: Any) -> tuple[list[int], list[list[int]], list[Knobs], list[int]]:

@@ -264,7 +264,7 @@ def _choose(
     sampler = jax.tree.map(lambda knob_B: jnp.repeat(knob_B, T), state.asked.sampler)
     key_R = jax.vmap(jax.random.fold_in)(jnp.repeat(state.asked.key_B, T), position_BT.reshape(-1))
     seen_RV = jax.lax.cond(
-        jnp.any(sampler.repetition_penalty != 1),
+        sampler.penalizes,
         lambda: _seen(state, draft_BK, logits_RV.shape[1]).reshape(logits_RV.shape),
         lambda: jnp.zeros(logits_RV.shape, bool),
     )

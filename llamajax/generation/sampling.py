@@ -60,31 +60,12 @@ class Sampler:
     min_p: jax.Array | None = None
     repetition_penalty: jax.Array | None = None
 
-    @classmethod
-    def neutral(cls, rows: int) -> "Sampler":
-        """Every knob an array [rows] that is off: rows whose knobs may be set later, without another program."""
-        return cls().each(rows)
-
-    def each(self, rows: int) -> "Sampler":
-        """These knobs as arrays [rows]; those that are None are off."""
-        return Sampler(**{name: jnp.broadcast_to(knob, (rows,)) for name, knob in self._values().items()})
-
-    def at_rows(self, row: jax.typing.ArrayLike, knobs: "Sampler") -> "Sampler":
-        """With other knobs in some rows, under `jax.jit` too.
-
-        Args:
-            row: which: one number, or several.
-            knobs: for each knob one value, or one for each of these rows; None is off.
-        """
-        return Sampler(**{name: getattr(self, name).at[row].set(knob) for name, knob in knobs._values().items()})
-
-    def repeat(self, times: int) -> "Sampler":
-        """Each row's knobs so many times in a row: for logits of several positions a row, [B * times, V]."""
-        return jax.tree.map(lambda knob: jnp.repeat(knob, times) if knob.ndim else knob, self)
-
-    def _values(self) -> dict[str, jax.typing.ArrayLike]:
-        """Each knob's value, for "off" where it is None."""
-        return {name: NEUTRAL[name] if knob is None else knob for name, knob in vars(self).items()}
+    @property
+    def penalizes(self) -> jax.Array:
+        """Whether a row is penalized, bool: what `sample` takes as seen matters only then."""
+        if self.repetition_penalty is None:
+            return jnp.asarray(False)
+        return jnp.any(self.repetition_penalty != NEUTRAL["repetition_penalty"])
 
 
 def make_sampler(
@@ -152,28 +133,6 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def seen_tokens(history_BS: jax.Array, count_B: jax.Array, vocab_size: int, sampler: Sampler) -> jax.Array | None:
-    """The tokens that each row holds, bool [B, V], for `sample`; looked up only if a row is penalized for them.
-
-    Args:
-        history_BS: int32, tokens at their positions.
-        count_B: int32, how many of them each row holds.
-        vocab_size: V.
-        sampler: None without a repetition penalty, and nothing seen where every row's is neutral.
-    """
-    if sampler.repetition_penalty is None:
-        return None
-    B, S = history_BS.shape
-
-    def look() -> jax.Array:
-        # Behind the last token nothing is marked: these ids are outside of the vocabulary.
-        token_BS = jnp.where(jnp.arange(S, dtype=jnp.int32) < count_B[:, None], history_BS, vocab_size)
-        row_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
-        return jnp.zeros((B, vocab_size), bool).at[row_B1, token_BS].set(True, mode="drop")
-
-    return jax.lax.cond(_penalizes(sampler), look, lambda: jnp.zeros((B, vocab_size), bool))
-
-
 def sample(
     logits_BV: jax.Array, key_B: jax.Array, sampler: Sampler, seen_BV: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
@@ -191,7 +150,7 @@ def sample(
     """
     if sampler.repetition_penalty is not None:
         token_B = jax.lax.cond(
-            _penalizes(sampler),
+            sampler.penalizes,
             lambda: _likeliest(_penalized(logits_BV, sampler, seen_BV)),
             lambda: _likeliest(logits_BV),
         )
@@ -227,11 +186,6 @@ def filter_logits(logits_BV: jax.Array, sampler: Sampler, seen_BV: jax.Array | N
 
 def _is_greedy(temperature: jax.Array) -> jax.Array:
     return temperature < _LOWEST_TEMPERATURE
-
-
-def _penalizes(sampler: Sampler) -> jax.Array:
-    """Whether any row is penalized."""
-    return jnp.any(sampler.repetition_penalty != NEUTRAL["repetition_penalty"])
 
 
 def _column(knob: jax.Array, logits_BV: jax.Array) -> jax.Array:

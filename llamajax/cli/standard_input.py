@@ -1,0 +1,24 @@
+"""Text that a command is given on standard input."""
+
+import sys
+
+from llamajax.errors import LlamaJaxError
+from llamajax.files import LARGEST_TEXT
+
+
+def read_standard_input(remedy: str) -> str:
+    """All of standard input; nothing where there is none.
+
+    Args:
+        remedy: what to do with more than is read.
+
+    Raises:
+        LlamaJaxError: for more than `LARGEST_TEXT` bytes, or others than UTF-8.
+    """
+    data = sys.stdin.buffer.read(LARGEST_TEXT + 1) if sys.stdin is not None and not sys.stdin.closed else b""
+    if len(data) > LARGEST_TEXT:
+        raise LlamaJaxError(f"standard input: more than {LARGEST_TEXT} bytes: {remedy}")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise LlamaJaxError(f"standard input: not UTF-8 text ({error.reason} at byte {error.start})") from None
