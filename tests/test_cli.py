@@ -1,6 +1,7 @@
 """The command line as its users meet it: outputs, exit codes, one-line errors, help."""
 
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -82,8 +83,66 @@ def test_speculation_prints_the_same_text_and_what_a_step_made(capsys) -> None:
     decode = next(line for line in err.splitlines() if line.startswith("decode"))
     assert decode.endswith(" tokens a step") and 1 <= float(decode.split()[-4]) <= 5
     assert "a step" not in without
-    for knobs in (["--temperature=0.8"], ["--repetition_penalty=1.2"], ["--speculate=-1"]):
-        assert_one_line_error(*run(capsys, *argv, "--speculate=4", *knobs), 1, "speculate is", "expected")
+    assert_one_line_error(*run(capsys, *argv, "--speculate=-1"), 1, "speculate is", "expected")
+    warm = ["--temperature=0.8", "--repetition_penalty=1.2", "--seed=5"]
+    assert run(capsys, *argv, *warm, "--speculate=4")[1] == run(capsys, *argv, *warm)[1] != plain
+
+
+def test_samples_of_one_prompt_and_the_choice_among_them(capsys) -> None:
+    """All stand in the JSON, the first as without the flag; the text is the one of the best mean."""
+    argv = ["generate", "--prompt=One day", "--max_new_tokens=8", "--seed=3"]
+    code, out, err = run(capsys, *argv, "--samples=3", "--json")
+    made = json.loads(out)
+    scores = [np.mean(sample["log_probabilities"]) for sample in made["samples"]]
+    assert code == 0 and made["prompt"] == "One day" and len({sample["text"] for sample in made["samples"]}) == 3
+    np.testing.assert_allclose([sample["mean_log_probability"] for sample in made["samples"]], scores)
+    assert made["chosen"] == np.argmax(scores) and "votes" not in made and "answer" not in made["samples"][0]
+    assert err.startswith(
+        f"llamajax: sample {made['chosen'] + 1} of 3 is the likeliest, {max(scores):.3f} nats a token"
+    )
+    text = run(capsys, *argv, "--samples=3")[1]
+    assert text == "One day" + made["samples"][made["chosen"]]["text"]
+    assert run(capsys, *argv)[1] == "One day" + made["samples"][0]["text"]
+
+
+def test_a_vote_of_several_prompts(capsys) -> None:
+    """Each prompt's samples vote by themselves; a prompt that ends in an answer's beginning gives numbers or words."""
+    argv = ["generate", "--prompt=One day", "--prompt=At night the", "--max_new_tokens=8", "--json", "--samples=3"]
+    code, out, err = run(capsys, *argv, "--vote")
+    made = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [each["prompt"] for each in made] == ["One day", "At night the"]
+    for each in made:
+        answers = [sample["answer"] for sample in each["samples"]]
+        assert sum(each["votes"].values()) == sum(answer is not None for answer in answers)
+    assert err.count("likeliest") == 2
+
+
+def test_a_prompt_from_a_file_and_from_standard_input(tmp_path: Path, capsys, monkeypatch) -> None:
+    """Without the newline that editors and echo put at its end."""
+    argv = ["generate", "--max_new_tokens=8", "--seed=3"]
+    expected = run(capsys, *argv, "--prompt=One day\nTom")[1]
+    (tmp_path / "prompt.txt").write_bytes(b"One day\nTom\r\n")
+    assert run(capsys, *argv, f"--prompt_file={tmp_path}/prompt.txt")[1] == expected
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"One day\nTom\n")))
+    assert run(capsys, *argv, "--prompt_file=-")[1] == expected
+    asked = run(capsys, *argv, f"--prompt_file={tmp_path}/prompt.txt", "--think")[1]
+    assert asked.startswith("One day\nTom\n\nLet's think step by step.")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--vote"], "--vote: there is one sample: expected several to choose from, such as --samples=8"),
+        (["--samples=2", "--temperature=0"], "--samples: at temperature 0 all are the same: expected --temperature"),
+        (["--prompt=a", "--prompt_file=b"], "--prompt and --prompt_file are both given: expected one of them"),
+        (["--prompt_file=absent.txt"], "absent.txt"),
+        (["--prompt_file=/dev/zero"], "/dev/zero"),
+        (["--prompt_file=-"], "standard input: not UTF-8 text (invalid start byte at byte 1)"),
+    ],
+)
+def test_samples_and_prompts_that_cannot_be(argv, message, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff")))
+    assert_one_line_error(*run(capsys, "generate", *argv), 1, message)
 
 
 def test_inspect_agrees_with_the_files(capsys) -> None:

@@ -1,6 +1,7 @@
 """Bundles of models that chat: the manifest's strings, golden conversations, and answers by runners without Jinja."""
 
 import dataclasses
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import export.bundle
 import export.verification
 import llamajax
 from export.bundle import Bundle, open_bundle, seal, write
@@ -21,11 +23,13 @@ from llamajax import Message, Template, Tokenizer
 from llamajax.cli import main
 from llamajax.errors import LlamaJaxError
 from llamajax.words import AddedToken
+from tests import conversations
 from tests.chat_tokenizers import tokenizer_with
 from tests.isolated import run_isolated
 from tests.test_role_strings import GEMMA, LLAMA2, MISTRAL, R1, SMOLLM2
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+TOGETHER = "expected --ids without --chat and --stop, --chat without --parse_special, --system with --chat"
 LINES = ("What is <|im_end|> the capital?", "And of\tItaly?", "Once upon a time")
 
 
@@ -150,8 +154,10 @@ def test_the_command_passes_everything_on(bundle: Bundle, capfd, monkeypatch) ->
     ("arguments", "message"),
     [
         (("--chat",), "no chat in this bundle"),
-        (("--chat", "--ids=1"), "--chat and --stop are for text: expected a prompt instead of --ids"),
-        (("--stop=a", "--ids=1"), "--chat and --stop are for text: expected a prompt instead of --ids"),
+        (("--chat", "--ids=1"), TOGETHER),
+        (("--stop=a", "--ids=1"), TOGETHER),
+        (("--chat", "--parse_special"), TOGETHER),
+        (("--system=x",), TOGETHER),
         (("--top_p=0",), "expected --top_k of 0 or more, --top_p above 0 and at most 1, --stop of a character or more"),
         (("--stop=",), "expected --top_k of 0 or more, --top_p above 0 and at most 1, --stop of a character or more"),
     ],
@@ -241,7 +247,7 @@ def test_a_format_without_a_place_for_a_system_message(tiny_tokenizer: Tokenizer
     ("template", "refusal"),
     [
         (None, "x.gguf: it carries no chat template"),
-        (SMOLLM2 + "{{ strftime_now('%d') }}", "its chat template says the day's date"),
+        (SMOLLM2 + "{{ strftime_now('%d') }}", "its chat template says the day's date: a built-in format may be named"),
         (SMOLLM2 + "{{ messages|length }}", "its chat template is not of the usual form: what stands around a message"),
     ],
 )
@@ -250,3 +256,38 @@ def test_why_a_bundle_has_no_chat_is_said(template: str | None, refusal: str) ->
     made = chat(tokenizer)
     assert (made.section, made.golden) == (None, []) and made.refusal.startswith(refusal)
     assert chat_of(None, None, None, "x.gguf").refusal == "it has no tokenizer"
+
+
+def test_write_says_why_there_is_no_chat(tiny_int4: llamajax.Llama, tmp_path: Path, monkeypatch) -> None:
+    def enough(*_) -> None:
+        raise LlamaJaxError("enough")
+
+    notes: list[str] = []
+    monkeypatch.setattr(export.bundle, "lower", enough)
+    with pytest.raises(LlamaJaxError, match="enough"):
+        write(
+            tiny_int4,
+            tokenizer_with(None),
+            tmp_path / "x",
+            Spec(slots=96, buckets=(16,)),
+            source="x.gguf",
+            on_note=notes.append,
+        )
+    assert len(notes) == 1 and notes[0].startswith("no --chat in this bundle: x.gguf: it carries no chat template")
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("name", ["llama3", "llama3_1", "qwen3", "deepseek_r1_distill", "gemma3", "phi3", "llama3_2"])
+def test_published_templates(name: str) -> None:
+    """Copies in the package trl; what their ids are with transformers is tested with the templates."""
+    found = importlib.util.find_spec("trl")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("no published templates: pip install --no-deps trl")
+    template = (Path(found.submodule_search_locations[0]) / "chat_templates" / f"{name}.jinja").read_text()
+    made = chat(conversations.tokenizer_with(template))
+    if name == "llama3_2":
+        assert made.refusal.startswith("its chat template says the day's date")
+        return
+    assert made.section is not None, made.refusal
+    assert made.section["system"] is not None and len(made.golden) == 12
+    assert made.section["thinking_end"] == ("</think>" if name in ("qwen3", "deepseek_r1_distill") else None)

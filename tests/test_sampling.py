@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamajax import LlamaJaxError, make_sampler, sample
-from llamajax.generation.sampling import filter_logits
+from llamajax import LlamaJaxError, Sampler, make_sampler, sample
+from llamajax.generation.noise import gumbel_noise
+from llamajax.generation.sampling import NEUTRAL, filter_logits
 
 V = 16
 OFF = {"temperature": 1.0, "top_k": V, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -129,6 +130,55 @@ def test_top_p_keeps_the_fewest_of_equally_likely_tokens():
     assert np.flatnonzero(flat[0] > -1e29).tolist() == list(range(256))
 
 
+def _sorted_filter(logits: np.ndarray, knobs: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Which tokens of a row are kept, by a stable sort in float64; and which are too close to top-p's end to tell."""
+    x = logits.astype(np.float64)
+    order = np.argsort(-x, kind="stable")
+    ranked = x[order]
+    left = ranked >= ranked[min(knobs["top_k"], len(x)) - 1]
+    power = np.where(left, np.exp(ranked - ranked[0]), 0)
+    before = (np.cumsum(power) - power) / power.sum()
+    end = knobs["top_p"] if knobs["top_p"] < 1 else 2
+    kept, unsure = np.zeros(len(x), bool), np.zeros(len(x), bool)
+    kept[order] = left & (before < end) & (np.exp(ranked - ranked[0]) >= knobs["min_p"])
+    unsure[order] = abs(before - end) < 1e-5
+    return kept, unsure
+
+
+def test_a_large_vocabulary_with_ties_against_a_sort():
+    """Logits in steps of 1/8, so that thousands are equal; some minus infinity; one row all equal, one of zeros."""
+    size, rng = 50_000, np.random.default_rng(0)
+    logits = np.round(rng.standard_normal((12, size)) * 24).astype(np.float32) / 8
+    logits[1, rng.random(size) < 0.7] = -np.inf
+    logits[2] = -7.25
+    logits[3] = np.where(rng.random(size) < 0.5, 0.0, -0.0)
+    logits[4] = np.where(np.arange(size) == 7, 1e30, -1e20)
+    logits[5] *= 1e-41  # which are not normal, so that XLA may take them for zeros
+    logits[6, 3:] = -np.inf
+    top_k = [40, 1 << 30, 1000, 1, 2, 1 << 30, 10, 49_999, 1 << 30, 50_000, 3, 1 << 30]
+    top_p = [0.9, 0.95, 1.0, 0.5, 1.0, 0.25, 1.0, 0.999, 0.01, 1.0, 0.4, 0.7]
+    min_p = [0, 0, 0, 0, 0, 0, 0, 0.01, 0, 0.05, 0, 0]
+    filtered = np.asarray(_filter(logits, make_sampler(top_k=top_k, top_p=top_p, min_p=min_p)))
+    for i in range(12):
+        knobs = {"top_k": top_k[i], "top_p": top_p[i], "min_p": min_p[i]}
+        x = logits[i] if i != 5 else np.zeros(size, np.float32)
+        kept, unsure = _sorted_filter(x, knobs)
+        actual = filtered[i] > -1e29
+        # A token of minus infinity may be kept: it cannot be drawn.
+        possible = np.isfinite(x) & ~unsure
+        np.testing.assert_array_equal(actual[possible], kept[possible], err_msg=str(i))
+        assert unsure.sum() < 500 and np.array_equal(filtered[i][actual], x[actual])
+
+
+def test_of_tied_tokens_the_first_are_kept_to_the_last_one():
+    """Of 50,000 equal ones exactly the share that top-p asks for, counted from the lowest id; all of them by top-k."""
+    logits = np.full((12, 50_000), 3.5, np.float32)
+    fewest = [1, 2, 3, 127, 128, 129, 25_000, 32_768, 49_151, 49_152, 49_999, 50_000]
+    top_p = [(count - 0.5) / 50_000 for count in fewest]
+    filtered = np.asarray(_filter(logits, make_sampler(top_k=[9] * 12, top_p=top_p, min_p=[0.5] * 12)))
+    assert [np.flatnonzero(row > -1e29).tolist() for row in filtered] == [list(range(count)) for count in fewest]
+
+
 # ---- What is drawn --------------------------------------------------------------------------------------------------
 
 
@@ -229,6 +279,64 @@ def test_draws_follow_the_filtered_softmax(knobs):
     # The log-probability is the model's own, before any knob.
     expected = logits - np.log(np.sum(np.exp(logits.astype(np.float64))))
     np.testing.assert_allclose(log_probability, expected[np.asarray(token)], atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_noise_is_that_of_jax_random_gumbel(impl):
+    """Bit for bit, whoever computes it."""
+    key = jax.random.split(jax.random.key(5, impl=impl), 3)
+    for size in (1, 1000):
+        expected = jax.jit(jax.vmap(lambda one, size=size: jax.random.gumbel(one, (size,), jnp.float32)))(key)
+        np.testing.assert_array_equal(jax.jit(gumbel_noise, static_argnums=1)(key, size), expected)
+
+
+MIXED = {
+    "temperature": [0, 0.8, 0, 1.0, 0, 1.3],
+    "top_k": [1 << 30, 1 << 30, 3, 5, 1 << 30, 1 << 30],
+    "top_p": [1.0, 0.9, 0.5, 1.0, 1.0, 1.0],
+    "min_p": [0.0, 0.0, 0.0, 0.1, 0.0, 0.0],
+    "repetition_penalty": [1.0, 1.0, 1.0, 1.0, 1.5, 1.2],
+}
+
+
+def test_a_row_beside_rows_of_other_knobs_gives_exactly_what_it_gives_alone():
+    """Greedy and sampled rows with every knob, off where its value is neutral; alone a knob that is off is None."""
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((6, V)).astype(np.float32)
+    seen, key = rng.random((6, V)) < 0.5, jax.random.split(jax.random.key(1), 6)
+    token, log_probability = _sample(logits, key, make_sampler(**MIXED), seen)
+    for i in range(6):
+        row = slice(i, i + 1)
+        samplers = [Sampler(**{name: jnp.asarray([values[i]], NEUTRAL[name].dtype) for name, values in MIXED.items()})]
+        if i < 2:
+            knobs = {name: None if values[i] == NEUTRAL[name] else values[i] for name, values in MIXED.items()}
+            samplers.append(make_sampler(**knobs | {"temperature": MIXED["temperature"][i]}))
+        for sampler in samplers:
+            alone = _sample(logits[row], key[row], sampler, seen[row])
+            assert (alone[0][0], alone[1][0]) == (token[i], log_probability[i])
+
+
+def test_what_no_row_uses_is_not_executed():
+    """Noise, powers of logits, thresholds and penalties stand in branches: outside of them are two passes over logits.
+
+    Loops, shifts and divisions are what only these are made of.
+    """
+
+    def outside(jaxpr) -> set[str]:
+        names = {equation.primitive.name for equation in jaxpr.eqns if equation.primitive.name != "cond"}
+        for equation in jaxpr.eqns:
+            if equation.primitive.name in ("jit", "pjit", "closed_call"):
+                names |= outside(equation.params["jaxpr"].jaxpr)
+        return names
+
+    traced = jax.make_jaxpr(sample)(
+        jnp.zeros((6, V)), jax.random.split(jax.random.key(0), 6), make_sampler(**MIXED), jnp.zeros((6, V), bool)
+    )
+    costly = {"while", "scan", "shift_right_logical", "div", "sort", "cumsum", "random_bits"}
+    assert "cond" in {equation.primitive.name for equation in traced.jaxpr.eqns}
+    assert not costly & outside(traced.jaxpr)
+    text = str(traced)
+    assert all(name in text for name in ("while", "shift_right_logical", "div")) and "sort[" not in text
 
 
 def test_a_row_depends_on_its_own_logits_and_key_only():

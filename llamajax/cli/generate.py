@@ -122,8 +122,9 @@ def run(values: flags.FlagValues) -> None:
         with spinner(f"{len(stream.completions)} texts") if values.samples > 1 else contextlib.nullcontext():
             for _ in stream:
                 pass
-        for prompt, samples in zip(prompts, _by_prompt(stream.completions, values.samples), strict=True):
-            _write_samples(values, prompt, samples)
+        groups = list(_by_prompt(stream.completions, values.samples))
+        for prompt, samples in zip(prompts, groups, strict=True):
+            _write_samples(values, prompt, samples, alone=len(groups) == 1)
     note(describe_speed(stream.speed))
 
 
@@ -156,18 +157,18 @@ def _by_prompt(completions: list[Completion], samples: int) -> Iterator[list[Com
         yield completions[first : first + samples]
 
 
-def _write_samples(values: flags.FlagValues, prompt: str, samples: list[Completion]) -> None:
+def _write_samples(values: flags.FlagValues, prompt: str, samples: list[Completion], alone: bool) -> None:
     """Writes what there is for one prompt: its only text, or the one that is chosen, and on stderr why it is."""
-    if len(samples) == 1:
-        (completion,) = samples
-        write(_as_json(prompt, completion) if values.json else (prompt if values.echo else "") + completion.text + "\n")
-        return
-    choice = (vote if values.vote else best_of)(samples)
+    choice = (vote if values.vote else best_of)(samples) if len(samples) > 1 else None
+    chosen = samples[choice.index if choice else 0]
     if values.json:
-        write(_samples_as_json(prompt, samples, choice))
+        write(_samples_as_json(prompt, samples, choice) if choice else _as_json(prompt, chosen))
     else:
-        write((prompt if values.echo else "") + samples[choice.index].text + "\n")
-    say(str(choice))
+        write((prompt if values.echo else "") + chosen.text, end="" if alone else "\n\n")
+        if alone:
+            _end_line()
+    if choice:
+        say(str(choice))
 
 
 def _write_stream(stream: TextStream, echo: str) -> None:
@@ -175,6 +176,10 @@ def _write_stream(stream: TextStream, echo: str) -> None:
     write(echo, end="")
     for piece in stream:
         write(piece, end="")
+    _end_line()
+
+
+def _end_line() -> None:
     if sys.stdout.isatty():
         write("")
     else:

@@ -38,7 +38,8 @@ def nucleus(logits_BV: jax.Array, top_p_B: jax.Array, least_B: jax.Array) -> tup
     tied_BV = logits_BV == least_B1
     tied_B = jnp.sum(tied_BV, axis=-1, dtype=jnp.int32)
     each_B = jnp.maximum(jnp.exp(least_B - most_B1[:, 0]), jnp.finfo(jnp.float32).tiny)
-    wanted_B = jnp.ceil(jnp.clip((target_B - above_B) / each_B, 1, tied_B.astype(jnp.float32))).astype(jnp.int32)
+    missing_B = jnp.clip((target_B - above_B) / each_B, 1, tied_B.astype(jnp.float32))
+    wanted_B = -jnp.floor(-missing_B).astype(jnp.int32)  # rounded up
     everything = jnp.full(B, V, jnp.int32)
     last_B = jax.lax.cond(
         jnp.any(wanted_B < tied_B),
