@@ -56,4 +56,5 @@ $(VENV)/test $(VENV)/lint: $(VENV)/%: $(VENV)/ready
 
 $(VENV)/extras: $(VENV)/ready
 	$(PIP) --editable '.[test,parity,iree,onnx]'
+	$(PIP) --no-deps trl==1.16.0  # for its copies of published chat templates: files, which need nothing else of it
 	@touch $@

@@ -18,6 +18,7 @@ from llamajax import LlamaJaxError, Message, Template, Tokenizer, files, role_st
 _GOLDEN = 12
 _MOST_TOKENS = 16
 _SPECIAL = 1  # the bit of a special token, as in runners/text.py
+_INSTEAD = ": a built-in format may be named instead (--template)"
 _STRINGS = ("begin", "system", "behind_system", "answer", "next", "reply")
 
 
@@ -58,11 +59,11 @@ def chat_of(tokenizer: Tokenizer | None, vocabulary: Vocabulary | None, name: st
         if name is not None:
             raise
         return Chat(None, [], str(error))
-    if any("strftime_now" in text for text in _jinja(tokenizer, name)):
-        return Chat(None, [], "its chat template says the day's date")
+    if "strftime_now" in tokenizer.words.chat_templates.get(name or "default", ""):
+        return Chat(None, [], f"its chat template says the day's date{_INSTEAD}")
     strings, refusal = role_strings.role_strings(lambda messages, reply: template.parts(messages, reply=reply))
     if strings is None:
-        return Chat(None, [], f"its chat template is not of the usual form: {refusal}")
+        return Chat(None, [], f"its chat template is not of the usual form: {refusal}{_INSTEAD}")
     runner = text_of(vocabulary.values)
     try:
         section = _section(strings, template, tokenizer, runner)
@@ -70,12 +71,6 @@ def chat_of(tokenizer: Tokenizer | None, vocabulary: Vocabulary | None, name: st
     except LlamaJaxError as error:
         return Chat(None, [], str(error))
     return Chat(section, golden, "")
-
-
-def _jinja(tokenizer: Tokenizer, name: str | None) -> Sequence[str]:
-    """The checkpoint's templates of a name, or all of them."""
-    own = tokenizer.words.chat_templates
-    return [text for key, text in own.items() if name in (None, key)]
 
 
 def _section(
@@ -91,9 +86,11 @@ def _section(
         string = getattr(strings, key)
         made[key] = None if string is None else _pieces(string, written, runner)
     begun = template.encode(tokenizer, [Message("user", "Hi")])[:1]
-    if begun == [tokenizer.bos_id] and made["begin"][:1] != begun:  # a built-in format leaves it to the tokenizer
-        made |= {key: begun + made[key] for key in ("begin", "system") if made[key] is not None}
+    is_added = (
+        begun == [tokenizer.bos_id] and made["begin"][:1] != begun
+    )  # a built-in format leaves it to the tokenizer
     return {
+        "bos": begun if is_added else [],
         **made,
         "trims_answers": strings.trims_answers,
         "thinking_end": strings.thinking_end,

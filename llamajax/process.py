@@ -41,6 +41,7 @@ _taken: list[signal.Signals] = []
 _to_watcher: int | None = None
 _working = False
 _instead: Callable[[], None] | None = None
+_lent_to: Callable[[], None] | None = None
 _received: int | None = None
 _handled = False
 _ending = threading.Lock()
@@ -120,16 +121,26 @@ def interrupt_calls(function: Callable[[], None] | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lend_signals() -> Iterator[None]:
+def lend_signals(end: Callable[[], None]) -> Iterator[None]:
     """Inside, a library may take signals for itself, as asyncio does, and leave none behind; then they come here again.
 
-    Those that it does not take raise KeyboardInterrupt as before.
+    Args:
+        end: asked, in the main thread, to leave the block soon because a signal came that the library did not take. An
+            exception would be raised within the library, at any place. A second such signal ends the process.
+
+    Raises:
+        KeyboardInterrupt: behind the block, for that signal.
     """
+    global _lent_to
+    _lent_to = end
     try:
         yield
     finally:
+        _lent_to = None
         if _begun:
             _take()
+    if _received is not None:
+        raise KeyboardInterrupt
 
 
 def _take() -> None:
@@ -162,10 +173,12 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGINT and _instead is not None:
         _instead()
         return
-    _received, _handled = _received or number, True
-    if not _working:
+    again, _received, _handled = _received is not None, _received or number, True
+    if not _working or (again and _lent_to is not None):
         _end(number)
-    raise KeyboardInterrupt
+    if _lent_to is None:
+        raise KeyboardInterrupt
+    _lent_to()
 
 
 def _watch(reading: int) -> None:

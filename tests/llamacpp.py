@@ -106,6 +106,12 @@ class _ContextParams(ctypes.Structure):
     ]
 
 
+class _Message(ctypes.Structure):
+    """`llama_chat_message`."""
+
+    _fields_ = [("role", ctypes.c_char_p), ("content", ctypes.c_char_p)]
+
+
 _Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 _MODEL, _CONTEXT, _VOCAB = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p
 _SIGNATURES = {
@@ -130,6 +136,10 @@ _SIGNATURES = {
     "llama_token_to_piece": (
         ctypes.c_int32,
         [_VOCAB, ctypes.c_int32, ctypes.c_char_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_bool],
+    ),
+    "llama_chat_apply_template": (
+        ctypes.c_int32,
+        [ctypes.c_char_p, ctypes.POINTER(_Message), ctypes.c_size_t, ctypes.c_bool, ctypes.c_char_p, ctypes.c_int32],
     ),
     "ggml_row_size": (ctypes.c_size_t, [ctypes.c_int32, ctypes.c_int64]),
     "ggml_quantize_chunk": (
@@ -172,6 +182,15 @@ def _context_params(slots: int) -> _ContextParams:
     params.flash_attn_type = 0  # Disabled.
     params.type_k = params.type_v = int(Kind.F32)
     return params
+
+
+def conversation(template: str, said: Sequence[tuple[str, str]], reply: bool) -> str:
+    """What llama.cpp's own template of a name makes of roles and contents."""
+    messages = (_Message * len(said))(*[_Message(role.encode(), content.encode()) for role, content in said])
+    text = ctypes.create_string_buffer(1 << 16)
+    length = library().llama_chat_apply_template(template.encode(), messages, len(said), reply, text, len(text))
+    assert 0 <= length < len(text), f"llama.cpp has no chat template {template}"
+    return text.raw[:length].decode()
 
 
 # ---- Models ---------------------------------------------------------------------------------------------------------

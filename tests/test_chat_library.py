@@ -13,6 +13,7 @@ import tokenizers
 import llamajax
 from llamajax import Chat, LlamaJaxError, Message, ToolCall
 from llamajax.chat.window import fit
+from llamajax.generation.request import Completion
 from llamajax.words import Words
 
 CHATML = (
@@ -205,6 +206,16 @@ def test_an_interrupted_answer_stays_as_far_as_it_came(model, tokenizer, monkeyp
     assert chat.send("a fox").content == fresh(model, tokenizer, chat.messages[:3], **GREEDY)
 
 
+def test_an_answer_interrupted_before_it_is_shown_is_empty(model, tokenizer, monkeypatch) -> None:
+    """The first token is there, and its text is still held back."""
+    chat = Chat(model, tokenizer, **GREEDY)
+    answer = chat.stream("Once upon a time")
+    monkeypatch.setattr(answer._stream, "_account", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        next(answer)
+    assert chat.messages == [ask("Once upon a time"), reply_to("")]
+
+
 def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
@@ -284,6 +295,7 @@ def test_turns_leave_whole() -> None:
     [
         ({"heat": 1}, "heat: expected knobs among temperature, top_k"),
         ({"temperature": -1}, "temperature is -1"),
+        ({"stop": 5}, "stop is 5: expected texts of at least one character"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0: expected a whole number, at least 1"),
         ({"samples": 1.5}, "samples is 1.5: expected a whole number, at least 1"),
         ({"tools": {}}, r"tools are \{\}: expected a list of functions"),
@@ -340,6 +352,16 @@ def test_the_second_turn_prefills_what_is_new(long_model, tokenizer) -> None:
     assert text == fresh(long_model, tokenizer, chat.messages[:-1], **GREEDY)
 
 
+def test_a_cache_grows_and_keeps_what_it_holds(long_model, tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr("llamajax.chat.chat.FIRST_SLOTS", 256)
+    chat = Chat(long_model, tokenizer, **GREEDY)
+    chat.send("Once upon a time")
+    answer = chat.stream("a fox " * 120)
+    text = "".join(piece.text for piece in answer)
+    assert chat.context_used > 256 and answer.speed.reused_tokens >= len(prompt(tokenizer, chat.messages[:1])) - 1
+    assert text == fresh(long_model, tokenizer, chat.messages[:-1], least_slots=512, **GREEDY)
+
+
 def test_thinking_that_leaves_the_history_is_not_kept(model, tokenizer) -> None:
     """As with Qwen 3: what was thought in earlier turns is no part of the prompt."""
     template = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
@@ -356,6 +378,16 @@ def test_thinking_that_leaves_the_history_is_not_kept(model, tokenizer) -> None:
 
 
 # ---- Models that say what a test wants -------------------------------------------------------------------------------
+
+
+# Of all these models: with vocabularies of one size they share their programs.
+CALL, BARE_CALL, NO_CALL = (
+    '{"name": "add", "arguments": {"a": 1}}',
+    '{"name": "add", "parameters": {"a": 1}}',
+    '{"name": "add"}',
+)
+WORDS = (CALL, BARE_CALL, NO_CALL, "Let me add.", "<tool_call>", "</tool_call>", "<think>", "</think>")
+WORDS += ("Hm.", "\n\n", "Three.")
 
 
 def scripted(tokenizer: llamajax.Tokenizer, words: list[str]) -> llamajax.Llama:
@@ -401,37 +433,169 @@ ADD = {
 
 
 def test_tool_calls_come_back_as_calls() -> None:
-    words = ["Let me add.", "<tool_call>", '{"name": "add", "arguments": {"a": 1}}', "</tool_call>"]
-    tokenizer = tokenizer_with(HERMES, tuple(words))
-    chat = Chat(scripted(tokenizer, words), tokenizer, tools=[ADD], temperature=0)
+    words = ["Let me add.", "<tool_call>", CALL, "</tool_call>"]
+    tokenizer = tokenizer_with(HERMES, WORDS)
+    chat = Chat(scripted(tokenizer, words), tokenizer, tools=[ADD], think=True, temperature=0)
     answer = chat.send("1 + 2?")
     call = ToolCall("add", {"a": 1})
     assert answer == Message("assistant", "Let me add.", tool_calls=(call,))
     result = Message("tool", "3", name="add")
     chat.send(result)
     assert chat.messages[:3] == [ask("1 + 2?"), answer, result]
-    assert Chat(scripted(tokenizer, words), tokenizer, temperature=0).send("1 + 2?").content == "".join(words)
+    assert Chat(scripted(tokenizer, words), tokenizer, think=True, temperature=0).send("1 + 2?").content == "".join(
+        words
+    )
 
 
 def test_a_mark_that_is_a_control_token_is_seen() -> None:
-    words = ["<|python_tag|>", '{"name": "add", "parameters": {"a": 1}}']
-    tokenizer = tokenizer_with(LLAMA3, tuple(words[1:]))
+    words = ["<|python_tag|>", BARE_CALL]
+    tokenizer = tokenizer_with(LLAMA3, WORDS)
     assert tokenizer.decode([tokenizer.id_of(words[0])]) == ""
-    chat = Chat(scripted(tokenizer, words), tokenizer, tools=[ADD], temperature=0)
+    chat = Chat(scripted(tokenizer, words), tokenizer, tools=[ADD], think=True, temperature=0)
     assert chat.send("1 + 2?") == Message("assistant", "", tool_calls=(ToolCall("add", {"a": 1}),))
 
 
 def test_what_is_no_call_is_said() -> None:
-    words = ["<tool_call>", '{"name": "add"}', "</tool_call>"]
-    tokenizer = tokenizer_with(HERMES, tuple(words))
-    answer = Chat(scripted(tokenizer, words), tokenizer, tools=[ADD], temperature=0).stream("1 + 2?")
+    words = ["<tool_call>", NO_CALL, "</tool_call>"]
+    tokenizer = tokenizer_with(HERMES, WORDS)
+    answer = Chat(scripted(tokenizer, words), tokenizer, tools=[ADD], think=True, temperature=0).stream("1 + 2?")
     assert "".join(piece.text for piece in answer) == answer.message.content == "".join(words)
     assert answer.note.startswith("what began as a tool call stays text: ") and "'arguments' is missing" in answer.note
 
 
+def test_calls_are_read_where_a_template_has_no_place_for_tools() -> None:
+    """As DeepSeek's, which has one for calls, and wants their arguments as JSON."""
+    words = ["<tool_call>", CALL, "</tool_call>"]
+    calls = "{% for call in message.tool_calls or [] %}"
+    written = "'<tool_call>{\"name\": \"' + call.function.name + '\", \"arguments\": ' + call.function.arguments + '}'"
+    template = CHATML.replace(
+        "message['content'] +", f"message['content']}}}}{calls}{{{{{written}}}}}{{% endfor %}}{{{{"
+    )
+    tokenizer = tokenizer_with(template, WORDS)
+    chat = Chat(scripted(tokenizer, words), tokenizer, system="Call add.", temperature=0)
+    call = ToolCall("add", {"a": 1})
+    for _ in range(2):
+        assert chat.send("1 + 2?") == Message("assistant", "", tool_calls=(call,))
+    assert '"arguments": {"a": 1}' in tokenizer.decode(chat._encode(chat.messages))
+    with pytest.raises(LlamaJaxError, match="tools are given, and .* has no place for them"):
+        Chat(chat.model, tokenizer, tools=[ADD])
+
+
+def test_calls_in_a_way_that_is_not_read_are_said(model, tokenizer) -> None:
+    template = HERMES.replace("call.function | tojson", "call.function.name + '()'")
+    notes: list[str] = []
+    Chat(model, tokenizer_with(template), tools=[ADD], on_note=notes.append)
+    assert len(notes) == 1 and notes[0].startswith("calls of tools stay text: the chat template (the checkpoint's)")
+
+
+def test_formats_without_tokens_end_an_answer_where_the_next_turn_begins(model, tokenizer) -> None:
+    for template, stops in (
+        ("{% for m in messages %}\n\n### {{m.role}}:\n{{m.content}}{% endfor %}\n\n### assistant:\n", ["### user:"]),
+        ("{% for m in messages %}{{m.role | upper}}: {{m.content}}\n{% endfor %}ASSISTANT:", ["USER:"]),
+        (CHATML, None),
+    ):
+        assert Chat(model, tokenizer_with(template))._options["stop"] == stops
+
+
 def test_thinking_is_no_content() -> None:
     words = ["<think>", "Hm.", "</think>", "\n\n", "Three."]
-    tokenizer = tokenizer_with(HERMES, tuple(words))
+    tokenizer = tokenizer_with(HERMES, WORDS)
     chat = Chat(scripted(tokenizer, words), tokenizer, temperature=0, think=True)
     assert [(piece.kind, piece.text) for piece in chat.stream("1 + 2?")] == [("thinking", "Hm."), ("content", "Three.")]
     assert chat.messages[1] == Message("assistant", "Three.", thinking="Hm.")
+
+
+# ---- Several answers, and steps --------------------------------------------------------------------------------------
+
+
+def test_the_likeliest_of_several_answers(model, tokenizer) -> None:
+    knobs = {"temperature": 1.0, "seed": 3, "max_new_tokens": 12}
+    chat = Chat(model, tokenizer, samples=4, **knobs)
+    for text in ("Once upon a time", "a fox"):
+        answer = chat.stream(text)
+        pieces = list(answer)
+        means = [np.mean(completion.log_probabilities) for completion in answer.completions]
+        texts = [completion.text for completion in answer.completions]
+        assert len(set(texts)) == 4 and answer.choice.index == np.argmax(means)
+        assert [message.content for message in answer.samples] == texts
+        assert "".join(piece.text for piece in pieces) == answer.message.content == texts[np.argmax(means)]
+        assert chat.messages[-1] is answer.message and answer.completion is not None
+        assert texts[0] == fresh(model, tokenizer, chat.messages[:-1], **knobs), "the first is that of one sample"
+    assert answer.speed.reused_tokens >= len(prompt(tokenizer, chat.messages[:1])) - 1
+
+
+def test_several_answers_vote_without_their_thinking(model, tokenizer) -> None:
+    chat = Chat(model, tokenizer, samples=3, vote=True)
+    logs = ([-0.1], [-2.0], [-3.0])
+    made = [Completion("", [5], each, 1, "stop") for each in logs]
+    messages = [
+        Message("assistant", f"The answer is {n}.", thinking="It may be 7. The answer is 7.") for n in (1, 2, 2)
+    ]
+    assert chat._choose(made, messages).index == 1
+    chat.vote = False
+    assert chat._choose(made, messages).index == 0
+
+
+def test_steps_are_asked_for_where_nothing_thinks(model, tokenizer) -> None:
+    chat = Chat(model, tokenizer, think=True, **GREEDY)
+    for text in ("Once upon a time", "a fox"):
+        answer = chat.send(text)
+        asked = [
+            ask(f"{message.content}\n\nLet's think step by step.") if message.role == "user" else message
+            for message in chat.messages[:-1]
+        ]
+        assert answer.content == fresh(model, tokenizer, asked, **GREEDY)
+        assert chat.messages[-2] == ask(text)
+
+
+def test_a_template_is_told_whether_to_think() -> None:
+    words = ["<think>", "Hm.", "</think>", "Three."]
+    tokenizer = tokenizer_with(HERMES, WORDS)
+    chat = Chat(scripted(tokenizer, words), tokenizer, temperature=0)
+    marks = [tokenizer.id_of("<think>"), tokenizer.id_of("</think>")]
+    assert [index for index in chat._encode([ask("1 + 2?")]) if index in marks] == marks
+    chat.think = True
+    assert not [index for index in chat._encode([ask("1 + 2?")]) if index in marks]
+
+
+# ---- Against transformers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.extras
+def test_turns_are_those_of_transformers(tokenizer, tmp_path) -> None:
+    reason = "compares with Hugging Face transformers: install the extra: pip install -e '.[parity]'"
+    torch = pytest.importorskip("torch", reason=reason)
+    transformers = pytest.importorskip("transformers", reason=reason)
+    sizes = {"vocab_size": tokenizer.vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    ids = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **ids, initializer_range=0.2)).eval()
+    theirs.save_pretrained(tmp_path)
+    words = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(tokenizer.model_bytes.decode()),
+        eos_token="<|im_end|>",
+        chat_template=CHATML,
+    )
+    words.save_pretrained(tmp_path)
+    chat, said = Chat(*llamajax.load(tmp_path), **GREEDY), []
+    for text in ("Once upon a time", "there was a fox", "a little café"):
+        said.append({"role": "user", "content": text})
+        given = words.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        with torch.no_grad():
+            made = theirs.generate(**given, do_sample=False, max_new_tokens=12)[0, given["input_ids"].shape[1] :]
+        said.append({"role": "assistant", "content": words.decode(made, skip_special_tokens=True)})
+        answer = chat.stream(text)
+        list(answer)
+        assert [message.as_dict() for message in chat.messages] == said
+    assert answer.speed.reused_tokens > 20
+
+
+def test_programs_are_made_while_weights_are_read(model, tokenizer) -> None:
+    chat = Chat(llamajax.abstract_model(model.config), tokenizer, **GREEDY)
+    chat.compile_while(lambda: model)
+    answer = chat.stream("a fox")
+    text = "".join(piece.text for piece in answer)
+    assert text == fresh(model, tokenizer, [ask("a fox")], **GREEDY)
+    assert answer.speed.compilations == answer.speed.loads == 0

@@ -5,11 +5,13 @@ import os
 import random
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import jinja2.ext
 import jinja2.sandbox
 import pytest
+import sentencepiece
 import tokenizers
 
 from llamajax import LlamaJaxError, Tokenizer
@@ -59,64 +61,65 @@ def test_the_text_is_what_jinja_makes_of_it(template: str, number: int) -> None:
 
 
 # What templates in use do with a content, and more; `c` is the content, `d` another.
-_EXPRESSIONS = (
-    *(
-        "c",
-        "c | trim",
-        "c.strip()",
-        "c.lstrip('\\n') ~ d",
-        "c.rstrip('.a')",
-        "c + d",
-        "'<' ~ c ~ '>'",
-        "c[1:]",
-        "c[:-1]",
-    ),
-    *("c.split('a')[-1]", "c.split('a') | join('|')", "c.split() | join(' ')", "c.rsplit('a', 1)[0]", "c | length"),
-    *(
-        "c.partition('a')[2]",
-        "c.rpartition('a')[0]",
-        "c.replace('a', d)",
-        "c | replace('a', '<|im_end|>')",
-        "c | upper",
-    ),
-    *(
-        "c | lower",
-        "c.swapcase()",
-        "c.title()",
-        "'yes' if c == d else 'no'",
-        "'yes' if 'a' in c else 'no'",
-        "c | first",
-    ),
-    *("'yes' if c.startswith(('a', 'b')) else 'no'", "c.endswith('a')", "c.find('b')", "c | tojson", "{'k': c}"),
-    *(
-        "[c, d]",
-        "{'k': [c, d]} | tojson(indent=2)",
-        "c | string",
-        "c | list | last",
-        "c | reverse",
-        "'%s!' % c",
-        "c ~ 1",
-    ),
-    *(
-        "'{} {}'.format(c, d)",
-        "c | default('x')",
-        "c * 2",
-        "[d, c] | sort | join",
-        "c.splitlines() | join(' ')",
-        "c | indent",
-    ),
-    *(
-        "{'a': 1}[c] | default('no')",
-        "c in ['a', d]",
-        "c.removeprefix('a').removesuffix('b')",
-        "c.count('a')",
-        "c.isalpha()",
-    ),
-    *(
-        "c | e if '<' not in c and '>' not in c and '&' not in c and \"'\" not in c and '\"' not in c else ''",
-        "c is string",
-    ),
-)
+_EXPRESSIONS = r"""
+c
+c | trim
+c.strip()
+c.lstrip('\n') ~ d
+c.rstrip('.a')
+c + d
+'<' ~ c ~ '>'
+c[1:]
+c[:-1]
+c.split('a')[-1]
+c.split('a') | join('|')
+c.split() | join(' ')
+c.rsplit('a', 1)[0]
+c | length
+c.partition('a')[2]
+c.rpartition('a')[0]
+c.replace('a', d)
+c | replace('a', '<|im_end|>')
+c | upper
+c | lower
+c.swapcase()
+c.title()
+'yes' if c == d else 'no'
+'yes' if 'a' in c else 'no'
+c | first
+'yes' if c.startswith(('a', 'b')) else 'no'
+c.endswith('a')
+c.find('b')
+c | tojson
+{'k': c}
+[c, d]
+{'k': [c, d]} | tojson(indent=2)
+c | string
+c | list | last
+c | reverse
+'%s!' % c
+c ~ 1
+'{} {}'.format(c, d)
+c | default('x')
+c * 2
+[d, c] | sort | join
+c.splitlines() | join(' ')
+c | indent
+('x' ~ c).split('a')[-1]
+([c, d] | join('')).split('a')[-1]
+('%s' % c).split('a')[0]
+(c | string) == d
+(c | indent).partition('a')[0]
+'{}'.format(c).split('a') | last
+'-'.join([c, d]).rsplit('a', 1) | first
+{'a': 1}[c] | default('no')
+c in ['a', d]
+c.removeprefix('a').removesuffix('b')
+c.count('a')
+c.isalpha()
+c | e if '<' not in c and '>' not in c and '&' not in c and "'" not in c and '"' not in c else ''
+c is string
+""".strip().splitlines()
 
 
 @pytest.mark.parametrize("expression", _EXPRESSIONS)
@@ -284,15 +287,49 @@ def test_control_tokens_are_read_in_trusted_parts_alone(kind: str, by_kind: dict
         tokenizer.encode_parts([("a", True), ("\ud800", False)])
 
 
+def test_control_tokens_that_are_ordinary_pieces_are_taken_apart(tmp_path: Path) -> None:
+    """Sentencepiece reads symbols that its model defines in any text."""
+    text = "once upon a time < there was > a fox"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([text] * 20),
+        model_prefix=str(tmp_path / "m"),
+        vocab_size=60,
+        model_type="bpe",
+        user_defined_symbols=["<turn>"],
+        minloglevel=2,
+    )
+    data = (tmp_path / "m.model").read_bytes()
+    turn = Tokenizer(data).id_of("<turn>")
+    assert turn is not None
+    tokenizer = Tokenizer(data, words=Words(added=(AddedToken(id=turn, text="<turn>", special=True),)))
+    ids = tokenizer.encode_parts([("<turn>", True), ("a <turn> fox<turn>", False)])
+    assert ids.count(turn) == 1 == ids.index(turn) + 1
+    assert tokenizer.decode(ids) == "a <turn> fox<turn>"
+
+
 def test_a_vocabulary_that_spells_a_control_token_as_itself() -> None:
-    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<x>": 0, "a": 1, "?": 2}, unk_token="?"))
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"§": 0, "a": 1, "?": 2}, unk_token="?"))
     library.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     library.decoder = tokenizers.decoders.ByteLevel()
-    library.add_special_tokens(["<x>"])
+    library.add_special_tokens(["§"])
     tokenizer = Tokenizer(library.to_str().encode())
-    assert tokenizer.encode_parts([("<x> a", True)]) == [0, 1]
-    with pytest.raises(LlamaJaxError, match="no other spelling of '<x>' than the token itself"):
-        tokenizer.encode_parts([("a <x>", False)])
+    assert tokenizer.encode_parts([("§ a", True)]) == [0, 1]
+    with pytest.raises(LlamaJaxError, match="no other spelling of '§' than the token itself"):
+        tokenizer.encode_parts([("a §", False)])
+
+
+def test_what_transformers_gives_templates() -> None:
+    template = """\
+{% for n in [1, 2, 3] %}
+  {% if n == 2 %}{% continue %}{% endif %}
+{% generation %}{{ n }}{% endgeneration %};
+{% endfor %}
+{{ {'a': '<é&>'} | tojson }} {{ dict(a=1) }} {{ namespace(x=5).x }} {{ strftime_now('%Y') | length }}
+{{- ' ' }}{{ documents is none }}
+{{ eos_token }}{{ nothing }}{{ custom }}"""
+    form = Template.of_text(template, tokenizer_with("</s>"))
+    assert form.render([user("x")], custom="y") == '1;\n3;\n{"a": "<é&>"} {\'a\': 1} 5 4 True\n</s>y'
+    assert form.parts([user("x")], custom="y")[-1] == Part("y", True)
 
 
 # ---- Hostile templates -----------------------------------------------------------------------------------------------
@@ -342,7 +379,7 @@ def test_hostile_templates_end_in_an_error_within_two_seconds(name: str) -> None
 
 def test_the_clock_ends_what_no_other_limit_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on systems that cannot limit a process's time."""
-    jinja_process.end()
+    jinja_process._worker.end()
     monkeypatch.setattr(jinja_process, "_CPU_SECONDS", 50.0)
     monkeypatch.setattr(jinja_process, "_CLOCK_SECONDS", 0.5)
     form = Template.of(tokenizer_with(HOSTILES["runs forever"][0]))
@@ -354,7 +391,7 @@ def test_the_clock_ends_what_no_other_limit_does(monkeypatch: pytest.MonkeyPatch
 def test_the_process_has_nothing_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """No environment, no open files; and it ends when we do, as its standard input then does."""
     monkeypatch.setenv("SECRET", "x")
-    jinja_process.end()
+    jinja_process._worker.end()
     with open(os.devnull) as other:
         os.set_inheritable(other.fileno(), True)
         assert jinja_process.render("{{ 1 }}", {}, {}, "m").text == "1"
@@ -367,10 +404,31 @@ def test_the_process_has_nothing_of_ours(monkeypatch: pytest.MonkeyPatch) -> Non
     assert process.wait(timeout=30) == 0
 
 
+@pytest.mark.parametrize(
+    ("program", "error"),
+    [
+        ("raise SystemExit(3)", "the process for chat templates does not start: expected .* to import jinja2"),
+        (
+            "print('{}', flush=True); input(); raise SystemExit(3)",
+            "m: its chat template ends the process that renders it",
+        ),
+    ],
+)
+def test_processes_that_fail(program: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jinja_process._worker.end()
+    (tmp_path / "worker.py").write_text(program)
+    monkeypatch.setattr(jinja_process, "_WORKER", tmp_path / "worker.py")
+    with pytest.raises(LlamaJaxError, match=error):
+        jinja_process.render("x", {}, {}, "m")
+    monkeypatch.setattr(jinja_process.sys, "executable", str(tmp_path / "none"))
+    with pytest.raises(LlamaJaxError, match="no process for chat templates can be started"):
+        jinja_process.render("x", {}, {}, "m")
+
+
 def test_a_process_that_was_ended_is_started_again() -> None:
     form = Template.of(tokenizer_with(SMOLLM2))
     expected = form.render([user("x")])
-    jinja_process.end()
+    jinja_process._worker.end()
     assert form.render([user("x")]) == expected
 
 

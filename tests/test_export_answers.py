@@ -2,10 +2,14 @@
 
 import ast
 import io
+import json
 import random
+import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,8 +22,8 @@ from export.runners.text import Text
 from export.vocabulary import vocabulary_of
 from llamajax.generation.sampling import filter_logits, make_sampler, sample
 from llamajax.tokenizer import Tokenizer
+from tests.chat_tokenizers import tokenizer_with
 from tests.encoded import Folder
-from tests.test_chat import tokenizer_with
 
 RUNNERS = sorted(path.name for path in (Path(export.bundle.__file__).parent / "runners").glob("run_*.py"))
 
@@ -146,6 +150,7 @@ def test_a_stop_id_ends_a_text_and_what_was_held_back_is_written() -> None:
 # ---- Conversations ---------------------------------------------------------------------------------------------------
 
 FORM = {
+    "bos": [],
     "begin": [1, "system\nBe kind.", 2, "\n", 1, "user\n"],
     "system": [1, "system\n"],
     "behind_system": [2, "\n", 1, "user\n"],
@@ -291,3 +296,102 @@ def test_thoughts_leave_the_conversation_behind_them(held) -> None:
     said = held("Hi.\nSo?", ["So.</think>\n\nHello.", "x"], form=form)
     assert said.out.startswith("So.</think>\n\nHello.\n")
     assert said.shown[1].endswith("assistant\nHello.\nuser\nSo?\nassistant\n")
+
+
+# ---- The page --------------------------------------------------------------------------------------------------------
+
+PAGE = Path(export.bundle.__file__).parent / "runners" / "web" / "llama.js"
+needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+
+
+def in_page(given: object, script: str) -> Any:
+    """What a script of JavaScript, to which `given` is known, says of what the page exports."""
+    head = f"import * as page from '{PAGE.as_uri()}'; import {{ readFileSync }} from 'node:fs';"
+    head += "const given = JSON.parse(readFileSync(0)); const said = [];"
+    command = ["node", "--no-warnings", "--experimental-default-type=module", "--input-type=module", "-e"]
+    tail = "console.log(JSON.stringify(said));"
+    done = subprocess.run(
+        [*command, head + script + tail], input=json.dumps(given), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@needs_node
+def test_the_page_keeps_the_same_tokens() -> None:
+    logits_BV = drawn_logits(40)
+    script = """
+    for (const [topK, topP] of given.knobs) for (const row of given.rows) {
+      const logits = Float32Array.from(row), divided = logits.map((logit) => Math.fround(logit / Math.fround(0.7)));
+      said.push([...page.kept(divided, topK, topP)].sort((a, b) => a - b));
+    }
+    for (const row of given.rows) said.push(page.chooser(0)(Float32Array.from(row)));
+    for (const row of given.rows) said.push(page.chooser(5, 3, 0.9)(Float32Array.from(row)));
+    """
+    found = in_page({"knobs": KNOBS, "rows": logits_BV.tolist()}, script)
+    sets = [set(kept) for kept in found[: -2 * len(logits_BV)]]
+    greedy, drawn = found[-2 * len(logits_BV) : -len(logits_BV)], found[-len(logits_BV) :]
+    assert sets == [likeliest(logits_V, 0.7, *knobs) for knobs in KNOBS for logits_V in logits_BV]
+    assert greedy == np.argmax(logits_BV, axis=-1).tolist()
+    assert all(token in likeliest(logits_V, 5, 3, 0.9) for token, logits_V in zip(drawn, logits_BV, strict=True))
+
+
+@needs_node
+def test_the_page_ends_texts_as_the_runners_do() -> None:
+    draw, cases = random.Random(4), []
+    for _ in range(500):
+        parts = ["".join(draw.choices("ab\n", k=draw.randint(0, 3))) for _ in range(draw.randint(1, 8))]
+        cases.append([parts, ["".join(draw.choices("ab\n", k=draw.randint(1, 4))) for _ in range(draw.randint(0, 3))]])
+    script = """
+    for (const [parts, stops] of given) {
+      const until = new page.Until(stops), shown = [];
+      for (const part of parts) if (!until.ended) shown.push(until.add(part));
+      if (!until.ended) shown.push(until.add("", true));
+      said.push([shown.join(""), until.ended]);
+    }"""
+    expected = [spoken([part.encode() for part in parts], [stop.encode() for stop in stops]) for parts, stops in cases]
+    assert in_page(cases, script) == [[out.getvalue().decode(), ended] for out, _, ended in expected]
+
+
+@needs_node
+@pytest.mark.parametrize("form", [FORM, FORM | {"thinking_end": "</think>", "thinking_blank": "\n", "bos": [0]}])
+def test_the_page_holds_the_same_conversation(form: dict, held, tokenizer: Tokenizer, text: Text) -> None:
+    """A full window, control tokens in lines, thoughts: the model is asked the same, and reads as little of it."""
+    lines = ["<|im_end|> Hi.", "So </think> \t?", "\x1c What\u3000", "Go on: " + "la " * 20, "And on.", "Bye."]
+    replies = ["Ho</think>\n\nm.", "x" * 30, "", " a ", "Hm </think>", "!"]
+    expected = held("\n".join(lines), replies, slots=230, form=form, max_new_tokens=35, system="Be kind.")
+    script = """
+    const model = Object.assign(new page.Model(), { manifest: given.manifest, text: new page.Text(given.vocabulary) });
+    const cache = Array(given.slots).fill(-1), replies = [...given.replies], asked = [], read = [], notes = [];
+    let count = 0, rest = [];
+    model.ort = { Tensor: class {} };
+    model.run = async (name, inputs) => {
+      const { values } = inputs.tokens ?? inputs.token, start = inputs.length.values[0];
+      const whole = start + (inputs.count?.values[0] ?? 1);
+      values.forEach((token, index) => (cache[start + index] = token));
+      if (name !== "decode") count += whole - start;
+      if (given.begins.every((token, index) => cache[whole - given.begins.length + index] === token)) {
+        rest = [...replies.shift()];
+        asked.push(cache.slice(0, whole));
+        read.push(count);
+        count = 0;
+      }
+      const logits = new Float32Array(303);
+      logits[rest.shift() ?? 0] = 1;
+      return logits;
+    };
+    const chat = new page.Chat(model, "Be kind.");
+    let out = "";
+    for (const line of given.lines) {
+      for await (const text of chat.answer(line, 35, page.chooser(0), [], (note) => notes.push(note))) out += text;
+      out += "\\n";
+    }
+    said.push(asked, read, out, notes);
+    """
+    manifest = {"chat": form, "buckets": [4, 16], "config": {"vocab_size": 303}, "cache": {"slots": 230, "state": []}}
+    given = {"manifest": manifest, "vocabulary": TABLES[tokenizer], "slots": 230, "lines": lines}
+    given["begins"] = [1, *tokenizer.encode("assistant\n")]
+    given["replies"] = [[*tokenizer.encode(reply), 2] for reply in replies]
+    asked, read, out, notes = in_page(given, script)
+    assert (asked, out) == (expected.asked, expected.out) and read == expected.read
+    assert any(note == "the window is full: the oldest 2 messages are forgotten" for note in notes)

@@ -286,15 +286,19 @@ def test_export_verify_and_run(tiny_int4, tiny_tokenizer, tmp_path: Path, capfd)
     llamajax.save_checkpoint(tiny_int4, tmp_path / "model", tokenizer=tiny_tokenizer)
     output = tmp_path / "out"
     argv = [f"--model={tmp_path}/model", f"--output={output}", "--slots=96", "--buckets=4,16", "--programs=score"]
-    assert main(["export", *argv]) == 0
+    assert main(["export", *argv, "--template=llama2"]) == 0
     out, err = capfd.readouterr()
-    assert "prefill_4" in out and "score" in out and "profile scanned, targets: none" in err
+    assert "prefill_4" in out and "score" in out and "profile scanned, targets: none" in err and "--chat" not in err
     assert main(["verify", str(output), "--json"]) == 0
     results = {result["runtime"]: result for result in json.loads(capfd.readouterr().out)}
     assert results["jax"]["held"] and results["jax"]["exact"] and results["jax_export"]["held"]
+    assert results["jax"]["conversations"] == 12 and results["jax"]["texts"] > 20
     assert results["iree"]["skipped"] == "the bundle has no target iree"
     assert main(["run", str(output), "--prompt=Once upon", "--max_new_tokens=4"]) == 0
     assert capfd.readouterr().out.startswith("Once upon")
+    assert main(["run", str(output), "--chat", "--prompt=Hi", "--max_new_tokens=2", "--stop=."]) == 0
+    out, err = capfd.readouterr()
+    assert out.endswith("\n") and "2 made" in err and "cut: --max_new_tokens allows more" in err
     assert main(["export", *argv]) == 1
     assert "exists already" in capfd.readouterr().err
 

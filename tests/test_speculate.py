@@ -43,15 +43,18 @@ def _passes(prompt: list[int], made: list[int], count: int) -> int:
     return passes
 
 
-def _assert_same(model: Llama, tokenizer: Tokenizer | None, prompts: Any, drafts: int, **options: Any) -> Any:
+def _assert_same(
+    model: Llama, tokenizer: Tokenizer | None, prompts: Any, drafts: int, room: float = 1e-4, **options: Any
+) -> Any:
     """Text, tokens, log-probabilities and why rows ended, with and without; returns the run with speculation."""
-    run = stream(model, tokenizer, prompts, temperature=0, speculate=drafts, **options)
+    options = {"temperature": 0, **options}
+    run = stream(model, tokenizer, prompts, speculate=drafts, **options)
     pieces = list(run)
-    plain = stream(model, tokenizer, prompts, temperature=0, **options)
+    plain = stream(model, tokenizer, prompts, **options)
     list(plain)
     for ours, theirs in zip(run.completions, plain.completions, strict=True):
         assert ours.tokens == theirs.tokens
-        np.testing.assert_allclose(ours.log_probabilities, theirs.log_probabilities, atol=1e-4)
+        np.testing.assert_allclose(ours.log_probabilities, theirs.log_probabilities, atol=room)
         assert dataclasses.replace(ours, log_probabilities=[]) == dataclasses.replace(theirs, log_probabilities=[])
     texts = "".join(pieces) if run.single else ["".join(row) for row in zip(*pieces, strict=True)]
     assert texts == (run.completions[0].text if run.single else [row.text for row in run.completions])
@@ -162,13 +165,29 @@ def test_stories(stories260k: Any) -> None:
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
-def test_quantized(cache_dtype: str, tiny_model: Llama) -> None:
-    """4-bit weights and an 8-bit cache: a rejected draft leaves no trace in them."""
+@pytest.mark.parametrize(("cache_dtype", "room"), [("float32", 1e-4), ("int8", 0.02)])
+def test_quantized(cache_dtype: str, room: float, tiny_model: Llama) -> None:
+    """4-bit weights and an 8-bit cache: a rejected draft leaves no trace in them.
+
+    A key or value at the middle of two codes may get either in programs of other shapes (`caches/quantized.py`).
+    """
     model = jax.tree.map(lambda leaf: leaf, tiny_model)
     weight = model.stacks[0][0].ffn.gate_DF
     weight.set_value(quantize_rtn(weight.get_value(), SCHEMES["int4"], group_size=24, axis=-2))
-    _assert_same(model, None, [[1, 270, 300, 12], [1]], 4, max_new_tokens=60, cache_dtype=cache_dtype)
+    _assert_same(model, None, [[1, 270, 300, 12], [1]], 4, max_new_tokens=60, cache_dtype=cache_dtype, room=room)
+
+
+def test_sampled_text_is_that_without_drafts(tiny_model: Llama) -> None:
+    """Seed by seed, in a batch with greedy rows; penalties see the draft before each of its tokens."""
+    prompts = [[1, *[270, 300] * 3], [1, 12, 12, 12], [1, *range(40, 50), *range(40, 45)], [1]] * 2
+    options = {
+        "temperature": [0, 0, 0.2, 0.6, 0.9, 1.2, 0.3, 0.2],
+        "repetition_penalty": [1, 1.5, 1, 1.3, 0.7, 1, 0.6, 0.8],
+        "top_k": [320, 320, 5, 40, 320, 100, 3, 320],
+        "top_p": [1.0, 1.0, 0.9, 1.0, 0.8, 1.0, 1.0, 0.95],
+    }
+    run = _assert_same(tiny_model, None, prompts, 4, max_new_tokens=60, seed=list(range(8)), **options)
+    assert 1 < run.speed.tokens_per_step < 5, "some drafts are right, and some are not"
 
 
 # ---- Where rows end -------------------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def conversation(text, form, messages):
             said = said.rpartition(form["thinking_end"])[2].lstrip(form["thinking_blank"])
         made += [*before, said.strip() if role != "assistant" or form["trims_answers"] else said]
         before = form[{"system": "behind_system", "user": "answer", "assistant": "next"}[role]]
-    return text.encode_pieces([*made, *form["reply"]], form["control"])
+    return form["bos"] + text.encode_pieces([*made, *form["reply"]], form["control"])
 
 
 def lines():

@@ -232,8 +232,9 @@ def options_of(description):
         sys.exit("expected --max_new_tokens of 1 or more, --seed and --temperature of 0 or more")
     if options.top_k < 0 or not 0 < options.top_p <= 1 or "" in options.stop:
         sys.exit("expected --top_k of 0 or more, --top_p above 0 and at most 1, --stop of a character or more")
-    if options.ids is not None and (options.chat or options.stop):
-        sys.exit("--chat and --stop are for text: expected a prompt instead of --ids")
+    with_ids, chat = options.ids is not None, options.chat
+    if (with_ids and (chat or options.stop)) or (chat and options.parse_special) or (options.system and not chat):
+        sys.exit("expected --ids without --chat and --stop, --chat without --parse_special, --system with --chat")
     return options
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 from llamajax.chat.messages import Message
-from llamajax.chat.reply import Piece, Reply, ReplyForm
+from llamajax.chat.reply import CONTENT, THINKING, Piece, Reply, ReplyForm
+from llamajax.generation.choose import Choice
 from llamajax.generation.request import Completion
 from llamajax.generation.speed import Speed
 from llamajax.generation.stream import TextStream
@@ -18,6 +19,7 @@ class Answer:
     Attributes:
         message: the answer so far; all of it once the iteration has ended.
         samples: all of several samples, in the order of their making; the message is one of them.
+        choice: which of several samples the message is, and why; None of one.
         note: why what began as a tool call stays text, or None.
     """
 
@@ -27,7 +29,7 @@ class Answer:
         form: ReplyForm,
         messages: list[Message],
         conversation: Sequence[Message],
-        choose: Callable[[Sequence[Completion], Sequence[Message]], int],
+        choose: Callable[[Sequence[Completion], Sequence[Message]], Choice],
     ):
         """Nothing runs yet.
 
@@ -43,13 +45,13 @@ class Answer:
         self.note: str | None = None
         self._stream, self._form, self._choose = stream, form, choose
         self._messages, self._conversation = messages, list(conversation)
-        self._chosen = 0
+        self.choice: Choice | None = None
         self._pieces = self._run()
 
     @property
     def completion(self) -> Completion:
         """The answer's ids, probabilities, and why it ended: "stop", "length" or "stopped"."""
-        return self._stream.completions[self._chosen]
+        return self._stream.completions[self.choice.index if self.choice else 0]
 
     @property
     def completions(self) -> list[Completion]:
@@ -78,19 +80,18 @@ class Answer:
     def _run(self) -> Generator[Piece, None, None]:
         before = list(self._messages)
         self._messages[:] = [*self._conversation, self.message]
-        replies: list[Reply] = []
+        replies = [Reply(self._form) for _ in self.completions]
         try:
             for texts in self._stream:
                 texts = texts if isinstance(texts, list) else [texts]
-                replies = replies or [Reply(self._form) for _ in texts]
                 for reply, text in zip(replies, texts, strict=True):
                     pieces = reply.add(text)
                     if len(replies) == 1:
                         self._keep(reply)
                         yield from pieces
-            yield from self._end(replies or [Reply(self._form)])
+            yield from self._end(replies)
         except GeneratorExit:
-            self._end(replies or [Reply(self._form)])
+            self._end(replies)
             raise
         except BaseException:
             if any(completion.tokens for completion in self.completions):
@@ -104,14 +105,14 @@ class Answer:
         pieces = [reply.finish() for reply in replies]
         self.samples = [reply.message() for reply in replies]
         if len(replies) > 1:
-            self._chosen = self._choose(self.completions, self.samples)
-            chosen = self.samples[self._chosen]
-            pieces[self._chosen] = [
-                Piece(kind, text) for kind, text in (("thinking", chosen.thinking), ("content", chosen.content)) if text
-            ]
-        self.note = replies[self._chosen].note
-        self._keep(replies[self._chosen])
-        return pieces[self._chosen]
+            self.choice = self._choose(self.completions, self.samples)
+        index = self.choice.index if self.choice else 0
+        self.note = replies[index].note
+        self._keep(replies[index])
+        if len(replies) == 1:
+            return pieces[0]
+        shown = (Piece(THINKING, self.message.thinking or ""), Piece(CONTENT, self.message.content))
+        return [piece for piece in shown if piece.text]
 
     def _keep(self, reply: Reply) -> None:
         """Puts the answer so far where it stands in the conversation, unless that was changed meanwhile."""

@@ -3,6 +3,9 @@
 Sources: what llama.cpp writes (`llama_chat_apply_template`), with which the tests compare each but Alpaca's and the
 thinking one of DeepSeek; `PROMPT_DICT` in train.py of github.com/tatsu-lab/stanford_alpaca; the templates of
 DeepSeek-R1 and its distilled models, which open the thinking part themselves and leave it out of earlier answers.
+
+Where the marks of a format are no tokens but plain text, as Alpaca's, Vicuna's and the brackets of LLaMA 2, users can
+write them as well: the model sees no difference.
 """
 
 import dataclasses

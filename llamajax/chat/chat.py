@@ -16,15 +16,17 @@ from typing import Any
 
 import jax
 
+from llamajax.chat.abilities import in_terms_of, reply_form, thinking_switch, turn_beginnings
 from llamajax.chat.answer import Answer
 from llamajax.chat.messages import Message, as_messages
-from llamajax.chat.probe import reply_form, stop_strings, thinking_switch
+from llamajax.chat.reply import ReplyForm
 from llamajax.chat.template import Template
 from llamajax.chat.tool_calls import check_tools
 from llamajax.chat.window import fit
 from llamajax.errors import LlamaJaxError
+from llamajax.generation.choose import Choice, best_of, vote, with_steps
 from llamajax.generation.kept import Kept
-from llamajax.generation.request import DEFAULT_NEW_TOKENS, Completion
+from llamajax.generation.request import DEFAULT_NEW_TOKENS, Completion, stop_strings
 from llamajax.generation.sampling import make_sampler, plain
 from llamajax.generation.stream import TextStream
 from llamajax.meshes import auto_mesh
@@ -46,7 +48,7 @@ class Chat:
         model: what answers. Its leaves may be abstract (`jax.ShapeDtypeStruct`) until `compile_while`.
         tokenizer: its tokenizer, which ends where the template ends a message.
         template: how messages become text.
-        tools: what the model may call, as the template is given it.
+        tools: what the model may call, as the template is given it; fixed when the chat is made.
         max_new_tokens: most tokens of an answer, its thinking included, or None.
         think: whether the model is to think before it answers.
         samples: how many answers are made at once, of which one is chosen.
@@ -104,13 +106,10 @@ class Chat:
         self._messages = [] if system is None else [Message("system", system)]
         self.context_length = model.config.context_length
         self._switch = thinking_switch(self.template)
-        self._forms = {
-            each: reply_form(self.template, tokenizer, self._variables(each), self.tools) for each in (False, True)
-        }
+        self._forms = self._reply_forms(tokenizer)
         marks = [mark for form in self._forms.values() for mark in form.marks]
         self.tokenizer = tokenizer.replying(self.template.stop_ids(tokenizer), marks)
-        stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
-        stops += stop_strings(self.template, tokenizer)
+        stops = [*stop_strings(stop, tokenizer), *turn_beginnings(self.template, tokenizer)]
         self._options: dict[str, Any] = {"cache_dtype": cache_dtype, "speculate": speculate, "stop": stops or None}
         self._kept = Kept()
         self._first = 0  # the oldest message that is seen
@@ -256,20 +255,37 @@ class Chat:
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
         if self.think and not self._thinks:
-            messages = [_asking_for_steps(message) for message in messages]
-        return self.template.encode(self.tokenizer, messages, tools=self.tools or None, **self._variables(self.think))
+            messages = [
+                dataclasses.replace(message, content=with_steps(message.content)) if message.role == "user" else message
+                for message in messages
+            ]
+        said = in_terms_of(self.template, messages)
+        return self.template.encode(self.tokenizer, said, tools=self.tools or None, **self._variables(self.think))
+
+    def _reply_forms(self, tokenizer: Tokenizer) -> dict[bool, ReplyForm]:
+        """How the model marks the parts of its answers, with thinking and without."""
+        forms = {
+            think: reply_form(self.template, tokenizer, self._variables(think), self.tools) for think in (False, True)
+        }
+        if self.tools and forms[True].calls is None:
+            self.on_note(
+                f"calls of tools stay text: the chat template ({self.template.name}) writes them in a way that is not "
+                "read"
+            )
+        return forms
 
     @property
     def _thinks(self) -> bool:
         """Whether the model thinks by itself."""
-        return self._forms[self.think].thinking is not None and (self.think or self._switch is None)
+        return self.template.thinking is not None and (self.think or self._switch is None)
 
     def _variables(self, think: bool) -> dict[str, Any]:
         """What the template is told."""
         return {self._switch: think} if self._switch else {}
 
-    def _choose(self, completions: Sequence[Completion], messages: Sequence[Message]) -> int:
-        raise NotImplementedError
+    def _choose(self, completions: Sequence[Completion], messages: Sequence[Message]) -> Choice:
+        """The answer of several, whose thinking has no vote."""
+        return vote(completions, [message.content for message in messages]) if self.vote else best_of(completions)
 
     def _check(self) -> None:
         """Refuses attributes that are out of range: they may have been changed."""
@@ -282,10 +298,3 @@ class Chat:
             wanted = value is None and name == "max_new_tokens"
             if not wanted and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise LlamaJaxError(f"{name} is {value!r}: expected a whole number, at least 1")
-
-
-def _asking_for_steps(message: Message) -> Message:
-    """A user's message that asks for an answer step by step."""
-    if message.role != "user":
-        return message
-    return dataclasses.replace(message, content=f"{message.content}\n\nLet's think step by step.")

@@ -10,6 +10,7 @@ ended, and the next rendering starts another. It ends with this process.
 import atexit
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import signal
@@ -27,11 +28,15 @@ _WORKER = Path(__file__).with_name("jinja_worker.py")
 # Templates take milliseconds. Of a processor's time, where the system can limit it, and by the clock, whatever the
 # process does; as much again for each MiB of a conversation. To start an interpreter may take long on a busy machine.
 _CPU_SECONDS, _CLOCK_SECONDS, _START_SECONDS = 1.0, 1.4, 60.0
-# By which a process that is out of time ends: the signals of the two clocks, and what Windows says of a killed one.
-_ENDED_FOR_TIME = (-getattr(signal, "SIGPROF", 0), -getattr(signal, "SIGKILL", 0), 1)
 _MEMORY_NBYTES = 512 << 20
 _REQUEST_NBYTES, _ANSWER_NBYTES = 8 << 20, 1 << 30
 _OTHERWISE = "expected one that renders a conversation: choose a built-in format instead, such as chatml"
+
+
+if sys.platform == "win32":
+    _OUT_OF_TIME = (1,)  # as `kill` ends it
+else:
+    _OUT_OF_TIME = (-signal.SIGPROF, -signal.SIGKILL)  # by the two clocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +53,7 @@ class Rendering:
     spans: tuple[tuple[str, bool], ...] | None
 
 
-def render(
-    template: str, trusted: Mapping[str, Any], contents: Mapping[str, Any], source: str, *, marked: bool = True
-) -> Rendering:
+def render(template: str, trusted: Mapping[str, Any], contents: Mapping[str, Any], source: str) -> Rendering:
     """Renders a template in the process.
 
     Args:
@@ -58,14 +61,13 @@ def render(
         trusted: variables that are the format's own: what they say is not told apart from the template.
         contents: variables that others wrote, `messages` among them, whose roles are the format's.
         source: where the template is from, for errors.
-        marked: whether the spans are asked for.
 
     Raises:
         LlamaJaxError: for a template that is none, refuses these variables, meets a limit, or asks for what it may
             not have; for variables that are no JSON.
     """
     try:
-        request = {"template": template, "trusted": dict(trusted), "contents": dict(contents), "marked": marked}
+        request = {"template": template, "trusted": dict(trusted), "contents": dict(contents)}
         line = json.dumps(request, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     except UnicodeEncodeError as error:
         raise LlamaJaxError(f"a message holds {shortened(error.object[error.start])}: expected Unicode text") from None
@@ -75,10 +77,10 @@ def render(
         raise LlamaJaxError(f"a conversation of {len(line)} bytes: expected at most {_REQUEST_NBYTES}")
     answer = _worker.ask(line, source)
     if problem := answer.get("limit"):
-        _worker.end()
         raise LlamaJaxError(f"{source}: its chat template {problem}: {_OTHERWISE}")
     if problem := answer.get("refused"):
-        raise LlamaJaxError(f"{source}: its chat template refuses the conversation ({shortened(problem, 300)[1:-1]})")
+        said = shortened(problem, 300)[1:-1]
+        raise LlamaJaxError(f"{source}: its chat template refuses the conversation ({said}): expected one in its order")
     if problem := answer.get("error"):
         raise LlamaJaxError(f"{source}: its chat template fails ({shortened(problem, 300)[1:-1]}): {_OTHERWISE}")
     spans = answer.get("spans")
@@ -114,12 +116,13 @@ class _Worker:
                         f"the process for chat templates does not start: expected {sys.executable} to import jinja2"
                     )
                 answer = _exchange(process, line, _CLOCK_SECONDS * (1 + len(line) / (1 << 20)))
-            finally:  # whatever happened, what comes next on the pipe is not the next answer
-                if answer is None:
+            finally:  # without an answer, what comes next on the pipe is not the next one
+                if answer is None or "limit" in answer:
                     self.end()
         if answer is None:
-            is_slow = process.returncode in _ENDED_FOR_TIME
-            problem = f"takes more than {_CPU_SECONDS:g} s" if is_slow else "ends the process that renders it"
+            problem = f"takes more than {_CPU_SECONDS:g} s"
+            if process.returncode not in _OUT_OF_TIME:
+                problem = "ends the process that renders it"
             raise LlamaJaxError(f"{source}: its chat template {problem}: {_OTHERWISE}")
         return answer
 
@@ -127,15 +130,19 @@ class _Worker:
         process = self._process
         if process is not None and self._owner == os.getpid() and process.poll() is None:
             return process
+        self.end()
         limits = map(str, (_CPU_SECONDS, _MEMORY_NBYTES, _REQUEST_NBYTES))
+        specs = map(importlib.util.find_spec, ("jinja2", "markupsafe"))
+        folders = {str(Path(spec.origin).parents[1]) for spec in specs if spec is not None and spec.origin}
         try:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-B", str(_WORKER), *limits],
+                [sys.executable, "-I", "-B", str(_WORKER), *limits, *sorted(folders)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 env={} if os.name == "posix" else None,  # without one, Windows starts no interpreter
                 start_new_session=True,  # Ctrl-C at a terminal is for us
+                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),  # the same on Windows
             )
         except OSError as error:
             raise LlamaJaxError(f"no process for chat templates can be started ({error.strerror})") from None
@@ -143,7 +150,7 @@ class _Worker:
         return process
 
     def end(self) -> None:
-        """Ends the process, if it runs and is ours."""
+        """Ends the process, if there is one and it is ours."""
         process, self._process = self._process, None
         if process is None or self._owner != os.getpid():
             return
@@ -174,4 +181,4 @@ def _exchange(process: subprocess.Popen[bytes], line: bytes, seconds: float) -> 
 
 _worker = _Worker()
 atexit.register(_worker.end)
-start, end = _worker.start, _worker.end
+start = _worker.start

@@ -7,6 +7,7 @@ of standard input, its answer one of standard output. What templates get is what
 is, and in `stand_ins`.
 """
 
+import contextlib
 import datetime
 import functools
 import importlib
@@ -16,22 +17,23 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import jinja2.ext
-import jinja2.sandbox
 
 if TYPE_CHECKING:
     from llamajax.chat import stand_ins
     from llamajax.chat.stand_ins import TooMuchError
 else:
-    sys.path.append(str(Path(__file__).parent))
+    sys.path += [*sys.argv[4:], str(Path(__file__).parent)]  # where Jinja is, behind what this interpreter knows
     import stand_ins
     from stand_ins import TooMuchError
 
     sys.path.pop()
+
+import jinja2.ext
+import jinja2.runtime
+import jinja2.sandbox
 
 # Of a rendering: as many characters as these, and so many for each byte of the request.
 _OUTPUT_LENGTH, _OUTPUT_GROWTH = 512 << 10, 4
@@ -63,7 +65,7 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             _check_number(left.bit_length() * right)
         elif operator == "%" and isinstance(left, str):
             _check_fields(left)
-        return super().call_binop(context, operator, left, right)
+        return _aware(super().call_binop(context, operator, left, right))
 
     def call(self, context: Any, called: Any, *arguments: Any, **named: Any) -> Any:
         text = getattr(called, "__self__", None)
@@ -72,18 +74,34 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 _check_number(number)
             if called.__name__.startswith("format"):
                 _check_fields(text)
-        return super().call(context, called, *arguments, **named)
+        return _aware(super().call(context, called, *arguments, **named))
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
         raise jinja2.sandbox.SecurityError(f"{attribute!r} of a {type(obj).__name__} may not be used")
 
     @staticmethod
     def concat(parts: Iterable[str]) -> str:
-        """What macros and blocks make of their parts compares like these."""
-        return stand_ins.Content("".join(parts)) if _marking else "".join(parts)
+        return _aware("".join(parts))
 
 
 _marking = False
+
+
+def _aware(value: Any) -> Any:
+    """What an operation of Jinja made of texts compares as they do."""
+    return stand_ins.Content(value) if _marking and type(value) is str else value
+
+
+def _aware_filter(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def filtered(*arguments: Any, **named: Any) -> Any:
+        return _aware(function(*arguments, **named))
+
+    return filtered
+
+
+# What the operator `~` is in the code that Jinja writes for a template.
+setattr(jinja2.runtime, "str_join", lambda values: _aware("".join(map(str, values))))  # noqa: B010
 
 
 def _check_number(number: Any) -> None:
@@ -150,7 +168,8 @@ def _compiled(text: str) -> jinja2.Template:
     environment = Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols], cache_size=0
     )
-    environment.filters["tojson"] = _tojson
+    filters = environment.filters | {"tojson": _tojson}
+    environment.filters = {name: _aware_filter(function) for name, function in filters.items()}
     environment.globals |= {"raise_exception": _raise_exception, "dict": Dict(), "namespace": Namespace}
     return environment.from_string(text)
 
@@ -177,8 +196,6 @@ def answer(line: bytes) -> dict[str, Any]:
         _marking = False
         random.seed(len(line))
         plain = _rendered(compiled, trusted | contents, limit)
-        if not request["marked"]:
-            return {"plain": plain}
         alphabets = stand_ins.begin(contents, (plain, template))
         again = stand_ins.marked(contents)
         for message, original in zip(again.get("messages", ()), contents.get("messages", ()), strict=True):
@@ -222,7 +239,8 @@ def limit_process(memory_nbytes: int) -> None:
         if hasattr(resource, name):
             hard = resource.getrlimit(getattr(resource, name))[1]
             amount = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
-            resource.setrlimit(getattr(resource, name), (amount, amount))
+            with contextlib.suppress(OSError, ValueError):  # macOS has limits that it does not take
+                resource.setrlimit(getattr(resource, name), (amount, amount))
 
 
 def main(cpu_seconds: float, memory_nbytes: int, request_nbytes: int) -> None:

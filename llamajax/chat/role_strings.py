@@ -138,7 +138,7 @@ def role_strings(render: Render) -> tuple[RoleStrings | None, str]:
     if strings.system is not None:
         try:
             _check(strings, render, conversations(with_system=True))
-        except _Unusual:  # as Mistral's, which puts it before the last of the user's messages
+        except (LlamaJaxError, _Unusual):  # as Mistral's, which puts it before the last of the user's messages
             strings = dataclasses.replace(strings, system=None, behind_system=None)
     return strings, ""
 

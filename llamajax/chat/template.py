@@ -23,7 +23,10 @@ from llamajax.tokenizer import Tokenizer
 
 # Who speaks. Formats make tokens of roles, so that a role is never what somebody else wrote.
 ROLES = frozenset(
-    ("system", "developer", "user", "assistant", "tool", "function", "ipython", "model", "context", "environment")
+    (
+        *("system", "developer", "user", "assistant", "model"),
+        *("tool", "function", "ipython", "observation", "environment", "context"),
+    )
 )
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # By which names transformers knows what a model thought; the first is what templates read.
@@ -33,8 +36,8 @@ _UNFOLLOWED = (
     "which text is whose is not known"
 )
 _UNSAFE = (
-    "its chat template changes messages in a way that is not followed, and a control token comes of it: the messages "
-    "go to the model unchanged"
+    "its chat template changes messages in a way that is not followed, and control tokens are in them: the messages go "
+    "to the model unchanged"
 )
 
 
@@ -118,7 +121,21 @@ class Template:
                 f"{source}: it carries no chat template, so it was not trained to answer: continue a text with "
                 f"llamajax generate, or name the format that it was trained with: {', '.join(builtin.NAMES)}"
             )
-        texts = texts if name is None else {"default": texts[name]}
+        return cls._of_jinja(texts if name is None else {"default": texts[name]}, tokenizer, source, name)
+
+    @classmethod
+    def of_text(cls, text: str, tokenizer: Tokenizer, source: str = "the template") -> "Template":
+        """A Jinja template that no checkpoint carries.
+
+        Args:
+            text: the template.
+            tokenizer: whose tokens are the format's.
+            source: where it is from, for errors.
+        """
+        return cls._of_jinja({"default": text}, tokenizer, source, source)
+
+    @classmethod
+    def _of_jinja(cls, texts: Mapping[str, str], tokenizer: Tokenizer, source: str, name: str | None) -> "Template":
         trusted = _special_tokens(tokenizer)
         jinja_process.start()
 
@@ -220,8 +237,9 @@ class Template:
     def _followed(self, rendering: Rendering) -> Sequence[tuple[str, bool]]:
         """The parts of a rendering.
 
-        Where stand-ins change what a template does, they are not its parts. Then its text is taken as a whole if it has
-        the control tokens that the template wrote and no other, and what was made of the stand-ins if not.
+        Where stand-ins change what a template does, they are not its parts. Then its text is taken as a whole if no
+        content holds a control token and it has those that the template wrote and no other, and what was made of the
+        stand-ins if not.
         """
         spans = rendering.spans
         if spans is None:
@@ -232,7 +250,9 @@ class Template:
         if "".join(text for text, _ in spans) == rendering.text:
             return spans
         written = "\0".join(text for text, is_content in spans if not is_content)
-        is_safe = self._tokens.findall(rendering.text) == self._tokens.findall(written)
+        is_safe = self._tokens.findall(rendering.text) == self._tokens.findall(written) and not any(
+            self._tokens.search(text) for text, is_content in spans if is_content
+        )
         self.note = _UNFOLLOWED if is_safe else _UNSAFE
         return [(rendering.text, False)] if is_safe else spans
 

@@ -46,16 +46,14 @@ class CallForm:
         return any(each.startswith(begun) or begun.startswith(each) for each in self.bare)
 
 
-def form_of(written: ToolCalls) -> CallForm:
-    """The way in which a template writes calls."""
+def form_of(written: ToolCalls) -> CallForm | None:
+    """The way in which a template writes calls; None for one that is not read."""
     for mark, form in _BY_MARK.items():
         if mark in written.before:
             return form
     if written.before and written.name_key and written.arguments_key:
         return marked(written.before, written.behind, written.name_key, written.arguments_key)
-    if written.name_key:
-        return BARE
-    raise LlamaJaxError(f"calls of tools between {written.before!r} and {written.behind!r} are not read")
+    return BARE if written.name_key else None
 
 
 def _value(text: str, at: int) -> tuple[Any, int]:

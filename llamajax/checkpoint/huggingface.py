@@ -37,6 +37,11 @@ def recognise(path: Path) -> bool:
     return (path / "config.json").exists() and "model_type" in _read_json(path / "config.json")
 
 
+def read_config(file: Path, ignore_keys: Collection[str] = ()) -> Config:
+    """The architecture that a config.json by itself describes; arguments and errors as of `open_source`."""
+    return config_from_hf(_read_json(file), str(file), ignore_keys)
+
+
 def open_source(path: Path, ignore_keys: Collection[str] = ()) -> Source:
     """Reads the config and the headers of all files, and checks that they hold just the tensors of the model.
 

@@ -25,7 +25,6 @@ from llamajax.config import preset, preset_names
 from llamajax.errors import LlamaJaxError
 from llamajax.evaluation.plots import Speed, check_picture, speed_bars
 from llamajax.evaluation.speed import (
-    FLOATS,
     Measurement,
     measure_decode,
     measure_prefill,
@@ -36,6 +35,7 @@ from llamajax.evaluation.speed import (
 from llamajax.generation.programs import DECODE_BLOCK
 from llamajax.model import Llama
 from llamajax.prepare import prepare, with_activations
+from llamajax.quantization.foreseen import FLOATS
 from llamajax.quantization.quantize import recipe_names
 from llamajax.threads import thread_count
 

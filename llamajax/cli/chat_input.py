@@ -21,7 +21,7 @@ from prompt_toolkit.output import Output
 from prompt_toolkit.shortcuts import CompleteStyle
 
 from llamajax import process
-from llamajax.cli.terminal import write
+from llamajax.cli.terminal import keys_restored, write
 from llamajax.errors import LlamaJaxError
 from llamajax.files import new_file, parse_json, read_bytes
 
@@ -59,10 +59,21 @@ class Typed:
 
         Raises:
             EOFError: at the end of input, which is Ctrl-D on an empty line.
-            KeyboardInterrupt: for Ctrl-C.
+            KeyboardInterrupt: for Ctrl-C, or a signal (`process.interrupted`).
         """
-        with process.lend_signals():
+        with keys_restored(), process.lend_signals(self._leave):
             return self._session.prompt()
+
+    def _leave(self) -> None:
+        """Ends `read`, which may have begun or ended only just now."""
+        loop = self._session.app.loop
+        if loop is None:
+            raise KeyboardInterrupt
+        loop.call_soon_threadsafe(self._exit)
+
+    def _exit(self) -> None:
+        if self._session.app.is_running and not self._session.app.is_done:
+            self._session.app.exit(exception=KeyboardInterrupt())
 
 
 class PlainlyTyped:

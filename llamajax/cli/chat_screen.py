@@ -19,8 +19,9 @@ from rich.text import Text
 from llamajax.cli.terminal import harmless, write
 
 _REFRESH_SECONDS = 0.1
-# Drawing takes at most this part of the time, which the model has one thread less in.
+# Drawing takes at most this part of the time, in which the model has one thread less; but nobody waits for a second.
 _DRAWING_SHARE = 0.1
+_LONGEST_WAIT = 1.0
 _NARROWEST = 20
 
 
@@ -84,13 +85,13 @@ class Screen:
         """Prints blocks that are finished, and draws the other where it is time to."""
         if time.monotonic() < self._next:
             return
-        begun = time.monotonic()
+        begun = time.thread_time()
         if done := finished(self._text):
             self._print(self._text[:done])
             self._text = self._text[done:]
         self._tail.draw(self._rendered(self._text))
-        now = time.monotonic()
-        self._next = now + max(_REFRESH_SECONDS, (now - begun) / _DRAWING_SHARE)
+        wanted = (time.thread_time() - begun) / _DRAWING_SHARE
+        self._next = time.monotonic() + min(max(_REFRESH_SECONDS, wanted), _LONGEST_WAIT)
 
     def _print(self, text: str) -> None:
         """Prints blocks for good, in the place of the tail."""

@@ -86,6 +86,8 @@ class Session:
 
     def retry(self) -> None:
         """Answers the last message once more."""
+        if self.chat.knobs.get("temperature") == 0:
+            self.say("the temperature is 0: the answer will be the same (/temperature 0.7 gives others)")
         self._show(self._conversation.retry())
 
     def _turn(self) -> None:

@@ -8,8 +8,9 @@ from absl import flags
 
 from llamajax.chat.answer import Answer
 from llamajax.chat.builtin import BUILT_IN
-from llamajax.chat.chat import Chat, Template
+from llamajax.chat.chat import Chat
 from llamajax.chat.messages import load_conversation
+from llamajax.chat.template import Template
 from llamajax.checkpoint import need_tokenizer
 from llamajax.cli.model_flags import chosen_activations, chosen_dtype, open_named, read_model, say
 from llamajax.cli.sampling_flags import chosen_sampling

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
+from llamajax.allocator import large_blocks_apart
 from llamajax.checkpoint import Opened, need_tokenizer, open_checkpoint, read_tokenizer
 from llamajax.cli.terminal import note, progress
 from llamajax.model import Llama
@@ -121,14 +122,14 @@ def say(text: str) -> None:
     note(f"llamajax: {' '.join(text.split())}")
 
 
-def chosen_dtype(values: flags.FlagValues) -> jax.typing.DTypeLike | None:
-    """What --dtype asks for; None for the dtype that the checkpoint is stored in."""
+def chosen_dtype(values: flags.FlagValues, backend: str | None = None) -> jax.typing.DTypeLike | None:
+    """What --dtype asks for on a backend, the one here unless given; None for what the checkpoint is stored in."""
     if values.dtype == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else None
+        return jnp.float32 if (backend or jax.default_backend()) == "cpu" else None
     return values.dtype
 
 
 def read_model(opened: Opened, dtype: jax.typing.DTypeLike | None, **options: str | None) -> Llama:
     """Reads the weights behind a progress bar; options as of `Opened.read`."""
-    with progress("reading weights") as on_weight:
+    with large_blocks_apart(), progress("reading weights") as on_weight:
         return opened.read(dtype, on_weight=on_weight, **options)

@@ -174,27 +174,33 @@ _keys_before: list[Any] | None = None
 
 
 @contextlib.contextmanager
-def keys_unseen() -> Iterator[None]:
-    """Inside, a terminal does not show keys, in the middle of what is drawn; who reads standard input next gets them.
-
-    Ctrl-C and Ctrl-Z do what they always do.
-    """
+def keys_restored() -> Iterator[None]:
+    """Keys are as they were behind the block, and where the process ends within it."""
     global _keys_before
-    if termios is None or not is_terminal(sys.stdin):
-        yield
-        return
-    _keys_before = termios.tcgetattr(sys.stdin)
-    unseen = termios.tcgetattr(sys.stdin)
-    unseen[3] &= ~termios.ECHO
-    termios.tcsetattr(sys.stdin, termios.TCSANOW, unseen)
+    if termios is not None and is_terminal(sys.stdin):
+        _keys_before = termios.tcgetattr(sys.stdin)
     try:
         yield
     finally:
         restore_keys()
 
 
+@contextlib.contextmanager
+def keys_unseen() -> Iterator[None]:
+    """Inside, a terminal does not show keys, in the middle of what is drawn; who reads standard input next gets them.
+
+    Ctrl-C and Ctrl-Z do what they always do.
+    """
+    with keys_restored():
+        if termios is not None and is_terminal(sys.stdin):
+            unseen = termios.tcgetattr(sys.stdin)
+            unseen[3] &= ~termios.ECHO
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, unseen)
+        yield
+
+
 def restore_keys() -> None:
-    """Ends `keys_unseen`; also for a process that is about to end within."""
+    """Ends `keys_restored`; also for a process that is about to end within."""
     global _keys_before
     before, _keys_before = _keys_before, None
     if before is not None:

@@ -28,12 +28,10 @@ from llamajax.generation.engine import Engine
 from llamajax.generation.programs import DECODE_BLOCK, EngineState
 from llamajax.model import Llama
 from llamajax.parameters import Place, Spec, product_weights, specs, step_bytes
-from llamajax.quantization.quantize import assigned, read_recipe
-from llamajax.quantization.quantize_weight import by_rounding
+from llamajax.quantization.foreseen import FLOATS, quantized_shape, rules_of
 from llamajax.threads import thread_count
 from quant import QTensor, Rule
 
-FLOATS = ("float32", "bfloat16", "float16")
 _DEVIATION = 0.02  # standard deviation of random weights: that which training starts from
 
 
@@ -112,25 +110,12 @@ def random_model(
     """
     if str(weights) in FLOATS:
         dtype = str(weights)
-    rules = _rules(weights, config)
+    rules = rules_of(weights, config)
     generator, stacks = np.random.default_rng(seed), Stacks(config, rules.__getitem__)
     for place, spec in specs(config).items():
         one = jax.ShapeDtypeStruct(spec.shape(config), np.dtype(dtype))
         stacks.put(place, _random_weight(place, one, rules[place], spec, generator))
     return stacks.model()
-
-
-def _rules(weights: str | Path, config: Config) -> Mapping[Place, Rule]:
-    """The rule for each weight of each layer."""
-    if str(weights) in FLOATS:
-        return assigned((Rule(weights="*", keep=True),), config)
-    recipe = read_recipe(weights)
-    if recipe.target_bpw is not None or any(rule.outliers or rule.act_order for rule in recipe.rules):
-        raise LlamaJaxError(
-            f"recipe is {str(weights)!r}, whose bits, outliers or order depend on a text: expected one that says all "
-            "by itself, as int4-g32"
-        )
-    return assigned(recipe.rules, config)
 
 
 def _random_weight(
@@ -145,14 +130,7 @@ def _random_weight(
         even = generator.random(shape, np.float32) - np.float32(0.5)
         even *= np.float32(_DEVIATION * math.sqrt(12))
         return even.astype(weight.dtype)
-    axis = spec.axis
-    rule = rule.for_inputs(shape[axis])
-    assert rule.scheme is not None  # a rule that quantizes
-    try:
-        made: Any = jax.eval_shape(lambda weight: by_rounding(weight, rule, axis), weight)
-    except (ValueError, TypeError) as error:
-        raise LlamaJaxError(f"{place} of shape {shape}: {error}") from None
-    return dataclasses.replace(_filled(made, generator, _DEVIATION), activations=rule.activations)
+    return _filled(quantized_shape(place, weight, rule, spec), generator, _DEVIATION)
 
 
 def _filled(abstract: Any, generator: np.random.Generator, deviation: float) -> QTensor:

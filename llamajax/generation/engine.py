@@ -196,7 +196,7 @@ class Engine:
         """What `insert` gives to `extend`, chunk by chunk; arguments and errors as there."""
         self._check_rows(rows)
         for row, text in zip(rows, texts, strict=True):
-            if not 1 <= len(text) <= self.slots:
+            if not 1 <= len(text) <= self.slots + 1:
                 raise LlamaJaxError(f"{len(text)} tokens for row {row}: expected from 1 to {self.slots}, its slots")
         keeps = self._keeps(state, rows, texts, keep)
         longest = max(len(text) - 1 - kept for text, kept in zip(texts, keeps, strict=True))
@@ -252,7 +252,10 @@ class Engine:
 
     @auto_mesh()
     def free(self, state: EngineState, row: int | Sequence[int]) -> EngineState:
-        """Ends one row or several: they make nothing more until something is inserted."""
+        """Ends one row or several: they make nothing more until something is inserted.
+
+        A row whose logits were not finite must be freed, or it may hand NaN to the next that is inserted there.
+        """
         rows = [row] if isinstance(row, int) else list(row)
         self._check_rows(rows)
         return self._run(compiled_free, state, _ids(rows))
@@ -347,12 +350,12 @@ def full_sampler(knobs: Sequence[Knobs]) -> Sampler:
     Raises:
         LlamaJaxError: for a value out of its range.
     """
-    values: dict[str, Any] = {name: [getattr(each, name) for each in knobs] for name in NEUTRAL}
-    for name in set(NEUTRAL) - {"temperature"}:  # which may not be None
-        values[name] = [NEUTRAL[name].item() if value is None else value for value in values[name]]
+    values: dict[str, Any] = {
+        name: [off.item() if (value := getattr(each, name)) is None else value for each in knobs]
+        for name, off in NEUTRAL.items()
+    }
     make_sampler(**values)
-    arrays = {name: np.asarray(each, NEUTRAL[name].dtype) for name, each in values.items()}
-    return Sampler(**jax.device_put(arrays))
+    return Sampler(**jax.device_put({name: np.asarray(each, NEUTRAL[name].dtype) for name, each in values.items()}))
 
 
 def _each(row: Any, tokens: Any, knobs: Any, keep: Any) -> tuple[list[int], list[list[int]], list[Knobs], list[int]]:

@@ -14,7 +14,7 @@ def encode_parts(engine: Engine, parts: Sequence[tuple[str, bool]], control: Col
     """See `Tokenizer.encode_parts`.
 
     Raises:
-        EngineError: for a vocabulary that spells a control token as itself.
+        EngineError: for a vocabulary that has no other spelling of a control token.
     """
     known = (*engine.added, *engine.controls)
     guarded = {token.id for token in known if token.special or token.text in control}
@@ -40,12 +40,20 @@ def encode_parts(engine: Engine, parts: Sequence[tuple[str, bool]], control: Col
             return ids
     ids = []
     for at, part in found:
-        spelt = [part] if isinstance(part, int) else engine.spell(part, at == 0)
-        if not isinstance(part, int) and not controls.isdisjoint(spelt):
-            name = engine.piece(next(index for index in spelt if index in controls))
-            raise EngineError(f"the vocabulary has no other spelling of {shortened(name)} than the token itself")
-        ids += spelt
+        ids += [part] if isinstance(part, int) else _spelt(engine, part, at == 0, controls)
     return ids
+
+
+def _spelt(engine: Engine, text: str, first: bool, controls: Collection[int]) -> list[int]:
+    """Ids of a text, none of them a control token: one that the vocabulary has as an ordinary piece is taken apart."""
+    ids = engine.spell(text, first)
+    named = next((engine.piece(index) for index in ids if index in controls), None)
+    if named is None:
+        return ids
+    cut = text.find(named) + 1
+    if not cut or cut == len(text):
+        raise EngineError(f"the vocabulary has no other spelling of {shortened(named)} than the token itself")
+    return _spelt(engine, text[:cut], first, controls) + _spelt(engine, text[cut:], False, controls)
 
 
 @functools.lru_cache(maxsize=4)

@@ -84,6 +84,7 @@ export class Text {
     const { blank, word } = vocabulary.added, tables = ["early", "late"];
     this.added = [false, true].map((special) => tables.map((name) => this.kept(vocabulary.added, name, special)));
     this.blank = blank;
+    this.bits = new Map(tables.flatMap((name) => vocabulary.added[name].map(([id, , bits]) => [id, bits])));
     this.word = word === null ? null : new RegExp(`^${this.patternText([word])}$`, "u");
     [this.normalize, this.split] = ["normalize", "split"].map((key) => vocabulary[key].map((step) => this.step(step)));
     this.cache = new Map();
@@ -126,34 +127,58 @@ export class Text {
 
   encode(text, special = false) {
     if (this.refusal) throw new Error(`${this.refusal}, which this page does not know`);
-    const ids = this.bos === null ? [] : [this.bos], [early, late] = this.added[+special];
-    for (const { place, part, id } of this.aroundAdded(early, text, special)) {
-      if (id !== undefined) {
-        ids.push(id);
-        continue;
-      }
-      const normalized = this.normalize.reduce((part, step) => step([part], place === 0).join(""), part);
-      for (const { place: later, part: inner, id } of this.aroundAdded(late, normalized, special)) {
-        if (id !== undefined) {
-          ids.push(id);
-          continue;
-        }
-        const atStart = place + later === 0;
-        const words = this.split.reduce((words, step) => step(words, atStart).filter((word) => word !== ""), [inner]);
-        for (const word of words) for (const id of this.encodeWord(word)) ids.push(id);
-      }
-    }
+    const ids = [...(this.bos === null ? [] : [this.bos]), ...this.encodePart(text, special, true)];
     return this.eos === null ? ids : [...ids, this.eos];
   }
 
+  // Ids of ids and texts. Texts beside each other are one; special and control tokens in them are text.
+  encodePieces(pieces, control) {
+    const ids = [], isBlank = (character) => character !== undefined && this.blank.includes(character);
+    let run = "";
+    for (const piece of [...pieces, null]) {
+      if (typeof piece === "string") {
+        run += piece;
+        continue;
+      }
+      let start = 0, end = run.length;
+      if (this.bits.get(ids.at(-1)) & RSTRIP) while (start < end && isBlank(run[start])) start++;
+      if (this.bits.get(piece) & LSTRIP) while (end > start && isBlank(run[end - 1])) end--;
+      if (start < end) ids.push(...this.encodePart(run.slice(start, end), false, !ids.length, control));
+      if (piece !== null) ids.push(piece);
+      run = "";
+    }
+    return ids;
+  }
+
+  // Ids of a part of a text.
+  *encodePart(text, special, first, control = []) {
+    const [early, late] = this.added[+special];
+    for (const { place, part, id } of this.aroundAdded(early, text, special, control)) {
+      if (id !== undefined) {
+        yield id;
+        continue;
+      }
+      const normalized = this.normalize.reduce((part, step) => step([part], first && place === 0).join(""), part);
+      for (const { place: later, part: inner, id } of this.aroundAdded(late, normalized, special, control)) {
+        if (id !== undefined) {
+          yield id;
+          continue;
+        }
+        const atStart = first && place + later === 0;
+        const words = this.split.reduce((words, step) => step(words, atStart).filter((word) => word !== ""), [inner]);
+        for (const word of words) yield* this.encodeWord(word);
+      }
+    }
+  }
+
   // A text in parts, each with its place: ids of added tokens, and the text between them.
-  *aroundAdded(added, text, special) {
+  *aroundAdded(added, text, special, control = []) {
     let done = 0;
     for (const { place, part, found } of added.lengths.size ? added.cut(text) : []) {
       if (!found) continue;
       const { id, bits } = added.texts.get(part);
       let start = place, end = place + part.length;
-      if (bits & SPECIAL && !special) continue;
+      if ((bits & SPECIAL || control.includes(id)) && !special) continue;
       const beside = [characterBefore(text, start), characterAt(text, end)];
       if (bits & SINGLE_WORD && beside.some((character) => this.word.test(character))) continue;
       start = Math.max(start, done);
@@ -502,16 +527,125 @@ class Heap {
   }
 }
 
+// Which tokens may be drawn: the k likeliest and those as likely as the k-th; of these the fewest that together have the
+// probability p, of equally likely ones those of lower ids first. Logits are behind the temperature.
+export function kept(logits, topK, topP) {
+  const order = Array.from(logits, (_, id) => id).sort((a, b) => logits[b] - logits[a] || a - b);
+  const least = logits[order[Math.min(topK || order.length, order.length) - 1]], highest = logits[order[0]];
+  const some = order.filter((id) => logits[id] >= least);
+  const chances = some.map((id) => Math.exp(logits[id] - highest)), total = chances.reduce((a, b) => a + b, 0);
+  let before = 0;
+  return new Set(some.filter((_, rank) => {
+    const keeps = topP >= 1 || before < topP * total;
+    before += chances[rank];
+    return keeps;
+  }));
+}
+
 // Greedy for temperature 0, else a draw.
-export function chooser(temperature) {
+export function chooser(temperature, topK = 0, topP = 1, random = Math.random) {
   return (logits) => {
+    const divisor = Math.fround(temperature), filters = temperature && (topK || topP < 1);
+    const may = filters ? kept(logits.map((logit) => Math.fround(logit / divisor)), topK, topP) : null;
     let best = 0, highest = -Infinity;
     logits.forEach((logit, id) => {
-      const noisy = temperature ? logit - temperature * Math.log(-Math.log(Math.random())) : logit;
-      if (noisy > highest) [best, highest] = [id, noisy];
+      const noisy = temperature ? logit - temperature * Math.log(-Math.log(random())) : logit;
+      if (noisy > highest && (!may || may.has(id))) [best, highest] = [id, noisy];
     });
     return best;
   };
+}
+
+// A text as it comes, up to the first stop text; what may become one is held back.
+export class Until {
+  constructor(stops) {
+    Object.assign(this, { stops, text: "", shown: 0, ended: false });
+  }
+
+  // What may be shown of what there is now. `last`: nothing comes behind it.
+  add(piece, last = false) {
+    this.text += piece;
+    const hits = this.stops.map((stop) => this.text.indexOf(stop, this.shown)).filter((place) => place >= 0);
+    this.ended = hits.length > 0;
+    if (this.ended) this.text = this.text.slice(0, Math.min(...hits));
+    let held = 0;
+    for (const stop of last || this.ended ? [] : this.stops) {
+      for (let size = held + 1; size < stop.length; size++) if (this.text.endsWith(stop.slice(0, size))) held = size;
+    }
+    const end = this.text.length - held, shown = this.text.slice(this.shown, end);
+    this.shown = end;
+    return shown;
+  }
+}
+
+// White space at both ends, as Python's `strip` takes it away.
+const strip = (text) => {
+  const blank = "[\\t-\\r\\x1c-\\x20\\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]+";
+  return text.replace(new RegExp(`^${blank}|${blank}$`, "g"), "");
+};
+
+// Ids of a conversation. Messages are [role, text], the last one a user's; no text in them is a control token.
+export function conversation(text, form, messages) {
+  const made = [];
+  let before = messages[0][0] === "system" ? form.system : form.begin;
+  for (let [role, said] of messages) {
+    const { thinking_end: end, thinking_blank: blank } = form;
+    if (role === "assistant" && end && said.includes(end)) {
+      said = said.slice(said.lastIndexOf(end) + end.length);
+      while (said && blank.includes(said[0])) said = said.slice(1);
+    }
+    made.push(...before, role !== "assistant" || form.trims_answers ? strip(said) : said);
+    before = { system: form.behind_system, user: form.answer, assistant: form.next }[role];
+  }
+  return [...form.bos, ...text.encodePieces([...made, ...form.reply], form.control)];
+}
+
+// A conversation with a model. Of its cache all is kept that the next turn begins with.
+export class Chat {
+  constructor(model, system = "") {
+    Object.assign(this, { model, first: strip(system) ? [["system", system]] : [], said: [], held: [] });
+    if (this.first.length && !this.form.system) throw new Error("the chat template has no place for a system message");
+  }
+
+  get form() {
+    return this.model.manifest.chat;
+  }
+
+  // Answers a message: yields texts as they come. `note` is called with a line for each thing to know.
+  async *answer(message, limit, choose, stops = [], note = () => {}) {
+    const { model, form, said } = this, { slots } = model.manifest.cache;
+    const whole = said.push(["user", message]);
+    const encoded = () => conversation(model.text, form, [...this.first, ...said]);
+    let ids = encoded();
+    while (ids.length + limit > slots && said.length > 2) {
+      said.splice(0, 2);
+      ids = encoded();
+    }
+    if (ids.length + limit > slots) {
+      said.pop();
+      throw new Error(`${ids.length} tokens and ${limit} to make: expected ${slots} together, the cache's slots`);
+    }
+    if (said.length < whole) note(`the window is full: the oldest ${whole - said.length} messages are forgotten`);
+    let keep = 0;
+    while (keep < ids.length - 1 && ids[keep] === this.held[keep]) keep++;
+    const made = [], until = new Until(stops), bytesOf = model.text.decoder([]), decoder = new TextDecoder();
+    let ended = false;
+    try {
+      for await (const token of model.steps(ids, limit, choose, keep)) {
+        made.push(token);
+        ended = form.stop.includes(token);
+        if (!ended) yield until.add(decoder.decode(bytesOf(token), { stream: true }));
+        ended ||= until.ended;
+        if (ended) break;
+      }
+      if (!until.ended) yield until.add(decoder.decode(bytesOf(null)), true);
+    } finally {
+      this.held = made.length ? [...ids, ...made.slice(0, -1)] : []; // without a token it is not known
+      said.push(["assistant", until.text]);
+    }
+    note(`${ids.length - keep} tokens read, ${made.length} made; ${this.held.length + 1} of ${slots} slots` +
+      (ended ? "" : "; cut: a greater length allows more"));
+  }
 }
 
 // Arrays of each dtype that a state may have here; of float16 onnxruntime takes the bits.
@@ -534,6 +668,10 @@ export class Model {
     for (const { text, ids, special = false } of model.text.refusal ? [] : model.manifest.golden.texts ?? []) {
       const found = model.text.encode(text, special);
       if (`${found}` !== `${ids}`) throw new Error(`${JSON.stringify(text)} gives ids ${found}: expected ${ids}`);
+    }
+    for (const { messages, ids } of model.manifest.golden.conversations ?? []) {
+      const found = conversation(model.text, model.manifest.chat, messages);
+      if (`${found}` !== `${ids}`) throw new Error(`${JSON.stringify(messages)} gives ids ${found}: expected ${ids}`);
     }
     model.ort = await import(ort + "ort.wasm.min.mjs");
     model.ort.env.wasm.wasmPaths = ort;
@@ -584,8 +722,8 @@ export class Model {
     return results.logits.data;
   }
 
-  // Prefills `ids`, then yields tokens, at most `limit`.
-  async *steps(ids, limit, choose) {
+  // Prefills `ids`, of which the cache holds the first `keep` already, then yields tokens, at most `limit`.
+  async *steps(ids, limit, choose, keep = 0) {
     const { cache, buckets } = this.manifest;
     if (!(ids.length > 0 && ids.length < cache.slots)) {
       throw new Error(`${ids.length} tokens: expected 1 to ${cache.slots - 1}, for the cache has ${cache.slots} slots`);
@@ -595,12 +733,12 @@ export class Model {
       if (!(id >= 0 && id < vocabulary)) throw new Error(`id ${id}: expected 0 to ${vocabulary - 1}`);
     }
     const row = (value) => ({ values: [value], shape: [1] });
-    this.state = {};
-    for (const { name, dtype, shape } of this.declared) {
+    if (!keep) this.state = {};
+    for (const { name, dtype, shape } of keep ? [] : this.declared) {
       const size = shape.reduce((a, b) => a * b, 1);
       this.state[name] = new this.ort.Tensor(dtype, new ZEROS[dtype](size), shape);
     }
-    let length = 0, logits;
+    let length = keep, logits;
     while (length < ids.length) {
       // The padding of a bucket must fit the cache too; what fits none is decoded token by token.
       const fitting = buckets.filter((bucket) => length + bucket <= cache.slots);

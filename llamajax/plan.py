@@ -1,0 +1,226 @@
+"""What running a model will take of memory, from shapes alone: no weight is read, and nothing is allocated.
+
+    print(plan(preset("llama3-8b"), "int4-g32", context=8192, backend="cpu").total)
+
+Weights and cache are exact: abstract trees say them. The rest is what was measured on a CPU, named below.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from llamajax.caches import empty_cache
+from llamajax.checkpoint import Opened
+from llamajax.checkpoint.assemble import Finish, outcome
+from llamajax.checkpoint.source import Source
+from llamajax.config import Config
+from llamajax.errors import LlamaJaxError
+from llamajax.generation.engine import Engine
+from llamajax.generation.programs import PREFILL_BUCKETS, plan_chunks
+from llamajax.model import Llama
+from llamajax.parameters import named_weights
+from llamajax.quantization.foreseen import foreseen_weights
+from quant import nbytes, quantized
+
+# Of a context that nobody asked for: what most conversations stay below.
+DEFAULT_CONTEXT = 4096
+_MIB = 1 << 20
+# Measured on a CPU by `benchmarks/plan.py`. PROCESS: Python with JAX, this package and a backend that has started,
+# before anything is loaded; half of it are files. PROGRAMS: what is held beside weights, cache and temporaries where
+# an earlier run kept the programs: their code, what JAX keeps of them, what the allocator does not give back; 60 MiB
+# of the box in floats. COMPILED: what more is left where they are compiled in the same process, of TinyLlama 1.1B in
+# int4-g32; of the box 50. COMPILING: what compiling takes meanwhile, of TinyLlama; of the box 230.
+PROCESS = 230 * _MIB
+PROGRAMS = 60 * _MIB
+COMPILED = 130 * _MIB
+COMPILING = 350 * _MIB
+# Temporaries on a CPU, in float32 numbers. Of a prefill's chunk for each token: so many times the model's width, that
+# of its feed-forward, and its scores with a slab of slots; beside them a layer's keys and values. Of a step for each
+# row: so many times its logits. By `memory_analysis()` of programs of TinyLlama 1.1B (1 and 8 rows, 512 and 2,048
+# slots) and Llama 2 7B (1 row, 1,024 slots) in int4-g32, which these meet within 6%.
+_WIDTHS, _FFN_WIDTHS, _SCORES = 4.0, 3.2, 1.7
+_SLAB_SLOTS = 256
+_LOGITS = 22
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Bytes that a model takes while it generates.
+
+    Attributes:
+        config: the architecture.
+        recipe: what the weights are: a recipe, or "as stored".
+        backend: whose layout the weights have.
+        context: tokens of a row, prompt and new ones.
+        batch: rows.
+        cache_dtype: of keys and values.
+        dtype: that the model computes in.
+        stored: weights at rest, as a checkpoint of ours holds them, or as the file does.
+        weights: in memory, in the backend's layout.
+        cache: keys and values of all rows, with as many slots as the engine gives them.
+        activations: the largest temporaries of a forward pass.
+        programs: machine code, and what JAX keeps of it.
+        compiled: more than that, where programs were compiled in the same process: the first start of a shape.
+        compiling: what that takes meanwhile, which is while the weights are read.
+        reading: at its most while the weights are read: all of them, and the largest once more while it is laid out.
+    """
+
+    config: Config
+    recipe: str
+    backend: str
+    context: int
+    batch: int
+    cache_dtype: str
+    dtype: str
+    stored: int
+    weights: int
+    cache: int
+    activations: int
+    programs: int
+    compiled: int
+    compiling: int
+    reading: int
+
+    @property
+    def total(self) -> int:
+        """What a process holds at its most while it generates, beyond what it held before it loaded the model."""
+        return self.weights + self.cache + self.activations + self.programs
+
+    @property
+    def most(self) -> int:
+        """The same at its most in its whole life, which begins with reading the weights and compiling."""
+        return max(self.total + self.compiled, self.reading + self.compiling)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The weights of a plan, which several contexts share.
+
+    Attributes:
+        model: in the backend's layout, of `jax.ShapeDtypeStruct`s.
+        recipe: as of `Plan`.
+        backend: likewise.
+        stored: likewise.
+    """
+
+    model: Llama
+    recipe: str
+    backend: str
+    stored: int
+
+    def plan(
+        self, context: int, batch: int = 1, cache_dtype: jax.typing.DTypeLike | None = None, drafts: int = 0
+    ) -> Plan:
+        """What generating with them takes; arguments and errors as of the function `plan`."""
+        config = self.model.config
+        for name, number, most in (("context", context, config.context_length), ("batch", batch, None)):
+            if number < 1:
+                raise LlamaJaxError(f"{name} is {number}: expected at least 1")
+            if most is not None and number > most:
+                raise LlamaJaxError(f"{name} is {number} tokens: expected at most {most}, what the model is made for")
+        engine = Engine(self.model, batch, max(1, context - 1 + drafts), cache_dtype=cache_dtype, drafts=drafts)
+        return Plan(
+            config=config,
+            recipe=self.recipe,
+            backend=self.backend,
+            context=context,
+            batch=batch,
+            cache_dtype=engine.cache_dtype,
+            dtype=str(np.dtype(self.model.dtype)),
+            stored=self.stored,
+            weights=nbytes(self.model),
+            cache=nbytes(jax.eval_shape(lambda: empty_cache(config, batch, engine.slots, engine.cache_dtype))),
+            activations=_temporaries(self.model, batch, context, engine.slots),
+            programs=PROGRAMS,
+            compiled=COMPILED,
+            compiling=COMPILING,
+            reading=nbytes(self.model) + max(map(nbytes, named_weights(self.model).values())),
+        )
+
+
+def plan(
+    model: Opened | Config,
+    recipe: str | Path | None = None,
+    *,
+    context: int | None = None,
+    batch: int = 1,
+    cache_dtype: jax.typing.DTypeLike | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    activations: str | None = None,
+    backend: str | None = None,
+) -> Plan:
+    """What generating text with a model takes of memory.
+
+    Args:
+        model: a checkpoint whose header was read (`open_checkpoint`), or an architecture.
+        recipe: that its weights will be packed by, a name or a file, or "float32", "bfloat16", "float16". As a
+            checkpoint stores them unless given; bfloat16 of an architecture.
+        context: tokens of a row, prompt and new ones; `DEFAULT_CONTEXT`, or the model's if that is less, unless given.
+        batch: rows.
+        cache_dtype: of keys and values, one of `caches.CACHE_DTYPES`; the model's unless given.
+        dtype: that it computes in; as stored unless given.
+        activations: what quantized weights are multiplied with, as of `with_activations`.
+        backend: whose layout the weights get; `jax.default_backend()` unless given.
+
+    Raises:
+        LlamaJaxError: for an argument out of range, or a recipe that does not fit or depends on a text.
+    """
+    weights = plan_weights(model, recipe, dtype=dtype, activations=activations, backend=backend)
+    return weights.plan(default_context(weights.model.config) if context is None else context, batch, cache_dtype)
+
+
+def plan_weights(
+    model: Opened | Config,
+    recipe: str | Path | None = None,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    activations: str | None = None,
+    backend: str | None = None,
+) -> Weights:
+    """The part of `plan` that takes longest, a second or two; arguments and errors as there."""
+    backend = backend or jax.default_backend()
+    finish = Finish(dtype, activations, backend)
+    if recipe is None and isinstance(model, Opened):
+        source = model.source
+        at_rest = [each.nbytes for each in source.stored.values()] or [nbytes(one) for one in source.abstract.values()]
+        return Weights(outcome(source, finish), "as stored", backend, sum(at_rest))
+    config, recipe = (model.config if isinstance(model, Opened) else model), recipe or "bfloat16"
+    abstract = foreseen_weights(config, recipe, "bfloat16")
+    source = Source("shapes", config, abstract, tuple(abstract), read=_nothing_to_read)
+    return Weights(outcome(source, finish), str(recipe), backend, sum(map(nbytes, abstract.values())))
+
+
+def default_context(config: Config) -> int:
+    """Tokens that are planned for where nobody says."""
+    return min(DEFAULT_CONTEXT, config.context_length)
+
+
+def longest_context(weights: Weights, memory: int, batch: int, cache_dtype: Any = None) -> int:
+    """The most tokens of each row with which a process takes at most `memory` bytes; 0 if none do."""
+    low, high = 0, weights.model.config.context_length
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = weights.plan(middle, batch, cache_dtype).most <= memory
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low
+
+
+def _temporaries(model: Llama, batch: int, context: int, slots: int) -> int:
+    """The largest temporaries of a prefill's chunk and of a decode step."""
+    c = model.config
+    tokens = batch * max(plan_chunks(context - 1), default=1)
+    floats = _WIDTHS * c.width + _FFN_WIDTHS * c.ffn_width + _SCORES * c.num_heads * _SLAB_SLOTS
+    layer = batch * slots * 2 * c.num_kv_heads * c.head_size
+    many = 4 * int(tokens * floats + layer)
+    few = 4 * _LOGITS * batch * c.vocab_size
+    if quantized(model) and batch <= PREFILL_BUCKETS[0]:
+        # With 2 to 16 rows, in a step or the smallest chunk, XLA makes floats of a whole packed weight at a time.
+        few += 4 * c.width * c.ffn_width
+    return max(many, few)
+
+
+def _nothing_to_read(place: Any) -> Any:
+    raise AssertionError(f"{place} of a plan has a shape alone")
