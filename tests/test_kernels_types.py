@@ -119,6 +119,15 @@ def test_several_rows_of_a_layer_are_numpys(name: str, axis: int, rows: int) -> 
     check(jax.jit(cpu.matmul)(jnp.asarray(x_RK), layer), x_RK, weight_LKM[1], largest_LKM[1])
 
 
+@pytest.mark.parametrize("name", ["Q4_1", "Q8_0"])
+def test_some_rows_whose_sums_fit_no_cache_are_numpys(name: str, monkeypatch) -> None:
+    """As of a vocabulary: multiplied by slabs."""
+    monkeypatch.setattr(cpu, "_CACHE_BYTES", 0)
+    weight, arrays = made(name, 2, 21, -2)
+    x_RK = np.random.default_rng(1).standard_normal((8, 512)).astype(np.float32)
+    check(jax.jit(cpu.matmul)(jnp.asarray(x_RK), cpu.layout(weight)), x_RK, *dense(weight, arrays))
+
+
 @fuzz(30)
 @given(
     name=st.sampled_from(["Q4_K", "Q6_K", "IQ4_XS"]),
