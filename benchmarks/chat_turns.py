@@ -6,8 +6,8 @@
 Each round opens a new chat with the same history, whose first turn prefills all of it and whose second only what is
 new. Both are measured from the call of `Chat.stream` to the first text: the template, the encoding and the first decode
 step are part of it. Prompts are prefilled in chunks of 16, 64 or 256 tokens: up to 16 new ones are one forward pass, as
-here, up to 32 are two. Figures are medians over the rounds, behind one round that is not counted; the ratio is the median
-of the rounds' own. Beside them stand the tokens that each prefilled, and what those took per token.
+here, up to 32 are two. Figures are medians over the rounds, behind one round that is not counted; the ratio is the
+median of the rounds' own. Beside them stand the tokens that each prefilled, and what those took per token.
 """
 
 import json
