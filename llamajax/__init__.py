@@ -41,6 +41,7 @@ from llamajax.layer import Layer
 from llamajax.meshes import shardings
 from llamajax.model import Block, Llama, abstract_model, model_from
 from llamajax.parameters import leaves, named_arrays, named_weights, parts_of, rebuilt, unrolled, weights_of
+from llamajax.plan import Plan, plan
 from llamajax.prepare import prepare, with_activations
 from llamajax.quantization.quantize import quantize, read_recipe, recipe_names
 from llamajax.tokenizer import Tokenizer
@@ -68,6 +69,7 @@ __all__ = [
     "Message",
     "NoCache",
     "Opened",
+    "Plan",
     "RopeScaling",
     "Sampler",
     "Scores",
@@ -92,6 +94,7 @@ __all__ = [
     "open_checkpoint",
     "parameters",
     "parts_of",
+    "plan",
     "prefill",
     "prepare",
     "preset",

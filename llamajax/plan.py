@@ -19,16 +19,31 @@ from llamajax.checkpoint.source import Source
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
 from llamajax.generation.engine import Engine
+from llamajax.generation.programs import PREFILL_BUCKETS, plan_chunks
 from llamajax.model import Llama
+from llamajax.parameters import named_weights
 from llamajax.quantization.foreseen import foreseen_weights
-from quant import nbytes
+from quant import nbytes, quantized
 
 # Of a context that nobody asked for: what most conversations stay below.
 DEFAULT_CONTEXT = 4096
 _MIB = 1 << 20
-# Python with JAX, this package and a backend that has started, before anything is loaded: half of it is files.
-PROCESS = 240 * _MIB
-PROGRAMS = 100 * _MIB
+# Measured on a CPU by `benchmarks/plan.py`. PROCESS: Python with JAX, this package and a backend that has started,
+# before anything is loaded; half of it are files. PROGRAMS: what is held beside weights, cache and temporaries where
+# an earlier run kept the programs: their code, what JAX keeps of them, what the allocator does not give back; 60 MiB
+# of the box in floats. COMPILED: what more is left where they are compiled in the same process, of TinyLlama 1.1B in
+# int4-g32; of the box 50. COMPILING: what compiling takes meanwhile, of TinyLlama; of the box 230.
+PROCESS = 230 * _MIB
+PROGRAMS = 60 * _MIB
+COMPILED = 130 * _MIB
+COMPILING = 350 * _MIB
+# Temporaries on a CPU, in float32 numbers. Of a prefill's chunk for each token: so many times the model's width, that
+# of its feed-forward, and its scores with a slab of slots; beside them a layer's keys and values. Of a step for each
+# row: so many times its logits. By `memory_analysis()` of programs of TinyLlama 1.1B (1 and 8 rows, 512 and 2,048
+# slots) and Llama 2 7B (1 row, 1,024 slots) in int4-g32, which these meet within 6%.
+_WIDTHS, _FFN_WIDTHS, _SCORES = 4.0, 3.2, 1.7
+_SLAB_SLOTS = 256
+_LOGITS = 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +62,10 @@ class Plan:
         weights: in memory, in the backend's layout.
         cache: keys and values of all rows, with as many slots as the engine gives them.
         activations: the largest temporaries of a forward pass.
-        programs: machine code, and what JAX keeps of what it compiled.
+        programs: machine code, and what JAX keeps of it.
+        compiled: more than that, where programs were compiled in the same process: the first start of a shape.
+        compiling: what that takes meanwhile, which is while the weights are read.
+        reading: at its most while the weights are read: all of them, and the largest once more while it is laid out.
     """
 
     config: Config
@@ -62,11 +80,19 @@ class Plan:
     cache: int
     activations: int
     programs: int
+    compiled: int
+    compiling: int
+    reading: int
 
     @property
     def total(self) -> int:
-        """What a process holds beyond what it held before it loaded the model."""
+        """What a process holds at its most while it generates, beyond what it held before it loaded the model."""
         return self.weights + self.cache + self.activations + self.programs
+
+    @property
+    def most(self) -> int:
+        """The same at its most in its whole life, which begins with reading the weights and compiling."""
+        return max(self.total + self.compiled, self.reading + self.compiling)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +133,11 @@ class Weights:
             stored=self.stored,
             weights=nbytes(self.model),
             cache=nbytes(jax.eval_shape(lambda: empty_cache(config, batch, engine.slots, engine.cache_dtype))),
-            activations=_temporaries(config, batch, context),
+            activations=_temporaries(self.model, batch, context, engine.slots),
             programs=PROGRAMS,
+            compiled=COMPILED,
+            compiling=COMPILING,
+            reading=nbytes(self.model) + max(map(nbytes, named_weights(self.model).values())),
         )
 
 
@@ -140,7 +169,7 @@ def plan(
         LlamaJaxError: for an argument out of range, or a recipe that does not fit or depends on a text.
     """
     weights = plan_weights(model, recipe, dtype=dtype, activations=activations, backend=backend)
-    return weights.plan(context or default_context(weights.model.config), batch, cache_dtype)
+    return weights.plan(default_context(weights.model.config) if context is None else context, batch, cache_dtype)
 
 
 def plan_weights(
@@ -170,17 +199,27 @@ def default_context(config: Config) -> int:
 
 
 def longest_context(weights: Weights, memory: int, batch: int, cache_dtype: Any = None) -> int:
-    """The most tokens of each row with which a plan takes at most `memory` bytes; 0 if none do."""
+    """The most tokens of each row with which a process takes at most `memory` bytes; 0 if none do."""
     low, high = 0, weights.model.config.context_length
     while low < high:
         middle = (low + high + 1) // 2
-        fits = weights.plan(middle, batch, cache_dtype).total <= memory
+        fits = weights.plan(middle, batch, cache_dtype).most <= memory
         low, high = (middle, high) if fits else (low, middle - 1)
     return low
 
 
-def _temporaries(config: Config, batch: int, context: int) -> int:
-    return 0
+def _temporaries(model: Llama, batch: int, context: int, slots: int) -> int:
+    """The largest temporaries of a prefill's chunk and of a decode step."""
+    c = model.config
+    tokens = batch * max(plan_chunks(context - 1), default=1)
+    floats = _WIDTHS * c.width + _FFN_WIDTHS * c.ffn_width + _SCORES * c.num_heads * _SLAB_SLOTS
+    layer = batch * slots * 2 * c.num_kv_heads * c.head_size
+    many = 4 * int(tokens * floats + layer)
+    few = 4 * _LOGITS * batch * c.vocab_size
+    if quantized(model) and batch <= PREFILL_BUCKETS[0]:
+        # With 2 to 16 rows, in a step or the smallest chunk, XLA makes floats of a whole packed weight at a time.
+        few += 4 * c.width * c.ffn_width
+    return max(many, few)
 
 
 def _nothing_to_read(place: Any) -> Any:

@@ -100,6 +100,45 @@ def test_a_request_that_comes_and_beams_that_part(
         np.testing.assert_allclose(logits_BTV[b], expected_TV, atol=ROOM[dtype])
 
 
+@pytest.mark.parametrize(("layout", "dtype"), KINDS)
+def test_a_row_is_copied_to_others(model: Llama, layout: str, dtype: str) -> None:
+    cache, _ = filled(model, layout, dtype, 4)
+    copied = jax.jit(KVCache.copy)(cache, jnp.asarray(2), jnp.asarray([0, 3]))
+    for actual, whole in zip(arrays_of(copied), arrays_of(cache), strict=True):
+        np.testing.assert_array_equal(actual, whole[:, [2, 1, 2, 2]])
+    np.testing.assert_array_equal(copied.length_B, [14, 15, 14, 14])
+
+
+@pytest.mark.parametrize(("layout", "dtype"), KINDS)
+def test_a_larger_cache_goes_on_where_the_smaller_was(
+    model: Llama, weights: reference.Weights, layout: str, dtype: str
+) -> None:
+    cache, tokens_BT = filled(model, layout, dtype, 2)
+    larger = jax.jit(KVCache.grow)(cache, KVCache.empty(CONFIG, 2, 2 * SLOTS, dtype, layout=layout))
+    assert larger.slots == 2 * SLOTS
+    next_BT = tokens_of(2, 6, seed=8)
+    logits_BTV, after = step(model, next_BT, larger)
+    np.testing.assert_array_equal(after.length_B, [22, 21])
+    for b, length in enumerate([16, 15]):
+        text = np.concatenate([tokens_BT[b, :length], next_BT[b]])
+        if dtype == "float32":
+            expected_TV = reference.forward(CONFIG, weights, text)[-6:]
+        else:
+            expected_TV = step(model, next_BT, cache)[0][b]
+        np.testing.assert_allclose(logits_BTV[b], expected_TV, atol=ROOM[dtype])
+
+
+def test_rows_that_wait_do_not_run_over(model: Llama) -> None:
+    cache = dataclasses.replace(
+        filled(model, "dense", "float32", 3)[0], length_B=jnp.asarray([SLOTS, SLOTS - 1, 9], jnp.int32)
+    )
+    waiting = cache.idle(jnp.asarray([True, False, True]), 4)
+    np.testing.assert_array_equal(waiting.length_B, [SLOTS - 4, SLOTS - 1, 9])
+    assert waiting.begin(4).fits_B.tolist() == [True, False, True]
+    ring = KVCache((Ring(),), cache.length_B)
+    assert ring.idle(jnp.asarray([True] * 3), 4) is ring
+
+
 # ---- Going back -----------------------------------------------------------------------------------------------------
 
 

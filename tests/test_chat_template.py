@@ -404,6 +404,27 @@ def test_the_process_has_nothing_of_ours(monkeypatch: pytest.MonkeyPatch) -> Non
     assert process.wait(timeout=30) == 0
 
 
+@pytest.mark.parametrize(
+    ("program", "error"),
+    [
+        ("raise SystemExit(3)", "the process for chat templates does not start: expected .* to import jinja2"),
+        (
+            "print('{}', flush=True); input(); raise SystemExit(3)",
+            "m: its chat template ends the process that renders it",
+        ),
+    ],
+)
+def test_processes_that_fail(program: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jinja_process._worker.end()
+    (tmp_path / "worker.py").write_text(program)
+    monkeypatch.setattr(jinja_process, "_WORKER", tmp_path / "worker.py")
+    with pytest.raises(LlamaJaxError, match=error):
+        jinja_process.render("x", {}, {}, "m")
+    monkeypatch.setattr(jinja_process.sys, "executable", str(tmp_path / "none"))
+    with pytest.raises(LlamaJaxError, match="no process for chat templates can be started"):
+        jinja_process.render("x", {}, {}, "m")
+
+
 def test_a_process_that_was_ended_is_started_again() -> None:
     form = Template.of(tokenizer_with(SMOLLM2))
     expected = form.render([user("x")])

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
+from llamajax.allocator import large_blocks_apart
 from llamajax.checkpoint import Opened, need_tokenizer, open_checkpoint, read_tokenizer
 from llamajax.cli.terminal import note, progress
 from llamajax.model import Llama
@@ -130,5 +131,5 @@ def chosen_dtype(values: flags.FlagValues, backend: str | None = None) -> jax.ty
 
 def read_model(opened: Opened, dtype: jax.typing.DTypeLike | None, **options: str | None) -> Llama:
     """Reads the weights behind a progress bar; options as of `Opened.read`."""
-    with progress("reading weights") as on_weight:
+    with large_blocks_apart(), progress("reading weights") as on_weight:
         return opened.read(dtype, on_weight=on_weight, **options)

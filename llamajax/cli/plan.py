@@ -28,7 +28,7 @@ from llamajax.config import Config, preset, preset_names
 from llamajax.errors import LlamaJaxError
 from llamajax.plan import DEFAULT_CONTEXT, PROCESS, Plan, Weights, default_context, longest_context, plan_weights
 from llamajax.quantization.foreseen import FLOATS
-from llamajax.quantization.quantize import recipe_names
+from llamajax.quantization.quantize import read_recipe, recipe_names
 from quant import BACKENDS
 
 SUMMARY = "say what a model will take of memory, and what would fit"
@@ -194,10 +194,11 @@ def _result(name: str, made: Plan, memory: int | None, is_given: bool) -> dict[s
         "parameters": made.config.num_parameters,
         **named,
         "total": made.total,
+        "most": made.most,
         "process": process,
         "memory": memory,
         "memory_is_given": is_given,
-        "fits": None if memory is None else made.total + process <= memory,
+        "fits": None if memory is None else made.most + process <= memory,
     }
 
 
@@ -206,7 +207,7 @@ def _result(name: str, made: Plan, memory: int | None, is_given: bool) -> dict[s
 
 def _caches(weights: Weights, made: Plan, room: int) -> dict[str, int]:
     """Types of a cache with which all else fits, and the total then."""
-    totals = {dtype: weights.plan(made.context, made.batch, dtype).total for dtype in ("int8", "int4")}
+    totals = {dtype: weights.plan(made.context, made.batch, dtype).most for dtype in ("int8", "int4")}
     return {dtype: total for dtype, total in totals.items() if total <= room}
 
 
@@ -215,7 +216,7 @@ def _largest_batch(weights: Weights, made: Plan, room: int) -> int:
     low, high = 0, made.batch - 1
     while low < high:
         middle = (low + high + 1) // 2
-        fits = weights.plan(made.context, middle, made.cache_dtype).total <= room
+        fits = weights.plan(made.context, middle, made.cache_dtype).most <= room
         low, high = (middle, high) if fits else (low, middle - 1)
     return low
 
@@ -229,11 +230,13 @@ def _recipes(model: Any, made: Plan, room: int, options: dict[str, Any]) -> dict
 
 def _totals(model: Any, made: Plan, options: dict[str, Any]) -> Iterator[tuple[str, int]]:
     for name in recipe_names():
+        if any(rule.scheme == "ternary" for rule in read_recipe(name).rules):
+            continue  # for models that were trained for it
         try:
             weights = plan_weights(model, name, **options)
         except LlamaJaxError:  # it depends on a text, or is for other shapes
             continue
-        yield name, weights.plan(made.context, made.batch, made.cache_dtype).total
+        yield name, weights.plan(made.context, made.batch, made.cache_dtype).most
 
 
 # ---- For people ------------------------------------------------------------------------------------------------------
@@ -255,6 +258,9 @@ def _print(result: dict[str, Any]) -> None:
     if result["process"]:
         whole = readable_bytes(result["total"] + result["process"])
         table.add_row("and Python, JAX", whole, f"{readable_bytes(result['process'])} before anything is loaded")
+    reads = result["most"] > result["total"] + result["compiled"]
+    stage = "the first start, while it reads and compiles" if reads else "the first start, which has compiled"
+    table.add_row("at its most", readable_bytes(result["most"] + result["process"]), stage)
     show(table)
     for line in _verdict(result):
         write(line)
@@ -267,7 +273,7 @@ def _verdict(result: dict[str, Any]) -> Iterator[str]:
         yield "what fits is not known: give --memory"
         return
     what = f"{readable_bytes(memory)}{'' if result['memory_is_given'] else ', which are available here'}"
-    spare = memory - result["total"] - result["process"]
+    spare = memory - result["most"] - result["process"]
     longest = result["longest_context"]
     if result["fits"]:
         yield f"fits {what}: {readable_bytes(spare)} are left; a context of up to {longest:,} tokens fits"

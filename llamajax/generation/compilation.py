@@ -26,6 +26,7 @@ import jaxlib
 from jax.experimental import serialize_executable
 
 import quant
+from llamajax.allocator import give_back
 from llamajax.errors import LlamaJaxError
 from llamajax.files import new_file, read_bytes
 from llamajax.threads import thread_count
@@ -152,6 +153,7 @@ class CompiledFunction:
             program = traced.lower(*args).compile(options)
         if file is not None:
             _keep(program, file)
+        give_back()  # compiling takes 100 MiB for a while
         return program, False
 
 

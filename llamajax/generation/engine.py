@@ -252,7 +252,10 @@ class Engine:
 
     @auto_mesh()
     def free(self, state: EngineState, row: int | Sequence[int]) -> EngineState:
-        """Ends one row or several: they make nothing more until something is inserted."""
+        """Ends one row or several: they make nothing more until something is inserted.
+
+        A row whose logits were not finite must be freed, or it may hand NaN to the next that is inserted there.
+        """
         rows = [row] if isinstance(row, int) else list(row)
         self._check_rows(rows)
         return self._run(compiled_free, state, _ids(rows))

@@ -129,7 +129,7 @@ def extend(
         held_b: int32, tokens that each row keeps, which the chunk goes behind; `length + T` must not exceed the slots.
         row_b: int32, distinct rows; all of them in their order unless given, which spares a copy.
     """
-    some = cache if row_b is None else cache.take(row_b)
+    some = cache if row_b is None else cache.take(row_b).finite()
     some = prefill(model, tokens_bT, count_b, dataclasses.replace(some, length_B=held_b))
     return some if row_b is None else cache.put(row_b, some)
 
@@ -167,9 +167,9 @@ def copy(state: EngineState, row: jax.Array, to_b: jax.Array, asked: Asked) -> E
 
 
 def free(state: EngineState, row_b: jax.Array) -> EngineState:
-    """Ends rows: they make nothing more until they are started again."""
-    left_B = state.asked.left_B.at[row_b].set(0)
-    return dataclasses.replace(state, asked=dataclasses.replace(state.asked, left_B=left_B))
+    """Ends rows, int32 [b]: they make nothing more until they are started again; NaN that they hold becomes 0."""
+    asked = dataclasses.replace(state.asked, left_B=state.asked.left_B.at[row_b].set(0))
+    return dataclasses.replace(state, cache=state.cache.put(row_b, state.cache.take(row_b).finite()), asked=asked)
 
 
 def grow(state: EngineState, larger: EngineState) -> EngineState:

@@ -39,6 +39,7 @@ from llamajax.generation.speed import Speed
 from llamajax.model import Llama
 from llamajax.parameters import step_bytes
 from llamajax.tokenizer import Tokenizer
+from llamajax.words import SAMPLING
 from llamajax.workers import workers
 
 # How often streamed text should appear.
@@ -140,8 +141,7 @@ class TextStream:
                 from it in their draws. `completions` has those of the first prompt first.
             stop: texts at which a row ends; they are not part of its text.
             stop_ids: ids at which a row ends; the tokenizer's unless given.
-            cache_dtype: of keys and values, one of `cache.CACHE_DTYPES`; the model's unless given. "int8" and "int4"
-                keep them in a half and a quarter of a 16-bit float, and a little for scales.
+            cache_dtype: of keys and values, one of `cache.CACHE_DTYPES`; the model's unless given.
             speculate: tokens that the text itself drafts for each forward pass to check (see `speculate.py`); 0 is off.
                 The text is the same up to rounding: a product over more tokens may be summed in another order.
             smooth: whether text should come every 50 ms rather than 64 tokens at a time.
@@ -156,26 +156,11 @@ class TextStream:
         self.model, self._smooth = model, smooth
         self._prompts = encode_prompts(tokenizer, each, model.config)
         self._limit = new_token_limit(self._prompts, max_new_tokens, model.config)
-        knobs = {
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-        }
-        check_knobs(knobs, len(self._prompts))
+        knobs = dict(zip(SAMPLING, (temperature, top_k, top_p, min_p, repetition_penalty), strict=True))
         ends = tuple(tokenizer.stop_ids if tokenizer else ()) if stop_ids is None else check_ids(stop_ids, model.config)
-        knobs |= {"seed": row_seeds(seed, len(self._prompts))}
-        self._knobs = [
-            Knobs(self._limit, **one, sample=sample, stop_ids=ends)
-            for one in by_prompt(knobs, len(self._prompts))
-            for sample in range(self._samples)
-        ]
-        self._options = Options(
-            cache_dtype=check_cache_dtype(model.dtype if cache_dtype is None else cache_dtype),
-            drafts=check_speculate(speculate),
-            stops=max(STOPS, len(ends)),
-        )
+        self._knobs = _knobs_of_rows(knobs, seed, len(self._prompts), self._samples, self._limit, ends)
+        cache_dtype = check_cache_dtype(model.dtype if cache_dtype is None else cache_dtype)
+        self._options = Options(cache_dtype=cache_dtype, drafts=check_speculate(speculate), stops=max(STOPS, len(ends)))
         stops = stop_strings(stop, tokenizer)
         self._rows = [Row(prompt, tokenizer, stops, ends) for prompt in self._prompts for _ in range(self._samples)]
         self._least_slots = least_slots
@@ -305,3 +290,12 @@ class TextStream:
         self.speed.row_steps += int(made.pass_B.sum()) if self._options["drafts"] else 0
         self.speed.decode_seconds += seconds
         self.speed.decode_tokens += tokens
+
+
+def _knobs_of_rows(
+    knobs: dict[str, Any], seed: Any, prompts: int, samples: int, limit: int, ends: tuple[int, ...]
+) -> list[Knobs]:
+    """What each row asks for, the samples of the first prompt first; knobs and seed have one value or one a prompt."""
+    check_knobs(knobs, prompts)
+    each = by_prompt(knobs | {"seed": row_seeds(seed, prompts)}, prompts)
+    return [Knobs(limit, **one, sample=sample, stop_ids=ends) for one in each for sample in range(samples)]

@@ -45,7 +45,8 @@ def quantized_shape(place: Place, weight: jax.ShapeDtypeStruct, rule: Rule, spec
     Raises:
         LlamaJaxError: if the rule does not fit the weight.
     """
-    rule = rule.for_inputs(weight.shape[spec.axis])
+    # How scales are searched for changes no shape, and takes seconds to trace.
+    rule = dataclasses.replace(rule.for_inputs(weight.shape[spec.axis]), clip=None, importance=False)
     assert rule.scheme is not None  # a rule that quantizes
     try:
         made = jax.eval_shape(lambda weight: by_rounding(weight, rule, spec.axis), weight)

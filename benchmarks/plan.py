@@ -1,0 +1,170 @@
+"""What `llamajax plan` predicts beside what a process holds, of random weights of a preset's shape.
+
+    python benchmarks/plan.py --scratch=/tmp/plan box,int4-g32,512,1,auto tinyllama-1.1b,int4-g32,2048,8,int8
+
+A case is shape (a preset's, or a checkpoint's path), recipe ("" for a checkpoint as it is), context, rows, cache. Its
+weights are written once, as GGUF where ggml has their types, into `--scratch`. A process of its own then reads them as
+`generate` does and makes 16 greedy tokens behind a prompt that fills the context. Measured is what it holds beyond what
+it held before it read: resident memory, at its most while it reads, at its most while it generates, and at the end.
+Each runs twice: the first compiles, the second finds programs that were kept.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from absl import app, flags
+
+flags.DEFINE_string("scratch", None, "where weights and programs are kept; a temporary folder if not given")
+flags.DEFINE_boolean("json", False, "a JSON object for each run instead of a table")
+flags.DEFINE_string("measure", None, "a case, in a process of its own")
+
+_NEW = 16
+_HEAD = f"{'MiB':47}  weights     cache   activ.  programs     total  measured     off   reading  measured compiling"
+_HEAD += "     after"
+_CASES = (
+    "box,,512,1,auto",
+    "box,int4-g32,512,8,auto",
+    "tinyllama-1.1b,int4-g32,512,1,auto",
+    "tinyllama-1.1b,int4-g32,2048,1,int8",
+    "tinyllama-1.1b,int4-g32,1024,8,auto",
+    "tinyllama-1.1b,int8,512,1,auto",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is loaded and how it generates; `path` is of the checkpoint."""
+
+    shape: str
+    recipe: str
+    context: int
+    batch: int
+    cache: str
+    path: str = ""
+
+    @property
+    def cache_dtype(self) -> str | None:
+        """As the library takes it."""
+        return None if self.cache == "auto" else self.cache
+
+
+def status() -> dict[str, int]:
+    """Bytes that this process has resident, now and at its most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    found = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines if line.startswith(("VmRSS", "VmHWM"))}
+    return {"now": found["VmRSS"], "most": found["VmHWM"]}
+
+
+def forget_peak() -> None:
+    """From now on the most that is resident is counted anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def measure(case: Case) -> dict[str, int]:
+    """Loads and generates in this process; returns bytes beyond those before loading."""
+    import jax
+    import jax.numpy as jnp
+
+    from llamajax import open_checkpoint
+    from llamajax.cli import keep_compiled_programs
+    from llamajax.cli.model_flags import read_model
+    from llamajax.generation.stream import TextStream
+
+    keep_compiled_programs()
+    opened = open_checkpoint(case.path)
+    jnp.zeros(1).block_until_ready()
+    forget_peak()
+    before = status()["now"]
+    options = {"backend": jax.default_backend()}
+    prompt = [5 + i % 200 for i in range(case.context - _NEW)]
+    stream = TextStream(
+        opened.outcome(jnp.float32, **options),
+        None,
+        [prompt] * case.batch,
+        max_new_tokens=_NEW,
+        temperature=0,
+        cache_dtype=case.cache_dtype,
+    )
+    model = read_model(opened, jnp.float32, **options)
+    reading = status()["most"]
+    stream.compile_while(lambda: model)
+    compiling = status()["most"]
+    forget_peak()
+    for _ in stream:
+        pass
+    after = status()
+    made = {"reading": reading, "compiling": compiling, "generating": after["most"], "after": after["now"]}
+    return {"before": before, "compiled": stream.speed.compilations} | {k: v - before for k, v in made.items()}
+
+
+def written(case: Case, scratch: Path) -> Path:
+    """A checkpoint of random weights of the shape, or the one that there is."""
+    import llamajax
+    from llamajax.evaluation.speed import random_model
+
+    if not case.recipe:
+        return Path(case.shape)
+    path = scratch / f"{case.shape}-{case.recipe}"
+    gguf = path.with_name(f"{path.name}.gguf")
+    if not path.exists() and not gguf.exists():
+        model = random_model(llamajax.preset(case.shape), case.recipe, dtype="float32")
+        try:
+            llamajax.save_checkpoint(model, gguf, form="gguf")
+        except llamajax.LlamaJaxError:
+            llamajax.save_checkpoint(model, path)
+    return gguf if gguf.exists() else path
+
+
+def predicted(case: Case):
+    """The plan of a case."""
+    from llamajax import open_checkpoint
+    from llamajax.plan import plan
+
+    return plan(
+        open_checkpoint(case.path),
+        context=case.context,
+        batch=case.batch,
+        cache_dtype=case.cache_dtype,
+        dtype="float32",
+    )
+
+
+def main(argv):
+    """Prints a line for each case and run."""
+    if flags.FLAGS.measure:
+        print(json.dumps(measure(Case(**json.loads(flags.FLAGS.measure)))))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(flags.FLAGS.scratch or temporary)
+        scratch.mkdir(exist_ok=True)
+        environment = {**os.environ, "XDG_CACHE_HOME": str(scratch / "cache")}
+        if not flags.FLAGS.json:
+            print(_HEAD)
+        for text in argv[1:] or _CASES:
+            shape, recipe, context, batch, cache = text.split(",")
+            case = Case(shape, recipe, int(context), int(batch), cache)
+            case = dataclasses.replace(case, path=str(written(case, scratch)))
+            made = predicted(case)
+            command = [sys.executable, __file__, f"--measure={json.dumps(dataclasses.asdict(case))}"]
+            for _ in range(2):
+                done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+                found = json.loads(done.stdout.splitlines()[-1]) | {"plan": made.total, "plan_reading": made.reading}
+                print(json.dumps(found) if flags.FLAGS.json else line(text, made, found), flush=True)
+
+
+def line(case: str, made, found: dict[str, int]) -> str:
+    """A row of the table."""
+    parts = [made.weights, made.cache, made.activations, made.programs, made.total, found["generating"]]
+    parts += [made.reading, found["reading"], found["compiling"], found["after"]]
+    numbers = [f"{part / (1 << 20):9.1f}" for part in parts]
+    numbers.insert(6, f"{made.total / found['generating'] - 1:+7.1%}")
+    return f"{case:38} {'compiled' if found['compiled'] else 'kept':8}{' '.join(numbers)}"
+
+
+if __name__ == "__main__":
+    app.run(main)
