@@ -8,14 +8,12 @@ larger block, or one beyond a threshold that is set, is a mapping of its own, an
 import contextlib
 import ctypes
 import functools
-import os
 from collections.abc import Iterator
 from typing import Any
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, as malloc.h names them
 _APART = 1 << 20
 _LARGEST = 32 << 20  # what glibc's own threshold grows to
-_ENVIRONMENT = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")  # then the user has chosen
 
 
 @contextlib.contextmanager
@@ -25,7 +23,7 @@ def large_blocks_apart() -> Iterator[None]:
     Then the threshold is what glibc's own grows to, so that temporaries of programs are not mapped for each call.
     """
     library = _glibc()
-    if library is None or any(name in os.environ for name in _ENVIRONMENT):
+    if library is None:
         yield
         return
     library.mallopt(_MMAP_THRESHOLD, _APART)
