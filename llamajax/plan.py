@@ -29,13 +29,13 @@ from quant import nbytes, quantized
 DEFAULT_CONTEXT = 4096
 _MIB = 1 << 20
 # Measured on a CPU by `benchmarks/plan.py`. PROCESS: Python with JAX, this package and a backend that has started,
-# before anything is loaded; half of it are files. PROGRAMS: what is held beside weights, cache and temporaries where
-# an earlier run kept the programs: their code, what JAX keeps of them, what the allocator does not give back; 60 MiB
-# of the box in floats. COMPILED: what more is left where they are compiled in the same process, of TinyLlama 1.1B in
-# int4-g32; of the box 50. COMPILING: what compiling takes meanwhile, of TinyLlama; of the box 230.
+# before anything is loaded; half of it are files. Programs: what is held beside weights, cache and temporaries where
+# an earlier run kept the programs: their code, what JAX keeps of them, what the allocator does not give back; of the
+# box in floats, and of TinyLlama 1.1B in int4-g32. COMPILED: what more is left where they are compiled in the same
+# process, of both. COMPILING: what compiling takes meanwhile, of TinyLlama; of the box 230.
 PROCESS = 230 * _MIB
-PROGRAMS = 60 * _MIB
-COMPILED = 130 * _MIB
+PROGRAMS_OF_FLOATS, PROGRAMS_OF_PACKED = 60 * _MIB, 130 * _MIB
+COMPILED = 50 * _MIB
 COMPILING = 350 * _MIB
 # Temporaries on a CPU, in float32 numbers. Of a prefill's chunk for each token: so many times the model's width, that
 # of its feed-forward, and its scores with a slab of slots; beside them a layer's keys and values. Of a step for each
@@ -134,7 +134,7 @@ class Weights:
             weights=nbytes(self.model),
             cache=nbytes(jax.eval_shape(lambda: empty_cache(config, batch, engine.slots, engine.cache_dtype))),
             activations=_temporaries(self.model, batch, context, engine.slots),
-            programs=PROGRAMS,
+            programs=PROGRAMS_OF_PACKED if quantized(self.model) else PROGRAMS_OF_FLOATS,
             compiled=COMPILED,
             compiling=COMPILING,
             reading=nbytes(self.model) + max(map(nbytes, named_weights(self.model).values())),
