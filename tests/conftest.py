@@ -54,12 +54,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """`make test-all` gives --all. The seed draws other cases of the same matrices: others every day unless given."""
     parser.addoption("--all", action="store_true", help="every case of every matrix, and tests marked exhaustive")
     parser.addoption("--sample-seed", type=int, help="which tenth of a matrix runs without --all")
+    parser.addoption("--half", action="store_true", help="of the files of tests a half, by the seed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Settles the seed before workers copy the options."""
     if config.option.sample_seed is None:
         config.option.sample_seed = int(time.time() // 86_400)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leaves out half of the files where a half is asked for; None lets pytest decide."""
+    is_file = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    if not config.option.half or not is_file:
+        return None
+    return random.Random(f"{config.option.sample_seed} {collection_path.name}").random() < 0.5 or None
 
 
 def pytest_sessionstart() -> None:
@@ -71,6 +80,7 @@ def pytest_sessionstart() -> None:
 def pytest_report_header(config: pytest.Config) -> str:
     """What to give for the same cases again."""
     chosen = "all" if config.option.all else f"--sample-seed={config.option.sample_seed}"
+    chosen += ", a half of the files" if config.option.half else ""
     return f"matrices: {chosen}; jax {jax.__version__}, flax {flax.__version__}, Python {platform.python_version()}"
 
 

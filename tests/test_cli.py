@@ -177,6 +177,7 @@ def test_convert_there_and_back(tmp_path: Path, capsys) -> None:
     ).read_bytes()
 
 
+@pytest.mark.exhaustive
 def test_eval_of_the_box(capsys) -> None:
     """The box must predict stories it never saw far better than a uniform guess over its 2,048 tokens (7.6 nats)."""
     text = ROOT / "README.md"

@@ -30,6 +30,7 @@ def statuses(report: dict) -> set[str]:
     return {step["status"] for step in report["steps"]}
 
 
+@pytest.mark.exhaustive
 def test_everything_small(device, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "device.json"
     assert device.main(["--small", f"--json={file}"]) == 0
