@@ -406,7 +406,7 @@ def test_overview_names_every_command(capsys) -> None:
 # ---- Which commands there are ----------------------------------------------------------------------------------------
 
 IN_ORDER = (
-    *("generate", "chat", "inspect", "tokenize", "convert", "quantize", "eval", "bench", "train"),
+    *("generate", "chat", "inspect", "tokenize", "convert", "quantize", "eval", "bench", "plan", "train"),
     *("export", "verify", "run"),
 )
 TRANSLATE = """

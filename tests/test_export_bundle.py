@@ -366,7 +366,7 @@ def test_a_toolchain_that_is_not_there_is_found_before_anything_is_written(tmp_p
 def test_a_target_that_fails_leaves_no_bundle(tiny_int4, tiny_tokenizer, tmp_path: Path, monkeypatch, capsys) -> None:
     llamajax.save_checkpoint(tiny_int4, tmp_path / "model", tokenizer=tiny_tokenizer)
 
-    def write(model, tokenizer, path: Path, spec: Spec, source: str) -> Bundle:
+    def write(model, tokenizer, path: Path, spec: Spec, source: str, **_) -> Bundle:
         path.mkdir()
         (path / "file").touch()
         return Bundle(path, {"profile": spec.profile.name})

@@ -21,7 +21,7 @@ GROUP = "llamajax.commands"
 _OURS = "llamajax"  # our distribution's name
 # In the overview these stand first, in the order in which a user meets them; others behind them, by name.
 _ORDER = (
-    *("generate", "chat", "inspect", "tokenize", "convert", "quantize", "eval", "bench", "train"),
+    *("generate", "chat", "inspect", "tokenize", "convert", "quantize", "eval", "bench", "plan", "train"),
     *("export", "verify", "run"),
 )
 
