@@ -219,7 +219,7 @@ def _kept(logits_BV: jax.Array, sampler: Sampler, warm_B: jax.Array) -> tuple[ja
         least_B, float32, the least logit that is kept, and last_B, int32, the last id that is kept with it.
     """
     B, V = logits_BV.shape
-    kept = jnp.full(B, -jnp.inf), jnp.full(B, V, jnp.int32)
+    kept = jnp.full(B, -jnp.inf, logits_BV.dtype), jnp.full(B, V, jnp.int32)
     if sampler.top_k is not None:
         top_k_B = jnp.broadcast_to(sampler.top_k, (B,))
         used_B = warm_B & (top_k_B < V)
