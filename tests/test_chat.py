@@ -53,6 +53,18 @@ def chat(monkeypatch, capsys, lines: bytes, *argv: str) -> tuple[int, str, str]:
     return code, out, err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--vote"], "--vote: there is one sample: expected several to choose from, such as --samples=8"),
+        (["--samples=2"], "--samples: at temperature 0 all are the same: expected --temperature above 0"),
+    ],
+)
+def test_flags_that_do_nothing_are_refused(flags: list[str], message: str, folder, monkeypatch, capsys) -> None:
+    code, out, err = chat(monkeypatch, capsys, b"hello\n", f"--model={folder}", *flags)
+    assert (code, out) == (1, "") and message in err and err.count("\n") == 1
+
+
 def beginning(tokenizer: Tokenizer, role: str) -> list[int]:
     """ChatML's ids where a message begins."""
     return [tokenizer.id_of("<|im_start|>"), *tokenizer.encode(f"{role}\n", bos=False)]

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from llamajax.chat.messages import Message, ToolCall
 from llamajax.chat.tool_calls import CallForm, read_calls
+from llamajax.generation.request import overlap
 
 CONTENT, THINKING = "content", "thinking"
 
@@ -175,9 +176,3 @@ class Reply:
     def _say(self, kind: str, text: str) -> list[Piece]:
         self._said[kind] += text
         return [Piece(kind, text)] if text else []
-
-
-def overlap(text: str, marks: tuple[str, ...]) -> int:
-    """Length of the longest end of a text that a mark begins with: it may still become that mark."""
-    longest = min(len(text), max(map(len, marks)) - 1)
-    return next((size for size in range(longest, 0, -1) if any(m.startswith(text[-size:]) for m in marks)), 0)

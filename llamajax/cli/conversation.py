@@ -13,7 +13,7 @@ from llamajax.chat.messages import load_conversation
 from llamajax.chat.template import Template
 from llamajax.checkpoint import need_tokenizer
 from llamajax.cli.model_flags import chosen_activations, chosen_dtype, open_named, read_model, say
-from llamajax.cli.sampling_flags import chosen_sampling
+from llamajax.cli.sampling_flags import chosen_cache_dtype, chosen_sampling
 from llamajax.files import read_text
 from llamajax.tokenizer import Tokenizer
 from llamajax.words import CHAT_TEMPLATE
@@ -50,7 +50,7 @@ class Conversation:
             system=values.system,
             template=Template.of(tokenizer, name, template),
             max_new_tokens=values.max_new_tokens,
-            cache_dtype=None if values.kv_cache == "auto" else values.kv_cache,
+            cache_dtype=chosen_cache_dtype(values),
             speculate=values.speculate,
             think=values.think,
             samples=values.samples,

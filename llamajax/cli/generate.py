@@ -24,6 +24,7 @@ from llamajax.cli.model_flags import (
 )
 from llamajax.cli.sampling_flags import (
     check_sampling,
+    chosen_cache_dtype,
     chosen_sampling,
     define_kv_cache,
     define_samples,
@@ -96,8 +97,6 @@ def run(values: flags.FlagValues) -> None:
     prompts = _prompts(values)
     opened, tokenizer = open_model(values)
     knobs = chosen_sampling(values, opened)
-    if values.samples > 1 and knobs["temperature"] == 0:
-        raise LlamaJaxError("--samples: at temperature 0 all are the same: expected --temperature above 0, such as 0.7")
     given = _given(values, tokenizer, prompts)
     dtype = chosen_dtype(values)
     options = {"backend": jax.default_backend(), "activations": chosen_activations(values)}
@@ -111,7 +110,7 @@ def run(values: flags.FlagValues) -> None:
         seed=values.seed,
         samples=None if streamed else values.samples,
         stop=values.stop,
-        cache_dtype=None if values.kv_cache == "auto" else values.kv_cache,
+        cache_dtype=chosen_cache_dtype(values),
         speculate=values.speculate,
         smooth=streamed,
     )
@@ -134,8 +133,6 @@ def _prompts(values: flags.FlagValues) -> list[str]:
     Raises:
         LlamaJaxError: for flags that contradict each other, or a file that cannot be read as text.
     """
-    if values.vote and values.samples < 2:
-        raise LlamaJaxError("--vote: there is one sample: expected several to choose from, such as --samples=8")
     prompts: list[str] = values.prompt
     if (file := values.prompt_file) is not None:
         if values["prompt"].present:

@@ -11,7 +11,6 @@ from absl import flags
 from rich.markup import escape
 from rich.table import Table
 
-from llamajax.caches import CACHE_DTYPES
 from llamajax.checkpoint.checks import available_memory
 from llamajax.checkpoint.huggingface import read_config
 from llamajax.cli.model_flags import (
@@ -22,6 +21,7 @@ from llamajax.cli.model_flags import (
     define_ignore_key,
     open_named,
 )
+from llamajax.cli.sampling_flags import chosen_cache_dtype, define_kv_cache
 from llamajax.cli.sizes import readable_bytes
 from llamajax.cli.terminal import as_json, printable, show, spinner, write
 from llamajax.config import Config, preset, preset_names
@@ -73,13 +73,7 @@ def define(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_integer("batch", 1, "rows", flag_values=values)
-    flags.DEFINE_enum(
-        "kv_cache",
-        "auto",
-        ["auto", *CACHE_DTYPES],
-        "what keys and values are kept in; auto is the dtype that the model computes in",
-        flag_values=values,
-    )
+    define_kv_cache(values)
     define_dtype(values)
     define_activations(values)
     flags.DEFINE_enum(
@@ -116,7 +110,7 @@ def run(values: flags.FlagValues) -> None:
     with spinner("planning"):
         weights = plan_weights(model, values.recipe, **options)
         context = default_context(weights.model.config) if values.context is None else values.context
-        cache_dtype = None if values.kv_cache == "auto" else values.kv_cache
+        cache_dtype = chosen_cache_dtype(values)
         made = weights.plan(context, values.batch, cache_dtype)
         result = _result(name, made, memory, given is not None)
         if memory is not None:

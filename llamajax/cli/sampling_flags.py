@@ -7,10 +7,10 @@ from absl import flags
 from llamajax.caches import CACHE_DTYPES
 from llamajax.checkpoint import Opened
 from llamajax.cli.model_flags import say
+from llamajax.errors import LlamaJaxError
 from llamajax.generation.choose import STEP_BY_STEP
 from llamajax.generation.sampling import make_sampler
-
-_KNOBS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+from llamajax.words import SAMPLING
 
 
 def define_sampling(values: flags.FlagValues, temperature: float = 0.8, top_p: float = 0.95) -> None:
@@ -46,6 +46,11 @@ def define_kv_cache(values: flags.FlagValues) -> None:
         "bfloat16 is slow, int8 is not",
         flag_values=values,
     )
+
+
+def chosen_cache_dtype(values: flags.FlagValues) -> str | None:
+    """What --kv_cache asks for; None for the dtype that the model computes in."""
+    return None if values.kv_cache == "auto" else values.kv_cache
 
 
 def define_speculate(values: flags.FlagValues) -> None:
@@ -88,15 +93,21 @@ def check_sampling(values: flags.FlagValues) -> None:
     """Refuses flags that are out of range, before anything is read.
 
     Raises:
-        LlamaJaxError: naming the knob.
+        LlamaJaxError: naming the knob, or for a vote of one sample.
     """
-    given: dict[str, Any] = {name: values[name].value for name in _KNOBS}
+    if values.vote and values.samples < 2:
+        raise LlamaJaxError("--vote: there is one sample: expected several to choose from, such as --samples=8")
+    given: dict[str, Any] = {name: values[name].value for name in SAMPLING}
     make_sampler(**given)
 
 
 def chosen_sampling(values: flags.FlagValues, opened: Opened) -> dict[str, Any]:
-    """How tokens are chosen: as the flags say; where none was given, as the checkpoint says, else by our defaults."""
-    given = {name for name in _KNOBS if values[name].present}
+    """How tokens are chosen: as the flags say; where none was given, as the checkpoint says, else by our defaults.
+
+    Raises:
+        LlamaJaxError: for several samples of greedy choice.
+    """
+    given = {name for name in SAMPLING if values[name].present}
     # What greedy choice ignores is not worth a line.
     greedy = "temperature" in given and values.temperature == 0
     used = {
@@ -107,4 +118,7 @@ def chosen_sampling(values: flags.FlagValues, opened: Opened) -> dict[str, Any]:
     if used:
         settings = ", ".join(f"{name} {value:g}" for name, value in used.items())
         say(f"{values.model}: its files ask for {settings}: flags override this")
-    return {name: used.get(name, values[name].value) for name in _KNOBS}
+    chosen = {name: used.get(name, values[name].value) for name in SAMPLING}
+    if values.samples > 1 and chosen["temperature"] == 0:
+        raise LlamaJaxError("--samples: at temperature 0 all are the same: expected --temperature above 0, such as 0.7")
+    return chosen

@@ -105,7 +105,7 @@ class Row:
 
     def _release(self) -> str:
         """The text that has become certain since the last call."""
-        held = 0 if self.finish_reason else max((_overlap(self._text, stop) for stop in self._stops), default=0)
+        held = 0 if self.finish_reason else overlap(self._text, self._stops)
         text = self._text[self._shown : len(self._text) - held]
         self._shown += len(text)
         return text
@@ -261,7 +261,10 @@ def stop_strings(stop: str | Sequence[str] | None, tokenizer: Tokenizer | None) 
     return stops
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with: it may still become a stop string."""
-    sizes = range(min(len(text), len(stop) - 1), 0, -1)
-    return next((size for size in sizes if text.endswith(stop[:size])), 0)
+def overlap(text: str, marks: Sequence[str]) -> int:
+    """Length of the longest end of `text` that a mark, such as a stop string, begins with: it may still become one."""
+    longest = 0
+    for mark in marks:
+        sizes = range(min(len(text), len(mark) - 1), longest, -1)
+        longest = next((size for size in sizes if text.endswith(mark[:size])), longest)
+    return longest
