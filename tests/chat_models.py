@@ -36,6 +36,23 @@ def tokenizer_with(template: str | None, stop: tuple[int, ...] = (0,)) -> Tokeni
     return Tokenizer(library.to_str().encode(), words=Words(stop_ids=stop, files=files))
 
 
+def random_model(vocab_size: int, context: int) -> llamajax.Llama:
+    """A small model that knows nothing."""
+    config = llamajax.Config(
+        vocab_size=vocab_size,
+        width=32,
+        ffn_width=64,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_size=16,
+        context_length=context,
+    )
+    rng, weights = np.random.default_rng(0), llamajax.named_weights(llamajax.abstract_model(config))
+    random = {name: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32) for name, leaf in weights.items()}
+    return llamajax.model_from(random, config)
+
+
 def answer(tokens: int) -> str:
     """What it says in so many tokens."""
     return (CYCLE * (tokens // len(CYCLE) + 1))[:tokens]

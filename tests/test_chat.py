@@ -8,8 +8,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import llamajax
@@ -17,7 +15,7 @@ from llamajax.chat.messages import Message, save_conversation
 from llamajax.cli import main, smollm2
 from llamajax.errors import LlamaJaxError
 from llamajax.tokenizer import Tokenizer
-from tests.chat_models import CHATML, tokenizer_with
+from tests.chat_models import CHATML, random_model, tokenizer_with
 from tests.conversations import SMOLLM2
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -29,20 +27,8 @@ SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 def folder(tmp_path_factory) -> Path:
     """A model that knows nothing, with a tokenizer and a template."""
     tokenizer = tokenizer_with(SMOLLM2)
-    config = llamajax.Config(
-        vocab_size=tokenizer.vocab_size,
-        width=32,
-        ffn_width=64,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=1,
-        head_size=16,
-        context_length=256,
-    )
-    rng, weights = np.random.default_rng(0), llamajax.named_weights(llamajax.abstract_model(config))
-    random = {name: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32) for name, leaf in weights.items()}
     path = tmp_path_factory.mktemp("chat") / "model"
-    llamajax.save_checkpoint(llamajax.model_from(random, config), path, tokenizer=tokenizer)
+    llamajax.save_checkpoint(random_model(tokenizer.vocab_size, 256), path, tokenizer=tokenizer)
     return path
 
 

@@ -15,6 +15,7 @@ from llamajax import Chat, LlamaJaxError, Message, ToolCall
 from llamajax.chat.window import fit
 from llamajax.generation.request import Completion
 from llamajax.words import Words
+from tests.chat_models import random_model
 
 CHATML = (
     "{% for message in messages %}"
@@ -50,22 +51,6 @@ def tokenizer() -> llamajax.Tokenizer:
 def model(tokenizer) -> llamajax.Llama:
     """Random weights, and a context that 40 or so words fill."""
     return random_model(tokenizer.vocab_size, 256)
-
-
-def random_model(vocab_size: int, context: int) -> llamajax.Llama:
-    config = llamajax.Config(
-        vocab_size=vocab_size,
-        width=32,
-        ffn_width=64,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=1,
-        head_size=16,
-        context_length=context,
-    )
-    rng, weights = np.random.default_rng(0), llamajax.named_weights(llamajax.abstract_model(config))
-    random = {name: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32) for name, leaf in weights.items()}
-    return llamajax.model_from(random, config)
 
 
 def prompt(tokenizer: llamajax.Tokenizer, messages: list[Message]) -> list[int]:
