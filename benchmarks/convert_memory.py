@@ -19,8 +19,8 @@ import numpy as np
 from absl import app, flags
 from safetensors.numpy import save_file
 
-from llamajax.checkpoint.huggingface import expected_tensors
-from llamajax.config import config_to_hf, preset
+from llamajax.config import preset
+from llamajax.families import config_to_hf, tensors
 from llamajax.parameters import specs
 
 flags.DEFINE_string("preset", "tinyllama-1.1b", "shape of the model")
@@ -37,7 +37,7 @@ def write_random_model(name: str, folder: Path) -> None:
     weight_map: dict[str, str] = {}
     shard: dict[str, np.ndarray] = {}
     file = "model-00000.safetensors"
-    for theirs, place in expected_tensors(config).items():
+    for theirs, (place,) in tensors(config, "huggingface").items():
         spec = specs(config)[place]
         shape = spec.shape(config)[::-1] if spec.transposed else spec.shape(config)
         shard[theirs] = (generator.standard_normal(shape, np.float32) * 0.02).astype(ml_dtypes.bfloat16)

@@ -48,8 +48,8 @@ import numpy as np
 
 import llamajax
 import quant
-from llamajax.config import config_from_hf
 from llamajax.evaluation.speed import measure_decode, measure_prefill, memory_bandwidth, random_model
+from llamajax.families import config_from_hf
 from llamajax.files import new_file, read_json
 from llamajax.generation.engine import SLOT_MULTIPLE
 from llamajax.generation.programs import DECODE_BLOCK

@@ -14,7 +14,6 @@ import gguf
 import numpy as np
 
 import llamajax
-from llamajax.checkpoint.huggingface import expected_tensors
 from llamajax.parameters import Place, specs, weights_of
 
 # (its place, Hugging Face's name) -> a tensor in Hugging Face's orientation, or its rows as bytes of blocks.
@@ -47,7 +46,7 @@ def write_gguf(path: Path | str, config: llamajax.Config, read: Read, kind: str 
     writer.add_layer_norm_rms_eps(config.norm_eps)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
     tensors = []
-    for theirs, place in expected_tensors(config).items():
+    for theirs, (place,) in tensors(config, "huggingface").items():
         shape = stored_shape(config, place)
         stored = gguf.GGMLQuantizationType[kind if len(shape) == 2 else "F32"]
         block, size = gguf.GGML_QUANT_SIZES[stored]

@@ -19,14 +19,14 @@ if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0]) in ("llamajax", "llam
 
     process.begin()
 
-from llamajax import files, parameters, tokenizer
+from llamajax import families, files, parameters, tokenizer
 from llamajax.caches import KVCache, NoCache, Scores
 from llamajax.chat import role_strings
 from llamajax.chat.chat import Chat
 from llamajax.chat.messages import Message, ToolCall
 from llamajax.chat.template import Template
 from llamajax.checkpoint import Opened, load, open_checkpoint, save_checkpoint
-from llamajax.config import Config, RopeScaling, preset, preset_names
+from llamajax.config import Config, preset, preset_names
 from llamajax.errors import LlamaJaxError
 from llamajax.evaluation.evaluate import cross_entropy, next_token_losses
 from llamajax.export_types import register_export_types
@@ -44,6 +44,7 @@ from llamajax.parameters import leaves, named_arrays, named_weights, parts_of, r
 from llamajax.plan import Plan, plan
 from llamajax.prepare import prepare, with_activations
 from llamajax.quantization.quantize import quantize, read_recipe, recipe_names
+from llamajax.rope import Rope, RopeScaling
 from llamajax.tokenizer import Tokenizer
 from llamajax.trainable import trainable
 from llamajax.words import Words
@@ -70,6 +71,7 @@ __all__ = [
     "NoCache",
     "Opened",
     "Plan",
+    "Rope",
     "RopeScaling",
     "Sampler",
     "Scores",
@@ -81,6 +83,7 @@ __all__ = [
     "abstract_model",
     "clear_programs",
     "cross_entropy",
+    "families",
     "files",
     "fresh_programs",
     "generate",

@@ -6,62 +6,66 @@ Dimension key used throughout the project, as einsum letters and as suffixes of 
     H head size · Q = N x H · M = K x H · F feed-forward width · V vocabulary · L layers · E experts
     C quantization groups along a contraction · P positions of a pattern of layers · R its repeats
 
-`Config` describes architecture only. Run-time choices (dtype, batch, sampling) are arguments of functions.
+`Config` describes architecture only, that of every family by the same fields. Run-time choices (dtype, batch, sampling)
+are arguments of functions.
 """
 
 import dataclasses
 import importlib.resources
-import re
-import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from llamajax.errors import LlamaJaxError
+from llamajax.fields import LARGEST_DIMENSION, check_choice, check_flag, check_number, check_whole, only_known
 from llamajax.files import read_toml, shortened
 from llamajax.parameters import Stack, num_parameters
+from llamajax.rope import Rope, RopeScaling
+
+LayerKind = Literal["full", "window", "chunk", "nope"]
+QueryKeyNorm = Literal["none", "head", "width", "l2"]
+Norms = Literal["before", "after", "both"]
+Activation = Literal["silu", "gelu_tanh", "relu_squared"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """How RoPE frequencies are stretched beyond the trained context.
+class Temperature:
+    """Queries grow with their position: times 1 + beta log(1 + floor((position + offset) / length)).
 
-    `linear` divides every frequency by `factor` (Chen et al. 2023, arXiv:2306.15595). `llama3` leaves short
-    wavelengths alone, divides long ones by `factor` and blends in between (Llama 3.1; reference: `apply_scaling` in
-    meta-llama/llama-models).
+    Reference: `_get_llama_4_attn_scale` of transformers' `modeling_ministral3.py` (offset 0), and `attn_scale` of
+    `modeling_llama4.py` (offset 1; only of layers without RoPE).
+
+    Attributes:
+        beta: how much.
+        length: positions after which they grow first.
+        offset: added to a position.
+        only_nope: whether layers of other kinds than "nope" go without.
     """
 
-    kind: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context_length: int = 8192
+    beta: float
+    length: int
+    offset: int = 0
+    only_nope: bool = False
 
     def __post_init__(self):
-        """Refuse values that cannot describe a scaling."""
-        if self.kind not in ("linear", "llama3"):
-            raise LlamaJaxError(
-                f"rope scaling kind {shortened(self.kind)} is not supported: expected 'linear' or 'llama3'"
-            )
-        _check_number("rope scaling factor", self.factor, low=1.0)
-        _check_number("low_freq_factor", self.low_freq_factor, low=0.0)
-        _check_number("high_freq_factor", self.high_freq_factor, low=0.0)
-        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
-            raise LlamaJaxError(
-                f"high_freq_factor is {self.high_freq_factor}: expected more than low_freq_factor, "
-                f"{self.low_freq_factor}"
-            )
-        _check_whole("original_context_length", self.original_context_length)
+        """Refuse values that cannot describe it."""
+        check_number("temperature beta", self.beta, low=0.0)
+        check_whole("temperature length", self.length)
+        if self.offset not in (0, 1) or isinstance(self.offset, bool):
+            raise LlamaJaxError(f"temperature offset is {shortened(self.offset)}: expected 0 or 1")
+        check_flag("only_nope", self.only_nope)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """The architecture of one LLaMA. Hashable, so that it can be static under `jax.jit`.
 
+    Every switch is a field, off unless given; where families have it, and the names there, is in `families/`.
+
     Attributes:
         vocab_size: V, rows of the embedding.
         width: D, size of the residual stream.
-        ffn_width: F, hidden size of the SwiGLU feed-forward network.
+        ffn_width: F, hidden size of the gated feed-forward network.
         num_layers: L.
         num_heads: N, query heads.
         num_kv_heads: K, key/value heads; divides N. N = K is multi-head, K = 1 multi-query attention.
@@ -71,6 +75,32 @@ class Config:
         rope_theta: base of the RoPE frequencies.
         rope_scaling: stretching of the RoPE frequencies, or None.
         tied_embeddings: whether the head shares the embedding's weights.
+        family: what names the files of such a model have (`families.FAMILIES`); nothing in the forward pass.
+        layer_kinds: kinds of the layers, a pattern that repeats: "full" sees all positions before its own, "window"
+            the last `window` (Mistral 7B, Jiang et al. 2023, arXiv:2310.06825), "chunk" those from the last multiple of
+            `chunk` on (Llama 4); "nope" sees all, without RoPE (SmolLM3; Yang et al. 2025, arXiv:2501.18795).
+        window: positions that a query of a "window" layer sees, its own included.
+        chunk: length of the chunks of "chunk" layers.
+        rope_fraction: the part of each head that RoPE turns, its first coordinates (Phi-4 mini: 0.75).
+        window_rope: RoPE of "window" layers where it is another (Gemma 3, OLMo 3).
+        qkv_bias: biases of query, key and value (Qwen2).
+        out_bias: a bias of attention's output.
+        ffn_bias: biases of gate, up and down.
+        query_key_norm: RMSNorm of queries and keys: of each "head" before RoPE (Qwen3), over the full "width" before
+            (OLMo 2), or "l2", of each head behind RoPE and without weights (Llama 4).
+        sinks: a logit for each query head that takes its part of the softmax (gpt-oss).
+        score_cap: c tanh(score / c) of attention scores (Gemma 2).
+        logit_cap: the same of logits (Gemma 2).
+        query_scale: what scores are multiplied by; 1 / sqrt(H) unless given (Gemma, Granite).
+        query_temperature: what queries are multiplied by, by position (Ministral 3, Llama 4).
+        norms: where a layer's norms stand: "before" its halves, "after" (OLMo 2) or "both" (Gemma 2).
+        norm_offset: added to a norm's weights: 1 for those that begin at 0 (Gemma).
+        sub_norms: norms before the output and the down projection (BitNet b1.58).
+        activation: of the gate: "silu", "gelu_tanh" (Gemma), "relu_squared" (BitNet b1.58; So et al. 2021,
+            arXiv:2109.08668).
+        embedding_scale: what embeddings are multiplied by (Gemma: sqrt(D); Granite).
+        residual_scale: what each half of a layer is multiplied by before it is added (Granite).
+        logit_scale: what logits are multiplied by (Granite: 1 / logits_scaling).
 
     Raises:
         LlamaJaxError: for a value that no LLaMA can have, naming the field.
@@ -88,30 +118,84 @@ class Config:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     tied_embeddings: bool = False
+    family: str = "llama"
+    layer_kinds: tuple[LayerKind, ...] = ("full",)
+    window: int | None = None
+    chunk: int | None = None
+    rope_fraction: float = 1.0
+    window_rope: Rope | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    ffn_bias: bool = False
+    query_key_norm: QueryKeyNorm = "none"
+    sinks: bool = False
+    score_cap: float | None = None
+    logit_cap: float | None = None
+    query_scale: float | None = None
+    query_temperature: Temperature | None = None
+    norms: Norms = "before"
+    norm_offset: float = 0.0
+    sub_norms: bool = False
+    activation: Activation = "silu"
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
 
     def __post_init__(self):
         """Refuse values that cannot describe a LLaMA."""
         for name in _WHOLE_FIELDS:
-            _check_whole(name, getattr(self, name), _MOST_LAYERS if name == "num_layers" else _LARGEST_DIMENSION)
-        _check_number("norm_eps", self.norm_eps, low=0.0)
-        _check_number("rope_theta", self.rope_theta, low=1.0)
-        if not isinstance(self.tied_embeddings, bool):
-            raise LlamaJaxError(f"tied_embeddings is {shortened(self.tied_embeddings)}: expected true or false")
+            check_whole(name, getattr(self, name), _MOST_LAYERS if name == "num_layers" else LARGEST_DIMENSION)
+        check_number("norm_eps", self.norm_eps, low=0.0)
+        check_number("rope_theta", self.rope_theta, low=1.0)
+        check_flag("tied_embeddings", self.tied_embeddings)
         if self.num_heads % self.num_kv_heads:
             raise LlamaJaxError(
                 f"num_heads is {self.num_heads}: expected a multiple of num_kv_heads, {self.num_kv_heads}"
             )
         if self.head_size % 2:
             raise LlamaJaxError(f"head_size is {self.head_size}: expected an even number, RoPE rotates pairs")
+        self._check_switches()
 
-    # What a manifest calls configs of this class; those of a subclass are found by its own (`from_dict`).
-    family: ClassVar[str] = "llama"
-    _families: ClassVar[dict[str, type["Config"]]] = {}
+    def _check_switches(self) -> None:
+        """Refuse switches that ask for nothing that there is."""
+        for name in ("qkv_bias", "out_bias", "ffn_bias", "sinks", "sub_norms"):
+            check_flag(name, getattr(self, name))
+        for name, choices in _CHOICES.items():
+            check_choice(name, getattr(self, name), get_args(choices))
+        for name in ("score_cap", "logit_cap", "query_scale"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), low=0.0, above=True)
+        for name in ("embedding_scale", "residual_scale", "logit_scale"):
+            check_number(name, getattr(self, name), low=0.0, above=True)
+        check_number("norm_offset", self.norm_offset, low=0.0)
+        check_number("rope_fraction", self.rope_fraction, low=0.0, above=True)
+        if self.rope_fraction > 1 or self.rotated_size % 2 or not self.rotated_size:
+            raise LlamaJaxError(
+                f"rope_fraction is {self.rope_fraction}: expected a part of a head of {self.head_size} that is even"
+            )
+        if not isinstance(self.layer_kinds, tuple) or not 1 <= len(self.layer_kinds) <= _MOST_LAYERS:
+            raise LlamaJaxError(f"layer_kinds is {shortened(self.layer_kinds)}: expected kinds of layers")
+        for kind in self.layer_kinds:
+            check_choice("layer_kinds", kind, get_args(LayerKind))
+        for name in ("window", "chunk"):
+            value, used = getattr(self, name), name in self.layer_kinds
+            if used != (value is not None):
+                raise LlamaJaxError(
+                    f"{name} is {shortened(value)}: expected {'a length' if used else 'None'}, {name!r} is "
+                    f"{'one' if used else 'none'} of layer_kinds"
+                )
+            if value is not None:
+                check_whole(name, value)
+        if self.window_rope is not None and "window" not in self.layer_kinds:
+            raise LlamaJaxError("window_rope is given: expected None, 'window' is none of layer_kinds")
+
+    # The class of configs of each family, by its name: `Config`, but for one that has a class of its own.
+    classes: ClassVar[dict[str, type["Config"]]] = {}
 
     def __init_subclass__(cls, **options: Any):
         """A family of its own: a frozen dataclass with a `family`, and what it has otherwise of the below."""
         super().__init_subclass__(**options)
-        Config._families[cls.family] = cls
+        Config.classes[cls.family] = cls
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -128,12 +212,34 @@ class Config:
         }
 
     @property
+    def rotated_size(self) -> int:
+        """Coordinates of a head that RoPE turns, the first."""
+        return int(self.head_size * self.rope_fraction)
+
+    @property
+    def score_scale(self) -> float:
+        """What scores are multiplied by."""
+        return self.head_size**-0.5 if self.query_scale is None else self.query_scale
+
+    def kind(self, layer: int) -> LayerKind:
+        """The kind of a layer."""
+        return self.layer_kinds[layer % len(self.layer_kinds)]
+
+    def rope(self, kind: LayerKind) -> Rope | None:
+        """The RoPE of layers of a kind; None for those that have none."""
+        if kind == "nope":
+            return None
+        if kind == "window" and self.window_rope is not None:
+            return self.window_rope
+        return Rope(theta=self.rope_theta, scaling=self.rope_scaling)
+
+    @property
     def stacks(self) -> tuple[Stack, ...]:
-        """The layers, as patterns that repeat: layers of one kind, where nothing says otherwise."""
-        return (Stack(0, ("llama",), self.num_layers),)
+        """The layers, as patterns that repeat, and what is left over of the pattern behind them."""
+        return planned(tuple(self.kind(layer) for layer in range(self.num_layers)))
 
     def numbers(self, layer: int) -> Mapping[str, float]:
-        """What of a layer is a number of its own, as its window or theta: passed to its block; nothing here."""
+        """What of a layer is a number of its own, passed to its block; nothing here."""
         return {}
 
     @property
@@ -142,8 +248,18 @@ class Config:
         return num_parameters(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values, and the family if it is another; `from_dict` reads them back."""
-        return dataclasses.asdict(self) | ({} if self.family == Config.family else {"family": self.family})
+        """The fields as plain JSON values, switches only where they are on; `from_dict` reads them back."""
+        plain: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in _SWITCHES or value != field.default:
+                nested = isinstance(value, RopeScaling | Rope)
+                plain[field.name] = value.to_dict() if nested else value
+        if self.query_temperature is not None:
+            plain["query_temperature"] = dataclasses.asdict(self.query_temperature)
+        if "layer_kinds" in plain:
+            plain["layer_kinds"] = list(self.layer_kinds)
+        return plain
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], source: str = "config") -> "Config":
@@ -153,14 +269,21 @@ class Config:
             LlamaJaxError: for an unknown or missing key, or a value out of range; the message begins with `source`.
         """
         try:
-            cls, fields = _of_family(cls, fields)
-            fields = _only_known(cls, fields)
-            if fields.get("rope_scaling") is not None:
-                fields["rope_scaling"] = RopeScaling(**_only_known(RopeScaling, fields["rope_scaling"]))
+            cls = _of_family(cls, fields)
+            fields = only_known(cls, fields)
+            for name, kind in _NESTED.items():
+                if fields.get(name) is not None:
+                    fields[name] = kind.from_dict(fields[name])
+            if fields.get("query_temperature") is not None:
+                fields["query_temperature"] = Temperature(**only_known(Temperature, fields["query_temperature"]))
+            if isinstance(fields.get("layer_kinds"), list):
+                fields["layer_kinds"] = tuple(fields["layer_kinds"])
             return cls(**fields)
         except LlamaJaxError as error:
             raise LlamaJaxError(f"{source}: {error}") from None
 
+
+Config.classes[Config.family] = Config
 
 _WHOLE_FIELDS = (
     "vocab_size",
@@ -172,241 +295,44 @@ _WHOLE_FIELDS = (
     "head_size",
     "context_length",
 )
-
-# No LLaMA comes near this. A header that claims more is damaged or hostile: refused before anything is allocated.
-_LARGEST_DIMENSION = 1 << 27
+_CHOICES = {"query_key_norm": QueryKeyNorm, "norms": Norms, "activation": Activation}
+_NESTED: dict[str, Any] = {"rope_scaling": RopeScaling, "window_rope": Rope}
+# Fields that a manifest leaves out where they are as in a LLaMA.
+_ALWAYS = (*_WHOLE_FIELDS, "norm_eps", "rope_theta", "rope_scaling", "tied_embeddings")
+_SWITCHES = frozenset(field.name for field in dataclasses.fields(Config)) - set(_ALWAYS)
 _MOST_LAYERS = 1 << 12  # and each has a name
+_MOST_POSITIONS = 12  # of a pattern: a program grows with them
 
 
-def _check_whole(name: str, value: Any, most: int = _LARGEST_DIMENSION) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise LlamaJaxError(f"{name} is {shortened(value)}: expected a whole number from 1 to {most}")
+def planned(kinds: tuple[str, ...]) -> tuple[Stack, ...]:
+    """Layers of some kinds as stacks: the shortest pattern that repeats, or runs of layers that are alike."""
+    count = len(kinds)
+    for size in range(1, min(_MOST_POSITIONS, count // 2) + 1):
+        repeats = count // size
+        if kinds[: size * repeats] == kinds[:size] * repeats and (size == 1 or repeats > 1):
+            rest = kinds[size * repeats :]
+            if rest == kinds[: len(rest)]:
+                return (Stack(0, kinds[:size], repeats), *_runs(rest, size * repeats))
+    return _runs(kinds, 0)
 
 
-def _check_number(name: str, value: Any, *, low: float) -> None:
-    # Compared rather than math.isfinite, which raises for whole numbers beyond the range of float.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= sys.float_info.max:
-        raise LlamaJaxError(f"{name} is {shortened(value)}: expected a finite number, at least {low}")
+def _runs(kinds: tuple[str, ...], first: int) -> tuple[Stack, ...]:
+    """A stack for each run of layers that are alike."""
+    stacks: list[Stack] = []
+    for number, kind in enumerate(kinds, first):
+        if stacks and stacks[-1].pattern == (kind,):
+            stacks[-1] = dataclasses.replace(stacks[-1], repeats=stacks[-1].repeats + 1)
+        else:
+            stacks.append(Stack(number, (kind,), 1))
+    return tuple(stacks)
 
 
-def _of_family(cls: type[Config], fields: Any) -> tuple[type[Config], Any]:
-    """The class that `fields` are of, and the fields without their family."""
+def _of_family(cls: type[Config], fields: Any) -> type[Config]:
+    """The class that `fields` are of."""
     if not isinstance(fields, Mapping) or "family" not in fields:
-        return cls, fields
-    family = fields["family"]
-    known = {Config.family: Config} | Config._families
-    if not isinstance(family, str) or family not in known:
-        raise LlamaJaxError(f"family is {shortened(family)}: expected one of {', '.join(known)}")
-    return known[family], {name: value for name, value in fields.items() if name != "family"}
-
-
-def _only_known(cls: type, fields: Any) -> dict[str, Any]:
-    """`fields`, once it is sure that `cls` has each of them and that none without a default is missing."""
-    if not isinstance(fields, Mapping):
-        raise LlamaJaxError(f"{cls.__name__} is {shortened(fields)}: expected a table of fields")
-    known = {field.name: field for field in dataclasses.fields(cls)}
-    unknown = sorted(str(key) for key in fields if key not in known)
-    if unknown:
-        raise LlamaJaxError(f"unknown key {shortened(unknown[0])}: {cls.__name__} has {', '.join(known)}")
-    required = [name for name, field in known.items() if field.default is dataclasses.MISSING]
-    missing = [name for name in required if name not in fields]
-    if missing:
-        raise LlamaJaxError(f"missing key {missing[0]!r}: {cls.__name__} needs {', '.join(required)}")
-    return dict(fields)
-
-
-# ---- Hugging Face's config.json -------------------------------------------------------------------------------------
-
-_HF_NAMES = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "width",
-    "intermediate_size": "ffn_width",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "head_dim": "head_size",
-    "max_position_embeddings": "context_length",
-    "rms_norm_eps": "norm_eps",
-    "rope_theta": "rope_theta",
-    "tie_word_embeddings": "tied_embeddings",
-}
-
-_HF_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-
-# Keys that change nothing in the forward pass whatever they say: provenance, training, and what decides words, which
-# `checkpoint.huggingface_words` reads.
-_HF_NO_EFFECT = frozenset(
-    "_name_or_path _commit_hash _attn_implementation _attn_implementation_autoset _attn_implementation_internal "
-    "_flash_attn_2_enabled _from_model_config architectures attn_implementation auto_map bos_token bos_token_id "
-    "chunk_size_feed_forward cls_token_id custom_pipelines decoder_start_token_id dtype eos_token eos_token_id "
-    "ffn_dim_multiplier finetuning_task gradient_checkpointing id2label initializer_range is_composition is_decoder "
-    "is_encoder_decoder is_llama_config label2id license mask_token_id max_seq_len max_sequence_length "
-    "model_max_length model_name multiple_of neftune_noise_alpha original_max_position_embeddings "
-    "output_attentions output_hidden_states pad_token pad_token_id prefix pretraining_tp problem_type return_dict "
-    "rope_interleaved sep_token_id seq_length task_specific_params tf_legacy_loss tokenizer_class torch_dtype "
-    "torchscript transformers.js_config transformers_weights unk_token unk_token_id use_bfloat16 use_cache "
-    "use_flash_attention use_flash_attention_2".split()
-)
-# Defaults of text generation, which transformers 4 kept in config.json.
-_HF_GENERATION = frozenset(
-    "bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size "
-    "epsilon_cutoff eta_cutoff exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id "
-    "length_penalty max_length max_new_tokens min_length min_new_tokens min_p no_repeat_ngram_size num_beam_groups "
-    "num_beams num_return_sequences output_scores penalty_alpha remove_invalid_values renormalize_logits "
-    "repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p".split()
-)
-# The names of training frameworks, of versions, and of dropout, which inference does without.
-_HF_NO_EFFECT_PATTERN = re.compile(r"unsloth_\w+|\w+_version|\w*dropout\w*|\w+_pdrop")
-
-# Keys that would change the forward pass: allowed only at the value at which they do nothing.
-_HF_ONLY_VALUE: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama",),
-    "hidden_act": ("silu",),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "bias": (False, None),
-    "qkv_bias": (False, None),
-    "sliding_window": (None,),
-    "use_sliding_window": (False, None),
-    "quantization_config": (None,),
-    "partial_rotary_factor": (1.0, None),
-    "pruned_heads": ({}, None),
-    "add_cross_attention": (False, None),
-    "cross_attention_hidden_size": (None,),
-    "tie_encoder_decoder": (False, None),
-}
-_HF_READ = frozenset({"rope_scaling", "rope_parameters", *_HF_NAMES, *_HF_ONLY_VALUE})
-
-
-def config_from_hf(fields: Mapping[str, Any], source: str = "config.json", ignore_keys: Collection[str] = ()) -> Config:
-    """Reads the `config.json` of a Hugging Face LlamaForCausalLM.
-
-    Both spellings of RoPE are read: `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (5).
-    Defaults are those of transformers' LlamaConfig.
-
-    Args:
-        fields: the JSON object.
-        source: what messages begin with.
-        ignore_keys: keys to read over, for those that this model does not know and that change no forward pass.
-
-    Raises:
-        LlamaJaxError: for a key that is neither read nor known to be without effect, or one whose value asks for
-            something that this model does not do. Nothing is dropped silently.
-    """
-    if not isinstance(fields, Mapping):
-        raise LlamaJaxError(f"{source}: expected a JSON object, got {type(fields).__name__}")
-    needed = sorted(set(ignore_keys) & {"model_type", "rope_scaling", "rope_parameters", *_HF_NAMES})
-    if needed:
-        raise LlamaJaxError(f"{needed[0]!r} cannot be ignored: the model is made by it")
-    fields = {key: value for key, value in fields.items() if key not in ignore_keys}
-    if fields.get("model_type") != "llama":
-        raise LlamaJaxError(f"{source}: model_type is {shortened(fields.get('model_type'))}: expected 'llama'")
-    for key, allowed in _HF_ONLY_VALUE.items():
-        if key in fields and fields[key] not in allowed:
-            raise LlamaJaxError(
-                f"{source}: {key} is {shortened(fields[key])}, which is not supported: expected {allowed[0]!r}"
-            )
-    unknown = sorted(str(key) for key in fields if not _is_known(str(key)))
-    if unknown:
-        raise LlamaJaxError(
-            f"{source}: unknown key {shortened(unknown[0])}: if it does not change the forward pass, give "
-            f"--ignore_key={shortened(unknown[0])[1:-1]} (ignore_keys in the library), or remove it "
-            f"(read: {', '.join(sorted(_HF_READ))})"
-        )
-    missing = [key for key in _HF_REQUIRED if fields.get(key) is None]
-    if missing:
-        raise LlamaJaxError(f"{source}: missing key {missing[0]!r}: expected {', '.join(_HF_REQUIRED)}")
-    ours = {_HF_NAMES[key]: value for key, value in fields.items() if key in _HF_NAMES and value is not None}
-    ours.setdefault("context_length", 2048)
-    ours.setdefault("norm_eps", 1e-6)
-    ours.setdefault("tied_embeddings", False)
-    ours.setdefault("num_kv_heads", ours.get("num_heads"))
-    if "head_size" not in ours and isinstance(ours.get("width"), int) and isinstance(ours.get("num_heads"), int):
-        ours["head_size"] = ours["width"] // max(ours["num_heads"], 1)
-    ours |= _rope_from_hf(fields, ours["context_length"], source)
-    return Config.from_dict(ours, source)
-
-
-def _is_known(key: str) -> bool:
-    """Whether a key of config.json is read, or known to be without effect."""
-    return key in _HF_READ | _HF_NO_EFFECT | _HF_GENERATION or bool(_HF_NO_EFFECT_PATTERN.fullmatch(key))
-
-
-def _rope_from_hf(fields: Mapping[str, Any], context_length: Any, source: str) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` in our names, from whichever spelling is there; they must agree if both are."""
-    read = []
-    for key in ("rope_scaling", "rope_parameters"):
-        if fields.get(key) is not None:
-            # transformers gives the length outside the object precedence over the one in it.
-            original = fields.get("original_max_position_embeddings")
-            read.append(_rope_object(fields[key], original, context_length, f"{source}: {key}"))
-    if len(read) == 2 and read[0] != read[1]:
-        raise LlamaJaxError(f"{source}: rope_scaling and rope_parameters differ: expected one of them")
-    return read[0] if read else {}
-
-
-# Of no effect where RoPE is not scaled; transformers writes some of them there.
-_ROPE_NAMES = frozenset(
-    "factor low_freq_factor high_freq_factor original_max_position_embeddings attention_factor beta_fast beta_slow "
-    "mscale mscale_all_dim truncate short_factor long_factor".split()
-)
-
-
-def _rope_object(value: Any, original: Any, context_length: Any, source: str) -> dict[str, Any]:
-    """One object of RoPE parameters in our names, as transformers 5 reads it for a LLaMA.
-
-    Args:
-        value: of `rope_scaling` or `rope_parameters`.
-        original: `original_max_position_embeddings` outside the object, or None.
-        context_length: what the original length is where nothing says it.
-        source: what messages begin with.
-    """
-    if not isinstance(value, Mapping):
-        raise LlamaJaxError(f"{source} is {shortened(value)}: expected an object")
-    if value and all(isinstance(part, Mapping) for part in value.values()):
-        raise LlamaJaxError(
-            f"{source} differs by kind of layer ({shortened(sorted(map(str, value)))}), which a LLaMA's does not: "
-            "expected one rope_type and its values"
-        )
-    rope = {key: part for key, part in value.items() if part is not None or key in ("rope_type", "type")}
-    ours = {"rope_theta": rope.pop("rope_theta")} if "rope_theta" in rope else {}
-    if rope.get("partial_rotary_factor") == 1:
-        del rope["partial_rotary_factor"]
-    kinds = [rope.pop(key) for key in ("rope_type", "type") if key in rope]
-    # Nothing but a theta is what transformers calls the default type.
-    kind = "default" if not kinds and not rope else kinds[0] if kinds and kinds.count(kinds[0]) == len(kinds) else None
-    if kind == "default" and set(rope) <= _ROPE_NAMES:
-        return ours
-    names = {"factor": "factor"}
-    if kind == "linear":
-        rope.pop("original_max_position_embeddings", None)  # of no effect there
-    if kind == "llama3":
-        names |= {"low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor"}
-        names |= {"original_max_position_embeddings": "original_context_length"}
-        rope.setdefault("original_max_position_embeddings", context_length)
-        if original is not None:
-            rope["original_max_position_embeddings"] = original
-    if kind not in ("linear", "llama3") or set(rope) != set(names):
-        raise LlamaJaxError(
-            f"{source}: RoPE scaling {shortened(kind)} with {shortened(sorted(map(str, rope)))} is not supported: "
-            "expected 'linear' with factor, or 'llama3' with factor, low_freq_factor, high_freq_factor, "
-            "original_max_position_embeddings"
-        )
-    return ours | {"rope_scaling": {"kind": kind} | {names[key]: part for key, part in rope.items()}}
-
-
-def config_to_hf(config: Config) -> dict[str, Any]:
-    """The `config.json` that transformers reads as the same model (inverse of `config_from_hf`)."""
-    fields: dict[str, Any] = {hf: getattr(config, ours) for hf, ours in _HF_NAMES.items()}
-    fields |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
-    if config.rope_scaling is not None:
-        scaling = {"rope_type": config.rope_scaling.kind, "factor": config.rope_scaling.factor}
-        if config.rope_scaling.kind == "llama3":
-            scaling["low_freq_factor"] = config.rope_scaling.low_freq_factor
-            scaling["high_freq_factor"] = config.rope_scaling.high_freq_factor
-            scaling["original_max_position_embeddings"] = config.rope_scaling.original_context_length
-        fields["rope_scaling"] = scaling
-    return fields
+        return cls
+    check_choice("family", fields["family"], Config.classes)
+    return Config.classes[fields["family"]]
 
 
 # ---- Presets --------------------------------------------------------------------------------------------------------

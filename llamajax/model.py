@@ -13,7 +13,6 @@ second and with an independent float64 NumPy version.
 """
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -22,141 +21,254 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llamajax.caches import NoCache, Where
-from llamajax.config import Config
+from llamajax.caches import NoCache, Scores, Where
+from llamajax.config import Config, LayerKind, Temperature
 from llamajax.errors import LlamaJaxError
 from llamajax.layer import NO_HOOKS, Hooks, Layer, check_shown, in_order, layers_of, varying
 from llamajax.meshes import on_auto_axes
 from llamajax.parameters import (
     KINDS,
-    LAYER,
     Kind,
     Stack,
     begin,
+    layer_specs,
     locate,
     named_weights,
     names_in_tree_order,
     new,
     whole_specs,
 )
+from llamajax.rope import rope_attention_factor, rope_frequencies
 from quant import is_weight, product, rows, scan_layers, schemes, view, with_layer
 
 NO_CACHE = NoCache()
 
 
-class RMSNorm(nnx.Module):
-    """Root mean square normalization (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+def rms_norm(x: jax.Array, eps: float, weight: jax.Array | None = None, offset: float = 0.0) -> jax.Array:
+    """Root mean square normalization of the last axis (Zhang & Sennrich 2019, arXiv:1910.07467).
 
-    def __init__(self, width: int, eps: float, dtype: jax.typing.DTypeLike):
-        """`width` weights, all one."""
-        self.eps = eps
-        self.weight_D = nnx.Param(jnp.ones(width, dtype))
+    In float32: squares of bfloat16 activations overflow its 8 bits of precision long before its range, and the mean of
+    thousands of them would be off in the first digits. Activations whose squares are beyond float32, those of 1.8e19
+    and more, give NaN.
+
+    Args:
+        x: [..., D].
+        eps: inside the square root.
+        weight: [D], multiplied with what is normalized; None for ones.
+        offset: added to the weights, in float32.
+    """
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    scale = jax.lax.rsqrt(mean_square + eps)
+    # Squares that overflow would make it 0, and numbers of it that no check can tell from right ones.
+    scale = jnp.where(scale > 0, scale, jnp.nan)
+    normed = wide * scale
+    if weight is None:
+        return normed.astype(x.dtype)
+    if offset:
+        return (normed * (weight.astype(jnp.float32) + offset)).astype(x.dtype)
+    return normed.astype(x.dtype) * weight.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """`rms_norm` with D weights."""
+
+    def __init__(self, width: int, eps: float, dtype: jax.typing.DTypeLike, offset: float = 0.0):
+        """Weights that change nothing: `width` of 1 - `offset`."""
+        self.eps, self.offset = eps, offset
+        self.weight_D = nnx.Param(jnp.full(width, 1 - offset, dtype))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Normalizes the last axis.
-
-        In float32: squares of bfloat16 activations overflow its 8 bits of precision long before its range, and the
-        mean of thousands of them would be off in the first digits. Activations whose squares are beyond float32, those
-        of 1.8e19 and more, give NaN.
-        """
-        wide_BTD = x_BTD.astype(jnp.float32)
-        mean_square_BT1 = jnp.mean(wide_BTD * wide_BTD, axis=-1, keepdims=True)
-        scale_BT1 = jax.lax.rsqrt(mean_square_BT1 + self.eps)
-        # Squares that overflow would make it 0, and numbers of it that no check can tell from right ones.
-        scale_BT1 = jnp.where(scale_BT1 > 0, scale_BT1, jnp.nan)
-        normed_BTD = wide_BTD * scale_BT1
-        return normed_BTD.astype(x_BTD.dtype) * self.weight_D[...].astype(x_BTD.dtype)
+        """Normalizes the last axis."""
+        return rms_norm(x_BTD, self.eps, self.weight_D[...], self.offset)
 
 
-def matmul(x: jax.Array, weight: nnx.Param) -> jax.Array:
-    """Activations times a weight [in, out], quantized or not, in their dtype."""
-    return product(x, weight.get_value())
-
-
-def rope_frequencies(config: Config) -> jax.Array:
-    """Angular frequency of each RoPE pair, radians a token, float32 [H/2] (Su et al. 2021, arXiv:2104.09864)."""
-    pair = jnp.arange(config.head_size // 2, dtype=jnp.float32)
-    frequency = config.rope_theta ** (-2.0 * pair / config.head_size)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequency
-    if scaling.kind == "linear":
-        return frequency / scaling.factor
-    # llama3: turns completed within the original context decide. Many turns: keep; few: slow down; between: blend.
-    turns = scaling.original_context_length * frequency / (2 * math.pi)
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = jnp.clip(keep, 0.0, 1.0)
-    return frequency * (keep + (1 - keep) / scaling.factor)
+def matmul(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:
+    """Activations times a weight [in, out], quantized or not, and a bias, in their dtype."""
+    made = product(x, weight.get_value())
+    return made if bias is None else made + bias[...].astype(made.dtype)
 
 
 def apply_rope(
-    x_BTNH: jax.Array, position_BT: jax.Array, frequency: jax.Array, scale: float | None = None
+    x_BTNH: jax.Array,
+    position_BT: jax.Array,
+    frequency: jax.Array,
+    scale: jax.Array | float | None = None,
+    factor: float = 1.0,
 ) -> jax.Array:
-    """Rotates pair (i, i + H/2) of each head by position x frequency[i], and scales what comes out.
+    """Rotates pair (i, i + R/2) of the first R coordinates of each head by position x frequency[i], and scales.
 
     Halves rather than neighbours: the layout of Hugging Face checkpoints; others are permuted once, at load. Angles in
     float32: in bfloat16 whole positions beyond 256 are no longer distinct.
+
+    Args:
+        x_BTNH: queries or keys.
+        position_BT: of the tokens.
+        frequency: radians a token, float32 [R/2].
+        scale: what comes out is multiplied by; a number, or [B, T, 1, 1].
+        factor: what rotated coordinates are multiplied by besides.
     """
     angle_BT1J = position_BT[:, :, None, None].astype(jnp.float32) * frequency
     cos, sin = jnp.cos(angle_BT1J), jnp.sin(angle_BT1J)
-    low, high = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+    if factor != 1:
+        cos, sin = cos * factor, sin * factor
+    wide = x_BTNH.astype(jnp.float32)
+    rotated = 2 * frequency.shape[0]
+    low, high, *rest = jnp.split(wide, 2 if rotated == wide.shape[-1] else (rotated // 2, rotated), axis=-1)
+    turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin, *rest], axis=-1)
     return (turned if scale is None else turned * scale).astype(x_BTNH.dtype)
 
 
 class Attention(nnx.Module):
     """Causal grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): G query heads share one K/V head."""
 
-    def __init__(self, config: Config, *, key: jax.Array, dtype: jax.typing.DTypeLike):
+    query_bias_Q: nnx.Param | None
+    key_bias_M: nnx.Param | None
+    value_bias_M: nnx.Param | None
+    out_bias_D: nnx.Param | None
+    query_norm_H: nnx.Param | None
+    key_norm_H: nnx.Param | None
+    query_norm_Q: nnx.Param | None
+    key_norm_M: nnx.Param | None
+    sinks_N: nnx.Param | None
+    sub_norm_Q: nnx.Param | None
+
+    def __init__(self, config: Config, *, kind: LayerKind, key: jax.Array, dtype: jax.typing.DTypeLike):
         """Random projections; N*H and K*H are stored as one axis each."""
-        self.config = config
+        self.config, self.kind = config, kind
         names = ("query_DQ", "key_DM", "value_DM", "out_QD")
         self.query_DQ, self.key_DM, self.value_DM, self.out_QD = params("attention", names, config, key, dtype)
+        optional(self, "attention", config, dtype)
 
     def __call__(self, x_BTD: jax.Array, where: Where, cache: Any, at: Layer) -> tuple[jax.Array, Any]:
         """Attends over the new tokens and over what the cache holds of this layer."""
         c, (B, T, _) = self.config, x_BTD.shape
-        frequency = rope_frequencies(c)
-        query_BTNH = matmul(x_BTD, self.query_DQ).reshape(B, T, c.num_heads, c.head_size)
-        key_BTKH = matmul(x_BTD, self.key_DM).reshape(B, T, c.num_kv_heads, c.head_size)
-        value_BTKH = matmul(x_BTD, self.value_DM).reshape(key_BTKH.shape)
-        query_BTNH = apply_rope(query_BTNH, where.position_BT, frequency, scale=c.head_size**-0.5)
-        key_BTKH = apply_rope(key_BTKH, where.position_BT, frequency)
-        mixed_BTNH, cache = at.attend(cache, query_BTNH, key_BTKH, value_BTKH, where)
-        return matmul(mixed_BTNH.reshape(B, T, -1), self.out_QD), cache
+        query_BTQ = matmul(x_BTD, self.query_DQ, self.query_bias_Q)
+        key_BTM = matmul(x_BTD, self.key_DM, self.key_bias_M)
+        value_BTM = matmul(x_BTD, self.value_DM, self.value_bias_M)
+        if c.query_key_norm == "width":
+            query_BTQ, key_BTM = self._normed(query_BTQ, self.query_norm_Q), self._normed(key_BTM, self.key_norm_M)
+        query_BTNH = query_BTQ.reshape(B, T, c.num_heads, c.head_size)
+        key_BTKH = key_BTM.reshape(B, T, c.num_kv_heads, c.head_size)
+        if c.query_key_norm == "head":
+            query_BTNH, key_BTKH = self._normed(query_BTNH, self.query_norm_H), self._normed(key_BTKH, self.key_norm_H)
+        query_BTNH, key_BTKH = self._turned(query_BTNH, key_BTKH, where)
+        value_BTKH = value_BTM.reshape(key_BTKH.shape)
+        mixed_BTNH, cache = at.attend(cache, query_BTNH, key_BTKH, value_BTKH, where, self._scores())
+        mixed_BTQ = mixed_BTNH.reshape(B, T, -1)
+        if c.sub_norms:
+            mixed_BTQ = self._normed(mixed_BTQ, self.sub_norm_Q)
+        return matmul(mixed_BTQ, self.out_QD, self.out_bias_D), cache
+
+    def _normed(self, x: jax.Array, weight: nnx.Param | None) -> jax.Array:
+        return rms_norm(x, self.config.norm_eps, None if weight is None else weight[...], self.config.norm_offset)
+
+    def _turned(self, query_BTNH: jax.Array, key_BTKH: jax.Array, where: Where) -> tuple[jax.Array, jax.Array]:
+        """Queries, scaled, and keys with their positions in them."""
+        c, rope = self.config, self.config.rope(self.kind)
+        scale: jax.Array | float = c.score_scale
+        if c.query_temperature is not None and (self.kind == "nope" or not c.query_temperature.only_nope):
+            scale = scale * _temperature(c.query_temperature, where.position_BT)[:, :, None, None]
+        after = c.query_key_norm == "l2" and rope is not None  # Llama 4's, of layers with RoPE
+        if rope is not None:
+            frequency = rope_frequencies(rope, c.rotated_size, where.reach)
+            factor = rope_attention_factor(rope, where.reach)
+            query_scale = None if after else scale
+            query_BTNH = apply_rope(query_BTNH, where.position_BT, frequency, query_scale, factor)
+            key_BTKH = apply_rope(key_BTKH, where.position_BT, frequency, factor=factor)
+        if after:
+            query_BTNH, key_BTKH = self._normed(query_BTNH, None), self._normed(key_BTKH, None)
+        if after or rope is None:
+            query_BTNH = (query_BTNH.astype(jnp.float32) * scale).astype(query_BTNH.dtype)
+        return query_BTNH, key_BTKH
+
+    def _scores(self) -> Scores | None:
+        """What is not as in a LLaMA between queries and keys."""
+        c = self.config
+        window = c.window if self.kind == "window" else None
+        chunk = c.chunk if self.kind == "chunk" else None
+        sinks_N = None if self.sinks_N is None else self.sinks_N[...]
+        if window is None and chunk is None and c.score_cap is None and sinks_N is None:
+            return None
+        return Scores(window=window, chunk=chunk, soft_cap=c.score_cap, sinks_N=sinks_N)
+
+
+def _temperature(temperature: Temperature, position_BT: jax.Array) -> jax.Array:
+    """What queries are multiplied by, float32 [B, T]."""
+    whole_BT = jnp.floor((position_BT + temperature.offset).astype(jnp.float32) / temperature.length)
+    return 1 + temperature.beta * jnp.log1p(whole_BT)
+
+
+# Of the gate: SiLU (Shazeer 2020, arXiv:2002.05202), GELU by tanh (Hendrycks & Gimpel 2016, arXiv:1606.08415), and the
+# square of ReLU (So et al. 2021, arXiv:2109.08668).
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
+}
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU (Shazeer 2020, arXiv:2002.05202): down(silu(gate(x)) * up(x))."""
+    """A gated feed-forward network (Shazeer 2020, arXiv:2002.05202): down(activation(gate(x)) * up(x))."""
+
+    gate_bias_F: nnx.Param | None
+    up_bias_F: nnx.Param | None
+    down_bias_D: nnx.Param | None
+    sub_norm_F: nnx.Param | None
 
     def __init__(self, config: Config, *, key: jax.Array, dtype: jax.typing.DTypeLike):
         """Random projections."""
+        self.config = config
         self.gate_DF, self.up_DF, self.down_FD = params("ffn", ("gate_DF", "up_DF", "down_FD"), config, key, dtype)
+        optional(self, "ffn", config, dtype)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
-        return matmul(jax.nn.silu(matmul(x_BTD, self.gate_DF)) * matmul(x_BTD, self.up_DF), self.down_FD)
+        c = self.config
+        gate_BTF = _ACTIVATIONS[c.activation](matmul(x_BTD, self.gate_DF, self.gate_bias_F))
+        wide_BTF = gate_BTF * matmul(x_BTD, self.up_DF, self.up_bias_F)
+        if self.sub_norm_F is not None:
+            wide_BTF = rms_norm(wide_BTF, c.norm_eps, self.sub_norm_F[...], c.norm_offset)
+        return matmul(wide_BTF, self.down_FD, self.down_bias_D)
 
 
 class Block(nnx.Module):
-    """One layer: attention and feed-forward, each behind a norm and added to the residual stream."""
+    """One layer: attention and feed-forward, each between its norms and added to the residual stream."""
 
-    def __init__(self, config: Config, *, key: jax.Array, dtype: jax.typing.DTypeLike):
+    def __init__(self, config: Config, *, kind: LayerKind = "full", key: jax.Array, dtype: jax.typing.DTypeLike):
         """Random weights."""
         attention_key, ffn_key = jax.random.split(key)
-        self.attention_norm = RMSNorm(config.width, config.norm_eps, dtype)
-        self.attention = Attention(config, key=attention_key, dtype=dtype)
-        self.ffn_norm = RMSNorm(config.width, config.norm_eps, dtype)
+        norm = functools.partial(RMSNorm, config.width, config.norm_eps, dtype, config.norm_offset)
+        before, after = config.norms != "after", config.norms != "before"
+        self.residual_scale = config.residual_scale
+        self.attention_norm = norm() if before else None
+        self.attention = Attention(config, kind=kind, key=attention_key, dtype=dtype)
+        self.attention_after_norm = norm() if after else None
+        self.ffn_norm = norm() if before else None
         self.ffn = FeedForward(config, key=ffn_key, dtype=dtype)
+        self.ffn_after_norm = norm() if after else None
 
     def __call__(self, x_BTD: jax.Array, where: Where, cache: Any, at: Layer) -> tuple[jax.Array, Any]:
         """[B, T, D] and the cache -> the same."""
-        mixed_BTD, cache = self.attention(self.attention_norm(x_BTD), where, cache, at)
-        x_BTD = x_BTD + at.see("attention_out", mixed_BTD)
-        return x_BTD + at.see("ffn_out", self.ffn(self.ffn_norm(x_BTD))), cache
+        mixed_BTD, cache = self.attention(_maybe(self.attention_norm, x_BTD), where, cache, at)
+        x_BTD = x_BTD + at.see("attention_out", self._out(self.attention_after_norm, mixed_BTD))
+        ffn_BTD = self.ffn(_maybe(self.ffn_norm, x_BTD))
+        return x_BTD + at.see("ffn_out", self._out(self.ffn_after_norm, ffn_BTD)), cache
+
+    def _out(self, norm: RMSNorm | None, x_BTD: jax.Array) -> jax.Array:
+        """What a half of the layer adds to the residual stream."""
+        x_BTD = _maybe(norm, x_BTD)
+        return x_BTD if self.residual_scale == 1 else x_BTD * jnp.asarray(self.residual_scale, x_BTD.dtype)
 
 
-KINDS["llama"] = Kind(Block, LAYER)
+def _maybe(norm: RMSNorm | None, x_BTD: jax.Array) -> jax.Array:
+    return x_BTD if norm is None else norm(x_BTD)
+
+
+# The kind of its part of a cache, for each kind of layer.
+_CACHES: Mapping[LayerKind, str] = {"full": "full", "window": "window", "chunk": "chunk", "nope": "full"}
+for _kind, _cache in _CACHES.items():
+    KINDS[_kind] = Kind(functools.partial(Block, kind=_kind), layer_specs, _cache)
 
 
 class Llama(nnx.Module):
@@ -199,7 +311,7 @@ class Llama(nnx.Module):
                 )
             stacks.append(tuple(made))
         self.stacks = nnx.data(tuple(stacks))
-        self.norm = RMSNorm(config.width, config.norm_eps, dtype)
+        self.norm = RMSNorm(config.width, config.norm_eps, dtype, config.norm_offset)
         head = whole.get("head_VD")
         self.head_VD = None if head is None else nnx.Param(begin(head, config, head_key, dtype))
 
@@ -237,7 +349,9 @@ class Llama(nnx.Module):
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         # A negative id would count from the end.
         inside_BT = jnp.where(tokens_BT < 0, self.config.vocab_size, tokens_BT)
-        return rows(self.embed_VD.get_value(), inside_BT).astype(self.dtype)
+        x_BTD = rows(self.embed_VD.get_value(), inside_BT).astype(self.dtype)
+        scale = self.config.embedding_scale
+        return x_BTD if scale == 1 else x_BTD * jnp.asarray(scale, self.dtype)
 
     def blocks(
         self,
@@ -316,7 +430,11 @@ class Llama(nnx.Module):
 
     def _head(self, x_BTD: jax.Array) -> jax.Array:
         head_VD = self.embed_VD if self.head_VD is None else self.head_VD
-        return product(self.norm(x_BTD), head_VD.get_value(), axis=-1, dtype=jnp.float32)
+        logits_BTV = product(self.norm(x_BTD), head_VD.get_value(), axis=-1, dtype=jnp.float32)
+        c = self.config
+        if c.logit_scale != 1:
+            logits_BTV = logits_BTV * c.logit_scale
+        return logits_BTV if c.logit_cap is None else c.logit_cap * jnp.tanh(logits_BTV / c.logit_cap)
 
     def layer(self, number: int) -> Any:
         """One layer by itself, a `Block`: `block(x_BTD, where, cache, Layer(number))`.
@@ -368,10 +486,18 @@ class Llama(nnx.Module):
 Llama.__str__ = Llama.__repr__  # type: ignore[method-assign, assignment]
 
 
-def params(prefix: str, names: tuple[str, ...], config: Config, key: jax.Array, dtype: Any, kind: str = "llama") -> Any:
+def params(prefix: str, names: tuple[str, ...], config: Config, key: jax.Array, dtype: Any, kind: str = "full") -> Any:
     """Parameters of a module, as its specs say that they begin; `prefix` is the module's path in its block."""
     full = tuple(f"{prefix}.{name}" if prefix else name for name in names)
     return (nnx.Param(array) for array in new(full, kind, config, key, dtype))
+
+
+def optional(module: nnx.Module, prefix: str, config: Config, dtype: Any) -> None:
+    """Gives a module the norms and biases that it declares as they begin, and None for those its config is without."""
+    specs = layer_specs(config)
+    for name in type(module).__annotations__:
+        spec = specs.get(f"{prefix}.{name}")
+        setattr(module, name, None if spec is None else nnx.Param(begin(spec, config, jax.random.key(0), dtype)))
 
 
 def _shown(weight: Any) -> str:

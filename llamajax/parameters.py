@@ -10,7 +10,7 @@ counts from 0; `layers.*.ffn.up_DF` stands for that of all layers. Inside the tr
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -43,8 +43,10 @@ class Spec:
             scaled down there can be scaled up in all that share it; "" where there is none.
         init: "normal"; "residual", normal and smaller, for what many layers add to the residual stream; "ones";
             "zeros".
-        foreign: its name in each foreign format, `{}` being the layer. A matrix contracted over its first axis is
-            stored transposed there, [out, in].
+        offset: added to it wherever it is used.
+        bias: the weight of the layer that is added to what this one gives, "" for none.
+        foreign: its name in each foreign format, `{}` being the layer, if the family has no other. A matrix contracted
+            over its first axis is stored transposed there, [out, in].
     """
 
     axes: str
@@ -53,6 +55,8 @@ class Spec:
     input: str = ""
     maker: str = ""
     init: Literal["normal", "residual", "ones", "zeros"] = "normal"
+    offset: float = 0.0
+    bias: str = ""
     foreign: Mapping[str, str] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
 
     def shape(self, config: "Config") -> tuple[int, ...]:
@@ -101,6 +105,16 @@ def _norm(huggingface: str, gguf: str) -> Spec:
     return Spec(axes="D", roles=("norm",), init="ones", foreign=_foreign(f"{huggingface}.weight", f"{gguf}.weight"))
 
 
+def _vector(axes: str, role: Role, huggingface: str, gguf: str) -> Spec:
+    """A norm or a bias of a layer that families have; it begins at 0 or, as a norm, at 1."""
+    return Spec(
+        axes=axes,
+        roles=(role,),
+        init="ones" if role == "norm" else "zeros",
+        foreign=_foreign(f"model.layers.{{}}.{huggingface}", f"blk.{{}}.{gguf}"),
+    )
+
+
 # Of a layer of a LLaMA, in the order of their use.
 LAYER: Mapping[str, Spec] = MappingProxyType(
     {
@@ -116,6 +130,94 @@ LAYER: Mapping[str, Spec] = MappingProxyType(
     }
 )
 
+# What families have beside them, or instead of a norm before.
+_BIASES_QKV = {
+    "attention.query_bias_Q": _vector("Q", "bias", "self_attn.q_proj.bias", "attn_q.bias"),
+    "attention.key_bias_M": _vector("M", "bias", "self_attn.k_proj.bias", "attn_k.bias"),
+    "attention.value_bias_M": _vector("M", "bias", "self_attn.v_proj.bias", "attn_v.bias"),
+}
+_BIAS_OUT = {"attention.out_bias_D": _vector("D", "bias", "self_attn.o_proj.bias", "attn_output.bias")}
+_BIASES_FFN = {
+    "ffn.gate_bias_F": _vector("F", "bias", "mlp.gate_proj.bias", "ffn_gate.bias"),
+    "ffn.up_bias_F": _vector("F", "bias", "mlp.up_proj.bias", "ffn_up.bias"),
+    "ffn.down_bias_D": _vector("D", "bias", "mlp.down_proj.bias", "ffn_down.bias"),
+}
+_QUERY_KEY_NORMS = {
+    "head": {
+        "attention.query_norm_H": _vector("H", "norm", "self_attn.q_norm.weight", "attn_q_norm.weight"),
+        "attention.key_norm_H": _vector("H", "norm", "self_attn.k_norm.weight", "attn_k_norm.weight"),
+    },
+    "width": {
+        "attention.query_norm_Q": _vector("Q", "norm", "self_attn.q_norm.weight", "attn_q_norm.weight"),
+        "attention.key_norm_M": _vector("M", "norm", "self_attn.k_norm.weight", "attn_k_norm.weight"),
+    },
+}
+_SINKS = {"attention.sinks_N": _vector("N", "bias", "self_attn.sinks", "attn_sinks.weight")}
+_SUB_NORMS = {
+    "attention.sub_norm_Q": _vector("Q", "norm", "self_attn.attn_sub_norm.weight", "attn_sub_norm.weight"),
+    "ffn.sub_norm_F": _vector("F", "norm", "mlp.ffn_sub_norm.weight", "ffn_sub_norm.weight"),
+}
+_NORMS_AFTER = {
+    "attention_after_norm.weight_D": _vector(
+        "D", "norm", "post_attention_layernorm.weight", "post_attention_norm.weight"
+    ),
+    "ffn_after_norm.weight_D": _vector("D", "norm", "post_feedforward_layernorm.weight", "post_ffw_norm.weight"),
+}
+_BIAS_OF = {
+    "attention.query_DQ": "attention.query_bias_Q",
+    "attention.key_DM": "attention.key_bias_M",
+    "attention.value_DM": "attention.value_bias_M",
+    "attention.out_QD": "attention.out_bias_D",
+    "ffn.gate_DF": "ffn.gate_bias_F",
+    "ffn.up_DF": "ffn.up_bias_F",
+    "ffn.down_FD": "ffn.down_bias_D",
+}
+# The weights whose input a switch puts something before, and what then makes it channel by channel.
+_MAKERS_OF_SUB_NORMS = {"attention.out_QD": "attention.sub_norm_Q", "ffn.down_FD": "ffn.sub_norm_F"}
+
+
+@functools.lru_cache(maxsize=64)
+def layer_specs(config: "Config") -> Mapping[str, Spec]:
+    """The weights of a layer, by their path in its `Block`: a LLaMA's, as the config's switches change them."""
+    specs = dict(LAYER)
+    if config.norms == "after":
+        del specs["attention_norm.weight_D"], specs["ffn_norm.weight_D"]
+    if config.norms != "before":
+        specs |= _NORMS_AFTER
+    if config.qkv_bias:
+        specs |= _BIASES_QKV
+    if config.out_bias:
+        specs |= _BIAS_OUT
+    if config.ffn_bias:
+        specs |= _BIASES_FFN
+    specs |= _QUERY_KEY_NORMS.get(config.query_key_norm, {})
+    if config.sinks:
+        specs |= _SINKS
+    if config.sub_norms:
+        specs |= _SUB_NORMS
+    made = {}
+    for name, spec in specs.items():
+        bias = _BIAS_OF.get(name, "")
+        spec = dataclasses.replace(spec, maker=_maker(name, spec, config), bias=bias if bias in specs else "")
+        made[name] = _with_offset(spec, config)
+    return MappingProxyType(made)
+
+
+def _with_offset(spec: Spec, config: "Config") -> Spec:
+    """A norm's weights as they are where something is added to them: they begin so that the sum is 1."""
+    if not config.norm_offset or "norm" not in spec.roles:
+        return spec
+    return dataclasses.replace(spec, offset=config.norm_offset, init="zeros")
+
+
+def _maker(name: str, spec: Spec, config: "Config") -> str:
+    """What makes the input of a weight channel by channel; nothing where that is the residual stream itself."""
+    if config.sub_norms and name in _MAKERS_OF_SUB_NORMS:
+        return _MAKERS_OF_SUB_NORMS[name]
+    without_norm = config.norms == "after" and spec.maker in ("attention_norm.weight_D", "ffn_norm.weight_D")
+    return "" if without_norm else spec.maker
+
+
 _EMBED = Spec(
     axes="VD",
     over="D",
@@ -128,10 +230,11 @@ _FINAL_NORM = _norm("model.norm", "output_norm")
 
 def whole_specs(config: "Config") -> dict[str, Spec]:
     """The weights outside of layers."""
+    norm = _with_offset(_FINAL_NORM, config)
     if config.tied_embeddings:
         tied = dataclasses.replace(_EMBED, roles=("table", "head"), input="head")
-        return {"embed_VD": tied, "norm.weight_D": _FINAL_NORM}
-    return {"embed_VD": _EMBED, "norm.weight_D": _FINAL_NORM, "head_VD": _HEAD}
+        return {"embed_VD": tied, "norm.weight_D": norm}
+    return {"embed_VD": _EMBED, "norm.weight_D": norm, "head_VD": _HEAD}
 
 
 # ---- Layers ----------------------------------------------------------------------------------------------------------
@@ -141,13 +244,13 @@ class Kind(NamedTuple):
     """A kind of layer.
 
     Attributes:
-        block: class of the module: `block(config, key=…, dtype=…)`, called as `model.Block` is.
-        specs: of its weights, by their path in the module.
+        block: makes the module: `block(config, key=…, dtype=…)`, called as `model.Block` is.
+        specs: of its weights in a model of a config, by their path in the module.
         cache: kind of its part of a cache, of `caches.PARTS`.
     """
 
-    block: type
-    specs: Mapping[str, Spec]
+    block: Callable[..., Any]
+    specs: Callable[["Config"], Mapping[str, Spec]]
     cache: str = "full"
 
 
@@ -234,7 +337,7 @@ def leaves(config: "Config", stacks: tuple[Stack, ...] | None = None) -> Mapping
         made[name] = Leaf(name, None, whole[name])
     for stack in stacks:
         for position, kind in enumerate(stack.pattern):
-            layers, specs = stack.layers(position), KINDS[kind].specs
+            layers, specs = stack.layers(position), KINDS[kind].specs(config)
             for name in sorted(specs):
                 made[f"{LAYERS}{_numbers(layers, config)}.{name}"] = Leaf(name, layers, specs[name])
     return MappingProxyType(made | {name: Leaf(name, None, whole[name]) for name in sorted(whole) if name > LAYERS})
@@ -255,7 +358,7 @@ def specs(config: "Config") -> Mapping[Place, Spec]:
     whole = whole_specs(config)
     made = {Place("embed_VD"): whole.pop("embed_VD")}
     for layer in range(config.num_layers):
-        of_layer = KINDS[kind_of_layer(config, layer)].specs
+        of_layer = KINDS[kind_of_layer(config, layer)].specs(config)
         made |= {Place(name, layer): spec for name, spec in sorted(of_layer.items())}
     return MappingProxyType(made | {Place(name): spec for name, spec in whole.items()})
 
@@ -280,7 +383,7 @@ def locate(stacks: tuple[Stack, ...], layer: int) -> tuple[Stack, int, int]:
 def inputs(config: "Config", layer: int) -> dict[str, tuple[str, ...]]:
     """The weights of a layer that share each of its inputs, in the order of their use."""
     shared: dict[str, tuple[str, ...]] = {}
-    for name, spec in KINDS[kind_of_layer(config, layer)].specs.items():
+    for name, spec in KINDS[kind_of_layer(config, layer)].specs(config).items():
         if spec.input:
             shared[spec.input] = (*shared.get(spec.input, ()), name)
     return shared
@@ -315,7 +418,7 @@ def new(names: tuple[str, ...], kind: str, config: "Config", key: jax.Array, dty
         dtype: of the weights.
     """
     for name, one in zip(names, jax.random.split(key, len(names)), strict=True):
-        yield begin(KINDS[kind].specs[name], config, one, dtype)
+        yield begin(KINDS[kind].specs(config)[name], config, one, dtype)
 
 
 def begin(spec: Spec, config: "Config", key: jax.Array, dtype: Any) -> jax.Array:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import llamajax
 from llamajax import Config, LlamaJaxError, RopeScaling, abstract_model, preset, preset_names
-from llamajax.config import config_from_hf, config_to_hf
+from llamajax.families import config_from_hf, config_to_hf
 
 # Numbers of parameters as published: Meta's model cards and papers, and the weight files on the Hugging Face hub.
 PUBLISHED = {

@@ -22,9 +22,10 @@ from llamajax import Config, Llama, checkpoint
 from llamajax.caches import PARTS, Part, Scores, Where
 from llamajax.caches.attention import attend
 from llamajax.checkpoint.source import Source, float_weights
-from llamajax.model import apply_rope, matmul, params, rope_frequencies
+from llamajax.model import apply_rope, matmul, params
 from llamajax.parameters import KINDS, Kind, Spec, Stack, specs, weights_of
 from llamajax.quantization.quantize import quantize
+from llamajax.rope import Rope, rope_frequencies
 from quant import start_indices, values
 from quant.recipe import Rule
 from tests.programs import forward
@@ -55,8 +56,9 @@ SPECS: Mapping[str, Spec] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WindowedConfig(Config):
-    family = "windowed"
-    window: int = 5
+    family: str = "windowed"
+    window: int | None = 5
+    layer_kinds: tuple[Any, ...] = ("window", "full")
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
@@ -64,6 +66,10 @@ class WindowedConfig(Config):
 
     def numbers(self, layer: int) -> Mapping[str, float]:
         return {"window": self.window} if layer % 2 == 0 else {}
+
+
+def _frequencies(config: Config) -> jax.Array:
+    return rope_frequencies(Rope(theta=config.rope_theta), config.head_size)
 
 
 def _rms(x: jax.Array, weight: nnx.Param, eps: float) -> jax.Array:
@@ -83,7 +89,7 @@ class WindowedBlock(nnx.Module):
         def project(weight: nnx.Param, bias: nnx.Param) -> jax.Array:
             return (matmul(normed_BTD, weight) + bias[...]).reshape(B, T, -1, c.head_size)
 
-        rope = functools.partial(apply_rope, position_BT=where.position_BT, frequency=rope_frequencies(c))
+        rope = functools.partial(apply_rope, position_BT=where.position_BT, frequency=_frequencies(c))
         query_BTNH = _rms(project(self.query_DQ, self.query_bias_Q), self.query_norm_H, c.norm_eps)
         key_BTKH = _rms(project(self.key_DM, self.key_bias_M), self.key_norm_H, c.norm_eps)
         value_BTKH = project(self.value_DM, self.value_bias_M)
@@ -95,8 +101,8 @@ class WindowedBlock(nnx.Module):
         return x_BTD + matmul(jax.nn.gelu(up_BTF, approximate=True), self.down_FD), cache
 
 
-KINDS["windowed-local"] = Kind(WindowedBlock, SPECS, cache="ring")
-KINDS["windowed-global"] = Kind(WindowedBlock, SPECS)
+KINDS["windowed-local"] = Kind(WindowedBlock, lambda config: SPECS, cache="ring")
+KINDS["windowed-global"] = Kind(WindowedBlock, lambda config: SPECS)
 
 
 def recognise(path: Path) -> bool:

@@ -16,9 +16,9 @@ from safetensors.numpy import save_file
 
 from llamajax import Llama
 from llamajax.checkpoint import Opened, open_checkpoint, save_checkpoint
-from llamajax.checkpoint.huggingface import expected_tensors
 from llamajax.checkpoint.source import Source, float_weights
-from llamajax.config import Config, config_to_hf
+from llamajax.config import Config
+from llamajax.families import config_to_hf, tensors
 from llamajax.parameters import Place, named_arrays, weights_of
 from llamajax.quantization.quantize import quantize
 from quant.recipe import Rule
@@ -41,7 +41,7 @@ def write_model(folder: Path, width: int) -> int:
     )
     matrices = {"q": (1, 1), "k": (1, 1), "v": (1, 1), "o": (1, 1), "gate": (4, 1), "up": (4, 1), "down": (1, 4)}
     shards: list[dict[str, np.ndarray]] = [{}, {}]
-    for name, (_, layer) in expected_tensors(config).items():
+    for name, ((_, layer),) in tensors(config, "huggingface").items():
         shape: tuple[int, ...] = (width,)
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
             shape = (512, width)

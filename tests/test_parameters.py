@@ -12,10 +12,10 @@ import pytest
 
 import llamajax
 from llamajax import Config, LlamaJaxError, abstract_model, preset, preset_names
-from llamajax.checkpoint.huggingface import expected_tensors
+from llamajax.families import tensors
 from llamajax.model import model_from
 from llamajax.parameters import (
-    KINDS,
+    LAYER,
     Place,
     Stack,
     inputs,
@@ -88,13 +88,14 @@ def test_every_weight_has_its_foreign_name(config: Config) -> None:
     }
     expected |= {"model.embed_tokens.weight": Place("embed_VD"), "model.norm.weight": Place("norm.weight_D")}
     expected |= {} if config.tied_embeddings else {"lm_head.weight": Place("head_VD")}
-    assert dict(expected_tensors(config)) == expected and set(expected.values()) == set(specs(config))
+    assert {name: place for name, (place,) in tensors(config, "huggingface").items()} == expected
+    assert set(expected.values()) == set(specs(config))
 
 
 def test_names_in_gguf_are_those_that_gguf_makes_of_theirs() -> None:
     gguf = pytest.importorskip("gguf")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, CONFIG.num_layers)
-    for theirs, place in expected_tensors(CONFIG).items():
+    for theirs, (place,) in tensors(CONFIG, "huggingface").items():
         ours = specs(CONFIG)[place].foreign["gguf"].format(place.layer)
         assert ours == names.get_name(theirs, (".weight",))
 
@@ -119,7 +120,7 @@ def test_names_of_stacks_and_of_layers() -> None:
     assert [str(place) for place in one["layers.*.ffn.up_DF"].places] == [f"layers.{i}.ffn.up_DF" for i in range(3)]
     alone = leaves(CONFIG, unrolled(CONFIG.stacks))
     assert {"layers.0.ffn.up_DF", "layers.2.ffn.up_DF", "embed_VD"} < set(alone) and len(alone) == 3 * 9 + 3
-    pattern = (Stack(0, ("llama",), 1), Stack(1, ("llama", "llama"), 1))
+    pattern = (Stack(0, ("full",), 1), Stack(1, ("full", "full"), 1))
     assert "layers.2.ffn.up_DF" in leaves(CONFIG, pattern)
     assert locate(pattern, 2) == (pattern[1], 1, 0)
     with pytest.raises(LlamaJaxError, match="layer 3: the model has layers 0 to 2"):
@@ -173,13 +174,13 @@ def test_roles_are_what_the_model_does() -> None:
     assert looked_up == ["embed_VD"] and not any(spec.is_only_looked_up for spec in specs(TIED).values())
 
 
-@pytest.mark.parametrize("name", [name for name, spec in KINDS["llama"].specs.items() if spec.input])
+@pytest.mark.parametrize("name", [name for name, spec in LAYER.items() if spec.input])
 def test_what_makes_an_input_can_undo_its_scale(name: str) -> None:
     """A channel of the maker halved, in all that share the input doubled: the layer gives what it gave.
 
     Of `out` the maker is `value`, whose channels several heads share: there all channels are scaled alike.
     """
-    spec = KINDS["llama"].specs[name]
+    spec = LAYER[name]
     weights = {place.name: weight for place, weight in weights_of(random_model(CONFIG)).items() if place.layer == 1}
     members = inputs(CONFIG, 1)[spec.input]
     scale = jnp.asarray(np.random.default_rng(0).uniform(0.5, 2, weights[spec.maker].shape[-1]), jnp.float32)

@@ -10,9 +10,9 @@ import pytest
 
 import llamajax
 from llamajax import Config, Llama, RopeScaling, Tokenizer, make_sampler
-from llamajax.config import config_from_hf
+from llamajax.families import config_from_hf
 from llamajax.generation.sampling import filter_logits
-from llamajax.model import rope_frequencies
+from llamajax.rope import rope_frequencies
 from llamajax.words import AddedToken, Words
 from tests.reference import random_model
 
@@ -144,7 +144,9 @@ def test_forms_of_rope(fields):
     config = config_from_hf(json.loads(json.dumps(sizes | fields | {"model_type": "llama"})))
     theirs = transformers.LlamaConfig(**json.loads(json.dumps(sizes | fields)))
     rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs)
-    np.testing.assert_allclose(rope_frequencies(config), rotary.inv_freq.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(
+        rope_frequencies(config.rope("full"), config.head_size), rotary.inv_freq.numpy(), rtol=1e-6
+    )
     assert rotary.attention_scaling == 1
 
 

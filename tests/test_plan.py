@@ -16,8 +16,8 @@ from llamajax import LlamaJaxError, open_checkpoint, preset
 from llamajax.caches import empty_cache
 from llamajax.cli import main
 from llamajax.cli.plan import parse_memory
-from llamajax.config import config_to_hf
 from llamajax.evaluation.speed import random_model
+from llamajax.families import config_to_hf
 from llamajax.plan import longest_context, plan, plan_weights
 
 ROOT = Path(__file__).parents[1]

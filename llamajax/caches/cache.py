@@ -33,11 +33,13 @@ class Where:
         position_BT: int32; B may be 1 where all rows are alike.
         count_B: int32, how many of the T tokens are real; None for all.
         fits_B: bool, rows that have room for T tokens; None where there is no limit.
+        reach: positions that the request may come to, where that is known: RoPE may be chosen by it.
     """
 
     position_BT: jax.Array
     count_B: jax.Array | None = None
     fits_B: jax.Array | None = None
+    reach: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def start_B(self) -> jax.Array:
@@ -86,7 +88,7 @@ class NoCache:
 
     def begin(self, T: int, count_B: jax.Array | None = None) -> Where:
         """As `KVCache.begin`: every row starts at 0."""
-        return Where(jnp.arange(T, dtype=jnp.int32)[None], count_B)
+        return Where(jnp.arange(T, dtype=jnp.int32)[None], count_B, reach=T)
 
     def attend(
         self,
@@ -176,7 +178,7 @@ class KVCache:
             return Where(position_BT, count_B)
         if T > self.slots:
             raise ValueError(f"{T} tokens do not fit a cache of {self.slots} slots: make the cache larger")
-        return Where(position_BT, count_B, self.length_B + T <= self.slots)
+        return Where(position_BT, count_B, self.length_B + T <= self.slots, self.slots)
 
     def attend(
         self,

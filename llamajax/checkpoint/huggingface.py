@@ -16,11 +16,12 @@ import numpy as np
 
 from llamajax.checkpoint.huggingface_words import choose_tokenizer, config_ids, read_words, write_words
 from llamajax.checkpoint.source import Source, float_weights
-from llamajax.config import Config, config_from_hf, config_to_hf
+from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
+from llamajax.families import config_from_hf, config_to_hf, pieces, shape_of, tensors
 from llamajax.files import open_regular, read_json, shortened
 from llamajax.model import Llama
-from llamajax.parameters import Place, Spec, specs, weights_of
+from llamajax.parameters import Place, specs, weights_of
 from llamajax.tokenizer import Tokenizer
 from llamajax.words import Words
 
@@ -86,13 +87,13 @@ def save(
     Beyond 1 GiB in shards with their index. No more than one tensor is held in a transposed copy.
     """
     weights = weights_of(jax.tree.map(np.asarray, model))
-    names = {place: tensor_name(place, spec) for place, spec in specs(model.config).items()}
-    shards = _plan_shards(weights)
+    held = tensors(model.config, "huggingface")
+    shards = _plan_shards(weights, held)
     weight_map: dict[str, str] = {}
-    for number, places in enumerate(shards, 1):
+    for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write_shard(path / file, model.config, {place: weights[place] for place in places})
-        weight_map |= {names[place]: file for place in places}
+        _write_shard(path / file, model.config, weights, names)
+        weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         size = sum(weight.nbytes for weight in weights.values())
         _write_json(path / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
@@ -102,45 +103,42 @@ def save(
     _write_json(path / "config.json", fields | {"torch_dtype": str(weights[Place("embed_VD")].dtype)})
 
 
-def tensor_name(place: Place, spec: Spec) -> str:
-    """What transformers calls a weight."""
-    return spec.foreign["huggingface"].format(place.layer)
-
-
-def _write_shard(path: Path, config: Config, weights: Mapping[Place, np.ndarray]) -> None:
+def _write_shard(path: Path, config: Config, weights: Mapping[Place, np.ndarray], names: list[str]) -> None:
     """Writes a safetensors file tensor by tensor; the library's own function wants to be given all of them at once.
 
     The format: the header's length in 8 bytes, the header in JSON (dtype, shape and place of each tensor), the tensors
     one behind the other (github.com/huggingface/safetensors, "Format").
     """
-    ordered = sorted(weights.items(), key=lambda item: -item[1].dtype.itemsize)  # so that each is aligned
+    held = tensors(config, "huggingface")
+    dtype_of = {name: weights[held[name][0]].dtype for name in names}
+    ordered = sorted(names, key=lambda name: -dtype_of[name].itemsize)  # so that each is aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for place, weight in ordered:
-        spec = specs(config)[place]
-        start, end = end, end + weight.nbytes
-        shape = weight.shape[::-1] if spec.transposed else weight.shape
-        kind = _THEIR_DTYPES[np.dtype(weight.dtype)]
-        header[tensor_name(place, spec)] = {"dtype": kind, "shape": shape, "data_offsets": (start, end)}
+    for name in ordered:
+        start, end = end, end + sum(weights[place].nbytes for place in held[name])
+        kind, shape = _THEIR_DTYPES[np.dtype(dtype_of[name])], shape_of(config, held[name])
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": (start, end)}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for place, weight in ordered:
+        for place in (place for name in ordered for place in held[name]):
+            weight = weights[place]
             theirs = np.ascontiguousarray(weight.T if specs(config)[place].transposed else weight)
             file.write(theirs.reshape(-1).view(np.uint8).data)
 
 
-def _plan_shards(weights: Mapping[Place, Any]) -> list[list[Place]]:
-    """The model's tensors in groups of at most 1 GiB (or one tensor)."""
-    shards: list[list[Place]] = [[]]
+def _plan_shards(weights: Mapping[Place, Any], held: Mapping[str, tuple[Place, ...]]) -> list[list[str]]:
+    """The names of the model's tensors in groups of at most 1 GiB (or one tensor)."""
+    shards: list[list[str]] = [[]]
     size = 0
-    for place, weight in weights.items():
-        if shards[-1] and size + weight.nbytes > _SHARD_BYTES:
+    for name, places in held.items():
+        nbytes = sum(weights[place].nbytes for place in places)
+        if shards[-1] and size + nbytes > _SHARD_BYTES:
             shards.append([])
             size = 0
-        shards[-1].append(place)
-        size += weight.nbytes
+        shards[-1].append(name)
+        size += nbytes
     return shards
 
 
@@ -206,11 +204,6 @@ def _shown(path: Path) -> Path:
     return path.with_name(shortened(path.name)[1:-1])
 
 
-def expected_tensors(config: Config) -> dict[str, Place]:
-    """Every tensor that the files of a model hold, by their name, and the weight that it is."""
-    return {tensor_name(place, spec): place for place, spec in specs(config).items()}
-
-
 def _check_tensors(path: Path, config: Config, files: dict[str, Path]) -> set[np.dtype]:
     """That names and files match the model; returns the dtypes found."""
     if config.num_layers > len(files):  # Before the names of so many layers are listed.
@@ -218,7 +211,7 @@ def _check_tensors(path: Path, config: Config, files: dict[str, Path]) -> set[np
             f"{path}: config.json says {config.num_layers} layers, but the files hold {len(files)} tensors: "
             "some are missing"
         )
-    expected = set(expected_tensors(config))
+    expected = set(tensors(config, "huggingface"))
     surplus = sorted(name for name in files if name not in expected and not name.endswith("rotary_emb.inv_freq"))
     # A tied model may come with a copy of the embedding as its head: it is checked to be one when it is read.
     surplus = [name for name in surplus if not (name == _HEAD and config.tied_embeddings)]
@@ -232,8 +225,8 @@ def _check_tensors(path: Path, config: Config, files: dict[str, Path]) -> set[np
         raise LlamaJaxError(f"{path}: tensor {missing[0]!r} is missing ({len(missing)} such){hint}")
     dtypes, shapes = set(), _expected_shapes(config)
     for file in sorted(set(files.values())):
-        with _open(file) as tensors:
-            held = set(tensors.keys())
+        with _open(file) as opened:
+            held = set(opened.keys())
             for name in (name for name, where in files.items() if where == file):
                 if name not in held:
                     raise LlamaJaxError(
@@ -241,11 +234,11 @@ def _check_tensors(path: Path, config: Config, files: dict[str, Path]) -> set[np
                     )
                 if name.endswith("rotary_emb.inv_freq"):
                     continue
-                kind = tensors.get_slice(name).get_dtype()
+                kind = opened.get_slice(name).get_dtype()
                 if kind not in _DTYPES:
                     raise LlamaJaxError(f"{file}: {name} has dtype {kind}: expected one of {', '.join(_DTYPES)}")
                 dtypes.add(np.dtype(_DTYPES[kind]))
-                shape = tuple(tensors.get_slice(name).get_shape())
+                shape = tuple(opened.get_slice(name).get_shape())
                 if shape != shapes.get(name, shape):  # before memory is taken by what the config says
                     raise LlamaJaxError(f"{file}: {name} has shape {shape}: expected {shapes[name]} by config.json")
     return dtypes
@@ -253,39 +246,36 @@ def _check_tensors(path: Path, config: Config, files: dict[str, Path]) -> set[np
 
 def _expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor, by its name in the files."""
-    shapes = {theirs: specs(config)[place] for theirs, place in expected_tensors(config).items()}
-    return {
-        theirs: spec.shape(config)[::-1] if spec.transposed else spec.shape(config) for theirs, spec in shapes.items()
-    }
+    return {name: shape_of(config, places) for name, places in tensors(config, "huggingface").items()}
 
 
 def _order(config: Config, files: dict[str, Path]) -> Iterator[Place]:
     """File by file, each from its beginning to its end."""
-    places = expected_tensors(config)
+    places = tensors(config, "huggingface")
     for file in sorted(set(files.values())):
-        with _open(file) as tensors:
-            held = [name for name in tensors.offset_keys() if files.get(name) == file]
-        yield from (places[name] for name in held if name in places)
+        with _open(file) as opened:
+            held = [name for name in opened.offset_keys() if files.get(name) == file]
+        yield from (place for name in held if name in places for place in places[name])
 
 
 def _read(files: dict[str, Path], place: Place, config: Config) -> np.ndarray:
     """One tensor in our orientation; of a tied model that came with a head, too, checks that it is the embedding."""
-    spec = specs(config)[place]
-    array = _get(files, tensor_name(place, spec))
+    piece = pieces(config, "huggingface")[place]
+    array = _get(files, piece.tensor, piece.rows)
     if place.name == "embed_VD" and config.tied_embeddings and _HEAD in files:
         if not np.array_equal(array, _get(files, _HEAD)):
             raise LlamaJaxError(
                 f"{files[_HEAD]}: lm_head.weight differs from the embedding: set tie_word_embeddings to false in "
                 "config.json"
             )
-    return array.T if spec.transposed else array
+    return array.T if specs(config)[place].transposed else array
 
 
-def _get(files: dict[str, Path], name: str) -> np.ndarray:
+def _get(files: dict[str, Path], name: str, rows: slice | None = None) -> np.ndarray:
     from safetensors import SafetensorError  # as above
 
-    with _open(files[name]) as tensors:
+    with _open(files[name]) as opened:
         try:
-            return tensors.get_tensor(name)
+            return opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows]
         except (SafetensorError, OSError) as error:
             raise LlamaJaxError(f"{files[name]}: {name} cannot be read ({error})") from None

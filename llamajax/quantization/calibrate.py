@@ -229,13 +229,18 @@ def fold(
     members = [name for name, spec in specs.items() if spec.input == group]
     producer = specs[members[0]].maker
     if weights[producer].ndim == 1:
-        folded_K = (weights[producer] / scale_K).astype(norm_dtype).astype(jnp.float32)
-        scale_K = jnp.where(folded_K == 0, scale_K, weights[producer] / jnp.where(folded_K == 0, 1, folded_K))
-        weights[producer] = folded_K
-    elif weights[producer].shape[-1] != scale_K.shape[0]:
-        weights[producer] = weights[producer] / scale_K.reshape(_by_head(config))[:, 0].reshape(-1)
+        offset = specs[producer].offset
+        whole_K = weights[producer] + offset
+        stored_K = (whole_K / scale_K - offset).astype(norm_dtype).astype(jnp.float32)
+        folded_K = stored_K + offset
+        scale_K = jnp.where(folded_K == 0, scale_K, whole_K / jnp.where(folded_K == 0, 1, folded_K))
+        weights[producer] = stored_K
     else:
-        weights[producer] = weights[producer] / scale_K
+        of_output = scale_K
+        if weights[producer].shape[-1] != scale_K.shape[0]:
+            of_output = scale_K.reshape(_by_head(config))[:, 0].reshape(-1)
+        for name in filter(None, (producer, specs[producer].bias)):
+            weights[name] = weights[name] / of_output
     for name in members:
         weights[name] = weights[name] * scale_K[:, None]
 

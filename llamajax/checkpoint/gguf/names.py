@@ -6,8 +6,9 @@ from typing import Literal, NamedTuple
 
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
+from llamajax.families import tensors
 from llamajax.files import shortened
-from llamajax.parameters import Place, specs
+from llamajax.parameters import Place
 
 # How RoPE's two coordinates stand in the rows of q and k: neighbours (2i, 2i + 1), or (i, i + H/2). llama.cpp decides
 # it by the architecture's name: `llama_model_rope_type` in src/llama-model.cpp, LLAMA_ROPE_TYPE_NORM and _NEOX, with
@@ -62,7 +63,7 @@ UNUSED = ("attn_rot_embd.weight",)
 
 def tensor_names(config: Config) -> dict[str, Place]:
     """The weight that each tensor of a model's files is, by the tensor's name."""
-    return {spec.foreign["gguf"].format(place.layer): place for place, spec in specs(config).items()}
+    return {name: place for name, (place,) in tensors(config, "gguf").items()}
 
 
 def architecture_of(path: object, metadata: Mapping[str, object]) -> Architecture:

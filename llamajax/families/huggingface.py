@@ -1,0 +1,189 @@
+"""Hugging Face's config.json as a `Config`, and back: what all families have in common; the rest is each family's.
+
+Every key is read, known to change nothing in the forward pass, or an error that names it.
+"""
+
+import dataclasses
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from llamajax.config import Config, LayerKind
+from llamajax.errors import LlamaJaxError
+from llamajax.families.family import Family, Keys, check_read, family_of, format_of
+from llamajax.families.huggingface_rope import read_rope, write_rope
+from llamajax.files import shortened
+
+# Our field for each key that all families have, none of them with a default.
+_REQUIRED = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "width",
+    "intermediate_size": "ffn_width",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+}
+_OPTIONAL = {
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_size",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tied_embeddings",
+}
+_NAMES = _REQUIRED | _OPTIONAL
+_ROPE_KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
+
+# Keys that change nothing in the forward pass whatever they say: provenance, training, and what decides words, which
+# `checkpoint.huggingface_words` reads.
+_NO_EFFECT = frozenset(
+    "_name_or_path _commit_hash _attn_implementation _attn_implementation_autoset _attn_implementation_internal "
+    "_flash_attn_2_enabled _from_model_config architectures attn_implementation auto_map bos_token bos_token_id "
+    "chunk_size_feed_forward cls_token_id custom_pipelines decoder_start_token_id dtype eos_token eos_token_id "
+    "ffn_dim_multiplier finetuning_task gradient_checkpointing id2label initializer_range is_composition is_decoder "
+    "is_encoder_decoder is_llama_config label2id license mask_token_id max_seq_len max_sequence_length "
+    "model_max_length model_name multiple_of neftune_noise_alpha original_max_position_embeddings "
+    "output_attentions output_hidden_states pad_token pad_token_id prefix pretraining_tp problem_type return_dict "
+    "rope_interleaved sep_token_id seq_length task_specific_params tf_legacy_loss tokenizer_class torch_dtype "
+    "torchscript transformers.js_config transformers_weights unk_token unk_token_id use_bfloat16 use_cache "
+    "use_flash_attention use_flash_attention_2".split()
+)
+# Defaults of text generation, which transformers 4 kept in config.json.
+_GENERATION = frozenset(
+    "bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size "
+    "epsilon_cutoff eta_cutoff exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id "
+    "length_penalty max_length max_new_tokens min_length min_new_tokens min_p no_repeat_ngram_size num_beam_groups "
+    "num_beams num_return_sequences output_scores penalty_alpha remove_invalid_values renormalize_logits "
+    "repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p".split()
+)
+# The names of training frameworks, of versions, and of dropout, which inference does without.
+_NO_EFFECT_PATTERN = re.compile(r"unsloth_\w+|\w+_version|\w*dropout\w*|\w+_pdrop")
+
+
+# Keys that would change the forward pass, with the values at which they do nothing; a family that has them reads them.
+_ONLY_VALUE: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "bias": (False,),
+    "qkv_bias": (False,),
+    "sliding_window": (),
+    "use_sliding_window": (False,),
+    "quantization_config": (),
+    "partial_rotary_factor": (1.0, 1),
+    "pruned_heads": ({},),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (),
+    "tie_encoder_decoder": (False,),
+}
+
+LAYER_TYPES: Mapping[str, LayerKind] = {
+    "full_attention": "full",
+    "sliding_attention": "window",
+    "chunked_attention": "chunk",
+}
+
+
+def config_from_hf(fields: Mapping[str, Any], source: str = "config.json", ignore_keys: Collection[str] = ()) -> Config:
+    """Reads the `config.json` of a model of a family that we know.
+
+    Missing and null keys have the defaults of the family's class in transformers. Both spellings of RoPE are read:
+    `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (5).
+
+    Args:
+        fields: the JSON object.
+        source: what messages begin with.
+        ignore_keys: keys to read over, for those that this model does not know and that change no forward pass.
+
+    Raises:
+        LlamaJaxError: for a key that is neither read nor known to be without effect, or one whose value asks for
+            something that this model does not do. Nothing is dropped silently.
+    """
+    if not isinstance(fields, Mapping):
+        raise LlamaJaxError(f"{source}: expected a JSON object, got {type(fields).__name__}")
+    needed = sorted(set(ignore_keys) & ({"model_type", *_NAMES} | _ROPE_KEYS))
+    if needed:
+        raise LlamaJaxError(f"{needed[0]!r} cannot be ignored: the model is made by it")
+    fields = {key: value for key, value in fields.items() if key not in ignore_keys}
+    family = family_of(fields.get("model_type"), "huggingface", f"{source}: model_type")
+    form = format_of_family(family)
+    missing = [key for key in _REQUIRED if fields.get(key, form.defaults.get(key)) is None]
+    if missing:
+        raise LlamaJaxError(f"{source}: missing key {missing[0]!r}: expected {', '.join(_REQUIRED)}")
+    keys = Keys(fields, source, form.defaults)
+    keys.read.add("model_type")
+    ours = {name: keys.take(key) for key, name in _REQUIRED.items()}
+    ours["num_kv_heads"] = keys.take("num_key_value_heads", ours["num_heads"])
+    ours["context_length"] = keys.take("max_position_embeddings", 2048)
+    ours["norm_eps"] = keys.take("rms_norm_eps", 1e-6)
+    ours["tied_embeddings"] = keys.flag("tie_word_embeddings")
+    whole = isinstance(ours["width"], int) and isinstance(ours["num_heads"], int)
+    ours["head_size"] = keys.take("head_dim", ours["width"] // max(ours["num_heads"], 1) if whole else None)
+    ours |= read_rope(keys, ours["context_length"]) | form.read(keys)
+    for key, allowed in _ONLY_VALUE.items():
+        if key not in keys.read:
+            keys.only(key, *allowed)
+    remedy = (
+        "if it does not change the forward pass, give --ignore_key={key} (ignore_keys in the library), or remove it "
+        f"(read: {', '.join(sorted(keys.read))})"
+    )
+    check_read(keys, fields, _is_without_effect, remedy)
+    return Config.from_dict(ours | {"family": family.name}, source)
+
+
+def format_of_family(family: Family) -> Any:
+    """The family's Hugging Face form, of which there must be one."""
+    assert family.huggingface is not None
+    return family.huggingface
+
+
+def _is_without_effect(key: str) -> bool:
+    """Whether a key of config.json is known to change nothing in the forward pass."""
+    return key in _NO_EFFECT | _GENERATION or bool(_NO_EFFECT_PATTERN.fullmatch(key))
+
+
+def pattern_of(kinds: list[LayerKind]) -> tuple[LayerKind, ...]:
+    """The shortest pattern that, repeated and cut, gives the kinds of all layers."""
+    for size in range(1, len(kinds) + 1):
+        if all(kind == kinds[number % size] for number, kind in enumerate(kinds)):
+            return tuple(kinds[:size])
+    return ("full",)
+
+
+def read_layer_types(keys: Keys, default: list[LayerKind]) -> tuple[LayerKind, ...]:
+    """The pattern of `layer_types`, or of a family's default, a kind for each layer.
+
+    Raises:
+        LlamaJaxError: for another number of kinds than layers, or a kind that is not known.
+    """
+    said = keys.take("layer_types", None)
+    if said is None:
+        return pattern_of(default)
+    layers = keys.take("num_hidden_layers")
+    if not isinstance(said, list) or len(said) != layers:
+        raise LlamaJaxError(f"{keys.source}: layer_types is {shortened(said)}: expected a list of {layers} kinds")
+    for kind in said:
+        if not isinstance(kind, str) or kind not in LAYER_TYPES:
+            raise LlamaJaxError(
+                f"{keys.source}: layer_types has {shortened(kind)}, which is not supported: expected "
+                f"{', '.join(LAYER_TYPES)}"
+            )
+    return pattern_of([LAYER_TYPES[kind] for kind in said])
+
+
+def config_to_hf(config: Config) -> dict[str, Any]:
+    """The `config.json` that transformers reads as the same model (inverse of `config_from_hf`).
+
+    Raises:
+        LlamaJaxError: if the family has none, or its config.json cannot say one of the config's switches.
+    """
+    form = format_of(config, "huggingface")
+    fields: dict[str, Any] = {key: getattr(config, ours) for key, ours in _NAMES.items()}
+    fields |= {"model_type": form.kinds[0], "architectures": [form.architecture]}
+    fields |= write_rope(config) | form.write(config)
+    read = config_from_hf(fields)
+    for field in dataclasses.fields(config):
+        ours, theirs = getattr(config, field.name), getattr(read, field.name)
+        if ours != theirs:
+            raise LlamaJaxError(
+                f"{field.name} is {shortened(ours)}: a config.json of family {config.family!r} says "
+                f"{shortened(theirs)}: expected a config that the family has"
+            )
+    return fields
