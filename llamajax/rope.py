@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from llamajax.errors import LlamaJaxError
-from llamajax.fields import check_number, check_whole, only_known
+from llamajax.fields import check_flag, check_number, check_whole, only_known
 from llamajax.files import shortened
 
 
@@ -107,3 +107,66 @@ def rope_frequencies(rope: Rope, rotated: int, reach: int | None = None) -> jax.
 def rope_attention_factor(rope: Rope, reach: int | None = None) -> float:
     """By what cosines and sines are multiplied, queries and keys both; 1 but for YaRN and longrope."""
     return 1.0
+
+
+def apply_rope(
+    x_BTNH: jax.Array,
+    position_BT: jax.Array,
+    frequency: jax.Array,
+    scale: jax.Array | float | None = None,
+    factor: float = 1.0,
+) -> jax.Array:
+    """Rotates pair (i, i + R/2) of the first R coordinates of each head by position x frequency[i], and scales.
+
+    Halves rather than neighbours: the layout of Hugging Face checkpoints; others are permuted once, at load. Angles in
+    float32: in bfloat16 whole positions beyond 256 are no longer distinct.
+
+    Args:
+        x_BTNH: queries or keys.
+        position_BT: of the tokens.
+        frequency: radians a token, float32 [R/2].
+        scale: what comes out is multiplied by; a number, or [B, T, 1, 1].
+        factor: what rotated coordinates are multiplied by besides.
+    """
+    angle_BT1J = position_BT[:, :, None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle_BT1J), jnp.sin(angle_BT1J)
+    if factor != 1:
+        cos, sin = cos * factor, sin * factor
+    wide = x_BTNH.astype(jnp.float32)
+    rotated = 2 * frequency.shape[0]
+    low, high, *rest = jnp.split(wide, 2 if rotated == wide.shape[-1] else (rotated // 2, rotated), axis=-1)
+    turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin, *rest], axis=-1)
+    return (turned if scale is None else turned * scale).astype(x_BTNH.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Temperature:
+    """Queries grow with their position: times 1 + beta log(1 + floor((position + offset) / length)).
+
+    Reference: `_get_llama_4_attn_scale` of transformers' `modeling_ministral3.py` (offset 0), and `attn_scale` of
+    `modeling_llama4.py` (offset 1; only of layers without RoPE).
+
+    Attributes:
+        beta: how much.
+        length: positions after which they grow first.
+        offset: added to a position.
+        only_nope: whether layers of other kinds than "nope" go without.
+    """
+
+    beta: float
+    length: int
+    offset: int = 0
+    only_nope: bool = False
+
+    def __post_init__(self):
+        """Refuse values that cannot describe it."""
+        check_number("temperature beta", self.beta, low=0.0)
+        check_whole("temperature length", self.length)
+        if self.offset not in (0, 1) or isinstance(self.offset, bool):
+            raise LlamaJaxError(f"temperature offset is {shortened(self.offset)}: expected 0 or 1")
+        check_flag("only_nope", self.only_nope)
+
+    def factor(self, position_BT: jax.Array) -> jax.Array:
+        """What queries are multiplied by, float32 [B, T]."""
+        whole_BT = jnp.floor((position_BT + self.offset).astype(jnp.float32) / self.length)
+        return 1 + self.beta * jnp.log1p(whole_BT)
