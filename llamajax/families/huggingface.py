@@ -116,7 +116,8 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json", ignor
     ours["tied_embeddings"] = keys.flag("tie_word_embeddings")
     whole = isinstance(ours["width"], int) and isinstance(ours["num_heads"], int)
     ours["head_size"] = keys.take("head_dim", ours["width"] // max(ours["num_heads"], 1) if whole else None)
-    ours |= read_rope(keys, ours["context_length"]) | form.read(keys)
+    ours |= form.read(keys)
+    ours |= read_rope(keys, ours["context_length"], form, ours.get("layer_kinds", Config.layer_kinds))
     for key, allowed in _ONLY_VALUE.items():
         if key not in keys.read:
             keys.only(key, *allowed)
@@ -177,7 +178,8 @@ def config_to_hf(config: Config) -> dict[str, Any]:
     form = format_of(config, "huggingface")
     fields: dict[str, Any] = {key: getattr(config, ours) for key, ours in _NAMES.items()}
     fields |= {"model_type": form.kinds[0], "architectures": [form.architecture]}
-    fields |= write_rope(config) | form.write(config)
+    fields |= form.write(config)
+    fields |= write_rope(config, form, fields.pop("rope_scaling", {}))
     read = config_from_hf(fields)
     for field in dataclasses.fields(config):
         ours, theirs = getattr(config, field.name), getattr(read, field.name)
