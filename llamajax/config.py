@@ -160,8 +160,9 @@ class Config:
                 check_whole(name, value)
         if self.window_rope is not None and "window" not in self.layer_kinds:
             raise LlamaJaxError("window_rope is given: expected None, 'window' is none of layer_kinds")
-        for rope in {self.rope(kind) for kind in self.layer_kinds} - {None}:
-            rope.check(self.rotated_size)
+        for rope in {self.rope(kind) for kind in self.layer_kinds}:
+            if rope is not None:
+                rope.check(self.rotated_size)
 
     # The class of configs of each family, by its name: `Config`, but for one that has a class of its own.
     classes: ClassVar[dict[str, type["Config"]]] = {}

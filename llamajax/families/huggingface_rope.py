@@ -257,8 +257,8 @@ def write_rope(config: Config, form: Format, own: Mapping[str, Any] = MappingPro
         assert window is not None
         if _LOCAL_THETA in form.defaults and window.scaling is None:
             fields[_LOCAL_THETA] = window.theta
-        if window.scaling is not None:  # which transformers 4 has no spelling for
-            fields.pop("rope_scaling", None)
+        if window != Rope(theta=fields.get(_LOCAL_THETA, config.rope_theta)):
+            fields.pop("rope_scaling", None)  # transformers 4 has no spelling for it
         ropes = {_FULL: Rope(theta=config.rope_theta, scaling=scaling), _WINDOW: window}
         fields["rope_parameters"] = {
             name: {"rope_theta": rope.theta} | _object(rope.scaling, config.context_length)
