@@ -84,7 +84,7 @@ def _interpolated(scaling: RopeScaling, theta: float, size: int, i: int) -> floa
 def rope_factor(config: Config) -> float:
     """What YaRN and longrope multiply rotated coordinates by.
 
-    0.1 ln s + 1 (YaRN, section 3.4), a ratio of two such (DeepSeek V2), or sqrt(1 + ln s / ln L) (longrope, section 3.3).
+    0.1 ln s + 1 (YaRN, 3.4), a ratio of two such (DeepSeek V2), or sqrt(1 + ln s / ln L) (longrope, 3.3).
     """
     scaling = config.rope_scaling
     if scaling is None or scaling.kind not in ("yarn", "longrope"):
