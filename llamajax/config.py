@@ -116,7 +116,7 @@ class Config:
     def __post_init__(self):
         """Refuse values that cannot describe a LLaMA."""
         for name in _WHOLE_FIELDS:
-            check_whole(name, getattr(self, name), _MOST_LAYERS if name == "num_layers" else LARGEST_DIMENSION)
+            check_whole(name, getattr(self, name), MOST_LAYERS if name == "num_layers" else LARGEST_DIMENSION)
         check_number("norm_eps", self.norm_eps, low=0.0)
         check_number("rope_theta", self.rope_theta, low=1.0)
         check_flag("tied_embeddings", self.tied_embeddings)
@@ -145,7 +145,7 @@ class Config:
             raise LlamaJaxError(
                 f"rope_fraction is {self.rope_fraction}: expected a part of a head of {self.head_size} that is even"
             )
-        if not isinstance(self.layer_kinds, tuple) or not 1 <= len(self.layer_kinds) <= _MOST_LAYERS:
+        if not isinstance(self.layer_kinds, tuple) or not 1 <= len(self.layer_kinds) <= MOST_LAYERS:
             raise LlamaJaxError(f"layer_kinds is {shortened(self.layer_kinds)}: expected kinds of layers")
         for kind in self.layer_kinds:
             check_choice("layer_kinds", kind, get_args(LayerKind))
@@ -275,7 +275,7 @@ _NESTED: dict[str, Any] = {"rope_scaling": RopeScaling, "window_rope": Rope}
 # Fields that a manifest leaves out where they are as in a LLaMA.
 _ALWAYS = (*_WHOLE_FIELDS, "norm_eps", "rope_theta", "rope_scaling", "tied_embeddings")
 _SWITCHES = {field.name: field.default for field in dataclasses.fields(Config) if field.name not in _ALWAYS}
-_MOST_LAYERS = 1 << 12  # and each has a name
+MOST_LAYERS = 1 << 12  # and each has a name
 _MOST_POSITIONS = 12  # of a pattern: a program grows with them
 
 

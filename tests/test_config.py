@@ -302,12 +302,13 @@ def test_fields_that_are_no_table(fields: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mistral"}, "model_type is 'mistral': expected 'llama'"),
-        ({"model_type": None}, "model_type is None: expected 'llama'"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', which is not supported: expected 'silu'"),
-        ({"attention_bias": True}, "attention_bias is True, which is not supported: expected False"),
-        ({"mlp_bias": True}, "mlp_bias is True, which is not supported: expected False"),
-        ({"sliding_window": 4096}, "sliding_window is 4096, which is not supported: expected None"),
+        ({"model_type": "mixtral"}, "model_type is 'mixtral': expected one of .*, llama, .*; the nearest is 'mistral'"),
+        ({"model_type": "rwkv"}, "model_type is 'rwkv': expected one of .*, qwen3, [^;]*$"),
+        ({"model_type": None}, "model_type is None: expected one of .*, llama, "),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', which is not supported: expected one of silu, "),
+        ({"attention_bias": "no"}, "attention_bias is 'no': expected true or false"),
+        ({"mlp_bias": 1}, "mlp_bias is 1: expected true or false"),
+        ({"sliding_window": 4096}, "sliding_window is 4096, which is not supported: expected null"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}, which is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, which is not supported: expected 1.0"),
         (
@@ -342,14 +343,14 @@ def test_fields_that_are_no_table(fields: Any) -> None:
             "rope_parameters: 'partial_rotary_factor' is not supported of rope_type 'default'",
         ),
         ({"use_sliding_window": True}, "use_sliding_window is True, which is not supported: expected False"),
-        ({"num_attention_heads": 0}, "num_heads is 0: expected a whole number"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0: expected a whole number"),
         (
             {"num_attention_heads": 3, "num_key_value_heads": 2},
             "num_heads is 3: expected a multiple of num_kv_heads, 2",
         ),
         ({"hidden_size": 10**30}, "is 1000.*: expected a whole number"),
         ({"rms_norm_eps": 10**400}, "norm_eps is .*: expected a finite number"),
-        ({"tie_word_embeddings": "yes"}, "tied_embeddings is 'yes': expected true or false"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes': expected true or false"),
     ],
 )
 def test_refused_hugging_face_configs(change: dict[str, Any], message: str) -> None:
