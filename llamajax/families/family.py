@@ -115,6 +115,9 @@ class Format(NamedTuple):
         defaults: of keys, as the reference has them.
         architecture: what else names it: Hugging Face's class.
         names: of the weights.
+        partial_rope: whether RoPE may turn a part of each head only.
+        window_rope: whether layers with windows have a RoPE of their own: unscaled, with `rope_local_base_freq` for
+            theta if the family has a default of that key, but where `rope_parameters` says both.
     """
 
     kinds: tuple[str, ...]
@@ -123,6 +126,8 @@ class Format(NamedTuple):
     defaults: Mapping[str, Any] = _NOTHING
     architecture: str = ""
     names: Names = Names()
+    partial_rope: bool = False
+    window_rope: bool = False
     copies: Mapping[str, Mapping[str, Any]] = _NOTHING
 
 

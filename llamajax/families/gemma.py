@@ -38,6 +38,7 @@ _DEFAULTS_3 = _DEFAULTS_2 | {
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
     "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
 }
 # Where both halves of a layer have a norm before and one behind.
 _NAMES = Names(renamed={"ffn_norm.weight_D": "model.layers.{}.pre_feedforward_layernorm.weight"})
@@ -115,8 +116,6 @@ def _read_gemma3(keys: Keys) -> dict[str, Any]:
     if read["score_cap"] is not None:
         # transformers keeps the key and does without it: nobody can have trained with it.
         raise LlamaJaxError(f"{keys.source}: attn_logit_softcapping is {read['score_cap']}: expected null of a Gemma 3")
-    if read["window"] is not None:
-        read["window_rope"] = {"theta": keys.take("rope_local_base_freq", 1e4)}
     return read | {"query_key_norm": "head"}
 
 
@@ -129,5 +128,6 @@ GEMMA3 = Family(
         defaults=_DEFAULTS_3,
         architecture="Gemma3ForCausalLM",
         names=_NAMES,
+        window_rope=True,
     ),
 )

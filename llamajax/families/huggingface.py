@@ -117,7 +117,8 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json", ignor
     assert form is not None  # `family_of` knows no others
     keys = Keys(fields, source, {**form.defaults, **form.copies.get(fields["model_type"], {})})
     ours = _sizes(keys)
-    ours |= form.read(keys) | read_rope(keys, ours["context_length"])
+    ours |= form.read(keys)
+    ours |= read_rope(keys, ours["context_length"], form, ours.get("layer_kinds", Config.layer_kinds))
     for key, allowed in _ONLY_VALUE.items():
         if key not in keys.read:
             keys.only(key, *allowed)
@@ -214,7 +215,8 @@ def config_to_hf(config: Config) -> dict[str, Any]:
     fields: dict[str, Any] = {key: getattr(config, ours) for key, ours in _NAMES.items()}
     fields |= {"model_type": form.kinds[0], "architectures": [form.architecture]}
     fields["hidden_act"] = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation)
-    fields |= write_rope(config) | form.write(config)
+    fields |= form.write(config)
+    fields |= write_rope(config, form, fields.pop("rope_scaling", {}))
     read = config_from_hf(fields)
     for field in dataclasses.fields(config):
         ours, theirs = getattr(config, field.name), getattr(read, field.name)

@@ -30,10 +30,7 @@ OLMO2 = Family(
 
 def _read_olmo3(keys: Keys) -> dict[str, Any]:
     """`Olmo3Config`: `rope_scaling` is that of layers without a window."""
-    read = _read(keys) | read_windows(keys, ("window",) * 3 + ("full",), keys.or_null("sliding_window"))
-    if read["window"] is not None and "rope_scaling" in keys:
-        read["window_rope"] = {"theta": keys.take("rope_theta")}
-    return read
+    return _read(keys) | read_windows(keys, ("window",) * 3 + ("full",), keys.or_null("sliding_window"))
 
 
 def _write_olmo3(config: Config) -> dict[str, Any]:
@@ -48,5 +45,6 @@ OLMO3 = Family(
         write=_write_olmo3,
         defaults=_DEFAULTS | {"sliding_window": 4096, "rope_theta": 5e5},
         architecture="Olmo3ForCausalLM",
+        window_rope=True,
     ),
 )

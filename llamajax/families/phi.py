@@ -28,6 +28,7 @@ PHI3 = Family(
         write=_write,
         defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "hidden_act": "silu"},
         architecture="Phi3ForCausalLM",
+        partial_rope=True,
         names=Names(
             fused={
                 "model.layers.{}.self_attn.qkv_proj.weight": (
