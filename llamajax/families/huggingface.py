@@ -11,6 +11,7 @@ from typing import Any
 from llamajax.config import Config, LayerKind
 from llamajax.errors import LlamaJaxError
 from llamajax.families.family import Family, Keys, check_read, family_of, format_of
+from llamajax.families.huggingface_quantization import read_quantization
 from llamajax.families.huggingface_rope import read_rope, write_rope
 from llamajax.files import shortened
 
@@ -66,7 +67,6 @@ _ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "qkv_bias": (False,),
     "sliding_window": (),
     "use_sliding_window": (False,),
-    "quantization_config": (),
     "partial_rotary_factor": (1.0, 1),
     "pruned_heads": ({},),
     "add_cross_attention": (False,),
@@ -117,6 +117,7 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json", ignor
     whole = isinstance(ours["width"], int) and isinstance(ours["num_heads"], int)
     ours["head_size"] = keys.take("head_dim", ours["width"] // max(ours["num_heads"], 1) if whole else None)
     ours |= read_rope(keys, ours["context_length"]) | form.read(keys)
+    read_quantization(keys.take("quantization_config", None), source)  # for the reader of the files; checked here
     for key, allowed in _ONLY_VALUE.items():
         if key not in keys.read:
             keys.only(key, *allowed)
