@@ -13,7 +13,7 @@ import pytest
 import llamajax
 from llamajax import Llama
 from llamajax.caches import KVCache
-from llamajax.families import FAMILIES, config_from_hf, pieces
+from llamajax.families import pieces
 from llamajax.parameters import specs, weights_of
 from llamajax.quantization.quantize import quantize
 from quant import values
