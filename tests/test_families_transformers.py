@@ -93,14 +93,14 @@ _COMPILER = {"xla_backend_optimization_level": 0}
 
 
 def _theirs(case: Case) -> "transformers.PreTrainedModel":
-    """A random model of transformers' own making: large weights, so that attention is not uniform, all of them random."""
+    """A random model of transformers' own making: large weights, so that attention is not uniform."""
     fields = {**SIZES, "rope_parameters": dict(THETA)} | case.fields
     config = transformers.AutoConfig.for_model(case.kind, **json.loads(json.dumps(fields)))
     config._attn_implementation = "eager"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config)
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim == 1:  # norms, which begin at 1 or at 0, and biases
                 with torch.no_grad():
                     parameter += torch.empty_like(parameter).uniform_(-0.5, 0.5)
