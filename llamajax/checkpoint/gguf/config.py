@@ -4,6 +4,7 @@ What all architectures have is here, what a family has beside it in `families/`.
 llama.cpp: `load_hparams` in src/llama-model.cpp, and of each architecture in src/models/.
 """
 
+import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -12,10 +13,12 @@ import numpy as np
 
 from llamajax.checkpoint.gguf.header import is_whole
 from llamajax.checkpoint.gguf.rope import read_rope
-from llamajax.config import Config
+from llamajax.config import MOST_LAYERS, Config
 from llamajax.errors import LlamaJaxError
 from llamajax.families.family import FAMILIES, Family, Keys, check_read
+from llamajax.fields import LARGEST_DIMENSION, check_whole
 from llamajax.files import shortened
+from llamajax.rope import Rope
 from llamajax.words import SAMPLING, sampling_in_range
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml.h: how blocks are laid out
@@ -122,8 +125,13 @@ def config_of(
     for key in _REQUIRED:
         if key not in keys:
             raise LlamaJaxError(f"{path}: missing key {prefix + key!r}: the file is damaged, or of no {architecture}")
+    for key, field in FIELDS.items():
+        if key in keys and field != "norm_eps":
+            check_whole(
+                f"{path}: {prefix}{key}", keys.take(key), MOST_LAYERS if field == "num_layers" else LARGEST_DIMENSION
+            )
     layers = keys.take("block_count")
-    if is_whole(layers) and layers > len(tensors):  # before anything is made for so many layers
+    if layers > len(tensors):  # before anything is made for so many layers
         raise LlamaJaxError(f"{path}: {layers} layers by its metadata, but {len(tensors)} tensors: some are missing")
     family = _family(architecture, keys)
     assert family.gguf is not None
@@ -135,6 +143,8 @@ def config_of(
     if needed:
         raise LlamaJaxError(f"{prefix + needed[0]!r} cannot be ignored: the model is made by it")
     config = Config.from_dict(ours, f"{path}: {architecture}")
+    if config.window_rope == Rope(theta=config.rope_theta, scaling=config.rope_scaling):
+        config = dataclasses.replace(config, window_rope=None)
     _check_values(keys, config, ignored)
     remedy = "if it does not change the forward pass, give --ignore_key={key} (ignore_keys in the library)"
     check_read(keys, said.keys() - ignored, _NO_EFFECT.__contains__, remedy)
@@ -165,8 +175,7 @@ def _sizes(keys: Keys) -> dict[str, Any]:
     """What every architecture says."""
     ours = {name: keys.take(key) for key, name in FIELDS.items() if key in keys}
     ours.setdefault("num_kv_heads", ours["num_heads"])
-    if "head_size" not in ours and is_whole(ours["width"]) and is_whole(ours["num_heads"]):
-        ours["head_size"] = ours["width"] // max(ours["num_heads"], 1)
+    ours.setdefault("head_size", ours["width"] // ours["num_heads"])
     return ours
 
 
@@ -184,9 +193,7 @@ def _check_values(keys: Keys, config: Config, ignored: Collection[str]) -> None:
     allowed = dict(_ONLY_VALUE)
     allowed["attention.value_length"] = (config.head_size,)
     allowed["rope.dimension_count"] = (config.rotated_size,)
-    window, scale = keys.peek("attention.sliding_window"), keys.peek("attention.scale")
-    if is_whole(window) and window >= config.context_length:
-        allowed["attention.sliding_window"] = (window,)
+    scale = keys.peek("attention.scale")
     if isinstance(scale, float) and math.isclose(scale, config.score_scale, rel_tol=1e-6):
         allowed["attention.scale"] = (scale,)
     for key, values in allowed.items():
