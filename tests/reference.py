@@ -1,9 +1,10 @@
 """An independent LLaMA in float64 NumPy, with what its kin add, against which the JAX model is tested.
 
-Written from the papers and, where families have none, from transformers' `modeling_*.py`; one sequence at a time, a loop
-over layers, heads and positions, no batch, no cache, no mask. Weights are a dict in Hugging Face's names and
-orientation, `[out, in]`; of a LLaMA `weights_of` takes them from a model through `llamajax.checkpoint.huggingface.save`,
-so that the mapping of names and orientations is tested as well, of other configs by a table of its own.
+Written from the papers and, where families have none, from transformers' `modeling_*.py`; one sequence at a time, a
+loop over layers, heads and positions, no batch, no cache, no mask. Weights are a dict in Hugging Face's names and
+orientation, `[out, in]`; of a LLaMA `weights_of` takes them from a model through
+`llamajax.checkpoint.huggingface.save`, so that the mapping of names and orientations is tested as well, of other
+configs by a table of its own.
 
 RoPE is a product of complex numbers here, real sines and cosines in the model. `neighbours=True` is Meta's layout (and
 llama2.c's), in which a head's elements 2i and 2i + 1 are a pair; otherwise i and i + H/2 are.
