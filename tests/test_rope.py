@@ -8,6 +8,8 @@ import jax
 import numpy as np
 import pytest
 
+from export.profiles import Spec
+from export.programs import functions
 from llamajax import Config, Engine, Kept, KVCache, Llama, LlamaJaxError, RopeScaling, stream
 from llamajax.families import config_from_hf, config_to_hf
 from llamajax.families.family import FAMILIES, Family, Format, Keys
@@ -408,3 +410,23 @@ def test_an_engine_does_not_grow_beyond_what_chose_its_rope() -> None:
     with pytest.raises(LlamaJaxError, match="256 slots cannot grow to 512: they decide this model's RoPE"):
         engine.grow(engine.empty(), 257)
     assert engine.grow(engine.empty(), 200)[0].slots == 256
+
+
+def test_programs_of_a_bundle_choose_by_its_slots() -> None:
+    """Those of one size, and those whose slots the caller gives."""
+    config = Config(**SIZES | {"num_layers": 1}, **_MODELS["longrope"])
+    model = reference.random_model(config)
+    weights, tokens = reference.switched_weights_of(model), TOKENS[:4]
+    made = {slots: functions(model, Spec(slots=slots, buckets=(4,), drafts=1)) for slots in (6, 24)}
+    length = np.zeros(1, np.int32)
+    sizes = dict(zip("BST", jax.export.symbolic_shape("B, S, T", constraints=["S >= T"]), strict=True))
+    symbolic = functions(model, Spec(slots=24, buckets=(4,), drafts=1), sizes)[0]
+    of_any_size = jax.export.export(jax.jit(symbolic[1]))(model, *symbolic[2].values())
+    for slots in (6, 24):
+        expected = reference.forward(config, weights, tokens, reach=slots)[-1]
+        name, function, inputs, *_ = made[slots][0]
+        state = [np.zeros(inputs[key].shape, np.float32) for key in ("key", "value")]
+        arguments = (model, tokens[None].astype(np.int32), length + 4, length, *state)
+        assert name == "prefill_4"
+        for run in (jax.jit(function), of_any_size.call):
+            np.testing.assert_allclose(run(*arguments)[0][0], expected, atol=2e-4)
