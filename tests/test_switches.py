@@ -1,4 +1,4 @@
-"""Every switch of `Config` against the NumPy reference, which has them from papers and transformers; and none for free."""
+"""Every switch of `Config` against the NumPy reference, which has them from papers and transformers."""
 
 import dataclasses
 import random

@@ -11,6 +11,7 @@ from typing import Any
 from llamajax.config import MOST_LAYERS, Activation, Config, LayerKind
 from llamajax.errors import LlamaJaxError
 from llamajax.families.family import Keys, check_read, family_of, format_of
+from llamajax.families.huggingface_quantization import read_quantization
 from llamajax.families.huggingface_rope import read_rope, write_rope
 from llamajax.fields import LARGEST_DIMENSION, check_whole
 from llamajax.files import shortened
@@ -67,7 +68,6 @@ _ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "qkv_bias": (False,),
     "sliding_window": (),
     "use_sliding_window": (False,),
-    "quantization_config": (),
     "partial_rotary_factor": (1.0, 1),
     "pruned_heads": ({},),
     "add_cross_attention": (False,),
@@ -119,6 +119,7 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json", ignor
     ours = _sizes(keys)
     ours |= form.read(keys)
     ours |= read_rope(keys, ours["context_length"], form, ours.get("layer_kinds", Config.layer_kinds))
+    read_quantization(keys.take("quantization_config", None), source)  # for the reader of the files; checked here
     for key, allowed in _ONLY_VALUE.items():
         if key not in keys.read:
             keys.only(key, *allowed)

@@ -7,7 +7,8 @@ Jiang et al. 2023, arXiv:2310.06825. Reference: transformers' `modeling_mistral.
 from typing import Any
 
 from llamajax.config import Config
-from llamajax.families.family import Family, Format, Keys
+from llamajax.families.family import Family, Format, Keys, Names
+from llamajax.families.gguf import has_window, read_window, write_window
 from llamajax.families.huggingface import read_windows, write_layer_types
 from llamajax.families.huggingface_rope import rope_value
 
@@ -34,6 +35,14 @@ MISTRAL = Family(
     "mistral",
     huggingface=Format(
         kinds=("mistral",), read=_read, write=_write, defaults=_DEFAULTS, architecture="MistralForCausalLM"
+    ),
+    # llama.cpp has no architecture for it, and reads over the window.
+    gguf=Format(
+        kinds=("llama",),
+        read=read_window,
+        write=lambda config: write_window(config) if config.window else {},
+        names=Names(pairs=True),
+        applies=has_window,
     ),
 )
 
