@@ -1,19 +1,18 @@
-"""Every switch of `Config` against the NumPy reference, which has them from papers and transformers; and none for free."""
+"""Every switch of `Config` against the NumPy reference, which has them from papers and transformers."""
 
 import dataclasses
 import random
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamajax import Config, LlamaJaxError
+from llamajax import Config
 from llamajax.config import Temperature
 from llamajax.rope import Rope, RopeScaling
 from tests import reference
-from tests.programs import QUICK, forward
+from tests.programs import forward
 from tests.reference import random_model, switched_weights_of
 
 BASE = Config(
