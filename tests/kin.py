@@ -1,4 +1,4 @@
-"""Small models of one of each kind that families add: what the project does with a LLaMA is tried with these as well."""
+"""Small models, one of each kind that families add: what the project does with a LLaMA is tried with these as well."""
 
 import dataclasses
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from llamajax import Config, Llama, abstract_model
+from llamajax import Config, Llama, RopeScaling, abstract_model
 from llamajax.checkpoint import huggingface
 from llamajax.model import model_from
 from llamajax.parameters import leaves, named_arrays
@@ -38,28 +38,72 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + eps) * weight
 
 
-def frequencies(config: Config) -> np.ndarray:
-    """Radians a token of each pair, [H/2]."""
+def frequencies(config: Config, reach: int = 0) -> np.ndarray:
+    """Radians a token of each pair, [H/2], of a request that reaches so many positions."""
+    size, theta, scaling = config.head_size, config.rope_theta, config.rope_scaling
+    if scaling is not None and scaling.kind == "dynamic" and reach > scaling.original_context_length:
+        # NTK-aware: theta such that the slowest pair turns as much slower as linear scaling would make it.
+        stretch = scaling.factor * reach / scaling.original_context_length - scaling.factor + 1
+        theta = theta * stretch ** (size / (size - 2))
     result = []
-    for i in range(config.head_size // 2):
-        frequency = 1.0 / config.rope_theta ** (2 * i / config.head_size)
-        scaling = config.rope_scaling
+    for i in range(size // 2):
+        frequency = 1.0 / theta ** (2 * i / size)
+        turns = 0 if scaling is None else scaling.original_context_length * frequency / (2 * math.pi)
         if scaling is not None and scaling.kind == "linear":
             # Position interpolation as its paper has it: position m is taken for m / factor.
             frequency = frequency * (1 / scaling.factor)
-        elif scaling is not None:
-            # Llama 3.1, by wavelengths, case by case.
-            wavelength = 2 * math.pi / frequency
-            longest_kept = scaling.original_context_length / scaling.high_freq_factor
-            shortest_slowed = scaling.original_context_length / scaling.low_freq_factor
-            if wavelength > shortest_slowed:
+        elif scaling is not None and scaling.kind == "longrope":
+            long = reach > scaling.original_context_length
+            frequency = frequency / (scaling.long_factors if long else scaling.short_factors)[i]
+        elif scaling is not None and scaling.kind == "yarn":
+            share = _interpolated(scaling, theta, size, i)
+            frequency = share * frequency / scaling.factor + (1 - share) * frequency
+        elif scaling is not None and scaling.kind == "llama3":
+            # By wavelengths, case by case.
+            if turns < scaling.low_freq_factor:
                 frequency = frequency / scaling.factor
-            elif wavelength >= longest_kept:
-                smooth = scaling.original_context_length / wavelength - scaling.low_freq_factor
-                smooth /= scaling.high_freq_factor - scaling.low_freq_factor
+            elif turns <= scaling.high_freq_factor:
+                smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
                 frequency = (1 - smooth) * frequency / scaling.factor + smooth * frequency
         result.append(frequency)
     return np.array(result)
+
+
+def _interpolated(scaling: RopeScaling, theta: float, size: int, i: int) -> float:
+    """How much of pair i YaRN interpolates: a line between the pairs that turn beta_fast and beta_slow times.
+
+    The authors' code (github.com/jquesnelle/yarn, `find_correction_range`), of which the paper's line in the number of
+    turns is another form. gpt-oss does not round the pairs.
+    """
+    edge = [
+        size / 2 * math.log(scaling.original_context_length / (2 * math.pi * turns), theta)
+        for turns in (scaling.beta_fast, scaling.beta_slow)
+    ]
+    if scaling.truncate:
+        edge = [math.floor(edge[0]), math.ceil(edge[1])]
+    first, last = max(edge[0], 0), min(edge[1], size - 1)
+    if i <= first:
+        return 0.0
+    return 1.0 if i >= last else (i - first) / (last - first)
+
+
+def rope_factor(config: Config) -> float:
+    """What YaRN and longrope multiply rotated coordinates by.
+
+    0.1 ln s + 1 (YaRN, 3.4), a ratio of two such (DeepSeek V2), or sqrt(1 + ln s / ln L) (longrope, 3.3).
+    """
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind not in ("yarn", "longrope"):
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    grown = math.log(scaling.factor)
+    if scaling.kind == "longrope":
+        return math.sqrt(1 + grown / math.log(scaling.original_context_length))
+    above, below = scaling.mscale or 1, scaling.mscale_all_dim or 0
+    if not (scaling.mscale and scaling.mscale_all_dim):
+        above, below = 1, 0
+    return (0.1 * above * grown + 1) / (0.1 * below * grown + 1)
 
 
 def rotate(head: np.ndarray, position: int, frequency: np.ndarray, neighbours: bool = False) -> np.ndarray:

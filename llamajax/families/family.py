@@ -45,6 +45,11 @@ class Keys:
             raise LlamaJaxError(f"{self.source}: missing key {name!r}: expected a value")
         return value
 
+    def or_null(self, name: str) -> Any:
+        """The value of a key at which null means something: None there, the family's default where it is missing."""
+        self.read.add(name)
+        return self._fields.get(name, self._defaults.get(name))
+
     def only(self, name: str, *allowed: Any) -> None:
         """Reads a key that may be missing, null, or one of some values, at which it does nothing."""
         self.read.add(name)
@@ -104,11 +109,15 @@ class Format(NamedTuple):
 
     Attributes:
         kinds: by what a file says that it is of the family: `model_type`, `general.architecture`. The first is written.
+        copies: other such names, of models that differ in defaults of keys, by what differs. They are read only.
         read: the family's switches, fields of `Config`, of a file's keys; what all families have is read before.
         write: the keys that say these switches.
         defaults: of keys, as the reference has them.
         architecture: what else names it: Hugging Face's class.
         names: of the weights.
+        partial_rope: whether RoPE may turn a part of each head only.
+        window_rope: whether layers with windows have a RoPE of their own: unscaled, with `rope_local_base_freq` for
+            theta if the family has a default of that key, but where `rope_parameters` says both.
     """
 
     kinds: tuple[str, ...]
@@ -117,6 +126,9 @@ class Format(NamedTuple):
     defaults: Mapping[str, Any] = _NOTHING
     architecture: str = ""
     names: Names = Names()
+    partial_rope: bool = False
+    window_rope: bool = False
+    copies: Mapping[str, Mapping[str, Any]] = _NOTHING
 
 
 class Family(NamedTuple):
@@ -159,7 +171,7 @@ def family_of(kind: Any, format: str, what: str) -> Family:
         name: family
         for family in FAMILIES.values()
         if getattr(family, format) is not None
-        for name in getattr(family, format).kinds
+        for name in (*getattr(family, format).kinds, *getattr(family, format).copies)
     }
     if not isinstance(kind, str) or kind not in known:
         near = difflib.get_close_matches(str(kind), known, n=1, cutoff=0.6)

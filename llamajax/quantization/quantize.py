@@ -65,8 +65,8 @@ def read_recipe(name: str | Path) -> Recipe:
 def assigned(rules: Sequence[Rule], config: Config) -> dict[Place, Rule]:
     """The rule of each weight of each layer.
 
-    Biases and sinks, which some families have and no rule can quantize, stay as they are beside the matrices that a rule
-    is for; a rule for them alone keeps them, or is refused.
+    Biases and sinks, which some families have and no rule can quantize, stay as they are beside the matrices that a
+    rule is for; a rule for them alone keeps them, or is refused.
 
     Raises:
         LlamaJaxError: if rules and weights do not cover each other, or a norm would be quantized.
