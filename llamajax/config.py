@@ -12,7 +12,7 @@ are arguments of functions.
 
 import dataclasses
 import importlib.resources
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -20,40 +20,12 @@ from llamajax.errors import LlamaJaxError
 from llamajax.fields import LARGEST_DIMENSION, check_choice, check_flag, check_number, check_whole, only_known
 from llamajax.files import read_toml, shortened
 from llamajax.parameters import Stack, num_parameters
-from llamajax.rope import Rope, RopeScaling
+from llamajax.rope import Rope, RopeScaling, Temperature
 
 LayerKind = Literal["full", "window", "chunk", "nope"]
 QueryKeyNorm = Literal["none", "head", "width", "l2"]
 Norms = Literal["before", "after", "both"]
 Activation = Literal["silu", "gelu_tanh", "relu_squared"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Temperature:
-    """Queries grow with their position: times 1 + beta log(1 + floor((position + offset) / length)).
-
-    Reference: `_get_llama_4_attn_scale` of transformers' `modeling_ministral3.py` (offset 0), and `attn_scale` of
-    `modeling_llama4.py` (offset 1; only of layers without RoPE).
-
-    Attributes:
-        beta: how much.
-        length: positions after which they grow first.
-        offset: added to a position.
-        only_nope: whether layers of other kinds than "nope" go without.
-    """
-
-    beta: float
-    length: int
-    offset: int = 0
-    only_nope: bool = False
-
-    def __post_init__(self):
-        """Refuse values that cannot describe it."""
-        check_number("temperature beta", self.beta, low=0.0)
-        check_whole("temperature length", self.length)
-        if self.offset not in (0, 1) or isinstance(self.offset, bool):
-            raise LlamaJaxError(f"temperature offset is {shortened(self.offset)}: expected 0 or 1")
-        check_flag("only_nope", self.only_nope)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,7 +116,7 @@ class Config:
     def __post_init__(self):
         """Refuse values that cannot describe a LLaMA."""
         for name in _WHOLE_FIELDS:
-            check_whole(name, getattr(self, name), _MOST_LAYERS if name == "num_layers" else LARGEST_DIMENSION)
+            check_whole(name, getattr(self, name), MOST_LAYERS if name == "num_layers" else LARGEST_DIMENSION)
         check_number("norm_eps", self.norm_eps, low=0.0)
         check_number("rope_theta", self.rope_theta, low=1.0)
         check_flag("tied_embeddings", self.tied_embeddings)
@@ -173,7 +145,7 @@ class Config:
             raise LlamaJaxError(
                 f"rope_fraction is {self.rope_fraction}: expected a part of a head of {self.head_size} that is even"
             )
-        if not isinstance(self.layer_kinds, tuple) or not 1 <= len(self.layer_kinds) <= _MOST_LAYERS:
+        if not isinstance(self.layer_kinds, tuple) or not 1 <= len(self.layer_kinds) <= MOST_LAYERS:
             raise LlamaJaxError(f"layer_kinds is {shortened(self.layer_kinds)}: expected kinds of layers")
         for kind in self.layer_kinds:
             check_choice("layer_kinds", kind, get_args(LayerKind))
@@ -188,6 +160,9 @@ class Config:
                 check_whole(name, value)
         if self.window_rope is not None and "window" not in self.layer_kinds:
             raise LlamaJaxError("window_rope is given: expected None, 'window' is none of layer_kinds")
+        for rope in {self.rope(kind) for kind in self.layer_kinds}:
+            if rope is not None:
+                rope.check(self.rotated_size)
 
     # The class of configs of each family, by its name: `Config`, but for one that has a class of its own.
     classes: ClassVar[dict[str, type["Config"]]] = {}
@@ -233,6 +208,11 @@ class Config:
             return self.window_rope
         return Rope(theta=self.rope_theta, scaling=self.rope_scaling)
 
+    def rope_choice(self, reach: int) -> tuple[Hashable, ...]:
+        """What the positions that a request may come to decide of RoPE; keys of another choice are of no use to it."""
+        ropes = [self.rope(kind) for kind in self.layer_kinds]
+        return tuple(None if rope is None else rope.choice(reach) for rope in ropes)
+
     @property
     def stacks(self) -> tuple[Stack, ...]:
         """The layers, as patterns that repeat, and what is left over of the pattern behind them."""
@@ -252,7 +232,7 @@ class Config:
         plain: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in _SWITCHES or value != field.default:
+            if field.name not in _SWITCHES or value != _SWITCHES[field.name]:
                 nested = isinstance(value, RopeScaling | Rope)
                 plain[field.name] = value.to_dict() if nested else value
         if self.query_temperature is not None:
@@ -299,8 +279,8 @@ _CHOICES = {"query_key_norm": QueryKeyNorm, "norms": Norms, "activation": Activa
 _NESTED: dict[str, Any] = {"rope_scaling": RopeScaling, "window_rope": Rope}
 # Fields that a manifest leaves out where they are as in a LLaMA.
 _ALWAYS = (*_WHOLE_FIELDS, "norm_eps", "rope_theta", "rope_scaling", "tied_embeddings")
-_SWITCHES = frozenset(field.name for field in dataclasses.fields(Config)) - set(_ALWAYS)
-_MOST_LAYERS = 1 << 12  # and each has a name
+_SWITCHES = {field.name: field.default for field in dataclasses.fields(Config) if field.name not in _ALWAYS}
+MOST_LAYERS = 1 << 12  # and each has a name
 _MOST_POSITIONS = 12  # of a pattern: a program grows with them
 
 

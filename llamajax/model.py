@@ -22,101 +22,32 @@ import numpy as np
 from flax import nnx
 
 from llamajax.caches import NoCache, Scores, Where
-from llamajax.config import Config, LayerKind, Temperature
+from llamajax.config import Config, LayerKind
 from llamajax.errors import LlamaJaxError
 from llamajax.layer import NO_HOOKS, Hooks, Layer, check_shown, in_order, layers_of, varying
+from llamajax.layer_weights import layer_specs, optional, params
 from llamajax.meshes import on_auto_axes
+from llamajax.norm import RMSNorm, rms_norm
 from llamajax.parameters import (
     KINDS,
     Kind,
     Stack,
     begin,
-    layer_specs,
     locate,
     named_weights,
     names_in_tree_order,
-    new,
     whole_specs,
 )
-from llamajax.rope import rope_attention_factor, rope_frequencies
+from llamajax.rope import apply_rope, rope_attention_factor, rope_frequencies
 from quant import is_weight, product, rows, scan_layers, schemes, view, with_layer
 
 NO_CACHE = NoCache()
-
-
-def rms_norm(x: jax.Array, eps: float, weight: jax.Array | None = None, offset: float = 0.0) -> jax.Array:
-    """Root mean square normalization of the last axis (Zhang & Sennrich 2019, arXiv:1910.07467).
-
-    In float32: squares of bfloat16 activations overflow its 8 bits of precision long before its range, and the mean of
-    thousands of them would be off in the first digits. Activations whose squares are beyond float32, those of 1.8e19
-    and more, give NaN.
-
-    Args:
-        x: [..., D].
-        eps: inside the square root.
-        weight: [D], multiplied with what is normalized; None for ones.
-        offset: added to the weights, in float32.
-    """
-    wide = x.astype(jnp.float32)
-    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-    scale = jax.lax.rsqrt(mean_square + eps)
-    # Squares that overflow would make it 0, and numbers of it that no check can tell from right ones.
-    scale = jnp.where(scale > 0, scale, jnp.nan)
-    normed = wide * scale
-    if weight is None:
-        return normed.astype(x.dtype)
-    if offset:
-        return (normed * (weight.astype(jnp.float32) + offset)).astype(x.dtype)
-    return normed.astype(x.dtype) * weight.astype(x.dtype)
-
-
-class RMSNorm(nnx.Module):
-    """`rms_norm` with D weights."""
-
-    def __init__(self, width: int, eps: float, dtype: jax.typing.DTypeLike, offset: float = 0.0):
-        """Weights that change nothing: `width` of 1 - `offset`."""
-        self.eps, self.offset = eps, offset
-        self.weight_D = nnx.Param(jnp.full(width, 1 - offset, dtype))
-
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Normalizes the last axis."""
-        return rms_norm(x_BTD, self.eps, self.weight_D[...], self.offset)
 
 
 def matmul(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:
     """Activations times a weight [in, out], quantized or not, and a bias, in their dtype."""
     made = product(x, weight.get_value())
     return made if bias is None else made + bias[...].astype(made.dtype)
-
-
-def apply_rope(
-    x_BTNH: jax.Array,
-    position_BT: jax.Array,
-    frequency: jax.Array,
-    scale: jax.Array | float | None = None,
-    factor: float = 1.0,
-) -> jax.Array:
-    """Rotates pair (i, i + R/2) of the first R coordinates of each head by position x frequency[i], and scales.
-
-    Halves rather than neighbours: the layout of Hugging Face checkpoints; others are permuted once, at load. Angles in
-    float32: in bfloat16 whole positions beyond 256 are no longer distinct.
-
-    Args:
-        x_BTNH: queries or keys.
-        position_BT: of the tokens.
-        frequency: radians a token, float32 [R/2].
-        scale: what comes out is multiplied by; a number, or [B, T, 1, 1].
-        factor: what rotated coordinates are multiplied by besides.
-    """
-    angle_BT1J = position_BT[:, :, None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle_BT1J), jnp.sin(angle_BT1J)
-    if factor != 1:
-        cos, sin = cos * factor, sin * factor
-    wide = x_BTNH.astype(jnp.float32)
-    rotated = 2 * frequency.shape[0]
-    low, high, *rest = jnp.split(wide, 2 if rotated == wide.shape[-1] else (rotated // 2, rotated), axis=-1)
-    turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin, *rest], axis=-1)
-    return (turned if scale is None else turned * scale).astype(x_BTNH.dtype)
 
 
 class Attention(nnx.Module):
@@ -168,7 +99,7 @@ class Attention(nnx.Module):
         c, rope = self.config, self.config.rope(self.kind)
         scale: jax.Array | float = c.score_scale
         if c.query_temperature is not None and (self.kind == "nope" or not c.query_temperature.only_nope):
-            scale = scale * _temperature(c.query_temperature, where.position_BT)[:, :, None, None]
+            scale = scale * c.query_temperature.factor(where.position_BT)[:, :, None, None]
         after = c.query_key_norm == "l2" and rope is not None  # Llama 4's, of layers with RoPE
         if rope is not None:
             frequency = rope_frequencies(rope, c.rotated_size, where.reach)
@@ -191,12 +122,6 @@ class Attention(nnx.Module):
         if window is None and chunk is None and c.score_cap is None and sinks_N is None:
             return None
         return Scores(window=window, chunk=chunk, soft_cap=c.score_cap, sinks_N=sinks_N)
-
-
-def _temperature(temperature: Temperature, position_BT: jax.Array) -> jax.Array:
-    """What queries are multiplied by, float32 [B, T]."""
-    whole_BT = jnp.floor((position_BT + temperature.offset).astype(jnp.float32) / temperature.length)
-    return 1 + temperature.beta * jnp.log1p(whole_BT)
 
 
 # Of the gate: SiLU (Shazeer 2020, arXiv:2002.05202), GELU by tanh (Hendrycks & Gimpel 2016, arXiv:1606.08415), and the
@@ -484,20 +409,6 @@ class Llama(nnx.Module):
 
 
 Llama.__str__ = Llama.__repr__  # type: ignore[method-assign, assignment]
-
-
-def params(prefix: str, names: tuple[str, ...], config: Config, key: jax.Array, dtype: Any, kind: str = "full") -> Any:
-    """Parameters of a module, as its specs say that they begin; `prefix` is the module's path in its block."""
-    full = tuple(f"{prefix}.{name}" if prefix else name for name in names)
-    return (nnx.Param(array) for array in new(full, kind, config, key, dtype))
-
-
-def optional(module: nnx.Module, prefix: str, config: Config, dtype: Any) -> None:
-    """Gives a module the norms and biases that it declares as they begin, and None for those its config is without."""
-    specs = layer_specs(config)
-    for name in type(module).__annotations__:
-        spec = specs.get(f"{prefix}.{name}")
-        setattr(module, name, None if spec is None else nnx.Param(begin(spec, config, jax.random.key(0), dtype)))
 
 
 def _shown(weight: Any) -> str:

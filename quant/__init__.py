@@ -6,7 +6,7 @@
 FORMAT.md specifies the bytes; `QTensor` is the pytree that holds them.
 """
 
-from quant import ggml
+from quant import bitnet, ggml
 from quant.activations import quantize_activations, round_activations
 from quant.awq import search_scale
 from quant.budget import allocate
@@ -50,6 +50,7 @@ __all__ = [
     "aligned_empty",
     "allocate",
     "assign",
+    "bitnet",
     "compiler_options",
     "dequantize",
     "dequantize_runs",

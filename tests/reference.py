@@ -1,28 +1,34 @@
-"""An independent LLaMA in float64 NumPy, against which the JAX model is tested.
+"""An independent LLaMA in float64 NumPy, with what its kin add, against which the JAX model is tested.
 
-Written from the papers, one sequence at a time, a loop over layers, heads and positions, no batch, no cache, no mask.
-Weights are a dict in Hugging Face's names and orientation, `[out, in]`; `weights_of` takes them from a model through
-`llamajax.checkpoint.huggingface.save`, so that the mapping of names and orientations is tested as well.
+Written from the papers and, where families have none, from transformers' `modeling_*.py`; one sequence at a time, a
+loop over layers, heads and positions, no batch, no cache, no mask. Weights are a dict in Hugging Face's names and
+orientation, `[out, in]`; of a LLaMA `weights_of` takes them from a model through
+`llamajax.checkpoint.huggingface.save`, so that the mapping of names and orientations is tested as well;
+`switched_weights_of` of any config, by a table of its own.
 
 RoPE is a product of complex numbers here, real sines and cosines in the model. `neighbours=True` is Meta's layout (and
 llama2.c's), in which a head's elements 2i and 2i + 1 are a pair; otherwise i and i + H/2 are.
 """
 
+import dataclasses
+import functools
 import math
 import tempfile
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from llamajax import Config, Llama, abstract_model
+from llamajax import Config, Llama, RopeScaling, abstract_model
 from llamajax.checkpoint import huggingface
 from llamajax.model import model_from
-from llamajax.parameters import named_arrays
+from llamajax.parameters import leaves, named_arrays
+from llamajax.parameters import weights_of as single_weights
+from quant import values
 
 Weights = dict[str, np.ndarray]
 
@@ -32,28 +38,72 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + eps) * weight
 
 
-def frequencies(config: Config) -> np.ndarray:
-    """Radians a token of each pair, [H/2]."""
+def frequencies(config: Config, reach: int = 0) -> np.ndarray:
+    """Radians a token of each pair, [H/2], of a request that reaches so many positions."""
+    size, theta, scaling = config.head_size, config.rope_theta, config.rope_scaling
+    if scaling is not None and scaling.kind == "dynamic" and reach > scaling.original_context_length:
+        # NTK-aware: theta such that the slowest pair turns as much slower as linear scaling would make it.
+        stretch = scaling.factor * reach / scaling.original_context_length - scaling.factor + 1
+        theta = theta * stretch ** (size / (size - 2))
     result = []
-    for i in range(config.head_size // 2):
-        frequency = 1.0 / config.rope_theta ** (2 * i / config.head_size)
-        scaling = config.rope_scaling
+    for i in range(size // 2):
+        frequency = 1.0 / theta ** (2 * i / size)
+        turns = 0 if scaling is None else scaling.original_context_length * frequency / (2 * math.pi)
         if scaling is not None and scaling.kind == "linear":
             # Position interpolation as its paper has it: position m is taken for m / factor.
             frequency = frequency * (1 / scaling.factor)
-        elif scaling is not None:
-            # Llama 3.1, by wavelengths, case by case.
-            wavelength = 2 * math.pi / frequency
-            longest_kept = scaling.original_context_length / scaling.high_freq_factor
-            shortest_slowed = scaling.original_context_length / scaling.low_freq_factor
-            if wavelength > shortest_slowed:
+        elif scaling is not None and scaling.kind == "longrope":
+            long = reach > scaling.original_context_length
+            frequency = frequency / (scaling.long_factors if long else scaling.short_factors)[i]
+        elif scaling is not None and scaling.kind == "yarn":
+            share = _interpolated(scaling, theta, size, i)
+            frequency = share * frequency / scaling.factor + (1 - share) * frequency
+        elif scaling is not None and scaling.kind == "llama3":
+            # By wavelengths, case by case.
+            if turns < scaling.low_freq_factor:
                 frequency = frequency / scaling.factor
-            elif wavelength >= longest_kept:
-                smooth = scaling.original_context_length / wavelength - scaling.low_freq_factor
-                smooth /= scaling.high_freq_factor - scaling.low_freq_factor
+            elif turns <= scaling.high_freq_factor:
+                smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
                 frequency = (1 - smooth) * frequency / scaling.factor + smooth * frequency
         result.append(frequency)
     return np.array(result)
+
+
+def _interpolated(scaling: RopeScaling, theta: float, size: int, i: int) -> float:
+    """How much of pair i YaRN interpolates: a line between the pairs that turn beta_fast and beta_slow times.
+
+    The authors' code (github.com/jquesnelle/yarn, `find_correction_range`), of which the paper's line in the number of
+    turns is another form. gpt-oss does not round the pairs.
+    """
+    edge = [
+        size / 2 * math.log(scaling.original_context_length / (2 * math.pi * turns), theta)
+        for turns in (scaling.beta_fast, scaling.beta_slow)
+    ]
+    if scaling.truncate:
+        edge = [math.floor(edge[0]), math.ceil(edge[1])]
+    first, last = max(edge[0], 0), min(edge[1], size - 1)
+    if i <= first:
+        return 0.0
+    return 1.0 if i >= last else (i - first) / (last - first)
+
+
+def rope_factor(config: Config) -> float:
+    """What YaRN and longrope multiply rotated coordinates by.
+
+    0.1 ln s + 1 (YaRN, 3.4), a ratio of two such (DeepSeek V2), or sqrt(1 + ln s / ln L) (longrope, 3.3).
+    """
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind not in ("yarn", "longrope"):
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    grown = math.log(scaling.factor)
+    if scaling.kind == "longrope":
+        return math.sqrt(1 + grown / math.log(scaling.original_context_length))
+    above, below = scaling.mscale or 1, scaling.mscale_all_dim or 0
+    if not (scaling.mscale and scaling.mscale_all_dim):
+        above, below = 1, 0
+    return (0.1 * above * grown + 1) / (0.1 * below * grown + 1)
 
 
 def rotate(head: np.ndarray, position: int, frequency: np.ndarray, neighbours: bool = False) -> np.ndarray:
@@ -66,17 +116,56 @@ def rotate(head: np.ndarray, position: int, frequency: np.ndarray, neighbours: b
     return result
 
 
+def turned(config: Config, kind: str, head: np.ndarray, position: int, reach: int, neighbours: bool) -> np.ndarray:
+    """A head's vector [H] with its position in it: its first coordinates turned, by the RoPE of that kind of layer."""
+    if kind == "nope":
+        return head
+    plain: dict[str, Any] = {"layer_kinds": ("full",), "window": None, "chunk": None, "window_rope": None}
+    if kind == "window" and config.window_rope is not None:
+        plain |= {"rope_theta": config.window_rope.theta, "rope_scaling": config.window_rope.scaling}
+    size = int(config.rope_fraction * config.head_size)
+    alone = dataclasses.replace(config, head_size=size, rope_fraction=1.0, **plain)
+    first = rotate(head[:size], position, frequencies(alone, reach), neighbours) * rope_factor(alone)
+    return np.concatenate([first, head[size:]])
+
+
 def softmax(x: np.ndarray) -> np.ndarray:
     """Over the last axis."""
     powers = np.exp(x - x.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
-def attention_weights(query: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """One head: what each position takes of itself and those before it; [T, H] twice -> [T, T], zeros above."""
+def first_seen(config: Config, kind: str, t: int) -> int:
+    """The first position that one in a layer of a kind sees.
+
+    A window of W is t - W + 1 … t (Mistral 7B, section 2); a chunk begins at multiples of its length (Llama 4).
+    """
+    if kind == "window":
+        return max(0, t + 1 - config.window)
+    return config.chunk * (t // config.chunk) if kind == "chunk" else 0
+
+
+def attention_weights(
+    query: np.ndarray, key: np.ndarray, config: Config | None = None, kind: str = "full", sink: float | None = None
+) -> np.ndarray:
+    """One head: what each position takes of itself and those before it; [T, H] twice -> [T, T], zeros elsewhere.
+
+    Scores are q k / sqrt(H) or times another scale, capped by c tanh(s / c) (Gemma 2, section 2), and share the softmax
+    with a sink, which is then dropped (transformers' `modeling_gpt_oss.py`, `eager_attention_forward`).
+    """
     result = np.zeros((len(query), len(query)))
+    scale = 1 / math.sqrt(query.shape[-1])
+    if config is not None and config.query_scale is not None:
+        scale = config.query_scale
     for t in range(len(query)):
-        result[t, : t + 1] = softmax(key[: t + 1] @ query[t] / math.sqrt(query.shape[-1]))
+        first = 0 if config is None else first_seen(config, kind, t)
+        score = key[first : t + 1] @ query[t] * scale
+        if config is not None and config.score_cap is not None:
+            score = config.score_cap * np.tanh(score / config.score_cap)
+        if sink is None:
+            result[t, first : t + 1] = softmax(score)
+        else:
+            result[t, first : t + 1] = softmax(np.append(score, sink))[:-1]
     return result
 
 
@@ -85,30 +174,83 @@ def causal_attention(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> n
     return attention_weights(query, key) @ value
 
 
+def linear(weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
+    """x W^T, and a bias where there is one."""
+    made = x @ weights[f"{name}.weight"].T
+    return made + weights[f"{name}.bias"] if f"{name}.bias" in weights else made
+
+
+def temperature(config: Config, kind: str, position: int) -> float:
+    """What a query at a position is multiplied by.
+
+    `_get_llama_4_attn_scale` of transformers' `modeling_ministral3.py`; `attn_scale` of `modeling_llama4.py`, there of
+    layers without RoPE only.
+    """
+    warm = config.query_temperature
+    if warm is None or (warm.only_nope and kind != "nope"):
+        return 1.0
+    return 1 + warm.beta * math.log(1 + (position + warm.offset) // warm.length)
+
+
 def attention(
-    config: Config, weights: Weights, prefix: str, x: np.ndarray, neighbours: bool
+    config: Config,
+    weights: Weights,
+    prefix: str,
+    x: np.ndarray,
+    neighbours: bool,
+    kind: str = "full",
+    reach: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Grouped-query attention of one layer, [T, D] -> [T, D], and its weights [N, T, T]."""
-    size, frequency = config.head_size, frequencies(config)
-    project = {name: x @ weights[f"{prefix}.{name}_proj.weight"].T for name in "qkv"}
+    size = config.head_size
+    project = {name: linear(weights, f"{prefix}.{name}_proj", x) for name in "qkv"}
+
+    def normed(name: str, vector: np.ndarray) -> np.ndarray:
+        return rms_norm(vector, config.norm_offset + weights[f"{prefix}.{name}_norm.weight"], config.norm_eps)
+
+    def placed(name: str, vectors: np.ndarray) -> np.ndarray:
+        """Queries or keys of one head with norms, in the order of their family, and positions."""
+        if config.query_key_norm == "head":
+            vectors = normed(name, vectors)
+        turn = functools.partial(turned, config, kind, reach=reach or len(vectors), neighbours=neighbours)
+        vectors = np.stack([turn(vector, t) for t, vector in enumerate(vectors)])
+        if config.query_key_norm == "l2" and kind != "nope":
+            vectors = vectors / np.sqrt(np.mean(vectors**2, axis=-1, keepdims=True) + config.norm_eps)
+        return vectors
+
+    if config.query_key_norm == "width":
+        project |= {name: normed(name, project[name]) for name in "qk"}
     heads, maps = [], []
     for n in range(config.num_heads):
         shared = n * config.num_kv_heads // config.num_heads
-        query = project["q"][:, n * size : (n + 1) * size]
+        query = placed("q", project["q"][:, n * size : (n + 1) * size])
+        query = query * np.array([[temperature(config, kind, t)] for t in range(len(x))])
         key, value = (project[name][:, shared * size : (shared + 1) * size] for name in "kv")
-        query, key = (
-            np.stack([rotate(vector, t, frequency, neighbours) for t, vector in enumerate(vectors)])
-            for vectors in (query, key)
-        )
-        maps.append(attention_weights(query, key))
-        heads.append(causal_attention(query, key, value))
-    return np.concatenate(heads, axis=-1) @ weights[f"{prefix}.o_proj.weight"].T, np.stack(maps)
+        sink = weights[f"{prefix}.sinks"][n] if config.sinks else None
+        maps.append(attention_weights(query, placed("k", key), config, kind, sink))
+        heads.append(maps[-1] @ value)
+    mixed = np.concatenate(heads, axis=-1)
+    if config.sub_norms:
+        mixed = normed("attn_sub", mixed)
+    return linear(weights, f"{prefix}.o_proj", mixed), np.stack(maps)
 
 
-def feed_forward(weights: Weights, prefix: str, x: np.ndarray) -> np.ndarray:
-    """SwiGLU (Shazeer 2020): (swish(x W) * x V) W2."""
-    gate, up = (x @ weights[f"{prefix}.{name}_proj.weight"].T for name in ("gate", "up"))
-    return (gate / (1 + np.exp(-gate)) * up) @ weights[f"{prefix}.down_proj.weight"].T
+def activation(config: Config | None, x: np.ndarray) -> np.ndarray:
+    """Swish (Ramachandran et al. 2017), GELU by its tanh (Hendrycks & Gimpel 2016, section 2), ReLU squared."""
+    name = "silu" if config is None else config.activation
+    if name == "gelu_tanh":
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return np.maximum(x, 0) ** 2 if name == "relu_squared" else x / (1 + np.exp(-x))
+
+
+def feed_forward(weights: Weights, prefix: str, x: np.ndarray, config: Config | None = None) -> np.ndarray:
+    """A gated feed-forward network (Shazeer 2020): (swish(x W) * x V) W2."""
+    gate, up = (linear(weights, f"{prefix}.{name}_proj", x) for name in ("gate", "up"))
+    wide = activation(config, gate) * up
+    if config is not None and config.sub_norms:
+        weight = config.norm_offset + weights[f"{prefix}.ffn_sub_norm.weight"]
+        wide = rms_norm(wide, weight, config.norm_eps)
+    return linear(weights, f"{prefix}.down_proj", wide)
 
 
 class Pass(NamedTuple):
@@ -129,31 +271,66 @@ class Pass(NamedTuple):
     ffn_out: np.ndarray
 
 
-def trace(config: Config, weights: Weights, tokens: np.ndarray, neighbours: bool = False) -> Pass:
-    """One sequence of token ids [T], with all that a model can be asked to show."""
-    x = weights["model.embed_tokens.weight"][np.asarray(tokens)].astype(np.float64)
+# Which of a layer's norms, in Hugging Face's names, stand before and behind its two halves.
+_NORMS = {
+    "before": (("input_layernorm", None), ("post_attention_layernorm", None)),
+    "after": ((None, "post_attention_layernorm"), (None, "post_feedforward_layernorm")),
+    "both": (
+        ("input_layernorm", "post_attention_layernorm"),
+        ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+}
+
+
+def trace(
+    config: Config, weights: Weights, tokens: np.ndarray, neighbours: bool = False, reach: int | None = None
+) -> Pass:
+    """One sequence of token ids [T], with all that a model can be asked to show.
+
+    `reach` is how many positions there may be, T unless given: dynamic NTK and longrope choose by it.
+    """
+    x = weights["model.embed_tokens.weight"][np.asarray(tokens)].astype(np.float64) * config.embedding_scale
     layers = []
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}"
-        normed = rms_norm(x, weights[f"{prefix}.input_layernorm.weight"], config.norm_eps)
-        mixed, maps = attention(config, weights, f"{prefix}.self_attn", normed, neighbours)
+        kind = config.layer_kinds[layer % len(config.layer_kinds)]
+
+        def half(function: Any, names: tuple[str | None, str | None], x: np.ndarray, prefix: str = prefix) -> Any:
+            """What one half of a layer adds, and what else its function gives."""
+
+            def normed(name: str | None, x: np.ndarray) -> np.ndarray:
+                if name is None:
+                    return x
+                return rms_norm(x, config.norm_offset + weights[f"{prefix}.{name}.weight"], config.norm_eps)
+
+            made, *rest = function(normed(names[0], x))
+            return normed(names[1], made) * config.residual_scale, *rest
+
+        first, second = _NORMS[config.norms]
+        attend = functools.partial(
+            attention, config, weights, f"{prefix}.self_attn", neighbours=neighbours, kind=kind, reach=reach
+        )
+        mixed, maps = half(attend, first, x)
         x = x + mixed
-        normed = rms_norm(x, weights[f"{prefix}.post_attention_layernorm.weight"], config.norm_eps)
-        added = feed_forward(weights, f"{prefix}.mlp", normed)
+        (added,) = half(lambda x, prefix=prefix: (feed_forward(weights, f"{prefix}.mlp", x, config),), second, x)
         x = x + added
         layers.append((x, maps, mixed, added))
     return Pass(head(config, weights, x), *(np.stack(each) for each in zip(*layers, strict=True)))
 
 
 def head(config: Config, weights: Weights, x: np.ndarray) -> np.ndarray:
-    """The final norm and the output embeddings, [T, D] -> [T, V]."""
-    x = rms_norm(x, weights["model.norm.weight"], config.norm_eps)
-    return x @ weights["model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"].T
+    """The final norm and the output embeddings, scaled and then capped, [T, D] -> [T, V]."""
+    x = rms_norm(x, config.norm_offset + weights["model.norm.weight"], config.norm_eps)
+    logits = x @ weights["model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"].T
+    logits = logits * config.logit_scale
+    return logits if config.logit_cap is None else config.logit_cap * np.tanh(logits / config.logit_cap)
 
 
-def forward(config: Config, weights: Weights, tokens: np.ndarray, neighbours: bool = False) -> np.ndarray:
-    """Logits [T, V] of one sequence of token ids [T]."""
-    return trace(config, weights, tokens, neighbours).logits
+def forward(
+    config: Config, weights: Weights, tokens: np.ndarray, neighbours: bool = False, reach: int | None = None
+) -> np.ndarray:
+    """Logits [T, V] of one sequence of token ids [T]; `reach` as of `trace`."""
+    return trace(config, weights, tokens, neighbours, reach).logits
 
 
 def loss(config: Config, weights: Weights, rows: np.ndarray) -> float:
@@ -169,15 +346,18 @@ def loss(config: Config, weights: Weights, rows: np.ndarray) -> float:
 
 
 def random_model(config: Config, seed: int = 0, dtype: jax.typing.DTypeLike = jnp.float32) -> Llama:
-    """A model in which everything matters: the usual initialization has norms of one and nearly uniform attention.
+    """A model in which everything matters: usually norms begin at one, biases at zero, and attention nearly uniform.
 
     A leaf's values depend on the seed, its name and its shape only, so that two configs can share their weights.
     """
     made = {}
     for name, leaf in named_arrays(abstract_model(config, dtype)).items():
         values = np.random.default_rng([seed, zlib.crc32(name.replace("*.", "").encode())]).standard_normal(leaf.shape)
-        if name.endswith("weight_D"):
-            values = 1 + 0.3 * values
+        spec = leaves(config)[name].spec
+        if "norm" in spec.roles:
+            values = 1 - spec.offset + 0.3 * values
+        elif "bias" in spec.roles:
+            values = 0.5 * values
         else:
             fan_in = leaf.shape[-2] if name.startswith("layers.") else leaf.shape[-1]
             # Small embeddings, so that the first norm's epsilon is felt.
@@ -191,3 +371,37 @@ def weights_of(model: Llama) -> Weights:
     with tempfile.TemporaryDirectory() as folder:
         huggingface.save(model, Path(folder))
         return {name: array.astype(np.float64) for name, array in load_file(Path(folder) / "model.safetensors").items()}
+
+
+_MATRICES = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"} | {
+    name: f"{name}_proj" for name in ("gate", "up", "down")
+}
+_VECTORS = {"query_norm": "q_norm", "key_norm": "k_norm", "sub_norm": "attn_sub_norm"}
+
+
+def switched_weights_of(model: Llama) -> Weights:
+    """As `weights_of`, of any config, whether or not a family has its switches; what quantized weights stand for."""
+    config, found = model.config, {}
+    for (name, layer), weight in single_weights(model).items():
+        array = np.asarray(values(weight), np.float64)
+        found[_theirs(config, name, layer)] = array.T if layer is not None and array.ndim == 2 else array
+    return found
+
+
+def _theirs(config: Config, name: str, layer: int | None) -> str:
+    """Hugging Face's name for a weight."""
+    if layer is None:
+        whole = {"embed_VD": "embed_tokens", "norm.weight_D": "norm"}
+        return f"model.{whole[name]}.weight" if name in whole else "lm_head.weight"
+    half, _, rest = name.partition(".")
+    rest = rest.rpartition("_")[0]
+    if rest == "weight":
+        place = 0 if half.startswith("attention") else 1
+        return f"model.layers.{layer}.{_NORMS[config.norms][place]['after' in half]}.weight"
+    prefix = f"model.layers.{layer}.{'self_attn' if half == 'attention' else 'mlp'}"
+    if rest == "sinks":
+        return f"{prefix}.sinks"
+    if rest.endswith("_bias"):
+        return f"{prefix}.{_MATRICES[rest.removesuffix('_bias')]}.bias"
+    vectors = _VECTORS | ({"sub_norm": "ffn_sub_norm"} if half == "ffn" else {})
+    return f"{prefix}.{(_MATRICES | vectors)[rest]}.weight"

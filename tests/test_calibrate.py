@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from llamajax import Config, LlamaJaxError
-from llamajax.parameters import LAYER, inputs, named_weights
+from llamajax.layer_weights import LAYER
+from llamajax.parameters import inputs, named_weights
 from llamajax.quantization.calibrate import (
     advance,
     block_of,

@@ -22,10 +22,11 @@ from llamajax import Config, Llama, checkpoint
 from llamajax.caches import PARTS, Part, Scores, Where
 from llamajax.caches.attention import attend
 from llamajax.checkpoint.source import Source, float_weights
-from llamajax.model import apply_rope, matmul, params
+from llamajax.layer_weights import params
+from llamajax.model import matmul
 from llamajax.parameters import KINDS, Kind, Spec, Stack, specs, weights_of
 from llamajax.quantization.quantize import quantize
-from llamajax.rope import Rope, rope_frequencies
+from llamajax.rope import Rope, apply_rope, rope_frequencies
 from quant import start_indices, values
 from quant.recipe import Rule
 from tests.programs import forward

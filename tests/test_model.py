@@ -12,8 +12,8 @@ from llamajax import Config, KVCache, Llama, NoCache, RopeScaling, abstract_mode
 from llamajax.caches.attention import attend, attend_causal
 from llamajax.checkpoint.source import halves_from_pairs
 from llamajax.evaluation.evaluate import next_token_losses
-from llamajax.model import RMSNorm, apply_rope
-from llamajax.rope import rope_frequencies
+from llamajax.norm import RMSNorm
+from llamajax.rope import apply_rope, rope_frequencies
 from tests import reference
 from tests.programs import QUICK
 from tests.programs import forward as _forward

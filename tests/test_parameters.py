@@ -13,9 +13,9 @@ import pytest
 import llamajax
 from llamajax import Config, LlamaJaxError, abstract_model, preset, preset_names
 from llamajax.families import tensors
+from llamajax.layer_weights import LAYER
 from llamajax.model import model_from
 from llamajax.parameters import (
-    LAYER,
     Place,
     Stack,
     inputs,

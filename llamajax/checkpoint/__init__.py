@@ -28,7 +28,7 @@ from llamajax.model import Llama
 from llamajax.parameters import Place, named_arrays
 from llamajax.tokenizer import LARGEST_TOKENIZER, Tokenizer
 from llamajax.words import Words
-from quant import is_laid_out, quantized
+from quant import is_laid_out
 
 BOX = "box"
 
@@ -289,10 +289,10 @@ def save_checkpoint(
     """
     if is_laid_out(model):
         raise LlamaJaxError("the weights are laid out for a backend: save the model as it was before `prepare`")
-    if form == "huggingface" and quantized(model):
+    if form == "huggingface" and (reason := huggingface.refusal(model)):
         raise LlamaJaxError(
-            "the weights are quantized in a way that transformers does not read: write llamajax's form, or gguf; with "
-            "a dtype a gguf has floats, which can be converted"
+            f"the weights are quantized in a way that transformers does not read ({reason}): write llamajax's form, or "
+            "gguf; with a dtype a gguf has floats, which can be converted"
         )
     if form == "huggingface" and model.config.width % model.config.num_heads:
         raise LlamaJaxError(

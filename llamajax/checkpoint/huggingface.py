@@ -1,36 +1,36 @@
-"""Reads and writes Hugging Face LlamaForCausalLM folders: `config.json` and safetensors, in one file or sharded.
+"""Reads Hugging Face folders: `config.json` and safetensors, in one file or sharded.
 
 Every tensor of the files must be one that the model has, and the other way round; nothing is skipped but RoPE tables
-(`rotary_emb.inv_freq`), which old conversions saved and which follow from the config.
+(`rotary_emb.inv_freq`), which old conversions saved and which follow from the config. Weights are floats, or ternary
+projections as in BitNet: packed codes with their scale, or floats that are rounded when they are read.
 """
 
-import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import ml_dtypes
 import numpy as np
 
-from llamajax.checkpoint.huggingface_words import choose_tokenizer, config_ids, read_words, write_words
+from llamajax.checkpoint.huggingface_words import choose_tokenizer, read_words
+from llamajax.checkpoint.huggingface_write import refusal, save
 from llamajax.checkpoint.source import Source, float_weights
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
-from llamajax.families import config_from_hf, config_to_hf, pieces, shape_of, tensors
+from llamajax.families import config_from_hf, pieces, shape_of, tensors
+from llamajax.families.huggingface_quantization import Ternary, is_converted, read_quantization, scale_name
 from llamajax.files import open_regular, read_json, shortened
-from llamajax.model import Llama
-from llamajax.parameters import Place, specs, weights_of
-from llamajax.tokenizer import Tokenizer
-from llamajax.words import Words
+from llamajax.parameters import Place, specs
+from quant import bitnet
+
+__all__ = ["open_source", "read_config", "recognise", "refusal", "save"]
 
 _LARGEST_HEADER = 16 << 20  # of a safetensors file: a hundred bytes for each tensor
-_SHARD_BYTES = 1 << 30
 
 _HEAD = "lm_head.weight"
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-_THEIR_DTYPES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+_PACKED = "U8"
 
 
 def recognise(path: Path) -> bool:
@@ -53,97 +53,28 @@ def open_source(path: Path, ignore_keys: Collection[str] = ()) -> Source:
     Raises:
         LlamaJaxError: for a config we cannot read, or a missing, surplus or damaged file or tensor.
     """
-    fields = _read_json(path / "config.json")
-    config = config_from_hf(fields, str(path / "config.json"), ignore_keys)
+    fields, source = _read_json(path / "config.json"), str(path / "config.json")
+    config = config_from_hf(fields, source, ignore_keys)
+    said = None if "quantization_config" in ignore_keys else fields.get("quantization_config")
+    quantization = read_quantization(said, source)
     files, notes = _tensor_files(path)
-    dtypes = _check_tensors(path, config, files)
-    dtype = np.dtype(np.float32) if len(dtypes) > 1 else dtypes.pop()
+    dtypes = _check_tensors(path, config, files, _expected(path, config, quantization))
+    scales = {scale_name(name) for name in dtypes}
+    of_floats = {dtype for name, dtype in dtypes.items() if dtype != np.uint8 and name not in scales}
+    dtype = np.dtype(np.float32) if len(of_floats) > 1 else of_floats.pop()
     words, word_notes = read_words(path, fields, config.vocab_size)
     tokenizer_bytes, words = choose_tokenizer(path, words)
     shards = len(set(files.values()))
     return Source(
-        f"Hugging Face safetensors ({shards} file{'s' if shards > 1 else ''})",
+        f"Hugging Face safetensors ({shards} file{'s' if shards > 1 else ''}){', ternary' if quantization else ''}",
         config,
-        float_weights(config, dtype),
+        _abstract(config, quantization, dtype, dtypes),
         tuple(_order(config, files)),
-        lambda place: _read(files, place, config),
+        lambda place: _read(files, place, config, quantization, dtype),
         tokenizer_bytes=tokenizer_bytes,
         words=words,
         notes=(*notes, *word_notes),
     )
-
-
-def save(
-    model: Llama,
-    path: Path,
-    tokenizer_bytes: bytes | None = None,
-    words: Words | None = None,
-    tokenizer: Tokenizer | None = None,
-) -> None:
-    """Writes a folder that `open_source` and transformers read; `path` must exist, empty.
-
-    `tokenizer_bytes` become its tokenizer.json or tokenizer.model, whatever they are; `tokenizer` is what they say, if
-    they can be read.
-    Beyond 1 GiB in shards with their index. No more than one tensor is held in a transposed copy.
-    """
-    weights = weights_of(jax.tree.map(np.asarray, model))
-    held = tensors(model.config, "huggingface")
-    shards = _plan_shards(weights, held)
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write_shard(path / file, model.config, weights, names)
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        size = sum(weight.nbytes for weight in weights.values())
-        _write_json(path / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
-    words = words or Words()
-    write_words(path, words, tokenizer_bytes, tokenizer)
-    fields = config_to_hf(model.config) | config_ids(words, tokenizer)
-    _write_json(path / "config.json", fields | {"torch_dtype": str(weights[Place("embed_VD")].dtype)})
-
-
-def _write_shard(path: Path, config: Config, weights: Mapping[Place, np.ndarray], names: list[str]) -> None:
-    """Writes a safetensors file tensor by tensor; the library's own function wants to be given all of them at once.
-
-    The format: the header's length in 8 bytes, the header in JSON (dtype, shape and place of each tensor), the tensors
-    one behind the other (github.com/huggingface/safetensors, "Format").
-    """
-    held = tensors(config, "huggingface")
-    dtype_of = {name: weights[held[name][0]].dtype for name in names}
-    ordered = sorted(names, key=lambda name: -dtype_of[name].itemsize)  # so that each is aligned
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in ordered:
-        start, end = end, end + sum(weights[place].nbytes for place in held[name])
-        kind, shape = _THEIR_DTYPES[np.dtype(dtype_of[name])], shape_of(config, held[name])
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": (start, end)}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for place in (place for name in ordered for place in held[name]):
-            weight = weights[place]
-            theirs = np.ascontiguousarray(weight.T if specs(config)[place].transposed else weight)
-            file.write(theirs.reshape(-1).view(np.uint8).data)
-
-
-def _plan_shards(weights: Mapping[Place, Any], held: Mapping[str, tuple[Place, ...]]) -> list[list[str]]:
-    """The names of the model's tensors in groups of at most 1 GiB (or one tensor)."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, places in held.items():
-        nbytes = sum(weights[place].nbytes for place in places)
-        if shards[-1] and size + nbytes > _SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += nbytes
-    return shards
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -204,18 +135,51 @@ def _shown(path: Path) -> Path:
     return path.with_name(shortened(path.name)[1:-1])
 
 
-def _check_tensors(path: Path, config: Config, files: dict[str, Path]) -> set[np.dtype]:
-    """That names and files match the model; returns the dtypes found."""
+class _Expected(NamedTuple):
+    """What a tensor of the files is to be.
+
+    Attributes:
+        shape: of it.
+        dtypes: any of them.
+    """
+
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...] = tuple(_DTYPES)
+
+
+def _expected(path: Path, config: Config, quantization: Ternary | None) -> Callable[[], dict[str, _Expected]]:
+    """Every tensor of the model, by its name in the files; listed when it is known that there are so many."""
+
+    def listed() -> dict[str, _Expected]:
+        found, of = {}, specs(config)
+        for name, places in tensors(config, "huggingface").items():
+            found[name] = _Expected(shape_of(config, places))
+            if quantization is None or quantization.online or not is_converted(of[places[0]]):
+                continue
+            try:
+                found[name] = _Expected(bitnet.packed_shape(found[name].shape), (_PACKED,))
+            except ValueError as error:
+                raise LlamaJaxError(f"{path}: {name}: {error}") from None
+            found[scale_name(name)] = _Expected((1,))
+        return found
+
+    return listed
+
+
+def _check_tensors(
+    path: Path, config: Config, files: dict[str, Path], listed: Callable[[], dict[str, _Expected]]
+) -> dict[str, np.dtype]:
+    """That names and files match the model; returns the dtype of each tensor."""
     if config.num_layers > len(files):  # Before the names of so many layers are listed.
         raise LlamaJaxError(
             f"{path}: config.json says {config.num_layers} layers, but the files hold {len(files)} tensors: "
             "some are missing"
         )
-    expected = set(tensors(config, "huggingface"))
+    expected = listed()
     surplus = sorted(name for name in files if name not in expected and not name.endswith("rotary_emb.inv_freq"))
     # A tied model may come with a copy of the embedding as its head: it is checked to be one when it is read.
     surplus = [name for name in surplus if not (name == _HEAD and config.tied_embeddings)]
-    missing = sorted(expected - set(files))
+    missing = sorted(set(expected) - set(files))
     if surplus:
         raise LlamaJaxError(
             f"{path}: tensor {shortened(surplus[0])} belongs to nothing in the model ({len(surplus)} such)"
@@ -223,7 +187,7 @@ def _check_tensors(path: Path, config: Config, files: dict[str, Path]) -> set[np
     if missing:
         hint = ": is tie_word_embeddings missing in config.json?" if missing == [_HEAD] else ""
         raise LlamaJaxError(f"{path}: tensor {missing[0]!r} is missing ({len(missing)} such){hint}")
-    dtypes, shapes = set(), _expected_shapes(config)
+    dtypes: dict[str, np.dtype] = {}
     for file in sorted(set(files.values())):
         with _open(file) as opened:
             held = set(opened.keys())
@@ -234,19 +198,28 @@ def _check_tensors(path: Path, config: Config, files: dict[str, Path]) -> set[np
                     )
                 if name.endswith("rotary_emb.inv_freq"):
                     continue
-                kind = opened.get_slice(name).get_dtype()
-                if kind not in _DTYPES:
-                    raise LlamaJaxError(f"{file}: {name} has dtype {kind}: expected one of {', '.join(_DTYPES)}")
-                dtypes.add(np.dtype(_DTYPES[kind]))
-                shape = tuple(opened.get_slice(name).get_shape())
-                if shape != shapes.get(name, shape):  # before memory is taken by what the config says
-                    raise LlamaJaxError(f"{file}: {name} has shape {shape}: expected {shapes[name]} by config.json")
+                kind, shape = opened.get_slice(name).get_dtype(), tuple(opened.get_slice(name).get_shape())
+                wanted = expected.get(name, _Expected(shape))
+                if kind not in wanted.dtypes:
+                    raise LlamaJaxError(f"{file}: {name} has dtype {kind}: expected one of {', '.join(wanted.dtypes)}")
+                dtypes[name] = np.dtype(_DTYPES.get(kind, np.uint8))
+                if shape != wanted.shape:  # before memory is taken by what the config says
+                    raise LlamaJaxError(f"{file}: {name} has shape {shape}: expected {wanted.shape} by config.json")
     return dtypes
 
 
-def _expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor, by its name in the files."""
-    return {name: shape_of(config, places) for name, places in tensors(config, "huggingface").items()}
+def _abstract(
+    config: Config, quantization: Ternary | None, dtype: np.dtype, dtypes: Mapping[str, np.dtype]
+) -> dict[Place, Any]:
+    """Every weight as it will be."""
+    found: dict[Place, Any] = dict(float_weights(config, dtype))
+    for place, spec in specs(config).items():
+        if quantization is not None and is_converted(spec):
+            scale = np.dtype(np.float32)
+            if not quantization.online and not quantization.divides:
+                scale = dtypes[scale_name(pieces(config, "huggingface")[place].tensor)]
+            found[place] = bitnet.abstract(spec.shape(config), dtype, scale)
+    return found
 
 
 def _order(config: Config, files: dict[str, Path]) -> Iterator[Place]:
@@ -258,9 +231,9 @@ def _order(config: Config, files: dict[str, Path]) -> Iterator[Place]:
         yield from (place for name in held if name in places for place in places[name])
 
 
-def _read(files: dict[str, Path], place: Place, config: Config) -> np.ndarray:
+def _read(files: dict[str, Path], place: Place, config: Config, quantization: Ternary | None, dtype: np.dtype) -> Any:
     """One tensor in our orientation; of a tied model that came with a head, too, checks that it is the embedding."""
-    piece = pieces(config, "huggingface")[place]
+    piece, spec = pieces(config, "huggingface")[place], specs(config)[place]
     array = _get(files, piece.tensor, piece.rows)
     if place.name == "embed_VD" and config.tied_embeddings and _HEAD in files:
         if not np.array_equal(array, _get(files, _HEAD)):
@@ -268,7 +241,15 @@ def _read(files: dict[str, Path], place: Place, config: Config) -> np.ndarray:
                 f"{files[_HEAD]}: lm_head.weight differs from the embedding: set tie_word_embeddings to false in "
                 "config.json"
             )
-    return array.T if specs(config)[place].transposed else array
+    if quantization is None or not is_converted(spec):
+        return array.T if spec.transposed else array
+    try:
+        if quantization.online:
+            return bitnet.rounded(array.T, dtype)
+        scale = _get(files, scale_name(piece.tensor))
+        return bitnet.unpack(array, scale, dtype, divides=quantization.divides)
+    except ValueError as error:
+        raise LlamaJaxError(f"{files[piece.tensor]}: {piece.tensor}: {error}") from None
 
 
 def _get(files: dict[str, Path], name: str, rows: slice | None = None) -> np.ndarray:

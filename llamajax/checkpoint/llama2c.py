@@ -27,7 +27,8 @@ from llamajax.checkpoint.source import Source, float_weights, halves_from_pairs
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
 from llamajax.files import open_regular
-from llamajax.parameters import LAYER, Place, whole_specs
+from llamajax.layer_weights import LAYER
+from llamajax.parameters import Place, whole_specs
 
 _MAGIC = 0x616B3432  # "ak42"
 _HEADER_BYTES = 256

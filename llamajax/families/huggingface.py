@@ -5,13 +5,15 @@ Every key is read, known to change nothing in the forward pass, or an error that
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from llamajax.config import Config, LayerKind
+from llamajax.config import MOST_LAYERS, Activation, Config, LayerKind
 from llamajax.errors import LlamaJaxError
-from llamajax.families.family import Family, Keys, check_read, family_of, format_of
+from llamajax.families.family import Keys, check_read, family_of, format_of
+from llamajax.families.huggingface_quantization import read_quantization
 from llamajax.families.huggingface_rope import read_rope, write_rope
+from llamajax.fields import LARGEST_DIMENSION, check_whole
 from llamajax.files import shortened
 
 # Our field for each key that all families have, none of them with a default.
@@ -66,7 +68,6 @@ _ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "qkv_bias": (False,),
     "sliding_window": (),
     "use_sliding_window": (False,),
-    "quantization_config": (),
     "partial_rotary_factor": (1.0, 1),
     "pruned_heads": ({},),
     "add_cross_attention": (False,),
@@ -74,6 +75,15 @@ _ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "tie_encoder_decoder": (False,),
 }
 
+# Ours for the names that transformers' `activations.py` has for a function; the first of ours is written.
+ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu2": "relu_squared",
+}
 LAYER_TYPES: Mapping[str, LayerKind] = {
     "full_attention": "full",
     "sliding_attention": "window",
@@ -103,20 +113,13 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json", ignor
         raise LlamaJaxError(f"{needed[0]!r} cannot be ignored: the model is made by it")
     fields = {key: value for key, value in fields.items() if key not in ignore_keys}
     family = family_of(fields.get("model_type"), "huggingface", f"{source}: model_type")
-    form = format_of_family(family)
-    missing = [key for key in _REQUIRED if fields.get(key, form.defaults.get(key)) is None]
-    if missing:
-        raise LlamaJaxError(f"{source}: missing key {missing[0]!r}: expected {', '.join(_REQUIRED)}")
-    keys = Keys(fields, source, form.defaults)
-    keys.read.add("model_type")
-    ours = {name: keys.take(key) for key, name in _REQUIRED.items()}
-    ours["num_kv_heads"] = keys.take("num_key_value_heads", ours["num_heads"])
-    ours["context_length"] = keys.take("max_position_embeddings", 2048)
-    ours["norm_eps"] = keys.take("rms_norm_eps", 1e-6)
-    ours["tied_embeddings"] = keys.flag("tie_word_embeddings")
-    whole = isinstance(ours["width"], int) and isinstance(ours["num_heads"], int)
-    ours["head_size"] = keys.take("head_dim", ours["width"] // max(ours["num_heads"], 1) if whole else None)
-    ours |= read_rope(keys, ours["context_length"]) | form.read(keys)
+    form = family.huggingface
+    assert form is not None  # `family_of` knows no others
+    keys = Keys(fields, source, {**form.defaults, **form.copies.get(fields["model_type"], {})})
+    ours = _sizes(keys)
+    ours |= form.read(keys)
+    ours |= read_rope(keys, ours["context_length"], form, ours.get("layer_kinds", Config.layer_kinds))
+    read_quantization(keys.take("quantization_config", None), source)  # for the reader of the files; checked here
     for key, allowed in _ONLY_VALUE.items():
         if key not in keys.read:
             keys.only(key, *allowed)
@@ -128,10 +131,24 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json", ignor
     return Config.from_dict(ours | {"family": family.name}, source)
 
 
-def format_of_family(family: Family) -> Any:
-    """The family's Hugging Face form, of which there must be one."""
-    assert family.huggingface is not None
-    return family.huggingface
+def _sizes(keys: Keys) -> dict[str, Any]:
+    """What every family's config.json says."""
+    keys.read.add("model_type")
+    missing = [key for key in _REQUIRED if keys.take(key, None) is None]
+    if missing:
+        raise LlamaJaxError(f"{keys.source}: missing key {missing[0]!r}: expected {', '.join(_REQUIRED)}")
+    for key in _REQUIRED:
+        most = MOST_LAYERS if key == "num_hidden_layers" else LARGEST_DIMENSION
+        check_whole(f"{keys.source}: {key}", keys.take(key), most)
+    ours = {name: keys.take(key) for key, name in _REQUIRED.items()}
+    heads, said = keys.or_null("num_key_value_heads"), keys.or_null("head_dim")
+    ours["num_kv_heads"] = ours["num_heads"] if heads is None else heads
+    ours["head_size"] = ours["width"] // ours["num_heads"] if said is None else said
+    ours["context_length"] = keys.take("max_position_embeddings")
+    ours["norm_eps"] = keys.take("rms_norm_eps")
+    ours["tied_embeddings"] = keys.flag("tie_word_embeddings")
+    ours["activation"] = keys.choice("hidden_act", ACTIVATIONS)
+    return ours
 
 
 def _is_without_effect(key: str) -> bool:
@@ -147,15 +164,16 @@ def pattern_of(kinds: list[LayerKind]) -> tuple[LayerKind, ...]:
     return ("full",)
 
 
-def read_layer_types(keys: Keys, default: list[LayerKind]) -> tuple[LayerKind, ...]:
-    """The pattern of `layer_types`, or of a family's default, a kind for each layer.
+def read_layer_types(keys: Keys, default: Sequence[LayerKind]) -> tuple[LayerKind, ...]:
+    """The pattern of `layer_types`, or of a family's default, a pattern that repeats.
 
     Raises:
         LlamaJaxError: for another number of kinds than layers, or a kind that is not known.
     """
     said = keys.take("layer_types", None)
     if said is None:
-        return pattern_of(default)
+        layers = keys.take("num_hidden_layers")
+        return pattern_of([default[layer % len(default)] for layer in range(layers)])
     layers = keys.take("num_hidden_layers")
     if not isinstance(said, list) or len(said) != layers:
         raise LlamaJaxError(f"{keys.source}: layer_types is {shortened(said)}: expected a list of {layers} kinds")
@@ -168,6 +186,26 @@ def read_layer_types(keys: Keys, default: list[LayerKind]) -> tuple[LayerKind, .
     return pattern_of([LAYER_TYPES[kind] for kind in said])
 
 
+def read_windows(keys: Keys, default: Sequence[LayerKind], window: Any) -> dict[str, Any]:
+    """Kinds of layers, and the window of those that have one.
+
+    Args:
+        keys: of config.json.
+        default: where it has no `layer_types`.
+        window: what it says of `sliding_window`, None if there is none.
+    """
+    kinds = read_layer_types(keys, default)
+    if "window" in kinds and window is None:
+        raise LlamaJaxError(f"{keys.source}: layer_types has sliding_attention: expected a sliding_window, not null")
+    return {"layer_kinds": kinds, "window": window if "window" in kinds else None}
+
+
+def write_layer_types(config: Config) -> list[str]:
+    """The kind of each layer."""
+    named = {ours: theirs for theirs, ours in LAYER_TYPES.items()} | {"nope": "full_attention"}
+    return [named[config.kind(layer)] for layer in range(config.num_layers)]
+
+
 def config_to_hf(config: Config) -> dict[str, Any]:
     """The `config.json` that transformers reads as the same model (inverse of `config_from_hf`).
 
@@ -177,7 +215,9 @@ def config_to_hf(config: Config) -> dict[str, Any]:
     form = format_of(config, "huggingface")
     fields: dict[str, Any] = {key: getattr(config, ours) for key, ours in _NAMES.items()}
     fields |= {"model_type": form.kinds[0], "architectures": [form.architecture]}
-    fields |= write_rope(config) | form.write(config)
+    fields["hidden_act"] = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation)
+    fields |= form.write(config)
+    fields |= write_rope(config, form, fields.pop("rope_scaling", {}))
     read = config_from_hf(fields)
     for field in dataclasses.fields(config):
         ours, theirs = getattr(config, field.name), getattr(read, field.name)

@@ -1,94 +1,285 @@
-"""RoPE in Hugging Face's config.json, in the spelling of transformers 4 and of 5.
+"""RoPE in Hugging Face's config.json, in the spelling of transformers 4 and of 5, alike for all layers or by kind.
 
-Reference: transformers' `modeling_rope_utils.py`.
+Reference: transformers' `modeling_rope_utils.py`, and `convert_rope_params_to_dict` of a family's config class.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
-from llamajax.families.family import Keys
+from llamajax.families.family import Format, Keys
+from llamajax.fields import check_whole
 from llamajax.files import shortened
+from llamajax.rope import Rope, RopeScaling
+
+# Their names of what a kind of scaling has, and ours.
+_ORIGINAL = "original_max_position_embeddings"
+_NAMES: dict[str, dict[str, str]] = {
+    "linear": {"factor": "factor"},
+    "dynamic": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        _ORIGINAL: "original_context_length",
+    },
+    "yarn": {
+        "factor": "factor",
+        _ORIGINAL: "original_context_length",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+        "truncate": "truncate",
+        "attention_factor": "attention_factor",
+        "mscale": "mscale",
+        "mscale_all_dim": "mscale_all_dim",
+    },
+    "longrope": {
+        "factor": "factor",
+        _ORIGINAL: "original_context_length",
+        "attention_factor": "attention_factor",
+        "short_factor": "short_factors",
+        "long_factor": "long_factors",
+    },
+}
+_REQUIRED: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": (),
+    "longrope": ("short_factor", "long_factor"),
+}
+# Of no effect in transformers, which writes some of them, or in the files of a kind of scaling as they are found.
+_IGNORED: dict[str, frozenset[str]] = {
+    "default": frozenset(name for names in _NAMES.values() for name in names),
+    "linear": frozenset({_ORIGINAL}),
+    "dynamic": frozenset({_ORIGINAL}),
+    "yarn": frozenset({"finetuned"}),
+}
+_OWN = "rope."  # begins what `rope_value` notes in `Keys.read`
+_SPELLINGS = ("rope_scaling", "rope_parameters")
+_FULL, _WINDOW = "full_attention", "sliding_attention"
+_LOCAL_THETA = "rope_local_base_freq"
 
 
-def read_rope(keys: Keys, context_length: Any) -> dict[str, Any]:
+def read_rope(keys: Keys, context_length: Any, form: Format, kinds: Sequence[str]) -> dict[str, Any]:
     """Fields of `Config` that say RoPE, from whichever spelling is there; they must agree if both are.
+
+    Args:
+        keys: of the file.
+        context_length: of the model, which stands in for an original context that nothing says.
+        form: of the family: its `partial_rope` and `window_rope`.
+        kinds: of the layers.
 
     Raises:
         LlamaJaxError: for a scaling that is not known, or one with other parameters than its own.
     """
+    outside = {"rope_theta": keys.take("rope_theta", Config.rope_theta)}
+    if form.partial_rope:
+        outside["partial_rotary_factor"] = keys.take("partial_rotary_factor", 1.0)
+    local = {"rope_theta": keys.take(_LOCAL_THETA, outside["rope_theta"])} if form.window_rope else {}
+    # transformers gives a length outside the object precedence over the one in it, where all layers are alike.
+    original = None if form.window_rope else keys.take(_ORIGINAL, None)
     read = []
-    for key in ("rope_scaling", "rope_parameters"):
-        value = keys.take(key, None)
-        if value is not None:
-            # transformers gives the length outside the object precedence over the one in it.
-            original = keys.take("original_max_position_embeddings", None)
-            read.append(_rope_object(value, original, context_length, f"{keys.source}: {key}"))
-    if len(read) == 2 and read[0] != read[1]:
+    for key, value in _objects(keys) or [("rope_parameters", {})]:
+        reader = _Reader(f"{keys.source}: {key}", context_length, original, _own(keys))
+        full, window = reader.parts(value, nested=form.window_rope and key == "rope_parameters")
+        both = reader.rope(full, outside)
+        other = reader.rope(window, outside | local) if form.window_rope else both
+        if both["rope_fraction"] != other["rope_fraction"]:
+            raise LlamaJaxError(f"{reader.source}: partial_rotary_factor differs by kind of layer: expected one")
+        same = "window" not in kinds or both == other
+        own = None if same else {"theta": other["rope_theta"], "scaling": other["rope_scaling"]}
+        read.append(both | {"window_rope": own})
+    if read[0] != read[-1]:
         raise LlamaJaxError(f"{keys.source}: rope_scaling and rope_parameters differ: expected one of them")
-    theta = keys.take("rope_theta", None)
-    return ({} if theta is None else {"rope_theta": theta}) | (read[0] if read else {})
+    return read[0]
 
 
-# Of no effect where RoPE is not scaled; transformers writes some of them there.
-_ROPE_NAMES = frozenset(
-    "factor low_freq_factor high_freq_factor original_max_position_embeddings attention_factor beta_fast beta_slow "
-    "mscale mscale_all_dim truncate short_factor long_factor".split()
-)
+def rope_value(keys: Keys, name: str, own: bool = True) -> Any:
+    """What the object of RoPE parameters says, None where it does not; `own` is what only this family has there."""
+    if own:
+        keys.read.add(_OWN + name)
+    said = [value.get(name) for _, value in _objects(keys) if isinstance(value, Mapping)]
+    return next((value for value in said if value is not None), None)
 
 
-def _rope_object(value: Any, original: Any, context_length: Any, source: str) -> dict[str, Any]:
-    """One object of RoPE parameters in our names, as transformers 5 reads it for a LLaMA.
+def _objects(keys: Keys) -> list[tuple[str, Any]]:
+    """The objects of RoPE parameters that the file has, by their keys, or else the family's own."""
+    said = [(key, keys.take(key, None)) for key in _SPELLINGS]
+    found = [(key, value) for key, value in said if key in keys]
+    return found or [(key, value) for key, value in said if value is not None]
+
+
+def _own(keys: Keys) -> frozenset[str]:
+    """What `rope_value` was asked for."""
+    return frozenset(name.removeprefix(_OWN) for name in keys.read if name.startswith(_OWN))
+
+
+class _Reader(NamedTuple):
+    """Reads objects of RoPE parameters.
+
+    Attributes:
+        source: what messages begin with.
+        context_length: of the model.
+        original: the original context by a key outside of the object, or None.
+        own: names that are of the family, read by it.
+    """
+
+    source: str
+    context_length: Any
+    original: Any
+    own: frozenset[str]
+
+    def parts(self, value: Any, nested: bool) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """The objects of full layers and of layers with windows; the latter is empty where one is of all.
+
+        Args:
+            value: of the key.
+            nested: whether there is one for each kind of layer.
+        """
+        if not isinstance(value, Mapping):
+            raise LlamaJaxError(f"{self.source} is {shortened(value)}: expected an object")
+        if not nested and value and all(isinstance(part, Mapping) for part in value.values()):
+            raise LlamaJaxError(
+                f"{self.source} differs by kind of layer ({shortened(sorted(map(str, value)))}), which this family's "
+                "does not: expected one rope_type and its values"
+            )
+        if not nested:
+            return value, {}
+        for name, part in value.items():
+            if name not in (_FULL, _WINDOW) or not isinstance(part, Mapping | None):
+                raise LlamaJaxError(
+                    f"{self.source}: {shortened(name)} is {shortened(part)}: expected {_FULL} and {_WINDOW}, each an "
+                    "object"
+                )
+        return value.get(_FULL) or {}, value.get(_WINDOW) or {}
+
+    def rope(self, value: Mapping[str, Any], outside: Mapping[str, Any]) -> dict[str, Any]:
+        """Theta, scaling and fraction of one object, as transformers 5 reads it.
+
+        Args:
+            value: the object.
+            outside: what stands in for what the object does not say.
+        """
+        said = {key: part for key, part in value.items() if part is not None and key not in self.own}
+        outside = dict(outside) | {name: said.pop(name) for name in outside if name in said}
+        if said.get("partial_rotary_factor") == 1:
+            del said["partial_rotary_factor"]
+        kind = self._kind(said)
+        scaling = None if kind == "default" else self._scaling(kind, said)
+        if kind == "default":
+            self._check_names(kind, said)
+        return {
+            "rope_theta": outside["rope_theta"],
+            "rope_scaling": scaling,
+            "rope_fraction": outside.get("partial_rotary_factor", 1.0),
+        }
+
+    def _kind(self, said: dict[str, Any]) -> str:
+        """The type, taken out of an object. Nothing but a theta is what transformers calls the default type."""
+        kinds = {key: said.pop(key) for key in ("rope_type", "type") if key in said}
+        if not kinds and said:
+            raise LlamaJaxError(
+                f"{self.source}: missing key 'rope_type' beside {shortened(min(map(str, said)))}: expected one of "
+                f"{', '.join(('default', *_NAMES))}"
+            )
+        for key, kind in kinds.items():
+            # Phi-3's first names of longrope.
+            if kind == "su" or (kind == "yarn" and "short_factor" in said):
+                kinds[key] = kind = "longrope"
+            if not isinstance(kind, str) or kind not in ("default", *_NAMES):
+                raise LlamaJaxError(
+                    f"{self.source}: {key} is {shortened(kind)}, which is not supported: expected one of "
+                    f"{', '.join(('default', *_NAMES))}"
+                )
+        if len(set(kinds.values())) > 1:
+            raise LlamaJaxError(f"{self.source}: rope_type and type are {kinds}: expected one of them")
+        return next(iter(kinds.values()), "default")
+
+    def _scaling(self, kind: str, said: dict[str, Any]) -> dict[str, Any]:
+        """`RopeScaling.to_dict`'s form of an object."""
+        names = _NAMES[kind]
+        if _ORIGINAL in names:
+            said.setdefault(_ORIGINAL, self.context_length)
+            if self.original is not None:
+                said[_ORIGINAL] = self.original
+        if kind in ("yarn", "longrope") and "factor" not in said:
+            said["factor"] = self._ratio(said[_ORIGINAL])
+        self._check_names(kind, said)
+        missing = [name for name in _REQUIRED[kind] if name not in said]
+        if missing:
+            raise LlamaJaxError(
+                f"{self.source}: missing key {missing[0]!r}: rope_type {kind!r} needs {', '.join(_REQUIRED[kind])}"
+            )
+        scaling = {"kind": kind} | {ours: said[theirs] for theirs, ours in names.items() if theirs in said}
+        if kind == "dynamic":
+            scaling["original_context_length"] = self.context_length
+        return scaling
+
+    def _ratio(self, original: Any) -> float:
+        """How much longer the model's context is than the original one, 1 at least."""
+        check_whole(f"{self.source}: {_ORIGINAL}", original)
+        check_whole(f"{self.source}: max_position_embeddings", self.context_length)
+        return max(1.0, self.context_length / original)
+
+    def _check_names(self, kind: str, said: Mapping[str, Any]) -> None:
+        """Refuses names that are of no meaning beside a type."""
+        names = _NAMES.get(kind, {})
+        unknown = sorted(str(name) for name in said if name not in names and name not in _IGNORED.get(kind, ()))
+        if unknown:
+            raise LlamaJaxError(
+                f"{self.source}: {shortened(unknown[0])} is not supported of rope_type {kind!r}: expected "
+                f"{', '.join(names) or 'nothing'}"
+            )
+
+
+def write_rope(config: Config, form: Format, own: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """The keys that say a config's RoPE, in the spelling that transformers 4 and 5 read.
+
+    Where layers with windows have a RoPE of their own, the spelling of transformers 5 stands beside it.
 
     Args:
-        value: of `rope_scaling` or `rope_parameters`.
-        original: `original_max_position_embeddings` outside the object, or None.
-        context_length: what the original length is where nothing says it.
-        source: what messages begin with.
+        config: of the model.
+        form: of the family.
+        own: what the family has of its own in the object of RoPE parameters.
     """
-    if not isinstance(value, Mapping):
-        raise LlamaJaxError(f"{source} is {shortened(value)}: expected an object")
-    if value and all(isinstance(part, Mapping) for part in value.values()):
-        raise LlamaJaxError(
-            f"{source} differs by kind of layer ({shortened(sorted(map(str, value)))}), which a LLaMA's does not: "
-            "expected one rope_type and its values"
-        )
-    rope = {key: part for key, part in value.items() if part is not None or key in ("rope_type", "type")}
-    ours = {"rope_theta": rope.pop("rope_theta")} if "rope_theta" in rope else {}
-    if rope.get("partial_rotary_factor") == 1:
-        del rope["partial_rotary_factor"]
-    kinds = [rope.pop(key) for key in ("rope_type", "type") if key in rope]
-    # Nothing but a theta is what transformers calls the default type.
-    kind = "default" if not kinds and not rope else kinds[0] if kinds and kinds.count(kinds[0]) == len(kinds) else None
-    if kind == "default" and set(rope) <= _ROPE_NAMES:
-        return ours
-    names = {"factor": "factor"}
-    if kind == "linear":
-        rope.pop("original_max_position_embeddings", None)  # of no effect there
-    if kind == "llama3":
-        names |= {"low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor"}
-        names |= {"original_max_position_embeddings": "original_context_length"}
-        rope.setdefault("original_max_position_embeddings", context_length)
-        if original is not None:
-            rope["original_max_position_embeddings"] = original
-    if kind not in ("linear", "llama3") or set(rope) != set(names):
-        raise LlamaJaxError(
-            f"{source}: RoPE scaling {shortened(kind)} with {shortened(sorted(map(str, rope)))} is not supported: "
-            "expected 'linear' with factor, or 'llama3' with factor, low_freq_factor, high_freq_factor, "
-            "original_max_position_embeddings"
-        )
-    return ours | {"rope_scaling": {"kind": kind} | {names[key]: part for key, part in rope.items()}}
-
-
-def write_rope(config: Config) -> dict[str, Any]:
-    """The keys that say a config's RoPE."""
     fields: dict[str, Any] = {"rope_theta": config.rope_theta}
-    if config.rope_scaling is not None:
-        scaling = {"rope_type": config.rope_scaling.kind, "factor": config.rope_scaling.factor}
-        if config.rope_scaling.kind == "llama3":
-            scaling["low_freq_factor"] = config.rope_scaling.low_freq_factor
-            scaling["high_freq_factor"] = config.rope_scaling.high_freq_factor
-            scaling["original_max_position_embeddings"] = config.rope_scaling.original_context_length
-        fields["rope_scaling"] = scaling
+    if config.rope_fraction != 1 and form.partial_rope:
+        fields["partial_rotary_factor"] = config.rope_fraction
+    scaling = config.rope_scaling
+    if scaling is not None or own:
+        fields["rope_scaling"] = _object(scaling, config.context_length) | dict(own)
+    if scaling is not None and scaling.kind == "longrope":
+        fields[_ORIGINAL] = scaling.original_context_length
+    if form.window_rope and "window" in config.layer_kinds:
+        window = config.rope("window")
+        assert window is not None
+        if _LOCAL_THETA in form.defaults and window.scaling is None:
+            fields[_LOCAL_THETA] = window.theta
+        if window != Rope(theta=fields.get(_LOCAL_THETA, config.rope_theta)):
+            fields.pop("rope_scaling", None)  # transformers 4 has no spelling for it
+        ropes = {_FULL: Rope(theta=config.rope_theta, scaling=scaling), _WINDOW: window}
+        fields["rope_parameters"] = {
+            name: {"rope_theta": rope.theta} | _object(rope.scaling, config.context_length)
+            for name, rope in ropes.items()
+        }
     return fields
+
+
+def _object(scaling: RopeScaling | None, context_length: int) -> dict[str, Any]:
+    """A scaling in their names."""
+    if scaling is None:
+        return {"rope_type": "default"}
+    said = scaling.to_dict()
+    fields = {theirs: said[ours] for theirs, ours in _NAMES[scaling.kind].items() if ours in said}
+    if scaling.kind == "yarn" and scaling.truncate:
+        del fields["truncate"]  # unknown to earlier versions of transformers 4
+    if scaling.kind != "longrope":
+        return {"rope_type": scaling.kind} | fields
+    # The form of which transformers 4 refuses any other in Phi-3: three keys, and the original context outside.
+    del fields[_ORIGINAL]
+    if scaling.factor == max(1.0, context_length / scaling.original_context_length):
+        del fields["factor"]
+    return {"type": "longrope"} | fields

@@ -1,0 +1,43 @@
+"""BitNet b1.58 2B4T (Ma et al. 2025, arXiv:2504.12285): squared ReLU, and norms before the output and down projections.
+
+That its weights are ternary and its activations in int8 is no switch: it is what the weights are (`quant.QTensor` with
+scheme "ternary" and `activations`), and a matter of how the files are packed (`huggingface_quantization`).
+"""
+
+from typing import Any
+
+from llamajax.config import Config
+from llamajax.families.family import Family, Format, Keys
+
+
+def _read(keys: Keys) -> dict[str, Any]:
+    """Transformers' `BitNetConfig`: biases of attention are on all four projections."""
+    keys.only("hidden_act", "relu2")
+    bias = keys.flag("attention_bias")
+    return {"sub_norms": True, "activation": "relu_squared", "qkv_bias": bias, "out_bias": bias}
+
+
+def _write(config: Config) -> dict[str, Any]:
+    return {"hidden_act": "relu2", "attention_bias": config.qkv_bias}
+
+
+FAMILY = Family(
+    "bitnet",
+    huggingface=Format(
+        kinds=("bitnet",),
+        read=_read,
+        write=_write,
+        defaults={
+            "vocab_size": 128256,
+            "hidden_size": 2560,
+            "intermediate_size": 6912,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 20,
+            "num_key_value_heads": 5,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0,
+        },
+        architecture="BitNetForCausalLM",
+    ),
+)
