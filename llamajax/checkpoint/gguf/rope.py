@@ -60,7 +60,11 @@ def read_rope(keys: Keys, tensors: Collection[str]) -> dict[str, Any]:
 
 
 def _yarn(keys: Keys, factor: float) -> dict[str, Any]:
-    """YaRN. llama.cpp multiplies by the paper's number times `attn_factor`; `yarn_attn_factor` has no effect there."""
+    """YaRN.
+
+    llama.cpp multiplies by the paper's number times `attn_factor`; `yarn_attn_factor` has no effect there. Of most
+    architectures it does not read the two betas either, and takes the paper's, for which the model was not made.
+    """
     keys.only("rope.scaling.yarn_ext_factor", 1, 1.0)
     scaling: dict[str, Any] = {
         "kind": "yarn",
