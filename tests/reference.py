@@ -3,8 +3,8 @@
 Written from the papers and, where families have none, from transformers' `modeling_*.py`; one sequence at a time, a
 loop over layers, heads and positions, no batch, no cache, no mask. Weights are a dict in Hugging Face's names and
 orientation, `[out, in]`; of a LLaMA `weights_of` takes them from a model through
-`llamajax.checkpoint.huggingface.save`, so that the mapping of names and orientations is tested as well, of other
-configs by a table of its own.
+`llamajax.checkpoint.huggingface.save`, so that the mapping of names and orientations is tested as well;
+`switched_weights_of` of any config, by a table of its own.
 
 RoPE is a product of complex numbers here, real sines and cosines in the model. `neighbours=True` is Meta's layout (and
 llama2.c's), in which a head's elements 2i and 2i + 1 are a pair; otherwise i and i + H/2 are.
@@ -28,6 +28,7 @@ from llamajax.checkpoint import huggingface
 from llamajax.model import model_from
 from llamajax.parameters import leaves, named_arrays
 from llamajax.parameters import weights_of as single_weights
+from quant import values
 
 Weights = dict[str, np.ndarray]
 
@@ -180,8 +181,10 @@ def linear(weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
 
 
 def temperature(config: Config, kind: str, position: int) -> float:
-    """What a query at a position is multiplied by: `_get_llama_4_attn_scale` of transformers' `modeling_ministral3.py`;
-    `attn_scale` of `modeling_llama4.py`, there of layers without RoPE only.
+    """What a query at a position is multiplied by.
+
+    `_get_llama_4_attn_scale` of transformers' `modeling_ministral3.py`; `attn_scale` of `modeling_llama4.py`, there of
+    layers without RoPE only.
     """
     warm = config.query_temperature
     if warm is None or (warm.only_nope and kind != "nope"):
@@ -343,8 +346,7 @@ def loss(config: Config, weights: Weights, rows: np.ndarray) -> float:
 
 
 def random_model(config: Config, seed: int = 0, dtype: jax.typing.DTypeLike = jnp.float32) -> Llama:
-    """A model in which everything matters: the usual initialization has norms of one, no biases, and nearly uniform
-    attention.
+    """A model in which everything matters: usually norms begin at one, biases at zero, and attention nearly uniform.
 
     A leaf's values depend on the seed, its name and its shape only, so that two configs can share their weights.
     """
@@ -378,10 +380,10 @@ _VECTORS = {"query_norm": "q_norm", "key_norm": "k_norm", "sub_norm": "attn_sub_
 
 
 def switched_weights_of(model: Llama) -> Weights:
-    """As `weights_of`, of any config, whether or not a family has its switches."""
+    """As `weights_of`, of any config, whether or not a family has its switches; what quantized weights stand for."""
     config, found = model.config, {}
     for (name, layer), weight in single_weights(model).items():
-        array = np.asarray(jnp.asarray(weight, jnp.float32), np.float64)
+        array = np.asarray(values(weight), np.float64)
         found[_theirs(config, name, layer)] = array.T if layer is not None and array.ndim == 2 else array
     return found
 
