@@ -1,20 +1,71 @@
-"""RoPE scaling that a GGUF file holds as a tensor: by what each frequency is divided.
+"""RoPE in GGUF files: keys, and tensors of numbers that each frequency is divided by.
 
-llama.cpp's converter writes Llama 3.1's scaling so (`generate_extra_tensors` of `LlamaModel`, convert_hf_to_gguf.py),
-and leaves out the four numbers that it follows from. They are found again here, and must give the same divisors.
+llama.cpp's converter writes Llama 3.1's scaling as a tensor (`generate_extra_tensors` of `LlamaModel`,
+conversion/llama.py), and leaves out the four numbers that it follows from. They are found again here, and must give the
+same divisors.
 """
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from llamajax.config import Config, RopeScaling
 from llamajax.errors import LlamaJaxError
+from llamajax.families.family import Keys
 from llamajax.files import shortened
 
 _CLOSE = 2e-6  # relative; the converter computes in float32
+FACTORS = "rope_freqs.weight"
+# Tensors that hold numbers of RoPE, and no weights.
+TENSORS = (FACTORS,)
+
+
+def read_rope(keys: Keys) -> dict[str, Any]:
+    """Fields of `Config` that keys say: theta, and a factor by which all frequencies are divided, or nothing.
+
+    Raises:
+        LlamaJaxError: for a scaling that is not known.
+    """
+    ours: dict[str, Any] = {"rope_theta": keys.take("rope.freq_base")} if "rope.freq_base" in keys else {}
+    kind = keys.take("rope.scaling.type", "linear")
+    factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
+    if kind not in ("none", "linear"):
+        raise LlamaJaxError(
+            f"{keys.source}: {keys.prefix}rope.scaling.type is {shortened(kind)}, which is not supported: expected "
+            "'none' or 'linear'; Llama 3.1's comes as the tensor rope_freqs.weight"
+        )
+    if kind == "linear" and factor not in (0, 1):
+        ours["rope_scaling"] = {"kind": "linear", "factor": factor}
+    return ours
+
+
+def read_tensors(path: Any, config: Config, keys: Keys, tensors: Mapping[str, np.ndarray]) -> Config:
+    """A config with what the file's tensors of `TENSORS` say, float32 each."""
+    if FACTORS in tensors:
+        original = keys.take("rope.scaling.original_context_length", None)
+        config = with_factors(path, config, tensors[FACTORS], original)
+    return config
+
+
+def write_rope(config: Config) -> dict[str, Any]:
+    """The keys that say a config's RoPE."""
+    said: dict[str, Any] = {"rope.freq_base": float(config.rope_theta)}
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "linear":
+        said |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling.factor)}
+    elif scaling is not None:  # by the tensor; without effect in llama.cpp, but this makes it certain what made that
+        said["rope.scaling.original_context_length"] = scaling.original_context_length
+    return said
+
+
+def write_tensors(config: Config) -> dict[str, np.ndarray]:
+    """The tensors that say a config's RoPE, float32."""
+    if config.rope_scaling is None or config.rope_scaling.kind != "llama3":
+        return {}
+    return {FACTORS: divisors_of(config, config.rope_scaling).astype(np.float32)}
 
 
 def with_factors(path: Any, config: Config, divisors: np.ndarray, original: Any = None) -> Config:
