@@ -217,11 +217,12 @@ def attend_causal(
         loops: whether `attend_blocks` may be used.
     """
     T, reach = query_BTNH.shape[1], scores.reach
-    block = T if scores.see is not None or not isinstance(T, int) else max(128, -(-T // 8))
+    whole = scores.see is not None or not isinstance(T, int)
+    block = max(128, -(-T // 8)) if not whole else T
     mixed = []
-    for first in range(0, T, block) if isinstance(T, int) else (0,):
+    for first in (0,) if whole else range(0, T, block):
         oldest = 0 if reach is None else max(0, first - (reach - 1))
-        rows, seen = slice(first, first + block), slice(oldest, first + block)
+        rows, seen = (slice(None),) * 2 if whole else (slice(first, first + block), slice(oldest, first + block))
         key_BKSH, value_BKSH = key_BKTH[:, :, seen], value_BKTH[:, :, seen]
         slot_BS: jax.Array | None = position_BT[:, seen]
         if before is not None and (reach is None or first < reach - 1):
