@@ -1,7 +1,9 @@
 """Caches that hold what a window or a chunk still sees: against NumPy over all tokens, and the text of full caches."""
 
 import dataclasses
+import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +24,7 @@ CONFIG = Config(
     vocab_size=50,
     width=32,
     ffn_width=48,
-    num_layers=3,
+    num_layers=4,
     num_heads=4,
     num_kv_heads=2,
     head_size=8,
@@ -154,7 +156,9 @@ def test_blocks_that_a_window_hides_are_not_looked_at() -> None:
     lowered = causal.lower(query, key, value, position_BT)
     wanted = expected(query, key, value, position_BT, 50, None, None, None)
     np.testing.assert_allclose(lowered.compile()(query, key, value, position_BT), wanted, rtol=1e-4, atol=2e-5)
-    widths = {int(width) for width in re.findall(r"tensor<1x1x2x128x(\d+)xf32>", lowered.as_text()) if width != "4"}
+    widths = {
+        int(width) for width in re.findall(r"tensor<1x1x2x128x(\d+)xf32>", lowered.as_text()) if width not in "14"
+    }
     assert widths == {128, 177}
 
 
@@ -165,22 +169,21 @@ def test_memory_does_not_grow_with_the_slots() -> None:
     windows = dataclasses.replace(CONFIG, layer_kinds=("window",))
     for dtype, element in (("float32", 4), ("int8", 1)):
         for slots in (1024, 1 << 20):
-            for config, full_layers in ((CONFIG, 1), (windows, 0)):
+            for config, full_layers in ((CONFIG, 2), (windows, 0)):
                 cache = jax.eval_shape(lambda c=config, s=slots, d=dtype: KVCache.empty(c, 3, s, d))
                 head = 8 * element + (5 if dtype == "int8" else 0)
-                ring, full = (2 * layers * 3 * 2 * head for layers in (3 - full_layers, full_layers))
+                ring, full = (2 * layers * 3 * 2 * head for layers in (4 - full_layers, full_layers))
                 assert sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(cache.parts)) == (
                     ring * SLOTS + full * slots
                 )
                 assert (cache.slots, cache.reach, cache.spare) == (slots if full_layers else None, slots, 89)
-                assert cache.begin(1).reach == slots
 
 
 def test_to_how_few_tokens_rows_can_go_back() -> None:
     """Nothing is lost until slots are used again, then what new tokens took; a text from the start is all there."""
     windows = dataclasses.replace(CONFIG, layer_kinds=("window",), num_layers=1)
-    cache = jax.eval_shape(lambda: KVCache.empty(windows, 3, 1024))
-    cache = jax.tree.map(lambda array: np.zeros(array.shape, array.dtype), cache)
+    cache = KVCache.empty(windows, 3, 1024)
+    assert cache.begin(1).reach == 1024
 
     def after(cache: KVCache, T: int, count_B: Any = None) -> KVCache:
         return cache.end(cache.begin(T, None if count_B is None else jnp.asarray(count_B, jnp.int32)))
@@ -216,8 +219,6 @@ def test_a_step_copies_no_slots(layout: str, dtype: str, model: Llama) -> None:
         "value_0",
         "key_1",
         "value_1",
-        "key_2",
-        "value_2",
     }
 
 
@@ -230,14 +231,16 @@ PROMPTS = [_rng.integers(0, 50, 290).tolist(), [7, 9, 11, 2] * 33, _rng.integers
 
 
 @pytest.fixture(scope="module")
-def full_text(model: Llama) -> dict[str, list[list[int]]]:
-    """The same model with full caches, whose masks hide what is behind the window."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PARTS, "window", PARTS["full"])
-        return {
-            dtype: [row.tokens for row in generate(model, None, PROMPTS, cache_dtype=dtype, **GREEDY)]
-            for dtype in ("float32", "int8")
-        }
+def full_text(model: Llama) -> Callable[[str], list[list[int]]]:
+    """What the same model says with full caches of a dtype, whose masks hide what is behind the window."""
+
+    @functools.cache
+    def of(dtype: str) -> list[list[int]]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(PARTS, "window", PARTS["full"])
+            return [row.tokens for row in generate(model, None, PROMPTS, cache_dtype=dtype, **GREEDY)]
+
+    return of
 
 
 @pytest.mark.matrix
@@ -245,7 +248,7 @@ def full_text(model: Llama) -> dict[str, list[list[int]]]:
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("layout", ["dense", "tiled", "scatter"])
 def test_text_is_that_of_full_caches(
-    layout: str, dtype: str, drafts: int, model: Llama, full_text: dict[str, list[list[int]]], monkeypatch
+    layout: str, dtype: str, drafts: int, model: Llama, full_text: Callable[[str], list[list[int]]], monkeypatch
 ) -> None:
     if layout == "tiled" and dtype == "int8":
         return
@@ -253,8 +256,7 @@ def test_text_is_that_of_full_caches(
     monkeypatch.setattr(engine, "empty_cache", empty)
     run = stream(model, None, PROMPTS, cache_dtype=dtype, speculate=drafts, **GREEDY)
     list(run)
-    assert [row.tokens for row in run.completions] == full_text[dtype]
-    assert run.speed.step_bytes > 0
+    assert [row.tokens for row in run.completions] == full_text(dtype)
 
 
 def test_a_second_turn_keeps_what_is_still_there(model: Llama) -> None:
