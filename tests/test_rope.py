@@ -323,6 +323,12 @@ _MODELS: dict[str, dict[str, Any]] = {
     "dynamic": {"rope_scaling": dataclasses.replace(DYNAMIC, original_context_length=6)},
     "yarn": {"rope_scaling": dataclasses.replace(YARN, original_context_length=16, mscale=0.7, mscale_all_dim=0.3)},
     "longrope": {"rope_scaling": dataclasses.replace(LONGROPE, original_context_length=6)},
+    # As Phi-3: rings alone, which have no slots of their own to tell it by.
+    "longrope of windows": {
+        "rope_scaling": dataclasses.replace(LONGROPE, original_context_length=6),
+        "layer_kinds": ("window",),
+        "window": 4,
+    },
     "longrope of a part": {
         "rope_scaling": dataclasses.replace(
             LONGROPE, original_context_length=6, short_factors=SHORT[:6], long_factors=LONG[:6]
@@ -346,7 +352,7 @@ def test_logits_far_behind_the_original_context(name: str) -> None:
     np.testing.assert_allclose(forward(model, TOKENS[None])[0], expected, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["dynamic", "longrope"])
+@pytest.mark.parametrize("name", ["dynamic", "longrope", "longrope of windows"])
 def test_slots_decide_whatever_the_tokens(name: str) -> None:
     """Of a text within the original context: in one piece without a cache, and in two in one that reaches beyond."""
     config = Config(**SIZES, **_MODELS[name])
