@@ -156,7 +156,7 @@ def _differ(path: Path, model: Any) -> float:
     from tests import llamacpp
 
     ids = np.random.default_rng(0).integers(0, 64, TOKENS)
-    return float(np.abs(np.asarray(forward(model, ids[None])[0])[0] - llamacpp.logits(path, ids.tolist())).max())
+    return float(np.abs(np.asarray(forward(model, ids[None]))[0] - llamacpp.logits(path, ids.tolist())).max())
 
 
 @pytest.mark.extras
@@ -173,7 +173,8 @@ def test_llamacpp_computes_the_same_of_packed_weights(family: str, tmp_path: Pat
     pytest.importorskip("xllamacpp", reason=_XLLAMACPP)
     from tests import llamacpp
 
-    rules = (Rule(weights="*norm*", keep=True), Rule(weights="*bias*", keep=True), Rule(weights="*", scheme="int4"))
+    vectors = ["*norm*", *(["*bias*"] if CONFIGS[family].qkv_bias else [])]
+    rules = (*(Rule(weights=name, keep=True) for name in vectors), Rule(weights="*", scheme="int4"))
     path = tmp_path / "packed.gguf"
     save_checkpoint(quantize(_model(family), rules, types="ggml"), path, form="gguf")
     types = {tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors if len(tensor.shape) == 2}
