@@ -25,6 +25,7 @@ for _family in (
     granite.GRANITE,
     phi.PHI3,
     bitnet.FAMILY,
+    bitnet.SILU,
 ):
     register(_family)
 

@@ -7,7 +7,8 @@ scheme "ternary" and `activations`), and a matter of how the files are packed (`
 from typing import Any
 
 from llamajax.config import Config
-from llamajax.families.family import Family, Format, Keys
+from llamajax.families.family import Family, Format, Keys, format_of
+from llamajax.families.gguf import check_tied
 
 
 def _read(keys: Keys) -> dict[str, Any]:
@@ -19,6 +20,20 @@ def _read(keys: Keys) -> dict[str, Any]:
 
 def _write(config: Config) -> dict[str, Any]:
     return {"hidden_act": "relu2", "attention_bias": config.qkv_bias}
+
+
+def _read_gguf(keys: Keys) -> dict[str, Any]:
+    return {"sub_norms": True, "activation": "relu_squared"}
+
+
+def _read_silu_gguf(keys: Keys) -> dict[str, Any]:
+    keys.only("hidden_activation", "silu")
+    return {"sub_norms": True}
+
+
+def _write_gguf(config: Config) -> dict[str, Any]:
+    check_tied(config, format_of(config, "gguf").kinds[0])
+    return {}
 
 
 FAMILY = Family(
@@ -40,4 +55,8 @@ FAMILY = Family(
         },
         architecture="BitNetForCausalLM",
     ),
+    # Of github.com/microsoft/BitNet, a fork of llama.cpp, which itself has no gate of squared ReLU.
+    gguf=Format(kinds=("bitnet-b1.58",), read=_read_gguf, write=_write_gguf),
 )
+# The reproduction of the paper's 3B (1bitLLM), with SiLU, which llama.cpp has.
+SILU = Family("bitnet_silu", gguf=Format(kinds=("bitnet",), read=_read_silu_gguf, write=_write_gguf))
