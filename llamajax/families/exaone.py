@@ -13,7 +13,7 @@ from llamajax.fields import check_whole
 
 def _read(keys: Keys) -> dict[str, Any]:
     """`Exaone4Config`: without a window, as in 1.2B, all layers see all and have RoPE."""
-    window, pattern = keys.or_null("sliding_window"), keys.take("sliding_window_pattern")
+    window, pattern = keys.whole_or_null("sliding_window"), keys.take("sliding_window_pattern")
     switches = {"norms": "after", "query_key_norm": "head"}
     if window is None:
         return switches | read_windows(keys, ("full",), None)
