@@ -12,7 +12,7 @@ are arguments of functions.
 
 import dataclasses
 import importlib.resources
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -207,6 +207,11 @@ class Config:
         if kind == "window" and self.window_rope is not None:
             return self.window_rope
         return Rope(theta=self.rope_theta, scaling=self.rope_scaling)
+
+    def rope_choice(self, reach: int) -> tuple[Hashable, ...]:
+        """What the positions that a request may come to decide of RoPE; keys of another choice are of no use to it."""
+        ropes = [self.rope(kind) for kind in self.layer_kinds]
+        return tuple(None if rope is None else rope.choice(reach) for rope in ropes)
 
     @property
     def stacks(self) -> tuple[Stack, ...]:

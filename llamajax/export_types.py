@@ -16,7 +16,7 @@ from flax import nnx
 from flax.nnx.graphlib import HashableMapping
 from flax.nnx.pytreelib import PytreeState
 
-from llamajax.caches import DensePart, KVCache, NoCache, QuantizedPart, TiledPart
+from llamajax.caches import DensePart, KVCache, NoCache, QuantizedPart, RingPart, TiledPart
 from llamajax.config import Config, RopeScaling
 from llamajax.generation.programs import Asked, EngineState, Made
 from llamajax.generation.sampling import Sampler
@@ -25,7 +25,7 @@ from llamajax.parameters import Stack
 from quant import Mixed, QTensor, Scheme, TiledWeight
 
 _MODULES = (Llama, Block, Attention, FeedForward, RMSNorm)
-_STATES = (KVCache, NoCache, DensePart, QuantizedPart, TiledPart, EngineState, Asked, Made, Sampler)
+_STATES = (KVCache, NoCache, DensePart, QuantizedPart, RingPart, TiledPart, EngineState, Asked, Made, Sampler)
 _WEIGHTS = (QTensor, Mixed, TiledWeight)
 _FLAX = (nnx.Param, PytreeState)
 _VALUES = {cls.__name__: cls for cls in (Config, RopeScaling, Scheme, Stack)}

@@ -199,9 +199,25 @@ def rope_frequencies(rope: Rope, rotated: int, reach: int | None = None) -> jax.
         rotated: coordinates of a head that turn.
         reach: the positions that a request may come to: slots of its cache, or tokens where there is none. `dynamic`
             and `longrope` choose by it, once a request, as llama.cpp does, where transformers chooses at each call.
+            In exported programs it may be a symbolic size.
     """
     with np.errstate(over="ignore", under="ignore"):
-        return jnp.asarray(_frequencies(rope, rotated, reach).astype(np.float32))
+        if rope.choice(None) is None or isinstance(reach, int | None):
+            return jnp.asarray(_frequencies(rope, rotated, reach), jnp.float32)
+        return _frequencies_of_size(rope, rotated, reach)
+
+
+def _frequencies_of_size(rope: Rope, rotated: int, reach: Any) -> jax.Array:
+    """As `rope_frequencies`, of a `reach` that only the caller of a program knows."""
+    scaling, size = rope.scaling, jnp.asarray(reach)
+    assert scaling is not None
+    original = scaling.original_context_length
+    within = jnp.asarray(_frequencies(rope, rotated, original), jnp.float32)
+    if scaling.kind == "longrope":
+        return jnp.where(size > original, jnp.asarray(_frequencies(rope, rotated, original + 1), jnp.float32), within)
+    beyond = jnp.maximum(size - original, 0).astype(jnp.float32) / original
+    exponent = jnp.asarray(-2.0 * np.arange(rotated // 2) / (rotated - 2), jnp.float32)
+    return within * (1 + scaling.factor * beyond) ** exponent
 
 
 def _frequencies(rope: Rope, rotated: int, reach: int | None) -> np.ndarray:
@@ -215,8 +231,8 @@ def _frequencies(rope: Rope, rotated: int, reach: int | None) -> np.ndarray:
         return frequency / scaling.factor
     if scaling.kind == "dynamic":
         assert isinstance(choice, int)
-        stretched = scaling.factor * choice / scaling.original_context_length - (scaling.factor - 1)
-        return (rope.theta * np.float64(stretched) ** (rotated / (rotated - 2))) ** exponent
+        beyond = choice / scaling.original_context_length - 1
+        return (rope.theta * np.float64(1 + scaling.factor * beyond) ** (rotated / (rotated - 2))) ** exponent
     if scaling.kind == "longrope":
         return frequency / np.asarray(scaling.long_factors if choice else scaling.short_factors, np.float64)
     if scaling.kind == "yarn":

@@ -3,8 +3,8 @@
 Written from the papers and, where families have none, from transformers' `modeling_*.py`; one sequence at a time, a
 loop over layers, heads and positions, no batch, no cache, no mask. Weights are a dict in Hugging Face's names and
 orientation, `[out, in]`; of a LLaMA `weights_of` takes them from a model through
-`llamajax.checkpoint.huggingface.save`, so that the mapping of names and orientations is tested as well, of other
-configs by a table of its own.
+`llamajax.checkpoint.huggingface.save`, so that the mapping of names and orientations is tested as well;
+`switched_weights_of` of any config, by a table of its own.
 
 RoPE is a product of complex numbers here, real sines and cosines in the model. `neighbours=True` is Meta's layout (and
 llama2.c's), in which a head's elements 2i and 2i + 1 are a pair; otherwise i and i + H/2 are.
@@ -28,6 +28,7 @@ from llamajax.checkpoint import huggingface
 from llamajax.model import model_from
 from llamajax.parameters import leaves, named_arrays
 from llamajax.parameters import weights_of as single_weights
+from quant import values
 
 Weights = dict[str, np.ndarray]
 
@@ -115,16 +116,17 @@ def rotate(head: np.ndarray, position: int, frequency: np.ndarray, neighbours: b
     return result
 
 
-def turned(config: Config, kind: str, head: np.ndarray, position: int, neighbours: bool) -> np.ndarray:
+def turned(config: Config, kind: str, head: np.ndarray, position: int, reach: int, neighbours: bool) -> np.ndarray:
     """A head's vector [H] with its position in it: its first coordinates turned, by the RoPE of that kind of layer."""
     if kind == "nope":
         return head
-    alone = {"layer_kinds": ("full",), "window": None, "chunk": None, "window_rope": None}
+    plain: dict[str, Any] = {"layer_kinds": ("full",), "window": None, "chunk": None, "window_rope": None}
     if kind == "window" and config.window_rope is not None:
-        alone |= {"rope_theta": config.window_rope.theta, "rope_scaling": config.window_rope.scaling}
+        plain |= {"rope_theta": config.window_rope.theta, "rope_scaling": config.window_rope.scaling}
     size = int(config.rope_fraction * config.head_size)
-    frequency = frequencies(dataclasses.replace(config, head_size=size, rope_fraction=1.0, **alone))
-    return np.concatenate([rotate(head[:size], position, frequency, neighbours), head[size:]])
+    alone = dataclasses.replace(config, head_size=size, rope_fraction=1.0, **plain)
+    first = rotate(head[:size], position, frequencies(alone, reach), neighbours) * rope_factor(alone)
+    return np.concatenate([first, head[size:]])
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -179,8 +181,10 @@ def linear(weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
 
 
 def temperature(config: Config, kind: str, position: int) -> float:
-    """What a query at a position is multiplied by: `_get_llama_4_attn_scale` of transformers' `modeling_ministral3.py`;
-    `attn_scale` of `modeling_llama4.py`, there of layers without RoPE only.
+    """What a query at a position is multiplied by.
+
+    `_get_llama_4_attn_scale` of transformers' `modeling_ministral3.py`; `attn_scale` of `modeling_llama4.py`, there of
+    layers without RoPE only.
     """
     warm = config.query_temperature
     if warm is None or (warm.only_nope and kind != "nope"):
@@ -189,7 +193,13 @@ def temperature(config: Config, kind: str, position: int) -> float:
 
 
 def attention(
-    config: Config, weights: Weights, prefix: str, x: np.ndarray, neighbours: bool, kind: str = "full"
+    config: Config,
+    weights: Weights,
+    prefix: str,
+    x: np.ndarray,
+    neighbours: bool,
+    kind: str = "full",
+    reach: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Grouped-query attention of one layer, [T, D] -> [T, D], and its weights [N, T, T]."""
     size = config.head_size
@@ -202,7 +212,8 @@ def attention(
         """Queries or keys of one head with norms, in the order of their family, and positions."""
         if config.query_key_norm == "head":
             vectors = normed(name, vectors)
-        vectors = np.stack([turned(config, kind, vector, t, neighbours) for t, vector in enumerate(vectors)])
+        turn = functools.partial(turned, config, kind, reach=reach or len(vectors), neighbours=neighbours)
+        vectors = np.stack([turn(vector, t) for t, vector in enumerate(vectors)])
         if config.query_key_norm == "l2" and kind != "nope":
             vectors = vectors / np.sqrt(np.mean(vectors**2, axis=-1, keepdims=True) + config.norm_eps)
         return vectors
@@ -271,8 +282,13 @@ _NORMS = {
 }
 
 
-def trace(config: Config, weights: Weights, tokens: np.ndarray, neighbours: bool = False) -> Pass:
-    """One sequence of token ids [T], with all that a model can be asked to show."""
+def trace(
+    config: Config, weights: Weights, tokens: np.ndarray, neighbours: bool = False, reach: int | None = None
+) -> Pass:
+    """One sequence of token ids [T], with all that a model can be asked to show.
+
+    `reach` is how many positions there may be, T unless given: dynamic NTK and longrope choose by it.
+    """
     x = weights["model.embed_tokens.weight"][np.asarray(tokens)].astype(np.float64) * config.embedding_scale
     layers = []
     for layer in range(config.num_layers):
@@ -291,7 +307,9 @@ def trace(config: Config, weights: Weights, tokens: np.ndarray, neighbours: bool
             return normed(names[1], made) * config.residual_scale, *rest
 
         first, second = _NORMS[config.norms]
-        attend = functools.partial(attention, config, weights, f"{prefix}.self_attn", neighbours=neighbours, kind=kind)
+        attend = functools.partial(
+            attention, config, weights, f"{prefix}.self_attn", neighbours=neighbours, kind=kind, reach=reach
+        )
         mixed, maps = half(attend, first, x)
         x = x + mixed
         (added,) = half(lambda x, prefix=prefix: (feed_forward(weights, f"{prefix}.mlp", x, config),), second, x)
@@ -308,9 +326,11 @@ def head(config: Config, weights: Weights, x: np.ndarray) -> np.ndarray:
     return logits if config.logit_cap is None else config.logit_cap * np.tanh(logits / config.logit_cap)
 
 
-def forward(config: Config, weights: Weights, tokens: np.ndarray, neighbours: bool = False) -> np.ndarray:
-    """Logits [T, V] of one sequence of token ids [T]."""
-    return trace(config, weights, tokens, neighbours).logits
+def forward(
+    config: Config, weights: Weights, tokens: np.ndarray, neighbours: bool = False, reach: int | None = None
+) -> np.ndarray:
+    """Logits [T, V] of one sequence of token ids [T]; `reach` as of `trace`."""
+    return trace(config, weights, tokens, neighbours, reach).logits
 
 
 def loss(config: Config, weights: Weights, rows: np.ndarray) -> float:
@@ -326,8 +346,7 @@ def loss(config: Config, weights: Weights, rows: np.ndarray) -> float:
 
 
 def random_model(config: Config, seed: int = 0, dtype: jax.typing.DTypeLike = jnp.float32) -> Llama:
-    """A model in which everything matters: the usual initialization has norms of one, no biases, and nearly uniform
-    attention.
+    """A model in which everything matters: usually norms begin at one, biases at zero, and attention nearly uniform.
 
     A leaf's values depend on the seed, its name and its shape only, so that two configs can share their weights.
     """
@@ -361,10 +380,10 @@ _VECTORS = {"query_norm": "q_norm", "key_norm": "k_norm", "sub_norm": "attn_sub_
 
 
 def switched_weights_of(model: Llama) -> Weights:
-    """As `weights_of`, of any config, whether or not a family has its switches."""
+    """As `weights_of`, of any config, whether or not a family has its switches; what quantized weights stand for."""
     config, found = model.config, {}
     for (name, layer), weight in single_weights(model).items():
-        array = np.asarray(jnp.asarray(weight, jnp.float32), np.float64)
+        array = np.asarray(values(weight), np.float64)
         found[_theirs(config, name, layer)] = array.T if layer is not None and array.ndim == 2 else array
     return found
 

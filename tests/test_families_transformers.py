@@ -12,11 +12,12 @@ import pytest
 
 import llamajax
 from llamajax import Llama
-from llamajax.caches import KVCache
+from llamajax.caches import PARTS, KVCache
 from llamajax.families import pieces
-from llamajax.parameters import specs, weights_of
+from llamajax.parameters import named_weights, specs, weights_of
 from llamajax.quantization.quantize import quantize
 from quant import values
+from quant.recipe import Rule
 
 _REASON = "compares with Hugging Face transformers: install the extra: pip install -e '.[parity]'"
 torch = pytest.importorskip("torch", reason=_REASON)
@@ -30,12 +31,10 @@ class Case(NamedTuple):
     Attributes:
         kind: its `model_type`.
         fields: of its config, beside the sizes.
-        family: ours.
     """
 
     kind: str
     fields: Mapping[str, Any]
-    family: str = ""
 
 
 SIZES = {
@@ -52,18 +51,46 @@ SIZES = {
     "initializer_range": 0.2,
 }
 THETA = {"rope_type": "default", "rope_theta": 1e4}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 2.0, 3.0, 5.0],
+    "original_max_position_embeddings": 16,
+}
 # Windows and original contexts are shorter than the 48 tokens that are compared.
 CASES = {
     "llama-biases": Case("llama", {"attention_bias": True, "mlp_bias": True}),
-    "iquestcoder": Case("iquestcoder", {"head_dim": 16}, "llama"),
-    "internlm3": Case("internlm3", {"head_dim": 16}, "llama"),
+    "iquestcoder": Case("iquestcoder", {"head_dim": 16}),
+    "internlm3": Case(
+        "internlm3",
+        {
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0},
+            "max_position_embeddings": 32,
+        },
+    ),
     "seed_oss": Case("seed_oss", {"head_dim": 16}),
     "seed_oss-out": Case("seed_oss", {"head_dim": 16, "attention_out_bias": True, "attention_bias": False}),
     "mistral": Case("mistral", {"sliding_window": 7}),
     "mistral-full": Case("mistral", {"sliding_window": None, "head_dim": 16}),
-    "ministral": Case("ministral", {"sliding_window": 7}),
+    "ministral": Case("ministral", {"sliding_window": 7, "head_dim": 8}),
+    "ministral-types": Case(
+        "ministral",
+        {"sliding_window": 7, "head_dim": 8, "layer_types": ["full_attention"] + ["sliding_attention"] * 3},
+    ),
+    "ministral3": Case(
+        "ministral3",
+        {
+            "head_dim": 16,
+            "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3},
+        },
+    ),
     "qwen2": Case("qwen2", {"tie_word_embeddings": True}),
     "qwen2-window": Case("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}),
+    "qwen2-yarn": Case("qwen2", {"rope_parameters": YARN}),
     "qwen3": Case("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen3-bias": Case("qwen3", {"head_dim": 16, "attention_bias": True}),
     "gemma": Case("gemma", {"head_dim": 16}),
@@ -71,9 +98,21 @@ CASES = {
     "gemma2-uncapped": Case(
         "gemma2", {"head_dim": 8, "sliding_window": 9, "attn_logit_softcapping": None, "final_logit_softcapping": 3.0}
     ),
+    "gemma3": Case(
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "sliding_window": 9,
+            "sliding_window_pattern": 3,
+            "rope_parameters": {"full_attention": LINEAR, "sliding_attention": THETA},
+        },
+    ),
     "smollm3": Case("smollm3", {}),
     "smollm3-list": Case("smollm3", {"no_rope_layers": [0, 1, 1, 0], "attention_bias": True}),
     "olmo2": Case("olmo2", {}),
+    "olmo3": Case(
+        "olmo3", {"sliding_window": 9, "rope_parameters": {"full_attention": YARN, "sliding_attention": THETA}}
+    ),
     "granite": Case(
         "granite",
         {
@@ -84,16 +123,31 @@ CASES = {
             "tie_word_embeddings": True,
         },
     ),
-    "phi3": Case("phi3", {"sliding_window": 9, "rope_parameters": THETA | {"partial_rotary_factor": 1.0}}),
+    "phi3": Case("phi3", {"sliding_window": 9}),
+    "phi3-long": Case("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 16}),
+    "phi3-short": Case("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 64}),
+    "phi4-mini": Case(
+        "phi3",
+        {
+            "hidden_size": 64,
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": 16,
+            "rope_parameters": LONG | {"partial_rotary_factor": 0.5},
+        },
+    ),
 }
+# In another name than ours.
+FAMILY_OF = {"gemma3_text": "gemma3", "iquestcoder": "llama", "internlm3": "llama"}
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 48))
 CHUNK = 8
+PARTS.setdefault("window", PARTS["full"])
+torch.set_num_threads(1)  # such models are too small to share among them
 STEPS = 64
 _COMPILER = {"xla_backend_optimization_level": 0}
 
 
 def _theirs(case: Case) -> "transformers.PreTrainedModel":
-    """A random model of transformers' own making: large weights, so that attention is not uniform."""
+    """A random model of transformers' own making, none of its weights as they begin, and so large that attention is uneven."""
     fields = {**SIZES, "rope_parameters": dict(THETA)} | case.fields
     config = transformers.AutoConfig.for_model(case.kind, **json.loads(json.dumps(fields)))
     config._attn_implementation = "eager"
@@ -145,32 +199,37 @@ def _assert_logits(actual: Any, expected: np.ndarray, tolerance: float = 1e-4) -
 def test_family(name: str, tmp_path: Any) -> None:
     """Their model read by us, in one piece, in chunks, token by token, in int4; and written by us, read by them."""
     case = CASES[name]
-    theirs = _theirs(case)
-    theirs.save_pretrained(tmp_path / "theirs")
+    made = _theirs(case)
+    made.save_pretrained(tmp_path / "theirs")
+    load = functools.partial(type(made).from_pretrained, attn_implementation="eager")
+    theirs = load(tmp_path / "theirs")
     model, _ = llamajax.load(tmp_path / "theirs")
-    assert model.config.family == (case.family or case.kind)
+    assert model.config.family == FAMILY_OF.get(case.kind, case.kind)
     expected = _their_logits(theirs)
     _assert_logits(_whole(model), expected)
-    _assert_logits(_in_pieces(model, CHUNK)[0], expected)
-    single, chosen = _in_pieces(model, 1, STEPS)
-    _assert_logits(single, expected)
-    continued = np.concatenate([TOKENS, chosen], axis=1)
-    # One pass of theirs over all of it chooses the same 64 tokens, each for what came before.
-    np.testing.assert_array_equal(_their_logits(theirs, continued)[:, -STEPS - 1 : -1].argmax(axis=-1), chosen)
-    _check_int4(model, theirs)
     llamajax.save_checkpoint(model, tmp_path / "ours", form="huggingface")
-    again, report = type(theirs).from_pretrained(
-        tmp_path / "ours", output_loading_info=True, attn_implementation="eager"
-    )
+    again, report = load(tmp_path / "ours", output_loading_info=True)
     assert not any(report.values()), f"missing, unexpected or mismatched: {report}"
-    np.testing.assert_array_equal(
-        _their_logits(again), _their_logits(type(theirs).from_pretrained(tmp_path / "theirs"))
-    )
+    np.testing.assert_array_equal(_their_logits(again), expected)
+    _check_pieces(model, theirs)
+    _check_int4(model, load(tmp_path / "theirs"))
+
+
+def _check_pieces(model: Llama, theirs: Any) -> None:
+    """In chunks and token by token, against one pass of theirs over as many tokens as the cache has slots."""
+    single, chosen = _in_pieces(model, 1, STEPS)
+    expected = _their_logits(theirs, np.concatenate([TOKENS, chosen], axis=1))
+    _assert_logits(single, expected[:, : TOKENS.shape[1]])
+    _assert_logits(_in_pieces(model, CHUNK)[0], expected[:, : TOKENS.shape[1]])
+    # For what came before, theirs chooses the same tokens.
+    np.testing.assert_array_equal(expected[:, -STEPS - 1 : -1].argmax(axis=-1), chosen)
 
 
 def _check_int4(model: Llama, theirs: Any) -> None:
     """The packed model against theirs with the weights that the packed ones stand for."""
-    packed = quantize(model, "int4-g32")
+    keep = [Rule(weights="*norm*", keep=True), Rule(weights="*_bias_*", keep=True)]
+    biases = any("_bias_" in name for name in named_weights(model))
+    packed = quantize(model, (*keep[: 1 + biases], Rule(weights="*", scheme="int4", group_size=32)))
     given = _dequantized(packed)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
@@ -185,7 +244,5 @@ def _dequantized(model: Llama) -> dict[str, np.ndarray]:
         piece, array = pieces(model.config, "huggingface")[place], np.asarray(values(weight), np.float32)
         array = array.T if specs(model.config)[place].transposed else array
         found.setdefault(piece.tensor, []).append((piece.rows.start if piece.rows else 0, array))
-    return {
-        name: np.concatenate([array for _, array in sorted(parts, key=lambda one: one[0])])
-        for name, parts in found.items()
-    }
+    ordered = {name: sorted(parts, key=lambda one: one[0]) for name, parts in found.items()}
+    return {name: np.concatenate([array for _, array in parts]) for name, parts in ordered.items()}

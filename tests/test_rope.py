@@ -4,15 +4,19 @@ import dataclasses
 import json
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from llamajax import Config, LlamaJaxError, Rope, RopeScaling
+from export.profiles import Spec
+from export.programs import functions
+from llamajax import Config, Engine, Kept, KVCache, Llama, LlamaJaxError, RopeScaling, stream
 from llamajax.families import config_from_hf, config_to_hf
 from llamajax.families.family import FAMILIES, Family, Format, Keys
 from llamajax.families.huggingface_rope import read_rope, rope_value, write_rope
-from llamajax.rope import rope_attention_factor, rope_frequencies
+from llamajax.rope import Rope, rope_attention_factor, rope_frequencies
 from tests import reference
+from tests.programs import forward, step
 
 SHORT = tuple(1 + 0.05 * i for i in range(8))
 LONG = tuple(1 + 1.7 * i for i in range(8))
@@ -306,3 +310,123 @@ def test_what_a_family_has_of_its_own_in_the_object(monkeypatch: pytest.MonkeyPa
         assert (config.query_scale, config.rope_scaling) == (0.2, YARN)
         assert config_from_hf(config_to_hf(config)) == config
     assert config_from_hf(mine | {"rope_scaling": _YARN}).query_scale is None
+
+
+# ---- The model ------------------------------------------------------------------------------------------------------
+
+TOKENS = np.random.default_rng(3).integers(0, 32, 24)
+_MODELS: dict[str, dict[str, Any]] = {
+    "dynamic": {"rope_scaling": dataclasses.replace(DYNAMIC, original_context_length=6)},
+    "yarn": {"rope_scaling": dataclasses.replace(YARN, original_context_length=16, mscale=0.7, mscale_all_dim=0.3)},
+    "longrope": {"rope_scaling": dataclasses.replace(LONGROPE, original_context_length=6)},
+    "longrope of a part": {
+        "rope_scaling": dataclasses.replace(
+            LONGROPE, original_context_length=6, short_factors=SHORT[:6], long_factors=LONG[:6]
+        ),
+        "rope_fraction": 0.75,
+    },
+    "yarn but of windows": {
+        "rope_scaling": dataclasses.replace(YARN, original_context_length=16, truncate=False),
+        "window_rope": Rope(theta=100.0),
+        "layer_kinds": _KINDS,
+        "window": 4,
+    },
+}
+
+
+@pytest.mark.parametrize("name", _MODELS)
+def test_logits_far_behind_the_original_context(name: str) -> None:
+    config = Config(**SIZES, **_MODELS[name])
+    model = reference.random_model(config)
+    expected = reference.forward(config, reference.switched_weights_of(model), TOKENS)
+    np.testing.assert_allclose(forward(model, TOKENS[None])[0], expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["dynamic", "longrope"])
+def test_slots_decide_whatever_the_tokens(name: str) -> None:
+    """Of a text within the original context: in one piece without a cache, and in two in one that reaches beyond."""
+    config = Config(**SIZES, **_MODELS[name])
+    model = reference.random_model(config)
+    weights, tokens = reference.switched_weights_of(model), TOKENS[:6]
+    within, beyond = (reference.forward(config, weights, tokens, reach=reach) for reach in (6, 24))
+    assert abs(within - beyond).max() > 0.1, "a choice that changed nothing would pass"
+    np.testing.assert_allclose(forward(model, tokens[None])[0], within, atol=2e-4)
+    first_1TV, cache = step(model, tokens[None, :3], KVCache.empty(config, 1, 24))
+    second_1TV, _ = step(model, tokens[None, 3:], cache)
+    np.testing.assert_allclose(np.concatenate([first_1TV[0], second_1TV[0]]), beyond, atol=2e-4)
+
+
+def test_sizes_that_only_the_caller_knows() -> None:
+    """An exported program of any cache size chooses when it is called."""
+    for scaling in (DYNAMIC, LONGROPE):
+        rope = Rope(theta=1e4, scaling=scaling)
+        program = jax.jit(lambda cache_S, rope=rope: rope_frequencies(rope, 16, cache_S.shape[0]))
+        size = jax.export.symbolic_shape("S")
+        exported = jax.export.export(program)(jax.ShapeDtypeStruct(size, np.float32))
+        for reach in (1, 64, 65, 4096):
+            expected = reference.frequencies(Config(**SIZES, rope_scaling=scaling), reach)
+            np.testing.assert_allclose(exported.call(np.zeros(reach, np.float32)), expected, rtol=2e-6)
+
+
+# ---- Requests -------------------------------------------------------------------------------------------------------
+
+REQUESTS = Config(
+    **SIZES | {"head_size": 4, "num_layers": 1},
+    rope_scaling=dataclasses.replace(
+        LONGROPE, original_context_length=256, short_factors=(1.0, 1.5), long_factors=(1.3, 9.0)
+    ),
+)
+
+
+def _choices(model: Llama, text: list[int], slots: int) -> np.ndarray:
+    """The likeliest token behind each of a text, in one piece in a cache of so many slots."""
+    padded = np.asarray([text + [0] * (slots - len(text))])
+    return np.argmax(step(model, padded, KVCache.empty(model.config, 1, slots))[0][0], axis=-1)
+
+
+def test_a_request_chooses_once_by_its_whole_length() -> None:
+    """What an earlier request left is of use as long as both are on the same side of the original context."""
+    model, kept = reference.random_model(REQUESTS), Kept()
+    text = np.random.default_rng(1).integers(0, 32, 240).tolist()
+    # How many of a text are given, new tokens, slots, and tokens that are not computed again.
+    for given, new, slots, reused in ((240, 8, 256, 0), (248, 8, 256, 247), (256, 260, 768, 0), (516, 2, 768, 515)):
+        made = _continued(model, text[:given], new, kept, slots, reused)
+        text = text[:given] + made
+        np.testing.assert_array_equal(made, _choices(model, text, slots)[given - 1 : given + new - 1])
+    _continued(model, text[:240], 8, kept, 256, 0)
+
+
+def _continued(model: Llama, text: list[int], new: int, kept: Kept, slots: int, reused: int) -> list[int]:
+    """The new tokens of a request that has so many slots and keeps so many tokens."""
+    run = stream(model, None, text, max_new_tokens=new, temperature=0, kept=kept)
+    list(run)
+    assert kept.engine is not None
+    assert (kept.engine.slots, run.speed.reused_tokens) == (slots, reused)
+    return list(run.completions[0].tokens)
+
+
+def test_an_engine_does_not_grow_beyond_what_chose_its_rope() -> None:
+    engine = Engine(reference.random_model(REQUESTS), 1, 256)
+    with pytest.raises(LlamaJaxError, match="256 slots cannot grow to 512: they decide this model's RoPE"):
+        engine.grow(engine.empty(), 257)
+    assert engine.grow(engine.empty(), 200)[0].slots == 256
+
+
+def test_programs_of_a_bundle_choose_by_its_slots() -> None:
+    """Those of one size, and those whose slots the caller gives."""
+    config = Config(**SIZES | {"num_layers": 1}, **_MODELS["longrope"])
+    model = reference.random_model(config)
+    weights, tokens = reference.switched_weights_of(model), TOKENS[:4]
+    made = {slots: functions(model, Spec(slots=slots, buckets=(4,), drafts=1)) for slots in (6, 24)}
+    length = np.zeros(1, np.int32)
+    sizes = dict(zip("BST", jax.export.symbolic_shape("B, S, T", constraints=["S >= T"]), strict=True))
+    symbolic = functions(model, Spec(slots=24, buckets=(4,), drafts=1), sizes)[0]
+    of_any_size = jax.export.export(jax.jit(symbolic[1]))(model, *symbolic[2].values())
+    for slots in (6, 24):
+        expected = reference.forward(config, weights, tokens, reach=slots)[-1]
+        name, function, inputs, *_ = made[slots][0]
+        state = [np.zeros(inputs[key].shape, np.float32) for key in ("key", "value")]
+        arguments = (model, tokens[None].astype(np.int32), length + 4, length, *state)
+        assert name == "prefill_4"
+        for run in (jax.jit(function), of_any_size.call):
+            np.testing.assert_allclose(run(*arguments)[0][0], expected, atol=2e-4)

@@ -11,8 +11,8 @@ import pytest
 import llamajax
 import quant
 from llamajax.checkpoint import need_tokenizer
-from llamajax.checkpoint.gguf.names import tensor_names
 from llamajax.checkpoint.source import halves_order
+from llamajax.families import tensors
 
 _EXTRA = "compares with llama.cpp: install the extra: pip install -e '.[parity]'"
 WINDOW = 512
@@ -22,7 +22,7 @@ _logits = jax.jit(lambda model, tokens_BT: model(tokens_BT)[0])
 def test_every_code_and_scale_is_kept(smollm2: Path) -> None:
     opened = llamajax.open_checkpoint(smollm2)
     config, held = opened.config, {tensor.name: tensor for tensor in gguf.GGUFReader(smollm2).tensors}
-    places = tensor_names(config)
+    places = {name: place for name, (place,) in tensors(config, "gguf").items()}
     assert places.keys() == held.keys()
     packed = 0
     for name, place in places.items():

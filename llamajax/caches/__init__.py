@@ -1,5 +1,7 @@
 """Caches of keys and values, each of which owns how it is attended to: `cache.py` says what every one does."""
 
+import functools
+
 from llamajax.caches.attention import Scores
 from llamajax.caches.cache import (
     CACHE_DTYPES,
@@ -14,6 +16,7 @@ from llamajax.caches.cache import (
 )
 from llamajax.caches.dense import DensePart
 from llamajax.caches.quantized import SCHEME_OF, QuantizedPart
+from llamajax.caches.ring import RingPart, ring_slots
 from llamajax.caches.tiled import TiledPart
 from llamajax.config import Config
 
@@ -26,6 +29,7 @@ __all__ = [
     "NoCache",
     "Part",
     "QuantizedPart",
+    "RingPart",
     "Scores",
     "TiledPart",
     "Where",
@@ -44,4 +48,18 @@ def _full(config: Config, layers: int, batch: int, slots: int, dtype: str, layou
     return kind.empty(config, layers, batch, slots, dtype, layout)  # type: ignore[arg-type]
 
 
+def _seen(name: str, config: Config, layers: int, batch: int, slots: int, dtype: str, layout: str) -> Part:
+    """A part that keeps what queries see, a number of positions that the config has by this name.
+
+    Of no more slots than that takes it is one that keeps every token: so no slot is looked up by its position.
+    """
+    seen = getattr(config, name)
+    needed = ring_slots(seen)
+    if isinstance(slots, int) and slots <= needed:
+        return _full(config, layers, batch, slots, dtype, layout)
+    return RingPart(_full(config, layers, batch, needed, dtype, layout), seen)
+
+
 PARTS["full"] = _full
+PARTS["window"] = functools.partial(_seen, "window")
+PARTS["chunk"] = functools.partial(_seen, "chunk")

@@ -55,11 +55,26 @@ class Part:
     """Keys and values of some layers, a pytree of arrays [L, B, …]; what a kind of cache defines.
 
     `slots` is the most tokens that a row can hold, None where old ones give way (a ring). A ring has as many slots
-    beyond its window as one step may write, and `spare` says how many.
+    beyond what a query sees as one step may write, and `spare` says how many: so much a row may be shortened.
     """
 
     slots: int | None
     spare: int = 0
+
+    @property
+    def stored(self) -> "Part":
+        """What holds the arrays: the part itself, or one that it uses."""
+        return self
+
+    def storing(self, part: Any) -> "Part":
+        """The same with another for `stored`."""
+        return part
+
+    def fewest(self, where: Where) -> jax.Array:
+        """Behind the tokens of a call, to how few each row can go back, as far as this call is concerned; int32 [B]."""
+        if self.slots is not None:
+            return jnp.zeros_like(where.start_B)
+        return where.start_B + where.position_BT.shape[1] - self.spare
 
     def attend(
         self,
@@ -73,10 +88,14 @@ class Part:
         """As `KVCache.attend`; `layer` is the place of the layer within this part."""
         raise NotImplementedError
 
-    def grow(self, larger: Self) -> Self:
-        """As `KVCache.grow`. Here for parts whose slots of a row are in their order, however an array cuts them."""
+    def grow(self, larger: "Part") -> "Part":
+        """As `KVCache.grow`. Here for parts whose slots of a row are in their order, however an array cuts them.
+
+        A ring has at least as many slots as the part of few slots that it takes over from: there each token keeps its
+        slot.
+        """
         corner = lambda whole, new: jax.lax.dynamic_update_slice(whole, new, (0,) * new.ndim)  # noqa: E731
-        return jax.tree.map(corner, larger, self)
+        return larger.storing(jax.tree.map(corner, larger.stored, self.stored))
 
 
 @jax.tree_util.register_dataclass
@@ -118,10 +137,15 @@ class KVCache:
         parts: one for each position of each stack's pattern, in their order.
         length_B: int32, tokens held by each row; more than `slots` for a row that overflowed. Slots from there on are
             read with weight zero: what is in them must be finite.
+        fewest_B: int32, to how few tokens each row can go back, or to none, as rings have lost what others would need;
+            None where no part loses any.
+        reach: positions that rows may come to, the slots that were asked for: known also where all parts are rings.
     """
 
     parts: tuple[Any, ...]
     length_B: jax.Array
+    fewest_B: jax.Array | None = None
+    reach: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def empty(
@@ -138,7 +162,7 @@ class KVCache:
         Args:
             config: of the model.
             batch: B.
-            slots: S.
+            slots: S. Layers that see a part of the text only take no more than that part and `ring.AHEAD` tokens need.
             dtype: one of `CACHE_DTYPES`. Of a float type the cache takes 2 L B K S H elements; of "int8" and "int4"
                 2 L B K S (H + 5) and 2 L B K S (H/2 + 5) bytes, and what is read is off by at most scale / 2, where
                 scale is the range of the H values of a head and token, widened to include 0, over 255 or 15.
@@ -155,7 +179,9 @@ class KVCache:
             for stack in config.stacks
             for position, kind in enumerate(stack.pattern)
         ]
-        return cls(tuple(parts), jnp.zeros(batch, jnp.int32))
+        length_B = jnp.zeros(batch, jnp.int32)
+        loses = any(part.slots is None for part in parts)
+        return cls(tuple(parts), length_B, jnp.zeros_like(length_B) if loses else None, slots)
 
     @property
     def slots(self) -> int | None:
@@ -175,10 +201,10 @@ class KVCache:
         """
         position_BT = self.length_B[:, None] + jnp.arange(T, dtype=jnp.int32)
         if self.slots is None:
-            return Where(position_BT, count_B)
+            return Where(position_BT, count_B, reach=self.reach)
         if T > self.slots:
             raise ValueError(f"{T} tokens do not fit a cache of {self.slots} slots: make the cache larger")
-        return Where(position_BT, count_B, self.length_B + T <= self.slots, self.slots)
+        return Where(position_BT, count_B, self.length_B + T <= self.slots, self.reach)
 
     def attend(
         self,
@@ -213,7 +239,13 @@ class KVCache:
         count_B = T if where.count_B is None else where.count_B
         if where.fits_B is not None and self.slots is not None:
             count_B = jnp.where(where.fits_B, count_B, self.slots + 1)
-        return dataclasses.replace(self, length_B=self.length_B + jnp.asarray(count_B, jnp.int32))
+        fewest_B = self.fewest_B
+        if fewest_B is not None:
+            fewest_B = jnp.minimum(fewest_B, where.start_B)  # what comes behind a shorter text is new
+            for part in self.parts:
+                fewest_B = jnp.maximum(fewest_B, part.fewest(where))
+        length_B = self.length_B + jnp.asarray(count_B, jnp.int32)
+        return dataclasses.replace(self, length_B=length_B, fewest_B=fewest_B)
 
     def rewind(self, length_B: jax.Array, at_most: int | None = None) -> "KVCache | None":
         """The cache as it was with fewer tokens.
@@ -244,12 +276,12 @@ class KVCache:
         """The cache of some rows, in that order, as often as they are named: int32 [b]."""
         rows = jnp.asarray(rows)
         parts = jax.tree.map(lambda array: jnp.take(array, rows, axis=1), self.parts)
-        return KVCache(parts, self.length_B[rows])
+        return self._with(parts, lambda one_B: one_B[rows])
 
     def put(self, rows: jax.Array, cache: "KVCache") -> "KVCache":
         """This cache with the rows of another of the same slots in place of its own: int32 [b], distinct."""
         parts = jax.tree.map(lambda whole, new: whole.at[:, rows].set(new), self.parts, cache.parts)
-        return KVCache(parts, self.length_B.at[rows].set(cache.length_B))
+        return self._with(parts, lambda one_B, new_b: one_B.at[rows].set(new_b), cache)
 
     def copy(self, row: jax.Array, to: jax.Array) -> "KVCache":
         """This cache with one row, an int32 scalar, in the place of others, int32 [b]."""
@@ -259,7 +291,7 @@ class KVCache:
             write = lambda i, array: jax.lax.dynamic_update_slice_in_dim(array, copied, to[i], axis=1)  # noqa: E731
             return jax.lax.fori_loop(0, to.shape[0], write, array)
 
-        return KVCache(jax.tree.map(one, self.parts), self.length_B.at[to].set(self.length_B[row]))
+        return self._with(jax.tree.map(one, self.parts), lambda one_B: one_B.at[to].set(one_B[row]))
 
     def finite(self) -> "KVCache":
         """The same with 0 for what is NaN or infinite: slots behind a row's tokens are read, with weight zero."""
@@ -269,7 +301,14 @@ class KVCache:
     def grow(self, larger: "KVCache") -> "KVCache":
         """The rows of this cache in one of as many rows and more slots, otherwise alike, whose arrays it takes."""
         parts = [part.grow(other) for part, other in zip(self.parts, larger.parts, strict=True)]
-        return KVCache(tuple(parts), self.length_B)
+        # Before there was a ring nothing was lost.
+        fewest_B = larger.fewest_B if self.fewest_B is None else self.fewest_B
+        return KVCache(tuple(parts), self.length_B, fewest_B, larger.reach)
+
+    def _with(self, parts: Any, numbers: Callable[..., jax.Array], *others: "KVCache") -> "KVCache":
+        """This cache with other parts, and a function of the numbers of each row, and of those of other caches."""
+        every = [(cache.length_B, cache.fewest_B) for cache in (self, *others)]
+        return dataclasses.replace(self, parts=parts, **dict(zip(_NUMBERS, jax.tree.map(numbers, *every), strict=True)))
 
     @property
     def state(self) -> dict[str, jax.Array]:
@@ -277,15 +316,19 @@ class KVCache:
         named = {}
         for number, part in enumerate(self.parts):
             end = f"_{number}" if len(self.parts) > 1 else ""
-            for path, array in jax.tree_util.tree_flatten_with_path(part)[0]:
+            for path, array in jax.tree_util.tree_flatten_with_path(part.stored)[0]:
                 first, _, rest = path_name(path).partition(".")
                 named[".".join(filter(None, (first.partition("_")[0] + end, rest)))] = array
         return named
 
     def with_state(self, arrays: Sequence[jax.Array], length_B: jax.Array) -> "KVCache":
         """This cache with other arrays, in the order of `state`, and lengths."""
-        return KVCache(jax.tree.unflatten(jax.tree.structure(self.parts), list(arrays)), length_B)
+        parts = jax.tree.unflatten(jax.tree.structure(self.parts), list(arrays))
+        fewest_B = None if self.fewest_B is None else jnp.zeros_like(length_B)
+        return dataclasses.replace(self, parts=parts, length_B=length_B, fewest_B=fewest_B)
 
+
+_NUMBERS = ("length_B", "fewest_B")
 
 # Makes a part: (config, layers, batch, slots, dtype, layout) -> Part, for each kind of cache.
 PARTS: dict[str, Callable[[Config, int, int, int, str, str], Any]] = {}

@@ -7,17 +7,20 @@ runtimes do not copy the whole cache at every step.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
 
-from llamajax.caches.attention import BLOCK_QUERIES, SLOT_BLOCK, Scores, attend, attend_blocks
+from llamajax.caches.attention import Scores, attend, attend_blocks, by_blocks
 from llamajax.caches.cache import Part, Where
 from llamajax.config import Config
 from quant import start_indices
 
 Writes = Literal["dense", "straight", "scatter"]
+# Tokens up to which a ring is written token by token: those of a step with drafts.
+FEW = 8
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["key_LBKSH", "value_LBKSH"], meta_fields=["layout"])
@@ -60,27 +63,57 @@ class DensePart(Part):
         part = self.write(layer, key_BTKH, value_BTKH, where.start_B)
         return part.mix(layer, query_BTNH, where.position_BT, scores), part
 
+    def encode(self, x_BTKH: jax.Array) -> Any:
+        """Keys or values as they are stored, their axes as they come."""
+        return x_BTKH.astype(self.key_LBKSH.dtype)
+
+    def decode(self, stored: Any) -> jax.Array:
+        """What `encode` made as it is read."""
+        return stored
+
     def write(self, layer: Any, key_BTKH: jax.Array, value_BTKH: jax.Array, start_B: jax.Array) -> Self:
         """Writes T tokens of one layer from each row's slot `start_B` on; `start_B + T` must not exceed the slots.
 
         Slots past the tokens that `KVCache.end` then counts are overwritten by the next write.
         """
-        new = [x.astype(self.key_LBKSH.dtype) for x in (key_BTKH, value_BTKH)]
-        write = functools.partial(write_rows, layer=layer, start_B=start_B, layout=self.layout)
-        return dataclasses.replace(
-            self, key_LBKSH=write(self.key_LBKSH, new[0]), value_LBKSH=write(self.value_LBKSH, new[1])
-        )
+        new = (self.encode(key_BTKH), self.encode(value_BTKH))
+        return self._with(write_rows(self._planes, new, layer=layer, start_B=start_B, layout=self.layout))
 
-    def mix(self, layer: Any, query_BTNH: jax.Array, position_BT: jax.Array, scores: Scores) -> jax.Array:
-        """Attention over one layer."""
-        in_blocks = self.layout != "straight" and query_BTNH.shape[1] >= BLOCK_QUERIES and scores.see is None
-        in_blocks = in_blocks and self.slots > SLOT_BLOCK and self.slots % SLOT_BLOCK == 0
-        return (attend_blocks if in_blocks else attend)(query_BTNH, *self.read(layer), position_BT, scores)
+    def write_around(
+        self, layer: Any, key_BTKH: jax.Array, value_BTKH: jax.Array, start_B: jax.Array, count_B: jax.Array
+    ) -> Self:
+        """Writes the first `count_B` of T tokens, the last of them that there are slots for, as in a ring.
+
+        The token at position p goes to slot p modulo the slots, the first being at `start_B`. Up to `FEW` tokens are
+        all written, whatever `count_B` says.
+        """
+        new = (self.encode(key_BTKH), self.encode(value_BTKH))
+        around = functools.partial(write_around, layer=layer, start_B=start_B, count_B=count_B, layout=self.layout)
+        return self._with(around(self._planes, new))
+
+    @property
+    def _planes(self) -> Any:
+        return self.key_LBKSH, self.value_LBKSH
+
+    def _with(self, planes: Any) -> Self:
+        return dataclasses.replace(self, key_LBKSH=planes[0], value_LBKSH=planes[1])
+
+    def mix(
+        self,
+        layer: Any,
+        query_BTNH: jax.Array,
+        position_BT: jax.Array,
+        scores: Scores,
+        slot_BS: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attention over one layer; slot s holds position s, unless `slot_BS` says which."""
+        in_blocks = self.layout != "straight" and by_blocks(query_BTNH.shape[1], self.slots, scores)
+        return (attend_blocks if in_blocks else attend)(query_BTNH, *self.read(layer), position_BT, scores, slot_BS)
 
     def read(self, layer: Any) -> tuple[jax.Array, jax.Array]:
         """Keys and values of one layer: key_BKSH, value_BKSH, in the cache's dtype."""
         take = lambda plane: jax.lax.dynamic_index_in_dim(plane, layer, axis=0, keepdims=False)  # noqa: E731
-        return take(self.key_LBKSH), take(self.value_LBKSH)
+        return self.decode(jax.tree.map(take, self.key_LBKSH)), self.decode(jax.tree.map(take, self.value_LBKSH))
 
 
 def write_rows(slots: Any, new: Any, *, layer: Any, start_B: jax.Array, layout: Writes) -> Any:
@@ -104,6 +137,50 @@ def write_rows(slots: Any, new: Any, *, layer: Any, start_B: jax.Array, layout: 
 
         return jax.tree.map(write_plane, slots, new)
 
+    return _each_row(B, layout, write_row, slots)
+
+
+def write_around(slots: Any, new: Any, *, layer: Any, start_B: jax.Array, count_B: jax.Array, layout: Writes) -> Any:
+    """`DensePart.write_around` of [B, T, K, X] into one layer of [L, B, K, S, X], or of pytrees of such.
+
+    A few tokens go one by one. Of more a row's layer is made anew, each slot with its newest token or what it had: one
+    update a row and plane, whatever T is; or one scatter for all rows.
+    """
+    B, T = jax.tree.leaves(new)[0].shape[:2]
+    S = jax.tree.leaves(slots)[0].shape[3]
+    if layout == "scatter" and isinstance(B, int):
+        token_T = jnp.arange(T, dtype=jnp.int32)
+        is_last_BT = (token_T < count_B[:, None]) & (token_T >= count_B[:, None] - S)
+        slot_BT = jnp.where(is_last_BT, rest(start_B[:, None] + token_T, S), S + token_T)  # beyond: dropped
+        row_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
+        at = functools.partial(_scattered, layer=layer, row_B1=row_B1, slot_BT=slot_BT, mode="drop")
+        return jax.tree.map(at, slots, new)
+    if isinstance(T, int) and T <= FEW:
+        for token in range(T):
+            one = jax.tree.map(lambda x_BTKX, token=token: x_BTKX[:, token : token + 1], new)
+            slots = write_rows(slots, one, layer=layer, start_B=rest(start_B + token, S), layout=layout)
+        return slots
+    # The number of the token that each slot then has; negative where it keeps what it holds.
+    token_BS = newest(start_B + count_B, S) - start_B[:, None]
+
+    def write_row(row: Any, slots: Any) -> Any:
+        token_S = token_BS[row]
+
+        def write_plane(plane_LBKSX: jax.Array, new_BTKX: jax.Array) -> jax.Array:
+            at = start_indices(layer, row, 0, 0, 0)
+            old_11KSX = jax.lax.dynamic_slice(plane_LBKSX, at, (1, 1, *plane_LBKSX.shape[2:]))
+            new_TKX = jax.lax.dynamic_index_in_dim(new_BTKX, row, keepdims=False)
+            new_SKX = jnp.take(new_TKX, jnp.maximum(token_S, 0), axis=0, mode="clip")
+            new_KSX = jnp.where((token_S >= 0)[:, None], jnp.swapaxes(new_SKX, 0, 1), old_11KSX[0, 0])
+            return jax.lax.dynamic_update_slice(plane_LBKSX, new_KSX[None, None], at)
+
+        return jax.tree.map(write_plane, slots, new)
+
+    return _each_row(B, layout, write_row, slots)
+
+
+def _each_row(B: Any, layout: Writes, write_row: Callable[[Any, Any], Any], slots: Any) -> Any:
+    """`write_row` of each row and what the one before made: in a loop, but for one row and where there are no loops."""
     if not isinstance(B, int) or (layout != "straight" and B != 1):  # a symbolic B, of an exported program, is no int
         return jax.lax.fori_loop(0, B, write_row, slots)
     for row in range(B):
@@ -111,6 +188,21 @@ def write_rows(slots: Any, new: Any, *, layer: Any, start_B: jax.Array, layout: 
     return slots
 
 
-def _scattered(plane_LBKSX: jax.Array, new_BTKX: jax.Array, layer: Any, row_B1: Any, slot_BT: Any) -> jax.Array:
+def rest(x: jax.Array, by: int) -> jax.Array:
+    """Of the division of an int32 that is not negative, by operations that every runtime has."""
+    return x - jax.lax.div(x, jnp.full_like(x, by)) * by
+
+
+def newest(end_B: jax.Array, S: int) -> jax.Array:
+    """The newest position before `end_B` that each of S slots in turn may hold, int32 [B, S]; negative where none."""
+    last_B1 = end_B[:, None] - 1
+    turned_B1 = rest(jnp.maximum(last_B1, 0), S)
+    slot_S = jnp.arange(S, dtype=jnp.int32)
+    return last_B1 - turned_B1 + slot_S - jnp.where(slot_S > turned_B1, S, 0)
+
+
+def _scattered(
+    plane_LBKSX: jax.Array, new_BTKX: jax.Array, layer: Any, row_B1: Any, slot_BT: Any, mode: Any = "promise_in_bounds"
+) -> jax.Array:
     place = plane_LBKSX.at[layer, row_B1, :, slot_BT]
-    return place.set(new_BTKX, unique_indices=True, mode="promise_in_bounds")
+    return place.set(new_BTKX, unique_indices=True, mode=mode)

@@ -9,12 +9,12 @@ and 0.60 with 4.
 
 import dataclasses
 import functools
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 
-from llamajax.caches.dense import DensePart, Writes, write_rows
+from llamajax.caches.dense import DensePart, Writes
 from llamajax.config import Config
 from quant import SCHEMES, QTensor, Scheme, quantize_rtn
 
@@ -48,20 +48,13 @@ class QuantizedPart(DensePart):
         zeros = lambda: jax.tree.map(lambda plane: jnp.zeros(plane.shape, plane.dtype), abstract)  # noqa: E731
         return cls(zeros(), zeros(), layout)
 
-    def write(self, layer: Any, key_BTKH: jax.Array, value_BTKH: jax.Array, start_B: jax.Array) -> Self:
+    def encode(self, x_BTKH: jax.Array) -> QTensor:
         """As of `DensePart`; a head that holds NaN or infinity is read as nothing else."""
-        scheme = self.key_LBKSH.scheme
-        write = functools.partial(write_rows, layer=layer, start_B=start_B, layout=self.layout)
-        return dataclasses.replace(
-            self,
-            key_LBKSH=write(self.key_LBKSH, _quantize(key_BTKH, scheme)),
-            value_LBKSH=write(self.value_LBKSH, _quantize(value_BTKH, scheme)),
-        )
+        return _quantize(x_BTKH, self.key_LBKSH.scheme)
 
-    def read(self, layer: Any) -> tuple[jax.Array, jax.Array]:
+    def decode(self, stored: QTensor) -> jax.Array:
         """As of `DensePart`, float32."""
-        take = lambda plane: jax.lax.dynamic_index_in_dim(plane, layer, axis=0, keepdims=False)  # noqa: E731
-        return jax.tree.map(take, self.key_LBKSH).values(), jax.tree.map(take, self.value_LBKSH).values()
+        return stored.values()
 
 
 @functools.partial(jax.jit, static_argnames="scheme")

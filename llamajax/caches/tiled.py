@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from llamajax.caches.attention import Scores
 from llamajax.caches.cache import STEP_SLOTS
-from llamajax.caches.dense import DensePart, Writes
+from llamajax.caches.dense import DensePart, Writes, rest
 from llamajax.config import Config
 from quant import start_indices, sum_steps
 
@@ -58,23 +58,47 @@ class TiledPart(DensePart):
     def write(self, layer: Any, key_BTKH: jax.Array, value_BTKH: jax.Array, start_B: jax.Array) -> Self:
         """As of `DensePart`, token by token: a run of them may begin and end inside a tile."""
         B, T = key_BTKH.shape[:2]
+        # As one update of all tokens would be: moved back where it would stick out.
+        first_B = jnp.clip(start_B, 0, self.slots - T)
 
-        def write_token(i: jax.Array | int, slots: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def write_token(i: jax.Array | int, planes: Any) -> Any:
             row, token = i // T, i % T
-            # As one update of all tokens would be: moved back where it would stick out.
-            slot = jnp.clip(start_B[row], 0, self.slots - T) + token
-            key_K, value_K = (x[row, token].astype(slots[0].dtype)[None, None, :, None] for x in (key_BTKH, value_BTKH))
-            at = (layer, row, 0)
-            key_at = start_indices(*at, slot // TILE, 0, slot % TILE)
-            value_at = start_indices(*at, slot // STEP_SLOTS, slot % STEP_SLOTS, 0)
-            return (
-                jax.lax.dynamic_update_slice(slots[0], key_K[..., None], key_at),
-                jax.lax.dynamic_update_slice(slots[1], value_K[..., None, :], value_at),
-            )
+            return self._written(planes, layer, row, token, first_B[row] + token, key_BTKH, value_BTKH)
 
-        slots = (self.key_LBKSH, self.value_LBKSH)
-        slots = write_token(0, slots) if B * T == 1 else jax.lax.fori_loop(0, B * T, write_token, slots)
-        return dataclasses.replace(self, key_LBKSH=slots[0], value_LBKSH=slots[1])
+        planes = self._planes
+        return self._with(write_token(0, planes) if B * T == 1 else jax.lax.fori_loop(0, B * T, write_token, planes))
+
+    def write_around(
+        self, layer: Any, key_BTKH: jax.Array, value_BTKH: jax.Array, start_B: jax.Array, count_B: jax.Array
+    ) -> Self:
+        """As of `DensePart`, token by token."""
+        B, T = key_BTKH.shape[:2]
+        if T == 1:
+            return self.write(layer, key_BTKH, value_BTKH, rest(start_B, self.slots))
+        first_B = rest(start_B, self.slots)
+
+        def write_row(row: Any, planes: Any) -> Any:
+            def write_token(token: Any, planes: Any) -> Any:
+                slot = rest(first_B[row] + token, self.slots)
+                return self._written(planes, layer, row, token, slot, key_BTKH, value_BTKH)
+
+            most = count_B[row]
+            return jax.lax.fori_loop(jnp.maximum(most - self.slots, 0), most, write_token, planes)
+
+        return self._with(jax.lax.fori_loop(0, B, write_row, self._planes))
+
+    def _written(
+        self, planes: Any, layer: Any, row: Any, token: Any, slot: Any, key_BTKH: jax.Array, value_BTKH: jax.Array
+    ) -> Any:
+        """Keys and values, as of the attributes, with one token of a row in its slot."""
+        key_K, value_K = (x[row, token].astype(planes[0].dtype)[None, None, :, None] for x in (key_BTKH, value_BTKH))
+        at = (layer, row, 0)
+        key_at = start_indices(*at, slot // TILE, 0, slot % TILE)
+        value_at = start_indices(*at, slot // STEP_SLOTS, slot % STEP_SLOTS, 0)
+        return (
+            jax.lax.dynamic_update_slice(planes[0], key_K[..., None], key_at),
+            jax.lax.dynamic_update_slice(planes[1], value_K[..., None, :], value_at),
+        )
 
     def read(self, layer: Any) -> tuple[jax.Array, jax.Array]:
         """As of `DensePart`: a copy of one layer."""
@@ -83,18 +107,26 @@ class TiledPart(DensePart):
         shape = (*value_BKnjH.shape[:2], self.slots, value_BKnjH.shape[-1])
         return jnp.swapaxes(key_BKUHs, -1, -2).reshape(shape), value_BKnjH.reshape(shape)
 
-    def mix(self, layer: Any, query_BTNH: jax.Array, position_BT: jax.Array, scores: Scores) -> jax.Array:
+    def mix(
+        self,
+        layer: Any,
+        query_BTNH: jax.Array,
+        position_BT: jax.Array,
+        scores: Scores,
+        slot_BS: jax.Array | None = None,
+    ) -> jax.Array:
         """Attention over one layer; of a few queries over the cache itself. Scores, softmax and sums in float32."""
         if query_BTNH.shape[1] * query_BTNH.shape[2] > MAX_QUERIES * self.key_LBKSH.shape[2] or scores.see is not None:
-            return super().mix(layer, query_BTNH, position_BT, scores)
+            return super().mix(layer, query_BTNH, position_BT, scores, slot_BS)
         B, T, N, H = query_BTNH.shape
         K, S = self.key_LBKSH.shape[2], self.slots
         query_BKRH = query_BTNH.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B, K, T * (N // K), H)
         # Tiles stay an axis of their own until the softmax is done: slot numbers would have to be divided in its loops.
         score_BKRUs = self._scores(layer, query_BKRH.astype(jnp.float32))
         position_BR = jnp.repeat(position_BT, N // K, axis=1)
-        slot_Us = jnp.arange(S, dtype=jnp.int32).reshape(-1, TILE)
-        score_BKRUs = scores.masked(score_BKRUs, position_BR[:, None, :, None, None], slot_Us)
+        slot_BS = jnp.arange(S, dtype=jnp.int32)[None] if slot_BS is None else slot_BS
+        slot_BKRUs = slot_BS.reshape(-1, 1, 1, S // TILE, TILE)
+        score_BKRUs = scores.masked(score_BKRUs, position_BR[:, None, :, None, None], slot_BKRUs)
         sinks_KG11 = scores.by_head(K)
         sinks = None if sinks_KG11 is None else jnp.tile(sinks_KG11, (1, T, 1, 1))
         weight_BKRUs = scores.weights(score_BKRUs, sinks, axes=(-2, -1))

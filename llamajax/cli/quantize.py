@@ -99,10 +99,13 @@ def run(values: flags.FlagValues) -> None:
     else:
         tokenizer, tokens = tokenizer_if_any(values, opened) or opened.tokenizer_bytes, None
     window = min(values.context, opened.config.context_length)
+    notes: list[str] = []
     work = output.absolute().with_name(f"{output.name}.work")
     with progress("quantizing") as on_weight:
         with_text: dict[str, Any] = {"calibration": tokens, "window": window, "work": work}
-        model = quantize(opened, recipe, on_weight=on_weight, types=values.types, **with_text)
+        model = quantize(opened, recipe, on_weight=on_weight, types=values.types, on_note=notes.append, **with_text)
+    for line in notes:
+        note(line)
     _report_other_groups(model, recipe)
     with spinner(f"writing {output}"):
         source = f"{opened.description}, quantized by {name}"

@@ -13,6 +13,7 @@ for _family in (
     llama.SEED_OSS,
     mistral.MISTRAL,
     mistral.MINISTRAL,
+    mistral.MINISTRAL3,
     qwen.QWEN2,
     qwen.QWEN3,
     gemma.GEMMA,

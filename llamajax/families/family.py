@@ -18,13 +18,16 @@ class Keys:
 
     Attributes:
         source: what messages begin with.
+        prefix: what the file has before every key, and the names here have not.
         read: keys that were asked for.
     """
 
-    def __init__(self, fields: Mapping[str, Any], source: str, defaults: Mapping[str, Any] = _NOTHING):
+    def __init__(
+        self, fields: Mapping[str, Any], source: str, defaults: Mapping[str, Any] = _NOTHING, prefix: str = ""
+    ):
         """`defaults` stand in for keys that are missing or null."""
         self._fields, self._defaults = fields, defaults
-        self.source = source
+        self.source, self.prefix = source, prefix
         self.read: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
@@ -42,8 +45,12 @@ class Keys:
         if value is None:
             value = self._defaults.get(name, default)
         if value is _REQUIRED:
-            raise LlamaJaxError(f"{self.source}: missing key {name!r}: expected a value")
+            raise LlamaJaxError(f"{self.source}: missing key {self.prefix + name!r}: expected a value")
         return value
+
+    def peek(self, name: str) -> Any:
+        """The value of a key, None where it is missing; it does not count as read."""
+        return self._fields.get(name)
 
     def or_null(self, name: str) -> Any:
         """The value of a key at which null means something: None there, the family's default where it is missing."""
@@ -57,7 +64,7 @@ class Keys:
         # Types as well, so that 1 is not taken for true.
         if value is not None and not any(type(value) is type(one) and value == one for one in allowed):
             raise LlamaJaxError(
-                f"{self.source}: {name} is {shortened(value)}, which is not supported: expected "
+                f"{self.source}: {self.prefix}{name} is {shortened(value)}, which is not supported: expected "
                 f"{' or '.join(map(repr, allowed)) or 'null'}"
             )
 
@@ -65,14 +72,14 @@ class Keys:
         """The value of a key that is true or false."""
         value = self.take(name, default)
         if not isinstance(value, bool):
-            raise LlamaJaxError(f"{self.source}: {name} is {shortened(value)}: expected true or false")
+            raise LlamaJaxError(f"{self.source}: {self.prefix}{name} is {shortened(value)}: expected true or false")
         return value
 
     def number(self, name: str, default: Any = _REQUIRED) -> float:
         """The value of a key that is a number."""
         value = self.take(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise LlamaJaxError(f"{self.source}: {name} is {shortened(value)}: expected a number")
+            raise LlamaJaxError(f"{self.source}: {self.prefix}{name} is {shortened(value)}: expected a number")
         return float(value)
 
     def choice(self, name: str, choices: Mapping[str, Any], default: Any = _REQUIRED) -> Any:
@@ -80,7 +87,7 @@ class Keys:
         value = self.take(name, default)
         if not isinstance(value, str) or value not in choices:
             raise LlamaJaxError(
-                f"{self.source}: {name} is {shortened(value)}, which is not supported: expected one of "
+                f"{self.source}: {self.prefix}{name} is {shortened(value)}, which is not supported: expected one of "
                 f"{', '.join(choices)}"
             )
         return choices[value]
@@ -115,6 +122,7 @@ class Format(NamedTuple):
         defaults: of keys, as the reference has them.
         architecture: what else names it: Hugging Face's class.
         names: of the weights.
+        applies: tells the family from others of the same `kinds` by keys; None for the one that is left.
         partial_rope: whether RoPE may turn a part of each head only.
         window_rope: whether layers with windows have a RoPE of their own: unscaled, with `rope_local_base_freq` for
             theta if the family has a default of that key, but where `rope_parameters` says both.
@@ -126,6 +134,7 @@ class Format(NamedTuple):
     defaults: Mapping[str, Any] = _NOTHING
     architecture: str = ""
     names: Names = Names()
+    applies: Callable[[Keys], bool] | None = None
     partial_rope: bool = False
     window_rope: bool = False
     copies: Mapping[str, Mapping[str, Any]] = _NOTHING
@@ -199,5 +208,5 @@ def check_read(keys: Keys, fields: Collection[str], without_effect: Callable[[st
     if unknown:
         near = difflib.get_close_matches(unknown[0], keys.read, n=1, cutoff=0.8)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        shown = shortened(unknown[0])
+        shown = shortened(keys.prefix + unknown[0])
         raise LlamaJaxError(f"{keys.source}: unknown key {shown}{hint}: {remedy.format(key=shown[1:-1])}")

@@ -9,6 +9,9 @@ from typing import Any
 from llamajax.config import MOST_LAYERS, Config, LayerKind
 from llamajax.errors import LlamaJaxError
 from llamajax.families.family import Family, Format, Keys, Names
+from llamajax.families.gguf import above_zero, check_tied, query_scale
+from llamajax.families.gguf import read_windows as read_gguf_windows
+from llamajax.families.gguf import write_windows as write_gguf_windows
 from llamajax.families.huggingface import read_windows, write_layer_types
 from llamajax.fields import check_whole
 
@@ -40,6 +43,7 @@ _DEFAULTS_3 = _DEFAULTS_2 | {
     "rope_theta": 1e6,
     "rope_local_base_freq": 1e4,
 }
+_SCORE_CAP, _LOGIT_CAP = "attn_logit_softcapping", "final_logit_softcapping"  # in GGUF
 # Where both halves of a layer have a norm before and one behind.
 _NAMES = Names(renamed={"ffn_norm.weight_D": "model.layers.{}.pre_feedforward_layernorm.weight"})
 
@@ -63,9 +67,23 @@ def _write(config: Config) -> dict[str, Any]:
     return {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": config.qkv_bias}
 
 
+def _read_gguf(keys: Keys) -> dict[str, Any]:
+    return {
+        "activation": "gelu_tanh",
+        "norm_offset": 1.0,
+        "embedding_scale": float(keys.number("embedding_length")) ** 0.5,
+    }
+
+
+def _write_gguf(config: Config) -> dict[str, Any]:
+    check_tied(config, config.family)
+    return {}
+
+
 GEMMA = Family(
     "gemma",
     huggingface=Format(kinds=("gemma",), read=_read, write=_write, defaults=_DEFAULTS, architecture="GemmaForCausalLM"),
+    gguf=Format(kinds=("gemma",), read=_read_gguf, write=_write_gguf),
 )
 
 
@@ -95,6 +113,23 @@ def _write_capped(config: Config) -> dict[str, Any]:
     }
 
 
+def _read_gemma2_gguf(keys: Keys) -> dict[str, Any]:
+    """Caps and window are those of Gemma 2 where the file says none."""
+    return _read_gguf(keys) | {
+        "norms": "both",
+        "query_scale": query_scale(keys, largest=46),
+        "score_cap": above_zero(keys, _SCORE_CAP, 50.0),
+        "logit_cap": above_zero(keys, _LOGIT_CAP, 30.0),
+        **read_gguf_windows(keys, period=2, default=4096),
+    }
+
+
+def _write_gemma2_gguf(config: Config) -> dict[str, Any]:
+    caps = {_SCORE_CAP: config.score_cap, _LOGIT_CAP: config.logit_cap}
+    said = {key: cap for key, cap in caps.items() if cap is not None}
+    return _write_gguf(config) | said | write_gguf_windows(config, period=2)
+
+
 GEMMA2 = Family(
     "gemma2",
     huggingface=Format(
@@ -105,6 +140,7 @@ GEMMA2 = Family(
         architecture="Gemma2ForCausalLM",
         names=_NAMES,
     ),
+    gguf=Format(kinds=("gemma2",), read=_read_gemma2_gguf, write=_write_gemma2_gguf),
 )
 
 
@@ -119,6 +155,29 @@ def _read_gemma3(keys: Keys) -> dict[str, Any]:
     return read | {"query_key_norm": "head"}
 
 
+def _read_gemma3_gguf(keys: Keys) -> dict[str, Any]:
+    """A RoPE of layers with windows has 10,000 for theta unless the file says another, and is not scaled."""
+    windows = read_gguf_windows(keys, period=6)
+    theta = keys.number("rope.freq_base_swa", 10000.0)
+    return _read_gguf(keys) | {
+        "norms": "both",
+        "query_key_norm": "head",
+        "query_scale": query_scale(keys, largest=62),
+        "logit_cap": above_zero(keys, _LOGIT_CAP, None),
+        "window_rope": {"theta": theta} if windows.get("window") else None,
+        **windows,
+    }
+
+
+def _write_gemma3_gguf(config: Config) -> dict[str, Any]:
+    said = write_gguf_windows(config, period=6)
+    if config.logit_cap is not None:
+        said[_LOGIT_CAP] = config.logit_cap
+    if config.window is not None:
+        said["rope.freq_base_swa"] = config.window_rope.theta if config.window_rope else config.rope_theta
+    return said
+
+
 GEMMA3 = Family(
     "gemma3",
     huggingface=Format(
@@ -130,4 +189,5 @@ GEMMA3 = Family(
         names=_NAMES,
         window_rope=True,
     ),
+    gguf=Format(kinds=("gemma3",), read=_read_gemma3_gguf, write=_write_gemma3_gguf),
 )

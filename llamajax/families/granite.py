@@ -8,7 +8,8 @@ from typing import Any
 
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
-from llamajax.families.family import Family, Format, Keys
+from llamajax.families.family import Family, Format, Keys, Names
+from llamajax.families.gguf import above_zero, scale
 
 
 def _read(keys: Keys) -> dict[str, Any]:
@@ -45,6 +46,29 @@ def _divisor(scale: float) -> float:
     )
 
 
+def _read_gguf(keys: Keys) -> dict[str, Any]:
+    """llama.cpp takes "finetuned" to say whether there is a RoPE at all."""
+    keys.only("rope.scaling.finetuned", True)
+    divisor = above_zero(keys, "logit_scale", None)
+    if divisor is None:
+        raise LlamaJaxError(f"{keys.source}: missing key {keys.prefix + 'logit_scale'!r}: expected a number")
+    return {
+        "embedding_scale": scale(keys, "embedding_scale") or 1.0,
+        "residual_scale": scale(keys, "residual_scale") or 1.0,
+        "query_scale": scale(keys, "attention.scale"),
+        "logit_scale": 1 / divisor,
+    }
+
+
+def _write_gguf(config: Config) -> dict[str, Any]:
+    return {
+        "embedding_scale": config.embedding_scale,
+        "residual_scale": config.residual_scale,
+        "attention.scale": config.score_scale,
+        "logit_scale": _divisor(config.logit_scale),
+    }
+
+
 GRANITE = Family(
     "granite",
     huggingface=Format(
@@ -62,4 +86,5 @@ GRANITE = Family(
         },
         architecture="GraniteForCausalLM",
     ),
+    gguf=Format(kinds=("granite",), read=_read_gguf, write=_write_gguf, names=Names(pairs=True)),
 )

@@ -97,9 +97,10 @@ def read_rope(keys: Keys, context_length: Any, form: Format, kinds: Sequence[str
     return read[0]
 
 
-def rope_value(keys: Keys, name: str) -> Any:
-    """What a family has of its own in the object of RoPE parameters, which then may be there; None where it is not."""
-    keys.read.add(_OWN + name)
+def rope_value(keys: Keys, name: str, own: bool = True) -> Any:
+    """What the object of RoPE parameters says, None where it does not; `own` is what only this family has there."""
+    if own:
+        keys.read.add(_OWN + name)
     said = [value.get(name) for _, value in _objects(keys) if isinstance(value, Mapping)]
     return next((value for value in said if value is not None), None)
 

@@ -7,8 +7,10 @@ Jiang et al. 2023, arXiv:2310.06825. Reference: transformers' `modeling_mistral.
 from typing import Any
 
 from llamajax.config import Config
-from llamajax.families.family import Family, Format, Keys
+from llamajax.families.family import Family, Format, Keys, Names
+from llamajax.families.gguf import has_window, read_window, write_window
 from llamajax.families.huggingface import read_windows, write_layer_types
+from llamajax.families.huggingface_rope import rope_value
 
 _DEFAULTS = {
     "max_position_embeddings": 131072,
@@ -34,6 +36,14 @@ MISTRAL = Family(
     huggingface=Format(
         kinds=("mistral",), read=_read, write=_write, defaults=_DEFAULTS, architecture="MistralForCausalLM"
     ),
+    # llama.cpp has no architecture for it, and reads over the window.
+    gguf=Format(
+        kinds=("llama",),
+        read=read_window,
+        write=lambda config: write_window(config) if config.window else {},
+        names=Names(pairs=True),
+        applies=has_window,
+    ),
 )
 
 
@@ -54,5 +64,49 @@ MINISTRAL = Family(
         write=_write_ministral,
         defaults=_DEFAULTS,
         architecture="MinistralForCausalLM",
+    ),
+)
+
+
+def _read_ministral3(keys: Keys) -> dict[str, Any]:
+    """`Ministral3Config`: the object of RoPE parameters says how queries grow, and behind which length."""
+    rope_value(keys, "max_position_embeddings")  # of no effect there
+    beta = rope_value(keys, "llama_4_scaling_beta")
+    length = rope_value(keys, "original_max_position_embeddings", own=False)
+    temperature = {"beta": beta, "length": keys.take("max_position_embeddings") if length is None else length}
+    return _read(keys) | {"query_temperature": None if beta is None else temperature}
+
+
+def _write_ministral3(config: Config) -> dict[str, Any]:
+    temperature = config.query_temperature
+    own = {} if temperature is None else {"rope_scaling": {"llama_4_scaling_beta": temperature.beta}}
+    return _write(config) | own
+
+
+MINISTRAL3 = Family(
+    "ministral3",
+    huggingface=Format(
+        kinds=("ministral3",),
+        read=_read_ministral3,
+        write=_write_ministral3,
+        defaults={
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-5,
+            "hidden_act": "silu",
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16384,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale_all_dim": 1.0,
+                "mscale": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+        architecture="Ministral3ForCausalLM",
     ),
 )

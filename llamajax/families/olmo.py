@@ -7,6 +7,9 @@ from typing import Any
 
 from llamajax.config import Config
 from llamajax.families.family import Family, Format, Keys
+from llamajax.families.gguf import has_window
+from llamajax.families.gguf import read_windows as read_gguf_windows
+from llamajax.families.gguf import write_windows as write_gguf_windows
 from llamajax.families.huggingface import read_windows, write_layer_types
 
 _DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
@@ -22,9 +25,14 @@ def _write(config: Config) -> dict[str, Any]:
     return {"attention_bias": config.qkv_bias}
 
 
+def _read_gguf(keys: Keys) -> dict[str, Any]:
+    return {"norms": "after", "query_key_norm": "width"}
+
+
 OLMO2 = Family(
     "olmo2",
     huggingface=Format(kinds=("olmo2",), read=_read, write=_write, defaults=_DEFAULTS, architecture="Olmo2ForCausalLM"),
+    gguf=Format(kinds=("olmo2",), read=_read_gguf),
 )
 
 
@@ -37,6 +45,13 @@ def _write_olmo3(config: Config) -> dict[str, Any]:
     return _write(config) | {"sliding_window": config.window, "layer_types": write_layer_types(config)}
 
 
+def _read_olmo3_gguf(keys: Keys) -> dict[str, Any]:
+    """llama.cpp turns layers with windows by the same theta, and does not scale it."""
+    theta = keys.number("rope.freq_base", 10000.0)
+    keys.only("rope.freq_base_swa", theta)
+    return _read_gguf(keys) | read_gguf_windows(keys, period=4) | {"window_rope": {"theta": theta}}
+
+
 OLMO3 = Family(
     "olmo3",
     huggingface=Format(
@@ -46,5 +61,11 @@ OLMO3 = Family(
         defaults=_DEFAULTS | {"sliding_window": 4096, "rope_theta": 5e5},
         architecture="Olmo3ForCausalLM",
         window_rope=True,
+    ),
+    gguf=Format(
+        kinds=("olmo2",),
+        read=_read_olmo3_gguf,
+        write=lambda config: write_gguf_windows(config, period=4),
+        applies=has_window,
     ),
 )

@@ -7,6 +7,8 @@ from typing import Any
 
 from llamajax.config import Config
 from llamajax.families.family import Family, Format, Keys, Names
+from llamajax.families.gguf import read_window, write_window
+from llamajax.fields import check_whole
 
 
 def _read(keys: Keys) -> dict[str, Any]:
@@ -20,6 +22,17 @@ def _write(config: Config) -> dict[str, Any]:
     return {"sliding_window": config.window}
 
 
+def _read_gguf(keys: Keys) -> dict[str, Any]:
+    """A window is that of all layers; llama.cpp reads over it, and says that results may suffer."""
+    head_size = keys.take("attention.key_length", keys.take("embedding_length") // keys.take("attention.head_count"))
+    rotated = keys.take("rope.dimension_count", head_size)
+    check_whole(f"{keys.source}: {keys.prefix}rope.dimension_count", rotated, head_size)
+    return read_window(keys) | {"rope_fraction": rotated / head_size}
+
+
+_QKV = ("attention.query_DQ", "attention.key_DM", "attention.value_DM")
+_GATE_UP = ("ffn.gate_DF", "ffn.up_DF")
+
 PHI3 = Family(
     "phi3",
     huggingface=Format(
@@ -31,13 +44,16 @@ PHI3 = Family(
         partial_rope=True,
         names=Names(
             fused={
-                "model.layers.{}.self_attn.qkv_proj.weight": (
-                    "attention.query_DQ",
-                    "attention.key_DM",
-                    "attention.value_DM",
-                ),
-                "model.layers.{}.mlp.gate_up_proj.weight": ("ffn.gate_DF", "ffn.up_DF"),
+                "model.layers.{}.self_attn.qkv_proj.weight": _QKV,
+                "model.layers.{}.mlp.gate_up_proj.weight": _GATE_UP,
             }
         ),
+    ),
+    gguf=Format(
+        kinds=("phi3",),
+        read=_read_gguf,
+        write=write_window,
+        partial_rope=True,
+        names=Names(fused={"blk.{}.attn_qkv.weight": _QKV, "blk.{}.ffn_up.weight": _GATE_UP}),
     ),
 )

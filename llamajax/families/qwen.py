@@ -57,6 +57,7 @@ QWEN2 = Family(
         defaults=_DEFAULTS,
         architecture="Qwen2ForCausalLM",
     ),
+    gguf=Format(kinds=("qwen2",), read=lambda keys: {"qkv_bias": True}),
 )
 
 
@@ -78,4 +79,5 @@ QWEN3 = Family(
         defaults=_DEFAULTS | {"head_dim": 128},
         architecture="Qwen3ForCausalLM",
     ),
+    gguf=Format(kinds=("qwen3",), read=lambda keys: {"query_key_norm": "head"}),
 )

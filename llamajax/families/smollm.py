@@ -7,7 +7,8 @@ from typing import Any
 
 from llamajax.config import MOST_LAYERS, Config
 from llamajax.errors import LlamaJaxError
-from llamajax.families.family import Family, Format, Keys
+from llamajax.families.family import Family, Format, Keys, Names
+from llamajax.families.gguf import kinds_of
 from llamajax.families.huggingface import pattern_of, read_layer_types
 from llamajax.fields import check_whole
 from llamajax.files import shortened
@@ -55,6 +56,11 @@ def _write(config: Config) -> dict[str, Any]:
     }
 
 
+def _read_gguf(keys: Keys) -> dict[str, Any]:
+    """No key says which layers go without RoPE: every fourth, in llama.cpp."""
+    return {"layer_kinds": kinds_of(keys.take("block_count"), ("full", "full", "full", "nope"))}
+
+
 SMOLLM3 = Family(
     "smollm3",
     huggingface=Format(
@@ -72,4 +78,5 @@ SMOLLM3 = Family(
         },
         architecture="SmolLM3ForCausalLM",
     ),
+    gguf=Format(kinds=("smollm3",), read=_read_gguf, names=Names(pairs=True)),
 )

@@ -123,7 +123,7 @@ class Engine:
             counted: where compilations are counted.
         """
         self._given = model
-        self.rows, self.slots = rows, -(-slots // SLOT_MULTIPLE) * SLOT_MULTIPLE
+        self.rows, self.slots = rows, whole_slots(slots)
         self.cache_dtype = check_cache_dtype(model.dtype if cache_dtype is None else cache_dtype)
         self.drafts, self.stops = check_speculate(drafts), stops
         self.counted = Compilations() if counted is None else counted
@@ -262,7 +262,17 @@ class Engine:
 
     @auto_mesh()
     def grow(self, state: EngineState, slots: int) -> tuple["Engine", EngineState]:
-        """An engine of more slots, and its state, in which rows are as they were; the given state is of use, too."""
+        """An engine of more slots, and its state, in which rows are as they were; the given state is of use, too.
+
+        Raises:
+            LlamaJaxError: where RoPE is chosen by the slots, and would be another.
+        """
+        config = self._given.config
+        if config.rope_choice(self.slots) != config.rope_choice(whole_slots(slots)):
+            raise LlamaJaxError(
+                f"{self.slots} slots cannot grow to {whole_slots(slots)}: they decide this model's RoPE, and keys that "
+                "were turned otherwise are of no use: make an engine of so many slots, and insert the texts again"
+            )
         larger = Engine(
             self.model,
             self.rows,
@@ -342,6 +352,11 @@ class Engine:
                 raise LlamaJaxError(f"row {row}: expected from 0 to {self.rows - 1}, one of the engine's")
         if len(set(rows)) != len(rows):
             raise LlamaJaxError(f"rows {list(rows)}: expected each at most once")
+
+
+def whole_slots(slots: int) -> int:
+    """The slots of an engine that is to have at least so many."""
+    return -(-slots // SLOT_MULTIPLE) * SLOT_MULTIPLE
 
 
 def full_sampler(knobs: Sequence[Knobs]) -> Sampler:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from llamajax.generation.compilation import Compilations
-from llamajax.generation.engine import Chunk, Engine, Knobs, Options
+from llamajax.generation.engine import Chunk, Engine, Knobs, Options, whole_slots
 from llamajax.generation.programs import EngineState
 from llamajax.model import Llama
 
@@ -31,7 +31,8 @@ class Kept:
         second = TextStream(model, tokenizer, longer_text, kept=kept)
 
     The second request prefills only what its prompt does not share with what the first left. Nothing is kept from a
-    model to another, nor where rows, the cache's dtype or drafts differ. One request at a time may use it.
+    model to another, nor where rows, the cache's dtype or drafts differ, nor where a model chooses its RoPE by the
+    slots that a request needs, and chooses another. One request at a time may use it.
 
     Attributes:
         engine: that of the last request; None before the first.
@@ -55,10 +56,10 @@ class Kept:
         engine = self.engine
         if engine is None or not self._suits(engine, model, rows, options):
             return slots
-        if slots <= engine.slots:
-            return engine.slots
         most = model.config.context_length + engine.drafts
-        return max(slots, min(2 * engine.slots, most))  # few sizes, of which each needs programs
+        # Few sizes, of which each needs programs.
+        found = engine.slots if slots <= engine.slots else max(slots, min(2 * engine.slots, most))
+        return found if _same_rope(model, found, slots) else slots
 
     def fit(self, model: Llama, rows: int, slots: int, options: Options, counted: Compilations) -> Engine:
         """The engine for a request, grown or made anew where what is kept does not suit it.
@@ -71,16 +72,18 @@ class Kept:
             counted: where compilations are counted from now on.
         """
         slots = self.slots(model, rows, slots, options)
-        if self.engine is None or self._state is None or not self._suits(self.engine, model, rows, options):
+        engine = self.engine if self.engine is not None and self._suits(self.engine, model, rows, options) else None
+        if engine is None or self._state is None or not _same_rope(model, engine.slots, slots):
+            given = weakref.ref(model) if engine is None else self._given
             self.clear()
-            self.engine = Engine(model, rows, slots, **options, counted=counted)
-            self._given = weakref.ref(model)
-            self._state = self.engine.empty()
+            engine = Engine(model if engine is None else engine.model, rows, slots, **options, counted=counted)
+            self._given, self._state = given, engine.empty()
             self._texts, self._lengths = [[] for _ in range(rows)], [0] * rows
-        self.engine.counted = counted
-        if self.engine.slots < slots:
-            self.engine, self._state = self.engine.grow(self._state, slots)
-        return self.engine
+        engine.counted = counted
+        if engine.slots < slots:
+            engine, self._state = engine.grow(self._state, slots)
+        self.engine = engine
+        return engine
 
     def clear(self) -> None:
         """Holds nothing any more."""
@@ -165,3 +168,9 @@ class Kept:
         """The state, which is then nobody's: a call that is interrupted must not leave one whose memory it took."""
         state, self._state = self._held_state, None
         return state
+
+
+def _same_rope(model: Llama, slots: int, other: int) -> bool:
+    """Whether keys of an engine of so many slots are of use in one of others."""
+    choice = model.config.rope_choice
+    return choice(whole_slots(slots)) == choice(whole_slots(other))

@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -64,6 +65,9 @@ def read_recipe(name: str | Path) -> Recipe:
 def assigned(rules: Sequence[Rule], config: Config) -> dict[Place, Rule]:
     """The rule of each weight of each layer.
 
+    Biases and sinks, which some families have and no rule can quantize, stay as they are beside the matrices that a
+    rule is for; a rule for them alone keeps them, or is refused.
+
     Raises:
         LlamaJaxError: if rules and weights do not cover each other, or a norm would be quantized.
     """
@@ -80,13 +84,43 @@ def assigned(rules: Sequence[Rule], config: Config) -> dict[Place, Rule]:
     except ValueError as error:
         raise LlamaJaxError(str(error)) from None
     made = {Place(name.removeprefix(f"{LAYERS}*."), layer): rule for (name, layer), rule in chosen.items()}
+    specced = specs(config)
+    of_matrices = {id(rule) for place, rule in made.items() if specced[place].is_matrix}
     for place, rule in made.items():
-        if not specs(config)[place].is_matrix and not rule.keep:
+        if "bias" in specced[place].roles and id(rule) in of_matrices:
+            made[place] = rule if rule.keep else Rule(weights=rule.weights, layers=rule.layers, keep=True)
+        elif not specced[place].is_matrix and not rule.keep:
             raise LlamaJaxError(
                 f"{place}: the rule for {rule.weights!r} would quantize what is no matrix: begin the recipe with a "
                 "rule that keeps norms (weights = '*norm*', keep = true)"
             )
-    return {place: made[place] for place in specs(config)}
+    return {place: made[place] for place in specced}
+
+
+def without_makers(rules: Rules, config: Config) -> tuple[dict[Place, Rule], list[str]]:
+    """The rules without scaling where nothing makes a weight's inputs channel by channel, so that it could undo it.
+
+    So it is where a family has no norm before a layer's halves (OLMo 2): the residual stream is the input.
+
+    Returns:
+        The rules, and the names of the weights, of all layers together, that are quantized without scaling.
+
+    Raises:
+        LlamaJaxError: for a weight outside of layers, which has no maker in any family.
+    """
+    of, made = specs(config), dict(rules)
+    skipped: dict[str, None] = {}
+    for place, rule in rules.items():
+        if rule.scaling is None or of[place].maker:
+            continue
+        if place.layer is None:
+            raise LlamaJaxError(
+                f"{place}: scaling of its inputs is not supported, as nothing that makes them could undo it: expected "
+                "a rule without scaling"
+            )
+        made[place] = dataclasses.replace(rule, scaling=None)
+        skipped[place.name] = None
+    return made, list(skipped)
 
 
 def quantize(
@@ -98,6 +132,7 @@ def quantize(
     work: Path | None = None,
     on_weight: Callable[[int, int], None] = lambda done, total: None,
     types: Literal["ggml"] | None = None,
+    on_note: Callable[[str], None] = warnings.warn,
 ) -> Llama:
     """The model with its weights quantized as a recipe says.
 
@@ -115,6 +150,7 @@ def quantize(
         types: "ggml": only what a type of ggml's holds without loss, so that `save_checkpoint` writes it as GGUF bit
             for bit. Scales are float16 then, zero points of uint schemes offsets, and a target of bits a weight is met
             with types of 2 to 8 bits, whatever groups the rules have.
+        on_note: called with what a recipe asks for and the family cannot have: scales of inputs that nothing makes.
 
     Raises:
         LlamaJaxError: if the model is quantized already (but a file's that also holds what only floats are made of: its
@@ -131,6 +167,12 @@ def quantize(
     if types is not None:
         rules = for_ggml(rules, config, recipe.target_bpw is not None)
     _check_shared_inputs(rules, config)
+    rules, unscaled = without_makers(rules, config)
+    if unscaled:
+        on_note(
+            f"{', '.join(unscaled)}: quantized without scaling of their inputs, which is the residual stream itself in "
+            f"the family {config.family!r}: nothing that makes it could undo the scales"
+        )
     if calibration is None or not recipe.needs_calibration:
         stacks = Stacks(config, lambda place: packed.get(place, rules[place]))
 
@@ -203,7 +245,7 @@ def _side_by_side(work: Callable[[Place], Any], places: Sequence[Place]) -> Iter
 
 
 def _check_shared_inputs(rules: Rules, config: Config) -> None:
-    """That weights with a common input agree on how it is scaled, and that there is something to scale it in."""
+    """That weights with a common input agree on how it is scaled."""
     for layer in range(config.num_layers):
         for names in inputs(config, layer).values():
             scalings = {rules[Place(name, layer)].scaling for name in names}
@@ -212,12 +254,6 @@ def _check_shared_inputs(rules: Rules, config: Config) -> None:
                     f"{', '.join(names)} of layer {layer} share their input, but the recipe scales it by "
                     f"{' and '.join(sorted(map(str, scalings)))}: expected one scaling for all of them"
                 )
-    for place, spec in specs(config).items():
-        if rules[place].scaling is not None and not spec.maker:
-            raise LlamaJaxError(
-                f"{place}: scaling of its inputs is not supported, as nothing that makes them could undo it: expected "
-                "a rule without scaling"
-            )
 
 
 class _Steps:
@@ -365,7 +401,7 @@ def _scale_inputs(
             weights = [dense[name] for name in members]
             scale_K = calibrate.input_scale(rule, weights, seen[group], config, dense[producer].shape[-1])
         calibrate.fold(dense, of, group, scale_K, config, dtypes[producer])
-        if not jnp.isfinite(dense[producer]).all():
+        if not all(jnp.isfinite(dense[name]).all() for name in (producer, *filter(None, (of[producer].bias,)))):
             raise LlamaJaxError(
                 f"{Place(producer, layer)}: scaled by {rule.scaling}, a value is above the range of "
                 f"{dtypes[producer]}: convert the model to bfloat16 or float32 first"

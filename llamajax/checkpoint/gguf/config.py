@@ -1,8 +1,10 @@
 """The metadata of a GGUF file as a `Config`: each key of the architecture is read, known to do nothing, or an error.
 
-Meanings and defaults are those of llama.cpp: `load_hparams` in src/llama-model.cpp.
+What all architectures have is here, what a family has beside it in `families/`. Meanings and defaults are those of
+llama.cpp: `load_hparams` in src/llama-model.cpp, and of each architecture in src/models/.
 """
 
+import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -10,9 +12,13 @@ from typing import Any
 import numpy as np
 
 from llamajax.checkpoint.gguf.header import is_whole
-from llamajax.config import Config
+from llamajax.checkpoint.gguf.rope import read_rope
+from llamajax.config import MOST_LAYERS, Config
 from llamajax.errors import LlamaJaxError
+from llamajax.families.family import FAMILIES, Family, Keys, check_read
+from llamajax.fields import LARGEST_DIMENSION, check_whole
 from llamajax.files import shortened
+from llamajax.rope import Rope
 from llamajax.words import SAMPLING, sampling_in_range
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml.h: how blocks are laid out
@@ -26,7 +32,6 @@ FIELDS = {
     "attention.key_length": "head_size",
     "context_length": "context_length",
     "attention.layer_norm_rms_epsilon": "norm_eps",
-    "rope.freq_base": "rope_theta",
 }
 _REQUIRED = (
     *("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count"),
@@ -34,11 +39,10 @@ _REQUIRED = (
 )
 # One number for all layers, or one for each.
 _OF_LAYERS = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
-_READ = (
-    *(*FIELDS, "vocab_size", "attention.value_length", "rope.dimension_count"),
-    *("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"),
-)
-# Keys that would change the forward pass: allowed only at the values at which they do nothing.
+# A family's, that may be an array.
+_ARRAYS = ("attention.sliding_window_pattern",)
+# Keys that would change the forward pass: allowed only at the values at which they do nothing, unless a family reads
+# them.
 _ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "expert_count": (0,),
     "expert_used_count": (0,),
@@ -46,24 +50,35 @@ _ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "use_parallel_residual": (False,),
     "tensor_data_layout": ("Meta AI original pth", "reference"),
     "attention.causal": (True,),
-    "attention.max_alibi_bias": (0,),
-    "attention.clamp_kqv": (0,),
-    "attention.scale": (0,),
+    "attention.max_alibi_bias": (0, 0.0),
+    "attention.clamp_kqv": (0, 0.0),
+    "attention.scale": (0, 0.0),
     "attention.sliding_window": (0,),
-    "logit_scale": (0, 1),
-    "residual_scale": (0, 1),
-    "embedding_scale": (0, 1),
-    "attn_logit_softcapping": (0,),
-    "final_logit_softcapping": (0,),
-    "rope.scaling.attn_factor": (0, 1),
-    "rope.scaling.alpha": (0,),
+    "attention.temperature_scale": (0, 0.0),
+    "logit_scale": (0, 1, 0.0, 1.0),
+    "residual_scale": (0, 1, 0.0, 1.0),
+    "embedding_scale": (0, 1, 0.0, 1.0),
+    "attn_logit_softcapping": (0, 0.0),
+    "final_logit_softcapping": (0, 0.0),
+    "rope.scaling.attn_factor": (0, 1, 0.0, 1.0),
+    "rope.scaling.alpha": (0, 0.0),
 }
-# Of no effect where RoPE is not scaled by YaRN, or on what llama.cpp computes at all.
-_NO_EFFECT = (
-    *("rope.scaling.original_context_length", "rope.scaling.finetuned", "rope.scaling.yarn_log_multiplier"),
-    *("rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor"),
-    *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
+# Of no effect where RoPE is not scaled by YaRN, where no layer has a window, or on what llama.cpp computes at all.
+_NO_EFFECT = frozenset(
+    (
+        *("rope.scaling.original_context_length", "rope.scaling.finetuned", "rope.scaling.yarn_log_multiplier"),
+        *("rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor"),
+        *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
+        *("attention.sliding_window_pattern", "rope.freq_base_swa", "attention.temperature_length"),
+    )
 )
+# The switch that is on where a file has a tensor: no key says so.
+_BIASES = {
+    "qkv_bias": "blk.0.attn_q.bias",
+    "out_bias": "blk.0.attn_output.bias",
+    "ffn_bias": "blk.0.ffn_up.bias",
+}
+HEAD = "output.weight"
 
 # gguf-py's `Keys.General`; what of it decides how tokens are drawn, under our names.
 SAMPLING_KEYS = {
@@ -79,105 +94,111 @@ _DESCRIPTIONS = ("general.", "quantize.", "split.", "imatrix.", "training.")
 
 
 def config_of(
-    path: Any, architecture: str, metadata: Mapping[str, Any], vocab_size: int, tied: bool
-) -> tuple[Config, list[str]]:
-    """The architecture's sizes and numbers, without RoPE factors that come as a tensor; and notes.
+    path: Any,
+    architecture: str,
+    metadata: Mapping[str, Any],
+    vocab_size: int,
+    tensors: Collection[str],
+    ignore_keys: Collection[str] = (),
+) -> tuple[Config, Keys, list[str]]:
+    """A model's sizes and switches, without RoPE factors that come as a tensor.
 
     Args:
         path: of the file, for messages.
         architecture: its name, which keys begin with.
-        metadata: of the file, without keys that are to be ignored.
+        metadata: of the file.
         vocab_size: rows of the embedding.
-        tied: whether there is no head beside it.
+        tensors: names of the file's.
+        ignore_keys: keys to be read over.
+
+    Returns:
+        The config; the keys of the architecture; and notes.
 
     Raises:
-        LlamaJaxError: for a key of the architecture that is missing, unknown, or asks for something that we do not do.
+        LlamaJaxError: for a key of the architecture that is missing, unknown, or asks for something that we do not do;
+            for one that is to be ignored and that the model is made by.
     """
     prefix = f"{architecture}."
     said = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    known = {*_READ, *_ONLY_VALUE, *_NO_EFFECT}
-    unknown = sorted(key for key in said if key not in known)
-    if unknown:
-        raise LlamaJaxError(
-            f"{path}: unknown key {shortened(prefix + unknown[0])}: if it does not change the forward pass, give "
-            f"--ignore_key={shortened(prefix + unknown[0])[1:-1]} (ignore_keys in the library)"
-        )
-    missing = [key for key in _REQUIRED if key not in said]
-    if missing:
-        raise LlamaJaxError(
-            f"{path}: missing key {prefix + missing[0]!r}: the file is damaged, or of no {architecture}"
-        )
-    for key in _OF_LAYERS:
-        if isinstance(said.get(key), np.ndarray):
-            said[key] = _same_in_all(path, prefix + key, said[key])
-    for key, value in said.items():
-        if isinstance(value, np.ndarray | list):
-            raise LlamaJaxError(f"{path}: {prefix}{key} is an array of {len(value)}: expected one value")
-    ours: dict[str, Any] = {FIELDS[key]: value for key, value in said.items() if key in FIELDS}
-    ours.setdefault("num_kv_heads", ours["num_heads"])
-    if "head_size" not in ours and is_whole(ours["width"]) and is_whole(ours["num_heads"]):
-        ours["head_size"] = ours["width"] // max(ours["num_heads"], 1)
-    scaling = _linear(path, prefix, said)
-    config = Config.from_dict(
-        ours | {"vocab_size": vocab_size, "tied_embeddings": tied, "rope_scaling": scaling}, f"{path}: {architecture}"
-    )
-    _check_values(path, prefix, said, config)
+    ignored = {key.removeprefix(prefix) for key in ignore_keys}
+    keys = Keys({key: _one_value(path, prefix, key, value) for key, value in said.items()}, str(path), prefix=prefix)
+    for key in _REQUIRED:
+        if key not in keys:
+            raise LlamaJaxError(f"{path}: missing key {prefix + key!r}: the file is damaged, or of no {architecture}")
+    for key, field in FIELDS.items():
+        if key in keys and field != "norm_eps":
+            check_whole(
+                f"{path}: {prefix}{key}", keys.take(key), MOST_LAYERS if field == "num_layers" else LARGEST_DIMENSION
+            )
+    layers = keys.take("block_count")
+    if layers > len(tensors):  # before anything is made for so many layers
+        raise LlamaJaxError(f"{path}: {layers} layers by its metadata, but {len(tensors)} tensors: some are missing")
+    family = _family(architecture, keys)
+    assert family.gguf is not None
+    ours = _sizes(keys) | {"vocab_size": vocab_size, "tied_embeddings": HEAD not in tensors, "family": family.name}
+    ours |= {switch: True for switch, name in _BIASES.items() if name in tensors}
+    ours |= read_rope(keys, tensors) | family.gguf.read(keys)
+    rows = keys.take("vocab_size", vocab_size)
+    needed = sorted(keys.read & ignored)
+    if needed:
+        raise LlamaJaxError(f"{prefix + needed[0]!r} cannot be ignored: the model is made by it")
+    config = Config.from_dict(ours, f"{path}: {architecture}")
+    if config.window_rope == Rope(theta=config.rope_theta, scaling=config.rope_scaling):
+        config = dataclasses.replace(config, window_rope=None)
+    _check_values(keys, config, ignored)
+    remedy = "if it does not change the forward pass, give --ignore_key={key} (ignore_keys in the library)"
+    check_read(keys, said.keys() - ignored, _NO_EFFECT.__contains__, remedy)
     notes = []
-    if said.get("vocab_size", vocab_size) != vocab_size:
+    if rows != vocab_size:
         notes.append(
-            f"{path}: {prefix}vocab_size is {shortened(said['vocab_size'])}, but the embedding has {vocab_size} rows: "
+            f"{path}: {prefix}vocab_size is {shortened(rows)}, but the embedding has {vocab_size} rows: "
             "the latter is used"
         )
-    return config, notes
+    return config, keys, notes
 
 
-def check_ignored(ignore_keys: Collection[str], architecture: str) -> None:
-    """Refuses to ignore what a model is made by."""
-    made_by = {f"{architecture}.{key}" for key in _READ} | {"general.architecture"}
-    needed = sorted(made_by & set(ignore_keys))
-    if needed:
-        raise LlamaJaxError(f"{needed[0]!r} cannot be ignored: the model is made by it")
-
-
-def _same_in_all(path: Any, key: str, values: np.ndarray) -> Any:
-    """The number that all layers have."""
-    if values.ndim != 1 or not len(values) or (values != values[0]).any():
-        raise LlamaJaxError(f"{path}: {key} differs between layers ({shortened(values.tolist())}): expected one number")
+def _one_value(path: Any, prefix: str, key: str, value: Any) -> Any:
+    """A value; of an array with a number for each layer, the one that all have."""
+    if key in _ARRAYS or not isinstance(value, np.ndarray | list):
+        return value
+    values = np.asarray(value)
+    if key not in _OF_LAYERS or values.ndim != 1 or not len(values):
+        raise LlamaJaxError(f"{path}: {prefix}{key} is an array of {len(value)}: expected one value")
+    if (values != values[0]).any():
+        raise LlamaJaxError(
+            f"{path}: {prefix}{key} differs between layers ({shortened(values.tolist())}): expected one number"
+        )
     return values[0].item()
 
 
-def _linear(path: Any, prefix: str, said: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What keys say of RoPE scaling: a factor by which all frequencies are divided, or nothing."""
-    kind = said.get("rope.scaling.type", "linear")
-    factor = said.get("rope.scaling.factor", said.get("rope.scale_linear", 1.0))
-    if kind not in ("none", "linear"):
-        raise LlamaJaxError(
-            f"{path}: {prefix}rope.scaling.type is {shortened(kind)}, which is not supported: expected 'none' or "
-            "'linear'; Llama 3.1's comes as the tensor rope_freqs.weight"
-        )
-    if isinstance(factor, bool) or not isinstance(factor, int | float):
-        raise LlamaJaxError(f"{path}: {prefix}rope.scaling.factor is {shortened(factor)}: expected a number")
-    return None if kind == "none" or factor in (0, 1) else {"kind": "linear", "factor": float(factor)}
+def _sizes(keys: Keys) -> dict[str, Any]:
+    """What every architecture says."""
+    ours = {name: keys.take(key) for key, name in FIELDS.items() if key in keys}
+    ours.setdefault("num_kv_heads", ours["num_heads"])
+    ours.setdefault("head_size", ours["width"] // ours["num_heads"])
+    return ours
 
 
-def _check_values(path: Any, prefix: str, said: Mapping[str, Any], config: Config) -> None:
+def _family(architecture: str, keys: Keys) -> Family:
+    """The family of a file: of those that have its architecture, the one whose keys it has."""
+    forms = [(family, family.gguf) for family in FAMILIES.values() if family.gguf and architecture in family.gguf.kinds]
+    for family, form in forms:
+        if form.applies is not None and form.applies(keys):
+            return family
+    return next(family for family, form in forms if form.applies is None)
+
+
+def _check_values(keys: Keys, config: Config, ignored: Collection[str]) -> None:
     """That keys which we do not compute by have the values at which they do nothing."""
     allowed = dict(_ONLY_VALUE)
-    allowed["attention.value_length"] = allowed["rope.dimension_count"] = (config.head_size,)
-    window = said.get("attention.sliding_window")
-    if isinstance(window, int) and window >= config.context_length:
-        allowed["attention.sliding_window"] = (window,)
-    scale = said.get("attention.scale")
-    if isinstance(scale, float) and math.isclose(scale, config.head_size**-0.5, rel_tol=1e-6):
+    allowed["attention.value_length"] = (config.head_size,)
+    allowed["rope.dimension_count"] = (config.rotated_size,)
+    scale = keys.peek("attention.scale")
+    if isinstance(scale, float) and math.isclose(scale, config.score_scale, rel_tol=1e-6):
         allowed["attention.scale"] = (scale,)
     for key, values in allowed.items():
-        if key not in said:
-            continue
-        value = said[key]
-        if value not in values:
-            raise LlamaJaxError(
-                f"{path}: {prefix}{key} is {shortened(value)}, which is not supported: expected {values[0]!r}"
-            )
+        if key not in keys.read and key not in ignored:
+            keys.only(key, *values)
 
 
 def check_quantization(path: Any, metadata: Mapping[str, Any]) -> None:

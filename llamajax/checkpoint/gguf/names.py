@@ -1,72 +1,51 @@
-"""What GGUF calls models and their weights: architectures, pairs or halves, names of tensors."""
+"""What GGUF calls models and their weights."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal, NamedTuple
 
+import numpy as np
+
+from llamajax.checkpoint.source import halves_order
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
-from llamajax.families import tensors
+from llamajax.families import FAMILIES
+from llamajax.families.family import format_of
 from llamajax.files import shortened
-from llamajax.parameters import Place
 
-# How RoPE's two coordinates stand in the rows of q and k: neighbours (2i, 2i + 1), or (i, i + H/2). llama.cpp decides
-# it by the architecture's name: `llama_model_rope_type` in src/llama-model.cpp, LLAMA_ROPE_TYPE_NORM and _NEOX, with
-# the names of src/llama-arch.cpp. Its converter reorders the rows of a Hugging Face model for the former (`permute`).
-_PAIRS = (
-    "llama llama4 deci baichuan internlm2 minicpm xverse command-r cohere2 olmo arctic deepseek deepseek2 plm chatglm "
-    "granite granitemoe granitehybrid chameleon bailingmoe smollm3 arcee ernie4_5 ernie4_5-moe mistral3 llama-embed"
-)
-_HALVES = (
-    "falcon falcon-h1 grok dbrx bert nomic-bert stablelm bitnet qwen qwen2 dream qwen2moe qwen3 qwen3moe olmo2 olmoe "
-    "phi2 phi3 phimoe plamo plamo2 gemma gemma2 gemma3 gemma3n gemma-embedding starcoder2 openelm gptneox codeshell "
-    "orion nemotron exaone exaone4 minicpm3 bailingmoe2 dots1 hunyuan-moe hunyuan-dense gpt-oss lfm2 lfm2moe "
-    "smallthinker seed_oss grovemoe apertus minimax-m2 cogvlm qwen3next"
-)
-ROPE_ROWS: Mapping[str, Literal["pairs", "halves"]] = MappingProxyType(
-    dict.fromkeys(_PAIRS.split(), "pairs") | dict.fromkeys(_HALVES.split(), "halves")  # type: ignore[arg-type]
-)
-
-
-class Architecture(NamedTuple):
-    """What there is to know of an architecture beside what its metadata say.
-
-    Attributes:
-        name: as in `general.architecture`, and what its keys begin with.
-        rotated: names of the weights whose rows RoPE turns, with how many heads each: a field of `Config`.
-    """
-
-    name: str
-    rotated: Mapping[str, str]
-
-    @property
-    def in_pairs(self) -> bool:
-        """Whether rows of `rotated` are to be brought from pairs to halves."""
-        return ROPE_ROWS[self.name] == "pairs"
-
-
-# Those that are read: to add one is a row here, and in `config.KEYS` what its metadata say beside a LLaMA's.
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
-    {
-        "llama": Architecture(
-            "llama", MappingProxyType({"attention.query_DQ": "num_heads", "attention.key_DM": "num_kv_heads"})
-        ),
-    }
-)
-
-HEAD = "output.weight"
-ROPE_FACTORS = "rope_freqs.weight"
 # Inverse frequencies as Meta's own files have them: old converters wrote them, and nothing reads them (llama.cpp's
 # MODEL_TENSOR_SKIP, gguf-py/gguf/constants.py).
 UNUSED = ("attn_rot_embd.weight",)
+# The weights that RoPE turns, with how many heads each: a field of `Config`, "" for one that all heads have.
+_ROTATED = {
+    "attention.query_DQ": "num_heads",
+    "attention.query_bias_Q": "num_heads",
+    "attention.query_norm_Q": "num_heads",
+    "attention.query_norm_H": "",
+    "attention.key_DM": "num_kv_heads",
+    "attention.key_bias_M": "num_kv_heads",
+    "attention.key_norm_M": "num_kv_heads",
+    "attention.key_norm_H": "",
+}
 
 
-def tensor_names(config: Config) -> dict[str, Place]:
-    """The weight that each tensor of a model's files is, by the tensor's name."""
-    return {name: place for name, (place,) in tensors(config, "gguf").items()}
+def row_orders(config: Config) -> Mapping[str, np.ndarray]:
+    """Which row of a file's tensor is each row of ours, by the name of the weight; nothing where they are the same.
+
+    RoPE's two coordinates are neighbours (2i, 2i + 1) in files of some architectures, by `Names.pairs`, where llama.cpp
+    says so by the name alone: `llama_model_rope_type` in src/llama-model.cpp, LLAMA_ROPE_TYPE_NORM. Its converter
+    reorders the rows of a Hugging Face model for them (`permute`).
+    """
+    if not format_of(config, "gguf").names.pairs:
+        return MappingProxyType({})
+    return MappingProxyType(
+        {
+            name: halves_order((getattr(config, heads) if heads else 1) * config.head_size, config.head_size)
+            for name, heads in _ROTATED.items()
+        }
+    )
 
 
-def architecture_of(path: object, metadata: Mapping[str, object]) -> Architecture:
+def architecture_of(path: object, metadata: Mapping[str, object]) -> str:
     """The architecture of a file that holds a model.
 
     Raises:
@@ -85,7 +64,9 @@ def architecture_of(path: object, metadata: Mapping[str, object]) -> Architectur
         found = f"of general.type {shortened(kind)}"
     if found is not None:
         raise LlamaJaxError(f"{path}: is {found}, not a language model: give the file of the model itself")
-    if not isinstance(name, str) or name not in ARCHITECTURES:
+    known = [kind for family in FAMILIES.values() if family.gguf is not None for kind in family.gguf.kinds]
+    if not isinstance(name, str) or name not in known:
         what = f"architecture {shortened(name)} is not read" if name is not None else "names no architecture"
-        raise LlamaJaxError(f"{path}: {what}: expected general.architecture to be one of {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[name]
+        expected = ", ".join(dict.fromkeys(known))
+        raise LlamaJaxError(f"{path}: {what}: expected general.architecture to be one of {expected}")
+    return name

@@ -3,32 +3,27 @@
 Rows of q and k that stand in pairs are reordered, packed or not: blocks never go over several rows.
 """
 
+import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from llamajax.checkpoint.gguf.blocks import Tensor
-from llamajax.checkpoint.gguf.config import check_ignored, check_quantization, config_of, sampling_of, unknown_keys
+from llamajax.checkpoint.gguf.config import check_quantization, config_of, sampling_of, unknown_keys
 from llamajax.checkpoint.gguf.container import Gguf, is_gguf, open_gguf
-from llamajax.checkpoint.gguf.names import (
-    HEAD,
-    ROPE_FACTORS,
-    UNUSED,
-    Architecture,
-    architecture_of,
-    tensor_names,
-)
-from llamajax.checkpoint.gguf.rope import with_factors
+from llamajax.checkpoint.gguf.names import UNUSED, architecture_of, row_orders
+from llamajax.checkpoint.gguf.rope import TENSORS, read_tensors
 from llamajax.checkpoint.gguf.words import words_of
-from llamajax.checkpoint.source import Source, Stored, halves_order
+from llamajax.checkpoint.source import Source, Stored
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
+from llamajax.families import pieces, shape_of, tensors
 from llamajax.files import shortened
-from llamajax.parameters import Place, Spec, specs
+from llamajax.parameters import Place, specs
 from llamajax.workers import workers
 from quant import ggml
 
@@ -54,16 +49,17 @@ def open_source(path: Path, ignore_keys: Collection[str] = ()) -> Source:
     """
     file = open_gguf(path)
     metadata = {key: value for key, value in file.metadata.items() if key not in ignore_keys}
-    architecture = architecture_of(path, metadata)
-    check_ignored(ignore_keys, architecture.name)
+    architecture = architecture_of(path, file.metadata)
+    if "general.architecture" in ignore_keys:
+        raise LlamaJaxError("'general.architecture' cannot be ignored: the model is made by it")
     check_quantization(path, metadata)
-    config, notes = _config(path, file, architecture, metadata)
-    tensors, unused = _tensors(path, file, config)
-    reader = _Reader(path, file, config, architecture, tensors)
+    config, notes = _config(path, file, architecture, ignore_keys)
+    unused = _check_tensors(path, file, config)
+    reader = _Reader(path, file, config)
     sampling, not_done = sampling_of(path, metadata)
     words = words_of(path, metadata, config.vocab_size, sampling)
     notes += not_done
-    unknown = unknown_keys(metadata, architecture.name, words.consumed)
+    unknown = unknown_keys(metadata, architecture, words.consumed)
     if unknown:
         notes.append(
             f"{path}: keys that nothing here reads: {', '.join(map(shortened, unknown[:8]))}{_more(unknown, 8)}"
@@ -74,10 +70,10 @@ def open_source(path: Path, ignore_keys: Collection[str] = ()) -> Source:
     if expanded:
         notes.append(f"{path}: {expanded} are read as floats: llamajax quantize packs them")
     return Source(
-        _description(file, tensors),
+        _description(file, config),
         config,
         reader.abstract,
-        tuple(sorted(tensors, key=lambda place: (tensors[place].file, tensors[place].start))),
+        tuple(sorted(reader.parts, key=lambda place: reader.parts[place].start)),
         reader.read,
         reader.fill,
         tokenizer_bytes=words.tokenizer_bytes,
@@ -85,7 +81,7 @@ def open_source(path: Path, ignore_keys: Collection[str] = ()) -> Source:
         words=words.words,
         notes=tuple(notes),
         expanded=expanded,
-        stored={place: Stored(tensor.kind.name, tensor.nbytes) for place, tensor in tensors.items()},
+        stored={place: Stored(part.kind.name, part.nbytes) for place, part in reader.parts.items()},
         metadata=file.metadata,
     )
 
@@ -94,18 +90,16 @@ def _more(names: Sequence[str], shown: int) -> str:
     return f" and {len(names) - shown} more" if len(names) > shown else ""
 
 
-def _description(file: Gguf, tensors: Mapping[Place, Tensor]) -> str:
+def _description(file: Gguf, config: Config) -> str:
     """Version and types, the most frequent first."""
-    types = [tensor.kind.name for tensor in tensors.values()]
+    types = [file.tensors[name].kind.name for name in tensors(config, "gguf")]
     counts = sorted({name: types.count(name) for name in types}.items(), key=lambda item: -item[1])
     parts = f", {len(file.maps)} parts" if len(file.maps) > 1 else ""
     order = "" if file.byteorder == "little" else ", big-endian"
     return f"GGUF version {file.version}{order}{parts} ({', '.join(f'{count} {name}' for name, count in counts)})"
 
 
-def _config(
-    path: Path, file: Gguf, architecture: Architecture, metadata: Mapping[str, Any]
-) -> tuple[Config, list[str]]:
+def _config(path: Path, file: Gguf, architecture: str, ignore_keys: Collection[str]) -> tuple[Config, list[str]]:
     """The config, by metadata and tensors."""
     if not file.tensors:
         raise LlamaJaxError(f"{path}: holds no tensors, a vocabulary alone: give the file of the model itself")
@@ -113,33 +107,27 @@ def _config(
     if embedding is None or len(embedding.shape) != 2:
         shape = "is missing" if embedding is None else f"has shape {embedding.shape}: expected (vocabulary, width)"
         raise LlamaJaxError(f"{path}: tensor {EMBEDDING!r} {shape}")
-    name, tied = architecture.name, HEAD not in file.tensors
-    config, notes = config_of(path, name, metadata, embedding.shape[0], tied)
-    factors = file.tensors.get(ROPE_FACTORS)
-    if factors is not None:
-        if factors.kind.name != "F32" or factors.nbytes > 1 << 20:
-            raise LlamaJaxError(
-                f"{path}: {ROPE_FACTORS} is {factors.shape} in {factors.kind.name}: expected F32 numbers"
-            )
-        divisors = file.blocks(ROPE_FACTORS).view("<f4").reshape(factors.shape)
-        original = metadata.get(f"{name}.rope.scaling.original_context_length")
-        config = with_factors(path, config, divisors, original)
-    return config, notes
+    config, keys, notes = config_of(path, architecture, file.metadata, embedding.shape[0], file.tensors, ignore_keys)
+    numbers = {}
+    for name in TENSORS:
+        tensor = file.tensors.get(name)
+        if tensor is None:
+            continue
+        if tensor.kind.name != "F32" or tensor.nbytes > 1 << 20:
+            raise LlamaJaxError(f"{path}: {name} is {tensor.shape} in {tensor.kind.name}: expected F32 numbers")
+        numbers[name] = file.blocks(name).view("<f4").reshape(tensor.shape)
+    return read_tensors(path, config, keys, numbers), notes
 
 
-def _tensors(path: Path, file: Gguf, config: Config) -> tuple[dict[Place, Tensor], list[str]]:
-    """The tensor that each weight is, and those that are of no effect.
+def _check_tensors(path: Path, file: Gguf, config: Config) -> list[str]:
+    """Refuses a file whose tensors are not those of the model; returns those that are of no effect.
 
     Raises:
         LlamaJaxError: if a weight is missing or of another shape, or a tensor is of nothing.
     """
-    if config.num_layers > len(file.tensors):  # before the names of so many layers are listed
-        raise LlamaJaxError(
-            f"{path}: {config.num_layers} layers by its metadata, but {len(file.tensors)} tensors: some are missing"
-        )
-    expected = tensor_names(config)
+    expected = tensors(config, "gguf")
     unused = [name for name in file.tensors if name.endswith(UNUSED)]
-    surplus = sorted(set(file.tensors) - set(expected) - set(unused) - {ROPE_FACTORS})
+    surplus = sorted(set(file.tensors) - set(expected) - set(unused) - set(TENSORS))
     if surplus:
         raise LlamaJaxError(
             f"{path}: tensor {shortened(surplus[0])} belongs to nothing in the model ({len(surplus)} such): this "
@@ -148,47 +136,66 @@ def _tensors(path: Path, file: Gguf, config: Config) -> tuple[dict[Place, Tensor
     missing = [name for name in expected if name not in file.tensors]
     if missing:
         raise LlamaJaxError(f"{path}: tensor {missing[0]!r} is missing ({len(missing)} such)")
-    found = {}
-    for name, place in expected.items():
-        tensor, spec = file.tensors[name], specs(config)[place]
-        shape = _theirs(spec, config)
+    for name, places in expected.items():
+        tensor, shape = file.tensors[name], shape_of(config, places)
         if tensor.shape != shape:
             raise LlamaJaxError(f"{path}: {name} has shape {tensor.shape}: expected {shape} by the metadata")
         kind = tensor.kind
         if kind.packed is None and kind.dtype is None and not kind.dequantized:
             raise LlamaJaxError(f"{path}: {name} is of type {kind.name}: expected a type that weights are stored in")
-        if not spec.is_matrix and kind.dtype is None:
-            raise LlamaJaxError(f"{path}: {name} is of type {kind.name}: expected F32, F16 or BF16 of a norm")
-        found[place] = tensor
-    return found, unused
+        if len(shape) == 1 and kind.dtype is None:
+            raise LlamaJaxError(f"{path}: {name} is of type {kind.name}: expected F32, F16 or BF16 of a vector")
+    return unused
 
 
-def _theirs(spec: Spec, config: Config) -> tuple[int, ...]:
-    """The shape that a file has of a weight."""
-    shape = spec.shape(config)
-    return shape[::-1] if spec.transposed else shape
+class _Part(NamedTuple):
+    """What of a tensor is a weight.
+
+    Attributes:
+        tensor: in the file.
+        rows: which of its rows, None for all.
+        shape: of what is the weight, rows first.
+    """
+
+    tensor: Tensor
+    rows: slice | None
+    shape: tuple[int, ...]
+
+    @property
+    def kind(self) -> ggml.Type:
+        """The type of the tensor."""
+        return self.tensor.kind
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight."""
+        return math.prod(self.shape[:-1]) * self.tensor.row_bytes
+
+    @property
+    def start(self) -> tuple[int, int]:
+        """The part of a split file, and the byte at which it begins there."""
+        first = self.rows.start if self.rows is not None else 0
+        return self.tensor.file, self.tensor.start + first * self.tensor.row_bytes
 
 
 class _Reader:
     """Reads the weights of one file."""
 
-    def __init__(
-        self, path: Path, file: Gguf, config: Config, architecture: Architecture, tensors: Mapping[Place, Tensor]
-    ):
+    def __init__(self, path: Path, file: Gguf, config: Config):
         """Foresees what each weight will be."""
-        self.path, self.file, self.tensors = path, file, tensors
+        self.path, self.file = path, file
         self.specs = specs(config)
-        self.kinds = {place: tensor.kind for place, tensor in tensors.items()}
-        self.orders = {}
-        if architecture.in_pairs:
-            for name, heads in architecture.rotated.items():
-                self.orders[name] = halves_order(getattr(config, heads) * config.head_size, config.head_size)
+        self.parts = {
+            place: _Part(file.tensors[piece.tensor], piece.rows, shape_of(config, (place,)))
+            for place, piece in pieces(config, "gguf").items()
+        }
+        self.orders = row_orders(config)
         self.dtype = self._dtype()
         self.abstract = {place: self._abstract(place) for place in self.specs}
 
     def expanded(self) -> str:
         """Which weights take more memory than in the file, being floats there; "" for none."""
-        names = [kind.name for kind in self.kinds.values() if kind.dequantized]
+        names = [part.kind.name for part in self.parts.values() if part.kind.dequantized]
         return ", ".join(f"{names.count(name)} weights of type {name}" for name in dict.fromkeys(names))
 
     def _dtype(self) -> np.dtype:
@@ -196,7 +203,7 @@ class _Reader:
 
         A model computes in one dtype. Norms are float32 in files whose matrices have 16 bits; converters widened them.
         """
-        kinds = {kind.dtype for place, kind in self.kinds.items() if self.specs[place].is_matrix}
+        kinds = {part.kind.dtype for place, part in self.parts.items() if self.specs[place].is_matrix}
         one = kinds.pop() if len(kinds) == 1 else None
         if one not in ("float16", "bfloat16"):
             return np.dtype(np.float32)
@@ -210,36 +217,43 @@ class _Reader:
 
     def _abstract(self, place: Place) -> Any:
         """A weight as it will be, of `jax.ShapeDtypeStruct`s."""
-        kind, spec = self.kinds[place], self.specs[place]
+        part, spec = self.parts[place], self.specs[place]
+        kind = part.kind
         if kind.packed is not None:
-            weight = ggml.abstract(kind.name, self.tensors[place].shape)
+            weight = ggml.abstract(kind.name, part.shape)
             return ggml.transposed(weight) if spec.transposed else weight
-        shape = self.tensors[place].shape
         dtype = kind.dtype if spec.is_only_looked_up and kind.dtype else self.dtype
-        return jax.ShapeDtypeStruct(shape[::-1] if spec.transposed else shape, np.dtype(dtype))
+        return jax.ShapeDtypeStruct(part.shape[::-1] if spec.transposed else part.shape, np.dtype(dtype))
 
     def _blocks(self, place: Place) -> np.ndarray:
-        """Blocks by row, the rows in our order."""
-        blocks = self.file.blocks(self.tensors[place].name)
-        order = self.orders.get(place.name)
+        """Blocks by row, the rows in our order; those of a vector are one row, as it stands."""
+        part = self.parts[place]
+        blocks = self.file.blocks(part.tensor.name)
+        if part.rows is not None:
+            blocks = blocks[part.rows]
+        order = self.orders.get(place.name) if self.specs[place].is_matrix else None
         return blocks if order is None else blocks[order]
 
     def _floats(self, place: Place) -> np.ndarray:
         """A weight that is floats, in the file's orientation."""
+        part, spec = self.parts[place], self.specs[place]
         try:
-            array = ggml.floats(self.kinds[place].name, self._blocks(place))
+            array = ggml.floats(part.kind.name, self._blocks(place)).reshape(part.shape)
         except ValueError as error:
-            raise LlamaJaxError(f"{self.path}: {self.tensors[place].name}: {error}") from None
-        return array.reshape(self.tensors[place].shape)
+            raise LlamaJaxError(f"{self.path}: {part.tensor.name}: {error}") from None
+        if not spec.is_matrix and place.name in self.orders:
+            array = array[self.orders[place.name]]
+        # llama.cpp adds nothing where it multiplies by a norm's weights: its files have the sum.
+        return array.astype(np.float32) - np.float32(spec.offset) if spec.offset else array
 
     def read(self, place: Place) -> Any:
         """One weight, as of `Source`."""
-        kind, spec = self.kinds[place], self.specs[place]
-        if kind.packed is None:
+        part, spec = self.parts[place], self.specs[place]
+        if part.kind.packed is None:
             array = self._floats(place)
             return array.T if spec.transposed else array
-        weight = ggml.unpack(kind.name, self._blocks(place))
-        self.file.release(self.tensors[place].name)
+        weight = ggml.unpack(part.kind.name, self._blocks(place))
+        self.file.release(part.tensor.name)
         return ggml.transposed(weight) if spec.transposed else weight
 
     def fill(self, places: Sequence[Place], weights: Sequence[Any]) -> None:
@@ -248,7 +262,7 @@ class _Reader:
         def one(place: Place, into: Any) -> None:
             for target, array in zip(jax.tree.leaves(into), jax.tree.leaves(self.read(place)), strict=True):
                 np.copyto(target, array, casting="same_kind")
-            self.file.release(self.tensors[place].name)  # floats were a view
+            self.file.release(self.parts[place].tensor.name)  # floats were a view
 
         with workers(min(_MOST_THREADS, len(places), os.cpu_count() or 1)) as pool:
             for done in [pool.submit(one, place, into) for place, into in zip(places, weights, strict=True)]:

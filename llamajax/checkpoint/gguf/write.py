@@ -1,11 +1,13 @@
 """Writes a model as a GGUF file that llama.cpp loads: packed weights as the ggml types that they are, bit for bit.
 
-What no ggml type holds is an error, before anything is written. Metadata are those of llama.cpp's convert_hf_to_gguf.py
-for architecture `llama`; rows of q and k go from halves to pairs, as it has them.
+What no ggml type holds is an error, before anything is written. Metadata are those of llama.cpp's converter for the
+architecture, rows of q and k go from halves to pairs where it has them so, and norms have 1 added where it adds it.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,22 +15,22 @@ import jax
 import numpy as np
 
 from llamajax.checkpoint.checks import check_fits
-from llamajax.checkpoint.gguf.config import FIELDS, QUANTIZATION_VERSION, SAMPLING_KEYS
+from llamajax.checkpoint.gguf.config import FIELDS, QUANTIZATION_VERSION, SAMPLING_KEYS, config_of
 from llamajax.checkpoint.gguf.encode import Entry, header, padding
-from llamajax.checkpoint.gguf.names import ARCHITECTURES, ROPE_FACTORS, tensor_names
-from llamajax.checkpoint.gguf.rope import divisors_of
-from llamajax.checkpoint.source import halves_order
+from llamajax.checkpoint.gguf.names import row_orders
+from llamajax.checkpoint.gguf.rope import write_rope, write_tensors
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
-from llamajax.files import check_absent, new_file
+from llamajax.families import shape_of, tensors
+from llamajax.families.family import format_of
+from llamajax.files import check_absent, new_file, shortened
 from llamajax.model import Llama
-from llamajax.parameters import Place, specs, weights_of
+from llamajax.parameters import Place, Spec, specs, weights_of
 from llamajax.tokenizer import Tokenizer
 from llamajax.tokenizer.gguf import to_metadata
 from llamajax.words import Words
 from quant import ggml, is_weight, values
 
-_ARCHITECTURE = ARCHITECTURES["llama"]
 # `enum llama_ftype` in llama.h, by the type that most weights have.
 _FILE_TYPES = {
     **{"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 15},
@@ -72,56 +74,73 @@ def save(model: Llama, path: Path, tokenizer: Tokenizer | None, words: Words | N
             something like it; for a model of another family, a path of another suffix or one that exists.
     """
     config = model.config
-    if config.family != Config.family:
-        raise LlamaJaxError(f"a model of family {config.family!r} as GGUF: expected {Config.family!r}")
+    of_model = keys_of(config)
     check_name(path)
     check_absent(path)
     weights = weights_of(jax.tree.map(np.asarray, model))
-    tensors = list(_tensors(weights, config, dtype))
-    metadata = _metadata(config, path.stem, tensors) | _tokenizer_metadata(tokenizer, config)
+    made = list(_tensors(weights, config, dtype))
+    metadata = _metadata(config, path.stem, made) | of_model | _tokenizer_metadata(tokenizer, config)
     for key, value in (words or Words()).sampling.items():
         metadata[_SAMPLING[key]] = int(value) if key == "top_k" else float(value)
     try:
-        head = header(metadata, [tensor.entry for tensor in tensors])
+        head = header(metadata, [tensor.entry for tensor in made])
     except ValueError as error:
         raise LlamaJaxError(f"{path}: metadata: {error}") from None
     with new_file(path) as partial, open(partial, "wb") as file:
         file.write(head)
-        for tensor in tensors:
+        for tensor in made:
             data = np.ascontiguousarray(tensor.data()).reshape(-1).view(np.uint8)
             assert data.nbytes == tensor.entry.nbytes, tensor.entry
             file.write(data.data)
             file.write(bytes(padding(data.nbytes)))
 
 
-def _metadata(config: Config, name: str, tensors: list[_Tensor]) -> dict[str, Any]:
-    """What describes the model, and what its architecture is."""
-    sizes: dict[str, int] = {}
-    for tensor in tensors:
-        if len(tensor.entry.shape) > 1:
-            sizes[tensor.kind.name] = sizes.get(tensor.kind.name, 0) + tensor.entry.nbytes
-    most = max(sizes, key=sizes.__getitem__)
-    said: dict[str, Any] = {
-        "general.architecture": _ARCHITECTURE.name,
-        "general.type": "model",
-        "general.name": name,
-        "general.file_type": _FILE_TYPES[most],
-        "general.quantization_version": QUANTIZATION_VERSION,
-    }
+def keys_of(config: Config) -> dict[str, Any]:
+    """What says a model's architecture.
+
+    Raises:
+        LlamaJaxError: if the family has no GGUF, or its GGUF cannot say one of the config's switches.
+    """
+    form = format_of(config, "gguf")
+    architecture = form.kinds[0]
     of_model: dict[str, Any] = {
         **{key: getattr(config, field) for key, field in FIELDS.items()},
         "vocab_size": config.vocab_size,
         "attention.value_length": config.head_size,
         "attention.layer_norm_rms_epsilon": float(config.norm_eps),
-        "rope.dimension_count": config.head_size,
-        "rope.freq_base": float(config.rope_theta),
+        "rope.dimension_count": config.rotated_size,
+        **write_rope(config),
+        **form.write(config),
     }
-    scaling = config.rope_scaling
-    if scaling is not None and scaling.kind == "linear":
-        of_model |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling.factor)}
-    elif scaling is not None:  # by the tensor; without effect in llama.cpp, but this makes it certain what made that
-        of_model["rope.scaling.original_context_length"] = scaling.original_context_length
-    return said | {f"{_ARCHITECTURE.name}.{key}": value for key, value in of_model.items()}
+    said = {f"{architecture}.{key}": value for key, value in of_model.items()}
+    # Scalings that a tensor says are not read here: `write_tensors` writes them or refuses.
+    read, _, _ = config_of("GGUF", architecture, said, config.vocab_size, tensors(config, "gguf"))
+    for field in dataclasses.fields(config):
+        ours, theirs = getattr(config, field.name), getattr(read, field.name)
+        both = isinstance(ours, float) and isinstance(theirs, float)
+        same = math.isclose(ours, theirs, rel_tol=1e-12) if both else ours == theirs
+        if not same and field.name not in ("family", "rope_scaling"):
+            raise LlamaJaxError(
+                f"{field.name} is {shortened(ours)}: a GGUF of architecture {architecture!r} says {shortened(theirs)}: "
+                "expected a config that it can say"
+            )
+    return said
+
+
+def _metadata(config: Config, name: str, made: list[_Tensor]) -> dict[str, Any]:
+    """What describes the file."""
+    sizes: dict[str, int] = {}
+    for tensor in made:
+        if len(tensor.entry.shape) > 1:
+            sizes[tensor.kind.name] = sizes.get(tensor.kind.name, 0) + tensor.entry.nbytes
+    most = max(sizes, key=sizes.__getitem__)
+    return {
+        "general.architecture": format_of(config, "gguf").kinds[0],
+        "general.type": "model",
+        "general.name": name,
+        "general.file_type": _FILE_TYPES[most],
+        "general.quantization_version": QUANTIZATION_VERSION,
+    }
 
 
 def _tokenizer_metadata(tokenizer: Tokenizer | None, config: Config) -> dict[str, Any]:
@@ -132,23 +151,28 @@ def _tokenizer_metadata(tokenizer: Tokenizer | None, config: Config) -> dict[str
 
 
 def _tensors(weights: Mapping[Place, Any], config: Config, dtype: Any) -> Iterator[_Tensor]:
-    """The tensors in the order of the file: RoPE's divisors if there are any, then that of `specs`."""
-    if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
-        factors = divisors_of(config, config.rope_scaling).astype(np.float32)
-        yield _tensor(ROPE_FACTORS, ggml.named("F32"), factors.shape, lambda: factors)
-    for name, place in tensor_names(config).items():
-        spec, weight = specs(config)[place], weights[place]
-        shape = spec.shape(config)
-        shape = shape[::-1] if spec.transposed else shape
-        order = None
-        heads = _ARCHITECTURE.rotated.get(place.name)
-        if heads is not None:
-            order = np.argsort(halves_order(getattr(config, heads) * config.head_size, config.head_size))
-        wanted = np.dtype(dtype) if dtype is not None and spec.is_matrix else None
-        if not spec.is_matrix:
-            wanted = np.dtype(np.float32)
-        kind = _type(place, weight) if wanted is None else ggml.nearest(jax.ShapeDtypeStruct(shape, wanted))
-        yield _tensor(name, kind, shape, functools.partial(_data, place, weight, wanted, spec.transposed, order))
+    """The tensors in the order of the file: RoPE's numbers if there are any, then that of `specs`."""
+    for name, numbers in write_tensors(config).items():
+        yield _tensor(name, ggml.named("F32"), numbers.shape, functools.partial(np.asarray, numbers))
+    orders = row_orders(config)
+    for name, places in tensors(config, "gguf").items():
+        shape = shape_of(config, places)
+        wanted = None if dtype is None else np.dtype(dtype)
+        wanted = np.dtype(np.float32) if len(shape) == 1 else wanted
+        if wanted is None:
+            kind = _type(name, {place: weights[place] for place in places})
+        else:
+            kind = ggml.nearest(jax.ShapeDtypeStruct(shape, wanted))
+        parts = [
+            functools.partial(_data, place, specs(config)[place], weights[place], wanted, orders.get(place.name))
+            for place in places
+        ]
+        yield _tensor(name, kind, shape, functools.partial(_joined, parts))
+
+
+def _joined(parts: Sequence[Callable[[], np.ndarray]]) -> np.ndarray:
+    """The bytes of several weights, their rows one behind the other."""
+    return np.concatenate([part() for part in parts]) if len(parts) > 1 else parts[0]()
 
 
 def _tensor(name: str, kind: ggml.Type, shape: tuple[int, ...], data: Callable[[], np.ndarray]) -> _Tensor:
@@ -156,24 +180,38 @@ def _tensor(name: str, kind: ggml.Type, shape: tuple[int, ...], data: Callable[[
     return _Tensor(Entry(name, kind.number, shape, nbytes), kind, data)
 
 
-def _type(place: Place, weight: Any) -> ggml.Type:
-    """The type that a weight is in the file."""
-    found = ggml.type_of(weight)
-    if found is None:
+def _type(name: str, weights: Mapping[Place, Any]) -> ggml.Type:
+    """The type that a tensor is in the file."""
+    types = {}
+    for place, weight in weights.items():
+        found = ggml.type_of(weight)
+        if found is None:
+            raise LlamaJaxError(
+                f"{place} is {ggml.described(weight)}: no ggml type holds it, the nearest is "
+                f"{ggml.explained(ggml.nearest(weight))}: quantize the model again with --types=ggml, or give --dtype "
+                "for floats"
+            )
+        types[place] = found
+    if len({kind.name for kind in types.values()}) > 1:
+        said = ", ".join(f"{place} is {kind.name}" for place, kind in types.items())
         raise LlamaJaxError(
-            f"{place} is {ggml.described(weight)}: no ggml type holds it, the nearest is "
-            f"{ggml.explained(ggml.nearest(weight))}: quantize the model again with --types=ggml, or give --dtype for "
-            "floats"
+            f"{name} holds {len(types)} weights in one type, but {said}: quantize the model again with one scheme for "
+            "all of them, or give --dtype for floats"
         )
-    return found
+    return next(iter(types.values()))
 
 
-def _data(place: Place, weight: Any, dtype: np.dtype | None, transposed: bool, order: np.ndarray | None) -> np.ndarray:
-    """A tensor's bytes, rows first, the rows in the order of the file."""
+def _data(place: Place, spec: Spec, weight: Any, dtype: np.dtype | None, order: np.ndarray | None) -> np.ndarray:
+    """A weight's bytes in a tensor, rows first, the rows in the order of the file; a vector is one row."""
     if dtype is not None:
         floats = np.asarray(values(weight)) if is_weight(weight) else np.asarray(weight)
+        if spec.offset:
+            floats = floats.astype(np.float32) + np.float32(spec.offset)
         with np.errstate(over="ignore"):
             weight = floats.astype(dtype)
         check_fits(str(place), floats, weight)
-    rows = ggml.pack(ggml.transposed(weight) if transposed else weight)[1]
-    return rows if order is None else rows[order]
+    theirs = None if order is None else np.argsort(order)
+    if not spec.is_matrix:
+        return ggml.pack(weight if theirs is None else weight[theirs])[1]
+    rows = ggml.pack(ggml.transposed(weight) if spec.transposed else weight)[1]
+    return rows if theirs is None else rows[theirs]

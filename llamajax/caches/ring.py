@@ -1,0 +1,103 @@
+"""A cache of constant size, for layers whose queries see a part of the text only: old tokens give way to new ones.
+
+    config = Config(…, layer_kinds=("window", "full"), window=512)
+    cache = KVCache.empty(config, batch=1, slots=32768)  # 576 slots in layers with a window
+
+Any part that keeps every token keeps the last ones, too, where the token at position p goes to slot p modulo the slots:
+layouts, dtypes and how slots are attended to are its own. Which position a slot holds follows from how many tokens
+there are, so that nothing is stored beside keys and values.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from llamajax.caches.attention import NOWHERE, Before, Scores, attend_causal
+from llamajax.caches.cache import STEP_SLOTS, Part, Where
+from llamajax.caches.dense import FEW, newest
+
+# Slots beyond what a query sees, rounded up to whole steps of a tiled cache: a step may write as many, drafts that turn
+# out wrong among them, and a conversation go back by them.
+AHEAD = 64
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["held"], meta_fields=["seen"])
+@dataclasses.dataclass(frozen=True)
+class RingPart(Part):
+    """Keys and values that the layers of a window or of chunks still see.
+
+    Attributes:
+        held: a part that keeps every token, of R slots. Slot s holds the newest position that is s modulo R.
+        seen: positions that a query sees at most, its own included. Masks are the scores': what a slot holds besides
+            is not seen.
+    """
+
+    held: Any
+    seen: int
+    slots = None
+
+    @property
+    def stored(self) -> Part:
+        """As of every `Part`."""
+        return self.held
+
+    @property
+    def spare(self) -> int:  # type: ignore[override]
+        """Tokens that one call may write before its queries look."""
+        return self.held.slots - (self.seen - 1)
+
+    def storing(self, part: Any) -> Self:
+        """As of every `Part`."""
+        return dataclasses.replace(self, held=part)
+
+    def fewest(self, where: Where) -> jax.Array:
+        """As of every `Part`; to any number, until slots are used again."""
+        end_B = where.start_B + self._written(where)
+        return jnp.where(end_B > self.held.slots, end_B - self.spare, 0)
+
+    def _written(self, where: Where) -> jax.Array:
+        """How many of the tokens of a call are written, int32 [B]: padding is not, but for a few tokens."""
+        T = where.position_BT.shape[1]
+        every = where.count_B is None or (isinstance(T, int) and T <= FEW)
+        return jnp.full_like(where.start_B, T) if every else jnp.asarray(where.count_B, jnp.int32)
+
+    def attend(
+        self,
+        layer: jax.Array | int,
+        query_BTNH: jax.Array,
+        key_BTKH: jax.Array,
+        value_BTKH: jax.Array,
+        where: Where,
+        scores: Scores,
+    ) -> tuple[jax.Array, Self]:
+        """As of every `Part`, of any number of tokens.
+
+        Of no more than `spare` what is written covers nothing that a query sees: then slots are all that there is to
+        look at. More of them look at the slots as they were and at each other.
+        """
+        T, count_B = query_BTNH.shape[1], self._written(where)
+        held = self.held.write_around(layer, key_BTKH, value_BTKH, where.start_B, count_B)
+        part = self.storing(held)
+        if isinstance(T, int) and T <= self.spare:
+            slot_BR = self._positions(where.start_B + count_B)
+            return held.mix(layer, query_BTNH, where.position_BT, scores, slot_BR), part
+        key_BKTH, value_BKTH = (
+            jnp.swapaxes(self.held.decode(self.held.encode(x)), 1, 2) for x in (key_BTKH, value_BTKH)
+        )
+        key_BKRH, value_BKRH = self.held.read(layer)
+        before = Before(key_BKRH, value_BKRH, self._positions(where.start_B))
+        causal = functools.partial(attend_causal, before=before, loops=self.held.layout != "straight")
+        return causal(query_BTNH, key_BKTH, value_BKTH, where.position_BT, scores), part
+
+    def _positions(self, end_B: jax.Array) -> jax.Array:
+        """The position that each slot holds where there are `end_B` tokens, int32 [B, R]."""
+        newest_BR = newest(end_B, self.held.slots)
+        return jnp.where(newest_BR < 0, NOWHERE, newest_BR)
+
+
+def ring_slots(seen: int) -> int:
+    """Slots of a ring whose queries see so many positions."""
+    return -(-(seen + AHEAD) // STEP_SLOTS) * STEP_SLOTS

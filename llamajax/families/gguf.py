@@ -1,0 +1,111 @@
+"""What several families' keys in GGUF files have in common; the rest is each family's, or `checkpoint.gguf.config`'s.
+
+Reference: llama.cpp's `load_arch_hparams` of each architecture, src/models/.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from llamajax.config import Config, LayerKind
+from llamajax.errors import LlamaJaxError
+from llamajax.families.family import Keys
+from llamajax.families.huggingface import pattern_of
+from llamajax.files import shortened
+
+WINDOW = "attention.sliding_window"
+_PATTERN = "attention.sliding_window_pattern"
+
+
+def has_window(keys: Keys) -> bool:
+    """Whether a file says a window; 0 stands for none."""
+    value = keys.peek(WINDOW)
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def above_zero(keys: Keys, name: str, default: float | None) -> float | None:
+    """The value of a key that is a number above 0, or the default where it is missing."""
+    if name not in keys and default is None:
+        return keys.take(name, None)
+    value = keys.number(name, default)
+    if value <= 0:
+        raise LlamaJaxError(f"{keys.source}: {keys.prefix}{name} is {value}: expected a number above 0")
+    return value
+
+
+def scale(keys: Keys, name: str) -> float | None:
+    """What something is multiplied by; 0 and a missing key stand for nothing, as in llama.cpp."""
+    value = keys.number(name, 0.0)
+    if value < 0:
+        raise LlamaJaxError(f"{keys.source}: {keys.prefix}{name} is {value}: expected 0 or more")
+    return value or None
+
+
+def read_windows(keys: Keys, period: int, default: int | None = None) -> dict[str, Any]:
+    """Kinds of layers, and the window of those that have one.
+
+    Args:
+        keys: of a file.
+        period: of an architecture whose file does not say it: the last of so many layers has no window.
+        default: the window where the file says none; None for no layer with one.
+    """
+    window, said = keys.take(WINDOW, default), keys.take(_PATTERN, period)
+    if window is None or (window == 0 and not isinstance(window, bool)):
+        return {}
+    layers = keys.take("block_count")
+    if isinstance(said, np.ndarray | list):
+        flags = np.asarray(said)
+        if flags.shape != (layers,) or not np.isin(flags, (0, 1)).all():
+            raise LlamaJaxError(
+                f"{keys.source}: {keys.prefix}{_PATTERN} is {shortened(flags.tolist())}: expected {layers} flags, or "
+                "a period"
+            )
+        kinds: list[LayerKind] = ["window" if flag else "full" for flag in flags]
+    else:
+        if isinstance(said, bool) or not isinstance(said, int) or said < 0:
+            raise LlamaJaxError(f"{keys.source}: {keys.prefix}{_PATTERN} is {shortened(said)}: expected a period")
+        kinds = ["window" if said == 0 or layer % said < said - 1 else "full" for layer in range(layers)]
+    pattern = pattern_of(kinds)
+    return {"layer_kinds": pattern, "window": window if "window" in pattern else None}
+
+
+def write_windows(config: Config, period: int) -> dict[str, Any]:
+    """The keys that say them; the period only where it is another than the architecture's."""
+    kinds = [config.kind(layer) for layer in range(config.num_layers)]
+    if "window" not in kinds:
+        return {WINDOW: 0}
+    said = kinds.index("full") + 1 if "full" in kinds else 0
+    usual = all((kind == "window") == (layer % period < period - 1) for layer, kind in enumerate(kinds))
+    return {WINDOW: config.window} | ({} if usual else {_PATTERN: said})
+
+
+def read_window(keys: Keys) -> dict[str, Any]:
+    """A window that all layers have, or none."""
+    window = keys.take(WINDOW, 0)
+    return {"layer_kinds": ("window",), "window": window} if window != 0 or isinstance(window, bool) else {}
+
+
+def write_window(config: Config) -> dict[str, Any]:
+    """The key that says it."""
+    return {WINDOW: config.window or 0}
+
+
+def check_tied(config: Config, architecture: str) -> None:
+    """Refuses a head of its own, which llama.cpp has no place for in some architectures."""
+    if not config.tied_embeddings:
+        raise LlamaJaxError(
+            f"tied_embeddings is False: a GGUF of architecture {architecture!r} has no head of its own: expected the "
+            "embedding to be it"
+        )
+
+
+def query_scale(keys: Keys, largest: int) -> float | None:
+    """What scores of a Gemma are multiplied by: no key says it, llama.cpp knows the 27B by its number of layers."""
+    layers, width, heads = (keys.take(key) for key in ("block_count", "embedding_length", "attention.head_count"))
+    return (width // heads) ** -0.5 if layers == largest else None
+
+
+def kinds_of(layers: int, pattern: Sequence[LayerKind]) -> tuple[LayerKind, ...]:
+    """The pattern of so many layers, as short as it can be."""
+    return pattern_of([pattern[layer % len(pattern)] for layer in range(layers)])
