@@ -24,7 +24,8 @@ for _family in (
     olmo.OLMO3,
     granite.GRANITE,
     phi.PHI3,
-    bitnet.FAMILY,
+    bitnet.BITNET,
+    bitnet.BITNET_3B,
 ):
     register(_family)
 

@@ -1,8 +1,8 @@
 """The product of a few rows with ternary codes on a CPU where activations are in int8: sums of whole numbers.
 
-A code is 0, 1 or 2, and a row's codes are at most 127: products of 64 of them fit 16 bits, twice as many of which are in
-a register as of floats, and no code is widened to 32 bits and made a float. What is left is a shift, a mask, a product
-and a sum for each code. 2.2 times as fast as the sums of floats of `cpu_sums` (benchmarks/NOTES.md).
+A code is 0, 1 or 2, and activations are at most 127: sums of 64 products of the two fit 16 bits, of which a register
+holds twice as many as floats, and no code is widened to 32 bits and made a float. What is left is a shift, a mask, a
+product and a sum for each code. 2.2 times as fast as the sums of floats of `cpu_sums` (benchmarks/NOTES.md).
 
 Dimension key: as in `cpu_sums`.
 """
@@ -19,7 +19,7 @@ from quant.kernels.cpu_sums import sum_steps, unrolled
 from quant.qtensor import QTensor
 
 _SLOTS, _BITS = 4, 2  # of a byte
-# Bytes of an output that a step unrolls: with twice as many LLVM keeps fewer of them in registers, at 1.9 times the time.
+# Bytes of an output that a step unrolls: with twice as many LLVM runs out of registers, at 1.9 times the time.
 _STEP_BYTES = 8
 
 
