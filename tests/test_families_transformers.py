@@ -147,7 +147,7 @@ _COMPILER = {"xla_backend_optimization_level": 0}
 
 
 def _theirs(case: Case) -> "transformers.PreTrainedModel":
-    """A random model of transformers' own making, none of its weights as they begin, and so large that attention is uneven."""
+    """A random model of transformers' own making, its weights so large that attention is uneven."""
     fields = {**SIZES, "rope_parameters": dict(THETA)} | case.fields
     config = transformers.AutoConfig.for_model(case.kind, **json.loads(json.dumps(fields)))
     config._attn_implementation = "eager"
