@@ -1,4 +1,4 @@
-"""What the project does with a LLaMA, done with its kin: text, speculation, the inside, training, folders, shardings, plans."""
+"""What the project does with a LLaMA, done with its kin: text, the inside, training, folders, shardings, plans."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 import llamajax
 from llamajax import Llama, abstract_model, generate, load, named_weights, plan, preset, save_checkpoint, shardings
 from llamajax.evaluation.evaluate import cross_entropy
-from llamajax.evaluation.speed import random_weights
+from llamajax.evaluation.speed import random_model as random_weights
 from llamajax.train import Progress, TrainOptions, train
 from tests import reference
 from tests.kin import BIASES, HEAD_NORMS, NORMS_AFTER, REST, WINDOWS
@@ -38,15 +38,13 @@ def test_text_of_windows_is_the_references(model: Llama, weights: reference.Weig
     ids = [*PROMPT, *plain.tokens]
     logits_TV = reference.forward(WINDOWS, weights, ids)[len(PROMPT) - 1 : -1]
     assert plain.tokens == np.argmax(logits_TV, axis=-1).tolist()
-    log_probabilities = [
-        row[token] for row, token in zip(np.log(reference.softmax(logits_TV)), plain.tokens, strict=True)
-    ]
-    np.testing.assert_allclose(plain.log_probabilities, log_probabilities, atol=1e-3)
+    probability = reference.softmax(logits_TV)[np.arange(24), plain.tokens]
+    np.testing.assert_allclose(plain.log_probabilities, np.log(probability), atol=1e-3)
     assert generate(model, None, PROMPT, temperature=0, max_new_tokens=24, speculate=4).tokens == plain.tokens
 
 
 def test_the_inside_of_windows_is_the_references(model: Llama, weights: reference.Weights) -> None:
-    """Captured of both stacks in the order of layers; a hook in a layer of the second; the logit lens of research.md."""
+    """Captured of both stacks, in the order of layers; a hook in a layer of the second; the logit lens."""
     zero = {("attention_out", 4): np.zeros(32, np.float32)}
 
     @jax.jit
@@ -67,7 +65,7 @@ def test_the_inside_of_windows_is_the_references(model: Llama, weights: referenc
 
 
 def test_perplexity_of_windows_is_the_references(model: Llama, weights: reference.Weights) -> None:
-    assert cross_entropy(model, ROW, window=20) == pytest.approx(reference.loss(WINDOWS, weights, ROW[None]), rel=1e-4)
+    assert cross_entropy(model, ROW, window=19) == pytest.approx(reference.loss(WINDOWS, weights, ROW[None]), rel=1e-4)
 
 
 @pytest.mark.parametrize("config", [WINDOWS, REST, NORMS_AFTER], ids=["windows", "rest", "norms after"])
@@ -90,10 +88,11 @@ def test_names_of_layers_in_two_stacks(model: Llama) -> None:
 def test_shardings_of_biases_and_norms() -> None:
     """Along with the outputs of the matrix that they are beside; norms of heads are whole."""
     mesh = Mesh(np.array(jax.devices()[:1]), ("model",))
-    rules = {"Q": "model", "M": "model", "F": "model", "N": "model"}
+    rules = {"Q": "model", "M": "model", "F": "model"}
     spread = {}
     for config in (BIASES, HEAD_NORMS, NORMS_AFTER, REST):
-        spread |= named_weights(shardings(abstract_model(config), mesh, rules))
+        of_sinks = {"N": "model"} if config.sinks else {}
+        spread |= named_weights(shardings(abstract_model(config), mesh, rules | of_sinks))
     specs = {name.partition(".")[2].partition(".")[2]: each.spec for name, each in spread.items()}
     for name in ("query_bias_Q", "key_bias_M", "value_bias_M", "query_norm_Q", "key_norm_M", "sinks_N"):
         assert specs[f"attention.{name}"] == PartitionSpec(None, "model"), name
@@ -131,19 +130,18 @@ def test_plans_count_windows_at_their_size() -> None:
     """Of Gemma 3 1B's 26 layers only 4 keep what is longer than a window of 512."""
     config = preset("gemma3-1b")
     short, long = (plan(config, "int4-g32", context=context, backend="cpu") for context in (4096, 32768))
-    token = 2 * config.num_kv_heads * config.head_size * 4  # keys and values in float32
+    token = 2 * config.num_kv_heads * config.head_size * 2  # keys and values in bfloat16
     of_full = (long.cache - short.cache) / (4 * token)
     assert of_full == pytest.approx(32768 - 4096, abs=256)
     of_windows = (short.cache / token - 4 * 4096) / 22
     assert 512 <= of_windows <= 512 + 2 * 512, "a window, and what one step may write"
     without = plan(preset("llama3.2-1b"), "int4-g32", context=4096, backend="cpu")
-    assert without.cache == pytest.approx(16 * 4096 * 2 * 8 * 64 * 4, rel=0.05)
+    assert without.cache == pytest.approx(16 * 4096 * 2 * 8 * 64 * 2, rel=0.05)
 
 
 def test_random_weights_of_kin() -> None:
     """What `bench` measures a preset with: norms that change nothing, no biases, all the rest packed."""
     made = random_weights(WINDOWS, "int4-g32")
-    assert {name: float(np.max(weight)) for name, weight in named_weights(made).items() if "norm" in name}
     for name, weight in named_weights(made).items():
         if "norm" in name:
             np.testing.assert_array_equal(weight, 0, name)

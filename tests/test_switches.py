@@ -44,6 +44,14 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "nope": NOPE,
     "partial RoPE": {"rope_fraction": 0.5},
     "RoPE of windows": WINDOW | {"window_rope": Rope(theta=100.0, scaling=RopeScaling(kind="linear", factor=2.0))},
+    "YaRN": {"rope_scaling": RopeScaling(kind="yarn", factor=4.0, original_context_length=8)},
+    "longrope": {
+        "rope_fraction": 0.5,
+        "rope_scaling": RopeScaling(
+            kind="longrope", factor=4.0, original_context_length=8, short_factors=(1.0, 1.0), long_factors=(2.0, 3.0)
+        ),
+    },
+    "dynamic NTK": {"rope_scaling": RopeScaling(kind="dynamic", factor=4.0, original_context_length=8)},
     "biases of q, k, v": {"qkv_bias": True},
     "bias of the output": {"out_bias": True},
     "biases of the feed-forward": {"ffn_bias": True},
@@ -213,7 +221,7 @@ BEFORE = {
 # Operations that only a switch asks for, and one that does.
 OPTIONAL = {
     "tanh": {"score_cap": 50.0},
-    "log_plus_one": {"query_temperature": Temperature(beta=0.1, length=8)},
+    "log": {"query_temperature": Temperature(beta=0.1, length=8)},
     "floor": {"query_temperature": Temperature(beta=0.1, length=8)},
     "remainder": {"layer_kinds": ("chunk",), "chunk": 4},
 }
