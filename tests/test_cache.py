@@ -247,12 +247,10 @@ def test_logits_are_those_of_the_reference_with_rounded_keys_and_values(dtype: s
     A value near the middle of two codes may go to the one here and the other there, so the mean counts, not the worst.
     """
     model, tokens = random_model(CONFIG), np.random.default_rng(3).integers(0, 50, (2, 24)).astype(np.int32)
-    weights, exact = weights_of(model), reference.causal_attention
+    weights = weights_of(model)
     float_logits = np.stack([reference.forward(CONFIG, weights, row) for row in tokens])
     largest = QUANTIZED[dtype]
-    monkeypatch.setattr(
-        reference, "causal_attention", lambda q, k, v: exact(q, round_trip(k, largest), round_trip(v, largest))
-    )
+    monkeypatch.setattr(reference, "held", lambda key, value: (round_trip(key, largest), round_trip(value, largest)))
     expected = np.stack([reference.forward(CONFIG, weights, row) for row in tokens])
     effect = np.mean(np.abs(expected - float_logits))
     for pieces in ([24], [16, 1, 1, 6]):

@@ -215,6 +215,8 @@ def config_to_hf(config: Config) -> dict[str, Any]:
     form = format_of(config, "huggingface")
     fields: dict[str, Any] = {key: getattr(config, ours) for key, ours in _NAMES.items()}
     fields |= {"model_type": form.kinds[0], "architectures": [form.architecture]}
+    # Of no vocabulary that is known here, and not those that the family's class has for its own.
+    fields |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     fields["hidden_act"] = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation)
     fields |= form.write(config)
     fields |= write_rope(config, form, fields.pop("rope_scaling", {}))

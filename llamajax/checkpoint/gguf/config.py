@@ -137,7 +137,7 @@ def config_of(
     assert family.gguf is not None
     ours = _sizes(keys) | {"vocab_size": vocab_size, "tied_embeddings": HEAD not in tensors, "family": family.name}
     ours |= {switch: True for switch, name in _BIASES.items() if name in tensors}
-    ours |= read_rope(keys) | family.gguf.read(keys)
+    ours |= read_rope(keys, tensors) | family.gguf.read(keys)
     rows = keys.take("vocab_size", vocab_size)
     needed = sorted(keys.read & ignored)
     if needed:
