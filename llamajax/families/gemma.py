@@ -146,7 +146,8 @@ def _read_gemma3(keys: Keys) -> dict[str, Any]:
     """`Gemma3TextConfig`: layers with a window have a RoPE of their own; the pattern was a number before a list."""
     spelling = "sliding_window_pattern" if "sliding_window_pattern" in keys else "_sliding_window_pattern"
     size = keys.whole(spelling, MOST_LAYERS)
-    pattern: tuple[LayerKind, ...] = (*["window"] * (size - 1), "full")
+    local: LayerKind = "window"
+    pattern: tuple[LayerKind, ...] = (*[local] * (size - 1), "full")
     read = _read_capped(keys, pattern)
     if read["score_cap"] is not None:
         # transformers keeps the key and does without it: nobody can have trained with it.

@@ -8,6 +8,7 @@ Dimension key: as in `cpu_sums`.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
