@@ -344,4 +344,4 @@ class Temperature:
     def factor(self, position_BT: jax.Array) -> jax.Array:
         """What queries are multiplied by, float32 [B, T]."""
         whole_BT = jnp.floor((position_BT + self.offset).astype(jnp.float32) / self.length)
-        return 1 + self.beta * jnp.log1p(whole_BT)
+        return 1 + self.beta * jnp.log(1 + whole_BT)
