@@ -416,7 +416,7 @@ def test_a_second_process_compiles_nothing(tmp_path: Path, quantized_box: Path) 
         seen += map(json.loads, done.stdout.splitlines())
     assert first[0]["compiled"] > 2 and first[0]["read"] == 0, "nothing is there yet"
     assert "for 2 programs," in first[0]["said"]
-    assert len(first) == len(argvs) and all(each["compiled"] > 1 for each in first), "each has programs of its own"
+    assert len(first) == len(argvs) and all(each["compiled"] > 0 for each in first), "each has programs of its own"
     for before, after in zip(first, second, strict=True):
         assert after["compiled"] == 0 and after["read"] > 0
         assert "for 0 programs and 2 kept by an earlier run" in after["said"]
