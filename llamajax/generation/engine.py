@@ -290,17 +290,16 @@ class Engine:
         cache = dataclasses.replace(cache, length_B=length_B)
         return EngineState(cache, history_BS, self._asked(knobs), self.drafts)
 
-    def _shapes(self) -> Any:
+    def _shapes(self) -> EngineState:
         """The shapes of the state: nothing is computed, or moved to the device, for a program."""
-        cache, of_row = jax.eval_shape(self._cache), functools.partial(jax.ShapeDtypeStruct, (self.rows,))
+        shape: Any = lambda dtype, *more: jax.ShapeDtypeStruct((self.rows, *more), dtype)  # noqa: E731
         asked = Asked(
-            of_row(np.int32),
-            of_row(jax.eval_shape(lambda: jax.random.key(0)).dtype),
-            Sampler(**{name: of_row(off.dtype) for name, off in NEUTRAL.items()}),
-            jax.ShapeDtypeStruct((self.rows, self.stops), np.int32),
+            shape(np.int32),
+            shape(jax.eval_shape(lambda: jax.random.key(0)).dtype),
+            Sampler(**{name: shape(off.dtype) for name, off in NEUTRAL.items()}),
+            shape(np.int32, self.stops),
         )
-        history = jax.ShapeDtypeStruct((self.rows, self._columns), np.int32)
-        return EngineState(cache, history, asked, self.drafts)
+        return EngineState(jax.eval_shape(self._cache), shape(np.int32, self._columns), asked, self.drafts)
 
     @property
     def _columns(self) -> int:

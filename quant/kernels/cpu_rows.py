@@ -31,7 +31,7 @@ from quant.kernels.cpu_sums import (
     value_of,
 )
 from quant.packing import plane_bits
-from quant.qtensor import QTensor, scale_values
+from quant.qtensor import Plane, QTensor, scale_values
 from quant.scheme import E2M1, Scheme
 
 # Weights of an output that a step makes. With twice as many there are half as many sums to add up, but more of the
@@ -42,9 +42,9 @@ BAND_BYTES = 2 << 20
 
 
 class _Steps(NamedTuple):
-    """How K is cut: `count` times `parts` steps, each of `groups` groups or of `width` bytes' codes of one."""
+    """How K is cut: `number` times `parts` steps, each of `groups` groups or of `width` bytes' codes of one."""
 
-    count: int
+    number: int
     groups: int
     parts: int
     width: int
@@ -70,7 +70,7 @@ def by_rows(x_RK: jax.Array, tiles: QTensor, layer: jax.Array | None) -> jax.Arr
         tiles, layer = jax.tree.map(lambda plane: plane[None], tiles), jnp.int32(0)
     R, steps = x_RK.shape[0], _steps(tiles)
     *_, count, _, lanes = tiles.planes[0].shape
-    bands = -(-4 * R * count * lanes * steps.count * steps.parts // BAND_BYTES)
+    bands = -(-4 * R * count * lanes * steps.number * steps.parts // BAND_BYTES)
     band = -(-count // bands)
     if band == count:
         y_tRl = _band(x_RK, tiles, steps, layer, jnp.int32(0), count)
@@ -103,13 +103,13 @@ def _band(x_RK: jax.Array, tiles: QTensor, steps: _Steps, layer: jax.Array, firs
     take = functools.partial(_take, layer=layer, first=first, size=size)
     widths = plane_bits(tiles.scheme.bits)
     slots = 8 // min(widths)
-    x_nfRusj = x_RK.reshape(R, steps.count, steps.groups, slots, steps.parts, -1).transpose(1, 4, 0, 2, 3, 5)
+    x_nfRusj = x_RK.reshape(R, steps.number, steps.groups, slots, steps.parts, -1).transpose(1, 4, 0, 2, 3, 5)
     terms = []
 
     @functools.cache  # The codes of a byte are in several places.
     def take_byte(plane: int, group: int, run: int, j: int) -> jax.Array:
         runs = widths[plane] // min(widths)
-        shape = steps.count, steps.groups, runs, steps.parts, steps.width
+        shape = steps.number, steps.groups, runs, steps.parts, steps.width
         return take(tiles.planes[plane], shape, (None, group, run, None, j))
 
     for group in range(steps.groups):
@@ -132,12 +132,13 @@ def _scale_and_shift(
 ) -> tuple[jax.Array, jax.Array | None]:
     """What codes of one group of each step are multiplied with, and what is added, [t, n, 1, h, v]; None is nothing."""
 
-    def of_group(plane: jax.Array, group: int) -> jax.Array:
-        return take(plane, (steps.count, steps.groups), (None, group))[:, :, None]
+    def of_group(plane: Plane, group: int) -> jax.Array:
+        assert not isinstance(plane, QTensor)
+        return take(plane, (steps.number, steps.groups), (None, group))[:, :, None]
 
     def level(name: str) -> jax.Array:
         scale = getattr(tiles, name).scale
-        shared = steps.count // scale.shape[-2]
+        shared = steps.number // scale.shape[-2]
         whole_tnhv = jnp.repeat(take(scale, scale.shape[-2:-1], (None,)), shared, axis=1)
         return level_codes(tiles, name, of_group, group) * whole_tnhv[:, :, None].astype(jnp.float32)
 
