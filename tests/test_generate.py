@@ -281,7 +281,7 @@ def test_beyond_the_context(short: Llama) -> None:
 @given(st.integers(0, 5000))
 @settings(deadline=None, derandomize=True, database=None)
 def test_plan_chunks(length: int) -> None:
-    """Covers; full largest chunks, then one or two of the smallest size of which no more are needed."""
+    """Covers; full largest chunks, then one or two of a size, of which none is padded less."""
     chunks = plan_chunks(length)
     largest = max(PREFILL_BUCKETS)
     assert set(chunks) <= set(PREFILL_BUCKETS) and chunks == sorted(chunks, reverse=True)
@@ -290,7 +290,8 @@ def test_plan_chunks(length: int) -> None:
     assert chunks[: length // largest] == [largest] * (length // largest)
     assert len(set(behind)) <= 1 and len(behind) <= 2 and (rest > 0) == bool(behind)
     assert 0 <= sum(behind) - rest < max(behind, default=1)
-    assert all(rest > 2 * bucket for bucket in PREFILL_BUCKETS if bucket < max(behind, default=0))
+    assert not any(rest <= size < sum(behind) for bucket in PREFILL_BUCKETS for size in (bucket, 2 * bucket))
+    assert len(behind) < 2 or sum(behind) not in PREFILL_BUCKETS
 
 
 # ---- Programs and speed ---------------------------------------------------------------------------------------------
