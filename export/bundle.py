@@ -305,8 +305,10 @@ def _twins(model: Llama, spec: Spec) -> dict[str, bytes]:
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in parameters(model, spec.profile).items()
     }
     twins = {}
+    rings = empty_state(model.config, spec).slots is None  # which are the same for any S
     for kind, letters in _TWINS.items():
-        constraints = [f"{letter} >= 1" for letter in letters] + (["S >= T"] if "T" in letters else [])
+        letters = letters.replace("S", "") if rings else letters
+        constraints = [f"{letter} >= 1" for letter in letters] + (["S >= T"] if {"S", "T"} <= set(letters) else [])
         symbols = jax.export.symbolic_shape(", ".join(letters), constraints=constraints)
         made = functions(model, spec, dict(zip(letters, symbols, strict=True)))
         function, inputs = next((function, inputs) for name, function, inputs, _, _ in made if name == kind)
