@@ -314,7 +314,7 @@ def test_parts_that_do_not_belong_together(tmp_path: Path) -> None:
         ({"llama.attention.sliding_window": "64"}, "sliding_window is '64'"),
         ({"llama.attention.scale": np.float32(1.0)}, "attention.scale is 1.0"),
         ({"llama.rope.scaling.type": "su"}, "rope.scaling.type is 'su', which is not supported"),
-        ({"llama.rope.scaling.factor": "2"}, "rope.scaling.factor is '2': expected a number"),
+        ({"llama.rope.scaling.factor": "2"}, "rope.scaling.factor is '2': expected a finite number"),
         ({"llama.use_magic": True}, "unknown key 'llama.use_magic': .* --ignore_key=llama.use_magic"),
         ({"llama.feed_forward_length": [512, 256]}, "feed_forward_length differs between layers"),
         ({"llama.context_length": "long"}, "context_length is 'long': expected a whole number"),

@@ -59,7 +59,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     | {"rope_scaling": YARN.to_dict(), "window_rope": {"theta": 1e4}},
     "granite": {"embedding_scale": 12.0, "residual_scale": 0.25, "query_scale": 0.125, "logit_scale": 0.125},
     "phi3": {"rope_fraction": 0.75, "tied_embeddings": True},
-    "bitnet_silu": {"sub_norms": True, "tied_embeddings": True},
+    "bitnet-3b": {"sub_norms": True, "tied_embeddings": True},
     "bitnet": {"sub_norms": True, "tied_embeddings": True, "activation": "relu_squared"},
 }
 CONFIGS = {family: Config.from_dict(_SIZES | {"family": family} | fields) for family, fields in _FIELDS.items()}
@@ -234,7 +234,7 @@ def test_every_key_is_read_or_refused(family: str) -> None:
         ("granite", {"logit_scale": None}, "missing key 'granite.logit_scale'"),
         ("granite", {"rope.scaling.finetuned": False}, "granite.rope.scaling.finetuned is False"),
         ("phi3", {"rope.dimension_count": 64}, "phi3.rope.dimension_count is 64: expected a whole number from 1 to 16"),
-        ("bitnet_silu", {"hidden_activation": "relu2"}, "bitnet.hidden_activation is 'relu2', which is not supported"),
+        ("bitnet-3b", {"hidden_activation": "relu2"}, "bitnet.hidden_activation is 'relu2', which is not supported"),
     ],
 )
 def test_what_llamacpps_architecture_does_not_do(family: str, changes: dict[str, Any], message: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from llamajax.config import Config
 from llamajax.families.family import Family, Format, Keys, Names
 from llamajax.families.gguf import has_window, read_window, scale, write_window
-from llamajax.families.huggingface import read_windows, write_layer_types
+from llamajax.families.huggingface import read_window_of_all, read_windows, write_layer_types
 from llamajax.families.huggingface_rope import rope_value
 
 _DEFAULTS = {
@@ -23,8 +23,7 @@ _DEFAULTS = {
 
 def _read(keys: Keys) -> dict[str, Any]:
     """Transformers' `MistralConfig`: a window is that of all layers; null, from version 0.2 on, is none."""
-    window = keys.or_null("sliding_window")
-    return {"layer_kinds": ("full" if window is None else "window",), "window": window}
+    return read_window_of_all(keys)
 
 
 def _write(config: Config) -> dict[str, Any]:
@@ -48,7 +47,7 @@ MISTRAL = Family(
 
 
 def _read_ministral(keys: Keys) -> dict[str, Any]:
-    window = keys.or_null("sliding_window")
+    window = keys.whole_or_null("sliding_window")
     return read_windows(keys, ("full" if window is None else "window",), window)
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quant.kernels import Layout, start_indices
+from quant.kernels import Layout, cpu_ternary, start_indices
 from quant.kernels.cpu_sums import partial_bytes, unrolled
 from quant.kernels.cpu_tiles import compact, expand, level_schemes, plain
 from quant.qtensor import QTensor, dequantize
@@ -34,6 +34,8 @@ MAX_UNROLLED_ROWS = 16
 # The same, where the partial sums of that, which are written and read again, are more than a cache holds.
 MAX_UNCACHED_ROWS = 4
 _CACHE_BYTES = 8 << 20
+# Rows up to which ternary codes are multiplied as whole numbers.
+MAX_INTEGER_ROWS = 16
 # Rows from which on the whole weight is written out for one `dot`, if it is no larger than this in float32: slabs read
 # all rows anew for each tile, and so many are in no cache.
 MIN_WHOLE_ROWS = 512
@@ -109,6 +111,15 @@ class TiledWeight(Layout):
     def matmul(self, x_RK: jax.Array) -> jax.Array:
         """As the function of this name."""
         return matmul(x_RK, self)
+
+    def multiply(self, x: jax.Array) -> jax.Array:
+        """As of every `Weight`; of ternary codes with activations in int8 by sums of whole numbers, of a few rows."""
+        x_RK = x.reshape(-1, x.shape[-1])
+        if not cpu_ternary.applies(self.tiles) or x_RK.shape[0] > MAX_INTEGER_ROWS or self.order is not None:
+            return super().multiply(x)
+        # As in `matmul`.
+        x_RK, tiles, layer = jax.lax.optimization_barrier((x_RK.astype(jnp.float32), self.tiles, self.layer))
+        return cpu_ternary.product(x_RK, tiles, layer)[:, : self.outputs].reshape(*x.shape[:-1], -1)
 
     def restore(self) -> QTensor:
         """As the function of this name."""
