@@ -1,7 +1,7 @@
 """BitNet b1.58 2B4T (Ma et al. 2025, arXiv:2504.12285): squared ReLU, and norms before the output and down projections.
 
-llama.cpp's architecture `bitnet` is its forerunner, a reproduction of 3B (1bitLLM/bitnet_b1_58-3B), with SiLU whatever a
-file says. `bitnet-b1.58` and `bitnet-25` are those of Microsoft's fork, which published 2B4T in them.
+llama.cpp's architecture `bitnet` is its forerunner, a reproduction of 3B (1bitLLM/bitnet_b1_58-3B), with SiLU whatever
+a file says. `bitnet-b1.58` and `bitnet-25` are those of Microsoft's fork, which published 2B4T in them.
 
 That its weights are ternary and its activations in int8 is no switch: it is what the weights are (`quant.QTensor` with
 scheme "ternary" and `activations`), and a matter of how the files are packed (`huggingface_quantization`).
