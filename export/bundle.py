@@ -174,15 +174,7 @@ def _manifest(
             "mlirbc": "StableHLO promises that programs are read for 5 years after they were written",
             "jax": f"jax {jax.__version__} wrote the .jax files: JAX reads them for 6 months, and 3 weeks back",
         },
-        "cache": {
-            "batch": spec.batch,
-            "slots": spec.slots,
-            "dtype": spec.cache_dtype,
-            "layout": "layer, row, key/value head, slot, element",
-            "state": [
-                _described(Value.of(name, value)) for name, value in empty_state(model.config, spec).state.items()
-            ],
-        },
+        "cache": _cache(model, spec),
         "buckets": list(spec.buckets),
         "tokens": {
             "bos": tokenizer.bos_id if tokenizer else None,
@@ -345,6 +337,19 @@ def _without_locations(exported: jax.export.Exported) -> jax.export.Exported:
 def _schemes(model: Llama) -> dict[str, str]:
     """Name of each weight and its scheme; a weight whose layers differ has several, commas between."""
     return {name: ", ".join(schemes(weight)) for name, weight in named_weights(model).items()}
+
+
+def _cache(model: Llama, spec: Spec) -> dict[str, Any]:
+    """What programs take and return behind other arrays, and how far it can go back."""
+    empty = empty_state(model.config, spec)
+    return {
+        "batch": spec.batch,
+        "slots": spec.slots,
+        "dtype": spec.cache_dtype,
+        "layout": "layer, row, key/value head, slot, element",
+        "state": [_described(Value.of(name, value)) for name, value in empty.state.items()],
+        **({} if empty.spare is None else {"spare": empty.spare}),
+    }
 
 
 def _described(value: Value) -> dict[str, Any]:

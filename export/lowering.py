@@ -77,7 +77,7 @@ def lower(model: Llama, spec: Spec) -> dict[str, Program]:
     # A token as a whole, as models were trained with it (BitNet). Groups, and channels left out, are a kernel's.
     asking = [weight for weight in quantized(model) if weight.activations]
     if kinds := {
-        weight.activations for weight in asking if weight.activations != "int8-token" or weight.outlier is not None
+        str(weight.activations) for weight in asking if weight.activations != "int8-token" or weight.outlier is not None
     }:
         raise LlamaJaxError(
             f"weights that ask for rounded activations ({', '.join(sorted(kinds))}): other runtimes lack what rounds: "

@@ -191,8 +191,9 @@ def _in_blocks(weight: QTensor) -> QTensor:
     packed = functools.reduce(np.bitwise_or, (runs[..., slot, :] << np.uint8(2 * slot) for slot in range(4)))
     shape = list(weight.shape)
     shape[axis] = length // _TERNARY_BLOCK
-    planes = (np.ascontiguousarray(np.moveaxis(packed.reshape(plane.shape), -1, axis)),)
-    return dataclasses.replace(weight, planes=planes, scale=np.broadcast_to(np.asarray(weight.scale), tuple(shape)))
+    planes: Any = (np.ascontiguousarray(np.moveaxis(packed.reshape(plane.shape), -1, axis)),)
+    scale: Any = np.broadcast_to(np.asarray(weight.scale), tuple(shape))
+    return dataclasses.replace(weight, planes=planes, scale=scale)
 
 
 def _half(plane: Any) -> Any:

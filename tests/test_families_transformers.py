@@ -12,7 +12,7 @@ import pytest
 
 import llamajax
 from llamajax import Llama
-from llamajax.caches import PARTS, KVCache
+from llamajax.caches import KVCache
 from llamajax.families import pieces
 from llamajax.parameters import named_weights, specs, weights_of
 from llamajax.quantization.quantize import quantize
@@ -113,6 +113,8 @@ CASES = {
     "olmo3": Case(
         "olmo3", {"sliding_window": 9, "rope_parameters": {"full_attention": YARN, "sliding_attention": THETA}}
     ),
+    "exaone4": Case("exaone4", {"sliding_window": 9}),
+    "exaone4-full": Case("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 4}),
     "granite": Case(
         "granite",
         {
@@ -140,14 +142,13 @@ CASES = {
 FAMILY_OF = {"gemma3_text": "gemma3", "iquestcoder": "llama", "internlm3": "llama"}
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 48))
 CHUNK = 8
-PARTS.setdefault("window", PARTS["full"])
 torch.set_num_threads(1)  # such models are too small to share among them
 STEPS = 64
 _COMPILER = {"xla_backend_optimization_level": 0}
 
 
 def _theirs(case: Case) -> "transformers.PreTrainedModel":
-    """A random model of transformers' own making, its weights so large that attention is uneven."""
+    """A random model of transformers' own making: no weight as it begins, and so large that attention is uneven."""
     fields = {**SIZES, "rope_parameters": dict(THETA)} | case.fields
     config = transformers.AutoConfig.for_model(case.kind, **json.loads(json.dumps(fields)))
     config._attn_implementation = "eager"

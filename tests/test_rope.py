@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import jax
@@ -129,6 +130,9 @@ def test_numbers_of_any_size_overflow_quietly() -> None:
     for kind in ("linear", "dynamic", "yarn", "llama3"):
         scaling = RopeScaling(kind=kind, factor=1e308)
         assert np.isfinite(rope_frequencies(Rope(theta=1e308, scaling=scaling), 16, 1 << 27)).all()
+    for turns in ({"beta_fast": 1e308}, {"beta_slow": 5e-324}):
+        rope = Rope(theta=math.nextafter(1, 2), scaling=dataclasses.replace(YARN, **turns))
+        assert np.isfinite(rope_frequencies(rope, 16)).all()
 
 
 # ---- config.json ----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from llamajax.errors import LlamaJaxError
 from llamajax.families.family import Keys, check_read, family_of, format_of
 from llamajax.families.huggingface_quantization import read_quantization
 from llamajax.families.huggingface_rope import read_rope, write_rope
-from llamajax.fields import LARGEST_DIMENSION, check_whole
+from llamajax.fields import LARGEST_DIMENSION
 from llamajax.files import shortened
 
 # Our field for each key that all families have, none of them with a default.
@@ -118,6 +118,8 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json", ignor
     keys = Keys(fields, source, {**form.defaults, **form.copies.get(fields["model_type"], {})})
     ours = _sizes(keys)
     ours |= form.read(keys)
+    if "activation" not in ours:
+        ours["activation"] = keys.choice("hidden_act", ACTIVATIONS)
     ours |= read_rope(keys, ours["context_length"], form, ours.get("layer_kinds", Config.layer_kinds))
     read_quantization(keys.take("quantization_config", None), source)  # for the reader of the files; checked here
     for key, allowed in _ONLY_VALUE.items():
@@ -137,17 +139,14 @@ def _sizes(keys: Keys) -> dict[str, Any]:
     missing = [key for key in _REQUIRED if keys.take(key, None) is None]
     if missing:
         raise LlamaJaxError(f"{keys.source}: missing key {missing[0]!r}: expected {', '.join(_REQUIRED)}")
-    for key in _REQUIRED:
-        most = MOST_LAYERS if key == "num_hidden_layers" else LARGEST_DIMENSION
-        check_whole(f"{keys.source}: {key}", keys.take(key), most)
-    ours = {name: keys.take(key) for key, name in _REQUIRED.items()}
-    heads, said = keys.or_null("num_key_value_heads"), keys.or_null("head_dim")
+    most = {"num_hidden_layers": MOST_LAYERS}
+    ours: dict[str, Any] = {name: keys.whole(key, most.get(key, LARGEST_DIMENSION)) for key, name in _REQUIRED.items()}
+    heads, said = keys.whole_or_null("num_key_value_heads"), keys.whole_or_null("head_dim")
     ours["num_kv_heads"] = ours["num_heads"] if heads is None else heads
     ours["head_size"] = ours["width"] // ours["num_heads"] if said is None else said
-    ours["context_length"] = keys.take("max_position_embeddings")
-    ours["norm_eps"] = keys.take("rms_norm_eps")
+    ours["context_length"] = keys.whole("max_position_embeddings")
+    ours["norm_eps"] = keys.number("rms_norm_eps", low=0.0)
     ours["tied_embeddings"] = keys.flag("tie_word_embeddings")
-    ours["activation"] = keys.choice("hidden_act", ACTIVATIONS)
     return ours
 
 
@@ -198,6 +197,14 @@ def read_windows(keys: Keys, default: Sequence[LayerKind], window: Any) -> dict[
     if "window" in kinds and window is None:
         raise LlamaJaxError(f"{keys.source}: layer_types has sliding_attention: expected a sliding_window, not null")
     return {"layer_kinds": kinds, "window": window if "window" in kinds else None}
+
+
+def read_window_of_all(keys: Keys) -> dict[str, Any]:
+    """A window that all layers have, or none; one that is no shorter than the model's context hides nothing."""
+    window = keys.whole_or_null("sliding_window")
+    if window is None or window >= keys.whole("max_position_embeddings"):
+        return {"layer_kinds": ("full",), "window": None}
+    return {"layer_kinds": ("window",), "window": window}
 
 
 def write_layer_types(config: Config) -> list[str]:

@@ -334,10 +334,11 @@ class Engine:
                 raise LlamaJaxError(f"row {row} is to keep {kept} tokens: expected from 0 to {min(holds, len(text))}")
         # The last token is for `step`; and in the slots of one of its passes, the last, rows that waited were written.
         most = [min(kept, len(text) - 1, self.slots - self.drafts - 1) for kept, text in zip(keep, texts, strict=True)]
-        if state.cache.rewind(state.cache.length_B, max(np.subtract(held, most).tolist())) is None:
-            return [0] * len(rows)
+        lost_B = state.cache.fewest_B
+        fewest = [0] * len(rows) if lost_B is None else np.asarray(lost_B)[list(rows)].tolist()
         for unit in (1, 64, 256):
             whole = [each // unit * unit for each in most]
+            whole = [each if each >= few else 0 for each, few in zip(whole, fewest, strict=True)]
             rest = max(len(text) - 1 - each for text, each in zip(texts, whole, strict=True))
             if max(whole) + sum(plan_chunks(rest)) <= self.slots:
                 return whole

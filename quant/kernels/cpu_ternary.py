@@ -8,6 +8,7 @@ Dimension key: as in `cpu_sums`.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ def _row(codes_K: jax.Array, tiles: QTensor, layer: jax.Array | None) -> jax.Arr
     # Codes stand for one less.
     all_n = jnp.sum(x_nsk.astype(jnp.int32), axis=(-1, -2))
     partial_tnl = (sum_tnl.astype(jnp.int32) - all_n[:, None]).astype(jnp.float32)
-    scale_tCl = tiles.scale if layer is None else jax.lax.dynamic_index_in_dim(tiles.scale, layer, keepdims=False)
+    scale_tCl: Any = tiles.scale if layer is None else jax.lax.dynamic_index_in_dim(tiles.scale, layer, keepdims=False)
     scale_tCl = scale_tCl.astype(jnp.float32)
     if groups == 1:
         return (sum_steps(partial_tnl, 1) * scale_tCl[:, 0]).reshape(-1)
