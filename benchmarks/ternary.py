@@ -70,7 +70,9 @@ def main(_: list[str]) -> None:
             for form, seconds in best.items():
                 size = forms[form].nbytes if form in forms else memory.nbytes
                 ratio = best["int4, groups of 32"] / seconds
-                print(f"  {form:28} {seconds * 1e3:8.2f} ms  {size / seconds / 1e9:6.2f} GB/s  {ratio:5.2f} of int4's speed")
+                print(
+                    f"  {form:28} {seconds * 1e3:8.2f} ms  {size / seconds / 1e9:6.2f} GB/s  {ratio:5.2f} of int4's speed"
+                )
 
 
 if __name__ == "__main__":
