@@ -1,4 +1,4 @@
-"""Ternary weights beside 4 bits on a CPU: products of a layer shaped as BitNet b1.58 2B4T's, and the memory's own speed.
+"""Ternary weights beside 4 bits on a CPU: products of a layer shaped as BitNet b1.58 2B4T's, and the memory's speed.
 
     taskset -c 0 python benchmarks/ternary.py [--rows=1,4,16]
 
@@ -70,9 +70,8 @@ def main(_: list[str]) -> None:
             for form, seconds in best.items():
                 size = forms[form].nbytes if form in forms else memory.nbytes
                 ratio = best["int4, groups of 32"] / seconds
-                print(
-                    f"  {form:28} {seconds * 1e3:8.2f} ms  {size / seconds / 1e9:6.2f} GB/s  {ratio:5.2f} of int4's speed"
-                )
+                speed = f"{seconds * 1e3:8.2f} ms  {size / seconds / 1e9:6.2f} GB/s"
+                print(f"  {form:28} {speed}  {ratio:5.2f} of int4's speed")
 
 
 if __name__ == "__main__":
