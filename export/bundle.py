@@ -46,7 +46,7 @@ from export.runners.runner import LARGEST_MANIFEST, check_entries, line_of
 from export.vocabulary import vocabulary_of
 from export.weights import parameters
 from llamajax import Llama, LlamaJaxError, Tokenizer, files, named_weights
-from quant import compiler_options, schemes
+from quant import compiler_options, quantized, schemes
 
 FORMAT = "llamajax-bundle"
 VERSION = 1
@@ -183,6 +183,8 @@ def _manifest(
         },
         "chat_template": _chat_template(tokenizer),
         "compiler_options": compiler_options(spec.profile.backend) if spec.profile.backend else {},
+        # What weights are multiplied with, where that is rounded: then so much more is let pass (`runner.tolerance`).
+        **({"activations": "int8-token"} if any(weight.activations for weight in quantized(model)) else {}),
         "weights": [_described(Value.of(name, array)) for name, array in arrays.items()],
         "programs": {
             name: {
