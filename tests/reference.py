@@ -174,6 +174,11 @@ def causal_attention(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> n
     return attention_weights(query, key) @ value
 
 
+def held(key: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What queries see of the keys and values of a head: all; a test of caches that round them puts its own here."""
+    return key, value
+
+
 def linear(weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
     """x W^T, and a bias where there is one."""
     made = x @ weights[f"{name}.weight"].T
@@ -227,7 +232,8 @@ def attention(
         query = query * np.array([[temperature(config, kind, t)] for t in range(len(x))])
         key, value = (project[name][:, shared * size : (shared + 1) * size] for name in "kv")
         sink = weights[f"{prefix}.sinks"][n] if config.sinks else None
-        maps.append(attention_weights(query, placed("k", key), config, kind, sink))
+        key, value = held(placed("k", key), value)
+        maps.append(attention_weights(query, key, config, kind, sink))
         heads.append(maps[-1] @ value)
     mixed = np.concatenate(heads, axis=-1)
     if config.sub_norms:

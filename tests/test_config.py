@@ -32,6 +32,44 @@ PUBLISHED = {
     "llama3.2-1b": 1_235_814_400,
     "llama3.2-3b": 3_212_749_824,
     "tinyllama-1.1b": 1_100_048_384,
+    "codellama-7b": 6_738_546_688,
+    "codellama-13b": 13_016_028_160,
+    "codellama-34b": 33_743_970_304,
+    "yi-1.5-34b": 34_388_917_248,
+    "smollm2-135m": 134_515_008,
+    "smollm3-3b": 3_075_098_624,
+    "mistral-7b-v0.1": 7_241_732_096,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "gemma2-2b": 2_614_341_888,
+    "gemma2-9b": 9_241_705_984,
+    "gemma2-27b": 27_227_128_320,
+    "gemma3-270m": 268_098_176,
+    "gemma3-1b": 999_885_952,
+    # Of the weight files less the vision tower's 416,866,032 and the projector's 1,152 x D + 1,152.
+    "gemma3-4b": 4_300_079_472 - 416_866_032 - 1_152 * 2_561,
+    "gemma3-12b": 12_187_325_040 - 416_866_032 - 1_152 * 3_841,
+    "gemma3-27b": 27_432_406_640 - 416_866_032 - 1_152 * 5_377,
+    "olmo2-7b": 7_298_617_344,
+    "olmo2-13b": 13_716_198_400,
+    "olmo2-32b": 32_234_279_936,
+    "olmo3-7b": 7_298_011_136,
+    "granite-3.3-2b": 2_533_539_840,
+    "granite-3.3-8b": 8_170_864_640,
+    "phi3-mini": 3_821_079_552,
+    "phi4-mini": 3_836_021_760,
 }
 
 # context, norm_eps, theta, RoPE factor. Counts of parameters cannot see these.
@@ -81,6 +119,24 @@ def test_preset_has_the_published_context_and_rope(name: str) -> None:
     assert (config.context_length, config.norm_eps, config.rope_theta, factor) == RUN_TIME[name]
     if config.rope_scaling:
         assert config.rope_scaling == RopeScaling(kind="llama3", factor=factor, original_context_length=8192)
+
+
+# context, norm_eps, theta, and of windows the length, how many of how many layers, and theta.
+WINDOWS = {
+    "mistral-7b-v0.1": (32768, 1e-5, 1e4, 4096, 1, 1, 1e4),
+    "gemma2-27b": (8192, 1e-6, 1e4, 4096, 1, 2, 1e4),
+    "gemma3-270m": (32768, 1e-6, 1e6, 512, 5, 6, 1e4),
+    "gemma3-27b": (131072, 1e-6, 1e6, 1024, 5, 6, 1e4),
+    "olmo3-7b": (65536, 1e-6, 5e5, 4096, 3, 4, 5e5),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_preset_has_the_published_windows(name: str) -> None:
+    config = preset(name)
+    kinds, rope = config.layer_kinds, config.rope("window")
+    of_windows = (config.window, kinds.count("window"), len(kinds), rope and rope.theta)
+    assert (config.context_length, config.norm_eps, config.rope_theta, *of_windows) == WINDOWS[name]
 
 
 def test_unknown_preset() -> None:

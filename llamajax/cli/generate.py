@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -40,7 +39,7 @@ from llamajax.generation.request import Completion
 from llamajax.generation.speculate import check_speculate
 from llamajax.generation.speed import Speed
 from llamajax.generation.stream import TextStream
-from llamajax.tokenizer import Tokenizer
+from llamajax.tokenizer import Tokenizer, infill
 
 SUMMARY = "continue a prompt, or several at once"
 EXAMPLES = (
@@ -49,6 +48,7 @@ EXAMPLES = (
     "llamajax generate --prompt='One day' --prompt='At night' --seed=7 --top_p=0.9 --stop='The end'",
     "echo 'Q: What is 17 plus 25?' | llamajax generate --model=m.gguf --prompt_file=- --think --samples=8 --vote",
     "llamajax generate --model=stories15M.bin --tokenizer=tokenizer.model --json",
+    "llamajax generate --model=CodeLlama-7b-hf --prompt='def add(a, b):' --suffix='    return c' --temperature=0",
 )
 # Of --prompt_file: standard input.
 _STANDARD_INPUT = "-"
@@ -66,6 +66,12 @@ def define(values: flags.FlagValues) -> None:
         None,
         "file with one text to continue, UTF-8, without the newline at its end; - is standard input, which is not "
         "read otherwise",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "suffix",
+        None,
+        "text that is to stand behind what is written: models of code fill in what is missing between prompt and it",
         flag_values=values,
     )
     define_parse_special(values)
@@ -97,7 +103,7 @@ def run(values: flags.FlagValues) -> None:
     prompts = _prompts(values)
     opened, tokenizer = open_model(values)
     knobs = chosen_sampling(values, opened)
-    given = _given(values, tokenizer, prompts)
+    given, tokenizer = _given(values, tokenizer, prompts)
     dtype = chosen_dtype(values)
     options = {"backend": jax.default_backend(), "activations": chosen_activations(values)}
     streamed = len(prompts) == values.samples == 1 and not values.json
@@ -116,14 +122,13 @@ def run(values: flags.FlagValues) -> None:
     )
     stream.compile_while(lambda: read_model(opened, dtype, **options))
     if streamed:
-        _write_stream(stream, prompts[0] if values.echo else "")
+        _write_stream(stream, *((prompts[0], values.suffix or "") if values.echo else ("", "")))
     else:
         with spinner(f"{len(stream.completions)} texts") if values.samples > 1 else contextlib.nullcontext():
             for _ in stream:
                 pass
-        groups = list(_by_prompt(stream.completions, values.samples))
-        for prompt, samples in zip(prompts, groups, strict=True):
-            _write_samples(values, prompt, samples, alone=len(groups) == 1)
+        for prompt, samples in zip(prompts, stream.by_prompt, strict=True):
+            _write_samples(values, prompt, samples, alone=len(prompts) == 1)
     note(describe_speed(stream.speed))
 
 
@@ -134,6 +139,8 @@ def _prompts(values: flags.FlagValues) -> list[str]:
         LlamaJaxError: for flags that contradict each other, or a file that cannot be read as text.
     """
     prompts: list[str] = values.prompt
+    if values.suffix is not None and (values.parse_special or values.think):
+        raise LlamaJaxError("--suffix goes with neither --parse_special nor --think: expected one of them")
     if (file := values.prompt_file) is not None:
         if values["prompt"].present:
             raise LlamaJaxError("--prompt and --prompt_file are both given: expected one of them")
@@ -142,16 +149,17 @@ def _prompts(values: flags.FlagValues) -> list[str]:
     return [with_steps(prompt) for prompt in prompts] if values.think else prompts
 
 
-def _given(values: flags.FlagValues, tokenizer: Tokenizer, prompts: list[str]) -> list[Any]:
-    """The prompts as the request takes them: texts, or ids where control tokens are read in texts."""
+def _given(values: flags.FlagValues, tokenizer: Tokenizer, prompts: list[str]) -> tuple[list[Any], Tokenizer]:
+    """The prompts as the request takes them, and the tokenizer for its answers.
+
+    Texts; or ids, where control tokens are read in texts or something is to be filled in.
+    """
+    if values.suffix is not None:
+        made = [infill(tokenizer, prompt, values.suffix) for prompt in prompts]
+        return [ids for ids, _ in made], made[0][1]
     if values.parse_special:
-        return [tokenizer.encode(prompt, eos=False, special=True) for prompt in prompts]
-    return prompts
-
-
-def _by_prompt(completions: list[Completion], samples: int) -> Iterator[list[Completion]]:
-    for first in range(0, len(completions), samples):
-        yield completions[first : first + samples]
+        return [tokenizer.encode(prompt, eos=False, special=True) for prompt in prompts], tokenizer
+    return prompts, tokenizer
 
 
 def _write_samples(values: flags.FlagValues, prompt: str, samples: list[Completion], alone: bool) -> None:
@@ -161,18 +169,23 @@ def _write_samples(values: flags.FlagValues, prompt: str, samples: list[Completi
     if values.json:
         write(_samples_as_json(prompt, samples, choice) if choice else _as_json(prompt, chosen))
     else:
-        write((prompt if values.echo else "") + chosen.text, end="" if alone else "\n\n")
+        before, behind = (prompt, values.suffix or "") if values.echo else ("", "")
+        write(before + chosen.text + behind, end="" if alone else "\n\n")
         if alone:
             _end_line()
     if choice:
         say(str(choice))
 
 
-def _write_stream(stream: TextStream, echo: str) -> None:
-    """Text as it comes. The newline at its end goes to a terminal, or to the log: a pipe gets the text alone."""
-    write(echo, end="")
+def _write_stream(stream: TextStream, before: str, behind: str) -> None:
+    """Text as it comes, between what is to be shown of its prompt.
+
+    The newline at its end goes to a terminal, or to the log: a pipe gets the text alone.
+    """
+    write(before, end="")
     for piece in stream:
         write(piece, end="")
+    write(behind, end="")
     _end_line()
 
 

@@ -10,6 +10,7 @@ a tokenizer.json. What comes in another form is converted (`formats`); the vocab
 """
 
 from llamajax.tokenizer.byte_level import BYTES
+from llamajax.tokenizer.filling import infill
 from llamajax.tokenizer.formats import FILE_NAMES, LARGEST_TOKENIZER, file_name, is_sentencepiece
 from llamajax.tokenizer.json_form import steps_of
 from llamajax.tokenizer.model_proto import proto
@@ -25,6 +26,7 @@ __all__ = [
     "StreamDecoder",
     "Tokenizer",
     "file_name",
+    "infill",
     "is_sentencepiece",
     "proto",
     "steps_of",

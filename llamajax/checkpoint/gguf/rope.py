@@ -1,13 +1,14 @@
 """RoPE in GGUF files: keys, and tensors of numbers that each frequency is divided by.
 
-llama.cpp's converter writes Llama 3.1's scaling as a tensor (`generate_extra_tensors` of `LlamaModel`,
-conversion/llama.py), and leaves out the four numbers that it follows from. They are found again here, and must give the
-same divisors.
+Meanings and defaults are those of llama.cpp: `load_hparams` in src/llama-model.cpp, and the constructor of
+`llama_context` for what YaRN multiplies by. It has no dynamic NTK, and YaRN between whole pairs only. Its converter
+writes the scaling of Llama 3.1 as a tensor (`generate_extra_tensors` of `LlamaModel`, conversion/llama.py), and leaves
+out the four numbers that it follows from. They are found again here, and must give the same divisors.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,57 +16,165 @@ import numpy as np
 from llamajax.config import Config, RopeScaling
 from llamajax.errors import LlamaJaxError
 from llamajax.families.family import Keys
+from llamajax.families.gguf import scale
+from llamajax.fields import check_whole
 from llamajax.files import shortened
+from llamajax.rope import Rope, rope_attention_factor
 
 _CLOSE = 2e-6  # relative; the converter computes in float32
 FACTORS = "rope_freqs.weight"
+_SHORT, _LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 # Tensors that hold numbers of RoPE, and no weights.
-TENSORS = (FACTORS,)
+TENSORS = (FACTORS, _SHORT, _LONG)
+_ORIGINAL = "rope.scaling.original_context_length"
+_ATTENTION = "rope.scaling.attn_factor"
 
 
-def read_rope(keys: Keys) -> dict[str, Any]:
-    """Fields of `Config` that keys say: theta, and a factor by which all frequencies are divided, or nothing.
+def read_rope(keys: Keys, tensors: Collection[str]) -> dict[str, Any]:
+    """Fields of `Config` that keys say: theta, and a scaling unless that is in tensors.
+
+    Args:
+        keys: of the file.
+        tensors: names of the file's.
 
     Raises:
         LlamaJaxError: for a scaling that is not known.
     """
-    ours: dict[str, Any] = {"rope_theta": keys.take("rope.freq_base")} if "rope.freq_base" in keys else {}
+    ours: dict[str, Any] = {"rope_theta": keys.number("rope.freq_base")} if "rope.freq_base" in keys else {}
     kind = keys.take("rope.scaling.type", "linear")
-    factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
-    if kind not in ("none", "linear"):
+    factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0)) or 1.0
+    if kind not in ("none", "linear", "yarn", "longrope"):
         raise LlamaJaxError(
             f"{keys.source}: {keys.prefix}rope.scaling.type is {shortened(kind)}, which is not supported: expected "
-            "'none' or 'linear'; Llama 3.1's comes as the tensor rope_freqs.weight"
+            f"none, linear, yarn or longrope; Llama 3.1's comes as the tensor {FACTORS}"
         )
-    if kind == "linear" and factor not in (0, 1):
+    if kind == "yarn":
+        ours["rope_scaling"] = _yarn(keys, factor)
+    elif kind == "longrope" or _SHORT in tensors or _LONG in tensors:
+        keys.only("rope.scaling.factor", 0, 1, 0.0, 1.0)
+        keys.only("rope.scale_linear", 0, 1, 0.0, 1.0)
+        keys.number(_ATTENTION, 1.0)  # by `read_tensors`
+    elif kind == "linear" and factor != 1:
         ours["rope_scaling"] = {"kind": "linear", "factor": factor}
     return ours
 
 
+def _yarn(keys: Keys, factor: float) -> dict[str, Any]:
+    """YaRN.
+
+    llama.cpp multiplies by the paper's number times `attn_factor`; `yarn_attn_factor` has no effect there. Of most
+    architectures it does not read the two betas either, and takes the paper's, for which the model was not made.
+    """
+    keys.only("rope.scaling.yarn_ext_factor", 1, 1.0)
+    scaling: dict[str, Any] = {
+        "kind": "yarn",
+        "factor": factor,
+        "original_context_length": keys.take(_ORIGINAL, keys.take("context_length")),
+        "beta_fast": keys.number("rope.scaling.yarn_beta_fast", 32.0),
+        "beta_slow": keys.number("rope.scaling.yarn_beta_slow", 1.0),
+    }
+    all_dim = scale(keys, "rope.scaling.yarn_log_multiplier") or 0.0
+    if all_dim:
+        scaling |= {"mscale": 1.0, "mscale_all_dim": all_dim}
+    times = keys.number(_ATTENTION, 1.0)
+    if times != 1 and factor > 1:
+        growth = 0.1 * math.log(factor)
+        scaling["attention_factor"] = times * (growth + 1) / (all_dim * growth + 1)
+    elif times != 1:
+        scaling["attention_factor"] = times
+    return scaling
+
+
 def read_tensors(path: Any, config: Config, keys: Keys, tensors: Mapping[str, np.ndarray]) -> Config:
-    """A config with what the file's tensors of `TENSORS` say, float32 each."""
+    """A config with what the file's tensors of `TENSORS` say, float32 each.
+
+    Raises:
+        LlamaJaxError: for tensors that go with no scaling, or a scaling without its tensors.
+    """
+    if keys.peek("rope.scaling.type") == "longrope" or _SHORT in tensors or _LONG in tensors:
+        return _with_longrope(path, config, keys, tensors)
     if FACTORS in tensors:
-        original = keys.take("rope.scaling.original_context_length", None)
-        config = with_factors(path, config, tensors[FACTORS], original)
+        config = with_factors(path, config, tensors[FACTORS], keys.take(_ORIGINAL, None))
     return config
 
 
+def _with_longrope(path: Any, config: Config, keys: Keys, tensors: Mapping[str, np.ndarray]) -> Config:
+    """A config whose frequencies are divided by one of two tensors."""
+    for name in (_SHORT, _LONG):
+        if name not in tensors:
+            raise LlamaJaxError(f"{path}: tensor {name!r} is missing: longrope needs it")
+    if config.rope_scaling is not None or FACTORS in tensors:
+        raise LlamaJaxError(f"{path}: {_SHORT} comes beside another RoPE scaling: expected one of them")
+    short, long = (_checked(path, name, config, tensors[name]) for name in (_SHORT, _LONG))
+    original = keys.take(_ORIGINAL, config.context_length)
+    check_whole(f"{path}: {keys.prefix}{_ORIGINAL}", original)
+    try:
+        scaling = RopeScaling(
+            kind="longrope",
+            factor=max(1.0, config.context_length / original),
+            original_context_length=original,
+            short_factors=tuple(short.tolist()),
+            long_factors=tuple(long.tolist()),
+        )
+        times = keys.number(_ATTENTION, 1.0)
+        if not math.isclose(times, rope_attention_factor(Rope(theta=1.0, scaling=scaling)), rel_tol=_CLOSE):
+            scaling = dataclasses.replace(scaling, attention_factor=times)
+    except LlamaJaxError as error:
+        raise LlamaJaxError(f"{path}: {error}") from None
+    return dataclasses.replace(config, rope_scaling=scaling)
+
+
 def write_rope(config: Config) -> dict[str, Any]:
-    """The keys that say a config's RoPE."""
+    """The keys that say a config's RoPE.
+
+    Raises:
+        LlamaJaxError: for a scaling that llama.cpp does not have.
+    """
     said: dict[str, Any] = {"rope.freq_base": float(config.rope_theta)}
     scaling = config.rope_scaling
-    if scaling is not None and scaling.kind == "linear":
-        said |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling.factor)}
-    elif scaling is not None:  # by the tensor; without effect in llama.cpp, but this makes it certain what made that
-        said["rope.scaling.original_context_length"] = scaling.original_context_length
+    if scaling is None:
+        return said
+    if scaling.kind == "dynamic" or not scaling.truncate:
+        what = "dynamic NTK" if scaling.kind == "dynamic" else "YaRN that is not truncated"
+        raise LlamaJaxError(f"rope_scaling is {what}, which no key of GGUF says: expected another scaling")
+    factor = rope_attention_factor(Rope(theta=config.rope_theta, scaling=scaling))
+    if scaling.kind == "linear":
+        return said | {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling.factor)}
+    # Of Llama 3.1's, which a tensor says, without effect in llama.cpp; it makes certain what made that.
+    said[_ORIGINAL] = scaling.original_context_length
+    if scaling.kind == "yarn":
+        said |= {"rope.scaling.type": "yarn", "rope.scaling.factor": float(scaling.factor)}
+        said["rope.scaling.yarn_beta_fast"] = float(scaling.beta_fast)
+        said["rope.scaling.yarn_beta_slow"] = float(scaling.beta_slow)
+        factor /= 0.1 * math.log(scaling.factor) + 1
+    if scaling.kind == "longrope":
+        said["rope.scaling.type"] = "longrope"
+    if not math.isclose(factor, 1, rel_tol=1e-12):
+        said[_ATTENTION] = factor
     return said
 
 
 def write_tensors(config: Config) -> dict[str, np.ndarray]:
     """The tensors that say a config's RoPE, float32."""
-    if config.rope_scaling is None or config.rope_scaling.kind != "llama3":
-        return {}
-    return {FACTORS: divisors_of(config, config.rope_scaling).astype(np.float32)}
+    scaling = config.rope_scaling
+    made: dict[str, Any] = {}
+    if scaling is not None and scaling.kind == "llama3":
+        made = {FACTORS: divisors_of(config, scaling)}
+    if scaling is not None and scaling.kind == "longrope":
+        made = {_LONG: scaling.long_factors, _SHORT: scaling.short_factors}
+    return {name: np.asarray(numbers, np.float32) for name, numbers in made.items()}
+
+
+def _checked(path: Any, name: str, config: Config, divisors: np.ndarray) -> np.ndarray:
+    """A tensor's numbers, float64 [R/2]."""
+    half = config.rotated_size // 2
+    if divisors.shape != (half,):
+        raise LlamaJaxError(
+            f"{path}: {name} has shape {divisors.shape}: expected {(half,)}, half of what turns of a head"
+        )
+    if not np.isfinite(divisors).all() or (divisors <= 0).any():
+        raise LlamaJaxError(f"{path}: {name} holds {shortened(divisors.tolist())}: expected finite numbers above 0")
+    return divisors.astype(np.float64)
 
 
 def with_factors(path: Any, config: Config, divisors: np.ndarray, original: Any = None) -> Config:
@@ -74,18 +183,14 @@ def with_factors(path: Any, config: Config, divisors: np.ndarray, original: Any 
     Args:
         path: for messages.
         config: without that scaling.
-        divisors: float32 [H/2].
+        divisors: float32 [R/2], R the coordinates of a head that turn.
         original: the original context length, if the metadata say one.
 
     Raises:
         LlamaJaxError: for divisors that Llama 3.1's scaling does not give, or that come beside another scaling.
     """
-    name = f"{path}: rope_freqs.weight"
-    if divisors.shape != (config.head_size // 2,):
-        raise LlamaJaxError(f"{name} has shape {divisors.shape}: expected {(config.head_size // 2,)}, half a head")
-    divisors = divisors.astype(np.float64)
-    if not np.isfinite(divisors).all() or (divisors <= 0).any():
-        raise LlamaJaxError(f"{name} holds {shortened(divisors.tolist())}: expected finite numbers above 0")
+    name = f"{path}: {FACTORS}"
+    divisors = _checked(path, FACTORS, config, divisors)
     if (divisors == 1).all():
         return config
     if config.rope_scaling is not None:
@@ -100,13 +205,13 @@ def with_factors(path: Any, config: Config, divisors: np.ndarray, original: Any 
 
 
 def _turns(config: Config) -> np.ndarray:
-    """The reciprocal wavelengths, turns a token, [H/2]."""
-    pair = np.arange(config.head_size // 2, dtype=np.float64)
-    return config.rope_theta ** (-2 * pair / config.head_size) / (2 * math.pi)
+    """The reciprocal wavelengths, turns a token, [R/2]."""
+    pair = np.arange(config.rotated_size // 2, dtype=np.float64)
+    return config.rope_theta ** (-2 * pair / config.rotated_size) / (2 * math.pi)
 
 
 def divisors_of(config: Config, scaling: RopeScaling) -> np.ndarray:
-    """What frequencies are divided by, [H/2]: the arithmetic of `model.rope_frequencies`."""
+    """What frequencies are divided by, [R/2]: the arithmetic of `rope.rope_frequencies`."""
     turns = scaling.original_context_length * _turns(config)
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = np.clip(keep, 0, 1)

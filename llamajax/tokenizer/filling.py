@@ -1,0 +1,59 @@
+r"""Filling in: what a model of code is given that is to write what stands between two texts.
+
+    ids, tokenizer = infill(tokenizer, "def add(a, b):\n", "\n    return c\n")
+    middle = llamajax.generate(model, tokenizer, ids).text
+
+The order is prefix, suffix, middle (Bavarian et al. 2022, arXiv:2207.14255). Reference: `infilling_prompt_tokens` of
+codellama's `llama/generation.py`. Transformers' `CodeLlamaTokenizer` is that up to version 4; 5 puts a space before the
+suffix.
+"""
+
+from llamajax.errors import LlamaJaxError
+from llamajax.tokenizer.tokenizer import Tokenizer
+
+# What vocabularies call the tokens before the prefix, the suffix and the middle, and that behind a middle if it has
+# one: Code Llama, Qwen2.5 Coder, StarCoder 2, DeepSeek Coder (llama.cpp's `special_fim_pre_id` and its kin).
+_MARKS = (
+    ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"),
+    ("<PRE>", "<SUF>", "<MID>", "<EOT>"),
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|endoftext|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<|endoftext|>"),
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>", "<|endoftext|>"),
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>", "<｜end▁of▁sentence｜>"),
+)
+# A text that no piece goes on behind: what is encoded after it has no space put before it.
+_BEFORE = "☺"
+
+
+def infill(tokenizer: Tokenizer, prefix: str, suffix: str) -> tuple[list[int], Tokenizer]:
+    """The ids from which a model writes what stands between two texts.
+
+    Args:
+        tokenizer: of a model of code.
+        prefix: what stands before.
+        suffix: what stands behind.
+
+    Returns:
+        The ids, and a tokenizer that also stops where such a middle ends.
+
+    Raises:
+        LlamaJaxError: for a vocabulary without the tokens that say where to fill in, or a text that is not Unicode.
+    """
+    for marks in _MARKS:
+        before, behind, middle, end = (tokenizer.id_of(mark) for mark in marks)
+        if before is None or behind is None or middle is None:
+            continue
+        first = [] if tokenizer.bos_id is None or not tokenizer.add_bos else [tokenizer.bos_id]
+        ids = [*first, before, *tokenizer.encode(prefix, bos=False, eos=False), behind, *_alone(tokenizer, suffix)]
+        stops = tokenizer.stop_ids if end is None else (*tokenizer.stop_ids, end)
+        return [*ids, middle], tokenizer.replying(dict.fromkeys(stops))
+    raise LlamaJaxError(
+        "the vocabulary has no tokens for filling in: expected those of a model that was trained for it, such as "
+        f"{', '.join(' '.join(marks[:3]) for marks in _MARKS[:3])}; without a suffix it continues the text"
+    )
+
+
+def _alone(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a text without the space that a sentencepiece model puts before one."""
+    before = tokenizer.encode(_BEFORE, bos=False, eos=False)
+    return tokenizer.encode(_BEFORE + text, bos=False, eos=False)[len(before) :]
