@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import io
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from export.runners import answers
 from llamajax import Config, Kept, KVCache, Llama, Scores, generate, stream
 from llamajax.caches import PARTS, DensePart, RingPart, TiledPart, Where
 from llamajax.caches.attention import SLOT_BLOCK, attend_blocks, attend_causal
@@ -283,3 +286,23 @@ def test_a_second_turn_keeps_what_is_still_there(model: Llama) -> None:
     assert reused == 0, "at 218 tokens those before 90 that a text of 99 sees had given way"
     assert again == generate(model, None, shorter[:100], temperature=0, max_new_tokens=8).tokens
     assert turn(text) == (100, on), "up to where the texts part"
+
+
+def test_a_bundles_conversation_goes_back_as_far_as_its_cache(monkeypatch) -> None:
+    """By at most `spare` tokens from the most that there were; what is behind that is read from the start."""
+    texts = iter([[*range(100)], [*range(95), 1], [*range(90), 1], [*range(90), 1, 5, 2]])
+    kept = []
+
+    def steps(session, bundle, ids, limit, choose, keep):
+        kept.append(keep)
+        yield from ((5, None), (5, None))
+
+    monkeypatch.setattr(answers, "lines", lambda: iter("abcd"))
+    monkeypatch.setattr(answers, "conversation", lambda *_: next(texts))
+    monkeypatch.setattr(answers, "steps", steps)
+    manifest = {"chat": {"stop": []}, "cache": {"spare": 9}}
+    bundle, session = SimpleNamespace(slots=1000, manifest=manifest), SimpleNamespace(count=0, seconds=0)
+    text = SimpleNamespace(decoder=lambda _: lambda token: b"" if token is None else b"x")
+    options = SimpleNamespace(max_new_tokens=2, system="", prompt=None)
+    answers.converse(session, bundle, text, options, None, [], io.BytesIO())
+    assert kept == [0, 95, 0, 92], "the third went back to 90, but at 101 only what is behind 92 was left"
