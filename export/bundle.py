@@ -46,7 +46,7 @@ from export.runners.runner import LARGEST_MANIFEST, check_entries, line_of
 from export.vocabulary import vocabulary_of
 from export.weights import parameters
 from llamajax import Llama, LlamaJaxError, Tokenizer, files, named_weights
-from quant import compiler_options, schemes
+from quant import compiler_options, quantized, schemes
 
 FORMAT = "llamajax-bundle"
 VERSION = 1
@@ -183,6 +183,8 @@ def _manifest(
         },
         "chat_template": _chat_template(tokenizer),
         "compiler_options": compiler_options(spec.profile.backend) if spec.profile.backend else {},
+        # What weights are multiplied with, where that is rounded: then so much more is let pass (`runner.tolerance`).
+        **({"activations": "int8-token"} if any(weight.activations for weight in quantized(model)) else {}),
         "weights": [_described(Value.of(name, array)) for name, array in arrays.items()],
         "programs": {
             name: {
@@ -305,8 +307,10 @@ def _twins(model: Llama, spec: Spec) -> dict[str, bytes]:
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in parameters(model, spec.profile).items()
     }
     twins = {}
+    rings = empty_state(model.config, spec).slots is None  # which are the same for any S
     for kind, letters in _TWINS.items():
-        constraints = [f"{letter} >= 1" for letter in letters] + (["S >= T"] if "T" in letters else [])
+        letters = letters.replace("S", "") if rings else letters
+        constraints = [f"{letter} >= 1" for letter in letters] + (["S >= T"] if {"S", "T"} <= set(letters) else [])
         symbols = jax.export.symbolic_shape(", ".join(letters), constraints=constraints)
         made = functions(model, spec, dict(zip(letters, symbols, strict=True)))
         function, inputs = next((function, inputs) for name, function, inputs, _, _ in made if name == kind)

@@ -13,6 +13,8 @@ from safetensors.numpy import load_file, save_file
 import llamajax
 import quant
 from llamajax import Llama, LlamaJaxError, open_checkpoint, save_checkpoint
+from llamajax.evaluation.evaluate import cross_entropy
+from llamajax.families import config_from_hf
 from llamajax.parameters import named_arrays
 from llamajax.quantization.quantize import quantize
 from quant import bitnet, ggml
@@ -45,6 +47,24 @@ def _same(ours: Llama, other: Llama) -> None:
     assert sorted(expected) == sorted(actual)
     for name, array in expected.items():
         np.testing.assert_array_equal(np.asarray(actual[name]), np.asarray(array), err_msg=name)
+
+
+def test_preset_is_the_published_model() -> None:
+    """2.41 billion weights by the hub's count of the master weights; config.json of microsoft/bitnet-b1.58-2B-4T."""
+    config = llamajax.preset("bitnet-2b4t")
+    assert f"{config.num_parameters / 1e9:.2f}" == "2.41"
+    said = {"model_type": "bitnet", "hidden_act": "relu2", "tie_word_embeddings": True, "rope_theta": 500000.0}
+    said |= {"max_position_embeddings": 4096, "vocab_size": 128256}  # the rest are defaults of the class
+    said["quantization_config"] = {"quant_method": "bitnet", "linear_class": "autobitlinear"}
+    assert config_from_hf(said) == config
+
+
+def test_perplexity_is_that_of_the_dequantized(ternary: Llama) -> None:
+    """But for the rounding of activations, which is 1/127 of the largest at most."""
+    floats = llamajax.with_activations(ternary, "float32")
+    ids = np.random.default_rng(5).integers(0, CONFIG.vocab_size, 65)
+    losses = [cross_entropy(model, ids) for model in (ternary, floats)]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 # ---- Codes ----------------------------------------------------------------------------------------------------------

@@ -14,21 +14,22 @@ from tests.kin import SUB_NORMS
 from tests.reference import random_model
 
 pytestmark = pytest.mark.extras
-NEEDS = {"jax": (), "onnx": ("onnx", "onnxruntime"), "iree-cpu": ("iree.compiler", "iree.runtime")}
+NEEDS = {"jax": (), "onnx": ("onnx", "onnxruntime"), "iree": ("iree.compiler", "iree.runtime")}
+TARGETS = {"onnx": "onnx", "iree": "iree-cpu"}
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    model = quantize(random_model(dataclasses.replace(SUB_NORMS, family="bitnet")), "bitnet")
+    model = quantize(random_model(dataclasses.replace(SUB_NORMS, family="bitnet", num_layers=1)), "bitnet")
     spec = Spec(slots=96, buckets=(16,), profile=PROFILES["unrolled"])
     return write(model, None, tmp_path_factory.mktemp("bundles") / "bitnet", spec)
 
 
-@pytest.mark.parametrize("target", NEEDS)
-def test_other_runtimes_say_the_same(bundle: Bundle, target: str) -> None:
-    for module in NEEDS[target]:
+@pytest.mark.parametrize("runtime", NEEDS)
+def test_other_runtimes_say_the_same(bundle: Bundle, runtime: str) -> None:
+    """Every token; logits but for codes near a tie, which another order of sums moves."""
+    for module in NEEDS[runtime]:
         if importlib.util.find_spec(module.partition(".")[0]) is None or importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed: pip install -e '.[runtimes]'")
-    made = bundle if target == "jax" else add_target(bundle, target)
-    (result,) = verify(made, [target])
+    (result,) = verify(add_target(bundle, TARGETS[runtime]) if runtime in TARGETS else bundle, [runtime])
     assert result.held and result.exact, result

@@ -5,12 +5,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from llamajax import Config, LlamaJaxError
+from llamajax import Config, LlamaJaxError, load, open_checkpoint, save_checkpoint
 from llamajax.config import Temperature
 from llamajax.families import FAMILIES, config_from_hf, config_to_hf
 from llamajax.rope import Rope, RopeScaling
+from tests.reference import random_model
 
 # The files of the Hugging Face hub, without what is of no effect in any model (ids, dropout, versions).
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -553,3 +557,47 @@ def test_the_page_shows_the_family_as_it_is() -> None:
     assert len(added) <= 60
     families = (root / "llamajax" / "families" / "__init__.py").read_text()
     assert all(line.strip() in families for line in added[: -len(file)] if not line.startswith("from"))
+
+
+# ---- Text of models that see images ---------------------------------------------------------------------------------
+
+
+def test_text_of_models_that_see_images() -> None:
+    """Their config holds the text's; what both may say, the text's says, but for the head."""
+    text = PUBLISHED["google/gemma-3-4b-it (text)"]
+    whole = {"model_type": "gemma3", "text_config": text, "vision_config": {"image_size": 896}}
+    assert config_from_hf(whole | {"mm_tokens_per_image": 256, "eos_token_id": [1, 106]}) == config_from_hf(text)
+    untyped = {key: value for key, value in text.items() if key != "model_type"}
+    assert config_from_hf(whole | {"text_config": untyped}) == config_from_hf(text)
+    untied = whole | {"tie_word_embeddings": False, "text_config": text | {"tie_word_embeddings": True}}
+    assert not config_from_hf(untied).tied_embeddings
+    for change, message in (
+        ({"text_config": None}, "text_config is None: expected an object, as a model of type 'gemma3' has"),
+        ({"colour": "red"}, "unknown key 'colour'"),
+        ({"text_config": text | {"hiden_size": 5}}, "unknown key 'hiden_size' .did you mean 'hidden_size'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+    ):
+        with pytest.raises(LlamaJaxError, match=f"^config.json: .*{message}"):
+            config_from_hf(whole | change)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."], ids=["version4", "version5"])
+def test_weights_of_the_text_alone(prefix: str, tmp_path: Path) -> None:
+    """Named as beside images, with tensors of images among them, which a note counts."""
+    fields = PUBLISHED["google/gemma-3-4b-it (text)"] | {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32}
+    fields |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    model = random_model(config_from_hf(fields))
+    save_checkpoint(model, tmp_path / "text", form="huggingface")
+    tensors = load_file(tmp_path / "text" / "model.safetensors")
+    renamed = {name.replace("model.", prefix, 1): tensor for name, tensor in tensors.items()}
+    beside = dict.fromkeys(("vision_tower.a.weight", "multi_modal_projector.b"), np.ones(3, np.float32))
+    (tmp_path / "whole").mkdir()
+    save_file(renamed | beside, tmp_path / "whole" / "model.safetensors")
+    (tmp_path / "whole" / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": fields}))
+    with pytest.warns(UserWarning, match="2 tensors are for images only, not read"):
+        loaded, _ = load(tmp_path / "whole")
+    jax.tree.map(np.testing.assert_array_equal, loaded, model)
+    twice = renamed | {"model.norm.weight": tensors["model.norm.weight"]}
+    save_file(twice, tmp_path / "whole" / "model.safetensors")
+    with pytest.raises(LlamaJaxError, match="norm.weight' and .*norm.weight' are one: expected one of them"):
+        open_checkpoint(tmp_path / "whole")

@@ -190,8 +190,9 @@ class KVCache:
             for position, kind in enumerate(stack.pattern)
         ]
         length_B = jnp.zeros(batch, jnp.int32)
-        loses = any(part.slots is None for part in parts)
-        return cls(tuple(parts), length_B, jnp.zeros_like(length_B) if loses else None, reach)
+        loses, all_do = (some(part.slots is None for part in parts) for some in (any, all))
+        # A program that may be called with any S chooses its RoPE by that, as long as an array says it.
+        return cls(tuple(parts), length_B, jnp.zeros_like(length_B) if loses else None, reach if all_do else slots)
 
     @property
     def slots(self) -> int | None:

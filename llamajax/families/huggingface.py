@@ -32,7 +32,9 @@ _OPTIONAL = {
     "tie_word_embeddings": "tied_embeddings",
 }
 _NAMES = _REQUIRED | _OPTIONAL
-_ROPE_KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
+_ROPE_KEYS = frozenset(
+    "rope_theta rope_scaling rope_parameters rope_local_base_freq original_max_position_embeddings".split()
+)
 
 # Keys that change nothing in the forward pass whatever they say: provenance, training, and what decides words, which
 # `checkpoint.huggingface_words` reads.
@@ -84,6 +86,14 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_fast": "gelu_tanh",
     "relu2": "relu_squared",
 }
+# Models that see images as well: their text's config is an object in theirs, of this `model_type` unless it says so.
+_WITH_IMAGES = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+# What they have beside it, of images, of training, and of words.
+_OF_IMAGES = frozenset(
+    "text_config vision_config boi_token_index eoi_token_index image_token_index image_token_id boi_token_id "
+    "eoi_token_id mm_tokens_per_image projector_hidden_act multimodal_projector_bias spatial_merge_size "
+    "vision_feature_layer vision_feature_select_strategy".split()
+)
 LAYER_TYPES: Mapping[str, LayerKind] = {
     "full_attention": "full",
     "sliding_attention": "window",
@@ -111,7 +121,7 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json", ignor
     needed = sorted(set(ignore_keys) & ({"model_type", *_NAMES} | _ROPE_KEYS))
     if needed:
         raise LlamaJaxError(f"{needed[0]!r} cannot be ignored: the model is made by it")
-    fields = {key: value for key, value in fields.items() if key not in ignore_keys}
+    fields = _of_text({key: value for key, value in fields.items() if key not in ignore_keys}, source)
     family = family_of(fields.get("model_type"), "huggingface", f"{source}: model_type")
     form = family.huggingface
     assert form is not None  # `family_of` knows no others
@@ -131,6 +141,22 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json", ignor
     )
     check_read(keys, fields, _is_without_effect, remedy)
     return Config.from_dict(ours | {"family": family.name}, source)
+
+
+def _of_text(fields: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    """What config.json says of the text, where the model sees images as well; all of it elsewhere."""
+    kind = fields.get("model_type")
+    if not isinstance(kind, str) or kind not in _WITH_IMAGES:
+        return fields
+    text = fields.get("text_config")
+    if not isinstance(text, Mapping):
+        raise LlamaJaxError(
+            f"{source}: text_config is {shortened(text)}: expected an object, as a model of type {kind!r} has"
+        )
+    outside = {key: value for key, value in fields.items() if key not in _OF_IMAGES and key != "model_type"}
+    # The head is the whole model's, and so is whether it is tied.
+    tied = {key: value for key, value in outside.items() if key == "tie_word_embeddings" and value is not None}
+    return {"model_type": _WITH_IMAGES[kind], **outside, **text, **tied}
 
 
 def _sizes(keys: Keys) -> dict[str, Any]:

@@ -151,7 +151,7 @@ class Engine:
         """
         every = list(range(self.rows))
         rows = every if rows is None else rows
-        state = self._state(jax.eval_shape(self._cache), [()] * self.rows, [Knobs(0)] * self.rows)
+        state = self._shapes()
         ready = functools.partial(CompiledFunction.compile, counted=self.counted)
         for size in sorted(set(plan_chunks(length - 1))):
             chunk = _chunk([[0] * length] * len(rows), [0] * len(rows), size)
@@ -300,9 +300,25 @@ class Engine:
         cache = dataclasses.replace(cache, length_B=length_B)
         return EngineState(cache, history_BS, self._asked(knobs), self.drafts)
 
+    def _shapes(self) -> EngineState:
+        """The shapes of the state: nothing is computed, or moved to the device, for a program."""
+        shape: Any = lambda dtype, *more: jax.ShapeDtypeStruct((self.rows, *more), dtype)  # noqa: E731
+        asked = Asked(
+            shape(np.int32),
+            shape(jax.eval_shape(lambda: jax.random.key(0)).dtype),
+            Sampler(**{name: shape(off.dtype) for name, off in NEUTRAL.items()}),
+            shape(np.int32, self.stops),
+        )
+        return EngineState(jax.eval_shape(self._cache), shape(np.int32, self._columns), asked, self.drafts)
+
+    @property
+    def _columns(self) -> int:
+        """Of the history."""
+        return self.slots + self.drafts + 2
+
     def _history(self, texts: Sequence[Sequence[int]]) -> tuple[jax.Array, jax.Array]:
         """The ids of texts at their positions, and the position of the last of each."""
-        history_bS = np.zeros((len(texts), self.slots + self.drafts + 2), np.int32)
+        history_bS = np.zeros((len(texts), self._columns), np.int32)
         for ids, text in zip(history_bS, texts, strict=True):
             ids[: len(text)] = text
         length_b = np.asarray([max(len(text) - 1, 0) for text in texts], np.int32)
