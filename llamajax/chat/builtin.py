@@ -127,6 +127,29 @@ class Alpaca:
             yield "\n\n### Response:", False
 
 
+class Gemma:
+    """Gemma's, which has no system messages: they go before what is said next, but an answer."""
+
+    tokens = ("<start_of_turn>", "<end_of_turn>")
+
+    def write(self, said: Sequence[Said], reply: bool) -> Iterator[Span]:
+        """See `BuiltIn.write`."""
+        system = ""
+        for role, content in said:
+            if role == "system":
+                system += content.strip()
+                continue
+            yield f"<start_of_turn>{'model' if role == 'assistant' else role}\n", False
+            if system and role != "assistant":
+                yield system, True
+                yield "\n\n", False
+                system = ""
+            yield content.strip(), True
+            yield "<end_of_turn>\n", False
+        if reply:
+            yield "<start_of_turn>model\n", False
+
+
 _IM = ("<|im_start|>", "<|im_end|>")
 _HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 _DEEPSEEK = ("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>")
@@ -167,6 +190,7 @@ BUILT_IN: Mapping[str, BuiltIn] = {
     "mistral-v7": _mistral_v7(" "),
     "mistral-v7-tekken": _mistral_v7(""),
     "alpaca": Alpaca(),
+    "gemma": Gemma(),
     "vicuna": Roles(
         tokens=("</s>",),
         around={"system": ("", "\n\n"), "user": ("USER: ", "\n")},
