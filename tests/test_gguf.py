@@ -333,7 +333,7 @@ def test_keys_that_change_nothing(tmp_path: Path) -> None:
         "llama.attention.value_length": np.uint32(64),
         "llama.attention.head_count_kv": [2, 2],
         "llama.expert_count": np.uint32(0),
-        "llama.attention.sliding_window": np.uint32(4096),
+        "llama.attention.sliding_window": np.uint32(0),
         "llama.attention.scale": np.float32(64**-0.5),
         "llama.rope.scaling.type": "none",
         "llama.rope.scaling.factor": np.float32(4),

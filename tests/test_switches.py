@@ -1,18 +1,24 @@
 """Every switch of `Config` against the NumPy reference, which has them from papers and transformers."""
 
 import dataclasses
+import functools
 import random
+import re
+from collections import Counter
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from llamajax import Config
+from llamajax import Config, KVCache, abstract_model
 from llamajax.config import Temperature
+from llamajax.evaluation.evaluate import next_token_losses
+from llamajax.model import model_from
+from llamajax.parameters import named_arrays
 from llamajax.rope import Rope, RopeScaling
 from tests import reference
-from tests.programs import forward
+from tests.programs import QUICK, forward
 from tests.reference import random_model, switched_weights_of
 
 BASE = Config(
@@ -38,6 +44,14 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "nope": NOPE,
     "partial RoPE": {"rope_fraction": 0.5},
     "RoPE of windows": WINDOW | {"window_rope": Rope(theta=100.0, scaling=RopeScaling(kind="linear", factor=2.0))},
+    "YaRN": {"rope_scaling": RopeScaling(kind="yarn", factor=4.0, original_context_length=8)},
+    "longrope": {
+        "rope_fraction": 0.5,
+        "rope_scaling": RopeScaling(
+            kind="longrope", factor=4.0, original_context_length=8, short_factors=(1.0, 1.0), long_factors=(2.0, 3.0)
+        ),
+    },
+    "dynamic NTK": {"rope_scaling": RopeScaling(kind="dynamic", factor=4.0, original_context_length=8)},
     "biases of q, k, v": {"qkv_bias": True},
     "bias of the output": {"out_bias": True},
     "biases of the feed-forward": {"ffn_bias": True},
@@ -120,3 +134,119 @@ def test_switches_together_are_the_references(seed: int) -> None:
     config = combined(seed)
     model = random_model(config)
     assert_close(forward(model, TOKENS)[0], reference.forward(config, switched_weights_of(model), TOKENS[0]))
+
+
+EVERYTHING = dataclasses.replace(
+    BASE,
+    layer_kinds=("window", "nope", "chunk", "full"),
+    window=5,
+    chunk=4,
+    **{name: values[-1] for name, values in CHOICES.items() if name not in ("query_key_norm", "tied_embeddings")},
+    query_key_norm="head",
+)
+
+
+def test_gradients_are_the_slopes_of_the_reference() -> None:
+    """Of every weight, each changed in a direction of its own: a directional derivative, and no gradient is 0."""
+    model = random_model(EVERYTHING)
+    step = 1e-5
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def gradient(model: Any) -> Any:
+        return jax.grad(lambda model: next_token_losses(model, TOKENS).mean())(model)
+
+    named, slopes = named_arrays(model), named_arrays(gradient(model))
+    rng = np.random.default_rng(8)
+    direction = {name: rng.standard_normal(array.shape).astype(np.float32) for name, array in named.items()}
+    for name, slope in slopes.items():
+        assert np.isfinite(slope).all() and np.abs(slope).max() > 0, name
+    weights, way = (switched_weights_of(model_from(each, EVERYTHING)) for each in (named, direction))
+    moved = [{name: weights[name] + sign * step * way[name] for name in weights} for sign in (1, -1)]
+    above, below = (reference.loss(EVERYTHING, each, TOKENS) for each in moved)
+    made = sum(float(np.sum(np.asarray(slopes[name], np.float64) * direction[name])) for name in slopes)
+    assert made == pytest.approx((above - below) / (2 * step), rel=1e-3)
+
+
+def test_bfloat16_is_near() -> None:
+    """Rounding to 8 bits, not another function: a tenth of what logits vary by."""
+    model = random_model(EVERYTHING)
+    halved = jax.tree.map(lambda array: array.astype("bfloat16"), model)
+    expected = reference.forward(EVERYTHING, switched_weights_of(model), TOKENS[0])
+    logits = np.asarray(forward(halved, TOKENS)[0])
+    assert logits.dtype == np.float32
+    assert np.sqrt(np.mean((logits - expected) ** 2)) < 0.1 * expected.std()
+
+
+# ---- What switches that are off cost ---------------------------------------------------------------------------------
+
+# How many of these operations a LLaMA's programs had before there were switches, as jax 0.10 lowered them.
+BEFORE = {
+    "forward": {
+        "add": 14,
+        "subtract": 3,
+        "multiply": 23,
+        "divide": 6,
+        "exponential": 2,
+        "rsqrt": 3,
+        "cosine": 2,
+        "sine": 2,
+        "maximum": 2,
+        "select": 5,
+        "compare": 9,
+        "convert": 5,
+        "concatenate": 2,
+        "slice": 4,
+        "dot_general": 10,
+        "while": 1,
+    },
+    "step": {
+        "add": 36,
+        "subtract": 3,
+        "multiply": 23,
+        "divide": 6,
+        "exponential": 2,
+        "rsqrt": 3,
+        "cosine": 2,
+        "sine": 2,
+        "maximum": 2,
+        "select": 22,
+        "compare": 27,
+        "convert": 13,
+        "concatenate": 2,
+        "slice": 4,
+        "dot_general": 10,
+        "while": 3,
+    },
+}
+# Operations that only a switch asks for, and one that does.
+OPTIONAL = {
+    "tanh": {"score_cap": 50.0},
+    "log": {"query_temperature": Temperature(beta=0.1, length=8)},
+    "floor": {"query_temperature": Temperature(beta=0.1, length=8)},
+    "remainder": {"layer_kinds": ("chunk",), "chunk": 4},
+}
+
+
+def operations(config: Config) -> dict[str, Counter[str]]:
+    """How many operations of each kind a forward pass and a decode step have, by their text."""
+    model, tokens = abstract_model(config), lambda T: jax.ShapeDtypeStruct((2, T), "int32")
+    cache = jax.eval_shape(lambda: KVCache.empty(config, 2, 64))
+    forward = jax.jit(lambda model, tokens_BT: model(tokens_BT)[0]).lower(model, tokens(8))
+    step = jax.jit(lambda model, tokens_BT, cache: model(tokens_BT, cache)).lower(model, tokens(1), cache)
+    texts = {"forward": forward.as_text(), "step": step.as_text()}
+    return {name: Counter(re.findall(r"stablehlo\.(\w+)", text)) for name, text in texts.items()}
+
+
+def test_switches_that_are_off_cost_nothing() -> None:
+    made = operations(dataclasses.replace(BASE, num_layers=3))
+    for name, counts in made.items():
+        assert not set(OPTIONAL) & set(counts), name
+        if jax.__version__.startswith("0.10."):
+            assert {kind: max(counts[kind], most) for kind, most in BEFORE[name].items()} == BEFORE[name]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", OPTIONAL)
+def test_a_switch_that_is_on_is_seen(kind: str) -> None:
+    """What the test above looks for is there where it should be."""
+    assert all(counts[kind] for counts in operations(dataclasses.replace(BASE, **OPTIONAL[kind])).values())

@@ -25,7 +25,8 @@ for _family in (
     granite.GRANITE,
     phi.PHI3,
     exaone.EXAONE4,
-    bitnet.FAMILY,
+    bitnet.BITNET,
+    bitnet.BITNET_3B,
 ):
     register(_family)
 

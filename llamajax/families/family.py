@@ -149,6 +149,7 @@ class Format(NamedTuple):
         partial_rope: whether RoPE may turn a part of each head only.
         window_rope: whether layers with windows have a RoPE of their own: unscaled, with `rope_local_base_freq` for
             theta if the family has a default of that key, but where `rope_parameters` says both.
+        int8_tokens: whether ternary weights are multiplied with activations in int8, though the files do not say it.
     """
 
     kinds: tuple[str, ...]
@@ -161,6 +162,7 @@ class Format(NamedTuple):
     partial_rope: bool = False
     window_rope: bool = False
     copies: Mapping[str, Mapping[str, Any]] = _NOTHING
+    int8_tokens: bool = False
 
 
 class Family(NamedTuple):

@@ -147,7 +147,8 @@ def _read_gemma3(keys: Keys) -> dict[str, Any]:
     """`Gemma3TextConfig`: layers with a window have a RoPE of their own; the pattern was a number before a list."""
     keys.read |= set(_PATTERN)
     *_, size = 6, *(keys.whole(key, MOST_LAYERS) for key in _PATTERN if key in keys)
-    pattern: tuple[LayerKind, ...] = ("window",) * (size - 1) + ("full",)
+    local: LayerKind = "window"
+    pattern: tuple[LayerKind, ...] = (*[local] * (size - 1), "full")
     read = _read_capped(keys, pattern)
     if read["score_cap"] is not None:
         # transformers keeps the key and does without it: nobody can have trained with it.

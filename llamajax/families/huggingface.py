@@ -32,7 +32,9 @@ _OPTIONAL = {
     "tie_word_embeddings": "tied_embeddings",
 }
 _NAMES = _REQUIRED | _OPTIONAL
-_ROPE_KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
+_ROPE_KEYS = frozenset(
+    "rope_theta rope_scaling rope_parameters rope_local_base_freq original_max_position_embeddings".split()
+)
 
 # Keys that change nothing in the forward pass whatever they say: provenance, training, and what decides words, which
 # `checkpoint.huggingface_words` reads.
