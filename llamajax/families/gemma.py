@@ -40,10 +40,11 @@ _DEFAULTS_3 = _DEFAULTS_2 | {
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
     "rope_theta": 1e6,
-    "_sliding_window_pattern": 6,
     "rope_local_base_freq": 1e4,
 }
 _SCORE_CAP, _LOGIT_CAP = "attn_logit_softcapping", "final_logit_softcapping"  # in GGUF
+# Both stand in files of transformers 5; the second is the older, and goes before.
+_PATTERN = ("_sliding_window_pattern", "sliding_window_pattern")
 # Where both halves of a layer have a norm before and one behind.
 _NAMES = Names(renamed={"ffn_norm.weight_D": "model.layers.{}.pre_feedforward_layernorm.weight"})
 
@@ -144,8 +145,8 @@ GEMMA2 = Family(
 
 def _read_gemma3(keys: Keys) -> dict[str, Any]:
     """`Gemma3TextConfig`: layers with a window have a RoPE of their own; the pattern was a number before a list."""
-    spelling = "sliding_window_pattern" if "sliding_window_pattern" in keys else "_sliding_window_pattern"
-    size = keys.whole(spelling, MOST_LAYERS)
+    keys.read |= set(_PATTERN)
+    *_, size = 6, *(keys.whole(key, MOST_LAYERS) for key in _PATTERN if key in keys)
     local: LayerKind = "window"
     pattern: tuple[LayerKind, ...] = (*[local] * (size - 1), "full")
     read = _read_capped(keys, pattern)
