@@ -1,13 +1,13 @@
 """Time to the first text of an answer, behind a long history: of the first turn, and of the second, in one process.
 
     python benchmarks/chat_turns.py --rounds=15                         # SmolLM2-135M-Instruct, 1,000 tokens
-    python benchmarks/chat_turns.py --model=model.gguf --history=4000
+    python benchmarks/chat_turns.py --model=model.gguf --history=4000 --words=10
 
 Each round opens a new chat with the same history, whose first turn prefills all of it and whose second only what is
 new. Both are measured from the call of `Chat.stream` to the first text: the template, the encoding and the first decode
-step are part of it. Prompts are prefilled in chunks of 16, 64 or 256 tokens: up to 16 new ones are one forward pass, as
-here, up to 32 are two. Figures are medians over the rounds, behind one round that is not counted; the ratio is the
-median of the rounds' own. Beside them stand the tokens that each prefilled, and what those took per token.
+step are part of it. Prompts are prefilled in chunks of 16, 32, 64 or 256 tokens: the second question is one of 16, or
+with some `--words` more one of 32. Figures are medians over the rounds, behind one round that is not counted; the ratio
+is the median of the rounds' own. Beside them stand the tokens that each prefilled, and what those took per token.
 """
 
 import json
@@ -22,6 +22,7 @@ from llamajax.cli import smollm2
 
 flags.DEFINE_string("model", None, "checkpoint with a chat template; SmolLM2 unless given")
 flags.DEFINE_integer("history", 1000, "tokens of the conversation before the first turn", lower_bound=1)
+flags.DEFINE_integer("words", 0, "by which the second question is longer", lower_bound=0)
 flags.DEFINE_integer("rounds", 15, "how often both turns are measured", lower_bound=1)
 flags.DEFINE_bool("json", False, "print JSON instead of a table")
 
@@ -65,12 +66,12 @@ def main(argv: list[str]) -> None:
     def new() -> Chat:
         return Chat(model, tokenizer, temperature=0, max_new_tokens=16)
 
-    said = history(new(), values.history)
+    said, longer = history(new(), values.history), _QUESTIONS[1] + " please" * values.words
     rounds = []
     for _ in range(values.rounds + 1):
         chat = new()
         chat.messages = list(said)
-        rounds.append([turn(chat, question) for question in _QUESTIONS])
+        rounds.append([turn(chat, question) for question in (_QUESTIONS[0], longer)])
     del rounds[0]  # compiles
     seconds = [statistics.median(each[i].seconds for each in rounds) for i in range(2)]
     ratio = statistics.median(second.seconds / first.seconds for first, second in rounds)

@@ -46,7 +46,7 @@ from export.runners.runner import LARGEST_MANIFEST, check_entries, line_of
 from export.vocabulary import vocabulary_of
 from export.weights import parameters
 from llamajax import Llama, LlamaJaxError, Tokenizer, files, named_weights
-from quant import compiler_options, schemes
+from quant import compiler_options, quantized, schemes
 
 FORMAT = "llamajax-bundle"
 VERSION = 1
@@ -174,15 +174,7 @@ def _manifest(
             "mlirbc": "StableHLO promises that programs are read for 5 years after they were written",
             "jax": f"jax {jax.__version__} wrote the .jax files: JAX reads them for 6 months, and 3 weeks back",
         },
-        "cache": {
-            "batch": spec.batch,
-            "slots": spec.slots,
-            "dtype": spec.cache_dtype,
-            "layout": "layer, row, key/value head, slot, element",
-            "state": [
-                _described(Value.of(name, value)) for name, value in empty_state(model.config, spec).state.items()
-            ],
-        },
+        "cache": _cache(model, spec),
         "buckets": list(spec.buckets),
         "tokens": {
             "bos": tokenizer.bos_id if tokenizer else None,
@@ -191,6 +183,8 @@ def _manifest(
         },
         "chat_template": _chat_template(tokenizer),
         "compiler_options": compiler_options(spec.profile.backend) if spec.profile.backend else {},
+        # What weights are multiplied with, where that is rounded: then so much more is let pass (`runner.tolerance`).
+        **({"activations": "int8-token"} if any(weight.activations for weight in quantized(model)) else {}),
         "weights": [_described(Value.of(name, array)) for name, array in arrays.items()],
         "programs": {
             name: {
@@ -313,8 +307,10 @@ def _twins(model: Llama, spec: Spec) -> dict[str, bytes]:
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in parameters(model, spec.profile).items()
     }
     twins = {}
+    rings = empty_state(model.config, spec).slots is None  # which are the same for any S
     for kind, letters in _TWINS.items():
-        constraints = [f"{letter} >= 1" for letter in letters] + (["S >= T"] if "T" in letters else [])
+        letters = letters.replace("S", "") if rings else letters
+        constraints = [f"{letter} >= 1" for letter in letters] + (["S >= T"] if {"S", "T"} <= set(letters) else [])
         symbols = jax.export.symbolic_shape(", ".join(letters), constraints=constraints)
         made = functions(model, spec, dict(zip(letters, symbols, strict=True)))
         function, inputs = next((function, inputs) for name, function, inputs, _, _ in made if name == kind)
@@ -343,6 +339,19 @@ def _without_locations(exported: jax.export.Exported) -> jax.export.Exported:
 def _schemes(model: Llama) -> dict[str, str]:
     """Name of each weight and its scheme; a weight whose layers differ has several, commas between."""
     return {name: ", ".join(schemes(weight)) for name, weight in named_weights(model).items()}
+
+
+def _cache(model: Llama, spec: Spec) -> dict[str, Any]:
+    """What programs take and return behind other arrays, and how far it can go back."""
+    empty = empty_state(model.config, spec)
+    return {
+        "batch": spec.batch,
+        "slots": spec.slots,
+        "dtype": spec.cache_dtype,
+        "layout": "layer, row, key/value head, slot, element",
+        "state": [_described(Value.of(name, value)) for name, value in empty.state.items()],
+        **({} if empty.spare is None else {"spare": empty.spare}),
+    }
 
 
 def _described(value: Value) -> dict[str, Any]:

@@ -25,7 +25,8 @@ def empty_state(config: Config, spec: Spec, sizes: Mapping[str, Any] = types.Map
     # With symbolic sizes nothing can be decided by them: one straight way, whatever the profile.
     layout = "dense" if spec.profile.layers == "scanned" and not sizes else "straight"
     batch, slots = sizes.get("B", spec.batch), sizes.get("S", spec.slots)
-    return jax.eval_shape(lambda: KVCache.empty(config, batch, slots, spec.cache_dtype, layout=layout))
+    empty = functools.partial(KVCache.empty, config, dtype=spec.cache_dtype, layout=layout, reach=spec.slots)
+    return jax.eval_shape(lambda: empty(batch=batch, slots=slots))
 
 
 def functions(model: Llama, spec: Spec, sizes: Mapping[str, Any] = types.MappingProxyType({})) -> list[Function]:

@@ -23,9 +23,8 @@ def check_number(name: str, value: Any, *, low: float, above: bool = False) -> N
     # Compared rather than math.isfinite, which raises for whole numbers beyond the range of float.
     inside = not isinstance(value, bool) and isinstance(value, int | float) and low <= value <= sys.float_info.max
     if not inside or (above and value == low):
-        raise LlamaJaxError(
-            f"{name} is {shortened(value)}: expected a finite number, {'above' if above else 'at least'} {low}"
-        )
+        bound = "" if low == -sys.float_info.max else f", {'above' if above else 'at least'} {low}"
+        raise LlamaJaxError(f"{name} is {shortened(value)}: expected a finite number{bound}")
 
 
 def check_flag(name: str, value: Any) -> None:

@@ -251,11 +251,11 @@ def _ramp(scaling: RopeScaling, theta: float, rotated: int) -> np.ndarray:
     As transformers' `find_correction_range` and `linear_ramp_factor`, of the pairs that turn `beta_fast` and
     `beta_slow` times within the original context.
     """
-
-    def pair_of(turns: float) -> float:
-        return rotated * math.log(scaling.original_context_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-    low, high = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
+    original, span = scaling.original_context_length / (2 * math.pi), 2 * math.log(theta)
+    # Differences of logarithms: the quotient is beyond floats for turns that a config may claim.
+    low, high = (
+        rotated * (math.log(original) - math.log(turns)) / span for turns in (scaling.beta_fast, scaling.beta_slow)
+    )
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotated - 1)

@@ -39,6 +39,12 @@ def quantize_activations(x: jax.Array, group_size: int | Literal["token"]) -> tu
     Raises:
         ValueError: if `x` is not of floats, or groups do not divide K.
     """
+    codes_Cg, scale_C1 = _scaled(x, group_size)
+    return codes_Cg.astype(jnp.int8).reshape(x.shape), jnp.squeeze(scale_C1, -1)
+
+
+def _scaled(x: jax.Array, group_size: int | Literal["token"]) -> tuple[jax.Array, jax.Array]:
+    """Codes [..., C, g] in float32, and scales [..., C, 1]."""
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim < 1:
         raise ValueError(f"activations of dtype {x.dtype} and shape {x.shape}: expected floats, [..., K]")
     *lead, length = x.shape
@@ -51,8 +57,7 @@ def quantize_activations(x: jax.Array, group_size: int | Literal["token"]) -> tu
     scale_C1 = jnp.max(jnp.abs(x_Cg), axis=-1, keepdims=True) * _RECIPROCAL
     codes_Cg = jnp.round(x_Cg / jnp.where(scale_C1 == 0, 1, scale_C1))
     # The largest is 127 but for denormal scales, which have few bits left.
-    codes_Cg = jnp.clip(codes_Cg, -_MAX_CODE, _MAX_CODE).astype(jnp.int8)
-    return codes_Cg.reshape(x.shape), jnp.squeeze(scale_C1, -1)
+    return jnp.clip(codes_Cg, -_MAX_CODE, _MAX_CODE), scale_C1
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -72,9 +77,9 @@ def round_activations(x: jax.Array, group_size: int | Literal["token"]) -> jax.A
     Raises:
         ValueError: as `quantize_activations`.
     """
-    codes_K, scale_C = quantize_activations(x, group_size)
-    codes_Cg = codes_K.reshape(*scale_C.shape, -1).astype(jnp.float32)
-    return (codes_Cg * scale_C[..., None]).reshape(x.shape)
+    # Never int8, which runtimes of exported programs may lack.
+    codes_Cg, scale_C1 = _scaled(x, group_size)
+    return (codes_Cg * scale_C1).reshape(x.shape)
 
 
 @round_activations.defjvp

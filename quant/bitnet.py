@@ -20,7 +20,7 @@ from quant.qtensor import SCALE_DTYPES, QTensor
 from quant.rtn import quantize_rtn
 from quant.scheme import SCHEMES
 
-__all__ = ["abstract", "holds", "pack", "packed_shape", "rounded", "unpack"]
+__all__ = ["abstract", "holds", "pack", "packed_shape", "rounded", "unpack", "with_int8_tokens"]
 
 _CODES = 4  # in a byte
 _TERNARY = SCHEMES["ternary"]
@@ -114,6 +114,12 @@ def packed_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     if length % _CODES or outputs % _CODES:
         raise ValueError(f"ternary codes of {length} inputs and {outputs} outputs: expected multiples of {_CODES}")
     return outputs // _CODES, length
+
+
+def with_int8_tokens(weight: Any) -> Any:
+    """A weight, multiplied with activations as BitNet's are if it is of ternary codes; arrays may be abstract."""
+    is_ternary = isinstance(weight, QTensor) and weight.scheme == _TERNARY
+    return dataclasses.replace(weight, activations=_ACTIVATIONS) if is_ternary else weight
 
 
 def holds(weight: Any) -> bool:

@@ -1,6 +1,7 @@
 """Which of ggml's types holds a weight without loss, and which comes nearest."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ _NEAREST = {
     **{("ternary", 2): ("TQ2_0", "Q4_0"), ("nf4", 4): ("IQ4_NL", "IQ4_NL"), ("iq4_nl", 4): ("IQ4_NL", "IQ4_NL")},
     **{("mxfp4", 4): ("MXFP4", "MXFP4"), ("nvfp4", 4): ("NVFP4", "MXFP4")},
 }
+_TERNARY_BLOCK = 256
 _TWO_LEVELS = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K"}
 
 
@@ -161,6 +163,8 @@ def _bare(weight: Any) -> Any:
 
 def _plain(weight: QTensor) -> QTensor:
     """The same values with float16 scales, and an offset for a zero point, where these hold every one of them."""
+    if weight.scheme.kind == "ternary":
+        weight = _in_blocks(weight)
     scale, offset = _half(weight.scale), _half(weight.offset)
     if weight.zero is None or not _is_concrete(weight.zero) or not _is_concrete(weight.scale):
         return dataclasses.replace(weight, scale=scale, offset=offset)
@@ -173,6 +177,23 @@ def _plain(weight: QTensor) -> QTensor:
     if not exact or half.dtype != np.float16 or scale.dtype != np.float16:
         return dataclasses.replace(weight, scale=scale)
     return dataclasses.replace(weight, scale=scale, zero=None, offset=half)
+
+
+def _in_blocks(weight: QTensor) -> QTensor:
+    """Ternary codes with one scale for all (BitNet) as TQ2_0 has them, in groups of 256 with that scale each."""
+    axis, length = weight.axis, weight.shape[weight.axis]
+    one = not isinstance(weight.scale, QTensor) and tuple(weight.scale.shape[-2:]) == (1, 1)
+    if not one or length % _TERNARY_BLOCK or not _is_concrete(weight.planes[0]) or not _is_concrete(weight.scale):
+        return weight
+    plane = np.moveaxis(np.asarray(weight.planes[0]), axis, -1)
+    codes = np.concatenate([plane >> np.uint8(shift) & np.uint8(3) for shift in (0, 2, 4, 6)], axis=-1)
+    runs = codes.reshape(*codes.shape[:-1], -1, 4, _TERNARY_BLOCK // 4)
+    packed = functools.reduce(np.bitwise_or, (runs[..., slot, :] << np.uint8(2 * slot) for slot in range(4)))
+    shape = list(weight.shape)
+    shape[axis] = length // _TERNARY_BLOCK
+    planes: Any = (np.ascontiguousarray(np.moveaxis(packed.reshape(plane.shape), -1, axis)),)
+    scale: Any = np.broadcast_to(np.asarray(weight.scale), tuple(shape))
+    return dataclasses.replace(weight, planes=planes, scale=scale)
 
 
 def _half(plane: Any) -> Any:

@@ -252,6 +252,10 @@ _LIST = (
     Type(41, "Q1_0", 128, 18, dequantized=True),
 )
 TYPES: dict[str, Type] = {each.name: each for each in _LIST}
+# Of forks.
+_ELSEWHERE: dict[Any, str] = {
+    36: "I2_S in microsoft/BitNet's fork of llama.cpp, which ggml does not have; take the model's Hugging Face folder",
+}
 # What a type may be named by.
 Kind = str | int | Type
 
@@ -266,7 +270,9 @@ def named(kind: Kind) -> Type:
         return kind
     found = TYPES.get(kind) if isinstance(kind, str) else next((t for t in _LIST if t.number == kind), None)
     if found is None:
-        raise ValueError(f"ggml type {kind!r}: expected one of {', '.join(f'{t.name} ({t.number})' for t in _LIST)}")
+        hint = f": {_ELSEWHERE[kind]}" if kind in _ELSEWHERE else ""
+        known = ", ".join(f"{t.name} ({t.number})" for t in _LIST)
+        raise ValueError(f"ggml type {kind!r}{hint}: expected one of {known}")
     return found
 
 

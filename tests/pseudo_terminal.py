@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pyte
 
-_PATIENCE_SECONDS = 120
+# No measure of speed: a slow machine with other work may take ten times as long as an idle one.
+_PATIENCE_SECONDS = 600
 # What a shell does before it runs a program in the foreground: the terminal's keys are its, and SIGINT is not ignored.
 _IN_FRONT = """
 import fcntl, os, signal, sys, termios
@@ -45,6 +46,10 @@ class PseudoTerminal:
         """All lines that were ever shown, without the spaces at their ends."""
         gone = ["".join(line[x].data for x in range(self._screen.columns)) for line in self._screen.history.top]
         return "\n".join(line.rstrip() for line in [*gone, *self._screen.display]).rstrip()
+
+    def shows(self, text: str) -> bool:
+        """Whether a text was ever shown, wherever the terminal broke its lines: without regard to white space."""
+        return "".join(text.split()) in "".join(self.text().split())
 
     def type(self, keys: str) -> None:
         """Presses keys."""

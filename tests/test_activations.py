@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import quant
 from quant import QTensor
+from tests.fuzz import fuzz
 
-_thorough = settings(max_examples=15, deadline=None, derandomize=True)
+_thorough = fuzz(15)
 KINDS = ("int8-token", "int8-group")
 
 

@@ -4,15 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llamajax import Config, KVCache
 from llamajax.caches import Scores
 from llamajax.caches.attention import SLOT_BLOCK, attend, attend_blocks, attend_causal
+from tests.fuzz import fuzz
 from tests.programs import QUICK
 
-few = settings(max_examples=10, deadline=None, derandomize=True, database=None)
+few = fuzz(10)
 SHAPES = st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 4]), st.sampled_from([2, 8]))
 CHANGES = st.fixed_dictionaries(
     {
@@ -127,7 +128,7 @@ def part_of(layout: str, dtype: str, K: int, G: int, H: int, key_BKSH: np.ndarra
         ("scatter", "int4"),
     ],
 )
-@settings(max_examples=6, deadline=None, derandomize=True, database=None)
+@fuzz(6)
 @given(SHAPES, CHANGES, st.sampled_from([1, 2, 5, 40]), st.integers(0, 99))
 def test_parts_of_caches(layout: str, dtype: str, shape: tuple, changes: dict, T: int, seed: int) -> None:
     """Each over what it holds: keys and values in the cache's dtype, or in codes."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import llamajax
@@ -20,6 +20,7 @@ from llamajax.evaluation.evaluate import encode_documents
 from llamajax.train import heldout_stories
 from quant import QTensor
 from tests import reference
+from tests.fuzz import fuzz
 from tests.programs import QUICK
 from tests.programs import step as _step
 from tests.reference import random_model, weights_of
@@ -104,7 +105,7 @@ def test_codes_are_numpys(dtype: str) -> None:
         np.testing.assert_allclose(read, decode_bytes(slots)[1], rtol=1e-6)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@fuzz(15)
 @given(
     dtype=st.sampled_from(list(QUANTIZED)),
     shape=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.sampled_from([2, 6, 64])),
@@ -320,6 +321,7 @@ def test_the_box_hardly_changes(box: Box, dtype: str, divergence: float, agreeme
 # ---- Generating -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_greedy_text_of_the_box_is_the_same_with_8_bits(box: Box) -> None:
     prompt, options = "Once upon a time", {"temperature": 0, "max_new_tokens": 60}
     exact = generate(*box, prompt, **options)

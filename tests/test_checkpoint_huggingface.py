@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 import llamajax
 from llamajax import Llama, LlamaJaxError, open_checkpoint, save_checkpoint
-from llamajax.checkpoint import huggingface
+from llamajax.checkpoint import huggingface_write
 from llamajax.cli import COMMANDS, main
 from llamajax.parameters import named_arrays, named_weights
 
@@ -323,7 +323,7 @@ def test_a_huge_number_of_layers_costs_nothing(copy: Path) -> None:
 
 def test_large_models_are_written_in_shards(tiny_model: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the limit: several files and an index, each within the limit, and the same weights when read."""
-    monkeypatch.setattr(huggingface, "_SHARD_BYTES", 4096)
+    monkeypatch.setattr(huggingface_write, "_SHARD_BYTES", 4096)
     llamajax.save_checkpoint(tiny_model, tmp_path / "sharded", form="huggingface")
     index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))

@@ -626,8 +626,7 @@ def test_compiled_programs_are_kept_where_the_user_keeps_caches(tmp_path: Path) 
     theirs = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "mine"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     texts = set()
     for environment in (
-        base,
-        base,  # and again from the cache
+        base,  # and again from the cache: see test_generate.py
         {**base, "XDG_CACHE_HOME": str(tmp_path / "file")},  # where no folder can be made
         {**base, "XDG_CACHE_HOME": str(tmp_path / "unused"), **theirs},
     ):

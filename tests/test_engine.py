@@ -138,7 +138,7 @@ def test_each_text_is_as_alone(drafts: int, tiny_model: Llama) -> None:
         np.testing.assert_allclose(request.log_probabilities, expected.log_probabilities[:count], atol=1e-4)
     assert len({len(request.made) for request in served}) > 20 and not all(request.ended for request in served)
     _serve(engine, _requests(12, seed=3), seed=4, grows=False)
-    assert counted.compilations + counted.loads <= 11, "extend, start, copy, step and free, each twice; and grow"
+    assert counted.compilations + counted.loads <= 13, "extend of two sizes, start, copy, step, free, twice; and grow"
 
 
 def _live_bytes() -> int:

@@ -66,7 +66,7 @@ def check_against_the_reference(made: gguf_files.Made, bundle: Bundle) -> None:
         np.testing.assert_allclose(golden[f"logits_{index}"], logits[0], atol=2e-5 * np.abs(logits[0]).max())
 
 
-@pytest.fixture(scope="module", params=["usual", "others"])
+@pytest.fixture(scope="module", params=["usual", pytest.param("others", marks=pytest.mark.exhaustive)])
 def bundle(request, tmp_path_factory) -> Bundle:
     if all(map(_missing, NEEDS)):
         pytest.skip("neither ONNX Runtime nor IREE is installed")
@@ -182,9 +182,10 @@ def test_weights_are_not_dequantized_in_onnx(bundle: Bundle) -> None:
 
 
 @pytest.mark.extras
-def test_smollm2_says_the_same_everywhere(smollm2: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("runtimes", [["onnx"], pytest.param(list(NEEDS), marks=pytest.mark.exhaustive)])
+def test_smollm2_says_the_same_everywhere(runtimes: list[str], smollm2: Path, tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct, Q4_1 and Q8_0, from its GGUF: 64 greedy tokens, of which the first are an answer."""
-    need(*NEEDS)
+    need(*runtimes)
     opened = llamajax.open_checkpoint(smollm2)
     tokenizer, model = llamajax.Tokenizer(opened.tokenizer_bytes, words=opened.words), opened.read(None)
     asked = "What is the capital of France?"
@@ -197,7 +198,7 @@ def test_smollm2_says_the_same_everywhere(smollm2: Path, tmp_path: Path) -> None
     (result,) = verify(bundle, ["jax"])
     assert result.held and result.exact, result
     assert result.conversations == len(bundle.manifest["golden"]["conversations"]) > 0
-    for runtime in NEEDS:
+    for runtime in runtimes:
         check(bundle, runtime)
     # In a conversation, without Jinja; and what looks like the end of a turn does not end it.
     lines = f"{asked}\nSay <|im_end|> please."

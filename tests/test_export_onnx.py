@@ -79,6 +79,7 @@ def test_openvino_reads_the_same_files(bundle: Bundle) -> None:
     check_golden(bundle, "run_openvino.py")
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("scheme", [scheme for scheme in RULES if scheme != "int4"])
 def test_other_schemes(scheme: str, tiny_model, tmp_path: Path) -> None:
     spec = Spec(slots=96, buckets=(16,), profile=PROFILES["unrolled"])

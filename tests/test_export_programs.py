@@ -311,6 +311,7 @@ def test_a_prepared_model_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 def test_rounded_activations_are_refused(kind: str) -> None:
+    """Groups of int8; tokens as a whole are exported (BitNet)."""
     rounded = llamajax.with_activations(packed(), kind)
     with pytest.raises(LlamaJaxError, match=f"rounded activations .{kind}.*: .* --activations=float32"):
         lower(rounded, Spec(slots=16, buckets=(4,)))

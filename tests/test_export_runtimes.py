@@ -26,7 +26,7 @@ def installed(module: str) -> bool:
     not any(all(map(installed, modules)) for modules in TARGETS.values()),
     reason="needs IREE or ONNX Runtime: pip install 'llamajax[iree,onnx]'",
 )
-@pytest.mark.parametrize("name", ["box", "stories260k"])
+@pytest.mark.parametrize("name", [pytest.param("box", marks=pytest.mark.exhaustive), "stories260k"])
 def test_the_same_tokens_everywhere(name: str, request: pytest.FixtureRequest, tmp_path) -> None:
     # In float32, as the command exports on a machine without an accelerator; IREE takes no bfloat16 model.
     model, tokenizer = llamajax.load("box", dtype="float32") if name == "box" else request.getfixturevalue(name)

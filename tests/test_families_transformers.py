@@ -12,7 +12,7 @@ import pytest
 
 import llamajax
 from llamajax import Llama
-from llamajax.caches import PARTS, KVCache
+from llamajax.caches import KVCache
 from llamajax.families import pieces
 from llamajax.parameters import named_weights, specs, weights_of
 from llamajax.quantization.quantize import quantize
@@ -113,6 +113,8 @@ CASES = {
     "olmo3": Case(
         "olmo3", {"sliding_window": 9, "rope_parameters": {"full_attention": YARN, "sliding_attention": THETA}}
     ),
+    "exaone4": Case("exaone4", {"sliding_window": 9}),
+    "exaone4-full": Case("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 4}),
     "granite": Case(
         "granite",
         {
@@ -140,14 +142,13 @@ CASES = {
 FAMILY_OF = {"gemma3_text": "gemma3", "iquestcoder": "llama", "internlm3": "llama"}
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 48))
 CHUNK = 8
-PARTS.setdefault("window", PARTS["full"])
 torch.set_num_threads(1)  # such models are too small to share among them
 STEPS = 64
 _COMPILER = {"xla_backend_optimization_level": 0}
 
 
 def _theirs(case: Case) -> "transformers.PreTrainedModel":
-    """A random model of transformers' own making, its weights so large that attention is uneven."""
+    """A random model of transformers' own making: no weight as it begins, and so large that attention is uneven."""
     fields = {**SIZES, "rope_parameters": dict(THETA)} | case.fields
     config = transformers.AutoConfig.for_model(case.kind, **json.loads(json.dumps(fields)))
     config._attn_implementation = "eager"
@@ -246,3 +247,44 @@ def _dequantized(model: Llama) -> dict[str, np.ndarray]:
         found.setdefault(piece.tensor, []).append((piece.rows.start if piece.rows else 0, array))
     ordered = {name: sorted(parts, key=lambda one: one[0]) for name, parts in found.items()}
     return {name: np.concatenate([array for _, array in parts]) for name, parts in ordered.items()}
+
+
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "fields"),
+    [
+        ("gemma3", {"model_type": "gemma3_text", "sliding_window": 9}, {"mm_tokens_per_image": 4}),
+        (
+            "mistral3",
+            {"model_type": "ministral3"},
+            {"vision_config": VISION | {"model_type": "pixtral", "head_dim": 8}},
+        ),
+    ],
+)
+def test_text_of_a_model_that_sees_images(kind: str, text: dict, fields: dict, tmp_path: Any) -> None:
+    text = {**SIZES, "head_dim": 16, "pad_token_id": 0} | text
+    config = transformers.AutoConfig.for_model(
+        kind, **{"vision_config": VISION, "image_token_index": 63} | fields, text_config=text
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        theirs = transformers.AutoModelForImageTextToText.from_config(config).eval()
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                parameter += torch.empty_like(parameter).uniform_(-0.3, 0.3)
+    theirs.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="tensors are for images only, not read"):
+        model, _ = llamajax.load(tmp_path)
+    tokens = TOKENS % 60 + 3  # none of images
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+    _assert_logits(model(tokens)[0], expected)

@@ -281,7 +281,7 @@ def test_beyond_the_context(short: Llama) -> None:
 @given(st.integers(0, 5000))
 @settings(deadline=None, derandomize=True, database=None)
 def test_plan_chunks(length: int) -> None:
-    """Covers; full largest chunks, then one or two of the smallest size of which no more are needed."""
+    """Covers; full largest chunks, then one or two of a size, of which none is padded less."""
     chunks = plan_chunks(length)
     largest = max(PREFILL_BUCKETS)
     assert set(chunks) <= set(PREFILL_BUCKETS) and chunks == sorted(chunks, reverse=True)
@@ -290,7 +290,8 @@ def test_plan_chunks(length: int) -> None:
     assert chunks[: length // largest] == [largest] * (length // largest)
     assert len(set(behind)) <= 1 and len(behind) <= 2 and (rest > 0) == bool(behind)
     assert 0 <= sum(behind) - rest < max(behind, default=1)
-    assert all(rest > 2 * bucket for bucket in PREFILL_BUCKETS if bucket < max(behind, default=0))
+    assert not any(rest <= size < sum(behind) for bucket in PREFILL_BUCKETS for size in (bucket, 2 * bucket))
+    assert len(behind) < 2 or sum(behind) not in PREFILL_BUCKETS
 
 
 # ---- Programs and speed ---------------------------------------------------------------------------------------------
@@ -374,41 +375,53 @@ def quantized_box(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 _COUNTED = """
-import collections, json, sys
+import collections, contextlib, io, json, sys
 import jax
 seen = collections.Counter()
 jax.monitoring.register_event_listener(lambda event, **_: seen.update([event]))
 jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: seen.update([event]))
+import llamajax
 from llamajax.cli import main
-assert main(sys.argv[1:]) == 0
-read = seen["/jax/compilation_cache/cache_hits"]  # JAX's event of compiling comes for these too
-print()
-print(json.dumps({"compiled": seen["/jax/core/compile/backend_compile_duration"] - read, "read": read}))
+for argv in json.loads(sys.argv[1]):
+    seen.clear()
+    llamajax.clear_programs()
+    jax.clear_caches()
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert main(argv) == 0
+    for stream in (out, err):
+        stream.flush()
+    said = err.buffer.getvalue().decode().splitlines()[-1]
+    read = seen["/jax/compilation_cache/cache_hits"]  # JAX's event of compiling comes for these too
+    compiled = seen["/jax/core/compile/backend_compile_duration"] - read
+    print(json.dumps({"text": out.buffer.getvalue().decode(), "said": said, "compiled": compiled, "read": read}))
 """
 
 
-_PACKED = "--temperature=0.7"
-
-
-@pytest.mark.parametrize("options", [["--temperature=0.8"], ["--temperature=0", "--speculate=2"], [_PACKED]])
-def test_a_second_process_compiles_nothing(options: list[str], tmp_path: Path, quantized_box: Path) -> None:
+def test_a_second_process_compiles_nothing(tmp_path: Path, quantized_box: Path) -> None:
     """Neither the two programs of a request nor the small ones around them, such as an empty cache; packed or not."""
-    model = quantized_box if _PACKED in options else "box"
-    argv = ["generate", f"--model={model}", "--prompt=Once upon a time", "--max_new_tokens=8", *options]
+    argvs = [
+        ["generate", f"--model={model}", "--prompt=Once upon a time", "--max_new_tokens=8", *options]
+        for model, options in (
+            ("box", ["--temperature=0.8"]),
+            ("box", ["--temperature=0", "--speculate=2"]),
+            (quantized_box, ["--temperature=0.7"]),
+        )
+    ]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     environment = {**kept, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)}
-    texts, counts, said = [], [], []
-    for _ in range(2):
-        command = [sys.executable, "-c", _COUNTED, *argv]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
-        text, _, counted = done.stdout.rstrip("\n").rpartition("\n")
-        texts.append(text)
-        counts.append(json.loads(counted))
-        said.append(done.stderr.splitlines()[-1])
-    assert counts[0]["compiled"] > 2 and counts[0]["read"] == 0 and "for 2 programs," in said[0], "nothing is there yet"
-    assert counts[1]["compiled"] == 0 and counts[1]["read"] > 0
-    assert "for 0 programs and 2 kept by an earlier run" in said[1]
-    assert texts[0] == texts[1] and texts[0].startswith("Once upon a time,")
+    command = [sys.executable, "-c", _COUNTED, json.dumps(argvs)]
+    first, second = [], []
+    for seen in (first, second):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=900)
+        seen += map(json.loads, done.stdout.splitlines())
+    assert first[0]["compiled"] > 2 and first[0]["read"] == 0, "nothing is there yet"
+    assert "for 2 programs," in first[0]["said"]
+    assert len(first) == len(argvs) and all(each["compiled"] > 0 for each in first), "each has programs of its own"
+    for before, after in zip(first, second, strict=True):
+        assert after["compiled"] == 0 and after["read"] > 0
+        assert "for 0 programs and 2 kept by an earlier run" in after["said"]
+        assert before["text"] == after["text"] and after["text"].startswith("Once upon a time,")
 
 
 def test_what_programs_are_found_by_has_no_address(quantized_box: Path) -> None:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import quant
@@ -13,6 +13,7 @@ from quant.kernels import cpu, gpu, tpu
 from quant.packing import plane_bits
 from quant.prepare import prepare, refusal
 from quant.recipe import Rule
+from tests.fuzz import fuzz
 
 LAYOUTS = {"cpu": cpu.layout, "gpu": gpu.layout, "tpu": tpu.layout}
 SHAPES = ((86, 86), (1366, 1366), (254, 254), (254, 2), (8, 2), (134, 134), (178, 178))
@@ -38,7 +39,7 @@ def weights(draw: st.DrawFn) -> QTensor:
     return abstract(scheme, group, groups, draw(st.sampled_from([1, 16, 33, 64])), draw(st.sampled_from([-2, -1])))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@fuzz(120)
 @given(weight=weights(), rows=st.sampled_from([1, 3, 17]))
 @pytest.mark.parametrize("backend", sorted(LAYOUTS))
 def test_whatever_validates_is_multiplied(backend: str, weight: QTensor, rows: int) -> None:

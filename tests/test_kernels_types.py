@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import quant
 from quant import QTensor
-from quant.kernels import cpu, gpu
+from quant.kernels import cpu, cpu_rows, gpu
 from tests.fuzz import fuzz
 from tests.test_packing import arrays_of, decode
 
@@ -121,9 +121,9 @@ def test_several_rows_of_a_layer_are_numpys(name: str, axis: int, rows: int) -> 
 
 @pytest.mark.parametrize("name", ["Q4_1", "Q8_0"])
 def test_some_rows_whose_sums_fit_no_cache_are_numpys(name: str, monkeypatch) -> None:
-    """As of a vocabulary: multiplied by slabs."""
-    monkeypatch.setattr(cpu, "_CACHE_BYTES", 0)
-    weight, arrays = made(name, 2, 21, -2)
+    """As of a vocabulary: made band by band, the last of which is moved back."""
+    monkeypatch.setattr(cpu_rows, "BAND_BYTES", 8 * 16 * 4 * 16 * 2)
+    weight, arrays = made(name, 2, 45, -2)
     x_RK = np.random.default_rng(1).standard_normal((8, 512)).astype(np.float32)
     check(jax.jit(cpu.matmul)(jnp.asarray(x_RK), cpu.layout(weight)), x_RK, *dense(weight, arrays))
 

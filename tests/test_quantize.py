@@ -182,6 +182,7 @@ READY = {
     "int3-g64-gptq": (3.25, 1.05),
     "mixed-4.5bpw": (4.5, 1.01),
     "ternary": (2.93, math.inf),
+    "bitnet": (2.0, math.inf),
 }
 
 

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import math
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
+from export.bundle import write
 from export.profiles import Spec
 from export.programs import functions
 from llamajax import Config, Engine, Kept, KVCache, Llama, LlamaJaxError, RopeScaling, stream
@@ -16,6 +19,7 @@ from llamajax.families.family import FAMILIES, Family, Format, Keys
 from llamajax.families.huggingface_rope import read_rope, rope_value, write_rope
 from llamajax.rope import Rope, rope_attention_factor, rope_frequencies
 from tests import reference
+from tests.isolated import run_isolated
 from tests.programs import forward, step
 
 SHORT = tuple(1 + 0.05 * i for i in range(8))
@@ -129,6 +133,9 @@ def test_numbers_of_any_size_overflow_quietly() -> None:
     for kind in ("linear", "dynamic", "yarn", "llama3"):
         scaling = RopeScaling(kind=kind, factor=1e308)
         assert np.isfinite(rope_frequencies(Rope(theta=1e308, scaling=scaling), 16, 1 << 27)).all()
+    for turns in ({"beta_fast": 1e308}, {"beta_slow": 5e-324}):
+        rope = Rope(theta=math.nextafter(1, 2), scaling=dataclasses.replace(YARN, **turns))
+        assert np.isfinite(rope_frequencies(rope, 16)).all()
 
 
 # ---- config.json ----------------------------------------------------------------------------------------------------
@@ -319,6 +326,12 @@ _MODELS: dict[str, dict[str, Any]] = {
     "dynamic": {"rope_scaling": dataclasses.replace(DYNAMIC, original_context_length=6)},
     "yarn": {"rope_scaling": dataclasses.replace(YARN, original_context_length=16, mscale=0.7, mscale_all_dim=0.3)},
     "longrope": {"rope_scaling": dataclasses.replace(LONGROPE, original_context_length=6)},
+    # As Phi-3: rings alone, which have no slots of their own to tell it by.
+    "longrope of windows": {
+        "rope_scaling": dataclasses.replace(LONGROPE, original_context_length=6),
+        "layer_kinds": ("window",),
+        "window": 4,
+    },
     "longrope of a part": {
         "rope_scaling": dataclasses.replace(
             LONGROPE, original_context_length=6, short_factors=SHORT[:6], long_factors=LONG[:6]
@@ -342,7 +355,7 @@ def test_logits_far_behind_the_original_context(name: str) -> None:
     np.testing.assert_allclose(forward(model, TOKENS[None])[0], expected, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["dynamic", "longrope"])
+@pytest.mark.parametrize("name", ["dynamic", "longrope", "longrope of windows"])
 def test_slots_decide_whatever_the_tokens(name: str) -> None:
     """Of a text within the original context: in one piece without a cache, and in two in one that reaches beyond."""
     config = Config(**SIZES, **_MODELS[name])
@@ -430,3 +443,19 @@ def test_programs_of_a_bundle_choose_by_its_slots() -> None:
         assert name == "prefill_4"
         for run in (jax.jit(function), of_any_size.call):
             np.testing.assert_allclose(run(*arguments)[0][0], expected, atol=2e-4)
+
+
+@pytest.mark.exhaustive
+def test_a_bundle_of_rings_alone(tmp_path: Path) -> None:
+    """Its programs of any size have no array of as many slots; they choose by those of the bundle."""
+    config = Config(**SIZES, **_MODELS["longrope of windows"])
+    model = reference.random_model(config)
+    bundle = write(model, None, tmp_path / "bundle", Spec(slots=400, buckets=(4,)), prompts=[[1, 2, 3]])
+    ids = TOKENS[:5].tolist()
+    options = (f"--ids={','.join(map(str, ids))}", "--max_new_tokens=8")
+    for runner in ("run_jax.py", "run_jax_export.py"):
+        done = run_isolated(bundle.path, *options, runner=runner)
+        assert done.returncode == 0, done.stderr
+        made = [int(token) for token in done.stdout.split()]
+        logits_TV = reference.forward(config, reference.switched_weights_of(model), np.asarray(ids + made), reach=400)
+        assert made == np.argmax(logits_TV, axis=-1)[len(ids) - 1 : -1].tolist()

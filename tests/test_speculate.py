@@ -160,6 +160,7 @@ def test_the_box() -> None:
     assert run.speed.row_steps == sum(expected) < run.speed.decode_tokens
 
 
+@pytest.mark.exhaustive
 def test_stories(stories260k: Any) -> None:
     _assert_same(*stories260k, ["", "The cat sat on the mat. " * 5], 4, max_new_tokens=200)
 

@@ -18,7 +18,7 @@ from tests.programs import QUICK, forward, step
     ("B", "dtype"),
     [
         (3, "float32"),
-        (1, "float16"),
+        pytest.param(1, "float16", marks=pytest.mark.exhaustive),
         pytest.param(1, "float32", marks=pytest.mark.exhaustive),
         pytest.param(3, "float16", marks=pytest.mark.exhaustive),
     ],

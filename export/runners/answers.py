@@ -124,6 +124,7 @@ def lines():
 def converse(session, bundle, text, options, choose, stops, out):
     """Answers each line of input, or the prompt. Of the cache all is kept that the next turn begins with."""
     form, said, held, most = bundle.manifest["chat"], [], [], options.max_new_tokens
+    spare, fewest = bundle.manifest["cache"].get("spare"), 0
     first = [("system", options.system)] if options.system.strip() else []
     for line in lines() if options.prompt is None else [options.prompt]:
         said.append(("user", line))
@@ -136,10 +137,12 @@ def converse(session, bundle, text, options, choose, stops, out):
         if len(said) < count:
             print(f"the window is full: the oldest {count - len(said)} messages are forgotten", file=sys.stderr)
         keep = min(len(os.path.commonprefix([ids, held])), len(ids) - 1)
+        keep *= keep >= fewest  # what a shorter text needs may have given way to newer tokens
         generated = steps(session, bundle, ids, most, choose, keep=keep)
         made, data, ended = write_until(generated, text.decoder([]), form["stop"], stops, out, behind=b"\n")
         said.append(("assistant", data.decode("utf-8", "replace")))
         held = ids + made[:-1]
+        fewest = 0 if spare is None else max(min(fewest, keep), len(held) - spare)
         rate = f", {session.count / session.seconds:.1f} tokens/s" if session.seconds else ""
         used = f"{len(ids) - keep} tokens read, {len(made)} made{rate}; {len(held) + 1} of {bundle.slots} slots"
         print(used + "; cut: --max_new_tokens allows more" * (not ended), file=sys.stderr, flush=True)

@@ -51,13 +51,14 @@ def _full(config: Config, layers: int, batch: int, slots: int, dtype: str, layou
 def _seen(name: str, config: Config, layers: int, batch: int, slots: int, dtype: str, layout: str) -> Part:
     """A part that keeps what queries see, a number of positions that the config has by this name.
 
-    Of no more slots than that takes it is one that keeps every token: so no slot is looked up by its position.
+    Of no more slots than that takes, or of a symbol's, it is one that keeps every token: it takes no more, loses none,
+    and no slot's position is to be found out.
     """
     seen = getattr(config, name)
     needed = ring_slots(seen)
-    if isinstance(slots, int) and slots <= needed:
-        return _full(config, layers, batch, slots, dtype, layout)
-    return RingPart(_full(config, layers, batch, needed, dtype, layout), seen)
+    if isinstance(slots, int) and slots > needed:
+        return RingPart(_full(config, layers, batch, needed, dtype, layout), seen)
+    return _full(config, layers, batch, slots, dtype, layout)
 
 
 PARTS["full"] = _full

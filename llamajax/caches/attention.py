@@ -45,9 +45,9 @@ class Scores:
         limits = [limit for limit in (self.window, self.chunk) if isinstance(limit, int)]
         return min(limits, default=None)
 
-    def seen(self, position: jax.Array, slot: jax.Array) -> jax.Array:
-        """Which slots the queries at `position` see; arrays that broadcast to each other."""
-        visible = slot <= position
+    def seen(self, position: jax.Array, slot: jax.Array, last: jax.Array | None = None) -> jax.Array:
+        """Which slots a query at `position` sees, or one of the queries from there to `last`; arrays that broadcast."""
+        visible = slot <= (position if last is None else last)
         if self.window is not None:
             visible &= slot > position - self.window
         if self.chunk is not None:
@@ -164,10 +164,8 @@ def attend_blocks(
             part_BKGTH = _einsum("BKGTS,BKSH->BKGTH", weight_BKGTS.astype(query_BTNH.dtype), value_BKsH, jnp.float32)
             return new_peak_BKGT1, total_BKGT1, mixed_BKGTH * rescale_BKGT1 + part_BKGTH
 
-        is_near = slot_bs <= last_position
-        if scores.reach is not None:
-            is_near &= slot_bs > first_position - scores.reach
-        return jax.lax.cond(jnp.any(is_near), see, lambda carry: carry, carry), None
+        is_seen = jnp.any(scores.seen(first_position, slot_bs, last_position))
+        return jax.lax.cond(is_seen, see, lambda carry: carry, carry), None
 
     empty_BKGT1 = jnp.zeros((B, K, N // K, T, 1), jnp.float32)
     peak_BKGT1, total_BKGT1 = empty_BKGT1 + MASKED, empty_BKGT1
@@ -218,11 +216,12 @@ def attend_causal(
         loops: whether `attend_blocks` may be used.
     """
     T, reach = query_BTNH.shape[1], scores.reach
-    block = T if scores.see is not None or not isinstance(T, int) else max(128, -(-T // 8))
+    whole = scores.see is not None or not isinstance(T, int)
+    block = max(128, -(-T // 8)) if not whole else T
     mixed = []
-    for first in range(0, T, block) if isinstance(T, int) else (0,):
+    for first in (0,) if whole else range(0, T, block):
         oldest = 0 if reach is None else max(0, first - (reach - 1))
-        rows, seen = slice(first, first + block), slice(oldest, first + block)
+        rows, seen = (slice(None),) * 2 if whole else (slice(first, first + block), slice(oldest, first + block))
         key_BKSH, value_BKSH = key_BKTH[:, :, seen], value_BKTH[:, :, seen]
         slot_BS: jax.Array | None = position_BT[:, seen]
         if before is not None and (reach is None or first < reach - 1):

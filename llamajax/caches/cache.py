@@ -156,6 +156,7 @@ class KVCache:
         dtype: jax.typing.DTypeLike = jnp.float32,
         *,
         layout: str = "dense",
+        reach: int | None = None,
     ) -> "KVCache":
         """A cache for `batch` rows of up to `slots` tokens.
 
@@ -168,26 +169,50 @@ class KVCache:
                 scale is the range of the H values of a head and token, widened to include 0, over 255 or 15.
             layout: what programs suit it, as `PARTS` has it: "dense"; "straight", without loops; "scatter", which
                 writes all rows at once; "tiled", as CPUs read it best (`llamajax.caches.tiled`).
+            reach: of the cache, where S is no number but a symbol; by it it is decided which layers have rings.
 
         Raises:
             LlamaJaxError: for another dtype.
             ValueError: for a layout that there is not, or that does not have such slots or dtypes.
         """
         name = check_cache_dtype(dtype)
+        reach = slots if reach is None else reach
+
+        def made(kind: str, layers: int) -> Any:
+            part = PARTS[kind](config, layers, batch, reach, name, layout)
+            if part.slots is None or isinstance(slots, int):  # a ring is the same for any slots
+                return part
+            return PARTS[kind](config, layers, batch, slots, name, layout)
+
         parts = [
-            PARTS[KINDS[kind].cache](config, len(stack.layers(position)), batch, slots, name, layout)
+            made(KINDS[kind].cache, len(stack.layers(position)))
             for stack in config.stacks
             for position, kind in enumerate(stack.pattern)
         ]
         length_B = jnp.zeros(batch, jnp.int32)
-        loses = any(part.slots is None for part in parts)
-        return cls(tuple(parts), length_B, jnp.zeros_like(length_B) if loses else None, slots)
+        loses, all_do = (some(part.slots is None for part in parts) for some in (any, all))
+        # A program that may be called with any S chooses its RoPE by that, as long as an array says it.
+        return cls(tuple(parts), length_B, jnp.zeros_like(length_B) if loses else None, reach if all_do else slots)
 
     @property
     def slots(self) -> int | None:
         """S, the most tokens that a row can hold; None where there is no limit."""
         bounds = [part.slots for part in self.parts if part.slots is not None]
         return min(bounds, default=None)
+
+    @property
+    def spare(self) -> int | None:
+        """Tokens that rows can be shortened by, at least, from the most that they had; None where there is no limit."""
+        return min((part.spare for part in self.parts if part.slots is None), default=None)
+
+    def bytes_of(self, tokens: int) -> int:
+        """Bytes of what is read of the first so many tokens of each row: a ring's slots at most."""
+        total = 0
+        for part in self.parts:
+            stored = part.stored
+            size = sum(array.nbytes for array in jax.tree.leaves(stored))
+            total += size if stored.slots is None else size * min(tokens, stored.slots) // stored.slots
+        return total
 
     def begin(self, T: int, count_B: jax.Array | None = None) -> Where:
         """Where T new tokens of each row go: behind `length_B`.
@@ -257,9 +282,8 @@ class KVCache:
         Returns:
             The shorter cache, or None where a part may have lost what it then would need.
         """
-        for part in self.parts:
-            if part.slots is None and (at_most is None or at_most > part.spare):
-                return None
+        if self.spare is not None and (at_most is None or at_most > self.spare):
+            return None
         return dataclasses.replace(self, length_B=length_B)
 
     def idle(self, idle_B: jax.Array, T: int) -> "KVCache":

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from llamajax.checkpoint.huggingface_tensors import TextTensors, text_names
 from llamajax.checkpoint.huggingface_words import choose_tokenizer, read_words
 from llamajax.checkpoint.huggingface_write import refusal, save
 from llamajax.checkpoint.source import Source, float_weights
@@ -97,20 +98,25 @@ def _tensor_files(path: Path) -> tuple[dict[str, Path], list[str]]:
         outside = [file for file in weight_map.values() if Path(file).name != file or file in ("", "..")]
         if outside:
             raise LlamaJaxError(f"{index}: {shortened(outside[0])} leaves the folder: expected file names")
-        files = {name: path / file for name, file in weight_map.items()}
+        plain = text_names(weight_map, str(index))
+        files = {name: path / weight_map[theirs] for name, theirs in plain.items()}
+        images = len(weight_map) - len(plain)
     else:
         single = [file for file in found if file.name == "model.safetensors"] or found
         if len(single) != 1:
             what = f"{len(single)} .safetensors files and no model.safetensors.index.json" if single else "no weights"
             hint = "; pickled .bin/.pth weights are not read" if list(path.glob("*.bin")) else ""
             raise LlamaJaxError(f"{path}: {what}: expected model.safetensors, or shards with their index{hint}")
-        files = {name: single[0] for name in _open(single[0]).keys()}
+        with _open(single[0]) as opened:
+            files, images = dict.fromkeys(opened.keys(), single[0]), opened.images
     others = [file.name for file in found if file not in files.values()]
     notes = [f"{path}: {', '.join(map(shortened, others[:5]))}: beside the model's weights, not read"] if others else []
+    if images:
+        notes.append(f"{path}: {images} tensors are for images only, not read")
     return files, notes
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> TextTensors:
     """Opens a safetensors file; `pread` rather than `mmap`, whose touched pages would count as our memory."""
     # Here, because a machine for measuring may be without (benchmarks/device.py).
     from safetensors import SafetensorError, safe_open
@@ -120,7 +126,7 @@ def _open(path: Path) -> Any:
             header = int.from_bytes(file.read(8), "little")
         if header > _LARGEST_HEADER:
             raise LlamaJaxError(f"{path}: truncated or damaged safetensors file (a header of {header} bytes)")
-        return safe_open(path, framework="np", backend="pread")
+        return TextTensors(safe_open(path, framework="np", backend="pread"), str(_shown(path)))
     except FileNotFoundError:
         raise LlamaJaxError(f"{_shown(path)}: no such file, though the index names it") from None
     except (SafetensorError, OSError, ValueError) as error:

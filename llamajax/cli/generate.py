@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -128,9 +127,8 @@ def run(values: flags.FlagValues) -> None:
         with spinner(f"{len(stream.completions)} texts") if values.samples > 1 else contextlib.nullcontext():
             for _ in stream:
                 pass
-        groups = list(_by_prompt(stream.completions, values.samples))
-        for prompt, samples in zip(prompts, groups, strict=True):
-            _write_samples(values, prompt, samples, alone=len(groups) == 1)
+        for prompt, samples in zip(prompts, stream.by_prompt, strict=True):
+            _write_samples(values, prompt, samples, alone=len(prompts) == 1)
     note(describe_speed(stream.speed))
 
 
@@ -162,11 +160,6 @@ def _given(values: flags.FlagValues, tokenizer: Tokenizer, prompts: list[str]) -
     if values.parse_special:
         return [tokenizer.encode(prompt, eos=False, special=True) for prompt in prompts], tokenizer
     return prompts, tokenizer
-
-
-def _by_prompt(completions: list[Completion], samples: int) -> Iterator[list[Completion]]:
-    for first in range(0, len(completions), samples):
-        yield completions[first : first + samples]
 
 
 def _write_samples(values: flags.FlagValues, prompt: str, samples: list[Completion], alone: bool) -> None:

@@ -300,7 +300,7 @@ def measure_decode(
     counted = Compilations()
     engine = Engine(model, batch, context + steps, cache_dtype=cache_dtype, counted=counted)
     state = engine.empty()
-    slot_bytes = sum(array.nbytes for array in state.cache.state.values()) // engine.slots
+    context_bytes = state.cache.bytes_of(context)
 
     def once() -> float:
         nonlocal state
@@ -319,7 +319,7 @@ def measure_decode(
     c = model.config
     products = product_weights(c)
     scores = 4 * (context + 1) * c.num_layers * c.num_heads * c.head_size
-    read = step_bytes(model) + context * slot_bytes
+    read = step_bytes(model) + context_bytes
     operations = batch * (2 * products + scores)
     return _measurement("decode", batch, context, batch, seconds, read, operations, counted)
 

@@ -3,7 +3,7 @@
 A family is a file here, and a name below. No family has a model of its own.
 """
 
-from llamajax.families import bitnet, gemma, granite, llama, mistral, olmo, phi, qwen, smollm
+from llamajax.families import bitnet, exaone, gemma, granite, llama, mistral, olmo, phi, qwen, smollm
 from llamajax.families.family import FAMILIES, Family, Format, Keys, Names, family_of, register
 from llamajax.families.huggingface import config_from_hf, config_to_hf
 from llamajax.families.names import Piece, pieces, shape_of, tensors
@@ -24,7 +24,9 @@ for _family in (
     olmo.OLMO3,
     granite.GRANITE,
     phi.PHI3,
-    bitnet.FAMILY,
+    exaone.EXAONE4,
+    bitnet.BITNET,
+    bitnet.BITNET_3B,
 ):
     register(_family)
 

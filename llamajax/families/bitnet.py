@@ -1,5 +1,8 @@
 """BitNet b1.58 2B4T (Ma et al. 2025, arXiv:2504.12285): squared ReLU, and norms before the output and down projections.
 
+llama.cpp's architecture `bitnet` is its forerunner, a reproduction of 3B (1bitLLM/bitnet_b1_58-3B), with SiLU whatever
+a file says. `bitnet-b1.58` and `bitnet-25` are those of Microsoft's fork, which published 2B4T in them.
+
 That its weights are ternary and its activations in int8 is no switch: it is what the weights are (`quant.QTensor` with
 scheme "ternary" and `activations`), and a matter of how the files are packed (`huggingface_quantization`).
 """
@@ -8,6 +11,7 @@ from typing import Any
 
 from llamajax.config import Config
 from llamajax.families.family import Family, Format, Keys
+from llamajax.families.gguf import check_tied
 
 
 def _read(keys: Keys) -> dict[str, Any]:
@@ -21,7 +25,17 @@ def _write(config: Config) -> dict[str, Any]:
     return {"hidden_act": "relu2", "attention_bias": config.qkv_bias}
 
 
-FAMILY = Family(
+def _write_gguf(config: Config) -> dict[str, Any]:
+    check_tied(config, "bitnet")
+    return {}
+
+
+def _read_3b_gguf(keys: Keys) -> dict[str, Any]:
+    keys.only("hidden_activation", "silu")
+    return {"sub_norms": True}
+
+
+BITNET = Family(
     "bitnet",
     huggingface=Format(
         kinds=("bitnet",),
@@ -40,4 +54,14 @@ FAMILY = Family(
         },
         architecture="BitNetForCausalLM",
     ),
+    gguf=Format(
+        kinds=("bitnet-b1.58", "bitnet-25"),
+        read=lambda keys: {"sub_norms": True, "activation": "relu_squared"},
+        write=_write_gguf,
+        int8_tokens=True,
+    ),
+)
+BITNET_3B = Family(
+    "bitnet-3b",
+    gguf=Format(kinds=("bitnet",), read=_read_3b_gguf, write=_write_gguf, int8_tokens=True),
 )

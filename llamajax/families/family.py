@@ -1,12 +1,14 @@
 """What a family is: a table for each format, and the keys of a file's description as they are read."""
 
 import difflib
+import sys
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
+from llamajax.fields import LARGEST_DIMENSION, check_number, check_whole
 from llamajax.files import shortened
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -57,6 +59,26 @@ class Keys:
         self.read.add(name)
         return self._fields.get(name, self._defaults.get(name))
 
+    def whole(self, name: str, most: int = LARGEST_DIMENSION) -> int:
+        """A whole number from 1 on."""
+        value = self.take(name)
+        check_whole(f"{self.source}: {self.prefix}{name}", value, most)
+        return value
+
+    def whole_or_null(self, name: str, most: int = LARGEST_DIMENSION) -> Any:
+        """A whole number from 1 on, or null, which `or_null` explains."""
+        value = self.or_null(name)
+        if value is not None:
+            check_whole(f"{self.source}: {self.prefix}{name}", value, most)
+        return value
+
+    def number_or_null(self, name: str) -> Any:
+        """A number above 0, or null, which `or_null` explains."""
+        value = self.or_null(name)
+        if value is not None:
+            check_number(f"{self.source}: {self.prefix}{name}", value, low=0.0, above=True)
+        return value
+
     def only(self, name: str, *allowed: Any) -> None:
         """Reads a key that may be missing, null, or one of some values, at which it does nothing."""
         self.read.add(name)
@@ -75,11 +97,12 @@ class Keys:
             raise LlamaJaxError(f"{self.source}: {self.prefix}{name} is {shortened(value)}: expected true or false")
         return value
 
-    def number(self, name: str, default: Any = _REQUIRED) -> float:
-        """The value of a key that is a number."""
+    def number(
+        self, name: str, default: Any = _REQUIRED, *, low: float = -sys.float_info.max, above: bool = False
+    ) -> float:
+        """The value of a key that is a finite number, of at least `low` or above it."""
         value = self.take(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise LlamaJaxError(f"{self.source}: {self.prefix}{name} is {shortened(value)}: expected a number")
+        check_number(f"{self.source}: {self.prefix}{name}", value, low=low, above=above)
         return float(value)
 
     def choice(self, name: str, choices: Mapping[str, Any], default: Any = _REQUIRED) -> Any:
@@ -126,6 +149,7 @@ class Format(NamedTuple):
         partial_rope: whether RoPE may turn a part of each head only.
         window_rope: whether layers with windows have a RoPE of their own: unscaled, with `rope_local_base_freq` for
             theta if the family has a default of that key, but where `rope_parameters` says both.
+        int8_tokens: whether ternary weights are multiplied with activations in int8, though the files do not say it.
     """
 
     kinds: tuple[str, ...]
@@ -138,6 +162,7 @@ class Format(NamedTuple):
     partial_rope: bool = False
     window_rope: bool = False
     copies: Mapping[str, Mapping[str, Any]] = _NOTHING
+    int8_tokens: bool = False
 
 
 class Family(NamedTuple):

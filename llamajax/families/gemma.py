@@ -13,7 +13,6 @@ from llamajax.families.gguf import above_zero, check_tied, query_scale
 from llamajax.families.gguf import read_windows as read_gguf_windows
 from llamajax.families.gguf import write_windows as write_gguf_windows
 from llamajax.families.huggingface import read_windows, write_layer_types
-from llamajax.fields import check_whole
 
 _DEFAULTS = {
     "max_position_embeddings": 8192,
@@ -41,6 +40,7 @@ _DEFAULTS_3 = _DEFAULTS_2 | {
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
     "rope_theta": 1e6,
+    "_sliding_window_pattern": 6,
     "rope_local_base_freq": 1e4,
 }
 _SCORE_CAP, _LOGIT_CAP = "attn_logit_softcapping", "final_logit_softcapping"  # in GGUF
@@ -90,16 +90,14 @@ GEMMA = Family(
 def _read_capped(keys: Keys, pattern: tuple[LayerKind, ...]) -> dict[str, Any]:
     """What Gemma 2 and 3 add, by `Gemma2Config`; null is no cap."""
     keys.only("cache_implementation", "hybrid")
-    keys.only("sliding_window_size", keys.or_null("sliding_window"))
-    scalar, head_size = keys.number("query_pre_attn_scalar"), keys.or_null("head_dim")
-    if scalar <= 0:
-        raise LlamaJaxError(f"{keys.source}: query_pre_attn_scalar is {scalar}: expected a number above 0")
+    keys.only("sliding_window_size", keys.whole_or_null("sliding_window"))
+    scalar, head_size = keys.number("query_pre_attn_scalar", low=0.0, above=True), keys.whole_or_null("head_dim")
     return _read(keys) | {
         "norms": "both",
         "query_scale": None if scalar == head_size else scalar**-0.5,
-        "score_cap": keys.or_null("attn_logit_softcapping"),
-        "logit_cap": keys.or_null("final_logit_softcapping"),
-        **read_windows(keys, pattern, keys.or_null("sliding_window")),
+        "score_cap": keys.number_or_null("attn_logit_softcapping"),
+        "logit_cap": keys.number_or_null("final_logit_softcapping"),
+        **read_windows(keys, pattern, keys.whole_or_null("sliding_window")),
     }
 
 
@@ -146,9 +144,11 @@ GEMMA2 = Family(
 
 def _read_gemma3(keys: Keys) -> dict[str, Any]:
     """`Gemma3TextConfig`: layers with a window have a RoPE of their own; the pattern was a number before a list."""
-    size = keys.take("sliding_window_pattern", keys.take("_sliding_window_pattern", 6))
-    check_whole(f"{keys.source}: sliding_window_pattern", size, MOST_LAYERS)
-    read = _read_capped(keys, ("window",) * (size - 1) + ("full",))
+    spelling = "sliding_window_pattern" if "sliding_window_pattern" in keys else "_sliding_window_pattern"
+    size = keys.whole(spelling, MOST_LAYERS)
+    local: LayerKind = "window"
+    pattern: tuple[LayerKind, ...] = (*[local] * (size - 1), "full")
+    read = _read_capped(keys, pattern)
     if read["score_cap"] is not None:
         # transformers keeps the key and does without it: nobody can have trained with it.
         raise LlamaJaxError(f"{keys.source}: attn_logit_softcapping is {read['score_cap']}: expected null of a Gemma 3")

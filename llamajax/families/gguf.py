@@ -12,6 +12,7 @@ from llamajax.config import Config, LayerKind
 from llamajax.errors import LlamaJaxError
 from llamajax.families.family import Keys
 from llamajax.families.huggingface import pattern_of
+from llamajax.fields import check_whole
 from llamajax.files import shortened
 
 WINDOW = "attention.sliding_window"
@@ -53,6 +54,7 @@ def read_windows(keys: Keys, period: int, default: int | None = None) -> dict[st
     window, said = keys.take(WINDOW, default), keys.take(_PATTERN, period)
     if window is None or (window == 0 and not isinstance(window, bool)):
         return {}
+    check_whole(f"{keys.source}: {keys.prefix}{WINDOW}", window)
     layers = keys.take("block_count")
     if isinstance(said, np.ndarray | list):
         flags = np.asarray(said)
@@ -83,7 +85,10 @@ def write_windows(config: Config, period: int) -> dict[str, Any]:
 def read_window(keys: Keys) -> dict[str, Any]:
     """A window that all layers have, or none."""
     window = keys.take(WINDOW, 0)
-    return {"layer_kinds": ("window",), "window": window} if window != 0 or isinstance(window, bool) else {}
+    if window == 0 and not isinstance(window, bool):
+        return {}
+    check_whole(f"{keys.source}: {keys.prefix}{WINDOW}", window)
+    return {"layer_kinds": ("window",), "window": window}
 
 
 def write_window(config: Config) -> dict[str, Any]:

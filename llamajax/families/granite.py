@@ -3,6 +3,7 @@
 Reference: transformers' `modeling_granite.py`.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -13,17 +14,15 @@ from llamajax.families.gguf import above_zero, scale
 
 
 def _read(keys: Keys) -> dict[str, Any]:
-    bias, divisor = keys.flag("attention_bias"), keys.number("logits_scaling")
-    if divisor <= 0:
-        raise LlamaJaxError(f"{keys.source}: logits_scaling is {divisor}: expected a number above 0")
+    bias, number = keys.flag("attention_bias"), functools.partial(keys.number, low=0.0, above=True)
     return {
         "qkv_bias": bias,
         "out_bias": bias,
         "ffn_bias": keys.flag("mlp_bias"),
-        "embedding_scale": keys.number("embedding_multiplier"),
-        "residual_scale": keys.number("residual_multiplier"),
-        "query_scale": keys.number("attention_multiplier"),
-        "logit_scale": 1 / divisor,
+        "embedding_scale": number("embedding_multiplier"),
+        "residual_scale": number("residual_multiplier"),
+        "query_scale": number("attention_multiplier"),
+        "logit_scale": 1 / number("logits_scaling"),
     }
 
 

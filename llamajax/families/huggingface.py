@@ -13,7 +13,7 @@ from llamajax.errors import LlamaJaxError
 from llamajax.families.family import Keys, check_read, family_of, format_of
 from llamajax.families.huggingface_quantization import read_quantization
 from llamajax.families.huggingface_rope import read_rope, write_rope
-from llamajax.fields import LARGEST_DIMENSION, check_whole
+from llamajax.fields import LARGEST_DIMENSION
 from llamajax.files import shortened
 
 # Our field for each key that all families have, none of them with a default.
@@ -32,7 +32,9 @@ _OPTIONAL = {
     "tie_word_embeddings": "tied_embeddings",
 }
 _NAMES = _REQUIRED | _OPTIONAL
-_ROPE_KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
+_ROPE_KEYS = frozenset(
+    "rope_theta rope_scaling rope_parameters rope_local_base_freq original_max_position_embeddings".split()
+)
 
 # Keys that change nothing in the forward pass whatever they say: provenance, training, and what decides words, which
 # `checkpoint.huggingface_words` reads.
@@ -84,6 +86,14 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_fast": "gelu_tanh",
     "relu2": "relu_squared",
 }
+# Models that see images as well: their text's config is an object in theirs, of this `model_type` unless it says so.
+_WITH_IMAGES = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+# What they have beside it, of images, of training, and of words.
+_OF_IMAGES = frozenset(
+    "text_config vision_config boi_token_index eoi_token_index image_token_index image_token_id boi_token_id "
+    "eoi_token_id mm_tokens_per_image projector_hidden_act multimodal_projector_bias spatial_merge_size "
+    "vision_feature_layer vision_feature_select_strategy".split()
+)
 LAYER_TYPES: Mapping[str, LayerKind] = {
     "full_attention": "full",
     "sliding_attention": "window",
@@ -111,13 +121,15 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json", ignor
     needed = sorted(set(ignore_keys) & ({"model_type", *_NAMES} | _ROPE_KEYS))
     if needed:
         raise LlamaJaxError(f"{needed[0]!r} cannot be ignored: the model is made by it")
-    fields = {key: value for key, value in fields.items() if key not in ignore_keys}
+    fields = _of_text({key: value for key, value in fields.items() if key not in ignore_keys}, source)
     family = family_of(fields.get("model_type"), "huggingface", f"{source}: model_type")
     form = family.huggingface
     assert form is not None  # `family_of` knows no others
     keys = Keys(fields, source, {**form.defaults, **form.copies.get(fields["model_type"], {})})
     ours = _sizes(keys)
     ours |= form.read(keys)
+    if "activation" not in ours:
+        ours["activation"] = keys.choice("hidden_act", ACTIVATIONS)
     ours |= read_rope(keys, ours["context_length"], form, ours.get("layer_kinds", Config.layer_kinds))
     read_quantization(keys.take("quantization_config", None), source)  # for the reader of the files; checked here
     for key, allowed in _ONLY_VALUE.items():
@@ -131,23 +143,36 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json", ignor
     return Config.from_dict(ours | {"family": family.name}, source)
 
 
+def _of_text(fields: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    """What config.json says of the text, where the model sees images as well; all of it elsewhere."""
+    kind = fields.get("model_type")
+    if not isinstance(kind, str) or kind not in _WITH_IMAGES:
+        return fields
+    text = fields.get("text_config")
+    if not isinstance(text, Mapping):
+        raise LlamaJaxError(
+            f"{source}: text_config is {shortened(text)}: expected an object, as a model of type {kind!r} has"
+        )
+    outside = {key: value for key, value in fields.items() if key not in _OF_IMAGES and key != "model_type"}
+    # The head is the whole model's, and so is whether it is tied.
+    tied = {key: value for key, value in outside.items() if key == "tie_word_embeddings" and value is not None}
+    return {"model_type": _WITH_IMAGES[kind], **outside, **text, **tied}
+
+
 def _sizes(keys: Keys) -> dict[str, Any]:
     """What every family's config.json says."""
     keys.read.add("model_type")
     missing = [key for key in _REQUIRED if keys.take(key, None) is None]
     if missing:
         raise LlamaJaxError(f"{keys.source}: missing key {missing[0]!r}: expected {', '.join(_REQUIRED)}")
-    for key in _REQUIRED:
-        most = MOST_LAYERS if key == "num_hidden_layers" else LARGEST_DIMENSION
-        check_whole(f"{keys.source}: {key}", keys.take(key), most)
-    ours = {name: keys.take(key) for key, name in _REQUIRED.items()}
-    heads, said = keys.or_null("num_key_value_heads"), keys.or_null("head_dim")
+    most = {"num_hidden_layers": MOST_LAYERS}
+    ours: dict[str, Any] = {name: keys.whole(key, most.get(key, LARGEST_DIMENSION)) for key, name in _REQUIRED.items()}
+    heads, said = keys.whole_or_null("num_key_value_heads"), keys.whole_or_null("head_dim")
     ours["num_kv_heads"] = ours["num_heads"] if heads is None else heads
     ours["head_size"] = ours["width"] // ours["num_heads"] if said is None else said
-    ours["context_length"] = keys.take("max_position_embeddings")
-    ours["norm_eps"] = keys.take("rms_norm_eps")
+    ours["context_length"] = keys.whole("max_position_embeddings")
+    ours["norm_eps"] = keys.number("rms_norm_eps", low=0.0)
     ours["tied_embeddings"] = keys.flag("tie_word_embeddings")
-    ours["activation"] = keys.choice("hidden_act", ACTIVATIONS)
     return ours
 
 
@@ -198,6 +223,14 @@ def read_windows(keys: Keys, default: Sequence[LayerKind], window: Any) -> dict[
     if "window" in kinds and window is None:
         raise LlamaJaxError(f"{keys.source}: layer_types has sliding_attention: expected a sliding_window, not null")
     return {"layer_kinds": kinds, "window": window if "window" in kinds else None}
+
+
+def read_window_of_all(keys: Keys) -> dict[str, Any]:
+    """A window that all layers have, or none; one that is no shorter than the model's context hides nothing."""
+    window = keys.whole_or_null("sliding_window")
+    if window is None or window >= keys.whole("max_position_embeddings"):
+        return {"layer_kinds": ("full",), "window": None}
+    return {"layer_kinds": ("window",), "window": window}
 
 
 def write_layer_types(config: Config) -> list[str]:

@@ -75,10 +75,10 @@ def read_rope(keys: Keys, context_length: Any, form: Format, kinds: Sequence[str
     Raises:
         LlamaJaxError: for a scaling that is not known, or one with other parameters than its own.
     """
-    outside = {"rope_theta": keys.take("rope_theta", Config.rope_theta)}
+    outside: dict[str, Any] = {"rope_theta": keys.number("rope_theta", Config.rope_theta, low=1.0)}
     if form.partial_rope:
-        outside["partial_rotary_factor"] = keys.take("partial_rotary_factor", 1.0)
-    local = {"rope_theta": keys.take(_LOCAL_THETA, outside["rope_theta"])} if form.window_rope else {}
+        outside["partial_rotary_factor"] = keys.number("partial_rotary_factor", 1.0, low=0.0, above=True)
+    local = {"rope_theta": keys.number(_LOCAL_THETA, outside["rope_theta"], low=1.0)} if form.window_rope else {}
     # transformers gives a length outside the object precedence over the one in it, where all layers are alike.
     original = None if form.window_rope else keys.take(_ORIGINAL, None)
     read = []

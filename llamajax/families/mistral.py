@@ -8,8 +8,8 @@ from typing import Any
 
 from llamajax.config import Config
 from llamajax.families.family import Family, Format, Keys, Names
-from llamajax.families.gguf import has_window, read_window, write_window
-from llamajax.families.huggingface import read_windows, write_layer_types
+from llamajax.families.gguf import has_window, read_window, scale, write_window
+from llamajax.families.huggingface import read_window_of_all, read_windows, write_layer_types
 from llamajax.families.huggingface_rope import rope_value
 
 _DEFAULTS = {
@@ -23,8 +23,7 @@ _DEFAULTS = {
 
 def _read(keys: Keys) -> dict[str, Any]:
     """Transformers' `MistralConfig`: a window is that of all layers; null, from version 0.2 on, is none."""
-    window = keys.or_null("sliding_window")
-    return {"layer_kinds": ("full" if window is None else "window",), "window": window}
+    return read_window_of_all(keys)
 
 
 def _write(config: Config) -> dict[str, Any]:
@@ -48,7 +47,7 @@ MISTRAL = Family(
 
 
 def _read_ministral(keys: Keys) -> dict[str, Any]:
-    window = keys.or_null("sliding_window")
+    window = keys.whole_or_null("sliding_window")
     return read_windows(keys, ("full" if window is None else "window",), window)
 
 
@@ -83,6 +82,25 @@ def _write_ministral3(config: Config) -> dict[str, Any]:
     return _write(config) | own
 
 
+_BETA, _ORIGINAL = "attention.temperature_scale", "rope.scaling.original_context_length"  # in GGUF
+
+
+def _read_ministral3_gguf(keys: Keys) -> dict[str, Any]:
+    """The length behind which queries grow is YaRN's original context."""
+    beta = scale(keys, _BETA)
+    if beta is None:
+        return {}
+    return {"query_temperature": {"beta": beta, "length": keys.take(_ORIGINAL, keys.take("context_length"))}}
+
+
+def _write_ministral3_gguf(config: Config) -> dict[str, Any]:
+    temperature = config.query_temperature
+    if temperature is None:
+        return {}
+    said = {_BETA: temperature.beta}
+    return said if config.rope_scaling is not None else said | {_ORIGINAL: temperature.length}
+
+
 MINISTRAL3 = Family(
     "ministral3",
     huggingface=Format(
@@ -109,4 +127,5 @@ MINISTRAL3 = Family(
         },
         architecture="Ministral3ForCausalLM",
     ),
+    gguf=Format(kinds=("mistral3",), read=_read_ministral3_gguf, write=_write_ministral3_gguf, names=Names(pairs=True)),
 )

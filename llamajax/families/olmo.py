@@ -38,7 +38,7 @@ OLMO2 = Family(
 
 def _read_olmo3(keys: Keys) -> dict[str, Any]:
     """`Olmo3Config`: `rope_scaling` is that of layers without a window."""
-    return _read(keys) | read_windows(keys, ("window",) * 3 + ("full",), keys.or_null("sliding_window"))
+    return _read(keys) | read_windows(keys, ("window",) * 3 + ("full",), keys.whole_or_null("sliding_window"))
 
 
 def _write_olmo3(config: Config) -> dict[str, Any]:

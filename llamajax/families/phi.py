@@ -8,14 +8,16 @@ from typing import Any
 from llamajax.config import Config
 from llamajax.families.family import Family, Format, Keys, Names
 from llamajax.families.gguf import read_window, write_window
+from llamajax.families.huggingface import read_window_of_all
 from llamajax.fields import check_whole
 
 
 def _read(keys: Keys) -> dict[str, Any]:
     """`Phi3Config`: a window is that of all layers."""
-    window = keys.or_null("sliding_window")
     keys.only("lm_head_bias", False)
-    return {"layer_kinds": ("full" if window is None else "window",), "window": window}
+    keys.only("full_attn_mod", 1)
+    keys.only("interpolate_factor", 1)
+    return read_window_of_all(keys)
 
 
 def _write(config: Config) -> dict[str, Any]:

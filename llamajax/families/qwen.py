@@ -7,9 +7,11 @@ Yang et al. 2024, arXiv:2407.10671; 2025, arXiv:2505.09388. Reference: transform
 from typing import Any
 
 from llamajax.config import Config, LayerKind
+from llamajax.errors import LlamaJaxError
 from llamajax.families.family import Family, Format, Keys
 from llamajax.families.huggingface import read_windows, write_layer_types
-from llamajax.fields import check_whole
+from llamajax.fields import LARGEST_DIMENSION
+from llamajax.files import shortened
 
 _DEFAULTS = {
     "max_position_embeddings": 32768,
@@ -23,15 +25,13 @@ _DEFAULTS = {
 
 def _read_kinds(keys: Keys) -> dict[str, Any]:
     """Windows, where they are in use, are those of the layers from `max_window_layers` on."""
-    window, first, layers = (
-        keys.or_null("sliding_window"),
-        keys.take("max_window_layers"),
-        keys.take("num_hidden_layers"),
-    )
-    check_whole(f"{keys.source}: max_window_layers", first)
+    window, first = keys.whole_or_null("sliding_window"), keys.take("max_window_layers")
+    if type(first) is not int or not 0 <= first <= LARGEST_DIMENSION:
+        raise LlamaJaxError(f"{keys.source}: max_window_layers is {shortened(first)}: expected a number of layers")
     if not keys.flag("use_sliding_window"):
         window = None
-    pattern: list[LayerKind] = ["window" if window is not None and i >= first else "full" for i in range(layers)]
+    layers = range(keys.take("num_hidden_layers"))
+    pattern: list[LayerKind] = ["window" if window is not None and layer >= first else "full" for layer in layers]
     return read_windows(keys, pattern, window)
 
 

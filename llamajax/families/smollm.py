@@ -10,14 +10,13 @@ from llamajax.errors import LlamaJaxError
 from llamajax.families.family import Family, Format, Keys, Names
 from llamajax.families.gguf import kinds_of
 from llamajax.families.huggingface import pattern_of, read_layer_types
-from llamajax.fields import check_whole
 from llamajax.files import shortened
 
 
 def _read(keys: Keys) -> dict[str, Any]:
     """`SmolLM3Config`; its windows, which no published model has, would be those of layers without RoPE."""
     keys.only("use_sliding_window", False)
-    keys.read.add("sliding_window")  # of no effect then
+    keys.read |= {"sliding_window", "max_window_layers"}  # of no effect then
     if "window" in read_layer_types(keys, ("full",)):
         raise LlamaJaxError(
             f"{keys.source}: layer_types has sliding_attention: expected none while no window is in use"
@@ -33,10 +32,8 @@ def _read(keys: Keys) -> dict[str, Any]:
 
 def _turned(keys: Keys) -> list[int]:
     """For each layer, whether it has RoPE."""
-    layers, every, said = (
-        keys.take(key, None) for key in ("num_hidden_layers", "no_rope_layer_interval", "no_rope_layers")
-    )
-    check_whole(f"{keys.source}: no_rope_layer_interval", every, MOST_LAYERS)
+    layers, every = keys.take("num_hidden_layers"), keys.whole("no_rope_layer_interval", MOST_LAYERS)
+    said = keys.take("no_rope_layers", None)
     if said is None:
         return [int((layer + 1) % every != 0) for layer in range(layers)]
     if not isinstance(said, list) or len(said) < layers or not all(type(one) is int and one in (0, 1) for one in said):

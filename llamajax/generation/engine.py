@@ -151,7 +151,7 @@ class Engine:
         """
         every = list(range(self.rows))
         rows = every if rows is None else rows
-        state = self._state(jax.eval_shape(self._cache), [()] * self.rows, [Knobs(0)] * self.rows)
+        state = self._shapes()
         ready = functools.partial(CompiledFunction.compile, counted=self.counted)
         for size in sorted(set(plan_chunks(length - 1))):
             chunk = _chunk([[0] * length] * len(rows), [0] * len(rows), size)
@@ -300,9 +300,25 @@ class Engine:
         cache = dataclasses.replace(cache, length_B=length_B)
         return EngineState(cache, history_BS, self._asked(knobs), self.drafts)
 
+    def _shapes(self) -> EngineState:
+        """The shapes of the state: nothing is computed, or moved to the device, for a program."""
+        shape: Any = lambda dtype, *more: jax.ShapeDtypeStruct((self.rows, *more), dtype)  # noqa: E731
+        asked = Asked(
+            shape(np.int32),
+            shape(jax.eval_shape(lambda: jax.random.key(0)).dtype),
+            Sampler(**{name: shape(off.dtype) for name, off in NEUTRAL.items()}),
+            shape(np.int32, self.stops),
+        )
+        return EngineState(jax.eval_shape(self._cache), shape(np.int32, self._columns), asked, self.drafts)
+
+    @property
+    def _columns(self) -> int:
+        """Of the history."""
+        return self.slots + self.drafts + 2
+
     def _history(self, texts: Sequence[Sequence[int]]) -> tuple[jax.Array, jax.Array]:
         """The ids of texts at their positions, and the position of the last of each."""
-        history_bS = np.zeros((len(texts), self.slots + self.drafts + 2), np.int32)
+        history_bS = np.zeros((len(texts), self._columns), np.int32)
         for ids, text in zip(history_bS, texts, strict=True):
             ids[: len(text)] = text
         length_b = np.asarray([max(len(text) - 1, 0) for text in texts], np.int32)
@@ -334,10 +350,11 @@ class Engine:
                 raise LlamaJaxError(f"row {row} is to keep {kept} tokens: expected from 0 to {min(holds, len(text))}")
         # The last token is for `step`; and in the slots of one of its passes, the last, rows that waited were written.
         most = [min(kept, len(text) - 1, self.slots - self.drafts - 1) for kept, text in zip(keep, texts, strict=True)]
-        if state.cache.rewind(state.cache.length_B, max(np.subtract(held, most).tolist())) is None:
-            return [0] * len(rows)
+        lost_B = state.cache.fewest_B
+        fewest = [0] * len(rows) if lost_B is None else np.asarray(lost_B)[list(rows)].tolist()
         for unit in (1, 64, 256):
             whole = [each // unit * unit for each in most]
+            whole = [each if each >= few else 0 for each, few in zip(whole, fewest, strict=True)]
             rest = max(len(text) - 1 - each for text, each in zip(texts, whole, strict=True))
             if max(whole) + sum(plan_chunks(rest)) <= self.slots:
                 return whole

@@ -16,8 +16,8 @@ from llamajax.generation.speculate import draft_tokens
 from llamajax.model import Llama
 from quant import start_indices
 
-# Chunks of a prompt. Three sizes are three programs at most; the largest bounds the memory of a long prompt's scores.
-PREFILL_BUCKETS = (16, 64, 256)
+# Chunks of a prompt. Four sizes are four programs at most; the largest bounds the memory of a long prompt's scores.
+PREFILL_BUCKETS = (16, 32, 64, 256)
 # Most tokens that one call of `step` makes in each row, one a forward pass. A buffer of that many is all it costs.
 DECODE_BLOCK = 64
 # Most forward passes of a call where each may make several tokens: about one block without drafts.
@@ -319,12 +319,13 @@ def _write_rows(whole_BS: jax.Array, new_BT: jax.Array, start_B: jax.Array) -> j
 def plan_chunks(length: int) -> list[int]:
     """Bucket sizes that cover a prompt of `length` tokens: full largest buckets, then one or two that hold the rest.
 
-    Two of a size take less time than one of the next, which is four times as large.
+    One or two of the size with which the fewest tokens are padding, one where two would have as many.
 
-    >>> plan_chunks(300), plan_chunks(128)
-    ([256, 64], [64, 64])
+    >>> plan_chunks(300), plan_chunks(128), plan_chunks(20)
+    ([256, 64], [64, 64], [32])
     """
     largest = PREFILL_BUCKETS[-1]
     full, rest = divmod(length, largest)
-    bucket = next(bucket for bucket in PREFILL_BUCKETS if rest <= 2 * bucket)
-    return [largest] * full + [bucket] * -(-rest // bucket)
+    counts = [(bucket, -(-rest // bucket)) for bucket in PREFILL_BUCKETS if rest <= 2 * bucket]
+    bucket, count = min(counts, key=lambda each: (each[0] * each[1], each[1]))
+    return [largest] * full + [bucket] * count

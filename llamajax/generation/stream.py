@@ -74,14 +74,10 @@ def generate(model: Llama, tokenizer: Tokenizer | None, prompts: Prompt | Sequen
     run = TextStream(model, tokenizer, prompts, smooth=False, **options)
     for _ in run:
         pass
-    completions = run.completions
     if run.single:
-        return completions[0]
+        return run.completions[0]
     _, one_prompt = as_prompts(prompts)
-    n = options.get("samples")
-    if n is None or one_prompt:
-        return completions
-    return [completions[i : i + n] for i in range(0, len(completions), n)]
+    return run.completions if options.get("samples") is None or one_prompt else run.by_prompt
 
 
 def stream(
@@ -172,6 +168,12 @@ class TextStream:
     def completions(self) -> list[Completion]:
         """Results so far, in the order of the prompts, and of the samples of each."""
         return [row.completion() for row in self._rows]
+
+    @property
+    def by_prompt(self) -> list[list[Completion]]:
+        """The samples of each prompt."""
+        n, completions = self._samples, self.completions
+        return [completions[i : i + n] for i in range(0, len(completions), n)]
 
     def stop(self) -> None:
         """Ends the request soon: behind the forward passes in progress, with "stopped" for rows that still run.

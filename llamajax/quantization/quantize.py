@@ -161,18 +161,7 @@ def quantize(
     config = model.config
     packed = _packed(model, recipe)
     read = _reader(model)
-    rules = assigned(recipe.rules, config)
-    if types not in (None, "ggml"):
-        raise LlamaJaxError(f"types is {types!r}: expected None or 'ggml'")
-    if types is not None:
-        rules = for_ggml(rules, config, recipe.target_bpw is not None)
-    _check_shared_inputs(rules, config)
-    rules, unscaled = without_makers(rules, config)
-    if unscaled:
-        on_note(
-            f"{', '.join(unscaled)}: quantized without scaling of their inputs, which is the residual stream itself in "
-            f"the family {config.family!r}: nothing that makes it could undo the scales"
-        )
+    rules = _rules(recipe, config, types, on_note)
     if calibration is None or not recipe.needs_calibration:
         stacks = Stacks(config, lambda place: packed.get(place, rules[place]))
 
@@ -197,6 +186,23 @@ def quantize(
         of_types = (lambda place, rule: candidates(place, rule, config)) if types else None
         rules = _chosen_bits(read, rules, recipe.target_bpw, windows, config, parts, steps, of_types)
     return _calibrated(read, rules, windows, config, parts, steps)
+
+
+def _rules(recipe: Recipe, config: Config, types: str | None, on_note: Callable[[str], None]) -> Rules:
+    """The rule of each weight, once it is sure that they can be followed; arguments and errors as of `quantize`."""
+    rules = assigned(recipe.rules, config)
+    if types not in (None, "ggml"):
+        raise LlamaJaxError(f"types is {types!r}: expected None or 'ggml'")
+    if types is not None:
+        rules = for_ggml(rules, config, recipe.target_bpw is not None)
+    _check_shared_inputs(rules, config)
+    rules, unscaled = without_makers(rules, config)
+    if unscaled:
+        on_note(
+            f"{', '.join(unscaled)}: quantized without scaling of their inputs, which is the residual stream itself in "
+            f"the family {config.family!r}: nothing that makes it could undo the scales"
+        )
+    return rules
 
 
 def _packed(model: Llama | Opened, recipe: Recipe) -> dict[Place, Any]:

@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quant.kernels import Layout, start_indices
-from quant.kernels.cpu_sums import partial_bytes, unrolled
+from quant.kernels import Layout, cpu_ternary, start_indices
+from quant.kernels.cpu_rows import by_rows
+from quant.kernels.cpu_sums import unrolled
 from quant.kernels.cpu_tiles import compact, expand, level_schemes, plain
 from quant.qtensor import QTensor, dequantize
 from quant.scheme import Scheme
@@ -31,9 +32,10 @@ from quant.scheme import Scheme
 LANES = 16
 # Rows up to which widening the bytes anew for each row is faster than a `dot` with weights that were written out.
 MAX_UNROLLED_ROWS = 16
-# The same, where the partial sums of that, which are written and read again, are more than a cache holds.
-MAX_UNCACHED_ROWS = 4
-_CACHE_BYTES = 8 << 20
+# Up to so many, sums are scaled rather than weights: the sums are then no more work than the weights.
+MAX_SUMMED_ROWS = 2
+# Rows up to which ternary codes are multiplied as whole numbers.
+MAX_INTEGER_ROWS = 16
 # Rows from which on the whole weight is written out for one `dot`, if it is no larger than this in float32: slabs read
 # all rows anew for each tile, and so many are in no cache.
 MIN_WHOLE_ROWS = 512
@@ -110,6 +112,15 @@ class TiledWeight(Layout):
         """As the function of this name."""
         return matmul(x_RK, self)
 
+    def multiply(self, x: jax.Array) -> jax.Array:
+        """As of every `Weight`; of ternary codes with activations in int8 by sums of whole numbers, of a few rows."""
+        x_RK = x.reshape(-1, x.shape[-1])
+        if not cpu_ternary.applies(self.tiles) or x_RK.shape[0] > MAX_INTEGER_ROWS or self.order is not None:
+            return super().multiply(x)
+        # As in `matmul`.
+        x_RK, tiles, layer = jax.lax.optimization_barrier((x_RK.astype(jnp.float32), self.tiles, self.layer))
+        return cpu_ternary.product(x_RK, tiles, layer)[:, : self.outputs].reshape(*x.shape[:-1], -1)
+
     def restore(self) -> QTensor:
         """As the function of this name."""
         return restore(self)
@@ -185,30 +196,26 @@ def matmul(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
     Returns:
         float32 [R, M]. Off from the exact product by at most (K + 16) * 2**-24 * sum over k of 16 |x_k| s_k, s_k being
         the largest value of k's group and output: sums of float32, in which a code is at most that far from zero. With
-        activations in bfloat16 and more than `MAX_UNCACHED_ROWS` rows by 2**-9 * sum over k of |x_k w_k| more.
+        activations in bfloat16 and more than `MAX_UNROLLED_ROWS` rows by 2**-9 * sum over k of |x_k w_k| more.
     """
     # Ties the weight to the activations: in a loop over tokens XLA would unpack what does not change once, before it.
     x_RK, weight = jax.lax.optimization_barrier((x_RK.astype(jnp.float32), weight))
     if weight.order is not None:
         x_RK = jnp.take(x_RK, weight.order if weight.layer is None else weight.order[weight.layer], axis=1)
-    if _is_unrolled(x_RK.shape[0], weight.tiles):
-        return unrolled(x_RK, weight.tiles, weight.layer)[:, : weight.outputs]
+    if x_RK.shape[0] <= MAX_UNROLLED_ROWS:
+        few = unrolled if x_RK.shape[0] <= MAX_SUMMED_ROWS else by_rows
+        return few(x_RK, weight.tiles, weight.layer)[:, : weight.outputs]
     whole = x_RK.shape[0] >= MIN_WHOLE_ROWS and 4 * math.prod(weight.shape) <= _WHOLE_BYTES
     return (_whole if whole else _by_slabs)(x_RK, weight)[:, : weight.outputs]
-
-
-def _is_unrolled(rows: int, tiles: QTensor) -> bool:
-    """Whether so many rows are multiplied with bytes that are widened for them, rather than by `dot`."""
-    if rows <= MAX_UNCACHED_ROWS:
-        return True
-    return rows <= MAX_UNROLLED_ROWS and partial_bytes(tiles, rows) <= _CACHE_BYTES
 
 
 def _by_slabs(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
     """`matmul` for many rows, [R, M] with the outputs of all tiles: never more than a slab of weights is in floats."""
     tiles, lead = weight.tiles, () if weight.layer is None else (weight.layer,)
     *_, count, length, _ = tiles.shape
-    slab = max(1, min(count, SLAB_BYTES // (4 * length * LANES)))
+    largest = max(1, SLAB_BYTES // (4 * length * LANES))
+    slabs = -(-count // largest)
+    slab = -(-count // slabs)  # as many tiles in each, for less of the last is then made twice
 
     def one(i: jax.Array, y_tRl: jax.Array) -> jax.Array:
         # The last slab is moved back to end with the last tile.
@@ -232,7 +239,7 @@ def _by_slabs(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
         return jax.lax.dynamic_update_slice(y_tRl, part_tRl, start_indices(first, 0, 0))
 
     y_tRl = jnp.zeros((count, x_RK.shape[0], LANES), jnp.float32)
-    y_tRl = jax.lax.fori_loop(0, -(-count // slab), one, y_tRl)
+    y_tRl = jax.lax.fori_loop(0, slabs, one, y_tRl)
     return jnp.swapaxes(y_tRl, 0, 1).reshape(x_RK.shape[0], -1)
 
 

@@ -28,7 +28,7 @@ from quant.scheme import E2M1, IQ4_NL_POLYNOMIAL, Scheme, polynomial
 # With twice as many, LLVM widens them anew for each row where registers have 256 bits (AVX2): 1.45 times the time.
 STEP_BYTES, STEP_CODES = 64, 16
 # E2M1 in the bits of a float16 is the value times 2**-14.
-_E2M1_IN_FLOAT16 = 2.0**14
+E2M1_IN_FLOAT16 = 2.0**14
 
 
 @functools.partial(jax.jit, inline=True)  # Weights of the same shape are traced once.
@@ -62,11 +62,11 @@ def unrolled(x_RK: jax.Array, tiles: QTensor, layer: jax.Array | None) -> jax.Ar
         if tiles.zero is not None:
             dot_tnRl -= take(tiles.zero, group).astype(jnp.float32) * sum_nR1
         if isinstance(tiles.scale, QTensor):
-            scaled_tnRl += dot_tnRl * _level_codes(tiles, "scale", take, group)
+            scaled_tnRl += dot_tnRl * level_codes(tiles, "scale", take, group)
         else:
             partial_tnRl += dot_tnRl * scale_values(take(tiles.scale, group), tiles.scheme)
         if isinstance(tiles.offset, QTensor):
-            shifted_tnRl += _level_codes(tiles, "offset", take, group) * sum_nR1
+            shifted_tnRl += level_codes(tiles, "offset", take, group) * sum_nR1
         elif tiles.offset is not None:
             partial_tnRl += take(tiles.offset, group).astype(jnp.float32) * sum_nR1
     for level, sum_tnRl in ((tiles.scale, scaled_tnRl), (tiles.offset, shifted_tnRl)):
@@ -84,7 +84,7 @@ def _dot(
 ) -> jax.Array:
     """The sum over one group of each step of values of codes times activations, [t, n, R, l]."""
     if tiles.scheme.codebook is None:
-        return _sum(_terms(tiles, layer, factors, groups, group)) - tiles.scheme.bias * sum_nR1
+        return sum_of(_terms(tiles, layer, factors, groups, group)) - tiles.scheme.bias * sum_nR1
     ((plane,), (factor_nRusk,)) = tiles.planes, factors
     slots, count = factor_nRusk.shape[-2:]
     terms = []
@@ -92,8 +92,8 @@ def _dot(
         byte_tnl = _take(plane, layer, groups, group, k, count)
         byte_tnRl = byte_tnl if factor_nRusk.ndim == 4 else byte_tnl[:, :, None]
         for slot in range(slots):
-            terms.append(_value(byte_tnRl, slot, tiles.scheme) * factor_nRusk[..., group, slot, k, None])
-    return _sum(terms) * (_E2M1_IN_FLOAT16 if tiles.scheme.codebook == E2M1 else 1.0)
+            terms.append(value_of(byte_tnRl, slot, tiles.scheme) * factor_nRusk[..., group, slot, k, None])
+    return sum_of(terms) * (E2M1_IN_FLOAT16 if tiles.scheme.codebook == E2M1 else 1.0)
 
 
 def _terms(
@@ -114,7 +114,7 @@ def _terms(
     return terms
 
 
-def _sum(terms: list[jax.Array]) -> jax.Array:
+def sum_of(terms: list[jax.Array]) -> jax.Array:
     """Of all terms; as four sums, where there are so many, because in one each term waits for the one before."""
     if len(terms) < 4:
         return functools.reduce(operator.add, terms)
@@ -122,7 +122,7 @@ def _sum(terms: list[jax.Array]) -> jax.Array:
     return (sums[0] + sums[1]) + (sums[2] + sums[3])
 
 
-def _value(byte: jax.Array, slot: int, scheme: Scheme) -> jax.Array:
+def value_of(byte: jax.Array, slot: int, scheme: Scheme) -> jax.Array:
     """What the code in one half of a uint8 stands for, float32; of E2M1 2**-14 times that.
 
     IQ4_NL is a polynomial of the code, or of 16 times the code, which is exactly the same. E2M1 has the exponents of a
@@ -147,7 +147,7 @@ def _value(byte: jax.Array, slot: int, scheme: Scheme) -> jax.Array:
     return values[0]
 
 
-def _level_codes(tiles: QTensor, name: str, take: Callable[[jax.Array, int], jax.Array], group: int) -> jax.Array:
+def level_codes(tiles: QTensor, name: str, take: Callable[[jax.Array, int], jax.Array], group: int) -> jax.Array:
     """The whole numbers that a second level's scale is multiplied with, float32 for one group of each step."""
     level: Plane = getattr(tiles, name)
     assert isinstance(level, QTensor) and isinstance(tiles.scale, QTensor)
@@ -184,13 +184,6 @@ def _split(x_RCsk: jax.Array, groups: int, parts: int) -> jax.Array:
     return x_nRusk[:, 0] if R == 1 else x_nRusk
 
 
-def partial_bytes(tiles: QTensor, rows: int) -> int:
-    """Of the sums that `unrolled` writes, one for each step, before it adds them."""
-    groups, parts = _steps(tiles, _step_bytes(tiles, rows))
-    *_, count, length, lanes = tiles.shape
-    return 4 * rows * count * lanes * (length // tiles.group_size * parts // groups)
-
-
 def _step_bytes(tiles: QTensor, rows: int) -> int:
     return STEP_BYTES if rows == 1 else max(1, STEP_CODES * tiles.scheme.bits // 8)
 
@@ -200,16 +193,21 @@ def _steps(tiles: QTensor, step_bytes: int) -> tuple[int, int]:
 
     Groups of a step share their scales of a second level.
     """
-    group_bytes, count = tiles.group_size * tiles.scheme.bits // 8, tiles.scale.shape[-2]
+    group_bytes = tiles.group_size * tiles.scheme.bits // 8
     if group_bytes <= step_bytes:
-        levels = [level for level in (tiles.scale, tiles.offset) if isinstance(level, QTensor)]
-        shared = math.gcd(count, *(count // level.scale.shape[-2] for level in levels))
-        return _largest_divisor(shared, step_bytes // group_bytes), 1
+        return group_steps(tiles, step_bytes // group_bytes), 1
     shortest = tiles.group_size * min(plane_bits(tiles.scheme.bits)) // 8
-    return 1, shortest // _largest_divisor(shortest, max(1, shortest * step_bytes // group_bytes))
+    return 1, shortest // largest_divisor(shortest, max(1, shortest * step_bytes // group_bytes))
 
 
-def _largest_divisor(number: int, limit: int) -> int:
+def group_steps(tiles: QTensor, limit: int) -> int:
+    """Groups of a step, at most `limit`, which share their scales of a second level."""
+    count = tiles.scale.shape[-2]
+    levels = [level for level in (tiles.scale, tiles.offset) if isinstance(level, QTensor)]
+    return largest_divisor(math.gcd(count, *(count // level.scale.shape[-2] for level in levels)), limit)
+
+
+def largest_divisor(number: int, limit: int) -> int:
     """The largest divisor of `number` that is at most `limit`."""
     return max(divisor for divisor in range(1, limit + 1) if number % divisor == 0)
 

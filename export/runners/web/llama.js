@@ -603,7 +603,7 @@ export function conversation(text, form, messages) {
 // A conversation with a model. Of its cache all is kept that the next turn begins with.
 export class Chat {
   constructor(model, system = "") {
-    Object.assign(this, { model, first: strip(system) ? [["system", system]] : [], said: [], held: [] });
+    Object.assign(this, { model, first: strip(system) ? [["system", system]] : [], said: [], held: [], fewest: 0 });
     if (this.first.length && !this.form.system) throw new Error("the chat template has no place for a system message");
   }
 
@@ -613,7 +613,7 @@ export class Chat {
 
   // Answers a message: yields texts as they come. `note` is called with a line for each thing to know.
   async *answer(message, limit, choose, stops = [], note = () => {}) {
-    const { model, form, said } = this, { slots } = model.manifest.cache;
+    const { model, form, said } = this, { slots, spare = Infinity } = model.manifest.cache;
     const whole = said.push(["user", message]);
     const encoded = () => conversation(model.text, form, [...this.first, ...said]);
     let ids = encoded();
@@ -628,6 +628,7 @@ export class Chat {
     if (said.length < whole) note(`the window is full: the oldest ${whole - said.length} messages are forgotten`);
     let keep = 0;
     while (keep < ids.length - 1 && ids[keep] === this.held[keep]) keep++;
+    if (keep < this.fewest) keep = 0; // what a shorter text needs may have given way to newer tokens
     const made = [], until = new Until(stops), bytesOf = model.text.decoder([]), decoder = new TextDecoder();
     let ended = false;
     try {
@@ -641,6 +642,7 @@ export class Chat {
       if (!until.ended) yield until.add(decoder.decode(bytesOf(null)), true);
     } finally {
       this.held = made.length ? [...ids, ...made.slice(0, -1)] : []; // without a token it is not known
+      this.fewest = Math.max(Math.min(this.fewest, keep), ids.length + made.length - 1 - spare);
       said.push(["assistant", until.text]);
     }
     note(`${ids.length - keep} tokens read, ${made.length} made; ${this.held.length + 1} of ${slots} slots` +

@@ -63,6 +63,8 @@ _ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "rope.scaling.attn_factor": (0, 1, 0.0, 1.0),
     "rope.scaling.alpha": (0, 0.0),
 }
+# Those that must be the size of a head, unless a family reads them.
+_OF_HEADS = ("attention.value_length", "rope.dimension_count")
 # Of no effect where RoPE is not scaled by YaRN, where no layer has a window, or on what llama.cpp computes at all.
 _NO_EFFECT = frozenset(
     (
@@ -139,15 +141,16 @@ def config_of(
     ours |= {switch: True for switch, name in _BIASES.items() if name in tensors}
     ours |= read_rope(keys, tensors) | family.gguf.read(keys)
     rows = keys.take("vocab_size", vocab_size)
+    check_whole(f"{path}: {prefix}vocab_size", rows)
     needed = sorted(keys.read & ignored)
     if needed:
         raise LlamaJaxError(f"{prefix + needed[0]!r} cannot be ignored: the model is made by it")
+    remedy = "if it does not change the forward pass, give --ignore_key={key} (ignore_keys in the library)"
+    check_read(keys, said.keys() - ignored, (_NO_EFFECT | {*_ONLY_VALUE, *_OF_HEADS}).__contains__, remedy)
     config = Config.from_dict(ours, f"{path}: {architecture}")
     if config.window_rope == Rope(theta=config.rope_theta, scaling=config.rope_scaling):
         config = dataclasses.replace(config, window_rope=None)
     _check_values(keys, config, ignored)
-    remedy = "if it does not change the forward pass, give --ignore_key={key} (ignore_keys in the library)"
-    check_read(keys, said.keys() - ignored, _NO_EFFECT.__contains__, remedy)
     notes = []
     if rows != vocab_size:
         notes.append(
@@ -174,6 +177,7 @@ def _one_value(path: Any, prefix: str, key: str, value: Any) -> Any:
 def _sizes(keys: Keys) -> dict[str, Any]:
     """What every architecture says."""
     ours = {name: keys.take(key) for key, name in FIELDS.items() if key in keys}
+    ours["norm_eps"] = keys.number("attention.layer_norm_rms_epsilon")
     ours.setdefault("num_kv_heads", ours["num_heads"])
     ours.setdefault("head_size", ours["width"] // ours["num_heads"])
     return ours
@@ -190,9 +194,7 @@ def _family(architecture: str, keys: Keys) -> Family:
 
 def _check_values(keys: Keys, config: Config, ignored: Collection[str]) -> None:
     """That keys which we do not compute by have the values at which they do nothing."""
-    allowed = dict(_ONLY_VALUE)
-    allowed["attention.value_length"] = (config.head_size,)
-    allowed["rope.dimension_count"] = (config.rotated_size,)
+    allowed = _ONLY_VALUE | dict.fromkeys(_OF_HEADS, (config.head_size,))
     scale = keys.peek("attention.scale")
     if isinstance(scale, float) and math.isclose(scale, config.score_scale, rel_tol=1e-6):
         allowed["attention.scale"] = (scale,)

@@ -40,7 +40,7 @@ def read_rope(keys: Keys, tensors: Collection[str]) -> dict[str, Any]:
     Raises:
         LlamaJaxError: for a scaling that is not known.
     """
-    ours: dict[str, Any] = {"rope_theta": keys.take("rope.freq_base")} if "rope.freq_base" in keys else {}
+    ours: dict[str, Any] = {"rope_theta": keys.number("rope.freq_base")} if "rope.freq_base" in keys else {}
     kind = keys.take("rope.scaling.type", "linear")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0)) or 1.0
     if kind not in ("none", "linear", "yarn", "longrope"):

@@ -22,10 +22,11 @@ from llamajax.checkpoint.source import Source, Stored
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
 from llamajax.families import pieces, shape_of, tensors
+from llamajax.families.family import format_of
 from llamajax.files import shortened
 from llamajax.parameters import Place, specs
 from llamajax.workers import workers
-from quant import ggml
+from quant import bitnet, ggml
 
 _MOST_THREADS = 8
 EMBEDDING = "token_embd.weight"
@@ -191,6 +192,7 @@ class _Reader:
         }
         self.orders = row_orders(config)
         self.dtype = self._dtype()
+        self.int8_tokens = format_of(config, "gguf").int8_tokens
         self.abstract = {place: self._abstract(place) for place in self.specs}
 
     def expanded(self) -> str:
@@ -220,7 +222,7 @@ class _Reader:
         part, spec = self.parts[place], self.specs[place]
         kind = part.kind
         if kind.packed is not None:
-            weight = ggml.abstract(kind.name, part.shape)
+            weight = self._as_multiplied(ggml.abstract(kind.name, part.shape))
             return ggml.transposed(weight) if spec.transposed else weight
         dtype = kind.dtype if spec.is_only_looked_up and kind.dtype else self.dtype
         return jax.ShapeDtypeStruct(part.shape[::-1] if spec.transposed else part.shape, np.dtype(dtype))
@@ -246,13 +248,17 @@ class _Reader:
         # llama.cpp adds nothing where it multiplies by a norm's weights: its files have the sum.
         return array.astype(np.float32) - np.float32(spec.offset) if spec.offset else array
 
+    def _as_multiplied(self, weight: Any) -> Any:
+        """A packed weight with what its family rounds activations to."""
+        return bitnet.with_int8_tokens(weight) if self.int8_tokens else weight
+
     def read(self, place: Place) -> Any:
         """One weight, as of `Source`."""
         part, spec = self.parts[place], self.specs[place]
         if part.kind.packed is None:
             array = self._floats(place)
             return array.T if spec.transposed else array
-        weight = ggml.unpack(part.kind.name, self._blocks(place))
+        weight = self._as_multiplied(ggml.unpack(part.kind.name, self._blocks(place)))
         self.file.release(part.tensor.name)
         return ggml.transposed(weight) if spec.transposed else weight
 

@@ -1,0 +1,78 @@
+"""The tensors of a safetensors file, by the names that a text's have where a model does not see images as well.
+
+Reference: the mapping "llava" of transformers' `conversion_mapping.py`, which Gemma 3 and Mistral 3 follow.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from llamajax.errors import LlamaJaxError
+from llamajax.files import shortened
+
+# What stands before names of a text, in files of transformers 4 and of 5, and what stands there without images.
+_TEXT = {
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+}
+_IMAGES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+
+
+def text_names(names: Iterable[str], source: str) -> Mapping[str, str]:
+    """Names in a file by those of the text alone; tensors that only images need are left out.
+
+    Raises:
+        LlamaJaxError: if two tensors have one name.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        if name.startswith(_IMAGES):
+            continue
+        before = next((before for before in _TEXT if name.startswith(before)), "")
+        plain = _TEXT[before] + name[len(before) :] if before else name
+        if plain in found:
+            raise LlamaJaxError(
+                f"{source}: tensors {shortened(found[plain])} and {shortened(name)} are one: expected one of them"
+            )
+        found[plain] = name
+    return found
+
+
+class TextTensors:
+    """An opened safetensors file, with the names of `text_names`.
+
+    Attributes:
+        images: tensors that were left out.
+    """
+
+    def __init__(self, opened: Any, source: str):
+        """`opened` is what `safetensors.safe_open` gives."""
+        held = opened.keys()
+        self._opened, self._names = opened, text_names(held, source)
+        self.images = len(held) - len(self._names)
+
+    def __enter__(self) -> "TextTensors":
+        """Nothing yet."""
+        self._opened.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Closes the file."""
+        self._opened.__exit__(*error)
+
+    def keys(self) -> list[str]:
+        """All names."""
+        return list(self._names)
+
+    def offset_keys(self) -> list[str]:
+        """All names, in the order of the tensors in the file."""
+        plain = {theirs: name for name, theirs in self._names.items()}
+        return [plain[name] for name in self._opened.offset_keys() if name in plain]
+
+    def get_slice(self, name: str) -> Any:
+        """A tensor that is read when it is indexed."""
+        return self._opened.get_slice(self._names[name])
+
+    def get_tensor(self, name: str) -> Any:
+        """A tensor."""
+        return self._opened.get_tensor(self._names[name])
