@@ -223,7 +223,6 @@ OPTIONAL = {
     "tanh": {"score_cap": 50.0},
     "log": {"query_temperature": Temperature(beta=0.1, length=8)},
     "floor": {"query_temperature": Temperature(beta=0.1, length=8)},
-    "remainder": {"layer_kinds": ("chunk",), "chunk": 4},
 }
 
 

@@ -51,7 +51,8 @@ class Scores:
         if self.window is not None:
             visible &= slot > position - self.window
         if self.chunk is not None:
-            visible &= slot >= position - position % self.chunk
+            # Of positions, which are not negative: a remainder is no operation that every runtime has.
+            visible &= slot >= jax.lax.div(position, jnp.full_like(position, self.chunk)) * self.chunk
         return visible
 
     def masked(self, score: jax.Array, position: jax.Array, slot: jax.Array) -> jax.Array:
