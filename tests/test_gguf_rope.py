@@ -123,9 +123,9 @@ def test_keys_as_they_are_found(keys: dict[str, Any], tensors: dict[str, Any], s
         (
             _YARN | {"llama.rope.scaling.attn_factor": np.float32("nan")},
             {},
-            "rope.scaling.attn_factor is nan: expected a finite",
+            "attn_factor is nan: expected a finite",
         ),
-        (_YARN | {"llama.rope.scaling.factor": np.float32("inf")}, {}, "rope.scaling.factor is inf: expected a finite"),
+        (_YARN | {"llama.rope.scaling.factor": np.float32("inf")}, {}, "scaling.factor is inf: expected a finite"),
         (_YARN, _BOTH, "rope_factors_short.weight comes beside another RoPE scaling"),
         ({"llama.rope.scaling.type": "longrope"}, {}, "tensor 'rope_factors_short.weight' is missing: longrope needs"),
         ({}, {_SHORT: _BOTH[_SHORT]}, "tensor 'rope_factors_long.weight' is missing"),
