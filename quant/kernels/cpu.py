@@ -32,7 +32,7 @@ from quant.scheme import Scheme
 LANES = 16
 # Rows up to which widening the bytes anew for each row is faster than a `dot` with weights that were written out.
 MAX_UNROLLED_ROWS = 16
-# Up to so many, sums are scaled rather than weights: the sums are then no more work than the weights.
+# Up to so many, sums are scaled rather than weights.
 MAX_SUMMED_ROWS = 2
 # Rows up to which ternary codes are multiplied as whole numbers.
 MAX_INTEGER_ROWS = 16
