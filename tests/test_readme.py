@@ -49,4 +49,4 @@ def test_commands_and_presets() -> None:
     assert "make demo" in README and "make test" in README
     listed = README[README.index("## Presets") : README.index("## Limitations")]
     assert all(size in listed for size in ("7B", "13B", "30B", "65B", "70B", "8B", "405B", "1B", "3B", "1.1B"))
-    assert len(preset_names()) == 16
+    assert f"names {len(preset_names())}:" in listed
