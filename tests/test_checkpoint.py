@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 import llamajax
 from llamajax import LlamaJaxError, Tokenizer, open_checkpoint, save_checkpoint
-from llamajax.checkpoint import home, huggingface
+from llamajax.checkpoint import home, huggingface_write
 from llamajax.cli import main
 from llamajax.model import model_from
 from llamajax.parameters import Place, named_arrays, named_weights
@@ -464,7 +464,7 @@ def test_a_save_that_fails_leaves_nothing(
     if form == "llamajax":
         monkeypatch.setattr(home, "json", SimpleNamespace(dumps=fail))
     else:
-        monkeypatch.setattr(huggingface, "_write_json", fail)
+        monkeypatch.setattr(huggingface_write, "_write_json", fail)
     expected = LlamaJaxError if isinstance(failure, OSError) else type(failure)
     with pytest.raises(expected, match="No space left on device.: make room|^$"):
         save_checkpoint(tiny_model, tmp_path / "saved", form=form)
