@@ -189,7 +189,7 @@ def test_round_trips(config: Config) -> None:
     assert config_from_hf(json.loads(json.dumps(config_to_hf(config)))) == config
 
 
-@settings(deadline=None, derandomize=True, database=None, max_examples=15)
+@settings(deadline=None, derandomize=True, database=None, max_examples=4)
 @given(configs())
 def test_num_parameters_counts_the_leaves(config: Config) -> None:
     assert config.num_parameters == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_model(config)))

@@ -41,6 +41,7 @@ TIED = Config.from_dict(CONFIG.to_dict() | {"tied_embeddings": True})
 # ---- Counts ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", preset_names())
 def test_counts_are_those_of_the_tree(name: str) -> None:
     config = preset(name)
