@@ -352,7 +352,7 @@ def test_bad_recipes_are_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(LlamaJaxError, match=f"mine.toml.*{message}"):
         read_recipe(file)
     with pytest.raises(
-        LlamaJaxError, match="recipe is 'int5': expected a .toml file or one of int3-g64, int3-g64-gptq, int4-g128"
+        LlamaJaxError, match="recipe is 'int5': expected a .toml file or one of bitnet, int3-g64, int3-g64-gptq"
     ):
         read_recipe("int5")
 
