@@ -319,7 +319,7 @@ def test_number_of_programs(tiny_model: Llama, tiny_tokenizer: Tokenizer, backen
     assert compiled([1] * 2, max_new_tokens=3, temperature=0.5) == 2
     before = backend_compilations()
     assert before >= 2
-    for length in (3, 9, 17, 33):
+    for length in (3, 9, 17):
         assert compiled([1] * length, max_new_tokens=3, temperature=0.5) == 0
     assert compiled([1] * 9, max_new_tokens=20, temperature=0.6, seed=4) == 0
     assert compiled([1] * 9, max_new_tokens=70, temperature=1.0, seed=5, stop=["x", "yz"]) == 0

@@ -12,15 +12,13 @@ LONGEST_LINE = 1 << 20
 def steps(session, bundle, ids, limit, choose, whole=True, keep=0):
     """Prefills `ids`, then yields (token, logits it was chosen from), at most `limit`. All rows hold the same text.
 
-    The cache holds the first `keep` of them already. Without `whole` the prompt too is decoded, token by token. The
-    first step is not timed: a runtime may compile then.
+    The cache holds the first `keep`. Without `whole` the prompt too is decoded. The first step may compile: not timed.
     """
     if not 0 < len(ids) < bundle.slots:
         sys.exit(f"{len(ids)} tokens: expected 1 to {bundle.slots - 1}, for the cache has {bundle.slots} slots")
     vocabulary = bundle.manifest["config"]["vocab_size"]
-    for token in ids:
-        if not 0 <= token < vocabulary:
-            sys.exit(f"id {token}: expected 0 to {vocabulary - 1}")
+    for token in (token for token in ids if not 0 <= token < vocabulary):
+        sys.exit(f"id {token}: expected 0 to {vocabulary - 1}")
     rows = lambda value: np.full(bundle.batch, value, np.int32)  # noqa: E731
     if not keep:
         session.reset()

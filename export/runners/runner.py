@@ -101,8 +101,7 @@ class Bundle:
         self.batch, self.slots = (self.manifest["cache"][key] for key in ("batch", "slots"))
         inputs = self.manifest["programs"]["decode"]["inputs"]
         # Bundles of the first releases do not say what their state is.
-        state = self.manifest["cache"].get("state")
-        self.state = state or [value for value in inputs if value["name"] in ("key", "value")]
+        self.state = self.manifest["cache"].get("state") or [v for v in inputs if v["name"] in ("key", "value")]
 
     def _read_manifest(self):
         with open_regular(os.path.join(self.path, "manifest.json"), LARGEST_MANIFEST) as file:
@@ -146,8 +145,7 @@ def check_texts(bundle):
         return {kind: 0 for kind in kinds}
     form = bundle.manifest.get("chat")
     encoded = [(e["text"], text.encode(e["text"], e.get("special", False)), e["ids"]) for e in kinds["texts"]]
-    talks = kinds["conversations"]
-    encoded += [(e["messages"], conversation(text, form, e["messages"]), e["ids"]) for e in talks]
+    encoded += [(e["messages"], conversation(text, form, e["messages"]), e["ids"]) for e in kinds["conversations"]]
     for said, ids, expected in encoded:
         if ids != expected:
             sys.exit(f"{said!r} gives ids {ids}: expected {expected}")
@@ -158,16 +156,13 @@ def tolerance(session, bundle, logits):
     """The largest difference from these golden logits that arithmetic explains: four standard deviations.
 
     A layer rounds its activations about 14 times, keys and values once each; a sum of K float32 products is off by
-    about sqrt(K) roundings. Relative errors add up as steps of a random walk do. The model in the box and stories260K
-    stay below a quarter of it with every pair of dtypes (jax, IREE, ONNX Runtime).
+    about sqrt(K) roundings. Relative errors add up as a random walk does. The box and stories260K stay below a quarter.
     """
     config, dtypes = bundle.manifest["config"], {v["name"]: v["dtype"] for v in bundle.manifest["weights"]}
     activations, cache = ROUNDING[dtypes["norm.weight_D"]], ROUNDING[bundle.manifest["cache"]["dtype"]]
     products = config["width"] * ROUNDING["float32"] ** 2 + getattr(session, "product", 0.0) ** 2
     variance = config["num_layers"] * (14 * (activations**2 + products) + 2 * cache**2)
-    if bundle.manifest.get("activations") == "int8-token":
-        # A code near a tie falls to either side: one in each of a layer's four inputs, by 1/127 of the largest channel,
-        # which is taken for 2.5 times the root mean square.
+    if bundle.manifest.get("activations") == "int8-token":  # one code near a tie in each of four inputs, of 2.5 sigma
         variance += config["num_layers"] * 4 * (2.5 / 127) ** 2 / config["width"]
     return float(4 * np.sqrt(np.mean(np.square(logits)) * variance))
 
