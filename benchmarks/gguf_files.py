@@ -45,7 +45,7 @@ def write_gguf(path: Path | str, config: llamajax.Config, read: Read, kind: str 
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
-    tensors = []
+    written = []
     for theirs, (place,) in tensors(config, "huggingface").items():
         shape = stored_shape(config, place)
         stored = gguf.GGMLQuantizationType[kind if len(shape) == 2 else "F32"]
@@ -53,11 +53,11 @@ def write_gguf(path: Path | str, config: llamajax.Config, read: Read, kind: str 
         length = math.prod(shape) // block * size
         name = names.get_name(theirs, (".weight",))
         writer.add_tensor_info(name, shape, np.dtype(np.float32), length, raw_dtype=stored)
-        tensors.append((place, theirs, stored))
+        written.append((place, theirs, stored))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for place, theirs, stored in tensors:
+    for place, theirs, stored in written:
         array = read(place, theirs)
         if array.dtype != np.uint8:
             array = gguf.quantize(np.ascontiguousarray(array, np.float32), stored)

@@ -215,7 +215,7 @@ def held(tokenizer: Tokenizer, text: Text, monkeypatch: pytest.MonkeyPatch) -> C
     def hold(lines: str, replies: Sequence[str], slots: int = 256, form: dict = FORM, **options) -> SimpleNamespace:
         ids = [[*tokenizer.encode(reply), 2] for reply in replies]
         session, out = Scripted([1, *tokenizer.encode("assistant\n")], ids, slots), io.BytesIO()
-        manifest = {"chat": form, "buckets": [4, 16], "config": {"vocab_size": 303}}
+        manifest = {"chat": form, "buckets": [4, 16], "config": {"vocab_size": 303}, "cache": {}}
         bundle = SimpleNamespace(batch=1, slots=slots, manifest=manifest)
         given = SimpleNamespace(**{"prompt": None, "system": "", "max_new_tokens": 40, "stops": []} | options)
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
