@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 
 import llamajax
+from llamajax.families import tensors
 from llamajax.parameters import Place, specs, weights_of
 
 # (its place, Hugging Face's name) -> a tensor in Hugging Face's orientation, or its rows as bytes of blocks.
