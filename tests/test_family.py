@@ -253,6 +253,7 @@ def test_logits_and_text_are_numpys(model: Llama, arrays: dict[str, np.ndarray])
     assert made.tokens == greedy(dense(model), PROMPT, 12)
 
 
+@pytest.mark.exhaustive  # tests/test_rings.py turns the rings that are ours
 def test_long_prompts_turn_the_ring(model: Llama) -> None:
     prompt = [int(i) for i in np.random.default_rng(2).integers(0, 64, CONFIG.window + _STEP + 30)]
     made = llamajax.generate(model, None, prompt, temperature=0, max_new_tokens=2)
@@ -283,6 +284,7 @@ CALIBRATED = (
 )
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_quantized_text_is_numpys(model: Llama, calibrated: bool, tmp_path: Path) -> None:
     text = np.random.default_rng(3).integers(0, 64, 640) if calibrated else None
