@@ -103,7 +103,7 @@ class Attention(nnx.Module):
         after = c.query_key_norm == "l2" and rope is not None  # Llama 4's, of layers with RoPE
         if rope is not None:
             frequency = rope_frequencies(rope, c.rotated_size, where.reach)
-            factor = rope_attention_factor(rope, where.reach)
+            factor = rope_attention_factor(rope)
             query_scale = None if after else scale
             query_BTNH = apply_rope(query_BTNH, where.position_BT, frequency, query_scale, factor)
             key_BTKH = apply_rope(key_BTKH, where.position_BT, frequency, factor=factor)

