@@ -15,6 +15,7 @@ import statistics
 import time
 from typing import NamedTuple
 
+import jax
 from absl import app, flags
 
 from llamajax import Chat, Message, load
@@ -61,7 +62,8 @@ def turn(chat: Chat, question: str) -> Turn:
 def main(argv: list[str]) -> None:
     """Measures and prints."""
     values = flags.FLAGS
-    model, tokenizer = load(values.model or smollm2.fetch())
+    # Laid out, as `llamajax chat` reads it.
+    model, tokenizer = load(values.model or smollm2.fetch(), backend=jax.default_backend())
 
     def new() -> Chat:
         return Chat(model, tokenizer, temperature=0, max_new_tokens=16)

@@ -12,14 +12,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from llamajax.caches import empty_cache
+from llamajax.caches import empty_cache, ring_slots
 from llamajax.checkpoint import Opened
 from llamajax.checkpoint.assemble import Finish, outcome
 from llamajax.checkpoint.source import Source
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
 from llamajax.generation.engine import Engine
-from llamajax.generation.programs import PREFILL_BUCKETS, plan_chunks
+from llamajax.generation.programs import plan_chunks
 from llamajax.model import Llama
 from llamajax.parameters import named_weights
 from llamajax.quantization.foreseen import foreseen_weights
@@ -39,11 +39,12 @@ COMPILED = 50 * _MIB
 COMPILING = 350 * _MIB
 # Temporaries on a CPU, in float32 numbers. Of a prefill's chunk for each token: so many times the model's width, that
 # of its feed-forward, and its scores with a slab of slots; beside them a layer's keys and values. Of a step for each
-# row: so many times its logits. By `memory_analysis()` of programs of TinyLlama 1.1B (1 and 8 rows, 512 and 2,048
-# slots) and Llama 2 7B (1 row, 1,024 slots) in int4-g32, which these meet within 6%.
+# row: so many times its logits; beside them sums of products. By `memory_analysis()` of programs of TinyLlama 1.1B (a
+# chunk with 1 and 8 rows, 512 and 2,048 slots; a step with 1 and 8 rows, 512 slots) and Llama 2 7B (a chunk, 1 row,
+# 1,024 slots) in int4-g32, which these meet within 6%.
 _WIDTHS, _FFN_WIDTHS, _SCORES = 4.0, 3.2, 1.7
 _SLAB_SLOTS = 256
-_LOGITS = 22
+_LOGITS, _SUMS = 5, 3 << 17
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,13 +214,16 @@ def _temporaries(model: Llama, batch: int, context: int, slots: int) -> int:
     c = model.config
     tokens = batch * max(plan_chunks(context - 1), default=1)
     floats = _WIDTHS * c.width + _FFN_WIDTHS * c.ffn_width + _SCORES * c.num_heads * _SLAB_SLOTS
-    layer = batch * slots * 2 * c.num_kv_heads * c.head_size
+    layer = batch * _most_slots(c, slots) * 2 * c.num_kv_heads * c.head_size
     many = 4 * int(tokens * floats + layer)
-    few = 4 * _LOGITS * batch * c.vocab_size
-    if quantized(model) and batch <= PREFILL_BUCKETS[0]:
-        # With 2 to 16 rows, in a step or the smallest chunk, XLA makes floats of a whole packed weight at a time.
-        few += 4 * c.width * c.ffn_width
+    few = 4 * (_LOGITS * batch * c.vocab_size + _SUMS)
     return max(many, few)
+
+
+def _most_slots(config: Config, slots: int) -> int:
+    """Slots of the layers that have the most: those that see a part of the text only have a ring."""
+    rings = ("window", "chunk")
+    return min(slots, max(ring_slots(getattr(config, kind)) if kind in rings else slots for kind in config.layer_kinds))
 
 
 def _nothing_to_read(place: Any) -> Any:

@@ -64,6 +64,18 @@ def test_the_cache_is_what_the_engine_makes(cache_dtype: str) -> None:
     assert larger.cache == held(empty_cache(config, 2, 512, cache_dtype))
 
 
+def test_a_longer_context_copies_no_more_of_a_window() -> None:
+    """Of a full layer, keys and values of all slots in float32; of layers that all have rings, nothing more."""
+    grown = {}
+    for window, kinds in ((None, ("full",)), (512, ("window",)), (512, ("window", "full"))):
+        config = dataclasses.replace(preset("llama3.2-1b"), window=window, layer_kinds=kinds)
+        weights = plan_weights(config, "int4-g32", dtype=jnp.float32, backend="cpu")
+        shorter, longer = (weights.plan(context).activations for context in (2048 + 1, 4096 + 1))
+        grown[kinds] = longer - shorter
+    assert grown[("window",)] == 0
+    assert grown[("full",)] == grown[("window", "full")] == 4 * 2048 * 2 * 8 * 64
+
+
 def test_shapes_that_no_machine_here_holds() -> None:
     """Llama 3 70B: 70.6e9 weights, of which all but the norms take 4.5 bits; 80 layers of 8 heads of 128."""
     made = plan(preset("llama3-70b"), "int4-g32", context=8192, dtype="bfloat16", backend="cpu")
