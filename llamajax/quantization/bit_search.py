@@ -7,7 +7,7 @@ changes in the layer's output, squared, relative to the output. Errors of differ
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,14 @@ from llamajax.model import Llama, model_from
 from llamajax.parameters import Place, leaves, specs
 from llamajax.quantization import calibrate
 from llamajax.quantization.quantize_weight import by_rounding, naming
+from llamajax.quantization.sensitivity import LayerGradients, gradients
 from quant import Rule, Scheme, allocate, values
 
 _BITS = (2, 3, 4, 5, 6, 8)
+# What the search by loss chooses from, as (bits, group size): steps of a quarter to half a bit between 2.3 and 6.3.
+_FORMS = ((2, 32), (2, 64), (3, 32), (3, 64), (4, 32), (4, 64), (4, 128), (5, 64), (6, 64), (8, 64))
+# Weights of a matrix on which a candidate's error is measured: as many of its outputs.
+_MEASURED_WEIGHTS = 2**18
 _SAMPLE_TOKENS = 4096
 _HEAD_TOKENS = 256
 
@@ -190,3 +195,58 @@ def _change(place: Place, rule: Rule, before: jax.Array, after: jax.Array) -> fl
 def _mean_change(before: jax.Array, after: jax.Array) -> jax.Array:
     """Mean over tokens of |after - before|^2 / |before|^2: no token counts more because its activations are large."""
     return jnp.mean(jnp.sum((after - before) ** 2, -1) / jnp.maximum(jnp.sum(before**2, -1), 1e-30))
+
+
+# ---- By what the loss says -------------------------------------------------------------------------------------------
+
+
+class Chosen(NamedTuple):
+    rules: dict
+    energy: dict
+    hessian_DD: Any
+    errors: dict
+
+
+def loss_candidates(place, rule, config):
+    if not bits_are_free(rule):
+        return [rule]
+    spec = specs(config)[place]
+    length = spec.shape(config)[spec.axis]
+    kind = Scheme.named(str(rule.scheme)).kind
+    return [dataclasses.replace(rule, scheme=f"{kind}{bits}", group_size=size) for bits, size in _FORMS if length % size == 0] or [rule]
+
+
+def choose_by_loss(read, rules, target_bpw, windows_WT, config, on_layers, candidates=loss_candidates):
+    options = {place: candidates(place, rule, config) for place, rule in rules.items()}
+    errors = {place: [0.0] * len(each) for place, each in options.items()}
+    energy, hessian_DD = {}, None
+    for seen in gradients(read, config, windows_WT, on_layers=on_layers):
+        if isinstance(seen, LayerGradients):
+            fisher = {Place(name, seen.layer): (seen.weights[name], f) for name, f in seen.fisher.items()}
+            energy |= {Place(name, seen.layer): e for name, e in seen.energy.items()}
+        else:
+            hessian_DD = seen.hessian_DD
+            embed, head = Place("embed_VD"), Place("head_VD")
+            fisher = {embed: (values(read(embed)), seen.embed_fisher_VD)}
+            if seen.head_fisher_VD is not None:
+                fisher[head] = values(read(head)), seen.head_fisher_VD
+        for place, (weight, f) in fisher.items():
+            axis = specs(config)[place].axis
+            for i, rule in enumerate(options[place] if len(options[place]) > 1 else ()):
+                errors[place][i] = float(_loss_error(weight, f, rule, axis))
+    float_bytes = read(Place("norm.weight_D")).dtype.itemsize
+    costs = [[_bytes(rule, place, config, float_bytes) for rule in each] for place, each in options.items()]
+    chosen = allocate(costs, [errors[place] for place in options], target_bpw * config.num_parameters / 8)
+    return Chosen({place: options[place][i] for place, i in zip(options, chosen, strict=True)}, energy, hessian_DD,
+                  {place: errors[place][i] for place, i in zip(options, chosen, strict=True)})
+
+
+def _loss_error(weight, fisher, rule, axis):
+    across = -1 if axis == -2 else -2
+    step = max(1, weight.size // _MEASURED_WEIGHTS)
+    if axis == -2:
+        part, f = weight[:, ::step], fisher[:, ::step]
+    else:
+        part, f = weight[::step], fisher[::step]
+    count = weight.shape[across] / part.shape[across]
+    return 0.5 * count * jnp.sum((values(_quantized(part, rule, axis)) - part) ** 2 * f)
