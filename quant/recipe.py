@@ -80,6 +80,11 @@ KEYS: dict[str, _Kind] = {
         "bits per weight between 1 and 17, as 4.5",
         lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool) and 1 < float(value) < 17,
     ),
+    "propagation": _Kind(
+        "a number from 0 to 1, as 0.5",
+        lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) <= 1,
+    ),
+    "tuning": _Kind("a whole number of passes, 0 or more", lambda value: _is_whole(value) and 0 <= value < 1000),
 }
 
 
@@ -204,10 +209,16 @@ class Recipe:
         rules: in the order in which they are asked.
         target_bpw: bits per weight of the whole model, everything counted. Then the numbers of bits in `int` and `uint`
             rules are a starting point only: each weight's are chosen so that the error is least within the budget.
+        propagation: how far each weight by GPTQ is moved to make up for the errors of its inputs before it is
+            rounded, from 0 to 1 (`propagated`).
+        tuning: how many times the calibration text is gone through to tune scales and norms in the end, by the KL
+            divergence from the model that is quantized.
     """
 
     rules: tuple[Rule, ...]
     target_bpw: float | None = None
+    propagation: float = 0.0
+    tuning: int = 0
 
     def __post_init__(self) -> None:
         """Checks the target.
@@ -220,7 +231,8 @@ class Recipe:
     @property
     def needs_calibration(self) -> bool:
         """Whether it needs a text to run the model on."""
-        return self.target_bpw is not None or any(rule.needs_calibration for rule in self.rules)
+        of_model = self.target_bpw is not None or self.tuning > 0
+        return of_model or any(rule.needs_calibration for rule in self.rules)
 
 
 def recipe_from(table: Mapping[str, Any], source: str) -> Recipe:
@@ -230,9 +242,11 @@ def recipe_from(table: Mapping[str, Any], source: str) -> Recipe:
         ValueError: for anything but a list of rules with known keys and a target; the message begins with `source`.
     """
     rules = table.get("rules")
-    if set(table) - {"target_bpw"} != {"rules"} or not isinstance(rules, list) or not rules:
+    of_model = [field.name for field in dataclasses.fields(Recipe) if field.name != "rules"]
+    if set(table) - set(of_model) != {"rules"} or not isinstance(rules, list) or not rules:
         raise ValueError(
-            f"{source}: expected [[rules]], target_bpw and nothing else, found {', '.join(sorted(table)) or 'nothing'}"
+            f"{source}: expected [[rules]], {', '.join(of_model)} and nothing else, found "
+            f"{', '.join(sorted(table)) or 'nothing'}"
         )
     known = {field.name for field in dataclasses.fields(Rule)}
     for rule in rules:
@@ -240,7 +254,7 @@ def recipe_from(table: Mapping[str, Any], source: str) -> Recipe:
         if unknown or "weights" not in rule:
             raise ValueError(f"{source}: rule with {unknown or 'no weights'}: expected keys {', '.join(sorted(known))}")
     try:
-        return Recipe(tuple(Rule(**rule) for rule in rules), table.get("target_bpw"))
+        return Recipe(tuple(Rule(**rule) for rule in rules), **{key: table[key] for key in of_model if key in table})
     except (ValueError, TypeError) as error:
         raise ValueError(f"{source}: {error}") from None
 
