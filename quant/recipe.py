@@ -67,6 +67,10 @@ KEYS: dict[str, _Kind] = {
     ),
     "scale_dtype": _one_of(SCALE_DTYPES),
     "scale_scheme": _one_of(SCHEMES),
+    "scale_group": _Kind(
+        "256 or 'channel'",
+        lambda value: (_is_whole(value) and value == 256) or (isinstance(value, str) and value == "channel"),
+    ),
     "offset": _BOOLEAN,
     "method": _one_of(("rtn", "gptq", "hqq")),
     "clip": _one_of(("mse",)),
@@ -110,8 +114,8 @@ class Rule:
         scheme: name of a `Scheme`.
         group_size: weights that share a scale, "channel" or "tensor".
         scale_dtype: float32, bfloat16 or float16.
-        scale_scheme: name of the scheme that scales have, codes themselves then, under a float for each 256 weights
-            (`quantize_two_levels`).
+        scale_scheme: name of the scheme that scales have, codes themselves then (`quantize_two_levels`).
+        scale_group: weights whose scales in codes share a float: 256, or "channel".
         offset: of a `uint` scheme: store what the zero point amounts to, a number beside the scale (`with_offset`).
         method: "rtn" (`quantize_rtn`), "gptq" (`quantize_gptq`) or "hqq" (`quantize_hqq`).
         clip: None or "mse" (see `quantize_rtn`).
@@ -135,6 +139,7 @@ class Rule:
     group_size: int | Literal["channel", "tensor"] = 32
     scale_dtype: str = "bfloat16"
     scale_scheme: str | None = None
+    scale_group: int | Literal["channel"] = 256
     offset: bool = False
     method: Literal["rtn", "gptq", "hqq"] = "rtn"
     clip: Literal["mse"] | None = None
@@ -171,6 +176,7 @@ class Rule:
             ),
             (self.importance and (self.method != "rtn" or self.clip is None), "importance needs method rtn and clip"),
             (self.act_order and self.method != "gptq", "act_order needs method gptq"),
+            (self.scale_scheme is None and self.scale_group != 256, "scale_group needs a scale_scheme"),
             (self.scale_scheme is not None and self.method == "hqq", "hqq has no scale_scheme"),
             (self.scale_scheme is not None and self.act_order, "act_order has no scale_scheme"),
             (self.offset and not str(self.scheme).startswith("uint"), "offset needs a uint scheme"),
@@ -188,10 +194,12 @@ class Rule:
         multiple = 8 // min(plane_bits(Scheme.named(self.scheme).bits))
         for size in range(min(length, self.group_size), _SMALLEST_GROUP - 1, -1):
             if length % size == 0 and size % multiple == 0:
-                return dataclasses.replace(self, group_size=size, scale_scheme=None)
+                kept = self.scale_scheme if self.scale_group == "channel" else None  # which takes any groups
+                return dataclasses.replace(self, group_size=size, scale_scheme=kept)
         if length % multiple == 0:
-            return dataclasses.replace(self, group_size="channel", scale_scheme=None)
+            return dataclasses.replace(self, group_size="channel", scale_scheme=None, scale_group=256)
         plain: dict[str, Any] = {"method": "rtn", "act_order": False, "outliers": 0, "scale_scheme": None}
+        plain["scale_group"] = 256
         plain["offset"] = self.offset and self.indivisible.startswith("uint")
         return dataclasses.replace(self, scheme=self.indivisible, group_size="channel", **plain)
 

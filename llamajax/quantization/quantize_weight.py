@@ -94,7 +94,7 @@ def by_rounding(weight: Any, rule: Rule, axis: int, importance: Any = None) -> Q
     options: dict[str, Any] = {"axis": axis, "scale_dtype": rule.scale_dtype, "clip": rule.clip}
     if rule.scale_scheme is not None:
         size: Any = rule.group_size  # which is checked
-        options |= {"group_size": size, "importance": importance}
+        options |= {"group_size": size, "scale_group": rule.scale_group, "importance": importance}
         return quantize_two_levels(weight, rule.scheme, rule.scale_scheme, **options)
     made = quantize_rtn(weight, rule.scheme, group_size=rule.group_size, importance=importance, **options)
     return with_offset(made) if rule.offset else made
