@@ -117,7 +117,8 @@ def _embed(model: Llama, tokens_BT, count_B):
 def _sample(_: None, logits_BV, key_B2, length_B, temperature_B, top_p_B, top_k_B):
     """Chooses a token as `generate` does: `key` is a row's PRNG key, `length` what its cache holds."""
     key_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(key_B2, impl="threefry2x32"), length_B)
-    return sample(logits_BV, key_B, Sampler(temperature=temperature_B, top_k=top_k_B, top_p=top_p_B))
+    sampler = Sampler(temperature=temperature_B, top_k=top_k_B, top_p=top_p_B)
+    return sample(logits_BV, key_B, sampler, narrows=False)
 
 
 def _fits(length_B, tokens_BT, empty: KVCache):

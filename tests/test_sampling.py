@@ -1,6 +1,7 @@
 """Sampling: which tokens the knobs keep, that draws follow what is left, that rows are independent."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -288,6 +289,43 @@ def test_noise_is_that_of_jax_random_gumbel(impl):
     for size in (1, 1000):
         expected = jax.jit(jax.vmap(lambda one, size=size: jax.random.gumbel(one, (size,), jnp.float32)))(key)
         np.testing.assert_array_equal(jax.jit(gumbel_noise, static_argnums=1)(key, size), expected)
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"top_p": 0.95},
+        {"top_k": 40, "min_p": 0.1},
+        {"top_k": 9_000},
+        {"top_k": 9_000, "top_p": 0.6},
+        {"top_p": 0.9, "min_p": 0.3},
+        {"top_k": 10_000, "top_p": 0.99, "min_p": 0.2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("narrows", [True, False])
+def test_draws_from_a_large_vocabulary(knobs, narrows):
+    """As a sort says what is kept, with the noise of jax.random, whether few tokens are likely or all of them.
+
+    The vocabulary ends within a block of neighbours. Logits in steps of 1/8 are tied, also where top-p ends.
+    """
+    size, rows, rng = 20_011, 24, np.random.default_rng(3)
+    spread = np.repeat([8.0, 4.0, 2.0, 0.2, 0.0, 30.0], 4)[:, None]
+    logits = (np.round(rng.standard_normal((rows, size)) * spread * 8) / 8).astype(np.float32)
+    logits[::4, rng.random(size) < 0.5] = -np.inf
+    logits[1::4, -5:] = spread[1::4] * 4  # at the end, in the block that is not whole
+    key = jax.random.split(jax.random.key(2), rows)
+    noise = np.asarray(jax.vmap(lambda one: jax.random.gumbel(one, (size,), jnp.float32))(key))
+    token, _ = jax.jit(functools.partial(sample, narrows=narrows))(logits, key, make_sampler(**knobs))
+    sure = 0
+    for i in range(rows):
+        kept, unsure = _sorted_filter(logits[i], {"top_k": 1 << 30, "top_p": 1.0, "min_p": 0.0} | knobs)
+        assert kept[token[i]] or unsure[token[i]]
+        chances = np.where(kept, logits[i] + noise[i], -np.inf)
+        if not unsure.any():
+            assert token[i] == chances.argmax()
+            sure += 1
+    assert sure > rows // 2
 
 
 MIXED = {

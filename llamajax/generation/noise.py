@@ -5,17 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def gumbel_noise(key_B: jax.Array, V: int) -> jax.Array:
-    """Gumbel noise [B, V], the numbers of `jax.random.gumbel(key, (V,))` for each row's key.
+def gumbel_noise(key_B: jax.Array, V: int, id_BC: jax.Array | None = None) -> jax.Array:
+    """Gumbel noise [B, V], the numbers of `jax.random.gumbel(key, (V,))` for each row's key; or those at some ids.
 
     Those are the numbers of Threefry (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), which JAX
     computes on a CPU by a loop over arrays; as one expression it takes a quarter of the time.
     """
     if jax.random.key_impl(key_B) != "threefry2x32" or not jax.config.jax_threefry_partitionable:  # type: ignore[attr-defined]
-        return jax.vmap(lambda key: jax.random.gumbel(key, (V,), jnp.float32))(key_B)
+        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, (V,), jnp.float32))(key_B)
+        return noise_BV if id_BC is None else jnp.take_along_axis(noise_BV, id_BC, axis=1, mode="clip")
     key_B2 = jax.random.key_data(key_B)
-    id_BV = jax.lax.broadcasted_iota(jnp.uint32, (key_B2.shape[0], V), 1)
-    bits_BV = _threefry(key_B2[:, :1], key_B2[:, 1:], id_BV)
+    if id_BC is None:
+        id_BC = jax.lax.broadcasted_iota(jnp.uint32, (key_B2.shape[0], V), 1)
+    bits_BV = _threefry(key_B2[:, :1], key_B2[:, 1:], id_BC.astype(jnp.uint32))
     # The upper 23 bits are the fraction of a float32 in [1, 2), which becomes one above 0, at most 1.
     fraction_BV = jax.lax.bitcast_convert_type((bits_BV >> np.uint32(9)) | np.uint32(0x3F800000), jnp.float32) - 1
     tiny = jnp.finfo(jnp.float32).tiny

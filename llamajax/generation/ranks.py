@@ -21,42 +21,54 @@ def kth_largest(logits_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:
     return _largest(enough, logits_BV.shape[0])
 
 
-def nucleus(logits_BV: jax.Array, top_p_B: jax.Array, least_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The least logit that top-p keeps of the logits from `least_B` on, and the last id that it keeps with it."""
-    B, V = logits_BV.shape
-    most_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+def nucleus(
+    logits_BC: jax.Array,
+    id_BC: jax.Array,
+    top_p_B: jax.Array,
+    least_B: jax.Array,
+    total_B: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The least logit that top-p keeps of the logits from `least_B` on, and the last id that it keeps with it.
+
+    Args:
+        logits_BC: float32.
+        id_BC: int32, what they are the logits of.
+        top_p_B: the probability that is to be kept.
+        least_B: logits below it do not count.
+        total_B: the sum of exp(logit - largest logit) that the probability is a part of; of these logits unless given.
+    """
+    most_B1 = jnp.max(logits_BC, axis=-1, keepdims=True)
     # Probabilities up to a factor, the same in a row: no division is rounded, the likeliest is 1.
-    weight_BV = jnp.where(logits_BV >= least_B[:, None], jnp.exp(logits_BV - most_B1), 0)
-    target_B = top_p_B * jnp.sum(weight_BV, axis=-1)
+    weight_BC = jnp.where(logits_BC >= least_B[:, None], jnp.exp(logits_BC - most_B1), 0)
+    target_B = top_p_B * (jnp.sum(weight_BC, axis=-1) if total_B is None else total_B)
 
     def enough(least_B1: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(logits_BV >= least_B1, weight_BV, 0), axis=-1) >= target_B
+        return jnp.sum(jnp.where(logits_BC >= least_B1, weight_BC, 0), axis=-1) >= target_B
 
-    least_B = _largest(enough, B)
+    least_B = _largest(enough, logits_BC.shape[0])
     least_B1 = least_B[:, None]
-    above_B = jnp.sum(jnp.where(logits_BV > least_B1, weight_BV, 0), axis=-1)
-    tied_BV = logits_BV == least_B1
-    tied_B = jnp.sum(tied_BV, axis=-1, dtype=jnp.int32)
+    above_B = jnp.sum(jnp.where(logits_BC > least_B1, weight_BC, 0), axis=-1)
+    tied_BC = logits_BC == least_B1
+    tied_B = jnp.sum(tied_BC, axis=-1, dtype=jnp.int32)
     each_B = jnp.maximum(jnp.exp(least_B - most_B1[:, 0]), jnp.finfo(jnp.float32).tiny)
     missing_B = jnp.clip((target_B - above_B) / each_B, 1, tied_B.astype(jnp.float32))
     wanted_B = -jnp.floor(-missing_B).astype(jnp.int32)  # rounded up
-    everything = jnp.full(B, V, jnp.int32)
+    everything = jnp.full_like(wanted_B, jnp.iinfo(jnp.int32).max)
     last_B = jax.lax.cond(
         jnp.any(wanted_B < tied_B),
-        lambda: jnp.where(wanted_B < tied_B, _nth_id(tied_BV, wanted_B), everything),
+        lambda: jnp.where(wanted_B < tied_B, _nth_id(tied_BC, id_BC, wanted_B), everything),
         lambda: everything,
     )
     return least_B, last_B
 
 
-def _nth_id(marked_BV: jax.Array, count_B: jax.Array) -> jax.Array:
-    """The id of the n-th marked token of each row, int32 [B]: the largest that fewer than n marked ones precede."""
-    id_V = jnp.arange(marked_BV.shape[-1], dtype=jnp.uint32)
+def _nth_id(marked_BC: jax.Array, id_BC: jax.Array, count_B: jax.Array) -> jax.Array:
+    """The n-th smallest id of the marked of each row, int32 [B]: the largest that fewer than n marked ones precede."""
 
     def fewer(id_B: jax.Array) -> jax.Array:
-        return jnp.sum(marked_BV & (id_V < id_B[:, None]), axis=-1, dtype=jnp.int32) < count_B
+        return jnp.sum(marked_BC & (id_BC.astype(jnp.uint32) < id_B[:, None]), axis=-1, dtype=jnp.int32) < count_B
 
-    return _bits(fewer, marked_BV.shape[0], (marked_BV.shape[-1] - 1).bit_length()).astype(jnp.int32)
+    return _bits(fewer, marked_BC.shape[0], 31).astype(jnp.int32)
 
 
 def _largest(holds: Callable[[jax.Array], jax.Array], rows: int) -> jax.Array:

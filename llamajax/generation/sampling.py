@@ -6,11 +6,13 @@ Order and meaning follow transformers' logits processors: repetition penalty, te
 """
 
 import dataclasses
+import functools
 import math
 import numbers
+import operator
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,9 @@ from llamajax.generation.ranks import kth_largest, nucleus
 _EXCLUDED = -1e30
 # Logits divided by less would leave float32, or fall below the mark of excluded tokens.
 _LOWEST_TEMPERATURE = 1e-4
+# A filter looks first at the tokens of so many blocks of neighbours, those with the largest logits: 8,192 tokens. Of
+# SmolLM2's steps at temperature 0.8 top-p 0.95 keeps no others in 98%.
+_BLOCK, _BLOCKS = 32, 256
 # Each knob's value for "off", whose type is the array's: greedy choice, and all tokens as the model has them.
 NEUTRAL: Mapping[str, np.float32 | np.int32] = types.MappingProxyType(
     {
@@ -134,7 +139,12 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def sample(
-    logits_BV: jax.Array, key_B: jax.Array, sampler: Sampler, seen_BV: jax.Array | None = None
+    logits_BV: jax.Array,
+    key_B: jax.Array,
+    sampler: Sampler,
+    seen_BV: jax.Array | None = None,
+    *,
+    narrows: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Chooses one token a row. Rows that are greedy draw no noise and filter nothing, unless others beside them do.
 
@@ -143,6 +153,8 @@ def sample(
         key_B: one PRNG key a row, so that a row's choice does not depend on the rest of the batch.
         sampler: the knobs.
         seen_BV: bool, tokens that each row holds; needed for a repetition penalty.
+        narrows: whether filters look at the likeliest tokens first, and at all of them where these do not suffice. The
+            same tokens up to rounding; False spares the program operations that not every compiler has (`top_k`).
 
     Returns:
         token_B, int32, and log_probability_B, float32: of that token under the model itself, before any knob. It is
@@ -160,9 +172,9 @@ def sample(
         is_greedy_B = jnp.broadcast_to(_is_greedy(sampler.temperature), token_B.shape)
 
         def draw() -> jax.Array:
-            # The largest sum of a logit and Gumbel noise is a draw from the softmax, as in `jax.random.categorical`.
-            chances_BV = filter_logits(logits_BV, sampler, seen_BV)
-            return jnp.where(is_greedy_B, token_B, _likeliest(chances_BV + gumbel_noise(key_B, logits_BV.shape[-1])))
+            warm_BV, warm_B = _warm(logits_BV, sampler, seen_BV)
+            drawn_B = (_drawn if narrows else _drawn_of_all)(warm_BV, key_B, sampler, warm_B)
+            return jnp.where(is_greedy_B, token_B, drawn_B)
 
         token_B = jax.lax.cond(jnp.all(is_greedy_B), lambda: token_B, draw)
     most_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
@@ -173,15 +185,107 @@ def sample(
 
 def filter_logits(logits_BV: jax.Array, sampler: Sampler, seen_BV: jax.Array | None = None) -> jax.Array:
     """Logits after penalty and temperature, tokens that the knobs rule out at -1e30; of greedy rows penalized alone."""
+    logits_BV, warm_B = _warm(logits_BV, sampler, seen_BV)
+    every_BV = _all_of(logits_BV)
+    return _excluded(every_BV, *_kept(every_BV, sampler, warm_B))
+
+
+def _warm(logits_BV: jax.Array, sampler: Sampler, seen_BV: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Logits after penalty and temperature, and which rows are sampled, bool [B]; of others penalized alone."""
     logits_BV = _penalized(logits_BV, sampler, seen_BV)
     warm_B = jnp.ones(logits_BV.shape[:1], bool)
     if sampler.temperature is not None:
         warm_B &= ~_is_greedy(sampler.temperature)
         logits_BV = logits_BV / jnp.where(warm_B, sampler.temperature, 1)[:, None]
-    least_B, last_B = _kept(logits_BV, sampler, warm_B)
-    id_V = jnp.arange(logits_BV.shape[-1], dtype=jnp.int32)
-    is_least_BV = (logits_BV == least_B[:, None]) & (id_V <= last_B[:, None])
-    return jnp.where((logits_BV > least_B[:, None]) | is_least_BV, logits_BV, _EXCLUDED)
+    return logits_BV, warm_B
+
+
+# ---- Draws: of all tokens, or of the likeliest -----------------------------------------------------------------------
+
+
+class _Candidates(NamedTuple):
+    """Some tokens of each row: their logits, float32, and ids, int32 [B, C].
+
+    All tokens above `floor_B` are among them; None of all tokens. `total` gives the sum of exp(logit - largest) of all.
+    """
+
+    logits_BC: jax.Array
+    id_BC: jax.Array
+    floor_B: jax.Array | None = None
+    total: Callable[[], jax.Array] | None = None
+
+
+def _all_of(logits_BV: jax.Array) -> _Candidates:
+    return _Candidates(logits_BV, jax.lax.broadcasted_iota(jnp.int32, logits_BV.shape, 1))
+
+
+def _drawn(logits_BV: jax.Array, key_B: jax.Array, sampler: Sampler, warm_B: jax.Array) -> jax.Array:
+    """As `_drawn_of_all`, of rows whose knobs leave none but the likeliest tokens sooner.
+
+    Whether a row is one of these does not depend on the others.
+    """
+    B, V = logits_BV.shape
+    uses = [] if sampler.top_k is None else [sampler.top_k < V]
+    uses += [] if sampler.top_p is None else [sampler.top_p < 1]
+    uses += [] if sampler.min_p is None else [sampler.min_p > 0]
+    if V <= _BLOCK * _BLOCKS or not uses:
+        return _drawn_of_all(logits_BV, key_B, sampler, warm_B)
+    filters_B = functools.reduce(operator.or_, uses) & warm_B
+
+    def of_few() -> tuple[jax.Array, jax.Array]:
+        few_BC = _likeliest_blocks(logits_BV)
+        floor_B = few_BC.floor_B
+        assert floor_B is not None
+        least_B, last_B = _kept(few_BC, sampler, warm_B)
+        suffices_B = least_B > floor_B
+        if sampler.top_k is not None:
+            above_B = jnp.sum(few_BC.logits_BC > floor_B[:, None], axis=-1, dtype=jnp.int32)
+            suffices_B &= (sampler.top_k >= V) | (above_B >= sampler.top_k)
+        return _chosen(few_BC, key_B, V, least_B, last_B), suffices_B
+
+    token_B, suffices_B = jax.lax.cond(
+        jnp.any(filters_B), of_few, lambda: (jnp.zeros(B, jnp.int32), jnp.zeros(B, bool))
+    )
+    return jax.lax.cond(
+        jnp.all(suffices_B | ~warm_B),
+        lambda: token_B,
+        lambda: jnp.where(suffices_B, token_B, _drawn_of_all(logits_BV, key_B, sampler, warm_B)),
+    )
+
+
+def _likeliest_blocks(logits_BV: jax.Array) -> _Candidates:
+    """The tokens of the blocks with the largest logits."""
+    B, V = logits_BV.shape
+    padded_BV = jnp.pad(logits_BV, ((0, 0), (0, -V % _BLOCK)), constant_values=-jnp.inf) if V % _BLOCK else logits_BV
+    block_Bnj = padded_BV.reshape(B, -1, _BLOCK)
+    peak_Bm, at_Bm = jax.lax.top_k(jnp.max(block_Bnj, axis=-1), _BLOCKS)
+    at_Bm1 = at_Bm[:, :, None]
+    logits_BC = jnp.take_along_axis(block_Bnj, at_Bm1, axis=1, mode="clip").reshape(B, -1)
+    id_BC = (at_Bm1 * _BLOCK + jnp.arange(_BLOCK, dtype=jnp.int32)).reshape(B, -1)
+    # Where the last peak is sliced out, XLA sorts them all.
+    floor_B = jnp.min(peak_Bm, axis=-1)
+    most_B1 = jnp.max(peak_Bm, axis=-1, keepdims=True)
+    return _Candidates(logits_BC, id_BC, floor_B, lambda: jnp.sum(jnp.exp(logits_BV - most_B1), axis=-1))
+
+
+def _drawn_of_all(logits_BV: jax.Array, key_B: jax.Array, sampler: Sampler, warm_B: jax.Array) -> jax.Array:
+    """A token of each row, int32 [B], by its warm logits and the knobs."""
+    every_BV = _all_of(logits_BV)
+    return _chosen(every_BV, key_B, logits_BV.shape[-1], *_kept(every_BV, sampler, warm_B))
+
+
+def _chosen(few_BC: _Candidates, key_B: jax.Array, V: int, least_B: jax.Array, last_B: jax.Array) -> jax.Array:
+    """A draw from the softmax of what is kept: the largest sum of logit and noise, as of `jax.random.categorical`."""
+    id_BC = None if few_BC.floor_B is None else few_BC.id_BC
+    chances_BC = _excluded(few_BC, least_B, last_B) + gumbel_noise(key_B, V, id_BC)
+    return _first_of_most(chances_BC, few_BC.id_BC, V)
+
+
+def _excluded(few_BC: _Candidates, least_B: jax.Array, last_B: jax.Array) -> jax.Array:
+    """Logits, those that are not kept at -1e30."""
+    logits_BC = few_BC.logits_BC
+    is_least_BC = (logits_BC == least_B[:, None]) & (few_BC.id_BC <= last_B[:, None])
+    return jnp.where((logits_BC > least_B[:, None]) | is_least_BC, logits_BC, _EXCLUDED)
 
 
 def _is_greedy(temperature: jax.Array) -> jax.Array:
@@ -202,38 +306,55 @@ def _penalized(logits_BV: jax.Array, sampler: Sampler, seen_BV: jax.Array | None
 
 
 def _likeliest(chances_BV: jax.Array) -> jax.Array:
-    """The first token of the largest value, int32 [B]; any for a row that holds NaN.
+    """The first token of the largest value, int32 [B]; any for a row that holds NaN."""
+    V = chances_BV.shape[-1]
+    return _first_of_most(chances_BV, jnp.arange(V, dtype=jnp.int32), V)
+
+
+def _first_of_most(chances_BC: jax.Array, id_BC: jax.Array, V: int) -> jax.Array:
+    """The least id of those with the largest value, int32 [B].
 
     XLA's `argmax` compares one value at a time on a CPU; these two passes compare a register of them.
     """
-    most_B1 = jnp.max(chances_BV, axis=-1, keepdims=True)
-    V = chances_BV.shape[-1]
-    id_V = jnp.arange(V, dtype=jnp.int32)
-    return jnp.min(jnp.where(chances_BV == most_B1, id_V, V - 1), axis=-1)
+    most_B1 = jnp.max(chances_BC, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(chances_BC == most_B1, id_BC, V - 1), axis=-1)
 
 
-def _kept(logits_BV: jax.Array, sampler: Sampler, warm_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _kept(few_BC: _Candidates, sampler: Sampler, warm_B: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What top-k, top-p and min-p keep in the rows that are sampled: all above a logit, and some of those equal to it.
+
+    Of some tokens it is what they keep of all where it lies above the tokens' floor, and top-k's last does.
 
     Returns:
         least_B, float32, the least logit that is kept, and last_B, int32, the last id that is kept with it.
     """
-    B, V = logits_BV.shape
-    kept = jnp.full(B, -jnp.inf, logits_BV.dtype), jnp.full(B, V, jnp.int32)
+    logits_BC, id_BC, floor_B, total = few_BC
+    B = logits_BC.shape[0]
+    every = jnp.full(B, jnp.iinfo(jnp.int32).max, jnp.int32)
+    kept = jnp.full(B, -jnp.inf, logits_BC.dtype), every
     if sampler.top_k is not None:
         top_k_B = jnp.broadcast_to(sampler.top_k, (B,))
-        used_B = warm_B & (top_k_B < V)
-        kept = _where_used(used_B, kept, lambda: (kth_largest(logits_BV, top_k_B), kept[1]))
+        used_B = warm_B & (top_k_B < logits_BC.shape[1])
+        kept = _where_used(used_B, kept, lambda: (kth_largest(logits_BC, top_k_B), every))
     if sampler.top_p is not None:
         top_p_B, least_B = jnp.broadcast_to(sampler.top_p, (B,)), kept[0]
+
+        def of_nucleus() -> tuple[jax.Array, jax.Array]:
+            if floor_B is None or total is None:
+                return nucleus(logits_BC, id_BC, top_p_B, least_B)
+            most_B1 = jnp.max(logits_BC, axis=-1, keepdims=True)
+            weight_BC = jnp.where(logits_BC >= least_B[:, None], jnp.exp(logits_BC - most_B1), 0)
+            total_B = jnp.where(least_B > floor_B, jnp.sum(weight_BC, axis=-1), total())
+            return nucleus(logits_BC, id_BC, top_p_B, least_B, total_B)
+
         # At 1 all are kept, also those whose probability is lost beside the sum.
-        kept = _where_used(warm_B & (top_p_B < 1), kept, lambda: nucleus(logits_BV, top_p_B, least_B))
+        kept = _where_used(warm_B & (top_p_B < 1), kept, of_nucleus)
     if sampler.min_p is not None:
         min_p_B, (least_B, last_B) = jnp.broadcast_to(sampler.min_p, (B,)), kept
 
         def raised() -> tuple[jax.Array, jax.Array]:
-            floor_B = jnp.max(logits_BV, axis=-1) + jnp.log(min_p_B)
-            return jnp.maximum(floor_B, least_B), jnp.where(floor_B > least_B, V, last_B)
+            lowest_B = jnp.max(logits_BC, axis=-1) + jnp.log(min_p_B)
+            return jnp.maximum(lowest_B, least_B), jnp.where(lowest_B > least_B, every, last_B)
 
         kept = _where_used(warm_B & (min_p_B > 0), kept, raised)
     return kept
