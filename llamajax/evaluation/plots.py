@@ -71,7 +71,29 @@ def quality_curve(points: Iterable[Point], path: str | Path) -> None:
     """
     check_picture(path)
     axes = _axes()
-    points = list(points)
+    _draw_curve(axes, list(points))
+    _save(axes.figure, path)
+
+
+def quality_panels(panels: Mapping[str, Iterable[Point]], path: str | Path) -> None:
+    """`quality_curve` of several models side by side, each under its name.
+
+    Raises:
+        LlamaJaxError: as `check_picture`.
+    """
+    check_picture(path)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7 * max(1, len(panels)), 5), layout="constrained")
+    for axes, (name, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        axes.grid(alpha=0.3, which="both")
+        axes.set_title(_literal(name))
+        _draw_curve(axes, list(points))
+    _save(figure, path)
+
+
+def _draw_curve(axes: Any, points: Sequence[Point]) -> None:
+    """What `quality_curve` draws."""
     for i, family in enumerate(dict.fromkeys(point.family for point in points)):
         members = sorted(point[2:] for point in points if point.family == family and point.kl_divergence > 0)
         if members:
@@ -85,7 +107,6 @@ def quality_curve(points: Iterable[Point], path: str | Path) -> None:
     axes.set(xlabel="bits a weight", ylabel="KL divergence from the reference, nats a token", yscale="log")
     axes.legend()
     _write_labels(axes, [point for point in points if point.kl_divergence > 0])
-    _save(axes.figure, path)
 
 
 def error_by_layer(
