@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags
-from yardstick_inputs import in_floats, machine, weights_sha256, wikitext
+from yardstick_inputs import DISTILLED, in_floats, machine, weights_sha256, wikitext
 
 import llamajax
 import quant
@@ -301,9 +301,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string(
-        "output", "~/.cache/llamajax/distilled/smollm2-135m", "folder of the checkpoint; must not exist"
-    )
+    flags.DEFINE_string("output", DISTILLED, "folder of the checkpoint; must not exist")
     flags.DEFINE_integer("steps", 240, "at most; the learning rate falls over them")
     flags.DEFINE_float("kept", 0.8, "of the squares of the noise, where the layers' products are distilled; 1 for not")
     flags.DEFINE_integer("regression_tokens", 16384, "of the text, for that")

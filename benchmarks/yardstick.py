@@ -306,7 +306,8 @@ class Record:
         Raises:
             LlamaJaxError: if the file has figures of other weights of that name.
         """
-        there = self.content["models"].setdefault(bench.of.name, {"weights_sha256": bench.weights})
+        here = {"weights_sha256": bench.weights, "made": bench.of.made}
+        there = self.content["models"].setdefault(bench.of.name, here)
         if there["weights_sha256"] != bench.weights:
             raise llamajax.LlamaJaxError(
                 f"{self.path}: holds figures of {bench.of.name} with other weights ({there['weights_sha256'][:12]}… "

@@ -20,6 +20,7 @@ import quant
 from llamajax.box.stories import corpus
 from llamajax.cli import smollm2, user_caches
 from llamajax.evaluation.evaluate import encode_documents, read_text
+from llamajax.files import read_json
 from llamajax.train import heldout_stories
 
 _TEXT = Path("data") / "wikitext2" / "wiki.test.raw"
@@ -71,12 +72,14 @@ class Subject(NamedTuple):
         model: the reference, float32.
         tokenizer: its own.
         text: its ids.
+        made: what `distil_smollm2.py` says of it, its seed too; None of other models.
     """
 
     name: str
     model: llamajax.Llama
     tokenizer: llamajax.Tokenizer
     text: Halves
+    made: dict[str, Any] | None = None
 
 
 def subject(name: str, text: str | None = None) -> Subject:
@@ -96,9 +99,12 @@ def subject(name: str, text: str | None = None) -> Subject:
     if tokenizer is None:
         raise llamajax.LlamaJaxError(f"{name}: has no tokenizer: expected a checkpoint that has one")
     if name == "box" and text is None:
-        ids = [encode_documents(tokenizer, stories) for stories in (list(corpus(0, 600)), heldout_stories())]
-        return Subject(name, in_floats(model), tokenizer, Halves(*ids))
-    return Subject(name, in_floats(model), tokenizer, wikitext(tokenizer) if text is None else halves(text, tokenizer))
+        stories = Halves(*(encode_documents(tokenizer, some) for some in (list(corpus(0, 600)), heldout_stories())))
+        return Subject(name, in_floats(model), tokenizer, stories)
+    record = path.with_name(f"{path.name}.json")
+    made = read_json(record) if name == "smollm2-distilled" and record.exists() else None
+    ids = wikitext(tokenizer) if text is None else halves(text, tokenizer)
+    return Subject(name, in_floats(model), tokenizer, ids, made)
 
 
 def in_floats(model: llamajax.Llama) -> llamajax.Llama:

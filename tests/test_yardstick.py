@@ -88,6 +88,15 @@ def test_figures_are_those_of_the_evaluation(
     assert f"{row['kl_divergence']:.5f}" in capsys.readouterr().out
 
 
+def test_pieces_behind_a_cache_are_one_text(yardstick, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(yardstick, folder)["rows"][0]
+    monkeypatch.setattr(yardstick, "_PIECE", 200)
+    (row,) = run(yardstick, folder, f"--again={folder / 'recipe.toml'}")["rows"]
+    assert row["kl_divergence"] == pytest.approx(whole["kl_divergence"], rel=1e-3)
+    assert row["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-4)
+    assert row["date"] >= whole["date"] and row["evaluation_seconds"] != whole["evaluation_seconds"]
+
+
 def test_a_row_is_measured_once(yardstick, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = run(yardstick, folder)
     monkeypatch.setattr(yardstick.Bench, "figures", lambda *_: pytest.fail("measured again"))

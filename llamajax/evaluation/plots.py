@@ -71,12 +71,13 @@ def quality_curve(points: Iterable[Point], path: str | Path) -> None:
     """
     check_picture(path)
     axes = _axes()
-    _draw_curve(axes, list(points))
+    points = list(points)
+    _draw_curve(axes, points, _families(points))
     _save(axes.figure, path)
 
 
 def quality_panels(panels: Mapping[str, Iterable[Point]], path: str | Path) -> None:
-    """`quality_curve` of several models side by side, each under its name.
+    """`quality_curve` of several models side by side, each under its name; a family has one colour in all.
 
     Raises:
         LlamaJaxError: as `check_picture`.
@@ -84,17 +85,24 @@ def quality_panels(panels: Mapping[str, Iterable[Point]], path: str | Path) -> N
     check_picture(path)
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7 * max(1, len(panels)), 5), layout="constrained")
-    for axes, (name, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    drawn = {name: list(points) for name, points in panels.items()}
+    families = _families([point for points in drawn.values() for point in points])
+    figure = Figure(figsize=(7 * max(1, len(drawn)), 5), layout="constrained")
+    for axes, (name, points) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True):
         axes.grid(alpha=0.3, which="both")
         axes.set_title(_literal(name))
-        _draw_curve(axes, list(points))
+        _draw_curve(axes, points, families)
     _save(figure, path)
 
 
-def _draw_curve(axes: Any, points: Sequence[Point]) -> None:
+def _families(points: Sequence[Point]) -> tuple[str, ...]:
+    """In the order of their first points, which decides their colours."""
+    return tuple(dict.fromkeys(point.family for point in points))
+
+
+def _draw_curve(axes: Any, points: Sequence[Point], families: Sequence[str]) -> None:
     """What `quality_curve` draws."""
-    for i, family in enumerate(dict.fromkeys(point.family for point in points)):
+    for i, family in enumerate(families):
         members = sorted(point[2:] for point in points if point.family == family and point.kl_divergence > 0)
         if members:
             best = [point for k, point in enumerate(members) if all(point[1] < other[1] for other in members[:k])]
