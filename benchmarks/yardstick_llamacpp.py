@@ -6,6 +6,7 @@ is measured is ours for both.
 """
 
 import importlib.util
+import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,6 +49,7 @@ def quantize_file(source: Path, target: Path, kind: str, importance: Mapping[str
     """
     import gguf
 
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # It tells what it writes.
     _judge().quantize(source, target, kind, importance)
     return sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(target).tensors)
 
