@@ -137,7 +137,8 @@ class Distillation:
         self.teacher = teacher
         specs = llamajax.leaves(student.config)
         arrays = llamajax.named_arrays(student)
-        self.matrices = {name: array for name, array in arrays.items() if specs[name].spec.is_matrix}
+        # Copies: each step takes the memory of those before it.
+        self.matrices = {name: jnp.array(array) for name, array in arrays.items() if specs[name].spec.is_matrix}
         _, _, merge = llamajax.trainable(student)
         self._rest = {name: array for name, array in arrays.items() if name not in self.matrices}
         self._merge = merge
