@@ -100,7 +100,9 @@ def share_out(
 
 def bits_are_free(rule: Rule) -> bool:
     """Whether the bits of a rule's scheme are a starting point only."""
-    if rule.scheme is None or not isinstance(rule.group_size, int) or rule.scale_scheme is not None:
+    if rule.scheme is None or not isinstance(rule.group_size, int):
+        return False
+    if rule.scale_scheme is not None and rule.scale_group != "channel":  # a type of ggml's, with one number of bits
         return False
     return Scheme.named(rule.scheme).kind in ("int", "uint")
 
@@ -181,6 +183,7 @@ def _quick(rule: Rule, length: int) -> Rule:
         group_size=rule.group_size,
         scale_dtype=rule.scale_dtype,
         scale_scheme=rule.scale_scheme,
+        scale_group=rule.scale_group,
         offset=rule.offset,
         clip="mse",
     )
