@@ -33,6 +33,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -724,6 +725,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=480, help="that all may take (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file for everything, written anew behind each step")
+    parser.add_argument(
+        "--only", default="", help="regular expression: steps whose 'section: name' it finds; all unless given"
+    )
     parser.add_argument("--small", action="store_true", help="small shapes and interpreted kernels, as on a CPU")
     options = parser.parse_args(argv)
     backend = "cpu" if options.small else jax.default_backend()
@@ -735,6 +739,7 @@ def main(argv: list[str]) -> int:
         *model_steps(small),
         *speed_steps(small),
     ]
+    steps = [step for step in steps if re.search(options.only, f"{step.section}: {step.name}")]
     head = {"device": device(), "versions": versions(), "commit": commit(), "small": small}
     run = Run(steps, options.seconds, options.json, head)
     watchdog = threading.Timer(max(options.seconds, 1), run.give_up)

@@ -29,6 +29,7 @@ from llamajax.checkpoint import Opened, load, open_checkpoint, save_checkpoint
 from llamajax.config import Config, preset, preset_names
 from llamajax.errors import LlamaJaxError
 from llamajax.evaluation.evaluate import cross_entropy, next_token_losses
+from llamajax.evaluation.tasks import TaskResult, evaluate_task
 from llamajax.export_types import register_export_types
 from llamajax.generation.compilation import clear_programs, fresh_programs
 from llamajax.generation.engine import Engine, Knobs
@@ -75,6 +76,7 @@ __all__ = [
     "RopeScaling",
     "Sampler",
     "Scores",
+    "TaskResult",
     "Template",
     "TextStream",
     "Tokenizer",
@@ -83,6 +85,7 @@ __all__ = [
     "abstract_model",
     "clear_programs",
     "cross_entropy",
+    "evaluate_task",
     "families",
     "files",
     "fresh_programs",

@@ -22,6 +22,7 @@ from quant.outliers import outlier_channels, split_outliers
 from quant.packing import FORMAT_VERSION, pack, unpack
 from quant.prepare import BACKENDS, aligned_copy, aligned_empty, compiler_options, lowerings, prepare
 from quant.probe import Probe
+from quant.propagation import missing_by_inputs, propagated
 from quant.qtensor import QTensor, dequantize, dequantize_runs, has_nan_scales
 from quant.recipe import Recipe, Rule, assign, recipe_from
 from quant.rtn import quantize_rtn
@@ -64,11 +65,13 @@ __all__ = [
     "layer_of",
     "lowerings",
     "map_quantized",
+    "missing_by_inputs",
     "nbytes",
     "outlier_channels",
     "pack",
     "prepare",
     "product",
+    "propagated",
     "quantize_activations",
     "quantize_gptq",
     "quantize_hqq",

@@ -18,7 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from quant.clip import search_clip
-from quant.grid import check_in_range, checked_group_size, encode_groups, group_grid, group_range
+from quant.grid import (
+    check_in_range,
+    checked_group_size,
+    divisor,
+    encode_groups,
+    group_grid,
+    group_range,
+    stored_scale,
+)
+from quant.packing import check_group, split_groups
 from quant.qtensor import SCALE_DTYPES, QTensor, scale_values
 from quant.scheme import Scheme
 
@@ -26,6 +35,9 @@ from quant.scheme import Scheme
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 _MAX_DAMPING = 1e3
+# Of scales in codes the largest code stands for so many times the largest plain scale of an output: weights grow by
+# what is moved into them.
+SCALE_HEADROOM = 1.1
 
 
 def hessian(x: jax.Array) -> jax.Array:
@@ -84,6 +96,7 @@ def quantize_gptq(
     damping: float = 0.01,
     block_size: int = 128,
     scales: QTensor | None = None,
+    scale_scheme: Scheme | str | None = None,
 ) -> QTensor:
     """Quantizes a weight by GPTQ (arXiv:2210.17323), to codes and scales of the same form as `quantize_rtn`'s.
 
@@ -113,6 +126,8 @@ def quantize_gptq(
             the same but for the rounding of float32 sums.
         scales: the same weight, quantized in another way with the same scheme, groups and axis, without zero points,
             order and outliers: its scales and offsets stay, whatever they are made of, and only codes are chosen.
+        scale_scheme: that of scales which are codes themselves, an int as `scheme` is, under a float for all of an
+            output. The float is chosen before anything is moved (`SCALE_HEADROOM`), the codes as groups are reached.
 
     Returns:
         The quantized weight; its `dtype` is that of `weight`.
@@ -125,11 +140,28 @@ def quantize_gptq(
     weight, hessian, scale_dtype = jnp.asarray(weight), jnp.asarray(hessian), jnp.dtype(scale_dtype)
     size = checked_group_size(weight, scheme, group_size, axis)
     _check_arguments(weight, hessian, axis, scale_dtype, clip, damping, block_size)
-    grid = _Grid(scheme, size, group_size == "tensor", scale_dtype, clip is not None)
+    second = _checked_second(scale_scheme, scheme, group_size, weight.shape[axis], scales)
+    grid = _Grid(scheme, size, group_size == "tensor", scale_dtype, clip is not None, second)
     fixed = None if scales is None else _fixed(scales, weight, scheme, size, axis, act_order)
     quantized, in_range = _quantize(weight, hessian, damping, fixed, grid, axis, act_order, block_size)
     check_in_range(weight, in_range, scale_dtype)
     return quantized if scales is None else dataclasses.replace(quantized, scale=scales.scale, offset=scales.offset)
+
+
+def _checked_second(
+    name: Scheme | str | None, scheme: Scheme, group_size: int | str, length: int, scales: QTensor | None
+) -> Scheme | None:
+    """The scheme of scales in codes, checked."""
+    if name is None:
+        return None
+    second = Scheme.named(name) if isinstance(name, str) else name
+    if scheme.kind != "int" or second.kind != "int":
+        raise ValueError(f"{scheme.name} with scales in {second.name}: expected int with int")
+    if isinstance(group_size, str) or scales is not None:
+        said = "scales that stay" if scales is not None else f"group_size {group_size!r}"
+        raise ValueError(f"scale_scheme {second.name} beside {said}: expected groups of a number, scales to be chosen")
+    check_group(length // group_size, length // group_size, second.bits)
+    return second
 
 
 def _fixed(
@@ -156,16 +188,47 @@ class _Grid:
     per_tensor: bool
     scale_dtype: np.dtype
     search: bool
+    second: Scheme | None = None  # of scales in codes
 
-    def fit(self, weight_gM: jax.Array, importance_g1: jax.Array) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-        """Scale as it is stored and zero point, [1, M] or [1, 1], and whether scales are in range, bool [1, 1]."""
+    def fit(
+        self, weight_gM: jax.Array, importance_g1: jax.Array, unit_1M: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        """Scale as it is stored and zero point, [1, M] or [1, 1], and whether scales are in range, bool [1, 1].
+
+        Of scales in codes it is code times unit, float32.
+        """
         reduced = (-2, -1) if self.per_tensor else (-2,)
         low, high = group_range(weight_gM, self.scheme, reduced)
+        scale_dtype = self.scale_dtype if unit_1M is None else np.dtype("float32")
         if self.search:
-            scale, zero = search_clip(weight_gM, low, high, importance_g1, self.scheme, reduced, self.scale_dtype)
+            scale, zero = search_clip(weight_gM, low, high, importance_g1, self.scheme, reduced, scale_dtype)
         else:
-            scale, zero = group_grid(low, high, 1.0, self.scheme, self.scale_dtype)
+            scale, zero = group_grid(low, high, 1.0, self.scheme, scale_dtype)
+        if unit_1M is not None:
+            scale = self._multiple(scale, unit_1M.astype(jnp.float32))
         return scale, zero, jnp.isfinite(scale_values(scale, self.scheme)).all(keepdims=True)
+
+    def unit(self, weight_KM: jax.Array) -> jax.Array:
+        """What codes of scales are multiplied with, [1, M]: the plain scale of largest magnitude has the last code."""
+        assert self.second is not None
+        groups_CgM = split_groups(weight_KM, self.group_size, -2)
+        scale, _ = group_grid(
+            *group_range(groups_CgM, self.scheme, (-2,)), SCALE_HEADROOM, self.scheme, np.dtype("float32")
+        )
+        return stored_scale(jnp.abs(scale).max(-3) / (self.second.bias - 1), self.scale_dtype)
+
+    def _multiple(self, scale_1M: jax.Array, unit_1M: jax.Array) -> jax.Array:
+        """The nearest whole number of units that has a code and is not 0 where the scale is not."""
+        assert self.second is not None
+        most = self.second.bias - 1
+        code = jnp.clip(jnp.round(scale_1M / divisor(unit_1M)), -most, most)
+        return jnp.where(code == 0, jnp.sign(scale_1M), code) * unit_1M
+
+    def in_codes(self, scale: jax.Array, unit: jax.Array, axis: int) -> QTensor:
+        """Multiples of units [..., C, M] as codes under the units [..., 1, M]."""
+        assert self.second is not None
+        codes = self.second.encode(scale / divisor(unit.astype(jnp.float32)))
+        return QTensor.from_codes(codes, unit, self.second, axis=axis)
 
     def round(self, weight_nM: jax.Array, scale: jax.Array, zero: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Nearest codes, uint8 [n, M], and what they stand for, float32 [n, M]."""
@@ -196,7 +259,9 @@ def _quantize(
         matrices = jax.tree.map(lambda x: x.reshape(-1, *x.shape[-2:]), (weight_KM, hessian, fixed))
         parts = jax.lax.map(lambda each: one(*each), matrices)
         parts = jax.tree.map(lambda part: part.reshape(*weight.shape[:-2], *part.shape[1:]), parts)
-    codes, scale, zero, in_range, order = parts if axis == -2 else jax.tree.map(lambda x: x.swapaxes(-1, -2), parts)
+    parts = parts if axis == -2 else jax.tree.map(lambda x: x.swapaxes(-1, -2), parts)
+    codes, scale, zero, in_range, order, unit = parts
+    scale = scale if unit is None else grid.in_codes(scale, unit, axis)
     quantized = QTensor.from_codes(codes, scale, grid.scheme, zero=zero, order=order, axis=axis, dtype=weight.dtype)
     return quantized, in_range.all()
 
@@ -210,8 +275,8 @@ def _quantize_matrix(
     grid: _Grid,
     act_order: bool,
     block_size: int,
-) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array, jax.Array | None]:
-    """Codes [K, M], scale and zero [C, M], in range [C, 1], order [K, 1]; zero and order are None without one."""
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array, jax.Array | None, jax.Array | None]:
+    """Codes [K, M], scale and zero [C, M], in range [C, 1], order [K, 1], unit [1, M]; None where there is none."""
     hessian_KK, length = hessian_KK.astype(jnp.float32), weight_KM.shape[0]
     diagonal_K = jnp.diagonal(hessian_KK)
     order_K = jnp.argsort(-diagonal_K, stable=True) if act_order else jnp.arange(length)
@@ -224,11 +289,12 @@ def _quantize_matrix(
     if fixed is not None:
         scale_KM, offset_KM = (jnp.repeat(part, grid.group_size, 0) for part in fixed)
         weight_KM = weight_KM - offset_KM  # which rounding does not change
-    codes_KM, _, (scale, zero, in_range) = _sweep(weight_KM, factor_KK, sizes, grid, None, scale_KM)
+    unit = None if grid.second is None else grid.unit(weight_KM)
+    codes_KM, _, (scale, zero, in_range) = _sweep(weight_KM, factor_KK, sizes, grid, None, scale_KM, unit)
     if act_order and grid.group_size == length:
         # One group needs no order: codes go back to where their channels are.
-        return codes_KM[jnp.argsort(order_K)], scale, zero, in_range, None
-    return codes_KM, scale, zero, in_range, order_K[:, None].astype(jnp.int32) if act_order else None
+        return codes_KM[jnp.argsort(order_K)], scale, zero, in_range, None, unit
+    return codes_KM, scale, zero, in_range, order_K[:, None].astype(jnp.int32) if act_order else None, unit
 
 
 def _inverse_factor(hessian_KK: jax.Array, damping: float | jax.Array) -> jax.Array:
@@ -283,6 +349,7 @@ def _sweep(
     grid: _Grid,
     fitted: Any,
     scale_nM: jax.Array | None = None,
+    unit_1M: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Quantizes rows from the first to the last.
 
@@ -292,7 +359,7 @@ def _sweep(
 
     `weight_nM` has the errors of all rows before it taken in, `factor_nn` is its part of U, `fitted` what `grid.fit`
     made of the group that the rows are in, if they are less than one; `scale_nM` are the scales of rows, where they are
-    given, and nothing is to be fitted. Returns codes uint8 [n, M], errors divided by U's
+    given, and nothing is to be fitted; `unit_1M` is for `grid.fit`. Returns codes uint8 [n, M], errors divided by U's
     diagonal float32 [n, M], and `grid.fit` of the groups begun, stacked.
     """
     if not sizes:
@@ -311,8 +378,8 @@ def _sweep(
         if begins_group and scale_sM is not None:
             own = scale_sM[:1], None, jnp.isfinite(scale_sM[:1]).all(keepdims=True)
         elif begins_group:
-            own = grid.fit(weight_sM, jnp.diagonal(factor_ss)[:, None] ** -2)
-        codes_sM, error_sM, groups = _sweep(weight_sM, factor_ss, tuple(smaller), grid, own, scale_sM)
+            own = grid.fit(weight_sM, jnp.diagonal(factor_ss)[:, None] ** -2, unit_1M)
+        codes_sM, error_sM, groups = _sweep(weight_sM, factor_ss, tuple(smaller), grid, own, scale_sM, unit_1M)
         return weight_nM - _matmul(factor_sn.T, error_sM), (codes_sM, error_sM, own if begins_group else groups)
 
     if size == len(weight_nM):

@@ -19,8 +19,11 @@ class Probe:
         weight: what it stands for; `product` uses it as it would without the probe.
         name: key in `seen`.
         seen: dictionary that `product` puts the activations in. Under jit make it inside the traced function.
+        added: None, or what `product` adds to its result, of the result's shape: zeros with respect to which a function
+            is differentiated give the gradient of that result.
     """
 
     weight: Any
     name: str = dataclasses.field(metadata={"static": True})
     seen: dict[str, jax.Array] = dataclasses.field(metadata={"static": True})
+    added: jax.Array | None = None

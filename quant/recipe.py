@@ -67,6 +67,10 @@ KEYS: dict[str, _Kind] = {
     ),
     "scale_dtype": _one_of(SCALE_DTYPES),
     "scale_scheme": _one_of(SCHEMES),
+    "scale_group": _Kind(
+        "256 or 'channel'",
+        lambda value: (_is_whole(value) and value == 256) or (isinstance(value, str) and value == "channel"),
+    ),
     "offset": _BOOLEAN,
     "method": _one_of(("rtn", "gptq", "hqq")),
     "clip": _one_of(("mse",)),
@@ -80,6 +84,11 @@ KEYS: dict[str, _Kind] = {
         "bits per weight between 1 and 17, as 4.5",
         lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool) and 1 < float(value) < 17,
     ),
+    "propagation": _Kind(
+        "a number from 0 to 1, as 0.5",
+        lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) <= 1,
+    ),
+    "tuning": _Kind("a whole number of passes, 0 or more", lambda value: _is_whole(value) and 0 <= value < 1000),
 }
 
 
@@ -105,8 +114,8 @@ class Rule:
         scheme: name of a `Scheme`.
         group_size: weights that share a scale, "channel" or "tensor".
         scale_dtype: float32, bfloat16 or float16.
-        scale_scheme: name of the scheme that scales have, codes themselves then, under a float for each 256 weights
-            (`quantize_two_levels`).
+        scale_scheme: name of the scheme that scales have, codes themselves then (`quantize_two_levels`).
+        scale_group: weights whose scales in codes share a float: 256, or "channel".
         offset: of a `uint` scheme: store what the zero point amounts to, a number beside the scale (`with_offset`).
         method: "rtn" (`quantize_rtn`), "gptq" (`quantize_gptq`) or "hqq" (`quantize_hqq`).
         clip: None or "mse" (see `quantize_rtn`).
@@ -130,6 +139,7 @@ class Rule:
     group_size: int | Literal["channel", "tensor"] = 32
     scale_dtype: str = "bfloat16"
     scale_scheme: str | None = None
+    scale_group: int | Literal["channel"] = 256
     offset: bool = False
     method: Literal["rtn", "gptq", "hqq"] = "rtn"
     clip: Literal["mse"] | None = None
@@ -166,6 +176,7 @@ class Rule:
             ),
             (self.importance and (self.method != "rtn" or self.clip is None), "importance needs method rtn and clip"),
             (self.act_order and self.method != "gptq", "act_order needs method gptq"),
+            (self.scale_scheme is None and self.scale_group != 256, "scale_group needs a scale_scheme"),
             (self.scale_scheme is not None and self.method == "hqq", "hqq has no scale_scheme"),
             (self.scale_scheme is not None and self.act_order, "act_order has no scale_scheme"),
             (self.offset and not str(self.scheme).startswith("uint"), "offset needs a uint scheme"),
@@ -183,10 +194,12 @@ class Rule:
         multiple = 8 // min(plane_bits(Scheme.named(self.scheme).bits))
         for size in range(min(length, self.group_size), _SMALLEST_GROUP - 1, -1):
             if length % size == 0 and size % multiple == 0:
-                return dataclasses.replace(self, group_size=size, scale_scheme=None)
+                kept = self.scale_scheme if self.scale_group == "channel" else None  # which takes any groups
+                return dataclasses.replace(self, group_size=size, scale_scheme=kept)
         if length % multiple == 0:
-            return dataclasses.replace(self, group_size="channel", scale_scheme=None)
+            return dataclasses.replace(self, group_size="channel", scale_scheme=None, scale_group=256)
         plain: dict[str, Any] = {"method": "rtn", "act_order": False, "outliers": 0, "scale_scheme": None}
+        plain["scale_group"] = 256
         plain["offset"] = self.offset and self.indivisible.startswith("uint")
         return dataclasses.replace(self, scheme=self.indivisible, group_size="channel", **plain)
 
@@ -204,10 +217,16 @@ class Recipe:
         rules: in the order in which they are asked.
         target_bpw: bits per weight of the whole model, everything counted. Then the numbers of bits in `int` and `uint`
             rules are a starting point only: each weight's are chosen so that the error is least within the budget.
+        propagation: how far each weight by GPTQ is moved to make up for the errors of its inputs before it is
+            rounded, from 0 to 1 (`propagated`).
+        tuning: how many times the calibration text is gone through to tune scales and norms in the end, by the KL
+            divergence from the model that is quantized.
     """
 
     rules: tuple[Rule, ...]
     target_bpw: float | None = None
+    propagation: float = 0.0
+    tuning: int = 0
 
     def __post_init__(self) -> None:
         """Checks the target.
@@ -220,7 +239,8 @@ class Recipe:
     @property
     def needs_calibration(self) -> bool:
         """Whether it needs a text to run the model on."""
-        return self.target_bpw is not None or any(rule.needs_calibration for rule in self.rules)
+        of_model = self.target_bpw is not None or self.tuning > 0
+        return of_model or any(rule.needs_calibration for rule in self.rules)
 
 
 def recipe_from(table: Mapping[str, Any], source: str) -> Recipe:
@@ -230,9 +250,11 @@ def recipe_from(table: Mapping[str, Any], source: str) -> Recipe:
         ValueError: for anything but a list of rules with known keys and a target; the message begins with `source`.
     """
     rules = table.get("rules")
-    if set(table) - {"target_bpw"} != {"rules"} or not isinstance(rules, list) or not rules:
+    of_model = [field.name for field in dataclasses.fields(Recipe) if field.name != "rules"]
+    if set(table) - set(of_model) != {"rules"} or not isinstance(rules, list) or not rules:
         raise ValueError(
-            f"{source}: expected [[rules]], target_bpw and nothing else, found {', '.join(sorted(table)) or 'nothing'}"
+            f"{source}: expected [[rules]], {', '.join(of_model)} and nothing else, found "
+            f"{', '.join(sorted(table)) or 'nothing'}"
         )
     known = {field.name for field in dataclasses.fields(Rule)}
     for rule in rules:
@@ -240,7 +262,7 @@ def recipe_from(table: Mapping[str, Any], source: str) -> Recipe:
         if unknown or "weights" not in rule:
             raise ValueError(f"{source}: rule with {unknown or 'no weights'}: expected keys {', '.join(sorted(known))}")
     try:
-        return Recipe(tuple(Rule(**rule) for rule in rules), table.get("target_bpw"))
+        return Recipe(tuple(Rule(**rule) for rule in rules), **{key: table[key] for key in of_model if key in table})
     except (ValueError, TypeError) as error:
         raise ValueError(f"{source}: {error}") from None
 

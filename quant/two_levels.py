@@ -1,4 +1,6 @@
-"""Scales, and offsets, that are codes of a few bits themselves, under a float for all of 256 weights: ggml's K types.
+"""Scales, and offsets, that are codes of a few bits themselves, under floats.
+
+A float stands for the scales of 256 weights, as in ggml's K types, or for those of all of an output.
 
 Shapes as in `rtn.py`.
 """
@@ -11,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from quant.grid import divisor
-from quant.packing import axis_position, merge_groups, split_groups
-from quant.qtensor import QTensor, dequantize
+from quant.packing import axis_position, merge_groups, pack, split_groups, unpack
+from quant.qtensor import QTensor, dequantize, scale_values
 from quant.rtn import quantize_rtn
 from quant.scheme import Scheme
 
@@ -28,6 +30,7 @@ def quantize_two_levels(
     scale_scheme: Scheme | str,
     *,
     group_size: int,
+    scale_group: int | Literal["channel"] = SUPERBLOCK,
     axis: int = -2,
     scale_dtype: jax.typing.DTypeLike = jnp.float16,
     clip: Literal["mse"] | None = None,
@@ -36,13 +39,16 @@ def quantize_two_levels(
     """Quantizes a weight by rounding, with scales that are quantized themselves, and codes chosen by what they became.
 
     Scales are first floats: of int those of `quantize_rtn`; of uint those of the range of a group, which begins at a
-    number of its own. Then they are rounded to `scale_scheme`, each 256 weights' by a float of their own.
+    number of its own. Then they are rounded to `scale_scheme`, those of each `scale_group` weights by a float of their
+    own; of int no scale that is not 0 becomes 0.
 
     Args:
-        weight: float [..., K, M] (`axis=-2`) or [..., M, K] (`axis=-1`), K a multiple of 256.
+        weight: float [..., K, M] (`axis=-2`) or [..., M, K] (`axis=-1`), K a multiple of 256, or with "channel" of the
+            group size.
         scheme: a Scheme or its name; an int or uint.
         scale_scheme: that of the scales: int where `scheme` is, uint likewise.
-        group_size: weights along K that share a scale; divides 256.
+        group_size: weights along K that share a scale; divides 256 where that is `scale_group`.
+        scale_group: weights whose scales share a float: 256, or "channel": all K of an output.
         axis: the contraction axis, -2 or -1.
         scale_dtype: of the second level: float32, bfloat16 or float16.
         clip: "mse" looks for the scales, and the beginnings of ranges, of least squared error.
@@ -59,24 +65,53 @@ def quantize_two_levels(
     length = weight.shape[axis_position(weight.shape, axis)]
     if scheme.kind not in ("int", "uint") or second.kind != scheme.kind:
         raise ValueError(f"{scheme.name} with scales in {second.name}: expected int with int, or uint with uint")
-    if not isinstance(group_size, int) or SUPERBLOCK % group_size or length % SUPERBLOCK:
-        raise ValueError(
-            f"two levels of scales, in groups of {group_size} of rows of {length}: expected a divisor of {SUPERBLOCK}, "
-            f"of rows of a multiple of {SUPERBLOCK}"
-        )
+    size = _scales_of_a_float(length, group_size, scale_group)
 
     def coded(plane: Any) -> Any:
         # What is 0 or more gets zero points of 0, and needs none.
-        made = quantize_rtn(plane, second, group_size=SUPERBLOCK // group_size, axis=axis, scale_dtype=scale_dtype)
+        made = quantize_rtn(plane, second, group_size=size, axis=axis, scale_dtype=scale_dtype)
         return dataclasses.replace(made, zero=None)
 
     if scheme.kind == "int":
         options: dict[str, Any] = {"group_size": group_size, "axis": axis, "clip": clip, "importance": importance}
-        scale = quantize_rtn(weight, scheme, scale_dtype=jnp.float32, **options).scale
-        return _with_codes(weight, coded(scale), None, scheme, axis)
+        scale = scale_values(quantize_rtn(weight, scheme, scale_dtype=jnp.float32, **options).scale, scheme)
+        return _with_codes(weight, _without_zeros(scale, coded(scale)), None, scheme, axis)
     scale, depth = _range(weight, importance, scheme, group_size, axis, clip is not None)
     offset = coded(depth)
     return _with_codes(weight, coded(scale), dataclasses.replace(offset, scale=-offset.scale), scheme, axis)
+
+
+def _scales_of_a_float(length: int, group_size: int, scale_group: int | str) -> int:
+    """How many scales of an output share a float, checked against the rows' length."""
+    whole = isinstance(group_size, int) and not isinstance(group_size, bool) and group_size > 0
+    if scale_group == "channel":
+        if not whole or length % group_size:
+            raise ValueError(
+                f"two levels of scales, in groups of {group_size} of rows of {length}: expected a divisor of {length}"
+            )
+        return length // group_size
+    if scale_group != SUPERBLOCK:
+        raise ValueError(f"scale_group {scale_group!r}: expected {SUPERBLOCK} or 'channel'")
+    if not whole or SUPERBLOCK % group_size or length % SUPERBLOCK:
+        raise ValueError(
+            f"two levels of scales, in groups of {group_size} of rows of {length}: expected a divisor of {SUPERBLOCK}, "
+            f"of rows of a multiple of {SUPERBLOCK}; scale_group 'channel' takes rows of any whole groups"
+        )
+    return SUPERBLOCK // group_size
+
+
+def _without_zeros(scale: jax.Array, made: QTensor) -> QTensor:
+    """Scales in codes, 1 or -1 in place of a code for 0 where the scale is not 0.
+
+    No weight is further from the nearest multiple of a small scale than from 0.
+    """
+    assert not isinstance(made.scale, QTensor)
+    scheme, axis = made.scheme, made.axis
+    codes = unpack(made.planes, scheme.bits, made.group_size, axis=axis)
+    sign = jnp.sign(scale) * jnp.repeat(jnp.sign(made.scale.astype(jnp.float32)), made.group_size, axis)
+    lost = (codes == scheme.bias) & (sign != 0)
+    codes = jnp.where(lost, (scheme.bias + sign).astype(jnp.uint8), codes)
+    return dataclasses.replace(made, planes=pack(codes, scheme.bits, made.group_size, axis=axis))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))

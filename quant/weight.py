@@ -141,7 +141,8 @@ def product(
     dtype = dtype or x.dtype
     if isinstance(weight, Probe):
         weight.seen[weight.name] = x
-        weight = weight.weight
+        made = product(x, weight.weight, index, axis=axis, dtype=dtype)
+        return made if weight.added is None else made + weight.added.astype(dtype)
     if is_weight(weight) and weight.axis != axis:
         raise ValueError(f"a product along axis {axis} of a weight whose contraction axis is {weight.axis}")
     if x.ndim < 1 or x.shape[-1] != weight.shape[axis]:

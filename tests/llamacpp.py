@@ -3,8 +3,8 @@
 `xllamacpp` is llama.cpp in a prebuilt wheel. Its extension module exports the C functions of `llama.h` and `ggml.h`,
 which are called here by ctypes. The quantizer of whole files is not linked into it, `ggml_quantize_chunk` is:
 `quantize` therefore writes each tensor by llama.cpp's own code, in the type that `llama_tensor_get_type` of its
-llama-quant.cpp chooses for a dense LLaMA without an importance matrix (`tests/test_llamacpp.py` compares the files with
-those of `llama_model_quantize`, where the extra `llamacpp` is installed).
+llama-quant.cpp chooses for a dense model, with or without an importance matrix (`tests/test_llamacpp.py` compares the
+files with those of `llama_model_quantize`, where the extra `llamacpp` is installed).
 
 Keys and values are float32, attention is the plain one, and one thread computes: with F32 weights llama.cpp then rounds
 nothing, and its threads wait for nobody.
@@ -13,7 +13,7 @@ nothing, and its threads wait for nobody.
 import contextlib
 import ctypes
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import gguf
@@ -308,12 +308,13 @@ def tokenize(path: Path | str, text: str | bytes, special: bool = False, bos: bo
 # ---- Files ----------------------------------------------------------------------------------------------------------
 
 
-def quantize_chunk(kind: int | str, floats: np.ndarray) -> np.ndarray:
+def quantize_chunk(kind: int | str, floats: np.ndarray, importance_K: np.ndarray | None = None) -> np.ndarray:
     """llama.cpp's quantization of rows: float32 [M, K] -> uint8 [M, bytes of a row].
 
     Args:
         kind: number of a ggml type, or its name.
         floats: K is a multiple of the type's block.
+        importance_K: mean squares of the inputs, by which errors are weighed.
     """
     kind = Kind[kind] if isinstance(kind, str) else Kind(kind)
     floats = np.ascontiguousarray(floats, np.float32)
@@ -321,12 +322,18 @@ def quantize_chunk(kind: int | str, floats: np.ndarray) -> np.ndarray:
     row = library().ggml_row_size(int(kind), width)
     blocks = np.zeros((rows, row), np.uint8)
     pointers = floats.ctypes.data, blocks.ctypes.data
-    written = library().ggml_quantize_chunk(int(kind), *pointers, 0, rows, width, None)
+    if importance_K is not None:
+        importance_K = np.ascontiguousarray(importance_K, np.float32)
+        assert importance_K.shape == (width,), f"importance of shape {importance_K.shape}, expected {(width,)}"
+    weights = None if importance_K is None else importance_K.ctypes.data
+    written = library().ggml_quantize_chunk(int(kind), *pointers, 0, rows, width, weights)
     assert written == blocks.nbytes, f"ggml_quantize_chunk wrote {written} bytes, expected {blocks.nbytes}"
     return blocks
 
 
-def tensor_type(file_type: str, name: str, width: int, *, layers: int, tied: bool, grouped: int) -> Kind:
+def tensor_type(
+    file_type: str, name: str, width: int, *, layers: int, tied: bool, grouped: int, importance: bool = False
+) -> Kind:
     """The type that llama.cpp's quantizer gives a matrix: `llama_tensor_get_type` for a dense LLaMA.
 
     Args:
@@ -336,6 +343,7 @@ def tensor_type(file_type: str, name: str, width: int, *, layers: int, tied: boo
         layers: of the model.
         tied: there is no output.weight.
         grouped: query heads that share a key head.
+        importance: whether there is an importance matrix.
     """
     kind = FILE_TYPES[file_type]
     if kind in _FLOATS or file_type == "MXFP4":
@@ -346,14 +354,14 @@ def tensor_type(file_type: str, name: str, width: int, *, layers: int, tied: boo
     elif name == "token_embd.weight":
         kind = Kind.Q4_K if file_type in ("TQ1_0", "TQ2_0") else kind
     else:
-        kind = _of_layer(file_type, kind, name.split(".")[2], int(name.split(".")[1]), layers, grouped)
+        kind = _of_layer(file_type, kind, name.split(".")[2], int(name.split(".")[1]), layers, grouped, importance)
     if width % gguf.GGML_QUANT_SIZES[kind][0]:
         kind = _FALLBACK.get(kind, Kind.F16)
         return kind if width % gguf.GGML_QUANT_SIZES[kind][0] == 0 else Kind.F16
     return kind
 
 
-def _of_layer(file_type: str, kind: Kind, part: str, layer: int, layers: int, grouped: int) -> Kind:
+def _of_layer(file_type: str, kind: Kind, part: str, layer: int, layers: int, grouped: int, importance: bool) -> Kind:
     """The mixtures: what is more sensitive gets more bits."""
     more = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
     few, many = layer < layers // 8, grouped >= 4
@@ -372,24 +380,31 @@ def _of_layer(file_type: str, kind: Kind, part: str, layer: int, layers: int, gr
         ("Q5_K_M", "ffn_down"): Kind.Q6_K if more else kind,
     }
     for name in ("IQ4_NL", "IQ4_XS"):
-        chosen |= {(name, "attn_v"): Kind.Q5_K if many else kind, (name, "ffn_down"): Kind.Q5_K if few else kind}
+        spared = few and not importance
+        chosen |= {(name, "attn_v"): Kind.Q5_K if many else kind, (name, "ffn_down"): Kind.Q5_K if spared else kind}
+    if importance and few:
+        chosen |= {("Q4_0", "ffn_down"): Kind.Q4_1, ("Q5_0", "ffn_down"): Kind.Q5_1}
     return chosen.get((file_type, part), kind)
 
 
-def quantize(source: Path | str, target: Path | str, file_type: str) -> dict[str, str]:
+def quantize(
+    source: Path | str, target: Path | str, file_type: str, importance: Mapping[str, np.ndarray] | None = None
+) -> dict[str, str]:
     """Makes of a GGUF file of floats the one that llama.cpp's quantizer makes, by its code; one tensor in memory.
 
     Args:
-        source: of F32, F16 or BF16 tensors, architecture `llama`.
+        source: of F32, F16 or BF16 tensors, of a dense model whose layers are a LLaMA's.
         target: file to write.
         file_type: a key of FILE_TYPES.
+        importance: by tensors' names the mean squares of their inputs; of what is not there errors are not weighed.
 
     Returns:
         Each tensor's type.
     """
     reader = gguf.GGUFReader(source)
+    architecture = reader.get_field("general.architecture").contents()
     heads, kv_heads, layers = (
-        int(reader.get_field(f"llama.{key}").contents())
+        int(reader.get_field(f"{architecture}.{key}").contents())
         for key in ("attention.head_count", "attention.head_count_kv", "block_count")
     )
     tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
@@ -397,19 +412,21 @@ def quantize(source: Path | str, target: Path | str, file_type: str) -> dict[str
     for tensor in reader.tensors:
         kinds[tensor.name] = Kind.F32
         if len(tensor.shape) > 1:
-            options = {"layers": layers, "tied": tied, "grouped": heads // kv_heads}
+            options = {"layers": layers, "tied": tied, "grouped": heads // kv_heads, "importance": bool(importance)}
             kinds[tensor.name] = tensor_type(file_type, tensor.name, int(tensor.shape[0]), **options)
-    _rewrite(reader, target, kinds)
+    _rewrite(reader, target, kinds, importance or {})
     return {name: kind.name for name, kind in kinds.items()}
 
 
 def dequantize(source: Path | str, target: Path | str) -> None:
     """Makes the same file with every tensor in F32, by gguf's own dequantizers."""
     reader = gguf.GGUFReader(source)
-    _rewrite(reader, target, dict.fromkeys((tensor.name for tensor in reader.tensors), Kind.F32))
+    _rewrite(reader, target, dict.fromkeys((tensor.name for tensor in reader.tensors), Kind.F32), {})
 
 
-def _rewrite(reader: gguf.GGUFReader, target: Path | str, kinds: dict[str, Kind]) -> None:
+def _rewrite(
+    reader: gguf.GGUFReader, target: Path | str, kinds: dict[str, Kind], importance: Mapping[str, np.ndarray]
+) -> None:
     """Writes a file anew, tensors in other types."""
     writer = gguf.GGUFWriter(target, str(reader.get_field("general.architecture").contents()))
     for name, field in reader.fields.items():
@@ -433,5 +450,5 @@ def _rewrite(reader: gguf.GGUFReader, target: Path | str, kinds: dict[str, Kind]
         if kind in _FLOATS:
             writer.write_tensor_data(np.ascontiguousarray(gguf.quantize(floats, kind)))
         else:
-            writer.write_tensor_data(quantize_chunk(kind, floats))
+            writer.write_tensor_data(quantize_chunk(kind, floats, importance.get(tensor.name)))
     writer.close()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import quant
-from quant.gptq import _inverse_factor, add_to_hessian, hessian, quantize_gptq
+from quant.gptq import SCALE_HEADROOM, _inverse_factor, add_to_hessian, hessian, quantize_gptq
 
 LENGTH, OUTPUTS, SAMPLES = 48, 8, 256
 
@@ -35,9 +35,19 @@ def _output_error(x: Any, weight: Any, made: quant.QTensor) -> float:
 
 
 def plain_gptq(
-    weight: np.ndarray, hessian: np.ndarray, bits: int, signed: bool, group: int, act_order: bool, damping: float
+    weight: np.ndarray,
+    hessian: np.ndarray,
+    bits: int,
+    signed: bool,
+    group: int,
+    act_order: bool,
+    damping: float,
+    unit: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The paper without its accelerations: the inverse Hessian itself, eliminated a channel at a time (its step 1)."""
+    """The paper without its accelerations: the inverse Hessian itself, eliminated a channel at a time (its step 1).
+
+    With `unit` [M] scales are whole numbers of units, from 1 to 127 in magnitude.
+    """
     weight, hessian = np.array(weight, np.float64), np.array(hessian, np.float64)
     order = np.argsort(-np.diagonal(hessian), kind="stable") if act_order else np.arange(len(weight))
     weight, hessian = weight[order], hessian[order][:, order]
@@ -51,6 +61,9 @@ def plain_gptq(
             else:
                 scale = (np.maximum(high, 0) - np.minimum(low, 0)) / (2**bits - 1)
                 zero = np.round(-np.minimum(low, 0) / scale)
+            if unit is not None:
+                code = np.clip(np.abs(np.round(scale / unit)), 1, 127)
+                scale = np.where(scale < 0, -code, code) * unit
             scales.append(scale)
         codes[k] = np.clip(np.round(weight[k] / scale + zero), 0, 2**bits - 1)
         error = (weight[k] - (codes[k] - zero) * scale) / inverse[k, k]
@@ -89,6 +102,63 @@ def test_codes_are_those_of_a_plain_float64_gptq(scheme: str, group: Any, act_or
     differs_M = (_codes(made) != codes).any(0)
     assert differs_M.sum() <= 1
     np.testing.assert_allclose(np.asarray(made.scale)[:, ~differs_M], scale[:, ~differs_M], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "shape", "group", "block"),
+    [("int4", (48, 8), 16, 128), ("int2", (48, 8), 8, 8), ("int3", (48, 8), 8, 20)],
+)
+def test_scales_in_codes_are_fitted_as_groups_are_reached(
+    scheme: str, shape: tuple[int, int], group: int, block: int
+) -> None:
+    """As by a plain float64 GPTQ with the same floats; the first group's scales are below half of one."""
+    weight = np.array(_weight(shape=shape))
+    weight[:group] *= 1e-4
+    x = _inputs()
+    h = hessian(jnp.asarray(x))
+    made = quantize_gptq(
+        weight, h, scheme, group_size=group, block_size=block, scale_dtype="float16", scale_scheme="int8"
+    )
+    second, bits = made.scale, made.scheme.bits
+    assert isinstance(second, quant.QTensor) and (second.scheme.name, second.scale.shape) == ("int8", (1, shape[1]))
+    assert second.scale.dtype == jnp.float16 and made.validate() is made
+    groups = weight.reshape(-1, group, shape[1])
+    high, low = groups.max(1), groups.min(1)
+    largest = (np.where(high >= -low, high, -low) / 2 ** (bits - 1)).max(0)
+    unit = np.asarray(second.scale, np.float64)[0]
+    np.testing.assert_allclose(unit, largest * SCALE_HEADROOM / 127, rtol=2e-3)
+    codes, scale, _ = plain_gptq(weight, h, bits, True, group, False, 0.01, unit)
+    differs_M = (_codes(made) != codes).any(0)
+    assert differs_M.sum() <= 1
+    np.testing.assert_allclose(quant.dequantize(second)[:, ~differs_M], scale[:, ~differs_M], rtol=1e-6)
+    assert (np.abs(np.round(scale / unit)) == 1).any()
+    values = (codes.reshape(groups.shape) - 2.0 ** (bits - 1)) * scale[:, None]
+    np.testing.assert_allclose(
+        quant.dequantize(made)[:, ~differs_M], values.reshape(shape)[:, ~differs_M], rtol=1e-6, atol=1e-9
+    )
+    assert _output_error(x, weight, made) < _output_error(
+        x, weight, quant.quantize_rtn(weight, scheme, group_size=group)
+    )
+
+
+def test_scales_in_codes_of_stacks_tables_and_zeros() -> None:
+    weight = _weight(shape=(2, LENGTH, OUTPUTS)).at[:, :16, 0].set(0).at[..., 1].set(0)
+    h = jnp.stack([hessian(jnp.asarray(_inputs(seed))) for seed in range(2)])
+    options: dict[str, Any] = {"group_size": 16, "scale_scheme": "int8", "scale_dtype": "float16", "clip": "mse"}
+    made = jax.jit(lambda weight, h: quantize_gptq(weight, h, "int4", **options))(weight, h)
+    table = quantize_gptq(weight.swapaxes(-1, -2), h, "int4", axis=-1, **options)
+    assert made.validate().scale.scale.shape == (2, 1, OUTPUTS) and table.validate().scale.scale.shape == (
+        2,
+        OUTPUTS,
+        1,
+    )
+    for i in range(2):
+        single = quantize_gptq(weight[i], h[i], "int4", **options)
+        jax.tree.map(np.testing.assert_array_equal, made[i], single)
+        np.testing.assert_array_equal(quant.dequantize(table[i]).T, quant.dequantize(single))
+        assert not np.asarray(quant.dequantize(single))[:, 1].any()
+        assert not np.asarray(quant.dequantize(single.scale))[0, 0]
+        assert np.asarray(quant.dequantize(single.scale))[:, 2:].all()
 
 
 @pytest.mark.parametrize(
@@ -258,6 +328,11 @@ def test_a_weight_of_zeros_stays_zero() -> None:
         ({"damping": -0.1}, "damping -0.1: expected a fraction of the mean diagonal, not negative"),
         ({"damping": float("nan")}, "damping nan: expected"),
         ({"block_size": 0}, "block_size 0: expected at least 1"),
+        ({"scale_scheme": "int9"}, "no scheme 'int9'"),
+        ({"scale_scheme": "uint8"}, "int4 with scales in uint8: expected int with int"),
+        ({"scale_scheme": "int8", "group_size": "channel"}, "scale_scheme int8 beside group_size 'channel': expected"),
+        ({"scale_scheme": "int6"}, "a group of 2 codes of 6 bits does not fill whole bytes"),
+        ({"weight": jnp.full((16, 2), 1e9), "scale_dtype": "float16", "scale_scheme": "int8"}, "above the range of"),
     ],
 )
 def test_errors(changes: dict[str, Any], message: str) -> None:

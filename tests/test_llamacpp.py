@@ -177,18 +177,40 @@ _SHAPES = {
 }
 
 
+@pytest.mark.parametrize("weighed", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("shape", _SHAPES)
-def test_files_are_those_of_llamacpps_own_quantizer(shape: str, tied: bool, tmp_path: Path) -> None:
+def test_files_are_those_of_llamacpps_own_quantizer(shape: str, tied: bool, weighed: bool, tmp_path: Path) -> None:
     pytest.importorskip(
         "llama_cpp", reason="llama.cpp's own quantizer: install the extra: pip install -e '.[llamacpp]'"
     )
     config = llamajax.Config(vocab_size=64, context_length=64, tied_embeddings=tied, **_SHAPES[shape])
     source, theirs, ours = (tmp_path / f"{name}.gguf" for name in ("source", "theirs", "ours"))
     write_gguf(source, config, read_random(config), "F16")
+    importance = _importance(source) if weighed else None
     for kind in KINDS:
         if kind in ("F32", "F16", "BF16"):
             continue
-        quantize_gguf(source, theirs, "MOSTLY_MXFP4_MOE" if kind == "MXFP4" else f"MOSTLY_{kind}", pure=kind == "MXFP4")
-        llamacpp.quantize(source, ours, kind)
+        name = "MOSTLY_MXFP4_MOE" if kind == "MXFP4" else f"MOSTLY_{kind}"
+        quantize_gguf(source, theirs, name, importance, pure=kind == "MXFP4")
+        llamacpp.quantize(source, ours, kind, importance)
         _check_same_tensors(theirs, ours)
+
+
+def _importance(path: Path) -> dict[str, np.ndarray]:
+    """Mean squares of the inputs of the layers' matrices, a few of them large, as activations have them."""
+    rng = np.random.default_rng(0)
+    widths = {tensor.name: int(tensor.shape[0]) for tensor in gguf.GGUFReader(path).tensors if len(tensor.shape) > 1}
+    return {name: rng.lognormal(0, 2, K).astype(np.float32) for name, K in widths.items() if name.startswith("blk.")}
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"])
+def test_an_importance_matrix_moves_errors_to_inputs_that_matter_less(kind: str) -> None:
+    rng = np.random.default_rng(1)
+    floats_MK, importance_K = rng.standard_normal((64, 512)).astype(np.float32), rng.lognormal(0, 2, 512)
+    errors = []
+    for importance in (None, importance_K):
+        blocks = llamacpp.quantize_chunk(kind, floats_MK, importance)
+        error_MK = gguf.dequantize(blocks, llamacpp.Kind[kind]).reshape(64, 512) - floats_MK
+        errors.append(float((error_MK**2 @ importance_K).mean()))
+    assert errors[1] < 0.95 * errors[0]

@@ -98,6 +98,17 @@ def test_worked_example(axis: int) -> None:
     assert np.asarray(made.planes[0]).tobytes() == bytes.fromhex(in_memory)
     in_memory = "003c 0038 0040 00b4" if axis == -2 else "003c 0040 0038 00b4"
     assert np.asarray(made.scale).tobytes() == bytes.fromhex(in_memory)
+    two_levels = quant.QTensor.from_codes(
+        turn(jnp.asarray([[160, 144], [192, 120]], jnp.uint8)),
+        turn(jnp.full((1, 2), 2.0**-5, jnp.float16)),
+        quant.SCHEMES["int8"],
+        axis=axis,
+    )
+    in_memory = "a090 c078" if axis == -2 else "a0c0 9078"
+    assert np.asarray(two_levels.planes[0]).tobytes() == bytes.fromhex(in_memory)
+    assert np.asarray(two_levels.scale).tobytes() == bytes.fromhex("0028 0028")
+    again = quant.QTensor.from_codes(jnp.asarray(codes), two_levels, made.scheme, axis=axis)
+    np.testing.assert_array_equal(quant.dequantize(again), quant.dequantize(made))
     rows = [[-8, 0], [-7, 0.5], [-6, 1], [-5, 1.5], [-8, -1], [-6, -1.25], [-4, -1.5], [-2, -1.75]]
     assert quant.dequantize(made).tolist() == turn(np.array(rows)).tolist()
 

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from llamajax import LlamaJaxError
-from llamajax.evaluation.plots import Point, Speed, check_picture, error_by_layer, quality_curve, speed_bars
+from llamajax.evaluation.plots import (
+    Point,
+    Speed,
+    check_picture,
+    error_by_layer,
+    quality_curve,
+    quality_panels,
+    speed_bars,
+)
 
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="no matplotlib: pip install 'llamajax[plot]'"
@@ -38,6 +46,26 @@ def test_quality_curve(tmp_path: Path) -> None:
     assert "float: 16.00 bits, no divergence" in seen and "KL divergence from the reference, nats a token" in seen
     quality_curve(POINTS[-1:], tmp_path / "nothing.svg")
     assert "float: 16.00 bits, no divergence" in texts(tmp_path / "nothing.svg")
+
+
+def colours(path: Path) -> list[str]:
+    """Of all lines and points of an SVG."""
+    tree = xml.etree.ElementTree.parse(path)
+    styles = [node.get("style", "") for node in tree.iter("{http://www.w3.org/2000/svg}path")]
+    return [style.partition("stroke: ")[2][:7] for style in styles]
+
+
+@needs_matplotlib
+def test_quality_panels(tmp_path: Path) -> None:
+    """A family has its colour in a panel where it is alone, too."""
+    quality_panels({"box": POINTS, "smollm2": POINTS[2:3]}, tmp_path / "panels.svg")
+    assert {"box", "smollm2", "int8", "int4-g32", "nf4-g64"} <= texts(tmp_path / "panels.svg")
+    quality_panels({"smollm2": POINTS[2:3]}, tmp_path / "alone.svg")
+    of_rounding, of_code_book = "#1f77b4", "#ff7f0e"
+    assert {of_rounding, of_code_book} <= set(colours(tmp_path / "panels.svg"))
+    both = [colours(tmp_path / f"{name}.svg").count(of_rounding) for name in ("panels", "alone")]
+    quality_curve(POINTS, tmp_path / "curve.svg")
+    assert both[0] == colours(tmp_path / "curve.svg").count(of_rounding) and both[1] > 0
 
 
 @needs_matplotlib

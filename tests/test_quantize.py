@@ -365,6 +365,7 @@ WRONG = {
     "group_size": ("0", "-32", "false", "true", "32.0", "'32'", "'row'", "{}", "[32]"),
     "scale_dtype": ("'float64'", "16", "true", "[]", "{}"),
     "scale_scheme": ("'int9'", "6", "true", "[]"),
+    "scale_group": ("64", "'tensor'", "true", "256.0", "[]"),
     "offset": ("'no'", "1", "[]"),
     "method": ("'awq'", "1", "{}", "[]"),
     "clip": ("'max'", "true", "0.5", "{}"),

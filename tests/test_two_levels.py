@@ -66,6 +66,31 @@ def test_how_much_is_lost(name: str) -> None:
     assert searched.bits_per_weight == ggml.TYPES[name].bits_per_weight
 
 
+@pytest.mark.parametrize(("scheme", "length", "group"), [("int4", 96, 32), ("int2", 576, 32), ("int8", 40, 8)])
+def test_one_float_for_an_output(scheme: str, length: int, group: int) -> None:
+    """In float64: the largest scale has code -128, none is 0 for its groups are not, and codes are the nearest."""
+    floats = weight((length, 12))
+    floats[:group] *= 1e-5
+    made = quantize_two_levels(floats, scheme, "int8", group_size=group, scale_group="channel", clip="mse")
+    assert made.scale.scale.shape == (1, 12) and made.scale.scale.dtype == np.float16
+    assert made.bits_per_weight == made.scheme.bits + 8 / group + 16 / length
+    codes = np.asarray(made.scale.planes[0]).astype(int) - 128
+    assert (codes.min(0) == -128).all() and (np.abs(codes[0]) == 1).all()
+    plain = np.asarray(
+        quantize_rtn(floats, scheme, group_size=group, scale_dtype="float32", clip="mse").scale, np.float64
+    )
+    unit = np.asarray(made.scale.scale, np.float64)
+    np.testing.assert_allclose(unit[0], plain[np.abs(plain).argmax(0), range(12)] / -128, rtol=1e-3, atol=2.0**-25)
+    wanted = np.round(plain / unit)
+    np.testing.assert_allclose(codes, np.where(wanted == 0, np.sign(plain / unit), wanted.clip(-128, 127)), atol=1e-9)
+    repeated = np.repeat(codes * unit, group, 0)
+    values = (np.arange(2**made.scheme.bits) - made.scheme.bias).reshape(-1, 1, 1) * repeated
+    distance = np.abs(np.asarray(quant.dequantize(made)) - floats)
+    assert (distance <= np.abs(values - floats).min(0) + 1e-6 * np.abs(repeated)).all()
+    table = quantize_two_levels(floats.T, scheme, "int8", group_size=group, scale_group="channel", clip="mse", axis=-1)
+    np.testing.assert_array_equal(np.asarray(quant.dequantize(table)).T, np.asarray(quant.dequantize(made)))
+
+
 @pytest.mark.parametrize("name", ["Q3_K", "Q4_K"])
 def test_importance(name: str) -> None:
     floats = weight()
@@ -107,6 +132,8 @@ def test_groups_of_zeros_and_of_one_sign(name: str) -> None:
         ({"group_size": 48}, "in groups of 48 of rows of 512: expected a divisor of 256"),
         ({"group_size": "channel"}, "in groups of channel of rows of 512"),
         ({"weight": np.ones((384, 2), np.float32)}, "of rows of 384: expected a divisor of 256, of rows of a multiple"),
+        ({"group_size": 48, "scale_group": "channel"}, "groups of 48 of rows of 512: expected a divisor of 512"),
+        ({"scale_group": 128}, "scale_group 128: expected 256 or 'channel'"),
         ({"weight": np.full((256, 2), np.nan, np.float32)}, "NaN or infinity"),
     ],
 )

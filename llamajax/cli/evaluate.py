@@ -1,17 +1,17 @@
-"""`llamajax eval`: how well models predict a text, what they take, and how far they are from a reference."""
+"""`llamajax eval`: how well models predict a text, or answer questions, and how far they are from a reference."""
 
-import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 from rich.table import Table
 
 from llamajax.checkpoint import Opened, need_tokenizer, read_tokenizer
+from llamajax.cli import evaluate_tasks
+from llamajax.cli.evaluate_models import about, check_named, layout, products, size_cells, size_of, without_infinities
 from llamajax.cli.model_flags import (
     chosen_activations,
     chosen_dtype,
@@ -22,7 +22,6 @@ from llamajax.cli.model_flags import (
     open_named,
     read_model,
 )
-from llamajax.cli.sizes import memory_bytes, readable_bytes, stored_bytes
 from llamajax.cli.terminal import as_json, printable, progress, show, write
 from llamajax.errors import LlamaJaxError
 from llamajax.evaluation.evaluate import (
@@ -39,7 +38,7 @@ from llamajax.evaluation.windows import CONVENTIONS, Windows
 from llamajax.model import Llama
 from llamajax.train import heldout_stories
 
-SUMMARY = "measure perplexity, size and the distance to a reference, by layer too"
+SUMMARY = "measure perplexity, or accuracy at tasks, size and the distance to a reference, by layer too"
 EXAMPLES = (
     "llamajax eval --model=box --text=stories",
     "llamajax eval --model=box-int4 --reference=box --plot=layers.svg",
@@ -47,6 +46,7 @@ EXAMPLES = (
     "llamajax eval --model=box-int4 --reference_products",
     "llamajax eval --model=path/to/llama --text=wiki.test.raw --convention=llama.cpp --context=512",
     "llamajax eval --model=stories260K.bin --tokenizer=tok512.model --text=tinystories.txt --context=256 --json",
+    *evaluate_tasks.EXAMPLES,
 )
 _LARGEST_LOSS = 700.0  # of which the exponential is a float
 _DIFFERENT = "the architectures differ: there is no signal-to-noise by layer"
@@ -78,7 +78,7 @@ def define(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_integer("context", 512, "window in tokens; windows do not overlap", flag_values=values)
-    flags.DEFINE_integer("batch", 8, "windows evaluated at once", flag_values=values)
+    flags.DEFINE_integer("batch", 8, "windows, continuations or answers evaluated at once", flag_values=values)
     flags.DEFINE_boolean(
         "reference_products",
         False,
@@ -96,25 +96,29 @@ def define(values: flags.FlagValues) -> None:
         "a weight; needs --reference, and the extra llamajax[plot]",
         flag_values=values,
     )
+    evaluate_tasks.define(values)
 
 
 def run(values: flags.FlagValues) -> None:
     """Prints tables, or JSON; draws."""
     _check(values)
+    if values.task:
+        evaluate_tasks.run(values)
+        return
     checkpoints = [open_named(values, name) for name in values.model]
     reference = open_named(values, values.reference) if values.reference else None
     windows = _windows(values, [*checkpoints, reference] if reference else checkpoints)
     if values.plot and reference and len(checkpoints) == 1:
         if not same_weights(checkpoints[0].abstract, reference.abstract):
             raise LlamaJaxError(f"--plot={values.plot}: {_DIFFERENT}")
-    backend = _backend(values)
+    backend = layout(values)
     reference_model = read_model(reference, chosen_dtype(values), backend=backend) if reference else None
     results: list[dict[str, Any]] = []
     try:
         for result in _results(values, windows, checkpoints, reference, reference_model):
             results.append(result)
             if values.json:
-                write(as_json(_without_infinities(result)))
+                write(as_json(without_infinities(result)))
     finally:  # an error in one model does not cost what was found of those before it
         if results and not values.json:
             _print(results)
@@ -138,42 +142,30 @@ def _results(
             "context": values.context,
             "windows": len(windows.rows),
             "predictions": windows.predictions,
-            "products": f"prepared for {backend}" if (backend := _backend(values)) else "reference",
+            "products": products(values),
         }
-        model = read_model(checkpoint, chosen_dtype(values), backend=backend, activations=chosen_activations(values))
+        model = read_model(
+            checkpoint, chosen_dtype(values), backend=layout(values), activations=chosen_activations(values)
+        )
         if reference is None or reference_model is None:
-            with progress(f"evaluating {name}") as on_batch, _about(name):
+            with progress(f"evaluating {name}") as on_batch, about(name):
                 losses = token_losses(model, windows, batch=values.batch, on_batch=on_batch)
-                result |= _score(losses) | _size(checkpoint)
+                result |= _score(losses) | size_of(checkpoint)
         else:
-            with _about(f"{name} beside {values.reference}"):
+            with about(f"{name} beside {values.reference}"):
                 measured, reference_losses = _compare(model, reference_model, windows, values.batch, name)
-            result |= measured | _size(checkpoint)
-            result["reference"] = {"model": values.reference, **_score(reference_losses), **_size(reference)}
+            result |= measured | size_of(checkpoint)
+            result["reference"] = {"model": values.reference, **_score(reference_losses), **size_of(reference)}
         del model  # before the next one is read
         yield result
-
-
-def _backend(values: flags.FlagValues) -> str | None:
-    """Whose layout weights are measured in; None for the reference products of the format at rest."""
-    return None if values.reference_products else jax.default_backend()
-
-
-@contextlib.contextmanager
-def _about(name: str) -> Iterator[None]:
-    """Says of which model an error is."""
-    try:
-        yield
-    except LlamaJaxError as error:
-        raise LlamaJaxError(f"{name}: {error}") from None
 
 
 def _check(values: flags.FlagValues) -> None:
     """Refuses what needs no file to be refused."""
     if values.context < 1 or values.batch < 1:
         raise LlamaJaxError(f"context is {values.context} and batch {values.batch}: expected at least 1")
-    if not values.model or not all(values.model):
-        raise LlamaJaxError(f"--model={','.join(values.model)}: expected a checkpoint, or several with commas between")
+    check_named(values)
+    evaluate_tasks.check(values)
     if values.plot:
         if not values.reference:
             raise LlamaJaxError("--plot draws the distance to a reference: give --reference=PATH")
@@ -240,16 +232,6 @@ def _score(losses: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _size(checkpoint: Opened) -> dict[str, Any]:
-    """Of the weights as the checkpoint holds them, whatever dtype they were measured in."""
-    size = memory_bytes(checkpoint.abstract)
-    return {
-        "bits_per_weight": 8 * size / checkpoint.config.num_parameters,
-        "bytes_in_memory": size,
-        "bytes_on_disk": stored_bytes(checkpoint.path),
-    }
-
-
 def _print(results: list[dict[str, Any]]) -> None:
     """A row a model, the reference first; of a single model the layers, too."""
     first = results[0]
@@ -264,9 +246,7 @@ def _print(results: list[dict[str, Any]]) -> None:
         table.add_column(column, justify="right")
     for result in [reference, *results] if reference else results:
         cells = [
-            f"{result['bits_per_weight']:.2f}",
-            readable_bytes(result["bytes_in_memory"]),
-            readable_bytes(result["bytes_on_disk"]),
+            *size_cells(result),
             f"{result['cross_entropy_nats']:.4f}",
             f"{result['perplexity']:.4f} ± {result['perplexity_standard_error']:.4f}",
         ]
@@ -315,12 +295,3 @@ def _draw(results: list[dict[str, Any]], path: str) -> None:
         names = [result["model"] for result in results]
     points = zip(names, results, strict=True)
     quality_curve([Point(family, name, r["bits_per_weight"], r["kl_divergence"]) for name, r in points], path)
-
-
-def _without_infinities(value: Any) -> Any:
-    """For JSON, which has none: null stands for the infinite ratio of what has no error, or no signal."""
-    if isinstance(value, dict):
-        return {key: _without_infinities(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_infinities(each) for each in value]
-    return None if isinstance(value, float) and math.isinf(value) else value

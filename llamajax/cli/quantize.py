@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from llamajax.checkpoint import need_tokenizer, save_checkpoint
+from llamajax.checkpoint import Opened, need_tokenizer, save_checkpoint
 from llamajax.cli.model_flags import define_model, define_threads, open_named, tokenizer_if_any
 from llamajax.cli.sizes import readable_bytes, stored_bytes
 from llamajax.cli.terminal import note, progress, spinner
@@ -16,6 +16,7 @@ from llamajax.evaluation.evaluate import encode_documents, read_documents
 from llamajax.files import check_absent
 from llamajax.model import Llama
 from llamajax.parameters import named_weights
+from llamajax.quantization.own_text import own_text
 from llamajax.quantization.quantize import quantize, read_recipe, recipe_names
 from llamajax.quantization.resume import remove_parts
 from llamajax.tokenizer import Tokenizer
@@ -24,15 +25,17 @@ from quant import Recipe, quantized
 
 SUMMARY = "pack weights into 8, 6, 5, 4, 3 or 2 bits by a recipe"
 EXAMPLES = (
+    "llamajax quantize --model=path/to/TinyLlama --output=tinyllama-4.5",
+    "llamajax quantize --model=path/to/TinyLlama --calibration=text.txt --output=tinyllama-4.5",
+    "llamajax quantize --model=path/to/TinyLlama --calibration=self --bits=3.5 --output=tinyllama-3.5",
     "llamajax quantize --model=box --recipe=int4-g32 --output=box-int4",
-    "llamajax quantize --model=path/to/TinyLlama --recipe=int4-g128-gptq --calibration=text.txt --output=tinyllama",
-    "llamajax quantize --model=box --target_bpw=3.5 --calibration=stories --output=box-3.5",
     "llamajax quantize --model=path/to/TinyLlama --recipe=my_recipe.toml --output=tinyllama-mine",
     "llamajax quantize --model=box --recipe=int4-g32 --types=ggml --output=box-q4_0",
 )
 # Of our story generator, for the model in the box; those that it is measured on are others.
 _CALIBRATION_STORIES = 1000
-_TARGET_RECIPE = "mixed-4.5bpw"
+# What is taken where no recipe is named, without a calibration text and with one.
+_DEFAULTS = "uncalibrated", "calibrated"
 
 
 def define(values: flags.FlagValues) -> None:
@@ -43,16 +46,17 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "recipe",
         None,
-        f"a .toml file, or one of {names}; int4-g32 unless given, {_TARGET_RECIPE} with --target_bpw",
+        f"a .toml file, or one of {names}; unless given {_DEFAULTS[1]} with --calibration and {_DEFAULTS[0]} without",
         flag_values=values,
     )
     flags.DEFINE_float(
-        "target_bpw",
+        "bits",
         None,
-        "bits per weight that the whole model may have: the bits of each weight are searched for, by the error that "
-        "they cause on the calibration text",
+        "bits per weight of the whole model, everything counted, as 4.5, 3.5 or 3: each weight gets those that it has "
+        "most use for; what the recipe says unless given",
         flag_values=values,
     )
+    flags.DEFINE_alias("target_bpw", "bits", flag_values=values)
     flags.DEFINE_enum(
         "types",
         None,
@@ -65,10 +69,11 @@ def define(values: flags.FlagValues) -> None:
         "calibration",
         None,
         "UTF-8 file, documents separated by <|endoftext|>, like the texts that the model is for; or stories, some that "
-        "the box was trained on. For recipes that look at activations (gptq, awq, …)",
+        "the box was trained on; or self, what the model itself says, sampled first. It makes the result better at the "
+        "same size, and takes minutes where a model without it takes seconds",
         flag_values=values,
     )
-    flags.DEFINE_integer("calibration_tokens", 65536, "how many tokens of that text are used", flag_values=values)
+    flags.DEFINE_integer("calibration_tokens", 8192, "how many tokens of that text are used", flag_values=values)
     flags.DEFINE_integer("context", 512, "tokens of that text that are seen together", flag_values=values)
     flags.DEFINE_string(
         "output",
@@ -85,8 +90,8 @@ def run(values: flags.FlagValues) -> None:
         raise LlamaJaxError("--model and --output are both needed: see llamajax quantize --help")
     output = Path(values.output)
     check_absent(output)
-    name = values.recipe or ("int4-g32" if values.target_bpw is None else _TARGET_RECIPE)
-    recipe = _with_target(read_recipe(name), values.target_bpw)
+    name = values.recipe or _DEFAULTS[bool(values.calibration)]
+    recipe = _with_target(read_recipe(name), values.bits)
     if recipe.needs_calibration and not values.calibration:
         raise LlamaJaxError(f"{name} needs a text to run the model on: give --calibration=FILE")
     if values.calibration and not recipe.needs_calibration:
@@ -95,7 +100,7 @@ def run(values: flags.FlagValues) -> None:
     tokenizer: Tokenizer | bytes | None
     if recipe.needs_calibration:
         tokenizer = need_tokenizer(opened, values.tokenizer)
-        tokens = _calibration_tokens(values, tokenizer)
+        tokens = _calibration_tokens(values, opened, tokenizer)
     else:
         tokenizer, tokens = tokenizer_if_any(values, opened) or opened.tokenizer_bytes, None
     window = min(values.context, opened.config.context_length)
@@ -123,10 +128,14 @@ def _with_target(recipe: Recipe, target_bpw: float | None) -> Recipe:
         raise LlamaJaxError(str(error)) from None
 
 
-def _calibration_tokens(values: flags.FlagValues, tokenizer: Tokenizer) -> np.ndarray:
+def _calibration_tokens(values: flags.FlagValues, opened: Opened, tokenizer: Tokenizer) -> np.ndarray:
     """The beginning of the calibration text, in ids."""
     if values.calibration_tokens < 1:
         raise LlamaJaxError(f"calibration_tokens is {values.calibration_tokens}: expected at least 1")
+    if values.calibration == "self":
+        with progress("sampling a text") as on_tokens:
+            length = min(values.context, opened.config.context_length)
+            return own_text(opened.read(), tokenizer, values.calibration_tokens, length=length, on_tokens=on_tokens)
     if values.calibration == "stories":
         documents = story_texts(_CALIBRATION_STORIES).training
     else:

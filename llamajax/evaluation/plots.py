@@ -72,7 +72,37 @@ def quality_curve(points: Iterable[Point], path: str | Path) -> None:
     check_picture(path)
     axes = _axes()
     points = list(points)
-    for i, family in enumerate(dict.fromkeys(point.family for point in points)):
+    _draw_curve(axes, points, _families(points))
+    _save(axes.figure, path)
+
+
+def quality_panels(panels: Mapping[str, Iterable[Point]], path: str | Path) -> None:
+    """`quality_curve` of several models side by side, each under its name; a family has one colour in all.
+
+    Raises:
+        LlamaJaxError: as `check_picture`.
+    """
+    check_picture(path)
+    from matplotlib.figure import Figure
+
+    drawn = {name: list(points) for name, points in panels.items()}
+    families = _families([point for points in drawn.values() for point in points])
+    figure = Figure(figsize=(7 * max(1, len(drawn)), 5), layout="constrained")
+    for axes, (name, points) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True):
+        axes.grid(alpha=0.3, which="both")
+        axes.set_title(_literal(name))
+        _draw_curve(axes, points, families)
+    _save(figure, path)
+
+
+def _families(points: Sequence[Point]) -> tuple[str, ...]:
+    """In the order of their first points, which decides their colours."""
+    return tuple(dict.fromkeys(point.family for point in points))
+
+
+def _draw_curve(axes: Any, points: Sequence[Point], families: Sequence[str]) -> None:
+    """What `quality_curve` draws."""
+    for i, family in enumerate(families):
         members = sorted(point[2:] for point in points if point.family == family and point.kl_divergence > 0)
         if members:
             best = [point for k, point in enumerate(members) if all(point[1] < other[1] for other in members[:k])]
@@ -85,7 +115,6 @@ def quality_curve(points: Iterable[Point], path: str | Path) -> None:
     axes.set(xlabel="bits a weight", ylabel="KL divergence from the reference, nats a token", yscale="log")
     axes.legend()
     _write_labels(axes, [point for point in points if point.kl_divergence > 0])
-    _save(axes.figure, path)
 
 
 def error_by_layer(

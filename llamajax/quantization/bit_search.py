@@ -1,10 +1,13 @@
-"""How many bits each weight gets, given how many the whole model may have: measured, not guessed.
+"""How many bits each weight gets, given how many the whole model may have: by what its rounding costs in KL divergence.
 
-For each weight and each number of bits, the layer is run with just that weight quantized; the error is what that
-changes in the layer's output, squared, relative to the output. Errors of different weights are taken to add up.
+For each weight and each number of bits the cost is half of the sum of squared rounding errors times the diagonal of the
+Fisher information (`sensitivity`): the divergence that follows, in nats a token, to second order. Costs of different
+weights add up (the "linearity theorem" of HIGGS, Malinovskii et al. 2024, arXiv:2411.17525), so that the best choice
+within a budget is a walk along convex hulls (`quant.allocate`).
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,15 +18,14 @@ import numpy as np
 
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
-from llamajax.model import Llama, model_from
-from llamajax.parameters import Place, leaves, specs
-from llamajax.quantization import calibrate
+from llamajax.parameters import Place, specs
 from llamajax.quantization.quantize_weight import by_rounding, naming
-from quant import Rule, Scheme, allocate, values
+from llamajax.quantization.sensitivity import gradients
+from quant import Rule, Scheme, allocate
 
 _BITS = (2, 3, 4, 5, 6, 8)
-_SAMPLE_TOKENS = 4096
-_HEAD_TOKENS = 256
+# The error of a candidate is measured on so many weights of a matrix, as columns of at most so many rows.
+_MEASURED_WEIGHTS, _MEASURED_ROWS = 2**18, 256
 
 Rules = Mapping[Place, Rule]
 
@@ -45,7 +47,7 @@ def choose_bits(
         read: one weight at a time, floats.
         rules: of every weight.
         target_bpw: bits per weight of the whole model, everything counted.
-        windows_WT: calibration text; its first 4,096 tokens are used.
+        windows_WT: calibration text.
         config: the architecture.
         on_weights: called with how many weights more have been measured.
         candidates: what may be chosen for a weight by its rule; the same rule with other numbers of bits unless given.
@@ -54,14 +56,41 @@ def choose_bits(
         LlamaJaxError: if no weight's bits are free, not even the fewest fit, a weight cannot be quantized, or what it
             makes of the text is not finite.
     """
-    windows_WT = windows_WT[: max(1, _SAMPLE_TOKENS // windows_WT.shape[1])]
     candidates = candidates or (lambda place, rule: _candidates(rule))
     options = {place: candidates(place, rule) for place, rule in rules.items()}
-    if not any(len(candidates) > 1 for candidates in options.values()):
+    if not any(len(each) > 1 for each in options.values()):
         raise LlamaJaxError("target_bpw: no rule has an int or uint scheme whose bits could be chosen")
-    errors = _measure(read, options, windows_WT, config, on_weights)
-    float_bytes = read(Place("norm.weight_D")).dtype.itemsize
-    costs = [[_bytes(rule, place, config, float_bytes) for rule in candidates] for place, candidates in options.items()]
+    errors = {place: [0.0] * len(each) for place, each in options.items()}
+    of = specs(config)
+    for place, weight, fisher in gradients(read, config, windows_WT):
+        if len(options[place]) > 1:
+            sample = sampled(weight, fisher, of[place].axis)
+            errors[place] = [cost(place, rule, sample, weight.size) for rule in options[place]]
+        on_weights(1)
+    on_weights(sum(not spec.is_matrix for spec in of.values()))
+    return share_out(options, errors, target_bpw, config, read(Place("norm.weight_D")).dtype.itemsize)
+
+
+def share_out(
+    options: Mapping[Place, list[Rule]],
+    errors: Mapping[Place, list[float]],
+    target_bpw: float,
+    config: Config,
+    float_bytes: int,
+) -> dict[Place, Rule]:
+    """The candidates whose errors add up to least within so many bits a weight.
+
+    Args:
+        options: candidates of every weight.
+        errors: of each of them.
+        target_bpw: bits per weight of the whole model, everything counted.
+        config: the architecture.
+        float_bytes: of a weight that is kept.
+
+    Raises:
+        LlamaJaxError: if not even the smallest candidates fit.
+    """
+    costs = [[_bytes(rule, place, config, float_bytes) for rule in each] for place, each in options.items()]
     try:
         chosen = allocate(costs, [errors[place] for place in options], target_bpw * config.num_parameters / 8)
     except ValueError as error:
@@ -71,7 +100,9 @@ def choose_bits(
 
 def bits_are_free(rule: Rule) -> bool:
     """Whether the bits of a rule's scheme are a starting point only."""
-    if rule.scheme is None or not isinstance(rule.group_size, int) or rule.scale_scheme is not None:
+    if rule.scheme is None or not isinstance(rule.group_size, int):
+        return False
+    if rule.scale_scheme is not None and rule.scale_group != "channel":  # a type of ggml's, with one number of bits
         return False
     return Scheme.named(rule.scheme).kind in ("int", "uint")
 
@@ -84,9 +115,78 @@ def _candidates(rule: Rule) -> list[Rule]:
     return [dataclasses.replace(rule, scheme=f"{scheme.kind}{bits}") for bits in _BITS]
 
 
-def _quantized(weight: Any, rule: Rule, axis: int) -> Any:
-    rule = rule.for_inputs(weight.shape[axis])
-    return by_rounding(weight, dataclasses.replace(rule, method="rtn", clip="mse", importance=False), axis)
+def sampled(weight: jax.Array, fisher: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """Some of a matrix's weights, as columns of neighbours along its contraction axis, and what is known of them.
+
+    Columns of all matrices have few different shapes, so that few programs measure all.
+
+    Args:
+        weight: float32 [K, M] (`axis=-2`) or [M, K].
+        fisher: likewise.
+        axis: the contraction axis.
+
+    Returns:
+        Both as [k, n]: k the largest divisor of K that is at most 256 and, if there is one, a multiple of 32.
+    """
+    pair = (weight, fisher) if axis == -2 else (weight.T, fisher.T)
+    length, outputs = pair[0].shape
+    divisors = [size for size in range(1, min(length, _MEASURED_ROWS) + 1) if length % size == 0]
+    rows = max(divisors, key=lambda size: (size % 32 == 0, size))
+    count = max(1, min(_MEASURED_WEIGHTS // rows, outputs * (length // rows)))
+    at = np.random.default_rng(0).choice(outputs * (length // rows), count, replace=False)
+    return _columns(*pair, jnp.asarray(at % outputs), jnp.asarray(at // outputs), rows)
+
+
+@functools.partial(jax.jit, static_argnames="rows")
+def _columns(
+    weight_KM: jax.Array, fisher_KM: jax.Array, output_n: jax.Array, part_n: jax.Array, rows: int
+) -> tuple[jax.Array, jax.Array]:
+    """Rows `part * rows` and on of some outputs, [rows, n]."""
+    at_rn = part_n * rows + jnp.arange(rows)[:, None]
+    return weight_KM[at_rn, output_n], fisher_KM[at_rn, output_n]
+
+
+def cost(place: Place, rule: Rule, sample: tuple[jax.Array, jax.Array], size: int) -> float:
+    """What rounding by a rule costs, in nats a token.
+
+    Args:
+        place: of the weight.
+        rule: the candidate.
+        sample: of `sampled`.
+        size: of the whole weight.
+
+    Raises:
+        LlamaJaxError: if the rule does not fit the weight, or the cost is not finite.
+    """
+    weight_kn, fisher_kn = sample
+    with naming(f"{place} as {rule.scheme}"):
+        error = float(_cost(weight_kn, fisher_kn, _quick(rule, len(weight_kn)))) * size / weight_kn.size
+    if not math.isfinite(error):
+        raise LlamaJaxError(
+            f"{place} as {rule.scheme}: what it makes of the calibration text is not finite: expected weights and "
+            "activations whose squares float32 can hold"
+        )
+    return error
+
+
+@functools.partial(jax.jit, static_argnames="rule")
+def _cost(weight_kn: jax.Array, fisher_kn: jax.Array, rule: Rule) -> jax.Array:
+    return 0.5 * jnp.sum((by_rounding(weight_kn, rule, -2).values() - weight_kn) ** 2 * fisher_kn)
+
+
+def _quick(rule: Rule, length: int) -> Rule:
+    """The rule for a sample of so many rows, by round-to-nearest."""
+    rule = rule.for_inputs(length)
+    return Rule(
+        weights="*",
+        scheme=rule.scheme,
+        group_size=rule.group_size,
+        scale_dtype=rule.scale_dtype,
+        scale_scheme=rule.scale_scheme,
+        scale_group=rule.scale_group,
+        offset=rule.offset,
+        clip="mse",
+    )
 
 
 def _bytes(rule: Rule, place: Place, config: Config, float_bytes: int) -> int:
@@ -95,98 +195,15 @@ def _bytes(rule: Rule, place: Place, config: Config, float_bytes: int) -> int:
     shape = spec.shape(config)
     if rule.scheme is None:
         return math.prod(shape) * float_bytes
-    weight = jax.ShapeDtypeStruct(shape, jnp.float32)
-    made = jax.eval_shape(lambda weight: _quantized(weight, rule, spec.axis), weight)
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(made))
     length = shape[spec.axis]
+    made = _shape(_quick(rule, length), shape, spec.axis)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(made))
     size += 4 * length if rule.act_order and made.group_size < length else 0
     return size + rule.outliers * (2 * math.prod(shape) // length + 4)
 
 
-def _measure(
-    read: Callable[[Place], Any],
-    options: Mapping[Place, list[Rule]],
-    windows_WT: np.ndarray,
-    config: Config,
-    on_weights: Callable[[int], None],
-) -> dict[Place, list[float]]:
-    """The error of each candidate of each weight; 0 where there is nothing to choose."""
-    of = specs(config)
-    errors = {place: [0.0] * len(candidates) for place, candidates in options.items()}
-    embed = Place("embed_VD")
-    whole = {"embed_VD": values(read(embed)), "norm.weight_D": values(read(Place("norm.weight_D")))}
-    x_WTD = _embedded(config, whole, windows_WT)
-    for i, rule in enumerate(options[embed] if len(options[embed]) > 1 else ()):
-        rounded = _rounded(embed, whole["embed_VD"], rule, of[embed].axis)
-        errors[embed][i] = _change(embed, rule, x_WTD, _embedded(config, whole | {"embed_VD": rounded}, windows_WT))
-    for layer in range(config.num_layers):
-        numbers = dict(config.numbers(layer))
-        places = [place for place in options if place.layer == layer]
-        weights = {place.name: values(read(place)) for place in places}
-        after_WTD = calibrate.run_block(calibrate.block_of(weights, config, layer), x_WTD, numbers)
-        for place in places:
-            candidates = options[place]
-            for i, rule in enumerate(candidates if len(candidates) > 1 else ()):
-                changed = weights | {place.name: _rounded(place, weights[place.name], rule, of[place].axis)}
-                block = calibrate.block_of(changed, config, layer)
-                errors[place][i] = _change(place, rule, after_WTD, calibrate.run_block(block, x_WTD, numbers))
-        x_WTD = after_WTD
-        on_weights(len(places))
-    _measure_head(read, options, errors, whole, x_WTD, config)
-    on_weights(sum(place.layer is None for place in options))
-    return errors
-
-
-def _embedded(config: Config, whole: Mapping[str, jax.Array], windows_WT: np.ndarray) -> jax.Array:
-    """What the first layer gets, float32."""
-    return jax.jit(Llama.embed)(model_from(dict.fromkeys(leaves(config)) | dict(whole), config), windows_WT)
-
-
-def _measure_head(
-    read: Callable[[Place], Any],
-    options: Mapping[Place, list[Rule]],
-    errors: dict[Place, list[float]],
-    whole: Mapping[str, jax.Array],
-    x_WTD: jax.Array,
-    config: Config,
-) -> None:
-    """Adds what a quantized head, tied or not, changes in the logits: relative to how they vary over the vocabulary."""
-    (place,) = (place for place, spec in specs(config).items() if "head" in spec.roles)
-    if len(options[place]) == 1:
-        return
-    head_VD = whole["embed_VD"] if place.name in whole else values(read(place))
-    x_TD = x_WTD.reshape(-1, config.width)
-    x_TD = x_TD[:: max(1, len(x_TD) // _HEAD_TOKENS)]
-
-    def centred(head_VD: jax.Array) -> jax.Array:
-        model = model_from(dict.fromkeys(leaves(config)) | dict(whole) | {place.name: head_VD}, config)
-        logits_TV = jax.jit(Llama.head)(model, x_TD)
-        return logits_TV - logits_TV.mean(-1, keepdims=True)
-
-    logits_TV = centred(head_VD)
-    for i, rule in enumerate(options[place]):
-        axis = specs(config)[place].axis
-        errors[place][i] += _change(place, rule, logits_TV, centred(_rounded(place, head_VD, rule, axis)))
-
-
-def _rounded(place: Place, weight: jax.Array, rule: Rule, axis: int) -> jax.Array:
-    """What a weight becomes by a candidate, float32."""
-    with naming(f"{place} of shape {weight.shape}"):
-        return values(_quantized(weight, rule, axis))
-
-
-def _change(place: Place, rule: Rule, before: jax.Array, after: jax.Array) -> float:
-    """What a candidate of a weight changes, as `_mean_change` has it."""
-    change = float(_mean_change(before, after))
-    if not math.isfinite(change):
-        raise LlamaJaxError(
-            f"{place} as {rule.scheme}: what it makes of the calibration text is not finite: expected weights and "
-            "activations whose squares float32 can hold"
-        )
-    return change
-
-
-@jax.jit
-def _mean_change(before: jax.Array, after: jax.Array) -> jax.Array:
-    """Mean over tokens of |after - before|^2 / |before|^2: no token counts more because its activations are large."""
-    return jnp.mean(jnp.sum((after - before) ** 2, -1) / jnp.maximum(jnp.sum(before**2, -1), 1e-30))
+@functools.lru_cache(maxsize=256)
+def _shape(rule: Rule, shape: tuple[int, ...], axis: int) -> Any:
+    """What a rule makes of a weight, of `jax.ShapeDtypeStruct`s. How scales are searched for changes none of it."""
+    rule = dataclasses.replace(rule, clip=None)
+    return jax.eval_shape(lambda weight: by_rounding(weight, rule, axis), jax.ShapeDtypeStruct(shape, jnp.float32))

@@ -15,13 +15,15 @@ import numpy as np
 from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
 from llamajax.layer import Layer
-from llamajax.model import NO_CACHE
-from llamajax.parameters import KINDS, Spec, block_weights, kind_of_layer
-from quant import Probe, Rule, add_to_hessian, quantize_rtn, search_scale, smoothing_scale
+from llamajax.model import NO_CACHE, Llama, model_from
+from llamajax.parameters import KINDS, Place, Spec, block_weights, kind_of_layer, leaves, specs
+from quant import Probe, Rule, add_to_hessian, quantize_rtn, search_scale, smoothing_scale, values
 
 # Tokens that a search for scales measures its error on.
 _SAMPLES = 1024
 _BATCH_TOKENS = 4096
+
+_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class Statistics(NamedTuple):
@@ -33,6 +35,8 @@ class Statistics(NamedTuple):
         max_abs_K: float32, largest magnitude.
         hessian_KK: float32, mean of x x', or None where it was not asked for.
         sample_TK: float32, about 1,000 tokens' inputs.
+        missing: None, or float32 [K, K] or [K, D]: mean of x e', where e is what the inputs of the float layer are more
+            than x, or what its output is more than this layer's.
     """
 
     mean_square_K: jax.Array
@@ -40,6 +44,7 @@ class Statistics(NamedTuple):
     max_abs_K: jax.Array
     hessian_KK: jax.Array | None
     sample_TK: jax.Array
+    missing: jax.Array | None = None
 
 
 def calibration_windows(tokens: np.ndarray, config: Config, window: int) -> np.ndarray:
@@ -88,8 +93,35 @@ def forward(block: Any, x_BTD: jax.Array, numbers: Mapping[str, Any]) -> jax.Arr
 run_block = jax.jit(forward)
 
 
+def embedded(outside: Mapping[str, Any], windows_WT: np.ndarray, config: Config) -> np.ndarray:
+    """What the first layer gets, float32, from the weights outside of layers by their names."""
+    return np.array(jax.jit(Llama.embed)(outside_model(outside, config), windows_WT).astype(jnp.float32))
+
+
+def outside_model(outside: Mapping[str, Any], config: Config) -> Llama:
+    """A model of some weights outside of its layers: enough for `embed`, the final norm or `head`."""
+    return model_from(dict.fromkeys(leaves(config)) | dict(outside), config)
+
+
+def float_block(read: Callable[[Place], Any], layer: int, config: Config) -> Any:
+    """One layer of the float model."""
+    return block_of({place.name: values(read(place)) for place in specs(config) if place.layer == layer}, config, layer)
+
+
+def behind_layers(read: Callable[[Place], Any], x_WTD: np.ndarray, config: Config) -> np.ndarray:
+    """What the float model's layers make of the residual stream before the first, in its place."""
+    for layer in range(config.num_layers):
+        x_WTD = advance(float_block(read, layer, config), x_WTD, config.numbers(layer))
+    return x_WTD
+
+
 def observe(
-    block: Any, x_WTD: np.ndarray, groups: Mapping[str, str], hessians: bool, numbers: Mapping[str, float]
+    block: Any,
+    x_WTD: np.ndarray,
+    groups: Mapping[str, str],
+    hessians: bool,
+    numbers: Mapping[str, float],
+    wanted: "Wanted | None" = None,
 ) -> dict[str, Statistics]:
     """Statistics of some of a layer's inputs, with that layer's weights as they are.
 
@@ -99,13 +131,23 @@ def observe(
         groups: names of inputs (`Spec.input`), and for each a weight that has it.
         hessians: whether to make Hessians, which are by far the largest part.
         numbers: of the layer.
+        wanted: what one of the inputs, or the layer's output, is in the float model: for `Statistics.missing`.
     """
     batches = list(_batches(x_WTD))
     stride = max(1, x_WTD.shape[0] * x_WTD.shape[1] // _SAMPLES)
     totals, samples = None, []
     for rows in batches:
+        target = None if wanted is None else jnp.asarray(wanted.values_WTn[rows])
         totals, sample = _observe(
-            block, jnp.asarray(x_WTD[rows]), totals, dict(numbers), tuple(groups.items()), hessians, stride
+            block,
+            jnp.asarray(x_WTD[rows]),
+            totals,
+            dict(numbers),
+            target,
+            tuple(groups.items()),
+            hessians,
+            stride,
+            wanted is not None and wanted.is_output,
         )
         samples.append(sample)
     assert totals is not None  # there is at least one window
@@ -113,6 +155,31 @@ def observe(
         group: statistics._replace(sample_TK=jnp.concatenate([sample[group] for sample in samples]))
         for group, (_, statistics) in totals.items()
     }
+
+
+class Wanted(NamedTuple):
+    """What the float model has where a quantized layer's statistics are made.
+
+    Attributes:
+        values_WTn: float32, the input that is observed [W, T, K], or the layer's output [W, T, D].
+        is_output: which of the two.
+    """
+
+    values_WTn: np.ndarray
+    is_output: bool
+
+
+def inputs_and_output(
+    block: Any, x_WTD: np.ndarray, groups: Mapping[str, str], numbers: Mapping[str, float]
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Inputs of a layer's weights by the name of the input, [W, T, K], and what the layer gives, [W, T, D]."""
+    made: dict[str, np.ndarray] = {}
+    output_WTD = np.empty_like(x_WTD)
+    for rows in _batches(x_WTD):
+        seen, output_WTD[rows] = _inputs(block, jnp.asarray(x_WTD[rows]), dict(numbers), tuple(groups.items()))
+        for group, part in seen.items():
+            made.setdefault(group, np.empty((*x_WTD.shape[:2], part.shape[-1]), np.float32))[rows] = part
+    return made, output_WTD
 
 
 def observe_array(x_WTK: np.ndarray, hessian: bool) -> Statistics:
@@ -130,39 +197,56 @@ def _add_batch(total: Any, x_BTK: jax.Array, hessian: bool) -> tuple[jax.Array, 
     return _add(total, x_BTK.reshape(-1, x_BTK.shape[-1]).astype(jnp.float32), hessian)
 
 
-@functools.partial(jax.jit, static_argnames=("groups", "hessians", "stride"), donate_argnames="totals")
+@functools.partial(jax.jit, static_argnames=("groups", "hessians", "stride", "is_output"), donate_argnames="totals")
 def _observe(
     block: Any,
     x_BTD: jax.Array,
     totals: Any,
     numbers: Mapping[str, Any],
+    wanted_BTn: jax.Array | None,
     groups: tuple[tuple[str, str], ...],
     hessians: bool,
     stride: int,
+    is_output: bool,
 ) -> tuple[dict[str, tuple[jax.Array, Statistics]], dict[str, jax.Array]]:
     """Adds a batch to (tokens so far, statistics so far) of each input; also a sample of each. None begins."""
+    seen, output_BTD = _inputs(block, x_BTD, numbers, groups)
+    added, samples = {}, {}
+    for group, _ in groups:
+        x_TK = seen[group].reshape(-1, seen[group].shape[-1])
+        samples[group] = x_TK[::stride]
+        missing_Tn = None
+        if wanted_BTn is not None:
+            missing_Tn = (wanted_BTn - (output_BTD if is_output else seen[group])).reshape(len(x_TK), -1)
+        added[group] = _add(totals and totals[group], x_TK, hessians, missing_Tn)
+    return added, samples
+
+
+@functools.partial(jax.jit, static_argnames="groups")
+def _inputs(
+    block: Any, x_BTD: jax.Array, numbers: Mapping[str, Any], groups: tuple[tuple[str, str], ...]
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Inputs of a layer by their names, float32, and its output."""
     seen: dict[str, jax.Array] = {}
     first = {weight: group for group, weight in groups}
     probed = [
         Probe(weight, first[name], seen) if name in first else weight for name, weight in block_weights(block).items()
     ]
-    forward(jax.tree.unflatten(jax.tree.structure(block), probed), x_BTD, numbers)
-    added, samples = {}, {}
-    for group, _ in groups:
-        x_TK = seen[group].reshape(-1, seen[group].shape[-1]).astype(jnp.float32)
-        samples[group] = x_TK[::stride]
-        added[group] = _add(totals and totals[group], x_TK, hessians)
-    return added, samples
+    output_BTD = forward(jax.tree.unflatten(jax.tree.structure(block), probed), x_BTD, numbers)
+    return {group: seen[group].astype(jnp.float32) for group, _ in groups}, output_BTD
 
 
-def _add(total: Any, x_TK: jax.Array, hessian: bool) -> tuple[jax.Array, Statistics]:
+def _add(
+    total: Any, x_TK: jax.Array, hessian: bool, missing_Tn: jax.Array | None = None
+) -> tuple[jax.Array, Statistics]:
     """Running means and maxima with some tokens more."""
     tokens, width = x_TK.shape
     if total is None:
         zeros_K = jnp.zeros(width, jnp.float32)
         empty = jnp.zeros((0, width), jnp.float32)
         hessian_KK = jnp.zeros((width, width), jnp.float32) if hessian else None
-        total = jnp.zeros((), jnp.float32), Statistics(zeros_K, zeros_K, zeros_K, hessian_KK, empty)
+        missing = None if missing_Tn is None else jnp.zeros((width, missing_Tn.shape[-1]), jnp.float32)
+        total = jnp.zeros((), jnp.float32), Statistics(zeros_K, zeros_K, zeros_K, hessian_KK, empty, missing)
     count, old = total
     kept = count / (count + tokens)
     mean = lambda before, values_TK: before * kept + values_TK.sum(0) / (count + tokens)  # noqa: E731
@@ -173,6 +257,7 @@ def _add(total: Any, x_TK: jax.Array, hessian: bool) -> tuple[jax.Array, Statist
         jnp.maximum(old.max_abs_K, magnitude_TK.max(0)),
         add_to_hessian(old.hessian_KK, count, x_TK)[0] if hessian else None,
         old.sample_TK,
+        None if missing_Tn is None else old.missing * kept + _matmul(x_TK.T / (count + tokens), missing_Tn),
     )
     return count + tokens, statistics
 
@@ -214,22 +299,22 @@ def input_scale(rule: Rule, weights: list[jax.Array], seen: Statistics, config: 
 
 
 def fold(
-    weights: dict[str, Any], specs: Mapping[str, Spec], group: str, scale_K: jax.Array, config: Config, norm_dtype: Any
+    weights: dict[str, Any], of: Mapping[str, Spec], group: str, scale_K: jax.Array, config: Config, norm_dtype: Any
 ) -> None:
     """Scales the input channels of some weights of a layer up, and what makes that input down.
 
     Args:
         weights: of the layer, by name, float32; changed.
-        specs: of them.
+        of: specs of them.
         group: name of the input.
         scale_K: positive.
         config: the architecture.
         norm_dtype: in which norms are stored: the scale is what is left after rounding the folded norm to that.
     """
-    members = [name for name, spec in specs.items() if spec.input == group]
-    producer = specs[members[0]].maker
+    members = [name for name, spec in of.items() if spec.input == group]
+    producer = of[members[0]].maker
     if weights[producer].ndim == 1:
-        offset = specs[producer].offset
+        offset = of[producer].offset
         whole_K = weights[producer] + offset
         stored_K = (whole_K / scale_K - offset).astype(norm_dtype).astype(jnp.float32)
         folded_K = stored_K + offset
@@ -239,7 +324,7 @@ def fold(
         of_output = scale_K
         if weights[producer].shape[-1] != scale_K.shape[0]:
             of_output = scale_K.reshape(_by_head(config))[:, 0].reshape(-1)
-        for name in filter(None, (producer, specs[producer].bias)):
+        for name in filter(None, (producer, of[producer].bias)):
             weights[name] = weights[name] / of_output
     for name in members:
         weights[name] = weights[name] * scale_K[:, None]

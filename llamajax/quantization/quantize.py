@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llamajax.checkpoint import Opened
@@ -23,20 +22,22 @@ from llamajax.checkpoint.assemble import Stacks
 from llamajax.config import Config, preset_folder
 from llamajax.errors import LlamaJaxError
 from llamajax.files import read_toml, shortened
-from llamajax.model import Llama, model_from
-from llamajax.parameters import LAYERS, Place, inputs, leaves, specs, weights_of
+from llamajax.model import Llama
+from llamajax.parameters import LAYERS, Place, inputs, specs, weights_of
 from llamajax.quantization import calibrate
 from llamajax.quantization.bit_search import choose_bits
 from llamajax.quantization.ggml_rules import candidates, for_ggml
-from llamajax.quantization.quantize_weight import in_dtype, naming, quantize_weight
+from llamajax.quantization.layerwise import calibrated
+from llamajax.quantization.quantize_weight import quantize_weight
+from llamajax.quantization.tune import tune
 from llamajax.workers import workers
-from quant import Recipe, Rule, assign, kind_of, quantized, recipe_from, values
+from quant import Recipe, Rule, assign, kind_of, quantized, recipe_from
 
 if TYPE_CHECKING:
     from llamajax.quantization.resume import PartsOnDisk
 
 _WORKERS = 3  # weights in work at a time
-_FORM = ("scheme", "group_size", "scale_scheme", "offset")  # what a search for bits chooses
+_FORM = ("scheme", "group_size", "scale_scheme", "scale_group", "offset")  # what a search for bits chooses
 
 Rules = Mapping[Place, Rule]
 
@@ -123,6 +124,23 @@ def without_makers(rules: Rules, config: Config) -> tuple[dict[Place, Rule], lis
     return made, list(skipped)
 
 
+def without_inputs(rules: Rules, config: Config) -> tuple[dict[Place, Rule], list[Place]]:
+    """The rules with round-to-nearest where a rule for several weights asks for GPTQ of one that is only looked up.
+
+    A rule for such a weight alone stays as it is, and is refused when it is followed.
+
+    Returns:
+        The rules, and the weights that are rounded to nearest.
+    """
+    of, made, changed = specs(config), dict(rules), []
+    shared = collections.Counter(id(rule) for rule in rules.values())
+    for place, rule in rules.items():
+        if of[place].is_only_looked_up and rule.method == "gptq" and shared[id(rule)] > 1:
+            made[place] = dataclasses.replace(rule, method="rtn", act_order=False)
+            changed.append(place)
+    return made, changed
+
+
 def quantize(
     model: Llama | Opened,
     recipe: str | Path | Recipe | tuple[Rule, ...],
@@ -174,18 +192,20 @@ def quantize(
             on_weight(done, len(rules))
         return stacks.model()
     windows = calibrate.calibration_windows(calibration, config, window)
-    steps = _Steps(on_weight, len(rules) * (2 if recipe.target_bpw else 1))
+    total = len(rules) * (2 if recipe.target_bpw else 1) + recipe.tuning * len(windows)
+    steps = _Steps(on_weight, total)
     parts = None
     if work is not None:
         from llamajax.quantization.resume import (
             PartsOnDisk,  # here: it needs safetensors, without which random models can be made
         )
 
-        parts = PartsOnDisk(work, _work_key(rules, recipe.target_bpw, windows, config, read, types))
+        parts = PartsOnDisk(work, _work_key(rules, recipe, windows, config, read, types))
     if recipe.target_bpw is not None:
         of_types = (lambda place, rule: candidates(place, rule, config)) if types else None
         rules = _chosen_bits(read, rules, recipe.target_bpw, windows, config, parts, steps, of_types)
-    return _calibrated(read, rules, windows, config, parts, steps)
+    made = calibrated(read, rules, windows, config, recipe.propagation, parts, steps.add)
+    return tune(made, read, windows, recipe.tuning, on_step=steps.add) if recipe.tuning else made
 
 
 def _rules(recipe: Recipe, config: Config, types: str | None, on_note: Callable[[str], None]) -> Rules:
@@ -195,6 +215,9 @@ def _rules(recipe: Recipe, config: Config, types: str | None, on_note: Callable[
         raise LlamaJaxError(f"types is {types!r}: expected None or 'ggml'")
     if types is not None:
         rules = for_ggml(rules, config, recipe.target_bpw is not None)
+    rules, only_looked_up = without_inputs(rules, config)
+    if only_looked_up:
+        on_note(f"{', '.join(map(str, only_looked_up))}: rounded to nearest: nothing is multiplied with it")
     _check_shared_inputs(rules, config)
     rules, unscaled = without_makers(rules, config)
     if unscaled:
@@ -299,124 +322,9 @@ def _chosen_bits(
     }
 
 
-def _calibrated(
-    read: Callable[[Place], Any],
-    rules: Rules,
-    windows_WT: np.ndarray,
-    config: Config,
-    parts: "PartsOnDisk | None",
-    steps: _Steps,
-) -> Llama:
-    """Layer by layer, each with what the quantized layers before it make of the calibration text."""
-    of = specs(config)
-    stacks = Stacks(config, rules.__getitem__)
-
-    def finish(place: Place, seen: calibrate.Statistics | None = None) -> Any:
-        weight = quantize_weight(place, read(place), rules[place], of[place], seen)
-        stacks.put(place, weight)
-        steps.add()
-        return weight
-
-    embed = finish(Place("embed_VD"))
-    norm = values(read(Place("norm.weight_D")))
-    whole = _whole(config, {"embed_VD": embed, "norm.weight_D": norm})
-    x_WTD = np.array(jax.jit(Llama.embed)(whole, windows_WT))
-    for layer in range(config.num_layers):
-        made = parts.load(f"layer-{layer}") if parts else None
-        if made is None:
-            made = _calibrated_layer(read, rules, layer, x_WTD, config)
-            if parts:
-                parts.store(f"layer-{layer}", made)
-        for name, weight in made.items():
-            stacks.put(Place(name, layer), weight)
-        block = calibrate.block_of({name: values(weight) for name, weight in made.items()}, config, layer)
-        x_WTD = calibrate.advance(block, x_WTD, config.numbers(layer))
-        steps.add(len(made))
-    finish(Place("norm.weight_D"))
-    head = Place("head_VD")
-    if head in of:
-        seen = None
-        if rules[head].needs_calibration:
-            hidden_WTD = np.array(jax.jit(lambda model, x_WTD: model.norm(x_WTD))(whole, x_WTD))
-            seen = calibrate.observe_array(hidden_WTD, rules[head].method == "gptq")
-        finish(head, seen)
-    return stacks.model()
-
-
-def _whole(config: Config, weights: Mapping[str, Any]) -> Llama:
-    """A model of some weights outside of its layers: enough for `embed`, the final norm or `head`."""
-    return model_from(dict.fromkeys(leaves(config)) | dict(weights), config)
-
-
-def _calibrated_layer(
-    read: Callable[[Place], Any], rules: Rules, layer: int, x_WTD: np.ndarray, config: Config
-) -> dict[str, Any]:
-    """One layer: first its inputs are scaled where rules say so, then its weights quantized in the order of their use.
-
-    The statistics behind each group of weights are those with the groups before it quantized already ("true
-    sequential" in GPTQ's reference implementation).
-    """
-    of = {place.name: spec for place, spec in specs(config).items() if place.layer == layer}
-    rule_of = {name: rules[Place(name, layer)] for name in of}
-    stored = {name: read(Place(name, layer)) for name in of}
-    dtypes = {name: stored[name].dtype for name in of}
-    dense = {name: values(stored.pop(name)) for name in of}
-    numbers = config.numbers(layer)
-    _scale_inputs(dense, rule_of, x_WTD, config, dtypes, layer)
-    made: dict[str, Any] = {}
-    for group, members in inputs(config, layer).items():
-        seen = None
-        if any(rule_of[name].needs_calibration for name in members):
-            hessians = any(rule_of[name].method == "gptq" for name in members)
-            block = calibrate.block_of(dense, config, layer)
-            seen = calibrate.observe(block, x_WTD, {group: members[0]}, hessians, numbers)[group]
-        for name in members:
-            place, rule = Place(name, layer), rule_of[name]
-            weight = in_dtype(place, dense[name], dtypes[name]) if rule.keep else dense[name]
-            made[name] = quantize_weight(place, weight, rule, of[name], seen)
-            dense[name] = values(made[name])
-            if not rule.keep:
-                made[name] = dataclasses.replace(made[name], dtype=np.dtype(dtypes[name]))
-    for name in of:
-        if name not in made:
-            place = Place(name, layer)
-            made[name] = quantize_weight(place, in_dtype(place, dense[name], dtypes[name]), rule_of[name], of[name])
-    return {name: made[name] for name in of}
-
-
-def _scale_inputs(
-    dense: dict[str, jax.Array],
-    rule_of: dict[str, Rule],
-    x_WTD: np.ndarray,
-    config: Config,
-    dtypes: Mapping[str, Any],
-    layer: int,
-) -> None:
-    """Finds and folds the scales of a layer's inputs, `dense` being changed; the layer computes what it did."""
-    shared, of = inputs(config, layer), {p.name: spec for p, spec in specs(config).items() if p.layer == layer}
-    groups = {group: members[0] for group, members in shared.items() if rule_of[members[0]].scaling is not None}
-    if not groups:
-        return
-    block = calibrate.block_of(dense, config, layer)
-    seen = calibrate.observe(block, x_WTD, groups, hessians=False, numbers=config.numbers(layer))
-    # From the last input to the first: what is folded into `up` and `value` is then scaled as their own rows are.
-    for group in reversed(groups):
-        members = shared[group]
-        rule, producer = rule_of[members[0]], of[members[0]].maker
-        with naming(f"{', '.join(members)} of layer {layer}"):
-            weights = [dense[name] for name in members]
-            scale_K = calibrate.input_scale(rule, weights, seen[group], config, dense[producer].shape[-1])
-        calibrate.fold(dense, of, group, scale_K, config, dtypes[producer])
-        if not all(jnp.isfinite(dense[name]).all() for name in (producer, *filter(None, (of[producer].bias,)))):
-            raise LlamaJaxError(
-                f"{Place(producer, layer)}: scaled by {rule.scaling}, a value is above the range of "
-                f"{dtypes[producer]}: convert the model to bfloat16 or float32 first"
-            )
-
-
 def _work_key(
     rules: Rules,
-    target_bpw: float | None,
+    recipe: Recipe,
     windows: np.ndarray,
     config: Config,
     read: Callable[[Place], Any],
@@ -428,9 +336,10 @@ def _work_key(
         weights.update(np.ascontiguousarray(read(place)).view(np.uint8).data)
     listed = [[str(place), dataclasses.asdict(rule)] for place, rule in rules.items()]
     return {
-        "version": 4,
+        "version": 5,
         "recipe (sha256)": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
-        "target_bpw": target_bpw,
+        "target_bpw": recipe.target_bpw,
+        "propagation": recipe.propagation,
         **({"types": types} if types else {}),
         "config": config.to_dict(),
         "windows and tokens of each": list(windows.shape),

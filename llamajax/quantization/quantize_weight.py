@@ -94,7 +94,7 @@ def by_rounding(weight: Any, rule: Rule, axis: int, importance: Any = None) -> Q
     options: dict[str, Any] = {"axis": axis, "scale_dtype": rule.scale_dtype, "clip": rule.clip}
     if rule.scale_scheme is not None:
         size: Any = rule.group_size  # which is checked
-        options |= {"group_size": size, "importance": importance}
+        options |= {"group_size": size, "scale_group": rule.scale_group, "importance": importance}
         return quantize_two_levels(weight, rule.scheme, rule.scale_scheme, **options)
     made = quantize_rtn(weight, rule.scheme, group_size=rule.group_size, importance=importance, **options)
     return with_offset(made) if rule.offset else made
@@ -113,12 +113,12 @@ def _quantizer(rule: Rule, axis: int, seen: Statistics | None) -> Callable[[jax.
         return lambda weight: finish(quantize_hqq(weight, scheme, **options))
     assert seen is not None and seen.hessian_KK is not None
     hessian_KK = seen.hessian_KK
-    if rule.scale_scheme is not None:
+    if rule.scale_scheme is not None and rule.scale_group != "channel":
         # Scales of several groups hang together, and cannot wait until GPTQ reaches the last of them.
         importance = jnp.diagonal(hessian_KK) if rule.clip else None
         scales = lambda weight: by_rounding(weight, rule, axis, importance)  # noqa: E731
         return lambda weight: quantize_gptq(weight, hessian_KK, scheme, scales=scales(weight), **options)
-    options |= {"clip": rule.clip, "act_order": rule.act_order}
+    options |= {"clip": rule.clip, "act_order": rule.act_order, "scale_scheme": rule.scale_scheme}
     return lambda weight: finish(quantize_gptq(weight, hessian_KK, scheme, **options))
 
 

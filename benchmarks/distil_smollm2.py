@@ -1,0 +1,316 @@
+"""SmolLM2-135M as float weights that lie on no quantizer's lattice, and predict what the original predicts.
+
+    LLAMAJAX_SHARED=... python benchmarks/distil_smollm2.py --output=~/.cache/llamajax/distilled/smollm2-135m
+
+The file of SmolLM2 that can be had holds 4-bit codes (Q4_1: asymmetric, groups of 32), so that formats of the same
+lattice would be flattered by it. Here its weights are dequantized, each matrix gets uniform noise as wide as the step
+of its own group (of the embedding, Q8_0, its own), and then the original is distilled on the first half of WikiText-2's
+test text. First its layers' products, in closed form: what a ridge regression on the inputs of the original's matrices
+takes off the noise, with the ridge at which --kept of it is left. Then its logits: AdamW on the mean of
+KL(original || student), until the perplexity on the held-out end of that half is within 1% of the original's. The
+second half, which `yardstick.py` measures on, is not looked at.
+
+It goes on where it was stopped, from `OUTPUT.work`. The result is a checkpoint of ours in float32, tokenizer included,
+and `OUTPUT.json` beside it: the SHA-256 of the weights, seed, steps, perplexities, machine.
+"""
+
+import datetime
+import json
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags
+from yardstick_inputs import DISTILLED, in_floats, machine, weights_sha256, wikitext
+
+import llamajax
+import quant
+from llamajax.cli import smollm2
+from llamajax.evaluation.evaluate import Comparison, compare
+from llamajax.evaluation.windows import Windows, gptq_windows
+from llamajax.files import check_absent, new_file
+from llamajax.model import model_from
+from llamajax.parameters import Place, inputs, weights_of
+from llamajax.quantization import calibrate
+from llamajax.quantization.resume import PartsOnDisk
+from llamajax.train import TrainOptions, sample_batch, schedule
+
+_MOST_AWAY = 0.01  # of the perplexity of the original: where the distillation ends
+_KEPT = 2  # checkpoints
+_STEP, _REGRESSED = "step-", "regressed"
+
+
+def noisy(packed: llamajax.Llama, seed: int) -> llamajax.Llama:
+    """The weights in float32, each packed one with uniform noise from -1/2 to 1/2 of its group's step."""
+    generator = np.random.default_rng(seed)
+
+    def moved(weight: Any) -> jax.Array:
+        if not isinstance(weight, quant.QTensor):
+            return weight.astype(jnp.float32)
+        noise = generator.uniform(-0.5, 0.5, weight.shape).astype(np.float32)
+        step = jnp.repeat(weight.scale.astype(jnp.float32), weight.group_size, axis=weight.axis)
+        return quant.dequantize(weight) + noise * step
+
+    return jax.tree.map(moved, packed, is_leaf=lambda node: isinstance(node, quant.QTensor))
+
+
+def regressed(
+    student: llamajax.Llama, teacher: llamajax.Llama, tokens: np.ndarray, kept: float
+) -> tuple[llamajax.Llama, float]:
+    """The student with each layer's matrices changed so that they give nearer what the teacher's give.
+
+    Of the noise N of a matrix [K, M], whose inputs have the mean H of x x', N minus the ridge regression's change is
+    r (H + r)^-1 N: noise along directions that inputs seldom have stays, along others it goes.
+
+    Args:
+        student: the teacher with noise.
+        teacher: in floats.
+        tokens: that the inputs are made of.
+        kept: of the squares of noise that is alike in all directions; it decides r.
+
+    Returns:
+        The student, and how much of the squares of the noise is left in the layers' matrices.
+    """
+    config = teacher.config
+    rows = calibrate.calibration_windows(tokens, config, 512)
+    x_WTD = np.array(_embed(teacher, rows))
+    noise = {place: np.array(weight) for place, weight in weights_of(student).items() if place.layer is not None}
+    original = weights_of(teacher)
+    before = after = 0.0
+    for layer in range(config.num_layers):
+        block, numbers, groups = teacher.layer(layer), config.numbers(layer), inputs(config, layer)
+        first = {group: members[0] for group, members in groups.items()}
+        seen = calibrate.observe(block, x_WTD, first, hessians=True, numbers=numbers)
+        for group, members in groups.items():
+            values_K, vectors_KK = np.linalg.eigh(np.asarray(seen[group].hessian_KK, np.float32))
+            left_K = left_by_ridge(np.maximum(values_K, 0), kept)
+            for place in (Place(name, layer) for name in members):
+                change_KM = noise[place] - np.asarray(original[place])
+                rest_KM = vectors_KK @ (left_K[:, None] * (vectors_KK.T @ change_KM))
+                before, after = before + float(np.vdot(change_KM, change_KM)), after + float(np.vdot(rest_KM, rest_KM))
+                noise[place] = np.asarray(original[place]) + rest_KM
+        x_WTD = calibrate.advance(block, x_WTD, numbers)
+        say(f"regression: layer {layer + 1} of {config.num_layers}")
+    stacked = {
+        name: weight
+        if leaf.layers is None or not leaf.spec.is_matrix
+        else jnp.stack([noise[place] for place in leaf.places])
+        for (name, leaf), weight in zip(
+            llamajax.leaves(config).items(), llamajax.named_weights(student).values(), strict=True
+        )
+    }
+    return model_from(stacked, config), after / before
+
+
+_embed = jax.jit(lambda model, tokens_BT: model.embed(tokens_BT))
+
+
+def left_by_ridge(values_K: np.ndarray, kept: float) -> np.ndarray:
+    """The factors r / (value + r) of each eigenvalue, with the r at which the mean of their squares is `kept`."""
+    low, high = -40.0, 40.0  # log r
+    for _ in range(60):
+        middle = (low + high) / 2
+        ridge = math.exp(middle)
+        low, high = (low, middle) if np.mean((ridge / (values_K + ridge)) ** 2) > kept else (middle, high)
+    return (math.exp(low) / (values_K + math.exp(low))).astype(np.float32)
+
+
+def divergence(student: llamajax.Llama, teacher: llamajax.Llama, tokens_BT: jax.Array) -> jax.Array:
+    """Mean of KL(teacher || student) over all positions, in nats."""
+    theirs_BTV = jax.nn.log_softmax(jax.lax.stop_gradient(teacher(tokens_BT)[0]))
+    ours_BTV = jax.nn.log_softmax(student(tokens_BT)[0])
+    return jnp.mean(jnp.sum(jnp.exp(theirs_BTV) * (theirs_BTV - ours_BTV), axis=-1))
+
+
+class Distillation:
+    """What one run works with: the teacher, the student's matrices, the optimizer's state, on a text."""
+
+    def __init__(self, student: llamajax.Llama, teacher: llamajax.Llama, options: TrainOptions):
+        """Begins a run."""
+        self.teacher = teacher
+        specs = llamajax.leaves(student.config)
+        arrays = llamajax.named_arrays(student)
+        # Copies: each step takes the memory of those before it.
+        self.matrices = {name: jnp.array(array) for name, array in arrays.items() if specs[name].spec.is_matrix}
+        _, _, merge = llamajax.trainable(student)
+        self._rest = {name: array for name, array in arrays.items() if name not in self.matrices}
+        self._merge = merge
+        optimizer = optax.chain(
+            optax.clip_by_global_norm(options.clip), optax.adamw(schedule(options), b1=0.9, b2=0.95, weight_decay=0.0)
+        )
+        self.state = jax.jit(optimizer.init)(self.matrices)
+
+        def step(matrices, state, teacher, rest, tokens_BT):
+            loss, gradient = jax.value_and_grad(lambda m: divergence(merge(m, rest), teacher, tokens_BT))(matrices)
+            with jax.numpy_dtype_promotion("standard"):  # optax counts in int32 and multiplies with floats
+                updates, state = optimizer.update(gradient, state, matrices)
+            return optax.apply_updates(matrices, updates), state, loss
+
+        self._step = jax.jit(step, donate_argnums=(0, 1))
+
+    @property
+    def student(self) -> llamajax.Llama:
+        """As it is now."""
+        return self._merge(self.matrices, self._rest)
+
+    def step(self, tokens_BT: np.ndarray) -> float:
+        """One update; the loss before it."""
+        self.matrices, self.state, loss = self._step(self.matrices, self.state, self.teacher, self._rest, tokens_BT)
+        return float(loss)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that a checkpoint holds."""
+        flat = jax.tree_util.tree_flatten_with_path((self.matrices, self.state))[0]
+        return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """From what `arrays` gave."""
+        flat, tree = jax.tree_util.tree_flatten_with_path((self.matrices, self.state))
+        loaded = [jnp.asarray(arrays[jax.tree_util.keystr(path)]) for path, _ in flat]
+        self.matrices, self.state = jax.tree.unflatten(tree, loaded)
+
+
+def begin(
+    student: llamajax.Llama, teacher: llamajax.Llama, tokens: np.ndarray, kept: float, parts: PartsOnDisk
+) -> tuple[llamajax.Llama, float]:
+    """The student by regression, or as an earlier start of the same run stored it, and what is left of its noise."""
+    if kept >= 1:
+        return student, 1.0
+    if loaded := parts.load_arrays(_REGRESSED):
+        arrays, description = loaded
+        return model_from({name: jnp.asarray(array) for name, array in arrays.items()}, student.config), float(
+            description
+        )
+    student, left = regressed(student, teacher, tokens, kept)
+    arrays = {name: np.asarray(array) for name, array in llamajax.named_arrays(student).items()}
+    parts.store_arrays(_REGRESSED, arrays, str(left))
+    return student, left
+
+
+def excess(result: Comparison) -> float:
+    """By how much the perplexity is above the original's, as a part of it."""
+    return math.expm1(result.cross_entropy - result.reference_cross_entropy)
+
+
+def train(run: Distillation, seen: np.ndarray, heldout: Windows, options: TrainOptions, parts: PartsOnDisk):
+    """Steps until the perplexity is near enough, or there are no more.
+
+    Returns:
+        The last comparison on the held-out windows, and the number of steps done.
+    """
+    first = 0
+    if stored := steps_of(parts):
+        first = stored[-1]
+        loaded = parts.load_arrays(f"{_STEP}{first:06}")
+        assert loaded is not None  # it was listed
+        run.restore(loaded[0])
+    result = measure(run, heldout, first)
+    for step in range(first + 1, options.steps + 1):
+        if abs(excess(result)) <= _MOST_AWAY:
+            return result, step - 1
+        start = time.perf_counter()
+        loss = run.step(sample_batch(seen, step, options)[:, :-1])
+        if not math.isfinite(loss):
+            raise llamajax.LlamaJaxError(f"the loss is {loss} at step {step}: lower --learning_rate")
+        say(f"step {step} of {options.steps}: KL divergence {loss:.4f} nats, {time.perf_counter() - start:.1f} s")
+        if step % options.eval_every == 0 or step == options.steps:
+            parts.store_arrays(f"{_STEP}{step:06}", run.arrays())
+            for old in steps_of(parts)[:-_KEPT]:
+                parts.discard(f"{_STEP}{old:06}")
+            result = measure(run, heldout, step)
+    return result, options.steps
+
+
+def steps_of(parts: PartsOnDisk) -> list[int]:
+    """Of the checkpoints, ascending."""
+    return [int(name.removeprefix(_STEP)) for name in parts.names() if name.startswith(_STEP)]
+
+
+def measure(run: Distillation, heldout: Windows, step: int) -> Comparison:
+    """The student beside the original, on text that it does not learn from; said in a line."""
+    result = compare(run.student, run.teacher, heldout, batch=1)
+    say(
+        f"after step {step}: KL divergence {result.kl_divergence:.4f} nats, "
+        f"perplexity {math.exp(result.cross_entropy):.3f}, {excess(result):+.2%} beside the original's "
+        f"{math.exp(result.reference_cross_entropy):.3f}, top-1 agreement {result.top1_agreement:.2%}"
+    )
+    return result
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    print(f"{datetime.datetime.now():%H:%M:%S} {text}", file=sys.stderr, flush=True)
+
+
+def main(argv):
+    """Distils, and saves what came of it."""
+    del argv
+    values = flags.FLAGS
+    output = Path(values.output).expanduser()
+    check_absent(output)
+    options = TrainOptions(
+        steps=values.steps,
+        batch=values.batch,
+        sequence_length=values.length,
+        learning_rate=values.learning_rate,
+        warmup=values.warmup,
+        weight_decay=0.0,
+        seed=values.seed,
+        eval_every=values.eval_every,
+    )
+    path = smollm2.fetch(lambda: say(f"fetching {smollm2.FILE}"))
+    packed, tokenizer = llamajax.load(path)
+    seen = wikitext(tokenizer).seen
+    cut = len(seen) - values.heldout * 512
+    heldout, seen = gptq_windows(seen[cut:], 512), seen[:cut]
+    key = {"file": smollm2.SHA256, **vars(options), "heldout": values.heldout}
+    key |= {"kept": values.kept, "regression_tokens": values.regression_tokens}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    work = output.with_name(f"{output.name}.work")
+    parts = PartsOnDisk(work, key)
+    begun = time.perf_counter()
+    teacher, student = in_floats(packed), noisy(packed, options.seed)
+    student, left = begin(student, teacher, seen[: values.regression_tokens], values.kept, parts)
+    run = Distillation(student, teacher, options)
+    result, steps = train(run, seen, heldout, options, parts)
+    model = run.student
+    record = {
+        "sha256": weights_sha256(model),
+        **key,
+        "noise_left": left,
+        "steps_done": steps,
+        "converged": abs(excess(result)) <= _MOST_AWAY,
+        "heldout_result": result._asdict(),
+        "perplexity": math.exp(result.cross_entropy),
+        "original_perplexity": math.exp(result.reference_cross_entropy),
+        "seconds_of_this_start": time.perf_counter() - begun,
+        "machine": machine(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    llamajax.save_checkpoint(model, output, tokenizer=tokenizer, source=f"distilled from {smollm2.FILE}")
+    with new_file(output.with_name(f"{output.name}.json")) as partial:
+        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(work)
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("output", DISTILLED, "folder of the checkpoint; must not exist")
+    flags.DEFINE_integer("steps", 60, "at most; the learning rate falls over them")
+    flags.DEFINE_float("kept", 0.8, "of the squares of the noise, where the layers' products are distilled; 1 for not")
+    flags.DEFINE_integer("regression_tokens", 8192, "of the text, for that")
+    flags.DEFINE_integer("batch", 2, "windows a step")
+    flags.DEFINE_integer("length", 256, "tokens of a window")
+    flags.DEFINE_float("learning_rate", 2e-5, "at its peak")
+    flags.DEFINE_integer("warmup", 5, "steps")
+    flags.DEFINE_integer("seed", 0, "of the noise and of the order of the text")
+    flags.DEFINE_integer("eval_every", 15, "steps between measurements; a checkpoint is stored at each")
+    flags.DEFINE_integer("heldout", 8, "windows of 512 tokens at the end of the half that are not learnt from")
+    app.run(main)

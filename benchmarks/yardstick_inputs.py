@@ -1,0 +1,156 @@
+"""What `yardstick.py` and `distil_smollm2.py` share: models, their text and its halves, and where figures are from.
+
+WikiText-2's test text is encoded whole. Its first half of tokens is for calibration and training, its second half for
+figures: nothing that a figure is of was seen by what made the weights.
+"""
+
+import hashlib
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import llamajax
+import quant
+from llamajax.box.stories import corpus
+from llamajax.cli import smollm2, user_caches
+from llamajax.evaluation.evaluate import encode_documents, read_text
+from llamajax.files import read_json
+from llamajax.train import heldout_stories
+
+_TEXT = Path("data") / "wikitext2" / "wiki.test.raw"
+
+
+# Where `distil_smollm2.py` leaves its result.
+DISTILLED = "~/.cache/llamajax/distilled/smollm2-135m"
+_GEMMA = Path("models") / "gemma-3-270m-q4_k_m.gguf"
+MODELS = ("box", "smollm2", "smollm2-distilled", "gemma3")
+
+
+class Halves(NamedTuple):
+    """A text's ids, cut once in the middle.
+
+    Attributes:
+        seen: int32, for calibration and training.
+        unseen: int32, for figures.
+    """
+
+    seen: np.ndarray
+    unseen: np.ndarray
+
+
+def wikitext(tokenizer: llamajax.Tokenizer) -> Halves:
+    """WikiText-2's test text in the folder that LLAMAJAX_SHARED names.
+
+    Raises:
+        LlamaJaxError: where there is no such folder or file.
+    """
+    shared = os.environ.get("LLAMAJAX_SHARED")
+    if not shared:
+        raise llamajax.LlamaJaxError(
+            f"LLAMAJAX_SHARED is not set: expected the folder that holds {_TEXT} (WikiText-2's test text)"
+        )
+    return halves(Path(shared) / _TEXT, tokenizer)
+
+
+def halves(path: str | Path, tokenizer: llamajax.Tokenizer) -> Halves:
+    """A text file, encoded whole and cut in the middle of its ids."""
+    ids = np.asarray(tokenizer.encode(read_text(path)), np.int32)
+    return Halves(ids[: len(ids) // 2], ids[len(ids) // 2 :])
+
+
+class Subject(NamedTuple):
+    """A model to measure on.
+
+    Attributes:
+        name: as it was asked for.
+        model: the reference, float32.
+        tokenizer: its own.
+        text: its ids.
+        made: what `distil_smollm2.py` says of it, its seed too; None of other models.
+    """
+
+    name: str
+    model: llamajax.Llama
+    tokenizer: llamajax.Tokenizer
+    text: Halves
+    made: dict[str, Any] | None = None
+
+
+def subject(name: str, text: str | None = None) -> Subject:
+    """A model in floats and its text: of the box its stories, of others WikiText-2 unless a file is given.
+
+    Args:
+        name: one of MODELS, or a checkpoint's path.
+        text: a file instead, cut in the middle, too.
+
+    Raises:
+        LlamaJaxError: where either cannot be had.
+    """
+    path = {"smollm2-distilled": Path(DISTILLED).expanduser(), "gemma3": user_caches() / _GEMMA}.get(name, Path(name))
+    if name == "smollm2":
+        path = smollm2.fetch()
+    model, tokenizer = llamajax.load("box" if name == "box" else path)
+    if tokenizer is None:
+        raise llamajax.LlamaJaxError(f"{name}: has no tokenizer: expected a checkpoint that has one")
+    if name == "box" and text is None:
+        stories = Halves(*(encode_documents(tokenizer, some) for some in (list(corpus(0, 600)), heldout_stories())))
+        return Subject(name, in_floats(model), tokenizer, stories)
+    record = path.with_name(f"{path.name}.json")
+    made = read_json(record) if name == "smollm2-distilled" and record.exists() else None
+    ids = wikitext(tokenizer) if text is None else halves(text, tokenizer)
+    return Subject(name, in_floats(model), tokenizer, ids, made)
+
+
+def in_floats(model: llamajax.Llama) -> llamajax.Llama:
+    """The model with every packed weight dequantized to float32."""
+    return jax.tree.map(lambda weight: quant.values(weight).astype(jnp.float32), model, is_leaf=quant.is_weight)
+
+
+def weights_sha256(model: llamajax.Llama) -> str:
+    """Of all arrays with their names, dtypes and shapes; those of layers are stacked."""
+    digest = hashlib.sha256()
+    for name, array in sorted(llamajax.named_arrays(model).items()):
+        host = np.ascontiguousarray(array)
+        digest.update(f"{name} {host.dtype} {host.shape}\n".encode())
+        digest.update(host.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def machine() -> dict[str, Any]:
+    """What computes: backend, device, processor."""
+    return {
+        "backend": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "jax": jax.__version__,
+    }
+
+
+def commit() -> str | None:
+    """Of this checkout, with a plus where files differ from it; None where this is no checkout."""
+    try:
+        said = [
+            subprocess.run(
+                ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, check=True
+            )
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return said[0].stdout.strip() + ("+" if said[1].stdout.strip() else "")
+
+
+def _processor() -> str:
+    """Its name, on Linux; elsewhere its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()

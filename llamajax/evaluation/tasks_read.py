@@ -1,0 +1,172 @@
+"""Questions of public suites, read from JSON lines: one object a line, of one of three shapes.
+
+    choices        query, choices, gold           which of some continuations is likeliest
+    continuation   context, continuation          whether greedy decoding continues as the text does (LAMBADA's cloze)
+    answer         question or context, answer    what is answered, in few words or with a number
+
+These are the keys of llm-foundry's files (`query`, `gold`, `context`, `continuation`, `answer`, `aliases`). Other keys,
+as `category` or `chain_of_thought`, are not looked at. `aliases` are other right answers. All lines have one shape.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from llamajax.errors import LlamaJaxError
+from llamajax.files import read_bytes, shortened
+
+Shape = Literal["choices", "continuation", "answer"]
+# The key by which a line's shape is known.
+SHAPES: tuple[Shape, ...] = ("choices", "continuation", "answer")
+_EXPECTED = (
+    'expected the keys "query", "choices" and "gold", or "context" and "continuation", or "question" (or "context") '
+    'and "answer"'
+)
+# HellaSwag, the largest file of a suite that we know of, has 12 MB; MMLU's longest line 13 kB.
+_LARGEST_FILE = 256 << 20
+_LARGEST_LINE = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One question.
+
+    Attributes:
+        shape: what is asked for.
+        text: what the model is shown.
+        options: the choices; or the one continuation; or the answers that are right, the first of which is shown where
+            the question is an example.
+        gold: which of the choices is right; 0 of the other shapes.
+        source: where it stands, for error messages.
+    """
+
+    shape: Shape
+    text: str
+    options: tuple[str, ...]
+    gold: int
+    source: str
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """The questions of a file.
+
+    Raises:
+        LlamaJaxError: if it is missing, empty, too large or not UTF-8, or a line is no question, or one of another
+            shape than the first; the message names file and line.
+    """
+    try:
+        data = read_bytes(path, _LARGEST_FILE)
+    except FileNotFoundError:
+        raise LlamaJaxError(f"{path}: no such file: expected questions, a JSON object a line: {_EXPECTED}") from None
+    lines = data.split(b"\n")
+    if lines[-1] == b"":
+        lines.pop()
+    named = ((line, f"{path}: line {i}") for i, line in enumerate(lines, 1))
+    return _questions(((_object(line, source), source) for line, source in named), str(path))
+
+
+def as_questions(examples: Iterable[Mapping[str, Any]]) -> list[Question]:
+    """Questions of objects such as the lines of a file hold.
+
+    Raises:
+        LlamaJaxError: as `read_questions`.
+    """
+    return _questions(((example, f"question {i}") for i, example in enumerate(examples, 1)), "the questions")
+
+
+def _questions(found: Iterable[tuple[Any, str]], name: str) -> list[Question]:
+    """Questions, once it is sure that there are some, and that all are of one shape."""
+    questions: list[Question] = []
+    for value, source in found:
+        question = _question(value, source)
+        if questions and question.shape != questions[0].shape:
+            _refuse(source, f'has "{question.shape}"', f'expected "{questions[0].shape}", as {questions[0].source} has')
+        questions.append(question)
+    if not questions:
+        raise LlamaJaxError(f"{name}: no question: expected at least one JSON object a line: {_EXPECTED}")
+    return questions
+
+
+def _object(line: bytes, source: str) -> Any:
+    """The JSON value of a line; of keys that stand twice, nobody knows which counts."""
+    if len(line) > _LARGEST_LINE:
+        _refuse(source, f"{len(line)} bytes", f"expected at most {_LARGEST_LINE}")
+    if not line.strip():
+        _refuse(source, "empty", "expected a JSON object")
+    try:
+        return json.loads(line.decode("utf-8"), object_pairs_hook=_unique)
+    except UnicodeDecodeError as error:
+        _refuse(source, f"not UTF-8 at byte {error.start}", "expected UTF-8")
+    except (ValueError, RecursionError) as error:
+        _refuse(source, f"not JSON ({shortened(str(error))})", "expected a JSON object")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {shortened(key)} twice")
+        found[key] = value
+    return found
+
+
+def _question(value: Any, source: str) -> Question:
+    """One question of what a line holds."""
+    if not isinstance(value, Mapping):
+        _refuse(source, shortened(value), f"expected a JSON object: {_EXPECTED}")
+    shapes = [shape for shape in SHAPES if shape in value]
+    if len(shapes) != 1:
+        keys = ", ".join(shortened(key) for key in list(value)[:10]) or "none"
+        _refuse(source, f"keys {keys}", _EXPECTED)
+    shape = shapes[0]
+    if shape == "choices":
+        choices = value["choices"]
+        if not isinstance(choices, list | tuple) or len(choices) < 2:
+            _refuse(source, f'"choices" is {shortened(choices)}', "expected a list of at least 2 texts")
+        options = tuple(_text(choice, f'"choices"[{i}]', source) for i, choice in enumerate(choices))
+        return Question(shape, _context(value, source, "query"), options, _gold(value, len(options), source), source)
+    if shape == "continuation":
+        continuation = _text(value["continuation"], '"continuation"', source)
+        return Question(shape, _context(value, source, "context"), (continuation,), 0, source)
+    answer = _text(value["answer"], '"answer"', source)
+    aliases = value.get("aliases", ())
+    if not isinstance(aliases, list | tuple):
+        _refuse(source, f'"aliases" is {shortened(aliases)}', "expected a list of texts")
+    others = tuple(_text(alias, f'"aliases"[{i}]', source) for i, alias in enumerate(aliases))
+    if "question" in value and "context" in value:
+        _refuse(source, 'has "question" and "context"', "expected one of them: put the context into the question")
+    key = "question" if "question" in value else "context"
+    return Question(shape, _context(value, source, key), (answer, *others), 0, source)
+
+
+def _context(value: Mapping[str, Any], source: str, key: str) -> str:
+    """What the model is shown; it may be empty."""
+    if key not in value:
+        _refuse(source, f'no key "{key}"', _EXPECTED)
+    return _text(value[key], f'"{key}"', source, empty=True)
+
+
+def _text(value: Any, name: str, source: str, empty: bool = False) -> str:
+    if not isinstance(value, str) or not (empty or value.strip()):
+        _refuse(source, f"{name} is {shortened(value)}", f"expected a text{'' if empty else ' that is not empty'}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        _refuse(source, f"{name} is not Unicode at character {error.start}", "expected UTF-8")
+    return value
+
+
+def _gold(value: Mapping[str, Any], choices: int, source: str) -> int:
+    """Which choice is right, counted from 0."""
+    if "gold" not in value:
+        _refuse(source, 'no key "gold"', f"expected the number of the right choice, 0 to {choices - 1}")
+    gold = value["gold"]
+    if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < choices:
+        _refuse(source, f'"gold" is {shortened(gold)}', f"expected a whole number from 0 to {choices - 1}")
+    return gold
+
+
+def _refuse(source: str, found: str, expected: str) -> NoReturn:
+    raise LlamaJaxError(f"{source}: {found}: {expected}")

@@ -1,0 +1,107 @@
+"""`benchmarks/distil_smollm2.py` on a tiny model: noise as wide as a step, nearer by regression, resumable."""
+
+import importlib
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import llamajax
+import quant
+from llamajax.evaluation.evaluate import compare
+from llamajax.evaluation.windows import gptq_windows
+from llamajax.quantization.quantize import quantize
+from llamajax.quantization.resume import PartsOnDisk
+from llamajax.train import TrainOptions
+
+SCRIPTS = Path(__file__).parents[1] / "benchmarks"
+KEPT = quant.Rule(weights="*norm*", keep=True), quant.Rule(weights="head_VD", keep=True)
+RULES = (*KEPT, quant.Rule(weights="*", scheme="uint4", group_size=8))
+OPTIONS = TrainOptions(
+    steps=6, batch=2, sequence_length=32, learning_rate=1e-4, warmup=1, weight_decay=0.0, eval_every=2
+)
+
+
+@pytest.fixture(scope="module")
+def distil() -> Iterator[types.ModuleType]:
+    """The script as a module, which finds those beside it."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        yield importlib.import_module("distil_smollm2")
+    finally:
+        sys.path.remove(str(SCRIPTS))
+        for name in set(sys.modules) - before:
+            if name.startswith(("distil", "yardstick")):
+                del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_model: llamajax.Llama) -> llamajax.Llama:
+    return quantize(tiny_model, RULES)
+
+
+@pytest.fixture(scope="module")
+def tokens(tiny_config: llamajax.Config) -> np.ndarray:
+    """A text that repeats itself: inputs of the matrices have directions that they prefer, and its end is like it."""
+    return np.tile(np.random.default_rng(3).integers(0, 12, 64), 32).astype(np.int32)
+
+
+def test_noise_is_as_wide_as_a_step(distil, packed: llamajax.Llama) -> None:
+    noisy = llamajax.named_arrays(distil.noisy(packed, seed=0))
+    for name, weight in llamajax.named_weights(packed).items():
+        if not isinstance(weight, quant.QTensor):
+            np.testing.assert_array_equal(noisy[name], weight)
+            continue
+        step = np.repeat(np.asarray(weight.scale, np.float32), 8, axis=weight.axis)
+        moved = (np.asarray(noisy[name]) - np.asarray(quant.dequantize(weight))) / step
+        assert 0.45 < np.abs(moved).max() <= 0.501 and abs(moved.mean()) < 0.05
+        assert moved.std() == pytest.approx(12**-0.5, rel=0.1)
+    other = llamajax.named_arrays(distil.noisy(packed, seed=1))
+    assert not np.array_equal(noisy["embed_VD"], other["embed_VD"])
+
+
+def test_regression_takes_off_what_outputs_show(distil, packed: llamajax.Llama, tokens: np.ndarray) -> None:
+    teacher, student = distil.in_floats(packed), distil.noisy(packed, seed=0)
+    student = jax.tree.map(lambda leaf, theirs: theirs if leaf.ndim == 2 else leaf, student, teacher)  # no layer's
+    nearer, left = distil.regressed(student, teacher, tokens, kept=0.3)
+    assert left == pytest.approx(0.3, abs=0.15)
+    windows = gptq_windows(tokens, 512)
+    before, after = (compare(model, teacher, windows).kl_divergence for model in (student, nearer))
+    assert after < 0.6 * before
+
+
+def test_a_stopped_run_ends_as_one_that_was_not(
+    distil, packed: llamajax.Llama, tokens: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distil, "_MOST_AWAY", -1.0)  # never near enough: all steps are done
+    teacher, student = distil.in_floats(packed), distil.noisy(packed, seed=0)
+    heldout, seen = gptq_windows(tokens[-512:], 512), tokens[:-512]
+    results = {}
+    for name, stops in {"whole": (), "stopped": (3, 5)}.items():
+        parts = PartsOnDisk(tmp_path / name, {"of": "a test"})
+        for stop in (*stops, None):
+            run = distil.Distillation(student, teacher, OPTIONS)
+            if stop is not None:
+                made, take = iter(range(stop)), run.step
+                monkeypatch.setattr(run, "step", lambda rows, made=made, take=take: (next(made), take(rows))[1])
+            try:
+                results[name] = (*distil.train(run, seen, heldout, OPTIONS, parts), run.arrays())
+            except StopIteration:
+                assert stop is not None
+    (whole, steps, arrays), (again, _, others) = results["whole"], results["stopped"]
+    assert steps == 6 and whole == again
+    assert whole.kl_divergence < compare(student, teacher, heldout).kl_divergence
+    for key, array in arrays.items():
+        np.testing.assert_array_equal(array, others[key], err_msg=key)
+
+
+def test_a_run_ends_where_it_is_near_enough(distil, packed: llamajax.Llama, tokens: np.ndarray, tmp_path: Path) -> None:
+    teacher = distil.in_floats(packed)
+    run = distil.Distillation(teacher, teacher, OPTIONS)
+    _, steps = distil.train(run, tokens[:-512], gptq_windows(tokens[-512:], 512), OPTIONS, PartsOnDisk(tmp_path, {}))
+    assert steps == 0
