@@ -84,6 +84,7 @@ KEYS: dict[str, _Kind] = {
         "bits per weight between 1 and 17, as 4.5",
         lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool) and 1 < float(value) < 17,
     ),
+    "bits_by": _one_of(("loss", "roles")),
     "propagation": _Kind(
         "a number from 0 to 1, as 0.5",
         lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) <= 1,
@@ -217,6 +218,8 @@ class Recipe:
         rules: in the order in which they are asked.
         target_bpw: bits per weight of the whole model, everything counted. Then the numbers of bits in `int` and `uint`
             rules are a starting point only: each weight's are chosen so that the error is least within the budget.
+        bits_by: what an error costs where bits are chosen: "loss", measured on a calibration text; "roles", known of
+            another model by the names of weights.
         propagation: how far each weight by GPTQ is moved to make up for the errors of its inputs before it is
             rounded, from 0 to 1 (`propagated`).
         tuning: how many times the calibration text is gone through to tune scales and norms in the end, by the KL
@@ -225,6 +228,7 @@ class Recipe:
 
     rules: tuple[Rule, ...]
     target_bpw: float | None = None
+    bits_by: Literal["loss", "roles"] = "loss"
     propagation: float = 0.0
     tuning: int = 0
 
@@ -239,7 +243,7 @@ class Recipe:
     @property
     def needs_calibration(self) -> bool:
         """Whether it needs a text to run the model on."""
-        of_model = self.target_bpw is not None or self.tuning > 0
+        of_model = (self.target_bpw is not None and self.bits_by == "loss") or self.tuning > 0
         return of_model or any(rule.needs_calibration for rule in self.rules)
 
 

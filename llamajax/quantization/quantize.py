@@ -25,7 +25,7 @@ from llamajax.files import read_toml, shortened
 from llamajax.model import Llama
 from llamajax.parameters import LAYERS, Place, inputs, specs, weights_of
 from llamajax.quantization import calibrate
-from llamajax.quantization.bit_search import choose_bits
+from llamajax.quantization.bit_search import choose_bits, choose_bits_by_roles
 from llamajax.quantization.ggml_rules import candidates, for_ggml
 from llamajax.quantization.layerwise import calibrated
 from llamajax.quantization.quantize_weight import quantize_weight
@@ -181,19 +181,9 @@ def quantize(
     read = _reader(model)
     rules = _rules(recipe, config, types, on_note)
     if calibration is None or not recipe.needs_calibration:
-        stacks = Stacks(config, lambda place: packed.get(place, rules[place]))
-
-        def one(place: Place) -> Any:
-            return read(place) if place in packed else quantize_weight(place, read(place), rules[place], of[place])
-
-        of = specs(config)
-        for done, (place, weight) in enumerate(_side_by_side(one, tuple(specs(config))), 1):
-            stacks.put(place, weight)
-            on_weight(done, len(rules))
-        return stacks.model()
+        return _uncalibrated(read, recipe, rules, packed, config, types, on_weight)
     windows = calibrate.calibration_windows(calibration, config, window)
-    total = len(rules) * (2 if recipe.target_bpw else 1) + recipe.tuning * len(windows)
-    steps = _Steps(on_weight, total)
+    steps = _Steps(on_weight, len(rules) * (2 if recipe.target_bpw else 1) + recipe.tuning * len(windows))
     parts = None
     if work is not None:
         from llamajax.quantization.resume import (
@@ -202,10 +192,43 @@ def quantize(
 
         parts = PartsOnDisk(work, _work_key(rules, recipe, windows, config, read, types))
     if recipe.target_bpw is not None:
-        of_types = (lambda place, rule: candidates(place, rule, config)) if types else None
-        rules = _chosen_bits(read, rules, recipe.target_bpw, windows, config, parts, steps, of_types)
+        if recipe.bits_by == "loss":
+            rules = _chosen_bits(
+                read, rules, recipe.target_bpw, windows, config, parts, steps, _of_types(types, config)
+            )
+        else:
+            rules = choose_bits_by_roles(read, rules, recipe.target_bpw, config, steps.add, _of_types(types, config))
     made = calibrated(read, rules, windows, config, recipe.propagation, parts, steps.add)
     return tune(made, read, windows, recipe.tuning, on_step=steps.add) if recipe.tuning else made
+
+
+def _uncalibrated(
+    read: Callable[[Place], Any],
+    recipe: Recipe,
+    rules: Rules,
+    packed: Mapping[Place, Any],
+    config: Config,
+    types: str | None,
+    on_weight: Callable[[int, int], None],
+) -> Llama:
+    """Every weight by itself; `packed` are those that stay as they are, and what they are made of."""
+    steps = _Steps(on_weight, len(rules) * (2 if recipe.target_bpw else 1))
+    if recipe.target_bpw is not None:
+        rules = choose_bits_by_roles(read, rules, recipe.target_bpw, config, steps.add, _of_types(types, config))
+    stacks, of = Stacks(config, lambda place: packed.get(place, rules[place])), specs(config)
+
+    def one(place: Place) -> Any:
+        return read(place) if place in packed else quantize_weight(place, read(place), rules[place], of[place])
+
+    for place, weight in _side_by_side(one, tuple(of)):
+        stacks.put(place, weight)
+        steps.add()
+    return stacks.model()
+
+
+def _of_types(types: str | None, config: Config) -> Callable[[Place, Rule], list[Rule]] | None:
+    """What bits are chosen from, where only some types may be made."""
+    return (lambda place, rule: candidates(place, rule, config)) if types else None
 
 
 def _rules(recipe: Recipe, config: Config, types: str | None, on_note: Callable[[str], None]) -> Rules:
