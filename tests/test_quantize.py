@@ -181,13 +181,15 @@ READY = {
     "int3-g64": (3.25, 1.06),
     "int3-g64-gptq": (3.25, 1.05),
     "mixed-4.5bpw": (4.5, 1.01),
+    "calibrated": (4.5, 1.005),
+    "uncalibrated": (4.5, 1.02),
     "ternary": (2.93, math.inf),
     "bitnet": (2.0, math.inf),
 }
 
 
 # Of all layers of the box, in every number of bits: as long as 100 other tests.
-BITS_ARE_SEARCHED = ("mixed-4.5bpw",)
+BITS_ARE_SEARCHED = ("mixed-4.5bpw", "calibrated", "uncalibrated")
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +242,8 @@ def test_every_ready_recipe_on_the_box(stories, made, name: str) -> None:
         ("int4-g128-awq", "int4-g128", 1.0),
         ("int3-g64-gptq", "int3-g64", 0.85),
         ("mixed-4.5bpw", "int4-g32", 0.7),
+        ("calibrated", "mixed-4.5bpw", 0.8),
+        ("uncalibrated", "int4-g32", 0.9),
         ("int4-g32", "int4-channel", 0.7),
     ],
 )
@@ -352,7 +356,7 @@ def test_bad_recipes_are_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(LlamaJaxError, match=f"mine.toml.*{message}"):
         read_recipe(file)
     with pytest.raises(
-        LlamaJaxError, match="recipe is 'int5': expected a .toml file or one of bitnet, int3-g64, int3-g64-gptq"
+        LlamaJaxError, match="recipe is 'int5': expected a .toml file or one of bitnet, calibrated, int3-g64, int3"
     ):
         read_recipe("int5")
 
@@ -380,17 +384,29 @@ WRONG = {
 
 @pytest.mark.parametrize("key", WRONG)
 def test_every_key_has_a_type_and_a_range(key: str) -> None:
-    assert set(WRONG) == {field.name for field in dataclasses.fields(Rule)} == set(KEYS) - {"target_bpw"}
+    assert set(WRONG) == {field.name for field in dataclasses.fields(Rule)} == set(KEYS) - set(OF_MODEL)
     for value in WRONG[key]:
         table = {"weights": "*", "scheme": "int4", **tomllib.loads(f"{key} = {value}")}
         with pytest.raises(ValueError, match=f"^here: rule for .*{key} is .*: expected "):
             recipe_from({"rules": [table]}, "here")
 
 
-@pytest.mark.parametrize("value", [True, "4", float("nan"), 1, 17, [4.5], {}])
-def test_a_target_is_a_number(value: object) -> None:
-    with pytest.raises(ValueError, match="^here: target_bpw is .*: expected bits per weight between 1 and 17"):
-        recipe_from({"rules": [{"weights": "*", "scheme": "int4"}], "target_bpw": value}, "here")
+# Keys of a recipe beside its rules, what may not be their value, and what is expected.
+OF_MODEL = {
+    "target_bpw": ([True, "4", float("nan"), 1, 17, [4.5], {}], "bits per weight between 1 and 17"),
+    "bits_by": ([True, "text", 1, []], "one of loss, roles"),
+    "propagation": ([True, "0.5", float("nan"), -0.1, 1.5, [], {}], "a number from 0 to 1"),
+    "tuning": ([True, "1", 0.5, -1, 1000, []], "a whole number of passes, 0 or more"),
+}
+
+
+@pytest.mark.parametrize("key", OF_MODEL)
+def test_keys_of_a_recipe_have_a_type_and_a_range(key: str) -> None:
+    assert set(OF_MODEL) == {field.name for field in dataclasses.fields(Recipe)} - {"rules"}
+    values, expected = OF_MODEL[key]
+    for value in values:
+        with pytest.raises(ValueError, match=f"^here: {key} is .*: expected {expected}"):
+            recipe_from({"rules": [{"weights": "*", "scheme": "int4"}], key: value}, "here")
 
 
 @pytest.mark.parametrize(

@@ -26,15 +26,15 @@ def rules_of(recipe: str | Path, config: Config) -> Mapping[Place, Rule]:
         config: the architecture.
 
     Raises:
-        LlamaJaxError: for a recipe that there is not, that does not fit, or whose schemes depend on a text.
+        LlamaJaxError: for a recipe that there is not, that does not fit, or whose schemes depend on a text or on the weights.
     """
     if str(recipe) in FLOATS:
         return assigned((Rule(weights="*", keep=True),), config)
     found = read_recipe(recipe)
     if found.target_bpw is not None or any(rule.outliers or rule.act_order for rule in found.rules):
         raise LlamaJaxError(
-            f"recipe is {str(recipe)!r}, whose bits, outliers or order depend on a text: expected one that says all "
-            "by itself, as int4-g32"
+            f"recipe is {str(recipe)!r}, whose bits, outliers or order depend on a text, or on the weights: expected "
+            "one that says all by itself, as int4-g32"
         )
     return assigned(found.rules, config)
 

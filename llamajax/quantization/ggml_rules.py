@@ -17,6 +17,7 @@ from quant import Rule, ggml
 # What the search for bits chooses from, as (scheme, group_size, scale_scheme): Q2_K, Q3_K, Q4_K, Q5_K, Q6_K and Q8_0;
 # of rows that are no multiple of 256, Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0.
 _Form = tuple[str, int, str | None]
+_SUPERBLOCK = 256
 _FORMS: tuple[_Form, ...] = (
     *(("uint2", 16, "uint4"), ("int3", 16, "int6"), ("uint4", 32, "uint6"), ("uint5", 32, "uint6")),
     *(("int6", 16, "int8"), ("int8", 32, None)),
@@ -62,6 +63,7 @@ def candidates(place: Place, rule: Rule, config: Config) -> list[Rule]:
         is_uint = scheme.startswith("uint")
         if rule.method != "hqq" or is_uint:
             changes: dict[str, Any] = {"scheme": scheme, "group_size": group_size, "scale_scheme": scale_scheme}
+            changes["scale_group"] = _SUPERBLOCK
             made.append(dataclasses.replace(rule, **changes, offset=is_uint and scale_scheme is None))
     return made
 
@@ -96,7 +98,8 @@ def _made_by(rule: Rule, place: Place, config: Config) -> Any:
     spec = specs(config)[place]
     shape = spec.shape(config)
     rule = rule.for_inputs(shape[spec.axis])
-    form = {name: getattr(rule, name) for name in ("scheme", "group_size", "scale_dtype", "scale_scheme", "offset")}
+    names = "scheme", "group_size", "scale_dtype", "scale_scheme", "scale_group", "offset"
+    form = {name: getattr(rule, name) for name in names}
     return _made(Rule(weights="*", **form), shape, spec.axis)
 
 
