@@ -1,7 +1,7 @@
 """Our curve and llama.cpp's, with and without importance matrix: KL divergence to the float reference against bits.
 
     python benchmarks/yardstick.py --model=box --ours=int8,int4-g32,mixed-4.5bpw --json=figures.json --plot=curves.svg
-    python benchmarks/yardstick.py --model=smollm2-distilled --ours=target_bpw=4.5 --types=Q4_K_M --json=figures.json
+    python benchmarks/yardstick.py --model=smollm2-distilled --ours=bits=4.5,bits=3.5 --types=Q4_K_M --json=figures.json
     python benchmarks/yardstick.py --ours=int4-g32 --types= --context=512,2048 --cache=float32,int8,int4 --json=…
 
 All rows are measured by one code: a model is quantized, laid out as `generate` runs it, and run over the same windows
@@ -16,10 +16,11 @@ Models are `box`, `smollm2` (the Q4_1 file dequantized: it lies on the lattice o
 text is WikiText-2's test text in the folder that LLAMAJAX_SHARED names, calibration on its first half and figures on
 its second (--swap: the other way); of the box its own stories.
 
-A row of ours is a recipe's name or path, or options of `llamajax.quantize` joined by "+": `target_bpw=4.5` (of the
-recipe mixed-4.5bpw), `int4-g32+types=ggml`; what takes a calibration text gets one. Every figure of a row is kept in
---json and not measured again, until the model's weights, windows, calibration or recipe change; for other code remove
-the file, or name the row with --again. A file with figures of other weights is refused.
+A row of ours is a recipe's name or path, and options joined by "+": `bits=3.5` (of the recipe `calibrated` where none
+is named), `calibration=self` (a text that the model says; otherwise the first half), `int4-g32+types=ggml` and others
+of `llamajax.quantize`. Every figure of a row is kept in --json and not measured again, until the model's weights,
+windows, calibration or recipe change; for other code remove the file, or name the row with --again. A file with
+figures of other weights is refused.
 """
 
 import dataclasses
@@ -51,11 +52,12 @@ from llamajax.evaluation.plots import Point, check_picture, quality_panels
 from llamajax.evaluation.windows import Windows, document_windows
 from llamajax.files import new_file, read_json
 from llamajax.prepare import ACTIVATIONS
+from llamajax.quantization.own_text import own_text
 from llamajax.quantization.quantize import read_recipe
 
 _PIECE = 512  # tokens of one call, as a prompt is prefilled
 _WINDOW = 512  # at which --windows counts: longer contexts have as many tokens
-_SEARCHED = "mixed-4.5bpw"
+_SEARCHED = "calibrated"  # of which bits=… sets the target
 _IMATRIX = "+imatrix"
 _FAMILIES = ("llamajax", "llama.cpp", "llama.cpp, importance matrix")
 
@@ -150,12 +152,14 @@ class Ours:
 
     Attributes:
         name: as it was asked for.
-        recipe: what quantizes, or None where an option says it.
+        recipe: what quantizes.
+        own: whether the calibration text is the model's own.
         options: further ones of `llamajax.quantize`.
     """
 
     name: str
     recipe: Any
+    own: bool
     options: dict[str, Any]
 
     @classmethod
@@ -165,14 +169,14 @@ class Ours:
         Raises:
             LlamaJaxError: for an unknown recipe or option.
         """
-        recipe, options = None, {}
+        recipe, target, own, options = None, None, False, {}
         known = inspect.signature(llamajax.quantize).parameters
         for part in name.split("+"):
             key, equals, value = part.partition("=")
-            if key == "target_bpw":
-                recipe = dataclasses.replace(read_recipe(_SEARCHED), target_bpw=float(value))
-            elif key == "calibration" and not equals:
-                pass  # given anyway
+            if key in ("bits", "target_bpw"):
+                target = _number(value)
+            elif key == "calibration" and value in ("", "self"):
+                own = value == "self"
             elif equals and key in known:
                 options[key] = _number(value)
             elif equals or recipe is not None:
@@ -181,12 +185,11 @@ class Ours:
                 )
             else:
                 recipe = read_recipe(part)
-        return cls(name, recipe, options)
-
-    def quantized(self, of: Subject, calibration: np.ndarray) -> llamajax.Llama:
-        """The model by it."""
-        given = [] if self.recipe is None else [self.recipe]
-        return llamajax.quantize(of.model, *given, calibration=calibration, **self.options)
+        recipe = read_recipe(_SEARCHED) if recipe is None else recipe
+        try:
+            return cls(name, recipe if target is None else dataclasses.replace(recipe, target_bpw=target), own, options)
+        except (TypeError, ValueError) as error:
+            raise llamajax.LlamaJaxError(f"--ours={name}: {error}") from None
 
 
 def _number(value: str) -> Any:
@@ -237,6 +240,13 @@ class Bench:
         return importance_matrix(self.of.model, self.calibration, min(_WINDOW, self.of.model.config.context_length))
 
     @functools.cached_property
+    def own_text(self) -> np.ndarray:
+        """A calibration text that the model itself says, as long as the other."""
+        say(f"{self.of.name}: {len(self.calibration)} tokens of its own text")
+        length = min(_WINDOW, self.of.model.config.context_length)
+        return own_text(self.of.model, self.of.tokenizer, len(self.calibration), length=length)
+
+    @functools.cached_property
     def floats(self) -> Path:
         """The model as GGUF in float32."""
         path = self.scratch / f"{self.of.name.replace('/', '-')}.gguf"
@@ -259,7 +269,9 @@ class Bench:
         start = time.perf_counter()
         path = self.scratch / "row.gguf"
         if isinstance(row, Ours):
-            packed = row.quantized(self.of, self.calibration)
+            calibration = self.own_text if row.own else self.calibration
+            start = time.perf_counter()
+            packed = llamajax.quantize(self.of.model, row.recipe, calibration=calibration, **row.options)
             size, family = sum(leaf.nbytes for leaf in jax.tree.leaves(packed)), _FAMILIES[0]
         else:
             kind, _, weighed = row.partition(_IMATRIX[0])
@@ -466,7 +478,7 @@ def define(values: flags.FlagValues) -> None:
         flags.DEFINE_list(name, default, meaning, flag_values=values)
     integer = functools.partial(flags.DEFINE_integer, lower_bound=1, flag_values=values)
     integer("windows", 16, "windows of 512 tokens; longer contexts have as many tokens")
-    integer("calibration_tokens", 65536, "of the half that is not measured on")
+    integer("calibration_tokens", 8192, "of the half that is not measured on")
     flags.DEFINE_bool("imatrix", True, "llama.cpp's types with an importance matrix, too", flag_values=values)
     flags.DEFINE_bool(
         "swap", False, "figures on the first half of the text, the rest on the second", flag_values=values

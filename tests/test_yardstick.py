@@ -16,7 +16,7 @@ from absl import flags
 import llamajax
 from llamajax.evaluation.evaluate import compare_each
 from llamajax.evaluation.windows import document_windows
-from llamajax.quantization.quantize import quantize
+from llamajax.quantization.quantize import quantize, read_recipe
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 RECIPE = """
@@ -107,6 +107,13 @@ def test_a_row_is_measured_once(yardstick, folder: Path, monkeypatch: pytest.Mon
     settings = [(row["key"]["activations"], row["key"]["cache"]) for row in after]
     assert settings == [("recipe", "float32"), ("recipe", "int8"), ("int8", "float32"), ("int8", "int8")]
     assert len({row["kl_divergence"] for row in after}) == 4
+
+
+def test_rows_of_other_targets_and_texts(yardstick) -> None:
+    row = yardstick.Ours.parse("mixed-4.5bpw+bits=3.5+types=ggml+calibration=self")
+    assert (row.recipe.target_bpw, row.own, row.options) == (3.5, True, {"types": "ggml"})
+    assert yardstick.Ours.parse("target_bpw=4").recipe.target_bpw == 4
+    assert yardstick.Ours.parse("bits=4.25+calibration").recipe.rules == read_recipe("calibrated").rules
 
 
 def test_figures_of_other_weights_are_refused(yardstick, folder: Path, tiny_model, tiny_tokenizer) -> None:
