@@ -25,8 +25,9 @@ from llamajax.quantization.sensitivity import gradients
 from quant import Rule, Scheme, allocate, values
 
 _BITS = (2, 3, 4, 5, 6, 8)
-# The error of a candidate is measured on so many weights of a matrix, as columns of at most so many rows.
-_MEASURED_WEIGHTS, _MEASURED_ROWS = 2**18, 256
+# The error of a candidate is measured on so many weights of a matrix, as columns of so many rows: few, which divide most
+# lengths, so that one program serves; or as many as share a float of ggml's scales of two levels.
+_MEASURED_WEIGHTS, _MEASURED_ROWS, _SUPERBLOCK = 2**18, 64, 256
 
 Rules = Mapping[Place, Rule]
 
@@ -62,7 +63,7 @@ def choose_bits(
     of = specs(config)
     for place, weight, fisher in gradients(read, config, windows_WT):
         if len(options[place]) > 1:
-            sample = sampled(weight, fisher, of[place].axis)
+            sample = sampled(weight, fisher, of[place].axis, _rows(options[place]))
             errors[place] = [cost(place, rule, sample, weight.size) for rule in options[place]]
         on_weights(1)
     on_weights(sum(not spec.is_matrix for spec in of.values()))
@@ -96,7 +97,9 @@ def choose_bits_by_roles(
         if len(options[place]) > 1:
             weight = values(read(place))
             mean_square = jnp.maximum(jnp.mean(weight**2), jnp.finfo(jnp.float32).tiny)
-            sample = sampled(weight, jnp.full_like(weight, role_cost(place, config)) / mean_square, spec.axis)
+            sample = sampled(
+                weight, jnp.full_like(weight, role_cost(place, config)) / mean_square, spec.axis, _rows(options[place])
+            )
             errors[place] = [cost(place, rule, sample, weight.size) for rule in options[place]]
         on_weights(1)
     return share_out(options, errors, target_bpw, config, read(Place("norm.weight_D")).dtype.itemsize)
@@ -185,7 +188,13 @@ def _candidates(rule: Rule) -> list[Rule]:
     return [dataclasses.replace(rule, scheme=f"{scheme.kind}{bits}") for bits in _BITS]
 
 
-def sampled(weight: jax.Array, fisher: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+def _rows(options: list[Rule]) -> int:
+    """Most rows of the columns that candidates are measured on."""
+    in_superblocks = any(rule.scale_scheme is not None and rule.scale_group != "channel" for rule in options)
+    return _SUPERBLOCK if in_superblocks else _MEASURED_ROWS
+
+
+def sampled(weight: jax.Array, fisher: jax.Array, axis: int, most_rows: int) -> tuple[jax.Array, jax.Array]:
     """Some of a matrix's weights, as columns of neighbours along its contraction axis, and what is known of them.
 
     Columns of all matrices have few different shapes, so that few programs measure all.
@@ -194,13 +203,14 @@ def sampled(weight: jax.Array, fisher: jax.Array, axis: int) -> tuple[jax.Array,
         weight: float32 [K, M] (`axis=-2`) or [M, K].
         fisher: likewise.
         axis: the contraction axis.
+        most_rows: of the columns.
 
     Returns:
-        Both as [k, n]: k the largest divisor of K that is at most 256 and, if there is one, a multiple of 32.
+        Both as [k, n]: k the largest divisor of K that is at most `most_rows` and, if there is one, a multiple of 32.
     """
     pair = (weight, fisher) if axis == -2 else (weight.T, fisher.T)
     length, outputs = pair[0].shape
-    divisors = [size for size in range(1, min(length, _MEASURED_ROWS) + 1) if length % size == 0]
+    divisors = [size for size in range(1, min(length, most_rows) + 1) if length % size == 0]
     rows = max(divisors, key=lambda size: (size % 32 == 0, size))
     count = max(1, min(_MEASURED_WEIGHTS // rows, outputs * (length // rows)))
     at = np.random.default_rng(0).choice(outputs * (length // rows), count, replace=False)
