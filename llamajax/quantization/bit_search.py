@@ -25,8 +25,8 @@ from llamajax.quantization.sensitivity import gradients
 from quant import Rule, Scheme, allocate, values
 
 _BITS = (2, 3, 4, 5, 6, 8)
-# The error of a candidate is measured on so many weights of a matrix, as columns of so many rows: few, which divide most
-# lengths, so that one program serves; or as many as share a float of ggml's scales of two levels.
+# The error of a candidate is measured on so many weights of a matrix, as columns of so many rows: few, which divide
+# most lengths, so that one program serves; or as many as share a float of ggml's scales of two levels.
 _MEASURED_WEIGHTS, _MEASURED_ROWS, _SUPERBLOCK = 2**18, 64, 256
 
 Rules = Mapping[Place, Rule]
@@ -97,9 +97,8 @@ def choose_bits_by_roles(
         if len(options[place]) > 1:
             weight = values(read(place))
             mean_square = jnp.maximum(jnp.mean(weight**2), jnp.finfo(jnp.float32).tiny)
-            sample = sampled(
-                weight, jnp.full_like(weight, role_cost(place, config)) / mean_square, spec.axis, _rows(options[place])
-            )
+            even = jnp.full_like(weight, role_cost(place, config)) / mean_square
+            sample = sampled(weight, even, spec.axis, _rows(options[place]))
             errors[place] = [cost(place, rule, sample, weight.size) for rule in options[place]]
         on_weights(1)
     return share_out(options, errors, target_bpw, config, read(Place("norm.weight_D")).dtype.itemsize)

@@ -26,7 +26,8 @@ def rules_of(recipe: str | Path, config: Config) -> Mapping[Place, Rule]:
         config: the architecture.
 
     Raises:
-        LlamaJaxError: for a recipe that there is not, that does not fit, or whose schemes depend on a text or on the weights.
+        LlamaJaxError: for a recipe that there is not, that does not fit, or whose schemes depend on a text or on the
+            weights.
     """
     if str(recipe) in FLOATS:
         return assigned((Rule(weights="*", keep=True),), config)
