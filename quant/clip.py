@@ -21,7 +21,7 @@ from quant.scheme import Scheme
 
 # Between two factors that `clip="mse"` tries, the largest weight moves by no more codes than this, and the factor by no
 # more than that.
-_CODE_STEP, _FACTOR_STEP = 0.2, 0.05
+_CODE_STEP, _FACTOR_STEP = 0.4, 0.1
 _LEAST_CLIP = 0.3
 _MOST_FACTORS = 48
 _REFITS = 2
