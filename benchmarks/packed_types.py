@@ -1,12 +1,13 @@
-"""How fast one row is multiplied with the weights of GGUF files, beside our own recipes of the same size.
+"""How fast one row is multiplied with the weights of GGUF files and of recipes, beside recipes of about the same size.
 
     python benchmarks/packed_types.py [--types=Q4_K,Q6_K] [--rounds=40] [--rows=1]
 
-For every ggml type that stays packed: a stack of matrices of each of the shapes of TinyLlama-1.1B in the type's codes
-and scales, random, laid out for this machine, and a stack of the same shapes in the recipe whose bits a weight are
-nearest. The two are multiplied in turns, layer after layer, as in decoding. The rate is that of the bytes in the file;
-the ratio of two rates is the median over rounds, all shapes together. With it go the bits a weight in the file and in
-memory.
+For every ggml type that stays packed, and for int codes with scales in int8 under one float16 for an output
+("int4-int8", beside int4 in groups of 32 with scales in float16): a stack of matrices of each of the shapes of
+TinyLlama-1.1B in the type's codes and scales, random, laid out for this machine, and a stack of the same shapes in the
+recipe whose bits a weight are nearest. The two are multiplied in turns, layer after layer, as in decoding. The rate is
+that of the bytes in the file; the ratio of two rates is the median over rounds, all shapes together. With it go the
+bits a weight in the file and in memory.
 """
 
 import dataclasses
@@ -41,9 +42,10 @@ class Form:
     group: int
     peer: str  # scheme and group of the recipe beside it
     levels: str | None = None  # scheme of the codes of scales, in groups of `span`
-    span: int = 8
+    span: int | None = 8  # None: one group for an output
     offset: bool = False
     scale_dtype: Any = np.float16
+    peer_dtype: Any = jnp.bfloat16  # as recipes have it
 
 
 FORMS = {
@@ -63,6 +65,10 @@ FORMS = {
     "MXFP4": Form("mxfp4", 32, "int4-64"),
     "NVFP4": Form("nvfp4", 16, "int4-32"),
     "NF4": Form("nf4", 64, "int4-64"),
+    **{
+        f"int{bits}-int8": Form(f"int{bits}", 32, "int4-32", "int8", None, peer_dtype=np.float16)
+        for bits in (2, 3, 4, 5, 6, 8)
+    },
 }
 
 
@@ -80,7 +86,7 @@ def weight(form: Form, count: int, length: int, outputs: int, generator: np.rand
         if form.levels is None:
             return np.full((count, groups, outputs), 2.0**-8, form.scale_dtype)
         levels = quant.SCHEMES[form.levels]
-        outer: Any = np.full((count, groups // form.span, outputs), 2.0**-12, np.float16)
+        outer: Any = np.full((count, groups // (form.span or groups), outputs), 2.0**-12, np.float16)
         return quant.QTensor(planes(groups, levels.bits), outer, scheme=levels)
 
     offset = scales() if form.offset else None
@@ -90,7 +96,7 @@ def weight(form: Form, count: int, length: int, outputs: int, generator: np.rand
 def peer_of(form: Form) -> Form:
     """The recipe that a type is compared with."""
     scheme, group = form.peer.split("-")
-    return Form(scheme, int(group), form.peer, scale_dtype=jnp.bfloat16)  # as recipes have it
+    return Form(scheme, int(group), form.peer, scale_dtype=form.peer_dtype)
 
 
 def program(x_RK: jax.Array, stack: Any) -> Callable[[], Any]:

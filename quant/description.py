@@ -60,13 +60,18 @@ def abstract_weight(entry: Mapping[str, Any], level: int = 0) -> Any:
 
 
 def schemes(weight: Any) -> list[str]:
-    """What a weight is made of, for people: "int4, groups of 32" or a dtype; several where its layers differ."""
+    """What a weight is made of, for people: "int4, groups of 32, scales in int8", or a dtype.
+
+    Several where its layers differ.
+    """
     if isinstance(weight, Mixed):
         return list(dict.fromkeys(scheme for stack in weight.stacks for scheme in schemes(stack)))
     if is_weight(weight):
         scheme = getattr(weight, "scheme", None)
         name = f"{scheme.name}, " if scheme is not None else ""
-        return [f"{name}groups of {weight.group_size}" + ("" if isinstance(weight, QTensor) else ", laid out")]
+        scales = _scale_scheme(weight)
+        levels = f", scales in {scales}" if scales else ""
+        return [f"{name}groups of {weight.group_size}{levels}" + ("" if isinstance(weight, QTensor) else ", laid out")]
     return [str(np.dtype(weight.dtype))]
 
 
@@ -78,4 +83,11 @@ def kinds(weight: Any) -> list[str]:
         return [str(np.dtype(weight.dtype))]
     outliers = f" + {weight.outlier.shape[weight.axis]} outliers" if weight.outlier is not None else ""
     activations = f" x {weight.activations}" if weight.activations else ""
-    return [f"{weight.scheme.name}-g{weight.group_size}{outliers}{activations}"]
+    levels = f"-{_scale_scheme(weight)}" if _scale_scheme(weight) else ""
+    return [f"{weight.scheme.name}-g{weight.group_size}{levels}{outliers}{activations}"]
+
+
+def _scale_scheme(weight: Any) -> str | None:
+    """What scales that are codes themselves are in."""
+    scale = weight.scale if isinstance(weight, QTensor) else None
+    return scale.scheme.name if isinstance(scale, QTensor) else None

@@ -66,7 +66,8 @@ def nearest(weight: Any) -> Type:
     if length % 32:
         return named("F16")
     scheme = weight.scheme
-    if isinstance(weight.scale, QTensor) and scheme.bits in _TWO_LEVELS and length % 256 == 0:
+    # Of int codes in groups of 32 the types of one level are nearer: they hold the codes.
+    if isinstance(weight.scale, QTensor) and scheme.kind != "int" and scheme.bits in _TWO_LEVELS and length % 256 == 0:
         return named(_TWO_LEVELS[scheme.bits])
     best, otherwise = map(named, _NEAREST[scheme.kind, scheme.bits])
     return best if length % best.block == 0 else otherwise
@@ -89,11 +90,13 @@ def described(weight: Any) -> str:
     said = schemes(weight)[:1]
     if isinstance(weight, QTensor):
         scale = weight.scale
-        dtype = scale.scheme.name if isinstance(scale, QTensor) else np.dtype(scale.dtype).name
         if scale.shape[-2:] == (1, 1):
+            dtype = scale.scheme.name if isinstance(scale, QTensor) else np.dtype(scale.dtype).name
             said = [weight.scheme.name, f"one scale, in {dtype}"]
-        else:
-            said.append(f"scales in {dtype}")
+        elif not isinstance(scale, QTensor):
+            said.append(f"scales in {np.dtype(scale.dtype).name}")
+        elif scale.scale.shape[scale.axis] == 1:
+            said[0] += " under one float for an output"
         said += ["zero points"] if weight.zero is not None else []
         said += ["an order of its channels"] if weight.order is not None else []
         said += [f"{weight.outlier.shape[weight.axis]} outliers"] if weight.outlier is not None else []

@@ -345,6 +345,22 @@ def scale_values(scale: Plane, scheme: Scheme, *, arithmetic: Literal["integer",
     return _float32(scale, arithmetic)
 
 
+def is_under_units(scale: Plane) -> bool:
+    """Whether scales are in two levels of which the second is one float for an output, times whole numbers in int8."""
+    if not isinstance(scale, QTensor) or scale.scheme.kind != "int" or isinstance(scale.scale, QTensor):
+        return False
+    return scale.scale.shape[scale.axis] == 1 and scale.order is None and scale.outlier is None
+
+
+def units_of(scale: Plane) -> tuple[Plane, jax.Array | None]:
+    """Scales under units as whole numbers, int8 of the plane's shape, and the units; others as they are, and None."""
+    if not isinstance(scale, QTensor) or not is_under_units(scale):
+        return scale, None
+    assert not isinstance(scale.scale, QTensor)
+    codes = unpack(scale.planes, scale.scheme.bits, scale.group_size, axis=scale.axis)
+    return (codes.astype(jnp.int32) - scale.scheme.bias).astype(jnp.int8), scale.scale
+
+
 def has_nan_scales(weight: Any) -> bool:
     """Whether a scale in a byte stands for NaN, 255 of mxfp4 and nvfp4; those in floats show it themselves."""
     if not isinstance(weight, QTensor) or weight.scheme.scale_code is None or isinstance(weight.scale, QTensor):

@@ -27,6 +27,7 @@ from llamajax.cli import main
 from llamajax.model import model_from
 from llamajax.parameters import Place, named_arrays, named_weights
 from llamajax.quantization.quantize import Rule, quantize
+from quant import kinds, schemes
 from quant.kernels.cpu import TiledWeight
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +75,18 @@ def test_round_trip_bit_for_bit(
     assert loaded.config == model.config
     assert _same_bits(loaded, model)
     assert tokenizer.model_bytes == tiny_tokenizer.model_bytes
+
+
+def test_round_trip_of_scales_in_codes(tiny_model: llamajax.Llama, tmp_path: Path) -> None:
+    """One float for an output; names say it."""
+    codes: dict[str, Any] = {"scheme": "int4", "group_size": 8, "scale_scheme": "int8", "scale_group": "channel"}
+    model = quantize(tiny_model, (Rule(weights="*norm*", keep=True), Rule(weights="*", clip="mse", **codes)))
+    save_checkpoint(model, tmp_path / "saved")
+    loaded, _ = llamajax.load(tmp_path / "saved")
+    assert _same_bits(loaded, model)
+    up = named_weights(loaded)["layers.*.ffn.up_DF"]
+    assert kinds(up) == ["int4-g8-int8"] and schemes(up) == ["int4, groups of 8, scales in int8"]
+    assert up.scale.scale.shape[-2] == 1 and up.scale.scale.dtype == "bfloat16"
 
 
 def test_header_says_what_is_inside(saved: Path, tiny_model: llamajax.Llama, tiny_tokenizer: Tokenizer) -> None:
@@ -153,6 +166,7 @@ import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 import llamajax
 from llamajax.parameters import named_arrays
+from quant import kinds, schemes
 from quant.kernels.cpu import TiledWeight
 assert len(jax.devices()) == 4
 mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -260,6 +274,7 @@ from pathlib import Path
 import numpy as np
 import llamajax
 from llamajax.parameters import named_arrays
+from quant import kinds, schemes
 from quant.kernels.cpu import TiledWeight
 read = lambda: named_arrays(llamajax.open_checkpoint(sys.argv[1]).read(shardings="host"))
 whole = read()

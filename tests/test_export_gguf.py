@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 
 import llamajax
+import quant
 from export.bundle import Bundle, open_bundle, write
 from export.profiles import PROFILES, Spec
 from export.targets import add_target
@@ -125,6 +126,27 @@ def test_second_levels_are_unpacked_in_the_arithmetic_that_is_asked_for() -> Non
         text = multiply.lower(weight, x).as_text()
         assert "matmul_uint4_g32_axis2_scale_uint6_offset_uint6(" in text
         assert ("stablehlo.shift_right_logical" in text or "stablehlo.and" in text) is shifts
+
+
+@pytest.mark.parametrize(("scheme", "axis"), [("int4", -2), ("int3", -1)])
+def test_scales_under_one_float_for_an_output(scheme: str, axis: int) -> None:
+    """Recipes' rather than GGUF's: what ONNX gets of them, and the products and rows of the other programs."""
+    rng = np.random.default_rng(0)
+    floats = rng.normal(size=(96, 24) if axis == -2 else (24, 96)).astype(np.float32)
+    weight = quant.quantize_two_levels(floats, scheme, "int8", group_size=32, scale_group="channel", axis=axis)
+    values = np.asarray(quant.dequantize(weight), np.float64)
+    expected_KM = values if axis == -2 else values.T
+    arrays = {part[1:]: np.asarray(array) for part, array in llamajax.parts_of(weight).items()}
+    assert PackedWeight.known(arrays)
+    packed = PackedWeight(arrays, scheme, 32, -axis, {"scale": "int8", "offset": None})
+    made_KM = (packed.codes().astype(float) - weight.scheme.bias) * np.repeat(packed.scale().astype(float), 32, axis=0)
+    np.testing.assert_allclose(made_KM, expected_KM, rtol=1e-6)
+    x_RK = rng.normal(size=(2, 96)).astype(np.float32)
+    for arithmetic in ("integer", "float"):
+        exported = ExportedWeight(weight, arithmetic=arithmetic)
+        np.testing.assert_allclose(jax.jit(lambda x, w: w.matmul(x))(x_RK, exported), x_RK @ expected_KM, atol=1e-4)
+        if axis == -1:
+            np.testing.assert_allclose(exported.rows(np.asarray([5, 23])), values[[5, 23]], rtol=1e-6)
 
 
 # ---- Bundles --------------------------------------------------------------------------------------------------------

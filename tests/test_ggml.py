@@ -199,6 +199,12 @@ def test_zero_points_that_float16_has_are_held() -> None:
     np.testing.assert_array_equal(np.asarray(quant.dequantize(weight)) + np.float32(0), expected + np.float32(0))
 
 
+def under_units(scheme: str) -> QTensor:
+    """Scales that are codes, with one float for an output."""
+    floats = np.random.default_rng(0).normal(size=(512, 8)).astype(np.float32)
+    return quant.quantize_two_levels(floats, scheme, "int8", group_size=32, scale_group="channel")
+
+
 def test_wider_scales_are_held_where_float16_has_them() -> None:
     weight = weight_of("int4")
     for dtype in ("float32", "bfloat16"):
@@ -221,6 +227,12 @@ def test_wider_scales_are_held_where_float16_has_them() -> None:
         (lambda: weight_of("nf4", 64), "nf4, groups of 64", "IQ4_NL (iq4_nl, groups of 32, scales in float16)"),
         (lambda: weight_of("int6"), "int6, groups of 32", "Q6_K (int6, groups of 16, scales in int8)"),
         (lambda: weight_of("int3", length=96), "int3, groups of 32", "Q4_0"),
+        (
+            lambda: under_units("int4"),
+            "int4, groups of 32, scales in int8 under one float for an output",
+            "Q4_0 (int4, groups of 32, scales in float16)",
+        ),
+        (lambda: under_units("int3"), "int3, groups of 32, scales in int8 under one float", "Q3_K"),
         (lambda: weight_of("uint4"), "zero points", "Q4_1 (uint4, groups of 32, scales and offsets in float16)"),
         (lambda: weight_of("int8", 43, 172), "groups of 43, scales in float16, rows of 172", "F16"),
         (lambda: weight_of("ternary", "channel"), "ternary, groups of 512", "TQ2_0 (ternary, groups of 256"),

@@ -1,6 +1,7 @@
 """The CPU lowering of what GGUF files hold: two levels of scales, and codebooks; against NumPy in float64."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 import quant
 from quant import QTensor
-from quant.kernels import cpu, cpu_rows, gpu
+from quant.kernels import cpu, cpu_rows, gpu, tpu
 from tests.fuzz import fuzz
 from tests.test_packing import arrays_of, decode
 
@@ -126,6 +127,59 @@ def test_some_rows_whose_sums_fit_no_cache_are_numpys(name: str, monkeypatch) ->
     weight, arrays = made(name, 2, 45, -2)
     x_RK = np.random.default_rng(1).standard_normal((8, 512)).astype(np.float32)
     check(jax.jit(cpu.matmul)(jnp.asarray(x_RK), cpu.layout(weight)), x_RK, *dense(weight, arrays))
+
+
+def under_units(bits: int, length: int, outputs: int, axis: int, lead: tuple[int, ...] = ()) -> Any:
+    """A weight with scales in int8, and its arrays of one level."""
+    rng, kind = np.random.default_rng(bits + length), quant.SCHEMES[f"int{bits}"]
+    turn = (lambda x: x) if axis == -2 else (lambda x: np.swapaxes(x, -1, -2))
+    shapes = [(*lead, rows, outputs) for rows in (length, length // 32, 1)]
+    codes, scales = (rng.integers(0, top, shape, np.uint8) for top, shape in zip((2**bits, 256), shapes, strict=False))
+    unit = rng.uniform(-0.01, 0.01, shapes[2]).astype(np.float16)
+    second = QTensor.from_codes(jnp.asarray(turn(scales)), jnp.asarray(turn(unit)), quant.SCHEMES["int8"], axis=axis)
+    weight = QTensor.from_codes(jnp.asarray(turn(codes)), second, kind, axis=axis)
+    arrays = arrays_of(dataclasses.replace(weight, scale=jnp.zeros(()), offset=None))
+    return weight, arrays | {"scale": turn((scales - np.float32(128)) * unit.astype(np.float32))}
+
+
+@pytest.mark.parametrize(
+    ("bits", "length", "axis", "rows"),
+    [(2, 576, -2, 1), (3, 96, -1, 1), (4, 96, -1, 3), (5, 96, -2, 1), (6, 160, -2, 3), (8, 96, -2, 20)],
+)
+def test_scales_under_one_float_for_an_output_are_numpys(bits: int, length: int, axis: int, rows: int) -> None:
+    """Rows of any whole groups, of one layer of a stack; nothing becomes larger in memory, and the layout is undone."""
+    weight, arrays = under_units(bits, length, 21, axis, (2,))
+    tiled = cpu.layout(weight)
+    assert tiled.nbytes * 21 == weight.nbytes * 32  # of whole tiles
+    x_RK = np.random.default_rng(1).standard_normal((rows, length)).astype(np.float32)
+    weight_LKM, largest_LKM = dense(weight, arrays)
+    layer = tiled.at_layer(jnp.asarray(1))
+    check(jax.jit(cpu.matmul)(jnp.asarray(x_RK), layer), x_RK, weight_LKM[1], largest_LKM[1])
+    jax.tree.map(np.testing.assert_array_equal, layer.restore(), weight[1])
+
+
+@pytest.mark.parametrize(("bits", "axis"), [(4, -2), (8, -1)])
+def test_scales_under_one_float_for_an_output_on_other_backends(bits: int, axis: int) -> None:
+    """Scales stay codes there, in the kernels too; compiled for the interpreter."""
+    weight, arrays = under_units(bits, 384, 64, axis, (2,))
+    weight_LKM, largest_LKM = dense(weight, arrays)
+    values = np.asarray(quant.dequantize(weight))
+    for module, rows, dtype, width in ((gpu, 3, jnp.float32, 1), (tpu, 3, jnp.bfloat16, 2)):
+        laid_out = jax.jit(module.layout)(weight)
+        assert laid_out.nbytes == weight.nbytes + 2 * 64 * (2 + 12 * (width - 1))
+        np.testing.assert_allclose(quant.dequantize(laid_out.restore()), values, rtol=1e-6)
+        for few in (rows, 100):
+            x_RK = jnp.asarray(np.random.default_rng(1).standard_normal((few, 384)), dtype)
+            y_RM = jax.jit(functools.partial(module.matmul, interpret=True))(x_RK, laid_out.at_layer(jnp.int32(1)))
+            x = np.asarray(x_RK, np.float64)
+            bound = (400 * 2.0**-23) * np.abs(x) @ largest_LKM[1] + 2.0**-8 * (width - 1) * np.abs(x) @ np.abs(
+                weight_LKM[1]
+            )
+            assert (np.abs(np.asarray(y_RM, np.float64) - x @ weight_LKM[1]) <= bound).all()
+        if axis == -1:
+            table = module.layout(weight[0])
+            np.testing.assert_allclose(table.rows(jnp.asarray([0, 63, 5])), values[0][[0, 63, 5]], rtol=1e-6)
+    assert gpu.uses_kernel(gpu.layout(weight), 3) and tpu.uses_kernel(tpu.layout(weight), 3, jnp.bfloat16)
 
 
 @fuzz(30)

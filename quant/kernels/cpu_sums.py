@@ -69,14 +69,29 @@ def unrolled(x_RK: jax.Array, tiles: QTensor, layer: jax.Array | None) -> jax.Ar
             shifted_tnRl += level_codes(tiles, "offset", take, group) * sum_nR1
         elif tiles.offset is not None:
             partial_tnRl += take(tiles.offset, group).astype(jnp.float32) * sum_nR1
+    unit_tRl = _of_outputs(tiles, layer, R)
     for level, sum_tnRl in ((tiles.scale, scaled_tnRl), (tiles.offset, shifted_tnRl)):
-        if isinstance(level, QTensor):
+        if unit_tRl is not None:
+            partial_tnRl += sum_tnRl
+        elif isinstance(level, QTensor):
             # The groups of a step are among those that share a scale of the second level.
             repeats = tiles.scale.shape[-2] // level.scale.shape[-2] // groups * parts
             assert not isinstance(level.scale, QTensor)
             partial_tnRl += sum_tnRl * _per_group(level.scale, 0, layer, 1, repeats, R).astype(jnp.float32)
     sum_tRl = sum_steps(partial_tnRl, 1)
+    sum_tRl = sum_tRl if unit_tRl is None else sum_tRl * unit_tRl
     return sum_tRl.reshape(1, -1) if R == 1 else jnp.swapaxes(sum_tRl, 0, 1).reshape(R, -1)
+
+
+def _of_outputs(tiles: QTensor, layer: jax.Array | None, rows: int) -> jax.Array | None:
+    """What all scales of an output are multiplied with, [t, l] or [t, 1, l]: done once, to the sum of all steps.
+
+    None where scales are of one level or share less, and where there are offsets, which have floats of their own.
+    """
+    if not isinstance(tiles.scale, QTensor) or tiles.scale.scale.shape[-2] != 1 or tiles.offset is not None:
+        return None
+    assert not isinstance(tiles.scale.scale, QTensor)
+    return _per_group(tiles.scale.scale, 0, layer, 1, 1, rows)[:, 0].astype(jnp.float32)
 
 
 def _dot(

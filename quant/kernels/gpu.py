@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from quant.kernels import Layout
-from quant.qtensor import QTensor, dequantize
+from quant.qtensor import QTensor, dequantize, scale_values, units_of
 from quant.scheme import Scheme
 
 # Rows of a tile that tensor cores multiply, and the most that the kernel takes: fewer are padded, which costs nothing
@@ -46,20 +46,22 @@ _STEPS = (32, 16)
 _ROWS_IN_FLIGHT = 32
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["columns", "layer"], meta_fields=["axis"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["columns", "unit", "layer"], meta_fields=["axis"])
 @dataclasses.dataclass(frozen=True, eq=False)
 class GpuWeight(Layout):
     """A quantized weight [..., K, M] (`axis=-2`) or [..., M, K] (`axis=-1`), its bytes contiguous over outputs.
 
     Attributes:
         columns: QTensor [..., K, M], contraction axis -2, with one plane of bytes, one level of scales, and scales for
-            every group and output.
+            every group and output: floats, or under units int8.
+        unit: float32 [..., 1, M], or None: of scales in two levels, one float for an output.
         layer: int32 scalar or None. With it this stands for one layer of the stack [L, ...] that `columns` holds: a
             kernel that was given a slice would have it copied first.
         axis: of the weight.
     """
 
     columns: QTensor
+    unit: jax.Array | None = None
     layer: jax.Array | None = None
     _: dataclasses.KW_ONLY
     axis: int = -2
@@ -93,7 +95,7 @@ class GpuWeight(Layout):
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return self.columns.nbytes
+        return self.columns.nbytes + (0 if self.unit is None else 4 * self.unit.size)
 
     def matmul(self, x_RK: jax.Array) -> jax.Array:
         """As the function of this name."""
@@ -122,7 +124,9 @@ def refusal(weight: QTensor) -> str | None:
 
 
 def layout(weight: QTensor) -> GpuWeight:
-    """Lays a weight out for a GPU: as it is with `axis=-2`, transposed with -1; scales of two levels become float32.
+    """Lays a weight out for a GPU: as it is with `axis=-2`, transposed with -1.
+
+    Scales of two levels become float32, or stay codes where there is one float for an output.
 
     Raises:
         ValueError: for a weight that `refusal` says no to.
@@ -136,18 +140,22 @@ def layout(weight: QTensor) -> GpuWeight:
         # One scale for the tensor becomes one for each output.
         return jnp.broadcast_to(plane_XM, (*plane_XM.shape[:-1], outputs))
 
+    # An offset is not under the unit.
+    scale, unit = units_of(weight.scale) if weight.offset is None else (weight.scale, None)
     levels: dict[str, Any] = {
-        name: dequantize(plane)
-        for name, plane in (("scale", weight.scale), ("offset", weight.offset))
-        if isinstance(plane, QTensor)
+        name: dequantize(plane) if isinstance(plane, QTensor) else plane
+        for name, plane in (("scale", scale), ("offset", weight.offset))
     }
     columns = jax.tree.map(place, dataclasses.replace(weight, **levels))
-    return GpuWeight(dataclasses.replace(columns, axis=-2), axis=weight.axis)
+    unit = None if unit is None else place(unit.astype(jnp.float32))
+    return GpuWeight(dataclasses.replace(columns, axis=-2), unit, axis=weight.axis)
 
 
 def restore(weight: GpuWeight) -> QTensor:
     """The weight as it was before `layout`, one layer of it if `layer` is given; scales are of one level."""
-    columns = weight.sliced().columns
+    columns, unit = weight.sliced().columns, weight.sliced().unit
+    if unit is not None:
+        columns = dataclasses.replace(columns, scale=scale_values(columns.scale, columns.scheme) * unit)
     if weight.axis == -2:
         return columns
     return dataclasses.replace(jax.tree.map(lambda plane: jnp.swapaxes(plane, -1, -2), columns), axis=-1)
@@ -156,7 +164,8 @@ def restore(weight: GpuWeight) -> QTensor:
 def rows(table: GpuWeight, row_n: jax.Array) -> jax.Array:
     """Rows of a table [M, K] (`axis=-1`): int [n], each in [0, M) -> float32 [n, K]."""
     pick = functools.partial(jnp.take, indices=row_n, axis=-1, mode="clip")
-    return dequantize(jax.tree.map(pick, table.columns)).T
+    values_Kn = dequantize(jax.tree.map(pick, table.columns))
+    return (values_Kn if table.unit is None else values_Kn * pick(table.unit)).T
 
 
 def uses_kernel(weight: GpuWeight, rows: int) -> bool:
@@ -183,6 +192,11 @@ def matmul(x_RK: jax.Array, weight: GpuWeight, *, interpret: bool = False) -> ja
         the zero point, the offset over the scale, times the scale, can be in k's group. With more rows, weights are
         rounded to the type of the activations: 2**-9 * sum(|x| * |w|) in bfloat16, 2**-12 in float16.
     """
+    if weight.unit is not None:
+        unit = (
+            weight.unit if weight.layer is None else jax.lax.dynamic_index_in_dim(weight.unit, weight.layer, 0, False)
+        )
+        return matmul(x_RK, dataclasses.replace(weight, unit=None), interpret=interpret) * unit
     if uses_kernel(weight, x_RK.shape[0]):
         return _matmul_kernel(x_RK, weight, interpret)
     precision = jax.lax.Precision.HIGHEST if x_RK.dtype == jnp.float32 else None

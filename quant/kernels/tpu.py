@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from quant.kernels import Layout
 from quant.packing import merge_groups, pack, split_groups, unpack
-from quant.qtensor import QTensor
+from quant.qtensor import QTensor, is_under_units, units_of
 from quant.scheme import Scheme
 
 # Rows up to which the kernel is taken; beyond, enough of them share what XLA writes out.
@@ -38,24 +38,26 @@ _LANES = 128
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["codes", "scale", "zero", "layer"],
+    data_fields=["codes", "scale", "zero", "unit", "layer"],
     meta_fields=["scheme", "axis", "dtype", "activations", "kernel"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class TpuWeight(Layout):
     """A weight [..., K, M] (`axis=-2`) or [..., M, K] (`axis=-1`) as a TPU multiplies with it.
 
-    w[k, m] = (codes[k, m] - zero[c, m]) * scale[c, m] for k in group c. Arrays are [..., K, M] whatever `axis` is:
-    outputs last, so that a scale spreads along sublanes, never lanes.
+    w[k, m] = (codes[k, m] - zero[c, m]) * scale[c, m] * unit[m] for k in group c. Arrays are [..., K, M] whatever
+    `axis` is: outputs last, so that a scale spreads along sublanes, never lanes.
 
     Invariants: all arrays have the same leading axes; scale and zero have one dtype, bfloat16 if that is exact and
-    float32 otherwise, because no TPU computes in float16; C divides K.
+    float32 otherwise, because no TPU computes in float16; C divides K. Codes of scales, which bfloat16 has exactly, are
+    scales under a unit.
 
     Attributes:
         codes: int4, uint4, int8 or uint8 [..., K, M]: the scheme's value of each code. XLA keeps two of 4 bits in a
             byte on the device.
         scale: bfloat16 or float32 [..., C, M].
         zero: of scale's dtype [..., C, M], or None.
+        unit: float32 [..., 1, M], or None: of scales in two levels, one float for an output.
         layer: int32 scalar or None. With it this stands for one layer of the stack [L, ...] that the arrays hold: a
             kernel that was given a slice would have it copied first.
         scheme, axis, dtype, activations: as `QTensor`'s. Rounding activations is not done here.
@@ -65,6 +67,7 @@ class TpuWeight(Layout):
     codes: jax.Array
     scale: jax.Array
     zero: jax.Array | None = None
+    unit: jax.Array | None = None
     layer: jax.Array | None = None
     _: dataclasses.KW_ONLY
     scheme: Scheme
@@ -82,7 +85,7 @@ class TpuWeight(Layout):
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays on the device, where two codes of 4 bits share a byte (`codes.nbytes` says otherwise)."""
-        planes = jax.tree.leaves((self.scale, self.zero))
+        planes = jax.tree.leaves((self.scale, self.zero, self.unit))
         return self.codes.size * self.scheme.bits // 8 + sum(plane.size * plane.dtype.itemsize for plane in planes)
 
     @property
@@ -107,8 +110,8 @@ def refusal(weight: QTensor) -> str | None:
     """Why a weight cannot be laid out like this, or None if it can."""
     if weight.scheme.kind not in ("int", "uint") or weight.scheme.bits not in (4, 8):
         return f"{weight.scheme.name} codes are not whole numbers of 4 or 8 bits"
-    if isinstance(weight.scale, QTensor):
-        return "its scales are in codes of their own"
+    if isinstance(weight.scale, QTensor) and not is_under_units(weight.scale):
+        return "its scales are in codes of their own, with several floats for an output"
     if weight.offset is not None:
         return "it has offsets instead of zero points"
     if weight.order is not None:
@@ -134,19 +137,21 @@ def layout(weight: QTensor, *, kernel: bool = True) -> TpuWeight:
     codes = unpack(weight.planes, scheme.bits, weight.group_size, axis=weight.axis)
     # A signed value is its code less 2**(b-1): flipping the top bit leaves it in two's complement.
     codes = jax.lax.bitcast_convert_type((codes ^ scheme.bias).astype(f"uint{scheme.bits}"), jnp.dtype(scheme.name))
-    exact = all(plane is None or plane.dtype in (jnp.bfloat16, jnp.uint8) for plane in (weight.scale, weight.zero))
+    scale, unit = units_of(weight.scale)
+    exact = all(plane is None or plane.dtype in (jnp.bfloat16, jnp.uint8, jnp.int8) for plane in (scale, weight.zero))
 
     codes = codes if weight.axis == -2 else jnp.swapaxes(codes, -1, -2)
 
-    def place(plane: Any) -> jax.Array:
+    def place(plane: Any, dtype: jax.typing.DTypeLike = jnp.bfloat16 if exact else jnp.float32) -> jax.Array:
         plane = plane if weight.axis == -2 else jnp.swapaxes(plane, -1, -2)
         # One scale for the tensor becomes one for each output.
         plane = jnp.broadcast_to(plane, (*plane.shape[:-1], codes.shape[-1]))
-        return plane.astype(jnp.bfloat16 if exact else jnp.float32)
+        return plane.astype(dtype)
 
-    scale, zero = place(weight.scale), None if weight.zero is None else place(weight.zero)
+    zero = None if weight.zero is None else place(weight.zero)
+    unit = None if unit is None else place(unit, jnp.float32)
     rest = {"axis": weight.axis, "dtype": weight.dtype, "activations": weight.activations}
-    return TpuWeight(codes, scale, zero, scheme=scheme, kernel=kernel, **rest)  # type: ignore[arg-type]
+    return TpuWeight(codes, place(scale), zero, unit, scheme=scheme, kernel=kernel, **rest)  # type: ignore[arg-type]
 
 
 def uses_kernel(weight: TpuWeight, rows: int, dtype: jax.typing.DTypeLike) -> bool:
@@ -193,6 +198,11 @@ def matmul(x_RK: jax.Array, weight: TpuWeight, *, interpret: bool = False) -> ja
     """
     if x_RK.dtype != jnp.bfloat16:
         x_RK = x_RK.astype(jnp.float32)
+    if weight.unit is not None:
+        unit = (
+            weight.unit if weight.layer is None else jax.lax.dynamic_index_in_dim(weight.unit, weight.layer, 0, False)
+        )
+        return matmul(x_RK, dataclasses.replace(weight, unit=None), interpret=interpret) * unit
     if uses_kernel(weight, x_RK.shape[0], x_RK.dtype):
         return _matmul_mosaic(x_RK, weight, interpret)
     precision = jax.lax.Precision.HIGHEST if x_RK.dtype == jnp.float32 else None
@@ -201,8 +211,10 @@ def matmul(x_RK: jax.Array, weight: TpuWeight, *, interpret: bool = False) -> ja
 
 
 def restore(weight: TpuWeight) -> QTensor:
-    """The QTensor again, for what is no product of a matrix: the same codes, scales in the layout's dtype."""
+    """The QTensor again, for what is no product of a matrix: the same codes, scales of one level in floats."""
     whole, scheme = weight.sliced(), weight.scheme
+    if whole.unit is not None:
+        whole = dataclasses.replace(whole, scale=whole.scale.astype(jnp.float32) * whole.unit)
     codes = jax.lax.bitcast_convert_type(whole.codes, f"uint{scheme.bits}").astype(jnp.uint8) ^ scheme.bias
     arrays = [codes, whole.scale] if whole.zero is None else [codes, whole.scale, whole.zero]
     codes, scale, *zero = arrays if weight.axis == -2 else [jnp.swapaxes(array, -1, -2) for array in arrays]
@@ -214,11 +226,13 @@ def restore(weight: TpuWeight) -> QTensor:
 def rows(table: TpuWeight, row_n: jax.Array) -> jax.Array:
     """Rows of a table [M, K] (`axis=-1`): int [n], each in [0, M) -> float32 [n, K]."""
     pick = functools.partial(jnp.take, indices=row_n, axis=-1, mode="clip")
-    return _values(jax.tree.map(pick, table), jnp.float32).T
+    found = jax.tree.map(pick, table)
+    values_Kn = _values(found, jnp.float32)
+    return (values_Kn if found.unit is None else values_Kn * found.unit).T
 
 
 def _values(weight: TpuWeight, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """[..., K, M] in `dtype`.
+    """[..., K, M] in `dtype`, without the unit.
 
     bfloat16 planes stay so for bfloat16 values: converted, XLA would write them out and read them back, 0.45 times the
     packed bytes at g = 32. A product of 4 and 8 significant bits, rounded to 8, is the same either way.
