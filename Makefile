@@ -31,9 +31,10 @@ test-all: $(VENV)/test
 	@date; SECONDS=0; $(PYTEST) --all; code=$$?; echo "make test-all: $$(date), $$SECONDS s"; exit $$code
 
 # What needs Hugging Face transformers or llama.cpp to compare with, or IREE and ONNX Runtime to run bundles; that alone.
-# A few tests are of a model in use, which is fetched first.
+# A few tests are of a model in use, which is fetched first. Those marked `optimized` are compiled as users' programs are.
 test-extras: $(VENV)/extras smollm2
-	XLA_FLAGS= $(PYTEST) -m extras
+	$(PYTEST) -m 'extras and not optimized'
+	XLA_FLAGS= $(PYTEST) -m 'extras and optimized' $$(grep -l 'mark\.optimized' tests/test_*.py)
 
 lint: $(VENV)/lint
 	$(BIN)/ruff format --check .

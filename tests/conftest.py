@@ -52,9 +52,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Of a matrix one in so many cases runs, unless all are asked for; of the largest no more than some.
 _SAMPLE = 10
 _MOST_SAMPLED = 24
-# Of the files of tests a run with --quarter has one in so many, and these, which are of what a newer JAX changes first:
+# Of the files of tests a run with --eighth has one in so many, and these, which are of what a newer JAX changes first:
 # what it exports, lowers, keeps, shards and promises between its modules and ours.
-_PART = 4
+_PART = 8
 _ALWAYS = (
     *(
         "test_compilation.py",
@@ -71,7 +71,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """`make test-all` gives --all. The seed draws other cases of the same matrices: others every day unless given."""
     parser.addoption("--all", action="store_true", help="every case of every matrix, and tests marked exhaustive")
     parser.addoption("--sample-seed", type=int, help="which tenth of a matrix runs without --all")
-    parser.addoption("--quarter", action="store_true", help="of the files a quarter, by the seed, and a few always")
+    parser.addoption("--eighth", action="store_true", help="of the files an eighth, by the seed, and a few always")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -81,13 +81,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leaves out three quarters of the files where a quarter is asked for; None lets pytest decide.
+    """Leaves out seven eighths of the files where an eighth is asked for; None lets pytest decide.
 
-    By the day, each file has its own: in four days in a row all of them have run.
+    By the day, each file has its own: in eight days in a row all of them have run.
     """
     name = collection_path.name
     is_file = name.startswith("test_") and collection_path.suffix == ".py"
-    if not config.option.quarter or not is_file or name in _ALWAYS:
+    if not config.option.eighth or not is_file or name in _ALWAYS:
         return None
     return (config.option.sample_seed + zlib.crc32(name.encode())) % _PART != 0 or None
 
@@ -101,7 +101,7 @@ def pytest_sessionstart() -> None:
 def pytest_report_header(config: pytest.Config) -> str:
     """What to give for the same cases again."""
     chosen = "all" if config.option.all else f"--sample-seed={config.option.sample_seed}"
-    chosen += ", a quarter of the files" if config.option.quarter else ""
+    chosen += ", an eighth of the files" if config.option.eighth else ""
     return f"matrices: {chosen}; jax {jax.__version__}, flax {flax.__version__}, Python {platform.python_version()}"
 
 

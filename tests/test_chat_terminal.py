@@ -223,6 +223,7 @@ def test_what_is_remembered_is_bounded_and_private(tmp_path: Path) -> None:
 
 
 @pytest.mark.extras
+@pytest.mark.optimized
 def test_smollm2_converses(smollm2: Path, start) -> None:
     person = start(f"--model={smollm2}")
     person.waits()

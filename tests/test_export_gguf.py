@@ -204,6 +204,7 @@ def test_weights_are_not_dequantized_in_onnx(bundle: Bundle) -> None:
 
 
 @pytest.mark.extras
+@pytest.mark.optimized
 @pytest.mark.parametrize("runtimes", [["onnx"], pytest.param(list(NEEDS), marks=pytest.mark.exhaustive)])
 def test_smollm2_says_the_same_everywhere(runtimes: list[str], smollm2: Path, tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct, Q4_1 and Q8_0, from its GGUF: 64 greedy tokens, of which the first are an answer."""

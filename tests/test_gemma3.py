@@ -56,6 +56,7 @@ def test_ids_of_wikitext_are_llamacpps(gemma3_270m: Path, shared: Path) -> None:
 
 
 @pytest.mark.extras
+@pytest.mark.optimized
 @pytest.mark.exhaustive  # 1 GB of floats is written, and read by llama.cpp on one core
 def test_says_of_wikitext_what_llamacpp_says(gemma3_270m: Path, shared: Path, tmp_path: Path) -> None:
     """Before the window's end and behind it; ggml's GELU is a table of float16 numbers, which moves logits of 45."""

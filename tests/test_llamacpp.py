@@ -24,7 +24,7 @@ from llamajax.train import heldout_stories
 pytest.importorskip("xllamacpp", reason="compares with llama.cpp: install the extra: pip install -e '.[parity]'")
 from tests import llamacpp
 
-pytestmark = pytest.mark.extras
+pytestmark = [pytest.mark.extras, pytest.mark.optimized]
 
 WINDOW = 256
 _logits = jax.jit(lambda model, tokens_BT: model(tokens_BT)[0])
@@ -68,10 +68,12 @@ def _ours_of(model: llamajax.Llama, rows: np.ndarray) -> np.ndarray:
     return np.asarray(_logits(model, rows[:, :-1]))
 
 
+# One of each form of scales in every run: none, one level of floats, two levels. Of the others a tenth, by `matrix`.
+ALWAYS = ("F32", "Q4_0", "Q4_K_M")
 KINDS = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K_M Q4_K_M Q5_K_M Q6_K IQ4_NL IQ4_XS TQ1_0 TQ2_0 MXFP4".split()
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[k if k in ALWAYS else pytest.param(k, marks=pytest.mark.matrix) for k in KINDS])
 def files(request: pytest.FixtureRequest, box: Box, tmp_path: Path) -> tuple[Path, Path]:
     """The box in one of llama.cpp's types, and the same weights in F32."""
     packed, floats = tmp_path / f"{request.param}.gguf", tmp_path / "dequantized.gguf"

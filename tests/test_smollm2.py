@@ -52,6 +52,7 @@ def _loss(logits_TV: np.ndarray, target_T: np.ndarray) -> float:
 
 
 @pytest.mark.extras
+@pytest.mark.optimized
 def test_says_of_wikitext_what_llamacpp_says(smollm2: Path, shared: Path, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp", reason=_EXTRA)
     from tests import llamacpp

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from quant.weight import Weight, flat_stack, rounded
 
@@ -16,9 +17,13 @@ if TYPE_CHECKING:
     from quant.qtensor import QTensor
 
 
-def start_indices(*values: jax.Array | int) -> list[jax.Array]:
-    """Where a dynamic slice starts, all int32: XLA takes indices of one type, and Python's are int64 under x64."""
-    return [jnp.asarray(value, jnp.int32) for value in values]
+def start_indices(*values: jax.Array | int) -> list[jax.Array | np.int32]:
+    """Where a dynamic slice starts, all int32: XLA takes indices of one type, and Python's are int64 under x64.
+
+    What is known stays a number: JAX traces a comparison and a choice for each array that might be negative, which is
+    half of what there is to trace where a product is unrolled.
+    """
+    return [np.int32(value) if isinstance(value, int) else jnp.asarray(value, jnp.int32) for value in values]
 
 
 class Layout(Weight):

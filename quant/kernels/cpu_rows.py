@@ -196,4 +196,5 @@ def _take(
     start = start_indices(layer, first, *(index or 0 for index in at), 0, 0)
     sizes = [length if index is None else 1 for length, index in zip(shape, at, strict=True)]
     kept = [length for length, index in zip(shape, at, strict=True) if index is None]
-    return jax.lax.dynamic_slice(whole, start, (1, size, *sizes, *registers)).reshape(size, *kept, *registers)
+    part = jax.lax.dynamic_slice(whole, start, (1, size, *sizes, *registers), allow_negative_indices=False)
+    return part.reshape(size, *kept, *registers)

@@ -244,7 +244,8 @@ def _take(plane: jax.Array, layer: jax.Array | None, groups: int, group: int, k:
     plane_Ltnukl = plane_LtXl.reshape(L, t, -1, groups, count, lanes)
     start = start_indices(0 if layer is None else layer, 0, 0, group, k, 0)
     n = length // (groups * count)
-    return jax.lax.dynamic_slice(plane_Ltnukl, start, (1, t, n, 1, 1, lanes)).reshape(t, n, lanes)
+    row = jax.lax.dynamic_slice(plane_Ltnukl, start, (1, t, n, 1, 1, lanes), allow_negative_indices=False)
+    return row.reshape(t, n, lanes)
 
 
 def sum_steps(partial_X: jax.Array, axis: int) -> jax.Array:
