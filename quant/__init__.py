@@ -28,7 +28,7 @@ from quant.recipe import Recipe, Rule, assign, recipe_from
 from quant.rtn import quantize_rtn
 from quant.scheme import SCHEMES, Scheme
 from quant.smoothquant import smoothing_scale
-from quant.two_levels import quantize_two_levels
+from quant.two_levels import quantize_two_levels, with_float_scales, with_scales_of
 from quant.weight import Weight, is_weight, layer_of, nbytes, product, rows, scan_layers, values, view
 
 __all__ = [
@@ -92,6 +92,8 @@ __all__ = [
     "values",
     "view",
     "with_activations",
+    "with_float_scales",
     "with_layer",
     "with_offset",
+    "with_scales_of",
 ]

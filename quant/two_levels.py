@@ -100,6 +100,34 @@ def _scales_of_a_float(length: int, group_size: int, scale_group: int | str) -> 
     return SUPERBLOCK // group_size
 
 
+def with_float_scales(weight: QTensor) -> QTensor:
+    """The same weight with float32 scales in place of int codes, so that these can be differentiated; or itself."""
+    second = weight.scale
+    if not isinstance(second, QTensor) or second.scheme.kind != "int":
+        return weight
+    return dataclasses.replace(weight, scale=dequantize(second))
+
+
+def with_scales_of(weight: QTensor, changed: QTensor) -> QTensor:
+    """A weight with scales in codes as near as codes come to the float scales of `changed`, under the same floats.
+
+    Args:
+        weight: of two levels.
+        changed: of `with_float_scales(weight)`, with other scales; as it is where that left the weight unchanged.
+    """
+    second = weight.scale
+    if not isinstance(second, QTensor) or isinstance(changed.scale, QTensor):
+        return changed
+    assert not isinstance(second.scale, QTensor)
+    axis, bias = second.axis, second.scheme.bias
+    unit = jnp.repeat(second.scale.astype(jnp.float32), second.group_size, axis)
+    code = jnp.clip(jnp.round(changed.scale / divisor(unit)), -bias, bias - 1)
+    code = jnp.where(code == 0, jnp.sign(changed.scale) * jnp.sign(unit), code)
+    codes = (code + bias).astype(jnp.uint8)
+    planes = pack(codes, second.scheme.bits, second.group_size, axis=axis)
+    return dataclasses.replace(changed, scale=dataclasses.replace(second, planes=planes))
+
+
 def _without_zeros(scale: jax.Array, made: QTensor) -> QTensor:
     """Scales in codes, 1 or -1 in place of a code for 0 where the scale is not 0.
 

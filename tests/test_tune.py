@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from llamajax.model import model_from
 from llamajax.parameters import named_arrays, named_weights, weights_of
@@ -17,11 +18,18 @@ RULES = (
 )
 
 
-def test_predictions_come_nearer_and_codes_stay() -> None:
+IN_CODES = (
+    RULES[0],
+    Rule(weights="*", scheme="int3", group_size=8, scale_scheme="int8", scale_group="channel", clip="mse"),
+)
+
+
+@pytest.mark.parametrize("rules", [RULES, IN_CODES], ids=["float scales", "scales in codes"])
+def test_predictions_come_nearer_and_codes_stay(rules: tuple[Rule, ...]) -> None:
     model = random_model(CONFIG)
     tokens_WT = np.random.default_rng(0).integers(0, 24, (24, 12)).astype(np.int32)
     unseen_WT = np.random.default_rng(1).integers(0, 24, (6, 12)).astype(np.int32)
-    packed = quantize(model, RULES)
+    packed = quantize(model, rules)
     steps: list[int] = []
     tuned = tune(packed, weights_of(model).__getitem__, tokens_WT, 2, learning_rate=1e-2, on_step=steps.append)
     assert sum(steps) == 48
@@ -31,7 +39,8 @@ def test_predictions_come_nearer_and_codes_stay() -> None:
     old, new = named_arrays(packed), named_arrays(tuned)
     for name, array in new.items():
         assert array.dtype == old[name].dtype and array.shape == old[name].shape
-        assert np.array_equal(array, old[name]) == (array.dtype == np.uint8), name
+        stays = name.endswith(".scale.scale") or (".planes." in name and ".scale." not in name)
+        assert np.array_equal(array, old[name]) == stays, name
 
 
 def _divergence(model, packed, tokens_WT: np.ndarray) -> float:

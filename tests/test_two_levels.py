@@ -1,5 +1,6 @@
 """Two levels of scales: codes are the nearest for what scales became, by rounding and by GPTQ, as ggml's K types."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,7 +9,15 @@ import numpy as np
 import pytest
 
 import quant
-from quant import QTensor, ggml, quantize_gptq, quantize_rtn, quantize_two_levels
+from quant import (
+    QTensor,
+    ggml,
+    quantize_gptq,
+    quantize_rtn,
+    quantize_two_levels,
+    with_float_scales,
+    with_scales_of,
+)
 from quant.gptq import hessian
 
 # Scheme, that of the scales, group: the type of ggml's.
@@ -220,3 +229,19 @@ def test_less_is_lost_than_by_ggml(name: str, draw: str) -> None:
     ours = np.asarray(quant.dequantize(quantized(name, floats, axis=-1, clip="mse")))
     print(name, draw, ((ours - floats) ** 2).mean() / ((theirs - floats) ** 2).mean())
     assert ((ours - floats) ** 2).mean() < ((theirs - floats) ** 2).mean()
+
+
+def test_scales_in_codes_are_floats_for_a_while() -> None:
+    """The weight is the same with floats; a float scale that moves by whole units is found again exactly."""
+    weight = jnp.asarray(np.random.default_rng(5).standard_t(5, (64, 12)), jnp.float32)
+    made = quantize_two_levels(weight, "int4", "int8", group_size=16, scale_group="channel")
+    floats = with_float_scales(made)
+    assert floats.scale.dtype == jnp.float32 and floats.scale.shape == (4, 12)
+    np.testing.assert_array_equal(quant.dequantize(floats), quant.dequantize(made))
+    unit_M = np.asarray(made.scale.scale, np.float32)
+    moved = floats.scale + np.where(np.abs(floats.scale) < 100 * np.abs(unit_M), 2, 0) * unit_M
+    again = with_scales_of(made, dataclasses.replace(floats, scale=moved + 0.3 * unit_M))
+    np.testing.assert_allclose(quant.dequantize(again.scale), moved, rtol=1e-6)
+    np.testing.assert_array_equal(again.scale.scale, made.scale.scale)
+    plain = quant.quantize_rtn(weight, "int4", group_size=16)
+    assert with_float_scales(plain) is plain and with_scales_of(plain, plain) is plain

@@ -20,6 +20,7 @@ from llamajax.model import Llama
 from llamajax.parameters import Place, specs
 from llamajax.quantization.calibrate import behind_layers, embedded, outside_model
 from llamajax.trainable import trainable
+from quant import QTensor, map_quantized, with_float_scales, with_scales_of
 
 _LEARNING_RATE = 3e-3
 _DECAY = 0.9, 0.95
@@ -52,7 +53,8 @@ def tune(
     outside = {place.name: read(place) for place in specs(config) if place.layer is None}
     hidden_WTD = behind_layers(read, embedded(outside, windows_WT, config), config).astype(ml_dtypes.bfloat16)
     teacher = outside_model(outside, config)
-    train, rest, merge = trainable(model)
+    # Scales in codes are floats meanwhile: one factor for all groups of an output would leave little to learn.
+    train, rest, merge = trainable(map_quantized(with_float_scales, model))
     steps = passes * len(windows_WT)
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps), *_DECAY)
 
@@ -79,8 +81,13 @@ def tune(
             window, hidden = jnp.asarray(windows_WT[row : row + 1]), jnp.asarray(hidden_WTD[row : row + 1])
             change, state = step(change, state, (teacher, train, rest), window, hidden)
             on_step(1)
-    tuned = jax.tree.map(lambda new, old: new.astype(old.dtype), _changed(train, change), train)
-    return merge(tuned, rest)
+    tuned = merge(jax.tree.map(lambda new, old: new.astype(old.dtype), _changed(train, change), train), rest)
+    return jax.tree.map(_in_codes, model, tuned, is_leaf=lambda node: isinstance(node, QTensor))
+
+
+def _in_codes(weight: Any, tuned: Any) -> Any:
+    """A tuned weight with scales in codes again, where the weight has them."""
+    return with_scales_of(weight, tuned) if isinstance(weight, QTensor) else tuned
 
 
 def _changed(train: Mapping[str, Any], change: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
