@@ -15,7 +15,7 @@ from llamajax.model import model_from
 from llamajax.parameters import Place, named_weights
 from llamajax.parameters import weights_of as single_weights
 from llamajax.quantization.quantize import quantize
-from quant import Mixed, QTensor, kinds, unpack
+from quant import Mixed, QTensor, kinds, unpack, values
 from quant.recipe import Recipe, Rule
 from tests.programs import forward
 from tests.reference import random_model, weights_of
@@ -242,3 +242,62 @@ def test_weights_that_are_no_whole_groups_get_what_the_recipe_says(skewed: Llama
     weight = named_weights(made)["layers.*.ffn.down_FD"]
     assert isinstance(weight, QTensor) and weight.scheme.name == "int8" and weight.group_size == 86
     assert named_weights(made)["layers.*.ffn.up_DF"].scheme.name == "int3"
+
+
+def test_errors_of_inputs_are_made_up_for(skewed: Llama) -> None:
+    """On tokens never seen, and with the second half of a folder's work done by another process."""
+    rules = layers_rule(scheme="int3", method="gptq")
+    plain, ours = (
+        quantize(skewed, Recipe(rules, propagation=part), calibration=TOKENS, window=32) for part in (0.0, 0.5)
+    )
+    assert error(skewed, ours) < 0.95 * error(skewed, plain)
+
+
+def test_work_with_propagation_goes_on_where_it_was_stopped(skewed: Llama, tmp_path: Path) -> None:
+    recipe = Recipe(layers_rule(method="gptq"), propagation=0.5)
+    expected = quantize(skewed, recipe, calibration=TOKENS, window=32)
+
+    def stop(done: int, total: int) -> None:
+        if done > 15:  # in the second layer
+            raise Stop
+
+    with pytest.raises(Stop):
+        quantize(skewed, recipe, calibration=TOKENS, window=32, work=tmp_path, on_weight=stop)
+    made = quantize(skewed, recipe, calibration=TOKENS, window=32, work=tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, made, expected)
+    with pytest.raises(LlamaJaxError, match="propagation is 0.5 there, 0.25 here"):
+        again = dataclasses.replace(recipe, propagation=0.25)
+        quantize(skewed, again, calibration=TOKENS, window=32, work=tmp_path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gptq_of_all_weights_is_of_the_head_too(tied: bool) -> None:
+    """Of a tied one by what the head sees; a table that is only looked up is rounded, which is said."""
+    model = random_model(dataclasses.replace(CONFIG, tied_embeddings=tied))
+    notes: list[str] = []
+    every = Rule(weights="*", scheme="int3", group_size=32, method="gptq")
+    made = quantize(model, (KEEP_NORMS, every), calibration=TOKENS, window=32, on_note=notes.append)
+    assert notes == ([] if tied else ["embed_VD: rounded to nearest: nothing is multiplied with it"])
+    beside = quantize(model, (KEEP_NORMS, dataclasses.replace(every, method="rtn")))
+    x_BTD = model(jnp.asarray(UNSEEN), capture=("hidden",))[2]["hidden"][-1]
+    seen_TD = np.asarray(model.norm(x_BTD)).reshape(-1, 64)
+    head = Place("embed_VD" if tied else "head_VD")
+    wanted, ours, theirs = (np.asarray(values(single_weights(each)[head])) for each in (model, made, beside))
+    assert np.mean((seen_TD @ (wanted - ours).T) ** 2) < 0.95 * np.mean((seen_TD @ (wanted - theirs).T) ** 2)
+    with pytest.raises(LlamaJaxError, match="a rule that needs calibration, for a weight that is looked up"):
+        alone = (KEEP_NORMS, dataclasses.replace(every, weights="embed_VD"), KEEP)
+        quantize(random_model(CONFIG), alone, calibration=TOKENS, window=32)
+
+
+def test_bits_without_a_text_are_those_that_names_deserve(skewed: Llama) -> None:
+    """The budget is kept; keys get more bits than queries of the same size, and the last layer more than the others."""
+    free = Rule(weights="*", scheme="int4", group_size=32, scale_dtype="float16")
+    made = quantize(skewed, Recipe((KEEP_NORMS, free), 4.6, bits_by="roles"))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(made))
+    assert 4.4 < 8 * size / CONFIG.num_parameters <= 4.6
+    bits = {place: weight.scheme.bits for place, weight in single_weights(made).items() if isinstance(weight, QTensor)}
+    for layer in range(3):
+        assert bits[Place("attention.key_DM", layer)] >= bits[Place("attention.query_DQ", layer)]
+        assert bits[Place("ffn.down_FD", layer)] >= bits[Place("ffn.gate_DF", layer)]
+        assert bits[Place("ffn.up_DF", 2)] >= bits[Place("ffn.up_DF", layer)]
+    assert len(set(bits.values())) > 1
