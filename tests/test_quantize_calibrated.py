@@ -218,7 +218,7 @@ def test_a_damaged_part_is_named(skewed: Llama, tmp_path: Path) -> None:
     ("rules", "calibration", "message"),
     [
         (layers_rule(method="gptq"), None, "needs a calibration text"),
-        ((KEEP_NORMS, Rule(weights="*", scheme="int4", method="gptq")), TOKENS, "embed_VD.*looked up"),
+        ((KEEP_NORMS, Rule(weights="*", scheme="int4", clip="mse", importance=True)), TOKENS, "embed_VD.*looked up"),
         (
             (KEEP_NORMS, Rule(weights="*query*", scheme="int4", scaling="awq"), KEEP),
             TOKENS,
