@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from quant.grid import divisor
+from quant.mixed import map_quantized
 from quant.packing import axis_position, merge_groups, pack, split_groups, unpack
 from quant.qtensor import QTensor, dequantize, scale_values
 from quant.rtn import quantize_rtn
@@ -100,21 +101,32 @@ def _scales_of_a_float(length: int, group_size: int, scale_group: int | str) -> 
     return SUPERBLOCK // group_size
 
 
-def with_float_scales(weight: QTensor) -> QTensor:
-    """The same weight with float32 scales in place of int codes, so that these can be differentiated; or itself."""
-    second = weight.scale
-    if not isinstance(second, QTensor) or second.scheme.kind != "int":
-        return weight
-    return dataclasses.replace(weight, scale=dequantize(second))
+def with_float_scales(tree: Any) -> Any:
+    """A tree with float32 scales in place of int codes, so that these can be differentiated: weights are the same."""
+
+    def one(weight: QTensor) -> QTensor:
+        second = weight.scale
+        if not isinstance(second, QTensor) or second.scheme.kind != "int":
+            return weight
+        return dataclasses.replace(weight, scale=dequantize(second))
+
+    return map_quantized(one, tree)
 
 
-def with_scales_of(weight: QTensor, changed: QTensor) -> QTensor:
-    """A weight with scales in codes as near as codes come to the float scales of `changed`, under the same floats.
+def with_scales_of(tree: Any, changed: Any) -> Any:
+    """A tree with scales in codes as near as codes come to the float scales of another, under the same floats.
 
     Args:
-        weight: of two levels.
-        changed: of `with_float_scales(weight)`, with other scales; as it is where that left the weight unchanged.
+        tree: with weights of two levels, and others.
+        changed: `with_float_scales(tree)` with other floats; where that left a leaf as it was, it is taken from here.
     """
+    is_leaf = lambda node: isinstance(node, QTensor)  # noqa: E731
+    one = lambda weight, new: _recoded(weight, new) if is_leaf(weight) else new  # noqa: E731
+    return jax.tree.map(one, tree, changed, is_leaf=is_leaf)
+
+
+def _recoded(weight: QTensor, changed: QTensor) -> QTensor:
+    """One weight of `with_scales_of`."""
     second = weight.scale
     if not isinstance(second, QTensor) or isinstance(changed.scale, QTensor):
         return changed

@@ -20,7 +20,7 @@ from llamajax.model import Llama
 from llamajax.parameters import Place, specs
 from llamajax.quantization.calibrate import behind_layers, embedded, outside_model
 from llamajax.trainable import trainable
-from quant import QTensor, map_quantized, with_float_scales, with_scales_of
+from quant import with_float_scales, with_scales_of
 
 _LEARNING_RATE = 3e-3
 _DECAY = 0.9, 0.95
@@ -54,7 +54,7 @@ def tune(
     hidden_WTD = behind_layers(read, embedded(outside, windows_WT, config), config).astype(ml_dtypes.bfloat16)
     teacher = outside_model(outside, config)
     # Scales in codes are floats meanwhile: one factor for all groups of an output would leave little to learn.
-    train, rest, merge = trainable(map_quantized(with_float_scales, model))
+    train, rest, merge = trainable(with_float_scales(model))
     steps = passes * len(windows_WT)
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps), *_DECAY)
 
@@ -82,12 +82,7 @@ def tune(
             change, state = step(change, state, (teacher, train, rest), window, hidden)
             on_step(1)
     tuned = merge(jax.tree.map(lambda new, old: new.astype(old.dtype), _changed(train, change), train), rest)
-    return jax.tree.map(_in_codes, model, tuned, is_leaf=lambda node: isinstance(node, QTensor))
-
-
-def _in_codes(weight: Any, tuned: Any) -> Any:
-    """A tuned weight with scales in codes again, where the weight has them."""
-    return with_scales_of(weight, tuned) if isinstance(weight, QTensor) else tuned
+    return with_scales_of(model, tuned)
 
 
 def _changed(train: Mapping[str, Any], change: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
