@@ -22,7 +22,8 @@ from llamajax.quantization.calibrate import behind_layers, embedded, outside_mod
 from llamajax.trainable import trainable
 from quant import with_float_scales, with_scales_of
 
-_LEARNING_RATE = 3e-3
+# Of scales. With 3e-3 one pass over 8,192 tokens made SmolLM2-135M at 4.5 bits worse on other text.
+_LEARNING_RATE = 1e-3
 _DECAY = 0.9, 0.95
 
 
