@@ -154,13 +154,15 @@ class Stop(Exception):
     """As a machine that is switched off."""
 
 
+def stop(done: int, total: int) -> None:
+    """In the second layer."""
+    if done > 15:
+        raise Stop
+
+
 def test_work_that_was_stopped_goes_on(skewed: Llama, tmp_path: Path) -> None:
     rules, work = layers_rule(method="gptq", scaling="awq", outliers=0), tmp_path / "q.work"
     expected = quantize(skewed, rules, calibration=TOKENS, window=32)
-
-    def stop(done: int, total: int) -> None:
-        if done > 15:  # in the second layer
-            raise Stop
 
     with pytest.raises(Stop):
         quantize(skewed, rules, calibration=TOKENS, window=32, work=work, on_weight=stop)
@@ -257,14 +259,12 @@ def test_work_with_propagation_goes_on_where_it_was_stopped(skewed: Llama, tmp_p
     recipe = Recipe(layers_rule(method="gptq"), propagation=0.5)
     expected = quantize(skewed, recipe, calibration=TOKENS, window=32)
 
-    def stop(done: int, total: int) -> None:
-        if done > 15:  # in the second layer
-            raise Stop
-
     with pytest.raises(Stop):
         quantize(skewed, recipe, calibration=TOKENS, window=32, work=tmp_path, on_weight=stop)
     made = quantize(skewed, recipe, calibration=TOKENS, window=32, work=tmp_path)
     jax.tree.map(np.testing.assert_array_equal, made, expected)
+    with pytest.raises(LlamaJaxError, match="bits_by is 'loss' there, 'roles' here"):
+        quantize(skewed, dataclasses.replace(recipe, bits_by="roles"), calibration=TOKENS, window=32, work=tmp_path)
     with pytest.raises(LlamaJaxError, match="propagation is 0.5 there, 0.25 here"):
         again = dataclasses.replace(recipe, propagation=0.25)
         quantize(skewed, again, calibration=TOKENS, window=32, work=tmp_path)

@@ -27,7 +27,7 @@ from quant import Rule, Scheme, allocate, values
 _BITS = (2, 3, 4, 5, 6, 8)
 # The error of a candidate is measured on so many weights of a matrix, as columns of so many rows: few, which divide
 # most lengths, so that one program serves; or as many as share a float of ggml's scales of two levels.
-_MEASURED_WEIGHTS, _MEASURED_ROWS, _SUPERBLOCK = 2**18, 64, 256
+_MEASURED_WEIGHTS, _MEASURED_ROWS = 2**18, 64
 
 Rules = Mapping[Place, Rule]
 
@@ -189,8 +189,8 @@ def _candidates(rule: Rule) -> list[Rule]:
 
 def _rows(options: list[Rule]) -> int:
     """Most rows of the columns that candidates are measured on."""
-    in_superblocks = any(rule.scale_scheme is not None and rule.scale_group != "channel" for rule in options)
-    return _SUPERBLOCK if in_superblocks else _MEASURED_ROWS
+    shared = [rule.scale_group for rule in options if rule.scale_scheme is not None]
+    return max([_MEASURED_ROWS, *(size for size in shared if isinstance(size, int))])
 
 
 def sampled(weight: jax.Array, fisher: jax.Array, axis: int, most_rows: int) -> tuple[jax.Array, jax.Array]:

@@ -362,6 +362,7 @@ def _work_key(
         "version": 5,
         "recipe (sha256)": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
         "target_bpw": recipe.target_bpw,
+        "bits_by": recipe.bits_by,
         "propagation": recipe.propagation,
         **({"types": types} if types else {}),
         "config": config.to_dict(),
