@@ -1,7 +1,5 @@
 """`benchmarks/distil_smollm2.py` on a tiny model: noise as wide as a step, nearer by regression, resumable."""
 
-import importlib
-import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +15,8 @@ from llamajax.evaluation.windows import gptq_windows
 from llamajax.quantization.quantize import quantize
 from llamajax.quantization.resume import PartsOnDisk
 from llamajax.train import TrainOptions
+from tests.scripts import script
 
-SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 KEPT = quant.Rule(weights="*norm*", keep=True), quant.Rule(weights="head_VD", keep=True)
 RULES = (*KEPT, quant.Rule(weights="*", scheme="uint4", group_size=8))
 OPTIONS = TrainOptions(
@@ -29,15 +27,8 @@ OPTIONS = TrainOptions(
 @pytest.fixture(scope="module")
 def distil() -> Iterator[types.ModuleType]:
     """The script as a module, which finds those beside it."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        yield importlib.import_module("distil_smollm2")
-    finally:
-        sys.path.remove(str(SCRIPTS))
-        for name in set(sys.modules) - before:
-            if name.startswith(("distil", "yardstick")):
-                del sys.modules[name]
+    with script("distil_smollm2") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

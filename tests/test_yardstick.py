@@ -1,9 +1,7 @@
 """`benchmarks/yardstick.py` on a tiny model, without llama.cpp: whose figures they are, and which are kept."""
 
-import importlib
 import json
 import math
-import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +15,8 @@ import llamajax
 from llamajax.evaluation.evaluate import compare_each
 from llamajax.evaluation.windows import document_windows
 from llamajax.quantization.quantize import quantize, read_recipe
+from tests.scripts import script
 
-SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 RECIPE = """
 [[rules]]
 weights = "*norm*"
@@ -34,15 +32,8 @@ group_size = 8
 @pytest.fixture(scope="module")
 def yardstick() -> Iterator[types.ModuleType]:
     """The script as a module, which finds those beside it."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        yield importlib.import_module("yardstick")
-    finally:
-        sys.path.remove(str(SCRIPTS))
-        for name in set(sys.modules) - before:
-            if name.startswith("yardstick"):
-                del sys.modules[name]
+    with script("yardstick") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
