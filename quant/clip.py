@@ -60,6 +60,14 @@ def clip_factors(scheme: Scheme, group_size: int, *, weighted: bool = False) -> 
     return (1.0, *factors)
 
 
+def padded_factors(scheme: Scheme, group_size: int) -> tuple[jax.Array, jax.Array]:
+    """`clip_factors` in a float32 array of one length for all schemes, and how many of its numbers they are, int32."""
+    factors = clip_factors(scheme, group_size)
+    padded = np.ones(1 + 2 * _MOST_FACTORS, np.float32)
+    padded[: len(factors)] = factors
+    return jnp.asarray(padded), jnp.int32(len(factors))
+
+
 def _spaced(most: float, least: float, levels: int) -> tuple[float, ...]:
     """Factors from the most to the least, both included, for `levels` codes from 0 to the largest weight."""
     step = min(_CODE_STEP / levels, _FACTOR_STEP)
@@ -130,16 +138,21 @@ def search_clip(
     scale_dtype: np.dtype,
     *,
     weighted: bool = False,
+    factors: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Scales and zero points as they are stored, by the search that `quantize_rtn` describes.
 
-    `weighted` says that importance differs by much inside groups (see `clip_factors`).
+    `weighted` says that importance differs by much inside groups (see `clip_factors`); `factors` are these, and how
+    many of them count, where the scheme's bits are data.
 
     For given values v of the codes, the error sum((w - s v)^2) is least for s = sum(w v) / sum(v^2), by
     sum(w v)^2 / sum(v^2) less than sum(w^2). So a factor costs two sums, and no pass over the errors.
     """
     group_size = math.prod(weight_CgM.shape[axis] for axis in reduced)
-    factors = jnp.asarray(clip_factors(scheme, group_size, weighted=weighted), jnp.float32)
+    if factors is None:
+        known = clip_factors(scheme, group_size, weighted=weighted)
+        factors = jnp.asarray(known, jnp.float32), jnp.int32(len(known))
+    tried, count = factors
     products = functools.partial(_products, weight_CgM, importance_CgM, scheme, reduced)
     error = functools.partial(_error, weight_CgM, importance_CgM, scheme, reduced)
 
@@ -152,13 +165,13 @@ def search_clip(
         return with_weight**2 / divisor(with_itself), stored, zero
 
     def step(i: jax.Array, best: tuple) -> tuple:
-        new = attempt(factors[i])
+        new = attempt(tried[i])
         # A factor whose scale overflows gains NaN or 0, which is not more.
         return jax.tree.map(functools.partial(jnp.where, new[0] > best[0]), new, best)
 
     # One factor at a time: all at once would need the weight that many times over.
     plain = group_grid(low, high, 1.0, scheme, scale_dtype)
-    _, stored, zero = jax.lax.fori_loop(0, len(factors), step, (jnp.full_like(low, -jnp.inf), *plain))
+    _, stored, zero = jax.lax.fori_loop(0, count, step, (jnp.full_like(low, -jnp.inf), *plain))
     if scheme.scale_code:
         return stored, zero
 

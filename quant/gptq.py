@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quant.clip import search_clip
+from quant.clip import padded_factors, search_clip
 from quant.grid import (
     check_in_range,
     checked_group_size,
@@ -29,7 +29,7 @@ from quant.grid import (
 )
 from quant.packing import check_group, split_groups
 from quant.qtensor import SCALE_DTYPES, QTensor, scale_values
-from quant.scheme import Scheme
+from quant.scheme import AnyBits, Scheme
 
 # Sums over thousands of channels and tokens: TPUs and GPUs would otherwise multiply float32 in bfloat16 or TF32.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -143,8 +143,14 @@ def quantize_gptq(
     second = _checked_second(scale_scheme, scheme, group_size, weight.shape[axis], scales)
     grid = _Grid(scheme, size, group_size == "tensor", scale_dtype, clip is not None, second)
     fixed = None if scales is None else _fixed(scales, weight, scheme, size, axis, act_order)
-    quantized, in_range = _quantize(weight, hessian, damping, fixed, grid, axis, act_order, block_size)
+    of_bits = None
+    if scheme.kind in ("int", "uint"):
+        # One program for all numbers of bits: compiling takes longer than most weights.
+        of_bits = AnyBits.of(scheme), padded_factors(scheme, size) if clip else None
+        grid = dataclasses.replace(grid, scheme=Scheme(scheme.kind, 8))
+    parts, in_range = _quantize(weight, hessian, damping, fixed, of_bits, grid, axis, act_order, block_size)
     check_in_range(weight, in_range, scale_dtype)
+    quantized = _packed(*parts, scheme, second, axis, weight.dtype)
     return quantized if scales is None else dataclasses.replace(quantized, scale=scales.scale, offset=scales.offset)
 
 
@@ -189,6 +195,7 @@ class _Grid:
     scale_dtype: np.dtype
     search: bool
     second: Scheme | None = None  # of scales in codes
+    factors: tuple[jax.Array, jax.Array] | None = None  # of the search, where the scheme's bits are data
 
     def fit(
         self, weight_gM: jax.Array, importance_g1: jax.Array, unit_1M: jax.Array | None
@@ -201,7 +208,9 @@ class _Grid:
         low, high = group_range(weight_gM, self.scheme, reduced)
         scale_dtype = self.scale_dtype if unit_1M is None else np.dtype("float32")
         if self.search:
-            scale, zero = search_clip(weight_gM, low, high, importance_g1, self.scheme, reduced, scale_dtype)
+            scale, zero = search_clip(
+                weight_gM, low, high, importance_g1, self.scheme, reduced, scale_dtype, factors=self.factors
+            )
         else:
             scale, zero = group_grid(low, high, 1.0, self.scheme, scale_dtype)
         if unit_1M is not None:
@@ -224,12 +233,6 @@ class _Grid:
         code = jnp.clip(jnp.round(scale_1M / divisor(unit_1M)), -most, most)
         return jnp.where(code == 0, jnp.sign(scale_1M), code) * unit_1M
 
-    def in_codes(self, scale: jax.Array, unit: jax.Array, axis: int) -> QTensor:
-        """Multiples of units [..., C, M] as codes under the units [..., 1, M]."""
-        assert self.second is not None
-        codes = self.second.encode(scale / divisor(unit.astype(jnp.float32)))
-        return QTensor.from_codes(codes, unit, self.second, axis=axis)
-
     def round(self, weight_nM: jax.Array, scale: jax.Array, zero: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Nearest codes, uint8 [n, M], and what they stand for, float32 [n, M]."""
         codes_nM = encode_groups(weight_nM, scale, zero, self.scheme)
@@ -238,18 +241,24 @@ class _Grid:
         return codes_nM, value_nM * scale_values(scale, self.scheme)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
+@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8))
 def _quantize(
     weight: jax.Array,
     hessian: jax.Array,
     damping: float | jax.Array,
     fixed: tuple[jax.Array, jax.Array] | None,
+    of_bits: tuple[AnyBits, Any] | None,
     grid: _Grid,
     axis: int,
     act_order: bool,
     block_size: int,
-) -> tuple[QTensor, jax.Array]:
-    """The quantized weight, and whether every scale is finite."""
+) -> tuple[tuple, jax.Array]:
+    """Codes, scale, zero, order and unit along the weight's own axis, and whether every scale is finite.
+
+    `of_bits` are what stands in for the grid's scheme, and its factors.
+    """
+    if of_bits is not None:
+        grid = dataclasses.replace(grid, scheme=of_bits[0], factors=of_bits[1])
     weight_KM = weight.astype(jnp.float32) if axis == -2 else weight.astype(jnp.float32).swapaxes(-1, -2)
     one = functools.partial(_quantize_matrix, damping=damping, grid=grid, act_order=act_order, block_size=block_size)
     if weight.ndim == 2:
@@ -259,11 +268,31 @@ def _quantize(
         matrices = jax.tree.map(lambda x: x.reshape(-1, *x.shape[-2:]), (weight_KM, hessian, fixed))
         parts = jax.lax.map(lambda each: one(*each), matrices)
         parts = jax.tree.map(lambda part: part.reshape(*weight.shape[:-2], *part.shape[1:]), parts)
-    parts = parts if axis == -2 else jax.tree.map(lambda x: x.swapaxes(-1, -2), parts)
-    codes, scale, zero, in_range, order, unit = parts
-    scale = scale if unit is None else grid.in_codes(scale, unit, axis)
-    quantized = QTensor.from_codes(codes, scale, grid.scheme, zero=zero, order=order, axis=axis, dtype=weight.dtype)
-    return quantized, in_range.all()
+    codes, scale, zero, in_range, order, unit = (
+        parts if axis == -2 else jax.tree.map(lambda x: x.swapaxes(-1, -2), parts)
+    )
+    return (codes, scale, zero, order, unit), in_range.all()
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8))
+def _packed(
+    codes: jax.Array,
+    scale: jax.Array,
+    zero: jax.Array | None,
+    order: jax.Array | None,
+    unit: jax.Array | None,
+    scheme: Scheme,
+    second: Scheme | None,
+    axis: int,
+    dtype: np.dtype,
+) -> QTensor:
+    """The weight of what `_quantize` made; scales that are whole numbers of units become codes under these."""
+    stored: Any = scale
+    if second is not None:
+        assert unit is not None
+        scale_codes = second.encode(scale / divisor(unit.astype(jnp.float32)))
+        stored = QTensor.from_codes(scale_codes, unit, second, axis=axis)
+    return QTensor.from_codes(codes, stored, scheme, zero=zero, order=order, axis=axis, dtype=dtype)
 
 
 def _quantize_matrix(

@@ -130,6 +130,43 @@ class Scheme:
         return jnp.clip(jnp.round(scaled), -self.bias, self.max_code - self.bias)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AnyBits(Scheme):
+    """An int or uint scheme whose number of bits is data under jit: one program serves them all.
+
+    Attributes:
+        kind: int or uint.
+        bits: int32 scalar.
+    """
+
+    kind: str = dataclasses.field(metadata={"static": True})
+    bits: jax.Array  # type: ignore[assignment]  # what differs from the scheme that has a name
+
+    def __post_init__(self) -> None:
+        """Checks nothing: `of` was given a scheme."""
+
+    @classmethod
+    def of(cls, scheme: Scheme) -> "AnyBits":
+        """That of a scheme's kind, with its bits as data."""
+        return cls(scheme.kind, jnp.int32(scheme.bits))
+
+    @property
+    def bias(self) -> jax.Array:  # type: ignore[override]
+        """As of `Scheme`, float32."""
+        codes = self._codes
+        return codes / 2 if self.kind == "int" else jnp.zeros_like(codes)
+
+    @property
+    def max_code(self) -> jax.Array:  # type: ignore[override]
+        """As of `Scheme`, float32."""
+        return self._codes - 1
+
+    @property
+    def _codes(self) -> jax.Array:
+        return jnp.left_shift(jnp.int32(1), self.bits).astype(jnp.float32)
+
+
 def _rank(x: jax.Array, ascending: tuple[float, ...]) -> jax.Array:
     """Index of the nearest of some ascending values, the lower one at a tie: how many midpoints lie below x."""
     midpoints = [(low + high) / 2 for low, high in zip(ascending, ascending[1:], strict=False)]
