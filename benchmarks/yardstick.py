@@ -17,10 +17,10 @@ text is WikiText-2's test text in the folder that LLAMAJAX_SHARED names, calibra
 its second (--swap: the other way); of the box its own stories.
 
 A row of ours is a recipe's name or path, and options joined by "+": `bits=3.5` (of the recipe `calibrated` where none
-is named), `calibration=self` (a text that the model says; otherwise the first half), `int4-g32+types=ggml` and others
-of `llamajax.quantize`. Every figure of a row is kept in --json and not measured again, until the model's weights,
-windows, calibration or recipe change; for other code remove the file, or name the row with --again. A file with
-figures of other weights is refused.
+is named), `calibration=self` (a text that the model says; otherwise the first half), keys of a recipe (`propagation=0`)
+and of its rules that quantize (`method=rtn`), `types=ggml` and others of `llamajax.quantize`. Every figure of a row is
+kept in --json and not measured again, until the model's weights, windows, calibration or recipe change; for other code
+remove the file, or name the row with --again. A file with figures of other weights is refused.
 """
 
 import dataclasses
@@ -45,6 +45,7 @@ from yardstick_inputs import MODELS, Halves, Subject, commit, machine, subject, 
 from yardstick_llamacpp import TYPES, check_types, importance_matrix, quantize_file
 
 import llamajax
+import quant
 from llamajax.caches import CACHE_DTYPES, STEP_SLOTS, empty_cache
 from llamajax.cli.terminal import progress
 from llamajax.evaluation.evaluate import standard_error
@@ -169,35 +170,44 @@ class Ours:
         Raises:
             LlamaJaxError: for an unknown recipe or option.
         """
-        recipe, target, own, options = None, None, False, {}
+        recipe, own, options = None, False, {}
+        of_recipe, of_rules = {}, {}
         known = inspect.signature(llamajax.quantize).parameters
+        kinds = [(of_recipe, quant.Recipe), (of_rules, quant.Rule)]
+        fields = [(changes, {field.name for field in dataclasses.fields(kind)}) for changes, kind in kinds]
         for part in name.split("+"):
             key, equals, value = part.partition("=")
-            if key in ("bits", "target_bpw"):
-                target = _number(value)
-            elif key == "calibration" and value in ("", "self"):
+            key = "target_bpw" if key == "bits" else key
+            into = next(
+                (changes for changes, names in fields if key in names and key not in ("rules", "weights")), None
+            )
+            if key == "calibration" and value in ("", "self"):
                 own = value == "self"
+            elif equals and into is not None:
+                into[key] = _value(value)
             elif equals and key in known:
-                options[key] = _number(value)
+                options[key] = _value(value)
             elif equals or recipe is not None:
                 raise llamajax.LlamaJaxError(
-                    f"--ours={name}: {part}: expected a recipe, or KEY=VALUE of llamajax.quantize ({', '.join(known)})"
+                    f"--ours={name}: {part}: expected a recipe, or KEY=VALUE of it, of its rules or of "
+                    f"llamajax.quantize ({', '.join(known)})"
                 )
             else:
                 recipe = read_recipe(part)
         recipe = read_recipe(_SEARCHED) if recipe is None else recipe
         try:
-            return cls(name, recipe if target is None else dataclasses.replace(recipe, target_bpw=target), own, options)
+            rules = tuple(rule if rule.keep else dataclasses.replace(rule, **of_rules) for rule in recipe.rules)
+            return cls(name, dataclasses.replace(recipe, rules=rules, **of_recipe), own, options)
         except (TypeError, ValueError) as error:
             raise llamajax.LlamaJaxError(f"--ours={name}: {error}") from None
 
 
-def _number(value: str) -> Any:
-    """A number where the text is one."""
+def _value(text: str) -> Any:
+    """A number, a boolean or null where the text is one."""
     try:
-        return json.loads(value)
+        return json.loads(text)
     except ValueError:
-        return value
+        return text
 
 
 class Bench:

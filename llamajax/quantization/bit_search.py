@@ -40,8 +40,8 @@ def choose_bits(
     config: Config,
     on_weights: Callable[[int], None],
     candidates: Callable[[Place, Rule], list[Rule]] | None = None,
-) -> dict[Place, Rule]:
-    """The rules with the bits of each `int` and `uint` scheme chosen.
+) -> tuple[dict[Place, Rule], dict[Place, np.ndarray]]:
+    """The rules with the bits of each `int` and `uint` scheme chosen; and `Sensitivity.energy_WT` of the weights.
 
     Bits are tried by round-to-nearest with clipping, whatever the rule's method: what matters is how weights compare.
 
@@ -60,14 +60,17 @@ def choose_bits(
     """
     options = _options(rules, candidates)
     errors = {place: [0.0] * len(each) for place, each in options.items()}
-    of = specs(config)
-    for place, weight, fisher in gradients(read, config, windows_WT):
+    of, energies = specs(config), {}
+    for place, weight, fisher, energy_WT in gradients(read, config, windows_WT):
+        if energy_WT is not None:
+            energies[place] = energy_WT
         if len(options[place]) > 1:
             sample = sampled(weight, fisher, of[place].axis, _rows(options[place]))
             errors[place] = [cost(place, rule, sample, weight.size) for rule in options[place]]
         on_weights(1)
     on_weights(sum(not spec.is_matrix for spec in of.values()))
-    return share_out(options, errors, target_bpw, config, read(Place("norm.weight_D")).dtype.itemsize)
+    float_bytes = read(Place("norm.weight_D")).dtype.itemsize
+    return share_out(options, errors, target_bpw, config, float_bytes), energies
 
 
 def choose_bits_by_roles(

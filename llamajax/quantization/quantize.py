@@ -29,6 +29,7 @@ from llamajax.quantization.bit_search import choose_bits, choose_bits_by_roles
 from llamajax.quantization.ggml_rules import candidates, for_ggml
 from llamajax.quantization.layerwise import calibrated
 from llamajax.quantization.quantize_weight import quantize_weight
+from llamajax.quantization.sensitivity import gradients
 from llamajax.quantization.tune import tune
 from llamajax.workers import workers
 from quant import Recipe, Rule, assign, kind_of, quantized, recipe_from
@@ -191,14 +192,20 @@ def quantize(
         )
 
         parts = PartsOnDisk(work, _work_key(rules, recipe, windows, config, read, types))
+    energies = None
     if recipe.target_bpw is not None:
         if recipe.bits_by == "loss":
-            rules = _chosen_bits(
+            rules, energies = _chosen_bits(
                 read, rules, recipe.target_bpw, windows, config, parts, steps, _of_types(types, config)
             )
         else:
             rules = choose_bits_by_roles(read, rules, recipe.target_bpw, config, steps.add, _of_types(types, config))
-    made = calibrated(read, rules, windows, config, recipe.propagation, parts, steps.add)
+    if recipe.hessians_by == "inputs":
+        energies = None
+    elif energies is None:
+        found = gradients(read, config, windows)
+        energies = {each.place: each.energy_WT for each in found if each.energy_WT is not None}
+    made = calibrated(read, rules, windows, config, recipe.propagation, parts, steps.add, energies)
     return tune(made, read, windows, recipe.tuning, on_step=steps.add) if recipe.tuning else made
 
 
@@ -328,21 +335,23 @@ def _chosen_bits(
     parts: "PartsOnDisk | None",
     steps: _Steps,
     of_types: Callable[[Place, Rule], list[Rule]] | None,
-) -> dict[Place, Rule]:
-    """`choose_bits`, or what it chose before the work was stopped."""
+) -> tuple[dict[Place, Rule], dict[Place, np.ndarray]]:
+    """`choose_bits`, or what it gave before the work was stopped."""
     stored = parts.load_arrays("bits") if parts else None
     if stored is not None:
         steps.add(len(rules))
         forms = json.loads(stored[1])
+        energies = {place: stored[0][str(place)] for place in rules if str(place) in stored[0]}
     else:
-        chosen = choose_bits(read, rules, target_bpw, windows_WT, config, steps.add, of_types)
+        chosen, energies = choose_bits(read, rules, target_bpw, windows_WT, config, steps.add, of_types)
         forms = [{name: getattr(rule, name) for name in _FORM} for rule in chosen.values()]
         if parts:
-            parts.store_arrays("bits", {}, json.dumps(forms))
-    return {
+            parts.store_arrays("bits", {str(place): array for place, array in energies.items()}, json.dumps(forms))
+    made = {
         place: rule if rule.keep else dataclasses.replace(rule, **form)
         for (place, rule), form in zip(rules.items(), forms, strict=True)
     }
+    return made, energies
 
 
 def _work_key(
@@ -359,10 +368,11 @@ def _work_key(
         weights.update(np.ascontiguousarray(read(place)).view(np.uint8).data)
     listed = [[str(place), dataclasses.asdict(rule)] for place, rule in rules.items()]
     return {
-        "version": 5,
+        "version": 6,
         "recipe (sha256)": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
         "target_bpw": recipe.target_bpw,
         "bits_by": recipe.bits_by,
+        "hessians_by": recipe.hessians_by,
         "propagation": recipe.propagation,
         **({"types": types} if types else {}),
         "config": config.to_dict(),

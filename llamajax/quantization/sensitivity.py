@@ -13,7 +13,7 @@ each layer is kept on the host, in bfloat16. Dimension key as in `config.py`; `K
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +34,30 @@ _HEAD_TOKENS = 512
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
+class Sensitivity(NamedTuple):
+    """What a text says about one weight.
+
+    Attributes:
+        place: of the weight.
+        weight_KM: float32.
+        fisher_KM: a token's mean of the diagonal of the Fisher information, of the weight's shape.
+        energy_WT: float32, of each token the mean square of the gradient of the weight's outputs: what a squared error
+            of them costs there. None for a table that is only looked up.
+    """
+
+    place: Place
+    weight_KM: jax.Array
+    fisher_KM: jax.Array
+    energy_WT: np.ndarray | None
+
+
 def gradients(
     read: Callable[[Place], Any],
     config: Config,
     windows_WT: np.ndarray,
     *,
     seed: int = 0,
-) -> Iterator[tuple[Place, jax.Array, jax.Array]]:
+) -> Iterator[Sensitivity]:
     """The Fisher information of every matrix: the head's, the layers' from the last to the first, the embeddings'.
 
     Args:
@@ -50,8 +67,8 @@ def gradients(
         seed: of these draws.
 
     Yields:
-        A place, its weight in float32, and a token's mean of the diagonal, of the weight's shape. A tied embedding
-        comes once, as what is looked up and as the head together.
+        Of each matrix; a tied embedding comes once, as what is looked up and as the head together, with the energy of
+        the head.
     """
     outside = [place for place in specs(config) if place.layer is None]
     whole = {place.name: values(read(place)) for place in outside}
@@ -60,18 +77,21 @@ def gradients(
     for layer in range(config.num_layers):
         kept.append(x_WTD.astype(ml_dtypes.bfloat16))
         x_WTD = calibrate.advance(calibrate.float_block(read, layer, config), x_WTD, config.numbers(layer))
-    g_WTD, head_fisher_VD = _through_head(whole, config, x_WTD, seed)
+    g_WTD, head_fisher_VD, head_energy_WT = _through_head(whole, config, x_WTD, seed)
     embed, head = Place("embed_VD"), Place("head_VD")
     if head.name in whole:
-        yield head, whole.pop(head.name), head_fisher_VD
+        yield Sensitivity(head, whole.pop(head.name), head_fisher_VD, head_energy_WT)
     for layer in reversed(range(config.num_layers)):
         block = calibrate.float_block(read, layer, config)
-        g_WTD, fisher = _through_layer(block, kept.pop(), g_WTD, config, layer)
+        g_WTD, fisher, energy = _through_layer(block, kept.pop(), g_WTD, config, layer)
         weights = block_weights(block)
         for name, fisher_KM in fisher.items():
-            yield Place(name, layer), weights[name], fisher_KM
+            yield Sensitivity(Place(name, layer), weights[name], fisher_KM, energy[name])
     fisher_VD = _table_fisher(windows_WT, g_WTD, config.vocab_size) * config.embedding_scale**2
-    yield embed, whole[embed.name], fisher_VD + head_fisher_VD if config.tied_embeddings else fisher_VD
+    if config.tied_embeddings:
+        yield Sensitivity(embed, whole[embed.name], fisher_VD + head_fisher_VD, head_energy_WT)
+    else:
+        yield Sensitivity(embed, whole[embed.name], fisher_VD, None)
 
 
 def _rows(shape: tuple[int, ...], most_tokens: int) -> Iterator[slice]:
@@ -87,21 +107,22 @@ def _rows(shape: tuple[int, ...], most_tokens: int) -> Iterator[slice]:
 
 def _through_head(
     whole: Mapping[str, Any], config: Config, x_WTD: np.ndarray, seed: int
-) -> tuple[np.ndarray, jax.Array]:
-    """The gradient behind the last layer [W, T, D], and the head's Fisher information."""
+) -> tuple[np.ndarray, jax.Array, np.ndarray]:
+    """The gradient behind the last layer [W, T, D], the head's Fisher information and energy [W, T]."""
     g_WTD, total, key = np.empty_like(x_WTD), None, jax.random.key(seed)
+    energy_WT = np.empty(x_WTD.shape[:2], np.float32)
     for number, rows in enumerate(_rows(x_WTD.shape, _HEAD_TOKENS)):
         one = jax.random.fold_in(key, number)
-        g_WTD[rows], total = _head_gradient(whole, jnp.asarray(x_WTD[rows]), one, total, config)
+        g_WTD[rows], energy_WT[rows], total = _head_gradient(whole, jnp.asarray(x_WTD[rows]), one, total, config)
     assert total is not None  # there is at least one window
-    return g_WTD, total / (x_WTD.shape[0] * x_WTD.shape[1])
+    return g_WTD, total / (x_WTD.shape[0] * x_WTD.shape[1]), energy_WT
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="total")
 def _head_gradient(
     whole: Mapping[str, Any], x_BTD: jax.Array, key: jax.Array, total: Any, config: Config
-) -> tuple[jax.Array, Any]:
-    """The gradient of -log p of drawn tokens before the final norm, and the sum of the squares' products."""
+) -> tuple[jax.Array, jax.Array, Any]:
+    """The gradient of -log p of drawn tokens before the final norm, its energy, the sum of the squares' products."""
     name = "head_VD" if "head_VD" in whole else "embed_VD"
 
     def logits(x_BTD: jax.Array, added_BTV: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -114,7 +135,7 @@ def _head_gradient(
     drawn_BT = jax.random.categorical(key, logits_BTV)
     g_BTD, g_BTV = back(jax.nn.softmax(logits_BTV) - jax.nn.one_hot(drawn_BT, config.vocab_size, dtype=jnp.float32))
     sums_VD = _matmul((_flat(g_BTV) ** 2).T, _flat(seen_BTD) ** 2)
-    return g_BTD, sums_VD if total is None else total + sums_VD
+    return g_BTD, jnp.mean(g_BTV**2, axis=-1), sums_VD if total is None else total + sums_VD
 
 
 def _flat(x: jax.Array) -> jax.Array:
@@ -127,24 +148,26 @@ def _flat(x: jax.Array) -> jax.Array:
 
 def _through_layer(
     block: Any, x_WTD: np.ndarray, g_WTD: np.ndarray, config: Config, layer: int
-) -> tuple[np.ndarray, dict[str, jax.Array]]:
-    """The gradient before a layer, in place of that behind it; and the Fisher information of its matrices."""
+) -> tuple[np.ndarray, dict[str, jax.Array], dict[str, np.ndarray]]:
+    """The gradient before a layer, in place of that behind it; Fisher information and energies of its matrices."""
     matrices = tuple(place.name for place, spec in specs(config).items() if place.layer == layer and spec.is_matrix)
     numbers = dict(config.numbers(layer))
-    total = None
+    total, energy = None, {name: np.empty(x_WTD.shape[:2], np.float32) for name in matrices}
     for rows in _rows(x_WTD.shape, _BATCH_TOKENS):
         x_BTD, g_BTD = jnp.asarray(x_WTD[rows], jnp.float32), jnp.asarray(g_WTD[rows])
-        g_WTD[rows], total = _layer_gradient(block, x_BTD, g_BTD, numbers, total, matrices)
+        g_WTD[rows], of_batch, total = _layer_gradient(block, x_BTD, g_BTD, numbers, total, matrices)
+        for name, energy_BT in of_batch.items():
+            energy[name][rows] = energy_BT
     assert total is not None  # there is at least one window
     tokens = x_WTD.shape[0] * x_WTD.shape[1]
-    return g_WTD, {name: fisher_KM / tokens for name, fisher_KM in total.items()}
+    return g_WTD, {name: fisher_KM / tokens for name, fisher_KM in total.items()}, energy
 
 
 @functools.partial(jax.jit, static_argnames="matrices", donate_argnames=("g_BTD", "total"))
 def _layer_gradient(
     block: Any, x_BTD: jax.Array, g_BTD: jax.Array, numbers: Mapping[str, Any], total: Any, matrices: tuple[str, ...]
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The gradient before a layer, and the sums of the squares' products with a batch more."""
+) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
+    """The gradient before a layer, energies of a batch, and the sums of the squares' products with it."""
     of = block_weights(block)
 
     def run(x_BTD: jax.Array, added: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -156,7 +179,8 @@ def _layer_gradient(
     _, back, seen = jax.vjp(run, x_BTD, zeros, has_aux=True)
     before_BTD, gradient = back(g_BTD)
     sums = {name: _matmul((_flat(seen[name]) ** 2).T, _flat(gradient[name]) ** 2) for name in matrices}
-    return before_BTD, sums if total is None else jax.tree.map(jnp.add, total, sums)
+    energy = {name: jnp.mean(gradient[name] ** 2, axis=-1) for name in matrices}
+    return before_BTD, energy, sums if total is None else jax.tree.map(jnp.add, total, sums)
 
 
 def _table_fisher(tokens_WT: np.ndarray, g_WTD: np.ndarray, height: int) -> jax.Array:
