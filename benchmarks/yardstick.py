@@ -18,7 +18,8 @@ its second (--swap: the other way); of the box its own stories.
 
 A row of ours is a recipe's name or path, and options joined by "+": `bits=3.5` (of the recipe `calibrated` where none
 is named), `calibration=self` (a text that the model says; otherwise the first half), keys of a recipe (`propagation=0`)
-and of its rules that quantize (`method=rtn`), `types=ggml` and others of `llamajax.quantize`. Every figure of a row is
+and of its rules that quantize (`method=rtn`), `types=ggml` and others of `llamajax.quantize`. `checkpoint=PATH` is a
+model that was quantized before, by other code perhaps. Every figure of a row is
 kept in --json and not measured again, until the model's weights, windows, calibration or recipe change; for other code
 remove the file, or name the row with --again. A file with figures of other weights is refused.
 """
@@ -156,12 +157,14 @@ class Ours:
         recipe: what quantizes.
         own: whether the calibration text is the model's own.
         options: further ones of `llamajax.quantize`.
+        checkpoint: a quantized model to measure instead, of whatever made it.
     """
 
     name: str
     recipe: Any
     own: bool
     options: dict[str, Any]
+    checkpoint: str | None = None
 
     @classmethod
     def parse(cls, name: str) -> "Ours":
@@ -181,6 +184,8 @@ class Ours:
             into = next(
                 (changes for changes, names in fields if key in names and key not in ("rules", "weights")), None
             )
+            if key == "checkpoint" and part == name:
+                return cls(name, None, False, {"bytes": _digest(Path(value))}, value)
             if key == "calibration" and value in ("", "self"):
                 own = value == "self"
             elif equals and into is not None:
@@ -200,6 +205,16 @@ class Ours:
             return cls(name, dataclasses.replace(recipe, rules=rules, **of_recipe), own, options)
         except (TypeError, ValueError) as error:
             raise llamajax.LlamaJaxError(f"--ours={name}: {error}") from None
+
+
+def _digest(folder: Path) -> str:
+    """SHA-256 of a checkpoint's files."""
+    if not folder.exists():
+        raise llamajax.LlamaJaxError(f"--ours=checkpoint={folder}: there is no such file or folder")
+    digest = hashlib.sha256()
+    for file in sorted(path for path in [folder, *folder.rglob("*")] if path.is_file()):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _value(text: str) -> Any:
@@ -281,7 +296,10 @@ class Bench:
         if isinstance(row, Ours):
             calibration = self.own_text if row.own else self.calibration
             start = time.perf_counter()
-            packed = llamajax.quantize(self.of.model, row.recipe, calibration=calibration, **row.options)
+            if row.checkpoint is None:
+                packed = llamajax.quantize(self.of.model, row.recipe, calibration=calibration, **row.options)
+            else:
+                packed = llamajax.load(row.checkpoint)[0]
             size, family = sum(leaf.nbytes for leaf in jax.tree.leaves(packed)), _FAMILIES[0]
         else:
             kind, _, weighed = row.partition(_IMATRIX[0])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import quant
-from quant.gptq import SCALE_HEADROOM, _inverse_factor, add_to_hessian, hessian, quantize_gptq
+from quant.gptq import SCALE_HEADROOM, _inverse_factor, _quantize, add_to_hessian, hessian, quantize_gptq
 
 LENGTH, OUTPUTS, SAMPLES = 48, 8, 256
 
@@ -350,3 +350,13 @@ def test_hessian_errors() -> None:
         hessian(jnp.ones((0, 4)))
     with pytest.raises(ValueError, match="inputs of dtype int32"):
         hessian(jnp.ones((2, 4), jnp.int32))
+
+
+@pytest.mark.parametrize("kind", ["int", "uint"])
+def test_one_program_serves_all_numbers_of_bits(kind: str) -> None:
+    weight, seen = _weight(shape=(LENGTH, 24)), hessian(_inputs())
+    before = _quantize._cache_size()
+    for bits in (2, 3, 4, 5, 6, 8):
+        made = quantize_gptq(weight, seen, f"{kind}{bits}", group_size=16, clip="mse")
+        assert made.scheme.bits == bits
+    assert _quantize._cache_size() == before + 1
