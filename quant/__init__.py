@@ -11,8 +11,9 @@ from quant.activations import quantize_activations, round_activations
 from quant.awq import search_scale
 from quant.budget import allocate
 from quant.description import WEIGHT_DTYPES, abstract_weight, describe, kinds, schemes
-from quant.gptq import add_to_hessian, quantize_gptq
+from quant.gptq import quantize_gptq
 from quant.grid import with_offset
+from quant.hessian import add_to_hessian, left_by_gptq
 from quant.hqq import quantize_hqq
 from quant.kernels import Layout, start_indices
 from quant.kernels.cpu import TiledWeight
@@ -64,6 +65,7 @@ __all__ = [
     "kinds",
     "layer_of",
     "lowerings",
+    "left_by_gptq",
     "map_quantized",
     "missing_by_inputs",
     "nbytes",

@@ -137,7 +137,7 @@ def test_gptq_without_these_channels_in_its_hessian() -> None:
     weight, x = _layer()
     x = x @ (np.eye(64) + np.random.default_rng(5).normal(size=(64, 64)) / 8).astype(np.float32)
     x[:, LOUD] *= 30
-    hessian = np.asarray(quant.gptq.hessian(x))
+    hessian = np.asarray(quant.hessian.hessian(x))
     keep = np.ones(64, np.float32)
     keep[LOUD] = 0
 

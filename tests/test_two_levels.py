@@ -18,7 +18,7 @@ from quant import (
     with_float_scales,
     with_scales_of,
 )
-from quant.gptq import hessian
+from quant.hessian import hessian
 
 # Scheme, that of the scales, group: the type of ggml's.
 FORMS = {

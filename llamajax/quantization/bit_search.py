@@ -43,7 +43,8 @@ def choose_bits(
 ) -> tuple[dict[Place, Rule], dict[Place, np.ndarray]]:
     """The rules with the bits of each `int` and `uint` scheme chosen; and `Sensitivity.energy_WT` of the weights.
 
-    Bits are tried by round-to-nearest with clipping, whatever the rule's method: what matters is how weights compare.
+    Bits are tried by round-to-nearest with clipping; where the rule's method is GPTQ, only what that is expected to
+    leave of the errors counts (`left_by_gptq`).
 
     Args:
         read: one weight at a time, floats.
@@ -61,12 +62,13 @@ def choose_bits(
     options = _options(rules, candidates)
     errors = {place: [0.0] * len(each) for place, each in options.items()}
     of, energies = specs(config), {}
-    for place, weight, fisher, energy_WT in gradients(read, config, windows_WT):
+    for place, weight, fisher, energy_WT, left in gradients(read, config, windows_WT):
         if energy_WT is not None:
             energies[place] = energy_WT
         if len(options[place]) > 1:
             sample = sampled(weight, fisher, of[place].axis, _rows(options[place]))
-            errors[place] = [cost(place, rule, sample, weight.size) for rule in options[place]]
+            part = left if rules[place].method == "gptq" else 1.0
+            errors[place] = [part * cost(place, rule, sample, weight.size) for rule in options[place]]
         on_weights(1)
     on_weights(sum(not spec.is_matrix for spec in of.values()))
     float_bytes = read(Place("norm.weight_D")).dtype.itemsize

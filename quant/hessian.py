@@ -1,0 +1,105 @@
+"""Hessians of layers' squared output errors: what GPTQ knows of a weight's inputs, and how much that helps it.
+
+Dimension key: `K` contraction axis, `T` samples (tokens).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+# Sums over thousands of channels and tokens: TPUs and GPUs would otherwise multiply float32 in bfloat16 or TF32.
+_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+_MAX_DAMPING = 1e3
+
+
+def hessian(x: jax.Array) -> jax.Array:
+    """The Hessian of a layer's squared output error with respect to one output's weights, up to a factor.
+
+    Args:
+        x: inputs of the layer, float [..., K]; everything before K is samples.
+
+    Returns:
+        Mean of the outer products x x', float32 [K, K].
+
+    Raises:
+        ValueError: for no samples, or inputs that are not floats.
+    """
+    x = jnp.asarray(x)
+    return add_to_hessian(jnp.zeros(x.shape[-1:] * 2, jnp.float32), 0, x)[0]
+
+
+def add_to_hessian(h: jax.Array, count: int | jax.Array, x: jax.Array) -> tuple[jax.Array, int | jax.Array]:
+    """Adds a batch of inputs to a running `hessian`, whose size does not grow with the number of samples.
+
+    A mean rather than a sum: float32 keeps its precision however many tokens there are.
+
+    Args:
+        h: float32 [K, K], the mean over the samples so far; zeros in the beginning.
+        count: of samples so far.
+        x: inputs of the layer, float [..., K].
+
+    Returns:
+        The mean over all samples, float32 [K, K], and their number.
+
+    Raises:
+        ValueError: for no samples, inputs that are not floats, or of another width than `h`.
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating) or not x.size:
+        raise ValueError(f"inputs of dtype {x.dtype} and shape {x.shape}: expected floats, at least one sample")
+    if h.shape != x.shape[-1:] * 2:
+        raise ValueError(f"inputs of shape {x.shape} for a Hessian of shape {h.shape}: expected one width, [..., K]")
+    samples_TK = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    total = count + samples_TK.shape[0]
+    # Dividing before multiplying keeps activations of 1e4 over millions of tokens far from float32's end.
+    return h * (count / total) + _matmul(samples_TK.T / jnp.asarray(total, jnp.float32), samples_TK), total
+
+
+def inverse_factor(hessian_KK: jax.Array, damping: float | jax.Array) -> jax.Array:
+    """Upper triangular U with U' U the inverse of the damped Hessian, float32 [K, K].
+
+    From a factorization H = R R' with R upper triangular (Cholesky from the last row up) follows U = inverse of R. The
+    paper's way, Cholesky of an explicit inverse, squares the condition number first: too much for float32.
+    """
+    diagonal_K = jnp.diagonal(hessian_KK)
+    dead_K = diagonal_K == 0
+    mean = diagonal_K.sum() / jnp.maximum((~dead_K).sum(dtype=jnp.float32), 1)
+    least_pivot = len(diagonal_K) * jnp.finfo(jnp.float32).eps
+
+    def attempt(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        damping, _, _ = state
+        damped_K = jnp.where(dead_K, 1, diagonal_K + damping * mean)
+        damped_KK = jnp.fill_diagonal(hessian_KK, damped_K, inplace=False)
+        upper_KK = jnp.linalg.cholesky(damped_KK[::-1, ::-1])[::-1, ::-1]
+        # What is left of a channel's diagonal without the others: below that it is rounding, and NaN fails too.
+        works = (jnp.diagonal(upper_KK) ** 2 > least_pivot * damped_K).all()
+        return jnp.maximum(10 * damping, 1e-3), works, upper_KK
+
+    _, _, upper_KK = jax.lax.while_loop(
+        lambda state: ~state[1] & (state[0] <= _MAX_DAMPING),
+        attempt,
+        (jnp.minimum(jnp.float32(damping), _MAX_DAMPING), jnp.array(False), hessian_KK),
+    )
+    return jax.scipy.linalg.solve_triangular(upper_KK, jnp.eye(len(diagonal_K)))
+
+
+@jax.jit
+def left_by_gptq(hessian_KK: jax.Array, damping: float = 0.01) -> jax.Array:
+    """What GPTQ leaves of the squared output error that rounding to nearest has, as expected of independent errors.
+
+    With U as in `quantize_gptq` the rounding error e of channel k, made up for by all channels behind it, costs
+    (e / U[k, k])^2; left alone it costs e^2 H[k, k].
+
+    Args:
+        hessian_KK: mean of x x', float32 [K, K]; its scale does not matter.
+        damping: as of `quantize_gptq`.
+
+    Returns:
+        From 0 to 1, float32: 1 for inputs without correlations.
+    """
+    diagonal_K = jnp.diagonal(hessian_KK)
+    left_K = jnp.diagonal(inverse_factor(hessian_KK, damping)) ** -2
+    left = jnp.where(diagonal_K > 0, left_K, 0).sum() / jnp.maximum(diagonal_K.sum(), jnp.finfo(jnp.float32).tiny)
+    return jnp.minimum(left, 1)
