@@ -15,7 +15,6 @@ matrices, sees the same stories. Prints one table and draws `benchmarks/quality.
 """
 
 import collections
-import dataclasses
 import json
 import logging
 import math
@@ -154,7 +153,7 @@ def our_rows(model: llamajax.Llama, tokens: np.ndarray, calibration: np.ndarray,
     recipes = {name: ("llamajax, recipes", read_recipe(name)) for name in recipe_names()}
     for size in sizes:
         target = math.floor(size * 100) / 100
-        recipe = dataclasses.replace(read_recipe(_SEARCHED), target_bpw=target)
+        recipe = read_recipe(_SEARCHED).with_target(target)
         recipes[f"target_bpw={target:.2f}"] = (_TARGETS, recipe)
     for name, (family, recipe) in recipes.items():
         quantized = quantize(model, recipe, calibration=calibration)

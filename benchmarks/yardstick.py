@@ -173,14 +173,16 @@ class Ours:
         Raises:
             LlamaJaxError: for an unknown recipe or option.
         """
-        recipe, own, options = None, False, {}
+        recipe, target, own, options = None, None, False, {}
         of_recipe, of_rules = {}, {}
         known = inspect.signature(llamajax.quantize).parameters
         kinds = [(of_recipe, quant.Recipe), (of_rules, quant.Rule)]
         fields = [(changes, {field.name for field in dataclasses.fields(kind)}) for changes, kind in kinds]
         for part in name.split("+"):
             key, equals, value = part.partition("=")
-            key = "target_bpw" if key == "bits" else key
+            if key == "bits":
+                target = _value(value)
+                continue
             into = next(
                 (changes for changes, names in fields if key in names and key not in ("rules", "weights")), None
             )
@@ -201,6 +203,7 @@ class Ours:
                 recipe = read_recipe(part)
         recipe = read_recipe(_SEARCHED) if recipe is None else recipe
         try:
+            recipe = recipe if target is None else recipe.with_target(target)
             rules = tuple(rule if rule.keep else dataclasses.replace(rule, **of_rules) for rule in recipe.rules)
             return cls(name, dataclasses.replace(recipe, rules=rules, **of_recipe), own, options)
         except (TypeError, ValueError) as error:

@@ -84,6 +84,7 @@ KEYS: dict[str, _Kind] = {
         "bits per weight between 1 and 17, as 4.5",
         lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool) and 1 < float(value) < 17,
     ),
+    "least_bits": _Kind("one of 2, 3, 4, 5, 6, 8", lambda value: _is_whole(value) and value in (2, 3, 4, 5, 6, 8)),
     "bits_by": _one_of(("loss", "roles")),
     "hessians_by": _one_of(("inputs", "loss")),
     "propagation": _Kind(
@@ -219,6 +220,8 @@ class Recipe:
         rules: in the order in which they are asked.
         target_bpw: bits per weight of the whole model, everything counted. Then the numbers of bits in `int` and `uint`
             rules are a starting point only: each weight's are chosen so that the error is least within the budget.
+        least_bits: fewest that a weight may get where bits are chosen. Codes of 2 and 3 bits decode at about 0.6 of the
+            bytes a second of those of 4.
         bits_by: what an error costs where bits are chosen: "loss", measured on a calibration text; "roles", known of
             another model by the names of weights.
         hessians_by: how GPTQ counts the tokens of the text: "inputs", all alike; "loss", each by what errors cost
@@ -231,6 +234,7 @@ class Recipe:
 
     rules: tuple[Rule, ...]
     target_bpw: float | None = None
+    least_bits: int = 2
     bits_by: Literal["loss", "roles"] = "loss"
     hessians_by: Literal["inputs", "loss"] = "inputs"
     propagation: float = 0.0
@@ -243,6 +247,15 @@ class Recipe:
             ValueError: if it is no number of bits.
         """
         _check_keys(self)
+
+    def with_target(self, bits: float) -> "Recipe":
+        """The recipe for another size, in bits a weight.
+
+        `least_bits` stays where the target leaves half a bit for scales and for weights that need more, and is 2
+        otherwise.
+        """
+        least = self.least_bits if bits >= self.least_bits + 0.5 else 2
+        return dataclasses.replace(self, target_bpw=bits, least_bits=least)
 
     @property
     def needs_calibration(self) -> bool:

@@ -186,7 +186,7 @@ def test_work_that_was_stopped_goes_on(skewed: Llama, tmp_path: Path) -> None:
 def test_a_search_for_bits_is_not_done_twice(skewed: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[int] = []
 
-    def choose(read, rules, target_bpw, windows_WT, config, on_weights, candidates):
+    def choose(read, rules, target_bpw, windows_WT, config, on_weights, candidates, least_bits):
         chosen.append(1)
         made = {
             key: rule if rule.keep else dataclasses.replace(rule, scheme="int8" if key.layer == 0 else "int3")
@@ -324,3 +324,13 @@ def test_bits_without_a_text_are_those_that_names_deserve(skewed: Llama) -> None
         assert bits[Place("ffn.down_FD", layer)] >= bits[Place("ffn.gate_DF", layer)]
         assert bits[Place("ffn.up_DF", 2)] >= bits[Place("ffn.up_DF", layer)]
     assert len(set(bits.values())) > 1
+
+
+def test_no_weight_gets_fewer_bits_than_the_least(skewed: Llama) -> None:
+    free = Rule(weights="*", scheme="int4", group_size=32, scale_dtype="float16")
+    recipe = Recipe((KEEP_NORMS, free), 5.2, least_bits=4, bits_by="roles")
+    for target, least in ((5.2, 4), (3.6, 2)):
+        made = single_weights(quantize(skewed, recipe.with_target(target)))
+        assert min(weight.scheme.bits for weight in made.values() if isinstance(weight, QTensor)) == least
+    with pytest.raises(LlamaJaxError, match="over the budget"):
+        quantize(skewed, dataclasses.replace(recipe, target_bpw=3.6))

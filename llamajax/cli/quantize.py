@@ -1,6 +1,5 @@
 """`llamajax quantize`: a checkpoint with packed weights."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +122,7 @@ def run(values: flags.FlagValues) -> None:
 
 def _with_target(recipe: Recipe, target_bpw: float | None) -> Recipe:
     try:
-        return recipe if target_bpw is None else dataclasses.replace(recipe, target_bpw=target_bpw)
+        return recipe if target_bpw is None else recipe.with_target(target_bpw)
     except ValueError as error:
         raise LlamaJaxError(str(error)) from None
 

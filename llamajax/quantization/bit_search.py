@@ -40,6 +40,7 @@ def choose_bits(
     config: Config,
     on_weights: Callable[[int], None],
     candidates: Callable[[Place, Rule], list[Rule]] | None = None,
+    least_bits: int = 2,
 ) -> tuple[dict[Place, Rule], dict[Place, np.ndarray]]:
     """The rules with the bits of each `int` and `uint` scheme chosen; and `Sensitivity.energy_WT` of the weights.
 
@@ -54,12 +55,13 @@ def choose_bits(
         config: the architecture.
         on_weights: called with how many weights more have been measured.
         candidates: what may be chosen for a weight by its rule; the same rule with other numbers of bits unless given.
+        least_bits: of them, those with fewer bits are left out.
 
     Raises:
         LlamaJaxError: if no weight's bits are free, not even the fewest fit, a weight cannot be quantized, or what it
             makes of the text is not finite.
     """
-    options = _options(rules, candidates)
+    options = _options(rules, candidates, least_bits)
     errors = {place: [0.0] * len(each) for place, each in options.items()}
     of, energies = specs(config), {}
     for place, weight, fisher, energy_WT, left in gradients(read, config, windows_WT):
@@ -82,6 +84,7 @@ def choose_bits_by_roles(
     config: Config,
     on_weights: Callable[[int], None],
     candidates: Callable[[Place, Rule], list[Rule]] | None = None,
+    least_bits: int = 2,
 ) -> dict[Place, Rule]:
     """As `choose_bits`, without a text: what matters is taken from another model (`role_cost`), errors from this one.
 
@@ -92,11 +95,12 @@ def choose_bits_by_roles(
         config: the architecture.
         on_weights: called with how many weights more have been measured.
         candidates: as of `choose_bits`.
+        least_bits: likewise.
 
     Raises:
         LlamaJaxError: as `choose_bits`.
     """
-    options = _options(rules, candidates)
+    options = _options(rules, candidates, least_bits)
     errors = {place: [0.0] * len(each) for place, each in options.items()}
     for place, spec in specs(config).items():
         if len(options[place]) > 1:
@@ -166,10 +170,18 @@ def share_out(
     return {place: options[place][i] for place, i in zip(options, chosen, strict=True)}
 
 
-def _options(rules: Rules, candidates: Callable[[Place, Rule], list[Rule]] | None) -> dict[Place, list[Rule]]:
+def _options(
+    rules: Rules, candidates: Callable[[Place, Rule], list[Rule]] | None, least_bits: int
+) -> dict[Place, list[Rule]]:
     """What may be chosen for each weight."""
     candidates = candidates or (lambda place, rule: _candidates(rule))
-    options = {place: candidates(place, rule) for place, rule in rules.items()}
+    options = {}
+    for place, rule in rules.items():
+        each = candidates(place, rule)
+        enough = (
+            [option for option in each if Scheme.named(str(option.scheme)).bits >= least_bits] if each[1:] else each
+        )
+        options[place] = enough or each
     if not any(len(each) > 1 for each in options.values()):
         raise LlamaJaxError("target_bpw: no rule has an int or uint scheme whose bits could be chosen")
     return options

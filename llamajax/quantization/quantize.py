@@ -195,11 +195,9 @@ def quantize(
     energies = None
     if recipe.target_bpw is not None:
         if recipe.bits_by == "loss":
-            rules, energies = _chosen_bits(
-                read, rules, recipe.target_bpw, windows, config, parts, steps, _of_types(types, config)
-            )
+            rules, energies = _chosen_bits(read, rules, recipe, windows, config, parts, steps, _of_types(types, config))
         else:
-            rules = choose_bits_by_roles(read, rules, recipe.target_bpw, config, steps.add, _of_types(types, config))
+            rules = _bits_by_roles(read, rules, recipe, config, steps, types)
     if recipe.hessians_by == "inputs":
         energies = None
     elif energies is None:
@@ -221,7 +219,7 @@ def _uncalibrated(
     """Every weight by itself; `packed` are those that stay as they are, and what they are made of."""
     steps = _Steps(on_weight, len(rules) * (2 if recipe.target_bpw else 1))
     if recipe.target_bpw is not None:
-        rules = choose_bits_by_roles(read, rules, recipe.target_bpw, config, steps.add, _of_types(types, config))
+        rules = _bits_by_roles(read, rules, recipe, config, steps, types)
     stacks, of = Stacks(config, lambda place: packed.get(place, rules[place])), specs(config)
 
     def one(place: Place) -> Any:
@@ -231,6 +229,14 @@ def _uncalibrated(
         stacks.put(place, weight)
         steps.add()
     return stacks.model()
+
+
+def _bits_by_roles(
+    read: Callable[[Place], Any], rules: Rules, recipe: Recipe, config: Config, steps: "_Steps", types: str | None
+) -> dict[Place, Rule]:
+    assert recipe.target_bpw is not None  # of a recipe that chooses bits
+    of_types = _of_types(types, config)
+    return choose_bits_by_roles(read, rules, recipe.target_bpw, config, steps.add, of_types, recipe.least_bits)
 
 
 def _of_types(types: str | None, config: Config) -> Callable[[Place, Rule], list[Rule]] | None:
@@ -329,7 +335,7 @@ class _Steps:
 def _chosen_bits(
     read: Callable[[Place], Any],
     rules: Rules,
-    target_bpw: float,
+    recipe: Recipe,
     windows_WT: np.ndarray,
     config: Config,
     parts: "PartsOnDisk | None",
@@ -343,7 +349,10 @@ def _chosen_bits(
         forms = json.loads(stored[1])
         energies = {place: stored[0][str(place)] for place in rules if str(place) in stored[0]}
     else:
-        chosen, energies = choose_bits(read, rules, target_bpw, windows_WT, config, steps.add, of_types)
+        assert recipe.target_bpw is not None  # of a recipe that chooses bits
+        chosen, energies = choose_bits(
+            read, rules, recipe.target_bpw, windows_WT, config, steps.add, of_types, recipe.least_bits
+        )
         forms = [{name: getattr(rule, name) for name in _FORM} for rule in chosen.values()]
         if parts:
             parts.store_arrays("bits", {str(place): array for place, array in energies.items()}, json.dumps(forms))
@@ -371,6 +380,7 @@ def _work_key(
         "version": 6,
         "recipe (sha256)": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
         "target_bpw": recipe.target_bpw,
+        "least_bits": recipe.least_bits,
         "bits_by": recipe.bits_by,
         "hessians_by": recipe.hessians_by,
         "propagation": recipe.propagation,
