@@ -105,6 +105,17 @@ def test_rows_of_other_targets_and_texts(yardstick) -> None:
     assert (row.recipe.target_bpw, row.own, row.options) == (3.5, True, {"types": "ggml"})
     assert yardstick.Ours.parse("target_bpw=4").recipe.target_bpw == 4
     assert yardstick.Ours.parse("bits=4.25+calibration").recipe.rules == read_recipe("calibrated").rules
+    changed = yardstick.Ours.parse("bits=3.5+propagation=0+method=rtn+clip=null").recipe
+    assert (changed.propagation, changed.rules[-1].method, changed.rules[-1].clip) == (0, "rtn", None)
+    assert changed.rules[0] == read_recipe("calibrated").rules[0]  # norms, which are kept
+
+
+def test_a_checkpoint_that_was_quantized_before_is_a_row(yardstick, folder: Path, tiny_model, tiny_tokenizer) -> None:
+    """Its figures are those of the recipe that made it."""
+    packed = llamajax.quantize(tiny_model, "int4-g32")
+    llamajax.save_checkpoint(packed, folder / "made", tokenizer=tiny_tokenizer)
+    by_recipe, made = run(yardstick, folder, f"--ours=int4-g32,checkpoint={folder / 'made'}")["rows"][-2:]
+    assert made["kl_divergence"] == by_recipe["kl_divergence"] > 0 and made["bytes"] == by_recipe["bytes"]
 
 
 def test_figures_of_other_weights_are_refused(yardstick, folder: Path, tiny_model, tiny_tokenizer) -> None:
@@ -124,6 +135,8 @@ def test_what_cannot_be_a_row_is_refused_before_any_work(yardstick, folder: Path
     for row, said in (
         ("int5-g9", "recipe is 'int5-g9': expected"),
         ("int8+colour=red", "colour=red: expected a recipe"),
+        ("propagation=2", "propagation is 2: expected"),
+        ("checkpoint=/nowhere", "there is no such file or folder"),
     ):
         with pytest.raises(llamajax.LlamaJaxError, match=said):
             run(yardstick, folder, f"--ours={row}")
