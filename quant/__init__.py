@@ -13,7 +13,7 @@ from quant.budget import allocate
 from quant.description import WEIGHT_DTYPES, abstract_weight, describe, kinds, schemes
 from quant.gptq import quantize_gptq
 from quant.grid import with_offset
-from quant.hessian import add_to_hessian, left_by_gptq
+from quant.hessian import add_to_hessian
 from quant.hqq import quantize_hqq
 from quant.kernels import Layout, start_indices
 from quant.kernels.cpu import TiledWeight
@@ -65,7 +65,6 @@ __all__ = [
     "kinds",
     "layer_of",
     "lowerings",
-    "left_by_gptq",
     "map_quantized",
     "missing_by_inputs",
     "nbytes",

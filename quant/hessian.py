@@ -1,4 +1,4 @@
-"""Hessians of layers' squared output errors: what GPTQ knows of a weight's inputs, and how much that helps it.
+"""Hessians of layers' squared output errors: what GPTQ knows of a weight's inputs.
 
 Dimension key: `K` contraction axis, `T` samples (tokens).
 """
@@ -83,23 +83,3 @@ def inverse_factor(hessian_KK: jax.Array, damping: float | jax.Array) -> jax.Arr
         (jnp.minimum(jnp.float32(damping), _MAX_DAMPING), jnp.array(False), hessian_KK),
     )
     return jax.scipy.linalg.solve_triangular(upper_KK, jnp.eye(len(diagonal_K)))
-
-
-@jax.jit
-def left_by_gptq(hessian_KK: jax.Array, damping: float = 0.01) -> jax.Array:
-    """What GPTQ leaves of the squared output error that rounding to nearest has, as expected of independent errors.
-
-    With U as in `quantize_gptq` the rounding error e of channel k, made up for by all channels behind it, costs
-    (e / U[k, k])^2; left alone it costs e^2 H[k, k].
-
-    Args:
-        hessian_KK: mean of x x', float32 [K, K]; its scale does not matter.
-        damping: as of `quantize_gptq`.
-
-    Returns:
-        From 0 to 1, float32: 1 for inputs without correlations.
-    """
-    diagonal_K = jnp.diagonal(hessian_KK)
-    left_K = jnp.diagonal(inverse_factor(hessian_KK, damping)) ** -2
-    left = jnp.where(diagonal_K > 0, left_K, 0).sum() / jnp.maximum(diagonal_K.sum(), jnp.finfo(jnp.float32).tiny)
-    return jnp.minimum(left, 1)

@@ -86,7 +86,6 @@ KEYS: dict[str, _Kind] = {
     ),
     "least_bits": _Kind("one of 2, 3, 4, 5, 6, 8", lambda value: _is_whole(value) and value in (2, 3, 4, 5, 6, 8)),
     "bits_by": _one_of(("loss", "roles")),
-    "hessians_by": _one_of(("inputs", "loss")),
     "propagation": _Kind(
         "a number from 0 to 1, as 0.5",
         lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) <= 1,
@@ -224,8 +223,6 @@ class Recipe:
             bytes a second of those of 4.
         bits_by: what an error costs where bits are chosen: "loss", measured on a calibration text; "roles", known of
             another model by the names of weights.
-        hessians_by: how GPTQ counts the tokens of the text: "inputs", all alike; "loss", each by what errors cost
-            there, the mean square of the gradient of the weight's outputs.
         propagation: how far each weight by GPTQ is moved to make up for the errors of its inputs before it is
             rounded, from 0 to 1 (`propagated`).
         tuning: how many times the calibration text is gone through to tune scales and norms in the end, by the KL
@@ -236,7 +233,6 @@ class Recipe:
     target_bpw: float | None = None
     least_bits: int = 2
     bits_by: Literal["loss", "roles"] = "loss"
-    hessians_by: Literal["inputs", "loss"] = "inputs"
     propagation: float = 0.0
     tuning: int = 0
 

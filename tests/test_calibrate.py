@@ -109,15 +109,6 @@ def test_statistics_of_an_array_do_not_depend_on_batches() -> None:
     assert 1000 <= len(seen.sample_TK) < 2000
 
 
-def test_tokens_count_by_their_cost_in_hessians_alone() -> None:
-    rng = np.random.default_rng(1)
-    x_WTK, cost_WT = rng.standard_normal((7, 1500, 5)).astype(np.float32), rng.exponential(1, (7, 1500))
-    seen = observe_array(x_WTK, hessian=True, cost_WT=cost_WT.astype(np.float32))
-    flat, cost = x_WTK.reshape(-1, 5).astype(np.float64), cost_WT.reshape(-1)
-    np.testing.assert_allclose(seen.mean_square_K, np.mean(flat**2, 0), rtol=1e-4)
-    np.testing.assert_allclose(seen.hessian_KK, (flat * cost[:, None]).T @ flat / len(flat), atol=1e-4)
-
-
 @pytest.mark.parametrize("group", list(INPUTS))
 def test_folded_scales_change_nothing(group: str) -> None:
     """A layer with scaled inputs is the same function; query heads that share a value head share their scales."""

@@ -396,7 +396,6 @@ OF_MODEL = {
     "target_bpw": ([True, "4", float("nan"), 1, 17, [4.5], {}], "bits per weight between 1 and 17"),
     "least_bits": ([True, 7, "4", 4.0], "one of 2, 3, 4, 5, 6, 8"),
     "bits_by": ([True, "text", 1, []], "one of loss, roles"),
-    "hessians_by": ([True, "text", 1, []], "one of inputs, loss"),
     "propagation": ([True, "0.5", float("nan"), -0.1, 1.5, [], {}], "a number from 0 to 1"),
     "tuning": ([True, "1", 0.5, -1, 1000, []], "a whole number of passes, 0 or more"),
 }

@@ -28,6 +28,9 @@ _BITS = (2, 3, 4, 5, 6, 8)
 # The error of a candidate is measured on so many weights of a matrix, as columns of so many rows: few, which divide
 # most lengths, so that one program serves; or as many as share a float of ggml's scales of two levels.
 _MEASURED_WEIGHTS, _MEASURED_ROWS = 2**18, 64
+# Of the text, for the Fisher information: sums over a matrix need fewer tokens than its Hessian, and each costs as much
+# as five forward passes.
+_FISHER_TOKENS = 2048
 
 Rules = Mapping[Place, Rule]
 
@@ -41,11 +44,10 @@ def choose_bits(
     on_weights: Callable[[int], None],
     candidates: Callable[[Place, Rule], list[Rule]] | None = None,
     least_bits: int = 2,
-) -> tuple[dict[Place, Rule], dict[Place, np.ndarray]]:
-    """The rules with the bits of each `int` and `uint` scheme chosen; and `Sensitivity.energy_WT` of the weights.
+) -> dict[Place, Rule]:
+    """The rules with the bits of each `int` and `uint` scheme chosen.
 
-    Bits are tried by round-to-nearest with clipping; where the rule's method is GPTQ, only what that is expected to
-    leave of the errors counts (`left_by_gptq`).
+    Bits are tried by round-to-nearest with clipping, whatever the rule's method: what matters is how weights compare.
 
     Args:
         read: one weight at a time, floats.
@@ -63,18 +65,20 @@ def choose_bits(
     """
     options = _options(rules, candidates, least_bits)
     errors = {place: [0.0] * len(each) for place, each in options.items()}
-    of, energies = specs(config), {}
-    for place, weight, fisher, energy_WT, left in gradients(read, config, windows_WT):
-        if energy_WT is not None:
-            energies[place] = energy_WT
+    of = specs(config)
+    for place, weight, fisher in gradients(read, config, some_of(windows_WT)):
         if len(options[place]) > 1:
             sample = sampled(weight, fisher, of[place].axis, _rows(options[place]))
-            part = left if rules[place].method == "gptq" else 1.0
-            errors[place] = [part * cost(place, rule, sample, weight.size) for rule in options[place]]
+            errors[place] = [cost(place, rule, sample, weight.size) for rule in options[place]]
         on_weights(1)
     on_weights(sum(not spec.is_matrix for spec in of.values()))
-    float_bytes = read(Place("norm.weight_D")).dtype.itemsize
-    return share_out(options, errors, target_bpw, config, float_bytes), energies
+    return share_out(options, errors, target_bpw, config, read(Place("norm.weight_D")).dtype.itemsize)
+
+
+def some_of(windows_WT: np.ndarray) -> np.ndarray:
+    """Windows from all over the text, as many as `_FISHER_TOKENS` fill, at least one."""
+    count = min(len(windows_WT), -(-_FISHER_TOKENS // windows_WT.shape[1]))
+    return windows_WT[np.linspace(0, len(windows_WT) - 1, count).round().astype(int)]
 
 
 def choose_bits_by_roles(

@@ -33,11 +33,10 @@ class Statistics(NamedTuple):
         mean_square_K: float32, of each channel.
         mean_abs_K: float32, mean magnitude.
         max_abs_K: float32, largest magnitude.
-        hessian_KK: float32, mean of x x', tokens counted by what errors there cost where that is known; or None where
-            it was not asked for.
+        hessian_KK: float32, mean of x x', or None where it was not asked for.
         sample_TK: float32, about 1,000 tokens' inputs.
-        missing: None, or float32 [K, K] or [K, D]: such a mean of x e', where e is what the inputs of the float layer
-            are more than x, or what its output is more than this layer's.
+        missing: None, or float32 [K, K] or [K, D]: mean of x e', where e is what the inputs of the float layer are more
+            than x, or what its output is more than this layer's.
     """
 
     mean_square_K: jax.Array
@@ -123,7 +122,6 @@ def observe(
     hessians: bool,
     numbers: Mapping[str, float],
     wanted: "Wanted | None" = None,
-    cost_WT: np.ndarray | None = None,
 ) -> dict[str, Statistics]:
     """Statistics of some of a layer's inputs, with that layer's weights as they are.
 
@@ -134,7 +132,6 @@ def observe(
         hessians: whether to make Hessians, which are by far the largest part.
         numbers: of the layer.
         wanted: what one of the inputs, or the layer's output, is in the float model: for `Statistics.missing`.
-        cost_WT: how much each token counts in Hessians and in `missing`, 1 in the mean; None: all alike.
     """
     batches = list(_batches(x_WTD))
     stride = max(1, x_WTD.shape[0] * x_WTD.shape[1] // _SAMPLES)
@@ -147,7 +144,6 @@ def observe(
             totals,
             dict(numbers),
             target,
-            None if cost_WT is None else jnp.asarray(cost_WT[rows]),
             tuple(groups.items()),
             hessians,
             stride,
@@ -186,20 +182,19 @@ def inputs_and_output(
     return made, output_WTD
 
 
-def observe_array(x_WTK: np.ndarray, hessian: bool, cost_WT: np.ndarray | None = None) -> Statistics:
-    """Statistics of activations that are at hand, [W, T, K]; `cost_WT` as of `observe`."""
+def observe_array(x_WTK: np.ndarray, hessian: bool) -> Statistics:
+    """Statistics of activations that are at hand, [W, T, K]."""
     total = None
     for rows in _batches(x_WTK):
-        cost_BT = None if cost_WT is None else jnp.asarray(cost_WT[rows])
-        total = _add_batch(total, jnp.asarray(x_WTK[rows]), cost_BT, hessian)
+        total = _add_batch(total, jnp.asarray(x_WTK[rows]), hessian)
     assert total is not None  # there is at least one window
     flat_TK = x_WTK.reshape(-1, x_WTK.shape[-1])
     return total[1]._replace(sample_TK=jnp.asarray(flat_TK[:: max(1, len(flat_TK) // _SAMPLES)]))
 
 
 @functools.partial(jax.jit, static_argnames="hessian", donate_argnames="total")
-def _add_batch(total: Any, x_BTK: jax.Array, cost_BT: jax.Array | None, hessian: bool) -> tuple[jax.Array, Statistics]:
-    return _add(total, x_BTK.reshape(-1, x_BTK.shape[-1]).astype(jnp.float32), hessian, cost_BT=cost_BT)
+def _add_batch(total: Any, x_BTK: jax.Array, hessian: bool) -> tuple[jax.Array, Statistics]:
+    return _add(total, x_BTK.reshape(-1, x_BTK.shape[-1]).astype(jnp.float32), hessian)
 
 
 @functools.partial(jax.jit, static_argnames=("groups", "hessians", "stride", "is_output"), donate_argnames="totals")
@@ -209,7 +204,6 @@ def _observe(
     totals: Any,
     numbers: Mapping[str, Any],
     wanted_BTn: jax.Array | None,
-    cost_BT: jax.Array | None,
     groups: tuple[tuple[str, str], ...],
     hessians: bool,
     stride: int,
@@ -224,7 +218,7 @@ def _observe(
         missing_Tn = None
         if wanted_BTn is not None:
             missing_Tn = (wanted_BTn - (output_BTD if is_output else seen[group])).reshape(len(x_TK), -1)
-        added[group] = _add(totals and totals[group], x_TK, hessians, missing_Tn, cost_BT)
+        added[group] = _add(totals and totals[group], x_TK, hessians, missing_Tn)
     return added, samples
 
 
@@ -243,11 +237,7 @@ def _inputs(
 
 
 def _add(
-    total: Any,
-    x_TK: jax.Array,
-    hessian: bool,
-    missing_Tn: jax.Array | None = None,
-    cost_BT: jax.Array | None = None,
+    total: Any, x_TK: jax.Array, hessian: bool, missing_Tn: jax.Array | None = None
 ) -> tuple[jax.Array, Statistics]:
     """Running means and maxima with some tokens more."""
     tokens, width = x_TK.shape
@@ -261,17 +251,13 @@ def _add(
     kept = count / (count + tokens)
     mean = lambda before, values_TK: before * kept + values_TK.sum(0) / (count + tokens)  # noqa: E731
     magnitude_TK = jnp.abs(x_TK)
-    counted_TK = x_TK
-    if cost_BT is not None:
-        root_T1 = jnp.sqrt(cost_BT).reshape(-1, 1)
-        counted_TK, missing_Tn = x_TK * root_T1, None if missing_Tn is None else missing_Tn * root_T1
     statistics = Statistics(
         mean(old.mean_square_K, x_TK * x_TK),
         mean(old.mean_abs_K, magnitude_TK),
         jnp.maximum(old.max_abs_K, magnitude_TK.max(0)),
-        add_to_hessian(old.hessian_KK, count, counted_TK)[0] if hessian else None,
+        add_to_hessian(old.hessian_KK, count, x_TK)[0] if hessian else None,
         old.sample_TK,
-        None if missing_Tn is None else old.missing * kept + _matmul(counted_TK.T / (count + tokens), missing_Tn),
+        None if missing_Tn is None else old.missing * kept + _matmul(x_TK.T / (count + tokens), missing_Tn),
     )
     return count + tokens, statistics
 

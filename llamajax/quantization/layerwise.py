@@ -31,7 +31,6 @@ def calibrated(
     propagation: float,
     parts: "PartsOnDisk | None",
     on_weights: Callable[[int], None],
-    energies: Mapping[Place, np.ndarray] | None = None,
 ) -> Llama:
     """Every weight quantized by its rule, behind quantized layers.
 
@@ -43,9 +42,8 @@ def calibrated(
         propagation: as `Recipe.propagation`. With it the float model's activations go through the layers beside.
         parts: where finished layers are kept, or None.
         on_weights: called with how many weights more are done.
-        energies: of weights, `Sensitivity.energy_WT`: Hessians then count each token by what its errors cost.
     """
-    of, energies = specs(config), energies or {}
+    of = specs(config)
     stacks = Stacks(config, rules.__getitem__)
 
     def finish(place: Place, seen: calibrate.Statistics | None = None) -> Any:
@@ -60,16 +58,12 @@ def calibrated(
     seen = None
     if config.tied_embeddings and rules[embed_place].needs_calibration:
         seen = _seen_by_head(
-            outside,
-            calibrate.behind_layers(read, float_WTD.copy(), config),
-            rules[embed_place],
-            config,
-            _costs(energies, [embed_place]),
+            outside, calibrate.behind_layers(read, float_WTD.copy(), config), rules[embed_place], config
         )
     x_WTD = calibrate.embedded(outside | {"embed_VD": finish(embed_place, seen)}, windows_WT, config)
     for layer in range(config.num_layers):
         made = parts.load(f"layer-{layer}") if parts else None
-        before = _Before(x_WTD, float_WTD if propagation else None, propagation, energies)
+        before = _Before(x_WTD, float_WTD if propagation else None, propagation)
         if made is None:
             made = _calibrated_layer(read, rules, layer, before, config)
             if parts:
@@ -83,10 +77,7 @@ def calibrated(
         on_weights(len(made))
     finish(norm_place)
     if head in of:
-        seen = None
-        if rules[head].needs_calibration:
-            seen = _seen_by_head(outside, x_WTD, rules[head], config, _costs(energies, [head]))
-        finish(head, seen)
+        finish(head, _seen_by_head(outside, x_WTD, rules[head], config) if rules[head].needs_calibration else None)
     return stacks.model()
 
 
@@ -98,32 +89,18 @@ class _Before:
         x_WTD: from the quantized layers before it, float32.
         float_WTD: from the float model's, or None; `_calibrated_layer` moves it to behind the layer.
         propagation: how far weights are moved to make up for the difference.
-        energies: of weights, or none.
     """
 
     x_WTD: np.ndarray
     float_WTD: np.ndarray | None
     propagation: float
-    energies: Mapping[Place, np.ndarray]
 
 
-def _costs(energies: Mapping[Place, np.ndarray], places: list[Place]) -> np.ndarray | None:
-    """What errors of weights that share an input cost at each token, [W, T] with the mean 1; None if not known."""
-    if not all(place in energies for place in places):
-        return None
-    least = np.finfo(np.float32).tiny
-    return sum(energies[place] / max(float(energies[place].mean()), least) for place in places) / np.float32(
-        len(places)
-    )
-
-
-def _seen_by_head(
-    outside: Mapping[str, Any], x_WTD: np.ndarray, rule: Rule, config: Config, cost_WT: np.ndarray | None
-) -> calibrate.Statistics:
+def _seen_by_head(outside: Mapping[str, Any], x_WTD: np.ndarray, rule: Rule, config: Config) -> calibrate.Statistics:
     """Statistics of what the head is multiplied with."""
     model = calibrate.outside_model(outside, config)
     hidden_WTD = np.array(jax.jit(lambda model, x_WTD: model.norm(x_WTD))(model, x_WTD))
-    return calibrate.observe_array(hidden_WTD, rule.method == "gptq", cost_WT)
+    return calibrate.observe_array(hidden_WTD, rule.method == "gptq")
 
 
 def _calibrated_layer(
@@ -147,9 +124,8 @@ def _calibrated_layer(
         if any(rule_of[name].needs_calibration for name in members):
             hessians = any(rule_of[name].method == "gptq" for name in members)
             block, wanted = calibrate.block_of(dense, config, layer), wanted_of.pop(group, None)
-            cost_WT = _costs(before.energies, [Place(name, layer) for name in members])
-            first, numbers = {group: members[0]}, config.numbers(layer)
-            seen = calibrate.observe(block, before.x_WTD, first, hessians, numbers, wanted, cost_WT)[group]
+            numbers = config.numbers(layer)
+            seen = calibrate.observe(block, before.x_WTD, {group: members[0]}, hessians, numbers, wanted)[group]
             _make_up(dense, members, seen, wanted, before.propagation)
         for name in members:
             place, rule = Place(name, layer), rule_of[name]

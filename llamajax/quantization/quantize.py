@@ -29,7 +29,6 @@ from llamajax.quantization.bit_search import choose_bits, choose_bits_by_roles
 from llamajax.quantization.ggml_rules import candidates, for_ggml
 from llamajax.quantization.layerwise import calibrated
 from llamajax.quantization.quantize_weight import quantize_weight
-from llamajax.quantization.sensitivity import gradients
 from llamajax.quantization.tune import tune
 from llamajax.workers import workers
 from quant import Recipe, Rule, assign, kind_of, quantized, recipe_from
@@ -192,18 +191,12 @@ def quantize(
         )
 
         parts = PartsOnDisk(work, _work_key(rules, recipe, windows, config, read, types))
-    energies = None
     if recipe.target_bpw is not None:
         if recipe.bits_by == "loss":
-            rules, energies = _chosen_bits(read, rules, recipe, windows, config, parts, steps, _of_types(types, config))
+            rules = _chosen_bits(read, rules, recipe, windows, config, parts, steps, _of_types(types, config))
         else:
             rules = _bits_by_roles(read, rules, recipe, config, steps, types)
-    if recipe.hessians_by == "inputs":
-        energies = None
-    elif energies is None:
-        found = gradients(read, config, windows)
-        energies = {each.place: each.energy_WT for each in found if each.energy_WT is not None}
-    made = calibrated(read, rules, windows, config, recipe.propagation, parts, steps.add, energies)
+    made = calibrated(read, rules, windows, config, recipe.propagation, parts, steps.add)
     return tune(made, read, windows, recipe.tuning, on_step=steps.add) if recipe.tuning else made
 
 
@@ -341,26 +334,22 @@ def _chosen_bits(
     parts: "PartsOnDisk | None",
     steps: _Steps,
     of_types: Callable[[Place, Rule], list[Rule]] | None,
-) -> tuple[dict[Place, Rule], dict[Place, np.ndarray]]:
-    """`choose_bits`, or what it gave before the work was stopped."""
+) -> dict[Place, Rule]:
+    """`choose_bits`, or what it chose before the work was stopped."""
     stored = parts.load_arrays("bits") if parts else None
     if stored is not None:
         steps.add(len(rules))
         forms = json.loads(stored[1])
-        energies = {place: stored[0][str(place)] for place in rules if str(place) in stored[0]}
     else:
         assert recipe.target_bpw is not None  # of a recipe that chooses bits
-        chosen, energies = choose_bits(
-            read, rules, recipe.target_bpw, windows_WT, config, steps.add, of_types, recipe.least_bits
-        )
+        chosen = choose_bits(read, rules, recipe.target_bpw, windows_WT, config, steps.add, of_types, recipe.least_bits)
         forms = [{name: getattr(rule, name) for name in _FORM} for rule in chosen.values()]
         if parts:
-            parts.store_arrays("bits", {str(place): array for place, array in energies.items()}, json.dumps(forms))
-    made = {
+            parts.store_arrays("bits", {}, json.dumps(forms))
+    return {
         place: rule if rule.keep else dataclasses.replace(rule, **form)
         for (place, rule), form in zip(rules.items(), forms, strict=True)
     }
-    return made, energies
 
 
 def _work_key(
@@ -382,7 +371,6 @@ def _work_key(
         "target_bpw": recipe.target_bpw,
         "least_bits": recipe.least_bits,
         "bits_by": recipe.bits_by,
-        "hessians_by": recipe.hessians_by,
         "propagation": recipe.propagation,
         **({"types": types} if types else {}),
         "config": config.to_dict(),

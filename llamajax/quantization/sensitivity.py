@@ -13,7 +13,7 @@ each layer is kept on the host, in bfloat16. Dimension key as in `config.py`; `K
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,9 @@ import numpy as np
 
 from llamajax.config import Config
 from llamajax.model import Llama
-from llamajax.parameters import Place, block_weights, inputs, specs
+from llamajax.parameters import Place, block_weights, specs
 from llamajax.quantization import calibrate
-from quant import Probe, left_by_gptq, values
+from quant import Probe, values
 
 # Tokens whose gradients are in memory together: of a layer, inputs and outputs of all its weights.
 _BATCH_TOKENS = 1024
@@ -34,32 +34,13 @@ _HEAD_TOKENS = 512
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
-class Sensitivity(NamedTuple):
-    """What a text says about one weight.
-
-    Attributes:
-        place: of the weight.
-        weight_KM: float32.
-        fisher_KM: a token's mean of the diagonal of the Fisher information, of the weight's shape.
-        energy_WT: float32, of each token the mean square of the gradient of the weight's outputs: what a squared error
-            of them costs there. None for a table that is only looked up.
-        left: of a squared rounding error behind GPTQ (`left_by_gptq`, with tokens counted by their energy).
-    """
-
-    place: Place
-    weight_KM: jax.Array
-    fisher_KM: jax.Array
-    energy_WT: np.ndarray | None
-    left: float
-
-
 def gradients(
     read: Callable[[Place], Any],
     config: Config,
     windows_WT: np.ndarray,
     *,
     seed: int = 0,
-) -> Iterator[Sensitivity]:
+) -> Iterator[tuple[Place, jax.Array, jax.Array]]:
     """The Fisher information of every matrix: the head's, the layers' from the last to the first, the embeddings'.
 
     Args:
@@ -69,8 +50,8 @@ def gradients(
         seed: of these draws.
 
     Yields:
-        Of each matrix; a tied embedding comes once, as what is looked up and as the head together, with the energy of
-        the head.
+        A place, its weight in float32, and a token's mean of the diagonal, of the weight's shape. A tied embedding
+        comes once, as what is looked up and as the head together.
     """
     outside = [place for place in specs(config) if place.layer is None]
     whole = {place.name: values(read(place)) for place in outside}
@@ -79,23 +60,18 @@ def gradients(
     for layer in range(config.num_layers):
         kept.append(x_WTD.astype(ml_dtypes.bfloat16))
         x_WTD = calibrate.advance(calibrate.float_block(read, layer, config), x_WTD, config.numbers(layer))
-    g_WTD, head_fisher_VD, head_energy_WT, head_left = _through_head(whole, config, x_WTD, seed)
+    g_WTD, head_fisher_VD = _through_head(whole, config, x_WTD, seed)
     embed, head = Place("embed_VD"), Place("head_VD")
     if head.name in whole:
-        yield Sensitivity(head, whole.pop(head.name), head_fisher_VD, head_energy_WT, head_left)
+        yield head, whole.pop(head.name), head_fisher_VD
     for layer in reversed(range(config.num_layers)):
         block = calibrate.float_block(read, layer, config)
-        g_WTD, fisher, energy, left = _through_layer(block, kept.pop(), g_WTD, config, layer)
+        g_WTD, fisher = _through_layer(block, kept.pop(), g_WTD, config, layer)
         weights = block_weights(block)
         for name, fisher_KM in fisher.items():
-            yield Sensitivity(Place(name, layer), weights[name], fisher_KM, energy[name], left[name])
+            yield Place(name, layer), weights[name], fisher_KM
     fisher_VD = _table_fisher(windows_WT, g_WTD, config.vocab_size) * config.embedding_scale**2
-    if config.tied_embeddings:
-        whole_VD = fisher_VD + head_fisher_VD
-        tied_left = float((fisher_VD.sum() + head_left * head_fisher_VD.sum()) / whole_VD.sum())
-        yield Sensitivity(embed, whole[embed.name], whole_VD, head_energy_WT, tied_left)
-    else:
-        yield Sensitivity(embed, whole[embed.name], fisher_VD, None, 1.0)
+    yield embed, whole[embed.name], fisher_VD + head_fisher_VD if config.tied_embeddings else fisher_VD
 
 
 def _rows(shape: tuple[int, ...], most_tokens: int) -> Iterator[slice]:
@@ -111,23 +87,21 @@ def _rows(shape: tuple[int, ...], most_tokens: int) -> Iterator[slice]:
 
 def _through_head(
     whole: Mapping[str, Any], config: Config, x_WTD: np.ndarray, seed: int
-) -> tuple[np.ndarray, jax.Array, np.ndarray, float]:
-    """The gradient behind the last layer [W, T, D]; of the head Fisher information, energy [W, T], what GPTQ leaves."""
+) -> tuple[np.ndarray, jax.Array]:
+    """The gradient behind the last layer [W, T, D], and the head's Fisher information."""
     g_WTD, total, key = np.empty_like(x_WTD), None, jax.random.key(seed)
-    energy_WT = np.empty(x_WTD.shape[:2], np.float32)
     for number, rows in enumerate(_rows(x_WTD.shape, _HEAD_TOKENS)):
         one = jax.random.fold_in(key, number)
-        g_WTD[rows], energy_WT[rows], total = _head_gradient(whole, jnp.asarray(x_WTD[rows]), one, total, config)
+        g_WTD[rows], total = _head_gradient(whole, jnp.asarray(x_WTD[rows]), one, total, config)
     assert total is not None  # there is at least one window
-    fisher_VD, hessian_DD = total
-    return g_WTD, fisher_VD / (x_WTD.shape[0] * x_WTD.shape[1]), energy_WT, float(left_by_gptq(hessian_DD))
+    return g_WTD, total / (x_WTD.shape[0] * x_WTD.shape[1])
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="total")
 def _head_gradient(
     whole: Mapping[str, Any], x_BTD: jax.Array, key: jax.Array, total: Any, config: Config
-) -> tuple[jax.Array, jax.Array, Any]:
-    """The gradient of -log p of drawn tokens before the final norm, its energy, and sums: see `_layer_gradient`."""
+) -> tuple[jax.Array, Any]:
+    """The gradient of -log p of drawn tokens before the final norm, and the sum of the squares' products."""
     name = "head_VD" if "head_VD" in whole else "embed_VD"
 
     def logits(x_BTD: jax.Array, added_BTV: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -139,15 +113,8 @@ def _head_gradient(
     logits_BTV, back, seen_BTD = jax.vjp(logits, x_BTD, zeros_BTV, has_aux=True)
     drawn_BT = jax.random.categorical(key, logits_BTV)
     g_BTD, g_BTV = back(jax.nn.softmax(logits_BTV) - jax.nn.one_hot(drawn_BT, config.vocab_size, dtype=jnp.float32))
-    energy_BT = jnp.mean(g_BTV**2, axis=-1)
-    sums = _matmul((_flat(g_BTV) ** 2).T, _flat(seen_BTD) ** 2), _hessian(seen_BTD, energy_BT)
-    return g_BTD, energy_BT, sums if total is None else jax.tree.map(jnp.add, total, sums)
-
-
-def _hessian(x_BTK: jax.Array, energy_BT: jax.Array) -> jax.Array:
-    """Sum of x x' over tokens, each as often as its energy says."""
-    x_TK = _flat(x_BTK)
-    return _matmul((x_TK * energy_BT.reshape(-1, 1)).T, x_TK)
+    sums_VD = _matmul((_flat(g_BTV) ** 2).T, _flat(seen_BTD) ** 2)
+    return g_BTD, sums_VD if total is None else total + sums_VD
 
 
 def _flat(x: jax.Array) -> jax.Array:
@@ -160,40 +127,24 @@ def _flat(x: jax.Array) -> jax.Array:
 
 def _through_layer(
     block: Any, x_WTD: np.ndarray, g_WTD: np.ndarray, config: Config, layer: int
-) -> tuple[np.ndarray, dict[str, jax.Array], dict[str, np.ndarray], dict[str, float]]:
-    """The gradient before a layer, in place of that behind it; what `Sensitivity` has of its matrices."""
-    firsts = {name: members[0] for members in inputs(config, layer).values() for name in members}
+) -> tuple[np.ndarray, dict[str, jax.Array]]:
+    """The gradient before a layer, in place of that behind it; and the Fisher information of its matrices."""
     matrices = tuple(place.name for place, spec in specs(config).items() if place.layer == layer and spec.is_matrix)
     numbers = dict(config.numbers(layer))
-    total, energy = None, {name: np.empty(x_WTD.shape[:2], np.float32) for name in matrices}
+    total = None
     for rows in _rows(x_WTD.shape, _BATCH_TOKENS):
         x_BTD, g_BTD = jnp.asarray(x_WTD[rows], jnp.float32), jnp.asarray(g_WTD[rows])
-        g_WTD[rows], of_batch, total = _layer_gradient(
-            block, x_BTD, g_BTD, numbers, total, matrices, tuple(sorted(set(firsts.values())))
-        )
-        for name, energy_BT in of_batch.items():
-            energy[name][rows] = energy_BT
+        g_WTD[rows], total = _layer_gradient(block, x_BTD, g_BTD, numbers, total, matrices)
     assert total is not None  # there is at least one window
     tokens = x_WTD.shape[0] * x_WTD.shape[1]
-    of_first = {name: float(left_by_gptq(hessian_KK)) for name, hessian_KK in total[1].items()}
-    left = {name: of_first[firsts[name]] if name in firsts else 1.0 for name in matrices}
-    return g_WTD, {name: fisher_KM / tokens for name, fisher_KM in total[0].items()}, energy, left
+    return g_WTD, {name: fisher_KM / tokens for name, fisher_KM in total.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("matrices", "firsts"), donate_argnames=("g_BTD", "total"))
+@functools.partial(jax.jit, static_argnames="matrices", donate_argnames=("g_BTD", "total"))
 def _layer_gradient(
-    block: Any,
-    x_BTD: jax.Array,
-    g_BTD: jax.Array,
-    numbers: Mapping[str, Any],
-    total: Any,
-    matrices: tuple[str, ...],
-    firsts: tuple[str, ...],
-) -> tuple[jax.Array, dict[str, jax.Array], Any]:
-    """The gradient before a layer, energies of a batch, and with it the sums of squares' products and Hessians.
-
-    Of weights that share their input, `firsts` are those whose energy counts tokens in its Hessian.
-    """
+    block: Any, x_BTD: jax.Array, g_BTD: jax.Array, numbers: Mapping[str, Any], total: Any, matrices: tuple[str, ...]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The gradient before a layer, and the sums of the squares' products with a batch more."""
     of = block_weights(block)
 
     def run(x_BTD: jax.Array, added: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -204,12 +155,8 @@ def _layer_gradient(
     zeros = {name: jnp.zeros((*x_BTD.shape[:2], of[name].shape[-1]), jnp.float32) for name in matrices}
     _, back, seen = jax.vjp(run, x_BTD, zeros, has_aux=True)
     before_BTD, gradient = back(g_BTD)
-    energy = {name: jnp.mean(gradient[name] ** 2, axis=-1) for name in matrices}
-    sums = (
-        {name: _matmul((_flat(seen[name]) ** 2).T, _flat(gradient[name]) ** 2) for name in matrices},
-        {name: _hessian(seen[name], energy[name]) for name in firsts},
-    )
-    return before_BTD, energy, sums if total is None else jax.tree.map(jnp.add, total, sums)
+    sums = {name: _matmul((_flat(seen[name]) ** 2).T, _flat(gradient[name]) ** 2) for name in matrices}
+    return before_BTD, sums if total is None else jax.tree.map(jnp.add, total, sums)
 
 
 def _table_fisher(tokens_WT: np.ndarray, g_WTD: np.ndarray, height: int) -> jax.Array:
