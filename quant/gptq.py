@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from quant.clip import padded_factors, search_clip
+from quant.descent import descend
 from quant.grid import (
     check_in_range,
     checked_group_size,
@@ -54,6 +55,7 @@ def quantize_gptq(
     block_size: int = 128,
     scales: QTensor | None = None,
     scale_scheme: Scheme | str | None = None,
+    descent: int = 0,
 ) -> QTensor:
     """Quantizes a weight by GPTQ (arXiv:2210.17323), to codes and scales of the same form as `quantize_rtn`'s.
 
@@ -85,6 +87,8 @@ def quantize_gptq(
             order and outliers: its scales and offsets stay, whatever they are made of, and only codes are chosen.
         scale_scheme: that of scales which are codes themselves, an int as `scheme` is, under a float for all of an
             output. The float is chosen before anything is moved (`SCALE_HEADROOM`), the codes as groups are reached.
+        descent: sweeps of coordinate descent behind it (`descent.descend`), which change codes and, where they are the
+            quantizer's to choose, scales of groups of up to 128.
 
     Returns:
         The quantized weight; its `dtype` is that of `weight`.
@@ -97,6 +101,10 @@ def quantize_gptq(
     weight, hessian, scale_dtype = jnp.asarray(weight), jnp.asarray(hessian), jnp.dtype(scale_dtype)
     size = checked_group_size(weight, scheme, group_size, axis)
     _check_arguments(weight, hessian, axis, scale_dtype, clip, damping, block_size)
+    if descent < 0 or (descent and (scheme.scale_code or group_size == "tensor")):
+        raise ValueError(
+            f"descent {descent} of {scheme.name}, {group_size!r}: expected 0 or more, with scales of groups"
+        )
     second = _checked_second(scale_scheme, scheme, group_size, weight.shape[axis], scales)
     grid = _Grid(scheme, size, group_size == "tensor", scale_dtype, clip is not None, second)
     fixed = None if scales is None else _fixed(scales, weight, scheme, size, axis, act_order)
@@ -105,7 +113,7 @@ def quantize_gptq(
         # One program for all numbers of bits: compiling takes longer than most weights.
         of_bits = AnyBits.of(scheme), padded_factors(scheme, size) if clip else None
         grid = dataclasses.replace(grid, scheme=Scheme(scheme.kind, 8))
-    parts, in_range = _quantize(weight, hessian, damping, fixed, of_bits, grid, axis, act_order, block_size)
+    parts, in_range = _quantize(weight, hessian, damping, fixed, of_bits, grid, axis, act_order, block_size, descent)
     check_in_range(weight, in_range, scale_dtype)
     quantized = _packed(*parts, scheme, second, axis, weight.dtype)
     return quantized if scales is None else dataclasses.replace(quantized, scale=scales.scale, offset=scales.offset)
@@ -183,6 +191,12 @@ class _Grid:
         )
         return stored_scale(jnp.abs(scale).max(-3) / (self.second.bias - 1), self.scale_dtype)
 
+    def stored(self, scale_1M: jax.Array, unit_1M: jax.Array | None) -> jax.Array:
+        """The nearest scale that can be stored, float32."""
+        if unit_1M is None:
+            return stored_scale(scale_1M, self.scale_dtype).astype(jnp.float32)
+        return self._multiple(scale_1M, unit_1M.astype(jnp.float32))
+
     def _multiple(self, scale_1M: jax.Array, unit_1M: jax.Array) -> jax.Array:
         """The nearest whole number of units that has a code and is not 0 where the scale is not."""
         assert self.second is not None
@@ -198,7 +212,7 @@ class _Grid:
         return codes_nM, value_nM * scale_values(scale, self.scheme)
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8))
+@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8, 9))
 def _quantize(
     weight: jax.Array,
     hessian: jax.Array,
@@ -209,6 +223,7 @@ def _quantize(
     axis: int,
     act_order: bool,
     block_size: int,
+    descent: int,
 ) -> tuple[tuple, jax.Array]:
     """Codes, scale, zero, order and unit along the weight's own axis, and whether every scale is finite.
 
@@ -217,7 +232,14 @@ def _quantize(
     if of_bits is not None:
         grid = dataclasses.replace(grid, scheme=of_bits[0], factors=of_bits[1])
     weight_KM = weight.astype(jnp.float32) if axis == -2 else weight.astype(jnp.float32).swapaxes(-1, -2)
-    one = functools.partial(_quantize_matrix, damping=damping, grid=grid, act_order=act_order, block_size=block_size)
+    options: dict[str, Any] = {
+        "damping": damping,
+        "grid": grid,
+        "act_order": act_order,
+        "block_size": block_size,
+        "descent": descent,
+    }
+    one = functools.partial(_quantize_matrix, **options)
     if weight.ndim == 2:
         parts = one(weight_KM, hessian, fixed)
     else:
@@ -261,6 +283,7 @@ def _quantize_matrix(
     grid: _Grid,
     act_order: bool,
     block_size: int,
+    descent: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array, jax.Array | None, jax.Array | None]:
     """Codes [K, M], scale and zero [C, M], in range [C, 1], order [K, 1], unit [1, M]; None where there is none."""
     hessian_KK, length = hessian_KK.astype(jnp.float32), weight_KM.shape[0]
@@ -277,6 +300,12 @@ def _quantize_matrix(
         weight_KM = weight_KM - offset_KM  # which rounding does not change
     unit = None if grid.second is None else grid.unit(weight_KM)
     codes_KM, _, (scale, zero, in_range) = _sweep(weight_KM, factor_KK, sizes, grid, None, scale_KM, unit)
+    if descent:
+        stored = None if fixed is not None else functools.partial(grid.stored, unit_1M=unit)
+        damped_KK = hessian_KK + damping * diagonal_K.mean() * jnp.diag(jnp.where(diagonal_K == 0, 0.0, 1.0))
+        found = codes_KM, scale.astype(jnp.float32), zero
+        codes_KM, fitted = descend(*found, weight_KM, damped_KK, grid.scheme, descent, stored)
+        scale = fitted.astype(scale.dtype)
     if act_order and grid.group_size == length:
         # One group needs no order: codes go back to where their channels are.
         return codes_KM[jnp.argsort(order_K)], scale, zero, in_range, None, unit

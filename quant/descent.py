@@ -1,0 +1,114 @@
+"""Coordinate descent on what GPTQ made: one input channel after the other gets its best codes, given all the others.
+
+Behzadi et al. 2023, "QuantEase: Optimization-based Quantization for Language Models", arXiv:2309.01885. GPTQ chooses a
+channel's codes knowing that the channels behind it will make up for the error; once these are rounded, too, another
+code is often better. So it is with scales: for the codes that came out, that of least error is another one.
+
+Dimension key: `K` contraction axis, `M` outputs, `C` groups along K, `g` elements of a group.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from quant.scheme import Scheme
+
+_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+# Channels whose changes one matrix product moves, at least, and of groups whose scales are fitted, at most.
+_BLOCK = 128
+
+
+def descend(
+    codes_KM: jax.Array,
+    scale_CM: jax.Array,
+    zero_CM: jax.Array | None,
+    weight_KM: jax.Array,
+    hessian_KK: jax.Array,
+    scheme: Scheme,
+    sweeps: int | jax.Array,
+    stored: Callable[[jax.Array], jax.Array] | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales with no more of the squared output error than before, sum of d' H d for errors d of outputs.
+
+    A sweep goes through the groups: first a group's scale is fitted to its codes, then its channels get new codes.
+
+    Args:
+        codes_KM: uint8.
+        scale_CM: float32, as scales are stored.
+        zero_CM: zero points, or None.
+        weight_KM: float32, what is to be met.
+        hessian_KK: float32; a channel whose diagonal is 0 keeps its codes.
+        scheme: of the codes.
+        sweeps: how many.
+        stored: the nearest scale that can be stored, of float32 scales [1, M]; None: scales stay.
+
+    Returns:
+        uint8 [K, M] and float32 [C, M].
+    """
+    size = len(codes_KM) // len(scale_CM)
+    parts = max(count for count in range(1, size + 1) if size % count == 0 and size // count >= min(size, _BLOCK))
+    whole_CM = scale_CM
+    if parts > 1:
+        # Of large groups part after part, with scales as they are: one matrix product moves what all channels of a part
+        # have changed.
+        scale_CM, stored, size = jnp.repeat(scale_CM, parts, 0), None, size // parts
+    zeros_CM = jnp.zeros_like(scale_CM) if zero_CM is None else jnp.repeat(zero_CM.astype(jnp.float32), parts, 0)
+    diagonal_K = jnp.diagonal(hessian_KK)
+    inverse_K = jnp.where(diagonal_K > 0, 1 / jnp.where(diagonal_K > 0, diagonal_K, 1), 0)
+
+    def group(carry: tuple, number: jax.Array) -> tuple[tuple, None]:
+        codes_KM, scale_CM, slope_KM = carry
+        start = number * size
+        rows = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
+        columns_Kg = rows(hessian_KK, axis=1)
+        hessian_gg, slope_gM, inverse_g = rows(columns_Kg), rows(slope_KM), rows(inverse_K)
+        codes_gM = rows(codes_KM)
+        scale_1M, zero_1M = (jax.lax.dynamic_slice_in_dim(part, number, 1) for part in (scale_CM, zeros_CM))
+        plain_gM = scheme.decode(codes_gM) - zero_1M
+        before_gM = plain_gM * scale_1M
+        if stored is not None:
+            scale_1M = _fitted(scale_1M, plain_gM, slope_gM, hessian_gg, stored)
+            slope_gM = slope_gM + _matmul(hessian_gg, plain_gM * scale_1M - before_gM)
+        divisor_1M = jnp.where(scale_1M == 0, 1, scale_1M)
+
+        def row(slope_gM: jax.Array, k: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=k, slice_size=1)
+            old_1M = take(plain_gM) * scale_1M
+            wanted_1M = old_1M - take(slope_gM) * take(inverse_g)[:, None]
+            code_1M = jnp.where(take(inverse_g) > 0, scheme.encode(wanted_1M / divisor_1M + zero_1M), take(codes_gM))
+            new_1M = (scheme.decode(code_1M) - zero_1M) * scale_1M
+            return slope_gM + take(hessian_gg, axis=1) * (new_1M - old_1M), (code_1M[0], new_1M[0])
+
+        _, (codes_gM, after_gM) = jax.lax.scan(row, slope_gM, jnp.arange(size))
+        slope_KM = slope_KM + _matmul(columns_Kg, after_gM - before_gM)
+        update = jax.lax.dynamic_update_slice_in_dim
+        return (update(codes_KM, codes_gM, start, 0), update(scale_CM, scale_1M, number, 0), slope_KM), None
+
+    def sweep(_: jax.Array | int, state: tuple) -> tuple:
+        return jax.lax.scan(group, state, jnp.arange(len(scale_CM)))[0]
+
+    scale_KM, zero_KM = (jnp.repeat(part, size, 0) for part in (scale_CM, zeros_CM))
+    error_KM = (scheme.decode(codes_KM) - zero_KM) * scale_KM - weight_KM
+    state = codes_KM, scale_CM, _matmul(hessian_KK, error_KM)
+    codes_KM, scale_CM, _ = jax.lax.fori_loop(0, sweeps, sweep, state)
+    return codes_KM, whole_CM if parts > 1 else scale_CM
+
+
+def _fitted(
+    scale_1M: jax.Array,
+    plain_gM: jax.Array,
+    slope_gM: jax.Array,
+    hessian_gg: jax.Array,
+    stored: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """The scale of least error for a group's codes, as it can be stored, where that is better than the one before."""
+    slope_1M = jnp.sum(plain_gM * slope_gM, axis=0, keepdims=True)
+    curvature_1M = jnp.sum(plain_gM * _matmul(hessian_gg, plain_gM), axis=0, keepdims=True)
+    new_1M = stored(scale_1M - slope_1M / jnp.where(curvature_1M > 0, curvature_1M, 1))
+    change_1M = new_1M - scale_1M
+    gain_1M = -(2 * slope_1M + curvature_1M * change_1M) * change_1M
+    return jnp.where((gain_1M > 0) & (new_1M * scale_1M > 0), new_1M, scale_1M)
