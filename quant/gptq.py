@@ -11,6 +11,7 @@ Inside, `n` rows are in hand, of which `s` at a time are quantized.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -239,7 +240,7 @@ def _quantize(
         "block_size": block_size,
         "descent": descent,
     }
-    one = functools.partial(_quantize_matrix, **options)
+    one: Callable[..., tuple] = functools.partial(_quantize_matrix, **options)
     if weight.ndim == 2:
         parts = one(weight_KM, hessian, fixed)
     else:
