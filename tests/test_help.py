@@ -8,7 +8,7 @@ import shlex
 import pytest
 from absl import flags
 
-from llamajax.cli import COMMANDS, help_pages, main
+from llamajax.cli import COMMANDS, help_pages, main, terminal
 from llamajax.cli.command_line import parse
 from llamajax.cli.flag_groups import COMMON, flags_of, group, grouped
 
@@ -79,7 +79,8 @@ class Terminal:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
         monkeypatch.setattr(help_pages, "is_terminal", lambda stream: True)
-        monkeypatch.setattr(help_pages, "is_dumb", lambda: False)
+        monkeypatch.setattr(terminal, "is_terminal", lambda stream: True)
+        monkeypatch.setenv("TERM", "xterm")
         monkeypatch.delenv("NO_COLOR", raising=False)
         size = os.terminal_size((columns, 24))
         monkeypatch.setattr(help_pages.shutil, "get_terminal_size", lambda: size)

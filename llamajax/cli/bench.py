@@ -79,6 +79,29 @@ def define(values: flags.FlagValues) -> None:
             "Needs pip install 'llamajax[plot]'.",
             flag_values=values,
         )
+    _define_measurements(values)
+    define_ignore_key(values)
+    define_dtype(values)
+    define_activations(values)
+    with group(values, SPEED):
+        flags.DEFINE_enum(
+            "cache_dtype",
+            "auto",
+            ["auto", *CACHE_DTYPES],
+            "Keeps the KV cache in numbers of this `TYPE`. auto is the type that the model computes in.",
+            flag_values=values,
+        )
+        flags.DEFINE_boolean(
+            "prepare",
+            True,
+            "Lays quantized weights out for this backend first, as generate does. --noprepare multiplies the stored "
+            "form.",
+            flag_values=values,
+        )
+    define_threads(values)
+
+
+def _define_measurements(values: flags.FlagValues) -> None:
     with group(values, "Measurements"):
         flags.DEFINE_list(
             "prefill",
@@ -105,25 +128,6 @@ def define(values: flags.FlagValues) -> None:
             upper_bound=DECODE_BLOCK,
             flag_values=values,
         )
-    define_ignore_key(values)
-    define_dtype(values)
-    define_activations(values)
-    with group(values, SPEED):
-        flags.DEFINE_enum(
-            "cache_dtype",
-            "auto",
-            ["auto", *CACHE_DTYPES],
-            "Keeps the KV cache in numbers of this `TYPE`. auto is the type that the model computes in.",
-            flag_values=values,
-        )
-        flags.DEFINE_boolean(
-            "prepare",
-            True,
-            "Lays quantized weights out for this backend first, as generate does. --noprepare multiplies the stored "
-            "form.",
-            flag_values=values,
-        )
-    define_threads(values)
 
 
 def run(values: flags.FlagValues) -> None:

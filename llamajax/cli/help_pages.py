@@ -1,6 +1,5 @@
 """What `llamajax`, `llamajax --help` and `llamajax COMMAND --help` print."""
 
-import os
 import re
 import shutil
 import sys
@@ -11,7 +10,7 @@ from types import ModuleType
 from absl import flags
 
 from llamajax.cli.flag_groups import grouped
-from llamajax.cli.terminal import is_dumb, is_terminal, printable
+from llamajax.cli.terminal import bold, is_terminal, printable
 
 _NARROWEST, _WIDEST = 60, 100
 _LONGEST_NAME = 26  # of a flag with its value; the text of a longer one begins on the next line
@@ -24,7 +23,7 @@ _FIRST_STEPS = (
 
 def first_steps() -> str:
     """What to try first: the page of `llamajax` without a command."""
-    lines = ["llamajax runs, quantizes and exports LLaMA models.", "", _bold("Try first:")]
+    lines = ["llamajax runs, quantizes and exports LLaMA models.", "", bold("Try first:")]
     for command, text in _FIRST_STEPS:
         lines += [f"  {command}", *_wrapped(text, "      ")]
     return "\n".join([*lines, "", "llamajax --help lists all commands."])
@@ -34,10 +33,10 @@ def overview(summaries: Mapping[str, str]) -> str:
     """All commands, each with its summary: the page of `llamajax --help`."""
     width = max(map(len, summaries), default=0)
     lines = ["llamajax runs, quantizes and exports LLaMA models.", ""]
-    lines += [f"{_bold('Usage:')} llamajax COMMAND [--flag=value …]", "", _bold("Commands:")]
+    lines += [f"{bold('Usage:')} llamajax COMMAND [--flag=value …]", "", bold("Commands:")]
     for name, summary in summaries.items():
         lines += [f"  {name:{width}}  {summary}"]
-    lines += ["", _bold("Examples:"), *(f"  {command}" for command, _ in _FIRST_STEPS), ""]
+    lines += ["", bold("Examples:"), *(f"  {command}" for command, _ in _FIRST_STEPS), ""]
     return "\n".join([*lines, "llamajax COMMAND --help shows the flags of a command, llamajax --version the version."])
 
 
@@ -46,13 +45,13 @@ def page(name: str, command: ModuleType, values: flags.FlagValues) -> str:
     positional = getattr(command, "POSITIONAL", None)
     argument = f"{_placeholder(values[positional])} " if positional else ""
     lines = _wrapped(f"llamajax {name}: {command.SUMMARY}", "")
-    lines += ["", f"{_bold('Usage:')} llamajax {name} {argument}[--flag=value …]"]
-    lines += ["", _bold("Examples:"), *(f"  {example}" for example in command.EXAMPLES)]
+    lines += ["", f"{bold('Usage:')} llamajax {name} {argument}[--flag=value …]"]
+    lines += ["", bold("Examples:"), *(f"  {example}" for example in command.EXAMPLES)]
     groups = grouped(values)
     names = [len(_shown_name(flag)) for members in groups.values() for flag in members]
     column = max((length for length in names if length <= _LONGEST_NAME), default=0) + 4
     for heading, members in groups.items():
-        lines += ["", _bold(f"{heading}:")]
+        lines += ["", bold(f"{heading}:")]
         for flag in members:
             lines += _entry(flag, column)
     return "\n".join(lines)
@@ -115,9 +114,3 @@ def _width() -> int:
     if not is_terminal(sys.stdout):
         return _WIDEST
     return min(max(shutil.get_terminal_size().columns, _NARROWEST), _WIDEST)
-
-
-def _bold(text: str) -> str:
-    """A heading: bold where standard output is a terminal that can, and NO_COLOR is not set."""
-    plain = not is_terminal(sys.stdout) or is_dumb() or os.environ.get("NO_COLOR")
-    return text if plain else f"\x1b[1m{text}\x1b[0m"

@@ -144,6 +144,13 @@ def show(table: Table | str) -> None:
     write(page.getvalue(), end="")
 
 
+def bold(text: str) -> str:
+    """Text in bold where standard output is a terminal that can, and the user has not set NO_COLOR."""
+    console = Console()
+    plain = not is_terminal(sys.stdout) or console.is_dumb_terminal or console.no_color
+    return text if plain else f"\x1b[1m{text}\x1b[0m"
+
+
 def is_dumb() -> bool:
     """Whether the terminal cannot move its cursor, by TERM."""
     return Console().is_dumb_terminal
