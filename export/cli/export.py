@@ -123,7 +123,7 @@ def pythons(values: flags.FlagValues) -> dict[str, str]:
     pairs = [entry.partition("=") for entry in values.python]
     for name, _, path in pairs:
         if not name or not path:
-            raise LlamaJaxError(f"--python={name!r}: expected NAME=PATH, as iree=path/to/env/bin/python")
+            raise LlamaJaxError(f"--python={name}: expected NAME=PATH, such as iree=path/to/env/bin/python")
     return {name: path for name, _, path in pairs}
 
 
@@ -133,9 +133,9 @@ def run(values: flags.FlagValues) -> None:
     # Python by target, each once.
     targets = {target: named.get(target, named.get(kind_of(target), sys.executable)) for target in values.target}
     if values.bundle and (values.model or values.output or values.template or not targets):
-        raise LlamaJaxError("--bundle goes with --target, and without --model, --output and --template")
+        raise LlamaJaxError("--bundle needs --target, and excludes --model, --output and --template")
     if not values.bundle and not (values.model and values.output):
-        raise LlamaJaxError("--model and --output are both needed, or --bundle: see llamajax export --help")
+        raise LlamaJaxError("--model or --output is missing: expected both, or --bundle (see llamajax export --help)")
     if values.bundle:
         with files.locked(Path(values.bundle)):
             bundle = _add(values, targets)
@@ -155,7 +155,7 @@ def run(values: flags.FlagValues) -> None:
 def _add(values: flags.FlagValues, targets: dict[str, str]) -> Bundle:
     """Adds targets to a bundle, of which nobody else may change anything meanwhile."""
     for name in clear_unnamed(Path(values.bundle)):
-        note(f"{values.bundle}: {name} removed: of a run that was stopped before the manifest named it")
+        note(f"{values.bundle}: removed {name}, which a run that was stopped has left")
     bundle = open_bundle(values.bundle)
     profile_for(values.target, bundle.manifest["profile"])
     for target, python in targets.items():
@@ -177,7 +177,9 @@ def _write(values: flags.FlagValues, folder: Path, profile: str) -> Bundle:
     try:
         buckets = tuple(int(bucket) for bucket in values.buckets)
     except ValueError:
-        raise LlamaJaxError(f"--buckets={','.join(values.buckets)}: expected whole numbers") from None
+        raise LlamaJaxError(
+            f"--buckets={','.join(values.buckets)}: expected whole numbers, separated by commas"
+        ) from None
     slots = values.slots or min(opened.config.context_length, 512)
     spec = Spec(
         batch=values.batch,

@@ -74,7 +74,7 @@ def run(values: flags.FlagValues) -> None:
         LlamaJaxError: if the runtime fails.
     """
     if not values.bundle:
-        raise LlamaJaxError("which bundle? llamajax run BUNDLE --prompt=…")
+        raise LlamaJaxError("no bundle is given: expected llamajax run BUNDLE --prompt=…")
     bundle = open_bundle(values.bundle)
     given = ("prompt", "ids", "system", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
     arguments = [f"--{name}={values[name].value}" for name in given if values[name].value is not None]

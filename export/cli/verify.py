@@ -42,7 +42,7 @@ def run(values: flags.FlagValues) -> None:
         LlamaJaxError: if a runtime did not hold, or none ran.
     """
     if not values.bundle:
-        raise LlamaJaxError("which bundle? llamajax verify BUNDLE")
+        raise LlamaJaxError("no bundle is given: expected llamajax verify BUNDLE")
     bundle = open_bundle(values.bundle)
     results = []
     attempts = verify(bundle, values.runtime, pythons(values))
@@ -55,9 +55,11 @@ def run(values: flags.FlagValues) -> None:
         _print(results)
     failed = [result.runtime for result in results if not result.skipped and not result.held]
     if failed:
-        raise LlamaJaxError(f"{bundle.path}: does not hold on {', '.join(failed)}")
+        raise LlamaJaxError(
+            f"{bundle.path}: the results on {', '.join(failed)} differ from the expected ones: see the table above"
+        )
     if all(result.skipped for result in results):
-        raise LlamaJaxError(f"{bundle.path}: no runtime for it is here: nothing was verified")
+        raise LlamaJaxError(f"{bundle.path}: no runtime for this bundle is installed: nothing was verified")
 
 
 def _plain(result: Result) -> dict[str, Any]:

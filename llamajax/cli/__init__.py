@@ -60,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     if not COMMANDS:
-        remedy = "pip install it, or run it from a checkout"
-        return _fail(f"no command is known: neither metadata nor pyproject.toml of this package is here: {remedy}", 1)
+        remedy = "install it with pip, or run it from a checkout"
+        return _fail(f"llamajax finds no commands: it is neither installed nor beside its pyproject.toml: {remedy}", 1)
     if not argv:
         terminal.write(help_pages.first_steps())
         return 2

@@ -139,7 +139,10 @@ def run(values: flags.FlagValues) -> None:
         model = with_activations(model, activations)
     longest = max(lengths + contexts)
     if longest > model.config.context_length:
-        raise LlamaJaxError(f"{longest} tokens: {name} is made for {model.config.context_length}: give fewer")
+        raise LlamaJaxError(
+            f"--context or --prefill has {longest} tokens: expected at most {model.config.context_length}, the context "
+            f"of {name}"
+        )
     size = memory_bytes(model)
     with spinner("measuring the machine"):
         bandwidth, flops = memory_bandwidth(), product_rate(model.config, model.dtype)
@@ -184,20 +187,27 @@ def _numbers(values: flags.FlagValues, name: str) -> list[int]:
     given = getattr(values, name)
     numbers = [int(text) for text in given if text.isdecimal()]
     if len(numbers) < len(given) or 0 in numbers:
-        raise LlamaJaxError(f"--{name}={','.join(given)}: expected whole numbers from 1, commas between")
+        raise LlamaJaxError(f"--{name}={','.join(given)}: expected whole numbers from 1, separated by commas")
     return numbers
 
 
 def _check(values: flags.FlagValues, lengths: list[int], contexts: list[int], batches: list[int]) -> None:
     """Refuses what needs no model to be refused."""
     if values.model and values.shape:
-        raise LlamaJaxError("--model and --shape: expected one of them")
+        raise LlamaJaxError("--model and --shape are both given: expected one of them")
     if values.recipe and not values.shape:
-        raise LlamaJaxError("--recipe is for the random weights of a --shape: quantize a model with llamajax quantize")
+        raise LlamaJaxError(
+            "--recipe is given without --shape: it chooses the type of random weights; llamajax quantize quantizes a "
+            "model"
+        )
     if values.recipe in FLOATS and values.dtype != "auto":
-        raise LlamaJaxError(f"--dtype={values.dtype} with --recipe={values.recipe}: the recipe says it: leave it out")
+        raise LlamaJaxError(
+            f"--dtype={values.dtype} and --recipe={values.recipe} both choose the type: leave --dtype out"
+        )
     if not lengths and not (contexts and batches):
-        raise LlamaJaxError("nothing to measure: give --prefill, or --context and --batch")
+        raise LlamaJaxError(
+            "--prefill and --context are empty: there is nothing to measure: expected a length in one of them"
+        )
     if values.plot:
         check_picture(values.plot)
 

@@ -99,7 +99,7 @@ def run(values: flags.FlagValues) -> None:
     """
     check_sampling(values)
     if sys.stdin is None or sys.stdin.closed:
-        raise LlamaJaxError("standard input is closed: expected lines to answer")
+        raise LlamaJaxError("standard input is closed: expected messages, one in each line")
     name = str(smollm2.fetch(_say_fetching)) if values.model == SMOLLM2 else values.model
     conversation = Conversation(values, name)
     if is_terminal(sys.stdin) and is_terminal(sys.stdout) and not values.json:
@@ -115,11 +115,13 @@ def run(values: flags.FlagValues) -> None:
         else:
             _write(answer)
         if answer.completion.finish_reason == "length":
-            say(f"the answer was cut at {len(answer.completion.tokens)} tokens: --max_new_tokens allows more")
+            say(
+                f"the answer stopped at the limit of {len(answer.completion.tokens)} tokens: --max_new_tokens raises it"
+            )
 
 
 def _say_fetching() -> None:
-    say(f"fetching {smollm2.FILE}, {smollm2.NBYTES / 1e6:.0f} MB, once (Hugging Face, Apache-2.0)")
+    say(f"fetching {smollm2.FILE} ({smollm2.NBYTES / 1e6:.0f} MB, by Hugging Face, Apache-2.0); later runs reuse it")
 
 
 def _write(answer: Answer) -> None:
@@ -154,15 +156,20 @@ def _described(answer: Answer) -> dict[str, Any]:
 def _lines() -> Iterator[str]:
     """Lines of standard input that hold something."""
     if is_terminal(sys.stdin):
-        say("each line is answered; Ctrl-D ends")
+        say("type a message and press Enter; Ctrl-D ends")
     number = 0
     while data := sys.stdin.buffer.readline(_LONGEST_LINE + 1):
         number += 1
         if len(data) > _LONGEST_LINE:
-            raise LlamaJaxError(f"line {number} is longer than {_LONGEST_LINE} bytes: expected a line to answer")
+            raise LlamaJaxError(
+                f"line {number} of standard input is too long: expected at most {_LONGEST_LINE} bytes: split the "
+                "message"
+            )
         try:
             line = data.decode("utf-8").strip()
         except UnicodeDecodeError as error:
-            raise LlamaJaxError(f"line {number} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+            raise LlamaJaxError(
+                f"line {number} of standard input: {error.reason} at byte {error.start}: expected UTF-8 text"
+            ) from None
         if line:
             yield line

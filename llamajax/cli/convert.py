@@ -46,7 +46,7 @@ def define(values: flags.FlagValues) -> None:
 def run(values: flags.FlagValues) -> None:
     """Reads, converts, writes; the folder, or file, appears whole or not at all."""
     if not values.model or not values.output:
-        raise LlamaJaxError("--model and --output are both needed: see llamajax convert --help")
+        raise LlamaJaxError("--model or --output is missing: expected both (see llamajax convert --help)")
     output = Path(values.output)
     check_absent(output)
     if values.to == "gguf":
@@ -55,8 +55,8 @@ def run(values: flags.FlagValues) -> None:
     tokenizer = tokenizer_if_any(values, opened) or opened.tokenizer_bytes
     if values.dtype and values.to != "gguf" and quantized(opened.abstract):
         raise LlamaJaxError(
-            f"{values.model}: its weights are quantized, which --dtype does not undo: leave it out; "
-            "--to=gguf --dtype=float32 writes floats"
+            f"--dtype={values.dtype}: the weights of {values.model} are quantized, and --to={values.to} keeps them so: "
+            "leave --dtype out, or write floats with --to=gguf --dtype=float32"
         )
     dtype, written = (None, values.dtype) if values.to == "gguf" else (values.dtype, None)
     model = read_model(opened, dtype, shardings="host")

@@ -46,7 +46,7 @@ EXAMPLES = (
     "llamajax eval --model=any-llama.gguf --task=copa.jsonl,openbook_qa.jsonl",
 )
 _LARGEST_LOSS = 700.0  # of which the exponential is a float
-_DIFFERENT = "the architectures differ: there is no signal-to-noise by layer"
+_DIFFERENT = "the architectures differ, so their layers cannot be compared"
 
 
 def define(values: flags.FlagValues) -> None:
@@ -169,12 +169,14 @@ def _results(
 def _check(values: flags.FlagValues) -> None:
     """Refuses what needs no file to be refused."""
     if values.context < 1 or values.batch < 1:
-        raise LlamaJaxError(f"context is {values.context} and batch {values.batch}: expected at least 1")
+        raise LlamaJaxError(f"--context={values.context}, --batch={values.batch}: expected at least 1 for each")
     check_named(values)
     evaluate_tasks.check(values)
     if values.plot:
         if not values.reference:
-            raise LlamaJaxError("--plot draws the distance to a reference: give --reference=PATH")
+            raise LlamaJaxError(
+                "--plot is given without --reference: it draws the distance to a reference: add --reference=MODEL"
+            )
         check_picture(values.plot)
 
 
@@ -188,16 +190,23 @@ def _windows(values: flags.FlagValues, checkpoints: list[Opened]) -> Windows:
     for checkpoint in checkpoints:
         path, length = checkpoint.path, checkpoint.config.context_length
         if values.context > length:
-            raise LlamaJaxError(f"context is {values.context}: {path} is made for {length}: give --context={length}")
+            raise LlamaJaxError(
+                f"--context={values.context}: expected at most {length}, the context of {path}: --context={length} "
+                "works"
+            )
         tokenizer = (need_tokenizer if windows is None else read_tokenizer)(checkpoint, values.tokenizer)
         if tokenizer is not None and (windows is None or values.tokenizer is None):
             cut = text_windows(text, tokenizer, values.context, values.convention)
             if windows is not None and not np.array_equal(cut.rows, windows.rows):
-                raise LlamaJaxError(f"{path}: its tokenizer is not {values.model[0]}'s: expected one for all models")
+                raise LlamaJaxError(
+                    f"{path} and {values.model[0]} have different tokenizers: expected models of one tokenizer"
+                )
             windows = cut
         if windows is not None and windows.rows.max() >= checkpoint.config.vocab_size:
             raise LlamaJaxError(
-                f"{path}: the text has token {windows.rows.max()}: expected less than {checkpoint.config.vocab_size}"
+                f"{path}: the text contains token {windows.rows.max()}: expected ids below "
+                f"{checkpoint.config.vocab_size}, "
+                "the size of the vocabulary: check --tokenizer"
             )
     assert windows is not None, "at least one checkpoint"
     return windows
@@ -228,7 +237,10 @@ def _compare(
 def _score(losses: np.ndarray) -> dict[str, Any]:
     loss, error = float(np.mean(losses, dtype=np.float64)), standard_error(losses)
     if loss > _LARGEST_LOSS:
-        raise LlamaJaxError(f"cross-entropy is {loss:.0f} nats a token: its exponential, the perplexity, overflows")
+        raise LlamaJaxError(
+            f"cross-entropy is {loss:.0f} nats per token: expected at most {_LARGEST_LOSS:.0f}: the perplexity "
+            "overflows"
+        )
     perplexity = math.exp(loss)
     return {
         "cross_entropy_nats": loss,

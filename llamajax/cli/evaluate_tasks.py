@@ -79,11 +79,11 @@ def check(values: flags.FlagValues) -> None:
     wrong = [name for name in (_OF_TEXTS if values.task else _OF_TASKS) if values[name].present]
     if wrong:
         goes = (
-            "is of measuring a text, and --task asks questions" if values.task else "is of --task, which is not given"
+            "is for measuring a text, and --task asks questions" if values.task else "is for --task, which is not given"
         )
         raise LlamaJaxError(f"--{wrong[0]} {goes}: leave it out")
     if not all(values.task):
-        raise LlamaJaxError(f"--task={','.join(values.task)}: expected a file, or several with commas between")
+        raise LlamaJaxError(f"--task={','.join(values.task)}: expected a file, or several separated by commas")
 
 
 def run(values: flags.FlagValues) -> None:

@@ -145,7 +145,7 @@ def _prompts(values: flags.FlagValues) -> list[str]:
     """
     prompts: list[str] = values.prompt
     if values.suffix is not None and (values.parse_special or values.think):
-        raise LlamaJaxError("--suffix goes with neither --parse_special nor --think: expected one of them")
+        raise LlamaJaxError("--suffix cannot be combined with --parse_special or --think: expected one of them")
     if (file := values.prompt_file) is not None:
         if values["prompt"].present:
             raise LlamaJaxError("--prompt and --prompt_file are both given: expected one of them")

@@ -122,7 +122,7 @@ def tokenizer_if_any(values: flags.FlagValues, opened: Opened) -> Tokenizer | No
     """The tokenizer, for what can do without; one that came and cannot be read is said on stderr."""
     tokenizer = read_tokenizer(opened, values.tokenizer)
     if tokenizer is None and opened.tokenizer_problem:
-        say(f"{opened.tokenizer_problem}: going on without it")
+        say(f"{opened.tokenizer_problem}: continuing without a tokenizer")
     return tokenizer
 
 

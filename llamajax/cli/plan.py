@@ -108,7 +108,7 @@ def define(values: flags.FlagValues) -> None:
 def run(values: flags.FlagValues) -> None:
     """Prints tables, or JSON."""
     if values.model and values.shape:
-        raise LlamaJaxError("--model and --shape: expected one of them")
+        raise LlamaJaxError("--model and --shape are both given: expected one of them")
     given = None if values.memory is None else parse_memory(values.memory)
     backend = values.backend or jax.default_backend()
     memory = _memory_here(backend) if given is None else given
@@ -157,7 +157,7 @@ def parse_memory(text: str) -> int:
         size = int(float(number) * base ** _POWERS[prefix.upper()])
     if size < 1:
         raise LlamaJaxError(
-            f"--memory={text}: expected a size, as 24G or 24GiB (24 x 2**30 bytes), or 24GB (24e9 bytes)"
+            f"--memory={text}: expected a size such as 24G or 24GiB (24 x 2**30 bytes), or 24GB (24e9 bytes)"
         )
     return size
 
@@ -171,8 +171,8 @@ def _architecture(values: flags.FlagValues) -> Config:
         path = path / "config.json"
     if not path.is_file():
         raise LlamaJaxError(
-            f"--shape={values.shape}: expected a config.json, or one of {', '.join(preset_names())}; a checkpoint is "
-            "--model"
+            f"--shape={values.shape}: expected a config.json, or one of {', '.join(preset_names())}; --model "
+            "takes a model"
         )
     return read_config(path, values.ignore_key)
 

@@ -88,15 +88,15 @@ def define(values: flags.FlagValues) -> None:
 def run(values: flags.FlagValues) -> None:
     """Reads, quantizes, writes; the folder appears whole or not at all."""
     if not values.model or not values.output:
-        raise LlamaJaxError("--model and --output are both needed: see llamajax quantize --help")
+        raise LlamaJaxError("--model or --output is missing: expected both (see llamajax quantize --help)")
     output = Path(values.output)
     check_absent(output)
     name = values.recipe or _DEFAULTS[bool(values.calibration)]
     recipe = _with_target(read_recipe(name), values.bits)
     if recipe.needs_calibration and not values.calibration:
-        raise LlamaJaxError(f"{name} needs a text to run the model on: give --calibration=FILE")
+        raise LlamaJaxError(f"recipe {name} needs a text to run the model on: add --calibration=FILE")
     if values.calibration and not recipe.needs_calibration:
-        raise LlamaJaxError(f"{name} makes no use of --calibration: leave it out")
+        raise LlamaJaxError(f"recipe {name} does not use --calibration: leave it out, or choose another recipe")
     opened = open_named(values, values.model)
     tokenizer: Tokenizer | bytes | None
     if recipe.needs_calibration:
@@ -132,7 +132,7 @@ def _with_target(recipe: Recipe, target_bpw: float | None) -> Recipe:
 def _calibration_tokens(values: flags.FlagValues, opened: Opened, tokenizer: Tokenizer) -> np.ndarray:
     """The beginning of the calibration text, in ids."""
     if values.calibration_tokens < 1:
-        raise LlamaJaxError(f"calibration_tokens is {values.calibration_tokens}: expected at least 1")
+        raise LlamaJaxError(f"--calibration_tokens={values.calibration_tokens}: expected at least 1")
     if values.calibration == "self":
         with progress("sampling a text") as on_tokens:
             length = min(values.context, opened.config.context_length)

@@ -111,7 +111,7 @@ def check_sampling(values: flags.FlagValues) -> None:
         LlamaJaxError: naming the knob, or for a vote of one sample.
     """
     if values.vote and values.samples < 2:
-        raise LlamaJaxError("--vote: there is one sample: expected several to choose from, such as --samples=8")
+        raise LlamaJaxError("--vote is given for one sample: expected several, such as --samples=8")
     given: dict[str, Any] = {name: values[name].value for name in SAMPLING}
     make_sampler(**given)
 
@@ -132,8 +132,11 @@ def chosen_sampling(values: flags.FlagValues, opened: Opened) -> dict[str, Any]:
     }
     if used:
         settings = ", ".join(f"{name} {value:g}" for name, value in used.items())
-        say(f"{values.model}: its files ask for {settings}: flags override this")
+        say(f"{values.model} sets {settings} in its files: flags override this")
     chosen = {name: used.get(name, values[name].value) for name in SAMPLING}
     if values.samples > 1 and chosen["temperature"] == 0:
-        raise LlamaJaxError("--samples: at temperature 0 all are the same: expected --temperature above 0, such as 0.7")
+        raise LlamaJaxError(
+            f"--samples={values.samples}: at temperature 0 all samples are equal: expected --temperature above 0, such "
+            "as 0.7"
+        )
     return chosen

@@ -116,7 +116,7 @@ def as_json(value: Any, indent: int | None = None) -> str:
         LlamaJaxError: for a number that is not finite, which JSON does not have.
     """
     if found := next(_not_finite(value, ""), None):
-        raise LlamaJaxError(f"{found}: expected a finite number: the model overflows; try --dtype=float32")
+        raise LlamaJaxError(f"{found}: expected a finite number: the model overflows: try --dtype=float32")
     text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
     return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)  # which UTF-8 does not have
 

@@ -50,10 +50,10 @@ def run(values: flags.FlagValues) -> None:
     """
     tokenizer = _tokenizer(values)
     if values.ids is None:
-        text = read_standard_input("tokenize it in parts") if values.text is None else values.text
+        text = read_standard_input("tokenize the text in parts") if values.text is None else values.text
         ids = tokenizer.encode(text, bos=values.bos, special=values.parse_special)
     elif values.text is not None:
-        raise LlamaJaxError("--ids and a text are given: expected one of them")
+        raise LlamaJaxError("--ids and a text are both given: expected one of them")
     else:
         ids = [_number(word) for word in values.ids]
         text = tokenizer.decode(ids)
@@ -76,5 +76,5 @@ def _tokenizer(values: flags.FlagValues) -> Tokenizer:
 
 def _number(word: str) -> int:
     if not word.strip().isdecimal() or len(word) > 12:
-        raise LlamaJaxError(f"--ids has {shortened(word)}: expected whole numbers with commas between")
+        raise LlamaJaxError(f"--ids contains {shortened(word)}: expected whole numbers, separated by commas")
     return int(word)

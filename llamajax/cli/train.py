@@ -79,7 +79,7 @@ def run(values: flags.FlagValues) -> None:
     from llamajax import train
 
     if not values.output:
-        raise LlamaJaxError("--output is needed: the folder for checkpoints and the trained model")
+        raise LlamaJaxError("--output is missing: expected a folder for checkpoints and the trained model")
     folder = Path(values.output)
     check_absent(folder / "model")
     config = _config(values.config)
@@ -102,7 +102,7 @@ def run(values: flags.FlagValues) -> None:
         _draw(folder)
     # Last: where there is a model, all is done.
     save_checkpoint(model, folder / "model", tokenizer=tokenizer, source=f"llamajax train on {values.data}")
-    note(f"{folder / 'model'}: trained; try llamajax generate --model={folder / 'model'}")
+    note(f"{folder / 'model'} is trained: try llamajax generate --model={folder / 'model'}")
 
 
 def _config(name: str) -> Config:
@@ -110,7 +110,7 @@ def _config(name: str) -> Config:
         return preset(name)
     path = Path(name)
     if not path.is_file():
-        raise LlamaJaxError(f"config is {name!r}: expected a .toml file or one of {', '.join(preset_names())}")
+        raise LlamaJaxError(f"--config={name}: expected a .toml file or one of {', '.join(preset_names())}")
     return Config.from_dict(read_toml(path), str(path))
 
 
@@ -121,4 +121,4 @@ def _draw(folder: Path) -> None:
     try:
         draw_loss(folder / "loss.csv", folder / "loss.svg")
     except ImportError:
-        note("loss.svg is not drawn: pip install 'llamajax[plot]' for matplotlib")
+        note("loss.svg is not drawn, because matplotlib is not installed: pip install 'llamajax[plot]'")
