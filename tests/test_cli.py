@@ -16,6 +16,7 @@ import pytest
 import llamajax
 from llamajax.cli import COMMANDS, main
 from llamajax.cli.commands import find_commands
+from llamajax.generation.compilation import is_private
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,13 +46,11 @@ def test_generate_prints_the_published_text(shared: Path, capsys) -> None:
 
 
 def test_generate_uses_the_box_unless_told_otherwise(capsys) -> None:
-    code, out, err = run(capsys, "generate", "--prompt=Once upon a time", "--max_new_tokens=40", "--temperature=0")
+    argv = ["generate", "--prompt=Once upon a time", "--max_new_tokens=24", "--temperature=0"]
+    code, out, err = run(capsys, *argv)
     assert code == 0
-    assert out.startswith("Once upon a time") and len(out.split()) > 20
-    without_echo = run(
-        capsys, "generate", "--prompt=Once upon a time", "--max_new_tokens=40", "--temperature=0", "--noecho"
-    )[1]
-    assert out == "Once upon a time" + without_echo
+    assert out.startswith("Once upon a time") and len(out.split()) > 12
+    assert out == "Once upon a time" + run(capsys, *argv, "--noecho")[1]
 
 
 def test_generate_json_of_a_batch(capsys) -> None:
@@ -68,10 +67,10 @@ def test_generate_json_of_a_batch(capsys) -> None:
 
 
 def test_stop_and_seed(capsys) -> None:
-    argv = ["generate", "--prompt=Once upon a time", "--max_new_tokens=60", "--temperature=0", "--noecho"]
+    argv = ["generate", "--prompt=Once upon a time", "--max_new_tokens=12", "--temperature=0", "--noecho"]
     whole = run(capsys, *argv)[1]
-    cut = whole.split(".")[0]
-    assert run(capsys, *argv, "--stop=.")[1] == cut
+    word = whole.split()[-2]
+    assert run(capsys, *argv, f"--stop={word}")[1] == whole[: whole.index(word)]
     sampled = [run(capsys, *argv, "--temperature=1", f"--seed={seed}")[1] for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
 
@@ -85,8 +84,6 @@ def test_speculation_prints_the_same_text_and_what_a_step_made(capsys) -> None:
     assert decode.endswith(" tokens a step") and 1 <= float(decode.split()[-4]) <= 5
     assert "a step" not in without
     assert_one_line_error(*run(capsys, *argv, "--speculate=-1"), 1, "speculate is", "expected")
-    warm = ["--temperature=0.8", "--repetition_penalty=1.2", "--seed=5"]
-    assert run(capsys, *argv, *warm, "--speculate=4")[1] == run(capsys, *argv, *warm)[1] != plain
 
 
 def test_samples_of_one_prompt_and_the_choice_among_them(capsys) -> None:
@@ -239,13 +236,6 @@ def test_eval_json(convention: str, small: Path, capsys) -> None:
         assert value == (pytest.approx(alone[key], rel=1e-5) if isinstance(value, float) else alone[key])
 
 
-def test_eval_of_a_model_against_itself_is_json(small: Path, capsys) -> None:
-    """JSON knows no infinity: null is what has no error."""
-    argv = [f"--model={small}/whole", f"--reference={small}/whole", f"--text={small}/text", "--context=32", "--json"]
-    result = json.loads(run(capsys, "eval", *argv)[1], parse_constant=pytest.fail)
-    assert result["signal_to_noise_db"]["layers"] == [None, None] and result["top1_agreement"] == 1
-
-
 def test_eval_prints_tables(small: Path, capsys, monkeypatch) -> None:
     """The reference and the model below each other, columns aligned, then the layers."""
     monkeypatch.chdir(small)
@@ -275,8 +265,11 @@ def test_eval_of_several_models(small: Path, tmp_path: Path, capsys, monkeypatch
     picture = (tmp_path / "curve.svg").read_text()
     assert picture.count("<svg ") == 1 and all(f">{name}<" in picture for name in ("close", "far"))
     assert "whole: 32.00 bits, no divergence" in picture
-    results = [json.loads(line) for line in run(capsys, "eval", *argv, "--json")[1].splitlines()]
+    lines = run(capsys, "eval", *argv, "--json")[1].splitlines()
+    results = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert [result["model"] for result in results] == ["close", "far", "whole"]
+    # JSON has no infinity: null is the ratio of a model to itself.
+    assert results[2]["signal_to_noise_db"]["layers"] == [None, None] and results[2]["top1_agreement"] == 1
     close, far, whole = (result["kl_divergence"] for result in results)
     assert whole <= close < far
 
@@ -344,7 +337,7 @@ BAD_INPUT = {
         2,
         ["--convention=ppl: expected documents, llama.cpp or gptq"],
     ),
-    "plot of nothing": (["eval", "--plot=layers.svg"], 1, ["--plot", "--reference=PATH"]),
+    "plot of nothing": (["eval", "--plot=layers.svg"], 1, ["--plot", "--reference=MODEL"]),
     "plot of a kind": (["eval", "--reference=box", "--plot=layers.pdf"], 1, ["layers.pdf", ".svg or .png"]),
     "plot into nowhere": (
         ["eval", "--reference=box", "--plot=no/layers.svg"],
@@ -507,13 +500,12 @@ print([name for name in sys.modules if name.split(".")[0] == "export" or name.st
 def test_a_reader_that_leaves_is_no_error() -> None:
     """As in `llamajax inspect | head -0`: the pipe is closed before anything is printed."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for options in (["--json"], []):  # of tables rich says it in its own way
-        command = [sys.executable, "-m", "llamajax", "inspect", *options]
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            assert process.stdout and process.stderr
-            process.stdout.close()
-            assert process.stderr.read() == b""
-            assert process.wait(timeout=120) == 0
+    command = [sys.executable, "-m", "llamajax", "inspect"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=120) == 0
 
 
 def test_interrupt_is_one_line(capsys, monkeypatch) -> None:
@@ -641,25 +633,22 @@ def test_compiled_programs_are_kept_where_the_user_keeps_caches(tmp_path: Path) 
     command = [sys.executable, "-m", "llamajax", "generate", "--prompt=a", "--max_new_tokens=2", "--temperature=0"]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     base = {**kept, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    (tmp_path / "file").write_text("")
     theirs = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "mine"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     texts = set()
     for environment in (
-        base,  # and again from the cache: see test_generate.py
-        {**base, "XDG_CACHE_HOME": str(tmp_path / "file")},  # where no folder can be made
+        base,  # again from the cache: see test_generate.py; where no folder can be: test_compilation.py
         {**base, "XDG_CACHE_HOME": str(tmp_path / "unused"), **theirs},
     ):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        lines = done.stderr.splitlines()
-        said = [line for line in lines if line.startswith("llamajax: ")]
-        assert len(lines) - len(said) <= 4, done.stderr  # newline, prefill, decode, compile
-        unusable = "file" in environment["XDG_CACHE_HOME"].rpartition("/")[2]
-        assert len(said) == unusable and all("compiled programs are not kept" in line for line in said), done.stderr
+        assert len(done.stderr.splitlines()) <= 4, done.stderr  # newline, prefill, decode, compile
         texts.add(done.stdout)
     assert len(texts) == 1
     assert list((tmp_path / "cache" / "llamajax").glob("xla-*/*"))
     assert not (tmp_path / "unused").exists() and list((tmp_path / "mine").iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.warns(RuntimeWarning, match="compiled programs are not kept there, .*: Not a directory"):
+        assert not is_private(tmp_path / "file" / "llamajax" / "xla-1")
 
 
 def test_a_value_is_no_request_for_help(capsys) -> None:
