@@ -376,7 +376,7 @@ def test_targets(tmp_path: Path) -> None:
     (tmp_path / "there.gguf").write_text("kept")
     with pytest.raises(LlamaJaxError, match=r"there.gguf: exists already"):
         save_checkpoint(model, tmp_path / "there.gguf", form="gguf")
-    with pytest.raises(LlamaJaxError, match="the tokenizer is not one that is read"):
+    with pytest.raises(LlamaJaxError, match="the tokenizer cannot be read, so it cannot be written to GGUF"):
         save_checkpoint(model, tmp_path / "model.gguf", form="gguf", tokenizer=b"no tokenizer")
     assert [path.name for path in tmp_path.iterdir()] == ["there.gguf"]
     assert (tmp_path / "there.gguf").read_text() == "kept"

@@ -56,7 +56,7 @@ def run(values: flags.FlagValues) -> None:
     failed = [result.runtime for result in results if not result.skipped and not result.held]
     if failed:
         raise LlamaJaxError(
-            f"{bundle.path}: the results on {', '.join(failed)} differ from the expected ones: see the table above"
+            f"{bundle.path}: the results on {', '.join(failed)} differ from the expected ones: see the results above"
         )
     if all(result.skipped for result in results):
         raise LlamaJaxError(f"{bundle.path}: no runtime for this bundle is installed: nothing was verified")
