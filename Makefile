@@ -8,7 +8,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 # On all cores; the tests of a file stay together. In the order of names the last files are quick: no core waits long.
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder --durations=10
 
-.PHONY: demo chat smollm2 test test-all test-extras lint clean
+.PHONY: demo chat smollm2 test test-all test-extras notebooks lint clean
 
 demo: $(VENV)/ready
 	@$(BIN)/llamajax generate --model=box --prompt='Once upon a time'
@@ -36,6 +36,10 @@ test-extras: $(VENV)/extras smollm2
 	$(PYTEST) -m 'extras and not optimized'
 	XLA_FLAGS= $(PYTEST) -m 'extras and optimized' $$(grep -l 'mark\.optimized' tests/test_*.py)
 
+# Executes the notebooks, in about a minute; SAVE=--inplace stores their text and pictures anew.
+notebooks: $(VENV)/notebooks
+	$(BIN)/jupyter-execute $(SAVE) notebooks/*.ipynb
+
 lint: $(VENV)/lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -51,7 +55,7 @@ $(VENV)/ready: pyproject.toml | $(BIN)/python
 	$(PIP) --editable .
 	@touch $@
 
-$(VENV)/test $(VENV)/lint: $(VENV)/%: $(VENV)/ready
+$(VENV)/test $(VENV)/lint $(VENV)/notebooks: $(VENV)/%: $(VENV)/ready
 	$(PIP) --editable '.[test,$*]'
 	@touch $@
 

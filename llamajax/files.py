@@ -85,7 +85,7 @@ def read_bytes(path: str | Path, limit: int = LARGEST_TEXT) -> bytes:
         size = os.fstat(file.fileno()).st_size  # as much memory is asked for, not the limit
         data = file.read(size + 1)
     if len(data) > size:
-        raise LlamaJaxError(f"{path}: more than its {size} bytes: it grows while it is read")
+        raise LlamaJaxError(f"{path} has grown beyond {size} bytes while it was read: try again when it is complete")
     return data
 
 

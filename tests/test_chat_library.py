@@ -99,7 +99,7 @@ def reply_to(text: str) -> Message:
 
 def test_another_answer_is_of_another_seed(model, tokenizer) -> None:
     chat = Chat(model, tokenizer, temperature=1.0, seed=(1 << 32) - 1, max_new_tokens=12)
-    with pytest.raises(LlamaJaxError, match="there is nothing to answer again: expected a message before"):
+    with pytest.raises(LlamaJaxError, match="there is no answer to replace: expected a message first"):
         chat.retry()
     first = chat.send("Once upon a time")
     for seed in (0, 1):
@@ -298,7 +298,7 @@ def test_messages_that_nobody_answers(model, tokenizer) -> None:
     chat = Chat(model, tokenizer)
     with pytest.raises(LlamaJaxError, match=r"\[\]: expected a text, a message, or a list of messages"):
         chat.stream([])
-    with pytest.raises(LlamaJaxError, match="the last message is an assistant's: expected one to answer"):
+    with pytest.raises(LlamaJaxError, match="the last message is by the assistant: expected one by the user"):
         chat.stream([ask("a"), reply_to("b")])
     with pytest.raises(LlamaJaxError, match="message 2: the role is 'fox'"):
         chat.stream([ask("a"), {"role": "fox", "content": "b"}])

@@ -376,7 +376,7 @@ def test_targets(tmp_path: Path) -> None:
     (tmp_path / "there.gguf").write_text("kept")
     with pytest.raises(LlamaJaxError, match=r"there.gguf: exists already"):
         save_checkpoint(model, tmp_path / "there.gguf", form="gguf")
-    with pytest.raises(LlamaJaxError, match="the tokenizer is not one that is read"):
+    with pytest.raises(LlamaJaxError, match="the tokenizer cannot be read, so it cannot be written to GGUF"):
         save_checkpoint(model, tmp_path / "model.gguf", form="gguf", tokenizer=b"no tokenizer")
     assert [path.name for path in tmp_path.iterdir()] == ["there.gguf"]
     assert (tmp_path / "there.gguf").read_text() == "kept"
@@ -433,7 +433,7 @@ def test_quantize_for_ggml_and_convert(tmp_path: Path, capsys) -> None:
             ["quantize", "--types=ggml", "--recipe=ternary"],
             "one scale, in float16: no ggml type holds it, the nearest is",
         ),
-        (["quantize", "--types=ggml", "--recipe=mixed-4.5bpw"], "mixed-4.5bpw needs a text to run the model on"),
+        (["quantize", "--types=ggml", "--recipe=mixed-4.5bpw"], "recipe mixed-4.5bpw needs a text to run the model on"),
         (["convert", "--to=gguf"], "out: GGUF is one file: expected a name that ends in .gguf"),
     ],
 )

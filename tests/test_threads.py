@@ -58,7 +58,7 @@ def test_commands_that_compute_have_the_flag(capsys: pytest.CaptureFixture[str])
     having = set()
     for name in COMMANDS:
         assert main([name, "--help"]) == 0
-        if "--threads\n" in capsys.readouterr().out:
+        if "--threads=N " in capsys.readouterr().out:
             having.add(name)
     assert having == {"generate", "chat", "eval", "bench", "quantize", "train", "export"}
 

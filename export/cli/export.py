@@ -11,6 +11,7 @@ from export.bundle import Bundle, open_bundle, write
 from export.profiles import OPTIONAL_PROGRAMS, PROFILES, Spec
 from export.targets import add_target, check_toolchain, clear_unnamed, kind_of, profile_for
 from llamajax import LlamaJaxError, files
+from llamajax.cli.flag_groups import COMMON, group
 from llamajax.cli.model_flags import (
     chosen_activations,
     chosen_dtype,
@@ -25,75 +26,92 @@ from llamajax.cli.model_flags import (
 from llamajax.cli.sizes import readable_bytes, stored_bytes
 from llamajax.cli.terminal import note, show, spinner
 
-SUMMARY = "write a bundle that other runtimes execute: programs, weights, golden prompts"
+SUMMARY = "write a bundle that other runtimes execute without llamajax"
 EXAMPLES = (
     "llamajax export --model=box-int4 --output=box.bundle",
-    "llamajax export --model=box-int4 --output=box.bundle --slots=256 --buckets=16,64 --programs=verify,score",
-    "llamajax export --model=box-int4 --output=box.bundle --target=iree-cpu,onnx",
-    "llamajax export --bundle=box.bundle --target=tpu:v5e:2x2,cuda:h100",
-    "llamajax export --bundle=box.bundle --target=savedmodel --python=savedmodel=path/to/env/bin/python",
+    "llamajax export --model=box-int4 --output=box.bundle --slots=256 --target=iree-cpu,onnx",
+    "llamajax export --bundle=box.bundle --target=savedmodel --python=savedmodel=env/bin/python",
 )
 
 
 def define(values: flags.FlagValues) -> None:
     """Flags of the command."""
     define_model(values, default=None)
+    with group(values, COMMON):
+        flags.DEFINE_string("output", None, "Writes the bundle to `FOLDER`, which must not exist.", flag_values=values)
+        flags.DEFINE_list(
+            "target",
+            [],
+            "Builds the bundle for these `TARGETS` too, separated by commas: iree-cpu (any CPU of this kind), "
+            "iree-cpu-host (this CPU), onnx, savedmodel, litert, coreml, tpu:TOPOLOGY, cuda:CARD.",
+            flag_values=values,
+        )
+        flags.DEFINE_string(
+            "bundle",
+            None,
+            "Adds --target to the bundle in `FOLDER`, instead of exporting --model to --output.",
+            flag_values=values,
+        )
+    with group(values, "Programs"):
+        flags.DEFINE_enum(
+            "profile",
+            None,
+            list(PROFILES),
+            "`KIND` of program. scanned: one loop over the layers, the smallest. unrolled: no loops. float: unrolled "
+            "and without arithmetic on bytes, for LiteRT and CoreML. cpu: scanned, with weights in the fast layout "
+            "for XLA on a CPU. Without this flag the targets decide; without targets it is scanned.",
+            flag_values=values,
+        )
+        flags.DEFINE_integer("batch", 1, "Rows that are generated at once.", flag_values=values)
+        flags.DEFINE_integer(
+            "slots",
+            None,
+            "Tokens that the KV cache has room for. Without this flag it is the model's context, but at most 512.",
+            flag_values=values,
+        )
+        flags.DEFINE_enum(
+            "kv_cache",
+            "float32",
+            ["float32", "bfloat16", "float16"],
+            "Keeps the KV cache in numbers of this `TYPE`.",
+            flag_values=values,
+        )
+        flags.DEFINE_list(
+            "buckets",
+            ["16", "64", "256"],
+            "Writes one prefill program for each of these prompt lengths, such as `16,64`.",
+            flag_values=values,
+        )
+        flags.DEFINE_list(
+            "programs",
+            [],
+            f"Writes these `PROGRAMS` beside prefill and decode: {', '.join(OPTIONAL_PROGRAMS)}.",
+            flag_values=values,
+        )
+        flags.DEFINE_integer("drafts", 4, "Tokens that the program verify checks at once.", flag_values=values)
+        flags.DEFINE_string(
+            "template",
+            None,
+            "Chat template for llamajax run --chat: a built-in one (chatml, llama2, llama3, …), or a `NAME` among the "
+            "model's own. Without this flag it is the model's default.",
+            flag_values=values,
+        )
     define_dtype(values)
     define_activations(values)
     define_threads(values)
-    flags.DEFINE_string("output", None, "folder to write; must not exist", flag_values=values)
-    flags.DEFINE_string(
-        "bundle", None, "a bundle to add targets to, instead of --model and --output", flag_values=values
-    )
-    flags.DEFINE_enum(
-        "profile",
-        None,
-        list(PROFILES),
-        "kind of program: scanned, one loop over stacked layers, smallest; unrolled, no loops; float, unrolled and "
-        "without arithmetic on bytes, for LiteRT and CoreML. What the targets need unless given, else scanned",
-        flag_values=values,
-    )
-    flags.DEFINE_integer("batch", 1, "rows", flag_values=values)
-    flags.DEFINE_integer(
-        "slots", None, "of the cache; the model's context, 512 at most, unless given", flag_values=values
-    )
-    flags.DEFINE_enum(
-        "kv_cache",
-        "float32",
-        ["float32", "bfloat16", "float16"],
-        "what keys and values are kept in",
-        flag_values=values,
-    )
-    flags.DEFINE_list("buckets", ["16", "64", "256"], "prompt tokens of each prefill program", flag_values=values)
-    flags.DEFINE_list(
-        "programs", [], f"beside prefill and decode: of {', '.join(OPTIONAL_PROGRAMS)}", flag_values=values
-    )
-    flags.DEFINE_integer("drafts", 4, "tokens that the program verify checks", flag_values=values)
-    flags.DEFINE_list(
-        "target",
-        [],
-        "what to build of the bundle for other runtimes: iree-cpu (any machine of this kind), iree-cpu-host "
-        "(this processor), onnx, savedmodel, litert, coreml, tpu:TOPOLOGY, cuda:CARD; the README lists them",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "template",
-        None,
-        "chat template that runners' --chat follows: a built-in format (chatml, llama2, llama3, …), or one of the "
-        "checkpoint's by name; the checkpoint's own unless given",
-        flag_values=values,
-    )
     define_python(values)
 
 
 def define_python(values: flags.FlagValues) -> None:
     """--python, of this command and of verify and run."""
-    flags.DEFINE_list(
-        "python",
-        [],
-        "NAME=PATH of the Python that has a toolchain or runtime, where it is not this one; commas between several",
-        flag_values=values,
-    )
+    with group(values, "Other runtimes"):
+        flags.DEFINE_list(
+            "python",
+            [],
+            "Python in which a runtime is installed, if it is not this one, as `NAME=PATH`: "
+            "iree=path/to/env/bin/python. Several are separated by commas.",
+            flag_values=values,
+        )
 
 
 def pythons(values: flags.FlagValues) -> dict[str, str]:
@@ -105,7 +123,7 @@ def pythons(values: flags.FlagValues) -> dict[str, str]:
     pairs = [entry.partition("=") for entry in values.python]
     for name, _, path in pairs:
         if not name or not path:
-            raise LlamaJaxError(f"--python={name!r}: expected NAME=PATH, as iree=path/to/env/bin/python")
+            raise LlamaJaxError(f"--python={name}: expected NAME=PATH, such as iree=path/to/env/bin/python")
     return {name: path for name, _, path in pairs}
 
 
@@ -115,9 +133,9 @@ def run(values: flags.FlagValues) -> None:
     # Python by target, each once.
     targets = {target: named.get(target, named.get(kind_of(target), sys.executable)) for target in values.target}
     if values.bundle and (values.model or values.output or values.template or not targets):
-        raise LlamaJaxError("--bundle goes with --target, and without --model, --output and --template")
+        raise LlamaJaxError("--bundle needs --target, and excludes --model, --output and --template")
     if not values.bundle and not (values.model and values.output):
-        raise LlamaJaxError("--model and --output are both needed, or --bundle: see llamajax export --help")
+        raise LlamaJaxError("--model or --output is missing: expected both, or --bundle (see llamajax export --help)")
     if values.bundle:
         with files.locked(Path(values.bundle)):
             bundle = _add(values, targets)
@@ -137,7 +155,7 @@ def run(values: flags.FlagValues) -> None:
 def _add(values: flags.FlagValues, targets: dict[str, str]) -> Bundle:
     """Adds targets to a bundle, of which nobody else may change anything meanwhile."""
     for name in clear_unnamed(Path(values.bundle)):
-        note(f"{values.bundle}: {name} removed: of a run that was stopped before the manifest named it")
+        note(f"{values.bundle}: removed {name}, which a run that was stopped has left")
     bundle = open_bundle(values.bundle)
     profile_for(values.target, bundle.manifest["profile"])
     for target, python in targets.items():
@@ -159,7 +177,9 @@ def _write(values: flags.FlagValues, folder: Path, profile: str) -> Bundle:
     try:
         buckets = tuple(int(bucket) for bucket in values.buckets)
     except ValueError:
-        raise LlamaJaxError(f"--buckets={','.join(values.buckets)}: expected whole numbers") from None
+        raise LlamaJaxError(
+            f"--buckets={','.join(values.buckets)}: expected whole numbers, separated by commas"
+        ) from None
     slots = values.slots or min(opened.config.context_length, 512)
     spec = Spec(
         batch=values.batch,

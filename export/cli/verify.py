@@ -11,10 +11,11 @@ from export.bundle import open_bundle
 from export.cli.export import define_python, pythons
 from export.verification import RUNTIMES, Result, verify
 from llamajax import LlamaJaxError
+from llamajax.cli.flag_groups import COMMON, group
 from llamajax.cli.sizes import readable_bytes
 from llamajax.cli.terminal import as_json, printable, show, spinner, write
 
-SUMMARY = "run a bundle's golden prompts on every runtime present; exit code 1 unless all held"
+SUMMARY = "check that a bundle gives the expected results on every installed runtime"
 EXAMPLES = (
     "llamajax verify box.bundle",
     "llamajax verify box.bundle --runtime=jax,iree --json",
@@ -25,10 +26,13 @@ POSITIONAL = "bundle"
 
 def define(values: flags.FlagValues) -> None:
     """Flags of the command."""
-    flags.DEFINE_string("bundle", None, "the bundle; may be given without --bundle=", flag_values=values)
-    flags.DEFINE_list("runtime", list(RUNTIMES), "runtimes to try", flag_values=values)
+    with group(values, COMMON):
+        flags.DEFINE_string(
+            "bundle", None, "Folder of the bundle, as `BUNDLE`; --bundle= may be left out.", flag_values=values
+        )
+        flags.DEFINE_list("runtime", list(RUNTIMES), "`RUNTIMES` to try, separated by commas.", flag_values=values)
+        flags.DEFINE_boolean("json", False, "Prints JSON instead of a table.", flag_values=values)
     define_python(values)
-    flags.DEFINE_boolean("json", False, "print JSON instead of a table", flag_values=values)
 
 
 def run(values: flags.FlagValues) -> None:
@@ -38,7 +42,7 @@ def run(values: flags.FlagValues) -> None:
         LlamaJaxError: if a runtime did not hold, or none ran.
     """
     if not values.bundle:
-        raise LlamaJaxError("which bundle? llamajax verify BUNDLE")
+        raise LlamaJaxError("no bundle is given: expected llamajax verify BUNDLE")
     bundle = open_bundle(values.bundle)
     results = []
     attempts = verify(bundle, values.runtime, pythons(values))
@@ -51,9 +55,11 @@ def run(values: flags.FlagValues) -> None:
         _print(results)
     failed = [result.runtime for result in results if not result.skipped and not result.held]
     if failed:
-        raise LlamaJaxError(f"{bundle.path}: does not hold on {', '.join(failed)}")
+        raise LlamaJaxError(
+            f"{bundle.path}: the results on {', '.join(failed)} differ from the expected ones: see the results above"
+        )
     if all(result.skipped for result in results):
-        raise LlamaJaxError(f"{bundle.path}: no runtime for it is here: nothing was verified")
+        raise LlamaJaxError(f"{bundle.path}: no runtime for this bundle is installed: nothing was verified")
 
 
 def _plain(result: Result) -> dict[str, Any]:

@@ -151,7 +151,7 @@ class Chat:
         while asked and asked[-1].role == "assistant":
             asked.pop()
         if not asked or asked[-1].role == "system":
-            raise LlamaJaxError("there is nothing to answer again: expected a message before")
+            raise LlamaJaxError("there is no answer to replace: expected a message first")
         self._tries += 1
         return self._begin([], asked)
 
@@ -213,7 +213,7 @@ class Chat:
         self._check()
         conversation = [*self.messages, *given] if asked is None else asked
         if conversation[-1].role == "assistant":
-            raise LlamaJaxError("the last message is an assistant's: expected one to answer, a user's or a tool's")
+            raise LlamaJaxError("the last message is by the assistant: expected one by the user or a tool to answer")
         most, least = self._room()
         window = fit(conversation, self._first, self._encode, self.context_length, most, least)
         if window.turns:

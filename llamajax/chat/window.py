@@ -68,7 +68,7 @@ def fit(
     ids = ids_from(turns)
     if len(ids) - 1 + (least if turns == last else most) > context:
         raise LlamaJaxError(
-            f"the last turn and what stands before it are {len(ids)} tokens, and its answer may have {least}: expected "
+            f"the last turn, with what must precede it, has {len(ids)} tokens, and its answer up to {least}: expected "
             f"at most {context} together, the model's context: shorten the turn, or lower max_new_tokens"
         )
     return Window(begins[turns], ids, turns)

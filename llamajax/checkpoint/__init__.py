@@ -307,7 +307,7 @@ def save_checkpoint(
     words = tokenizer.words if isinstance(tokenizer, Tokenizer) else words
     if form == "gguf":
         if known is None and tokenizer_bytes is not None:
-            raise LlamaJaxError("the tokenizer is not one that is read, and so cannot go into GGUF: give another")
+            raise LlamaJaxError("the tokenizer cannot be read, so it cannot be written to GGUF: give another one")
         gguf.save(model, Path(path), known, words, dtype)
         return
     with new_folder(Path(path)) as folder:

@@ -1,17 +1,15 @@
 """Commands: each module here defines its flags and turns them into one library call.
 
 A command is a module with `SUMMARY`, `EXAMPLES`, `define(values)` and `run(values)`; `POSITIONAL` names the flag that
-may be given by its value alone. Flags belong to the command, in an `absl.flags.FlagValues` of its own: nothing is
-defined globally, and no command accepts another's. Which modules there are, here, in the package `export` and in other
-distributions, is what entry points say: see `commands.py`.
+may be given by its value alone. `flag_groups.group` puts its flags under headings of `--help`. Flags
+belong to the command, in an `absl.flags.FlagValues` of its own: nothing is defined globally, and no command accepts
+another's. Entry points declare the commands of this package, of `export` and of other distributions: see `commands.py`.
 """
 
-import difflib
 import hashlib
 import importlib
 import os
 import sys
-import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +19,8 @@ import jax
 from absl import flags
 
 from llamajax import process
-from llamajax.cli import terminal
+from llamajax.cli import help_pages, terminal
+from llamajax.cli.command_line import WrongCommandLineError, in_words, nearest, parse
 from llamajax.cli.commands import Command, find_commands
 from llamajax.errors import LlamaJaxError
 from llamajax.files import causes, disk_problem
@@ -60,38 +59,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    if not argv or argv[0] in ("help", *_HELP):
-        terminal.write(_overview())
-        return 0 if argv else 2
+    if not COMMANDS:
+        remedy = "install it with pip, or run it from a checkout"
+        return _fail(f"llamajax finds no commands: it is neither installed nor beside its pyproject.toml: {remedy}", 1)
+    if not argv:
+        terminal.write(help_pages.first_steps())
+        return 2
     if argv[0] == "--version":
         from llamajax import __version__
 
         terminal.write(f"llamajax {__version__}")
         return 0
+    if argv[0] in ("help", *_HELP):
+        if len(argv) == 1:
+            terminal.write(help_pages.overview({name: _summary(command) for name, command in COMMANDS.items()}))
+            return 0
+        argv = [argv[1], "--help"]
     name, *rest = argv
-    if not COMMANDS:
-        remedy = "pip install it, or run it from a checkout"
-        return _fail(f"no command is known: neither metadata nor pyproject.toml of this package is here: {remedy}", 1)
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(COMMANDS)}"
-        return _fail(f"unknown command {name!r}: {hint}", 2)
+        return _fail(_unknown_command(name), 2)
     command = _load(COMMANDS[name])
     values = flags.FlagValues()
     command.define(values)
-    flags.DEFINE_boolean("help", False, "show this", short_name="h", flag_values=values)
+    flags.DEFINE_boolean("help", False, "Shows this page.", short_name="h", flag_values=values)
     try:
-        surplus = values([name, *rest])[1:]
-        if values.help:
-            terminal.write(_help(name, command, values))
-            return 0
-        positional = getattr(command, "POSITIONAL", None)
-        if surplus and positional and values[positional].value is None:
-            values[positional].value = surplus.pop(0)
-        if surplus:
-            raise flags.Error(f"unexpected argument {surplus[0]!r}: write --flag=value")
-    except flags.Error as error:
+        parse([name, *rest], command, values)
+    except WrongCommandLineError as error:
         return _fail(f"{error} (see llamajax {name} --help)", 2)
+    if values.help:
+        terminal.write(help_pages.page(name, command, values))
+        return 0
     if scarce := process.few_addresses():
         terminal.note(f"llamajax: {scarce}")
     if "threads" in values and values.threads is not None:
@@ -100,6 +97,17 @@ def _run(argv: list[str]) -> int:
     with process.interruptible():
         command.run(values)
     return 0
+
+
+def _unknown_command(name: str) -> str:
+    if name.startswith("-") and name not in ("-", "--"):
+        if close := nearest(name, ("--help", "--version")):
+            return f"unknown flag {name}: did you mean {close}?"
+        return f"{name}: expected a command before the flags, such as llamajax generate (see llamajax --help)"
+    close = nearest(name, COMMANDS)
+    return f"unknown command {name!r}: " + (
+        f"did you mean {close!r}?" if close else f"expected {in_words([*COMMANDS])}"
+    )
 
 
 def _load(command: Command) -> ModuleType:
@@ -181,34 +189,9 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _overview() -> str:
-    lines = ["llamajax: one functional LLaMA in JAX", "", "usage: llamajax COMMAND [--flag=value …]", ""]
-    lines += [f"  {name:10} {_summary(command)}" for name, command in COMMANDS.items()]
-    lines += ["", "examples:", "  llamajax generate --prompt='Once upon a time'", "  llamajax inspect --model=box", ""]
-    return "\n".join([*lines, "llamajax COMMAND --help shows a command's flags and examples; --version the version."])
-
-
 def _summary(command: Command) -> str:
     """One line; of a command that cannot be used, why: the others can."""
     try:
         return _load(command).SUMMARY
     except LlamaJaxError as error:
         return f"cannot be used: {error}"
-
-
-def _help(name: str, command: ModuleType, values: flags.FlagValues) -> str:
-    lines = [f"llamajax {name}: {command.SUMMARY}", "", "examples:"]
-    lines += [f"  {example}" for example in command.EXAMPLES]
-    lines += ["", "flags:"]
-    for flag in (values[flag_name] for flag_name in values if not _inherited(values, flag_name)):
-        shown = ", ".join(flag.default) if isinstance(flag.default, list) else flag.default
-        default = "" if shown in (None, "") else f" (default: {shown})"
-        text = flag.help.split(";\n")[0] + default  # absl says of itself how to repeat a flag; our texts do too
-        lines.append(f"  --{flag.name}")
-        lines += textwrap.wrap(text, 100, initial_indent="      ", subsequent_indent="      ")
-    return "\n".join(lines)
-
-
-def _inherited(values: flags.FlagValues, name: str) -> bool:
-    """Flags of every command: --help, and what absl defines (--flagfile, --undefok), are not worth a reader's time."""
-    return name in ("flagfile", "undefok", "help", "h")

@@ -9,7 +9,9 @@ from absl import flags
 from rich.table import Table
 
 from llamajax.caches import CACHE_DTYPES
+from llamajax.cli.flag_groups import COMMON, SPEED, group
 from llamajax.cli.model_flags import (
+    A_MODEL,
     chosen_activations,
     chosen_dtype,
     define_activations,
@@ -21,7 +23,7 @@ from llamajax.cli.model_flags import (
 )
 from llamajax.cli.sizes import memory_bytes, readable_bytes
 from llamajax.cli.terminal import as_json, printable, progress, show, spinner, write
-from llamajax.config import preset, preset_names
+from llamajax.config import preset
 from llamajax.errors import LlamaJaxError
 from llamajax.evaluation.plots import Speed, check_picture, speed_bars
 from llamajax.evaluation.speed import (
@@ -36,14 +38,12 @@ from llamajax.generation.programs import DECODE_BLOCK
 from llamajax.model import Llama
 from llamajax.prepare import prepare, with_activations
 from llamajax.quantization.foreseen import FLOATS
-from llamajax.quantization.quantize import recipe_names
 from llamajax.threads import thread_count
 
-SUMMARY = "measure prefill and decode beside the machine's memory bandwidth and products"
+SUMMARY = "measure prefill and decode speed, and compare it with what the machine can do"
 EXAMPLES = (
-    "llamajax bench",
+    "llamajax bench --model=any-llama.gguf",
     "llamajax bench --shape=tinyllama-1.1b --prefill=16,128,512 --context=128,1024 --batch=1,8",
-    "llamajax bench --shape=llama3.2-1b --recipe=bfloat16 --json",
     "llamajax bench --model=box-int4 --cache_dtype=int8 --plot=speed.svg",
 )
 _RECIPE = "int4-g32"
@@ -51,60 +51,83 @@ _RECIPE = "int4-g32"
 
 def define(values: flags.FlagValues) -> None:
     """Flags of the command."""
-    flags.DEFINE_string(
-        "model",
-        None,
-        "checkpoint: a llamajax or Hugging Face folder, a llama2.c file, or box; box unless --shape is given",
-        flag_values=values,
-    )
+    with group(values, COMMON):
+        flags.DEFINE_string(
+            "model",
+            None,
+            f"`MODEL` to measure: {A_MODEL}. Without this flag and without --shape it is box.",
+            flag_values=values,
+        )
+        flags.DEFINE_string(
+            "shape",
+            None,
+            "Measures random weights in the shape of `PRESET` instead, such as tinyllama-1.1b.",
+            flag_values=values,
+        )
+        flags.DEFINE_string(
+            "recipe",
+            None,
+            f"Type of the random weights: {', '.join(FLOATS)}, a .toml `FILE`, or a recipe such as int8. Without this "
+            f"flag it is {_RECIPE}.",
+            flag_values=values,
+        )
+        flags.DEFINE_boolean("json", False, "Prints one JSON object instead of a table.", flag_values=values)
+        flags.DEFINE_string(
+            "plot",
+            None,
+            "Draws a picture to `FILE`, .svg or .png: tokens per second beside the limits of memory and arithmetic. "
+            "Needs pip install 'llamajax[plot]'.",
+            flag_values=values,
+        )
+    _define_measurements(values)
     define_ignore_key(values)
-    flags.DEFINE_string(
-        "shape",
-        None,
-        f"instead of a model, random weights of a preset's shape: {', '.join(preset_names())}",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "recipe",
-        None,
-        f"what the random weights are: {', '.join(FLOATS)}, a .toml file, or one of {', '.join(recipe_names())}; "
-        f"{_RECIPE} unless given",
-        flag_values=values,
-    )
     define_dtype(values)
     define_activations(values)
+    with group(values, SPEED):
+        flags.DEFINE_enum(
+            "cache_dtype",
+            "auto",
+            ["auto", *CACHE_DTYPES],
+            "Keeps the KV cache in numbers of this `TYPE`. auto is the type that the model computes in.",
+            flag_values=values,
+        )
+        flags.DEFINE_boolean(
+            "prepare",
+            True,
+            "Lays quantized weights out for this backend first, as generate does. --noprepare multiplies the stored "
+            "form.",
+            flag_values=values,
+        )
     define_threads(values)
-    flags.DEFINE_list(
-        "prefill", ["16", "128", "512"], "lengths of prompts, in tokens; none if empty", flag_values=values
-    )
-    flags.DEFINE_list(
-        "context", ["128"], "tokens that a decode step finds in the cache; no decoding if empty", flag_values=values
-    )
-    flags.DEFINE_list("batch", ["1"], "rows that are decoded at once", flag_values=values)
-    flags.DEFINE_enum(
-        "cache_dtype", "auto", ["auto", *CACHE_DTYPES], "of keys and values; auto is the model's", flag_values=values
-    )
-    flags.DEFINE_boolean(
-        "prepare",
-        True,
-        "lay quantized weights out for this backend first, as generate does; without, they are multiplied as they are "
-        "stored, by the reference",
-        flag_values=values,
-    )
-    flags.DEFINE_integer(
-        "repeats", 5, "how often each figure is measured; it is the median", lower_bound=1, flag_values=values
-    )
-    flags.DEFINE_integer(
-        "steps", 8, "decode steps of one repeat", lower_bound=1, upper_bound=DECODE_BLOCK, flag_values=values
-    )
-    flags.DEFINE_boolean("json", False, "print one JSON object instead of a table", flag_values=values)
-    flags.DEFINE_string(
-        "plot",
-        None,
-        "picture to draw, .svg or .png: tokens per second beside what memory and products in floats allow; needs the "
-        "extra llamajax[plot]",
-        flag_values=values,
-    )
+
+
+def _define_measurements(values: flags.FlagValues) -> None:
+    with group(values, "Measurements"):
+        flags.DEFINE_list(
+            "prefill",
+            ["16", "128", "512"],
+            "Prompt lengths in tokens, such as `16,128`. An empty value measures no prefill.",
+            flag_values=values,
+        )
+        flags.DEFINE_list(
+            "context",
+            ["128"],
+            "Tokens that are already in the cache when decoding, such as `128,1024`. An empty value measures no "
+            "decoding.",
+            flag_values=values,
+        )
+        flags.DEFINE_list("batch", ["1"], "Rows that are decoded at once, such as `1,8`.", flag_values=values)
+        flags.DEFINE_integer(
+            "repeats", 5, "Measures each figure `N` times and shows the median.", lower_bound=1, flag_values=values
+        )
+        flags.DEFINE_integer(
+            "steps",
+            8,
+            "Decode steps of one measurement.",
+            lower_bound=1,
+            upper_bound=DECODE_BLOCK,
+            flag_values=values,
+        )
 
 
 def run(values: flags.FlagValues) -> None:
@@ -116,7 +139,10 @@ def run(values: flags.FlagValues) -> None:
         model = with_activations(model, activations)
     longest = max(lengths + contexts)
     if longest > model.config.context_length:
-        raise LlamaJaxError(f"{longest} tokens: {name} is made for {model.config.context_length}: give fewer")
+        raise LlamaJaxError(
+            f"--context or --prefill has {longest} tokens: expected at most {model.config.context_length}, the context "
+            f"of {name}"
+        )
     size = memory_bytes(model)
     with spinner("measuring the machine"):
         bandwidth, flops = memory_bandwidth(), product_rate(model.config, model.dtype)
@@ -161,20 +187,27 @@ def _numbers(values: flags.FlagValues, name: str) -> list[int]:
     given = getattr(values, name)
     numbers = [int(text) for text in given if text.isdecimal()]
     if len(numbers) < len(given) or 0 in numbers:
-        raise LlamaJaxError(f"--{name}={','.join(given)}: expected whole numbers from 1, commas between")
+        raise LlamaJaxError(f"--{name}={','.join(given)}: expected whole numbers from 1, separated by commas")
     return numbers
 
 
 def _check(values: flags.FlagValues, lengths: list[int], contexts: list[int], batches: list[int]) -> None:
     """Refuses what needs no model to be refused."""
     if values.model and values.shape:
-        raise LlamaJaxError("--model and --shape: expected one of them")
+        raise LlamaJaxError("--model and --shape are both given: expected one of them")
     if values.recipe and not values.shape:
-        raise LlamaJaxError("--recipe is for the random weights of a --shape: quantize a model with llamajax quantize")
+        raise LlamaJaxError(
+            "--recipe is given without --shape: it chooses the type of random weights; llamajax quantize quantizes a "
+            "model"
+        )
     if values.recipe in FLOATS and values.dtype != "auto":
-        raise LlamaJaxError(f"--dtype={values.dtype} with --recipe={values.recipe}: the recipe says it: leave it out")
+        raise LlamaJaxError(
+            f"--dtype={values.dtype} and --recipe={values.recipe} both choose the type: leave --dtype out"
+        )
     if not lengths and not (contexts and batches):
-        raise LlamaJaxError("nothing to measure: give --prefill, or --context and --batch")
+        raise LlamaJaxError(
+            "--prefill and --context are empty: there is nothing to measure: expected a length in one of them"
+        )
     if values.plot:
         check_picture(values.plot)
 

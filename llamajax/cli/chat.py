@@ -11,6 +11,7 @@ from llamajax.chat.answer import Answer
 from llamajax.chat.reply import CONTENT
 from llamajax.cli import smollm2, user_state
 from llamajax.cli.conversation import Conversation
+from llamajax.cli.flag_groups import COMMON, OUTPUT, group
 from llamajax.cli.model_flags import define_activations, define_dtype, define_model, define_threads, say
 from llamajax.cli.sampling_flags import (
     check_sampling,
@@ -22,7 +23,7 @@ from llamajax.cli.sampling_flags import (
 from llamajax.cli.terminal import as_json, harmless, is_terminal, write
 from llamajax.errors import LlamaJaxError
 
-SUMMARY = "answer what is typed, or each line of input, with a model that was trained to"
+SUMMARY = "chat with a model, at a terminal or with one message for each line of input"
 EXAMPLES = (
     "llamajax chat",
     "echo 'What is the capital of France?' | llamajax chat --temperature=0",
@@ -38,46 +39,56 @@ def define(values: flags.FlagValues) -> None:
     """Flags of the command."""
     define_model(values, default=SMOLLM2)
     values["model"].help = (
-        f"checkpoint: a llamajax or Hugging Face folder, or a GGUF file, that carries a chat template; "
-        f"{SMOLLM2} is SmolLM2-135M-Instruct, 98 MB, which is fetched once into the user's cache folder"
+        f"`MODEL` to chat with: a llamajax or Hugging Face folder, or a GGUF file, with a chat template. {SMOLLM2} is "
+        "SmolLM2-135M-Instruct (98 MB), which is fetched once into the user's cache folder."
     )
+    with group(values, COMMON):
+        flags.DEFINE_string(
+            "system",
+            None,
+            "System message `TEXT`. Without this flag the chat template decides.",
+            flag_values=values,
+        )
+        flags.DEFINE_integer(
+            "max_new_tokens",
+            None,
+            "Generates at most `N` tokens for an answer. Without this flag the limit is 512, eight times as many for a "
+            "model that thinks, and at most a quarter of the context.",
+            lower_bound=1,
+            flag_values=values,
+        )
+    define_sampling(values, temperature=0.2, top_p=0.9)
+    with group(values, "Conversation"):
+        flags.DEFINE_string(
+            "template",
+            None,
+            "Chat template: the `NAME` of a built-in one, or a Jinja file. Without this flag the model's own is used.",
+            flag_values=values,
+        )
+        flags.DEFINE_string(
+            "load", None, "Continues the conversation in `FILE`, which /save has written.", flag_values=values
+        )
+        flags.DEFINE_boolean(
+            "history",
+            True,
+            "Keeps what is typed at a terminal, for the arrow keys of later conversations, in a file that only the "
+            "user can read.",
+            flag_values=values,
+        )
+    define_samples(values)
     define_dtype(values)
     define_activations(values)
-    define_threads(values)
-    flags.DEFINE_string("system", None, "system message; what the chat template says unless given", flag_values=values)
-    flags.DEFINE_string(
-        "template",
-        None,
-        "chat template: the name of a built-in one, or a file of Jinja; the checkpoint's unless given",
-        flag_values=values,
-    )
-    flags.DEFINE_string("load", None, "file of a conversation to go on with, as /save writes it", flag_values=values)
-    flags.DEFINE_integer(
-        "max_new_tokens",
-        None,
-        "most tokens of an answer; 512, eight times as many where the model thinks, or a quarter of a small context, "
-        "unless given",
-        lower_bound=1,
-        flag_values=values,
-    )
-    define_sampling(values, temperature=0.2, top_p=0.9)
     define_kv_cache(values)
     define_speculate(values)
-    define_samples(values)
-    flags.DEFINE_boolean("markdown", True, "read answers as Markdown, at a terminal", flag_values=values)
-    flags.DEFINE_boolean(
-        "history",
-        True,
-        "remember what is typed at a terminal for the arrow keys of later conversations, in a file "
-        "that only you can read",
-        flag_values=values,
-    )
-    flags.DEFINE_boolean(
-        "json",
-        False,
-        "one JSON object for each line of input, with the answer's thinking, tool calls, ids and speed",
-        flag_values=values,
-    )
+    define_threads(values)
+    with group(values, OUTPUT):
+        flags.DEFINE_boolean("markdown", True, "Shows answers as Markdown at a terminal.", flag_values=values)
+        flags.DEFINE_boolean(
+            "json",
+            False,
+            "Prints one JSON object for each line of input: the answer, its thinking, tool calls, token ids and speed.",
+            flag_values=values,
+        )
 
 
 def run(values: flags.FlagValues) -> None:
@@ -88,7 +99,7 @@ def run(values: flags.FlagValues) -> None:
     """
     check_sampling(values)
     if sys.stdin is None or sys.stdin.closed:
-        raise LlamaJaxError("standard input is closed: expected lines to answer")
+        raise LlamaJaxError("standard input is closed: expected messages, one in each line")
     name = str(smollm2.fetch(_say_fetching)) if values.model == SMOLLM2 else values.model
     conversation = Conversation(values, name)
     if is_terminal(sys.stdin) and is_terminal(sys.stdout) and not values.json:
@@ -104,11 +115,13 @@ def run(values: flags.FlagValues) -> None:
         else:
             _write(answer)
         if answer.completion.finish_reason == "length":
-            say(f"the answer was cut at {len(answer.completion.tokens)} tokens: --max_new_tokens allows more")
+            say(
+                f"the answer stopped at the limit of {len(answer.completion.tokens)} tokens: --max_new_tokens raises it"
+            )
 
 
 def _say_fetching() -> None:
-    say(f"fetching {smollm2.FILE}, {smollm2.NBYTES / 1e6:.0f} MB, once (Hugging Face, Apache-2.0)")
+    say(f"fetching {smollm2.FILE} ({smollm2.NBYTES / 1e6:.0f} MB, by Hugging Face, Apache-2.0); later runs reuse it")
 
 
 def _write(answer: Answer) -> None:
@@ -143,15 +156,20 @@ def _described(answer: Answer) -> dict[str, Any]:
 def _lines() -> Iterator[str]:
     """Lines of standard input that hold something."""
     if is_terminal(sys.stdin):
-        say("each line is answered; Ctrl-D ends")
+        say("type a message and press Enter; Ctrl-D ends")
     number = 0
     while data := sys.stdin.buffer.readline(_LONGEST_LINE + 1):
         number += 1
         if len(data) > _LONGEST_LINE:
-            raise LlamaJaxError(f"line {number} is longer than {_LONGEST_LINE} bytes: expected a line to answer")
+            raise LlamaJaxError(
+                f"line {number} of standard input is too long: expected at most {_LONGEST_LINE} bytes: split the "
+                "message"
+            )
         try:
             line = data.decode("utf-8").strip()
         except UnicodeDecodeError as error:
-            raise LlamaJaxError(f"line {number} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+            raise LlamaJaxError(
+                f"line {number} of standard input: {error.reason} at byte {error.start}: expected UTF-8 text"
+            ) from None
         if line:
             yield line

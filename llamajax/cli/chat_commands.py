@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from llamajax.cli.chat_terminal import Session
 
 _KEYS = (
-    "Enter sends. Alt-Enter, or a backslash at the end of a line, begins another line; so does Enter in a message that "
-    'opens with """, until """ closes it. The arrow keys bring back what was typed, Tab completes a command. Ctrl-C '
-    "stops an answer, or drops what is being typed; Ctrl-D ends. A message that begins with / is typed with //, or "
-    "behind a space."
+    "Enter sends the message. Alt-Enter, or a backslash at the end of a line, starts a new line; in a message that "
+    'begins with """, Enter starts a new line until """ ends the message. The arrow keys show earlier messages, Tab '
+    "completes a command. Ctrl-C stops an answer, or clears the message that is being typed; Ctrl-D ends the program. "
+    "To send a message that begins with /, type // or a space first."
 )
 
 
@@ -56,12 +56,14 @@ def run_command(session: "Session", line: str) -> None:
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, [*COMMANDS, *_OTHER_NAMES], 1)
         hint = f"did you mean {close[0]}?" if close else "/help lists the commands"
-        raise LlamaJaxError(f"{shortened(name, 40)} is no command: {hint} (// sends a message that begins with /)")
+        raise LlamaJaxError(
+            f"unknown command {shortened(name, 40)}: {hint} (to send a message that begins with /, type // instead)"
+        )
     command = COMMANDS[name]
     if argument and not command.argument:
-        raise LlamaJaxError(f"{name} takes nothing behind it: it was given {shortened(argument, 40)}")
+        raise LlamaJaxError(f"{name}: unexpected argument {shortened(argument, 40)}: expected {name} alone")
     if not argument and command.argument and not command.argument.startswith("["):
-        raise LlamaJaxError(f"{name}: expected {command.argument} behind it: {command.summary}")
+        raise LlamaJaxError(f"{name}: no {command.argument} is given: expected {name} {command.argument}")
     if argument and command.choices and argument not in command.choices:
         raise LlamaJaxError(f"{name}: {shortened(argument, 40)}: expected {' or '.join(command.choices)}")
     command.run(session, argument)
@@ -77,7 +79,7 @@ def _help(session: "Session", argument: str) -> None:
 
 def _reset(session: "Session", argument: str) -> None:
     session.reset()
-    session.say("a new conversation")
+    session.say("started a new conversation")
 
 
 def _save(session: "Session", argument: str) -> None:
@@ -86,10 +88,10 @@ def _save(session: "Session", argument: str) -> None:
         try:
             load_conversation(path)
         except LlamaJaxError as error:
-            raise LlamaJaxError(f"{path}: exists, and is no saved conversation: choose another name") from error
+            raise LlamaJaxError(f"{path} exists and is not a saved conversation: choose another name") from error
     messages = session.chat.messages
     save_conversation(path, messages)
-    session.say(f"{len(messages)} messages are in {path}")
+    session.say(f"{path}: saved {len(messages)} messages")
 
 
 def _load(session: "Session", argument: str) -> None:
@@ -100,19 +102,19 @@ def _system(session: "Session", argument: str) -> None:
     if argument:
         session.chat.system = None if argument == "-" else argument
     system = session.chat.system
-    session.say("the system message is the chat template's" if system is None else f"the system message: {system}")
+    session.say("the chat template sets the system message" if system is None else f"the system message: {system}")
 
 
 def _think(session: "Session", argument: str) -> None:
     if argument:
         session.chat.think = argument == "on"
-    session.say(f"thinking step by step is {'on' if session.chat.think else 'off'}")
+    session.say(f"thinking before the answer is {'on' if session.chat.think else 'off'}")
 
 
 def _most(session: "Session", argument: str) -> None:
     if argument:
         session.chat.max_new_tokens = _number("/max_new_tokens", argument, int)
-    session.say(f"an answer may have {session.chat.max_new_tokens} tokens")
+    session.say(f"an answer has at most {session.chat.max_new_tokens} tokens")
 
 
 def _knob(knob: str, kind: type) -> Callable[["Session", str], None]:
@@ -140,23 +142,27 @@ def _number(name: str, text: str, kind: type) -> Any:
 
 
 COMMANDS: dict[str, Command] = {
-    "/help": Command("", "shows this", _help),
-    "/retry": Command("", "another answer to the last message", lambda session, _: session.retry()),
-    "/reset": Command("", "begins a new conversation; the system message stays", _reset),
-    "/system": Command("[TEXT]", "what stands before the conversation; - for what the chat template says", _system),
-    "/temperature": Command("[X]", "0 is greedy; higher is more surprising", _knob("temperature", float)),
-    "/top_k": Command("[K]", "chooses among the K likeliest tokens only; or off", _knob("top_k", int)),
-    "/top_p": Command("[P]", "chooses among the likeliest tokens that make up P; or off", _knob("top_p", float)),
-    "/min_p": Command("[P]", "chooses among tokens P times as likely as the likeliest; or off", _knob("min_p", float)),
-    "/repetition_penalty": Command(
-        "[X]", "above 1: avoids what was said before; or off", _knob("repetition_penalty", float)
+    "/help": Command("", "shows this help", _help),
+    "/retry": Command("", "generates another answer to the last message", lambda session, _: session.retry()),
+    "/reset": Command("", "starts a new conversation and keeps the system message", _reset),
+    "/system": Command("[TEXT]", "shows or sets the system message; - restores the chat template's", _system),
+    "/temperature": Command(
+        "[X]", "0 takes the likeliest token; higher values vary the text", _knob("temperature", float)
     ),
-    "/max_new_tokens": Command("[N]", "most tokens of an answer", _most),
-    "/think": Command("[on|off]", "answers step by step", _think, choices=("on", "off")),
+    "/top_k": Command("[K]", "samples from the K likeliest tokens; or off", _knob("top_k", int)),
+    "/top_p": Command("[P]", "samples from the likeliest tokens of total probability P; or off", _knob("top_p", float)),
+    "/min_p": Command(
+        "[P]", "samples from tokens at least P times as likely as the likeliest; or off", _knob("min_p", float)
+    ),
+    "/repetition_penalty": Command(
+        "[X]", "values above 1 make earlier tokens less likely; or off", _knob("repetition_penalty", float)
+    ),
+    "/max_new_tokens": Command("[N]", "limits the tokens of an answer", _most),
+    "/think": Command("[on|off]", "makes the model think before it answers", _think, choices=("on", "off")),
     "/history": Command("", "shows the conversation so far", lambda session, _: session.show_history()),
     "/save": Command("FILE", "writes the conversation to a JSON file", _save),
-    "/load": Command("FILE", "goes on with a conversation that was saved", _load),
-    "/exit": Command("", "ends, as Ctrl-D does", lambda session, _: session.end()),
+    "/load": Command("FILE", "continues a saved conversation", _load),
+    "/exit": Command("", "ends the program, as Ctrl-D does", lambda session, _: session.end()),
 }
 # As other programs name them.
 _OTHER_NAMES = {

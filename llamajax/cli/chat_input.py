@@ -114,7 +114,7 @@ def message_of(typed: str) -> str:
     try:
         typed.encode()
     except UnicodeEncodeError:
-        raise LlamaJaxError("the message holds bytes that are not UTF-8: expected text; it was not sent") from None
+        raise LlamaJaxError("the message was not sent: it contains bytes that are not UTF-8 text") from None
     text = typed.strip()
     if text.startswith(QUOTES):
         return text.removeprefix(QUOTES).removesuffix(QUOTES).strip("\n")

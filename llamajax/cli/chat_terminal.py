@@ -44,7 +44,7 @@ class Session:
     def run(self) -> None:
         """Answers until the end of input."""
         self._conversation.read_weights()
-        self.say(f"{self._conversation.described()}. /help lists what can be asked besides; Ctrl-D ends.")
+        self.say(f"{self._conversation.described()}. /help lists the commands, Ctrl-D ends.")
         with process.interrupt_calls(self._stop):
             while not self._ended:
                 self._turn()
@@ -71,7 +71,7 @@ class Session:
     def show_history(self) -> None:
         """Prints the conversation so far."""
         if not self.chat.messages:
-            self.say("nothing was said yet")
+            self.say("the conversation is empty")
         for message in self.chat.messages:
             if message.role == "user":
                 write(harmless(f"{PROMPT}{message.content}"))
@@ -87,7 +87,7 @@ class Session:
     def retry(self) -> None:
         """Answers the last message once more."""
         if self.chat.knobs.get("temperature") == 0:
-            self.say("the temperature is 0: the answer will be the same (/temperature 0.7 gives others)")
+            self.say("the temperature is 0, so the answer will be the same: /temperature 0.7 gives another one")
         self._show(self._conversation.retry())
 
     def _turn(self) -> None:

@@ -86,7 +86,10 @@ class Conversation:
         """What an answer took, and why it ended where the model did not end it."""
         made, rate = len(answer.completion.tokens), answer.speed.decode_tokens_per_second
         used = f"{self.chat.context_used:,} of {self.chat.context_length:,} tokens of context"
-        reasons = {"stopped": " (stopped)", "length": f" (cut at {made:,} tokens: /max_new_tokens allows more)"}
+        reasons = {
+            "stopped": " (stopped)",
+            "length": f" (stopped at the limit of {made:,} tokens: /max_new_tokens raises it)",
+        }
         ended = reasons.get(answer.completion.finish_reason, "")
         return f"{made:,} token{'' if made == 1 else 's'}, {rate:.1f} tokens/s, {used}{ended}"
 

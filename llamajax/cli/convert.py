@@ -7,6 +7,7 @@ from absl import flags
 
 from llamajax.checkpoint import save_checkpoint
 from llamajax.checkpoint.gguf import check_name as check_gguf_name
+from llamajax.cli.flag_groups import COMMON, group
 from llamajax.cli.model_flags import define_model, open_named, read_model, tokenizer_if_any
 from llamajax.cli.sizes import readable_bytes, stored_bytes
 from llamajax.cli.terminal import note, spinner
@@ -14,11 +15,10 @@ from llamajax.errors import LlamaJaxError
 from llamajax.files import check_absent
 from quant import quantized
 
-SUMMARY = "write a checkpoint in llamajax's own form, in Hugging Face's, or as GGUF"
+SUMMARY = "write a model in another format: llamajax, Hugging Face or GGUF"
 EXAMPLES = (
     "llamajax convert --model=path/to/Llama-3.2-1B --output=llama3.2-1b",
-    "llamajax convert --model=stories15M.bin --tokenizer=tokenizer.model --to=huggingface --output=stories15M-hf",
-    "llamajax convert --model=box --dtype=float32 --output=box32",
+    "llamajax convert --model=any-llama.gguf --to=huggingface --dtype=bfloat16 --output=llama-hf",
     "llamajax convert --model=box-int4 --to=gguf --output=box-int4.gguf",
 )
 
@@ -26,21 +26,27 @@ EXAMPLES = (
 def define(values: flags.FlagValues) -> None:
     """Flags of the command."""
     define_model(values, default=None)
-    flags.DEFINE_string("output", None, "folder to write, or file for gguf; must not exist", flag_values=values)
-    flags.DEFINE_enum("to", "llamajax", ["llamajax", "huggingface", "gguf"], "format to write", flag_values=values)
-    flags.DEFINE_enum(
-        "dtype",
-        None,
-        ["float32", "bfloat16", "float16"],
-        "dtype to write; as stored if not given. To gguf, packed weights become floats of it too",
-        flag_values=values,
-    )
+    with group(values, COMMON):
+        flags.DEFINE_string(
+            "output", None, "Writes to `PATH`, a folder, or a file for GGUF. It must not exist.", flag_values=values
+        )
+        flags.DEFINE_enum(
+            "to", "llamajax", ["llamajax", "huggingface", "gguf"], "`FORMAT` to write.", flag_values=values
+        )
+        flags.DEFINE_enum(
+            "dtype",
+            None,
+            ["float32", "bfloat16", "float16"],
+            "Writes numbers of this `TYPE`. Without this flag it is the type of the stored weights. With --to=gguf, "
+            "packed weights become floats of this type.",
+            flag_values=values,
+        )
 
 
 def run(values: flags.FlagValues) -> None:
     """Reads, converts, writes; the folder, or file, appears whole or not at all."""
     if not values.model or not values.output:
-        raise LlamaJaxError("--model and --output are both needed: see llamajax convert --help")
+        raise LlamaJaxError("--model or --output is missing: expected both (see llamajax convert --help)")
     output = Path(values.output)
     check_absent(output)
     if values.to == "gguf":
@@ -49,8 +55,8 @@ def run(values: flags.FlagValues) -> None:
     tokenizer = tokenizer_if_any(values, opened) or opened.tokenizer_bytes
     if values.dtype and values.to != "gguf" and quantized(opened.abstract):
         raise LlamaJaxError(
-            f"{values.model}: its weights are quantized, which --dtype does not undo: leave it out; "
-            "--to=gguf --dtype=float32 writes floats"
+            f"--dtype={values.dtype}: the weights of {values.model} are quantized, and --to={values.to} keeps them so: "
+            "leave --dtype out, or write floats with --to=gguf --dtype=float32"
         )
     dtype, written = (None, values.dtype) if values.to == "gguf" else (values.dtype, None)
     model = read_model(opened, dtype, shardings="host")

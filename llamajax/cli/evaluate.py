@@ -12,6 +12,7 @@ from rich.table import Table
 from llamajax.checkpoint import Opened, need_tokenizer, read_tokenizer
 from llamajax.cli import evaluate_tasks
 from llamajax.cli.evaluate_models import about, check_named, layout, products, size_cells, size_of, without_infinities
+from llamajax.cli.flag_groups import COMMON, SPEED, group
 from llamajax.cli.model_flags import (
     chosen_activations,
     chosen_dtype,
@@ -38,65 +39,70 @@ from llamajax.evaluation.windows import CONVENTIONS, Windows
 from llamajax.model import Llama
 from llamajax.train import heldout_stories
 
-SUMMARY = "measure perplexity, or accuracy at tasks, size and the distance to a reference, by layer too"
+SUMMARY = "measure perplexity or accuracy of models, and how far they are from a reference"
 EXAMPLES = (
-    "llamajax eval --model=box --text=stories",
-    "llamajax eval --model=box-int4 --reference=box --plot=layers.svg",
-    "llamajax eval --model=box-int8,box-int4,box-int3 --reference=box --plot=curve.svg",
-    "llamajax eval --model=box-int4 --reference_products",
-    "llamajax eval --model=path/to/llama --text=wiki.test.raw --convention=llama.cpp --context=512",
-    "llamajax eval --model=stories260K.bin --tokenizer=tok512.model --text=tinystories.txt --context=256 --json",
-    *evaluate_tasks.EXAMPLES,
+    "llamajax eval --model=box-int8,box-int4 --reference=box --plot=curve.svg",
+    "llamajax eval --model=any-llama.gguf --text=wiki.test.raw --convention=llama.cpp",
+    "llamajax eval --model=any-llama.gguf --task=copa.jsonl,openbook_qa.jsonl",
 )
 _LARGEST_LOSS = 700.0  # of which the exponential is a float
-_DIFFERENT = "the architectures differ: there is no signal-to-noise by layer"
+_DIFFERENT = "the architectures differ, so their layers cannot be compared"
 
 
 def define(values: flags.FlagValues) -> None:
     """Flags of the command."""
     define_model(values, several=True)
+    with group(values, COMMON):
+        flags.DEFINE_string(
+            "text",
+            "stories",
+            "Measures perplexity on the text in `FILE` (UTF-8). stories are 200 stories that the included model was "
+            "not trained on.",
+            flag_values=values,
+        )
+        flags.DEFINE_string(
+            "reference",
+            None,
+            "Compares with this `MODEL`: KL divergence, top-1 agreement, and signal to noise by layer and by weight.",
+            flag_values=values,
+        )
+        flags.DEFINE_string(
+            "plot",
+            None,
+            "Draws a picture to `FILE`, .svg or .png: the error by layer of one model, or KL divergence against bits "
+            "per weight of several. Needs --reference and pip install 'llamajax[plot]'.",
+            flag_values=values,
+        )
+        flags.DEFINE_boolean(
+            "json", False, "Prints one JSON object for each model instead of tables.", flag_values=values
+        )
+    with group(values, "Text"):
+        flags.DEFINE_enum(
+            "convention",
+            "documents",
+            CONVENTIONS,
+            "`RULE` for splitting and scoring the text. documents: splits at <|endoftext|>, puts BOS before each part, "
+            "and scores every token. llama.cpp: cuts the file into chunks that begin with BOS and scores their second "
+            "half, as its perplexity tool does; usual with --context=512. gptq: joins lines by blank lines and scores "
+            "whole windows, as papers on quantization do; usual with --context=2048.",
+            flag_values=values,
+        )
+        flags.DEFINE_integer(
+            "context", 512, "Runs the model on windows of `N` tokens, which do not overlap.", flag_values=values
+        )
+    evaluate_tasks.define(values)
     define_dtype(values)
     define_activations(values)
     define_threads(values)
-    flags.DEFINE_string(
-        "text", "stories", "UTF-8 file; or stories, 200 stories that the box was not trained on", flag_values=values
-    )
-    flags.DEFINE_enum(
-        "convention",
-        "documents",
-        CONVENTIONS,
-        "how the text is cut and what is scored. documents: parts between <|endoftext|>, each encoded behind a BOS, "
-        "joined, in windows of which every token is predicted. llama.cpp: as its perplexity tool, the whole file in "
-        "chunks that begin with BOS, their second half scored; published at --context=512. gptq: as in the papers on "
-        "GPTQ, AWQ and others, the lines joined by blank lines, whole windows scored; published at --context=2048",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "reference",
-        None,
-        "checkpoint to compare with: KL divergence, top-1 agreement, signal-to-noise by layer and by weight",
-        flag_values=values,
-    )
-    flags.DEFINE_integer("context", 512, "window in tokens; windows do not overlap", flag_values=values)
-    flags.DEFINE_integer("batch", 8, "windows, continuations or answers evaluated at once", flag_values=values)
-    flags.DEFINE_boolean(
-        "reference_products",
-        False,
-        "multiply by quantized weights as the format defines it: dequantized whole, in float32. Otherwise weights are "
-        "laid out as generate runs them, and what is measured has the rounding that this adds",
-        flag_values=values,
-    )
-    flags.DEFINE_boolean(
-        "json", False, "print a JSON object a model, one a line, instead of tables", flag_values=values
-    )
-    flags.DEFINE_string(
-        "plot",
-        None,
-        "picture to draw, .svg or .png: of one model its error by layer, of several their KL divergence against bits "
-        "a weight; needs --reference, and the extra llamajax[plot]",
-        flag_values=values,
-    )
-    evaluate_tasks.define(values)
+    with group(values, SPEED):
+        flags.DEFINE_integer("batch", 8, "Evaluates `N` windows or answers at once.", flag_values=values)
+        flags.DEFINE_boolean(
+            "reference_products",
+            False,
+            "Dequantizes each weight to float32 before it is multiplied. Without this flag the weights are laid out "
+            "as generate uses them, and the results contain the rounding of that layout.",
+            flag_values=values,
+        )
 
 
 def run(values: flags.FlagValues) -> None:
@@ -163,12 +169,14 @@ def _results(
 def _check(values: flags.FlagValues) -> None:
     """Refuses what needs no file to be refused."""
     if values.context < 1 or values.batch < 1:
-        raise LlamaJaxError(f"context is {values.context} and batch {values.batch}: expected at least 1")
+        raise LlamaJaxError(f"--context={values.context}, --batch={values.batch}: expected at least 1 for each")
     check_named(values)
     evaluate_tasks.check(values)
     if values.plot:
         if not values.reference:
-            raise LlamaJaxError("--plot draws the distance to a reference: give --reference=PATH")
+            raise LlamaJaxError(
+                "--plot is given without --reference: it draws the distance to a reference: add --reference=MODEL"
+            )
         check_picture(values.plot)
 
 
@@ -182,16 +190,23 @@ def _windows(values: flags.FlagValues, checkpoints: list[Opened]) -> Windows:
     for checkpoint in checkpoints:
         path, length = checkpoint.path, checkpoint.config.context_length
         if values.context > length:
-            raise LlamaJaxError(f"context is {values.context}: {path} is made for {length}: give --context={length}")
+            raise LlamaJaxError(
+                f"--context={values.context}: expected at most {length}, the context of {path}: --context={length} "
+                "works"
+            )
         tokenizer = (need_tokenizer if windows is None else read_tokenizer)(checkpoint, values.tokenizer)
         if tokenizer is not None and (windows is None or values.tokenizer is None):
             cut = text_windows(text, tokenizer, values.context, values.convention)
             if windows is not None and not np.array_equal(cut.rows, windows.rows):
-                raise LlamaJaxError(f"{path}: its tokenizer is not {values.model[0]}'s: expected one for all models")
+                raise LlamaJaxError(
+                    f"{path} and {values.model[0]} have different tokenizers: expected models of one tokenizer"
+                )
             windows = cut
         if windows is not None and windows.rows.max() >= checkpoint.config.vocab_size:
             raise LlamaJaxError(
-                f"{path}: the text has token {windows.rows.max()}: expected less than {checkpoint.config.vocab_size}"
+                f"{path}: the text contains token {windows.rows.max()}: expected ids below "
+                f"{checkpoint.config.vocab_size}, "
+                "the size of the vocabulary: check --tokenizer"
             )
     assert windows is not None, "at least one checkpoint"
     return windows
@@ -222,7 +237,10 @@ def _compare(
 def _score(losses: np.ndarray) -> dict[str, Any]:
     loss, error = float(np.mean(losses, dtype=np.float64)), standard_error(losses)
     if loss > _LARGEST_LOSS:
-        raise LlamaJaxError(f"cross-entropy is {loss:.0f} nats a token: its exponential, the perplexity, overflows")
+        raise LlamaJaxError(
+            f"cross-entropy is {loss:.0f} nats per token: expected at most {_LARGEST_LOSS:.0f}: the perplexity "
+            "overflows"
+        )
     perplexity = math.exp(loss)
     return {
         "cross_entropy_nats": loss,

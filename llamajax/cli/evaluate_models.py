@@ -36,7 +36,7 @@ def about(name: str) -> Iterator[None]:
 def check_named(values: flags.FlagValues) -> None:
     """Refuses a list of models with a hole in it, and a batch of nothing."""
     if not values.model or not all(values.model):
-        raise LlamaJaxError(f"--model={','.join(values.model)}: expected a checkpoint, or several with commas between")
+        raise LlamaJaxError(f"--model={','.join(values.model)}: expected a model, or several separated by commas")
 
 
 def size_of(checkpoint: Opened) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from llamajax.checkpoint import Opened, need_tokenizer
 from llamajax.cli.evaluate_models import about, layout, products, size_cells, size_of
+from llamajax.cli.flag_groups import group
 from llamajax.cli.model_flags import chosen_activations, chosen_dtype, open_named, read_model
 from llamajax.cli.terminal import as_json, printable, progress, show, write
 from llamajax.errors import LlamaJaxError
@@ -18,11 +19,6 @@ from llamajax.files import check_absent, new_file
 from llamajax.model import Llama
 from llamajax.tokenizer import Tokenizer
 
-EXAMPLES = (
-    "llamajax eval --model=path/to/llama --task=copa.jsonl,openbook_qa.jsonl",
-    "llamajax eval --model=llama-3.5,llama-4.5 --reference=path/to/llama --task=openbook_qa.jsonl --output=said.jsonl",
-    "llamajax eval --model=path/to/llama --task=arc_easy.jsonl --delimiter=$'\\nAnswer: ' --fewshot=3 --json",
-)
 # What goes with questions alone, and with a text alone.
 _OF_TASKS = ("limit", "fewshot", "prefix", "delimiter", "stop", "max_new_tokens", "output")
 _OF_TEXTS = ("text", "convention", "context", "plot")
@@ -32,39 +28,50 @@ _SHOWN = ("acc", "acc_norm", "perplexity", "exact_match", "number_match")
 
 def define(values: flags.FlagValues) -> None:
     """Flags of questions."""
-    flags.DEFINE_list(
-        "task",
-        [],
-        "files of questions, commas between, in JSON lines as public suites ship them, asked instead of measuring "
-        "--text. query, choices, gold: multiple choice, accuracy without and with normalising by length. context, "
-        "continuation: cloze. question or context, answer: a short generated answer. By the conventions of "
-        "lm-evaluation-harness (docs/tasks.md); with --reference also the difference to it, question by question",
-        flag_values=values,
-    )
-    flags.DEFINE_integer("limit", None, "questions of a task that are asked, from the first on", flag_values=values)
-    flags.DEFINE_integer(
-        "fewshot", 0, "questions, the first of the file, that stand answered before each question", flag_values=values
-    )
-    flags.DEFINE_string(
-        "prefix", None, "text before each question: none unless given, 'Question: ' before answers", flag_values=values
-    )
-    flags.DEFINE_string(
-        "delimiter",
-        None,
-        "between a question and what is behind it: a space unless given, a new line and 'Answer:' before answers",
-        flag_values=values,
-    )
-    flags.DEFINE_multi_string(
-        "stop", list(STOP), "text that ends a generated answer, a new line unless given; may repeat", flag_values=values
-    )
-    flags.DEFINE_integer("max_new_tokens", MAX_NEW_TOKENS, "tokens of a generated answer, at most", flag_values=values)
-    flags.DEFINE_string(
-        "output",
-        None,
-        "file to write: what each model said to each question, in JSON lines; must not exist. Finished batches are "
-        "kept in OUTPUT.work until it is written: the same command goes on where it was stopped",
-        flag_values=values,
-    )
+    with group(values, "Questions"):
+        flags.DEFINE_list(
+            "task",
+            [],
+            "Asks the questions in `FILES`, separated by commas, instead of measuring --text. Each line is a JSON "
+            "object: query, choices and gold for multiple choice; context and continuation for cloze; question or "
+            "context, and answer, for a short generated answer. The conventions are those of lm-evaluation-harness "
+            "(docs/tasks.md). With --reference the difference to it is printed too.",
+            flag_values=values,
+        )
+        flags.DEFINE_integer("limit", None, "Asks only the first `N` questions of each file.", flag_values=values)
+        flags.DEFINE_integer(
+            "fewshot",
+            0,
+            "Shows the first `N` questions of the file, with answers, before each one.",
+            flag_values=values,
+        )
+        flags.DEFINE_string(
+            "prefix",
+            None,
+            "Puts `TEXT` before each question. Without this flag it is 'Question: ' for generated answers, and empty "
+            "otherwise.",
+            flag_values=values,
+        )
+        flags.DEFINE_string(
+            "delimiter",
+            None,
+            "Puts `TEXT` behind each question. Without this flag it is a new line and 'Answer:' for generated answers, "
+            "and a space otherwise.",
+            flag_values=values,
+        )
+        flags.DEFINE_multi_string(
+            "stop", list(STOP), "Ends a generated answer before `TEXT`. May be repeated.", flag_values=values
+        )
+        flags.DEFINE_integer(
+            "max_new_tokens", MAX_NEW_TOKENS, "Generates at most `N` tokens for an answer.", flag_values=values
+        )
+        flags.DEFINE_string(
+            "output",
+            None,
+            "Writes the answers of each model to `FILE`, as JSON lines. It must not exist. Finished batches are kept "
+            "in FILE.work, and the same command continues where it was stopped.",
+            flag_values=values,
+        )
 
 
 def check(values: flags.FlagValues) -> None:
@@ -72,11 +79,11 @@ def check(values: flags.FlagValues) -> None:
     wrong = [name for name in (_OF_TEXTS if values.task else _OF_TASKS) if values[name].present]
     if wrong:
         goes = (
-            "is of measuring a text, and --task asks questions" if values.task else "is of --task, which is not given"
+            "is for measuring a text, and --task asks questions" if values.task else "is for --task, which is not given"
         )
         raise LlamaJaxError(f"--{wrong[0]} {goes}: leave it out")
     if not all(values.task):
-        raise LlamaJaxError(f"--task={','.join(values.task)}: expected a file, or several with commas between")
+        raise LlamaJaxError(f"--task={','.join(values.task)}: expected a file, or several separated by commas")
 
 
 def run(values: flags.FlagValues) -> None:

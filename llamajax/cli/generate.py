@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from absl import flags
 
+from llamajax.cli.flag_groups import COMMON, OUTPUT, group
 from llamajax.cli.model_flags import (
     chosen_activations,
     chosen_dtype,
@@ -43,12 +44,9 @@ from llamajax.tokenizer import Tokenizer, infill
 
 SUMMARY = "continue a prompt, or several at once"
 EXAMPLES = (
-    "llamajax generate",
-    "llamajax generate --prompt='Once upon a time' --temperature=0 --max_new_tokens=100",
-    "llamajax generate --prompt='One day' --prompt='At night' --seed=7 --top_p=0.9 --stop='The end'",
-    "echo 'Q: What is 17 plus 25?' | llamajax generate --model=m.gguf --prompt_file=- --think --samples=8 --vote",
-    "llamajax generate --model=stories15M.bin --tokenizer=tokenizer.model --json",
-    "llamajax generate --model=CodeLlama-7b-hf --prompt='def add(a, b):' --suffix='    return c' --temperature=0",
+    "llamajax generate --prompt='Once upon a time'",
+    "llamajax generate --model=any-llama.gguf --prompt='The capital of France is' --temperature=0",
+    "llamajax generate --prompt='One day' --prompt='At night' --seed=7 --stop='The end' --json",
 )
 # Of --prompt_file: standard input.
 _STANDARD_INPUT = "-"
@@ -57,42 +55,49 @@ _STANDARD_INPUT = "-"
 def define(values: flags.FlagValues) -> None:
     """Flags of the command."""
     define_model(values)
+    with group(values, COMMON):
+        flags.DEFINE_multi_string(
+            "prompt", [""], "Continues `TEXT`. Repeat the flag to continue several at once.", flag_values=values
+        )
+        flags.DEFINE_integer(
+            "max_new_tokens",
+            None,
+            "Generates at most `N` tokens. Without this flag the limit is 512, or what the model's context has room "
+            "for.",
+            flag_values=values,
+        )
+    define_sampling(values)
+    with group(values, "Prompt and end"):
+        flags.DEFINE_string(
+            "prompt_file",
+            None,
+            "Continues the text in `FILE` (UTF-8), without the newline at its end. - is standard input, which is not "
+            "read otherwise.",
+            flag_values=values,
+        )
+        flags.DEFINE_string(
+            "suffix",
+            None,
+            "Fills the gap between the prompt and `TEXT`, with a model that was trained for this, such as Code Llama.",
+            flag_values=values,
+        )
+        define_parse_special(values)
+        flags.DEFINE_multi_string("stop", [], "Stops before `TEXT`. Repeat the flag for several.", flag_values=values)
+    define_samples(values)
     define_dtype(values)
     define_activations(values)
-    define_threads(values)
-    flags.DEFINE_multi_string("prompt", [""], "text to continue; repeat the flag for a batch", flag_values=values)
-    flags.DEFINE_string(
-        "prompt_file",
-        None,
-        "file with one text to continue, UTF-8, without the newline at its end; - is standard input, which is not "
-        "read otherwise",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "suffix",
-        None,
-        "text that is to stand behind what is written: models of code fill in what is missing between prompt and it",
-        flag_values=values,
-    )
-    define_parse_special(values)
-    flags.DEFINE_integer(
-        "max_new_tokens",
-        None,
-        "most new tokens; 512, or what the context has room for, if not given",
-        flag_values=values,
-    )
-    define_sampling(values)
-    define_samples(values)
-    flags.DEFINE_multi_string("stop", [], "text at which to stop; repeat the flag for several", flag_values=values)
     define_kv_cache(values)
     define_speculate(values)
-    flags.DEFINE_boolean("echo", True, "print the prompt before its continuation", flag_values=values)
-    flags.DEFINE_boolean(
-        "json",
-        False,
-        "print one JSON object a prompt, with ids and log probabilities; with all samples, and which was chosen",
-        flag_values=values,
-    )
+    define_threads(values)
+    with group(values, OUTPUT):
+        flags.DEFINE_boolean("echo", True, "Prints the prompt before its continuation.", flag_values=values)
+        flags.DEFINE_boolean(
+            "json",
+            False,
+            "Prints one JSON object for each prompt: the text, its token ids, their log probabilities, and all "
+            "samples.",
+            flag_values=values,
+        )
 
 
 def run(values: flags.FlagValues) -> None:
@@ -140,7 +145,7 @@ def _prompts(values: flags.FlagValues) -> list[str]:
     """
     prompts: list[str] = values.prompt
     if values.suffix is not None and (values.parse_special or values.think):
-        raise LlamaJaxError("--suffix goes with neither --parse_special nor --think: expected one of them")
+        raise LlamaJaxError("--suffix cannot be combined with --parse_special or --think: expected one of them")
     if (file := values.prompt_file) is not None:
         if values["prompt"].present:
             raise LlamaJaxError("--prompt and --prompt_file are both given: expected one of them")

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from llamajax.checkpoint import Opened, read_tokenizer
+from llamajax.cli.flag_groups import COMMON, group
 from llamajax.cli.model_flags import define_model, open_named
 from llamajax.cli.sizes import memory_bytes, readable_bytes
 from llamajax.cli.terminal import as_json, printable, show, write
@@ -20,25 +21,25 @@ _FIRST, _LONGEST = 3, 90  # elements of an array, characters of a value that are
 
 SUMMARY = "show a checkpoint's architecture, tensors, dtypes, bytes and source format"
 EXAMPLES = (
-    "llamajax inspect --model=box",
+    "llamajax inspect --model=any-llama.gguf",
     "llamajax inspect --model=path/to/Llama-3.2-1B --json",
     "llamajax inspect --model=box-int4 --backend=cpu",
-    "llamajax inspect --model=any-llama.gguf",
 )
 
 
 def define(values: flags.FlagValues) -> None:
     """Flags of the command."""
     define_model(values)
-    flags.DEFINE_enum(
-        "backend",
-        None,
-        list(BACKENDS),
-        "say for each tensor how this backend multiplies with it: in a layout of its own, or by the reference, which "
-        "dequantizes the whole weight, and why",
-        flag_values=values,
-    )
-    flags.DEFINE_boolean("json", False, "print one JSON object instead of tables", flag_values=values)
+    with group(values, COMMON):
+        flags.DEFINE_enum(
+            "backend",
+            None,
+            list(BACKENDS),
+            "Shows how `BACKEND` multiplies by each tensor: with a fast layout, or by dequantizing the whole weight, "
+            "and the reason.",
+            flag_values=values,
+        )
+        flags.DEFINE_boolean("json", False, "Prints one JSON object instead of tables.", flag_values=values)
 
 
 def run(values: flags.FlagValues) -> None:

@@ -6,39 +6,46 @@ from absl import flags
 
 from llamajax.allocator import large_blocks_apart
 from llamajax.checkpoint import Opened, need_tokenizer, open_checkpoint, read_tokenizer
+from llamajax.cli.flag_groups import COMMON, MODEL, SPEED, group
 from llamajax.cli.terminal import note, progress
 from llamajax.model import Llama
 from llamajax.prepare import ACTIVATIONS
 from llamajax.tokenizer import Tokenizer
+
+# What --model takes, for the texts of flags.
+A_MODEL = "a llamajax or Hugging Face folder, a GGUF or llama2.c file, or box, the small model that is included"
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def define_model(values: flags.FlagValues, default: str | None = "box", several: bool = False) -> None:
     """--model, which may be several with commas between, --tokenizer and --ignore_key."""
-    text = "a llamajax or Hugging Face folder, a GGUF or llama2.c file, or box"
-    if several:
-        flags.DEFINE_list("model", default, f"checkpoints, commas between: each {text}", flag_values=values)
-    else:
-        flags.DEFINE_string("model", default, f"checkpoint: {text}", flag_values=values)
-    flags.DEFINE_string(
-        "tokenizer",
-        None,
-        "tokenizer.model, tokenizer.json or tokenizer.bin, where none came with the checkpoint",
-        flag_values=values,
-    )
+    with group(values, COMMON):
+        if several:
+            text = f"`MODELS` to measure, separated by commas. Each is {A_MODEL}."
+            flags.DEFINE_list("model", default, text, flag_values=values)
+        else:
+            flags.DEFINE_string("model", default, f"`MODEL` to read: {A_MODEL}.", flag_values=values)
+    with group(values, MODEL):
+        flags.DEFINE_string(
+            "tokenizer",
+            None,
+            "Tokenizer `FILE` for a model that comes without one: tokenizer.model, tokenizer.json or tokenizer.bin.",
+            flag_values=values,
+        )
     define_ignore_key(values)
 
 
 def define_ignore_key(values: flags.FlagValues) -> None:
     """--ignore_key of a command that opens a model."""
-    flags.DEFINE_multi_string(
-        "ignore_key",
-        [],
-        "key of a Hugging Face config.json, or of a GGUF file's metadata, to read over: unknown, and changing no "
-        "forward pass; repeat the flag for several",
-        flag_values=values,
-    )
+    with group(values, MODEL):
+        flags.DEFINE_multi_string(
+            "ignore_key",
+            [],
+            "Ignores the unknown key `NAME` in config.json of a Hugging Face folder, or in the metadata of a GGUF "
+            "file. Without this flag an unknown key is an error, because it may change the results. May be repeated.",
+            flag_values=values,
+        )
 
 
 def define_parse_special(values: flags.FlagValues) -> None:
@@ -46,48 +53,50 @@ def define_parse_special(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean(
         "parse_special",
         False,
-        "take special tokens in the text, as <|im_start|>, for the ids that they stand for; without, they are spelt, "
-        "because nobody should be able to slip them in",
+        "Encodes special tokens that are written in the text, such as <|im_start|>, as their ids. Without this flag "
+        "they are ordinary characters.",
         flag_values=values,
     )
 
 
 def define_dtype(values: flags.FlagValues) -> None:
     """--dtype of a model that is run."""
-    flags.DEFINE_enum(
-        "dtype",
-        "auto",
-        ["auto", *_DTYPES],
-        "dtype to compute in; auto is float32 on a CPU, where XLA multiplies 16-bit floats many times slower, and as "
-        "stored elsewhere",
-        flag_values=values,
-    )
+    with group(values, SPEED):
+        flags.DEFINE_enum(
+            "dtype",
+            "auto",
+            ["auto", *_DTYPES],
+            "Computes in numbers of this `TYPE`. auto is float32 on a CPU, where 16-bit floats are slow, and the type "
+            "of the stored weights elsewhere.",
+            flag_values=values,
+        )
 
 
 def define_activations(values: flags.FlagValues) -> None:
     """--activations of a model that is run."""
-    flags.DEFINE_enum(
-        "activations",
-        "auto",
-        ["auto", *ACTIVATIONS],
-        "what quantized weights are multiplied with: float32, exactly; bfloat16, rounded to 8 bits of precision, with "
-        "which prefill is faster on CPUs that multiply 16-bit floats (AVX512-BF16, AMX); int8, a scale for each group, "
-        "as llama.cpp does. auto is what the checkpoint says, float32 unless its recipe chose",
-        flag_values=values,
-    )
+    with group(values, SPEED):
+        flags.DEFINE_enum(
+            "activations",
+            "auto",
+            ["auto", *ACTIVATIONS],
+            "Rounds the inputs of quantized weights to this `TYPE`. float32 does not round. bfloat16 makes prefill "
+            "faster on CPUs with AVX512-BF16 or AMX. int8 uses one scale for each group, as llama.cpp does. auto "
+            "follows the model's recipe, or is float32.",
+            flag_values=values,
+        )
 
 
 def define_threads(values: flags.FlagValues) -> None:
     """--threads of a command that computes; `cli.main` applies it, before a backend starts."""
-    flags.DEFINE_integer(
-        "threads",
-        None,
-        "threads that XLA computes with on a CPU: 1 to the processors that the process may use; all of them unless "
-        "given. Programs are compiled for a number of threads, and kept for each. Reading and compiling have threads "
-        "of their own",
-        lower_bound=1,
-        flag_values=values,
-    )
+    with group(values, SPEED):
+        flags.DEFINE_integer(
+            "threads",
+            None,
+            "Computes with `N` threads on a CPU. Without this flag one thread runs on each processor that the process "
+            "may use. Reading and compiling use threads of their own.",
+            lower_bound=1,
+            flag_values=values,
+        )
 
 
 def chosen_activations(values: flags.FlagValues) -> str | None:
@@ -113,7 +122,7 @@ def tokenizer_if_any(values: flags.FlagValues, opened: Opened) -> Tokenizer | No
     """The tokenizer, for what can do without; one that came and cannot be read is said on stderr."""
     tokenizer = read_tokenizer(opened, values.tokenizer)
     if tokenizer is None and opened.tokenizer_problem:
-        say(f"{opened.tokenizer_problem}: going on without it")
+        say(f"{opened.tokenizer_problem}: continuing without a tokenizer")
     return tokenizer
 
 

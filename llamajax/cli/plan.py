@@ -13,7 +13,9 @@ from rich.table import Table
 
 from llamajax.checkpoint.checks import available_memory
 from llamajax.checkpoint.huggingface import read_config
+from llamajax.cli.flag_groups import COMMON, SPEED, group
 from llamajax.cli.model_flags import (
+    A_MODEL,
     chosen_activations,
     chosen_dtype,
     define_activations,
@@ -31,12 +33,11 @@ from llamajax.quantization.foreseen import FLOATS
 from llamajax.quantization.quantize import read_recipe, recipe_names
 from quant import BACKENDS
 
-SUMMARY = "say what a model will take of memory, and what would fit"
+SUMMARY = "estimate how much memory a model needs, and what would fit"
 EXAMPLES = (
-    "llamajax plan --model=any-llama.gguf",
+    "llamajax plan --model=any-llama.gguf --context=8192",
     "llamajax plan --shape=llama3-8b --recipe=int4-g32 --context=8192 --memory=8G",
     "llamajax plan --shape=path/to/config.json --recipe=bfloat16 --batch=8 --kv_cache=int8 --json",
-    "llamajax plan --model=path/to/Llama-3.2-1B --recipe=int4-g128 --memory=2GB",
 )
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B|)", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -45,58 +46,69 @@ _MOST_RECIPES = 4  # that are shown
 
 def define(values: flags.FlagValues) -> None:
     """Flags of the command."""
-    flags.DEFINE_string(
-        "model",
-        None,
-        "checkpoint, of which the header alone is read: a llamajax or Hugging Face folder, a GGUF or llama2.c file, or "
-        "box; box unless --shape is given",
-        flag_values=values,
-    )
+    with group(values, COMMON):
+        flags.DEFINE_string(
+            "model",
+            None,
+            f"`MODEL` to plan for: {A_MODEL}. Only its header is read. Without this flag and without --shape it "
+            "is box.",
+            flag_values=values,
+        )
+        flags.DEFINE_string(
+            "shape",
+            None,
+            "Plans for an architecture instead of a model: a Hugging Face config.json, or a `PRESET` such as "
+            "llama3-8b.",
+            flag_values=values,
+        )
+        flags.DEFINE_string(
+            "recipe",
+            None,
+            f"Type that the weights would have: {', '.join(FLOATS)}, a .toml `FILE`, or a recipe such as int4-g32. "
+            "Without this flag it is the type of the stored weights, or bfloat16 with --shape.",
+            flag_values=values,
+        )
+        flags.DEFINE_string(
+            "memory",
+            None,
+            "Plans for this `SIZE` of memory. 24G and 24GiB are 24 x 2**30 bytes, 24GB is 24e9. Without this flag "
+            "it is what is available on this machine.",
+            flag_values=values,
+        )
+        flags.DEFINE_boolean(
+            "json",
+            False,
+            'Prints one JSON object instead of a table. "fits" says whether the model fits; the exit code is 0 in both '
+            "cases.",
+            flag_values=values,
+        )
+    with group(values, "Workload"):
+        flags.DEFINE_integer(
+            "context",
+            None,
+            f"Tokens of a row, prompt and new tokens together. Without this flag it is {DEFAULT_CONTEXT:,}, or the "
+            "model's context if that is less.",
+            flag_values=values,
+        )
+        flags.DEFINE_integer("batch", 1, "Rows that are generated at once.", flag_values=values)
     define_ignore_key(values)
-    flags.DEFINE_string(
-        "shape",
-        None,
-        f"instead of a model, an architecture: a Hugging Face config.json, or a preset: {', '.join(preset_names())}",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "recipe",
-        None,
-        f"what the weights would be: {', '.join(FLOATS)}, a .toml file, or one of {', '.join(recipe_names())}; as the "
-        "checkpoint stores them, or bfloat16 of a --shape, unless given",
-        flag_values=values,
-    )
-    flags.DEFINE_integer(
-        "context",
-        None,
-        f"tokens of a row, prompt and new ones; {DEFAULT_CONTEXT:,}, or the model's if that is less, unless given",
-        flag_values=values,
-    )
-    flags.DEFINE_integer("batch", 1, "rows", flag_values=values)
-    define_kv_cache(values)
+    with group(values, SPEED):
+        flags.DEFINE_enum(
+            "backend",
+            None,
+            list(BACKENDS),
+            "Plans for `BACKEND`. Without this flag it is the one of this machine.",
+            flag_values=values,
+        )
     define_dtype(values)
     define_activations(values)
-    flags.DEFINE_enum(
-        "backend", None, list(BACKENDS), "whose layout the weights get; the one here unless given", flag_values=values
-    )
-    flags.DEFINE_string(
-        "memory",
-        None,
-        "what there is: 24G and 24GiB are 24 x 2**30 bytes, 24GB is 24e9; what is available here unless given",
-        flag_values=values,
-    )
-    flags.DEFINE_boolean(
-        "json",
-        False,
-        'print one JSON object instead of a table; "fits" says whether it does. The exit code is 0 if it does not, too',
-        flag_values=values,
-    )
+    define_kv_cache(values)
 
 
 def run(values: flags.FlagValues) -> None:
     """Prints tables, or JSON."""
     if values.model and values.shape:
-        raise LlamaJaxError("--model and --shape: expected one of them")
+        raise LlamaJaxError("--model and --shape are both given: expected one of them")
     given = None if values.memory is None else parse_memory(values.memory)
     backend = values.backend or jax.default_backend()
     memory = _memory_here(backend) if given is None else given
@@ -145,7 +157,7 @@ def parse_memory(text: str) -> int:
         size = int(float(number) * base ** _POWERS[prefix.upper()])
     if size < 1:
         raise LlamaJaxError(
-            f"--memory={text}: expected a size, as 24G or 24GiB (24 x 2**30 bytes), or 24GB (24e9 bytes)"
+            f"--memory={text}: expected a size such as 24G or 24GiB (24 x 2**30 bytes), or 24GB (24e9 bytes)"
         )
     return size
 
@@ -159,8 +171,8 @@ def _architecture(values: flags.FlagValues) -> Config:
         path = path / "config.json"
     if not path.is_file():
         raise LlamaJaxError(
-            f"--shape={values.shape}: expected a config.json, or one of {', '.join(preset_names())}; a checkpoint is "
-            "--model"
+            f"--shape={values.shape}: expected a config.json, or one of {', '.join(preset_names())}; --model "
+            "takes a model"
         )
     return read_config(path, values.ignore_key)
 

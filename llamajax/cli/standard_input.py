@@ -17,8 +17,8 @@ def read_standard_input(remedy: str) -> str:
     """
     data = sys.stdin.buffer.read(LARGEST_TEXT + 1) if sys.stdin is not None and not sys.stdin.closed else b""
     if len(data) > LARGEST_TEXT:
-        raise LlamaJaxError(f"standard input: more than {LARGEST_TEXT} bytes: {remedy}")
+        raise LlamaJaxError(f"standard input has more than {LARGEST_TEXT} bytes: {remedy}")
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise LlamaJaxError(f"standard input: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise LlamaJaxError(f"standard input: {error.reason} at byte {error.start}: expected UTF-8 text") from None

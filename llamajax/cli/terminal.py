@@ -116,7 +116,7 @@ def as_json(value: Any, indent: int | None = None) -> str:
         LlamaJaxError: for a number that is not finite, which JSON does not have.
     """
     if found := next(_not_finite(value, ""), None):
-        raise LlamaJaxError(f"{found}: expected a finite number: the model overflows; try --dtype=float32")
+        raise LlamaJaxError(f"{found}: expected a finite number: the model overflows: try --dtype=float32")
     text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
     return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)  # which UTF-8 does not have
 
@@ -142,6 +142,13 @@ def show(table: Table | str) -> None:
         table.title = None
     console.print(table)
     write(page.getvalue(), end="")
+
+
+def bold(text: str) -> str:
+    """Text in bold where standard output is a terminal that can, and the user has not set NO_COLOR."""
+    console = Console()
+    plain = not is_terminal(sys.stdout) or console.is_dumb_terminal or console.no_color
+    return text if plain else f"\x1b[1m{text}\x1b[0m"
 
 
 def is_dumb() -> bool:

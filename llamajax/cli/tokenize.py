@@ -2,6 +2,7 @@
 
 from absl import flags
 
+from llamajax.cli.flag_groups import COMMON, group
 from llamajax.cli.model_flags import define_model, define_parse_special, open_model
 from llamajax.cli.standard_input import read_standard_input
 from llamajax.cli.terminal import as_json, printable, write
@@ -9,12 +10,11 @@ from llamajax.errors import LlamaJaxError
 from llamajax.files import shortened
 from llamajax.tokenizer import Tokenizer
 
-SUMMARY = "show the ids and pieces of a text, or the text of ids"
+SUMMARY = "show the token ids and pieces of a text, or the text of token ids"
 EXAMPLES = (
     "llamajax tokenize 'Once upon a time'",
+    "llamajax tokenize --model=any-llama.gguf --parse_special '<|im_start|>user'",
     "llamajax tokenize --tokenizer=tokenizer.json --json < story.txt",
-    "llamajax tokenize --model=SmolLM2.gguf --parse_special '<|im_start|>user'",
-    "llamajax tokenize --ids=1,403,407,261",
 )
 POSITIONAL = "text"
 
@@ -22,15 +22,24 @@ POSITIONAL = "text"
 def define(values: flags.FlagValues) -> None:
     """Flags of the command."""
     define_model(values)
-    flags.DEFINE_string(
-        "text", None, "the text, which may be given without --text=; standard input unless given", flag_values=values
-    )
-    flags.DEFINE_list("ids", None, "ids with commas between, to be turned into text instead", flag_values=values)
-    flags.DEFINE_boolean(
-        "bos", None, "whether BOS goes before the text; as the checkpoint says unless given", flag_values=values
-    )
-    define_parse_special(values)
-    flags.DEFINE_boolean("json", False, "print one JSON object: text, ids and pieces", flag_values=values)
+    with group(values, COMMON):
+        flags.DEFINE_string(
+            "text",
+            None,
+            "Tokenizes `TEXT`; --text= may be left out. Without a text and without --ids, standard input is read.",
+            flag_values=values,
+        )
+        flags.DEFINE_list(
+            "ids", None, "Prints the text of these token ids, such as `1,403,407`, instead.", flag_values=values
+        )
+        flags.DEFINE_boolean(
+            "bos",
+            None,
+            "Begins with the BOS token, or does not. Without this flag the model's files decide.",
+            flag_values=values,
+        )
+        define_parse_special(values)
+        flags.DEFINE_boolean("json", False, "Prints one JSON object: text, ids and pieces.", flag_values=values)
 
 
 def run(values: flags.FlagValues) -> None:
@@ -41,10 +50,10 @@ def run(values: flags.FlagValues) -> None:
     """
     tokenizer = _tokenizer(values)
     if values.ids is None:
-        text = read_standard_input("tokenize it in parts") if values.text is None else values.text
+        text = read_standard_input("tokenize the text in parts") if values.text is None else values.text
         ids = tokenizer.encode(text, bos=values.bos, special=values.parse_special)
     elif values.text is not None:
-        raise LlamaJaxError("--ids and a text are given: expected one of them")
+        raise LlamaJaxError("--ids and a text are both given: expected one of them")
     else:
         ids = [_number(word) for word in values.ids]
         text = tokenizer.decode(ids)
@@ -67,5 +76,5 @@ def _tokenizer(values: flags.FlagValues) -> Tokenizer:
 
 def _number(word: str) -> int:
     if not word.strip().isdecimal() or len(word) > 12:
-        raise LlamaJaxError(f"--ids has {shortened(word)}: expected whole numbers with commas between")
+        raise LlamaJaxError(f"--ids contains {shortened(word)}: expected whole numbers, separated by commas")
     return int(word)

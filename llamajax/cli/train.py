@@ -7,6 +7,7 @@ from typing import Any
 from absl import flags
 
 from llamajax.checkpoint import save_checkpoint
+from llamajax.cli.flag_groups import COMMON, group
 from llamajax.cli.model_flags import define_threads
 from llamajax.cli.terminal import note, progress, spinner
 from llamajax.config import Config, preset, preset_names
@@ -15,44 +16,61 @@ from llamajax.evaluation.evaluate import encode_documents
 from llamajax.files import check_absent, read_toml, writing
 from llamajax.train import TrainOptions
 
-SUMMARY = "train a small model and its tokenizer; resumes where it was stopped"
+SUMMARY = "train a small model and its tokenizer"
 EXAMPLES = (
     "llamajax train --output=runs/box",
     "llamajax train --config=box --data=my_texts.txt --steps=5000 --output=runs/mine",
-    "llamajax generate --model=runs/box/model",
+    "llamajax train --config=my_shape.toml --stories=2000 --steps=200 --output=runs/small",
 )
 
 _DEFAULTS: dict[str, Any] = dataclasses.asdict(TrainOptions())
 _OPTION_HELP = {
-    "steps": "optimizer steps in all",
-    "batch": "rows a step",
-    "sequence_length": "tokens a row",
-    "learning_rate": "at its peak",
-    "warmup": "steps over which the learning rate rises",
-    "weight_decay": "of AdamW",
-    "clip": "largest norm of the gradient",
-    "seed": "of the first weights and the order of the data",
-    "eval_every": "steps between held-out losses and checkpoints",
+    COMMON: {
+        "steps": "Number of optimizer steps.",
+        "batch": "Rows of a step.",
+        "sequence_length": "Tokens of a row.",
+        "seed": "Decides the first weights and the order of the data.",
+    },
+    "Optimizer": {
+        "learning_rate": "Highest learning rate.",
+        "warmup": "Steps during which the learning rate rises.",
+        "weight_decay": "Weight decay of AdamW.",
+        "clip": "Largest norm of the gradient; longer gradients are scaled down.",
+        "eval_every": "Measures the held-out loss and writes a checkpoint every `N` steps.",
+    },
 }
 
 
 def define(values: flags.FlagValues) -> None:
     """Flags of the command."""
-    flags.DEFINE_string("output", None, "folder for checkpoints, loss.csv, loss.svg and model/", flag_values=values)
-    flags.DEFINE_string(
-        "config", "box", "name of a preset, or path of a .toml file with its fields", flag_values=values
-    )
-    flags.DEFINE_string(
-        "data",
-        "stories",
-        "stories (our generator), or a UTF-8 file, documents separated by <|endoftext|>",
-        flag_values=values,
-    )
-    flags.DEFINE_integer("stories", 40_000, "how many generated stories to train on", flag_values=values)
-    for name, text in _OPTION_HELP.items():
-        default: Any = _DEFAULTS[name]
-        define_flag: Any = flags.DEFINE_float if isinstance(default, float) else flags.DEFINE_integer
-        define_flag(name, default, text, flag_values=values)
+    with group(values, COMMON):
+        flags.DEFINE_string(
+            "output",
+            None,
+            "Writes checkpoints, loss.csv, loss.svg and the trained model (model/) to `FOLDER`. The same command "
+            "continues where it was stopped.",
+            flag_values=values,
+        )
+        flags.DEFINE_string(
+            "config",
+            "box",
+            "Architecture: the `NAME` of a preset, or a .toml file with its fields.",
+            flag_values=values,
+        )
+        flags.DEFINE_string(
+            "data",
+            "stories",
+            "Trains on `FILE`: UTF-8 texts, separated by <|endoftext|>. stories are made by a generator that is "
+            "included.",
+            flag_values=values,
+        )
+        flags.DEFINE_integer("stories", 40_000, "Generates `N` stories to train on.", flag_values=values)
+    for heading, texts in _OPTION_HELP.items():
+        with group(values, heading):
+            for name, text in texts.items():
+                default: Any = _DEFAULTS[name]
+                define_flag: Any = flags.DEFINE_float if isinstance(default, float) else flags.DEFINE_integer
+                define_flag(name, default, text, flag_values=values)
     define_threads(values)
 
 
@@ -61,7 +79,7 @@ def run(values: flags.FlagValues) -> None:
     from llamajax import train
 
     if not values.output:
-        raise LlamaJaxError("--output is needed: the folder for checkpoints and the trained model")
+        raise LlamaJaxError("--output is missing: expected a folder for checkpoints and the trained model")
     folder = Path(values.output)
     check_absent(folder / "model")
     config = _config(values.config)
@@ -84,7 +102,7 @@ def run(values: flags.FlagValues) -> None:
         _draw(folder)
     # Last: where there is a model, all is done.
     save_checkpoint(model, folder / "model", tokenizer=tokenizer, source=f"llamajax train on {values.data}")
-    note(f"{folder / 'model'}: trained; try llamajax generate --model={folder / 'model'}")
+    note(f"{folder / 'model'} is trained: try llamajax generate --model={folder / 'model'}")
 
 
 def _config(name: str) -> Config:
@@ -92,7 +110,7 @@ def _config(name: str) -> Config:
         return preset(name)
     path = Path(name)
     if not path.is_file():
-        raise LlamaJaxError(f"config is {name!r}: expected a .toml file or one of {', '.join(preset_names())}")
+        raise LlamaJaxError(f"--config={name}: expected a .toml file or one of {', '.join(preset_names())}")
     return Config.from_dict(read_toml(path), str(path))
 
 
@@ -103,4 +121,4 @@ def _draw(folder: Path) -> None:
     try:
         draw_loss(folder / "loss.csv", folder / "loss.svg")
     except ImportError:
-        note("loss.svg is not drawn: pip install 'llamajax[plot]' for matplotlib")
+        note("loss.svg is not drawn, because matplotlib is not installed: pip install 'llamajax[plot]'")

@@ -178,7 +178,7 @@ def new_token_limit(prompts: list[list[int]], wanted: int | None, config: Config
         raise LlamaJaxError(f"max_new_tokens is {wanted!r}: expected a whole number, at least 1")
     if wanted > room:
         raise LlamaJaxError(
-            f"max_new_tokens is {wanted}: the context of {config.context_length} tokens has room for {room} behind the "
+            f"max_new_tokens is {wanted}: the context of {config.context_length} tokens has room for {room} after the "
             "longest prompt: ask for fewer, or shorten the prompt"
         )
     return wanted
