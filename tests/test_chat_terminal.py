@@ -90,11 +90,11 @@ def test_a_conversation(speller: Path, start, tmp_path: Path) -> None:
     assert "speller, 16,384 tokens of context. /help lists" in person.waits()
     first = person.says("hello")
     assert answer(30) in first
-    assert re.search(r"\n30 tokens, [\d,.]+ tokens/s, \d+ of 16,384 tokens of context \(cut at 30 tokens:\s/max", first)
+    assert re.search(r"\n30 tokens, [\d,.]+ tokens/s, \d+ of 16,384 tokens of context \(stopped\sat\sthe\slimit\sof\s30\stokens:\s/max", first)
     assert answer(30) in person.says('three quotes: """ and /slash')
 
     # Ctrl-C in an answer: it stops, and all goes on.
-    assert "an answer may have 12000 tokens" in person.says("/max_new_tokens 12000")
+    assert "an answer has at most 12000 tokens" in person.says("/max_new_tokens 12000")
     person.type("long\r")
     person.wait_for(lambda text: CYCLE in text[person._seen :], "answer")
     assert not person.shows_keys()
@@ -104,7 +104,7 @@ def test_a_conversation(speller: Path, start, tmp_path: Path) -> None:
     assert f"\n{answer(20)}\n" in person.says("next")
 
     person.says(f"/save {file}")
-    assert person.shows(f"8 messages are in {file}")
+    assert person.shows(f"{file}: saved 8 messages")
     messages = saved(file)
     assert [role for role, _ in messages] == ["user", "assistant"] * 4
     assert [content for _, content in messages[::2]] == ["hello", 'three quotes: """ and /slash', "long", "next"]
@@ -130,16 +130,16 @@ def test_a_conversation(speller: Path, start, tmp_path: Path) -> None:
     assert answer(20) in person.says("again")
 
     for typed, shown in (
-        ("/hlep", "'/hlep' is no command: did you mean /help?"),
+        ("/hlep", "unknown command '/hlep': did you mean /help?"),
         ("/temperature warm", "/temperature: 'warm': expected a number"),
         ("/temperature -1", "temperature is -1.0: expected 0 (greedy) or"),
-        ("/save", "/save: expected FILE behind it"),
-        ("/reset all", "/reset takes nothing behind it: it was given 'all'"),
+        ("/save", "/save: no FILE is given: expected /save FILE"),
+        ("/reset all", "/reset: unexpected argument 'all': expected /reset alone"),
         ("/think maybe", "/think: 'maybe': expected on or off"),
-        (f"/save {speller}/manifest.json", "exists, and is no saved conversation: choose another name"),
+        (f"/save {speller}/manifest.json", "exists and is not a saved conversation: choose another name"),
         ("/load nowhere.json", "nowhere.json: cannot be read (No such file or directory)"),
         ("/top_p off", "top_p is off"),
-        ("/help", "/retry another answer to the last message"),
+        ("/help", "/retry generates another answer to the last message"),
     ):
         person.says(typed)
         assert person.shows(shown), typed
@@ -170,7 +170,7 @@ def test_a_narrow_terminal_and_a_full_window(tmp_path: Path, start) -> None:
     person.says("\x1b[200~pasted\nlines \\\nof it\x1b[201~")
     person.presses("dropped\x03")
     person.says("\udcff!")
-    assert person.shows("the message holds bytes that are not UTF-8: expected text; it was not sent")
+    assert person.shows("the message was not sent: it contains bytes that are not UTF-8 text")
     assert person.says("   ").strip() == ">"
     person.says("/sav\t" + f" {file}")
     said = saved(file)

@@ -306,11 +306,11 @@ def test_export_verify_and_run(tiny_int4, tiny_tokenizer, tmp_path: Path, capfd)
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
-        (["verify"], 1, "which bundle? llamajax verify BUNDLE"),
+        (["verify"], 1, "no bundle is given: expected llamajax verify BUNDLE"),
         (["verify", "nowhere"], 1, "nowhere: not a bundle: manifest.json: No such file"),
         (["verify", "nowhere", "elsewhere"], 2, "unexpected argument 'elsewhere'"),
-        (["run"], 1, "which bundle?"),
-        (["export"], 1, "--model and --output are both needed"),
+        (["run"], 1, "no bundle is given"),
+        (["export"], 1, "--model or --output is missing"),
         (["export", "--model=box", "--output=x", "--target=abacus"], 1, "target 'abacus': expected one of iree"),
         (["export", "--model=box", "--output=x", "--target=iree-abacus"], 1, "expected one of iree-cpu, iree-cpu-host"),
         (["export", "--model=box", "--output=x", "--target=onnx-2"], 1, "target 'onnx-2': expected one of onnx"),
@@ -332,7 +332,7 @@ def test_export_verify_and_run(tiny_int4, tiny_tokenizer, tmp_path: Path, capfd)
         ),
         (["export", "--model=box", "--output=x", "--buckets=a"], 1, "--buckets=a: expected whole numbers"),
         (["export", "--model=box", "--output=x", "--slots=4096"], 1, "4096 slots: the model's context is 512"),
-        (["export", "--bundle=x"], 1, "--bundle goes with --target"),
+        (["export", "--bundle=x"], 1, "--bundle needs --target"),
         (["export", "--bundle=x", "--target=onnx", "--python=onnx"], 1, "expected NAME=PATH"),
     ],
 )

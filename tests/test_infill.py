@@ -65,7 +65,7 @@ def test_the_command_refuses_what_cannot_fill_in(capsys: pytest.CaptureFixture[s
     """The box's vocabulary cannot, and a suffix is no part of a question."""
     for argv, message in (
         (["--suffix=x"], "no tokens for filling in"),
-        (["--suffix=x", "--think"], "--suffix goes with neither --parse_special nor --think"),
+        (["--suffix=x", "--think"], "--suffix cannot be combined with --parse_special or --think"),
     ):
         assert main(["generate", "--prompt=Once", *argv]) != 0
         assert message in capsys.readouterr().err

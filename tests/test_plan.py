@@ -123,7 +123,7 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "G", "-1G", "24 gigabytes", "0", "nan", "1" * 400, "1e3G"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(LlamaJaxError, match="expected a size, as 24G or 24GiB"):
+    with pytest.raises(LlamaJaxError, match="expected a size such as 24G or 24GiB"):
         parse_memory(text)
 
 
@@ -157,7 +157,7 @@ def test_what_fits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model=box", "--shape=box"], "--model and --shape: expected one of them"),
+        (["--model=box", "--shape=box"], "--model and --shape are both given: expected one of them"),
         (["--shape=llama9"], "--shape=llama9: expected a config.json, or one of"),
         (["--memory=much"], "--memory=much: expected a size"),
         (["--model=nowhere"], "nowhere: no such file or folder"),

@@ -499,12 +499,12 @@ def test_eval_goes_on_behind_a_kill(folder: Path, tmp_path: Path, capsys) -> Non
     [
         (
             ["--task=choices.jsonl", "--text=x"],
-            "--text is of measuring a text, and --task asks questions: leave it out",
+            "--text is for measuring a text, and --task asks questions: leave it out",
         ),
-        (["--task=choices.jsonl", "--context=64"], "--context is of measuring a text, and --task asks"),
-        (["--limit=3"], "--limit is of --task, which is not given: leave it out"),
-        (["--output=x"], "--output is of --task, which is not given: leave it out"),
-        (["--task=choices.jsonl,"], "--task=choices.jsonl,: expected a file, or several with commas between"),
+        (["--task=choices.jsonl", "--context=64"], "--context is for measuring a text, and --task asks"),
+        (["--limit=3"], "--limit is for --task, which is not given: leave it out"),
+        (["--output=x"], "--output is for --task, which is not given: leave it out"),
+        (["--task=choices.jsonl,"], "--task=choices.jsonl,: expected a file, or several separated by commas"),
         (["--task=none.jsonl"], "none.jsonl: no such file: expected questions"),
         (["--task=choices.jsonl", "--fewshot=9"], "fewshot is 9: expected a whole number from 0 to 4"),
         (["--task=choices.jsonl", "--output=clozes.jsonl"], "clozes.jsonl: exists already"),

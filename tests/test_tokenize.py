@@ -47,7 +47,7 @@ def test_standard_input_and_a_tokenizer_alone(tmp_path: Path, tiny_tokenizer, ca
     assert code == 0 and json.loads(out)["ids"] == tiny_tokenizer.encode("é fox")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
     code, out, err = run(capsys, *argv)
-    assert (code, out) == (1, "") and "standard input: not UTF-8 text (invalid start byte at byte 0)" in err
+    assert (code, out) == (1, "") and "standard input: invalid start byte at byte 0: expected UTF-8 text" in err
 
 
 def test_special_tokens(model: Path, capsys) -> None:
@@ -64,9 +64,9 @@ def test_special_tokens(model: Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--ids=1,x"], "--ids has 'x': expected whole numbers with commas between"),
+        (["--ids=1,x"], "--ids contains 'x': expected whole numbers, separated by commas"),
         (["--ids=1,320"], "token 320 is outside the tokenizer's vocabulary: expected 0 to 319"),
-        (["--ids=1", "a text"], "--ids and a text are given: expected one of them"),
+        (["--ids=1", "a text"], "--ids and a text are both given: expected one of them"),
         (["--tokenizer=nowhere", "a"], "nowhere: no such file: expected a tokenizer.model or tokenizer.json"),
     ],
 )

@@ -361,12 +361,12 @@ def test_defaults_for_sampling(folder, capsys) -> None:
     path = folder({"eos_token_id": [2, 327]}, generation_config={"do_sample": False, "repetition_penalty": 1.5})
     argv = ["generate", f"--model={path}", "--prompt=fox", "--max_new_tokens=8", "--json"]
     code, asked, err = run(capsys, *argv)
-    line = f"llamajax: {path}: its files ask for temperature 0, repetition_penalty 1.5: flags override this\n"
+    line = f"llamajax: {path} sets temperature 0, repetition_penalty 1.5 in its files: flags override this\n"
     assert code == 0 and err.startswith(line)
     code, given, err = run(capsys, *argv, "--temperature=0", "--repetition_penalty=1.5")
     assert given == asked and "files ask" not in err
     _, other, err = run(capsys, *argv, "--repetition_penalty=1")
-    assert other != asked and "its files ask for temperature 0: flags" in err
+    assert other != asked and "sets temperature 0 in its files: flags" in err
     tokenizer = tokenizer_of(path)
     assert tokenizer.words.sampling == {"temperature": 0, "repetition_penalty": 1.5}
 
@@ -515,7 +515,7 @@ def test_a_tokenizer_that_is_not_read_stops_only_what_needs_text(
     assert tokenizer is None
     for form in ("llamajax", "huggingface"):
         code, _, err = run(capsys, "convert", f"--model={path}", f"--to={form}", f"--output={tmp_path / form}")
-        assert code == 0 and err.startswith(f"llamajax: {why}: going on without it\n")
+        assert code == 0 and err.startswith(f"llamajax: {why}: continuing without a tokenizer\n")
         assert (tmp_path / form / "tokenizer.model").read_bytes() == UNKNOWN
         assert open_checkpoint(tmp_path / form).words.stop_ids == (2,)
     code, _, err = run(capsys, "quantize", f"--model={path}", "--recipe=int8", f"--output={tmp_path / 'packed'}")
