@@ -19,6 +19,7 @@ README = PAGES["README.md"].read_text(encoding="utf-8")
 PYTHON_ELSEWHERE = {
     "docs/research.md": "tests/test_research.py runs it and compares what it finds",
     "docs/chat.md": "needs a chat model, of 98 MB; tests/test_chat_library.py says the same to a tiny one",
+    **{f"docs/extending/{name}.md": "tests/test_extending.py runs it, where the diff is applied" for name in ("backend", "cache", "family", "format", "scheme", "target")},
     "docs/tokenizers.md": "needs a model that fills in; tests/test_infill.py has its tokens",
 }
 # Part of a command that needs an optional package: with it, a page's commands are run by `make test-extras` alone.
