@@ -150,9 +150,7 @@ def _run_one(command: str) -> tuple[int, str]:
     words = shlex.split(command.replace("\\\n", " "))
     if words[0] != "llamajax" or set("|<>;") & set(words):  # another program, or what only a shell reads
         names = f'shopt -s expand_aliases; alias llamajax="{sys.executable} -m llamajax" python={sys.executable}'
-        done = subprocess.run(
-            ["bash", "-c", f"{names}\n{command}"], capture_output=True, encoding="utf-8", check=False
-        )
+        done = subprocess.run(["bash", "-c", f"{names}\n{command}"], capture_output=True, encoding="utf-8", check=False)
         return done.returncode, _joined(done.stdout, done.stderr)
     from llamajax.cli import main
 

@@ -1,4 +1,4 @@
-"""README and docs tell the truth: their commands run and print what is shown, their Python runs, their links lead somewhere."""
+"""README and docs tell the truth: commands run and print what is shown, Python runs, links lead somewhere."""
 
 import functools
 import re
@@ -19,8 +19,10 @@ README = PAGES["README.md"].read_text(encoding="utf-8")
 PYTHON_ELSEWHERE = {
     "docs/research.md": "tests/test_research.py runs it and compares what it finds",
     "docs/chat.md": "needs a chat model, of 98 MB; tests/test_chat_library.py says the same to a tiny one",
-    **{f"docs/extending/{name}.md": "tests/test_extending.py runs it, where the diff is applied" for name in ("backend", "cache", "family", "format", "scheme", "target")},
     "docs/tokenizers.md": "needs a model that fills in; tests/test_infill.py has its tokens",
+}
+PYTHON_ELSEWHERE |= {
+    name: "tests/test_extending.py runs it, where the diff is applied" for name in PAGES if "/extending/" in name
 }
 # Part of a command that needs an optional package: with it, a page's commands are run by `make test-extras` alone.
 EXTRAS = {"onnx": "onnxruntime", "iree": "iree.runtime"}
