@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 MOST_LINES = 18  # of what a command prints, on a page
+LONGEST_LINE = 110
 
 # Commands of the pages that no test runs, by a pattern of the command, or of page and command, and why.
 NOT_RUN = {
@@ -119,6 +120,19 @@ def normalized(text: str) -> list[str]:
     return [line for line in lines if line]
 
 
+def prints(shown: str, printed: str) -> str | None:
+    """The first line of what a page shows that was not printed, in its order; None if all were.
+
+    "…" at the end of a line stands for its rest, by itself for any number of lines.
+    """
+    lines = iter(normalized(printed))
+    for line in normalized(shown):
+        start, more, _ = line.partition("…")
+        if not any(each.startswith(start) if more else each == line for each in lines):
+            return line
+    return None
+
+
 def run(work: Sequence[tuple[Path, Sequence[str]]], report: Path) -> list[list[tuple[int, str]]]:
     """Runs the commands of each folder, one after the other, all in one process that is started for them.
 
@@ -166,7 +180,7 @@ def _run_one(command: str) -> tuple[int, str]:
 
 def _joined(out: str, err: str) -> str:
     """As a terminal shows it, where a text ends its last line."""
-    return out + "\n" * (bool(out) and not out.endswith("\n")) + err
+    return out + "\n" * (bool(out) and not out.endswith("\n") and not err.startswith("\n")) + err
 
 
 @contextlib.contextmanager
@@ -185,6 +199,7 @@ def _descriptors(out: int, err: int) -> Iterator[None]:
 
 def _shown(text: str) -> str:
     lines = [line.rstrip() for line in text.splitlines()]
+    lines = [line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 1]}…" for line in lines]
     if len(lines) > MOST_LINES:
         lines = [*lines[: MOST_LINES - 1], "…"]
     return "".join(f"{line}\n" for line in lines)
