@@ -37,6 +37,7 @@ NOT_RUN = {
     "*=OLMo*": "needs a model that is not in the box, of gigabytes",
     "llamajax train *": "trains for 95 minutes; tests/test_train.py trains in seconds",
     "llamajax bench *": "measures for minutes; tests/test_bench.py runs it on a tiny shape",
+    "*box-cpu.bundle*": "compiles a second set of programs; tests/test_export_programs.py runs that profile",
     "docs/bundles.md: *": "an overview: pages of runtimes run these commands, tests/test_export_chat.py those of chat",
     "docs/runtimes/runners.md: *": "an overview of flags; tests/test_export_runners.py gives them to every runner",
     "docs/runtimes/openvino.md: *": "needs openvino beside onnx; benchmarks/export_runtimes.sh runs it",
