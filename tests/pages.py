@@ -130,6 +130,8 @@ def prints(shown: str, printed: str) -> str | None:
     lines = iter(normalized(printed))
     for line in normalized(shown):
         start, more, _ = line.partition("…")
+        if line == "…":
+            continue
         if not any(each.startswith(start) if more else each == line for each in lines):
             return line
     return None

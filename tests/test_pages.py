@@ -44,6 +44,7 @@ def _check(commands: list[Command], results: list[tuple[int, str]]) -> None:
 def test_the_check_sees_what_is_not_printed() -> None:
     shown = "a 12.5 MiB file\n…\nlast wo…\n"
     assert pages.prints(shown, "a 3 KiB file\nother\nlast word 3\n") is None
+    assert pages.prints("first\n…\nsecond\n", "first\nsecond\n") is None
     assert pages.prints(shown, "a file\nlast word") == "a # unit file"
     assert pages.prints("first\nsecond\n", "second\nfirst\n") == "second"
 
