@@ -8,7 +8,10 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 # On all cores; the tests of a file stay together. In the order of names the last files are quick: no core waits long.
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder --durations=10
 
-.PHONY: demo chat smollm2 test test-all test-extras notebooks lint clean
+# What the extra `docs` lists, without the package itself.
+EXTRA_DOCS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
+
+.PHONY: demo chat smollm2 test test-all test-extras notebooks lint docs clean
 
 demo: $(VENV)/ready
 	@$(BIN)/llamajax generate --model=box --prompt='Once upon a time'
@@ -45,8 +48,18 @@ lint: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The pages of docs/ into site/; a warning, such as a link to nothing, is an error. In an environment of its own: nothing is
+# imported but mkdocs.
+docs: $(VENV)-docs/ready
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet
+
+$(VENV)-docs/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install --quiet --disable-pip-version-check $$($(PYTHON) -c '$(EXTRA_DOCS)')
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(VENV)-docs build dist site
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -11,7 +11,7 @@ weights in float32: what is left is the error of the weights. Our weights are la
 --reference_products they are dequantized whole, in float32.
 
 Bits a weight count all tensors, norms included, and no metadata. What needs calibration, our recipes and importance
-matrices, sees the same stories. Prints one table and draws `benchmarks/quality.svg`.
+matrices, sees the same stories. Prints one table and draws `docs/images/quality.svg`.
 """
 
 import collections
@@ -58,7 +58,7 @@ _WITH_IMPORTANCE = "llama.cpp, importance matrix"
 _TARGETS, _SEARCHED = "llamajax, target_bpw", "mixed-4.5bpw"
 _MOST_BITS_DRAWN = 6  # beyond, no curve to see
 _MOST_DIVERGENCE_DRAWN = 0.1  # nats; beyond, no model left: ternary weights, say, in one not trained for them
-_PICTURE = Path(__file__).with_name("quality.svg")
+_PICTURE = Path(__file__).parents[1] / "docs" / "images" / "quality.svg"
 
 
 class Row(NamedTuple):
