@@ -76,6 +76,10 @@ KEYS: dict[str, _Kind] = {
     "clip": _one_of(("mse",)),
     "importance": _BOOLEAN,
     "act_order": _BOOLEAN,
+    "damping": _Kind(
+        "a number of 0 or more, as 0.01",
+        lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) < 100,
+    ),
     "descent": _Kind("a whole number of sweeps, 0 or more", lambda value: _is_whole(value) and 0 <= value < 100),
     "scaling": _one_of(("awq", "smoothquant")),
     "outliers": _Kind("a whole number of channels, 0 or more", lambda value: _is_whole(value) and value >= 0),
@@ -125,6 +129,8 @@ class Rule:
         importance: weigh each input channel's error by its activations' mean square, as llama.cpp's imatrix does; rtn
             with clip.
         act_order: see `quantize_gptq`.
+        damping: of the Hessian, relative to its mean diagonal (see `quantize_gptq`): more of it fits a short text less
+            closely.
         descent: sweeps of coordinate descent behind GPTQ (see `quantize_gptq`).
         scaling: "awq" (`search_scale`) or "smoothquant" (`smoothing_scale`): of the input channels before quantizing,
             undone in what makes the inputs. All weights that share an input take part.
@@ -149,6 +155,7 @@ class Rule:
     clip: Literal["mse"] | None = None
     importance: bool = False
     act_order: bool = False
+    damping: float = 0.01
     descent: int = 0
     scaling: Literal["awq", "smoothquant"] | None = None
     outliers: int = 0
@@ -181,6 +188,7 @@ class Rule:
             ),
             (self.importance and (self.method != "rtn" or self.clip is None), "importance needs method rtn and clip"),
             (self.act_order and self.method != "gptq", "act_order needs method gptq"),
+            (self.damping != 0.01 and self.method != "gptq", "damping needs method gptq"),
             (self.descent and self.method != "gptq", "descent needs method gptq"),
             (self.scale_scheme is None and self.scale_group != 256, "scale_group needs a scale_scheme"),
             (self.scale_scheme is not None and self.method == "hqq", "hqq has no scale_scheme"),

@@ -112,7 +112,8 @@ def _quantizer(rule: Rule, axis: int, seen: Statistics | None) -> Callable[[jax.
     if rule.method == "hqq":
         return lambda weight: finish(quantize_hqq(weight, scheme, **options))
     assert seen is not None and seen.hessian_KK is not None
-    hessian_KK, options["descent"] = seen.hessian_KK, rule.descent
+    hessian_KK = seen.hessian_KK
+    options |= {"damping": rule.damping, "descent": rule.descent}
     if rule.scale_scheme is not None and rule.scale_group != "channel":
         # Scales of several groups hang together, and cannot wait until GPTQ reaches the last of them.
         importance = jnp.diagonal(hessian_KK) if rule.clip else None
