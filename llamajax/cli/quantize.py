@@ -57,8 +57,8 @@ def define(values: flags.FlagValues) -> None:
             "bits",
             None,
             "Average bits per weight of the whole model, scales included, such as 4.5 or 3. Each weight gets the bits "
-            "that reduce the error most, below 4.5 also 2 and 3, which decode at fewer bytes a second. Without this flag "
-            "the recipe decides.",
+            "that reduce the error most, below 4.5 also 2 and 3, which decode at fewer bytes a second. Without this "
+            "flag the recipe decides.",
             flag_values=values,
         )
         flags.DEFINE_alias("target_bpw", "bits", flag_values=values)
