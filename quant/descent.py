@@ -18,7 +18,7 @@ from quant.scheme import Scheme
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
-# Channels whose changes one matrix product moves, at least, and of groups whose scales are fitted, at most.
+# Channels whose changes one matrix product moves, at least; larger groups are cut into parts, and keep their scales.
 _BLOCK = 128
 
 

@@ -89,7 +89,7 @@ def quantize_gptq(
         scale_scheme: that of scales which are codes themselves, an int as `scheme` is, under a float for all of an
             output. The float is chosen before anything is moved (`SCALE_HEADROOM`), the codes as groups are reached.
         descent: sweeps of coordinate descent behind it (`descent.descend`), which change codes and, where they are the
-            quantizer's to choose, scales of groups of up to 128.
+            quantizer's to choose, scales of groups of fewer than 256.
 
     Returns:
         The quantized weight; its `dtype` is that of `weight`.
