@@ -115,7 +115,7 @@ def write(
         LlamaJaxError: if there is no template of that name, the model cannot be exported, or `path` exists.
     """
     if spec.slots > model.config.context_length:
-        raise LlamaJaxError(f"{spec.slots} slots: the model's context is {model.config.context_length}")
+        raise LlamaJaxError(f"{spec.slots} slots: expected at most the model's context, {model.config.context_length}")
     vocabulary = None if tokenizer is None else vocabulary_of(tokenizer)
     chat = chat_of(tokenizer, vocabulary, template, source)
     if chat.refusal:
@@ -372,7 +372,9 @@ def _check_manifest(file: Path, manifest: Mapping[str, Any]) -> None:
     state = manifest["cache"].get("state")
     inputs, outputs = (manifest["programs"]["decode"][kind] for kind in ("inputs", "outputs"))
     if state is not None and (inputs[-len(state) :] != state or outputs[-len(state) :] != state):
-        raise LlamaJaxError(f"{file}: cache.state is not what decode takes and returns last: the manifest is damaged")
+        raise LlamaJaxError(
+            f"{file}: cache.state differs from decode's last inputs and outputs: the manifest is damaged"
+        )
     entries = [program["file"] for program in manifest["programs"].values()]
     entries += [*manifest["jax"].values(), manifest["golden"]["file"], "weights.safetensors"]
     for target in manifest["targets"].values():

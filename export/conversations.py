@@ -130,7 +130,7 @@ def _compared(section: dict[str, Any], template: Template, tokenizer: Tokenizer,
         if encode(runner, section, said) != ids:
             last = files.shortened(messages[-1].content)
             raise LlamaJaxError(
-                f"a conversation of {len(messages)} messages, the last {last}, is encoded in a way of its own"
+                f"a conversation of {len(messages)} messages, the last {last}, is encoded differently by the strings"
             )
         golden.append({"messages": said, "ids": ids})
     return golden[:_GOLDEN]

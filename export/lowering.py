@@ -73,14 +73,14 @@ def lower(model: Llama, spec: Spec) -> dict[str, Program]:
         LlamaJaxError: if the model cannot be exported like this, or a program is not clean (`check`).
     """
     if is_laid_out(model):
-        raise LlamaJaxError("the model is prepared for a backend: export it as it was loaded")
+        raise LlamaJaxError("the model is prepared for a backend: export the model from before `prepare`")
     # A token as a whole, as models were trained with it (BitNet). Groups, and channels left out, are a kernel's.
     asking = [weight for weight in quantized(model) if weight.activations]
     if kinds := {
         str(weight.activations) for weight in asking if weight.activations != "int8-token" or weight.outlier is not None
     }:
         raise LlamaJaxError(
-            f"weights that ask for rounded activations ({', '.join(sorted(kinds))}): other runtimes lack what rounds: "
+            f"weights that round their activations ({', '.join(sorted(kinds))}): other runtimes cannot do this: "
             "export with --activations=float32, or llamajax.with_activations(model, 'float32')"
         )
     profile = spec.profile

@@ -92,12 +92,12 @@ class Spec:
         if self.batch < 1 or self.slots < 1 or self.drafts < 1:
             raise LlamaJaxError(f"batch {self.batch}, slots {self.slots}, drafts {self.drafts}: expected at least 1")
         if self.cache_dtype not in ("float32", "bfloat16", "float16"):
-            raise LlamaJaxError(f"cache of {self.cache_dtype!r}: expected float32, bfloat16 or float16 to export")
+            raise LlamaJaxError(f"cache_dtype {self.cache_dtype!r}: expected float32, bfloat16 or float16 to export")
         if list(self.buckets) != sorted(set(self.buckets)) or not self.buckets or self.buckets[0] < 1:
-            raise LlamaJaxError(f"buckets {self.buckets}: expected token counts that grow")
+            raise LlamaJaxError(f"buckets {self.buckets}: expected increasing numbers of tokens, at least 1")
         if self.buckets[-1] > self.slots or self.drafts >= self.slots:
             raise LlamaJaxError(
-                f"bucket {self.buckets[-1]}, drafts {self.drafts}: expected less than {self.slots} slots"
+                f"bucket {self.buckets[-1]}, drafts {self.drafts}: expected no more than the {self.slots} slots"
             )
         if unknown := set(self.programs) - set(OPTIONAL_PROGRAMS):
             raise LlamaJaxError(f"program {sorted(unknown)[0]!r}: expected one of {', '.join(OPTIONAL_PROGRAMS)}")

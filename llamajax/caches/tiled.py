@@ -45,7 +45,7 @@ class TiledPart(DensePart):
             ValueError: for a number of slots that this cache does not have.
         """
         if slots % STEP_SLOTS:
-            raise ValueError(f"a tiled cache of {slots} slots: expected a multiple of {STEP_SLOTS}; or a dense cache")
+            raise ValueError(f"a tiled cache of {slots} slots: expected a multiple of {STEP_SLOTS}, or a dense cache")
         lead, H = (layers, batch, config.num_kv_heads), config.head_size
         key_LBKUHs = jnp.zeros((*lead, slots // TILE, H, TILE), dtype)
         return cls(key_LBKUHs, jnp.zeros((*lead, slots // STEP_SLOTS, STEP_SLOTS, H), dtype))

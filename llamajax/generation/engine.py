@@ -223,7 +223,7 @@ class Engine:
             if asked.max_new_tokens < 0 or needed > self.slots:
                 raise LlamaJaxError(
                     f"max_new_tokens is {asked.max_new_tokens} in row {row}: expected from 0 to "
-                    f"{self.slots - len(text) + 1 - self.drafts}, what its {self.slots} slots hold behind {len(text)} "
+                    f"{self.slots - len(text) + 1 - self.drafts}, the room in its {self.slots} slots after {len(text)} "
                     "tokens: ask for fewer, or make the engine with more slots"
                 )
         if self._is_all(rows):
@@ -270,8 +270,8 @@ class Engine:
         config = self._given.config
         if config.rope_choice(self.slots) != config.rope_choice(whole_slots(slots)):
             raise LlamaJaxError(
-                f"{self.slots} slots cannot grow to {whole_slots(slots)}: they decide this model's RoPE, and keys that "
-                "were turned otherwise are of no use: make an engine of so many slots, and insert the texts again"
+                f"{self.slots} slots cannot grow to {whole_slots(slots)}: they determine this model's RoPE, and "
+                "the cached keys would be wrong: make an engine of so many slots, and insert the texts again"
             )
         larger = Engine(
             self.model,
@@ -330,7 +330,7 @@ class Engine:
         for ids, each in zip(stop_bM, knobs, strict=True):
             if len(each.stop_ids) > self.stops:
                 raise LlamaJaxError(
-                    f"{len(each.stop_ids)} stop ids: expected at most {self.stops}, what the engine was made for"
+                    f"{len(each.stop_ids)} stop ids: expected at most {self.stops}, the limit of this engine"
                 )
             ids[: len(each.stop_ids)] = each.stop_ids
         seeds = row_seeds([each.seed for each in knobs], len(knobs))
@@ -366,7 +366,7 @@ class Engine:
     def _check_rows(self, rows: Sequence[int]) -> None:
         for row in rows:
             if not 0 <= row < self.rows:
-                raise LlamaJaxError(f"row {row}: expected from 0 to {self.rows - 1}, one of the engine's")
+                raise LlamaJaxError(f"row {row}: expected from 0 to {self.rows - 1}, the engine's rows")
         if len(set(rows)) != len(rows):
             raise LlamaJaxError(f"rows {list(rows)}: expected each at most once")
 

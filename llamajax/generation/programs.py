@@ -295,7 +295,7 @@ def _rewound(cache: KVCache, length_B: jax.Array, at_most: int) -> KVCache:
     shorter = cache.rewind(length_B, at_most)
     if shorter is None:
         raise LlamaJaxError(
-            f"speculate: the cache cannot forget {at_most} tokens, as it drops old ones to make room: expected fewer "
+            f"speculate: the cache cannot remove {at_most} tokens, as it overwrites old ones: expected fewer "
             "drafts, or none"
         )
     return shorter

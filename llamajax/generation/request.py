@@ -148,7 +148,7 @@ def encode_prompts(tokenizer: Tokenizer | None, prompts: list[str | list[Any]], 
     for prompt in prompts:
         if isinstance(prompt, str):
             if tokenizer is None:
-                raise LlamaJaxError("the model came without a tokenizer: name one, or give prompts as lists of ids")
+                raise LlamaJaxError("the model was loaded without a tokenizer: give one, or prompts as lists of ids")
             ids = tokenizer.encode(prompt, eos=False)  # what is to be continued has not ended
         else:
             ids = prompt if isinstance(prompt, list) else [prompt]
@@ -257,7 +257,7 @@ def stop_strings(stop: str | Sequence[str] | None, tokenizer: Tokenizer | None) 
     if any(not isinstance(text, str) or not text for text in stops):
         raise LlamaJaxError(f"stop is {stop!r}: expected texts of at least one character")
     if stops and tokenizer is None:
-        raise LlamaJaxError("stop strings need a tokenizer, and the model came without one: name one")
+        raise LlamaJaxError("stop strings need a tokenizer, and the model was loaded without one: give one")
     return stops
 
 
