@@ -79,12 +79,12 @@ def begin() -> None:
 
 
 def interrupted() -> tuple[str, int] | None:
-    """What a signal that arrived is called, and its exit code: "interrupted", 130. None if there was none."""
+    """The name of a signal that arrived, and its exit code: "interrupted", 130. None if there was none."""
     return None if _received is None else (_MESSAGES[signal.Signals(_received)], 128 + _received)
 
 
 def few_addresses() -> str | None:
-    """What to say of a limit (`ulimit -v`) under which native libraries end the process with words of their own."""
+    """A warning about a limit (`ulimit -v`) under which native libraries end the process with messages of their own."""
     if resource is None or not hasattr(resource, "RLIMIT_AS"):
         return None
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
@@ -109,8 +109,8 @@ def interrupt_calls(function: Callable[[], None] | None) -> Iterator[None]:
     """Inside, SIGINT calls a function in the main thread, and raises and ends nothing; it may come any number of times.
 
     Args:
-        function: what is called, between two instructions of whatever runs; None within such a block: SIGINT is again
-            what it was outside.
+        function: called between two instructions of the running code; None within such a block restores the handling of
+            SIGINT outside of it.
     """
     global _instead
     before, _instead = _instead, function
@@ -122,7 +122,7 @@ def interrupt_calls(function: Callable[[], None] | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lend_signals(end: Callable[[], None]) -> Iterator[None]:
-    """Inside, a library may take signals for itself, as asyncio does, and leave none behind; then they come here again.
+    """Inside, a library such as asyncio may handle signals itself; afterwards this module handles them again.
 
     Args:
         end: asked, in the main thread, to leave the block soon because a signal came that the library did not take. An
