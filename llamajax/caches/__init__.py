@@ -1,4 +1,4 @@
-"""Caches of keys and values, each of which owns how it is attended to: `cache.py` says what every one does."""
+"""Caches of keys and values, each of which implements its attention: `cache.py` defines the protocol."""
 
 import functools
 
