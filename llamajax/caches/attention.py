@@ -100,8 +100,8 @@ def attend(
         key_BKSH: of each slot.
         value_BKSH: likewise.
         position_BT: the position of each query; B may be 1 for equal rows.
-        scores: family-specific settings. slot_S: the position that a slot holds, or [B, S]; slot s that of s unless
-            given.
+        scores: family-specific settings.
+        slot_S: the position of each slot, or [B, S]; position s in slot s unless given.
 
     Returns:
         [B, T, N, H] in the query's dtype.

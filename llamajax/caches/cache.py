@@ -245,7 +245,8 @@ class KVCache:
         Args:
             part: number of the part.
             layer: place of the layer within it, which may be known at run time only.
-            query_BTNH: after RoPE, scaled. key_BTKH: after RoPE.
+            query_BTNH: after RoPE, scaled.
+            key_BTKH: after RoPE.
             value_BTKH: likewise.
             where: of `begin`.
             scores: the family's settings.
