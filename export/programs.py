@@ -1,6 +1,6 @@
-"""The functions that a bundle has as programs: what they take and return, and the model's calls that they are of.
+"""The functions of a bundle's programs: their inputs and outputs, and the model's calls in them.
 
-They are those that generation uses (`Llama.blocks`, `Llama.head`, `sample`).
+The calls are those that generation uses (`Llama.blocks`, `Llama.head`, `sample`).
 """
 
 import functools
@@ -21,7 +21,7 @@ Function = tuple[str, Callable[..., tuple], dict[str, jax.ShapeDtypeStruct], tup
 
 
 def empty_state(config: Config, spec: Spec, sizes: Mapping[str, Any] = types.MappingProxyType({})) -> KVCache:
-    """The cache that programs of `spec` work on, abstract: what it declares as `KVCache.state` goes in and out."""
+    """The abstract cache of programs of `spec`: the arrays of its `KVCache.state` are inputs and outputs."""
     # With symbolic sizes nothing can be decided by them: one straight way, whatever the profile.
     layout = "dense" if spec.profile.layers == "scanned" and not sizes else "straight"
     batch, slots = sizes.get("B", spec.batch), sizes.get("S", spec.slots)
@@ -34,8 +34,8 @@ def functions(model: Llama, spec: Spec, sizes: Mapping[str, Any] = types.Mapping
 
     Args:
         model: for its config.
-        spec: what to make.
-        sizes: "B", "S" and "T" in place of the spec's, such as symbolic ones; with "T" prefill is one program.
+        spec: the programs to make.
+        sizes: replacements of the spec's "B", "S" and "T", such as symbolic ones; with "T" prefill is one program.
     """
     B = sizes.get("B", spec.batch)
     config = model.config
@@ -138,7 +138,7 @@ def _or_nan(is_valid_B, x_BX):
 
 
 def bound(function: Callable[..., tuple], names: tuple[str, ...] | None, like: Llama, profile: Profile):
-    """A function of (model, *inputs) as one of flat arrays: the weights of these names first, then the inputs."""
+    """A function of (model, *inputs) as one of flat arrays: first the weights of these names, then the inputs."""
 
     def flat(*arrays):
         if names is None:
