@@ -9,7 +9,7 @@ def rms_norm(x: jax.Array, eps: float, weight: jax.Array | None = None, offset: 
     """Root mean square normalization of the last axis.
 
     Computed in float32: in bfloat16, with 8 bits of precision, the mean of thousands of squares would be wrong in the
-        first digits. Activations whose squares exceed float32, those of 1.8e19 and more, give NaN.
+    first digits. Activations whose squares exceed float32, those of 1.8e19 and more, give NaN.
 
     Args:
         x: [..., D].

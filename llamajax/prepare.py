@@ -18,7 +18,7 @@ def prepare(model: Llama, backend: str | None = None, *, donate: bool = False) -
     """The same model, with its quantized weights in the layout of one backend.
 
     Do not save, export or shard the result: QTensors are the format at rest. A model without quantized weights is
-        returned unchanged. So is an embedding table that is not also the head, because it is only looked up.
+    returned unchanged. So is an embedding table that is not also the head, because it is only looked up.
 
     Args:
         model: a model of QTensors or arrays.

@@ -294,7 +294,7 @@ def apply_rope(
     """Rotates pair (i, i + R/2) of the first R coordinates of each head by position x frequency[i], and scales.
 
     Pairs are halves, not neighbours: the layout of Hugging Face checkpoints; others are permuted once, at load. Angles
-        are float32, because bfloat16 cannot distinguish positions beyond 256.
+    are float32, because bfloat16 cannot distinguish positions beyond 256.
 
     Args:
         x_BTNH: queries or keys.

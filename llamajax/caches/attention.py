@@ -133,8 +133,8 @@ def attend_blocks(
     """`attend` over one block of slots after the other: scores of T x 256 at a time instead of T x S, for long prompts.
 
     The softmax is accumulated: exponentials of a block are relative to the largest score so far, and earlier sums are
-        rescaled (Milakov & Gimelshein 2018, arXiv:1805.02867; FlashAttention, Dao et al. 2022). Blocks that
-    no query sees are skipped, those before a window among them. There are at least 256 slots.
+    rescaled (Milakov & Gimelshein 2018, arXiv:1805.02867; FlashAttention, Dao et al. 2022). Blocks that no query sees
+    are skipped, those before a window among them. There are at least 256 slots.
     """
     B, T, N, H = query_BTNH.shape
     K, S = key_BKSH.shape[1:3]

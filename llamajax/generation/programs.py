@@ -48,7 +48,7 @@ class EngineState:
     """Rows that generate tokens, each with its own text, cache and knobs.
 
     A row that has ended keeps its tokens, except the last ones if its cache is full: a waiting row also writes as many
-        slots as a forward pass has tokens.
+    slots as a forward pass has tokens.
 
     Attributes:
         cache: everything before the newest token of each row.

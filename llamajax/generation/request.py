@@ -71,7 +71,7 @@ class Row:
         """Adds new ids; returns the text that has become final, and the number of used ids.
 
         An id chosen from logits that are not finite ends the row: it and later ids are not added, and `not_finite` is
-            set.
+        set.
         """
         if self.finish_reason:
             return "", 0
