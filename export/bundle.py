@@ -7,7 +7,7 @@
     programs/NAME.mlirbc    StableHLO portable artifact, static shapes
     programs/NAME.jax       the same for `jax.export.deserialize`, any batch, cache size and prompt length
     weights.safetensors     the arrays that are the programs' first arguments
-    golden.safetensors      prompts, the tokens that greedy choice continues them with, logits behind each prompt
+    golden.safetensors      prompts, the tokens that greedy choice continues them with, logits after each prompt
     tokenizer.model         sentencepiece, where the model has one; or tokenizer.json, of the library tokenizers
     vocabulary.json         the same as tables, for runners without these: how text is split, pieces, scores or merges
     run_jax.py, …           runners of one file each

@@ -59,7 +59,7 @@ class Config:
         out_bias: a bias of attention's output.
         ffn_bias: biases of gate, up and down.
         query_key_norm: RMSNorm of queries and keys: of each "head" before RoPE (Qwen3), over the full "width" before
-            (OLMo 2), or "l2", of each head behind RoPE and without weights (Llama 4).
+            RoPE (OLMo 2), or "l2", of each head after RoPE and without weights (Llama 4).
         sinks: an extra logit in the softmax of each query head (gpt-oss).
         score_cap: c tanh(score / c) of attention scores (Gemma 2).
         logit_cap: the same of logits (Gemma 2).

@@ -248,17 +248,17 @@ class Llama(nnx.Module):
     def __call__(
         self, tokens_BT: jax.Array, cache: Any = NO_CACHE, count_B: jax.Array | None = None, **options: Any
     ) -> Any:
-        """Logits for every token given.
+        """The logits after each given token.
 
         Args:
             tokens_BT: int token ids in [0, V), padding included. Another id gives NaN logits, not another token's.
-            cache: what came before; `NoCache()` for a sequence that starts here and is not continued.
-            count_B: how many of the T tokens of each row are real, the rest being padding behind them; T unless given.
-                The cache advances by it. Logits of padding mean nothing.
+            cache: earlier tokens; `NoCache()` for a sequence that starts here and is not continued.
+            count_B: the number of real tokens of each row, which precede padding; T unless given. The cache advances by
+                it. Logits of padding are undefined.
             **options: capture, hooks and remat, as of `blocks`.
 
         Returns:
-            logits_BTV in float32, and the cache with the tokens in it; with `capture` also what was captured.
+            logits_BTV in float32, and the cache with the tokens in it; with `capture` also the captured values.
 
         Raises:
             ValueError: if T exceeds the cache's slots. A row whose `length + T` exceeds them, which is known only at

@@ -4,8 +4,8 @@
     with process.interruptible():
         work()                       # a signal raises KeyboardInterrupt here, so that what is unfinished is removed
 
-Outside of `interruptible` there is nothing to remove, and a signal ends the process at once. So does a second one, half
-a second or more behind the first, and a first one while the main thread is in native code that does not return.
+Outside of `interruptible` there is nothing to remove, and a signal ends the process at once. So does a second signal,
+half a second or more after the first, and a first one while the main thread is in native code that does not return.
 
     with process.interrupt_calls(stop):
         converse()                   # Ctrl-C calls `stop` and ends nothing; SIGTERM raises as before
@@ -129,7 +129,7 @@ def lend_signals(end: Callable[[], None]) -> Iterator[None]:
             exception would be raised within the library, at any place. A second such signal ends the process.
 
     Raises:
-        KeyboardInterrupt: behind the block, for that signal.
+        KeyboardInterrupt: after the block, for that signal.
     """
     global _lent_to
     _lent_to = end

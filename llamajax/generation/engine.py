@@ -110,13 +110,13 @@ class Engine:
         stops: int = STOPS,
         counted: Compilations | None = None,
     ):
-        """Nothing is moved to the device yet, nor compiled.
+        """Neither moves the model to the device yet nor compiles anything.
 
         Args:
             model: its leaves may be abstract (`jax.ShapeDtypeStruct`), for `compile` alone.
             rows: see the attributes.
-            slots: likewise, rounded up to a multiple of `SLOT_MULTIPLE`. A row of P tokens that makes at most n needs
-                P + n - 1 + `drafts`.
+            slots: likewise, rounded up to a multiple of `SLOT_MULTIPLE`. A row of P tokens that generates at most n
+                needs P + n - 1 + `drafts`.
             cache_dtype: the model's unless given.
             drafts: see the attributes.
             stops: likewise.

@@ -122,29 +122,29 @@ class TextStream:
         """Checks and encodes; nothing runs yet.
 
         Args:
-            model: the model, or its shapes: see the attribute.
+            model: the model, or its shapes (see the attribute).
             tokenizer: its tokenizer, or None (see `generate`).
             prompts: see `generate`.
-            max_new_tokens: most new tokens a row; 512, or as many as the context still holds, unless given.
-            temperature: 0 is greedy. This and the knobs behind it, each one value or one a prompt: see
+            max_new_tokens: the most new tokens of a row; unless given 512, or the room in the context if that is less.
+            temperature: 0 is greedy. This and the next knobs have one value, or one for each prompt: see
                 `sampling.Sampler`.
             top_k: see `sampling.Sampler`; None is off.
             top_p: likewise.
             min_p: likewise.
             repetition_penalty: likewise.
-            seed: whole number from 0 to 2**32 - 1; the same for every prompt, or one a prompt.
-            samples: texts of each prompt, all of one prefill: the first is that of the seed alone, the others differ
-                from it in their draws. `completions` has those of the first prompt first.
+            seed: whole number from 0 to 2**32 - 1; one for all prompts, or one for each.
+            samples: number of texts of each prompt, with one prefill: the first is the text of the seed alone, the
+                others use other draws. `completions` has those of the first prompt first.
             stop: texts at which a row ends; they are not part of its text.
             stop_ids: ids at which a row ends; the tokenizer's unless given.
             cache_dtype: of keys and values, one of `cache.CACHE_DTYPES`; the model's unless given.
-            speculate: tokens that the text itself drafts for each forward pass to check (see `speculate.py`); 0 is off.
-                The text is the same up to rounding: a product over more tokens may be summed in another order.
+            speculate: drafted tokens that each forward pass checks (see `speculate.py`); 0 is off. The text is the same
+                up to rounding: a product over more tokens may be summed in another order.
             smooth: whether text should come every 50 ms rather than 64 tokens at a time.
-            least_slots: of the cache, more of which are made where the request needs them: requests with as many share
-                their programs.
-            kept: rows of an earlier request, of which this one keeps what its prompts share with them, and which it
-                leaves its own in.
+            least_slots: the fewest slots of the cache; a request that needs more gets more. Requests of equal slots
+                share their programs.
+            kept: rows of earlier requests. This request reuses the tokens that its prompts share with them, and leaves
+                its own rows there.
         """
         each, single = as_prompts(prompts)
         self.single = single and samples is None
@@ -196,10 +196,10 @@ class TextStream:
             self.model = reading.result()
 
     def __iter__(self) -> Iterator[Any]:
-        """Runs the request; each item is the text that has become certain: a string, or a list of one a row.
+        """Runs the request; each item is the text that has become final: a string, or a list with one for each row.
 
         Raises:
-            LlamaJaxError: where logits are not finite, behind the text before them.
+            LlamaJaxError: if logits are not finite, after the text before them.
         """
         engine = self._kept.fit(self.model, len(self._rows), self._slots(), self._options, self.speed)
         self.model = engine.model
