@@ -1,4 +1,4 @@
-"""Programs and weights for other runtimes: bundles, and what is made of them.
+"""Programs and weights for other runtimes: bundles, and targets that are built from them.
 
     bundle = write(model, tokenizer, "box.bundle", Spec(slots=512))
     for result in verify(bundle):

@@ -7,14 +7,14 @@
     programs/NAME.mlirbc    StableHLO portable artifact, static shapes
     programs/NAME.jax       the same for `jax.export.deserialize`, any batch, cache size and prompt length
     weights.safetensors     the arrays that are the programs' first arguments
-    golden.safetensors      prompts, the tokens that greedy choice continues them with, logits behind each prompt
+    golden.safetensors      prompts, the tokens that greedy choice continues them with, logits after each prompt
     tokenizer.model         sentencepiece, where the model has one; or tokenizer.json, of the library tokenizers
     vocabulary.json         the same as tables, for runners without these: how text is split, pieces, scores or merges
     run_jax.py, …           runners of one file each
     targets/                what was compiled or converted for a runtime
 
 `manifest.schema.json` beside this file specifies the manifest. The same model and spec give the same bytes. Programs
-take weights, inputs, state, in this order; what later versions add, as adapters, are inputs with names of their own.
+take weights, inputs, state, in this order; later versions may add inputs with new names, such as adapters.
 """
 
 import dataclasses
@@ -57,11 +57,11 @@ _TWINS = {"prefill": "BST", "decode": "BS"}
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """A bundle that was opened and checked.
+    """A bundle that has been opened and checked.
 
     Attributes:
         path: its folder.
-        manifest: as the schema says.
+        manifest: its content, by the schema.
     """
 
     path: Path
@@ -75,7 +75,7 @@ class Bundle:
         """The portable artifact of a program.
 
         Raises:
-            LlamaJaxError: if there is none of that name.
+            LlamaJaxError: if there is no program of that name.
         """
         programs = self.manifest["programs"]
         if program not in programs:
@@ -99,23 +99,23 @@ def write(
     template: str | None = None,
     on_note: Callable[[str], None] = lambda note: None,
 ) -> Bundle:
-    """Writes a bundle, whole or not at all.
+    """Writes a bundle: complete, or not at all.
 
     Args:
         model: of QTensors or arrays, not prepared for a backend.
         tokenizer: goes into the bundle; None for a bundle of ids only.
         path: of the folder; must not exist.
-        spec: what programs to make.
-        prompts: ids of the golden prompts; texts of our own unless given.
-        source: where the weights came from.
+        spec: the programs to make.
+        prompts: ids of the golden prompts; built-in texts unless given.
+        source: the origin of the weights.
         template: name of the chat template; the checkpoint's own unless given.
-        on_note: called with a line that says why runners cannot chat, if so.
+        on_note: called with one line of the reason if runners cannot chat.
 
     Raises:
         LlamaJaxError: if there is no template of that name, the model cannot be exported, or `path` exists.
     """
     if spec.slots > model.config.context_length:
-        raise LlamaJaxError(f"{spec.slots} slots: the model's context is {model.config.context_length}")
+        raise LlamaJaxError(f"{spec.slots} slots: expected at most the model's context, {model.config.context_length}")
     vocabulary = None if tokenizer is None else vocabulary_of(tokenizer)
     chat = chat_of(tokenizer, vocabulary, template, source)
     if chat.refusal:
@@ -209,7 +209,7 @@ def _chat_template(tokenizer: Tokenizer | None) -> str | None:
 
 
 def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes the manifest, at once, with SHA-256 and size of every other file, and a SHA-256 of itself as last line."""
+    """Writes the manifest atomically, with SHA-256 and size of every other file, and its own SHA-256 as last line."""
     names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     listed = {name: {"sha256": _sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
     listed.pop("manifest.json", None)
@@ -228,14 +228,14 @@ def _closing(text: bytes) -> bytes:
 
 
 def open_bundle(path: str | Path) -> Bundle:
-    """Opens a bundle and checks it before anything of it is used.
+    """Opens a bundle and checks it before any part of it is used.
 
-    In this order, so that none costs more than the bundle's own size: the manifest by itself; the kind and size of all
-    that lies in the folder; every file's SHA-256.
+    The order of checks keeps their cost below the bundle's own size: the manifest by itself; the kind and size of all
+    files in the folder; every file's SHA-256.
 
     Raises:
-        LlamaJaxError: if it is none, of a newer version, a file is missing or not as the manifest says, or there is
-            anything else, a link included; the first.
+        LlamaJaxError: for the first problem: no bundle, a newer version, a missing file, one that differs from the
+            manifest, or any other file or link.
     """
     path = Path(path)
     manifest = read_manifest(path)
@@ -250,10 +250,10 @@ def open_bundle(path: str | Path) -> Bundle:
 
 
 def read_manifest(path: Path) -> Mapping[str, Any]:
-    """The manifest of a bundle, checked by itself: the bundle's other files are not looked at.
+    """Reads and checks the manifest of a bundle without its other files.
 
     Raises:
-        LlamaJaxError: if there is none, or it is of a newer version, or damaged.
+        LlamaJaxError: if it is missing, damaged, or of a newer version.
     """
     file = path / "manifest.json"
     try:
@@ -277,7 +277,7 @@ def read_manifest(path: Path) -> Mapping[str, Any]:
 
 
 def standalone_runner(name: str) -> str:
-    """A runner as one file: what all runners share, with its own text behind."""
+    """A runner as one file: the shared code of all runners, followed by its own."""
     text = (_RUNNERS / "runner.py").read_text(encoding="utf-8")
     for part, line in _IMPORTS.items():
         _, _, of_part = (_RUNNERS / f"{part}.py").read_text(encoding="utf-8").partition('"""\n\n')
@@ -372,7 +372,9 @@ def _check_manifest(file: Path, manifest: Mapping[str, Any]) -> None:
     state = manifest["cache"].get("state")
     inputs, outputs = (manifest["programs"]["decode"][kind] for kind in ("inputs", "outputs"))
     if state is not None and (inputs[-len(state) :] != state or outputs[-len(state) :] != state):
-        raise LlamaJaxError(f"{file}: cache.state is not what decode takes and returns last: the manifest is damaged")
+        raise LlamaJaxError(
+            f"{file}: cache.state differs from decode's last inputs and outputs: the manifest is damaged"
+        )
     entries = [program["file"] for program in manifest["programs"].values()]
     entries += [*manifest["jax"].values(), manifest["golden"]["file"], "weights.safetensors"]
     for target in manifest["targets"].values():

@@ -1,8 +1,8 @@
-"""A checkpoint's chat template as runners have it: the section `chat` of the manifest, and golden conversations.
+"""A checkpoint's chat template for runners: the section `chat` of the manifest, and golden conversations.
 
-Runners have no Jinja. Of a template of the usual form they get the strings between messages (`llamajax.role_strings`),
-in which control tokens are ids: text, a message's above all, never becomes one. Whether a runner's ids are then the
-template's is looked at when a bundle is written, for conversations that hold what is awkward.
+Runners have no Jinja. For a template of the usual form they get the strings between messages (`llamajax.role_strings`),
+in which control tokens are ids, so that text, above all a message's, never becomes one. Writing a bundle compares a
+runner's ids with the template's for conversations with awkward content.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ _STRINGS = ("begin", "system", "behind_system", "answer", "next", "reply")
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """Conversations as runners have them.
+    """The data of conversations for runners.
 
     Attributes:
-        section: of the manifest; None where runners cannot chat.
-        golden: conversations, each with the ids that the template and its tokenizer give.
-        refusal: why there is no section, or "".
+        section: the section of the manifest; None if runners cannot chat.
+        golden: conversations, each with the ids by the template and its tokenizer.
+        refusal: the reason for a missing section, or "".
     """
 
     section: dict[str, Any] | None
@@ -42,8 +42,8 @@ def chat_of(tokenizer: Tokenizer | None, vocabulary: Vocabulary | None, name: st
 
     Args:
         tokenizer: with the checkpoint's template; None for a bundle of ids.
-        vocabulary: of it, as runners have it.
-        name: of a template, as for `Template.of`.
+        vocabulary: its tables for runners.
+        name: the name of a template, as for `Template.of`.
         source: the checkpoint, for errors.
 
     Raises:
@@ -130,7 +130,7 @@ def _compared(section: dict[str, Any], template: Template, tokenizer: Tokenizer,
         if encode(runner, section, said) != ids:
             last = files.shortened(messages[-1].content)
             raise LlamaJaxError(
-                f"a conversation of {len(messages)} messages, the last {last}, is encoded in a way of its own"
+                f"a conversation of {len(messages)} messages, the last {last}, is encoded differently by the strings"
             )
         golden.append({"messages": said, "ids": ids})
     return golden[:_GOLDEN]

@@ -1,7 +1,7 @@
-"""Golden prompts: the tokens and logits that a bundle's programs give, by the very functions that were lowered.
+"""Golden prompts: the tokens and logits of a bundle's programs, computed by the functions that are lowered.
 
-They are jitted here instead of read back from the bundle. Prompts go through prefill in the bundle's buckets, then
-decode, with its cache, as runners do it.
+The functions are jitted here instead of read from the bundle. Prompts go through prefill in the bundle's buckets, then
+decode, with its cache, as in runners.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ class _Programs:
 
 
 def golden_prompts(model: Llama, tokenizer: Tokenizer | None, spec: Spec) -> list[list[int]]:
-    """Two prompts of different lengths that leave room for what follows."""
+    """Two prompts of different lengths that leave room for the continuation."""
     most = max(1, spec.slots - GOLDEN_TOKENS - 1)
     if tokenizer is not None:
         return [tokenizer.encode(text)[:most] for text in GOLDEN_TEXTS]
@@ -68,18 +68,18 @@ def golden_prompts(model: Llama, tokenizer: Tokenizer | None, spec: Spec) -> lis
 
 
 def golden(model: Llama, prompts: Sequence[Sequence[int]], spec: Spec) -> dict[str, np.ndarray]:
-    """What the programs of `spec` give for each prompt: arrays `prompt_0`, `tokens_0`, `logits_0`, `prompt_1`, ….
+    """The results of the programs of `spec` for each prompt: arrays `prompt_0`, `tokens_0`, `logits_0`, `prompt_1`, ….
 
     Args:
-        model: as it goes into the bundle.
+        model: the model in the bundle.
         prompts: ids; 1 to slots - 1 of them each.
         spec: of the bundle.
 
     Returns:
-        Prompts and greedy tokens, int32, and logits float32 [V] behind each prompt.
+        Prompts and greedy tokens, int32, and logits float32 [V] after each prompt.
 
     Raises:
-        LlamaJaxError: for a prompt that the cache or the vocabulary has no room for; logits that are not finite.
+        LlamaJaxError: for a prompt that does not fit the cache or the vocabulary; logits that are not finite.
     """
     if model.config.num_parameters > _LARGE_MODEL:
         spec = dataclasses.replace(

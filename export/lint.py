@@ -1,4 +1,4 @@
-"""What a lowered program may contain, so that runtimes other than XLA run it."""
+"""The permitted content of a lowered program, so that runtimes other than XLA run it."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ _ARGUMENT_TYPES = ("f32", "bf16", "f16", "ui8", "i32", "ui32")
 
 
 def tidy(module: ir.Module, aliases: Mapping[int, int]) -> None:
-    """Takes off jax's own attributes of the module, of arguments and of results.
+    """Removes jax's own attributes of the module, of arguments and of results.
 
     Args:
         module: with a function `main`, and others.
@@ -39,7 +39,7 @@ def tidy(module: ir.Module, aliases: Mapping[int, int]) -> None:
 
 
 def check(module: ir.Module, profile: Profile, name: str) -> dict[str, int]:
-    """Counts a program's operations, and refuses what other runtimes stumble over.
+    """Counts a program's operations, and refuses those that other runtimes cannot run.
 
     Raises:
         LlamaJaxError: for a custom call, a scatter or another operation that is not in the profile's list; an argument

@@ -4,8 +4,8 @@
     programs["decode"].artifact          # portable artifact, for any runtime that reads StableHLO
 
 They are the functions that generation uses (`Llama.blocks`, `Llama.head`, `sample`), traced with a model whose weights
-are arguments. What a runtime needs otherwise is a `Profile`: whether layers are one loop or written out one after the
-other, and whether codes are taken out of their bytes by shifts or by arithmetic of floats.
+are arguments. A `Profile` describes the needs of a runtime: layers in one loop or written out one after the other, and
+codes extracted from bytes by shifts or by float arithmetic.
 
 Every program takes all weights first, in the order of `parameters`, then its inputs, then the state (`empty_state`),
 and returns its outputs, then the state. Shapes are static.
@@ -34,7 +34,7 @@ STABLEHLO_VERSION = "1.1.0"
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """An argument or a result: its name, dtype as NumPy calls it, and shape."""
+    """An argument or a result: its name, its dtype by NumPy's name, and its shape."""
 
     name: str
     dtype: str
@@ -51,12 +51,12 @@ class Program:
     """One lowered function.
 
     Attributes:
-        inputs: its arguments behind the weights.
-        outputs: its results. One that has the name of an input is that state, which the input's memory may be used for.
-        weights: which weights are its first arguments, used or not: "packed", "prepared" as a backend wants them, or
+        inputs: its arguments after the weights.
+        outputs: its results. A result with the name of an input is that state and may reuse the input's memory.
+        weights: the weights that are its first arguments, used or not: "packed", "prepared" in a backend's layout, or
             "none".
         artifact: StableHLO portable artifact (MLIR bytecode) of a module with one public function, `main`.
-        operations: how often each operation occurs.
+        operations: the number of occurrences of each operation.
     """
 
     inputs: tuple[Value, ...]
@@ -67,20 +67,20 @@ class Program:
 
 
 def lower(model: Llama, spec: Spec) -> dict[str, Program]:
-    """Lowers every program that `spec` asks for: `prefill_16`, …, `decode`, and the optional ones.
+    """Lowers all programs of a `spec`: `prefill_16`, …, `decode`, and the optional ones.
 
     Raises:
-        LlamaJaxError: if the model cannot be exported like this, or a program is not clean (`check`).
+        LlamaJaxError: if the model cannot be exported in this form, or `check` refuses a program.
     """
     if is_laid_out(model):
-        raise LlamaJaxError("the model is prepared for a backend: export it as it was loaded")
+        raise LlamaJaxError("the model is prepared for a backend: export the model from before `prepare`")
     # A token as a whole, as models were trained with it (BitNet). Groups, and channels left out, are a kernel's.
     asking = [weight for weight in quantized(model) if weight.activations]
     if kinds := {
         str(weight.activations) for weight in asking if weight.activations != "int8-token" or weight.outlier is not None
     }:
         raise LlamaJaxError(
-            f"weights that ask for rounded activations ({', '.join(sorted(kinds))}): other runtimes lack what rounds: "
+            f"weights that round their activations ({', '.join(sorted(kinds))}): other runtimes cannot do this: "
             "export with --activations=float32, or llamajax.with_activations(model, 'float32')"
         )
     profile = spec.profile
@@ -121,7 +121,7 @@ def lower_program(
     kind: Literal["packed", "prepared", "none"],
     profile: Profile,
 ) -> Program:
-    """Lowers a function of arrays: weights, then inputs. A result has the memory of the input of its name, if any."""
+    """Lowers a function of arrays: weights, then inputs. A result reuses the memory of the input of its name."""
     flat.__name__ = name
     arguments = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (*weights.values(), *inputs.values())]
     # Not by donating: jax gives the memory of what is donated to the first result of that shape and dtype.

@@ -1,9 +1,9 @@
-"""Regular expressions of tokenizers as patterns that Python and JavaScript read alike.
+"""Regular expressions of tokenizers as patterns with one meaning in Python and JavaScript.
 
 Tokenizers of Hugging Face split text by regular expressions of Oniguruma, with classes of characters by Unicode's
-properties. Other libraries lack these, or have them of another version of Unicode. A pattern is a list: text that
-means the same to Python's `re` and to JavaScript, and numbers that stand for classes of characters, which are ranges of
-code points. The library itself says which characters a class holds. What would mean something else is `Unsupported`.
+properties. Other libraries lack these, or follow another version of Unicode. A pattern is a list: text with the same
+meaning in Python's `re` and JavaScript, and numbers for classes of characters, which are ranges of code points. The
+tokenizer's library itself determines the characters of a class. Expressions without such a form are `Unsupported`.
 
 Syntax: doc/RE and doc/SYNTAX.md of github.com/kkos/oniguruma, ONIG_SYNTAX_RUBY's meaning of quantifiers and anchors.
 """
@@ -29,12 +29,12 @@ _CODES = 0x110000
 
 
 class Unsupported(Exception):
-    """What in a tokenizer cannot be written as a table: the end of a sentence about it."""
+    """A part of a tokenizer that no table can express; its text ends a sentence about the tokenizer."""
 
 
 @functools.cache
 def all_characters() -> str:
-    """All characters: code points without surrogates, which no text has."""
+    """All characters: code points without surrogates, which do not occur in text."""
     return "".join(map(chr, [*range(0xD800), *range(0xE000, _CODES)]))
 
 
@@ -56,7 +56,7 @@ def ranges_of(held: np.ndarray) -> tuple[int, ...]:
 
 
 def characters_in(text: str) -> np.ndarray:
-    """Which characters a text has: bool [0x110000], by code point."""
+    """The characters of a text: bool [0x110000], by code point."""
     held = np.zeros(_CODES, bool)
     held[np.frombuffer(text.encode("utf-32-le"), "<u4")] = True
     return held
@@ -64,7 +64,7 @@ def characters_in(text: str) -> np.ndarray:
 
 @functools.lru_cache(256)
 def members(expression: str, among: str | None = None) -> tuple[int, ...]:
-    """The characters, or those of a text, that an expression of Oniguruma matches by themselves, as ranges.
+    """The single characters (or those of a text) that an expression of Oniguruma matches, as ranges.
 
     Raises:
         Unsupported: if the library does not read it.
@@ -86,10 +86,10 @@ def outside(ends: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class Patterns:
-    """Makes patterns that share classes.
+    """Makes patterns with shared classes.
 
     Attributes:
-        classes: ranges of code points, by the number that stands for the class.
+        classes: ranges of code points, by the number of the class.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What kind of program a runtime wants, and which programs a bundle is to have."""
+"""The form of programs that a runtime needs, and the programs of a bundle."""
 
 import dataclasses
 from typing import Literal
@@ -23,15 +23,15 @@ _OTHER_XLA = frozenset({"optimization_barrier", "remainder", "sign"})
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """What kind of program a runtime wants.
+    """The form of programs that a runtime needs.
 
     Attributes:
         name: as in `PROFILES`.
         layers: "scanned", one loop over stacked weights; or "unrolled", each layer's weights an argument of their own.
-        arithmetic: how codes are unpacked, as `quant.unpack` takes it.
-        operations: that programs may contain, without their dialect.
-        backend: whose layout the weights have that programs take: a program of its own, `prepare`, makes them of the
-            packed ones, once. None: programs take the packed ones.
+        arithmetic: the way of unpacking codes, an argument of `quant.unpack`.
+        operations: the permitted operations, without their dialect.
+        backend: the backend whose layout the programs' weights have: the program `prepare` converts the packed weights
+            to it once. None: programs take the packed weights.
     """
 
     name: str
@@ -63,16 +63,16 @@ OPTIONAL_PROGRAMS = ("sample", "score", "embed", "verify")
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What programs to make.
+    """The programs to make and their sizes.
 
     Attributes:
         batch: B, rows.
-        slots: S, of the cache.
-        cache_dtype: of keys and values, a float type.
+        slots: S, slots of the cache.
+        cache_dtype: dtype of keys and values, a float type.
         buckets: T of each prefill program.
-        programs: of `OPTIONAL_PROGRAMS`.
+        programs: additional programs, of `OPTIONAL_PROGRAMS`.
         drafts: k, tokens that `verify` checks.
-        profile: of `PROFILES`.
+        profile: a key of `PROFILES`.
     """
 
     batch: int = 1
@@ -92,12 +92,12 @@ class Spec:
         if self.batch < 1 or self.slots < 1 or self.drafts < 1:
             raise LlamaJaxError(f"batch {self.batch}, slots {self.slots}, drafts {self.drafts}: expected at least 1")
         if self.cache_dtype not in ("float32", "bfloat16", "float16"):
-            raise LlamaJaxError(f"cache of {self.cache_dtype!r}: expected float32, bfloat16 or float16 to export")
+            raise LlamaJaxError(f"cache_dtype {self.cache_dtype!r}: expected float32, bfloat16 or float16 to export")
         if list(self.buckets) != sorted(set(self.buckets)) or not self.buckets or self.buckets[0] < 1:
-            raise LlamaJaxError(f"buckets {self.buckets}: expected token counts that grow")
+            raise LlamaJaxError(f"buckets {self.buckets}: expected increasing numbers of tokens, at least 1")
         if self.buckets[-1] > self.slots or self.drafts >= self.slots:
             raise LlamaJaxError(
-                f"bucket {self.buckets[-1]}, drafts {self.drafts}: expected less than {self.slots} slots"
+                f"bucket {self.buckets[-1]}, drafts {self.drafts}: expected no more than the {self.slots} slots"
             )
         if unknown := set(self.programs) - set(OPTIONAL_PROGRAMS):
             raise LlamaJaxError(f"program {sorted(unknown)[0]!r}: expected one of {', '.join(OPTIONAL_PROGRAMS)}")

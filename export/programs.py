@@ -1,6 +1,6 @@
-"""The functions that a bundle has as programs: what they take and return, and the model's calls that they are of.
+"""The functions of a bundle's programs: their inputs and outputs, and the model's calls in them.
 
-They are those that generation uses (`Llama.blocks`, `Llama.head`, `sample`).
+The calls are those that generation uses (`Llama.blocks`, `Llama.head`, `sample`).
 """
 
 import functools
@@ -21,7 +21,7 @@ Function = tuple[str, Callable[..., tuple], dict[str, jax.ShapeDtypeStruct], tup
 
 
 def empty_state(config: Config, spec: Spec, sizes: Mapping[str, Any] = types.MappingProxyType({})) -> KVCache:
-    """The cache that programs of `spec` work on, abstract: what it declares as `KVCache.state` goes in and out."""
+    """The abstract cache of programs of `spec`: the arrays of its `KVCache.state` are inputs and outputs."""
     # With symbolic sizes nothing can be decided by them: one straight way, whatever the profile.
     layout = "dense" if spec.profile.layers == "scanned" and not sizes else "straight"
     batch, slots = sizes.get("B", spec.batch), sizes.get("S", spec.slots)
@@ -34,8 +34,8 @@ def functions(model: Llama, spec: Spec, sizes: Mapping[str, Any] = types.Mapping
 
     Args:
         model: for its config.
-        spec: what to make.
-        sizes: "B", "S" and "T" in place of the spec's, such as symbolic ones; with "T" prefill is one program.
+        spec: the programs to make.
+        sizes: replacements of the spec's "B", "S" and "T", such as symbolic ones; with "T" prefill is one program.
     """
     B = sizes.get("B", spec.batch)
     config = model.config
@@ -75,7 +75,7 @@ def functions(model: Llama, spec: Spec, sizes: Mapping[str, Any] = types.Mapping
 
 
 def _prefill(empty: KVCache, model: Llama, tokens_BT, count_B, length_B, *state):
-    """Puts the first `count` of the T tokens of each row behind the `length` it holds; logits of the last of them."""
+    """Adds the first `count` of each row's T tokens after its `length` ones; returns the logits of the last."""
     x_BTD, cache = model.blocks(model.embed(tokens_BT), empty.with_state(state, length_B), count_B)
     is_last_BT1 = (jnp.arange(tokens_BT.shape[1]) == count_B[:, None] - 1)[:, :, None]
     # A sum in which all but one are zero: an index for each row would be a gather.
@@ -85,13 +85,13 @@ def _prefill(empty: KVCache, model: Llama, tokens_BT, count_B, length_B, *state)
 
 
 def _decode(empty: KVCache, model: Llama, token_B, length_B, *state):
-    """One more token a row, and the logits behind it."""
+    """Adds one token to each row; returns the logits after it."""
     logits_BTV, cache = model(token_B[:, None], empty.with_state(state, length_B))
     return (_or_nan(_fits(length_B, token_B[:, None], empty), logits_BTV[:, 0]), *cache.state.values())
 
 
 def _verify(empty: KVCache, model: Llama, tokens_BT, length_B, *state):
-    """The newest token and k drafted ones: logits behind each. The caller advances `length` by what it accepts."""
+    """The logits after the newest token and k drafted ones. The caller advances `length` by the accepted ones."""
     logits_BTV, cache = model(tokens_BT, empty.with_state(state, length_B))
     return (_or_nan(_fits(length_B, tokens_BT, empty), logits_BTV), *cache.state.values())
 
@@ -107,7 +107,7 @@ def _score(model: Llama, tokens_BT, count_B):
 
 
 def _embed(model: Llama, tokens_BT, count_B):
-    """The mean of a text's last hidden states, behind the final norm."""
+    """The mean of a text's last hidden states, after the final norm."""
     hidden_BTD = model.norm(model.blocks(model.embed(tokens_BT))[0])
     is_text_BT1 = (jnp.arange(tokens_BT.shape[1]) < count_B[:, None])[:, :, None]
     sum_BD = jnp.sum(jnp.where(is_text_BT1, hidden_BTD.astype(jnp.float32), 0), axis=1)
@@ -115,14 +115,14 @@ def _embed(model: Llama, tokens_BT, count_B):
 
 
 def _sample(_: None, logits_BV, key_B2, length_B, temperature_B, top_p_B, top_k_B):
-    """Chooses a token as `generate` does: `key` is a row's PRNG key, `length` what its cache holds."""
+    """Chooses a token as `generate` does: `key` is a row's PRNG key, `length` the number of tokens in its cache."""
     key_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(key_B2, impl="threefry2x32"), length_B)
     sampler = Sampler(temperature=temperature_B, top_k=top_k_B, top_p=top_p_B)
     return sample(logits_BV, key_B, sampler, narrows=False)
 
 
 def _fits(length_B, tokens_BT, empty: KVCache):
-    """Whether T tokens behind `length` fit the cache: where not, XLA writes over others. No sum that overflows."""
+    """Whether T tokens fit the cache after `length`; otherwise XLA overwrites others. No sum here overflows."""
     fits_B = length_B >= 0
     return fits_B if empty.slots is None else fits_B & (length_B <= empty.slots - tokens_BT.shape[1])
 
@@ -138,7 +138,7 @@ def _or_nan(is_valid_B, x_BX):
 
 
 def bound(function: Callable[..., tuple], names: tuple[str, ...] | None, like: Llama, profile: Profile):
-    """A function of (model, *inputs) as one of flat arrays: the weights of these names first, then the inputs."""
+    """A function of (model, *inputs) as one of flat arrays: first the weights of these names, then the inputs."""
 
     def flat(*arrays):
         if names is None:

@@ -1,4 +1,4 @@
-"""A sentencepiece model as tables: its normalizer, its pieces and what may become of them."""
+"""A sentencepiece model as tables: its normalizer, and its pieces with scores and kinds."""
 
 import base64
 import re
@@ -16,10 +16,10 @@ _KINDS = {1: "n", 2: "?", 3: "c", 4: "u", 5: "x", 6: "b"}
 
 
 def sentencepiece_tables(tokenizer: Tokenizer, patterns: Patterns) -> dict[str, Any]:
-    """What vocabulary.json says of how a sentencepiece model makes ids.
+    """The tables of vocabulary.json for encoding with a sentencepiece model.
 
     Raises:
-        Unsupported: for what runners do not do.
+        Unsupported: for features that runners lack.
     """
     model = forms.proto().ModelProto.FromString(tokenizer.model_bytes)
     kind = _MODEL_TYPES.get(model.trainer_spec.model_type)

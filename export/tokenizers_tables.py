@@ -1,7 +1,7 @@
-"""A tokenizer.json as tables: its steps of normalizing and splitting, its pieces and merges.
+"""A tokenizer.json as tables: its steps of normalization and splitting, its pieces and merges.
 
-The library tokenizers reads the file and writes it down again, so that what older versions of it wrote differently is
-the same here. Steps are those of tokenizers/src/normalizers and pre_tokenizers of github.com/huggingface/tokenizers.
+The library tokenizers reads the file and writes it again, so that files of its older versions get the current form.
+Steps are those of tokenizers/src/normalizers and pre_tokenizers of github.com/huggingface/tokenizers.
 """
 
 import base64
@@ -22,10 +22,10 @@ _FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 
 
 def tokenizers_tables(tokenizer: Tokenizer, patterns: Patterns) -> dict[str, Any]:
-    """What vocabulary.json says of how a tokenizer.json makes ids.
+    """The tables of vocabulary.json for encoding with a tokenizer.json.
 
     Raises:
-        Unsupported: for what runners do not do.
+        Unsupported: for features that runners lack.
     """
     import tokenizers
 
@@ -72,7 +72,7 @@ _AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
 
 
 def normalizer_of(tokenizer: Tokenizer) -> Callable[[str], str]:
-    """What the normalizer of a tokenizer.json makes of a text: so are some added tokens looked for."""
+    """The normalizer of a tokenizer.json, applied to a text: some added tokens are searched in its result."""
     import tokenizers
 
     normalizer = tokenizers.Tokenizer.from_str(tokenizer.model_bytes.decode()).normalizer

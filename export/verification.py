@@ -1,4 +1,4 @@
-"""Runs a bundle's golden prompts on every runtime that is here, each in a process of its own without our source.
+"""Runs a bundle's golden prompts on every installed runtime, each in a process of its own without our source.
 
     for result in verify(open_bundle("box.bundle")):
         print(result.runtime, result.exact, result.largest_logit_error)
@@ -23,11 +23,11 @@ from llamajax import LlamaJaxError
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """Something that runs bundles.
+    """A runtime that runs bundles.
 
     Attributes:
-        module: what a Python that has it can import.
-        target: kind of target that a bundle must hold for it, or None.
+        module: a module that a Python with this runtime can import.
+        target: the kind of target that it needs in a bundle, or None.
     """
 
     module: str
@@ -47,24 +47,24 @@ RUNTIMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one runtime made of the golden prompts.
+    """The comparison of one runtime with the golden prompts.
 
     Attributes:
         runtime: a key of `RUNTIMES`.
-        version: what it calls itself; "" where it did not run.
-        skipped: why it did not run, or "".
-        error: why it failed, or "".
-        held: whether it ran and did what the bundle promises: logits behind the prompts within the tolerance, tokens
-            the golden ones up to the first, if any, where both are within twice the tolerance of each other.
+        version: its own name and version; "" if it did not run.
+        skipped: the reason if it did not run, or "".
+        error: the reason if it failed, or "".
+        held: whether it ran and agreed with the bundle: logits after the prompts within the tolerance, and tokens equal
+            to the golden ones up to the first, if any, at which both are within twice the tolerance of each other.
         exact: whether every token was the golden one.
-        tokens: how many there were.
-        largest_logit_error: behind the prompts.
-        tolerance: of it, for the dtypes of this bundle and the device (`export.runners.runner.tolerance`).
-        load_seconds: from opening the bundle, hashes included, to having run each program once that is compiled then.
-        tokens_per_second: of decoding one row.
-        resident_bytes: of its process, at the end.
-        texts: how many golden texts it encoded to their ids.
-        conversations: how many golden conversations.
+        tokens: their number.
+        largest_logit_error: of the logits after the prompts.
+        tolerance: its limit, for the dtypes of this bundle and the device (`export.runners.runner.tolerance`).
+        load_seconds: from opening the bundle, hashes included, until each program compiled at load has run once.
+        tokens_per_second: speed of decoding one row.
+        resident_bytes: memory of its process, at the end.
+        texts: number of golden texts that it encoded to their ids.
+        conversations: likewise of golden conversations.
     """
 
     runtime: str
@@ -94,7 +94,7 @@ def verify(
         pythons: the Python that has a runtime, by its name; this one unless given.
 
     Yields:
-        One result a runtime. One that is not installed, or for which the bundle holds no target, is skipped.
+        One result for each runtime. A runtime that is not installed, or has no target in the bundle, is skipped.
 
     Raises:
         LlamaJaxError: for the name of a runtime that does not exist.
@@ -116,7 +116,7 @@ def verify(
 
 
 def unavailable(bundle: Bundle, name: str, python: str) -> str:
-    """Why a runtime cannot run this bundle here, or "".
+    """The reason why a runtime cannot run this bundle here, or "".
 
     Raises:
         LlamaJaxError: if there is no runtime of that name.
@@ -151,18 +151,18 @@ def run(
     *,
     shows_notes: bool = False,
 ) -> str:
-    """Continues a prompt, or chats, on one runtime; returns what the runner said to its standard error.
+    """Continues a prompt, or chats, on one runtime; returns the runner's standard error.
 
     Args:
         bundle: opened.
         name: of the runtime.
-        python: that has it.
-        arguments: of the runner.
-        on_output: called with what the runner writes to its standard output, as it comes.
-        shows_notes: whether what it says to its standard error is this process's, as it comes, and not returned.
+        python: a Python with the runtime.
+        arguments: the runner's arguments.
+        on_output: called with the runner's standard output while it is written.
+        shows_notes: whether its standard error goes to that of this process and is not returned.
 
     Raises:
-        LlamaJaxError: if the runtime is not here, the bundle has nothing for it, or it fails.
+        LlamaJaxError: if the runtime is not installed, the bundle has no target for it, or it fails.
     """
     if reason := unavailable(bundle, name, python):
         raise LlamaJaxError(f"{bundle.path}: runtime {name}: {reason}")

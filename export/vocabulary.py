@@ -1,9 +1,8 @@
-"""What a runner needs to turn text into ids and back as the tokenizer does, and whether it then does.
+"""The tables with which runners convert text to ids and back as the tokenizer does, and a check of them.
 
-Runners have no sentencepiece and no tokenizers: their class `Text` goes by tables (`export.sentencepiece_tables`,
-`export.tokenizers_tables`). What it cannot do exactly has a `refusal` in vocabulary.json: a runner then takes ids
-alone. Texts are encoded both ways when a bundle is written; those of a table in it again by each runner that runs the
-golden prompts.
+Runners have no sentencepiece and no tokenizers: their class `Text` uses tables (`export.sentencepiece_tables`,
+`export.tokenizers_tables`). If it cannot reproduce a tokenizer exactly, vocabulary.json has a `refusal`, and a runner
+takes only ids. Writing a bundle encodes texts in both ways; runners repeat this for the golden texts.
 """
 
 import dataclasses
@@ -66,11 +65,11 @@ _BITS = {"special": 1, "lstrip": 2, "rstrip": 4, "single_word": 8}
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer as runners have it.
+    """A tokenizer in the form for runners.
 
     Attributes:
-        values: what vocabulary.json says; `refusal` is why a runner cannot encode text by it, or None.
-        texts: the golden texts, each with the ids that the tokenizer itself makes of it.
+        values: the content of vocabulary.json; `refusal` is the reason why a runner cannot encode text by it, or None.
+        texts: the golden texts, each with its ids by the tokenizer itself.
     """
 
     values: dict[str, Any]
@@ -78,7 +77,7 @@ class Vocabulary:
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
-    """The tables of a tokenizer: pieces, merges or scores, and how text is normalized and split before."""
+    """The tables of a tokenizer: pieces, merges or scores, and the steps that normalize and split text."""
     patterns = Patterns()
     values: dict[str, Any] = {
         "version": VERSION,

@@ -1,4 +1,4 @@
-"""A model as the flat arrays that a program takes, named and in one order, and that model again inside a trace."""
+"""Converts a model to the flat arrays that a program takes, named and in one order, and back inside a trace."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ from quant import Layout, QTensor, dequantize, dequantize_runs, map_quantized
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "layer"], meta_fields=["arithmetic"])
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExportedWeight(Layout):
-    """A packed weight in a program: each product is a function of its own, so that a reader, or a runtime, knows it.
+    """A packed weight in a program: each product is a function of its own, which readers and runtimes can recognise.
 
     Attributes:
         weight: QTensor [..., K, M] or [..., M, K].
@@ -43,7 +43,7 @@ class ExportedWeight(Layout):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight, or of one layer of it."""
+        """The shape of the weight, or of one layer of it."""
         return self.weight.shape if self.layer is None else self.weight.shape[1:]
 
     def sliced(self) -> "ExportedWeight":
@@ -54,7 +54,7 @@ class ExportedWeight(Layout):
         return super().sliced()
 
     def matmul(self, x_RK: jax.Array) -> jax.Array:
-        """As the reference does, with the order of its groups applied to the activations."""
+        """As the reference, with the order of its groups applied to the activations."""
         weight = self.sliced().weight
         if weight.order is not None:
             x_RK = jnp.take(x_RK, weight.order.reshape(-1), axis=1)
@@ -66,7 +66,7 @@ class ExportedWeight(Layout):
         return self.sliced().weight
 
     def rows(self, row_n: jax.Array) -> jax.Array:
-        """Rows of a table, float32: IREE drops the rounding to a narrower float of what is widened again at once."""
+        """Rows of a table, float32: IREE drops a rounding to a narrower float that is followed by widening."""
         return _named_rows(f"take_rows_{_described(self.weight)}", self.arithmetic)(self.weight, row_n)
 
     axis = property(lambda self: self.weight.axis)
@@ -128,8 +128,8 @@ def _named_rows(name: str, arithmetic: Literal["integer", "float"]) -> Callable[
 def parameters(model: Llama, profile: Profile) -> dict[str, Any]:
     """The arrays that are a program's first arguments, by name and in order.
 
-    A name is that of the weight and the path of the array in it, as `layers.*.ffn.up_DF.planes.0`; with unrolled layers
-    `layers.3.ffn.up_DF.planes.0`, layers in turn.
+    A name is that of the weight and the path of the array in it, such as `layers.*.ffn.up_DF.planes.0`; with unrolled
+    layers `layers.3.ffn.up_DF.planes.0`, layers in turn.
     """
     if profile.layers == "scanned":
         return named_arrays(model)
@@ -144,12 +144,12 @@ def _unrolled(model: Llama) -> dict[str, Any]:
 
 
 def assemble(arrays: Mapping[str, Any], like: Llama, profile: Profile) -> Llama:
-    """Undoes `parameters` inside a trace; packed weights become `ExportedWeight`, prepared ones stay as they are.
+    """The inverse of `parameters` inside a trace; packed weights become `ExportedWeight`, prepared ones stay unchanged.
 
     Args:
         arrays: by name.
         like: the model, for its structure; leaves may be abstract.
-        profile: as `parameters` had it.
+        profile: the profile given to `parameters`.
     """
     exported = lambda qtensor: ExportedWeight(qtensor, arithmetic=profile.arithmetic)  # noqa: E731
     if profile.layers == "scanned":
@@ -168,7 +168,7 @@ def assemble(arrays: Mapping[str, Any], like: Llama, profile: Profile) -> Llama:
 
 
 def taken_by(profile: Profile, model: Llama) -> Llama:
-    """The model as a profile's programs take it: as it is, or, abstract, as a backend wants it."""
+    """The model in the form for a profile's programs: unchanged, or abstract in a backend's layout."""
     if profile.backend is None:
         return model
     return jax.eval_shape(lambda model: prepare(model, profile.backend), model)

@@ -1,8 +1,8 @@
-"""What the C library keeps of memory that was freed, and how a process gets it back to the system: of glibc alone.
+"""Returns memory that the C library keeps after it is freed to the system; for glibc only.
 
-glibc puts blocks of up to 32 MiB next to each other (its threshold grows to the largest block that was freed), and what
-is freed between others stays with the process: 120 MiB behind a load of 1.1B parameters in 4 bits, which were 590. A
-larger block, or one beyond a threshold that is set, is a mapping of its own, and goes back when it is freed.
+glibc puts blocks of up to 32 MiB next to each other (its threshold grows to the largest freed block), and memory freed
+between others stays with the process: 120 MiB after a load of 1.1B parameters in 4 bits, whose weights take 590. A
+larger block, or one above a threshold that is set, is a mapping of its own and is returned when it is freed.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ _LARGEST = 32 << 20  # what glibc's own threshold grows to
 
 @contextlib.contextmanager
 def large_blocks_apart() -> Iterator[None]:
-    """Within it, blocks from 1 MiB on are mappings of their own, in all threads; behind it, what is free is given back.
+    """Inside, blocks of 1 MiB and more are mappings of their own, in all threads; at the end, free memory is returned.
 
-    Then the threshold is what glibc's own grows to, so that temporaries of programs are not mapped for each call.
+    Afterwards the threshold is glibc's own maximum, so that temporaries of programs are not mapped for each call.
     """
     library = _glibc()
     if library is None:
@@ -36,7 +36,7 @@ def large_blocks_apart() -> Iterator[None]:
 
 
 def give_back() -> None:
-    """Gives pages that are free to the system: behind what took much memory for a while, such as compiling."""
+    """Returns free pages to the system: for use after work that took much memory, such as compiling."""
     if library := _glibc():
         library.malloc_trim(0)
 

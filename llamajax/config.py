@@ -1,4 +1,4 @@
-"""What a LLaMA looks like: one frozen `Config`, strict readers, and presets by name.
+"""The architecture of a LLaMA: one frozen `Config`, strict readers, and presets by name.
 
 Dimension key used throughout the project, as einsum letters and as suffixes of array names (`query_BTNH`):
 
@@ -6,7 +6,7 @@ Dimension key used throughout the project, as einsum letters and as suffixes of 
     H head size · Q = N x H · M = K x H · F feed-forward width · V vocabulary · L layers · E experts
     C quantization groups along a contraction · P positions of a pattern of layers · R its repeats
 
-`Config` describes architecture only, that of every family by the same fields. Run-time choices (dtype, batch, sampling)
+`Config` describes architecture only, with the same fields for every family. Run-time choices (dtype, batch, sampling)
 are arguments of functions.
 """
 
@@ -32,7 +32,7 @@ Activation = Literal["silu", "gelu_tanh", "relu_squared"]
 class Config:
     """The architecture of one LLaMA. Hashable, so that it can be static under `jax.jit`.
 
-    Every switch is a field, off unless given; where families have it, and the names there, is in `families/`.
+    Every switch is a field, off unless given; `families/` maps the names in each family's files to these fields.
 
     Attributes:
         vocab_size: V, rows of the embedding.
@@ -47,32 +47,32 @@ class Config:
         rope_theta: base of the RoPE frequencies.
         rope_scaling: stretching of the RoPE frequencies, or None.
         tied_embeddings: whether the head shares the embedding's weights.
-        family: what names the files of such a model have (`families.FAMILIES`); nothing in the forward pass.
-        layer_kinds: kinds of the layers, a pattern that repeats: "full" sees all positions before its own, "window"
-            the last `window` (Mistral 7B, Jiang et al. 2023, arXiv:2310.06825), "chunk" those from the last multiple of
-            `chunk` on (Llama 4); "nope" sees all, without RoPE (SmolLM3; Yang et al. 2025, arXiv:2501.18795).
+        family: the names in files of such a model (`families.FAMILIES`); it has no effect on the forward pass.
+        layer_kinds: kinds of the layers, a repeating pattern: "full" sees all earlier positions, "window" the last
+            `window` (Mistral 7B, Jiang et al. 2023, arXiv:2310.06825), "chunk" those from the last multiple of `chunk`
+            on (Llama 4); "nope" sees all, without RoPE (SmolLM3; Yang et al. 2025, arXiv:2501.18795).
         window: positions that a query of a "window" layer sees, its own included.
         chunk: length of the chunks of "chunk" layers.
-        rope_fraction: the part of each head that RoPE turns, its first coordinates (Phi-4 mini: 0.75).
-        window_rope: RoPE of "window" layers where it is another (Gemma 3, OLMo 3).
+        rope_fraction: the fraction of each head that RoPE rotates, its first coordinates (Phi-4 mini: 0.75).
+        window_rope: RoPE of "window" layers if it differs from the others' (Gemma 3, OLMo 3).
         qkv_bias: biases of query, key and value (Qwen2).
         out_bias: a bias of attention's output.
         ffn_bias: biases of gate, up and down.
         query_key_norm: RMSNorm of queries and keys: of each "head" before RoPE (Qwen3), over the full "width" before
-            (OLMo 2), or "l2", of each head behind RoPE and without weights (Llama 4).
-        sinks: a logit for each query head that takes its part of the softmax (gpt-oss).
+            RoPE (OLMo 2), or "l2", of each head after RoPE and without weights (Llama 4).
+        sinks: an extra logit in the softmax of each query head (gpt-oss).
         score_cap: c tanh(score / c) of attention scores (Gemma 2).
         logit_cap: the same of logits (Gemma 2).
-        query_scale: what scores are multiplied by; 1 / sqrt(H) unless given (Gemma, Granite).
-        query_temperature: what queries are multiplied by, by position (Ministral 3, Llama 4).
-        norms: where a layer's norms stand: "before" its halves, "after" (OLMo 2) or "both" (Gemma 2).
+        query_scale: factor of the scores; 1 / sqrt(H) unless given (Gemma, Granite).
+        query_temperature: factor of the queries, by position (Ministral 3, Llama 4).
+        norms: position of the norms: "before" attention and feed-forward, "after" (OLMo 2) or "both" (Gemma 2).
         norm_offset: added to a norm's weights: 1 for those that begin at 0 (Gemma).
         sub_norms: norms before the output and the down projection (BitNet b1.58).
         activation: of the gate: "silu", "gelu_tanh" (Gemma), "relu_squared" (BitNet b1.58; So et al. 2021,
             arXiv:2109.08668).
-        embedding_scale: what embeddings are multiplied by (Gemma: sqrt(D); Granite).
-        residual_scale: what each half of a layer is multiplied by before it is added (Granite).
-        logit_scale: what logits are multiplied by (Granite: 1 / logits_scaling).
+        embedding_scale: factor of the embeddings (Gemma: sqrt(D); Granite).
+        residual_scale: factor of the outputs of attention and feed-forward before they are added (Granite).
+        logit_scale: factor of the logits (Granite: 1 / logits_scaling).
 
     Raises:
         LlamaJaxError: for a value that no LLaMA can have, naming the field.
@@ -174,7 +174,7 @@ class Config:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """How long the axis of each letter is that weights have."""
+        """The length of each axis of weights, by its letter."""
         return {
             "V": self.vocab_size,
             "D": self.width,
@@ -188,12 +188,12 @@ class Config:
 
     @property
     def rotated_size(self) -> int:
-        """Coordinates of a head that RoPE turns, the first."""
+        """The number of coordinates of a head that RoPE rotates: its first ones."""
         return int(self.head_size * self.rope_fraction)
 
     @property
     def score_scale(self) -> float:
-        """What scores are multiplied by."""
+        """The factor of attention scores."""
         return self.head_size**-0.5 if self.query_scale is None else self.query_scale
 
     def kind(self, layer: int) -> LayerKind:
@@ -201,7 +201,7 @@ class Config:
         return self.layer_kinds[layer % len(self.layer_kinds)]
 
     def rope(self, kind: LayerKind) -> Rope | None:
-        """The RoPE of layers of a kind; None for those that have none."""
+        """The RoPE of layers of a kind; None for layers without RoPE."""
         if kind == "nope":
             return None
         if kind == "window" and self.window_rope is not None:
@@ -209,17 +209,17 @@ class Config:
         return Rope(theta=self.rope_theta, scaling=self.rope_scaling)
 
     def rope_choice(self, reach: int) -> tuple[Hashable, ...]:
-        """What the positions that a request may come to decide of RoPE; keys of another choice are of no use to it."""
+        """The variant of RoPE that a request's largest position selects; keys of another variant cannot be reused."""
         ropes = [self.rope(kind) for kind in self.layer_kinds]
         return tuple(None if rope is None else rope.choice(reach) for rope in ropes)
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
-        """The layers, as patterns that repeat, and what is left over of the pattern behind them."""
+        """The layers as repeating patterns, and the incomplete pattern at the end as a stack of its own."""
         return planned(tuple(self.kind(layer) for layer in range(self.num_layers)))
 
     def numbers(self, layer: int) -> Mapping[str, float]:
-        """What of a layer is a number of its own, passed to its block; nothing here."""
+        """Numbers that differ between layers and are passed to their blocks; none here."""
         return {}
 
     @property
@@ -285,7 +285,7 @@ _MOST_POSITIONS = 12  # of a pattern: a program grows with them
 
 
 def planned(kinds: tuple[str, ...]) -> tuple[Stack, ...]:
-    """Layers of some kinds as stacks: the shortest pattern that repeats, or runs of layers that are alike."""
+    """Layers of the given kinds as stacks: the shortest repeating pattern, or runs of equal layers."""
     count = len(kinds)
     for size in range(1, min(_MOST_POSITIONS, count // 2) + 1):
         repeats = count // size
@@ -319,7 +319,7 @@ def _of_family(cls: type[Config], fields: Any) -> type[Config]:
 
 
 def preset_folder() -> Path:
-    """Where the preset files are: inside an installed package, or beside the package in a checkout."""
+    """The folder of the preset files: inside an installed package, or beside the package in a checkout."""
     installed = Path(str(importlib.resources.files("llamajax"))) / "configs"
     return installed if installed.is_dir() else installed.parent.parent / "configs"
 

@@ -1,9 +1,9 @@
-"""What `jax.export` needs to write down functions of a model: names for the types of its pytrees.
+"""Names of pytree types, which `jax.export` needs to serialize functions of a model.
 
     exported = jax.export.export(jax.jit(lambda model, tokens_BT: model(tokens_BT)[0]))(model, tokens_BT)
     data = exported.serialize()
 
-Reading it back needs `import llamajax` first. What a type holds beside arrays is written as JSON: nothing is unpickled.
+Reading it back needs `import llamajax` first. The static fields of a type are written as JSON; nothing is unpickled.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ _VALUES = {cls.__name__: cls for cls in (Config, RopeScaling, Scheme, Stack)}
 
 
 def register_export_types() -> None:
-    """Names the types, once in a process."""
+    """Registers the names of the types, once in a process."""
     for cls in (*_MODULES, *_STATES, *_WEIGHTS, *_FLAX):
         name = f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
         try:

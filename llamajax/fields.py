@@ -13,13 +13,13 @@ LARGEST_DIMENSION = 1 << 27
 
 
 def check_whole(name: str, value: Any, most: int = LARGEST_DIMENSION) -> None:
-    """Refuses what is no whole number from 1 to `most`."""
+    """Refuses a value other than a whole number from 1 to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
         raise LlamaJaxError(f"{name} is {shortened(value)}: expected a whole number from 1 to {most}")
 
 
 def check_number(name: str, value: Any, *, low: float, above: bool = False) -> None:
-    """Refuses what is no finite number of at least `low`, or above it."""
+    """Refuses a value other than a finite number of at least `low`, or above it."""
     # Compared rather than math.isfinite, which raises for whole numbers beyond the range of float.
     inside = not isinstance(value, bool) and isinstance(value, int | float) and low <= value <= sys.float_info.max
     if not inside or (above and value == low):
@@ -28,19 +28,19 @@ def check_number(name: str, value: Any, *, low: float, above: bool = False) -> N
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Refuses what is neither True nor False."""
+    """Refuses a value other than True and False."""
     if not isinstance(value, bool):
         raise LlamaJaxError(f"{name} is {shortened(value)}: expected true or false")
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
-    """Refuses what is none of some words."""
+    """Refuses a value outside of a list of words."""
     if not isinstance(value, str) or value not in choices:
         raise LlamaJaxError(f"{name} is {shortened(value)}: expected one of {', '.join(choices)}")
 
 
 def only_known(cls: type, fields: Any) -> dict[str, Any]:
-    """`fields`, once it is sure that `cls` has each of them and that none without a default is missing."""
+    """Returns `fields` after checking that `cls` has each of them and that none without a default is missing."""
     if not isinstance(fields, Mapping):
         raise LlamaJaxError(f"{cls.__name__} is {shortened(fields)}: expected a table of fields")
     known = {field.name: field for field in dataclasses.fields(cls)}

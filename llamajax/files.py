@@ -1,4 +1,4 @@
-"""Files on disk: bounded and regular before a byte is read, whole or absent when written.
+"""File access: files are bounded and regular before a byte is read, and complete or absent when written.
 
     data = read_bytes(path, limit=1 << 20)        # a FIFO, a device or a larger file is an error, not a hang
     with new_file(path) as partial:               # appears at once when the block ends well
@@ -6,8 +6,8 @@
     with new_folder(path) as partial:             # the same for a folder
         (partial / "part").write_bytes(data)
 
-What is being written stands in a folder `.NAME.partial-…` beside its final name. The writing process holds a lock
-(`flock`) on that folder for as long as it lives, so a later run can tell an abandoned one, and removes it.
+Unfinished files are in a folder `.NAME.partial-…` beside the final name. The writing process holds a lock (`flock`) on
+that folder for as long as it lives, so a later run recognises an abandoned one and removes it.
 """
 
 import contextlib
@@ -46,9 +46,9 @@ def shortened(value: object, length: int = 100) -> str:
 
 @contextlib.contextmanager
 def open_regular(path: str | Path, limit: int | None = None) -> Iterator[BinaryIO]:
-    """Opens a file for reading, once it is sure that it is a regular one of at most `limit` bytes.
+    """Opens a file for reading after checking that it is a regular file of at most `limit` bytes.
 
-    Links are followed. Nothing is waited for: opening a FIFO returns at once.
+    Links are followed. The call never waits: opening a FIFO returns at once.
 
     Raises:
         LlamaJaxError: for anything but a regular file, or a larger one.
@@ -139,7 +139,7 @@ def read_toml(path: str | Path, limit: int = 1 << 20) -> dict[str, Any]:
 
 
 def check_absent(path: Path) -> None:
-    """Refuses a target that exists, before any work is done for it. What killed processes left of it goes anyway."""
+    """Refuses a target that exists, before any work is done for it. Leftovers of killed processes are removed."""
     clear_leftovers(path)
     if os.path.lexists(path):
         raise LlamaJaxError(f"{path}: exists already: remove it or choose another path")
@@ -155,7 +155,7 @@ _unfinished: set[Path] = set()
 
 
 def disk_problem(error: BaseException) -> str | None:
-    """What the system said about a disk, if that is what an error, or one that it came from, is about."""
+    """The system's message about a disk, if an error or one of its causes is such a message; else None."""
     for seen in causes(error):
         if isinstance(seen, OSError) and seen.errno in _DISK_ERRORS:
             return os.strerror(seen.errno or 0)
@@ -166,7 +166,7 @@ def disk_problem(error: BaseException) -> str | None:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, and those that it came from. Not more than 20: an error may be made its own cause."""
+    """An error and its causes, at most 20, because an error can be its own cause."""
     seen: BaseException | None = error
     for _ in range(20):
         if seen is None:
@@ -177,9 +177,9 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Names `path` in the error if, inside, a disk turns out to be full or to fail, whatever library meets it.
+    """Names `path` in the error if a disk is full or fails inside the block, whichever library finds it.
 
-    For what is written into a folder that is not finished itself, that folder's own writer does: a user knows its name.
+    For a file inside an unfinished folder, the error names the path of that folder, which the user knows.
 
     Raises:
         LlamaJaxError: in the place of that library's error.
@@ -197,7 +197,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def remove_unfinished() -> None:
-    """Removes what `new_file` and `new_folder` are writing, for a process that is about to end without them."""
+    """Removes the unfinished files of `new_file` and `new_folder`, for a process that is about to end."""
     for path in list(_unfinished):
         _remove(path)
 
@@ -217,7 +217,7 @@ def new_folder(path: Path, beside: Path | None = None) -> Iterator[Path]:
 
     Args:
         path: must not exist.
-        beside: beside what the unfinished folder stands; `path` unless given. For a folder inside another whose
+        beside: the path beside which the unfinished folder is; `path` unless given. For a folder inside another whose
             content is checked.
 
     Raises:
@@ -301,7 +301,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def clear_leftovers(path: Path) -> None:
-    """Removes what killed processes left of `path`: partial folders beside it that no living process has locked."""
+    """Removes leftovers of killed processes: partial folders beside `path` that no living process has locked."""
     parent, prefix = path.absolute().parent, f".{path.name}.partial-"
     try:
         names = [name for name in os.listdir(parent) if name.startswith(prefix)]

@@ -1,4 +1,4 @@
-"""`Layer`: which layer a block is while it is called, what of it is seen from outside, and where its cache is."""
+"""`Layer`: the number of a block's layer, its place in the cache, and its values to capture or replace."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -20,17 +20,17 @@ NO_HOOKS: Hooks = MappingProxyType({})
 
 @dataclasses.dataclass(eq=False)
 class Layer:
-    """Which layer a block is, for the time of one call.
+    """The number of a layer, its place in the cache, and its captured or replaced values, for one call of its block.
 
     Attributes:
         number: from 0; known at run time only, in a stack that is scanned.
-        part: of the cache.
-        place: along that part.
-        numbers: what of this layer is a number of its own (`Config.numbers`).
+        part: number of the layer's part of the cache.
+        place: place of the layer within that part.
+        numbers: numbers that differ between layers (`Config.numbers`).
         capture: names of values to keep.
-        hooks: (name, number of the layer) and what is to stand in the value's place.
-        kept: what was captured, by name.
-        shown: the names of all values that there were to be seen.
+        hooks: replacements of values, by (name, number of the layer).
+        kept: the captured values, by name.
+        shown: the names of all values that can be captured.
     """
 
     number: jax.Array | int
@@ -51,7 +51,7 @@ class Layer:
         where: Where,
         scores: Scores | None = None,
     ) -> tuple[jax.Array, Any]:
-        """As `KVCache.attend`, of this layer; weights of attention may be seen as "attention"."""
+        """As `KVCache.attend`, for this layer; the attention weights can be captured as "attention"."""
         scores = scores or Scores()
         self.shown.add("attention")
         if "attention" in self.capture or any(name == "attention" for name, _ in self.hooks):
@@ -59,7 +59,7 @@ class Layer:
         return cache.attend(self.part, self.place, query_BTNH, key_BTKH, value_BTKH, where, scores)
 
     def see(self, name: str, value: jax.Array) -> jax.Array:
-        """A value by its name: replaced where a hook says so, then kept where it is to be captured."""
+        """Replaces a named value if a hook asks for it, then keeps it if it is to be captured."""
         self.shown.add(name)
         for (hooked, number), hook in self.hooks.items():
             if hooked == name:
@@ -71,7 +71,7 @@ class Layer:
 
 
 def layers_of(config: Config, stack: Stack, position: int) -> Callable[..., Layer]:
-    """What makes the `Layer` of one step of a scan, of its index, its numbers, and what is captured and hooked."""
+    """A function that makes the `Layer` of one step of a scan from its index, its numbers, captures and hooks."""
     layers = stack.layers(position)
     found = [locate(config.stacks, layer) for layer in layers]
     (part,) = {_part(config.stacks, whole, at) for whole, at, _ in found}
@@ -106,7 +106,7 @@ def varying(config: Config, stack: Stack, position: int) -> dict[str, jax.Array]
 
 
 def check_shown(shown: list[set[str]], capture: tuple[str, ...], hooks: Hooks, num_layers: int) -> None:
-    """Refuses what no layer shows, or not every one of what is captured, and layers that there are not."""
+    """Refuses names that no layer has, captured names that some layer lacks, and layers that do not exist."""
     for name, number in (*((name, 0) for name in capture), *hooks):
         names = set.intersection(*shown) if name in capture else set.union(*shown)
         if name not in names or not 0 <= number < num_layers:
@@ -117,6 +117,6 @@ def check_shown(shown: list[set[str]], capture: tuple[str, ...], hooks: Hooks, n
 
 
 def in_order(kept: list[Any], name: str) -> jax.Array:
-    """What was captured in stacks of patterns, [R, …] at each position, as [L, …]."""
+    """Captured values of stacks, [R, …] at each position of the pattern, in the order of layers, [L, …]."""
     stacks = [jnp.stack([position[name] for position in positions], axis=1) for positions in kept]
     return jnp.concatenate([stack.reshape(-1, *stack.shape[2:]) for stack in stacks])

@@ -1,4 +1,4 @@
-"""The weights of a layer: a LLaMA's, and those that a config's switches add, move or leave out."""
+"""The weights of a layer: a LLaMA's, and those that a config's switches add, move or remove."""
 
 import dataclasses
 import functools
@@ -132,13 +132,13 @@ def _maker(name: str, spec: Spec, config: Config) -> str:
 
 
 def params(prefix: str, names: tuple[str, ...], config: Config, key: jax.Array, dtype: Any, kind: str = "full") -> Any:
-    """Parameters of a module, as its specs say that they begin; `prefix` is the module's path in its block."""
+    """Parameters of a module with their initial values by its specs; `prefix` is the module's path in its block."""
     full = tuple(f"{prefix}.{name}" if prefix else name for name in names)
     return (nnx.Param(array) for array in new(full, kind, config, key, dtype))
 
 
 def optional(module: nnx.Module, prefix: str, config: Config, dtype: Any) -> None:
-    """Gives a module the norms and biases that it declares as they begin, and None for those its config is without."""
+    """Sets a module's declared norms and biases to their initial values, and to None if its config has none."""
     specs = layer_specs(config)
     for name in type(module).__annotations__:
         spec = specs.get(f"{prefix}.{name}")

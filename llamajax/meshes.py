@@ -1,8 +1,8 @@
 """Meshes whose axes are Explicit, as those of `jax.make_mesh` are unless told otherwise.
 
-With such axes the spread of every intermediate array is part of its type, and each operation whose result could be
-spread in several ways must say how. The model leaves that to XLA (axes that are Auto). So what is given to it in arrays
-of Explicit axes is computed with Auto ones, and handed back in Explicit ones.
+With such axes the sharding of every intermediate array is part of its type, and each operation whose result could be
+sharded in several ways must say how. The model leaves that to XLA (Auto axes). Arguments with Explicit axes are
+therefore computed with Auto axes, and results are returned with Explicit axes.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from llamajax.parameters import Leaf, leaves, named_weights, names_in_tree_order
 
 
 def on_auto_axes(function: Callable[..., Any], out: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, computed on Auto axes if an argument is spread over Explicit ones.
+    """Computes `function(*args)` on Auto axes if an argument is sharded over Explicit ones.
 
     Args:
         function: of pytrees of arrays.
@@ -40,7 +40,7 @@ def on_auto_axes(function: Callable[..., Any], out: Callable[..., Any], *args: A
 
 
 def with_auto_axes(tree: Any) -> Any:
-    """The same arrays, those spread over Explicit axes described by Auto ones; nothing is copied."""
+    """The same arrays without a copy; shardings over Explicit axes are described by Auto ones."""
 
     def one(leaf: Any) -> Any:
         mesh = _explicit_mesh(leaf)
@@ -51,7 +51,7 @@ def with_auto_axes(tree: Any) -> Any:
 
 @contextlib.contextmanager
 def auto_mesh() -> Iterator[None]:
-    """Within it the mesh of `jax.set_mesh`, if its axes are Explicit, has Auto ones; not for use in `jax.jit`."""
+    """Inside, the mesh of `jax.set_mesh` has Auto axes instead of Explicit ones; not for use in `jax.jit`."""
     mesh = jax.sharding.get_mesh()
     if AxisType.Explicit not in mesh.axis_types:
         yield
@@ -77,17 +77,17 @@ def _as_auto(mesh: Mesh) -> Mesh:
 
 
 def shardings(model: Any, mesh: Mesh, rules: Mapping[str, str | None]) -> Any:
-    """How a model is spread over a mesh: a sharding for each of its arrays, a pytree of its shape.
+    """The sharding of each array of a model over a mesh, as a pytree of the model's structure.
 
     Args:
         model: arrays or quantized weights; leaves may be abstract.
         mesh: of devices.
         rules: the axis of the mesh for a letter: `{"F": "model", "Q": "model", "M": "model", "V": "model"}` is tensor
-            parallelism as Megatron has it (Shoeybi et al. 2019, arXiv:1909.08053). Letters without one are whole.
+            parallelism as Megatron has it (Shoeybi et al. 2019, arXiv:1909.08053). Other axes stay whole.
 
     Returns:
-        Of a quantized weight each array is spread as the weight is, but along axes that its size does not divide, which
-        stay whole (a plane of one scale for all, or of fewer groups than there are devices).
+        Each array of a quantized weight is sharded like the weight, except along axes that the mesh does not divide (a
+        plane of one scale for all, or of fewer groups than there are devices).
 
     Raises:
         LlamaJaxError: for a letter that no weight has, or an axis that the mesh does not have.

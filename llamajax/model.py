@@ -3,10 +3,10 @@
     model = Llama(config, key=jax.random.key(0))
     logits_BTV, cache = model(tokens_BT, cache)
 
-Nothing is mutated by a call, so `jax.jit`, `grad`, `vmap`, `eval_shape` take the model and its parts directly. A call
-is `head(blocks(embed(tokens)))`. Layers are stacked and scanned: compile time does not grow with depth. Shapes are in
-the names; the letters are explained in `config.py`. What a weight is stands in `parameters.py`; matrices are stored
-[in, out], so that activations multiply from the left: `x_BTD @ w_DF`. How to attend is the cache's (`caches/`).
+A call mutates nothing, so `jax.jit`, `grad`, `vmap`, `eval_shape` take the model and its parts directly. A call is
+`head(blocks(embed(tokens)))`. Layers are stacked and scanned: compile time does not grow with depth. Names contain
+shapes; `config.py` explains the letters. `parameters.py` declares the weights; matrices are stored [in, out], so that
+activations multiply from the left: `x_BTD @ w_DF`. The cache computes attention (`caches/`).
 
 Reference implementations: meta-llama/llama (`model.py`) and transformers' `modeling_llama.py`; tests compare with the
 second and with an independent float64 NumPy version.
@@ -201,11 +201,11 @@ class Llama(nnx.Module):
 
     Attributes:
         config: the architecture.
-        plan: how its layers are stacked; `config.stacks`, but for programs without loops.
+        plan: the stacks of its layers; `config.stacks`, except for programs without loops.
         embed_VD: token embeddings.
         stacks: for each stack of the plan a tuple of P blocks whose leaves carry a leading axis R.
         norm: final RMSNorm.
-        head_VD: output embeddings, or None where they are tied to `embed_VD`.
+        head_VD: output embeddings, or None if they are tied to `embed_VD`.
     """
 
     def __init__(
@@ -242,23 +242,23 @@ class Llama(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the activations."""
+        """The dtype of the activations."""
         return self.norm.weight_D.dtype
 
     def __call__(
         self, tokens_BT: jax.Array, cache: Any = NO_CACHE, count_B: jax.Array | None = None, **options: Any
     ) -> Any:
-        """Logits for every token given.
+        """The logits after each given token.
 
         Args:
             tokens_BT: int token ids in [0, V), padding included. Another id gives NaN logits, not another token's.
-            cache: what came before; `NoCache()` for a sequence that starts here and is not continued.
-            count_B: how many of the T tokens of each row are real, the rest being padding behind them; T unless given.
-                The cache advances by it. Logits of padding mean nothing.
+            cache: earlier tokens; `NoCache()` for a sequence that starts here and is not continued.
+            count_B: the number of real tokens of each row, which precede padding; T unless given. The cache advances by
+                it. Logits of padding are undefined.
             **options: capture, hooks and remat, as of `blocks`.
 
         Returns:
-            logits_BTV in float32, and the cache with the tokens in it; with `capture` also what was captured.
+            logits_BTV in float32, and the cache with the tokens in it; with `capture` also the captured values.
 
         Raises:
             ValueError: if T exceeds the cache's slots. A row whose `length + T` exceeds them, which is known only at
@@ -268,7 +268,7 @@ class Llama(nnx.Module):
         return (self.head(x_BTD), *rest)
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
-        """Tokens -> the residual stream before the first layer, [B, T, D]; NaN for an id that there is not."""
+        """Tokens -> the residual stream before the first layer, [B, T, D]; NaN for an id outside the vocabulary."""
         return on_auto_axes(Llama._embed, lambda like: like(tokens_BT, 1), self, tokens_BT)
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
@@ -288,26 +288,26 @@ class Llama(nnx.Module):
         hooks: Hooks = NO_HOOKS,
         remat: Literal["layer"] | None = None,
     ) -> Any:
-        """All layers: the residual stream before the first -> behind the last, [B, T, D], and the cache.
+        """All layers: the residual stream before the first -> after the last, [B, T, D], and the cache.
 
-        On a mesh of Explicit axes it is spread as the first axis of `x_BTD`, the cache as it was.
+        On a mesh of Explicit axes it is sharded like the first axis of `x_BTD`, and the cache keeps its sharding.
 
         Args:
             x_BTD: of `embed`.
             cache: as of `__call__`.
             count_B: as of `__call__`.
-            capture: names of values to return as well: "hidden", the residual stream behind each layer [L, B, T, D];
-                "attention", its weights [L, B, N, T, S]; "attention_out" and "ffn_out", what each half of a layer adds.
-            hooks: what is to stand in place of such a value, by (name, number of the layer): an array that broadcasts
-                to it, or a function of it. Arrays may be arguments of what is compiled.
-            remat: "layer" computes each layer anew in the backward pass, instead of keeping what it computed
+            capture: names of values to return as well: "hidden", the residual stream after each layer [L, B, T, D];
+                "attention", its weights [L, B, N, T, S]; "attention_out" and "ffn_out", which a layer adds to it.
+            hooks: the replacement of such a value, by (name, number of the layer): an array that broadcasts to it, or a
+                function of it. Arrays may be arguments of the compiled function.
+            remat: "layer" computes each layer again in the backward pass, instead of keeping its activations
                 (`jax.checkpoint`; Chen et al. 2016, arXiv:1604.06174).
 
         Returns:
-            x_BTD and the cache; with `capture` also what was captured, by name.
+            x_BTD and the cache; with `capture` also the captured values, by name.
 
         Raises:
-            LlamaJaxError: for a name that there is not, or a layer, or another `remat`.
+            LlamaJaxError: for a name or a layer that does not exist, or another `remat`.
         """
         if remat not in (None, "layer"):
             raise LlamaJaxError(f"remat is {remat!r}: expected None or 'layer'")
@@ -350,7 +350,7 @@ class Llama(nnx.Module):
         return (x_BTD, cache, {name: in_order(kept, name) for name in capture}) if capture else (x_BTD, cache)
 
     def head(self, x_BTD: jax.Array) -> jax.Array:
-        """The final norm and the head: [..., D] -> float32 logits [..., V], spread as their first axis."""
+        """The final norm and the head: [..., D] -> float32 logits [..., V], sharded by their first axis."""
         return on_auto_axes(Llama._head, lambda like: like(x_BTD, 1), self, x_BTD)
 
     def _head(self, x_BTD: jax.Array) -> jax.Array:
@@ -364,17 +364,17 @@ class Llama(nnx.Module):
     def layer(self, number: int) -> Any:
         """One layer by itself, a `Block`: `block(x_BTD, where, cache, Layer(number))`.
 
-        What is laid out for a backend stays in its stack, and is seen there.
+        Weights in a backend's layout stay in their stack, and the layer is a view of it.
         """
         blocks, position, place = self._at(number)
         at = jnp.asarray(place, jnp.int32)
         return jax.tree.map(lambda weight: view(weight, at), blocks[position], is_leaf=is_weight)
 
     def with_layer(self, number: int, block: Any) -> "Llama":
-        """The same model with another layer; of other types its weights make mixed stacks (`quant.Mixed`).
+        """The same model with one layer replaced; weights of another type make mixed stacks (`quant.Mixed`).
 
         Raises:
-            LlamaJaxError: for a layer that there is not, or a block of another kind, or of a model of another config.
+            LlamaJaxError: for a layer that does not exist, or a block of another kind or another config.
         """
         blocks, position, place = self._at(number)
         structures: list[Any] = [jax.tree.structure(each, is_leaf=is_weight) for each in (blocks[position], block)]
@@ -420,12 +420,12 @@ def _shown(weight: Any) -> str:
 def abstract_model(
     config: Config, dtype: jax.typing.DTypeLike = jnp.float32, plan: tuple[Stack, ...] | None = None
 ) -> Any:
-    """`Llama` with `jax.ShapeDtypeStruct` leaves: the one tree that loading, saving and planning work from."""
+    """`Llama` with `jax.ShapeDtypeStruct` leaves: the tree that loading, saving and planning work from."""
     return jax.eval_shape(lambda: Llama(config, key=jax.random.key(0), dtype=dtype, plan=plan))
 
 
 def model_from(weights: Mapping[str, Any], config: Config, plan: tuple[Stack, ...] | None = None) -> Any:
-    """The model whose `named_weights` these are, in any order: arrays, weights, or whatever stands for them."""
+    """Builds a model from its `named_weights`, in any order: arrays, weights, or placeholders for them."""
     structure, names = _tree(config, plan)
     return jax.tree.unflatten(structure, [weights[name] for name in names])
 

@@ -8,14 +8,13 @@ from flax import nnx
 def rms_norm(x: jax.Array, eps: float, weight: jax.Array | None = None, offset: float = 0.0) -> jax.Array:
     """Root mean square normalization of the last axis.
 
-    In float32: squares of bfloat16 activations overflow its 8 bits of precision long before its range, and the mean of
-    thousands of them would be off in the first digits. Activations whose squares are beyond float32, those of 1.8e19
-    and more, give NaN.
+    Computed in float32: in bfloat16, with 8 bits of precision, the mean of thousands of squares would be wrong in the
+    first digits. Activations whose squares exceed float32, those of 1.8e19 and more, give NaN.
 
     Args:
         x: [..., D].
         eps: inside the square root.
-        weight: [D], multiplied with what is normalized; None for ones.
+        weight: [D], multiplied with the normalized values; None for ones.
         offset: added to the weights, in float32.
     """
     wide = x.astype(jnp.float32)

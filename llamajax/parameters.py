@@ -1,10 +1,10 @@
-"""One declaration for each weight: its axes, what it is for, what it shares, how it begins and what others call it.
+"""One declaration for each weight: its axes, role, shared input, initialisation and names in other formats.
 
-Everything that asks something about weights asks here: initialisation, the abstract tree, names in recipes, manifests
-and foreign files, inputs for calibration, counts of parameters, what a step reads, shardings.
+All code that needs facts about weights reads them here: initialisation, the abstract tree, names in recipes, manifests
+and foreign files, inputs for calibration, counts of parameters, bytes read in a step, shardings.
 
-Outside of the model's tree a weight has one name: `embed_VD`, or `layers.7.ffn.up_DF` for one of a layer, whose number
-counts from 0; `layers.*.ffn.up_DF` stands for that of all layers. Inside the tree layers are stacked (`Stack`).
+Outside of the model's tree a weight has one name: `embed_VD`, or `layers.7.ffn.up_DF` for a weight of layer 7, counted
+from 0; `layers.*.ffn.up_DF` is the weight in all layers. Inside the tree layers are stacked (`Stack`).
 """
 
 import dataclasses
@@ -31,21 +31,21 @@ Role = Literal["product", "table", "head", "norm", "bias"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
-    """What there is to know of a weight before there is one.
+    """The facts about a weight that are known before its values.
 
     Attributes:
         axes: a letter for each axis of a weight of one layer (`config.py` explains them).
-        over: the letter that a product contracts; "" for what is multiplied with nothing.
-        roles: what it is used for: "product" with activations; "table", of which rows are looked up; "head", the
-            product that gives logits; "norm"; "bias". A tied embedding is both table and head.
-        input: the activations that it is multiplied with, by a name; weights of a layer that have it share them.
-        maker: the weight of the layer that makes these activations channel by channel, so that a channel that is
-            scaled down there can be scaled up in all that share it; "" where there is none.
-        init: "normal"; "residual", normal and smaller, for what many layers add to the residual stream; "ones";
-            "zeros".
+        over: the letter that a product contracts; "" for a weight without a product.
+        roles: its uses: "product" with activations; "table", whose rows are looked up; "head", the product that gives
+            logits; "norm"; "bias". A tied embedding is both table and head.
+        input: a name for the activations that it is multiplied with; weights of a layer with the same name share them.
+        maker: the weight of the layer that makes these activations channel by channel, so that a channel can be scaled
+            down there and scaled up in all weights that share it; "" if there is none.
+        init: "normal"; "residual", normal and smaller, for weights whose outputs are added to the residual stream;
+            "ones"; "zeros".
         offset: added to it wherever it is used.
-        bias: the weight of the layer that is added to what this one gives, "" for none.
-        foreign: its name in each foreign format, `{}` being the layer, if the family has no other. A matrix contracted
+        bias: the weight of the layer that is added to the product, "" for none.
+        foreign: its name in each foreign format, unless the family has another; `{}` is the layer. A matrix contracted
             over its first axis is stored transposed there, [out, in].
     """
 
@@ -60,28 +60,28 @@ class Spec:
     foreign: Mapping[str, str] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
 
     def shape(self, config: "Config") -> tuple[int, ...]:
-        """Of one layer's weight."""
+        """The shape of one layer's weight."""
         sizes = config.sizes
         return tuple(sizes[letter] for letter in self.axes)
 
     @property
     def axis(self) -> int:
-        """The axis that products contract, from the end; -2 where there is none."""
+        """The axis that products contract, from the end; -2 if there is none."""
         return self.axes.index(self.over) - len(self.axes) if self.over else -2
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it is one that a quantizer takes."""
+        """Whether a quantizer takes it."""
         return bool(self.over)
 
     @property
     def is_only_looked_up(self) -> bool:
-        """Whether activations never meet it."""
+        """Whether it is never multiplied with activations."""
         return self.roles == ("table",)
 
     @property
     def transposed(self) -> bool:
-        """Whether foreign files hold it as [out, in]."""
+        """Whether foreign files store it as [out, in]."""
         return self.is_matrix and self.axis == -2
 
 
@@ -96,7 +96,7 @@ def norm(huggingface: str, gguf: str) -> Spec:
 
 
 def with_offset(spec: Spec, config: "Config") -> Spec:
-    """A norm's weights as they are where something is added to them: they begin so that the sum is 1."""
+    """A norm's weights with an offset that is added to them: initially, the sum is 1."""
     if not config.norm_offset or "norm" not in spec.roles:
         return spec
     return dataclasses.replace(spec, offset=config.norm_offset, init="zeros")
@@ -129,8 +129,8 @@ class Kind(NamedTuple):
 
     Attributes:
         block: makes the module: `block(config, key=…, dtype=…)`, called as `model.Block` is.
-        specs: of its weights in a model of a config, by their path in the module.
-        cache: kind of its part of a cache, of `caches.PARTS`.
+        specs: the specs of its weights for a config, by their path in the module.
+        cache: the kind of its part of a cache, a key of `caches.PARTS`.
     """
 
     block: Callable[..., Any]
@@ -163,7 +163,7 @@ class Stack:
 
 
 def unrolled(stacks: tuple[Stack, ...]) -> tuple[Stack, ...]:
-    """The same layers, each a stack by itself: programs without loops."""
+    """The same layers with a stack for each, for programs without loops."""
     kinds = {
         layer: stack.pattern[p] for stack in stacks for p in range(len(stack.pattern)) for layer in stack.layers(p)
     }
@@ -171,7 +171,7 @@ def unrolled(stacks: tuple[Stack, ...]) -> tuple[Stack, ...]:
 
 
 class Place(NamedTuple):
-    """One weight of a model, of one layer if it is one of the layers'.
+    """One single weight of a model; a weight of layers in one layer.
 
     Attributes:
         name: as in the specs: `embed_VD`, `ffn.up_DF`.
@@ -187,7 +187,7 @@ class Place(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """A leaf of the model's tree: a weight, or those of some layers as a stack.
+    """A leaf of the model's tree: a weight, or a stack of the weights of some layers.
 
     Attributes:
         name: as `Place.name`.
@@ -201,15 +201,15 @@ class Leaf(NamedTuple):
 
     @property
     def places(self) -> tuple[Place, ...]:
-        """The weights that it holds."""
+        """The places of the weights in it."""
         return (Place(self.name),) if self.layers is None else tuple(Place(self.name, i) for i in self.layers)
 
 
 @functools.lru_cache(maxsize=64)
 def leaves(config: "Config", stacks: tuple[Stack, ...] | None = None) -> Mapping[str, Leaf]:
-    """Every leaf of the model by its name, in the order of names: whole, layers, whole.
+    """Every leaf of the model by its name, in the order of names.
 
-    A stack of all layers is called `layers.*.ffn.up_DF`, of a part of them `layers.0:12:2.ffn.up_DF`, of one
+    A stack of all layers is called `layers.*.ffn.up_DF`, of some layers `layers.0:12:2.ffn.up_DF`, of one layer
     `layers.3.ffn.up_DF`.
     """
     stacks = stacks or config.stacks
@@ -238,7 +238,7 @@ def _numbers(layers: range, config: "Config") -> str:
 
 @functools.lru_cache(maxsize=64)
 def specs(config: "Config") -> Mapping[Place, Spec]:
-    """Every weight of the model: the embeddings, layer after layer, the rest."""
+    """The spec of every weight of the model: the embeddings, one layer after the other, the rest."""
     whole = whole_specs(config)
     made = {Place("embed_VD"): whole.pop("embed_VD")}
     for layer in range(config.num_layers):
@@ -290,15 +290,15 @@ def product_weights(config: "Config", head: bool = True) -> int:
 
 
 def new(names: tuple[str, ...], kind: str, config: "Config", key: jax.Array, dtype: Any) -> Iterator[jax.Array]:
-    """Weights of a layer as they begin, each of a key of its own.
+    """Initial weights of a layer, each with its own random key.
 
     "normal" has standard deviation 0.02, "residual" that over sqrt(2 L), as GPT-2 (Radford et al. 2019).
 
     Args:
         names: of specs.
-        kind: of layer.
+        kind: the kind of the layer.
         config: the architecture.
-        key: split in as many as there are names.
+        key: split into one key for each name.
         dtype: of the weights.
     """
     for name, one in zip(names, jax.random.split(key, len(names)), strict=True):
@@ -306,7 +306,7 @@ def new(names: tuple[str, ...], kind: str, config: "Config", key: jax.Array, dty
 
 
 def begin(spec: Spec, config: "Config", key: jax.Array, dtype: Any) -> jax.Array:
-    """A weight as it begins."""
+    """The initial value of a weight."""
     shape = spec.shape(config)
     if spec.init in ("ones", "zeros"):
         return jnp.full(shape, float(spec.init == "ones"), dtype)
@@ -315,14 +315,14 @@ def begin(spec: Spec, config: "Config", key: jax.Array, dtype: Any) -> jax.Array
 
 
 def named_weights(model: Any) -> dict[str, Any]:
-    """The weights of a model, or of a pytree shaped like one, by the names of `leaves`; a quantized one as one."""
+    """The weights of a model or of a pytree like it, by the names of `leaves`; a quantized weight is one entry."""
     flat = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_weight)[0]
     found = {path_name(path): leaf for path, leaf in flat}
     return {name: found[_where(leaf, model.plan)] for name, leaf in leaves(model.config, model.plan).items()}
 
 
 def weights_of(model: Any) -> dict[Place, Any]:
-    """Every weight of a model by itself, those of layers taken out of their stacks."""
+    """Every single weight of a model; the weights of layers are taken out of their stacks."""
     named = named_weights(model)
     found = {
         place: named[name] if leaf.layers is None else (name, number)
@@ -344,13 +344,13 @@ def named_arrays(model: Any) -> dict[str, Any]:
 
 
 def parts_of(weight: Any) -> dict[str, Any]:
-    """The arrays of a weight by what their names end with: "" of an array, ".planes.0"."""
+    """The arrays of a weight by the suffix of their names: "" for a plain array, or for example ".planes.0"."""
     flat = jax.tree_util.tree_flatten_with_path(weight)[0]
     return {(f".{path_name(path)}" if path else ""): leaf for path, leaf in flat}
 
 
 def rebuilt(name: str, like: Any, arrays: Mapping[str, Any]) -> Any:
-    """The weight of a name, of arrays by the names of `named_arrays`; `like` says how, its leaves may be abstract."""
+    """Builds the weight `name` from arrays named as by `named_arrays`; `like`, maybe abstract, gives its structure."""
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[name + part] for part in parts_of(like)])
 
 
@@ -375,13 +375,13 @@ def names_in_tree_order(model: Any) -> list[str]:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """`attention.query_DQ` from a key path; the `value` of an `nnx.Param` is left out."""
+    """A name such as `attention.query_DQ` from a key path, without the `value` of an `nnx.Param`."""
     parts = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path]
     return ".".join(part for part in parts if part != "value")
 
 
 def step_bytes(model: Any, head: bool = True) -> int:
-    """Bytes of weights that a forward pass of one token reads: all, but of tables that are only looked up."""
+    """Bytes of weights that a forward pass of one token reads: all except tables that are only looked up."""
     spec_of = {name: leaf.spec for name, leaf in leaves(model.config, model.plan).items()}
     return sum(
         nbytes(weight)

@@ -1,8 +1,8 @@
-"""What running a model will take of memory, from shapes alone: no weight is read, and nothing is allocated.
+"""The memory that running a model takes, from shapes alone: no weight is read, and nothing is allocated.
 
     print(plan(preset("llama3-8b"), "int4-g32", context=8192, backend="cpu").total)
 
-Weights and cache are exact: abstract trees say them. The rest is what was measured on a CPU, named below.
+Weights and cache are exact, from abstract trees. The rest was measured on a CPU; the constants below say how.
 """
 
 import dataclasses
@@ -53,20 +53,20 @@ class Plan:
 
     Attributes:
         config: the architecture.
-        recipe: what the weights are: a recipe, or "as stored".
-        backend: whose layout the weights have.
+        recipe: the form of the weights: a recipe, or "as stored".
+        backend: the backend whose layout the weights have.
         context: tokens of a row, prompt and new ones.
         batch: rows.
         cache_dtype: of keys and values.
-        dtype: that the model computes in.
-        stored: weights at rest, as a checkpoint of ours holds them, or as the file does.
+        dtype: the dtype that the model computes in.
+        stored: weights at rest, in llamajax's own checkpoint or in the file.
         weights: in memory, in the backend's layout.
         cache: keys and values of all rows, with as many slots as the engine gives them.
         activations: the largest temporaries of a forward pass.
-        programs: machine code, and what JAX keeps of it.
-        compiled: more than that, where programs were compiled in the same process: the first start of a shape.
-        compiling: what that takes meanwhile, which is while the weights are read.
-        reading: at its most while the weights are read: all of them, and the largest once more while it is laid out.
+        programs: machine code, and JAX's data about it.
+        compiled: additional bytes if programs were compiled in the same process: at the first start of a shape.
+        compiling: additional bytes during compilation, while the weights are read.
+        reading: the peak while weights are read: all of them, and the largest once more while its layout is made.
     """
 
     config: Config
@@ -87,12 +87,12 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """What a process holds at its most while it generates, beyond what it held before it loaded the model."""
+        """The peak of a process while it generates, beyond its memory before it loaded the model."""
         return self.weights + self.cache + self.activations + self.programs
 
     @property
     def most(self) -> int:
-        """The same at its most in its whole life, which begins with reading the weights and compiling."""
+        """The peak over the whole process, including reading the weights and compiling."""
         return max(self.total + self.compiled, self.reading + self.compiling)
 
 
@@ -115,7 +115,7 @@ class Weights:
     def plan(
         self, context: int, batch: int = 1, cache_dtype: jax.typing.DTypeLike | None = None, drafts: int = 0
     ) -> Plan:
-        """What generating with them takes; arguments and errors as of the function `plan`."""
+        """The plan for generating with them; arguments and errors as of the function `plan`."""
         config = self.model.config
         for name, number, most in (("context", context, config.context_length), ("batch", batch, None)):
             if number < 1:
@@ -153,18 +153,18 @@ def plan(
     activations: str | None = None,
     backend: str | None = None,
 ) -> Plan:
-    """What generating text with a model takes of memory.
+    """Computes the memory that generating text with a model takes.
 
     Args:
-        model: a checkpoint whose header was read (`open_checkpoint`), or an architecture.
-        recipe: that its weights will be packed by, a name or a file, or "float32", "bfloat16", "float16". As a
-            checkpoint stores them unless given; bfloat16 of an architecture.
+        model: a checkpoint with its header read (`open_checkpoint`), or an architecture.
+        recipe: the recipe for its weights, a name or a file, or "float32", "bfloat16", "float16". Unless given, as a
+            checkpoint stores them, and bfloat16 for an architecture.
         context: tokens of a row, prompt and new ones; `DEFAULT_CONTEXT`, or the model's if that is less, unless given.
         batch: rows.
         cache_dtype: of keys and values, one of `caches.CACHE_DTYPES`; the model's unless given.
-        dtype: that it computes in; as stored unless given.
-        activations: what quantized weights are multiplied with, as of `with_activations`.
-        backend: whose layout the weights get; `jax.default_backend()` unless given.
+        dtype: the dtype that it computes in; as stored unless given.
+        activations: the rounding of activations at quantized weights, as of `with_activations`.
+        backend: the backend whose layout the weights get; `jax.default_backend()` unless given.
 
     Raises:
         LlamaJaxError: for an argument out of range, or a recipe that does not fit or depends on a text.
@@ -195,7 +195,7 @@ def plan_weights(
 
 
 def default_context(config: Config) -> int:
-    """Tokens that are planned for where nobody says."""
+    """The number of tokens to plan for by default."""
     return min(DEFAULT_CONTEXT, config.context_length)
 
 

@@ -1,4 +1,4 @@
-"""Between loading and generating: weights in the layout of a backend, and what they are multiplied with."""
+"""Between loading and generating: weights in the layout of a backend, and the rounding of their activations."""
 
 from typing import Any
 
@@ -15,16 +15,16 @@ ACTIVATIONS = ("float32", "bfloat16", "int8")
 
 
 def prepare(model: Llama, backend: str | None = None, *, donate: bool = False) -> Llama:
-    """The same model, with its quantized weights laid out for one backend.
+    """The same model, with its quantized weights in the layout of one backend.
 
-    Not to be saved, exported or sharded: the format at rest is the QTensors'. A model without quantized weights comes
-    back as it is. So does an embedding table that serves as no head: of it only rows are looked up.
+    Do not save, export or shard the result: QTensors are the format at rest. A model without quantized weights is
+    returned unchanged. So is an embedding table that is not also the head, because it is only looked up.
 
     Args:
-        model: of QTensors or arrays.
+        model: a model of QTensors or arrays.
         backend: as `jax.default_backend` names it, which it is unless given.
-        donate: whether each weight may be freed as soon as it has been laid out; then `model` must not be used any
-            more, and memory never holds more than the model and one weight.
+        donate: whether each weight may be freed as soon as its layout is made; then `model` must not be used
+            afterwards, and memory never holds more than the model and one weight.
 
     Returns:
         The prepared model. Its logits are those of `model` up to the rounding of sums.
@@ -39,14 +39,14 @@ def prepare(model: Llama, backend: str | None = None, *, donate: bool = False) -
 
 
 def with_activations(model: Llama, kind: str) -> Llama:
-    """The same model, with other rounding of what its quantized weights are multiplied with.
+    """The same model, with other rounding of the activations that quantized weights are multiplied with.
 
-    On a CPU prefill is faster with "bfloat16", because products of 16-bit floats are; nothing is with "int8".
+    On a CPU "bfloat16" makes prefill faster, because products of 16-bit floats are faster; "int8" speeds up nothing.
 
     Args:
         model: not prepared yet; leaves may be abstract.
-        kind: "float32", not rounded; "bfloat16", each to 8 bits of precision; "int8", each group to 8 bits with a scale
-            of its own, as llama.cpp does; all elements of a token as one where the weight's groups are reordered.
+        kind: "float32", not rounded; "bfloat16", 8 bits of precision; "int8", 8 bits with a scale for each group, as in
+            llama.cpp, or one scale for a whole token if the weight's groups are reordered.
 
     Raises:
         LlamaJaxError: for another kind, a prepared model, or rounding for one without quantized weights.
@@ -56,7 +56,7 @@ def with_activations(model: Llama, kind: str) -> Llama:
 
 
 def check_activations(weights: Any, kind: str | None) -> None:
-    """Refuses rounding that the weights of a pytree cannot have, as `with_activations` says; None asks for nothing."""
+    """Refuses rounding that the weights of a pytree cannot have, as `with_activations`; None is always accepted."""
     if kind is None:
         return
     if kind not in ACTIVATIONS:

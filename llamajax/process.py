@@ -4,8 +4,8 @@
     with process.interruptible():
         work()                       # a signal raises KeyboardInterrupt here, so that what is unfinished is removed
 
-Outside of `interruptible` there is nothing to remove, and a signal ends the process at once. So does a second one, half
-a second or more behind the first, and a first one while the main thread is in native code that does not return.
+Outside of `interruptible` there is nothing to remove, and a signal ends the process at once. So does a second signal,
+half a second or more after the first, and a first one while the main thread is in native code that does not return.
 
     with process.interrupt_calls(stop):
         converse()                   # Ctrl-C calls `stop` and ends nothing; SIGTERM raises as before
@@ -79,12 +79,12 @@ def begin() -> None:
 
 
 def interrupted() -> tuple[str, int] | None:
-    """What a signal that arrived is called, and its exit code: "interrupted", 130. None if there was none."""
+    """The name of a signal that arrived, and its exit code: "interrupted", 130. None if there was none."""
     return None if _received is None else (_MESSAGES[signal.Signals(_received)], 128 + _received)
 
 
 def few_addresses() -> str | None:
-    """What to say of a limit (`ulimit -v`) under which native libraries end the process with words of their own."""
+    """A warning about a limit (`ulimit -v`) under which native libraries end the process with messages of their own."""
     if resource is None or not hasattr(resource, "RLIMIT_AS"):
         return None
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
@@ -109,8 +109,8 @@ def interrupt_calls(function: Callable[[], None] | None) -> Iterator[None]:
     """Inside, SIGINT calls a function in the main thread, and raises and ends nothing; it may come any number of times.
 
     Args:
-        function: what is called, between two instructions of whatever runs; None within such a block: SIGINT is again
-            what it was outside.
+        function: called between two instructions of the running code; None within such a block restores the handling of
+            SIGINT outside of it.
     """
     global _instead
     before, _instead = _instead, function
@@ -122,14 +122,14 @@ def interrupt_calls(function: Callable[[], None] | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lend_signals(end: Callable[[], None]) -> Iterator[None]:
-    """Inside, a library may take signals for itself, as asyncio does, and leave none behind; then they come here again.
+    """Inside, a library such as asyncio may handle signals itself; afterwards this module handles them again.
 
     Args:
         end: asked, in the main thread, to leave the block soon because a signal came that the library did not take. An
             exception would be raised within the library, at any place. A second such signal ends the process.
 
     Raises:
-        KeyboardInterrupt: behind the block, for that signal.
+        KeyboardInterrupt: after the block, for that signal.
     """
     global _lent_to
     _lent_to = end

@@ -1,4 +1,4 @@
-"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864): what turns how fast, and how that is stretched.
+"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864): frequencies of rotation, and their scaling.
 
 The reference is transformers' `modeling_rope_utils.py`, whose `ROPE_INIT_FUNCTIONS` tests compare with.
 """
@@ -32,25 +32,25 @@ _OF_KIND: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How RoPE frequencies are stretched beyond the trained context.
+    """The scaling of RoPE frequencies beyond the trained context.
 
-    `linear` divides every frequency by `factor` (Chen et al. 2023, arXiv:2306.15595). `dynamic` makes theta larger, by
-    how far a request reaches beyond the original context (NTK-aware interpolation, of Reddit's bloc97 and emozilla).
-    `llama3` leaves short wavelengths alone, divides long ones by `factor` and blends in between (Llama 3.1; reference:
-    `apply_scaling` in meta-llama/llama-models). `yarn` does so along the pairs instead, and sharpens attention (Peng et
-    al. 2023, arXiv:2309.00071). `longrope` divides each frequency by a number of its own, one of two sets, by whether a
-    request reaches beyond the original context (Ding et al. 2024, arXiv:2402.13753).
+    `linear` divides every frequency by `factor` (Chen et al. 2023, arXiv:2306.15595). `dynamic` increases theta with
+    the number of positions of a request beyond the original context (NTK-aware interpolation, of Reddit's bloc97 and
+    emozilla). `llama3` leaves short wavelengths alone, divides long ones by `factor` and blends in between (Llama 3.1;
+    reference: `apply_scaling` in meta-llama/llama-models). `yarn` does so along the pairs instead, and sharpens
+    attention (Peng et al. 2023, arXiv:2309.00071). `longrope` divides each frequency by a number of its own, one of two
+    sets, by whether a request reaches beyond the original context (Ding et al. 2024, arXiv:2402.13753).
 
     Attributes:
-        kind: one of the above. The fields below but `factor` are of some kinds only, and as they are in others.
-        factor: times the original context that the model was made for; of `longrope` it decides the attention factor.
-        low_freq_factor: `llama3`: turns within the original context up to which frequencies are divided.
-        high_freq_factor: `llama3`: turns from which they are kept.
-        original_context_length: what the model was trained for before it was stretched, in tokens.
-        beta_fast: `yarn`: turns within the original context from which frequencies are kept.
-        beta_slow: `yarn`: turns up to which they are divided.
-        truncate: `yarn`: whether the pairs between which is blended are whole numbers (gpt-oss: not).
-        attention_factor: `yarn`, `longrope`: what cosines and sines are multiplied by; None for what the paper says.
+        kind: one of the above. All fields except `factor` belong to some kinds only and keep their defaults in others.
+        factor: the supported context over the original one; for `longrope` it determines the attention factor.
+        low_freq_factor: `llama3`: frequencies with up to so many turns in the original context are divided.
+        high_freq_factor: `llama3`: those with at least so many turns are kept.
+        original_context_length: the trained context length before scaling, in tokens.
+        beta_fast: `yarn`: frequencies with at least so many turns in the original context are kept.
+        beta_slow: `yarn`: those with up to so many turns are divided.
+        truncate: `yarn`: whether the bounds of the blended pairs are whole numbers (gpt-oss: not).
+        attention_factor: `yarn`, `longrope`: factor of cosines and sines; None for the paper's value.
         mscale: `yarn`: of that, where both are given (DeepSeek): (0.1 mscale log factor + 1) / (0.1 mscale_all_dim log
             factor + 1).
         mscale_all_dim: see `mscale`.
@@ -113,7 +113,7 @@ class RopeScaling:
                 raise LlamaJaxError("original_context_length is 1: expected more of longrope, which divides by its log")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that the kind has, as plain JSON values; those that may be absent only where they are not."""
+        """The fields of the kind as plain JSON values; optional fields only if they have a value."""
         fields = {name: getattr(self, name) for name in ("kind", "factor", *_OF_KIND[self.kind])}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
         return {name: value for name, value in plain.items() if value is not None}
@@ -123,7 +123,7 @@ class RopeScaling:
         """Of `to_dict`'s form.
 
         Raises:
-            LlamaJaxError: for what is none, or one that lacks the context before it was stretched.
+            LlamaJaxError: for a value that is no scaling, or lacks the original context.
         """
         fields = only_known(cls, fields)
         if fields["kind"] in ("dynamic", "yarn", "longrope") and "original_context_length" not in fields:
@@ -136,11 +136,11 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
-    """How fast pairs turn.
+    """The speed of rotation of each pair.
 
     Attributes:
         theta: base of the frequencies.
-        scaling: stretching of the frequencies, or None.
+        scaling: scaling of the frequencies, or None.
     """
 
     theta: float
@@ -151,7 +151,7 @@ class Rope:
         check_number("rope_theta", self.theta, low=1.0)
 
     def check(self, rotated: int) -> None:
-        """Refuses a scaling that heads of `rotated` coordinates that turn cannot have."""
+        """Refuses a scaling that heads with `rotated` rotated coordinates cannot have."""
         scaling = self.scaling
         if scaling is None:
             return
@@ -166,9 +166,9 @@ class Rope:
             raise LlamaJaxError("rope_theta is 1: expected more of rope scaling 'yarn', which divides by its log")
 
     def choice(self, reach: int | None) -> Hashable:
-        """What `reach` decides about the frequencies: keys that were turned by another choice are of no use.
+        """The variant of the frequencies that `reach` selects: keys of another variant cannot be reused.
 
-        None for a RoPE that is the same whatever the reach.
+        None for a RoPE that does not depend on the reach.
         """
         scaling = self.scaling
         if scaling is None or scaling.kind not in ("dynamic", "longrope"):
@@ -192,14 +192,14 @@ class Rope:
 def rope_frequencies(rope: Rope, rotated: int, reach: int | None = None) -> jax.Array:
     """Angular frequency of each RoPE pair, radians a token, float32 [rotated/2].
 
-    A constant of the program, computed in float64: rounding the exponent to float32 alone would move it by 1e-6.
+    A constant of the program, computed in float64: rounding the exponent to float32 would change it by 1e-6.
 
     Args:
         rope: theta and scaling.
-        rotated: coordinates of a head that turn.
-        reach: the positions that a request may come to: slots of its cache, or tokens where there is none. `dynamic`
-            and `longrope` choose by it, once a request, as llama.cpp does, where transformers chooses at each call.
-            In exported programs it may be a symbolic size.
+        rotated: the number of rotated coordinates of a head.
+        reach: the number of positions of a request: slots of its cache, or tokens without a cache. `dynamic` and
+            `longrope` select by it, once for each request as in llama.cpp; transformers selects at each call. In
+            exported programs it may be a symbolic size.
     """
     with np.errstate(over="ignore", under="ignore"):
         if rope.choice(None) is None or isinstance(reach, int | None):
@@ -265,9 +265,9 @@ def _ramp(scaling: RopeScaling, theta: float, rotated: int) -> np.ndarray:
 
 
 def rope_attention_factor(rope: Rope) -> float:
-    """By what cosines and sines are multiplied, queries and keys both; 1 but for YaRN and longrope.
+    """The factor of cosines and sines, for queries and keys; 1 except for YaRN and longrope.
 
-    Longrope's is the same on both sides of the original context.
+    Longrope's is the same within and beyond the original context.
     """
     scaling = rope.scaling
     if scaling is None or scaling.kind not in ("yarn", "longrope"):
@@ -293,15 +293,15 @@ def apply_rope(
 ) -> jax.Array:
     """Rotates pair (i, i + R/2) of the first R coordinates of each head by position x frequency[i], and scales.
 
-    Halves rather than neighbours: the layout of Hugging Face checkpoints; others are permuted once, at load. Angles in
-    float32: in bfloat16 whole positions beyond 256 are no longer distinct.
+    Pairs are halves, not neighbours: the layout of Hugging Face checkpoints; others are permuted once, at load. Angles
+    are float32, because bfloat16 cannot distinguish positions beyond 256.
 
     Args:
         x_BTNH: queries or keys.
         position_BT: of the tokens.
         frequency: radians a token, float32 [R/2].
-        scale: what comes out is multiplied by; a number, or [B, T, 1, 1].
-        factor: what rotated coordinates are multiplied by besides.
+        scale: factor of the result; a number, or [B, T, 1, 1].
+        factor: additional factor of the rotated coordinates.
     """
     angle_BT1J = position_BT[:, :, None, None].astype(jnp.float32) * frequency
     cos, sin = jnp.cos(angle_BT1J), jnp.sin(angle_BT1J)
@@ -316,16 +316,16 @@ def apply_rope(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Temperature:
-    """Queries grow with their position: times 1 + beta log(1 + floor((position + offset) / length)).
+    """Scales queries by their position: times 1 + beta log(1 + floor((position + offset) / length)).
 
     Reference: `_get_llama_4_attn_scale` of transformers' `modeling_ministral3.py` (offset 0), and `attn_scale` of
     `modeling_llama4.py` (offset 1; only of layers without RoPE).
 
     Attributes:
-        beta: how much.
-        length: positions after which they grow first.
+        beta: strength of the scaling.
+        length: the number of positions before the first step.
         offset: added to a position.
-        only_nope: whether layers of other kinds than "nope" go without.
+        only_nope: whether only "nope" layers scale queries.
     """
 
     beta: float
@@ -342,6 +342,6 @@ class Temperature:
         check_flag("only_nope", self.only_nope)
 
     def factor(self, position_BT: jax.Array) -> jax.Array:
-        """What queries are multiplied by, float32 [B, T]."""
+        """The factor of the queries, float32 [B, T]."""
         whole_BT = jnp.floor((position_BT + self.offset).astype(jnp.float32) / self.length)
         return 1 + self.beta * jnp.log(1 + whole_BT)

@@ -1,8 +1,8 @@
-"""How many threads XLA computes with on a CPU.
+"""The number of threads that XLA computes with on a CPU.
 
-The pool is made when the backend starts, and XLA cuts up what it compiles for as many. JAX has no setting for it: XLA
-reads PJRT_NPROC, else NPROC, from the environment (`DefaultThreadPoolSize` in xla/pjrt/utils.cc), else it takes as many
-as the process may use processors.
+The pool is made when the backend starts, and XLA divides compiled work for that number. JAX has no setting for it: XLA
+reads PJRT_NPROC, else NPROC, from the environment (`DefaultThreadPoolSize` in xla/pjrt/utils.cc), else it takes the
+number of processors that the process may use.
 """
 
 import os
@@ -15,12 +15,12 @@ _VARIABLES = ("PJRT_NPROC", "NPROC")  # the first that is a number counts
 
 
 def processors() -> int:
-    """Those that this process may use, where the system says."""
+    """The processors that this process may use, if the system reports them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def thread_count() -> int:
-    """Threads that XLA computes with on a CPU, as the environment says now."""
+    """The number of threads that XLA computes with on a CPU, by the current environment."""
     for name in _VARIABLES:
         try:
             return max(1, int(os.environ.get(name, "")))
@@ -30,15 +30,15 @@ def thread_count() -> int:
 
 
 def use_threads(count: int) -> None:
-    """Lets XLA compute with so many threads in this process, and in those that it starts.
+    """Sets the number of XLA's threads in this process and its child processes.
 
-    Reading files, compiling and what libraries do beside XLA have threads of their own.
+    Reading files, compiling and other libraries use threads of their own.
 
     Args:
         count: from 1 to `processors`: more only wait for each other.
 
     Raises:
-        LlamaJaxError: for another number, or where a backend has started with another.
+        LlamaJaxError: for a number out of range, or if a backend has started with another.
     """
     if not 1 <= count <= processors():
         raise LlamaJaxError(

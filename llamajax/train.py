@@ -1,4 +1,4 @@
-"""Trains a small LLaMA from scratch: AdamW, cosine schedule, resumable. The model in the box was made with it."""
+"""Trains a small LLaMA from scratch: AdamW, cosine schedule, resumable. It trained the model in the box."""
 
 import csv
 import dataclasses
@@ -81,7 +81,7 @@ _TOKENIZER_DOCUMENTS = 20_000
 
 
 def story_texts(count: int) -> Texts:
-    """`count` stories of our generator for training and 200 others for measuring."""
+    """`count` stories of the generator for training and 200 others for measuring."""
     if not 1 <= count <= HELDOUT_SEED:
         raise LlamaJaxError(f"stories is {count}: expected 1 to {HELDOUT_SEED}")
     return Texts(list(corpus(0, count)), heldout_stories())
@@ -110,7 +110,7 @@ def tokenizer_for(texts: Texts, vocab_size: int) -> Tokenizer:
 
 
 class Progress(NamedTuple):
-    """What `train` reports after each step."""
+    """The report of `train` after each step."""
 
     step: int
     loss: float
@@ -130,7 +130,7 @@ def schedule(options: TrainOptions) -> optax.Schedule:
 
 
 def make_optimizer(options: TrainOptions) -> optax.GradientTransformation:
-    """AdamW behind a clip; only matrices are decayed: pulling a gain to zero regularizes nothing."""
+    """AdamW after clipping; only matrices are decayed, because pulling a gain to zero regularizes nothing."""
 
     def decayed(model):
         return model_from({name: leaf.spec.is_matrix for name, leaf in leaves(model.config).items()}, model.config)
@@ -144,7 +144,7 @@ def make_optimizer(options: TrainOptions) -> optax.GradientTransformation:
 def sample_batch(tokens: np.ndarray, step: int, options: TrainOptions) -> np.ndarray:
     """Rows of T + 1 consecutive tokens from random places, int32 [B, T+1]; a function of the seed and step alone.
 
-    So a resumed run sees the batches it would have seen.
+    A resumed run therefore gets the same batches.
     """
     generator = np.random.default_rng((options.seed, step))
     starts = generator.integers(0, len(tokens) - options.sequence_length, options.batch)
@@ -165,21 +165,21 @@ def train(
     """Trains a model and returns it in float32.
 
     Continues from the newest intact checkpoint in `folder/checkpoints`, if there is one, and appends to
-    `folder/loss.csv` (step, loss, heldout_loss, learning_rate). The folder says what the run was begun with.
+    `folder/loss.csv` (step, loss, heldout_loss, learning_rate). The folder records the settings of the run.
 
     Args:
         config: the architecture.
         tokens: training text, one row of ids.
-        heldout: text that is not trained on, one row of ids.
+        heldout: text outside of training, one row of ids.
         options: run-time choices.
         folder: for checkpoints and the loss curve.
         on_step: called after every step.
-        tokenizer: that the texts were encoded with, if it is to be the same where the run is resumed.
-        on_note: called with a line about a damaged checkpoint that an older one stands in for.
+        tokenizer: the tokenizer of the texts, if a resumed run must have the same.
+        on_note: called with a line about a damaged checkpoint, for which an older one is used.
 
     Raises:
-        LlamaJaxError: if a text is shorter than a row, the loss stops being finite, or the folder is of a run that was
-            begun with anything else, or damaged.
+        LlamaJaxError: if a text is shorter than a row, the loss becomes infinite or NaN, or the folder is damaged or of
+            a run with other settings.
     """
     for name, text in (("training", tokens), ("held-out", heldout)):
         if len(text) < options.sequence_length + 2:
@@ -342,7 +342,7 @@ def draw_loss(log: Path, picture: Path) -> None:
     """Draws `loss.csv` as an SVG or PNG, by the picture's suffix.
 
     Raises:
-        LlamaJaxError: if it is not what `train` writes.
+        LlamaJaxError: if `train` did not write it.
         ImportError: without matplotlib (extra `plot`).
     """
     rows = _read_log(log)

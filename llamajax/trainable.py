@@ -1,4 +1,4 @@
-"""Which arrays of a model are trained: `jax.grad` of a packed model refuses its bytes."""
+"""Selects the arrays of a model to train, because `jax.grad` of a packed model fails at its bytes."""
 
 import fnmatch
 from collections.abc import Callable, Mapping
@@ -17,22 +17,22 @@ Arrays = Mapping[str, Any]
 def trainable(
     model: Llama, which: str = "*"
 ) -> tuple[dict[str, Any], dict[str, Any], Callable[[Arrays, Arrays], Llama]]:
-    """A model in two parts, of which the first can be differentiated.
+    """Splits a model into arrays to differentiate and the rest.
 
         train, rest, merge = trainable(model, "norm")
         gradient = jax.grad(lambda train: loss(merge(train, rest)))(train)
 
     Args:
-        model: quantized or not; of a quantized weight the scales and other floats can be trained.
-        which: a role of weights, as "norm" or "head" (`parameters.Spec.roles`), or a glob on their names, as
+        model: quantized or not; the scales and other floats of a quantized weight can be trained.
+        which: a role of weights, such as "norm" or "head" (`parameters.Spec.roles`), or a glob on their names, as
             "layers.*.ffn.*".
 
     Returns:
-        The float arrays of the weights that are meant, by name; all others; and what makes the model of the two again.
-        Both are pytrees, to be arguments of what is compiled, not constants.
+        The float arrays of the selected weights, by name; all other arrays; and a function that merges both into a
+        model. Both are pytrees for arguments of compiled functions, not for constants.
 
     Raises:
-        LlamaJaxError: if nothing is meant that has a float array.
+        LlamaJaxError: if no selected weight has a float array.
     """
     of, named = leaves(model.config, model.plan), named_weights(model)
     train: dict[str, Any] = {}

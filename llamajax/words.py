@@ -1,8 +1,8 @@
-"""What decides the words of a model, beside its weights and the pieces of its tokenizer: `Words`.
+"""`Words`: a checkpoint's token ids, added tokens and sampling defaults, beside its weights and tokenizer pieces.
 
-Every format says a part of it in its own way: a Hugging Face folder in five files, our own checkpoint in its manifest,
-a llama2.c file not at all. Each reader fills in a `Words`, each writer writes one down; `Tokenizer`, and through it
-generation, evaluation and export, go by it. A field that is None or empty was not said: the tokenizer's own applies.
+Every format stores a part of them in its own way: a Hugging Face folder in five files, llamajax's checkpoint in its
+manifest, a llama2.c file not at all. Each reader fills in a `Words`, each writer writes it; `Tokenizer`, and through it
+generation, evaluation and export, follow it. For a field that is None or empty, the tokenizer's own value applies.
 """
 
 import dataclasses
@@ -33,16 +33,16 @@ _LARGEST_ID = 1 << 27
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AddedToken:
-    """A token that a checkpoint adds to its tokenizer's pieces, or names among them: always one id, wherever it stands.
+    """A token that a checkpoint adds to its tokenizer's pieces, or names among them: always one id in a text.
 
     Attributes:
         id: its id.
-        text: how it is written.
+        text: its text.
         special: whether it has no text of its own when ids are decoded.
         lstrip: whether white space before it belongs to it when text is encoded.
-        rstrip: whether white space behind it does.
-        single_word: whether it is one only where no letter, digit or underscore touches it.
-        normalized: whether it is looked for after those that are not.
+        rstrip: whether white space after it does.
+        single_word: whether it is recognised only if no letter, digit or underscore touches it.
+        normalized: whether it is searched in the normalized text, after the tokens that are not.
     """
 
     id: int
@@ -63,18 +63,18 @@ class AddedToken:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Words:
-    """What a checkpoint says of words.
+    """The token ids, added tokens and sampling defaults of a checkpoint.
 
     Attributes:
-        bos_id: the id that the model was trained to begin with.
-        stop_ids: the ids at which generation ends; if they are said, they alone.
-        pad_id: the id that fills up a batch; carried along, not used.
+        bos_id: the id at the beginning of the model's training texts.
+        stop_ids: the ids at which generation ends; if given, only these.
+        pad_id: the id for padding; stored, not used.
         bos_token: text of the token that `Tokenizer.encode` begins with.
         eos_token: text of the token that it ends with, if it does.
-        add_bos: whether it begins with one (yes, if not said).
-        add_eos: whether it ends with one (no, if not said).
-        space: where a space is put before text: one of `SPACES` ("first", if not said).
-        added: tokens beside the tokenizer's pieces, by id.
+        add_bos: whether it begins with one (by default yes).
+        add_eos: whether it ends with one (by default no).
+        space: where a space is added before text: one of `SPACES` (by default "first").
+        added: tokens in addition to the tokenizer's pieces, by id.
         sampling: defaults for the knobs named in `SAMPLING`; temperature 0 is greedy choice.
         files: files of the source by name (`is_carried`), unchanged.
 
@@ -122,7 +122,7 @@ class Words:
 
     @functools.cached_property
     def chat_templates(self) -> Mapping[str, str]:
-        """The chat templates by name, "default" first: files of their own, else those in a file of the tokenizer's.
+        """The chat templates by name, "default" first: from their own files, else from a file of the tokenizer.
 
         Raises:
             LlamaJaxError: for a file that is not JSON.
@@ -142,12 +142,12 @@ class Words:
         return {name: found[name] for name in sorted(found, key=lambda name: (name != "default", name))}
 
     def for_another_tokenizer(self) -> "Words":
-        """The same without the files that belong to the tokenizer that they came with."""
+        """The same without the files that belong to the original tokenizer."""
         files = {name: data for name, data in self.files.items() if name == "generation_config.json"}
         return dataclasses.replace(self, files=files)
 
     def to_dict(self) -> dict[str, Any]:
-        """What was said, as plain JSON values, files by their SHA-256; `from_dict` reads it back."""
+        """The given fields as plain JSON values, files by their SHA-256; `from_dict` reads them back."""
         said = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         said = {name: value for name, value in said.items() if value is not None and value not in ((), {})}
         if self.stop_ids is not None:
@@ -160,10 +160,10 @@ class Words:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], files: Mapping[str, bytes]) -> "Words":
-        """Undoes `to_dict`, given the files.
+        """The inverse of `to_dict`, given the files.
 
         Raises:
-            LlamaJaxError: for what `to_dict` does not write, or files of another SHA-256.
+            LlamaJaxError: for values that `to_dict` does not write, or files of another SHA-256.
         """
         try:
             fields = dict(fields)
@@ -186,7 +186,7 @@ def is_carried(name: str) -> bool:
 
 
 def sampling_in_range(name: str, value: float) -> bool:
-    """Whether `sampling.make_sampler` takes the value; it says what it expects of one that a user gives."""
+    """Whether `sampling.make_sampler` accepts the value; that function reports invalid values of users."""
     if name == "temperature":
         return value == 0 or 1e-4 <= value < 1e30
     if name == "top_k":

@@ -1,4 +1,4 @@
-"""Threads that work beside the main one, and do not keep it when it is interrupted."""
+"""Threads beside the main one, which do not delay it when it is interrupted."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 @contextlib.contextmanager
 def workers(count: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool of threads; the end of the block waits for their work, but not where an exception ends it.
+    """A pool of threads. The end of the block waits for their work, unless an exception ends it.
 
-    What is being worked on then goes on in its thread, to no use; what has not begun does not begin.
+    In that case running work continues in its thread without effect, and pending work does not begin.
     """
     pool = ThreadPoolExecutor(count)
     try:

@@ -278,7 +278,7 @@ def test_turns_leave_whole() -> None:
 @pytest.mark.parametrize(
     "options, error",
     [
-        ({"heat": 1}, "heat: expected knobs among temperature, top_k"),
+        ({"heat": 1}, "unknown knob heat: expected some of temperature, top_k"),
         ({"temperature": -1}, "temperature is -1"),
         ({"stop": 5}, "stop is 5: expected texts of at least one character"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0: expected a whole number, at least 1"),

@@ -138,17 +138,17 @@ def test_a_reply_is_taken_apart_however_it_is_cut(name: str) -> None:
     "name, text, problem",
     [
         ("hermes", 'So <tool_call>{"name": "f", "arguments": {"a": </tool_call>', "Expecting value"),
-        ("hermes", '<tool_call>{"name": "f", "arguments": {}} and more', "</tool_call> is missing behind it"),
-        ("hermes", '<tool_call>["f"]</tool_call>', "is no object with a name and arguments"),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {}} and more', "</tool_call> is missing after it"),
+        ("hermes", '<tool_call>["f"]</tool_call>', "is not an object with a name and arguments"),
         ("hermes", '<tool_call>{"name": "f"}</tool_call>', "'arguments' is missing"),
         ("hermes", '<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>', "are not JSON"),
         ("hermes", '<tool_call>{"name": "f", "arguments": ' + '{"a":' * 100_000, "nested too deeply"),
         ("llama3", '{"name": "get_current_temperature", "parameters": {"loc', "Unterminated string"),
         ("llama3", '<|python_tag|>brave_search.call(query="weather")', "Expecting value"),
         ("llama3", f"{LLAMA} is the call", "Expecting value"),
-        ("mistral", '[TOOL_CALLS]{"name": "f", "arguments": {}}', "is no list of calls"),
-        ("deepseek", "<｜tool▁calls▁begin｜>f()", "no <｜tool▁call▁begin｜> stands in it"),
-        ("deepseek", "<｜tool▁call▁begin｜>\n{}", "no name stands behind"),
+        ("mistral", '[TOOL_CALLS]{"name": "f", "arguments": {}}', "is not a list of calls"),
+        ("deepseek", "<｜tool▁calls▁begin｜>f()", "it contains no <｜tool▁call▁begin｜>"),
+        ("deepseek", "<｜tool▁call▁begin｜>\n{}", "no name follows"),
     ],
 )
 def test_what_is_no_call_stays_text_and_is_said(name: str, text: str, problem: str) -> None:

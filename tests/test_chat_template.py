@@ -219,7 +219,7 @@ def test_where_a_template_is_not_followed_it_is_said_and_safe() -> None:
     assert control_tokens(tokenizer, ids) == ["<|im_start|>", "<|im_end|>"]
     assert form.note is not None and form.note.endswith("the messages go to the model unchanged")
     form = Template.of(tokenizer_with("{{ 6 // (messages[0].content | int) }}"))
-    with pytest.raises(LlamaJaxError, match="its chat template computes with what messages say"):
+    with pytest.raises(LlamaJaxError, match="its chat template computes with the content of"):
         form.parts([user("3")])
 
 
@@ -314,7 +314,7 @@ def test_a_vocabulary_that_spells_a_control_token_as_itself() -> None:
     library.add_special_tokens(["§"])
     tokenizer = Tokenizer(library.to_str().encode())
     assert tokenizer.encode_parts([("§ a", True)]) == [0, 1]
-    with pytest.raises(LlamaJaxError, match="no other spelling of '§' than the token itself"):
+    with pytest.raises(LlamaJaxError, match="can encode '§' only as that token, not as plain text"):
         tokenizer.encode_parts([("a §", False)])
 
 
@@ -353,7 +353,7 @@ HOSTILES = {
     "class by name": ("{{ '' | attr('__class__') }}", r"SecurityError: '__class__' of a str may not be used"),
     "class by format": ("{{ '{0.__class__}'.format(1) }}", r"SecurityError: '__class__' of a int may not be used"),
     "globals": ("{{ raise_exception.__globals__ }}", "SecurityError: '__globals__' of a function may not be used"),
-    "stand-ins": ("{{ messages[0].content.split.__func__ }}", "computes with what messages say"),
+    "stand-ins": ("{{ messages[0].content.split.__func__ }}", "computes with the content of messages"),
     "namespace": ("{% set n = namespace(__class__=1) %}", "SecurityError: '__class__' may not be a name"),
     "changes": ("{{ messages.append(1) }}", "SecurityError: 'append' of a list may not be used"),
     "includes": ("{% include '/etc/passwd' %}", r"fails \(TypeError: no loader for this environment"),

@@ -183,7 +183,7 @@ def test_wrong_tensors(change: Callable[[Tensors], Any], message: str, copy: Pat
         ("..", "leaves the folder|no such file"),
         ("", "no such file|expected file names"),
         ("c.safetensors", "c.safetensors: no such file, though the index names it"),
-        ("b.safetensors", "tensor 'model.norm.weight' is missing, though the index puts it here"),
+        ("b.safetensors", "tensor 'model.norm.weight' is missing, though the index lists it in this file"),
         (7, "expected a weight_map from tensor names to file names"),
     ],
 )

@@ -296,7 +296,7 @@ def test_keys_to_ignore() -> None:
     with pytest.raises(LlamaJaxError, match="unknown key 'taste': .*--ignore_key=taste"):
         config_from_hf(HF | {"colour": "red", "taste": "sweet"}, "x", ["colour"])
     for key in ("model_type", "hidden_size", "rope_theta", "rope_scaling"):
-        with pytest.raises(LlamaJaxError, match=f"'{key}' cannot be ignored: the model is made by it"):
+        with pytest.raises(LlamaJaxError, match=f"'{key}' cannot be ignored: the architecture depends on it"):
             config_from_hf(HF, "x", [key])
 
 
@@ -375,7 +375,7 @@ def test_fields_that_are_no_table(fields: Any) -> None:
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling: missing key 'factor': rope_type 'linear' needs"),
         (
             {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mscale": 1}},
-            "rope_scaling: 'mscale' is not supported of rope_type 'linear': expected factor",
+            "rope_scaling: 'mscale' is not supported for rope_type 'linear': expected factor",
         ),
         (
             {"rope_scaling": {"factor": 2.0}},
@@ -383,7 +383,7 @@ def test_fields_that_are_no_table(fields: Any) -> None:
         ),
         (
             {"rope_scaling": {"type": "linear", "rope_type": "llama3", "factor": 2.0}},
-            "rope_type and type are {'rope_type': 'llama3', 'type': 'linear'}: expected one of them",
+            "rope_type and type differ .{'rope_type': 'llama3', 'type': 'linear'}.: expected one of them",
         ),
         ({"rope_scaling": {"rope_type": [], "factor": 2.0}}, r"rope_type is \[\], which is not supported: expected"),
         (
@@ -396,7 +396,7 @@ def test_fields_that_are_no_table(fields: Any) -> None:
         ),
         (
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
-            "rope_parameters: 'partial_rotary_factor' is not supported of rope_type 'default'",
+            "rope_parameters: 'partial_rotary_factor' is not supported for rope_type 'default'",
         ),
         ({"use_sliding_window": True}, "use_sliding_window is True, which is not supported: expected False"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0: expected a whole number"),

@@ -314,7 +314,7 @@ def test_export_verify_and_run(tiny_int4, tiny_tokenizer, tmp_path: Path, capfd)
         (["export", "--model=box", "--output=x", "--target=abacus"], 1, "target 'abacus': expected one of iree"),
         (["export", "--model=box", "--output=x", "--target=iree-abacus"], 1, "expected one of iree-cpu, iree-cpu-host"),
         (["export", "--model=box", "--output=x", "--target=onnx-2"], 1, "target 'onnx-2': expected one of onnx"),
-        (["export", "--model=box", "--output=x", "--target=tpu"], 1, "expected a name behind it, as tpu:v5e:2x2"),
+        (["export", "--model=box", "--output=x", "--target=tpu"], 1, "expected a name after it, as in tpu:v5e:2x2"),
         (
             ["export", "--model=box", "--output=x", "--target=onnx,litert"],
             1,
@@ -331,7 +331,7 @@ def test_export_verify_and_run(tiny_int4, tiny_tokenizer, tmp_path: Path, capfd)
             "target onnx: no/python: No such file or directory",
         ),
         (["export", "--model=box", "--output=x", "--buckets=a"], 1, "--buckets=a: expected whole numbers"),
-        (["export", "--model=box", "--output=x", "--slots=4096"], 1, "4096 slots: the model's context is 512"),
+        (["export", "--model=box", "--output=x", "--slots=4096"], 1, "expected at most the model's context, 512"),
         (["export", "--bundle=x"], 1, "--bundle needs --target"),
         (["export", "--bundle=x", "--target=onnx", "--python=onnx"], 1, "expected NAME=PATH"),
     ],

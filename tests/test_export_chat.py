@@ -248,7 +248,7 @@ def test_a_format_without_a_place_for_a_system_message(tiny_tokenizer: Tokenizer
     [
         (None, "x.gguf: it carries no chat template"),
         (SMOLLM2 + "{{ strftime_now('%d') }}", "its chat template says the day's date: a built-in format may be named"),
-        (SMOLLM2 + "{{ messages|length }}", "its chat template is not of the usual form: what stands around a message"),
+        (SMOLLM2 + "{{ messages|length }}", "its chat template is not of the usual form: the text around a message"),
     ],
 )
 def test_why_a_bundle_has_no_chat_is_said(template: str | None, refusal: str) -> None:

@@ -293,8 +293,8 @@ def test_float_programs_have_no_arithmetic_on_bytes() -> None:
     ("options", "message"),
     [
         ({"slots": 0}, "expected at least 1"),
-        ({"buckets": (16, 4)}, "expected token counts that grow"),
-        ({"buckets": (16, 64), "slots": 32}, "expected less than 32 slots"),
+        ({"buckets": (16, 4)}, "expected increasing numbers of tokens"),
+        ({"buckets": (16, 64), "slots": 32}, "expected no more than the 32 slots"),
         ({"programs": ("translate",)}, "program 'translate': expected one of sample"),
         ({"cache_dtype": "int8"}, "expected float32, bfloat16 or float16 to export"),
     ],
@@ -305,7 +305,7 @@ def test_a_spec_that_makes_no_sense(options: dict, message: str) -> None:
 
 
 def test_a_prepared_model_is_refused() -> None:
-    with pytest.raises(LlamaJaxError, match="prepared for a backend: export it as it was loaded"):
+    with pytest.raises(LlamaJaxError, match="prepared for a backend: export the model from before"):
         lower(llamajax.prepare(packed(), "cpu"), Spec(slots=16, buckets=(4,)))
 
 
@@ -313,7 +313,7 @@ def test_a_prepared_model_is_refused() -> None:
 def test_rounded_activations_are_refused(kind: str) -> None:
     """Groups of int8; tokens as a whole are exported (BitNet)."""
     rounded = llamajax.with_activations(packed(), kind)
-    with pytest.raises(LlamaJaxError, match=f"rounded activations .{kind}.*: .* --activations=float32"):
+    with pytest.raises(LlamaJaxError, match=f"round their activations .{kind}.*: .* --activations=float32"):
         lower(rounded, Spec(slots=16, buckets=(4,)))
 
 

@@ -599,5 +599,5 @@ def test_weights_of_the_text_alone(prefix: str, tmp_path: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, loaded, model)
     twice = renamed | {"model.norm.weight": tensors["model.norm.weight"]}
     save_file(twice, tmp_path / "whole" / "model.safetensors")
-    with pytest.raises(LlamaJaxError, match="norm.weight' and .*norm.weight' are one: expected one of them"):
+    with pytest.raises(LlamaJaxError, match="norm.weight' and .*norm.weight' are one weight: expected one"):
         open_checkpoint(tmp_path / "whole")

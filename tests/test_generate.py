@@ -444,7 +444,7 @@ def test_what_programs_are_found_by_has_no_address(quantized_box: Path) -> None:
     [
         ([], {}, "no prompt was given: expected at least one"),
         ([[1], []], {}, "a prompt has no tokens"),
-        ("text", {}, "the model came without a tokenizer: name one, or give prompts as lists of ids"),
+        ("text", {}, "the model was loaded without a tokenizer: give one, or prompts as lists of ids"),
         ([1, 320], {}, "token 320 in a prompt: expected ids from 0 to 319"),
         ([1, -1], {}, "token -1 in a prompt: expected ids from 0 to 319"),
         ([[1.5]], {}, "1.5"),
@@ -475,7 +475,7 @@ def test_what_programs_are_found_by_has_no_address(quantized_box: Path) -> None:
         ([1], {"top_p": 0}, "top_p is 0: expected a number above 0, at most 1"),
         ([1], {"min_p": 1.1}, "min_p is 1.1: expected a number from 0 to 1"),
         ([1], {"repetition_penalty": 0}, "repetition_penalty is 0: expected a positive number, 1 for none"),
-        ([1], {"stop": "x"}, "stop strings need a tokenizer, and the model came without one: name one"),
+        ([1], {"stop": "x"}, "stop strings need a tokenizer, and the model was loaded without one"),
         ([1], {"stop": ["x", ""]}, r"stop is \['x', ''\]: expected texts of at least one character"),
         ([1], {"stop": 5}, "stop is 5: expected texts of at least one character"),
     ],

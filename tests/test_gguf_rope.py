@@ -72,7 +72,7 @@ def test_scalings_that_no_key_says(tmp_path: Path) -> None:
         (RopeScaling(kind="dynamic", factor=2.0), "dynamic NTK"),
         (dataclasses.replace(YARN, truncate=False), "YaRN that is not truncated"),
     ):
-        with pytest.raises(LlamaJaxError, match=f"rope_scaling is {what}, which no key of GGUF says"):
+        with pytest.raises(LlamaJaxError, match=f"rope_scaling is {what}, for which GGUF has no key"):
             _saved(tmp_path, dataclasses.replace(CONFIG, rope_scaling=scaling))
     assert list(tmp_path.iterdir()) == []
 
@@ -126,7 +126,7 @@ def test_keys_as_they_are_found(keys: dict[str, Any], tensors: dict[str, Any], s
             "attn_factor is nan: expected a finite",
         ),
         (_YARN | {"llama.rope.scaling.factor": np.float32("inf")}, {}, "scaling.factor is inf: expected a finite"),
-        (_YARN, _BOTH, "rope_factors_short.weight comes beside another RoPE scaling"),
+        (_YARN, _BOTH, "rope_factors_short.weight and another RoPE scaling"),
         ({"llama.rope.scaling.type": "longrope"}, {}, "tensor 'rope_factors_short.weight' is missing: longrope needs"),
         ({}, {_SHORT: _BOTH[_SHORT]}, "tensor 'rope_factors_long.weight' is missing"),
         ({}, _BOTH | {_LONG: np.ones(4, np.float32)}, r"rope_factors_long.weight has shape \(4,\): expected \(16,\)"),

@@ -164,7 +164,7 @@ def test_damaged_manifests_are_named(mixed: Llama, tmp_path: Path, change, messa
 def test_what_a_quantized_model_cannot_do_is_said(mixed: Llama, tmp_path: Path) -> None:
     with pytest.raises(LlamaJaxError, match="quantized already"):
         quantize(mixed, MIXED)
-    with pytest.raises(LlamaJaxError, match="transformers does not read"):
+    with pytest.raises(LlamaJaxError, match="transformers cannot read"):
         llamajax.save_checkpoint(mixed, tmp_path / "hf", form="huggingface")
     with pytest.raises(LlamaJaxError, match=r"layers.0.ffn.down_FD of shape \(128, 64\).*groups of 48"):
         quantize(random_model(CONFIG), (KEEP_NORMS, Rule(weights="*down*", scheme="int4", group_size=48), MIXED[-1]))

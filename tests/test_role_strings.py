@@ -237,10 +237,10 @@ def changed(template: str, *changes: tuple[str, str]) -> str:
 
 
 UNUSUAL = {
-    "a word left out": (SMOLLM2.replace("+ message['content'] +", "+"), "a message of the role user does not stand in"),
+    "a word left out": (SMOLLM2.replace("+ message['content'] +", "+"), "does not contain a message of the role user"),
     "contents twice": (
         changed(SMOLLM2, ("{% endfor %}", "{{ messages[0]['content'] }}{% endfor %}")),
-        "does not stand",
+        "does not contain",
     ),
     "numbered turns": (changed(LLAMA3, ("'<|eot_id|>'", "'<|eot_id|>' + loop.index0|string")), "depends on"),
     "cut at the left": (
@@ -250,11 +250,11 @@ UNUSUAL = {
     "long conversations": (changed(LLAMA3, ("{{ content }}", "{{ content if loop.index0 < 6 }}")), "depends on more"),
     "looks into contents": (
         changed(LLAMA3, ("{{ content }}", "{{ content if '[INST]' not in content else 'no' }}")),
-        "it depends on more than roles: of 3 messages it makes 'no<|start_header_id|>user<|end_header",
+        "it depends on more than roles: for 3 messages it writes 'no<|start_header_id|>user<|end_header",
     ),
     "thinking is kept in part": (
         changed(R1, ("content.split('</think>')[-1]", "content.replace('</think>', '')")),
-        "of an answer with </think> in it becomes '<think>kqwthought",
+        "an answer with </think> in it becomes '<think>kqwthought",
     ),
     "refuses everything": ("{{ raise_exception('never') }}", "the template refuses the messages: never"),
     "blank answers": (
@@ -284,7 +284,7 @@ def test_conversations_of_another_order(roles: list[str]) -> None:
 def test_a_system_message_where_there_is_none() -> None:
     strings, _ = role_strings(renderer(GEMMA))
     assert strings is not None
-    with pytest.raises(LlamaJaxError, match="has no one place for a system message: say it in the user's"):
+    with pytest.raises(LlamaJaxError, match="has no fixed place for a system message: write it into the user's"):
         strings.parts([Message("system", "x"), Message("user", "y")])
 
 

@@ -196,9 +196,9 @@ def test_the_spelling_that_transformers_4_reads() -> None:
             {"rope_type": "mrope", "mrope_section": [8, 8]},
             "rope_type is 'mrope', which is not supported: expected one of",
         ),
-        ({"rope_type": "default", "mrope_section": [8, 8]}, "'mrope_section' is not supported of rope_type 'default'"),
+        ({"rope_type": "default", "mrope_section": [8, 8]}, "'mrope_section' is not supported for rope_type 'default'"),
         ({"rope_type": "proportional", "factor": 2.0}, "rope_type is 'proportional', which is not supported"),
-        (_YARN | {"attn_factor": 1.0}, "'attn_factor' is not supported of rope_type 'yarn': expected factor"),
+        (_YARN | {"attn_factor": 1.0}, "'attn_factor' is not supported for rope_type 'yarn': expected factor"),
         (
             _YARN | {"original_max_position_embeddings": "4k", "factor": None},
             "original_max_position_embeddings is '4k'",
@@ -206,7 +206,7 @@ def test_the_spelling_that_transformers_4_reads() -> None:
         (_YARN | {"factor": "4"}, "rope scaling factor is '4': expected a finite number"),
         ({"type": "longrope", "short_factor": [1.0]}, "missing key 'long_factor': rope_type 'longrope' needs"),
         (_LONG | {"long_factor": list(LONG[:7])}, "long_factors holds 7 numbers: expected 8"),
-        (_LONG | {"short_mscale": 1.2}, "'short_mscale' is not supported of rope_type 'longrope'"),
+        (_LONG | {"short_mscale": 1.2}, "'short_mscale' is not supported for rope_type 'longrope'"),
     ],
 )
 def test_refused_ropes_of_config_json(rope: dict[str, Any], message: str) -> None:
@@ -420,7 +420,7 @@ def _continued(model: Llama, text: list[int], new: int, kept: Kept, slots: int, 
 
 def test_an_engine_does_not_grow_beyond_what_chose_its_rope() -> None:
     engine = Engine(reference.random_model(REQUESTS), 1, 256)
-    with pytest.raises(LlamaJaxError, match="256 slots cannot grow to 512: they decide this model's RoPE"):
+    with pytest.raises(LlamaJaxError, match="256 slots cannot grow to 512: they determine this model's RoPE"):
         engine.grow(engine.empty(), 257)
     assert engine.grow(engine.empty(), 200)[0].slots == 256
 

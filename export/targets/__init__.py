@@ -87,7 +87,7 @@ def check_toolchain(target: str, python: str) -> None:
         known = ", ".join(IREE_TARGETS) if kind == "iree" else kind
         raise LlamaJaxError(f"target {target!r}: expected one of {known}")
     if kind in ("tpu", "cuda") and not target.partition(":")[2]:
-        raise LlamaJaxError(f"target {target!r}: expected a name behind it, as tpu:v5e:2x2 or cuda:h100")
+        raise LlamaJaxError(f"target {target!r}: expected a name after it, as in tpu:v5e:2x2 or cuda:h100")
     places = f"{Path(python).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     if kind == "iree" and shutil.which("iree-compile", path=places) is None:
         raise LlamaJaxError(
@@ -111,7 +111,7 @@ def kind_of(target: str) -> str:
     """
     kind = target.partition(":")[0].partition("-")[0]
     if kind not in SCRIPTS:
-        raise LlamaJaxError(f"target {target!r}: expected one of {', '.join(SCRIPTS)}, as iree-cpu or tpu:v5e:2x2")
+        raise LlamaJaxError(f"target {target!r}: expected one of {', '.join(SCRIPTS)}, such as iree-cpu or tpu:v5e:2x2")
     return kind
 
 

@@ -1,4 +1,4 @@
-"""Caches of keys and values, each of which owns how it is attended to: `cache.py` says what every one does."""
+"""Caches of keys and values, each of which implements its attention: `cache.py` defines the protocol."""
 
 import functools
 
@@ -43,7 +43,7 @@ def _full(config: Config, layers: int, batch: int, slots: int, dtype: str, layou
     if layout not in ("dense", "straight", "scatter", "tiled"):
         raise ValueError(f"layout {layout!r} of a cache: expected dense, straight, scatter or tiled")
     if layout == "tiled" and dtype in SCHEME_OF:
-        raise ValueError(f"a tiled cache in {dtype}: expected a float type; or a dense cache")
+        raise ValueError(f"a tiled cache in {dtype}: expected a float type, or a dense cache")
     kind = TiledPart if layout == "tiled" else QuantizedPart if dtype in SCHEME_OF else DensePart
     return kind.empty(config, layers, batch, slots, dtype, layout)  # type: ignore[arg-type]
 

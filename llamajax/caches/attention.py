@@ -1,6 +1,6 @@
-"""Softmax attention over keys and values that are at hand: pure functions that every cache may use.
+"""Softmax attention over given keys and values: pure functions for use in every cache.
 
-Queries come scaled. Dimension key as in `config.py`.
+Queries are already scaled. Dimension key as in `config.py`.
 """
 
 import dataclasses
@@ -22,15 +22,15 @@ BLOCK_QUERIES = 64
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scores:
-    """What families change in the scores of attention.
+    """The family-specific settings of attention scores.
 
     Attributes:
-        window: a query sees this many positions, its own the last; all before it unless given. A number, or an int32
+        window: a query sees this many positions, up to its own; all earlier ones unless given. A number, or an int32
             scalar (Mistral 7B, Jiang et al. 2023, arXiv:2310.06825).
         chunk: a query sees no position before the last multiple of this (Llama 4).
         soft_cap: scores are capped to -c … c by c tanh(score / c) (Gemma 2, arXiv:2408.00118).
-        sinks_N: a logit for each query head that takes its part of the softmax and has no value (gpt-oss).
-        see: called with the weights of attention, [B, N, T, S] in float32, and gives what to mix values with.
+        sinks_N: an extra logit in the softmax of each query head, without a value (gpt-oss).
+        see: called with the attention weights, [B, N, T, S] in float32; returns the weights to use.
     """
 
     window: jax.Array | int | None = None
@@ -41,7 +41,7 @@ class Scores:
 
     @property
     def reach(self) -> int | None:
-        """Positions that a query sees at most, its own included; None where there is no limit that is known here."""
+        """The most positions that a query sees, its own included; None without a known limit."""
         limits = [limit for limit in (self.window, self.chunk) if isinstance(limit, int)]
         return min(limits, default=None)
 
@@ -56,13 +56,13 @@ class Scores:
         return visible
 
     def masked(self, score: jax.Array, position: jax.Array, slot: jax.Array) -> jax.Array:
-        """Scores, capped, of what the queries at `position` may see; arrays that broadcast to each other."""
+        """Scores, capped and masked to what queries at `position` see; arrays that broadcast to each other."""
         if self.soft_cap is not None:
             score = self.soft_cap * jnp.tanh(score / self.soft_cap)
         return jnp.where(self.seen(position, slot), score, MASKED)
 
     def weights(self, score: jax.Array, sinks: jax.Array | None, axes: int | tuple[int, ...] = -1) -> jax.Array:
-        """Softmax over some axes, with the sinks, as `by_head` has them, beside the scores."""
+        """Softmax over some axes of the scores and the sinks, which have the shape of `by_head`."""
         if sinks is None:
             return jax.nn.softmax(score, axis=axes)
         peak = jnp.maximum(jnp.max(score, axis=axes, keepdims=True), sinks)
@@ -96,12 +96,12 @@ def attend(
     Scores and softmax in float32: exponentials of bfloat16 scores would be wrong by percents.
 
     Args:
-        query_BTNH: scaled, behind RoPE.
+        query_BTNH: scaled, after RoPE.
         key_BKSH: of each slot.
         value_BKSH: likewise.
-        position_BT: of each query; B may be 1 for all rows alike.
-        scores: what families change.
-        slot_S: the position that a slot holds, or [B, S]; slot s that of s unless given.
+        position_BT: the position of each query; B may be 1 for equal rows.
+        scores: family-specific settings.
+        slot_S: the position of each slot, or [B, S]; position s in slot s unless given.
 
     Returns:
         [B, T, N, H] in the query's dtype.
@@ -132,9 +132,9 @@ def attend_blocks(
 ) -> jax.Array:
     """`attend` over one block of slots after the other: scores of T x 256 at a time instead of T x S, for long prompts.
 
-    The softmax is accumulated: a block's exponentials are relative to the largest score so far, and what came before is
-    rescaled when that grows (Milakov & Gimelshein 2018, arXiv:1805.02867; FlashAttention, Dao et al. 2022). Blocks that
-    no query sees are skipped, those before a window among them. There are at least 256 slots.
+    The softmax is accumulated: exponentials of a block are relative to the largest score so far, and earlier sums are
+    rescaled (Milakov & Gimelshein 2018, arXiv:1805.02867; FlashAttention, Dao et al. 2022). Blocks that no query sees
+    are skipped, those before a window among them. There are at least 256 slots.
     """
     B, T, N, H = query_BTNH.shape
     K, S = key_BKSH.shape[1:3]
@@ -178,13 +178,13 @@ def attend_blocks(
 
 
 def by_blocks(T: int, S: int, scores: Scores) -> bool:
-    """Whether `attend_blocks` suits T queries of S slots; of shapes that are no numbers it is not known."""
+    """Whether `attend_blocks` suits T queries over S slots; False for symbolic shapes."""
     numbers = isinstance(T, int) and isinstance(S, int)
     return numbers and T >= BLOCK_QUERIES and S > SLOT_BLOCK and scores.see is None
 
 
 class Before(NamedTuple):
-    """Keys and values of slots [B, K, R, H] that stand before those of a sequence, and their positions [B, R]."""
+    """Keys and values of slots [B, K, R, H] before those of a sequence, and their positions [B, R]."""
 
     key_BKRH: jax.Array
     value_BKRH: jax.Array
@@ -212,7 +212,7 @@ def attend_causal(
         value_BKTH: likewise.
         position_BT: of queries and slots alike.
         scores: what families change.
-        before: slots before the sequence, which must be where no mask hides them.
+        before: slots before the sequence; a mask must hide the invalid ones.
         loops: whether `attend_blocks` may be used.
     """
     T, reach = query_BTNH.shape[1], scores.reach

@@ -3,10 +3,10 @@
     cache = KVCache.empty(config, batch=2, slots=512)
     logits_BTV, cache = model(tokens_BT, cache)
 
-It owns attention. `begin` says where new tokens go and what does not fit, `attend` writes those of a layer and mixes
-values, `end` counts them. `length_B` is one for the model; the layers at each position of a stack's pattern have a part
-of their own, of the kind that their `Kind.cache` names in `PARTS`. Rows have lengths of their own, so rows of different
-length share a batch and nothing else is needed for masking: a query at position p sees positions up to p.
+It implements attention. `begin` computes the slots of new tokens and which rows are full, `attend` writes the tokens of
+a layer and computes attention, `end` counts them. All layers share `length_B`; the layers at each position of a stack's
+pattern have a part, whose kind `Kind.cache` names in `PARTS`. Rows of different lengths share a batch, and the lengths
+suffice for masking: a query at position p sees positions up to p.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Where:
-    """Where the tokens of one call go.
+    """The positions of the tokens of one call.
 
     Attributes:
         position_BT: int32; B may be 1 where all rows are alike.
         count_B: int32, how many of the T tokens are real; None for all.
         fits_B: bool, rows that have room for T tokens; None where there is no limit.
-        reach: positions that the request may come to, where that is known: RoPE may be chosen by it.
+        reach: the number of positions of the request, if known; some RoPEs depend on it.
     """
 
     position_BT: jax.Array
@@ -47,15 +47,15 @@ class Where:
         return self.position_BT[:, 0]
 
     def checked(self, x_BTD: jax.Array) -> jax.Array:
-        """What was computed, NaN in rows that did not fit: they wrote over older tokens."""
+        """The computed values, with NaN in rows that did not fit and overwrote older tokens."""
         return x_BTD if self.fits_B is None else jnp.where(self.fits_B[:, None, None], x_BTD, jnp.nan)
 
 
 class Part:
-    """Keys and values of some layers, a pytree of arrays [L, B, …]; what a kind of cache defines.
+    """Keys and values of some layers, a pytree of arrays [L, B, …]; each kind of cache defines one.
 
-    `slots` is the most tokens that a row can hold, None where old ones give way (a ring). A ring has as many slots
-    beyond what a query sees as one step may write, and `spare` says how many: so much a row may be shortened.
+    `slots` is the most tokens that a row can hold, None if new tokens replace old ones (a ring). A ring has more slots
+    than a query sees, as many more as one step may write: `spare` is their number. A row may be shortened by it.
     """
 
     slots: int | None
@@ -63,15 +63,15 @@ class Part:
 
     @property
     def stored(self) -> "Part":
-        """What holds the arrays: the part itself, or one that it uses."""
+        """The part that holds the arrays: this one, or one that it uses."""
         return self
 
     def storing(self, part: Any) -> "Part":
-        """The same with another for `stored`."""
+        """This part with another `stored`."""
         return part
 
     def fewest(self, where: Where) -> jax.Array:
-        """Behind the tokens of a call, to how few each row can go back, as far as this call is concerned; int32 [B]."""
+        """The fewest tokens that each row can be shortened to after the tokens of this call; int32 [B]."""
         if self.slots is not None:
             return jnp.zeros_like(where.start_B)
         return where.start_B + where.position_BT.shape[1] - self.spare
@@ -89,10 +89,9 @@ class Part:
         raise NotImplementedError
 
     def grow(self, larger: "Part") -> "Part":
-        """As `KVCache.grow`. Here for parts whose slots of a row are in their order, however an array cuts them.
+        """As `KVCache.grow`. This version is for parts that keep the slots of a row in order, in any arrangement.
 
-        A ring has at least as many slots as the part of few slots that it takes over from: there each token keeps its
-        slot.
+        A ring that replaces a smaller part has at least as many slots, so each token keeps its slot.
         """
         corner = lambda whole, new: jax.lax.dynamic_update_slice(whole, new, (0,) * new.ndim)  # noqa: E731
         return larger.storing(jax.tree.map(corner, larger.stored, self.stored))
@@ -101,7 +100,7 @@ class Part:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NoCache:
-    """For a whole sequence that starts here and is not continued, as in training; differentiable. It holds nothing."""
+    """Stores nothing: for a whole sequence that is not continued, as in training; differentiable."""
 
     slots = None
 
@@ -131,15 +130,15 @@ class NoCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of the tokens seen so far.
+    """Keys and values of the tokens so far.
 
     Attributes:
         parts: one for each position of each stack's pattern, in their order.
         length_B: int32, tokens held by each row; more than `slots` for a row that overflowed. Slots from there on are
-            read with weight zero: what is in them must be finite.
-        fewest_B: int32, to how few tokens each row can go back, or to none, as rings have lost what others would need;
-            None where no part loses any.
-        reach: positions that rows may come to, the slots that were asked for: known also where all parts are rings.
+            read with weight zero, so their content must be finite.
+        fewest_B: int32, the fewest tokens that each row can be shortened to (or to 0), as rings have overwritten older
+            ones; None if no part overwrites any.
+        reach: the number of positions of rows: the requested slots, which are known even if all parts are rings.
     """
 
     parts: tuple[Any, ...]
@@ -163,17 +162,17 @@ class KVCache:
         Args:
             config: of the model.
             batch: B.
-            slots: S. Layers that see a part of the text only take no more than that part and `ring.AHEAD` tokens need.
+            slots: S. Layers that see only a part of the text take slots for that part and `ring.AHEAD` tokens.
             dtype: one of `CACHE_DTYPES`. Of a float type the cache takes 2 L B K S H elements; of "int8" and "int4"
-                2 L B K S (H + 5) and 2 L B K S (H/2 + 5) bytes, and what is read is off by at most scale / 2, where
-                scale is the range of the H values of a head and token, widened to include 0, over 255 or 15.
-            layout: what programs suit it, as `PARTS` has it: "dense"; "straight", without loops; "scatter", which
-                writes all rows at once; "tiled", as CPUs read it best (`llamajax.caches.tiled`).
-            reach: of the cache, where S is no number but a symbol; by it it is decided which layers have rings.
+                2 L B K S (H + 5) and 2 L B K S (H/2 + 5) bytes, and values are read with an error of at most scale / 2,
+                where scale is the range of the H values of a head and token, widened to include 0, over 255 or 15.
+            layout: the form of its programs: "dense"; "straight", without loops; "scatter", which writes all rows at
+                once; "tiled", the fastest for CPUs (`llamajax.caches.tiled`).
+            reach: the cache's reach if S is symbolic; it determines which layers have rings.
 
         Raises:
             LlamaJaxError: for another dtype.
-            ValueError: for a layout that there is not, or that does not have such slots or dtypes.
+            ValueError: for an unknown layout, or one that does not support these slots or this dtype.
         """
         name = check_cache_dtype(dtype)
         reach = slots if reach is None else reach
@@ -196,17 +195,17 @@ class KVCache:
 
     @property
     def slots(self) -> int | None:
-        """S, the most tokens that a row can hold; None where there is no limit."""
+        """S, the most tokens that a row can hold; None without a limit."""
         bounds = [part.slots for part in self.parts if part.slots is not None]
         return min(bounds, default=None)
 
     @property
     def spare(self) -> int | None:
-        """Tokens that rows can be shortened by, at least, from the most that they had; None where there is no limit."""
+        """Tokens that rows can be shortened by, at least, from their longest; None without a limit."""
         return min((part.spare for part in self.parts if part.slots is None), default=None)
 
     def bytes_of(self, tokens: int) -> int:
-        """Bytes of what is read of the first so many tokens of each row: a ring's slots at most."""
+        """Bytes read for the given number of tokens of each row: at most a ring's slots."""
         total = 0
         for part in self.parts:
             stored = part.stored
@@ -215,7 +214,7 @@ class KVCache:
         return total
 
     def begin(self, T: int, count_B: jax.Array | None = None) -> Where:
-        """Where T new tokens of each row go: behind `length_B`.
+        """The positions of T new tokens of each row: from `length_B` on.
 
         Args:
             T: tokens of each row, padding included.
@@ -241,16 +240,16 @@ class KVCache:
         where: Where,
         scores: Scores = PLAIN,
     ) -> tuple[jax.Array, "KVCache"]:
-        """Writes the keys and values of a layer, and mixes values for its queries.
+        """Writes the keys and values of a layer, and computes attention for its queries.
 
         Args:
             part: number of the part.
             layer: place of the layer within it, which may be known at run time only.
-            query_BTNH: behind RoPE, scaled.
-            key_BTKH: behind RoPE.
+            query_BTNH: after RoPE, scaled.
+            key_BTKH: after RoPE.
             value_BTKH: likewise.
             where: of `begin`.
-            scores: what the family changes.
+            scores: the family's settings.
 
         Returns:
             mixed_BTNH in the queries' dtype, and the cache with the tokens in that layer; `end` counts them.
@@ -259,7 +258,7 @@ class KVCache:
         return mixed_BTNH, dataclasses.replace(self, parts=(*self.parts[:part], new, *self.parts[part + 1 :]))
 
     def end(self, where: Where) -> "KVCache":
-        """The cache behind all layers, with the real tokens counted; a row that did not fit stays too long for good."""
+        """The cache after all layers, with the real tokens counted; a row that did not fit stays too long."""
         T = where.position_BT.shape[1]
         count_B = T if where.count_B is None else where.count_B
         if where.fits_B is not None and self.slots is not None:
@@ -273,23 +272,23 @@ class KVCache:
         return dataclasses.replace(self, length_B=length_B, fewest_B=fewest_B)
 
     def rewind(self, length_B: jax.Array, at_most: int | None = None) -> "KVCache | None":
-        """The cache as it was with fewer tokens.
+        """The cache with rows shortened to fewer tokens.
 
         Args:
-            length_B: int32, no row's more than it has.
-            at_most: tokens that rows are shortened by at most, where that is known.
+            length_B: int32, new lengths, none larger than before.
+            at_most: the most tokens that a row is shortened by, if known.
 
         Returns:
-            The shorter cache, or None where a part may have lost what it then would need.
+            The shorter cache, or None if a part may have overwritten tokens that it would need.
         """
         if self.spare is not None and (at_most is None or at_most > self.spare):
             return None
         return dataclasses.replace(self, length_B=length_B)
 
     def idle(self, idle_B: jax.Array, T: int) -> "KVCache":
-        """The cache for a call of T tokens in which some rows only wait, bool [B]: none of those runs out of slots.
+        """The cache for a call of T tokens in which some rows, bool [B], only wait and do not run out of slots.
 
-        A row that waits is written too, behind its tokens or in its last T slots; its length is to be put back.
+        A waiting row is written too, after its tokens or in its last T slots; the caller restores its length.
         """
         if self.slots is None:
             return self
@@ -297,18 +296,18 @@ class KVCache:
         return dataclasses.replace(self, length_B=jnp.where(idle_B, waiting_B, self.length_B))
 
     def take(self, rows: jax.Array) -> "KVCache":
-        """The cache of some rows, in that order, as often as they are named: int32 [b]."""
+        """The cache of the listed rows, int32 [b], in that order and with repetitions."""
         rows = jnp.asarray(rows)
         parts = jax.tree.map(lambda array: jnp.take(array, rows, axis=1), self.parts)
         return self._with(parts, lambda one_B: one_B[rows])
 
     def put(self, rows: jax.Array, cache: "KVCache") -> "KVCache":
-        """This cache with the rows of another of the same slots in place of its own: int32 [b], distinct."""
+        """This cache with rows, int32 [b], distinct, replaced by those of another cache of the same slots."""
         parts = jax.tree.map(lambda whole, new: whole.at[:, rows].set(new), self.parts, cache.parts)
         return self._with(parts, lambda one_B, new_b: one_B.at[rows].set(new_b), cache)
 
     def copy(self, row: jax.Array, to: jax.Array) -> "KVCache":
-        """This cache with one row, an int32 scalar, in the place of others, int32 [b]."""
+        """This cache with one row, an int32 scalar, copied to others, int32 [b]."""
 
         def one(array: jax.Array) -> jax.Array:
             copied = jax.lax.dynamic_slice_in_dim(array, row, 1, axis=1)
@@ -318,12 +317,12 @@ class KVCache:
         return self._with(jax.tree.map(one, self.parts), lambda one_B: one_B.at[to].set(one_B[row]))
 
     def finite(self) -> "KVCache":
-        """The same with 0 for what is NaN or infinite: slots behind a row's tokens are read, with weight zero."""
+        """This cache with 0 for NaN and infinity: slots after a row's tokens are read with weight zero."""
         mend = lambda x: jnp.where(jnp.isfinite(x), x, 0) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
         return dataclasses.replace(self, parts=jax.tree.map(mend, self.parts))
 
     def grow(self, larger: "KVCache") -> "KVCache":
-        """The rows of this cache in one of as many rows and more slots, otherwise alike, whose arrays it takes."""
+        """Copies the rows of this cache into the arrays of one with as many rows, more slots, and otherwise equal."""
         parts = [part.grow(other) for part, other in zip(self.parts, larger.parts, strict=True)]
         # Before there was a ring nothing was lost.
         fewest_B = larger.fewest_B if self.fewest_B is None else self.fewest_B
@@ -376,8 +375,8 @@ def check_cache_dtype(dtype: jax.typing.DTypeLike) -> str:
 def empty_cache(config: Config, batch: int, slots: int, dtype: jax.typing.DTypeLike) -> KVCache:
     """The cache that the default backend reads fastest; arguments and errors as of `KVCache.empty`.
 
-    In tiles on a CPU, but for bfloat16, of which XLA there converts a whole array to update a slice. On a GPU rows are
-    written at once: a loop over them takes two launches a row and layer, 13 us on an H200.
+    On a CPU it is tiled, except for bfloat16, where XLA converts a whole array to update a slice. On a GPU all rows are
+    written at once: a loop over them takes two launches for each row and layer, 13 us on an H200.
     """
     backend = jax.default_backend()
     tiled = backend == "cpu" and check_cache_dtype(dtype) in ("float32", "float16") and slots % STEP_SLOTS == 0

@@ -1,4 +1,4 @@
-"""Keys and values of a float type as they come: what every backend and every exported program has.
+"""Keys and values of a float type, unconverted: the cache of every backend and every exported program.
 
 Slot `s` of a row holds the key and value of that row's token at position `s`. K and V stay separate arrays, and are
 written with `dynamic_update_slice` rather than a scatter: under donation XLA then updates them in place, and other
@@ -41,7 +41,7 @@ class DensePart(Part):
 
     @classmethod
     def empty(cls, config: Config, layers: int, batch: int, slots: int, dtype: str, layout: Writes) -> Self:
-        """Of zeros."""
+        """A part of zeros."""
         shape = (layers, batch, config.num_kv_heads, slots, config.head_size)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), layout)
 
@@ -64,11 +64,11 @@ class DensePart(Part):
         return part.mix(layer, query_BTNH, where.position_BT, scores), part
 
     def encode(self, x_BTKH: jax.Array) -> Any:
-        """Keys or values as they are stored, their axes as they come."""
+        """Keys or values in their stored form, with the same axes."""
         return x_BTKH.astype(self.key_LBKSH.dtype)
 
     def decode(self, stored: Any) -> jax.Array:
-        """What `encode` made as it is read."""
+        """The inverse of `encode`, for reading."""
         return stored
 
     def write(self, layer: Any, key_BTKH: jax.Array, value_BTKH: jax.Array, start_B: jax.Array) -> Self:
@@ -82,7 +82,7 @@ class DensePart(Part):
     def write_around(
         self, layer: Any, key_BTKH: jax.Array, value_BTKH: jax.Array, start_B: jax.Array, count_B: jax.Array
     ) -> Self:
-        """Writes the first `count_B` of T tokens, the last of them that there are slots for, as in a ring.
+        """Writes the first `count_B` of T tokens, or the last of them that fit, as in a ring.
 
         The token at position p goes to slot p modulo the slots, the first being at `start_B`. Up to `FEW` tokens are
         all written, whatever `count_B` says.
@@ -119,7 +119,7 @@ class DensePart(Part):
 def write_rows(slots: Any, new: Any, *, layer: Any, start_B: jax.Array, layout: Writes) -> Any:
     """Writes [B, T, K, X] into one layer of [L, B, K, S, X], row b from slot `start_B[b]` on; or pytrees of such.
 
-    One contiguous update a row and plane, or one scatter for all rows.
+    One contiguous update for each row and plane, or one scatter for all rows.
     """
     B, T = jax.tree.leaves(new)[0].shape[:2]
     if layout == "scatter" and isinstance(B, int):
@@ -143,8 +143,8 @@ def write_rows(slots: Any, new: Any, *, layer: Any, start_B: jax.Array, layout: 
 def write_around(slots: Any, new: Any, *, layer: Any, start_B: jax.Array, count_B: jax.Array, layout: Writes) -> Any:
     """`DensePart.write_around` of [B, T, K, X] into one layer of [L, B, K, S, X], or of pytrees of such.
 
-    A few tokens go one by one. Of more a row's layer is made anew, each slot with its newest token or what it had: one
-    update a row and plane, whatever T is; or one scatter for all rows.
+    Few tokens are written one by one. For more, a row's layer is made anew, each slot with its newest token or its old
+    content: one update for each row and plane, for any T; or one scatter for all rows.
     """
     B, T = jax.tree.leaves(new)[0].shape[:2]
     S = jax.tree.leaves(slots)[0].shape[3]
@@ -189,12 +189,12 @@ def _each_row(B: Any, layout: Writes, write_row: Callable[[Any, Any], Any], slot
 
 
 def rest(x: jax.Array, by: int) -> jax.Array:
-    """Of the division of an int32 that is not negative, by operations that every runtime has."""
+    """The remainder of dividing a non-negative int32, by operations that every runtime has."""
     return x - jax.lax.div(x, jnp.full_like(x, by)) * by
 
 
 def newest(end_B: jax.Array, S: int) -> jax.Array:
-    """The newest position before `end_B` that each of S slots in turn may hold, int32 [B, S]; negative where none."""
+    """The newest position before `end_B` that each of S slots may hold, int32 [B, S]; negative for none."""
     last_B1 = end_B[:, None] - 1
     turned_B1 = rest(jnp.maximum(last_B1, 0), S)
     slot_S = jnp.arange(S, dtype=jnp.int32)

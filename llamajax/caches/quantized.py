@@ -1,10 +1,9 @@
 """A cache of 8 or 4 bits: keys and values are `QTensor`s, as quantized weights are.
 
 They are quantized when written and dequantized, one layer at a time, when read, also for the tokens that wrote them:
-every token attends to the same codes however a text is cut into pieces, as far as keys and values before rounding are
-the same. Those of another cut differ in their last bits, because products of another shape are summed in another order,
-and near the middle of two codes that decides between them: logits of stories260K then differ by up to 0.15 with 8 bits
-and 0.60 with 4.
+every token attends to the same codes for any division of a text into chunks, if keys and values before rounding are
+equal. With another division their last bits differ, because products of another shape are summed in another order, and
+this can select the neighbouring code: logits of stories260K then differ by up to 0.15 with 8 bits and 0.60 with 4.
 """
 
 import dataclasses
@@ -49,7 +48,7 @@ class QuantizedPart(DensePart):
         return cls(zeros(), zeros(), layout)
 
     def encode(self, x_BTKH: jax.Array) -> QTensor:
-        """As of `DensePart`; a head that holds NaN or infinity is read as nothing else."""
+        """As of `DensePart`; a head with NaN or infinity stays not finite when it is read."""
         return _quantize(x_BTKH, self.key_LBKSH.scheme)
 
     def decode(self, stored: QTensor) -> jax.Array:

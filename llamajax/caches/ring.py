@@ -1,11 +1,11 @@
-"""A cache of constant size, for layers whose queries see a part of the text only: old tokens give way to new ones.
+"""A cache of constant size, for layers whose queries see only a part of the text: new tokens replace old ones.
 
     config = Config(…, layer_kinds=("window", "full"), window=512)
     cache = KVCache.empty(config, batch=1, slots=32768)  # 576 slots in layers with a window
 
-Any part that keeps every token keeps the last ones, too, where the token at position p goes to slot p modulo the slots:
-layouts, dtypes and how slots are attended to are its own. Which position a slot holds follows from how many tokens
-there are, so that nothing is stored beside keys and values.
+A ring uses a part that keeps every token, with its layouts, dtypes and attention, and writes the token at position p to
+slot p modulo the slots. The position in a slot follows from the number of tokens, so that nothing is stored beside keys
+and values.
 """
 
 import dataclasses
@@ -31,8 +31,7 @@ class RingPart(Part):
 
     Attributes:
         held: a part that keeps every token, of R slots. Slot s holds the newest position that is s modulo R.
-        seen: positions that a query sees at most, its own included. Masks are the scores': what a slot holds besides
-            is not seen.
+        seen: positions that a query sees at most, its own included. The masks of the scores hide older tokens in slots.
     """
 
     held: Any
@@ -46,7 +45,7 @@ class RingPart(Part):
 
     @property
     def spare(self) -> int:  # type: ignore[override]
-        """Tokens that one call may write before its queries look."""
+        """Tokens that one call may write before its queries read."""
         return self.held.slots - (self.seen - 1)
 
     def storing(self, part: Any) -> Self:
@@ -54,7 +53,7 @@ class RingPart(Part):
         return dataclasses.replace(self, held=part)
 
     def fewest(self, where: Where) -> jax.Array:
-        """As of every `Part`; to any number, until slots are used again."""
+        """As of every `Part`; any number until slots are overwritten."""
         end_B = where.start_B + self._written(where)
         return jnp.where(end_B > self.held.slots, end_B - self.spare, 0)
 
@@ -75,8 +74,8 @@ class RingPart(Part):
     ) -> tuple[jax.Array, Self]:
         """As of every `Part`, of any number of tokens.
 
-        Of no more than `spare` what is written covers nothing that a query sees: then slots are all that there is to
-        look at. More of them look at the slots as they were and at each other.
+        Up to `spare` tokens overwrite nothing that a query sees, so queries read only the slots. The queries of more
+        tokens read the slots before the write, and each other's keys and values.
         """
         T, count_B = query_BTNH.shape[1], self._written(where)
         held = self.held.write_around(layer, key_BTKH, value_BTKH, where.start_B, count_B)
@@ -99,5 +98,5 @@ class RingPart(Part):
 
 
 def ring_slots(seen: int) -> int:
-    """Slots of a ring whose queries see so many positions."""
+    """The number of slots of a ring whose queries see `seen` positions."""
     return -(-(seen + AHEAD) // STEP_SLOTS) * STEP_SLOTS

@@ -1,9 +1,9 @@
-"""The KV cache as a CPU reads it best: keys in tiles of 16 slots, and attention of a few queries without a copy.
+"""The fastest KV cache on a CPU: keys in tiles of 16 slots, and attention of a few queries without a copy.
 
-`dot` needs its operands whole, so a layer's keys and values would be copied out of the stack at every token, in another
-type than theirs to be converted too. Written as unrolled sums over slices of the stack they are read once, in their own
-type, and XLA compiles the sums to the same kind of loop as the products with packed weights
-(`quant/kernels/cpu_sums.py`). For that, the slots of a key's element must lie side by side: hence the tiles.
+`dot` needs whole operands, so a layer's keys and values would be copied out of the stack at every token, and converted
+if their type differs. Unrolled sums over slices of the stack read them once, in their own type, and XLA compiles the
+sums to the same kind of loop as the products with packed weights (`quant/kernels/cpu_sums.py`). This needs tiles, in
+which the slots of a key's element are adjacent.
 
 Dimension key: as in `config.py`, and `R` = T N / K queries that share a key, `U` tiles of `s` slots.
 """
@@ -42,10 +42,10 @@ class TiledPart(DensePart):
         """Of zeros.
 
         Raises:
-            ValueError: for a number of slots that this cache does not have.
+            ValueError: for a number of slots that is no multiple of its tiles.
         """
         if slots % STEP_SLOTS:
-            raise ValueError(f"a tiled cache of {slots} slots: expected a multiple of {STEP_SLOTS}; or a dense cache")
+            raise ValueError(f"a tiled cache of {slots} slots: expected a multiple of {STEP_SLOTS}, or a dense cache")
         lead, H = (layers, batch, config.num_kv_heads), config.head_size
         key_LBKUHs = jnp.zeros((*lead, slots // TILE, H, TILE), dtype)
         return cls(key_LBKUHs, jnp.zeros((*lead, slots // STEP_SLOTS, STEP_SLOTS, H), dtype))

@@ -290,7 +290,7 @@ class Chat:
     def _check(self) -> None:
         """Refuses attributes that are out of range: they may have been changed."""
         if unknown := sorted(set(self.knobs) - set(SAMPLING)):
-            raise LlamaJaxError(f"{unknown[0]}: expected knobs among {', '.join(SAMPLING)}")
+            raise LlamaJaxError(f"unknown knob {unknown[0]}: expected some of {', '.join(SAMPLING)}")
         with auto_mesh():
             make_sampler(**self.knobs)
         for name in ("max_new_tokens", "samples"):

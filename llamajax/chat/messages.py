@@ -76,7 +76,7 @@ class ToolCall:
             raise LlamaJaxError(f"{source}: its type is {shortened(call['type'])}: expected 'function'")
         if "function" in call:
             if extra := sorted({"name", "arguments"} & call.keys()):
-                raise LlamaJaxError(f"{source}: {extra[0]!r} stands beside 'function': expected it within")
+                raise LlamaJaxError(f"{source}: {extra[0]!r} is beside 'function': expected it inside")
             inner = _fields(call["function"], ("name", "arguments"), f"{source}: function")
         else:
             inner = call

@@ -104,10 +104,10 @@ class RoleStrings:
         if len(turns) % 2 == 0 or turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
             raise LlamaJaxError(
                 f"messages of {', '.join(roles) or 'nobody'}: expected a system message or none, then user and "
-                "assistant in turn, a user's last"
+                "assistant in turn, and a user message at the end"
             )
         if with_system and (self.system is None or self.behind_system is None):
-            raise LlamaJaxError("the chat template has no one place for a system message: say it in the user's")
+            raise LlamaJaxError("the chat template has no fixed place for a system message: write it into the user's")
         made: list[tuple[str, bool]] = []
         before = self.system if with_system else self.begin
         for message in messages:
@@ -171,13 +171,13 @@ def _found(render: Render) -> RoleStrings:
     begin, reply = _between(render, _alternating([one]))
     first, answer, following, last = _between(render, _alternating([one, two, three]))
     if (first, last) != (begin, reply):
-        raise _Unusual("what stands around a message depends on how many there are")
+        raise _Unusual("the text around a message depends on the number of messages")
     try:
         system, behind, last = _between(render, [Message("system", one), Message("user", two)])
     except LlamaJaxError:
         system, behind, last = None, None, reply
     if last != reply:
-        raise _Unusual("what stands behind a message depends on the system message")
+        raise _Unusual("the text after a message depends on the system message")
     strings = RoleStrings(begin, system, behind, answer, following, reply)
     trims = _trims_answers(render)
     return dataclasses.replace(strings, trims_answers=trims, **_thinking(render, trims))
@@ -192,7 +192,7 @@ def _between(render: Render, messages: Sequence[Message]) -> list[str]:
     text, strings = _text(render, messages), []
     for message in messages:
         if text.count(message.content) != 1:
-            raise _Unusual(f"a message of the role {message.role} does not stand in it once, as it is")
+            raise _Unusual(f"it does not contain a message of the role {message.role} once and unchanged")
         before, _, text = text.partition(message.content)
         strings.append(before)
     return [*strings, text]
@@ -232,7 +232,7 @@ def _thinking(render: Render, trims: bool) -> Mapping[str, Any]:
         left = after.lstrip(blank)
         if shown == (left.strip() if trims else left):
             return {"thinking_end": _THINKING_END, "thinking_blank": blank}
-    raise _Unusual(f"of an answer with {_THINKING_END} in it becomes {shortened(shown, 60)}")
+    raise _Unusual(f"an answer with {_THINKING_END} in it becomes {shortened(shown, 60)}")
 
 
 def _check(strings: RoleStrings, render: Render, some: Iterable[list[Message]]) -> None:
@@ -242,6 +242,6 @@ def _check(strings: RoleStrings, render: Render, some: Iterable[list[Message]]) 
         if theirs != ours:
             at = len(os.path.commonprefix([theirs, ours]))
             raise _Unusual(
-                f"it depends on more than roles: of {len(messages)} messages it makes {shortened(theirs[at:], 40)} "
+                f"it depends on more than roles: for {len(messages)} messages it writes {shortened(theirs[at:], 40)} "
                 f"where {shortened(ours[at:], 40)} was expected"
             )

@@ -244,8 +244,8 @@ class Template:
         spans = rendering.spans
         if spans is None:
             raise LlamaJaxError(
-                f"{self._source}: its chat template computes with what messages say, so that control tokens in them "
-                "cannot be told from its own: choose a built-in format instead, such as chatml"
+                f"{self._source}: its chat template computes with the content of messages, so that control tokens in "
+                "it cannot be distinguished from the template's: choose a built-in format instead, such as chatml"
             )
         if "".join(text for text, _ in spans) == rendering.text:
             return spans

@@ -68,7 +68,7 @@ def _value(text: str, at: int) -> tuple[Any, int]:
 def _call(value: Any, keys: Sequence[str] = ("name", "parameters")) -> ToolCall:
     """A call from its object, whose keys some models have other words for."""
     if not isinstance(value, dict):
-        raise ValueError(f"{shortened(value, 60)} is no object with a name and arguments")
+        raise ValueError(f"{shortened(value, 60)} is not an object with a name and arguments")
     for ours, theirs in zip(("name", "arguments"), keys, strict=True):
         if theirs in value and ours not in value:
             value = {**value, ours: value[theirs]}
@@ -92,7 +92,7 @@ def marked(begin: str, end: str, name_key: str = "name", arguments_key: str = "p
             value, at = _value(text, start + len(begin))
             closed = _skip(text, at, rf"\s*{re.escape(end)}") if end else at
             if end and closed == at and text[at:].strip():
-                raise ValueError(f"{end} is missing behind it")
+                raise ValueError(f"{end} is missing after it")
             values = value if isinstance(value, list) else [value]
             calls += [_call(each, (name_key, arguments_key)) for each in values]
             at = closed
@@ -124,7 +124,7 @@ def _read_mistral(text: str) -> tuple[list[ToolCall], str]:
         else:
             values, at = _value(text, at)
             if not isinstance(values, list):
-                raise ValueError(f"{shortened(values, 60)} is no list of calls")
+                raise ValueError(f"{shortened(values, 60)} is not a list of calls")
         for value in values:
             call = _call(value)
             calls.append(call if call.id else dataclasses.replace(call, id=f"call{len(calls):05d}"))
@@ -138,12 +138,12 @@ def _read_deepseek(text: str) -> tuple[list[ToolCall], str]:
     while (start := text.find(begin, at)) >= 0:
         named = head.match(text, start + len(begin))
         if not named:
-            raise ValueError(f"no name stands behind {begin}")
+            raise ValueError(f"no name follows {begin}")
         arguments, at = _value(text, named.end())
         calls.append(_call({"name": named[1].strip(), "arguments": arguments}))
         at = _skip(text, at, r"\s*(?:```)?\s*<｜tool▁call▁end｜>")
     if not calls:
-        raise ValueError(f"no {begin} stands in it")
+        raise ValueError(f"it contains no {begin}")
     return calls, text[_skip(text, at, r"\s*<｜tool▁calls▁end｜>") :].strip()
 
 

@@ -288,26 +288,26 @@ def save_checkpoint(
             holds a weight, or if weights are not finite or are laid out for a backend.
     """
     if is_laid_out(model):
-        raise LlamaJaxError("the weights are laid out for a backend: save the model as it was before `prepare`")
+        raise LlamaJaxError("the weights are in the layout of a backend: save the model from before `prepare`")
     if form == "huggingface" and (reason := huggingface.refusal(model)):
         raise LlamaJaxError(
-            f"the weights are quantized in a way that transformers does not read ({reason}): write llamajax's form, or "
-            "gguf; with a dtype a gguf has floats, which can be converted"
+            f"transformers cannot read the quantized weights ({reason}): write llamajax's format or GGUF; for floats, "
+            "write a GGUF with a dtype and convert it"
         )
     if form == "huggingface" and model.config.width % model.config.num_heads:
         raise LlamaJaxError(
-            f"width is {model.config.width}, num_heads {model.config.num_heads}: transformers expects a multiple; "
-            "write llamajax's own form instead"
+            f"width is {model.config.width}, num_heads {model.config.num_heads}: transformers expects width to be a "
+            "multiple of num_heads: write llamajax's own format instead"
         )
     known = tokenizer if isinstance(tokenizer, Tokenizer) else _readable(tokenizer, words)
     for name, leaf in named_arrays(model).items():
         if not is_finite(leaf):
-            raise LlamaJaxError(f"{path}: {name} holds NaN or infinity: nothing is written")
+            raise LlamaJaxError(f"{path}: {name} holds NaN or infinity: expected finite weights; nothing is written")
     tokenizer_bytes = tokenizer.model_bytes if isinstance(tokenizer, Tokenizer) else tokenizer
     words = tokenizer.words if isinstance(tokenizer, Tokenizer) else words
     if form == "gguf":
         if known is None and tokenizer_bytes is not None:
-            raise LlamaJaxError("the tokenizer cannot be read, so it cannot be written to GGUF: give another one")
+            raise LlamaJaxError("the tokenizer cannot be read, so it cannot be written to GGUF: give a readable one")
         gguf.save(model, Path(path), known, words, dtype)
         return
     with new_folder(Path(path)) as folder:

@@ -78,8 +78,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         )
     if "sha256" in manifest and manifest["sha256"] != _manifest_sha256(manifest):
         raise LlamaJaxError(
-            f'{file}: not as it was written (sha256 differs), damaged or edited: remove its key "sha256" if it was '
-            "edited on purpose"
+            f'{file}: sha256 differs, so it was damaged or edited: remove its key "sha256" if it was edited on purpose'
         )
     missing = {"config", "weights", "tokenizer_sha256", "source"} - set(manifest)
     if missing:
@@ -249,7 +248,7 @@ def _fill(path: Path, arrays: Mapping[str, np.ndarray], checksums: Mapping[str, 
             future.result()
             # Each while it is in a processor's cache, and TensorStore's threads read the next.
             if checksums is not None and checksums.get(name) != checksum(array):
-                raise ValueError(f"{name} is not as it was written: its checksum differs")
+                raise ValueError(f"{name} has changed since it was written: its checksum differs")
     except Exception as error:  # TensorStore raises many types for damaged files; all mean the same here.
         raise _cannot_restore(path, _first_line(error)) from error
 
@@ -290,9 +289,9 @@ def _checked_header(folder: str, shape: tuple[int, ...], itemsize: int) -> dict[
 def _check_chunks(chunk: Any, shape: tuple[int, ...], size: int) -> list[int]:
     """How many chunks there are along each axis."""
     if len(chunk) != len(shape) or not all(isinstance(side, int) and side > 0 for side in chunk):
-        raise ValueError(f"chunks of {shortened(chunk)} for an array of {shape}: expected whole numbers")
+        raise ValueError(f"chunks of {shortened(chunk)} for an array of {shape}: expected whole numbers above 0")
     if any(side > most for side, most in zip(chunk, shape, strict=True)):
-        raise ValueError(f"chunks of {shortened(chunk)} for an array of {shape}: expected none larger")
+        raise ValueError(f"chunks of {shortened(chunk)} for an array of {shape}: expected none larger than the array")
     grid = [-(-most // side) for side, most in zip(chunk, shape, strict=True)]
     if math.prod(grid) > 1 + size // _SMALLEST_CHUNK:
         raise ValueError(f"{math.prod(grid)} chunks for {size} bytes: expected at most one for each {_SMALLEST_CHUNK}")

@@ -200,7 +200,7 @@ def _check_tensors(
             for name in (name for name, where in files.items() if where == file):
                 if name not in held:
                     raise LlamaJaxError(
-                        f"{_shown(file)}: tensor {shortened(name)} is missing, though the index puts it here"
+                        f"{_shown(file)}: tensor {shortened(name)} is missing, though the index lists it in this file"
                     )
                 if name.endswith("rotary_emb.inv_freq"):
                     continue

@@ -32,7 +32,8 @@ def text_names(names: Iterable[str], source: str) -> Mapping[str, str]:
         plain = _TEXT[before] + name[len(before) :] if before else name
         if plain in found:
             raise LlamaJaxError(
-                f"{source}: tensors {shortened(found[plain])} and {shortened(name)} are one: expected one of them"
+                f"{source}: tensors {shortened(found[plain])} and {shortened(name)} are one weight: "
+                "expected one of them"
             )
         found[plain] = name
     return found

@@ -97,7 +97,10 @@ def _to_write(config: Config, weights: Mapping[Place, Any]) -> Iterator[_Tensor]
             yield _Tensor(name, np.dtype(first.dtype), shape, parts)
             continue
         if len(places) > 1:
-            raise LlamaJaxError(f"{name} is made of {len(places)} packed weights: a packed tensor has one scale")
+            raise LlamaJaxError(
+                f"{name} is fused from {len(places)} packed weights, but a packed tensor has one scale: write "
+                "llamajax's own format instead"
+            )
         scale = bitnet.pack(first)[1]
         yield _Tensor(name, np.dtype(np.uint8), bitnet.packed_shape(shape), (functools.partial(_codes, first),))
         yield _Tensor(scale_name(name), scale.dtype, scale.shape, (functools.partial(np.asarray, scale),))

@@ -152,7 +152,7 @@ def _read_gemma3(keys: Keys) -> dict[str, Any]:
     read = _read_capped(keys, pattern)
     if read["score_cap"] is not None:
         # transformers keeps the key and does without it: nobody can have trained with it.
-        raise LlamaJaxError(f"{keys.source}: attn_logit_softcapping is {read['score_cap']}: expected null of a Gemma 3")
+        raise LlamaJaxError(f"{keys.source}: attn_logit_softcapping is {read['score_cap']}: expected null for Gemma 3")
     return read | {"query_key_norm": "head"}
 
 

@@ -61,12 +61,14 @@ def read_windows(keys: Keys, period: int, default: int | None = None) -> dict[st
         if flags.shape != (layers,) or not np.isin(flags, (0, 1)).all():
             raise LlamaJaxError(
                 f"{keys.source}: {keys.prefix}{_PATTERN} is {shortened(flags.tolist())}: expected {layers} flags, or "
-                "a period"
+                "one number, the period of the pattern"
             )
         kinds: list[LayerKind] = ["window" if flag else "full" for flag in flags]
     else:
         if isinstance(said, bool) or not isinstance(said, int) or said < 0:
-            raise LlamaJaxError(f"{keys.source}: {keys.prefix}{_PATTERN} is {shortened(said)}: expected a period")
+            raise LlamaJaxError(
+                f"{keys.source}: {keys.prefix}{_PATTERN} is {shortened(said)}: expected the pattern's period"
+            )
         kinds = ["window" if said == 0 or layer % said < said - 1 else "full" for layer in range(layers)]
     pattern = pattern_of(kinds)
     return {"layer_kinds": pattern, "window": window if "window" in pattern else None}
@@ -100,8 +102,8 @@ def check_tied(config: Config, architecture: str) -> None:
     """Refuses a head of its own, which llama.cpp has no place for in some architectures."""
     if not config.tied_embeddings:
         raise LlamaJaxError(
-            f"tied_embeddings is False: a GGUF of architecture {architecture!r} has no head of its own: expected the "
-            "embedding to be it"
+            f"tied_embeddings is False: a GGUF of architecture {architecture!r} cannot hold a separate head: "
+            "expected tied embeddings"
         )
 
 

@@ -120,7 +120,7 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json", ignor
         raise LlamaJaxError(f"{source}: expected a JSON object, got {type(fields).__name__}")
     needed = sorted(set(ignore_keys) & ({"model_type", *_NAMES} | _ROPE_KEYS))
     if needed:
-        raise LlamaJaxError(f"{needed[0]!r} cannot be ignored: the model is made by it")
+        raise LlamaJaxError(f"{needed[0]!r} cannot be ignored: the architecture depends on it")
     fields = _of_text({key: value for key, value in fields.items() if key not in ignore_keys}, source)
     family = family_of(fields.get("model_type"), "huggingface", f"{source}: model_type")
     form = family.huggingface
@@ -258,7 +258,7 @@ def config_to_hf(config: Config) -> dict[str, Any]:
         ours, theirs = getattr(config, field.name), getattr(read, field.name)
         if ours != theirs:
             raise LlamaJaxError(
-                f"{field.name} is {shortened(ours)}: a config.json of family {config.family!r} says "
-                f"{shortened(theirs)}: expected a config that the family has"
+                f"{field.name} is {shortened(ours)}: a config.json of family {config.family!r} can only "
+                f"express {shortened(theirs)}: expected a config of that family"
             )
     return fields

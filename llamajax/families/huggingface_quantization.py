@@ -40,7 +40,7 @@ def read_quantization(said: Any, source: str) -> Ternary | None:
         shown = said.get("quant_method", dict(said)) if isinstance(said, Mapping) else said
         raise LlamaJaxError(
             f"{source}: quantization_config is {shortened(shown)}, which is not supported: expected null or "
-            "quant_method 'bitnet': take the model's files in floats, or its GGUF"
+            "quant_method 'bitnet': use the model's files in floats, or its GGUF"
         )
     keys = Keys(said, f"{source}: quantization_config")
     keys.only("quant_method", "bitnet")

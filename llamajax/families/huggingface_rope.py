@@ -88,7 +88,9 @@ def read_rope(keys: Keys, context_length: Any, form: Format, kinds: Sequence[str
         both = reader.rope(full, outside)
         other = reader.rope(window, outside | local) if form.window_rope else both
         if both["rope_fraction"] != other["rope_fraction"]:
-            raise LlamaJaxError(f"{reader.source}: partial_rotary_factor differs by kind of layer: expected one")
+            raise LlamaJaxError(
+                f"{reader.source}: partial_rotary_factor differs by kind of layer: expected one value for all layers"
+            )
         same = "window" not in kinds or both == other
         own = None if same else {"theta": other["rope_theta"], "scaling": other["rope_scaling"]}
         read.append(both | {"window_rope": own})
@@ -143,8 +145,8 @@ class _Reader(NamedTuple):
             raise LlamaJaxError(f"{self.source} is {shortened(value)}: expected an object")
         if not nested and value and all(isinstance(part, Mapping) for part in value.values()):
             raise LlamaJaxError(
-                f"{self.source} differs by kind of layer ({shortened(sorted(map(str, value)))}), which this family's "
-                "does not: expected one rope_type and its values"
+                f"{self.source} differs by kind of layer ({shortened(sorted(map(str, value)))}), which this family "
+                "does not support: expected one rope_type and its values"
             )
         if not nested:
             return value, {}
@@ -195,7 +197,7 @@ class _Reader(NamedTuple):
                     f"{', '.join(('default', *_NAMES))}"
                 )
         if len(set(kinds.values())) > 1:
-            raise LlamaJaxError(f"{self.source}: rope_type and type are {kinds}: expected one of them")
+            raise LlamaJaxError(f"{self.source}: rope_type and type differ ({kinds}): expected one of them")
         return next(iter(kinds.values()), "default")
 
     def _scaling(self, kind: str, said: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +232,7 @@ class _Reader(NamedTuple):
         unknown = sorted(str(name) for name in said if name not in names and name not in _IGNORED.get(kind, ()))
         if unknown:
             raise LlamaJaxError(
-                f"{self.source}: {shortened(unknown[0])} is not supported of rope_type {kind!r}: expected "
+                f"{self.source}: {shortened(unknown[0])} is not supported for rope_type {kind!r}: expected "
                 f"{', '.join(names) or 'nothing'}"
             )
 

@@ -19,7 +19,7 @@ def _read(keys: Keys) -> dict[str, Any]:
     keys.read |= {"sliding_window", "max_window_layers"}  # of no effect then
     if "window" in read_layer_types(keys, ("full",)):
         raise LlamaJaxError(
-            f"{keys.source}: layer_types has sliding_attention: expected none while no window is in use"
+            f"{keys.source}: layer_types has sliding_attention: expected full_attention, as use_sliding_window is off"
         )
     bias = keys.flag("attention_bias")
     return {

@@ -1,4 +1,4 @@
-r"""The final answer that a text comes to, in one spelling: what self-consistency counts.
+r"""The final answer of a text, in one spelling, for the votes of self-consistency.
 
 >>> final_answer("6 packs of 14 make 6 x 14 = 84. The answer is 84 pencils.")
 '84'
@@ -29,11 +29,11 @@ _MARKUP = re.compile(r"\*\*|__|\\[()\[\]!,]|\\text\s?\{([^{}]*)\}|`")
 
 
 def final_answer(text: str) -> str | None:
-    r"""The answer that a text comes to, or None where it names none.
+    r"""The final answer of a text, or None if it has none.
 
-    What stands in the last `\boxed{...}`; else what the last "answer is", "answer:" or "####" names: a letter of a
-    choice, a number, or words; else the last number. Numbers that are equal are spelt alike: 1,000 and $1000 and 1000.0
-    are "1000", 3/4 is "0.75".
+    The content of the last `\boxed{...}`; else the letter of a choice, the number or the words after the last "answer
+    is", "answer:" or "####"; else the last number. Equal numbers are spelt alike: 1,000 and $1000 and 1000.0 are
+    "1000", 3/4 is "0.75".
     """
     boxed = _last_boxed(text)
     if boxed is not None and (answer := _named(boxed[:_LONGEST_CLAUSE])):

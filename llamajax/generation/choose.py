@@ -1,7 +1,7 @@
-"""Which of several samples is the answer, and what asks a model for steps: more computing for a better text.
+"""Chooses one of several samples as the answer, and asks a model for steps: more computing for a better text.
 
 Best of n takes the sample that the model itself finds likeliest, by the mean log probability of its tokens.
-Self-consistency (Wang et al. 2022, arXiv:2203.11171) lets the samples vote by the answer that each comes to.
+Self-consistency (Wang et al. 2022, arXiv:2203.11171) lets the samples vote by their final answers.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ STEP_BY_STEP = "Let's think step by step."
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Which of several samples was chosen, and why.
+    """The chosen sample, and the reason.
 
     Attributes:
         index: of the chosen sample.
         scores: the mean log probability of each sample's tokens, in nats; minus infinity for a sample of no tokens.
-        answers: what each sample comes to, None where it names no answer; empty where nobody voted.
+        answers: the final answer of each sample, None if it has none; empty without a vote.
     """
 
     index: int
@@ -33,7 +33,7 @@ class Choice:
 
     @property
     def votes(self) -> list[tuple[str, int]]:
-        """Each answer and how many samples come to it, most first, the chosen one first of all."""
+        """Each answer and its number of samples, in descending order, with the chosen answer first."""
         counts = Counter(answer for answer in self.answers if answer is not None)
         chosen = self.answers[self.index] if self.answers else None
         return sorted(counts.items(), key=lambda vote: (-vote[1], vote[0] != chosen))
@@ -66,14 +66,14 @@ def best_of(completions: Sequence[Completion]) -> Choice:
 
 
 def vote(completions: Sequence[Completion], texts: Sequence[str] | None = None) -> Choice:
-    """The likeliest sample of those that come to the answer most samples come to.
+    """The likeliest of the samples with the most frequent answer.
 
-    Among answers with as many votes the one that the likeliest sample names wins. Where no sample names an answer the
-    likeliest of all is chosen.
+    Among answers with equal votes, that of the likeliest sample wins. If no sample has an answer, the likeliest of all
+    is chosen.
 
     Args:
         completions: the samples.
-        texts: what to look for answers in, if not in `Completion.text`: without a model's thinking, for example.
+        texts: the texts with the answers, if not `Completion.text`: without a model's thinking, for example.
     """
     if texts is None:
         texts = [completion.text for completion in completions]

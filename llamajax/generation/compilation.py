@@ -1,7 +1,7 @@
 """Compiling ahead of time, so that compilation is counted and timed apart from running; whole programs kept on disk.
 
 Programs are found by shapes, settings and our source files. Code that is replaced in a running process (a patched
-method of the model, say) is not among these: `fresh_programs` compiles what it finds.
+method of the model, for example) is not part of this key: use `fresh_programs`.
 """
 
 import contextlib
@@ -46,12 +46,12 @@ _said: set[str] = set()
 
 @dataclasses.dataclass
 class Compilations:
-    """What somebody waited for.
+    """Counts of compiled and loaded programs, and the time that callers waited for them.
 
     Attributes:
-        compilations: programs compiled for it.
+        compilations: programs compiled.
         loads: programs loaded from disk instead.
-        compile_seconds: what both took, and waiting for a thread that compiled the same program.
+        compile_seconds: time for both, and for waiting for a thread that compiled the same program.
     """
 
     compilations: int = 0
@@ -62,18 +62,17 @@ class Compilations:
 class CompiledFunction:
     """`jax.jit` that compiles explicitly, once for each combination of shapes, dtypes, shardings and JAX's settings.
 
-    Where JAX's persistent compilation cache is on (`jax_compilation_cache_dir`), programs are kept in a folder of that
-    folder, instead of as JAX does: JAX finds them by what a function is lowered to, and tracing and lowering a model
-    take several times as long as loading what was compiled. Here they are found by what they are made from: arguments,
-    options, settings, versions, the processor and our source. Like JAX's own the files hold machine code, and they are
-    Python pickles: who can write to that folder can run code in your name. So it is used only if it is yours and nobody
-    else can write to it (`is_private`). What it holds beyond `FOLDER_BYTES` is removed, what was not used for longest
-    first.
+    If JAX's persistent compilation cache is on (`jax_compilation_cache_dir`), programs are kept in a subfolder of that
+    folder. JAX's own keys are the lowered functions, and tracing and lowering a model take several times as long as
+    loading a compiled program. The keys here are the inputs of compilation: arguments, options, settings, versions, the
+    processor and our source. Like JAX's own the files hold machine code, and they are Python pickles: anyone who can
+    write to that folder can run code in your name. So it is used only if it is yours and nobody else can write to it
+    (`is_private`). Beyond `FOLDER_BYTES`, the least recently used files are removed.
 
-    Several threads may call it: what one compiles the others wait for.
+    Several threads may call it: if one compiles a program, the others wait for it.
 
     Attributes:
-        total: of all calls so far.
+        total: the counts of all calls so far.
     """
 
     def __init__(self, function: Callable[..., Any], donate_argnames: tuple[str, ...] = ()):
@@ -161,13 +160,13 @@ class CompiledFunction:
 
 
 def clear_programs() -> None:
-    """Forgets the programs of `generate`, `stream` and `measure_decode` that are in memory, and frees it.
+    """Discards the programs of `generate`, `stream` and `measure_decode` in memory, and frees it.
 
-    Those on disk stay, and are loaded when they are needed again. It is half of what a new shape of `generate` takes:
-    of 18 MiB on a CPU (2 layers of width 64; 24 for 8 of 512) its two programs hold 9 (14), of which machine code is
-    0.3. JAX's own caches hold the rest, some 150 traced functions and a few small programs a shape:
-    `jax.clear_caches()` frees it, and behind both a process is as large after many rounds as after one. The C library
-    keeps part of the pages that are freed for what comes next (glibc's `malloc_trim(0)` gives them to the system).
+    Programs on disk stay, and are loaded when they are needed again. This frees half of the memory of a new shape of
+    `generate`: of 18 MiB on a CPU (2 layers of width 64; 24 for 8 of 512) its two programs hold 9 (14), of which
+    machine code is 0.3. JAX's own caches hold the rest, some 150 traced functions and a few small programs for each
+    shape: `jax.clear_caches()` frees it, and with both a process is as large after many rounds as after one. The C
+    library keeps part of the freed pages for later (glibc's `malloc_trim(0)` returns them to the system).
     """
     for function in _functions:
         function._forget({})
@@ -175,15 +174,15 @@ def clear_programs() -> None:
 
 @contextlib.contextmanager
 def fresh_programs() -> Iterator[None]:
-    """Within it, `generate` and the like compile anew what they run, and load and keep nothing on disk.
+    """Inside, `generate` and the like compile their programs anew, and neither load nor store them on disk.
 
-    For code that is replaced while Python runs, which programs do not show by their shapes:
+    For code that is replaced while Python runs, which the keys of programs do not contain:
 
         with fresh_programs(), unittest.mock.patch.object(Block, "__call__", mine):
             generate(model, tokenizer, prompt)
 
-    Behind it the programs that were there before are used again. It holds for all threads of the process. Programs of
-    your own (`jax.jit`) are not concerned: `jax.clear_caches` is for those.
+    Afterwards the earlier programs are used again. It applies to all threads of the process, but not to programs of
+    your own (`jax.jit`): use `jax.clear_caches` for those.
     """
     global _keeps_programs
     before, kept = _keeps_programs, {function: function._forget({}) for function in _functions}
@@ -263,9 +262,9 @@ def _program_file(description: str) -> Path | None:
 
 
 def is_private(folder: Path) -> bool:
-    """Whether nobody else can put files into a folder, which is made, for its owner alone, if there is none.
+    """Whether nobody else can put files into a folder. If it does not exist, it is made for its owner alone.
 
-    A folder that others may only read is closed to them. Why a folder is no place for programs is said, once.
+    A folder that others may only read is closed to them. The reason for refusing a folder is given once.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -292,7 +291,7 @@ def is_private(folder: Path) -> bool:
 
 
 def drop_oldest(folder: Path, limit: int = FOLDER_BYTES) -> None:
-    """Removes files, those first that were not used for longest, until a folder holds no more than `limit` bytes."""
+    """Removes the least recently used files until a folder holds no more than `limit` bytes."""
     try:
         status = {
             Path(entry.path): entry.stat() for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False)
@@ -310,7 +309,7 @@ def drop_oldest(folder: Path, limit: int = FOLDER_BYTES) -> None:
 @functools.cache
 @functools.cache
 def processor_features() -> str:
-    """What tells processors apart that need different machine code."""
+    """A text that differs between processors that need different machine code."""
     cpuinfo = Path("/proc/cpuinfo")
     # Not by `files.read_text`: the kernel says of its files that they are empty.
     lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []

@@ -1,4 +1,4 @@
-"""The engine under the text: rows that are put in, make tokens, and are freed, whatever the others do meanwhile.
+"""The engine of generation: rows are inserted, generate tokens and are freed, independently of each other.
 
     engine = Engine(model, rows=8, slots=1024)
     state = engine.empty()
@@ -7,8 +7,8 @@
     ids += np.asarray(made.token_BM[3, : made.count_B[3]]).tolist()
     state = engine.free(state, 3)
 
-It knows ids and no text. Each call takes the memory of the state that it is given: only the state that it returns is of
-use afterwards.
+It works on ids, not text. Each call reuses the memory of its argument state: afterwards, only the returned state is
+valid.
 """
 
 import dataclasses
@@ -45,18 +45,18 @@ compiled_grow = CompiledFunction(programs.grow, donate_argnames=("larger",))
 
 @dataclasses.dataclass(frozen=True)
 class Knobs:
-    """What one row asks for.
+    """The settings of one row.
 
     Attributes:
-        max_new_tokens: at most.
-        temperature: 0 is greedy. This and the knobs behind it as of `sampling.Sampler`; None is off.
+        max_new_tokens: the most tokens to generate.
+        temperature: 0 is greedy. This and the following knobs are as of `sampling.Sampler`; None is off.
         top_k: likewise.
         top_p: likewise.
         min_p: likewise.
         repetition_penalty: likewise.
         seed: whole number from 0 to 2**32 - 1.
-        sample: which of several samples of the same seed this is; the first, 0, is what the seed gives alone.
-        stop_ids: the row ends behind any of them.
+        sample: the number of this sample among several of the same seed; 0 gives the result of the seed alone.
+        stop_ids: the row ends after any of them.
     """
 
     max_new_tokens: int
@@ -80,7 +80,7 @@ class Chunk:
 
 
 class Options(TypedDict):
-    """What an engine is made for beside its model, rows and slots; attributes of it."""
+    """Options of an engine besides its model, rows and slots; they are attributes of `Engine`."""
 
     cache_dtype: str
     drafts: int
@@ -88,15 +88,15 @@ class Options(TypedDict):
 
 
 class Engine:
-    """Compiles what rows need, and checks what is asked of them.
+    """Compiles the programs that rows need, and checks requests.
 
     Attributes:
-        rows: B, how many there are.
-        slots: S, most tokens of a row.
+        rows: B, their number.
+        slots: S, the most tokens of a row.
         cache_dtype: the name of one of `caches.CACHE_DTYPES`.
         drafts: k, tokens that the text itself drafts for each forward pass (`speculate.py`); 0 is none.
-        stops: most ids that end a row.
-        counted: what was compiled.
+        stops: the most stop ids of a row.
+        counted: counts of compilations.
     """
 
     def __init__(
@@ -110,13 +110,13 @@ class Engine:
         stops: int = STOPS,
         counted: Compilations | None = None,
     ):
-        """Nothing is moved to the device yet, nor compiled.
+        """Neither moves the model to the device yet nor compiles anything.
 
         Args:
             model: its leaves may be abstract (`jax.ShapeDtypeStruct`), for `compile` alone.
             rows: see the attributes.
-            slots: likewise, rounded up to a multiple of `SLOT_MULTIPLE`. A row of P tokens that makes at most n needs
-                P + n - 1 + `drafts`.
+            slots: likewise, rounded up to a multiple of `SLOT_MULTIPLE`. A row of P tokens that generates at most n
+                needs P + n - 1 + `drafts`.
             cache_dtype: the model's unless given.
             drafts: see the attributes.
             stops: likewise.
@@ -131,23 +131,23 @@ class Engine:
     @functools.cached_property
     @auto_mesh()
     def model(self) -> Llama:
-        """What runs. Leaves that are NumPy arrays were moved once, not at every call; others stay where they are."""
+        """The running model. Leaves that are NumPy arrays are moved once, not at every call; others stay."""
         self._given = with_auto_axes(jax.device_put(self._given))
         return self._given
 
     @auto_mesh()
     def empty(self) -> EngineState:
-        """Rows that are all free."""
+        """A state whose rows are all free."""
         return self._state(self._cache(), [()] * self.rows, [Knobs(0)] * self.rows)
 
     @auto_mesh()
     def compile(self, length: int, rows: Sequence[int] | None = None, copies: int = 0) -> None:
-        """Makes programs ready.
+        """Compiles or loads programs.
 
         Args:
-            length: of the longest text that will be inserted.
-            rows: those that are inserted together; all unless given.
-            copies: how many rows `copy` will be given at a time, if any.
+            length: the length of the longest text to insert.
+            rows: the rows that are inserted together; all unless given.
+            copies: the number of rows in a call of `copy`, if any.
         """
         every = list(range(self.rows))
         rows = every if rows is None else rows
@@ -173,17 +173,17 @@ class Engine:
         *,
         keep: int | Sequence[int] = 0,
     ) -> EngineState:
-        """Puts a text into a row, or one into each of several, in which it then goes on.
+        """Inserts a text into a row, or one into each of several rows, which then continue it.
 
         Args:
             state: the rows.
-            row: one row or several distinct ones; what they held is given up.
-            tokens: ids of the whole text; for several rows, of each.
-            knobs: what the row asks for; likewise.
-            keep: how many of these tokens its cache holds already, of which it may compute some anew; likewise.
+            row: one row or several distinct ones; their content is discarded.
+            tokens: the ids of the whole text; for several rows, a list for each.
+            knobs: the settings of the row; likewise.
+            keep: the number of these tokens that its cache already holds; some may be computed again; likewise.
 
         Raises:
-            LlamaJaxError: for a row that there is not, a text that does not fit, or knobs out of range.
+            LlamaJaxError: for a row that does not exist, a text that does not fit, or knobs out of range.
         """
         rows, texts, asked, keeps = _each(row, tokens, knobs, keep)
         for chunk in self.plan(state, rows, texts, keeps):
@@ -193,7 +193,7 @@ class Engine:
     def plan(
         self, state: EngineState, rows: Sequence[int], texts: Sequence[Sequence[int]], keep: Sequence[int]
     ) -> list[Chunk]:
-        """What `insert` gives to `extend`, chunk by chunk; arguments and errors as there."""
+        """The chunks that `insert` passes to `extend`; arguments and errors as there."""
         self._check_rows(rows)
         for row, text in zip(rows, texts, strict=True):
             if not 1 <= len(text) <= self.slots + 1:
@@ -209,7 +209,7 @@ class Engine:
 
     @auto_mesh()
     def extend(self, state: EngineState, rows: Sequence[int], chunk: Chunk) -> EngineState:
-        """Puts a chunk of `plan` into the rows that it was made for."""
+        """Puts a chunk of `plan` into its rows."""
         cache = self._run(compiled_extend, self.model, state.cache, *_on_device(chunk), *self._places(rows))
         return dataclasses.replace(state, cache=cache)
 
@@ -217,13 +217,13 @@ class Engine:
     def start(
         self, state: EngineState, rows: Sequence[int], texts: Sequence[Sequence[int]], knobs: Sequence[Knobs]
     ) -> EngineState:
-        """Lets rows run, whose caches hold all but the last token of their texts."""
+        """Starts rows whose caches hold all but the last token of their texts."""
         for row, text, asked in zip(rows, texts, knobs, strict=True):
             needed = len(text) + asked.max_new_tokens - 1 + self.drafts
             if asked.max_new_tokens < 0 or needed > self.slots:
                 raise LlamaJaxError(
                     f"max_new_tokens is {asked.max_new_tokens} in row {row}: expected from 0 to "
-                    f"{self.slots - len(text) + 1 - self.drafts}, what its {self.slots} slots hold behind {len(text)} "
+                    f"{self.slots - len(text) + 1 - self.drafts}, the room in its {self.slots} slots after {len(text)} "
                     "tokens: ask for fewer, or make the engine with more slots"
                 )
         if self._is_all(rows):
@@ -235,10 +235,10 @@ class Engine:
     def copy(
         self, state: EngineState, row: int, to: int | Sequence[int], knobs: Knobs | Sequence[Knobs]
     ) -> EngineState:
-        """Puts what a row holds into one or several others, which go on from there as each asks.
+        """Copies a row into one or several others, which continue from there with their own settings.
 
         Raises:
-            LlamaJaxError: for a row that there is not, or knobs out of range.
+            LlamaJaxError: for a row that does not exist, or knobs out of range.
         """
         rows = [to] if isinstance(to, int) else list(to)
         self._check_rows([row, *rows])
@@ -247,14 +247,14 @@ class Engine:
 
     @auto_mesh()
     def step(self, state: EngineState, limit: int = DECODE_BLOCK) -> tuple[EngineState, Made]:
-        """Makes tokens in every row that runs, in up to `limit` forward passes; see `programs.step`."""
+        """Generates tokens in every running row, in up to `limit` forward passes; see `programs.step`."""
         return self._run(compiled_step, self.model, state, _scalar(limit))
 
     @auto_mesh()
     def free(self, state: EngineState, row: int | Sequence[int]) -> EngineState:
-        """Ends one row or several: they make nothing more until something is inserted.
+        """Ends one row or several: they generate nothing until a text is inserted.
 
-        A row whose logits were not finite must be freed, or it may hand NaN to the next that is inserted there.
+        A row whose logits were not finite must be freed, or its NaN may reach the next text inserted there.
         """
         rows = [row] if isinstance(row, int) else list(row)
         self._check_rows(rows)
@@ -262,16 +262,16 @@ class Engine:
 
     @auto_mesh()
     def grow(self, state: EngineState, slots: int) -> tuple["Engine", EngineState]:
-        """An engine of more slots, and its state, in which rows are as they were; the given state is of use, too.
+        """An engine with more slots, and its state with the same rows; the given state stays valid, too.
 
         Raises:
-            LlamaJaxError: where RoPE is chosen by the slots, and would be another.
+            LlamaJaxError: if RoPE depends on the number of slots, and would differ.
         """
         config = self._given.config
         if config.rope_choice(self.slots) != config.rope_choice(whole_slots(slots)):
             raise LlamaJaxError(
-                f"{self.slots} slots cannot grow to {whole_slots(slots)}: they decide this model's RoPE, and keys that "
-                "were turned otherwise are of no use: make an engine of so many slots, and insert the texts again"
+                f"{self.slots} slots cannot grow to {whole_slots(slots)}: they determine this model's RoPE, and "
+                "the cached keys would be wrong: make an engine of so many slots, and insert the texts again"
             )
         larger = Engine(
             self.model,
@@ -330,7 +330,7 @@ class Engine:
         for ids, each in zip(stop_bM, knobs, strict=True):
             if len(each.stop_ids) > self.stops:
                 raise LlamaJaxError(
-                    f"{len(each.stop_ids)} stop ids: expected at most {self.stops}, what the engine was made for"
+                    f"{len(each.stop_ids)} stop ids: expected at most {self.stops}, the limit of this engine"
                 )
             ids[: len(each.stop_ids)] = each.stop_ids
         seeds = row_seeds([each.seed for each in knobs], len(knobs))
@@ -366,18 +366,18 @@ class Engine:
     def _check_rows(self, rows: Sequence[int]) -> None:
         for row in rows:
             if not 0 <= row < self.rows:
-                raise LlamaJaxError(f"row {row}: expected from 0 to {self.rows - 1}, one of the engine's")
+                raise LlamaJaxError(f"row {row}: expected from 0 to {self.rows - 1}, the engine's rows")
         if len(set(rows)) != len(rows):
             raise LlamaJaxError(f"rows {list(rows)}: expected each at most once")
 
 
 def whole_slots(slots: int) -> int:
-    """The slots of an engine that is to have at least so many."""
+    """The number of slots of an engine that needs at least so many."""
     return -(-slots // SLOT_MULTIPLE) * SLOT_MULTIPLE
 
 
 def full_sampler(knobs: Sequence[Knobs]) -> Sampler:
-    """A sampler with a value for every row of every knob; where one is off, what changes nothing.
+    """A sampler with a value of every knob for every row; the value of a disabled knob has no effect.
 
     Raises:
         LlamaJaxError: for a value out of its range.

@@ -1,4 +1,4 @@
-"""Rows that outlive a request: what their caches hold is not computed again by the next."""
+"""Rows that outlive a request: the next request reuses their caches."""
 
 import weakref
 from collections.abc import Sequence
@@ -23,19 +23,19 @@ class MadeOnHost(NamedTuple):
 
 
 class Kept:
-    """An engine, the state of its rows, and the ids that their caches hold.
+    """An engine, the state of its rows, and the ids that their caches hold, for later requests.
 
         kept = Kept()
         first = TextStream(model, tokenizer, "Once upon a time", kept=kept)
         ...
         second = TextStream(model, tokenizer, longer_text, kept=kept)
 
-    The second request prefills only what its prompt does not share with what the first left. Nothing is kept from a
-    model to another, nor where rows, the cache's dtype or drafts differ, nor where a model chooses its RoPE by the
-    slots that a request needs, and chooses another. One request at a time may use it.
+    The second request prefills only the tokens that its prompt does not share with the cache. Nothing is kept if the
+    model, the number of rows, the cache's dtype or the drafts change, or if the request's slots select another RoPE.
+    One request at a time may use it.
 
     Attributes:
-        engine: that of the last request; None before the first.
+        engine: the engine of the last request; None before the first.
     """
 
     def __init__(self) -> None:
@@ -48,11 +48,11 @@ class Kept:
 
     @property
     def held(self) -> list[list[int]]:
-        """Ids in the cache of each row."""
+        """The ids in the cache of each row."""
         return [text[:length] for text, length in zip(self._texts, self._lengths, strict=True)]
 
     def slots(self, model: Llama, rows: int, slots: int, options: Options) -> int:
-        """How many slots an engine will have for a request that needs at least so many; arguments as of `fit`."""
+        """The number of slots of the engine for a request that needs at least so many; arguments as of `fit`."""
         engine = self.engine
         if engine is None or not self._suits(engine, model, rows, options):
             return slots
@@ -62,14 +62,14 @@ class Kept:
         return found if _same_rope(model, found, slots) else slots
 
     def fit(self, model: Llama, rows: int, slots: int, options: Options, counted: Compilations) -> Engine:
-        """The engine for a request, grown or made anew where what is kept does not suit it.
+        """The engine for a request: the kept one, grown, or made anew.
 
         Args:
-            model: the caller's; what an engine was made from, or its own, is known again.
+            model: the caller's model; the one that the engine was made from, or the engine's own, is recognised.
             rows: B.
             slots: at least.
             options: cache_dtype, drafts and stops of `Engine`.
-            counted: where compilations are counted from now on.
+            counted: the counts to which later compilations are added.
         """
         slots = self.slots(model, rows, slots, options)
         engine = self.engine if self.engine is not None and self._suits(self.engine, model, rows, options) else None
@@ -86,7 +86,7 @@ class Kept:
         return engine
 
     def clear(self) -> None:
-        """Holds nothing any more."""
+        """Discards the engine and its rows."""
         self.engine = self._state = self._given = None
         self._texts, self._lengths = [], []
 
@@ -98,7 +98,7 @@ class Kept:
     # ---- The engine's calls, each of which takes the state and leaves another ----------------------------------------
 
     def shared(self, row: int, text: Sequence[int]) -> int:
-        """How many of a text's tokens, but for its last, a row's cache holds already."""
+        """The number of a text's tokens, without its last, that a row's cache already holds."""
         if not self._texts:
             return 0
         held = self._texts[row]
@@ -106,7 +106,7 @@ class Kept:
         return next((i for i in range(most) if held[i] != text[i]), most)
 
     def plan(self, rows: Sequence[int], texts: Sequence[Sequence[int]]) -> list[Chunk]:
-        """As of `Engine.plan`, keeping what texts share with what rows hold."""
+        """As of `Engine.plan`, keeping the tokens that texts share with the caches of rows."""
         keep = [self.shared(*each) for each in zip(rows, texts, strict=True)]
         return self._engine.plan(self._held_state, rows, texts, keep)
 
@@ -146,7 +146,7 @@ class Kept:
         self._state = self._engine.free(self._take(), rows)
 
     def wait(self) -> None:
-        """Until the device has done what it was given."""
+        """Waits until the device has finished."""
         jax.block_until_ready(self._held_state)
 
     @property

@@ -1,4 +1,4 @@
-"""Noise to draw with: the numbers of `jax.random`, sooner on a CPU."""
+"""Noise for sampling: the numbers of `jax.random`, computed faster on a CPU."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,9 @@ import numpy as np
 
 
 def gumbel_noise(key_B: jax.Array, V: int, id_BC: jax.Array | None = None) -> jax.Array:
-    """Gumbel noise [B, V], the numbers of `jax.random.gumbel(key, (V,))` for each row's key; or those at some ids.
+    """Gumbel noise [B, V], equal to `jax.random.gumbel(key, (V,))` for each row's key; or its values at some ids.
 
-    Those are the numbers of Threefry (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), which JAX
+    These numbers come from Threefry (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), which JAX
     computes on a CPU by a loop over arrays; as one expression it takes a quarter of the time.
     """
     if jax.random.key_impl(key_B) != "threefry2x32" or not jax.config.jax_threefry_partitionable:  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
-"""What runs on the device: pure functions of rows, for use under `jax.jit` as they are; `Engine` compiles them.
+"""The device programs of generation: pure functions of rows, for use under `jax.jit`; `Engine` compiles them.
 
-A prompt's last token is not prefilled: it is the first that `step` feeds. So `extend` needs no head, a prompt of one
-token no prefill, and one program of `step` serves every request of the same rows and slots.
+A prompt's last token is not prefilled: `step` feeds it first. So `extend` needs no head, a prompt of one token needs no
+prefill, and one program of `step` serves every request of the same rows and slots.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ DRAFT_PASSES = 16
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What rows ask for, an array with one value a row each.
+    """The settings of rows, in arrays with one value for each row.
 
     Attributes:
         left_B: int32, tokens that each row may still make; 0 in a row that has ended, or is free.
         key_B: PRNG keys; the choice at position p uses `fold_in(key, p)`.
         sampler: the knobs, of which none is None; greedy and neutral values turn them off.
-        stop_BM: int32, ids that end each row, behind them -1.
+        stop_BM: int32, ids that end each row, padded with -1.
     """
 
     left_B: jax.Array
@@ -45,16 +45,16 @@ class Asked:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EngineState:
-    """Rows that make tokens, each with a text, a cache and knobs of its own.
+    """Rows that generate tokens, each with its own text, cache and knobs.
 
-    A row that has ended keeps its tokens, but for the last where the cache is full: of its slots, as many as a forward
-    pass has tokens are written by rows that wait.
+    A row that has ended keeps its tokens, except the last ones if its cache is full: a waiting row also writes as many
+    slots as a forward pass has tokens.
 
     Attributes:
         cache: everything before the newest token of each row.
-        history_BS: int32, the ids of each row at their positions, the newest at `cache.length_B`; what is behind it
-            means nothing. It has `drafts` + 2 columns more than the cache has slots, so that every row can be written.
-        asked: what each row asks for.
+        history_BS: int32, the ids of each row at their positions, the newest at `cache.length_B`; later columns are
+            undefined. It has `drafts` + 2 columns more than the cache has slots, so that every row can be written.
+        asked: the settings of each row.
         drafts: k, tokens that the text itself drafts for each forward pass to check (`speculate.py`); static.
     """
 
@@ -82,12 +82,12 @@ class EngineState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """What a call of `step` made.
+    """The result of a call of `step`.
 
     Attributes:
-        token_BM: int32, of each row the first `count_B` columns; a stop token is among them. Others mean nothing.
+        token_BM: int32; the first `count_B` columns of each row are valid, a stop token included.
         log_probability_BM: float32, of these tokens under the model itself.
-        count_B: int32, tokens made.
+        count_B: int32, the number of tokens.
         pass_B: int32, forward passes that each row took part in.
     """
 
@@ -98,7 +98,7 @@ class Made:
 
 
 def columns(drafts: int) -> int:
-    """M, most tokens that one call of `step` makes in a row."""
+    """M, the most tokens that one call of `step` generates in a row."""
     return DRAFT_PASSES * (drafts + 1) if drafts else DECODE_BLOCK
 
 
@@ -106,7 +106,7 @@ def columns(drafts: int) -> int:
 
 
 def prefill(model: Llama, tokens_BT: jax.Array, count_B: jax.Array, cache: KVCache) -> KVCache:
-    """The cache with one chunk of a prompt in it: of each row's T tokens the first `count_B`, the rest is padding."""
+    """Adds one chunk of a prompt to the cache: the first `count_B` of each row's T tokens; the rest is padding."""
     _, cache = model.blocks(model.embed(tokens_BT), cache, count_B)
     return cache
 
@@ -126,7 +126,7 @@ def extend(
         cache: of all rows.
         tokens_bT: int32, padded.
         count_b: int32, how many of the T tokens are real.
-        held_b: int32, tokens that each row keeps, which the chunk goes behind; `length + T` must not exceed the slots.
+        held_b: int32, tokens that each row keeps before the chunk; `length + T` must not exceed the slots.
         row_b: int32, distinct rows; all of them in their order unless given, which spares a copy.
     """
     some = cache if row_b is None else cache.take(row_b).finite()
@@ -137,14 +137,14 @@ def extend(
 def start(
     state: EngineState, row_b: jax.Array, history_bS: jax.Array, length_b: jax.Array, asked: Asked
 ) -> EngineState:
-    """Lets rows run, whose caches hold all but the last token.
+    """Starts rows whose caches hold all but the last token.
 
     Args:
         state: all rows.
         row_b: int32, distinct rows.
         history_bS: int32, their ids, as of the state.
-        length_b: int32, tokens in their caches: the newest token of each is behind so many others.
-        asked: what they ask for.
+        length_b: int32, the number of tokens in their caches, before the newest token.
+        asked: their settings.
     """
     put = lambda whole, new: whole.at[row_b].set(new)  # noqa: E731
     return dataclasses.replace(
@@ -156,7 +156,7 @@ def start(
 
 
 def copy(state: EngineState, row: jax.Array, to_b: jax.Array, asked: Asked) -> EngineState:
-    """Puts what a row holds into others, which go on from there as they ask; `row` is an int32 scalar."""
+    """Copies a row into others, which continue from there with their own settings; `row` is an int32 scalar."""
     put = lambda whole, new: whole.at[to_b].set(new)  # noqa: E731
     return dataclasses.replace(
         state,
@@ -167,13 +167,13 @@ def copy(state: EngineState, row: jax.Array, to_b: jax.Array, asked: Asked) -> E
 
 
 def free(state: EngineState, row_b: jax.Array) -> EngineState:
-    """Ends rows, int32 [b]: they make nothing more until they are started again; NaN that they hold becomes 0."""
+    """Ends rows, int32 [b]: they generate nothing until they are started again; NaN in their caches becomes 0."""
     asked = dataclasses.replace(state.asked, left_B=state.asked.left_B.at[row_b].set(0))
     return dataclasses.replace(state, cache=state.cache.put(row_b, state.cache.take(row_b).finite()), asked=asked)
 
 
 def grow(state: EngineState, larger: EngineState) -> EngineState:
-    """The rows of `state` in the place of those of `larger`, which has as many of them and more slots."""
+    """Copies the rows of `state` into `larger`, which has as many rows and more slots."""
     history_BS = jax.lax.dynamic_update_slice(larger.history_BS, state.history_BS, start_indices(0, 0))
     return dataclasses.replace(larger, cache=state.cache.grow(larger.cache), history_BS=history_BS, asked=state.asked)
 
@@ -182,17 +182,16 @@ def grow(state: EngineState, larger: EngineState) -> EngineState:
 
 
 def step(model: Llama, state: EngineState, limit: jax.Array) -> tuple[EngineState, Made]:
-    """Makes tokens for up to `limit` forward passes, on the device, until every row has ended.
+    """Generates tokens in up to `limit` forward passes, on the device, until every row has ended.
 
-    A forward pass takes T = `drafts` + 1 tokens of each row: its newest and the draft. Behind each of them a token is
-    chosen as the row's knobs say, with the key of its position; the draft's tokens count as far as they are what was
-    chosen. So the text is what it would be without drafts, greedy or sampled.
+    A forward pass takes T = `drafts` + 1 tokens of each row: its newest and the draft. After each of them a token is
+    chosen by the row's knobs, with the key of its position; the draft counts up to its first token that differs from
+    the choice. So the text is the same as without drafts, greedy or sampled.
 
     Args:
         model: the model.
         state: the rows; one whose `length + T` exceeds the slots while it still runs gets logits of NaN.
-        limit: int32 scalar; not static, so that one program serves every number. More than `columns` has room for is
-            as many as it has.
+        limit: int32 scalar; not static, so that one program serves every number. It is capped to the room of `columns`.
     """
     B, T, M = state.rows, state.drafts + 1, columns(state.drafts)
     none_B = jnp.zeros(B, jnp.int32)
@@ -223,9 +222,9 @@ def forward(model: Llama, state: EngineState) -> tuple[EngineState, jax.Array, j
     """One forward pass of all rows.
 
     Returns:
-        The state behind the tokens made; token_BT, int32, and log_probability_BT, float32, what is chosen behind each
-        token that the model was given; and count_B, int32, how many of them the row has made: behind the draft's first
-        wrong token, a stop token or the last of `left_B` they mean nothing. 0 in a row that has ended.
+        The state after the new tokens; token_BT, int32, and log_probability_BT, float32, the choice after each token
+        that the model was given; and count_B, int32, the number of valid choices: those after the draft's first wrong
+        token, a stop token or the last of `left_B` are not valid. 0 in a row that has ended.
     """
     asked, length_B, B, T = state.asked, state.cache.length_B, state.rows, state.drafts + 1
     runs_B = asked.left_B > 0
@@ -295,7 +294,7 @@ def _rewound(cache: KVCache, length_B: jax.Array, at_most: int) -> KVCache:
     shorter = cache.rewind(length_B, at_most)
     if shorter is None:
         raise LlamaJaxError(
-            f"speculate: the cache cannot forget {at_most} tokens, as it drops old ones to make room: expected fewer "
+            f"speculate: the cache cannot remove {at_most} tokens, as it overwrites old ones: expected fewer "
             "drafts, or none"
         )
     return shorter

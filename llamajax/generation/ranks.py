@@ -1,9 +1,9 @@
-"""Which logits are among the largest, exactly and without a sort.
+"""Finds the largest logits, exactly and without a sort.
 
-The k-th largest logit, or the least that a nucleus keeps, is the largest number from which on logits still hold enough:
-as many as k, or so much probability. It is found bit by bit, from its sign down, with one pass over the logits for each
-of 32. A pass is a comparison and a sum, which every backend does at the speed of memory; XLA's sort takes ten to forty
-times as long on a CPU.
+The k-th largest logit is the largest number such that k logits are at least as large; the least logit of a nucleus is
+the largest number such that logits from it on hold the probability. It is found bit by bit, from its sign down, with
+one pass over the logits for each of 32. A pass is a comparison and a sum, which every backend does at the speed of
+memory; XLA's sort takes ten to forty times as long on a CPU.
 """
 
 from collections.abc import Callable
@@ -32,8 +32,8 @@ def nucleus(
 
     Args:
         logits_BC: float32.
-        id_BC: int32, what they are the logits of.
-        top_p_B: the probability that is to be kept.
+        id_BC: int32, the token ids of the logits.
+        top_p_B: the probability to keep.
         least_B: logits below it do not count.
         total_B: the sum of exp(logit - largest logit) that the probability is a part of; of these logits unless given.
     """

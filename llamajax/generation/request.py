@@ -1,4 +1,4 @@
-"""What a request asks for, checked, and the host's side of each of its rows."""
+"""The checked settings of a request, and the host's side of each of its rows."""
 
 import dataclasses
 import math
@@ -23,15 +23,15 @@ Prompt = str | Sequence[int] | np.ndarray | jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """One row's result.
+    """The result of one row.
 
     Attributes:
         text: the new text, without the prompt and without a stop string.
         tokens: the new ids, without a stop token; with the ids that spelt a stop string.
         log_probabilities: of each of `tokens` under the model itself (before temperature and filters), in nats.
         prompt_tokens: number of ids in the prompt, BOS included.
-        finish_reason: "stop" for a stop token or string, "length" for `max_new_tokens`, "stopped" where the request
-            was ended before (`TextStream.stop`).
+        finish_reason: "stop" for a stop token or string, "length" for `max_new_tokens`, "stopped" if the request was
+            ended early (`TextStream.stop`).
     """
 
     text: str
@@ -42,7 +42,7 @@ class Completion:
 
 
 class Row:
-    """The host's side of one row: ids to text, stop strings, what is certain and what must still be held back."""
+    """The host's side of one row: ids to text, stop strings, final text and text that must be held back."""
 
     def __init__(
         self,
@@ -68,10 +68,10 @@ class Row:
                 self._decoder.add(index)
 
     def take(self, tokens: np.ndarray, log_probabilities: np.ndarray, last: bool) -> tuple[str, int]:
-        """Adds new ids; returns the text that has become certain, and how many of the ids were used.
+        """Adds new ids; returns the text that has become final, and the number of used ids.
 
-        An id that was chosen from logits which are not finite ends the row: it and what follows are not added, and
-        `not_finite` is set.
+        An id chosen from logits that are not finite ends the row: it and later ids are not added, and `not_finite` is
+        set.
         """
         if self.finish_reason:
             return "", 0
@@ -92,14 +92,14 @@ class Row:
         return self._release(), len(self.tokens) - before
 
     def stop(self) -> str:
-        """Ends the row where it has not ended; returns the text that was held back."""
+        """Ends the row if it has not ended; returns the text that was held back."""
         if self.finish_reason:
             return ""
         self._end("stopped")
         return self._release()
 
     def completion(self) -> Completion:
-        """What there is so far."""
+        """The result so far."""
         reason = self.finish_reason or "length"
         return Completion(self._text, self.tokens, self.log_probabilities, self.prompt_tokens, reason)
 
@@ -148,7 +148,7 @@ def encode_prompts(tokenizer: Tokenizer | None, prompts: list[str | list[Any]], 
     for prompt in prompts:
         if isinstance(prompt, str):
             if tokenizer is None:
-                raise LlamaJaxError("the model came without a tokenizer: name one, or give prompts as lists of ids")
+                raise LlamaJaxError("the model was loaded without a tokenizer: give one, or prompts as lists of ids")
             ids = tokenizer.encode(prompt, eos=False)  # what is to be continued has not ended
         else:
             ids = prompt if isinstance(prompt, list) else [prompt]
@@ -169,7 +169,7 @@ def encode_prompts(tokenizer: Tokenizer | None, prompts: list[str | list[Any]], 
 
 
 def new_token_limit(prompts: list[list[int]], wanted: int | None, config: Config) -> int:
-    """How many tokens to make: what was asked for, if the context has room. The last one made needs no slot."""
+    """The number of tokens to generate: as asked, if the context has room. The last token needs no slot."""
     room = config.context_length - max(len(prompt) for prompt in prompts) + 1
     wanted = plain(wanted)
     if wanted is None:
@@ -185,7 +185,7 @@ def new_token_limit(prompts: list[list[int]], wanted: int | None, config: Config
 
 
 def check_knobs(knobs: Mapping[str, Any], rows: int) -> None:
-    """Refuses knobs, by the names of `make_sampler`, that are out of range, or neither one value nor one a prompt."""
+    """Refuses knobs of `make_sampler` that are out of range, or neither one value nor one for each prompt."""
     make_sampler(**knobs)
     for name, knob in knobs.items():
         shape = np.shape(plain(knob)) if knob is not None else ()
@@ -198,7 +198,7 @@ def check_knobs(knobs: Mapping[str, Any], rows: int) -> None:
 
 
 def by_prompt(values: Mapping[str, Any], prompts: int) -> list[dict[str, Any]]:
-    """Of values that are one for all prompts or a list of one each, those of each prompt."""
+    """The values of each prompt, from one value for all prompts or a list with one for each."""
     plainly = {name: plain(value) for name, value in values.items()}
     return [
         {name: value[i] if isinstance(value, list) else value for name, value in plainly.items()}
@@ -207,7 +207,7 @@ def by_prompt(values: Mapping[str, Any], prompts: int) -> list[dict[str, Any]]:
 
 
 def check_samples(samples: Any) -> int:
-    """How many texts of each prompt; 1 for None."""
+    """The number of samples of each prompt, checked; 1 for None."""
     samples = plain(samples)
     if samples is None:
         return 1
@@ -229,7 +229,7 @@ def check_ids(ids: Sequence[int], config: Config) -> tuple[int, ...]:
 
 
 def row_seeds(seed: Any, rows: int) -> list[int]:
-    """One seed a prompt, from one or one each; checked."""
+    """One seed for each prompt, from one seed or a list; checked."""
     seed = plain(seed)
     seeds = seed if isinstance(seed, list) else [seed] * rows
     if len(seeds) != rows:
@@ -241,7 +241,7 @@ def row_seeds(seed: Any, rows: int) -> list[int]:
 
 
 def row_keys(seeds: Sequence[int], samples: Sequence[int] | None = None) -> jax.Array:
-    """One PRNG key for each seed: of sample 0 its own, of others what `fold_in` makes of it."""
+    """One PRNG key for each seed: its own key for sample 0, and one by `fold_in` for each other sample."""
     key_B = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
     if not samples or not any(samples):
         return key_B
@@ -257,12 +257,12 @@ def stop_strings(stop: str | Sequence[str] | None, tokenizer: Tokenizer | None) 
     if any(not isinstance(text, str) or not text for text in stops):
         raise LlamaJaxError(f"stop is {stop!r}: expected texts of at least one character")
     if stops and tokenizer is None:
-        raise LlamaJaxError("stop strings need a tokenizer, and the model came without one: name one")
+        raise LlamaJaxError("stop strings need a tokenizer, and the model was loaded without one: give one")
     return stops
 
 
 def overlap(text: str, marks: Sequence[str]) -> int:
-    """Length of the longest end of `text` that a mark, such as a stop string, begins with: it may still become one."""
+    """Length of the longest end of `text` that is the beginning of a mark, such as a stop string."""
     longest = 0
     for mark in marks:
         sizes = range(min(len(text), len(mark) - 1), longest, -1)

@@ -1,7 +1,7 @@
 """From logits to the next token: pure functions of logits, a key and knobs.
 
-A knob that is None is off and left out of the program. The others are arrays, a scalar or one value a row, so that
-changing a temperature compiles nothing; and what no row uses is not executed: `NEUTRAL` has the value that is "off".
+A knob that is None is off and not in the program. The others are arrays, a scalar or one value for each row, so that
+changing a temperature compiles nothing. A filter that no row uses is not executed; `NEUTRAL` has the values for "off".
 Order and meaning follow transformers' logits processors: repetition penalty, temperature, top-k, top-p, min-p.
 """
 
@@ -44,12 +44,12 @@ NEUTRAL: Mapping[str, np.float32 | np.int32] = types.MappingProxyType(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """How a token is chosen; built by `make_sampler`, which checks the values.
+    """The settings by which tokens are chosen; `make_sampler` builds it and checks the values.
 
     Attributes:
-        temperature: float32, divides the logits; None for greedy choice, which ignores the knobs below it but the
-            penalty. A row whose temperature is 0 (or anything below 1e-4) gets the likeliest token, as all rows do
-            with None.
+        temperature: float32, divides the logits; None for greedy choice, which ignores all other knobs except the
+            penalty. A row whose temperature is 0 (or anything below 1e-4) gets the likeliest token, as all rows do with
+            None.
         top_k: int32, only the k likeliest tokens (and those as likely as the k-th).
         top_p: float32, only the fewest tokens that together have this probability; of equally likely tokens those of
             lower id come first (Holtzman et al. 2020, arXiv:1904.09751).
@@ -67,7 +67,7 @@ class Sampler:
 
     @property
     def penalizes(self) -> jax.Array:
-        """Whether a row is penalized, bool: what `sample` takes as seen matters only then."""
+        """Whether a row is penalized, bool: `sample` uses `seen_BV` only then."""
         if self.repetition_penalty is None:
             return jnp.asarray(False)
         return jnp.any(self.repetition_penalty != NEUTRAL["repetition_penalty"])
@@ -81,7 +81,7 @@ def make_sampler(
     min_p: float | Sequence[float] | None = None,
     repetition_penalty: float | Sequence[float] | None = None,
 ) -> Sampler:
-    """Checks the knobs; temperature 0 means greedy. Lists and arrays give one value to each row.
+    """Checks the knobs and builds a `Sampler`; temperature 0 is greedy. Lists and arrays give one value to each row.
 
     Raises:
         LlamaJaxError: for a value out of its range.
@@ -125,7 +125,7 @@ def _checked(
 
 
 def plain(value: Any) -> Any:
-    """Numbers and arrays of NumPy and JAX as numbers and lists of Python; sequences of them likewise; others as is."""
+    """Converts numbers and arrays of NumPy and JAX, and sequences of them, to Python's; returns others unchanged."""
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         value = np.asarray(value).tolist()
         return value if isinstance(value, list | bool | int) else float(value)
@@ -146,19 +146,19 @@ def sample(
     *,
     narrows: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """Chooses one token a row. Rows that are greedy draw no noise and filter nothing, unless others beside them do.
+    """Chooses one token for each row. A batch of greedy rows only draws no noise and filters nothing.
 
     Args:
         logits_BV: float32.
-        key_B: one PRNG key a row, so that a row's choice does not depend on the rest of the batch.
+        key_B: one PRNG key for each row, so that a row's choice does not depend on the rest of the batch.
         sampler: the knobs.
         seen_BV: bool, tokens that each row holds; needed for a repetition penalty.
         narrows: whether filters look at the likeliest tokens first, and at all of them where these do not suffice. The
             same tokens up to rounding; False spares the program operations that not every compiler has (`top_k`).
 
     Returns:
-        token_B, int32, and log_probability_B, float32: of that token under the model itself, before any knob. It is
-        not finite exactly where the row's logits are of no use: one is NaN or +infinity, or all are -infinity.
+        token_B, int32, and log_probability_B, float32: of that token under the model itself, before any knob. It is not
+            finite exactly if the row's logits are invalid: one is NaN or +infinity, or all are -infinity.
     """
     if sampler.repetition_penalty is not None:
         token_B = jax.lax.cond(
@@ -184,7 +184,7 @@ def sample(
 
 
 def filter_logits(logits_BV: jax.Array, sampler: Sampler, seen_BV: jax.Array | None = None) -> jax.Array:
-    """Logits after penalty and temperature, tokens that the knobs rule out at -1e30; of greedy rows penalized alone."""
+    """Logits after penalty and temperature, with -1e30 for excluded tokens; those of greedy rows are only penalized."""
     logits_BV, warm_B = _warm(logits_BV, sampler, seen_BV)
     every_BV = _all_of(logits_BV)
     return _excluded(every_BV, *_kept(every_BV, sampler, warm_B))

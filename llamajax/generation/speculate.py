@@ -1,19 +1,18 @@
-"""Speculation by prompt lookup: the text itself drafts what comes next, and one forward pass checks the draft.
+"""Speculation by prompt lookup: drafts are taken from the text itself, and one forward pass checks them.
 
     completion = generate(model, tokenizer, prompt, speculate=4)
 
-Making one token reads all weights; checking k drafted tokens in the same pass reads them no second time. The draft
+Generating one token reads all weights; checking k drafted tokens in the same pass does not read them again. The draft
 needs no second model: it is the k tokens that followed the most recent earlier occurrence of the last few (prompt
-lookup decoding, Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding). So it pays where a text repeats
-itself or its prompt: code, summaries, dialogues; and costs a wider pass for nothing where it does not.
+lookup decoding, Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding). So it is faster if a text repeats
+itself or its prompt (code, summaries, dialogues), and otherwise costs wider passes.
 
-A drafted token is kept only where it is the one that the model's choice is anyway: behind each of the k + 1 tokens one
-is drawn by the row's knobs with the key of its position, as without drafts, and the draft counts as far as it agrees. A
-draft is certain of its token, and for such a draft this is the acceptance of speculative sampling (Leviathan et al.
-2023, arXiv:2211.17192): the token is accepted with the probability that the model gives it, and what is drawn instead
-follows the rest of the distribution. So the text is that without drafts, greedy or sampled, token by token. Up to
-rounding: a product over k + 1 tokens may be summed in another order than over one, and where two tokens are as good as
-equally likely, or noise makes them so, the other may win.
+A drafted token is kept only if the model chooses the same: after each of the k + 1 tokens one is drawn by the row's
+knobs with the key of its position, as without drafts, and the draft counts up to the first difference. A draft is
+certain of its token, and for such a draft this is the acceptance of speculative sampling (Leviathan et al. 2023,
+arXiv:2211.17192): the token is accepted with the probability that the model gives it, and its replacement follows the
+rest of the distribution. So the text is the same as without drafts, greedy or sampled, up to rounding: a product over k
++ 1 tokens may be summed in another order than over one, and of two nearly equal tokens the other may win.
 """
 
 from typing import Any
@@ -43,11 +42,11 @@ def check_speculate(drafts: Any) -> int:
 
 
 def draft_tokens(history_BS: jax.Array, length_B: jax.Array, drafts: int) -> jax.Array:
-    """What followed the most recent earlier occurrence of each row's last tokens.
+    """The tokens after the most recent earlier occurrence of each row's last tokens.
 
-    The longest agreement up to `MAX_NGRAM` tokens wins, the most recent among equals; where not even the newest token
-    occurred before, it is drafted again. A draft that reaches the end of the text goes on with its own beginning, as
-    copies do in LZ77 (Ziv & Lempel 1977): after "a b a b", "a b a b" and so on.
+    The longest match of up to `MAX_NGRAM` tokens wins, the most recent among equals; if not even the newest token
+    occurred before, it is drafted again. A draft that reaches the end of the text continues with its own beginning, as
+    in LZ77 (Ziv & Lempel 1977): after "a b a b", "a b a b" and so on.
 
     Args:
         history_BS: int32, tokens at their positions.

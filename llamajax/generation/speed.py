@@ -1,4 +1,4 @@
-"""What one request took: tokens, forward passes, seconds and bytes."""
+"""The cost of one request: tokens, forward passes, seconds and bytes."""
 
 import dataclasses
 
@@ -7,13 +7,13 @@ from llamajax.generation.compilation import Compilations
 
 @dataclasses.dataclass
 class Speed(Compilations):
-    """What one request took. Times are of running programs only; compiling is apart.
+    """The cost of one request. Times include running programs only, not compiling.
 
     Attributes:
         prefill_tokens: prompt tokens put into the cache, padding not counted.
-        decode_tokens: tokens made, of all rows.
-        decode_steps: forward passes that made them.
-        row_steps: with speculation, those passes counted once for each row that still ran; 0 without.
+        decode_tokens: generated tokens of all rows.
+        decode_steps: forward passes that generated them.
+        row_steps: with speculation, those passes counted once for each running row; 0 without.
         step_bytes: weights and cache that one forward pass reads.
         prefill_chunks: forward passes of the prefill.
         reused_tokens: prompt tokens that an earlier request had left in the cache.
@@ -31,17 +31,17 @@ class Speed(Compilations):
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """0 where nothing was prefilled."""
+        """0 if nothing was prefilled."""
         return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """Of all rows together; 0 where nothing was made."""
+        """All rows together; 0 if nothing was generated."""
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
     @property
     def tokens_per_step(self) -> float:
-        """With speculation, tokens that a row made in one forward pass, at most `speculate` + 1; 0 without."""
+        """With speculation, tokens of a row in one forward pass, at most `speculate` + 1; 0 without."""
         return self.decode_tokens / self.row_steps if self.row_steps else 0.0
 
     @property

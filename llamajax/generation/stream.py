@@ -1,4 +1,4 @@
-"""Text from a model, whole or as it comes.
+"""Text from a model, whole or streamed.
 
     completion = generate(model, tokenizer, "Once upon a time", max_new_tokens=100, temperature=0.8, seed=1)
     for piece in stream(model, tokenizer, "Once upon a time"):
@@ -49,7 +49,7 @@ _UPDATE_SECONDS = 0.05
 def generate(model: Llama, tokenizer: Tokenizer | None, prompts: Prompt | Sequence[Prompt], **options: Any) -> Any:
     """Continues one prompt or a batch of prompts of any lengths.
 
-    Numbers may be Python's, NumPy's or JAX's; lists of them arrays.
+    Numbers may be Python's, NumPy's or JAX's; arrays may replace lists.
 
     A row's result depends on its prompt, its seed and the options only, not on the rest of the batch (up to rounding:
     products of another shape may be summed in another order).
@@ -60,8 +60,8 @@ def generate(model: Llama, tokenizer: Tokenizer | None, prompts: Prompt | Sequen
         prompts: a text (a BOS is put before it), or ids (a list or an array, taken as they are), or a list of
             either; or an array [B, T] of ids.
         **options: as of `TextStream`: max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed,
-            samples, stop, stop_ids, cache_dtype, speculate, kept. Their defaults do not depend on the checkpoint: what
-            it asks for is in `tokenizer.words.sampling`, to be passed on as `**tokenizer.words.sampling`.
+            samples, stop, stop_ids, cache_dtype, speculate, kept. Their defaults do not depend on the checkpoint: pass
+            `**tokenizer.words.sampling` for its sampling settings.
 
     Returns:
         A `Completion`, or a list of them if `prompts` is a list of prompts. With `samples` a list of these for one
@@ -83,18 +83,18 @@ def generate(model: Llama, tokenizer: Tokenizer | None, prompts: Prompt | Sequen
 def stream(
     model: Llama, tokenizer: Tokenizer | None, prompts: Prompt | Sequence[Prompt], **options: Any
 ) -> "TextStream":
-    """Like `generate`, but an iterator over the new text as it comes: strings, or lists of them for a batch."""
+    """As `generate`, but an iterator over the new text while it is generated: strings, or lists of them for a batch."""
     return TextStream(model, tokenizer, prompts, **options)
 
 
 class TextStream:
-    """One request, running while it is iterated over.
+    """One running request; iterating over it generates its text.
 
     Attributes:
-        model: what runs. Its leaves may be abstract (`jax.ShapeDtypeStruct`) until the iteration begins, for `compile`.
-        completions: one a row; complete once the iteration has ended.
-        speed: what it took so far.
-        single: whether one text is made rather than a list: of one prompt, in one sample.
+        model: its leaves may be abstract (`jax.ShapeDtypeStruct`) until the iteration begins, for `compile`.
+        completions: one for each row; complete once the iteration has ended.
+        speed: its cost so far.
+        single: whether it generates one text (of one prompt, one sample) rather than a list.
     """
 
     def __init__(
@@ -122,29 +122,29 @@ class TextStream:
         """Checks and encodes; nothing runs yet.
 
         Args:
-            model: the model, or its shapes: see the attribute.
+            model: the model, or its shapes (see the attribute).
             tokenizer: its tokenizer, or None (see `generate`).
             prompts: see `generate`.
-            max_new_tokens: most new tokens a row; 512, or as many as the context still holds, unless given.
-            temperature: 0 is greedy. This and the knobs behind it, each one value or one a prompt: see
+            max_new_tokens: the most new tokens of a row; unless given 512, or the room in the context if that is less.
+            temperature: 0 is greedy. This and the next knobs have one value, or one for each prompt: see
                 `sampling.Sampler`.
             top_k: see `sampling.Sampler`; None is off.
             top_p: likewise.
             min_p: likewise.
             repetition_penalty: likewise.
-            seed: whole number from 0 to 2**32 - 1; the same for every prompt, or one a prompt.
-            samples: texts of each prompt, all of one prefill: the first is that of the seed alone, the others differ
-                from it in their draws. `completions` has those of the first prompt first.
+            seed: whole number from 0 to 2**32 - 1; one for all prompts, or one for each.
+            samples: number of texts of each prompt, with one prefill: the first is the text of the seed alone, the
+                others use other draws. `completions` has those of the first prompt first.
             stop: texts at which a row ends; they are not part of its text.
             stop_ids: ids at which a row ends; the tokenizer's unless given.
             cache_dtype: of keys and values, one of `cache.CACHE_DTYPES`; the model's unless given.
-            speculate: tokens that the text itself drafts for each forward pass to check (see `speculate.py`); 0 is off.
-                The text is the same up to rounding: a product over more tokens may be summed in another order.
+            speculate: drafted tokens that each forward pass checks (see `speculate.py`); 0 is off. The text is the same
+                up to rounding: a product over more tokens may be summed in another order.
             smooth: whether text should come every 50 ms rather than 64 tokens at a time.
-            least_slots: of the cache, more of which are made where the request needs them: requests with as many share
-                their programs.
-            kept: rows of an earlier request, of which this one keeps what its prompts share with them, and which it
-                leaves its own in.
+            least_slots: the fewest slots of the cache; a request that needs more gets more. Requests of equal slots
+                share their programs.
+            kept: rows of earlier requests. This request reuses the tokens that its prompts share with them, and leaves
+                its own rows there.
         """
         each, single = as_prompts(prompts)
         self.single = single and samples is None
@@ -176,30 +176,30 @@ class TextStream:
         return [completions[i : i + n] for i in range(0, len(completions), n)]
 
     def stop(self) -> None:
-        """Ends the request soon: behind the forward passes in progress, with "stopped" for rows that still run.
+        """Ends the request soon: after the forward passes in progress, with "stopped" for rows that still run.
 
         It only sets a flag, so that a signal handler or another thread may call it.
         """
         self._stopped = True
 
     def compile(self) -> None:
-        """Makes the programs of this request ready; without, each is when it is first used."""
+        """Compiles or loads the programs of this request; without it, that happens at their first use."""
         slots = self._kept.slots(self.model, len(self._rows), self._slots(), self._options)
         engine = Engine(self.model, len(self._rows), slots, **self._options, counted=self.speed)
         engine.compile(max(map(len, self._prompts)), self._sources(), self._samples - 1)
 
     def compile_while(self, read: Callable[[], Llama]) -> None:
-        """`compile` while `read`, in a thread of its own, makes the model that then runs."""
+        """Runs `compile` while `read`, in another thread, returns the model to run."""
         with workers(1) as reader:
             reading = reader.submit(read)
             self.compile()
             self.model = reading.result()
 
     def __iter__(self) -> Iterator[Any]:
-        """Runs the request; each item is the text that has become certain: a string, or a list of one a row.
+        """Runs the request; each item is the text that has become final: a string, or a list with one for each row.
 
         Raises:
-            LlamaJaxError: where logits are not finite, behind the text before them.
+            LlamaJaxError: if logits are not finite, after the text before them.
         """
         engine = self._kept.fit(self.model, len(self._rows), self._slots(), self._options, self.speed)
         self.model = engine.model

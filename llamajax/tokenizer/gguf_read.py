@@ -94,8 +94,8 @@ def from_metadata(metadata: Mapping[str, Any]) -> tuple[bytes | None, Words, fro
     left = sorted(key for key in metadata if key.startswith(PREFIX) and key not in keys.used | _WITHOUT_EFFECT)
     if left:
         raise LlamaJaxError(
-            f"{shortened(left[0])} is {shortened(metadata[left[0]])}: a key of the tokenizer that is not known: "
-            f"whether it changes ids cannot be said: give --ignore_key={shortened(left[0])[1:-1]} if it does not"
+            f"{shortened(left[0])} is {shortened(metadata[left[0]])}: an unknown key of the tokenizer, "
+            f"which may change ids: give --ignore_key={shortened(left[0])[1:-1]} if it does not"
         )
     if model == "gpt2" and metadata.get("tokenizer.ggml.pre") is None:
         warnings.warn(
@@ -205,15 +205,15 @@ def _read(keys: _Keys, model: str) -> tuple[bytes, Words]:
     for index in known:
         types[index] = CONTROL if types[index] in (NORMAL, USER_DEFINED) else types[index]
     if keys.flag("ggml.add_sep_token", False):
-        raise LlamaJaxError("tokenizer.ggml.add_sep_token is true: a separator behind texts is not known here")
+        raise LlamaJaxError("tokenizer.ggml.add_sep_token is true: expected false, as separators are not supported")
     pre = PATTERNS.get(keys.text("ggml.pre", "default")) if model == "gpt2" else None
     add_bos = keys.flag("ggml.add_bos_token", kind.add_bos if pre is None else pre.adds_bos)
     add_eos = keys.flag("ggml.add_eos_token", kind.add_eos)
     for part, adds in (("bos", add_bos), ("eos", add_eos)):
         if adds and part not in said:
             raise LlamaJaxError(
-                f"tokenizer.ggml.add_{part}_token is true, by the file or for its kind, and "
-                f"tokenizer.ggml.{part}_token_id missing: expected the token's id"
+                f"tokenizer.ggml.add_{part}_token is true, in the file or by default, and "
+                f"tokenizer.ggml.{part}_token_id is missing: expected the token's id"
             )
     named: dict[str, str] = {part: tokens[said[part]] for part in ("bos", "eos") if part in said}
     space: str | None = None
@@ -259,7 +259,7 @@ def _byte_level(keys: _Keys, tokens: list[str], types: list[int], adds: set[str]
     name = keys.text("ggml.pre", "default")
     if name not in PATTERNS:
         raise LlamaJaxError(
-            f"tokenizer.ggml.pre is {shortened(name)}, a pre-tokenizer that is not known: expected one of "
+            f"tokenizer.ggml.pre is {shortened(name)}, an unknown pre-tokenizer: expected one of "
             f"{', '.join(sorted(PATTERNS))}"
         )
     keys.numbers("ggml.scores", 0, None)  # of merges alone is it made
@@ -270,7 +270,7 @@ def _byte_level(keys: _Keys, tokens: list[str], types: list[int], adds: set[str]
         raise LlamaJaxError("tokenizer.ggml.merges is missing: expected the merges of the vocabulary")
     if BYTE in types:
         raise LlamaJaxError(
-            "tokenizer.ggml.token_type has bytes of their own, 6: expected none beside GPT-2's characters"
+            "tokenizer.ggml.token_type has byte tokens (6): expected none, as GPT-2 spells bytes as characters"
         )
     pre = PATTERNS[name]
     special = {tokens[index]: index for index, one in enumerate(types) if one in (CONTROL, UNKNOWN)}
@@ -319,7 +319,7 @@ def _sentencepiece(
     ]
     if len(set(pieces)) < len(pieces):
         raise LlamaJaxError(
-            "tokenizer.ggml.tokens has a token with spaces and with ▁ for them: expected one of the two"
+            "tokenizer.ggml.tokens has tokens with spaces and with ▁ in their place: expected one of the two"
         )
     data = make_model(
         pieces,
@@ -357,7 +357,7 @@ def _templates(keys: _Keys) -> dict[str, bytes]:
             file = f"chat_template.{name}.jinja"
             if not is_carried(file):
                 raise LlamaJaxError(
-                    f"{shortened(key)}: a chat template's name: expected 1 to 40 letters, digits, _ and -"
+                    f"{shortened(key)}: the name of a chat template: expected 1 to 40 letters, digits, _ and -"
                 )
             files[file] = keys.text(f"chat_template.{name}", "").encode()
     return files

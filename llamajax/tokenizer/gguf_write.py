@@ -90,7 +90,7 @@ def _of_sentencepiece(tokenizer: Tokenizer) -> _Table:
             f"the tokenizer is a sentencepiece model of type {trainer.model_type}: a GGUF holds BPE and unigram"
         )
     if not normalizer.escape_whitespaces or trainer.treat_whitespace_as_suffix:
-        raise LlamaJaxError("the tokenizer treats spaces in a way of its own, for which GGUF has no key")
+        raise LlamaJaxError("the tokenizer has its own rules for spaces, for which GGUF has no key")
     types = [piece.type for piece in model.pieces]
     spelt = {USER_DEFINED: lambda piece: piece.replace("▁", " ")}
     tokens = [spelt.get(piece.type, str)(piece.piece) for piece in model.pieces]
@@ -120,7 +120,8 @@ def _of_json(tokenizer: Tokenizer) -> _Table:
     model = value["model"]
     if model.get("type", "BPE") != "BPE":
         raise LlamaJaxError(
-            f"the tokenizer.json has a model of type {shortened(model.get('type'))}, which no GGUF holds: expected BPE"
+            f"the tokenizer.json has a model of type {shortened(model.get('type'))}, which GGUF cannot hold: expected "
+            "BPE"
         )
     if any(model.get(flag) for flag in ("continuing_subword_prefix", "end_of_word_suffix")):
         raise LlamaJaxError("the tokenizer.json marks where words begin or end, for which GGUF has no key")
@@ -156,8 +157,8 @@ def _pre_tokenizer(value: Mapping[str, Any]) -> str:
     for step in steps_of(value.get("normalizer"), "normalizers"):
         if step.get("type") != "NFC":
             raise LlamaJaxError(
-                f"the tokenizer.json has the normalizer {shortened(step.get('type'))}, which no GGUF says: expected "
-                "none, or NFC"
+                f"the tokenizer.json has the normalizer {shortened(step.get('type'))}, for which GGUF has no key: "
+                "expected none, or NFC"
             )
     expressions = tuple(_expressions(value.get("pre_tokenizer")))
     ignores = bool(value["model"].get("ignore_merges"))
@@ -166,7 +167,7 @@ def _pre_tokenizer(value: Mapping[str, Any]) -> str:
             return name
     raise LlamaJaxError(
         f"the tokenizer.json splits text by {shortened(expressions)}, ignore_merges {str(ignores).lower()}, for which "
-        "GGUF has no name that is known"
+        "GGUF has no known name"
     )
 
 
@@ -185,7 +186,7 @@ def _expressions(state: Any) -> Iterator[str]:
                 yield GPT2
         else:
             raise LlamaJaxError(
-                f"the tokenizer.json has the pre-tokenizer {shortened(json.dumps(step))}, which no GGUF says"
+                f"the tokenizer.json has the pre-tokenizer {shortened(json.dumps(step))}, for which GGUF has no key"
             )
 
 

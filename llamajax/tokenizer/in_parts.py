@@ -52,7 +52,7 @@ def _spelt(engine: Engine, text: str, first: bool, controls: Collection[int]) ->
         return ids
     cut = text.find(named) + 1
     if not cut or cut == len(text):
-        raise EngineError(f"the vocabulary has no other spelling of {shortened(named)} than the token itself")
+        raise EngineError(f"the vocabulary can encode {shortened(named)} only as that token, not as plain text")
     return _spelt(engine, text[:cut], first, controls) + _spelt(engine, text[cut:], False, controls)
 
 

@@ -49,7 +49,7 @@ def model_of_llama2c(data: bytes) -> bytes:
     pieces[:3] = [piece.strip("\n") for piece in pieces[:3]]
     if pieces[: len(_FIRST)] != _FIRST:
         raise EngineError(
-            "a llama2.c tokenizer.bin that does not begin with <unk>, <s>, </s> and 256 bytes: expected so"
+            "a llama2.c tokenizer.bin that does not begin with the expected <unk>, <s>, </s> and 256 bytes"
         )
     types = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * (len(pieces) - len(_FIRST))]
     return make_model(pieces, scores, types)

@@ -41,8 +41,8 @@ class Pieces:
             piece = left + right
             if piece != last and piece in order:
                 raise LlamaJaxError(
-                    f"the tokenizer.json makes {shortened(piece)} sooner of some pairs than of others, which no "
-                    "scores of pieces say"
+                    f"the tokenizer.json gives the merges into {shortened(piece)} different ranks, which scores of "
+                    "pieces cannot express"
                 )
             order.setdefault(piece, len(order))
             last = piece

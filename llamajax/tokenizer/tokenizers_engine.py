@@ -126,7 +126,7 @@ class TokenizersEngine:
         if len(ids) > 1:
             raise EngineError(f"a tokenizer.json that puts {len(ids)} tokens {where} every text: expected at most one")
         if ids and not 0 <= ids[0] < self.size:
-            raise EngineError(f"a tokenizer.json that puts {ids[0]} {where} every text: expected an id of its own")
+            raise EngineError(f"a tokenizer.json that puts {ids[0]} {where} every text: expected one of its ids")
         return ids[0] if ids else None
 
     def _add_tokens(self, words: Words) -> None:

@@ -126,7 +126,7 @@ def config_of(
     keys = Keys({key: _one_value(path, prefix, key, value) for key, value in said.items()}, str(path), prefix=prefix)
     for key in _REQUIRED:
         if key not in keys:
-            raise LlamaJaxError(f"{path}: missing key {prefix + key!r}: the file is damaged, or of no {architecture}")
+            raise LlamaJaxError(f"{path}: missing key {prefix + key!r}: the file is damaged, or not a {architecture}")
     for key, field in FIELDS.items():
         if key in keys and field != "norm_eps":
             check_whole(
@@ -144,7 +144,7 @@ def config_of(
     check_whole(f"{path}: {prefix}vocab_size", rows)
     needed = sorted(keys.read & ignored)
     if needed:
-        raise LlamaJaxError(f"{prefix + needed[0]!r} cannot be ignored: the model is made by it")
+        raise LlamaJaxError(f"{prefix + needed[0]!r} cannot be ignored: the architecture depends on it")
     remedy = "if it does not change the forward pass, give --ignore_key={key} (ignore_keys in the library)"
     check_read(keys, said.keys() - ignored, (_NO_EFFECT | {*_ONLY_VALUE, *_OF_HEADS}).__contains__, remedy)
     config = Config.from_dict(ours, f"{path}: {architecture}")
@@ -208,7 +208,7 @@ def check_quantization(path: Any, metadata: Mapping[str, Any]) -> None:
     version = metadata.get("general.quantization_version", QUANTIZATION_VERSION)
     if not is_whole(version) or version != QUANTIZATION_VERSION:
         raise LlamaJaxError(
-            f"{path}: general.quantization_version is {shortened(version)}, which is not read: expected "
+            f"{path}: general.quantization_version is {shortened(version)}, which is not supported: expected "
             f"{QUANTIZATION_VERSION}"
         )
 

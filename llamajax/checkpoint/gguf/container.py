@@ -65,8 +65,8 @@ class Gguf:
         made = turned(blocks, tensor.kind)
         if made is None:
             raise LlamaJaxError(
-                f"{self.path}: {shortened(name)} is of type {tensor.kind.name} in a big-endian file, of which ggml "
-                "says nothing: expected a little-endian file"
+                f"{self.path}: {shortened(name)} is of type {tensor.kind.name} in a big-endian file, which ggml "
+                "does not define: expected a little-endian file"
             )
         return made
 
@@ -106,17 +106,17 @@ def open_gguf(path: str | Path) -> Gguf:
         said = tuple(part.metadata.get(f"split.{key}") for key in ("no", "count"))
         if said != (number, count):
             raise LlamaJaxError(
-                f"{each}: says that it is part {shortened(said)}: expected {(number, count)} by its name"
+                f"{each}: its metadata says part {shortened(said)}: expected {(number, count)} by its name"
             )
         if part.byteorder != parts[0].byteorder:
-            raise LlamaJaxError(f"{each}: of another byte order than {paths[0]}: they do not belong together")
+            raise LlamaJaxError(f"{each}: its byte order differs from that of {paths[0]}: they do not belong together")
     return _joined(parts)
 
 
 def _check_whole(path: Path, part: Header) -> None:
     """That a file which says that it is the only part says so by all keys."""
     if part.metadata.get("split.no", 0) != 0:
-        raise LlamaJaxError(f"{path}: split.no is {shortened(part.metadata['split.no'])} of 1 part: expected 0")
+        raise LlamaJaxError(f"{path}: split.no is {shortened(part.metadata['split.no'])} in the only part: expected 0")
 
 
 def _paths_of_parts(path: Path, count: Any) -> list[Path]:
@@ -126,8 +126,8 @@ def _paths_of_parts(path: Path, count: Any) -> list[Path]:
     match = _PART.fullmatch(path.name)
     if match is None or int(match[3]) != count:
         raise LlamaJaxError(
-            f"{path}: one of {count} parts: expected a name such as model-00001-of-{count:05}.gguf, by which the "
-            "others are found beside it: rename it as it was published"
+            f"{path}: one of {count} parts, which are found by their names: expected a name such as "
+            f"model-00001-of-{count:05}.gguf: restore the name that it was published with"
         )
     paths = [path.with_name(f"{match[1]}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
     missing = [each for each in paths if not each.is_file()]
@@ -141,7 +141,7 @@ def _paths_of_parts(path: Path, count: Any) -> list[Path]:
 
 def _part(path: Path) -> Header:
     if not is_gguf(path):
-        raise LlamaJaxError(f"{path}: no GGUF file: expected a part of a split one")
+        raise LlamaJaxError(f"{path}: not a GGUF file: expected a part of a split one")
     return HeaderReader(path).read()
 
 

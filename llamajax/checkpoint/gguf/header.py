@@ -65,7 +65,7 @@ class HeaderReader:
         with open_regular(path) as file:
             head = file.read(24)
             if len(head) < 24 or head[:4] not in MAGICS:
-                raise LlamaJaxError(f"{path}: {len(head)} bytes: expected a GGUF file, which begins with 24 at least")
+                raise LlamaJaxError(f"{path}: {len(head)} bytes: expected a GGUF file, of at least 24 bytes")
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.size = len(self.map)
         # Of the two byte orders the one that makes the version a small number.
@@ -75,7 +75,7 @@ class HeaderReader:
             known = " and ".join(map(str, VERSIONS))
             remedy = ": convert it with llama.cpp of 2023, or take a newer file" if self.version == 1 else ""
             raise LlamaJaxError(
-                f"{path}: GGUF version {self.version}, which is not read: expected version {known}{remedy}"
+                f"{path}: GGUF version {self.version}, which is not supported: expected version {known}{remedy}"
             )
         self.at = 8
         self.strings = 0

@@ -104,7 +104,7 @@ def _with_longrope(path: Any, config: Config, keys: Keys, tensors: Mapping[str, 
         if name not in tensors:
             raise LlamaJaxError(f"{path}: tensor {name!r} is missing: longrope needs it")
     if config.rope_scaling is not None or FACTORS in tensors:
-        raise LlamaJaxError(f"{path}: {_SHORT} comes beside another RoPE scaling: expected one of them")
+        raise LlamaJaxError(f"{path}: {_SHORT} and another RoPE scaling are given: expected one of them")
     short, long = (_checked(path, name, config, tensors[name]) for name in (_SHORT, _LONG))
     original = keys.take(_ORIGINAL, config.context_length)
     check_whole(f"{path}: {keys.prefix}{_ORIGINAL}", original)
@@ -136,7 +136,7 @@ def write_rope(config: Config) -> dict[str, Any]:
         return said
     if scaling.kind == "dynamic" or not scaling.truncate:
         what = "dynamic NTK" if scaling.kind == "dynamic" else "YaRN that is not truncated"
-        raise LlamaJaxError(f"rope_scaling is {what}, which no key of GGUF says: expected another scaling")
+        raise LlamaJaxError(f"rope_scaling is {what}, for which GGUF has no key: expected another scaling")
     factor = rope_attention_factor(Rope(theta=config.rope_theta, scaling=scaling))
     if scaling.kind == "linear":
         return said | {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling.factor)}
@@ -170,7 +170,7 @@ def _checked(path: Any, name: str, config: Config, divisors: np.ndarray) -> np.n
     half = config.rotated_size // 2
     if divisors.shape != (half,):
         raise LlamaJaxError(
-            f"{path}: {name} has shape {divisors.shape}: expected {(half,)}, half of what turns of a head"
+            f"{path}: {name} has shape {divisors.shape}: expected {(half,)}, half of a head's rotated dimensions"
         )
     if not np.isfinite(divisors).all() or (divisors <= 0).any():
         raise LlamaJaxError(f"{path}: {name} holds {shortened(divisors.tolist())}: expected finite numbers above 0")
@@ -194,7 +194,7 @@ def with_factors(path: Any, config: Config, divisors: np.ndarray, original: Any 
     if (divisors == 1).all():
         return config
     if config.rope_scaling is not None:
-        raise LlamaJaxError(f"{name} comes beside RoPE scaling {config.rope_scaling.kind!r}: expected one of them")
+        raise LlamaJaxError(f"{name} and RoPE scaling {config.rope_scaling.kind!r} are given: expected one of them")
     for scaling in _candidates(config, divisors, original):
         if np.allclose(divisors_of(config, scaling), divisors, rtol=_CLOSE, atol=0):
             return dataclasses.replace(config, rope_scaling=scaling)

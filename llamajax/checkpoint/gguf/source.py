@@ -52,7 +52,7 @@ def open_source(path: Path, ignore_keys: Collection[str] = ()) -> Source:
     metadata = {key: value for key, value in file.metadata.items() if key not in ignore_keys}
     architecture = architecture_of(path, file.metadata)
     if "general.architecture" in ignore_keys:
-        raise LlamaJaxError("'general.architecture' cannot be ignored: the model is made by it")
+        raise LlamaJaxError("'general.architecture' cannot be ignored: the architecture depends on it")
     check_quantization(path, metadata)
     config, notes = _config(path, file, architecture, ignore_keys)
     unused = _check_tensors(path, file, config)
@@ -103,7 +103,7 @@ def _description(file: Gguf, config: Config) -> str:
 def _config(path: Path, file: Gguf, architecture: str, ignore_keys: Collection[str]) -> tuple[Config, list[str]]:
     """The config, by metadata and tensors."""
     if not file.tensors:
-        raise LlamaJaxError(f"{path}: holds no tensors, a vocabulary alone: give the file of the model itself")
+        raise LlamaJaxError(f"{path}: holds a vocabulary and no tensors: give the file of the model itself")
     embedding = file.tensors.get(EMBEDDING)
     if embedding is None or len(embedding.shape) != 2:
         shape = "is missing" if embedding is None else f"has shape {embedding.shape}: expected (vocabulary, width)"
@@ -132,7 +132,7 @@ def _check_tensors(path: Path, file: Gguf, config: Config) -> list[str]:
     if surplus:
         raise LlamaJaxError(
             f"{path}: tensor {shortened(surplus[0])} belongs to nothing in the model ({len(surplus)} such): this "
-            "release does not know what it is for"
+            "release does not support it"
         )
     missing = [name for name in expected if name not in file.tensors]
     if missing:
@@ -143,9 +143,9 @@ def _check_tensors(path: Path, file: Gguf, config: Config) -> list[str]:
             raise LlamaJaxError(f"{path}: {name} has shape {tensor.shape}: expected {shape} by the metadata")
         kind = tensor.kind
         if kind.packed is None and kind.dtype is None and not kind.dequantized:
-            raise LlamaJaxError(f"{path}: {name} is of type {kind.name}: expected a type that weights are stored in")
+            raise LlamaJaxError(f"{path}: {name} is of type {kind.name}: expected a type for weights")
         if len(shape) == 1 and kind.dtype is None:
-            raise LlamaJaxError(f"{path}: {name} is of type {kind.name}: expected F32, F16 or BF16 of a vector")
+            raise LlamaJaxError(f"{path}: {name} is of type {kind.name}: expected F32, F16 or BF16 for a vector")
     return unused
 
 

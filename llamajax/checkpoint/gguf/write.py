@@ -121,8 +121,8 @@ def keys_of(config: Config) -> dict[str, Any]:
         same = math.isclose(ours, theirs, rel_tol=1e-12) if both else ours == theirs
         if not same and field.name not in ("family", "rope_scaling"):
             raise LlamaJaxError(
-                f"{field.name} is {shortened(ours)}: a GGUF of architecture {architecture!r} says {shortened(theirs)}: "
-                "expected a config that it can say"
+                f"{field.name} is {shortened(ours)}: a GGUF of architecture {architecture!r} can only "
+                f"express {shortened(theirs)}: expected a config of that architecture"
             )
     return said
 
