@@ -59,43 +59,54 @@ def descend(
     zeros_CM = jnp.zeros_like(scale_CM) if zero_CM is None else jnp.repeat(zero_CM.astype(jnp.float32), parts, 0)
     diagonal_K = jnp.diagonal(hessian_KK)
     inverse_K = jnp.where(diagonal_K > 0, 1 / jnp.where(diagonal_K > 0, diagonal_K, 1), 0)
-
-    def group(carry: tuple, number: jax.Array) -> tuple[tuple, None]:
-        codes_KM, scale_CM, slope_KM = carry
-        start = number * size
-        rows = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
-        columns_Kg = rows(hessian_KK, axis=1)
-        hessian_gg, slope_gM, inverse_g = rows(columns_Kg), rows(slope_KM), rows(inverse_K)
-        codes_gM = rows(codes_KM)
-        scale_1M, zero_1M = (jax.lax.dynamic_slice_in_dim(part, number, 1) for part in (scale_CM, zeros_CM))
-        plain_gM = scheme.decode(codes_gM) - zero_1M
-        before_gM = plain_gM * scale_1M
-        if stored is not None:
-            scale_1M = _fitted(scale_1M, plain_gM, slope_gM, hessian_gg, stored)
-            slope_gM = slope_gM + _matmul(hessian_gg, plain_gM * scale_1M - before_gM)
-        divisor_1M = jnp.where(scale_1M == 0, 1, scale_1M)
-
-        def row(slope_gM: jax.Array, k: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=k, slice_size=1)
-            old_1M = take(plain_gM) * scale_1M
-            wanted_1M = old_1M - take(slope_gM) * take(inverse_g)[:, None]
-            code_1M = jnp.where(take(inverse_g) > 0, scheme.encode(wanted_1M / divisor_1M + zero_1M), take(codes_gM))
-            new_1M = (scheme.decode(code_1M) - zero_1M) * scale_1M
-            return slope_gM + take(hessian_gg, axis=1) * (new_1M - old_1M), (code_1M[0], new_1M[0])
-
-        _, (codes_gM, after_gM) = jax.lax.scan(row, slope_gM, jnp.arange(size))
-        slope_KM = slope_KM + _matmul(columns_Kg, after_gM - before_gM)
-        update = jax.lax.dynamic_update_slice_in_dim
-        return (update(codes_KM, codes_gM, start, 0), update(scale_CM, scale_1M, number, 0), slope_KM), None
+    of_group = functools.partial(_descend_group, zeros_CM, hessian_KK, inverse_K, scheme, size, stored)
 
     def sweep(_: jax.Array | int, state: tuple) -> tuple:
-        return jax.lax.scan(group, state, jnp.arange(len(scale_CM)))[0]
+        return jax.lax.scan(of_group, state, jnp.arange(len(scale_CM)))[0]
 
     scale_KM, zero_KM = (jnp.repeat(part, size, 0) for part in (scale_CM, zeros_CM))
     error_KM = (scheme.decode(codes_KM) - zero_KM) * scale_KM - weight_KM
     state = codes_KM, scale_CM, _matmul(hessian_KK, error_KM)
     codes_KM, scale_CM, _ = jax.lax.fori_loop(0, sweeps, sweep, state)
     return codes_KM, whole_CM if parts > 1 else scale_CM
+
+
+def _descend_group(
+    zeros_CM: jax.Array,
+    hessian_KK: jax.Array,
+    inverse_K: jax.Array,
+    scheme: Scheme,
+    size: int,
+    stored: Callable[[jax.Array], jax.Array] | None,
+    state: tuple[jax.Array, jax.Array, jax.Array],
+    number: jax.Array,
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
+    """One group of a sweep: codes, scales and `slope_KM`, the product of the Hessian with all errors, after it."""
+    codes_KM, scale_CM, slope_KM = state
+    start = number * size
+    rows = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
+    columns_Kg = rows(hessian_KK, axis=1)
+    hessian_gg, slope_gM, inverse_g, codes_gM = rows(columns_Kg), rows(slope_KM), rows(inverse_K), rows(codes_KM)
+    scale_1M, zero_1M = (jax.lax.dynamic_slice_in_dim(part, number, 1) for part in (scale_CM, zeros_CM))
+    plain_gM = scheme.decode(codes_gM) - zero_1M
+    before_gM = plain_gM * scale_1M
+    if stored is not None:
+        scale_1M = _fitted(scale_1M, plain_gM, slope_gM, hessian_gg, stored)
+        slope_gM = slope_gM + _matmul(hessian_gg, plain_gM * scale_1M - before_gM)
+    divisor_1M = jnp.where(scale_1M == 0, 1, scale_1M)
+
+    def row(slope_gM: jax.Array, k: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=k, slice_size=1)
+        old_1M = take(plain_gM) * scale_1M
+        wanted_1M = old_1M - take(slope_gM) * take(inverse_g)[:, None]
+        code_1M = jnp.where(take(inverse_g) > 0, scheme.encode(wanted_1M / divisor_1M + zero_1M), take(codes_gM))
+        new_1M = (scheme.decode(code_1M) - zero_1M) * scale_1M
+        return slope_gM + take(hessian_gg, axis=1) * (new_1M - old_1M), (code_1M[0], new_1M[0])
+
+    _, (codes_gM, after_gM) = jax.lax.scan(row, slope_gM, jnp.arange(size))
+    slope_KM = slope_KM + _matmul(columns_Kg, after_gM - before_gM)
+    update = jax.lax.dynamic_update_slice_in_dim
+    return (update(codes_KM, codes_gM, start, 0), update(scale_CM, scale_1M, number, 0), slope_KM), None
 
 
 def _fitted(

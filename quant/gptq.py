@@ -102,22 +102,31 @@ def quantize_gptq(
     weight, hessian, scale_dtype = jnp.asarray(weight), jnp.asarray(hessian), jnp.dtype(scale_dtype)
     size = checked_group_size(weight, scheme, group_size, axis)
     _check_arguments(weight, hessian, axis, scale_dtype, clip, damping, block_size)
-    if descent < 0 or (descent and (scheme.scale_code or group_size == "tensor")):
-        raise ValueError(
-            f"descent {descent} of {scheme.name}, {group_size!r}: expected 0 or more, with scales of groups"
-        )
+    _check_descent(descent, scheme, group_size)
     second = _checked_second(scale_scheme, scheme, group_size, weight.shape[axis], scales)
     grid = _Grid(scheme, size, group_size == "tensor", scale_dtype, clip is not None, second)
     fixed = None if scales is None else _fixed(scales, weight, scheme, size, axis, act_order)
-    of_bits = None
-    if scheme.kind in ("int", "uint"):
-        # One program for all numbers of bits: compiling takes longer than most weights.
-        of_bits = AnyBits.of(scheme), padded_factors(scheme, size) if clip else None
-        grid = dataclasses.replace(grid, scheme=Scheme(scheme.kind, 8))
+    of_bits, grid = _bits_as_data(grid)
     parts, in_range = _quantize(weight, hessian, damping, fixed, of_bits, grid, axis, act_order, block_size, descent)
     check_in_range(weight, in_range, scale_dtype)
     quantized = _packed(*parts, scheme, second, axis, weight.dtype)
     return quantized if scales is None else dataclasses.replace(quantized, scale=scales.scale, offset=scales.offset)
+
+
+def _bits_as_data(grid: "_Grid") -> tuple[tuple[AnyBits, Any] | None, "_Grid"]:
+    """What differs between numbers of bits, and a grid that is the same for all: compiling takes longer than weights."""
+    scheme = grid.scheme
+    if scheme.kind not in ("int", "uint"):
+        return None, grid
+    factors = padded_factors(scheme, grid.group_size) if grid.search else None
+    return (AnyBits.of(scheme), factors), dataclasses.replace(grid, scheme=Scheme(scheme.kind, 8))
+
+
+def _check_descent(descent: int, scheme: Scheme, group_size: int | str) -> None:
+    if descent < 0 or (descent and (scheme.scale_code or group_size == "tensor")):
+        raise ValueError(
+            f"descent {descent} of {scheme.name}, {group_size!r}: expected 0 or more, with scales of groups"
+        )
 
 
 def _checked_second(

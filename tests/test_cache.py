@@ -355,7 +355,7 @@ def test_command_line(box: Box, capsys) -> None:
     assert (printed["tokens"], printed["log_probabilities"]) == (made.tokens, made.log_probabilities)
     assert main([*argv, "--kv_cache=int3"]) == 2
     error = capsys.readouterr().err
-    assert "kv_cache" in error and "<auto|float32|bfloat16|float16|int8|int4>" in error
+    assert "--kv_cache=int3: expected auto, float32, bfloat16, float16, int8 or int4" in error
 
 
 # ---- The compiled program -------------------------------------------------------------------------------------------

@@ -419,7 +419,7 @@ def test_a_target_that_was_killed_before_the_manifest_named_it(copy: Path, tmp_p
         assert main(["export", f"--bundle={left}", "--target=cuda:two"]) == 1
     assert "another process is writing to it" in capsys.readouterr().err
     assert main(["export", f"--bundle={left}", "--target=cuda:two"]) == 0
-    assert f"{left}: targets/cuda-one removed" in capsys.readouterr().err
+    assert f"{left}: removed targets/cuda-one" in capsys.readouterr().err
     assert [path.name for path in (left / "targets").iterdir()] == ["cuda-two"]
     assert list(open_bundle(left).manifest["targets"]) == ["cuda:two"]
     (left / "programs" / "surplus").mkdir()

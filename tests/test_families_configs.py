@@ -543,7 +543,9 @@ def test_null_is_what_it_says() -> None:
 def test_a_switch_that_the_family_cannot_say() -> None:
     config = config_from_hf(PUBLISHED["Qwen/Qwen3-0.6B"])
     fields = config.to_dict() | {"score_cap": 30.0}
-    with pytest.raises(LlamaJaxError, match="score_cap is 30.0: a config.json of family 'qwen3' says None: expected"):
+    with pytest.raises(
+        LlamaJaxError, match="score_cap is 30.0: a config.json of family 'qwen3' can only express None: expected"
+    ):
         config_to_hf(Config.from_dict(fields))
 
 
