@@ -114,7 +114,7 @@ def quantize_gptq(
 
 
 def _bits_as_data(grid: "_Grid") -> tuple[tuple[AnyBits, Any] | None, "_Grid"]:
-    """What differs between numbers of bits, and a grid that is the same for all: compiling takes longer than weights."""
+    """What differs between numbers of bits, as data, and a grid that is the same for all: one program serves them."""
     scheme = grid.scheme
     if scheme.kind not in ("int", "uint"):
         return None, grid
