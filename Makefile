@@ -25,7 +25,7 @@ chat: $(VENV)/ready
 smollm2: $(VENV)/ready
 	@test -n "$$LLAMAJAX_SMOLLM2" || $(BIN)/python -m llamajax.cli.smollm2
 
-# In minutes: of matrices a tenth, another every day. Compiled as quickly as XLA can: see tests/conftest.py.
+# In minutes: of matrices a fifteenth, another every day. Compiled as quickly as XLA can: see tests/conftest.py.
 test: $(VENV)/test
 	$(PYTEST)
 

@@ -50,8 +50,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # ---- What a run leaves out ------------------------------------------------------------------------------------------
 
 # Of a matrix one in so many cases runs, unless all are asked for; of the largest no more than some.
-_SAMPLE = 10
-_MOST_SAMPLED = 24
+_SAMPLE = 15
+_MOST_SAMPLED = 16
 # Of the files of tests a run with --eighth has one in so many, and these, which are of what a newer JAX changes first:
 # what it exports, lowers, keeps, shards and promises between its modules and ours.
 _PART = 8
@@ -70,7 +70,7 @@ _ALWAYS = (
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`make test-all` gives --all. The seed draws other cases of the same matrices: others every day unless given."""
     parser.addoption("--all", action="store_true", help="every case of every matrix, and tests marked exhaustive")
-    parser.addoption("--sample-seed", type=int, help="which tenth of a matrix runs without --all")
+    parser.addoption("--sample-seed", type=int, help="which fifteenth of a matrix runs without --all")
     parser.addoption("--eighth", action="store_true", help="of the files an eighth, by the seed, and a few always")
 
 
