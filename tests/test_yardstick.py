@@ -105,7 +105,7 @@ def test_rows_of_other_targets_and_texts(yardstick) -> None:
     assert (row.recipe.target_bpw, row.own, row.options) == (3.5, True, {"types": "ggml"})
     assert yardstick.Ours.parse("target_bpw=4").recipe.target_bpw == 4
     assert yardstick.Ours.parse("bits=4.25+calibration").recipe.rules == read_recipe("calibrated").rules
-    changed = yardstick.Ours.parse("bits=3.5+propagation=0+method=rtn+clip=null").recipe
+    changed = yardstick.Ours.parse("bits=3.5+propagation=0+method=rtn+damping=0.01+descent=0+clip=null").recipe
     assert (changed.propagation, changed.rules[-1].method, changed.rules[-1].clip) == (0, "rtn", None)
     assert changed.rules[0] == read_recipe("calibrated").rules[0]  # norms, which are kept
 
