@@ -318,7 +318,7 @@ def test_parts_that_do_not_belong_together(tmp_path: Path) -> None:
         ({"llama.use_magic": True}, "unknown key 'llama.use_magic': .* --ignore_key=llama.use_magic"),
         ({"llama.feed_forward_length": [512, 256]}, "feed_forward_length differs between layers"),
         ({"llama.context_length": "long"}, "context_length is 'long': expected a whole number"),
-        ({"general.quantization_version": np.uint32(1)}, "general.quantization_version is 1, which is not read"),
+        ({"general.quantization_version": np.uint32(1)}, "general.quantization_version is 1, which is not supported"),
     ],
 )
 def test_keys_that_ask_for_something_else(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
