@@ -433,7 +433,10 @@ def test_quantize_for_ggml_and_convert(tmp_path: Path, capsys) -> None:
             ["quantize", "--types=ggml", "--recipe=ternary"],
             "one scale, in float16: no ggml type holds it, the nearest is",
         ),
-        (["quantize", "--types=ggml", "--recipe=mixed-4.5bpw"], "recipe recipe mixed-4.5bpw needs a text to run the model on"),
+        (
+            ["quantize", "--types=ggml", "--recipe=mixed-4.5bpw"],
+            "recipe recipe mixed-4.5bpw needs a text to run the model on",
+        ),
         (["convert", "--to=gguf"], "out: GGUF is one file: expected a name that ends in .gguf"),
     ],
 )

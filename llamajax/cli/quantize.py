@@ -71,7 +71,13 @@ def define(values: flags.FlagValues) -> None:
             "model itself generates. The result is better at the same size, and takes minutes instead of seconds.",
             flag_values=values,
         )
-        flags.DEFINE_integer("calibration_tokens", 8192, "Uses `N` tokens of that text.", flag_values=values)
+        flags.DEFINE_integer(
+            "calibration_tokens",
+            8192,
+            "Uses `N` tokens of that text. Twice as many take "
+            "1.5 times as long; at 3.5 bits they took a fifth off the KL divergence.",
+            flag_values=values,
+        )
         flags.DEFINE_integer("context", 512, "Runs the model on `N` tokens of it at a time.", flag_values=values)
     define_threads(values)
     with group(values, OUTPUT):
