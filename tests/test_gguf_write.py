@@ -435,7 +435,7 @@ def test_quantize_for_ggml_and_convert(tmp_path: Path, capsys) -> None:
         ),
         (
             ["quantize", "--types=ggml", "--recipe=mixed-4.5bpw"],
-            "recipe recipe mixed-4.5bpw needs a text to run the model on",
+            "recipe mixed-4.5bpw needs a text to run the model on",
         ),
         (["convert", "--to=gguf"], "out: GGUF is one file: expected a name that ends in .gguf"),
     ],
