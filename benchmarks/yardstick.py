@@ -62,6 +62,7 @@ _WINDOW = 512  # at which --windows counts: longer contexts have as many tokens
 _SEARCHED = "calibrated"  # of which bits=… sets the target
 _IMATRIX = "+imatrix"
 _FAMILIES = ("llamajax", "llama.cpp", "llama.cpp, importance matrix")
+_UNCALIBRATED = "llamajax, no text"  # in the picture
 
 
 class Setting(NamedTuple):
@@ -449,9 +450,12 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
     for row in rows:
         key = row["key"]
         label = "" if row["family"] == _FAMILIES[2] else key["row"]
-        point = Point(row["family"], label, row["bits_per_weight"], row["kl_divergence"])
+        family = row["family"]
+        if family == _FAMILIES[0] and not getattr(Ours.parse(key["row"]).recipe, "needs_calibration", True):
+            family, label = _UNCALIBRATED, label.replace("uncalibrated+", "")
+        point = Point(family, label, row["bits_per_weight"], row["kl_divergence"])
         panels.setdefault(key["model"], []).append(point)
-    order = {family: i for i, family in enumerate(_FAMILIES)}
+    order = {family: i for i, family in enumerate((*_FAMILIES, _UNCALIBRATED))}
     quality_panels(
         {name: sorted(points, key=lambda point: order[point.family]) for name, points in panels.items()}, path
     )
