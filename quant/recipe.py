@@ -188,7 +188,7 @@ class Rule:
             ),
             (self.importance and (self.method != "rtn" or self.clip is None), "importance needs method rtn and clip"),
             (self.act_order and self.method != "gptq", "act_order needs method gptq"),
-            (self.damping != 0.01 and self.method != "gptq", "damping needs method gptq"),
+            (self.damping != Rule.damping and self.method != "gptq", "damping needs method gptq"),
             (self.descent and self.method != "gptq", "descent needs method gptq"),
             (self.scale_scheme is None and self.scale_group != 256, "scale_group needs a scale_scheme"),
             (self.scale_scheme is not None and self.method == "hqq", "hqq has no scale_scheme"),

@@ -10,6 +10,7 @@ import pytest
 from llamajax import Config, Llama
 from llamajax.model import model_from
 from llamajax.parameters import Place, named_weights, specs, weights_of
+from llamajax.quantization.bit_search import some_of
 from llamajax.quantization.sensitivity import gradients
 from tests.reference import forward, random_model
 from tests.reference import weights_of as reference_weights
@@ -91,3 +92,11 @@ def log_probabilities(model: Llama, tokens_WT: np.ndarray) -> np.ndarray:
     logits = np.stack([forward(model.config, weights, row) for row in tokens_WT])
     logits = logits - logits.max(-1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize(
+    ("windows", "tokens", "chosen"), [(32, 512, [0, 10, 21, 31]), (3, 512, [0, 1, 2]), (5, 4096, [0])]
+)
+def test_windows_from_all_over_the_text_fill_2048_tokens(windows: int, tokens: int, chosen: list[int]) -> None:
+    text_WT = np.repeat(np.arange(windows), tokens).reshape(windows, tokens)
+    assert some_of(text_WT)[:, 0].tolist() == chosen
