@@ -12,9 +12,9 @@ and perplexity beside it, each with the standard error of tokens taken for indep
 all tensors, norms included, over the parameters, for both.
 
 Models are `box`, `smollm2` (the Q4_1 file dequantized: it lies on the lattice of 4-bit formats and flatters them),
-`smollm2-distilled` (`distil_smollm2.py` makes it), `gemma3` (a Q4_K_M file dequantized), or a checkpoint's path. The
-text is WikiText-2's test text in the folder that LLAMAJAX_SHARED names, calibration on its first half and figures on
-its second (--swap: the other way); of the box its own stories.
+`gemma3` (a Q4_K_M file dequantized, which flatters likewise), `smollm2-distilled` and `gemma3-distilled` (`distil.py`
+makes them of these), or a checkpoint's path. The text is WikiText-2's test text in the folder that LLAMAJAX_SHARED
+names, calibration on its first half and figures on its second (--swap: the other way); of the box its own stories.
 
 A row of ours is a recipe's name or path, and options joined by "+": `bits=3.5` (of the recipe `calibrated` where none
 is named), `calibration=self` (a text that the model says; otherwise the first half), keys of a recipe (`propagation=0`)

