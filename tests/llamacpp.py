@@ -170,7 +170,7 @@ def library() -> ctypes.CDLL:
 
 
 def _context_params(slots: int) -> _ContextParams:
-    """Returns parameters of a context: so many slots, all logits, one batch, float32 keys and values, plain attention."""
+    """Returns a context's parameters: its slots, all logits, one batch, float32 keys and values, plain attention."""
     params = library().llama_context_default_params()
     found = (params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max, params.rope_scaling_type)
     found += (params.flash_attn_type, params.type_k, params.type_v)

@@ -1,4 +1,4 @@
-"""`benchmarks/distil_smollm2.py` on a tiny model: noise as wide as a step, nearer by regression, resumable."""
+"""`benchmarks/distil_smollm2.py` on a tiny model: noise up to half a step, gains by regression, resumption."""
 
 import types
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ OPTIONS = TrainOptions(
 
 @pytest.fixture(scope="module")
 def distil() -> Iterator[types.ModuleType]:
-    """The script as a module, which finds those beside it."""
+    """The script as a module that can import the scripts beside it."""
     with script("distil_smollm2") as module:
         yield module
 
@@ -38,7 +38,7 @@ def packed(tiny_model: llamajax.Llama) -> llamajax.Llama:
 
 @pytest.fixture(scope="module")
 def tokens(tiny_config: llamajax.Config) -> np.ndarray:
-    """A text that repeats itself: inputs of the matrices have directions that they prefer, and its end is like it."""
+    """A repetitive text, so that inputs of the matrices have preferred directions and its end is like the rest."""
     return np.tile(np.random.default_rng(3).integers(0, 12, 64), 32).astype(np.int32)
 
 
