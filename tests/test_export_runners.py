@@ -223,7 +223,7 @@ def test_state_of_other_names_shapes_and_dtypes(tmp_path: Path) -> None:
 
 
 def test_state_that_the_programs_do_not_take(copy: Path, tmp_path: Path) -> None:
-    assert [value["name"] for value in runner.Bundle(str(copy)).state] == ["key", "value"]  # the bundle is older than this key
+    assert [value["name"] for value in runner.Bundle(str(copy)).state] == ["key", "value"]  # it lacks the key
     bundle = write_counters(tmp_path / "counters")
     for state in (
         [],
