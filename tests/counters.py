@@ -13,7 +13,7 @@ from export.profiles import PROFILES
 
 V, T, SLOTS = 8, 4, 32
 PROMPTS = ([3, 1, 4, 1, 5], [7, 2])
-# In the order of inputs and outputs.
+# The state arrays, in the order in which programs take and return them.
 STATE = {"trace": ((1, V), "float32"), "seen": ((V,), "uint8"), "ticks": ((1,), "int32")}
 
 

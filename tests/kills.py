@@ -225,9 +225,9 @@ def fresh() -> None:
 def compare(expected: dict[str, str], found: dict[str, str], what: str) -> list[str]:
     """Returns how the files that are there differ from the expected ones."""
     wrong = [f"{what}: {name} is missing" for name in expected if name not in found]
-    wrong += [f"{what}: {name} is left" for name in found if name not in expected]
+    wrong += [f"{what}: {name} is left over" for name in found if name not in expected]
     wrong += [
-        f"{what}: {name} is another" for name, value in expected.items() if value and found.get(name, value) != value
+        f"{what}: {name} differs" for name, value in expected.items() if value and found.get(name, value) != value
     ]
     return wrong
 

@@ -228,7 +228,7 @@ def test_a_row_is_stored_as_it_would_be_alone(dtype: str) -> None:
                 np.testing.assert_array_equal(actual, leaf)
 
 
-# ---- The model with it ----------------------------------------------------------------------------------------------
+# ---- The model with a quantized cache -------------------------------------------------------------------------------
 
 
 def run_pieces(model: llamajax.Llama, tokens_BT: np.ndarray, pieces: list[int], dtype: str) -> np.ndarray:

@@ -132,7 +132,7 @@ def test_input_that_is_no_text(folder: Path, monkeypatch, capsys) -> None:
     assert (code, out) == (1, "") and "llamajax: box: it carries no chat template" in err
 
 
-# ---- The model that is fetched ---------------------------------------------------------------------------------------
+# ---- The model's download --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

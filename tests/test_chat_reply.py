@@ -199,7 +199,7 @@ def test_what_published_templates_write_is_read_back(name: str, tmp_path: Path) 
     """Calls of earlier turns stand in prompts as models write them. The templates are trl's copies."""
     found = importlib.util.find_spec("trl")
     if found is None or not found.submodule_search_locations:
-        pytest.skip("no published templates: pip install --no-deps trl")
+        pytest.skip("needs trl's copies of published templates: pip install --no-deps trl")
     text = (Path(found.submodule_search_locations[0]) / "chat_templates" / f"{name}.jinja").read_text()
     write_folder(tmp_path, text)
     data, words = choose_tokenizer(tmp_path, read_words(tmp_path, {}, 1 << 20)[0])
@@ -207,7 +207,7 @@ def test_what_published_templates_write_is_read_back(name: str, tmp_path: Path) 
     asked = [Message("user", "what?")]
     several = (ToolCall("add", {"a": 1.5}), ToolCall("sub", {"a": [2, {"b": "</tool_call>"}], "c": "é"}))
     begun = template.render(asked).removesuffix("<think>\n")
-    for calls in (several[:1], several[1:] if "llama" in name else several):  # Llama's templates refuse several
+    for calls in (several[:1], several[1:] if "llama" in name else several):  # Llama's templates refuse several calls
         answer = in_terms_of(template, [Message("assistant", "", tool_calls=calls)])
         written = template.render([*asked, *answer], reply=False)
         assert written.startswith(begun)

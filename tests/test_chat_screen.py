@@ -11,7 +11,7 @@ from llamajax.cli import chat_screen
 from llamajax.cli.chat_screen import Screen, finished
 from llamajax.cli.terminal import harmless
 
-pyte = pytest.importorskip("pyte", reason="a terminal to look at: pip install -e '.[test]'")
+pyte = pytest.importorskip("pyte", reason="needs pyte, an emulated terminal: pip install -e '.[test]'")
 
 TEXT = """# A heading
 

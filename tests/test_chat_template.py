@@ -387,7 +387,7 @@ def test_the_clock_ends_what_no_other_limit_does(monkeypatch: pytest.MonkeyPatch
         form.render([user("x")])
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="looks into /proc")
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="reads /proc/self/fd")
 def test_the_process_has_nothing_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process gets no environment and no open files; it ends with us, since its standard input then closes."""
     monkeypatch.setenv("SECRET", "x")

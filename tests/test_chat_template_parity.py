@@ -41,7 +41,7 @@ def published() -> Path:
     pytest.importorskip("transformers", reason="compares with transformers: pip install -e '.[parity]'")
     found = importlib.util.find_spec("trl")
     if found is None or not found.submodule_search_locations:
-        pytest.skip("no published templates: pip install --no-deps trl")
+        pytest.skip("needs trl's copies of published templates: pip install --no-deps trl")
     return Path(found.submodule_search_locations[0]) / "chat_templates"
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from tests.chat_models import CYCLE, answer, save_speller
 
-pytest.importorskip("pty", reason="pseudo-terminals of POSIX")
-pytest.importorskip("pyte", reason="a terminal to look at: pip install -e '.[test]'")
+pytest.importorskip("pty", reason="needs pseudo-terminals, which POSIX has")
+pytest.importorskip("pyte", reason="needs pyte, an emulated terminal: pip install -e '.[test]'")
 from llamajax.cli.chat_input import FileOfLines
 from tests.pseudo_terminal import PseudoTerminal  # imports both
 

@@ -69,7 +69,7 @@ def small() -> llamajax.Llama:
     return llamajax.Llama(config, key=jax.random.key(0))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="files of two terabytes without blocks")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs sparse files of two terabytes")
 def test_files_that_are_none(small: llamajax.Llama, tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
     save_checkpoint(small, tmp_path / "home", tokenizer=tiny_tokenizer)
     save_checkpoint(small, tmp_path / "single", tokenizer=tiny_tokenizer, form="huggingface")

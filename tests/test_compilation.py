@@ -76,7 +76,7 @@ def test_a_program_is_loaded_instead_of_traced(folder: Path) -> None:
     assert [file.name for file in folder.parent.iterdir() if "step" in file.name] == []
 
 
-# ---- Whose programs they are -----------------------------------------------------------------------------------------
+# ---- Owner of the folder ---------------------------------------------------------------------------------------------
 
 
 def _mode(path: Path) -> int:
@@ -174,7 +174,7 @@ def test_a_damaged_program_is_made_again(folder: Path, damage) -> None:
         assert _run() == (1, pytest.approx(_expected(), rel=1e-5))
     assert _run()[0] == 0
     file.write_bytes(b"")
-    assert _run()[0] == 1, "and it is said once"
+    assert _run()[0] == 1, "the warning must come once"
 
 
 def test_what_a_program_is_made_from_names_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +218,7 @@ def test_nothing_is_kept_where_the_user_wants_or_allows_nothing(folder: Path) ->
         RuntimeWarning, match="compiled programs are not kept there, nor loaded: it is no folder. Remove it"
     ):
         assert _run() == (1, pytest.approx(_expected(), rel=1e-5))
-    assert _run()[0] == 1, "and it is said once"
+    assert _run()[0] == 1, "the warning must come once"
     assert folder.is_file()
 
 

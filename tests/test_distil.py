@@ -58,7 +58,8 @@ def test_noise_is_as_wide_as_a_step(distil, packed: llamajax.Llama) -> None:
 
 def test_regression_takes_off_what_outputs_show(distil, packed: llamajax.Llama, tokens: np.ndarray) -> None:
     teacher, student = distil.in_floats(packed), distil.noisy(packed, seed=0)
-    student = jax.tree.map(lambda leaf, theirs: theirs if leaf.ndim == 2 else leaf, student, teacher)  # no layer's
+    # Only weights of layers keep the noise.
+    student = jax.tree.map(lambda leaf, theirs: theirs if leaf.ndim == 2 else leaf, student, teacher)
     nearer, left = distil.regressed(student, teacher, tokens, kept=0.3)
     assert left == pytest.approx(0.3, abs=0.15)
     windows = gptq_windows(tokens, 512)

@@ -180,7 +180,7 @@ def test_a_system_message_without_a_place(bundle: Bundle, tmp_path: Path, monkey
         runner.main(lambda bundle: pytest.fail("nothing is loaded"), None)
 
 
-# ---- Of which templates there are strings ----------------------------------------------------------------------------
+# ---- Templates that become strings -----------------------------------------------------------------------------------
 
 
 def with_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
@@ -282,7 +282,7 @@ def test_published_templates(name: str) -> None:
     """The templates are trl's copies; test_chat_template_parity.py compares their ids with transformers'."""
     found = importlib.util.find_spec("trl")
     if found is None or not found.submodule_search_locations:
-        pytest.skip("no published templates: pip install --no-deps trl")
+        pytest.skip("needs trl's copies of published templates: pip install --no-deps trl")
     template = (Path(found.submodule_search_locations[0]) / "chat_templates" / f"{name}.jinja").read_text()
     made = chat(conversations.tokenizer_with(template))
     if name == "llama3_2":

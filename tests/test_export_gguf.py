@@ -77,7 +77,7 @@ def bundle(request, tmp_path_factory) -> Bundle:
     return bundle
 
 
-# ---- What ONNX gets of a packed weight: NumPy alone -----------------------------------------------------------------
+# ---- Packed weights for ONNX, in NumPy ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [kind.name for kind in ggml.TYPES.values() if kind.packed is not None])

@@ -116,7 +116,7 @@ def test_how_the_classes_of_a_pattern_are_kept(tmp_path: Path) -> None:
     assert [step["do"] for step in values["split"]] == ["split", "split", "bytes"]
     (digits,) = values["split"][0]["pattern"]
     assert list(values["classes"][digits][:4]) == [ord("0"), ord("9"), ord("²"), ord("³")]
-    of_s = [ord(letter) for letter in "SSssſſ"]  # which fold to one another
+    of_s = [ord(letter) for letter in "SSssſſ"]  # equal when case is ignored
     assert of_s in map(list, values["classes"])
 
 

@@ -222,7 +222,7 @@ def _check_pieces(model: Llama, theirs: Any) -> None:
     expected = _their_logits(theirs, np.concatenate([TOKENS, chosen], axis=1))
     _assert_logits(single, expected[:, : TOKENS.shape[1]])
     _assert_logits(_in_pieces(model, CHUNK)[0], expected[:, : TOKENS.shape[1]])
-    # For what came before, theirs chooses the same tokens.
+    # Given the same text, theirs chooses the same tokens.
     np.testing.assert_array_equal(expected[:, -STEPS - 1 : -1].argmax(axis=-1), chosen)
 
 
@@ -284,7 +284,7 @@ def test_text_of_a_model_that_sees_images(kind: str, text: dict, fields: dict, t
     theirs.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="tensors are for images only, not read"):
         model, _ = llamajax.load(tmp_path)
-    tokens = TOKENS % 60 + 3  # none of images
+    tokens = TOKENS % 60 + 3  # no token of images
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens)).logits.numpy()
     _assert_logits(model(tokens)[0], expected)

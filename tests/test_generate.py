@@ -361,7 +361,7 @@ def test_speed_of_nothing() -> None:
     assert speed.prefill_gigabytes_per_second == speed.decode_gigabytes_per_second == 0
 
 
-# ---- What a program is found by --------------------------------------------------------------------------------------
+# ---- Keys of kept programs -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -520,7 +520,7 @@ def test_types_that_no_weight_is_of(tmp_path: Path) -> None:
             open_checkpoint(tmp_path / "other")
 
 
-# ---- What becomes of it ----------------------------------------------------------------------------------------------
+# ---- Use of an opened file -------------------------------------------------------------------------------------------
 
 
 def test_floats_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

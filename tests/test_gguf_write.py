@@ -447,7 +447,7 @@ def test_commands_say_what_does_not_go(argv: list[str], message: str, tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
-# ---- Only what ggml's types hold ------------------------------------------------------------------------------------
+# ---- Quantizing to ggml's types only --------------------------------------------------------------------------------
 
 
 # Small, one layer, and all matrices of one shape: only the rules matter here.

@@ -108,7 +108,7 @@ def test_matmul_is_the_product(scheme, axis, group_size, scale_dtype, planes) ->
 
 @pytest.mark.parametrize("rows", [1, 16, 20])
 def test_layers_of_a_stack(rows: int) -> None:
-    """By number, by slices of a scan, and by vmap; with the kernel and without."""
+    """Layers are taken by number, by slices of a scan, and by vmap; with the kernel and without."""
     weight = make("int4", (3, 128, 128), 32, -2)
     laid_out = gpu.layout(weight)
     x_RK = activations(rows, 128, jnp.bfloat16)

@@ -104,7 +104,7 @@ def test_matmul_is_the_product(scheme, axis, group_size, scale_dtype, zero, kern
 
 @pytest.mark.parametrize(("rows", "kernel"), [(1, True), (20, True), (8, False)])
 def test_layers_of_a_stack(rows: int, kernel: bool) -> None:
-    """By number, by slices of a scan, and by vmap; with the kernel and without."""
+    """Layers are taken by number, by slices of a scan, and by vmap; with the kernel and without."""
     weight = make("int4", (3, 256, 128), 32, -2)
     laid_out, expected = tpu.layout(weight, kernel=kernel), decode(weight)
     x_RK = activations(rows, 256, jnp.bfloat16)

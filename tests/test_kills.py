@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks into /proc, which Linux has")
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc, which only Linux has")
 
 
 def passes(module: str, *options: str) -> str:

@@ -111,7 +111,7 @@ def test_stories260k_is_told_as_llamacpp_tells_it(shared: Path) -> None:
     assert ours.text == pieces.decode()
 
 
-# ---- What ours writes ----------------------------------------------------------------------------------------------
+# ---- Files that we write -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
