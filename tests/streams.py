@@ -2,8 +2,7 @@
 
     python -m tests.streams --sample=8 --seed=0
 
-One process imports the libraries once and forks for each case. It prints each problem, and exits with 1 if there was
-one.
+One process imports the libraries once and forks for each case. It prints each problem, and exits with 1 if any.
 """
 
 import argparse
