@@ -191,7 +191,7 @@ def test_weights_are_not_dequantized_in_onnx(bundle: Bundle) -> None:
     graph = onnx.load(bundle.file("targets/onnx/decode.onnx"), load_external_data=False).graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     inputs = {name for node in graph.node for name in node.input if name in tensors}
-    assert not [name for name in inputs if ".planes." in name], "only nodes that unpack codes may read planes"
+    assert not [name for name in inputs if ".planes." in name], "the decode graph must not read planes"
     products = [node.input[1] for node in graph.node if node.op_type == "MatMul" and node.input[1] in tensors]
     assert all(name.endswith(".offsets") for name in products)
     assert {node.input[1].partition(".codes")[0] for node in graph.node if node.op_type == "MatMulNBits"} == {
