@@ -1,4 +1,4 @@
-"""A model for conversations whose every answer is known: it spells the alphabet, and does not stop by itself."""
+"""A model for conversations whose every answer is known: it spells the alphabet and does not stop by itself."""
 
 from pathlib import Path
 
@@ -10,18 +10,19 @@ import llamajax
 from llamajax.tokenizer import Tokenizer
 from llamajax.words import Words
 
-# As transformers had it for models without one of their own.
+# The default template that transformers used for models without one of their own.
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
     "'\\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# Behind the end of a line comes the first of these, behind each the next, behind the last the first: a token each.
+# After a newline the model says the first of these characters, after each character the next, after the last the first.
+# Each character is one token.
 CYCLE = "abcdefghijklmnopqrstuvwxyz "
 
 
 def tokenizer_with(template: str | None, stop: tuple[int, ...] = (0,)) -> Tokenizer:
-    """A byte-level tokenizer whose first ids are ChatML's; by itself it does not end at `<|im_end|>`."""
+    """Returns a byte-level tokenizer whose first ids are ChatML's; by default `<|im_end|>` does not end a text."""
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = tokenizers.decoders.ByteLevel()
@@ -37,7 +38,7 @@ def tokenizer_with(template: str | None, stop: tuple[int, ...] = (0,)) -> Tokeni
 
 
 def random_model(vocab_size: int, context: int) -> llamajax.Llama:
-    """A small model that knows nothing."""
+    """Returns a small model with random weights."""
     config = llamajax.Config(
         vocab_size=vocab_size,
         width=32,
@@ -54,12 +55,15 @@ def random_model(vocab_size: int, context: int) -> llamajax.Llama:
 
 
 def answer(tokens: int) -> str:
-    """What it says in so many tokens."""
+    """Returns what the speller says in so many tokens."""
     return (CYCLE * (tokens // len(CYCLE) + 1))[:tokens]
 
 
 def save_speller(path: Path, context_length: int) -> Path:
-    """Writes the checkpoint: embeddings are one-hot, layers add nothing, the head has a 1 at each token's next."""
+    """Writes the speller's checkpoint.
+
+    Embeddings are one-hot, layers add nothing, and the head has a 1 where a token meets the next one of the cycle.
+    """
     tokenizer = tokenizer_with(CHATML)
     size = tokenizer.vocab_size
     config = llamajax.Config(

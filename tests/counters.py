@@ -1,4 +1,4 @@
-"""A bundle whose state is no keys and values: three arrays of other names, shapes and dtypes. NumPy says its tokens."""
+"""A bundle whose state is no keys and values but three arrays of other names, shapes, dtypes; NumPy gives tokens."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from export.profiles import PROFILES
 
 V, T, SLOTS = 8, 4, 32
 PROMPTS = ([3, 1, 4, 1, 5], [7, 2])
-# In the order of inputs and outputs.
+# The state arrays, in the order in which programs take and return them.
 STATE = {"trace": ((1, V), "float32"), "seen": ((V,), "uint8"), "ticks": ((1,), "int32")}
 
 
@@ -23,8 +23,8 @@ def tables() -> dict[str, np.ndarray]:
 
 
 def _step(table_VV, is_token_V, trace_1V, seen_V, ticks_1):
-    """Logits depend on the state before the token too: a runtime that overwrites it early gives others."""
-    # A sum in which all but one are zero: of a product with booleans IREE 3.13 takes true as -1.
+    """Logits also depend on the state before the token: a runtime that overwrites it early gives others."""
+    # A sum in which all terms but one are zero. In a product with booleans, IREE 3.13 takes true as -1.
     row_V = jnp.sum(jnp.where(is_token_V[:, None], table_VV, 0), axis=0)
     decayed_1V = trace_1V * 0.5 + row_V
     logits_1V = (
@@ -48,7 +48,7 @@ def _prefill(norm_D, table_VV, tokens_BT, count_B, length_B, *state):
 
 
 def expected_tokens(prompt: list[int], count: int) -> tuple[list[int], np.ndarray]:
-    """Greedy tokens and the logits behind the prompt, in float64."""
+    """Returns greedy tokens and the logits after the prompt, in float64."""
     table_VV, trace_V, seen, ticks = tables()["table_VV"].astype(float), np.zeros(V), set(), 0
     tokens, first_V, todo = [], None, list(prompt)
     while len(tokens) < count:
@@ -64,7 +64,7 @@ def expected_tokens(prompt: list[int], count: int) -> tuple[list[int], np.ndarra
 
 
 def write_counters(folder: Path) -> Bundle:
-    """The bundle, of the profile "unrolled"."""
+    """Writes the bundle in the profile "unrolled"."""
     (folder / "programs").mkdir(parents=True)
     weights, golden = tables(), {}
     int32 = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731

@@ -1,4 +1,4 @@
-"""Runners' two classes `Text`, in Python and in the browser's language, against a tokenizer."""
+"""The two classes `Text` of the runners, in Python and in JavaScript, against a tokenizer."""
 
 import json
 import random
@@ -17,7 +17,7 @@ STORY = "Once upon a time, there was a little fox named Ted.\nHe found 12 red ap
 
 
 class Folder:
-    """As much of a bundle as `Text` asks for."""
+    """The part of a bundle that `Text` reads."""
 
     def __init__(self, path: Path, values: dict):
         self.path = path
@@ -28,7 +28,7 @@ class Folder:
 
 
 def drawn_texts(count: int = 300, seed: int = 5) -> list[str]:
-    """Short texts in which everything meets everything, by chance; another seed than that of the golden texts."""
+    """Returns random short texts that mix all kinds of characters, with a seed other than that of the golden texts."""
     draw = random.Random(seed)
     words = [*"ae▁é日🦊\n\x00 ", "aa", "the", "  ", "<|im_end|>", "<s>", "e\u0301", "12", "Once", "'LL", "'ſ", "\r\n"]
     code = lambda *ranges: chr(draw.randrange(*draw.choice(ranges)))  # noqa: E731
@@ -53,11 +53,11 @@ def assert_same(
     expected: Callable[[str], Sequence[int]] | None = None,
     texts: Sequence[str] | None = None,
 ) -> None:
-    """Python's and the page's `Text` against a tokenizer, or what else gives the expected ids."""
+    """Compares Python's and the page's `Text` with a tokenizer, or with the function that gives the expected ids."""
     values = vocabulary_of(tokenizer).values
     assert values["refusal"] is None
     runner, texts = Text(Folder(folder, values)), [*TEXTS, *drawn_texts()] if texts is None else texts
-    # Special tokens are read out of some of them, besides.
+    # `Text` also reads special tokens in some of them.
     some = [] if expected else texts[: len(TEXTS) + 300]
     wanted = [list(expected(text) if expected else tokenizer.encode(text)) for text in texts]
     wanted += [tokenizer.encode(text, special=True) for text in some]

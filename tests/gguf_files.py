@@ -1,4 +1,4 @@
-"""GGUF files for tests, written by the `gguf` package: tiny LLaMAs whose tensors are of whatever type is asked for."""
+"""GGUF files for tests, written by the `gguf` package: tiny LLaMAs whose tensors have whatever type a test asks for."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -39,7 +39,7 @@ _NO_HALVES = (Kind.MXFP4, Kind.NVFP4, Kind.IQ1_M)
 
 
 def blocks(kind: Kind, rows: int, columns: int, seed: int = 0) -> np.ndarray:
-    """Blocks of random codes and small scales, uint8 [rows, bytes]: what no quantizer would write, too."""
+    """Returns blocks of random codes and small scales, uint8 [rows, bytes], also such as no quantizer would write."""
     rng = np.random.default_rng([seed, int(kind), rows, columns])
     if kind in (Kind.F32, Kind.F16, Kind.BF16):
         floats = (rng.standard_normal((rows, columns)) * 0.05).astype(np.float32)
@@ -60,7 +60,7 @@ def blocks(kind: Kind, rows: int, columns: int, seed: int = 0) -> np.ndarray:
 
 
 def dequantized(data: np.ndarray, kind: Kind) -> np.ndarray:
-    """By the gguf package; of Q1_0, as ggml-quants.c says: bit 1 is the scale, 0 its negative."""
+    """Dequantizes by the gguf package; Q1_0 as ggml-quants.c does: bit 1 is the scale, bit 0 its negative."""
     if kind != Kind.Q1_0:
         return np.asarray(gguf.quants.dequantize(data, kind), np.float32)
     made = data.reshape(-1, 18)
@@ -69,7 +69,7 @@ def dequantized(data: np.ndarray, kind: Kind) -> np.ndarray:
 
 
 def shapes(config: llamajax.Config) -> dict[str, tuple[int, ...]]:
-    """The tensors of a LLaMA by llama.cpp's names, rows first."""
+    """Returns the shapes of a LLaMA's tensors, rows first, by llama.cpp's names."""
     width, queries, keys = config.width, config.num_heads * config.head_size, config.num_kv_heads * config.head_size
     layer = {
         "attn_norm": (width,),
@@ -90,7 +90,7 @@ def shapes(config: llamajax.Config) -> dict[str, tuple[int, ...]]:
 
 
 def metadata_of(config: llamajax.Config) -> dict[str, Any]:
-    """What converters write of a LLaMA: unsigned numbers and floats of 32 bits."""
+    """Returns the metadata that converters write for a LLaMA: unsigned integers and floats of 32 bits."""
     return {
         "general.name": "tiny",
         "general.type": "model",
@@ -110,12 +110,12 @@ def metadata_of(config: llamajax.Config) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class Made:
-    """A file, and what it holds.
+    """A file and its content.
 
     Attributes:
-        path: of the file.
-        config: of the model.
-        blocks: of each tensor, its type and uint8 [rows, bytes], little-endian.
+        path: the file.
+        config: config of the model.
+        blocks: type and uint8 [rows, bytes], little-endian, of each tensor.
     """
 
     path: Path
@@ -123,7 +123,7 @@ class Made:
     blocks: dict[str, tuple[Kind, np.ndarray]]
 
     def weights(self) -> dict[str, np.ndarray]:
-        """Each tensor by the gguf package's dequantizer, float32, in the file's orientation and RoPE layout."""
+        """Dequantizes each tensor by the gguf package, to float32, in the file's orientation and RoPE layout."""
         made = {}
         for name, (kind, data) in self.blocks.items():
             shape = shapes(self.config).get(name, (-1,))
@@ -156,12 +156,12 @@ def write(
     """Writes a model.
 
     Args:
-        path: of the file.
-        kind: of all matrices, or by name.
-        config: of the model.
-        metadata: other values of keys, None for one that is to be left out.
-        extra: tensors beside the model's, float32.
-        options: of `gguf.GGUFWriter`.
+        path: file to write.
+        kind: type of all matrices, or a function from a tensor's name to its type.
+        config: config of the model.
+        metadata: keys with other values; None leaves a key out.
+        extra: float32 tensors beside the model's.
+        options: options of `gguf.GGUFWriter`.
     """
     made = {}
     for number, (name, shape) in enumerate(shapes(config).items()):

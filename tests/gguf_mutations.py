@@ -1,9 +1,9 @@
-"""Mutations of GGUF files, read in this process until one of them is neither refused by our error nor loaded soundly.
+"""Reads mutations of GGUF files in this process until one is neither refused by our error nor loaded soundly.
 
     python -m tests.gguf_mutations FOLDER FIRST COUNT        # prints how many were refused, and how many were loaded
 
-Mutation number i is the same wherever it is made. Damage is to bytes anywhere, and to what a file says: keys and
-tensors are left out, said twice, of another type, of another value, and the whole is written again as if it were meant.
+Mutation number i is the same on every machine. Some mutations change bytes anywhere. Others change the content: keys
+and tensors are left out, repeated, or given another type or value, and the file is written again with that content.
 """
 
 import copy
@@ -22,7 +22,7 @@ import numpy as np
 _LETTERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
-# What may not happen while a file is read.
+# What must not happen while a file is read.
 _FORBIDDEN = (
     "exec",
     "os.system",
@@ -37,19 +37,19 @@ _MOST_MEBIBYTES = 200
 
 
 class Document:
-    """What a file says: keys with types and values, tensors with shapes, types and blocks.
+    """The content of a file: keys with types and values, tensors with shapes, types and blocks.
 
     An array's value is (type of its elements, [value, …]).
     """
 
     def __init__(self, keys: list[list[Any]], tensors: list[list[Any]]):
-        """Takes [name, type, value] and [name, sizes, type, bytes] as they are."""
+        """Takes lists of [name, type, value] and of [name, sizes, type, bytes]."""
         self.keys, self.tensors = keys, tensors
         self.version, self.order = 3, "<"
         self.alignment = 32
 
     def number(self, letter: str, value: Any) -> bytes:
-        """A number, whatever of it fits."""
+        """Encodes a number; an integer is reduced to the bits of its type."""
         if letter in "fd":
             return struct.pack(self.order + letter, value)
         bits = 8 * struct.calcsize(self.order + letter)
@@ -57,12 +57,12 @@ class Document:
         return struct.pack(self.order + letter.upper() if letter != "?" else "B", value)
 
     def string(self, value: Any) -> bytes:
-        """A length and bytes."""
+        """Encodes a length and bytes."""
         data = value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogatepass")
         return struct.pack(self.order + "Q", len(data)) + data
 
     def value(self, kind: int, value: Any) -> bytes:
-        """A value as if it were of a type."""
+        """Encodes a value as if it had the given type."""
         try:
             if kind == _ARRAY:
                 inner, values = value
@@ -75,7 +75,7 @@ class Document:
             return b"\1\0\0\0\0\0\0\0"
 
     def bytes(self) -> bytes:
-        """The file."""
+        """Encodes the file."""
         made = [b"GGUF", struct.pack(f"{self.order}IQQ", self.version, len(self.tensors), len(self.keys))]
         for name, kind, value in self.keys:
             made += [self.string(name), struct.pack(self.order + "I", kind % (1 << 32)), self.value(kind, value)]
@@ -136,7 +136,7 @@ for _ in range(7):
 
 
 def _odd(draw: random.Random) -> tuple[int, Any]:
-    """A type and a value."""
+    """Returns a type and a value, both unusual."""
     return draw.choice(
         [
             (draw.choice([0, 1, 2, 3, 4, 5, 10, 11]), draw.choice(_WHOLE)),
@@ -152,7 +152,7 @@ def _odd(draw: random.Random) -> tuple[int, Any]:
 
 
 def _change_key(draw: random.Random, document: Document) -> None:
-    """One key: left out, twice, of another value or type, or its array shorter, longer, of other elements."""
+    """Changes one key: left out, repeated, of another value or type, or a changed array."""
     number = draw.randrange(len(document.keys))
     key = document.keys[number]
     action = draw.randrange(8)
@@ -188,7 +188,7 @@ def _change_key(draw: random.Random, document: Document) -> None:
 
 
 def _change_tensor(draw: random.Random, document: Document) -> None:
-    """One tensor: left out, twice, elsewhere, of another name, shape or type, or blocks of odd numbers."""
+    """Changes one tensor: left out, repeated, moved, of another name, shape or type, or with odd numbers in blocks."""
     number = draw.randrange(len(document.tensors))
     tensor = document.tensors[number]
     action = draw.randrange(7)
@@ -217,7 +217,7 @@ def _change_tensor(draw: random.Random, document: Document) -> None:
 
 
 def _change_bytes(draw: random.Random, data: bytes) -> bytes:
-    """Bytes and numbers anywhere, most in the header; cut short, or continued."""
+    """Changes bytes and numbers anywhere, most of them in the header; or cuts the file short, or appends to it."""
     made = bytearray(data)
     for _ in range(draw.choice([1, 1, 2, 4])):
         at = draw.randrange(min(len(made), draw.choice([32, 4096, len(made)])) - 8)
@@ -237,7 +237,7 @@ def _change_bytes(draw: random.Random, data: bytes) -> bytes:
 
 
 def mutated(document: Document, number: int) -> bytes:
-    """Mutation `number` of a document."""
+    """Returns mutation `number` of a document."""
     draw = random.Random(number)
     document = copy.deepcopy(document)
     if draw.random() < 0.1:
@@ -259,7 +259,7 @@ def mutated(document: Document, number: int) -> bytes:
 
 
 def read(path: Path, whole: bool) -> None:
-    """Opens a file and uses all of it: each weight, or the model; text to ids and back."""
+    """Opens a file and uses all of it: each weight, or the model; the tokenizer in both directions."""
     import jax
 
     import llamajax
@@ -281,7 +281,7 @@ def read(path: Path, whole: bool) -> None:
 
 
 def main(folder: Path, first: int, count: int) -> None:
-    """Makes mutations of every document in a folder, and prints what became of them."""
+    """Makes mutations of every document in a folder, and prints how many were refused and how many loaded."""
     import pickle
 
     from llamajax import LlamaJaxError

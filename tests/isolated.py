@@ -1,4 +1,4 @@
-"""Runs a bundle's runner as its users do: as one file, in a process that sees nothing of this project."""
+"""Runs a bundle's runner as its users do: as one file, in a process that cannot import this project."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from export.bundle import standalone_runner
 def run_isolated(
     path: Path, *arguments: str, runner: str, hidden: tuple[str, ...] = (), said: str = ""
 ) -> subprocess.CompletedProcess:
-    """The runner on the bundle at `path`; importing our packages, or what else is hidden, is an error there.
+    """Runs the runner of the bundle at `path`; importing our packages, or others that are hidden, is an error there.
 
     `said` is its standard input.
     """

@@ -1,9 +1,9 @@
-"""Kills, interrupts and full disks at random moments of every command that writes or works long.
+"""Kills, interrupts and full disks at random moments of every command that writes or runs long.
 
     python -m tests.kills --kills=100 --interrupts=100 --disks=20 --seed=0
 
-This process imports the libraries once and forks: a case costs what its command costs. It starts no backend of its own,
-which a fork would not survive. Prints what was wrong, and a summary; exits with 1 if anything was.
+This process imports the libraries once and forks, so that a case costs what its command costs. It starts no backend of
+its own, which would not survive a fork. It prints each problem and a summary, and exits with 1 if there was a problem.
 """
 
 import argparse
@@ -63,12 +63,12 @@ WRITING = {
 COMMANDS = WRITING | {
     "generate": ["generate", "--model=source", "--prompt=A little fox", "--max_new_tokens=40", "--temperature=0"],
 }
-# The plain sum of all weights of a kind of case; export takes three times as long as the others.
+# Relative frequency of commands among the cases of a kind (default 1); export takes three times as long as the others.
 WEIGHTS = {"export": 0.3}
 
 
 class Outcome(NamedTuple):
-    """What a process ended with."""
+    """How a process ended."""
 
     code: int
     out: str
@@ -77,10 +77,10 @@ class Outcome(NamedTuple):
 
 
 def in_child(function: Callable[[], object], out: int | None = None, err: int | None = None) -> int:
-    """Runs a function in a forked process; its process id."""
+    """Runs a function in a forked process; returns the process id."""
     sys.stdout.flush()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of threads: those are NumPy's, which knows of forks
+        warnings.simplefilter("ignore", DeprecationWarning)  # about threads: they are NumPy's, which handles forks
         child = os.fork()
     if child:
         return child
@@ -90,7 +90,7 @@ def in_child(function: Callable[[], object], out: int | None = None, err: int | 
                 os.dup2(descriptor, number)
         function()
         os._exit(0)
-    except SystemExit as error:  # of `run`, with a number or none
+    except SystemExit as error:  # raised by `run`, with a number or none
         sys.stdout.flush()
         os._exit(int(error.code or 0))
     except BaseException:
@@ -99,7 +99,7 @@ def in_child(function: Callable[[], object], out: int | None = None, err: int | 
 
 
 def ready(process_id: int) -> bool:
-    """Whether our handler of SIGTERM stands; Python has none."""
+    """Returns whether our SIGTERM handler is installed (Python has none), or the process has ended."""
     try:
         lines = Path(f"/proc/{process_id}/status").read_text().splitlines()
     except OSError:
@@ -111,7 +111,7 @@ def ready(process_id: int) -> bool:
 def run_command(
     argv: Sequence[str], *, delay: float = 0, number: int | None = None, largest_file: int | None = None, fork=True
 ) -> Outcome:
-    """Runs a command, and sends it a signal `delay` seconds after it has begun."""
+    """Runs a command, and sends it a signal `delay` seconds after its start."""
     from llamajax import process
     from llamajax.__main__ import run
 
@@ -150,7 +150,7 @@ def run_command(
 
 
 def prepare() -> None:
-    """A model, a text, a recipe and a config in the working folder."""
+    """Writes a model, a text, a recipe and a config into the working folder."""
     import jax
 
     import llamajax
@@ -173,9 +173,9 @@ def prepare() -> None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder, and every folder, by name.
+    """Returns the SHA-256 of every file below a folder, and every folder, by name.
 
-    Of a checkpoint of a training run the name alone: Orbax names its files at random.
+    For checkpoints of a training run, only the name counts: Orbax names the files in them at random.
     """
     paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")))
     return {
@@ -186,10 +186,10 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 class Reference(NamedTuple):
-    """What an undisturbed run gives.
+    """What an undisturbed run produces.
 
     Attributes:
-        files: name and content of what it writes; "" where two runs differ.
+        files: name and hash of each file that it writes; "" where two runs differ.
         out: its standard output.
         seconds: how long it takes.
         largest: bytes of its largest file.
@@ -202,7 +202,7 @@ class Reference(NamedTuple):
 
 
 def reference(name: str) -> Reference:
-    """Runs a command three times: the first compiles, the others show what is the same each time."""
+    """Runs a command three times: the first run compiles; the other two show which files are the same each time."""
     runs = []
     for _ in range(3):
         fresh()
@@ -217,23 +217,23 @@ def reference(name: str) -> Reference:
 
 
 def fresh() -> None:
-    """An empty folder for the next case."""
+    """Makes an empty folder for the next case."""
     shutil.rmtree("run", ignore_errors=True)
     Path("run").mkdir()
 
 
 def compare(expected: dict[str, str], found: dict[str, str], what: str) -> list[str]:
-    """How what is there differs from what should be."""
+    """Returns how the files that are there differ from the expected ones."""
     wrong = [f"{what}: {name} is missing" for name in expected if name not in found]
-    wrong += [f"{what}: {name} is left" for name in found if name not in expected]
+    wrong += [f"{what}: {name} is left over" for name in found if name not in expected]
     wrong += [
-        f"{what}: {name} is another" for name, value in expected.items() if value and found.get(name, value) != value
+        f"{what}: {name} differs" for name, value in expected.items() if value and found.get(name, value) != value
     ]
     return wrong
 
 
 def after(name: str, expected: Reference) -> list[str]:
-    """Runs the command again, undisturbed: it must finish, give what it gives, and leave nothing else."""
+    """Runs the command again, undisturbed: it must finish, give what is expected, and leave nothing else."""
     if name != "train" and Path("run/out").exists():  # it had finished
         inner = {key: value for key, value in expected.files.items() if key.split("/")[0] == "out"}
         found = {f"out/{key}": value for key, value in contents(Path("run/out")).items()} | {"out": "folder"}
@@ -254,7 +254,7 @@ def after(name: str, expected: Reference) -> list[str]:
 
 
 def interrupted_well(outcome: Outcome, number: int, expected: Reference) -> list[str]:
-    """One line and an exit code; or the command had finished before."""
+    """Checks that an interrupted command ended with one line and the right exit code, or had finished before."""
     line = {signal.SIGINT: "llamajax: interrupted", signal.SIGTERM: "llamajax: terminated"}[signal.Signals(number)]
     wrong = []
     if outcome.code != 128 + number and not (outcome.code == 0 and outcome.out == expected.out):
@@ -267,7 +267,7 @@ def interrupted_well(outcome: Outcome, number: int, expected: Reference) -> list
 
 
 def case(kind: str, name: str, draw: random.Random, expected: Reference) -> list[str]:
-    """One case; what was wrong."""
+    """Runs one case; returns its problems."""
     fresh()
     delay = draw.uniform(0, expected.seconds * 1.05)
     wrong: list[str] = []
@@ -276,7 +276,7 @@ def case(kind: str, name: str, draw: random.Random, expected: Reference) -> list
     elif kind == "start-up":
         number = draw.choice([signal.SIGINT, signal.SIGTERM])
         outcome = run_command(COMMANDS[name], delay=draw.uniform(0, 1.2), number=number, fork=False)
-        # Before a line of ours runs, the system ends the process, or Python with a message of its own.
+        # Before our code runs, the system ends the process, or Python does with a message of its own.
         if outcome.code != -number:
             wrong = interrupted_well(outcome, number, expected)
     elif kind == "interrupt":
@@ -293,7 +293,7 @@ def case(kind: str, name: str, draw: random.Random, expected: Reference) -> list
 
 
 def cases(counts: dict[str, int], draw: random.Random) -> list[tuple[str, str]]:
-    """Kinds and commands; one interrupt in ten is of the start-up, in a process of its own."""
+    """Draws kinds and commands; one interrupt in ten hits the start-up of a process of its own."""
     chosen = []
     for kind, count in counts.items():
         names = list(WRITING if kind == "disk" else COMMANDS)
@@ -321,7 +321,7 @@ def main() -> int:
         os.chdir(folder)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/programs"
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        # What a command imports while it runs would be imported again by every child.
+        # Modules that a command imports only while it runs would be imported again by every child.
         import orbax.checkpoint  # noqa: F401
 
         import export.cli.export  # noqa: F401

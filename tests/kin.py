@@ -1,4 +1,4 @@
-"""Small models, one of each kind that families add: what the project does with a LLaMA is tried with these as well."""
+"""Small models, one for each group of switches that families add, on which tests repeat what they do with a LLaMA."""
 
 import dataclasses
 
@@ -17,11 +17,12 @@ _BASE = Config(
     context_length=128,
 )
 
-# As Qwen2: biases, and a head that is the embedding.
+# Like Qwen2: biases, and a tied head.
 BIASES = dataclasses.replace(_BASE, qkv_bias=True, tied_embeddings=True, norm_eps=1e-6)
-# As Qwen3: norms of queries and keys, heads that are not width / heads.
+# Like Qwen3: norms of queries and keys, a head size other than width / heads.
 HEAD_NORMS = dataclasses.replace(_BASE, query_key_norm="head", head_size=16, rope_theta=1e6)
-# As Gemma 3 with Gemma 2's caps: two stacks, of a pattern and of the rest of it; windows with a RoPE of their own.
+# Like Gemma 3 with Gemma 2's caps: two stacks (whole patterns of layers, and the remaining layer), windows with a RoPE
+# of their own.
 WINDOWS = dataclasses.replace(
     _BASE,
     num_layers=5,
@@ -40,11 +41,11 @@ WINDOWS = dataclasses.replace(
     logit_cap=30.0,
     tied_embeddings=True,
 )
-# As OLMo 2: norms behind each half alone, queries and keys normed over their whole width.
+# Like OLMo 2: norms only after each half of a layer, queries and keys normed over their whole width.
 NORMS_AFTER = dataclasses.replace(_BASE, norms="after", query_key_norm="width")
-# As BitNet b1.58: norms before the output and the down projection, squared ReLU.
+# Like BitNet b1.58: norms before the output and the down projection, squared ReLU.
 SUB_NORMS = dataclasses.replace(_BASE, sub_norms=True, activation="relu_squared", tied_embeddings=True)
-# What is left: every other switch at once.
+# All remaining switches at once.
 REST = dataclasses.replace(
     _BASE,
     layer_kinds=("chunk", "nope"),

@@ -1,13 +1,13 @@
-"""llama.cpp as an independent judge: its logits, its text, its ids, and files in the types that its quantizer makes.
+"""llama.cpp as an independent reference: its logits, text and ids, and files in the types that its quantizer makes.
 
 `xllamacpp` is llama.cpp in a prebuilt wheel. Its extension module exports the C functions of `llama.h` and `ggml.h`,
-which are called here by ctypes. The quantizer of whole files is not linked into it, `ggml_quantize_chunk` is:
+which this module calls through ctypes. The wheel lacks the quantizer of whole files but has `ggml_quantize_chunk`.
 `quantize` therefore writes each tensor by llama.cpp's own code, in the type that `llama_tensor_get_type` of its
 llama-quant.cpp chooses for a dense model, with or without an importance matrix (`tests/test_llamacpp.py` compares the
 files with those of `llama_model_quantize`, where the extra `llamacpp` is installed).
 
 Keys and values are float32, attention is the plain one, and one thread computes: with F32 weights llama.cpp then rounds
-nothing, and its threads wait for nobody.
+nothing, and no thread waits for another.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ xllamacpp = pytest.importorskip(
 )
 
 Kind = gguf.GGMLQuantizationType
-# What `quantize` makes: llama.cpp's name of a file type -> the type of most tensors. MXFP4 is no mixture of llama.cpp's
-# for a dense model; here all matrices have it.
+# What `quantize` makes: llama.cpp's name of a file type -> the type of most tensors. For MXFP4, llama.cpp has no
+# mixture for dense models; here all matrices have that type.
 FILE_TYPES = {
     "F32": Kind.F32,
     "F16": Kind.F16,
@@ -51,7 +51,7 @@ FILE_TYPES = {
     "MXFP4": Kind.MXFP4,
 }
 _FLOATS = (Kind.F32, Kind.F16, Kind.BF16)
-# Where a row is no multiple of the block: `tensor_type_fallback`.
+# Types where a row is no multiple of the block, as in `tensor_type_fallback`.
 _FALLBACK = {Kind.Q2_K: Kind.Q4_0, Kind.Q3_K: Kind.Q4_0, Kind.Q4_K: Kind.Q5_0, Kind.Q5_K: Kind.Q5_1}
 _FALLBACK |= {Kind.Q6_K: Kind.Q8_0, Kind.IQ4_XS: Kind.IQ4_NL, Kind.TQ1_0: Kind.Q4_0, Kind.TQ2_0: Kind.Q4_0}
 
@@ -60,7 +60,7 @@ _FALLBACK |= {Kind.Q6_K: Kind.Q8_0, Kind.IQ4_XS: Kind.IQ4_NL, Kind.TQ1_0: Kind.Q
 
 
 class _Batch(ctypes.Structure):
-    """`llama_batch`; positions and sequences are null: llama.cpp counts on, in sequence 0."""
+    """`llama_batch`. Positions and sequences are null: llama.cpp then continues counting positions, in sequence 0."""
 
     _fields_ = [
         ("n_tokens", ctypes.c_int32),
@@ -74,13 +74,13 @@ class _Batch(ctypes.Structure):
 
 
 class _ModelParams(ctypes.Structure):
-    """`llama_model_params`: none of it is set here, so that only its size counts, and that may grow."""
+    """`llama_model_params`. We set none of its fields, so that only its size matters; it may grow."""
 
     _fields_ = [("bytes", ctypes.c_uint8 * 512)]
 
 
 class _ContextParams(ctypes.Structure):
-    """`llama_context_params` as far as it is set; `_context_params` checks that the fields are where they are here."""
+    """The fields of `llama_context_params` up to the last that we set; `_context_params` checks their places."""
 
     _fields_ = [
         ("n_ctx", ctypes.c_uint32),
@@ -159,7 +159,7 @@ def _remember(level: int, text: bytes, _: int) -> None:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """llama.cpp's functions, with their types."""
+    """Returns llama.cpp's functions, with their types."""
     functions = ctypes.CDLL(xllamacpp.__file__)
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(functions, name)
@@ -170,22 +170,22 @@ def library() -> ctypes.CDLL:
 
 
 def _context_params(slots: int) -> _ContextParams:
-    """Of a context with so many slots, all logits in one batch, float32 keys and values, the plain attention."""
+    """Returns a context's parameters: its slots, all logits, one batch, float32 keys and values, plain attention."""
     params = library().llama_context_default_params()
     found = (params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max, params.rope_scaling_type)
     found += (params.flash_attn_type, params.type_k, params.type_v)
     expected = (512, 2048, 512, 1, -1, -1, int(Kind.F16), int(Kind.F16))
     assert found == expected, f"llama_context_params has other fields: defaults {found}, expected {expected}"
     params.n_ctx = params.n_batch = params.n_ubatch = slots
-    params.n_outputs_max = params.n_outputs_max_per_seq = 0  # All of a batch.
+    params.n_outputs_max = params.n_outputs_max_per_seq = 0  # All tokens in one batch.
     params.n_threads = params.n_threads_batch = 1
-    params.flash_attn_type = 0  # Disabled.
+    params.flash_attn_type = 0  # Flash attention is disabled.
     params.type_k = params.type_v = int(Kind.F32)
     return params
 
 
 def conversation(template: str, said: Sequence[tuple[str, str]], reply: bool) -> str:
-    """What llama.cpp's own template of a name makes of roles and contents."""
+    """Returns a conversation as llama.cpp's own chat template of that name formats it."""
     messages = (_Message * len(said))(*[_Message(role.encode(), content.encode()) for role, content in said])
     text = ctypes.create_string_buffer(1 << 16)
     length = library().llama_chat_apply_template(template.encode(), messages, len(said), reply, text, len(text))
@@ -200,11 +200,11 @@ class Model:
     """A GGUF file, opened by llama.cpp.
 
     Attributes:
-        vocab_size: of the logits.
+        vocab_size: number of logits.
     """
 
     def __init__(self, path: Path | str):
-        """Raises ValueError with llama.cpp's own message where it refuses the file."""
+        """Opens the file; raises ValueError with llama.cpp's own message where llama.cpp refuses it."""
         self._functions = library()
         _messages.clear()
         params = self._functions.llama_model_default_params()
@@ -226,9 +226,9 @@ class Model:
 
     @contextlib.contextmanager
     def _context(self, slots: int) -> Iterator[Callable[..., np.ndarray]]:
-        """Yields (further ids) -> their logits float32 [T, V], a copy; `forget=True` begins anew with them."""
+        """Yields a function (next ids) -> their logits float32 [T, V], a copy; `forget=True` begins a new sequence."""
         context = self._functions.llama_init_from_model(self._model, _context_params(slots))
-        assert context, f"llama.cpp makes no context: {'; '.join(_messages)}"
+        assert context, f"llama.cpp creates no context: {'; '.join(_messages)}"
 
         def feed(ids: Sequence[int], *, forget: bool = False) -> np.ndarray:
             if forget:
@@ -251,13 +251,13 @@ class Model:
             return feed(ids)
 
     def windows(self, rows: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
-        """`logits` of each row, all rows of one length."""
+        """Yields `logits` of each row; all rows have one length."""
         with self._context(len(rows[0])) as feed:
             for row in rows:
                 yield feed(row, forget=True)
 
     def greedy(self, ids: Sequence[int], count: int) -> list[int]:
-        """The `count` likeliest ids that follow, each fed back; end tokens are ids like others."""
+        """Returns the `count` likeliest next ids, each fed back; end tokens are treated as other ids."""
         with self._context(len(ids) + count) as feed:
             found = [int(feed(ids)[-1].argmax())]
             while len(found) < count:
@@ -265,12 +265,12 @@ class Model:
         return found
 
     def tokenize(self, text: str | bytes, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
-        """Ids of a text.
+        """Returns the ids of a text.
 
         Args:
             text: UTF-8 if bytes.
-            add_special: add BOS and EOS as the file's metadata say.
-            parse_special: control tokens in the text are themselves; without, they are text.
+            add_special: whether to add BOS and EOS as the file's metadata say.
+            parse_special: whether control tokens in the text become their ids; otherwise they are ordinary text.
         """
         data = text if isinstance(text, bytes) else text.encode()
         room = len(data) + 8
@@ -280,7 +280,7 @@ class Model:
         return list(ids[:count])
 
     def piece(self, token: int, *, special: bool = True) -> bytes:
-        """The bytes that an id adds to the text; of control tokens none without `special`."""
+        """Returns the bytes that an id adds to the text; a control token adds none without `special`."""
         buffer = ctypes.create_string_buffer(4096)
         length = self._functions.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, special)
         assert length >= 0, f"llama_token_to_piece wants {-length} bytes"
@@ -300,7 +300,7 @@ def greedy(path: Path | str, ids: Sequence[int], count: int) -> list[int]:
 
 
 def tokenize(path: Path | str, text: str | bytes, special: bool = False, bos: bool = False) -> list[int]:
-    """Ids of a text by the vocabulary of a file; `special`: control tokens in it are themselves."""
+    """Returns the ids of a text by the vocabulary of a file; `special`: control tokens in the text become their ids."""
     with Model(path) as model:
         return model.tokenize(text, add_special=bos, parse_special=special)
 
@@ -309,12 +309,12 @@ def tokenize(path: Path | str, text: str | bytes, special: bool = False, bos: bo
 
 
 def quantize_chunk(kind: int | str, floats: np.ndarray, importance_K: np.ndarray | None = None) -> np.ndarray:
-    """llama.cpp's quantization of rows: float32 [M, K] -> uint8 [M, bytes of a row].
+    """Quantizes rows by llama.cpp: float32 [M, K] -> uint8 [M, bytes of a row].
 
     Args:
         kind: number of a ggml type, or its name.
         floats: K is a multiple of the type's block.
-        importance_K: mean squares of the inputs, by which errors are weighed.
+        importance_K: mean squares of the inputs, which weight the errors.
     """
     kind = Kind[kind] if isinstance(kind, str) else Kind(kind)
     floats = np.ascontiguousarray(floats, np.float32)
@@ -334,15 +334,15 @@ def quantize_chunk(kind: int | str, floats: np.ndarray, importance_K: np.ndarray
 def tensor_type(
     file_type: str, name: str, width: int, *, layers: int, tied: bool, grouped: int, importance: bool = False
 ) -> Kind:
-    """The type that llama.cpp's quantizer gives a matrix: `llama_tensor_get_type` for a dense LLaMA.
+    """Returns the type that llama.cpp's quantizer gives a matrix: `llama_tensor_get_type` for a dense LLaMA.
 
     Args:
         file_type: a key of FILE_TYPES.
-        name: the tensor's, in the file.
+        name: name of the tensor in the file.
         width: K, the length of its rows.
-        layers: of the model.
-        tied: there is no output.weight.
-        grouped: query heads that share a key head.
+        layers: number of layers of the model.
+        tied: whether the file has no output.weight.
+        grouped: number of query heads that share a key head.
         importance: whether there is an importance matrix.
     """
     kind = FILE_TYPES[file_type]
@@ -362,7 +362,7 @@ def tensor_type(
 
 
 def _of_layer(file_type: str, kind: Kind, part: str, layer: int, layers: int, grouped: int, importance: bool) -> Kind:
-    """The mixtures: what is more sensitive gets more bits."""
+    """Returns a type by llama.cpp's mixtures, which give sensitive tensors more bits."""
     more = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
     few, many = layer < layers // 8, grouped >= 4
     chosen = {
@@ -390,13 +390,13 @@ def _of_layer(file_type: str, kind: Kind, part: str, layer: int, layers: int, gr
 def quantize(
     source: Path | str, target: Path | str, file_type: str, importance: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, str]:
-    """Makes of a GGUF file of floats the one that llama.cpp's quantizer makes, by its code; one tensor in memory.
+    """Quantizes a GGUF file of floats as llama.cpp's quantizer does, by its code, with one tensor in memory at a time.
 
     Args:
-        source: of F32, F16 or BF16 tensors, of a dense model whose layers are a LLaMA's.
+        source: file with F32, F16 or BF16 tensors of a dense model whose layers are a LLaMA's.
         target: file to write.
         file_type: a key of FILE_TYPES.
-        importance: by tensors' names the mean squares of their inputs; of what is not there errors are not weighed.
+        importance: mean squares of the inputs by tensor name; errors of other tensors are not weighted.
 
     Returns:
         Each tensor's type.
@@ -419,7 +419,7 @@ def quantize(
 
 
 def dequantize(source: Path | str, target: Path | str) -> None:
-    """Makes the same file with every tensor in F32, by gguf's own dequantizers."""
+    """Writes the same file with every tensor in F32, by gguf's own dequantizers."""
     reader = gguf.GGUFReader(source)
     _rewrite(reader, target, dict.fromkeys((tensor.name for tensor in reader.tensors), Kind.F32), {})
 
@@ -427,7 +427,7 @@ def dequantize(source: Path | str, target: Path | str) -> None:
 def _rewrite(
     reader: gguf.GGUFReader, target: Path | str, kinds: dict[str, Kind], importance: Mapping[str, np.ndarray]
 ) -> None:
-    """Writes a file anew, tensors in other types."""
+    """Writes a file again with its tensors in other types."""
     writer = gguf.GGUFWriter(target, str(reader.get_field("general.architecture").contents()))
     for name, field in reader.fields.items():
         if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):

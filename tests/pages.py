@@ -1,9 +1,9 @@
-"""The commands and the Python of README and docs: which there are, which are not run and why, and what they print.
+"""The commands and the Python code of README and docs: finds and runs them, and compares what they print.
 
     python -m tests.pages docs/commands.md       # writes what each command prints into its page
 
-A page's commands stand in blocks of the language `console`: a line of `$ `, continued behind a backslash, and what the
-command prints. They are run in the order of the page, in one process and one empty folder.
+A page's commands stand in `console` blocks: a line that begins with `$ `, continued after a backslash, and below it the
+output. They run in the order of the page, in one process and one empty folder.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-MOST_LINES = 18  # of what a command prints, on a page
+MOST_LINES = 18  # of a command's output on a page
 LONGEST_LINE = 132
 
-# Commands of the pages that no test runs, by a pattern of the command, or of page and command, and why.
+# Commands of the pages that no test runs: pattern of the command, or of page and command -> reason.
 NOT_RUN = {
     "make *": "installs, fetches or tests: .ci/run runs demo, lint, test, test-extras and docs",
     "*/pip install *": "changes an environment; .ci/run installs every extra that it needs",
@@ -54,24 +54,24 @@ class Command(NamedTuple):
     """A command of a page."""
 
     page: str
-    line: int  # of the page, from 1
+    line: int  # in the page, from 1
     text: str
-    shown: str  # what it prints, as the page says; "" where the page shows nothing
+    shown: str  # the output on the page; "" where the page shows none
 
 
 def pages() -> list[Path]:
-    """README and all pages of docs, sorted."""
+    """Returns README and all pages of docs, sorted."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def text_of(page: Path) -> str:
-    """A page with the files that it includes."""
+    """Returns a page with the files that it includes."""
     include = lambda match: (ROOT / match[1]).read_text(encoding="utf-8")  # noqa: E731
     return re.sub(r'^--8<-- "([^"]+)"$', include, page.read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
 def blocks(page: Path) -> Iterator[tuple[str, int, str]]:
-    """Language, first line and text of each fenced block; of one within a list, without its indent."""
+    """Yields language, first line and text of each fenced block; blocks in lists lose their indent."""
     text = text_of(page)
     for match in re.finditer(r"^( *)```(\w*)[^\n`]*\n(.*?)^\1```$", text, re.DOTALL | re.MULTILINE):
         indent, language, body = match.groups()
@@ -80,12 +80,12 @@ def blocks(page: Path) -> Iterator[tuple[str, int, str]]:
 
 
 def python_of(page: Path) -> list[tuple[int, str]]:
-    """First line and text of each block of Python."""
+    """Returns first line and text of each block of Python."""
     return [(line, text) for language, line, text in blocks(page) if language == "python"]
 
 
 def commands_of(page: Path) -> list[Command]:
-    """Every command of a page, in order: those of `console`, and lines that begin with one in blocks of other kinds."""
+    """Returns a page's commands in order: those of `console` blocks, and command lines in blocks of other kinds."""
     name, found = page.relative_to(ROOT).as_posix(), []
     for language, first, text in blocks(page):
         if language == "console":
@@ -104,28 +104,28 @@ def commands_of(page: Path) -> list[Command]:
 
 
 def why_not_run(command: Command, patterns: Mapping[str, str] = NOT_RUN) -> str | None:
-    """The reason of the first pattern that a command matches, or None."""
+    """Returns the reason of the first pattern that a command matches, or None."""
     texts = command.text, f"{command.page}: {command.text}"
     matches = lambda pattern: any(fnmatch.fnmatchcase(text, pattern) for text in texts)  # noqa: E731
     return next((why for pattern, why in patterns.items() if matches(pattern)), None)
 
 
 def normalized(text: str) -> list[str]:
-    """Lines without what another run prints otherwise: numbers, units, frames of tables, white space."""
+    """Returns lines without what differs from run to run: numbers, units, table frames, white space."""
     lines = []
     for line in text.splitlines():
         line = re.sub(r"[─━│┃┏┓┗┛┡┩┠┨┯┷┼╇┌┐└┘├┤┬┴┳┻╈╉╊╋]+", " ", line)
         line = re.sub(r"[-+]?\d[\d,.]*(e[-+]?\d+)?", "#", line)
         line = re.sub(r"# ?([KMG]i?B|bytes|m?s)\b", "# unit", line)
         lines.append(" ".join(line.split()))
-    # What was compiled depends on what an earlier run kept.
+    # The number of compiled programs depends on what earlier runs kept.
     return [line for line in lines if line and not line.startswith("compile #")]
 
 
 def prints(shown: str, printed: str) -> str | None:
-    """The first line of what a page shows that was not printed, in its order; None if all were.
+    """Returns the first line that a page shows but the command did not print, in order; None if all were printed.
 
-    "…" at the end of a line stands for its rest, by itself for any number of lines.
+    "…" at the end of a line stands for the rest of the line; alone it stands for any number of lines.
     """
     lines = iter(normalized(printed))
     for line in normalized(shown):
@@ -138,14 +138,14 @@ def prints(shown: str, printed: str) -> str | None:
 
 
 def run(work: Sequence[tuple[Path, Sequence[str]]], report: Path) -> list[list[tuple[int, str]]]:
-    """Runs the commands of each folder, one after the other, all in one process that is started for them.
+    """Runs the commands of each folder in order, all in one new process.
 
     Args:
         work: folders, and the commands to run in each.
-        report: a file for the process to write to.
+        report: file that the process writes its results to.
 
     Returns:
-        For each folder the exit code of every command and what it printed, standard output first.
+        For each folder, the exit code and the output of every command, standard output first.
     """
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100", "PYTHONIOENCODING": "utf-8", "TERM": "dumb"}
     given = json.dumps([[str(folder), list(commands)] for folder, commands in work])
@@ -155,7 +155,7 @@ def run(work: Sequence[tuple[Path, Sequence[str]]], report: Path) -> list[list[t
 
 
 def _run_here(report: Path) -> None:
-    """`run`, in the process that it starts: commands of llamajax are functions here, so JAX is imported once."""
+    """Does the work of `run` in the new process: llamajax commands are function calls here, so JAX is imported once."""
     results = []
     for folder, commands in json.load(sys.stdin):
         os.chdir(folder)
@@ -166,7 +166,7 @@ def _run_here(report: Path) -> None:
 def _run_one(command: str) -> tuple[int, str]:
     command = re.sub(r"(?m)^(\w*=\S* )?\.venv/bin/", "", command)
     words = shlex.split(command.replace("\\\n", " "))
-    if words[0] != "llamajax" or set("|<>;") & set(words):  # another program, or what only a shell reads
+    if words[0] != "llamajax" or set("|<>;") & set(words):  # another program, or syntax that only a shell reads
         names = f'shopt -s expand_aliases; alias llamajax="{sys.executable} -m llamajax" python={sys.executable}'
         done = subprocess.run(["bash", "-c", f"{names}\n{command}"], capture_output=True, encoding="utf-8", check=False)
         return done.returncode, _joined(done.stdout, done.stderr)
@@ -183,13 +183,13 @@ def _run_one(command: str) -> tuple[int, str]:
 
 
 def _joined(out: str, err: str) -> str:
-    """As a terminal shows it, where a text ends its last line."""
+    """Joins texts as a terminal shows them; a text whose last line lacks a newline gets one."""
     return out + "\n" * (bool(out) and not out.endswith("\n") and not err.startswith("\n")) + err
 
 
 @contextlib.contextmanager
 def _descriptors(out: int, err: int) -> Iterator[None]:
-    """Standard output and error go to two files, those of child processes too."""
+    """Sends standard output and error to two files, also those of child processes."""
     kept = os.dup(1), os.dup(2)
     try:
         os.dup2(out, 1)
@@ -210,7 +210,7 @@ def _shown(text: str) -> str:
 
 
 def _write(pages: Sequence[Path]) -> None:
-    """Runs the commands of pages, and puts what they print behind them."""
+    """Runs the commands of pages, and writes their output below them."""
     commands = [[one for one in commands_of(page) if not why_not_run(one)] for page in pages]
     with tempfile.TemporaryDirectory() as folder:
         folders = [Path(folder) / str(number) for number in range(len(pages))]

@@ -1,6 +1,6 @@
-"""Forward passes that several test files share, compiled without LLVM's optimizations, which would take most time.
+"""Forward passes that several test files share, compiled without LLVM's optimizations, which take most of the time.
 
-An eager call of a model compiles its scan anew, and each operation around it by itself; these compile once a shape.
+An eager call of a model compiles its scan again, and each operation around it separately; these compile once per shape.
 """
 
 import jax

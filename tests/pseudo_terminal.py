@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pyte
 
-# No measure of speed: a slow machine with other work may take ten times as long as an idle one.
+# A limit, not a measure of speed: a slow machine with other work may take ten times as long as an idle one.
 _PATIENCE_SECONDS = 600
-# What a shell does before it runs a program in the foreground: the terminal's keys are its, and SIGINT is not ignored.
+# Does what a shell does before it runs a program in the foreground: gives it the terminal's keys, and does not ignore
+# SIGINT.
 _IN_FRONT = """
 import fcntl, os, signal, sys, termios
 signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -28,7 +29,7 @@ class PseudoTerminal:
     """A running program, its keyboard and its screen."""
 
     def __init__(self, argv: Sequence[str], environment: Mapping[str, str], columns: int = 80, lines: int = 24):
-        """Starts it, in the foreground of a terminal of some size."""
+        """Starts the program in the foreground of a terminal of some size."""
         self._screen = pyte.HistoryScreen(columns, lines, history=10_000, ratio=1)
         self._stream = pyte.ByteStream(self._screen)
         self.written = b""
@@ -43,12 +44,12 @@ class PseudoTerminal:
         os.close(end)
 
     def text(self) -> str:
-        """All lines that were ever shown, without the spaces at their ends."""
+        """Returns all lines that were ever shown, without trailing spaces."""
         gone = ["".join(line[x].data for x in range(self._screen.columns)) for line in self._screen.history.top]
         return "\n".join(line.rstrip() for line in [*gone, *self._screen.display]).rstrip()
 
     def shows(self, text: str) -> bool:
-        """Whether a text was ever shown, wherever the terminal broke its lines: without regard to white space."""
+        """Returns whether a text was ever shown; ignores white space, since the terminal breaks lines anywhere."""
         return "".join(text.split()) in "".join(self.text().split())
 
     def type(self, keys: str) -> None:
@@ -56,7 +57,7 @@ class PseudoTerminal:
         os.write(self._terminal, keys.encode("utf-8", "surrogateescape"))
 
     def wait_for(self, condition: Callable[[str], bool], what: str) -> str:
-        """Waits until the text fulfils a condition; returns it."""
+        """Waits until the text satisfies a condition; returns the text."""
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while not condition(self.text()):
             assert time.monotonic() < deadline and self._read(0.5), f"no {what} in:\n{self.text()}"
@@ -66,27 +67,27 @@ class PseudoTerminal:
         """Waits until the program has ended; returns its exit code."""
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while self._read(0.5):
-            assert time.monotonic() < deadline, f"goes on behind:\n{self.text()}"
+            assert time.monotonic() < deadline, f"still runs after:\n{self.text()}"
         return self.process.wait(_PATIENCE_SECONDS)
 
     def shows_keys(self) -> bool:
-        """Whether the terminal shows what is typed by itself, as it does for a shell."""
+        """Returns whether the terminal echoes what is typed, as it does for a shell."""
         return bool(termios.tcgetattr(self._terminal)[3] & termios.ECHO)
 
     def _read(self, seconds: float) -> bool:
-        """Takes what the program writes within some time; False where it has ended."""
+        """Reads what the program writes within some time; returns False when it has ended."""
         if not select.select([self._terminal], [], [], seconds)[0]:
             return True
         try:
             data = os.read(self._terminal, 1 << 16)
-        except OSError:  # Linux says so
+        except OSError:  # Linux reports the end so
             data = b""
         self.written += data
         self._stream.feed(data)
         return bool(data)
 
     def close(self) -> None:
-        """Ends the program, whatever it does."""
+        """Ends the program in any case."""
         self.process.kill()
         self.process.wait()
         os.close(self._terminal)

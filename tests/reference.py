@@ -1,10 +1,10 @@
-"""An independent LLaMA in float64 NumPy, with what its kin add, against which the JAX model is tested.
+"""An independent LLaMA with the variants of other families in float64 NumPy, against which the JAX model is tested.
 
-Written from the papers and, where families have none, from transformers' `modeling_*.py`; one sequence at a time, a
-loop over layers, heads and positions, no batch, no cache, no mask. Weights are a dict in Hugging Face's names and
-orientation, `[out, in]`; of a LLaMA `weights_of` takes them from a model through
-`llamajax.checkpoint.huggingface.save`, so that the mapping of names and orientations is tested as well;
-`switched_weights_of` of any config, by a table of its own.
+Written from the papers and, where families have none, from transformers' `modeling_*.py`. It takes one sequence at a
+time and loops over layers, heads and positions, with no batch, no cache and no mask. Weights are a dict in Hugging
+Face's names and orientation, `[out, in]`. `weights_of` takes a LLaMA's weights from a model through
+`llamajax.checkpoint.huggingface.save`, which also tests the mapping of names and orientations. `switched_weights_of`
+takes the weights of a model of any config, by its own table of names.
 
 RoPE is a product of complex numbers here, real sines and cosines in the model. `neighbours=True` is Meta's layout (and
 llama2.c's), in which a head's elements 2i and 2i + 1 are a pair; otherwise i and i + H/2 are.
@@ -34,15 +34,15 @@ Weights = dict[str, np.ndarray]
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    """Zhang & Sennrich 2019, equation 4, epsilon inside the root."""
+    """RMSNorm: Zhang & Sennrich 2019, equation 4, epsilon inside the root."""
     return x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + eps) * weight
 
 
 def frequencies(config: Config, reach: int = 0) -> np.ndarray:
-    """Radians a token of each pair, [H/2], of a request that reaches so many positions."""
+    """Returns each pair's radians per token, [H/2], for a request that reaches `reach` positions."""
     size, theta, scaling = config.head_size, config.rope_theta, config.rope_scaling
     if scaling is not None and scaling.kind == "dynamic" and reach > scaling.original_context_length:
-        # NTK-aware: theta such that the slowest pair turns as much slower as linear scaling would make it.
+        # NTK-aware: theta is such that the slowest pair slows down as much as by linear scaling.
         stretch = scaling.factor * reach / scaling.original_context_length - scaling.factor + 1
         theta = theta * stretch ** (size / (size - 2))
     result = []
@@ -50,7 +50,7 @@ def frequencies(config: Config, reach: int = 0) -> np.ndarray:
         frequency = 1.0 / theta ** (2 * i / size)
         turns = 0 if scaling is None else scaling.original_context_length * frequency / (2 * math.pi)
         if scaling is not None and scaling.kind == "linear":
-            # Position interpolation as its paper has it: position m is taken for m / factor.
+            # Position interpolation as in its paper: position m is taken for m / factor.
             frequency = frequency * (1 / scaling.factor)
         elif scaling is not None and scaling.kind == "longrope":
             long = reach > scaling.original_context_length
@@ -70,10 +70,10 @@ def frequencies(config: Config, reach: int = 0) -> np.ndarray:
 
 
 def _interpolated(scaling: RopeScaling, theta: float, size: int, i: int) -> float:
-    """How much of pair i YaRN interpolates: a line between the pairs that turn beta_fast and beta_slow times.
+    """Returns how much of pair i YaRN interpolates: linear between the pairs that turn beta_fast and beta_slow times.
 
-    The authors' code (github.com/jquesnelle/yarn, `find_correction_range`), of which the paper's line in the number of
-    turns is another form. gpt-oss does not round the pairs.
+    This is the authors' code (github.com/jquesnelle/yarn, `find_correction_range`); the paper's line in the number of
+    turns is another form of it. gpt-oss does not round the pairs.
     """
     edge = [
         size / 2 * math.log(scaling.original_context_length / (2 * math.pi * turns), theta)
@@ -88,9 +88,9 @@ def _interpolated(scaling: RopeScaling, theta: float, size: int, i: int) -> floa
 
 
 def rope_factor(config: Config) -> float:
-    """What YaRN and longrope multiply rotated coordinates by.
+    """Returns the factor by which YaRN and longrope multiply rotated coordinates.
 
-    0.1 ln s + 1 (YaRN, 3.4), a ratio of two such (DeepSeek V2), or sqrt(1 + ln s / ln L) (longrope, 3.3).
+    It is 0.1 ln s + 1 (YaRN, 3.4), a ratio of two such terms (DeepSeek V2), or sqrt(1 + ln s / ln L) (longrope, 3.3).
     """
     scaling = config.rope_scaling
     if scaling is None or scaling.kind not in ("yarn", "longrope"):
@@ -117,7 +117,7 @@ def rotate(head: np.ndarray, position: int, frequency: np.ndarray, neighbours: b
 
 
 def turned(config: Config, kind: str, head: np.ndarray, position: int, reach: int, neighbours: bool) -> np.ndarray:
-    """A head's vector [H] with its position in it: its first coordinates turned, by the RoPE of that kind of layer."""
+    """Rotates the first coordinates of a head's vector [H] to its position, by the RoPE of that kind of layer."""
     if kind == "nope":
         return head
     plain: dict[str, Any] = {"layer_kinds": ("full",), "window": None, "chunk": None, "window_rope": None}
@@ -130,15 +130,15 @@ def turned(config: Config, kind: str, head: np.ndarray, position: int, reach: in
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
-    """Over the last axis."""
+    """Softmax over the last axis."""
     powers = np.exp(x - x.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
 def first_seen(config: Config, kind: str, t: int) -> int:
-    """The first position that one in a layer of a kind sees.
+    """Returns the first position that position t sees in a layer of a kind.
 
-    A window of W is t - W + 1 … t (Mistral 7B, section 2); a chunk begins at multiples of its length (Llama 4).
+    A window of W is t - W + 1 … t (Mistral 7B, section 2); chunks begin at multiples of their length (Llama 4).
     """
     if kind == "window":
         return max(0, t + 1 - config.window)
@@ -148,10 +148,10 @@ def first_seen(config: Config, kind: str, t: int) -> int:
 def attention_weights(
     query: np.ndarray, key: np.ndarray, config: Config | None = None, kind: str = "full", sink: float | None = None
 ) -> np.ndarray:
-    """One head: what each position takes of itself and those before it; [T, H] twice -> [T, T], zeros elsewhere.
+    """Returns one head's weights of each position on itself and those before: [T, H] twice -> [T, T], zeros elsewhere.
 
-    Scores are q k / sqrt(H) or times another scale, capped by c tanh(s / c) (Gemma 2, section 2), and share the softmax
-    with a sink, which is then dropped (transformers' `modeling_gpt_oss.py`, `eager_attention_forward`).
+    Scores are q k / sqrt(H) or times another scale, capped by c tanh(s / c) (Gemma 2, section 2). They share the
+    softmax with a sink, whose weight is then dropped (transformers' `modeling_gpt_oss.py`, `eager_attention_forward`).
     """
     result = np.zeros((len(query), len(query)))
     scale = 1 / math.sqrt(query.shape[-1])
@@ -170,26 +170,26 @@ def attention_weights(
 
 
 def causal_attention(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """One head: each position over itself and those before it; [T, H] three times -> [T, H]."""
+    """One head: each position attends to itself and those before it; [T, H] three times -> [T, H]."""
     return attention_weights(query, key) @ value
 
 
 def held(key: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What queries see of the keys and values of a head: all; a test of caches that round them puts its own here."""
+    """Returns a head's keys and values as queries see them: unchanged; tests of caches that round replace this."""
     return key, value
 
 
 def linear(weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
-    """x W^T, and a bias where there is one."""
+    """Returns x W^T, plus a bias where there is one."""
     made = x @ weights[f"{name}.weight"].T
     return made + weights[f"{name}.bias"] if f"{name}.bias" in weights else made
 
 
 def temperature(config: Config, kind: str, position: int) -> float:
-    """What a query at a position is multiplied by.
+    """Returns the factor of a query at a position.
 
-    `_get_llama_4_attn_scale` of transformers' `modeling_ministral3.py`; `attn_scale` of `modeling_llama4.py`, there of
-    layers without RoPE only.
+    `_get_llama_4_attn_scale` of transformers' `modeling_ministral3.py`; `attn_scale` of `modeling_llama4.py`, where
+    only layers without RoPE have it.
     """
     warm = config.query_temperature
     if warm is None or (warm.only_nope and kind != "nope"):
@@ -206,7 +206,7 @@ def attention(
     kind: str = "full",
     reach: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Grouped-query attention of one layer, [T, D] -> [T, D], and its weights [N, T, T]."""
+    """Grouped-query attention of one layer: returns [T, D] -> [T, D], and its weights [N, T, T]."""
     size = config.head_size
     project = {name: linear(weights, f"{prefix}.{name}_proj", x) for name in "qkv"}
 
@@ -214,7 +214,7 @@ def attention(
         return rms_norm(vector, config.norm_offset + weights[f"{prefix}.{name}_norm.weight"], config.norm_eps)
 
     def placed(name: str, vectors: np.ndarray) -> np.ndarray:
-        """Queries or keys of one head with norms, in the order of their family, and positions."""
+        """Returns one head's queries or keys after norms and RoPE, in the order of their family."""
         if config.query_key_norm == "head":
             vectors = normed(name, vectors)
         turn = functools.partial(turned, config, kind, reach=reach or len(vectors), neighbours=neighbours)
@@ -242,7 +242,7 @@ def attention(
 
 
 def activation(config: Config | None, x: np.ndarray) -> np.ndarray:
-    """Swish (Ramachandran et al. 2017), GELU by its tanh (Hendrycks & Gimpel 2016, section 2), ReLU squared."""
+    """Swish (Ramachandran et al. 2017), GELU by its tanh form (Hendrycks & Gimpel 2016, section 2), or ReLU squared."""
     name = "silu" if config is None else config.activation
     if name == "gelu_tanh":
         return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
@@ -260,12 +260,12 @@ def feed_forward(weights: Weights, prefix: str, x: np.ndarray, config: Config | 
 
 
 class Pass(NamedTuple):
-    """What one forward pass computed on the way.
+    """What one forward pass computes on the way.
 
     Attributes:
         logits: [T, V].
-        hidden: the residual stream behind each layer, [L, T, D].
-        attention: its weights, [L, N, T, T].
+        hidden: the residual stream after each layer, [L, T, D].
+        attention: attention weights, [L, N, T, T].
         attention_out: what attention adds to the residual stream, [L, T, D].
         ffn_out: what the feed-forward half adds, [L, T, D].
     """
@@ -277,7 +277,7 @@ class Pass(NamedTuple):
     ffn_out: np.ndarray
 
 
-# Which of a layer's norms, in Hugging Face's names, stand before and behind its two halves.
+# A layer's norms, in Hugging Face's names, before and after each of its two halves.
 _NORMS = {
     "before": (("input_layernorm", None), ("post_attention_layernorm", None)),
     "after": ((None, "post_attention_layernorm"), (None, "post_feedforward_layernorm")),
@@ -291,9 +291,9 @@ _NORMS = {
 def trace(
     config: Config, weights: Weights, tokens: np.ndarray, neighbours: bool = False, reach: int | None = None
 ) -> Pass:
-    """One sequence of token ids [T], with all that a model can be asked to show.
+    """Runs one sequence of token ids [T], and returns all that a model can be asked to show.
 
-    `reach` is how many positions there may be, T unless given: dynamic NTK and longrope choose by it.
+    `reach` is how many positions there may be, T by default: dynamic NTK and longrope choose by it.
     """
     x = weights["model.embed_tokens.weight"][np.asarray(tokens)].astype(np.float64) * config.embedding_scale
     layers = []
@@ -302,7 +302,7 @@ def trace(
         kind = config.layer_kinds[layer % len(config.layer_kinds)]
 
         def half(function: Any, names: tuple[str | None, str | None], x: np.ndarray, prefix: str = prefix) -> Any:
-            """What one half of a layer adds, and what else its function gives."""
+            """Returns what one half of a layer adds, and the further results of its function."""
 
             def normed(name: str | None, x: np.ndarray) -> np.ndarray:
                 if name is None:
@@ -335,7 +335,7 @@ def head(config: Config, weights: Weights, x: np.ndarray) -> np.ndarray:
 def forward(
     config: Config, weights: Weights, tokens: np.ndarray, neighbours: bool = False, reach: int | None = None
 ) -> np.ndarray:
-    """Logits [T, V] of one sequence of token ids [T]; `reach` as of `trace`."""
+    """Logits [T, V] of one sequence of token ids [T]; `reach` as in `trace`."""
     return trace(config, weights, tokens, neighbours, reach).logits
 
 
@@ -352,7 +352,7 @@ def loss(config: Config, weights: Weights, rows: np.ndarray) -> float:
 
 
 def random_model(config: Config, seed: int = 0, dtype: jax.typing.DTypeLike = jnp.float32) -> Llama:
-    """A model in which everything matters: usually norms begin at one, biases at zero, and attention nearly uniform.
+    """Returns a model in which all parts matter; others begin with norms of 1, biases of 0, near-uniform attention.
 
     A leaf's values depend on the seed, its name and its shape only, so that two configs can share their weights.
     """
@@ -366,14 +366,14 @@ def random_model(config: Config, seed: int = 0, dtype: jax.typing.DTypeLike = jn
             values = 0.5 * values
         else:
             fan_in = leaf.shape[-2] if name.startswith("layers.") else leaf.shape[-1]
-            # Small embeddings, so that the first norm's epsilon is felt.
+            # Embeddings are small, so that the first norm's epsilon matters.
             values = values * (0.05 if name == "embed_VD" else 1 / math.sqrt(fan_in))
         made[name] = jnp.asarray(values, dtype)
     return model_from(made, config)
 
 
 def weights_of(model: Llama) -> Weights:
-    """A model's weights, or gradients, in Hugging Face's names and orientation, float64."""
+    """Returns a model's weights, or gradients, in Hugging Face's names and orientation, float64."""
     with tempfile.TemporaryDirectory() as folder:
         huggingface.save(model, Path(folder))
         return {name: array.astype(np.float64) for name, array in load_file(Path(folder) / "model.safetensors").items()}
@@ -386,7 +386,7 @@ _VECTORS = {"query_norm": "q_norm", "key_norm": "k_norm", "sub_norm": "attn_sub_
 
 
 def switched_weights_of(model: Llama) -> Weights:
-    """As `weights_of`, of any config, whether or not a family has its switches; what quantized weights stand for."""
+    """Like `weights_of`, for any config, even if no family has it; quantized weights become their values."""
     config, found = model.config, {}
     for (name, layer), weight in single_weights(model).items():
         array = np.asarray(values(weight), np.float64)
@@ -395,7 +395,7 @@ def switched_weights_of(model: Llama) -> Weights:
 
 
 def _theirs(config: Config, name: str, layer: int | None) -> str:
-    """Hugging Face's name for a weight."""
+    """Returns Hugging Face's name for a weight."""
     if layer is None:
         whole = {"embed_VD": "embed_tokens", "norm.weight_D": "norm"}
         return f"model.{whole[name]}.weight" if name in whole else "lm_head.weight"

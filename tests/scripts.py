@@ -1,4 +1,4 @@
-"""Scripts of benchmarks/ as modules, for the tests of them."""
+"""Loads the scripts of benchmarks/ as modules, for their tests."""
 
 import contextlib
 import importlib
@@ -12,7 +12,7 @@ SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 
 @contextlib.contextmanager
 def script(name: str) -> Iterator[types.ModuleType]:
-    """A script, which finds those beside it; they are no modules afterwards."""
+    """Loads a script, which may import those beside it; none stays in `sys.modules`."""
     before = set(sys.modules)
     sys.path.insert(0, str(SCRIPTS))
     try:

@@ -1,8 +1,8 @@
-"""Every command with standard streams that are closed, broken, full, narrow or not UTF-8.
+"""Runs every command with standard streams that are closed, broken, full, narrow or not UTF-8.
 
     python -m tests.streams --sample=8 --seed=0
 
-One process imports the libraries once and forks for each case. Prints what was wrong; exits with 1 if anything was.
+One process imports the libraries once and forks for each case. It prints each problem, and exits with 1 if any.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tests.kills import in_child, prepare
 
-# What each prints to standard output: "" for commands that only write files.
+# Each command, and the kind of its standard output: "" for commands that only write files.
 COMMANDS = {
     "generate": (["generate", "--model=source", "--prompt=café", "--max_new_tokens=3", "--json"], "json"),
     "generate text": (["generate", "--model=source", "--prompt=café", "--max_new_tokens=3"], "text"),
@@ -45,7 +45,7 @@ CONDITIONS = ("stdout closed", "stderr closed", "both closed", "reader left", "n
 
 
 def run(argv: list[str], condition: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of a command under a condition."""
+    """Runs a command under a condition; returns exit code, standard output and standard error."""
     from llamajax import process
     from llamajax.__main__ import run
 
@@ -65,7 +65,7 @@ def run(argv: list[str], condition: str) -> tuple[int, str, str]:
         encoding = "ascii" if condition == "ascii" else "utf-8"
         for number in closed:
             os.close(number)
-        # As Python makes them when it starts.
+        # Makes the streams as Python does at its start.
         open_as = lambda number: io.TextIOWrapper(open(number, "wb", closefd=False), encoding)  # noqa: E731
         sys.stdout = None if 1 in closed else open_as(1)  # type: ignore[assignment]
         sys.stderr = None if 2 in closed else open_as(2)  # type: ignore[assignment]
@@ -107,12 +107,12 @@ def _drain(terminal: int, data: list[bytes]) -> None:
     try:
         while part := os.read(terminal, 1 << 16):
             data.append(part)
-    except OSError:  # how Linux says that the other end is closed
+    except OSError:  # Linux reports so that the other end is closed
         pass
 
 
 def problem(kind: str, condition: str, code: int, out: str, err: str) -> str:
-    """What is wrong with a result, or ""."""
+    """Returns what is wrong with a result, or ""."""
     lost = condition in ("stdout closed", "both closed", "full") and kind
     if code != (1 if lost else 0):
         return f"exit code {code}"

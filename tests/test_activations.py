@@ -1,4 +1,4 @@
-"""Activations in int8, against NumPy: the rounding by its formula, and products by arithmetic on integers."""
+"""Activations in int8 against NumPy: rounding by its formula, products by integer arithmetic."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,7 +20,7 @@ KINDS = ("int8-token", "int8-group")
 
 
 def _plain(x: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes in int64 [..., C, g] and scales in float32 [..., C, 1], by FORMAT.md."""
+    """Returns codes in int64 [..., C, g] and scales in float32 [..., C, 1], by FORMAT.md."""
     groups = x.astype(np.float32).reshape(*x.shape[:-1], -1, size)
     scale = np.abs(groups).max(-1, keepdims=True) * np.float32(1 / 127)
     return np.round(groups / np.where(scale == 0, np.float32(1), scale)).astype(np.int64), scale
@@ -49,7 +49,7 @@ def test_codes_and_scales_by_definition(size: Any, dtype: str) -> None:
 
 @pytest.mark.parametrize("jit", [False, True])
 def test_bfloat16_is_rounded_to_by_every_program(jit: bool) -> None:
-    """By XLA's rules for two conversions in turn a compiler may leave both out; expected is NumPy's rounding."""
+    """XLA allows a compiler to drop two conversions in a row; the result must still be NumPy's with rounding."""
     rng = np.random.default_rng(0)
     weight = quant.quantize_rtn(jnp.asarray(rng.normal(size=(64, 8)), jnp.float32), "int4", group_size=32)
     weight = dataclasses.replace(weight, activations="bfloat16").validate()
@@ -59,7 +59,7 @@ def test_bfloat16_is_rounded_to_by_every_program(jit: bool) -> None:
     expected = rounded @ np.asarray(quant.dequantize(weight), np.float64)
     made = np.asarray((jax.jit(product) if jit else product)(jnp.asarray(x)))
     np.testing.assert_allclose(made, expected, rtol=0, atol=1e-5)
-    assert np.abs(x @ np.asarray(quant.dequantize(weight)) - expected).max() > 1e-3  # else this would show nothing
+    assert np.abs(x @ np.asarray(quant.dequantize(weight)) - expected).max() > 1e-3  # the rounding matters here
 
 
 def test_halves_go_to_even_codes_and_both_ends_are_127() -> None:
@@ -77,7 +77,7 @@ def test_zeros_small_numbers_and_what_is_not_finite() -> None:
 
 @st.composite
 def _products(draw: st.DrawFn) -> tuple[np.ndarray, QTensor]:
-    """Activations, and a weight that is whole numbers times scales."""
+    """Draws activations, and a weight that is integers times scales."""
     scheme = quant.SCHEMES[draw(st.sampled_from(["int8", "int4", "uint4", "ternary"]))]
     group, axis = draw(st.sampled_from([8, 16, 40])), draw(st.sampled_from([-2, -1]))
     K, M, B, T = draw(st.integers(1, 4)) * group, *(draw(st.integers(1, 5)) for _ in range(3))
@@ -95,7 +95,7 @@ def _products(draw: st.DrawFn) -> tuple[np.ndarray, QTensor]:
 @_thorough
 @given(_products())
 def test_product_is_integer_arithmetic(case: tuple[np.ndarray, QTensor]) -> None:
-    """Sums of products of integers in int64 for each group of the weight, then scales."""
+    """The expected value sums integer products in int64 per group of the weight, then multiplies by the scales."""
     x, made = case
     size = made.group_size if made.activations == "int8-group" else made.shape[made.axis]
     turn = (lambda plane: np.asarray(plane)) if made.axis == -2 else (lambda plane: np.asarray(plane).T)
@@ -128,7 +128,7 @@ def test_under_scan_vmap_and_by_number(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_pass_the_rounding(kind: str) -> None:
-    """To activations as if they were not rounded; to scales with what was multiplied, the rounded ones."""
+    """Gradients of activations are as without rounding; gradients of scales use the rounded activations."""
     made = quant.quantize_rtn(jnp.asarray(_normal(32, 4)), "int8", group_size=16, scale_dtype="float32")
     made = dataclasses.replace(made, activations=kind)
     x, out = jnp.asarray(_normal(2, 32, seed=1), jnp.bfloat16), jnp.asarray(_normal(2, 4, seed=2))

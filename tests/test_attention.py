@@ -1,4 +1,4 @@
-"""Attention with windows, chunks, soft caps and sinks, however it is computed, against float64 NumPy."""
+"""Attention with windows, chunks, soft caps and sinks, in every implementation, against float64 NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ CHANGES = st.fixed_dictionaries(
 
 
 def expected(query_BTNH, key_BKSH, value_BKSH, position_BT, window, chunk, soft_cap, sinks_N) -> np.ndarray:
-    """One query after the other, over the slots from the first to the last that it sees."""
+    """Computes one query at a time, over the slots from the first to the last that it sees."""
     query_BTNH, key_BKSH, value_BKSH = (np.asarray(x, np.float64) for x in (query_BTNH, key_BKSH, value_BKSH))
     B, T, N, _ = query_BTNH.shape
     group, mixed = N // key_BKSH.shape[1], np.empty((B, T, N, value_BKSH.shape[-1]))
@@ -45,7 +45,7 @@ def expected(query_BTNH, key_BKSH, value_BKSH, position_BT, window, chunk, soft_
 
 
 def drawn(seed: int, B: int, T: int, K: int, G: int, S: int, H: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Queries, keys and values whose scores differ by a few units."""
+    """Returns queries, keys and values whose scores differ by a few units."""
     rng = np.random.default_rng(seed)
     query_BTNH = rng.standard_normal((B, T, K * G, H)) / H**0.5 * 2
     key_BKSH, value_BKSH = rng.standard_normal((2, B, K, S, H))
@@ -53,7 +53,7 @@ def drawn(seed: int, B: int, T: int, K: int, G: int, S: int, H: int) -> tuple[np
 
 
 def check(function, arrays, position_BT, changes: dict, seed: int) -> None:
-    """`function` of queries, keys, values, positions and scores; the numbers are known at run time only."""
+    """Checks a `function` of queries, keys, values, positions, scores; window and chunk are known at run time only."""
     heads = arrays[0].shape[2]
     sinks_N = np.float32(np.random.default_rng(seed).standard_normal(heads)) if changes["sinks"] else None
     numbers = {name: changes[name] for name in ("window", "chunk") if changes[name] is not None}
@@ -70,7 +70,7 @@ def check(function, arrays, position_BT, changes: dict, seed: int) -> None:
 
 
 def ragged(seed: int, B: int, T: int, slots: int) -> np.ndarray:
-    """Positions of T tokens in each row, somewhere within the slots."""
+    """Returns the positions of T tokens in each row, somewhere within the slots."""
     first_B = np.random.default_rng(seed).integers(0, slots - T + 1, B)
     return np.int32(first_B[:, None] + np.arange(T))
 
@@ -85,7 +85,7 @@ def test_attend(shape: tuple, changes: dict, T: int, more: int, seed: int) -> No
 @few
 @given(SHAPES, CHANGES, st.integers(1, 9), st.integers(1, 3), st.integers(0, 99))
 def test_attend_blocks(shape: tuple, changes: dict, T: int, blocks: int, seed: int) -> None:
-    """A window may begin behind a block's end: such a block counts for nothing, though it was looked at first."""
+    """A window may begin after a block's end: that block must count for nothing, though it is processed first."""
     B, K, G, H = shape
     slots = blocks * SLOT_BLOCK
     check(attend_blocks, drawn(seed, B, T, K, G, slots, H), ragged(seed, B, T, slots), changes, seed)
@@ -99,7 +99,7 @@ def test_attend_causal(shape: tuple, changes: dict, T: int, seed: int) -> None:
 
 
 def part_of(layout: str, dtype: str, K: int, G: int, H: int, key_BKSH: np.ndarray, value_BKSH: np.ndarray):
-    """A part of two layers whose second holds these keys and values, as they come back from it."""
+    """Returns a part of two layers, the second with these keys and values, and those as read back from it."""
     config = Config(
         vocab_size=8,
         width=8,
@@ -131,7 +131,7 @@ def part_of(layout: str, dtype: str, K: int, G: int, H: int, key_BKSH: np.ndarra
 @fuzz(6)
 @given(SHAPES, CHANGES, st.sampled_from([1, 2, 5, 40]), st.integers(0, 99))
 def test_parts_of_caches(layout: str, dtype: str, shape: tuple, changes: dict, T: int, seed: int) -> None:
-    """Each over what it holds: keys and values in the cache's dtype, or in codes."""
+    """Each part attends to what it stores: keys and values in the cache's dtype, or in codes."""
     B, K, G, H = shape
     query_BTNH, *held = drawn(seed, B, T, K, G, 128, H)
     part, read = part_of(layout, dtype, K, G, H, *held)
@@ -147,7 +147,7 @@ def test_parts_of_caches(layout: str, dtype: str, shape: tuple, changes: dict, T
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_long_prompts_of_a_cache_go_in_blocks(dtype: str) -> None:
-    """From 64 queries and 512 slots on, with all that changes scores at once."""
+    """Blocks are used from 64 queries and 512 slots on; here all that changes scores is set at once."""
     query_BTNH, *held = drawn(0, 2, 70, 2, 2, 2 * SLOT_BLOCK, 8)
     part, read = part_of("dense", dtype, 2, 2, 8, *held)
 
@@ -159,7 +159,7 @@ def test_long_prompts_of_a_cache_go_in_blocks(dtype: str) -> None:
 
 
 def test_a_change_is_a_change() -> None:
-    """Each moves what comes out: one that is ignored on both sides would pass the tests above."""
+    """Each option changes the result: an option that both sides ignored would pass the tests above."""
     arrays = drawn(0, 1, 6, 2, 2, 50, 8)
     position_BT = np.arange(44, 50)[None]
     plain = expected(*arrays, position_BT, None, None, None, None)

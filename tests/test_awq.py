@@ -28,7 +28,7 @@ def _int3(weight: jax.Array) -> quant.QTensor:
 
 
 def _plain_int3(weight_KM: np.ndarray) -> np.ndarray:
-    """Rounded to nearest in groups of 32, in float64 but for the scale, which is stored in bfloat16."""
+    """Rounds to nearest in groups of 32, in float64 except for the scale, which is stored in bfloat16."""
     groups_CgM = weight_KM.astype(np.float64).reshape(-1, 32, weight_KM.shape[-1])
     low, high = groups_CgM.min(1, keepdims=True), groups_CgM.max(1, keepdims=True)
     scale = (np.where(high >= -low, high, low) / -4).astype(jnp.bfloat16).astype(np.float64)
@@ -36,7 +36,7 @@ def _plain_int3(weight_KM: np.ndarray) -> np.ndarray:
 
 
 def _plain_error(weights: list[np.ndarray], x_TK: np.ndarray, scale_K: np.ndarray) -> float:
-    """||x w - (x / s) q(w s)||^2."""
+    """Returns ||x w - (x / s) q(w s)||^2."""
     return sum(
         np.sum((x_TK.astype(np.float64) @ w - (x_TK / scale_K) @ _plain_int3(w * scale_K[:, None])) ** 2)
         for w in weights
@@ -76,7 +76,7 @@ def test_clearly_better_where_few_channels_are_loud() -> None:
 def test_a_quantizer_without_error_is_left_alone() -> None:
     weight_KM, x_TK, mean_K = _layer()
     np.testing.assert_array_equal(search_scale(jnp.asarray(weight_KM), mean_K, x_TK, lambda w: w), 1)
-    # Arrays are taken as dequantized, samples may have any leading axes.
+    # Arrays are taken as dequantized weights; samples may have any leading axes.
     as_array = search_scale(jnp.asarray(weight_KM), mean_K, x_TK, lambda w: quant.dequantize(_int3(w)))
     np.testing.assert_array_equal(as_array, search_scale([weight_KM], mean_K, x_TK.reshape(2, 64, LENGTH), _int3))
 

@@ -1,4 +1,4 @@
-"""Random models are what a recipe promises; what is measured is what was asked for. No times are compared."""
+"""Random models are what a recipe promises, and benchmarks measure what was asked for. No times are compared."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,8 @@ from quant.kernels.cpu import TiledWeight
 CONFIG = llamajax.Config(
     vocab_size=64, width=64, ffn_width=128, num_layers=2, num_heads=4, num_kv_heads=2, head_size=16, context_length=512
 )
-# By hand, of CONFIG: query and out 64 x 64, key and value 64 x 32, three of 64 x 128; tables of 64 x 64; five norms.
+# Counted by hand for CONFIG: query and out 64 x 64, key and value 64 x 32, three of 64 x 128; tables of 64 x 64; five
+# norms.
 LAYER, TABLE, NORMS = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128, 64 * 64, 5 * 64
 
 
@@ -36,7 +37,7 @@ def size(tree) -> int:
 @pytest.mark.matrix
 @pytest.mark.parametrize("recipe", ["int4-g128", "int3-g64", "nf4-g64", "ternary"])
 def test_random_weights_are_as_quantized_ones(recipe: str) -> None:
-    """Of the same types, shapes and dtypes; and no code stands for something that a quantizer would not write."""
+    """Random weights have a quantizer's types, shapes and dtypes, and no code that a quantizer would not write."""
     made = random_model(CONFIG, recipe)
     quantized = quantize(llamajax.Llama(CONFIG, key=jax.random.key(0)), recipe)
     assert jax.tree.structure(made) == jax.tree.structure(quantized)
@@ -104,7 +105,7 @@ def test_a_decode_step_reads_and_computes_what_it_must() -> None:
     measured = measure_decode(model, 40, batch=3, cache_dtype="float32", steps=2, repeats=1)
     assert (measured.phase, measured.batch, measured.length, measured.tokens) == ("decode", 3, 40, 3)
     cache = 40 * 3 * CONFIG.num_layers * 2 * CONFIG.num_kv_heads * CONFIG.head_size * 4
-    assert measured.bytes_read == 2 * (2 * LAYER + TABLE + NORMS) + cache, "of the embeddings but three rows"
+    assert measured.bytes_read == 2 * (2 * LAYER + TABLE + NORMS) + cache, "only three rows of the embeddings"
     attention = 41 * 2 * 2 * 2 * 64  # 41 keys and as many values, in 2 layers of 64 elements, products and sums
     assert measured.operations == 3 * (2 * (2 * LAYER + TABLE) + attention)
     assert measured.tokens_per_second == 3 / measured.seconds
@@ -114,7 +115,7 @@ def test_a_decode_step_reads_and_computes_what_it_must() -> None:
 def test_a_tied_head_is_read() -> None:
     config = llamajax.Config.from_dict(CONFIG.to_dict() | {"tied_embeddings": True})
     measured = measure_decode(random_model(config, "float32"), 1, cache_dtype="int8", steps=1, repeats=1)
-    # A head of 16 bytes with a float32 scale and a zero point; keys and values.
+    # Each head takes 16 bytes, a float32 scale and a zero point, for keys and for values.
     cache = CONFIG.num_layers * 2 * CONFIG.num_kv_heads * (16 + 4 + 1)
     assert measured.bytes_read == 4 * (2 * LAYER + TABLE + NORMS) + cache
 
@@ -122,10 +123,10 @@ def test_a_tied_head_is_read() -> None:
 def test_prefill_counts_tokens_not_padding() -> None:
     measured = measure_prefill(random_model(CONFIG, "float32"), 300, repeats=1)
     assert (measured.phase, measured.batch, measured.length, measured.tokens) == ("prefill", 1, 300, 300)
-    assert measured.bytes_read == 2 * 4 * (2 * LAYER + NORMS), "two chunks, and no head"
+    assert measured.bytes_read == 2 * 4 * (2 * LAYER + NORMS), "two chunks read the layers; the head is not read"
     pairs = 300 * 301 // 2
     assert measured.operations == 300 * 2 * 2 * LAYER + pairs * 2 * 2 * 2 * 64
-    assert measured.programs == 2, "256 tokens, and 44 in the smallest bucket that holds them"
+    assert measured.programs == 2, "one program for 256 tokens, one for the smallest bucket that holds 44"
 
 
 def test_prefill_of_several_rows() -> None:
@@ -135,7 +136,7 @@ def test_prefill_of_several_rows() -> None:
 
 
 def test_bytes_of_weights_are_those_of_the_layout() -> None:
-    """A TPU keeps two codes of 4 bits in a byte, which `nbytes` of the array of codes does not say."""
+    """A TPU keeps two 4-bit codes in a byte, though `nbytes` of the array of codes does not show it."""
     model = random_model(CONFIG, "int4-g32")
     stored = nbytes(model)
     wider = 2 * (2 * LAYER + TABLE) // 32  # its scales are float32 instead of float16

@@ -1,4 +1,4 @@
-"""Ternary weights with activations in int8: packed as transformers has them, files, GGUF, the product on a CPU."""
+"""Ternary weights with int8 activations: packing as in transformers, files, GGUF, products on a CPU."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ def ternary(masters: Llama) -> Llama:
 
 
 def _theirs(packed: np.ndarray) -> np.ndarray:
-    """Transformers' `unpack_weights`, in NumPy: int8 [out, in]."""
+    """Transformers' `unpack_weights` in NumPy: int8 [out, in]."""
     return np.concatenate([(packed >> 2 * part & 3).astype(np.int8) - 1 for part in range(4)])
 
 
@@ -50,7 +50,7 @@ def _same(ours: Llama, other: Llama) -> None:
 
 
 def test_preset_is_the_published_model() -> None:
-    """2.41 billion weights by the hub's count of the master weights; config.json of microsoft/bitnet-b1.58-2B-4T."""
+    """The hub counts 2.41 billion master weights; the config is config.json of microsoft/bitnet-b1.58-2B-4T."""
     config = llamajax.preset("bitnet-2b4t")
     assert f"{config.num_parameters / 1e9:.2f}" == "2.41"
     said = {"model_type": "bitnet", "hidden_act": "relu2", "tie_word_embeddings": True, "rope_theta": 500000.0}
@@ -60,7 +60,7 @@ def test_preset_is_the_published_model() -> None:
 
 
 def test_perplexity_is_that_of_the_dequantized(ternary: Llama) -> None:
-    """But for the rounding of activations, which is 1/127 of the largest at most."""
+    """Perplexities differ only by the rounding of activations, by at most 1/127 of the largest one."""
     floats = llamajax.with_activations(ternary, "float32")
     ids = np.random.default_rng(5).integers(0, CONFIG.vocab_size, 65)
     losses = [cross_entropy(model, ids, window=64, batch=1) for model in (ternary, floats)]
@@ -71,7 +71,7 @@ def test_perplexity_is_that_of_the_dequantized(ternary: Llama) -> None:
 
 
 def test_codes_are_those_of_transformers() -> None:
-    """The example in the docstring of `unpack_weights` beside a second such block, and random codes."""
+    """Codes: the example in the docstring of `unpack_weights` beside a second such block, and random codes."""
     example = np.array([[0b10100001, 0b00011000], [0b10010000, 0b00001010]], np.uint8)
     columns = [[0, -1], [-1, 1], [-1, 1], [-1, 1], [1, 0], [0, -1], [1, -1], [1, -1]]
     weight = bitnet.unpack(np.hstack([example, example]), np.array([0.5], np.float32))
@@ -117,7 +117,7 @@ def test_rounding_is_by_the_mean_magnitude() -> None:
     [(1, 36, 1, -2), (1, 64, 3, -1), (3, 64, 3, -2), (cpu.MAX_INTEGER_ROWS + 1, 36, 1, -1)],
 )
 def test_product_is_of_whole_numbers(rows: int, group: int, groups: int, axis: int) -> None:
-    """Against NumPy's in float64 with the codes that are sent: exact but for scales and sums over groups."""
+    """NumPy multiplies the codes in float64: only scales and sums over groups are rounded otherwise."""
     rng, K, M = np.random.default_rng(0), group * groups, 21
     codes = rng.integers(0, 3, (2, K, M)).astype(np.uint8)
     scale = rng.random((2, groups, M), np.float32) + 0.5
@@ -139,7 +139,7 @@ def test_product_is_of_whole_numbers(rows: int, group: int, groups: int, axis: i
 
 
 def test_gradients_pass_through_whole_numbers() -> None:
-    """As those of the product of floats, to which rounding is the identity."""
+    """Gradients are those of the product of floats: rounding counts as the identity."""
     weight = bitnet.rounded(np.random.default_rng(1).standard_normal((32, 16)))
     x_K = jnp.asarray(np.random.default_rng(2).standard_normal(32), jnp.float32)
     tiled = cpu.layout(jax.tree.map(jnp.asarray, weight))
@@ -149,7 +149,7 @@ def test_gradients_pass_through_whole_numbers() -> None:
 
 
 def test_prepared_model_is_the_reference(ternary: Llama) -> None:
-    """Decoding, one token with a cache behind a prompt, by whole numbers; the QTensors multiply as floats."""
+    """The prepared model multiplies integers to decode; the model with QTensors multiplies floats."""
     prepared = llamajax.prepare(ternary, "cpu")
     np.testing.assert_allclose(forward(prepared, TOKENS), forward(ternary, TOKENS), atol=2e-5)
 
@@ -248,7 +248,7 @@ WIDE = dataclasses.replace(CONFIG, width=256, head_size=64, ffn_width=256, num_l
 
 
 def test_gguf_holds_every_code(tmp_path: Path) -> None:
-    """One scale, which float16 has, becomes that of each block of TQ2_0; the values are the same."""
+    """A scale that float16 can hold becomes the scale of each TQ2_0 block; the values are the same."""
     model = quantize(random_model(WIDE), "bitnet")
     halves = jax.tree.map(lambda a: a.astype(jnp.float16).astype(a.dtype) if a.shape[-2:] == (1, 1) else a, model)
     save_checkpoint(halves, tmp_path / "m.gguf", form="gguf")
@@ -282,7 +282,7 @@ def test_types_of_forks_are_named() -> None:
 
 @pytest.mark.extras
 def test_llama_cpp_computes_the_same(tmp_path: Path) -> None:
-    """Of floats: activations are rounded by neither."""
+    """The model has float weights, so that neither side rounds activations."""
     pytest.importorskip("xllamacpp", reason="compares with llama.cpp: install the extra: pip install -e '.[parity]'")
     from tests import llamacpp
 

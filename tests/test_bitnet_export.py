@@ -1,4 +1,4 @@
-"""Ternary weights with activations in int8, in bundles that other runtimes execute."""
+"""Ternary weights with int8 activations, in bundles that other runtimes execute."""
 
 import dataclasses
 import importlib.util
@@ -27,7 +27,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.mark.parametrize("runtime", NEEDS)
 def test_other_runtimes_say_the_same(bundle: Bundle, runtime: str) -> None:
-    """Every token; logits but for codes near a tie, which another order of sums moves."""
+    """Every token is the same, and so are the logits, except where another order of sums moves a code near a tie."""
     for module in NEEDS[runtime]:
         if importlib.util.find_spec(module.partition(".")[0]) is None or importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed: pip install -e '.[runtimes]'")

@@ -1,4 +1,4 @@
-"""BitNet against Hugging Face transformers: tiny random models, from masters that are rounded online, and packed."""
+"""BitNet against Hugging Face transformers: tiny random models, from masters rounded at run time, and packed."""
 
 import json
 from pathlib import Path
@@ -21,15 +21,15 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 pytestmark = pytest.mark.extras
 
 VOCABULARY, LENGTH, NEW = 64, 12, 64
-# Codes of activations that are nearer to a half than this may be rounded to either side: the two programs add in
-# another order. 1e-4 of a code is some ten times what that changes.
+# Activations closer than this to a half may be rounded to either side: the two programs add in another order. 1e-4 of a
+# code is some ten times what that changes.
 MARGIN = 1e-4
 
 _logits = jax.jit(lambda model, tokens: model(tokens)[0], compiler_options={"xla_backend_optimization_level": 0})
 
 
 def _theirs(mode: str, linear: str = "autobitlinear", **fields):
-    """A random model of transformers' own making, with its own layers: large weights, uneven norms and scales."""
+    """A random model made by transformers with its own layers: large weights, uneven norms and scales."""
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
     special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "initializer_range": 0.2}
@@ -62,7 +62,7 @@ def _theirs(mode: str, linear: str = "autobitlinear", **fields):
 
 
 def _saved(model, folder: Path) -> Path:
-    """A folder as the published ones are: with offline weights packed, which `save_pretrained` does not do itself."""
+    """Saves a folder like the published ones: offline weights are packed, which `save_pretrained` does not do."""
     state = model.state_dict()
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
@@ -79,7 +79,7 @@ def _saved(model, folder: Path) -> Path:
 
 
 def _tokens_without_ties(model) -> np.ndarray:
-    """Tokens of which no activation is near to where its code changes."""
+    """Returns tokens for which no activation is near a value where its code changes."""
     nearest = [1.0]
 
     def look(module, arguments):
@@ -115,7 +115,7 @@ def _their_logits(model, tokens: np.ndarray) -> np.ndarray:
     ],
 )
 def test_logits_and_files_are_theirs(tmp_path: Path, mode: str, linear: str, fields: dict) -> None:
-    """Within 1e-4, in float32; saved again, the codes are as theirs pack them."""
+    """Logits agree within 1e-4, in float32; saved again, the codes are packed as transformers packs them."""
     theirs = _theirs(mode, linear, **fields)
     tokens = _tokens_without_ties(theirs)
     expected = _their_logits(theirs, tokens)
@@ -136,17 +136,17 @@ def test_logits_and_files_are_theirs(tmp_path: Path, mode: str, linear: str, fie
             packed[f"{name}.weight_scale"] = 1 / packed[f"{name}.weight_scale"]
     assert sorted(ours) == sorted(packed)
     for name, tensor in packed.items():
-        # The mean of magnitudes is summed in another order.
+        # Here the mean of magnitudes is summed in another order.
         torch.testing.assert_close(ours[name], tensor.data, rtol=1e-6 if name.endswith("weight_scale") else 0, atol=0)
 
 
 def test_greedy_text_is_theirs(tmp_path: Path) -> None:
-    """64 tokens, of packed weights as prepared for a CPU; the rounding of activations near a tie may differ."""
+    """64 tokens agree, with packed weights prepared for a CPU; the rounding of activations near a tie may differ."""
     theirs = _theirs("offline")
     prompt = _tokens_without_ties(theirs)[0].tolist()
     model, _ = llamajax.load(_saved(theirs, tmp_path / "theirs"), backend="cpu")
     with torch.no_grad():
         whole = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW, pad_token_id=0)
     expected = whole[0, len(prompt) :].tolist()
-    assert len(set(expected)) > 3, "a loop over one or two tokens would hide mistakes"
+    assert len(set(expected)) > 3, "a text that repeats one or two tokens would hide mistakes"
     assert llamajax.generate(model, None, prompt, temperature=0, max_new_tokens=NEW).tokens == expected

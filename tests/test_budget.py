@@ -1,4 +1,4 @@
-"""Sharing out a budget, against every choice there is."""
+"""Allocation of a budget, against an exhaustive search."""
 
 import itertools
 
@@ -12,7 +12,7 @@ from quant.budget import allocate
 
 @given(st.integers(0, 10_000), st.integers(1, 5), st.floats(0, 1))
 def test_no_choice_of_the_same_cost_is_better(seed: int, items: int, generosity: float) -> None:
-    """The chosen point is on the lower convex hull of all (cost, error): nothing that costs as much has less error."""
+    """The chosen point is on the lower convex hull of all (cost, error): no choice of the same cost has less error."""
     rng = np.random.default_rng(seed)
     costs = [sorted(rng.integers(1, 40, 4).tolist()) for _ in range(items)]
     errors = [sorted(rng.uniform(0, 9, 4).tolist(), reverse=True) for _ in range(items)]
@@ -25,7 +25,7 @@ def test_no_choice_of_the_same_cost_is_better(seed: int, items: int, generosity:
     error = sum(e[i] for e, i in zip(errors, chosen, strict=True))
     assert cost <= budget
     best = min(fault for price, fault in totals if price <= budget)
-    # Greedy along the hulls is off by one item's step at most, which did not fit.
+    # The greedy choice along the hulls loses at most one item's step, the one that did not fit.
     assert error <= best + max(e[0] - e[-1] for e in errors) + 1e-9
     if generosity == 1:
         assert error == pytest.approx(best)

@@ -1,4 +1,4 @@
-"""The cache of 8 and 4 bits (and of floats) against NumPy: codes, bounds, ragged rows, programs; and what it costs."""
+"""The cache of 8 and 4 bits, and of floats, against NumPy: codes, bounds, ragged rows, programs, cost."""
 
 import dataclasses
 import json
@@ -36,18 +36,18 @@ CONFIG = Config(
     context_length=512,
 )
 QUANTIZED = {"int8": 255, "int4": 15}  # the largest code of each
-# |x| that float32 rounding of x / scale + zero may add to half a step, in steps.
+# Float32 rounding of x / scale + zero may add |x| times this to half a step, in steps.
 ROUNDING = 1e-4
 
 
 def begun(config: Config, B: int, slots: int, dtype: str, length_B) -> KVCache:
-    """A cache of zeros that counts some tokens."""
+    """Returns a cache of zeros that counts some tokens."""
     cache = KVCache.empty(config, B, slots, dtype)
     return dataclasses.replace(cache, length_B=jnp.broadcast_to(jnp.asarray(length_B, jnp.int32), (B,)))
 
 
 def write(cache: KVCache, layer, key_BTKH, value_BTKH, count_B=0) -> KVCache:
-    """The cache with tokens in one layer, of which `end` counts some."""
+    """Returns the cache with tokens written in one layer; `end` of them count."""
     part = cache.parts[0].write(layer, jnp.asarray(key_BTKH), jnp.asarray(value_BTKH), cache.length_B)
     return KVCache((part,), cache.length_B + jnp.asarray(count_B, jnp.int32))
 
@@ -57,7 +57,7 @@ _forward = jax.jit(lambda model, tokens_BT: model(tokens_BT)[0])
 
 
 def quantize(x: np.ndarray, largest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes, scale and zero point of each last axis, in float64, from the formula in the docstrings."""
+    """Returns codes, scale and zero point per last axis, in float64, by the formula in the docstrings."""
     low, high = np.minimum(x.min(-1, keepdims=True), 0), np.maximum(x.max(-1, keepdims=True), 0)
     scale = (high - low) / largest
     safe = np.where(scale == 0, 1, scale)
@@ -71,7 +71,7 @@ def round_trip(x: np.ndarray, largest: int) -> np.ndarray:
 
 
 def decode_bytes(slots: QTensor) -> np.ndarray:
-    """Floats from the planes themselves: element h in the low bits of byte h, element h + H/2 in the high ones."""
+    """Decodes the planes: element h is in the low bits of byte h, element h + H/2 in the high ones."""
     codes = np.asarray(slots.planes[0])
     if slots.scheme.bits == 4:
         codes = np.concatenate([codes & 15, codes >> 4], axis=-1)
@@ -87,7 +87,7 @@ def one_layer(head_size: int, kv_heads: int) -> Config:
 
 @pytest.mark.parametrize("dtype", QUANTIZED)
 def test_codes_are_numpys(dtype: str) -> None:
-    """All three planes, and the floats that a decoder of the bytes makes of them."""
+    """Checks all three planes, and the floats that a decoder of the bytes makes of them."""
     x_BTKH = np.random.default_rng(0).normal(0.5, 1, (2, 5, 2, 8)).astype(np.float32)
     cache = write(KVCache.empty(CONFIG, 2, 5, dtype), jnp.asarray(1), x_BTKH, -x_BTKH)
     part = cache.parts[0]
@@ -99,7 +99,7 @@ def test_codes_are_numpys(dtype: str) -> None:
         np.testing.assert_allclose(slots.scale[1], scale, rtol=1e-6)
         np.testing.assert_array_equal(slots.zero[1], zero)
         np.testing.assert_allclose(decode_bytes(slots)[1], (codes - zero) * scale, rtol=1e-5, atol=1e-7)
-        assert not decode_bytes(slots)[0].any(), "the other layer"
+        assert not decode_bytes(slots)[0].any(), "the other layer must stay empty"
     for read, slots in zip(part.read(jnp.asarray(1)), (part.key_LBKSH, part.value_LBKSH), strict=True):
         assert read.dtype == jnp.float32
         np.testing.assert_allclose(read, decode_bytes(slots)[1], rtol=1e-6)
@@ -114,7 +114,7 @@ def test_codes_are_numpys(dtype: str) -> None:
     seed=st.integers(0, 9),
 )
 def test_error_is_at_most_half_a_step(dtype: str, shape: tuple, exponent: int, shift: float, seed: int) -> None:
-    """Of every element, at any magnitude and off-centre too; what is written is read back from the slots behind 1."""
+    """Every element is read back within half a step, at any magnitude and off-centre too; slot 0 stays empty."""
     B, T, K, H = shape
     x_BTKH = ((np.random.default_rng(seed).uniform(-1, 1, shape) + shift) * 10.0**exponent).astype(np.float32)
     cache = _write(begun(one_layer(H, K), B, T + 1, dtype, 1), jnp.asarray(0), x_BTKH, x_BTKH, T)
@@ -151,7 +151,7 @@ def test_what_is_not_finite_stays_so_in_its_head_and_token(dtype: str, bad: floa
 
 @pytest.mark.parametrize("name", ["llama3.1-8b", "llama3.2-1b", "llama2-7b"])
 def test_bytes_are_those_promised(name: str) -> None:
-    """Per head and token, for keys and for values: H or H/2 of codes, 4 of scale, 1 of zero point."""
+    """A head takes per token, for keys and for values: H or H/2 bytes of codes, 4 of scale, 1 of zero point."""
     config = preset(name)
     H, per_row = config.head_size, 2 * config.num_layers * config.num_kv_heads * 1000
     promised = {"float32": 4 * H, "bfloat16": 2 * H, "float16": 2 * H, "int8": H + 5, "int4": H // 2 + 5}
@@ -187,7 +187,7 @@ def test_a_dtype_by_name_and_as_such() -> None:
 
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
 def test_ragged_writes_are_numpys(dtype: str) -> None:
-    """Pieces of which each row counts some tokens; the rest is overwritten. A NumPy array is the model of a cache."""
+    """Each row counts some tokens of a piece; the next piece overwrites the rest. A NumPy array models the cache."""
     rng, B, S = np.random.default_rng(1), 3, 40
     cache = KVCache.empty(CONFIG, B, S, dtype)
     expected_LBKSH, length_B = np.zeros((2, B, 2, S, 8), np.float32), np.zeros(B, int)
@@ -211,7 +211,7 @@ def test_ragged_writes_are_numpys(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", QUANTIZED)
 def test_a_row_is_stored_as_it_would_be_alone(dtype: str) -> None:
-    """Bit for bit; and `vmap` over caches is a loop over them."""
+    """Rows are equal bit for bit, and `vmap` over caches is a loop over them."""
     x_BTKH = jnp.asarray(np.random.default_rng(2).standard_normal((3, 4, 2, 8)), jnp.float32)
     start_B = jnp.asarray([0, 3, 5])
     batch = write(begun(CONFIG, 3, 9, dtype, start_B), 1, x_BTKH, 2 * x_BTKH)
@@ -228,11 +228,11 @@ def test_a_row_is_stored_as_it_would_be_alone(dtype: str) -> None:
                 np.testing.assert_array_equal(actual, leaf)
 
 
-# ---- The model with it ----------------------------------------------------------------------------------------------
+# ---- The model with a quantized cache -------------------------------------------------------------------------------
 
 
 def run_pieces(model: llamajax.Llama, tokens_BT: np.ndarray, pieces: list[int], dtype: str) -> np.ndarray:
-    """Logits of all tokens, put through the cache piece by piece."""
+    """Returns the logits of all tokens, put through the cache piece by piece."""
     cache, logits, first = KVCache.empty(model.config, len(tokens_BT), tokens_BT.shape[1], dtype), [], 0
     for size in pieces:
         part_BTV, cache = _step(model, tokens_BT[:, first : first + size], cache)
@@ -243,9 +243,9 @@ def run_pieces(model: llamajax.Llama, tokens_BT: np.ndarray, pieces: list[int], 
 
 @pytest.mark.parametrize("dtype", QUANTIZED)
 def test_logits_are_those_of_the_reference_with_rounded_keys_and_values(dtype: str, monkeypatch) -> None:
-    """The NumPy LLaMA, its attention over keys and values through the NumPy quantizer.
+    """The reference is the NumPy LLaMA with attention over keys and values that the NumPy quantizer rounded.
 
-    A value near the middle of two codes may go to the one here and the other there, so the mean counts, not the worst.
+    A value near the middle of two codes may be rounded to either, so the mean error counts, not the largest.
     """
     model, tokens = random_model(CONFIG), np.random.default_rng(3).integers(0, 50, (2, 24)).astype(np.int32)
     weights = weights_of(model)
@@ -272,13 +272,13 @@ def test_rows_of_different_length_equal_each_row_alone() -> None:
             taken[b] += count
     for b in range(2):
         alone = run_pieces(model, rows[b][None], [len(rows[b])], "int8")[0]
-        # Logits are of order 1. The room is for values at the middle of two codes, which may get either.
+        # Logits are of order 1. The tolerance is for values in the middle of two codes, which may get either.
         np.testing.assert_allclose(np.concatenate(got[b]), alone, atol=0.02)
 
 
 @pytest.mark.parametrize("dtype", QUANTIZED)
 def test_damaged_rows_are_nan_for_good(dtype: str) -> None:
-    """An unknown token in row 0, an overflow in row 1: NaN where a float cache has it, and row 2 as without them."""
+    """Row 0 has an unknown token, row 1 overflows: both give NaN where a float cache does; row 2 is as without them."""
     model, tokens = random_model(CONFIG), np.random.default_rng(5).integers(0, 50, (3, 16)).astype(np.int32)
     expected = run_pieces(model, tokens, [8, 8], dtype)[2]
     tokens[0, 5] = 50
@@ -305,11 +305,11 @@ def box() -> Box:
     return Box(*llamajax.load("box", dtype=jnp.float32))
 
 
-# Bounds are three times what was measured on 136 windows of 512 tokens: KL 3.3e-6 and 9.9e-4 nats, and another token
-# likeliest at 0.05% and 0.66% of the positions.
+# Bounds are three times the values measured on 136 windows of 512 tokens: KL 3.3e-6 and 9.9e-4 nats, and another
+# likeliest token at 0.05% and 0.66% of the positions.
 @pytest.mark.parametrize(("dtype", "divergence", "agreement"), [("int8", 1e-5, 0.998), ("int4", 3e-3, 0.98)])
 def test_the_box_hardly_changes(box: Box, dtype: str, divergence: float, agreement: float) -> None:
-    """KL(float || quantized) of the next token on stories that it never saw, put through the cache in pieces."""
+    """KL(float || quantized) of the next token, on stories that the box never saw, put through the cache in pieces."""
     rows = encode_documents(box.tokenizer, heldout_stories()[:12])[: 6 * 384].reshape(6, 384)
     exact = jax.nn.log_softmax(_forward(box.model, rows))
     rounded = jax.nn.log_softmax(run_pieces(box.model, rows, [128, 128, 128], dtype))
@@ -332,7 +332,7 @@ def test_greedy_text_of_the_box_is_the_same_with_8_bits(box: Box) -> None:
 
 
 def test_the_cache_has_the_models_dtype_unless_told_otherwise(tiny_model: llamajax.Llama) -> None:
-    """`step_bytes` is the weights, less an embedding of which a row is read, and the cache as it is."""
+    """`step_bytes` is the weights, with only one row of the embedding, plus the cache as stored."""
     config = tiny_model.config
     weights = (config.num_parameters - config.vocab_size * config.width) * 4
     heads = 2 * config.num_layers * config.num_kv_heads * 256
@@ -364,7 +364,7 @@ def test_command_line(box: Box, capsys) -> None:
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("dtype", QUANTIZED)
 def test_donated_cache_is_updated_in_place(dtype: str, batch: int) -> None:
-    """Each plane of the result lies where the argument's lay; none is copied, converted or scattered into."""
+    """Each plane of the result has the argument's buffer; none is copied, converted or scattered into."""
     donating = jax.jit(lambda model, tokens_BT, cache: model(tokens_BT, cache), donate_argnames=("cache",))
     model, cache = random_model(CONFIG), KVCache.empty(CONFIG, batch, 32, dtype)
     tokens_BT = np.ones((batch, 1), np.int32)

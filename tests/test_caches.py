@@ -1,4 +1,4 @@
-"""Rows of a cache that come, go and go back, and layouts beside each other: against NumPy slices and fresh prefills."""
+"""Rows of a cache that are added, removed and rewound, and cache layouts: against NumPy slices and fresh prefills."""
 
 import dataclasses
 from typing import Any
@@ -26,7 +26,7 @@ CONFIG = Config(
 )
 SLOTS = 64
 KINDS = [("dense", "float32"), ("tiled", "float32"), ("dense", "int8"), ("scatter", "int4")]
-# Logits are of order 1. Quantized: a value at the middle of two codes may get either, in programs of other shapes.
+# Logits are of order 1. Quantized: a value in the middle of two codes may get either in programs of other shapes.
 ROOM = {"float32": 1e-4, "int8": 0.02, "int4": 0.3}
 
 
@@ -45,7 +45,7 @@ def tokens_of(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def filled(model: Llama, layout: str, dtype: str, batch: int, seed: int = 0) -> tuple[KVCache, np.ndarray]:
-    """A cache whose rows hold 16, 15, 14 … tokens, and these."""
+    """Returns a cache whose rows hold 16, 15, 14 … tokens, and these tokens."""
     tokens_BT = tokens_of(batch, 16, seed=seed)
     cache = KVCache.empty(CONFIG, batch, SLOTS, dtype, layout=layout)
     return step(model, tokens_BT, cache, 16 - np.arange(batch, dtype=np.int32))[1], tokens_BT
@@ -75,14 +75,14 @@ def test_take_and_put_are_slices(model: Llama, layout: str, dtype: str) -> None:
         expected[:, 3], expected[:, 1] = new[:, 0], new[:, 1]
         np.testing.assert_array_equal(actual, expected)
     np.testing.assert_array_equal(put.length_B, [16, 15, 14, 16])
-    np.testing.assert_array_equal(cache.length_B, [16, 15, 14, 13])  # the argument is what it was
+    np.testing.assert_array_equal(cache.length_B, [16, 15, 14, 13])  # the argument is unchanged
 
 
 @pytest.mark.parametrize(("layout", "dtype"), KINDS)
 def test_a_request_that_comes_and_beams_that_part(
     model: Llama, weights: reference.Weights, layout: str, dtype: str
 ) -> None:
-    """A row prefilled alone takes the place of another; then rows are taken in another order, one of them twice."""
+    """A row prefilled alone replaces another; then rows are taken in another order, one of them twice."""
     cache, tokens_BT = filled(model, layout, dtype, 3)
     new_1T = tokens_of(1, 9, seed=5)
     _, alone = step(model, new_1T, KVCache.empty(CONFIG, 1, SLOTS, dtype, layout=layout))
@@ -146,7 +146,7 @@ def test_rows_that_wait_do_not_run_over(model: Llama) -> None:
 def test_rewound_rows_go_on_as_if_freshly_prefilled(
     model: Llama, weights: reference.Weights, layout: str, dtype: str
 ) -> None:
-    """What lay behind leaves no trace, in rows shortened by different numbers of tokens."""
+    """Dropped tokens leave no trace in rows shortened by different numbers of tokens."""
     cache, tokens_BT = filled(model, layout, dtype, 3)
     length_B = jnp.asarray([5, 15, 0], jnp.int32)
     shorter = cache.rewind(length_B)
@@ -165,7 +165,7 @@ def test_rewound_rows_go_on_as_if_freshly_prefilled(
 
 
 class Ring(Part):
-    """Old tokens give way; one step may write three."""
+    """A part that drops old tokens; one step may write three."""
 
     slots = None
     spare = 3
@@ -186,7 +186,7 @@ def test_a_ring_goes_back_by_what_it_has_spare(model: Llama) -> None:
 @pytest.mark.parametrize("T", [1, 5])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 def test_layouts_store_the_same_bits(dtype: str, T: int) -> None:
-    """Of rows that overflow, too: what would stick out is moved back, as NumPy does here."""
+    """Rows that overflow, too: a write past the end is moved back, as NumPy does here."""
     rng, S = np.random.default_rng(0), 12
     start_B = jnp.asarray([0, 3, S - T, S - 1, S, S + 5], jnp.int32)
     key_BTKH, value_BTKH = (jnp.asarray(rng.standard_normal((6, T, 2, 8)), jnp.float32) for _ in range(2))
@@ -208,7 +208,7 @@ def test_layouts_store_the_same_bits(dtype: str, T: int) -> None:
 
 @pytest.mark.parametrize("layout", ["straight", "scatter"])
 def test_a_model_sees_the_same_in_each_layout(model: Llama, weights: reference.Weights, layout: str) -> None:
-    """Three pieces; the last fits the second row only, and then neither."""
+    """A text in three pieces: the first fits both rows, the second only the second row, the last neither."""
     tokens_BT = tokens_of(2, 40)
     cache = KVCache.empty(CONFIG, 2, 32, layout=layout)
     logits, cache = step(model, tokens_BT[:, :16], cache, np.int32([16, 12]))

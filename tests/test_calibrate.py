@@ -1,4 +1,4 @@
-"""Calibration: statistics of each weight's inputs, and scales folded into what makes them."""
+"""Calibration: statistics of each weight's inputs, and scales folded into what produces the inputs."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ THEIRS = {"attention": "self_attn.k_proj", "out": "self_attn.o_proj", "ffn": "ml
 
 
 class Spied:
-    """A matrix of the NumPy reference that notes what it is multiplied with."""
+    """A matrix of the NumPy reference that records what it is multiplied with."""
 
     __array_ufunc__ = None
 
@@ -47,11 +47,11 @@ class Spied:
 
     @property
     def T(self) -> "Spied":
-        """Where the reference multiplies by `weights[name].T`."""
+        """Returns the object itself: the reference multiplies by `weights[name].T`."""
         return self
 
     def __rmatmul__(self, x: np.ndarray) -> np.ndarray:
-        """x @ weight.T."""
+        """Returns x @ weight.T."""
         self.seen.append(x)
         return x @ self.array.T
 
@@ -62,7 +62,7 @@ def layers_of(model) -> list[dict[str, jax.Array]]:
 
 
 def reference_inputs(model, layer: int) -> dict[str, np.ndarray]:
-    """All inputs of a layer's weights over WINDOWS, [tokens, K] in float64, by the independent model."""
+    """Returns all inputs of a layer's weights over WINDOWS, [tokens, K] in float64, by the independent model."""
     weights, seen = weights_of(model), {}
     for group, name in THEIRS.items():
         key, seen[group] = f"model.layers.{layer}.{name}.weight", []
@@ -111,7 +111,7 @@ def test_statistics_of_an_array_do_not_depend_on_batches() -> None:
 
 @pytest.mark.parametrize("group", list(INPUTS))
 def test_folded_scales_change_nothing(group: str) -> None:
-    """A layer with scaled inputs is the same function; query heads that share a value head share their scales."""
+    """A layer with folded scales is the same function; query heads that share a value head share their scales."""
     model = random_model(CONFIG)
     before = layers_of(model)[1]
     x_WTD = np.array(model.embed_VD.get_value()[WINDOWS]) * 20
@@ -128,7 +128,7 @@ def test_folded_scales_change_nothing(group: str) -> None:
 
 
 def test_a_norm_in_16_bits_is_folded_without_an_error() -> None:
-    """The scale that the weights get is the one that the rounded norm leaves."""
+    """The weights get the scale that the rounded norm leaves."""
     before = layers_of(random_model(CONFIG))[0]
     before["ffn_norm.weight_D"] = before["ffn_norm.weight_D"].astype(jnp.bfloat16).astype(jnp.float32)
     before["ffn_norm.weight_D"] = before["ffn_norm.weight_D"].at[3].set(0)

@@ -1,4 +1,4 @@
-"""The command chat without a terminal, and the file of its model, which is checked."""
+"""The command chat without a terminal, and the download of its model, which is verified."""
 
 import dataclasses
 import hashlib
@@ -25,7 +25,7 @@ SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A model that knows nothing, with a tokenizer and a template."""
+    """A model of random weights, with a tokenizer and a template."""
     tokenizer = tokenizer_with(SMOLLM2)
     path = tmp_path_factory.mktemp("chat") / "model"
     llamajax.save_checkpoint(random_model(tokenizer.vocab_size, 256), path, tokenizer=tokenizer)
@@ -52,19 +52,19 @@ def test_flags_that_do_nothing_are_refused(flags: list[str], message: str, folde
 
 
 def beginning(tokenizer: Tokenizer, role: str) -> list[int]:
-    """ChatML's ids where a message begins."""
+    """Returns ChatML's ids at the beginning of a message."""
     return [tokenizer.id_of("<|im_start|>"), *tokenizer.encode(f"{role}\n", bos=False)]
 
 
 def by_hand(tokenizer: Tokenizer, said: list[Message]) -> list[int]:
-    """ChatML's ids of messages; what a message says is text."""
+    """Returns ChatML's ids of messages; the content of a message is text."""
     end = [tokenizer.id_of("<|im_end|>"), *tokenizer.encode("\n", bos=False)]
     texts = [tokenizer.encode(f"{message.role}\n{message.content}", bos=False) for message in said]
     return [index for text in texts for index in (tokenizer.id_of("<|im_start|>"), *text, *end)]
 
 
 def ending(tokenizer: Tokenizer) -> Tokenizer:
-    """The same, which ends where a message does."""
+    """Returns the same tokenizer with `<|im_end|>` among its stop ids."""
     stops = (*tokenizer.stop_ids, tokenizer.id_of("<|im_end|>"))
     return Tokenizer(tokenizer.model_bytes, words=dataclasses.replace(tokenizer.words, stop_ids=stops))
 
@@ -109,7 +109,7 @@ def test_machines_get_an_object_a_line(folder: Path, monkeypatch, capsys) -> Non
 
 
 def test_a_conversation_goes_on_in_another_form(folder: Path, monkeypatch, capsys, tmp_path: Path) -> None:
-    """Flags are the same as the messages and the template that they name."""
+    """The flags do what the messages and the template that they name do in the library."""
     file, template = tmp_path / "said.json", tmp_path / "form.jinja"
     before = [Message("system", "brief"), Message("user", "a fox"), Message("assistant", "there was")]
     save_conversation(file, before)
@@ -132,7 +132,7 @@ def test_input_that_is_no_text(folder: Path, monkeypatch, capsys) -> None:
     assert (code, out) == (1, "") and "llamajax: box: it carries no chat template" in err
 
 
-# ---- The model that is fetched ---------------------------------------------------------------------------------------
+# ---- The model's download --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

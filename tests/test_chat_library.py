@@ -1,4 +1,4 @@
-"""`llamajax.Chat`: what the model sees is what the template says, whatever was kept, stopped, retried or dropped."""
+"""`llamajax.Chat`: the model sees the template's text, whatever was kept, stopped, retried or dropped."""
 
 import dataclasses
 import itertools
@@ -26,7 +26,7 @@ CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|python_tag|>"]
 
 
 def tokenizer_with(template: str, marks: tuple[str, ...] = ()) -> llamajax.Tokenizer:
-    """A byte-level tokenizer with ChatML's control tokens, and with marks that are tokens with a text."""
+    """Returns a byte-level tokenizer with ChatML's control tokens, and with marks that are tokens with a text."""
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = tokenizers.decoders.ByteLevel()
@@ -54,7 +54,7 @@ def model(tokenizer) -> llamajax.Llama:
 
 
 def prompt(tokenizer: llamajax.Tokenizer, messages: list[Message]) -> list[int]:
-    """ChatML's ids of a conversation, written by hand."""
+    """Returns ChatML's ids of a conversation, written by hand."""
     start, end = tokenizer.id_of("<|im_start|>"), tokenizer.id_of("<|im_end|>")
     encode = lambda text: tokenizer.encode(text, bos=False)  # noqa: E731
     ids = []
@@ -64,7 +64,7 @@ def prompt(tokenizer: llamajax.Tokenizer, messages: list[Message]) -> list[int]:
 
 
 def fresh(model, tokenizer, messages: list[Message], **options) -> str:
-    """What `generate` makes of a conversation without any memory of it."""
+    """Returns what `generate` makes of a conversation that it has not seen before."""
     ending = tokenizer.replying([0, tokenizer.id_of("<|im_end|>")])
     return llamajax.generate(model, ending, prompt(tokenizer, messages), **options).text
 
@@ -192,7 +192,7 @@ def test_an_interrupted_answer_stays_as_far_as_it_came(model, tokenizer, monkeyp
 
 
 def test_an_answer_interrupted_before_it_is_shown_is_empty(model, tokenizer, monkeypatch) -> None:
-    """The first token is there, and its text is still held back."""
+    """The first token exists already, but its text is still held back."""
     chat = Chat(model, tokenizer, **GREEDY)
     answer = chat.stream("Once upon a time")
     monkeypatch.setattr(answer._stream, "_account", interrupt)
@@ -232,11 +232,11 @@ def test_the_oldest_turns_leave_a_full_window(model, tokenizer) -> None:
                 int(re.search(r"^the context holds 256 tokens: the oldest (\d+) turns have left it", notes[-1])[1])
             )
             asked = [chat.messages[0], *chat.messages[1 + 2 * sum(left) : -1]]
-            assert len(prompt(tokenizer, asked)) - 1 + 20 <= 192, "a quarter is free again"
+            assert len(prompt(tokenizer, asked)) - 1 + 20 <= 192, "a quarter of the context must be free again"
         assert len(prompt(tokenizer, asked)) - 1 + 20 <= 256
         assert answer.content == fresh(model, tokenizer, asked, temperature=0, max_new_tokens=20)
-        assert len(chat.messages) == 1 + 2 * (turn + 1), "all that was said is still there"
-    assert 2 <= len(left) <= 5, "not at every turn"
+        assert len(chat.messages) == 1 + 2 * (turn + 1), "messages must keep the whole conversation"
+    assert 2 <= len(left) <= 5, "turns must not be dropped at every turn"
 
 
 def test_what_does_not_fit_is_refused(model, tokenizer) -> None:
@@ -348,7 +348,7 @@ def test_a_cache_grows_and_keeps_what_it_holds(long_model, tokenizer, monkeypatc
 
 
 def test_thinking_that_leaves_the_history_is_not_kept(model, tokenizer) -> None:
-    """As with Qwen 3: what was thought in earlier turns is no part of the prompt."""
+    """As with Qwen 3: the thinking of earlier turns is not part of the prompt."""
     template = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
     assert template != CHATML
     chat = Chat(model, tokenizer_with(template), **GREEDY)
@@ -365,7 +365,7 @@ def test_thinking_that_leaves_the_history_is_not_kept(model, tokenizer) -> None:
 # ---- Models that say what a test wants -------------------------------------------------------------------------------
 
 
-# Of all these models: with vocabularies of one size they share their programs.
+# Shared by all these models: with vocabularies of one size they share their programs.
 CALL, BARE_CALL, NO_CALL = (
     '{"name": "add", "arguments": {"a": 1}}',
     '{"name": "add", "parameters": {"a": 1}}',
@@ -376,7 +376,7 @@ WORDS += ("Hm.", "\n\n", "Three.")
 
 
 def scripted(tokenizer: llamajax.Tokenizer, words: list[str]) -> llamajax.Llama:
-    """A model that says these words behind a line break, each an added token: what follows depends on the last."""
+    """Returns a model that says these words, each an added token, after a newline: each token follows from the last."""
     V = tokenizer.vocab_size
     config = llamajax.Config(
         vocab_size=V, width=V, ffn_width=8, num_layers=1, num_heads=1, num_kv_heads=1, head_size=8, context_length=512
@@ -449,7 +449,7 @@ def test_what_is_no_call_is_said() -> None:
 
 
 def test_calls_are_read_where_a_template_has_no_place_for_tools() -> None:
-    """As DeepSeek's, which has one for calls, and wants their arguments as JSON."""
+    """Like DeepSeek's template, which has a place for calls but not for tools, and wants arguments as JSON."""
     words = ["<tool_call>", CALL, "</tool_call>"]
     calls = "{% for call in message.tool_calls or [] %}"
     written = "'<tool_call>{\"name\": \"' + call.function.name + '\", \"arguments\": ' + call.function.arguments + '}'"
@@ -505,7 +505,7 @@ def test_the_likeliest_of_several_answers(model, tokenizer) -> None:
         assert [message.content for message in answer.samples] == texts
         assert "".join(piece.text for piece in pieces) == answer.message.content == texts[np.argmax(means)]
         assert chat.messages[-1] is answer.message and answer.completion is not None
-        assert texts[0] == fresh(model, tokenizer, chat.messages[:-1], **knobs), "the first is that of one sample"
+        assert texts[0] == fresh(model, tokenizer, chat.messages[:-1], **knobs), "sample 0 is that of one sample"
     assert answer.speed.reused_tokens >= len(prompt(tokenizer, chat.messages[:1])) - 1
 
 

@@ -1,4 +1,4 @@
-"""Messages: read strictly from what other libraries write, and kept in a file that may be hostile when read."""
+"""Messages: read strictly from what other libraries write, and kept in a file that is treated as hostile when read."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import pytest
 from llamajax.chat.messages import Message, ToolCall, load_conversation, save_conversation
 from llamajax.errors import LlamaJaxError
 
-# As OpenAI's reference has an answer that calls a function, and the function's answer.
+# An answer that calls a function, and the function's answer, as in OpenAI's reference.
 OPENAI = {
     "role": "assistant",
     "content": None,
@@ -21,7 +21,7 @@ OPENAI = {
         }
     ],
 }
-# As the documentation of transformers' chat templates has one.
+# An example from the documentation of transformers' chat templates.
 TRANSFORMERS = {
     "role": "assistant",
     "tool_calls": [
@@ -146,7 +146,7 @@ def test_a_conversation_comes_back(tmp_path: Path) -> None:
         save_conversation(tmp_path, CONVERSATION)
     with pytest.raises(LlamaJaxError, match="has 17.* bytes: expected at most 16777216"):
         save_conversation(path, [Message("user", "x" * (17 << 20))])
-    assert load_conversation(path) == CONVERSATION, "what stood there stays"
+    assert load_conversation(path) == CONVERSATION, "the file must be unchanged"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Replies taken apart: the same message however the text is cut, and nothing shown that becomes a mark."""
+"""Parsing of replies: the same message however the text is cut, and nothing is shown that turns out to be a mark."""
 
 import importlib.util
 import random
@@ -20,7 +20,7 @@ FORM = {"hermes": HERMES, "llama3": BARE, "mistral": MISTRAL, "deepseek": DEEPSE
 THINK = ("<think>", "</think>")
 WEATHER = ToolCall("get_current_temperature", {"location": "San Francisco, CA, USA"})
 LATER = ToolCall("get_temperature_date", {"location": "San Francisco, CA, USA", "date": "2024-10-01"})
-# Calls as the documentation of Qwen 2.5, Llama 3.1, Mistral and DeepSeek print them.
+# Calls as the documentation of Qwen 2.5, Llama 3.1, Mistral and DeepSeek prints them.
 QWEN = """<tool_call>
 {"name": "get_current_temperature", "arguments": {"location": "San Francisco, CA, USA"}}
 </tool_call>
@@ -50,7 +50,7 @@ def said(content: str, thinking: str | None = None, *calls: ToolCall) -> Message
 
 
 def in_pieces(form: ReplyForm, parts: list[str]) -> Reply:
-    """The reply; the pieces must be what the message holds."""
+    """Feeds the pieces to a reply and checks that they show what the message holds."""
     reply, shown = Reply(form), {"content": "", "thinking": ""}
     for text in parts:
         for piece in reply.add(text):
@@ -64,7 +64,7 @@ def in_pieces(form: ReplyForm, parts: list[str]) -> Reply:
 
 
 def cuts(text: str) -> list[list[str]]:
-    """A text as one, in characters, and in eight random ways."""
+    """Returns a text as one piece, as characters, and cut in eight random ways."""
     rng, ways = random.Random(0), [[text], list(text)]
     for _ in range(8):
         ends = sorted(rng.sample(range(len(text) + 1), min(len(text), 6)))
@@ -178,7 +178,7 @@ def test_the_way_of_calls_is_that_of_the_template() -> None:
 
 
 def test_other_marks_around_json_are_read() -> None:
-    """As Command R's template has a call."""
+    """A call as in Command R's template."""
     form = form_of(ToolCalls("Action: ```json", "```", "tool_name", "parameters", listed=True))
     said_so = '[{"tool_name": "f", "parameters": {"a": 1}}, {"tool_name": "g", "parameters": {}}]'
     text = f"I see. Action: ```json\n{said_so}\n```"
@@ -196,10 +196,10 @@ def test_marks_of_a_form() -> None:
 @pytest.mark.extras
 @pytest.mark.parametrize("name", ["llama3_1", "llama3_2", "qwen2_5", "qwen3", "qwen3_instruct_2507", "deepseekv3"])
 def test_what_published_templates_write_is_read_back(name: str, tmp_path: Path) -> None:
-    """Calls of earlier turns stand in prompts as models write them. Templates as trl keeps copies of them."""
+    """Calls of earlier turns stand in prompts as models write them. The templates are trl's copies."""
     found = importlib.util.find_spec("trl")
     if found is None or not found.submodule_search_locations:
-        pytest.skip("no published templates: pip install --no-deps trl")
+        pytest.skip("needs trl's copies of published templates: pip install --no-deps trl")
     text = (Path(found.submodule_search_locations[0]) / "chat_templates" / f"{name}.jinja").read_text()
     write_folder(tmp_path, text)
     data, words = choose_tokenizer(tmp_path, read_words(tmp_path, {}, 1 << 20)[0])
@@ -207,7 +207,7 @@ def test_what_published_templates_write_is_read_back(name: str, tmp_path: Path) 
     asked = [Message("user", "what?")]
     several = (ToolCall("add", {"a": 1.5}), ToolCall("sub", {"a": [2, {"b": "</tool_call>"}], "c": "é"}))
     begun = template.render(asked).removesuffix("<think>\n")
-    for calls in (several[:1], several[1:] if "llama" in name else several):  # Llama's templates refuse several
+    for calls in (several[:1], several[1:] if "llama" in name else several):  # Llama's templates refuse several calls
         answer = in_terms_of(template, [Message("assistant", "", tool_calls=calls)])
         written = template.render([*asked, *answer], reply=False)
         assert written.startswith(begun)

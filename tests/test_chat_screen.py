@@ -1,4 +1,4 @@
-"""Markdown at a terminal: every line stands there once in the end, whatever its width, and none of them steers it."""
+"""Markdown at a terminal: in the end every line appears once, whatever its width, and no line controls the terminal."""
 
 import io
 import random
@@ -11,7 +11,7 @@ from llamajax.cli import chat_screen
 from llamajax.cli.chat_screen import Screen, finished
 from llamajax.cli.terminal import harmless
 
-pyte = pytest.importorskip("pyte", reason="a terminal to look at: pip install -e '.[test]'")
+pyte = pytest.importorskip("pyte", reason="needs pyte, an emulated terminal: pip install -e '.[test]'")
 
 TEXT = """# A heading
 
@@ -45,7 +45,7 @@ f(1)
 
 
 class Terminal(io.TextIOWrapper):
-    """Standard output that says that it is a terminal, and a terminal that shows what is written to it."""
+    """Standard output that claims to be a terminal, and a terminal that shows what is written to it."""
 
     def __init__(self, columns: int, lines: int, monkeypatch):
         super().__init__(io.BytesIO(), "utf-8")
@@ -61,7 +61,7 @@ class Terminal(io.TextIOWrapper):
         return True
 
     def lines(self) -> list[str]:
-        """What was ever on the screen, from top to bottom, as a person sees it who scrolls up."""
+        """Returns what was ever on the screen, from top to bottom, as a person sees it who scrolls up."""
         screen = pyte.HistoryScreen(*self._size, history=10_000, ratio=1)
         stream = pyte.ByteStream(screen)
         stream.feed(self.buffer.getvalue().replace(b"\n", b"\r\n"))  # type: ignore[attr-defined]
@@ -92,7 +92,7 @@ def test_what_streams_ends_as_what_came_at_once(columns: int, lines: int, monkey
     monkeypatch.setenv("LINES", "200")
     at_once = shown(Terminal(columns, 200, monkeypatch), [TEXT])
     text = "\n".join(streamed).rstrip()
-    # Lists whose end was not yet certain are two blocks, with an empty line between.
+    # Lists whose end was not certain yet are two blocks, with an empty line between.
     assert [line for line in text.split("\n") if line] == [line for line in at_once if line]
     for word in ("A heading", "Roses are red,", "HTML", "the second", "the last", "f(1)", "value", "snowman", "ref"):
         assert text.count(word) == 1, word

@@ -1,4 +1,4 @@
-"""Chat templates: what Jinja makes of them is what we make of them, what users write is text, and none does harm."""
+"""Chat templates: we render what Jinja renders, users' text stays text, and no template does harm."""
 
 import json
 import os
@@ -41,7 +41,7 @@ LLAMA2 = (
 
 
 def jinja(template: str, **values: Any) -> str:
-    """Jinja itself, in this process, with as much of transformers' environment as is used here."""
+    """Renders by Jinja itself, in this process, with those parts of transformers' environment that are used here."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
     )
@@ -60,7 +60,7 @@ def test_the_text_is_what_jinja_makes_of_it(template: str, number: int) -> None:
     assert form.note is None
 
 
-# What templates in use do with a content, and more; `c` is the content, `d` another.
+# What templates in use do with a content, and more; `c` is the content, `d` another one.
 _EXPRESSIONS = r"""
 c
 c | trim
@@ -124,7 +124,7 @@ c is string
 
 @pytest.mark.parametrize("expression", _EXPRESSIONS)
 def test_what_a_template_does_with_a_content_is_followed(expression: str) -> None:
-    """Text and owners: a second conversation whose contents lie elsewhere in the alphabet has the same owners."""
+    """The text and its owners: a second conversation with contents of other letters must have the same owners."""
     template = f"{{% set c, d = messages[0].content, messages[1].content %}}[{{{{ {expression} }}}}]"
     form = Template.of(tokenizer_with(template))
     draw = random.Random(expression)
@@ -152,7 +152,7 @@ def test_parts_say_who_wrote_what() -> None:
 
 
 def test_nothing_that_users_write_is_a_control_token() -> None:
-    """In every field that somebody else than the format fills in."""
+    """Hostile text in every field that the format does not fill in itself."""
     tokenizer = tokenizer_with(APART, HOSTILE)
     form = Template.of(tokenizer)
 
@@ -208,7 +208,7 @@ def test_roles_are_the_formats_own() -> None:
 
 
 def test_where_a_template_is_not_followed_it_is_said_and_safe() -> None:
-    """`striptags` makes a control token of what is none; `urlencode` of a text makes nothing dangerous."""
+    """`striptags` makes a control token of ordinary text; `urlencode` of a text makes nothing dangerous."""
     template = "<|im_start|>{{ messages[0].content | %s }}<|im_end|>"
     tokenizer = tokenizer_with(template)
     form = Template.of(tokenizer_with(template % "urlencode"))
@@ -259,7 +259,7 @@ _KINDS = ("byte level", "metaspace first", "metaspace always", "sentencepiece", 
 
 @pytest.mark.parametrize("kind", _KINDS)
 def test_parts_are_encoded_as_one_text(kind: str, by_kind: dict[str, Tokenizer]) -> None:
-    """Against `encode` of the whole: where all may hold control tokens, where none may, and where they hold none."""
+    """Compared with `encode` of the whole text: all parts, none, or only harmless parts may hold control tokens."""
     tokenizer, draw = by_kind[kind], random.Random(kind)
     words = ["a fox", " ", "\n", "  box", "<s>", "</s>", "<|im_end|>", "<think>", "é", "<|im_", "end|>", "", "fox"]
     for _ in range(100):
@@ -288,7 +288,7 @@ def test_control_tokens_are_read_in_trusted_parts_alone(kind: str, by_kind: dict
 
 
 def test_control_tokens_that_are_ordinary_pieces_are_taken_apart(tmp_path: Path) -> None:
-    """Sentencepiece reads symbols that its model defines in any text."""
+    """Sentencepiece finds symbols that its model defines in any text."""
     text = "once upon a time < there was > a fox"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([text] * 20),
@@ -378,7 +378,7 @@ def test_hostile_templates_end_in_an_error_within_two_seconds(name: str) -> None
 
 
 def test_the_clock_ends_what_no_other_limit_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on systems that cannot limit a process's time."""
+    """The clock is the only limit, as on systems that cannot limit a process's CPU time."""
     jinja_process._worker.end()
     monkeypatch.setattr(jinja_process, "_CPU_SECONDS", 50.0)
     monkeypatch.setattr(jinja_process, "_CLOCK_SECONDS", 0.5)
@@ -387,9 +387,9 @@ def test_the_clock_ends_what_no_other_limit_does(monkeypatch: pytest.MonkeyPatch
         form.render([user("x")])
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="looks into /proc")
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="reads /proc/self/fd")
 def test_the_process_has_nothing_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No environment, no open files; and it ends when we do, as its standard input then does."""
+    """The process gets no environment and no open files; it ends with us, since its standard input then closes."""
     monkeypatch.setenv("SECRET", "x")
     jinja_process._worker.end()
     with open(os.devnull) as other:
@@ -506,7 +506,7 @@ def test_checkpoints_without_a_template() -> None:
 
 
 def test_alpaca_is_its_repositorys_prompt() -> None:
-    """`PROMPT_DICT` of train.py in github.com/tatsu-lab/stanford_alpaca, at 15b51ae."""
+    """The prompt is `PROMPT_DICT` of train.py in github.com/tatsu-lab/stanford_alpaca, at 15b51ae."""
     form = Template.of(TOKENIZER, name="alpaca")
     alone = (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"

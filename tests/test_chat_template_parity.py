@@ -1,4 +1,4 @@
-"""Chat templates beside transformers and llama.cpp."""
+"""Chat templates compared with transformers and llama.cpp."""
 
 import importlib.util
 import json
@@ -28,8 +28,8 @@ from tests.conversations import (
 
 pytestmark = pytest.mark.extras
 
-# Templates as their models carry them, of which the package trl keeps copies (Apache-2.0; trl/chat_templates/README.md
-# there names the model of each). It is read as files, and nothing else of it is needed.
+# The package trl keeps copies of the templates that models carry (Apache-2.0; its trl/chat_templates/README.md names
+# the model of each). They are read as files; nothing else of the package is used.
 PUBLISHED = (
     *("llama3", "llama3_1", "qwen2_5", "qwen3", "deepseek_r1_distill", "deepseekv3", "phi3", "gemma3", "cohere2"),
     *("glm4moe", "lfm2_v2", "gptoss"),
@@ -41,12 +41,12 @@ def published() -> Path:
     pytest.importorskip("transformers", reason="compares with transformers: pip install -e '.[parity]'")
     found = importlib.util.find_spec("trl")
     if found is None or not found.submodule_search_locations:
-        pytest.skip("no published templates: pip install --no-deps trl")
+        pytest.skip("needs trl's copies of published templates: pip install --no-deps trl")
     return Path(found.submodule_search_locations[0]) / "chat_templates"
 
 
 def both(folder: Path) -> tuple[Any, Tokenizer]:
-    """A folder's tokenizer as transformers has it, and as we do."""
+    """Returns a folder's tokenizer as transformers loads it, and as we do."""
     transformers = pytest.importorskip("transformers", reason="compares with transformers: pip install -e '.[parity]'")
     data, words = choose_tokenizer(folder, read_words(folder, {}, 1 << 20)[0])
     assert data is not None
@@ -54,18 +54,18 @@ def both(folder: Path) -> tuple[Any, Tokenizer]:
 
 
 def assert_same_ids(theirs: Any, tokenizer: Tokenizer) -> int:
-    """Of the table; where one refuses a conversation, both do. How many conversations there were."""
+    """Compares all CONVERSATIONS; where one side refuses one, both must. Returns how many were compared."""
     form, compared = Template.of(tokenizer), 0
     for messages, tools, variables in CONVERSATIONS:
         for reply in (True, False):
             options = {"tools": tools, "add_generation_prompt": reply, "return_dict": False, **variables}
             try:
                 expected = theirs.apply_chat_template(messages, **options)
-            except Exception:  # of Jinja, whatever it is
+            except Exception:  # any error of Jinja
                 with pytest.raises(LlamaJaxError):
                     form.encode(tokenizer, messages, reply=reply, tools=tools, **variables)
                 continue
-            # Theirs reads `</think>` in an answer as the token; ours, where a template repeats it, does not.
+            # Transformers reads `</think>` in an answer as the token; we do not where a template repeats it.
             if not any(token in str(messages) for token in form._control):
                 assert form.encode(tokenizer, messages, reply=reply, tools=tools, **variables) == expected, messages
                 compared += 1
@@ -96,7 +96,7 @@ def test_our_own_give_transformers_ids(template: str, tmp_path: Path) -> None:
 
 
 def test_smollm2_gives_transformers_ids(smollm2: Path, tmp_path: Path) -> None:
-    """With its own vocabulary, out of its GGUF."""
+    """The vocabulary is the model's own, from its GGUF file."""
     pytest.importorskip("transformers", reason="compares with transformers: pip install -e '.[parity]'")
     from llamajax.checkpoint import need_tokenizer, open_checkpoint
 
@@ -110,7 +110,7 @@ def test_smollm2_gives_transformers_ids(smollm2: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("name", ["llama2_tokenizer.model", "mistral_tokenizer.model.v1"])
 def test_real_sentencepiece_models(name: str, legacy: bool, shared: Path, tmp_path: Path) -> None:
-    """Of LLaMA 2 and Mistral, whatever transformers' rules for spaces, with a format like theirs."""
+    """Vocabularies of LLaMA 2 and Mistral, under each of transformers' rules for spaces, with a format like theirs."""
     template = (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content | trim }} {{ eos_token }}"
         "{% else %}[INST] {{ m.content | trim }} [/INST]{% endif %}{% endfor %}"
@@ -146,7 +146,7 @@ def test_real_llama_3(shared: Path, published: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_users_do_not_end_turns_of_published_templates(name: str, published: Path, tmp_path: Path) -> None:
-    """Control tokens are those of harmless messages, and those that transformers leaves where it is asked to."""
+    """Control tokens are those of harmless messages, and those that transformers leaves when it sanitizes."""
     template = (published / f"{name}.jinja").read_text()
     tokens = [token.text for token in tokenizer_with(template).added if token.special]
     hostile = HOSTILE + "".join(tokens) + "<think><tool_call> end"
@@ -165,13 +165,13 @@ def test_users_do_not_end_turns_of_published_templates(name: str, published: Pat
 
 # ---- llama.cpp -------------------------------------------------------------------------------------------------------
 
-# Ours that llama.cpp calls otherwise.
+# Our formats to which llama.cpp gives another name.
 _THEIRS = {"llama2": "llama2-sys-bos", "deepseek": "deepseek3"}
 
 
 @pytest.mark.parametrize("name", [name for name in builtin.BUILT_IN if name not in ("alpaca", "deepseek-r1")])
 def test_built_in_formats_are_llama_cpps(name: str) -> None:
-    """Conversations by chance: any roles in any order, white space around, nothing said."""
+    """Random conversations: any roles in any order, surrounding white space, empty messages."""
     pytest.importorskip("xllamacpp", reason="compares with llama.cpp: pip install -e '.[parity]'")
     from tests.llamacpp import conversation
 

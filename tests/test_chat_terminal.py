@@ -1,4 +1,4 @@
-"""`llamajax chat` in a pseudo-terminal: a person types, stops answers, saves and loads, and sees what was said."""
+"""`llamajax chat` in a pseudo-terminal: a person types, stops answers, saves and loads; the test checks the screen."""
 
 import json
 import os
@@ -13,8 +13,8 @@ import pytest
 
 from tests.chat_models import CYCLE, answer, save_speller
 
-pytest.importorskip("pty", reason="pseudo-terminals of POSIX")
-pytest.importorskip("pyte", reason="a terminal to look at: pip install -e '.[test]'")
+pytest.importorskip("pty", reason="needs pseudo-terminals, which POSIX has")
+pytest.importorskip("pyte", reason="needs pyte, an emulated terminal: pip install -e '.[test]'")
 from llamajax.cli.chat_input import FileOfLines
 from tests.pseudo_terminal import PseudoTerminal  # imports both
 
@@ -23,34 +23,34 @@ PROMPT = re.compile(r"^> ?$")
 
 
 class Person(PseudoTerminal):
-    """Who converses, and waits for the prompt behind each message."""
+    """A person who converses, and waits for the prompt after each message."""
 
-    # How much was shown, and how many prompts had begun, when the program waited last.
+    # How much was shown, and how many prompts had begun, when the program last waited for input.
     _seen = 0
     _begun = 0
 
     def waits(self) -> str:
-        """What was shown since the last message, when the program waits for another."""
+        """Returns what was shown since the last message, once the program waits for another."""
         seen = self.wait_for(self._is_asked, "prompt")
         since = seen[self._seen :]
         self._seen, self._begun = len(seen), self._prompts()
         return since
 
     def _is_asked(self, text: str) -> bool:
-        """Whether another prompt stands there; a line that is drawn anew may look like one for a moment."""
+        """Returns whether another prompt is there; a line that is being redrawn may look like one for a moment."""
         begun = self._prompts() > self._begun if self._prompts() else len(text) > self._seen
         return begun and bool(PROMPT.match(text.rpartition("\n")[2]))
 
     def _prompts(self) -> int:
-        """How many prompts a terminal that can move its cursor was given: at each it is told to mark what is pasted."""
+        """Returns how many prompts the terminal got: at each one, the program asks it to mark pasted text."""
         return self.written.count(b"\x1b[?2004h")
 
     def says(self, message: str) -> str:
-        """What is shown behind a message."""
+        """Returns what is shown after a message."""
         return self.presses(f"{message}\r")
 
     def presses(self, keys: str) -> str:
-        """What is shown behind keys, when the program waits for others."""
+        """Returns what is shown after keys, once the program waits for more."""
         self.type(keys)
         return self.waits()
 
@@ -62,7 +62,7 @@ def speller(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator:
-    """Starts `llamajax chat` with flags, as a terminal of some size."""
+    """Starts `llamajax chat` with flags, in a terminal of some size."""
     started = []
 
     def begin(*argv: str, term: str = "xterm", **size: int) -> Person:
@@ -93,7 +93,7 @@ def test_a_conversation(speller: Path, start, tmp_path: Path) -> None:
     assert re.search(r"\n30 tokens, [\d,.]+ tokens/s, \d+ of 16,384 tokens of context \(stopped\sat\sthe\slimit", first)
     assert answer(30) in person.says('three quotes: """ and /slash')
 
-    # Ctrl-C in an answer: it stops, and all goes on.
+    # Ctrl-C during an answer stops it, and the conversation goes on.
     assert "an answer has at most 12000 tokens" in person.says("/max_new_tokens 12000")
     person.type("long\r")
     person.wait_for(lambda text: CYCLE in text[person._seen :], "answer")
@@ -111,7 +111,7 @@ def test_a_conversation(speller: Path, start, tmp_path: Path) -> None:
     stopped = messages[5][1]
     assert 27 < len(stopped) < 12_000 and stopped == answer(len(stopped))
 
-    # Another answer takes the last one's place.
+    # Another answer replaces the last one.
     assert answer(20) in person.says("/retry")
     assert answer(20) not in person.says("/temperature 100") and "temperature is 100" in person.text()
     assert answer(20) not in person.says("/retry")
@@ -154,7 +154,7 @@ def test_a_conversation(speller: Path, start, tmp_path: Path) -> None:
 
 
 def test_a_narrow_terminal_and_a_full_window(tmp_path: Path, start) -> None:
-    """Messages of several lines, what was typed in another conversation, bytes that are no text, SIGTERM."""
+    """Messages of several lines, text typed in another conversation, bytes that are no text, SIGTERM."""
     history = tmp_path / "state" / "llamajax" / "chat_history"
     history.parent.mkdir(parents=True)
     history.write_text('"/system typed before"\nnot JSON\n')

@@ -1,4 +1,4 @@
-"""Our own checkpoints: what is saved comes back, damage is refused, a save is whole or absent; and recognition."""
+"""Our own checkpoints: what is saved comes back, damage is refused, a save is whole or absent; format recognition."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def saved(tiny_model: llamajax.Llama, tiny_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One checkpoint in our form; tests that damage it copy it first."""
+    """A checkpoint in our form; tests that damage it copy it first."""
     path = tmp_path_factory.mktemp("home") / "saved"
     save_checkpoint(tiny_model, path, tokenizer=tiny_tokenizer, source="a test")
     return path
@@ -78,7 +78,7 @@ def test_round_trip_bit_for_bit(
 
 
 def test_round_trip_of_scales_in_codes(tiny_model: llamajax.Llama, tmp_path: Path) -> None:
-    """One float for an output; names say it."""
+    """Each output has one float over its scale codes; the description names both."""
     codes: dict[str, Any] = {"scheme": "int4", "group_size": 8, "scale_scheme": "int8", "scale_group": "channel"}
     model = quantize(tiny_model, (Rule(weights="*norm*", keep=True), Rule(weights="*", clip="mse", **codes)))
     save_checkpoint(model, tmp_path / "saved")
@@ -107,7 +107,7 @@ def test_dtype_and_host_while_reading(saved: Path, tiny_model: llamajax.Llama) -
 
 
 def test_reading_into_a_backends_layout(tiny_int4: llamajax.Llama, tmp_path: Path) -> None:
-    """What is read for a backend is what is read, then prepared; `outcome` knows its shapes before."""
+    """Reading for a backend equals reading, then preparing; `outcome` gives the shapes without reading."""
     save_checkpoint(tiny_int4, tmp_path / "packed")
     opened = open_checkpoint(tmp_path / "packed")
     prepared = llamajax.prepare(opened.read(), "cpu")
@@ -296,11 +296,11 @@ except llamajax.LlamaJaxError as error:
 
 
 def test_damaged_weights(copy: Path) -> None:
-    """Deleted or cut in half, each file under weights/ is missed by our error, or the values do not need it.
+    """Each file under weights/ is deleted or cut in half: our error names it, or the values do not need the file.
 
-    And a manifest that agrees with itself, but not with what Orbax stored, is refused: nothing is cut or padded. In a
-    process of its own: where one array is damaged, TensorStore goes on reading the others and complains into whatever
-    runs then.
+    Also, a manifest that agrees with itself but not with what Orbax stored is refused: nothing is cut or padded. The
+    test uses a process of its own: where one array is damaged, TensorStore goes on reading the others, and writes
+    complaints into whatever runs next.
     """
 
     def change(manifest: dict[str, Any]) -> None:
@@ -323,7 +323,7 @@ def test_damaged_weights(copy: Path) -> None:
 
 
 def test_manifest_edited(copy: Path) -> None:
-    """Unless its own checksum goes with the edit."""
+    """An edited manifest is refused unless its own checksum is removed with the edit."""
     _edit(copy / "manifest.json", lambda m: m["config"].update(norm_eps=2e-5))
     with pytest.raises(LlamaJaxError, match=r"manifest.json: sha256 differs, .*: remove its key \"sha256\" if"):
         open_checkpoint(copy)
@@ -332,7 +332,7 @@ def test_manifest_edited(copy: Path) -> None:
 
 
 def test_checkpoints_without_checksums(copy: Path, tiny_model: llamajax.Llama) -> None:
-    """Earlier releases wrote none: they load, damage is not seen, NaN is."""
+    """Earlier releases wrote no checksums: such checkpoints load; damage is not noticed, but NaN is."""
     _edit(copy / "manifest.json", lambda m: [m.pop(key) for key in ("sha256", "checksums")])
     assert _same_bits(llamajax.load(copy)[0], tiny_model)
     chunk = copy / "weights" / "embed_VD" / "c" / "0" / "0"
@@ -383,7 +383,7 @@ for file in sorted(path for path in folder.rglob("*") if path.is_file()):
     "per_file", [1, pytest.param(20, marks=pytest.mark.exhaustive), pytest.param(300, marks=pytest.mark.exhaustive)]
 )
 def test_a_flipped_bit_anywhere(per_file: int, tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """It is an error, or it changes nothing. A sample; larger ones of quantized weights and of floats."""
+    """A flipped bit is an error or changes nothing. This is a sample; larger ones use quantized weights or floats."""
     sizes = dict.fromkeys(("width", "ffn_width", "head_size"), 8) | dict.fromkeys(("num_heads", "num_kv_heads"), 1)
     config = llamajax.Config(vocab_size=320, num_layers=1, context_length=8, tied_embeddings=True, **sizes)
     model = llamajax.Llama(config, key=jax.random.key(0))
@@ -400,7 +400,7 @@ def test_a_flipped_bit_anywhere(per_file: int, tiny_tokenizer: Tokenizer, tmp_pa
 
 
 def test_weights_that_are_not_finite(tiny_model: llamajax.Llama, tmp_path: Path) -> None:
-    """They are not written; and not read, where somebody else wrote them."""
+    """Weights that are not finite are not written, and not read where somebody else wrote them."""
     model = jax.tree.map(lambda leaf: leaf.at[..., 0].set(jnp.nan), tiny_model)
     for form in ("llamajax", "huggingface"):
         with pytest.raises(LlamaJaxError, match="nan: embed_VD holds NaN or infinity: expected finite weights"):
@@ -416,7 +416,7 @@ def test_weights_that_are_not_finite(tiny_model: llamajax.Llama, tmp_path: Path)
 
 @pytest.mark.parametrize("form", ["llamajax", "huggingface"])
 def test_numbers_that_the_asked_dtype_cannot_hold(form: Any, tiny_model: llamajax.Llama, tmp_path: Path) -> None:
-    """One line that names the tensor; the same numbers in a dtype of enough range are read."""
+    """The error is one line that names the tensor; a dtype of enough range reads the same numbers."""
     model = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny_model)
     weights = named_weights(model)
     weights["layers.*.ffn.up_DF"] = weights["layers.*.ffn.up_DF"].at[1, 2, 3].set(-1e5)
@@ -471,7 +471,7 @@ def test_unknown_form(tiny_model: llamajax.Llama, tmp_path: Path) -> None:
 def test_a_save_that_fails_leaves_nothing(
     failure: BaseException, form: Any, tiny_model: llamajax.Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both writers put a JSON file last, when everything else is on the disk: that is where this one fails."""
+    """Both writers write a JSON file last, when everything else is on the disk: this is where the save fails here."""
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise failure
@@ -501,7 +501,7 @@ llamajax.save_checkpoint(model, sys.argv[1])
 
 
 def test_a_killed_save_leaves_nothing_under_the_name(tmp_path: Path) -> None:
-    """SIGKILL, which no cleaning up survives, after the weights and before the manifest."""
+    """SIGKILL, which prevents all clean-up, comes after the weights and before the manifest."""
     done = subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path / "saved")], cwd=ROOT, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "saved").exists()

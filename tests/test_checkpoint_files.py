@@ -69,7 +69,7 @@ def small() -> llamajax.Llama:
     return llamajax.Llama(config, key=jax.random.key(0))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="files of two terabytes without blocks")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs sparse files of two terabytes")
 def test_files_that_are_none(small: llamajax.Llama, tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
     save_checkpoint(small, tmp_path / "home", tokenizer=tiny_tokenizer)
     save_checkpoint(small, tmp_path / "single", tokenizer=tiny_tokenizer, form="huggingface")
@@ -88,7 +88,7 @@ def test_files_that_are_none(small: llamajax.Llama, tiny_tokenizer: Tokenizer, t
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     results = [line for line in lines if line[0] != "MiB"]
-    # Orbax's own descriptions are not read, and a tokenizer.model that is no file is none.
+    # Orbax's own descriptions are not read, and a tokenizer.model that is no file counts as absent.
     unread = {"_METADATA", "_sharding", "_CHECKPOINT_METADATA", "commit_success.txt", "process_0", "tokenizer.model"}
     for folder, name, kind, result in results:
         assert result == "refused" or (result == "equal" and name in unread), (folder, name, kind, result)
@@ -119,7 +119,7 @@ def test_texts_are_regular_files_of_utf8(tmp_path: Path) -> None:
 
 
 def test_a_sparse_file_that_agrees_with_its_header(tmp_path: Path) -> None:
-    """Four kilobytes on disk, terabytes by its header: what opening takes grows with neither."""
+    """The file has four kilobytes on disk and terabytes by its header; opening must cost neither time nor memory."""
 
     def write(layers: int) -> Path:
         dim, hidden, vocab = 1 << 12, 1 << 14, 1 << 17
@@ -170,7 +170,7 @@ def _nested(levels: int) -> str:
 def test_headers_that_tensorstore_should_not_be_given(
     change, message: str, small: llamajax.Llama, tmp_path: Path
 ) -> None:
-    """A header of 50,000 levels ends the process in TensorStore's parser; many chunks take its memory."""
+    """A header of 50,000 levels crashes TensorStore's parser; many chunks take up its memory."""
     save_checkpoint(small, tmp_path / "saved")
     file = tmp_path / "saved" / "weights" / "embed_VD" / "zarr.json"
     text = file.read_text()

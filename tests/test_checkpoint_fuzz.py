@@ -1,4 +1,4 @@
-"""Files of every format, damaged at random: they load, or our error says why, and little memory is taken."""
+"""Files of every format, randomly damaged: they load, or our error says why, and they take little memory."""
 
 import copy
 import json
@@ -24,7 +24,8 @@ from llamajax.config import preset_folder
 
 ROOT = Path(__file__).parents[1]
 
-# Deterministic, so that a failure is one for everybody; tracing the model once per example takes tens of milliseconds.
+# Deterministic, so that everybody sees the same failures; tracing the model once per example takes tens of
+# milliseconds.
 _EVERYTHING = "--all" in sys.argv
 FUZZ = settings(
     max_examples=400 if _EVERYTHING else 20,
@@ -53,7 +54,7 @@ CONFIG = llamajax.Config(
 
 @pytest.fixture(scope="module")
 def model() -> llamajax.Llama:
-    """All weights one: their values are not what is tested here."""
+    """All weights are one: their values do not matter here."""
     return jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), llamajax.abstract_model(CONFIG))
 
 
@@ -61,7 +62,7 @@ def model() -> llamajax.Llama:
 def folders(
     model: llamajax.Llama, tiny_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """A valid folder of each kind; tests put back what they change."""
+    """A valid folder of each kind; tests restore what they change."""
     root = tmp_path_factory.mktemp("fuzz")
     save_checkpoint(model, root / "home", tokenizer=tiny_tokenizer)
     for name in ("single", "sharded"):
@@ -76,7 +77,7 @@ def folders(
 
 
 def _check(path: Path, *, weights: bool = True) -> None:
-    """Loads, or raises our error in one line of bearable length; never takes memory that the files do not hold."""
+    """Loads, or raises our error in one line of limited length; never takes memory for data that the files lack."""
     tracemalloc.start()
     try:
         opened = open_checkpoint(path)
@@ -92,7 +93,7 @@ def _check(path: Path, *, weights: bool = True) -> None:
 
 
 def _check_with(file: Path, data: bytes, path: Path, **options: Any) -> None:
-    """`_check(path)` while `file` holds `data`."""
+    """Runs `_check(path)` while `file` holds `data`."""
     before = file.read_bytes()
     try:
         file.write_bytes(data)
@@ -103,7 +104,7 @@ def _check_with(file: Path, data: bytes, path: Path, **options: Any) -> None:
 
 @st.composite
 def _damage(draw: st.DrawFn, data: bytes, header: int) -> bytes:
-    """`data` with some bytes or 32-bit words of its first `header` bytes replaced, cut short, or continued."""
+    """Draws `data` with some bytes or 32-bit words of its first `header` bytes replaced, cut short, or continued."""
     damaged = bytearray(data)
     for _ in range(draw(st.integers(0, 4))):
         at = draw(st.integers(0, min(header, len(data)) - 4))
@@ -157,7 +158,7 @@ def test_safetensors(data: st.DataObject, folders: dict[str, Path]) -> None:
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """(container, key) of every value inside a JSON document."""
+    """Yields (container, key) of every value inside a JSON document."""
     for key, inner in list(value.items() if isinstance(value, dict) else enumerate(value)):
         yield value, key
         if isinstance(inner, dict | list):
@@ -179,7 +180,7 @@ _ODD_VALUES = st.one_of(
     st.floats(),
     st.text(max_size=4),
     st.dictionaries(st.sampled_from(["type", "rope_type", "factor", "kind"]), st.sampled_from(["linear", 2.0, [], {}])),
-).map(copy.deepcopy)  # The next change may go into this one.
+).map(copy.deepcopy)  # a later change may modify the value in place
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,7 @@ _ODD_VALUES = st.one_of(
 @FUZZ_MORE
 @given(data=st.data())
 def test_json(folder: str, name: str, data: st.DataObject, folders: dict[str, Path]) -> None:
-    """Values replaced, removed and added anywhere in the document."""
+    """Replaces, removes and adds values anywhere in the document."""
     file = folders[folder] / name
     document = json.loads(file.read_text())
     for _ in range(data.draw(st.integers(1, 3))):
@@ -208,8 +209,9 @@ def test_json(folder: str, name: str, data: st.DataObject, folders: dict[str, Pa
         if not list(_places(document)):
             break
     if folder == "home":
-        document.pop("sha256", None)  # or any change would be refused for that
-    # TensorStore complains about damaged arrays from threads of its own (see test_checkpoint.py): the header is read.
+        document.pop("sha256", None)  # otherwise any change would be refused for its checksum
+    # TensorStore writes complaints about damaged arrays from its own threads (see test_checkpoint.py): only the header
+    # is read.
     _check_with(file, json.dumps(document).encode(), folders[folder], weights=folder != "home")
 
 
@@ -224,7 +226,7 @@ def test_json_bytes(folder: str, name: str, data: st.DataObject, folders: dict[s
 @FUZZ_MORE
 @given(data=st.data())
 def test_tokenizer(data: st.DataObject, tiny_tokenizer: Tokenizer) -> None:
-    """A protobuf whose every length may lie: refused, or it decodes and encodes without anything but our error."""
+    """Any length in the protobuf may be wrong: it is refused, or it decodes and encodes with our errors at most."""
     damaged = data.draw(_damage(tiny_tokenizer.model_bytes, 1 << 20))
     try:
         tokenizer = Tokenizer(damaged)
@@ -237,7 +239,7 @@ def test_tokenizer(data: st.DataObject, tiny_tokenizer: Tokenizer) -> None:
 @FUZZ
 @given(data=st.data())
 def test_toml(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The file of an architecture."""
+    """The TOML file of an architecture."""
     path = tmp_path_factory.getbasetemp() / "config.toml"
     path.write_bytes(data.draw(_damage((preset_folder() / "llama3.2-1b.toml").read_bytes(), 1 << 20)))
     try:
@@ -246,7 +248,8 @@ def test_toml(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> 
         assert str(error).isprintable() and 0 < len(str(error)) < 1000
 
 
-# Headers and chunks of arrays, in a process of its own: TensorStore may end it, and complains from threads of its own.
+# Headers and chunks of arrays, in a process of its own: TensorStore may crash it, and writes complaints from its own
+# threads.
 _STORED = """
 import copy, json, random, resource, sys
 from pathlib import Path
@@ -317,7 +320,7 @@ print(json.dumps(counts))
 @pytest.mark.parametrize("kind", ["checksums", "none"])
 @pytest.mark.parametrize("examples", [40, pytest.param(2000, marks=pytest.mark.exhaustive)])
 def test_stored_arrays(kind: str, examples: int, model: llamajax.Llama, tmp_path: Path) -> None:
-    """With checksums no other weights are read; without, at least the process lives and takes little memory."""
+    """With checksums no other weights are read; without them, the process at least lives and takes little memory."""
     rng = np.random.default_rng(0)
     save_checkpoint(jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), model), tmp_path / "saved")
     if kind == "none":

@@ -1,4 +1,4 @@
-"""Hugging Face folders: what is wrong with one is named, nothing is skipped, nothing is believed."""
+"""Hugging Face folders: errors name what is wrong, nothing is skipped, nothing is taken on trust."""
 
 import importlib
 import json
@@ -30,7 +30,7 @@ QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 @pytest.fixture(scope="module")
 def saved(tiny_model: llamajax.Llama, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder in Hugging Face's form; tests that damage it copy it first."""
+    """A folder in Hugging Face's form; tests that damage it copy it first."""
     path = tmp_path_factory.mktemp("hf") / "saved"
     save_checkpoint(tiny_model, path, form="huggingface")
     return path
@@ -54,7 +54,7 @@ def _edit_config(folder: Path, **fields: Any) -> None:
 
 
 def _shard(folder: Path) -> dict[str, Any]:
-    """Splits the one file into two and an index, the head and the first layer apart; returns the index."""
+    """Splits the one file into two (the head and the first layer are apart) and an index; returns the index."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = ["a.safetensors", "b.safetensors"]
@@ -100,7 +100,7 @@ def test_rope_tables_of_old_conversions_are_ignored(copy: Path, tiny_model: llam
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_mixed_dtypes_are_widened(dtype: Any, copy: Path, tiny_model: llamajax.Llama) -> None:
-    """Files with float32 norms among 16-bit matrices exist; float32 holds both exactly."""
+    """Some published files have float32 norms among 16-bit matrices; float32 holds both exactly."""
     _edit_tensors(copy, lambda t: t.update({QUERY: t[QUERY].astype(dtype)}))
     model = open_checkpoint(copy).read()
     assert {str(leaf.dtype) for leaf in named_arrays(model).values()} == {"float32"}
@@ -208,7 +208,7 @@ def test_several_files_without_index(copy: Path) -> None:
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_files_of_another_kind_beside_the_weights(sharded: bool, copy: Path, tiny_model: Llama) -> None:
-    """What macOS keeps of a file's attributes is no weights; others are named, once."""
+    """macOS's files of attributes are no weights and are passed over; other files are named, once."""
     if sharded:
         _shard(copy)
     for file in list(copy.glob("*.safetensors")):
@@ -253,7 +253,7 @@ def _header(data: bytes) -> dict[str, Any]:
 
 
 def _with_header(data: bytes, header: Any) -> bytes:
-    """The same file with another header; `header` is bytes, or something to write as JSON."""
+    """Returns the same file with another header; `header` is bytes, or a value to write as JSON."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data[8 + struct.unpack("<Q", data[:8])[0] :]
 
@@ -311,7 +311,7 @@ def test_config_that_is_not_a_models(copy: Path) -> None:
 
 
 def test_a_huge_number_of_layers_costs_nothing(copy: Path) -> None:
-    """The files can be counted; a list of the tensors of 50,000 layers would take 50 MiB, of 2**27 all the memory."""
+    """The files alone show the error; a list of tensors takes 50 MiB for 50,000 layers, all memory for 2**27."""
     _edit_config(copy, num_hidden_layers=50_000)
     tracemalloc.start()
     try:
@@ -322,7 +322,7 @@ def test_a_huge_number_of_layers_costs_nothing(copy: Path) -> None:
 
 
 def test_large_models_are_written_in_shards(tiny_model: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond the limit: several files and an index, each within the limit, and the same weights when read."""
+    """Beyond the limit there are several files and an index, each within the limit, with the same weights when read."""
     monkeypatch.setattr(huggingface_write, "_SHARD_BYTES", 4096)
     llamajax.save_checkpoint(tiny_model, tmp_path / "sharded", form="huggingface")
     index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
@@ -337,7 +337,7 @@ def test_large_models_are_written_in_shards(tiny_model: Llama, tmp_path: Path, m
 
 
 def test_files_are_as_the_library_writes_them(tiny_model: Llama, tmp_path: Path) -> None:
-    """Header and bytes, tensor for tensor, with norms in float32 among bfloat16: each stands where it is aligned."""
+    """Header and bytes equal the library's, tensor by tensor, with float32 norms among bfloat16; all are aligned."""
     model = jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), tiny_model)
     model.norm.weight_D.set_value(tiny_model.norm.weight_D.get_value())
     save_checkpoint(model, tmp_path / "saved", form="huggingface")

@@ -1,4 +1,4 @@
-"""Choosing among samples: the final answer of a text, votes, the likeliest."""
+"""Choosing among samples: the final answer of a text, votes, the likeliest sample."""
 
 import math
 import time
@@ -34,7 +34,7 @@ def _sample(text: str, *log_probabilities: float) -> Completion:
         ("2-1", "1"),
         ("pages 5-10", "10"),
         ("50%", "50"),
-        # What is marked comes before it.
+        # A marked answer takes precedence.
         ("The answer is 6 x 14 = 84 pencils. I had 5.", "84"),
         ("The answer is 5 cups out of 10", "5"),
         ("the answer is: \\( 42 \\), I think, of 50", "42"),
@@ -44,17 +44,17 @@ def _sample(text: str, *log_probabilities: float) -> Completion:
         ("The answer is 4. No, the answer is 5. 6 is wrong.", "5"),
         ("The answer is unclear... 12", "unclear"),
         ("The answer is Paris. It has 2 million people.", "paris"),
-        # A letter of a choice, but no article.
+        # A letter is a choice, but the article "A" is not.
         ("The answer is (B) 17.", "B"),
         ("Answer: C", "C"),
         ("The answer is A cat.", "a cat"),
-        # Boxes, as models trained on mathematics end.
+        # Boxes, as at the end of texts by models trained on mathematics.
         ("so \\boxed{5 \\text{ cups}} of 9", "5"),
         ("\\boxed{\\frac{1}{3}}", "1/3"),
         ("\\boxed{1} and then $\\boxed{12}$. The answer is 7", "12"),
         ("\\boxed{\\text{B}}", "B"),
         ("\\boxed{12", "12"),
-        # Nothing.
+        # No answer.
         ("I do not know", None),
         ("the answer is", None),
         ("", None),
@@ -69,14 +69,14 @@ def test_final_answer(text, answer):
     "piece", ["answer is ", "\\boxed{", "1,", "-", "$", ".", "1", "answer is .", "answer \n", "1/"]
 )
 def test_long_texts_take_a_moment(piece):
-    """No expression goes over a text more than a few times: 200,000 characters in well under a second, where alone."""
+    """No expression passes over a text more than a few times: 200,000 characters take well under a second."""
     begin = time.process_time()
     final_answer(piece * (200_000 // len(piece)))
     assert time.process_time() - begin < 5
 
 
 def test_the_likeliest_has_the_best_mean():
-    """Not the best sum, which a short text would have."""
+    """The mean decides, not the sum, which favours short texts."""
     samples = [_sample("a", -1.0), _sample("b", -0.5, -0.7, -0.6), _sample("c", -0.4, -1.6), _sample("")]
     choice = best_of(samples)
     assert choice.index == 1 and choice.scores == pytest.approx((-1.0, -0.6, -1.0, -math.inf))
@@ -118,7 +118,7 @@ def test_without_any_answer_the_likeliest_is_chosen():
 
 
 def test_answers_may_be_looked_for_elsewhere():
-    """As in what a model says behind its thinking."""
+    """Answers may be passed separately, for example what follows a model's thinking."""
     samples = [_sample("<think>5</think>7", -0.3), _sample("<think>7</think>8", -0.1), _sample("7", -0.2)]
     assert vote(samples).answers == ("7", "8", "7")
     assert vote(samples, ["7", "8", "8"]).index == 1

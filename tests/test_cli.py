@@ -1,4 +1,4 @@
-"""The command line as its users meet it: outputs, exit codes, one-line errors, help."""
+"""The command line as users meet it: outputs, exit codes, one-line errors, help."""
 
 import importlib.util
 import io
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
-    """Runs a command in this process: exit code, stdout, stderr."""
+    """Runs a command in this process; returns exit code, stdout, stderr."""
     code = main(argv)
     out, err = capsys.readouterr()
     return code, out, err
@@ -87,7 +87,7 @@ def test_speculation_prints_the_same_text_and_what_a_step_made(capsys) -> None:
 
 
 def test_samples_of_one_prompt_and_the_choice_among_them(capsys) -> None:
-    """All stand in the JSON, the first as without the flag; the text is the one of the best mean."""
+    """The JSON has all samples, the first as without the flag; the text is that of the sample with the best mean."""
     argv = ["generate", "--prompt=One day", "--max_new_tokens=8", "--seed=3"]
     code, out, err = run(capsys, *argv, "--samples=3", "--json")
     made = json.loads(out)
@@ -104,7 +104,7 @@ def test_samples_of_one_prompt_and_the_choice_among_them(capsys) -> None:
 
 
 def test_a_vote_of_several_prompts(capsys) -> None:
-    """Each prompt's samples vote by themselves; a prompt that ends in an answer's beginning gives numbers or words."""
+    """Each prompt's samples vote among themselves."""
     argv = ["generate", "--prompt=One day", "--prompt=At night the", "--max_new_tokens=8", "--json", "--samples=3"]
     code, out, err = run(capsys, *argv, "--vote")
     made = [json.loads(line) for line in out.splitlines()]
@@ -116,7 +116,7 @@ def test_a_vote_of_several_prompts(capsys) -> None:
 
 
 def test_a_prompt_from_a_file_and_from_standard_input(tmp_path: Path, capsys, monkeypatch) -> None:
-    """Without the newline that editors and echo put at its end."""
+    """The newline that editors and echo append is dropped."""
     argv = ["generate", "--max_new_tokens=8", "--seed=3"]
     expected = run(capsys, *argv, "--prompt=One day\nTom")[1]
     (tmp_path / "prompt.txt").write_bytes(b"One day\nTom\r\n")
@@ -180,7 +180,7 @@ def test_convert_there_and_back(tmp_path: Path, capsys) -> None:
 
 @pytest.mark.exhaustive
 def test_eval_of_the_box(capsys) -> None:
-    """The box must predict stories it never saw far better than a uniform guess over its 2,048 tokens (7.6 nats)."""
+    """The box must predict unseen stories far better than a uniform guess over its 2,048 tokens (7.6 nats)."""
     text = ROOT / "README.md"
     code, out, _ = run(capsys, "eval", "--model=box", "--context=256", "--json")
     result = json.loads(out)
@@ -237,7 +237,7 @@ def test_eval_json(convention: str, small: Path, capsys) -> None:
 
 
 def test_eval_prints_tables(small: Path, capsys, monkeypatch) -> None:
-    """The reference and the model below each other, columns aligned, then the layers."""
+    """The reference and the model stand below each other in aligned columns, then the layers."""
     monkeypatch.chdir(small)
     argv = ["--reference=whole", "--text=text", "--context=32"]
     code, out, err = run(capsys, "eval", "--model=far", *argv)
@@ -388,7 +388,7 @@ def test_bad_input_is_one_line_and_an_exit_code(name: str, capsys, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     argv, expected_code, parts = BAD_INPUT[name]
     assert_one_line_error(*run(capsys, *argv), expected_code, *parts)
-    assert list(tmp_path.iterdir()) == [], "bad input must leave nothing behind"
+    assert list(tmp_path.iterdir()) == [], "bad input must leave no file behind"
 
 
 def test_existing_target_is_refused_before_any_work(tmp_path: Path, capsys) -> None:
@@ -411,7 +411,7 @@ def run(values): print("traduit")
 
 
 def _install(folder: Path, distribution: str, commands: dict[str, str], **modules: str) -> None:
-    """What an installer leaves of a distribution: metadata, and modules beside it."""
+    """Writes what an installer leaves of a distribution: metadata, and modules beside it."""
     metadata = folder / f"{distribution}-1.0.dist-info"
     metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
@@ -423,7 +423,7 @@ def _install(folder: Path, distribution: str, commands: dict[str, str], **module
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of packages of others, which Python finds; modules imported from there are forgotten again."""
+    """A folder of other people's packages on Python's path; modules imported from it are forgotten afterwards."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "modules", dict(sys.modules))
     return tmp_path
@@ -436,7 +436,7 @@ def test_the_overview_has_our_commands_in_this_order(capsys) -> None:
 
 
 def test_commands_are_found_by_installed_metadata(tmp_path: Path, monkeypatch) -> None:
-    """Without a checkout: in whatever order the metadata has them; a pyproject.toml of somebody else is not read."""
+    """Works without a checkout and in any order of the metadata; somebody else's pyproject.toml is not read."""
     modules = {name: command.module for name, command in COMMANDS.items()}
     _install(tmp_path / "site", "llamajax", modules)
     (tmp_path / "pyproject.toml").write_text("[project]\nname = 'theirs'\n")
@@ -462,7 +462,7 @@ def test_another_distribution_adds_a_command(site: Path, capsys, monkeypatch) ->
 
 
 def test_commands_that_cannot_be_used_name_who_declared_them(site: Path, capsys, monkeypatch) -> None:
-    """The overview says it too, and the others work."""
+    """The overview names it too, and other commands work."""
     _install(site, "theirs", {"inspect": "theirs_cli", "translate": "theirs_cli"}, theirs_cli=TRANSLATE)
     missing = {"sing": "songs", "hum": "nowhere", "whistle": "tune"}
     _install(site, "songs", {**missing, "translate": "songs"}, songs="import not_here_at_all", tune="SUMMARY = ''")
@@ -526,8 +526,10 @@ def test_a_bug_keeps_its_traceback(capsys, monkeypatch) -> None:
 
 
 def test_quantize_writes_what_generate_and_inspect_read(tmp_path: Path, tiny_tokenizer, capsys) -> None:
-    """A model whose inputs are whole groups of 32, and whose weights are so far apart that rounding activations to
-    bfloat16 chooses the same tokens."""
+    """Uses a model whose inputs are whole groups of 32.
+
+    Its weights are so far apart that rounding activations to bfloat16 chooses the same tokens.
+    """
     shape = {"width": 64, "ffn_width": 96, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_size": 32}
     config = llamajax.Config(vocab_size=tiny_tokenizer.vocab_size, context_length=512, **shape)
     drawn = llamajax.Llama(config, key=jax.random.key(0))
@@ -609,13 +611,13 @@ def test_bench_measures_what_was_asked_for(tmp_path: Path, capsys, monkeypatch) 
     assert code == 0 and err == ""
     assert out.startswith("box, 32.00 bits a weight: 3,672,320 weights, 14.01 MiB; cache float32")
     assert out.count("decode") == 4 and out.count("prefill") == 1
-    assert "memory        2.0 GB/s" in out and "0 programs" in out, "all were compiled before"
+    assert "memory        2.0 GB/s" in out and "0 programs" in out, "all programs were compiled before"
     picture = (tmp_path / "speed.svg").read_text()
     assert "decode 2 rows at 9" in picture and "prefill 9" in picture and "tokens per second" in picture
 
 
 def test_bench_of_a_shape(capsys, monkeypatch) -> None:
-    """Random int4 weights of a preset, here one that is small enough; prepared or not they are as many bytes."""
+    """Random int4 weights of a small preset take as many bytes prepared as not."""
     monkeypatch.setattr("llamajax.cli.bench.memory_bandwidth", lambda: 2e9)
     options = ["--shape=box", "--prefill=", "--repeats=1", "--steps=1", "--json"]
     prepared, stored = (json.loads(run(capsys, "bench", *options, flag)[1]) for flag in ("--prepare", "--noprepare"))
@@ -626,14 +628,14 @@ def test_bench_of_a_shape(capsys, monkeypatch) -> None:
 
 
 def test_compiled_programs_are_kept_where_the_user_keeps_caches(tmp_path: Path) -> None:
-    """In a process of its own: the folder is chosen once, when a command starts."""
+    """Uses a process of its own: the folder is chosen once, when a command starts."""
     command = [sys.executable, "-m", "llamajax", "generate", "--prompt=a", "--max_new_tokens=2", "--temperature=0"]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     base = {**kept, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     theirs = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "mine"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     texts = set()
     for environment in (
-        base,  # again from the cache: see test_generate.py; where no folder can be: test_compilation.py
+        base,  # a second run from the cache: see test_generate.py; without a possible folder: test_compilation.py
         {**base, "XDG_CACHE_HOME": str(tmp_path / "unused"), **theirs},
     ):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -658,7 +660,7 @@ def test_a_value_is_no_request_for_help(capsys) -> None:
 
 @pytest.fixture(scope="module")
 def overflowing(tmp_path_factory, tiny_model, tiny_tokenizer) -> Path:
-    """A model of finite weights, so large that what is computed with them is not."""
+    """A model of finite weights, so large that activations are not finite."""
     path = tmp_path_factory.mktemp("overflowing") / "model"
 
     def larger(name, leaf):
@@ -671,7 +673,7 @@ def overflowing(tmp_path_factory, tiny_model, tiny_tokenizer) -> Path:
 
 @pytest.mark.parametrize("options", [[], ["--json"], ["--reference=MODEL"], ["--reference=MODEL", "--json"]])
 def test_eval_names_what_is_not_finite(options: list[str], overflowing: Path, small: Path, capsys) -> None:
-    """Beside a reference that overflows too, all tokens would agree."""
+    """With a reference that overflows too, all tokens would seem to agree."""
     argv = [f"--model={overflowing}", f"--text={small}/text", "--context=32"]
     result = run(capsys, "eval", *argv, *(option.replace("MODEL", str(overflowing)) for option in options))
     assert_one_line_error(*result, 1, "logits are not finite at token 1 of window 1 of", str(overflowing), "float32")
@@ -686,7 +688,7 @@ def test_eval_keeps_what_it_found_before_an_error(overflowing: Path, small: Path
 
 
 def test_names_in_tables_are_no_markup(small: Path, tmp_path: Path, capsys) -> None:
-    """Such a path ended eval in a traceback when all was done; two models had one name."""
+    """Paths with brackets are printed as they are, not read as rich markup."""
     import shutil
 
     names = ["a[/2024]", "m[bold]", "m[red]"]
@@ -697,7 +699,7 @@ def test_names_in_tables_are_no_markup(small: Path, tmp_path: Path, capsys) -> N
     assert code == 0, err
     assert all(f"{tmp_path / name} " in out for name in names)
     assert str(tmp_path / names[0]) in run(capsys, "inspect", f"--model={tmp_path / names[0]}")[1]
-    assert f"{tmp_path}/x  [/y]" in run(capsys, "inspect", f"--model={tmp_path}/x  [/y]")[2], "spaces too"
+    assert f"{tmp_path}/x  [/y]" in run(capsys, "inspect", f"--model={tmp_path}/x  [/y]")[2], "spaces must stay, too"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Programs kept on disk: found by what they are made from, as good as new, and never trusted to be whole."""
+"""Programs kept on disk: found by what they are made from, as good as new, and checked before use."""
 
 import contextlib
 import errno
@@ -20,7 +20,7 @@ _traces = 0
 
 
 def step(state: dict[str, jax.Array], weight: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Something that compiles to several functions, and gives the memory of `state` back."""
+    """Compiles to several functions, and donates the memory of `state`."""
     global _traces
     _traces += 1
     y = jax.lax.fori_loop(0, 3, lambda i, y: jnp.tanh(y @ weight), state["y"])
@@ -29,7 +29,7 @@ def step(state: dict[str, jax.Array], weight: jax.Array) -> tuple[dict[str, jax.
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where programs are kept, for this test alone."""
+    """The folder of kept programs, for this test alone."""
     before = jax.config.values["jax_compilation_cache_dir"]
     monkeypatch.setattr("llamajax.generation.compilation._said", set())
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
@@ -43,7 +43,7 @@ def _arguments(size: int = 8) -> tuple[dict[str, jax.Array], jax.Array]:
 
 
 def _run(size: int = 8) -> tuple[int, float]:
-    """What a new process would do: how often it traced, and what came out."""
+    """Does what a new process would do; returns how often it traced, and the result."""
     global _traces
     _traces = 0
     program = CompiledFunction(step, donate_argnames=("state",))
@@ -72,11 +72,11 @@ def test_a_program_is_loaded_instead_of_traced(folder: Path) -> None:
     assert (first[0], second[0]) == (1, 0)
     assert first[1] == second[1] == pytest.approx(_expected(), rel=1e-5)
     assert len(list(folder.iterdir())) == 1
-    # JAX has kept nothing of it: what it loads could not be written again.
+    # JAX has cached nothing: a program that JAX loads from its cache could not be written again.
     assert [file.name for file in folder.parent.iterdir() if "step" in file.name] == []
 
 
-# ---- Whose programs they are -----------------------------------------------------------------------------------------
+# ---- Owner of the folder ---------------------------------------------------------------------------------------------
 
 
 def _mode(path: Path) -> int:
@@ -84,7 +84,7 @@ def _mode(path: Path) -> int:
 
 
 def test_the_folder_is_for_its_owner_alone(folder: Path) -> None:
-    """Made so; and closed where others could read it."""
+    """The folder is created private, and made private again if others could read it."""
     _run()
     assert _mode(folder) == 0o700
     folder.chmod(0o755)
@@ -107,7 +107,7 @@ def test_the_folder_is_for_its_owner_alone(folder: Path) -> None:
 def test_programs_that_others_may_have_written_are_not_run(
     change: Callable[..., None], message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor is a program put among them. It is said once."""
+    """No program is written among them either. The warning comes once."""
     _run()
     change(folder, monkeypatch)
     before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
@@ -127,13 +127,13 @@ def test_what_is_no_file_is_not_read(folder: Path) -> None:
 
 
 def test_the_oldest_programs_go(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that were not used for longest; a file of another name is as old as any."""
+    """The programs unused for longest are deleted; files with other names count by age as well."""
     for size in (2, 4, 8):
         _run(size)
     files = sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime_ns)
     for age, file in zip((300, 200, 100), files, strict=True):
         os.utime(file, (time.time() - age, time.time() - age))
-    assert _run(2)[0] == 0, "used: now the youngest"
+    assert _run(2)[0] == 0, "a use must make the program the youngest"
     total = sum(file.stat().st_size for file in files)
     drop_oldest(folder, total)
     assert sorted(folder.iterdir()) == sorted(files)
@@ -174,7 +174,7 @@ def test_a_damaged_program_is_made_again(folder: Path, damage) -> None:
         assert _run() == (1, pytest.approx(_expected(), rel=1e-5))
     assert _run()[0] == 0
     file.write_bytes(b"")
-    assert _run()[0] == 1, "and it is said once"
+    assert _run()[0] == 1, "the warning must come once"
 
 
 def test_what_a_program_is_made_from_names_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,12 +218,12 @@ def test_nothing_is_kept_where_the_user_wants_or_allows_nothing(folder: Path) ->
         RuntimeWarning, match="compiled programs are not kept there, nor loaded: it is no folder. Remove it"
     ):
         assert _run() == (1, pytest.approx(_expected(), rel=1e-5))
-    assert _run()[0] == 1, "and it is said once"
+    assert _run()[0] == 1, "the warning must come once"
     assert folder.is_file()
 
 
 def test_a_folder_of_another_kind_is_left_to_jax(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """JAX understands addresses; as a path one would become a folder of that name, wherever the user is."""
+    """JAX understands URLs; as a path, a URL would become a folder of that name in the working folder."""
     monkeypatch.chdir(tmp_path)
     jax.config.update("jax_compilation_cache_dir", "gs://bucket/programs")
     assert _run()[1] == pytest.approx(_expected(), rel=1e-5)
@@ -249,7 +249,7 @@ def test_the_programs_used_last_stay_in_memory(folder: Path, monkeypatch: pytest
     for size in (1, 2, 1, 3, 1, 2):
         program(np.ones(size, np.float32))
         made.append(program.total.compilations + program.total.loads)
-    assert made == [1, 2, 2, 3, 3, 4], "for 3 the program of 2 went, not that of 1"
+    assert made == [1, 2, 2, 3, 3, 4], "size 3 must replace the program of size 2, not that of size 1"
 
 
 def test_replaced_code_is_compiled_within_fresh_programs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +257,7 @@ def test_replaced_code_is_compiled_within_fresh_programs(folder: Path, monkeypat
     original = float(program(*_arguments())[1])
     (file,) = folder.iterdir()
     monkeypatch.setattr(jnp, "sum", lambda x: jnp.max(x))
-    assert float(program(*_arguments())[1]) == original, "it goes by shapes"
+    assert float(program(*_arguments())[1]) == original, "a program in memory must be found by shapes alone"
     with fresh_programs():
         assert float(program(*_arguments())[1]) != original
         assert float(CompiledFunction(step)(*_arguments())[1]) != original

@@ -1,4 +1,4 @@
-"""Config: published sizes, strict readers both ways, and the text of every refusal."""
+"""Config: published sizes, strict readers in both directions, and the text of every error."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ import llamajax
 from llamajax import Config, LlamaJaxError, RopeScaling, abstract_model, preset, preset_names
 from llamajax.families import config_from_hf, config_to_hf
 
-# Numbers of parameters as published: Meta's model cards and papers, and the weight files on the Hugging Face hub.
+# Parameter counts as published: Meta's model cards and papers, and the weight files on the Hugging Face hub.
 PUBLISHED = {
     "llama-7b": 6_738_415_616,
     "llama-13b": 13_015_864_320,
@@ -58,7 +58,7 @@ PUBLISHED = {
     "gemma2-27b": 27_227_128_320,
     "gemma3-270m": 268_098_176,
     "gemma3-1b": 999_885_952,
-    # Of the weight files less the vision tower's 416,866,032 and the projector's 1,152 x D + 1,152.
+    # The weight files less the vision tower's 416,866,032 and the projector's 1,152 x D + 1,152.
     "gemma3-4b": 4_300_079_472 - 416_866_032 - 1_152 * 2_561,
     "gemma3-12b": 12_187_325_040 - 416_866_032 - 1_152 * 3_841,
     "gemma3-27b": 27_432_406_640 - 416_866_032 - 1_152 * 5_377,
@@ -72,7 +72,7 @@ PUBLISHED = {
     "phi4-mini": 3_836_021_760,
 }
 
-# context, norm_eps, theta, RoPE factor. Counts of parameters cannot see these.
+# context, norm_eps, theta, RoPE factor: parameter counts do not show these.
 RUN_TIME = {
     "llama-7b": (2048, 1e-6, 1e4, None),
     "llama-65b": (2048, 1e-5, 1e4, None),
@@ -121,7 +121,7 @@ def test_preset_has_the_published_context_and_rope(name: str) -> None:
         assert config.rope_scaling == RopeScaling(kind="llama3", factor=factor, original_context_length=8192)
 
 
-# context, norm_eps, theta, and of windows the length, how many of how many layers, and theta.
+# context, norm_eps, theta; for windows: length, number of window layers, per number of layers, theta.
 WINDOWS = {
     "mistral-7b-v0.1": (32768, 1e-5, 1e4, 4096, 1, 1, 1e4),
     "gemma2-27b": (8192, 1e-6, 1e4, 4096, 1, 2, 1e4),
@@ -152,7 +152,7 @@ _factors = st.floats(1.0, 1e6)
 
 @st.composite
 def configs(draw: st.DrawFn) -> Config:
-    """Any config that is valid."""
+    """Draws valid configs."""
     kv_heads = draw(st.integers(1, 64))
     scaling = None
     if kind := draw(st.sampled_from([None, "linear", "llama3"])):
@@ -184,7 +184,7 @@ def configs(draw: st.DrawFn) -> Config:
 @settings(deadline=None, derandomize=True, database=None)
 @given(configs())
 def test_round_trips(config: Config) -> None:
-    """Through JSON text, in our names and in Hugging Face's."""
+    """Configs survive JSON text, with our names and with Hugging Face's."""
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert config_from_hf(json.loads(json.dumps(config_to_hf(config)))) == config
 
@@ -196,7 +196,7 @@ def test_num_parameters_counts_the_leaves(config: Config) -> None:
 
 
 def test_configs_are_values() -> None:
-    """Equal ones are one key of a compilation cache; none can be changed."""
+    """Equal configs are one key of a compilation cache, and no config can be changed."""
     assert hash(Config(**VALID)) == hash(Config(**VALID))
     assert len({Config(**VALID), Config(**VALID), Config(**VALID | {"width": 10})}) == 2
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -205,7 +205,7 @@ def test_configs_are_values() -> None:
 
 
 def test_defaults_of_hugging_face() -> None:
-    """Those of transformers' LlamaConfig."""
+    """Defaults are those of transformers' LlamaConfig."""
     expected = Config(**VALID | {"num_kv_heads": 4, "context_length": 2048}, norm_eps=1e-6)
     assert config_from_hf(HF) == expected
     assert config_from_hf(HF | {"head_dim": None, "num_key_value_heads": None, "rope_scaling": None}) == expected
@@ -255,9 +255,9 @@ _LINEAR_SCALING = RopeScaling(kind="linear", factor=2.0)
     ],
 )
 def test_forms_of_rope_that_transformers_loads(fields: dict[str, Any], theta: float, scaling: Any) -> None:
-    """test_parity_transformers.py asks transformers itself about the same forms."""
+    """test_parity_transformers.py checks transformers itself on the same forms."""
     config = config_from_hf(HF | fields)
-    if isinstance(scaling, int):  # the original length, where it is not the one in LLAMA3
+    if isinstance(scaling, int):  # the original length, where it differs from LLAMA3's
         scaling = dataclasses.replace(_LLAMA3_SCALING, original_context_length=scaling)
     assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
 
@@ -418,7 +418,7 @@ def test_refused_hugging_face_configs(change: dict[str, Any], message: str) -> N
     "key", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
 )
 def test_missing_hugging_face_keys_go_by_the_names_in_the_file(key: str) -> None:
-    """The reader of the message has config.json before them, where nothing is called `width`."""
+    """The reader of the message is looking at config.json, which has no `width`."""
     with pytest.raises(LlamaJaxError, match=f"missing key '?{key}"):
         config_from_hf({name: value for name, value in HF.items() if name != key})
 
@@ -429,5 +429,5 @@ def test_hugging_face_config_that_is_no_object() -> None:
 
 
 def test_the_error_is_a_value_error() -> None:
-    """So that callers who know nothing of us can catch it."""
+    """Callers that do not import our error class can catch it."""
     assert issubclass(llamajax.LlamaJaxError, ValueError)

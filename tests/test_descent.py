@@ -1,4 +1,4 @@
-"""Coordinate descent behind GPTQ: errors fall, and where it ends no single code could be better, by brute force."""
+"""Coordinate descent after GPTQ: errors fall, and at the end no single code could be better, by brute force."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def test_sweeps_take_errors_down(scheme: str, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("axis", [-2, -1])
 def test_in_the_end_no_single_code_could_be_better(axis: int) -> None:
-    """All codes of all weights tried in float64, with the scales that stay."""
+    """Tries all codes of all weights in float64, with fixed scales."""
     x, floats = inputs(samples=512), weight()
     turned = floats if axis == -2 else floats.T
     scales = quant.quantize_rtn(turned, "int3", group_size=16, axis=axis, clip="mse")

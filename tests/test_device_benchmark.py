@@ -1,4 +1,4 @@
-"""`benchmarks/device.py` without a device: everything runs, small; what is missing, wrong or late is said."""
+"""`benchmarks/device.py` without a device: all runs at small sizes; missing, wrong or late results are reported."""
 
 import importlib.util
 import json
@@ -59,12 +59,12 @@ def test_everything_small(device, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_what_is_late_is_left_out(device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """With what a device's steps need; nothing that is not measured counts as wrong."""
+    """Steps are those of a device; figures that are not measured do not count as wrong."""
     monkeypatch.setattr(device, "bandwidth", lambda size, repeats: {})
     assert device.main(["--seconds=-1", "--small"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.endswith("no time left") for line in lines) == len(lines) - 7, (
-        "device, commit, columns, four sections"
+        "the other lines: device, commit, column names, four sections"
     )
 
 
@@ -74,7 +74,7 @@ def a_run(device, folder: Path):
 
 
 def test_a_step_that_does_not_end(device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the timer does then: all that there is was written, and the process ends."""
+    """At the timer's end all results so far are written, and the process ends."""
     run, codes = a_run(device, tmp_path), []
     monkeypatch.setattr(device.os, "_exit", codes.append)
 
@@ -121,7 +121,7 @@ def test_failures_are_kept_and_the_rest_goes_on(device, tmp_path: Path, capsys: 
 
 
 def test_a_wrong_product_is_noticed(device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scales of the neighbouring group, as a kernel that counts groups wrongly would take."""
+    """The scales are those of the neighbouring group, as in a kernel that counts groups wrongly."""
     case, layout = device.Case("int4", 32, 256, 128), device.gpu.layout
 
     def wrong(stack):
@@ -135,12 +135,12 @@ def test_a_wrong_product_is_noticed(device, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_times_of_a_product(device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is timed on a device compiles and runs over a stack, for both layouts and axes."""
+    """The timed functions compile and run over a stack, for both layouts and axes."""
     monkeypatch.setattr(device, "_STACK_BYTES", 1)
     for module in (device.gpu, device.tpu):
         for axis in (-1, -2):
             stack = device.weights(device.Case("int4", 32, 256, 128, axis=axis)).stack
-            x_RK = jnp.ones((17, 256), jnp.bfloat16)  # no kernel: these do not run on a CPU
+            x_RK = jnp.ones((17, 256), jnp.bfloat16)  # no kernel: kernels do not run on a CPU
             figures = device.product_times(
                 lambda x_RK, layer: layer.restore().scale.sum(dtype=jnp.float32), module.layout(stack), x_RK
             )
@@ -171,7 +171,7 @@ print(json.dumps(device.compare_logits("float32", 8)))
 
 
 def test_it_needs_no_more_than_jax_and_flax() -> None:
-    """Without what our package asks for beyond: random weights of the box's shape, and that is said."""
+    """Without our package's other dependencies it takes random weights of the box's shape, and says so."""
     path = {"PYTHONPATH": f"{ROOT}:{SCRIPT.parent}"}
     command = [sys.executable, "-W", "error", "-c", _WITHOUT]
     done = subprocess.run(command, env={**os.environ, **path}, capture_output=True, text=True, check=False)

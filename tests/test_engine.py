@@ -1,4 +1,4 @@
-"""Rows that come and go: each text as it is alone, whatever the others do; draws that are the model's own."""
+"""Rows that come and go: each text is as it is alone, whatever the others do; draws follow the model."""
 
 import dataclasses
 import resource
@@ -21,14 +21,14 @@ ROWS, SLOTS = 8, 256
 
 @dataclasses.dataclass
 class Request:
-    """What is asked for, and what came of it.
+    """A request and its results.
 
     Attributes:
         prompt: ids.
-        knobs: of the row.
-        given_up: after how many tokens nobody wants more; None: never.
+        knobs: knobs of the row.
+        given_up: number of tokens after which the caller frees the row; None: never.
         made: ids so far.
-        log_probabilities: of these.
+        log_probabilities: log-probabilities of these ids.
     """
 
     prompt: list[int]
@@ -39,12 +39,12 @@ class Request:
 
     @property
     def ended(self) -> bool:
-        """Whether the engine should have ended it."""
+        """Whether the engine should have ended the request."""
         return len(self.made) == self.knobs.max_new_tokens or self.made[-1:] in [[each] for each in self.knobs.stop_ids]
 
 
 def _requests(count: int, seed: int, vocab_size: int = 320) -> list[Request]:
-    """Greedy and sampled, filtered and penalized, with stop ids and without; some are given up."""
+    """Returns requests, greedy and sampled, filtered and penalized, with stop ids and without; some are given up."""
     rng, made = np.random.default_rng(seed), []
     for number in range(count):
         knobs = Knobs(
@@ -57,7 +57,7 @@ def _requests(count: int, seed: int, vocab_size: int = 320) -> list[Request]:
             seed=number,
             stop_ids=tuple(map(int, rng.integers(3, vocab_size, rng.choice([0, 8])))),
         )
-        # Of two tokens taken in turn, or of many: with drafts that are right, and that are not.
+        # An alphabet of two tokens makes drafts that are right, one of many makes drafts that are wrong.
         alphabet = rng.integers(3, vocab_size, rng.choice([2, 50]))
         prompt = [1, *map(int, rng.choice(alphabet, rng.integers(0, 30)))]
         made.append(Request(prompt, knobs, int(rng.integers(1, 40)) if rng.random() < 0.2 else None))
@@ -68,12 +68,12 @@ class Alone:
     """An engine of one row."""
 
     def __init__(self, model: Llama):
-        """Without drafts."""
+        """Creates the engine, without drafts."""
         self._engine = Engine(model, 1, SLOTS)
         self._state = self._engine.empty()
 
     def run(self, request: Request) -> Request:
-        """The same request with nobody beside it."""
+        """Runs a copy of the request alone."""
         copy = dataclasses.replace(request, made=[], log_probabilities=[])
         self._state = self._engine.insert(self._state, 0, copy.prompt, copy.knobs)
         while not copy.ended:
@@ -89,7 +89,7 @@ def _take(request: Request, made, row: int) -> None:
 
 
 def _serve(engine: Engine, requests: Sequence[Request], seed: int, grows: bool) -> list[Request]:
-    """Serves requests in random order, copies some rows meanwhile, and gives some up; returns all, copies too."""
+    """Serves requests in random order, copies some rows meanwhile, and frees some early; returns all, with copies."""
     rng, state = np.random.default_rng(seed), engine.empty()
     waiting = [requests[i] for i in rng.permutation(len(requests))]
     rows: dict[int, Request] = {}
@@ -124,12 +124,12 @@ def _serve(engine: Engine, requests: Sequence[Request], seed: int, grows: bool) 
 
 @pytest.mark.parametrize("drafts", [0, 3])
 def test_each_text_is_as_alone(drafts: int, tiny_model: Llama) -> None:
-    """64 requests on 8 rows; the rounding that the documentation allows moves log-probabilities by less than 1e-4."""
+    """64 requests on 8 rows; rounding, as documented, moves log-probabilities by less than 1e-4."""
     counted = Compilations()
     engine = Engine(tiny_model, ROWS, SLOTS, drafts=drafts, counted=counted)
     requests = _requests(64, seed=1)
     served = _serve(engine, requests, seed=2, grows=True)
-    assert len(served) > len(requests), "some were copied"
+    assert len(served) > len(requests), "some rows must have been copied"
     alone = Alone(tiny_model)
     for request in served:
         expected = alone.run(request)
@@ -146,7 +146,7 @@ def _live_bytes() -> int:
 
 
 def _serves_without_growing(model: Llama, requests: int) -> int:
-    """Kilobytes by which the peak of this process's memory grew behind the first tenth of so many requests."""
+    """Returns by how many KiB peak memory grew after the first tenth of the requests."""
     counted = Compilations()
     engine = Engine(model, ROWS, SLOTS, counted=counted)
     _serve(engine, _requests(requests // 10, seed=5), seed=6, grows=False)
@@ -154,7 +154,7 @@ def _serves_without_growing(model: Llama, requests: int) -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for part in range(9):
         _serve(engine, _requests(requests // 10, seed=7 + part), seed=part, grows=False)
-        assert counted.compilations + counted.loads <= 5, "extend, start, copy, step and free"
+        assert counted.compilations + counted.loads <= 5, "programs: extend, start, copy, step and free"
         assert _live_bytes() <= live
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
 
@@ -176,7 +176,7 @@ CONFIG = Config(
 
 
 def _probabilities(logits_V: np.ndarray, held: set[int], temperature: float, top_k: int, penalty: float) -> np.ndarray:
-    """Of each token, in float64: the rules of the knobs written down again."""
+    """Returns each token's probability in float64, by a second implementation of the knobs."""
     penalized = np.where(logits_V > 0, logits_V / penalty, logits_V * penalty)
     logits_V = np.where([token in held for token in range(len(logits_V))], penalized, logits_V) / temperature
     logits_V[logits_V < np.sort(logits_V)[-top_k]] = -np.inf
@@ -185,7 +185,7 @@ def _probabilities(logits_V: np.ndarray, held: set[int], temperature: float, top
 
 
 def _assert_drawn_from(tokens: np.ndarray, probabilities: np.ndarray) -> None:
-    """A chi-square test at one in a thousand; tokens that are expected less than 5 times count together."""
+    """Applies a chi-square test at one in a thousand; tokens expected less than 5 times are counted together."""
     counts, expected = np.bincount(tokens, minlength=len(probabilities)), probabilities * len(tokens)
     assert not counts[probabilities == 0].any()
     often = expected >= 5
@@ -198,7 +198,7 @@ def _assert_drawn_from(tokens: np.ndarray, probabilities: np.ndarray) -> None:
 
 
 def test_draws_behind_drafts_are_the_models() -> None:
-    """20,000 of each kind of row, beside greedy ones: the first token, and the one that a right draft brings along."""
+    """Draws 20,000 times per kind of row, beside greedy rows: the first token, and the one after a right draft."""
     model = random_model(CONFIG)
     weights, kinds = weights_of(model), [(1.0, 50, 1.0), (0.6, 12, 1.6)]
     prompt = [29, 41, 46, 29, 41]
@@ -213,7 +213,7 @@ def test_draws_behind_drafts_are_the_models() -> None:
             for sample in range(100)
         ]
         each += [Knobs(3, temperature=0)] * 8
-        keep = len(prompt) - 1 if number else 0  # the prompt stays where it is
+        keep = len(prompt) - 1 if number else 0  # the prompt stays in the cache
         state = engine.insert(state, rows, [prompt] * 208, each, keep=keep)
         state, made = engine.step(state, 1)
         token_BM, count_B = np.asarray(made.token_BM), np.asarray(made.count_B)
@@ -225,7 +225,7 @@ def test_draws_behind_drafts_are_the_models() -> None:
         first, second = np.concatenate(parts).T
         assert len(first) == 20_000
         _assert_drawn_from(first, _probabilities(logits_TV[-1], set(prompt), temperature, top_k, penalty))
-        assert ((first == 46) == (second >= 0)).all(), "what followed 29, 41 before is the draft"
+        assert ((first == 46) == (second >= 0)).all(), "the draft must be 46, which followed 29, 41 before"
         behind_V = reference.forward(CONFIG, weights, [*prompt, 46])[-1]
         expected = _probabilities(behind_V, {*prompt, 46}, temperature, top_k, penalty)
         _assert_drawn_from(second[second >= 0], expected)
@@ -236,14 +236,14 @@ def test_draws_behind_drafts_are_the_models() -> None:
 
 @pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
 def test_kept_tokens_are_not_computed_again(cache_dtype: str, tiny_model: Llama) -> None:
-    """A row goes back to what two texts share; also where it had ended in its last slots."""
+    """A row goes back to the tokens that two texts share, even if it had ended in its last slots."""
     engine = Engine(tiny_model, 2, SLOTS, cache_dtype=cache_dtype, drafts=2)
     first = [1, *range(10, 230)]
     state = engine.insert(engine.empty(), 0, first, Knobs(33, temperature=0))
     for _ in range(3):
         state, made = engine.step(state)
     assert state.left_B.tolist() == [0, 0] and state.cache.length_B.tolist() == [253, 0]
-    state, _ = engine.step(engine.insert(state, 1, [5], Knobs(3)))  # row 0 waits meanwhile
+    state, _ = engine.step(engine.insert(state, 1, [5], Knobs(3)))  # row 0 is idle meanwhile
     text = [*first[:200], 7, 8, 9]
     assert [chunk.tokens_bT.shape for chunk in engine.plan(state, [0], [text], [200])] == [(1, 16)]
     state = engine.insert(state, 0, text, Knobs(12, temperature=0), keep=200)
@@ -254,7 +254,7 @@ def test_kept_tokens_are_not_computed_again(cache_dtype: str, tiny_model: Llama)
 
 
 def test_what_does_not_fit_behind_kept_tokens_is_computed_again(tiny_model: Llama) -> None:
-    """Chunks are padded: where one would stick out, it begins earlier."""
+    """Chunks are padded: one that would pass the last slot begins earlier."""
     engine = Engine(tiny_model, 1, SLOTS)
     text = list(range(3, 3 + 250))
     state = engine.insert(engine.empty(), 0, text, Knobs(1))
@@ -265,7 +265,7 @@ def test_what_does_not_fit_behind_kept_tokens_is_computed_again(tiny_model: Llam
 
 
 def test_a_row_of_nan_does_not_reach_the_next(tiny_model: Llama) -> None:
-    """Slots behind a row's tokens are read, with weight zero. Of one token nothing is prefilled."""
+    """Slots after a row's tokens are read with weight zero. A prompt of one token needs no prefill."""
     engine = Engine(tiny_model, 2, SLOTS)
     state = engine.insert(engine.empty(), 0, [1, *[0] * 30], Knobs(1))
     parts = jax.tree.map(lambda array: jnp.full_like(array, jnp.nan), state.cache.parts)

@@ -1,4 +1,4 @@
-"""Cross-entropy against NumPy: windows, padding of the last batch, the weights as they run, and what is refused."""
+"""Cross-entropy against NumPy: windows, padding of the last batch, weights as they run, and errors."""
 
 import json
 import math
@@ -30,7 +30,7 @@ from tests.reference import forward, softmax, weights_of
 
 @pytest.fixture(scope="module")
 def tokens() -> np.ndarray:
-    """56 random ids: 11 windows of 5 and one id more, so that the last one's target is the very last id."""
+    """56 random ids: 11 windows of 5 and one id more, so that the last target is the very last id."""
     return np.random.default_rng(0).integers(0, 320, 56)
 
 
@@ -38,7 +38,7 @@ _logits = jax.jit(lambda model, tokens_BT: model(tokens_BT)[0])
 
 
 def _losses(model: Llama, rows: np.ndarray) -> np.ndarray:
-    """Of every token after the first of its row, in float64, from logits."""
+    """Returns the loss of every token after the first of its row, in float64, from logits."""
     logits = np.asarray(_logits(model, jnp.asarray(rows[:, :-1])), np.float64)
     probability = np.exp(logits - logits.max(-1, keepdims=True))
     probability /= probability.sum(-1, keepdims=True)
@@ -53,7 +53,7 @@ def test_next_token_losses_are_numpys(tiny_model: Llama, tokens: np.ndarray) -> 
 
 
 def test_next_token_losses_are_differentiable(tiny_model: Llama, tokens: np.ndarray) -> None:
-    """Softmax minus one-hot, averaged: the gradient by a head that meets one hidden state."""
+    """A head's gradient for one hidden state is softmax minus one-hot, times that state."""
     row = jnp.asarray(tokens[None, :2])
 
     def mean(head_VD: jax.Array) -> jax.Array:
@@ -71,7 +71,7 @@ def test_next_token_losses_are_differentiable(tiny_model: Llama, tokens: np.ndar
 
 @pytest.mark.parametrize("batch", [1, 4, 16])
 def test_windows_and_batches(batch: int, tiny_model: Llama, tokens: np.ndarray) -> None:
-    """11 windows fill no batch of 4 or 16: what pads them does not count, and what fills no window is left out."""
+    """11 windows fill no batch of 4 or 16: padding rows do not count, and tokens that fill no window are dropped."""
     rows = np.stack([tokens[i : i + 6] for i in range(0, 55, 5)])
     expected = _losses(tiny_model, rows).mean()
     losses = token_losses(tiny_model, tokens, window=5, batch=batch)
@@ -117,13 +117,13 @@ def test_refused(count: int, options: dict[str, int], message: str, tiny_model: 
 
 
 class Bfloat16Product:
-    """A weight [out, in] for `tests.reference`, of whose products one or both factors are rounded to bfloat16."""
+    """A weight [out, in] for `tests.reference` whose products round one or both factors to bfloat16."""
 
-    __array_ufunc__ = None  # so that NumPy leaves `x @ weight.T` to this class
+    __array_ufunc__ = None  # NumPy then leaves `x @ weight.T` to this class
 
     def __init__(self, weight: np.ndarray, round_weight: bool):
         bits = weight.astype(np.float32).view(np.uint32)
-        # Nearest, halves away from zero, as the layout's docstring says.
+        # To nearest, halves away from zero, as the layout's docstring says.
         rounded = (bits + np.uint32(1 << 15) & np.uint32(0xFFFF0000)).view(np.float32)
         self.weight = (rounded if round_weight else weight).astype(np.float64)
         self.T = self
@@ -133,7 +133,7 @@ class Bfloat16Product:
 
 
 def bfloat16_losses(model: Llama, rows: np.ndarray, round_weights: bool) -> np.ndarray:
-    """Of a packed model with activations in bfloat16, every token after the first of its row, in float64."""
+    """Returns a packed model's losses with bfloat16 activations, for all tokens but the first of a row, in float64."""
     is_packed = lambda node: isinstance(node, QTensor)  # noqa: E731
     values = jax.tree.map(lambda leaf: dequantize(leaf) if is_packed(leaf) else leaf, model, is_leaf=is_packed)
     weights = {
@@ -148,10 +148,10 @@ def bfloat16_losses(model: Llama, rows: np.ndarray, round_weights: bool) -> np.n
 
 
 def test_prepared_weights_are_measured_with_the_rounding_of_their_layout(tiny_int4: Llama, tokens: np.ndarray) -> None:
-    """On a CPU weights are rounded with activations; the reference product rounds activations alone.
+    """On a CPU, weights are rounded with the activations; the reference product rounds activations only.
 
-    An activation in 30,000 lies so near the middle of two bfloat16 numbers that NumPy may round it the other way, which
-    moves the losses of one row from there on: hence medians.
+    One activation in 30,000 is so near the middle of two bfloat16 numbers that NumPy may round it the other way, which
+    changes the losses of its row from there on. Hence the test compares medians.
     """
     model = llamajax.with_activations(tiny_int4, "bfloat16")
     as_it_runs = token_losses(llamajax.prepare(model, "cpu"), tokens, window=11, batch=5)
@@ -215,7 +215,7 @@ def test_refused_texts(data: bytes | None, message: str, tmp_path: Path) -> None
 
 
 def test_compare_equals_numpy(tiny_model: Llama) -> None:
-    """KL, agreement and both losses at every position, from the logits, in float64."""
+    """Compares KL, agreement and both losses at every position, from the logits, in float64."""
     other = jax.tree.map(lambda leaf: leaf * 0.9, tiny_model)
     tokens = np.random.default_rng(3).integers(0, tiny_model.config.vocab_size, 3 * 16 + 1)
     result = compare(other, tiny_model, tokens, window=16, batch=2)
@@ -236,7 +236,7 @@ def test_compare_equals_numpy(tiny_model: Llama) -> None:
 
 
 def test_compare_each_holds_the_positions_that_count(tiny_model: Llama, tokens: np.ndarray) -> None:
-    """Of llama.cpp's chunks the second half, its last token a target only; the same predictions as in the losses."""
+    """The second half of llama.cpp's chunks counts, the last token only as a target, as in the losses."""
     other = jax.tree.map(lambda leaf: leaf * 0.9, tiny_model)
     windows = llama_cpp_windows(tokens, 10, 1)
     each = compare_each(other, tiny_model, windows, batch=2)
@@ -248,7 +248,7 @@ def test_compare_each_holds_the_positions_that_count(tiny_model: Llama, tokens: 
 
 
 def test_standard_error() -> None:
-    """The sample's standard deviation over the root of its size, which is what llama.cpp prints behind its ±."""
+    """The sample's standard deviation over the root of its size, as llama.cpp prints it after ±."""
     values = np.random.default_rng(0).exponential(size=100).astype(np.float32)
     assert standard_error(values) == pytest.approx(np.std(values.astype(np.float64), ddof=1) / 10, rel=1e-6)
     assert standard_error(values[:1]) == 0
@@ -261,10 +261,10 @@ def test_compare_refuses_another_vocabulary(tiny_model: Llama) -> None:
         compare(other, tiny_model, [1] * 100)
 
 
-# Windows of other sizes for each: what is compiled with the broken model is used for no other.
+# Each case has its own window size, so that no other test uses a program compiled with the broken model.
 @pytest.mark.parametrize(("value", "window"), [(np.nan, 9), (np.inf, 10), (-np.inf, 11)])
 def test_logits_that_are_not_finite_are_an_error(tiny_model: Llama, value: float, window: int, monkeypatch) -> None:
-    """Where it was first seen; a logit of minus infinity shows in no loss but its own token's."""
+    """The error names the first place; a logit of minus infinity shows only in the loss of its own token."""
     honest = Llama.head
     monkeypatch.setattr(Llama, "head", lambda self, x_BTD: honest(self, x_BTD).at[1, 3, 5].set(value))
     ids = np.arange(100) % 300

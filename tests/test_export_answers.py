@@ -1,4 +1,4 @@
-"""How runners choose tokens, stop, and hold conversations, against llamajax and against what is said here by hand."""
+"""How runners choose tokens, stop, and hold conversations, against llamajax and expected values written here."""
 
 import ast
 import io
@@ -43,7 +43,7 @@ KNOBS = [(0, 1.0), (1, 1.0), (5, 1.0), (99, 1.0), (0, 0.9), (0, 1e-9), (7, 0.8),
 
 
 def drawn_logits(count: int) -> np.ndarray:
-    """Rows of 50 logits, every other one with many that are equal."""
+    """Returns rows of 50 logits; every other row has many equal ones."""
     rng = np.random.default_rng(3)
     logits_BV = rng.normal(size=(count, 50)).astype(np.float32) * 3
     logits_BV[::2] = np.round(logits_BV[::2])
@@ -51,7 +51,7 @@ def drawn_logits(count: int) -> np.ndarray:
 
 
 def likeliest(logits_V: np.ndarray, temperature: float, top_k: int, top_p: float) -> set[int]:
-    """By the words of the documentation, in float64."""
+    """Returns the tokens to keep by the words of the documentation, in float64."""
     chance = np.exp(logits_V.astype(np.float64) / temperature)
     order = sorted(range(len(chance)), key=lambda token: (-chance[token], token))
     if top_k:
@@ -102,7 +102,7 @@ def test_temperature_0_is_greedy_whatever_the_knobs() -> None:
 
 
 class Written(io.BytesIO):
-    """What was written, and how much of it at each flush."""
+    """Records what was written at each flush."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def test_texts_end_before_a_stop_and_nothing_of_it_is_written() -> None:
         parts = [bytes(draw.choices(b"ab\n", k=draw.randint(0, 3))) for _ in range(draw.randint(1, 8))]
         stops = [bytes(draw.choices(b"ab\n", k=draw.randint(1, 4))) for _ in range(draw.randint(0, 3))]
         out, ids, ended = spoken(parts, stops)
-        # By hand: the first token behind which one of them is there ends the text, before the first of them.
+        # Computed by hand: the first token after which a stop is in the text ends the text, just before the first stop.
         lengths = [sum(map(len, parts[: count + 1])) for count in range(len(parts))]
         texts = [b"".join(parts)[:length] for length in lengths]
         last = next((i for i, text in enumerate(texts) if any(stop in text for stop in stops)), None)
@@ -136,7 +136,7 @@ def test_texts_end_before_a_stop_and_nothing_of_it_is_written() -> None:
             expected = texts[last][: min(texts[last].find(stop) for stop in stops if stop in texts[last])]
             assert (out.getvalue(), len(ids), ended) == (expected, last + 1, True)
         assert all(out.getvalue().startswith(seen) for seen in out.seen)
-        # What can no more become a stop has been written at once.
+        # Text that cannot become a stop any more is written at once.
         for text, seen in zip(texts[:last], out.seen[1:], strict=False):
             held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
             assert seen == text[: len(text) - held]
@@ -177,7 +177,7 @@ TABLES: dict[Tokenizer, dict] = {}
 
 
 class Scripted:
-    """A session that holds tokens as a cache does. Behind what begins an answer it says the next of those given."""
+    """A session that stores tokens as a cache does. When the tokens end with `begins`, it says the next reply."""
 
     name = "scripted"
 
@@ -185,7 +185,7 @@ class Scripted:
         self.cache, self.begins = np.full(slots, -1), list(begins)
         self.replies, self.rest = iter(replies), iter([0])
         self.read: list[int] = []  # how many tokens were prefilled for each answer
-        self.asked: list[list[int]] = []  # what the cache held when it began
+        self.asked: list[list[int]] = []  # what the cache held when the answer began
         self.count = 0
 
     def reset(self) -> None:
@@ -210,7 +210,7 @@ class Scripted:
 
 @pytest.fixture
 def held(tokenizer: Tokenizer, text: Text, monkeypatch: pytest.MonkeyPatch) -> Callable[..., SimpleNamespace]:
-    """Holds a conversation: what came out, what the model was asked, and how much of it was read anew."""
+    """Holds a conversation; returns the output, what the model was asked, and how many tokens were prefilled."""
 
     def hold(lines: str, replies: Sequence[str], slots: int = 256, form: dict = FORM, **options) -> SimpleNamespace:
         ids = [[*tokenizer.encode(reply), 2] for reply in replies]
@@ -227,14 +227,14 @@ def held(tokenizer: Tokenizer, text: Text, monkeypatch: pytest.MonkeyPatch) -> C
 
 
 def test_the_cache_is_kept_from_turn_to_turn(held, tokenizer: Tokenizer, capsys) -> None:
-    """Each turn the model reads what is new alone, and has the whole conversation before it."""
+    """In each turn the model reads only new tokens, and has the whole conversation before it."""
     said = held("Hi.\n\n  And now? \nBye.", ["Hello.", "Now then.", ""])
     assert said.out == "Hello.\nNow then.\n\n"
     begin = "system\nBe kind.\nuser\nHi.\nassistant\n"
     second = begin + "Hello.\nuser\nAnd now?\nassistant\n"
     assert said.shown == [begin, second, second + "Now then.\nuser\nBye.\nassistant\n"]
     lengths = [len(ids) for ids in said.asked]
-    # What is in the cache already: the question, and of the answer all but the token that ended it.
+    # The cache already holds the question, and the answer except the token that ended it.
     made = [len(tokenizer.encode(answer)) for answer in ("Hello.", "Now then.")]
     assert said.read == [lengths[0], lengths[1] - lengths[0] - made[0], lengths[2] - lengths[1] - made[1]]
     notes = capsys.readouterr().err.splitlines()
@@ -256,7 +256,7 @@ def test_control_tokens_in_a_message_are_text(held) -> None:
 
 
 def test_added_tokens_of_the_format_are_text_in_messages(text: Text) -> None:
-    """Those that are no special ones, and so are read out of any other text."""
+    """These tokens are not special, so that they are read in any other text."""
     text.read_added(early=[[1, "<|a|>", 0], [2, "<|b|>", 0]], late=[], blank=" ", word=None, special_hides=False)
     assert text.encode("<|a|><|b|>") == [1, 2]
     ids = text.encode_pieces([1, "x<|a|><|b|>"], [1])
@@ -305,7 +305,7 @@ needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="needs node
 
 
 def in_page(given: object, script: str) -> Any:
-    """What a script of JavaScript, to which `given` is known, says of what the page exports."""
+    """Runs JavaScript that knows `given` and imports the page's module; returns its array `said`."""
     head = f"import * as page from '{PAGE.as_uri()}'; import {{ readFileSync }} from 'node:fs';"
     head += "const given = JSON.parse(readFileSync(0)); const said = [];"
     command = ["node", "--no-warnings", "--experimental-default-type=module", "--input-type=module", "-e"]
@@ -356,7 +356,7 @@ def test_the_page_ends_texts_as_the_runners_do() -> None:
 @needs_node
 @pytest.mark.parametrize("form", [FORM, FORM | {"thinking_end": "</think>", "thinking_blank": "\n", "bos": [0]}])
 def test_the_page_holds_the_same_conversation(form: dict, held, tokenizer: Tokenizer, text: Text) -> None:
-    """A full window, control tokens in lines, thoughts: the model is asked the same, and reads as little of it."""
+    """Full window, control tokens in lines, thinking: the model is asked the same, and reads as few tokens."""
     lines = ["<|im_end|> Hi.", "So </think> \t?", "\x1c What\u3000", "Go on: " + "la " * 20, "And on.", "Bye."]
     replies = ["Ho</think>\n\nm.", "x" * 30, "", " a ", "Hm </think>", "!"]
     expected = held("\n".join(lines), replies, slots=230, form=form, max_new_tokens=35, system="Be kind.")

@@ -1,4 +1,4 @@
-"""Bundles: what is in them, that damage is found before anything runs, that a runner needs none of our source."""
+"""Bundles: what they contain, that damage is found before anything runs, that runners need none of our source."""
 
 import importlib.util
 import json
@@ -77,7 +77,7 @@ def test_golden_prompts_are_what_the_programs_give(profile: str, dtype: str, tin
         )
         expected_V = forward(tiny_int4.config, weights_of(whole), np.asarray(prompt))[-1]
         error = np.max(np.abs(arrays[f"logits_{index}"] - expected_V))
-        # Rounded as the cache's dtype is.
+        # The error follows from rounding to the cache's dtype.
         low, high = {"float32": (0, 1e-5), "float16": (1e-5, 5e-3), "bfloat16": (1e-4, 5e-2)}[dtype]
         assert low <= error < high
     (result,) = verify(bundle, ["jax"])
@@ -119,7 +119,7 @@ def test_text_and_full_cache(bundle: Bundle, tiny_int4, tiny_tokenizer) -> None:
     done = run_jax(bundle.path, f"--prompt={prompt}", "--max_new_tokens=20")
     assert done.stdout.rstrip("\n") == (prompt + expected.text).rstrip("\n")
     assert "tokens/s" in done.stderr
-    # 90 tokens do not fit behind one another in buckets: the last are decoded one by one, until the cache is full.
+    # The buckets do not cover 90 tokens: the last ones are decoded one by one, until the cache is full.
     ids = np.random.default_rng(0).integers(3, 300, 90).tolist()
     done = run_jax(bundle.path, f"--ids={','.join(map(str, ids))}")
     expected = llamajax.generate(tiny_int4, None, ids, temperature=0, max_new_tokens=7)
@@ -206,7 +206,7 @@ def test_missing_surplus_and_outside_files(copy: Path) -> None:
 
 
 def resealed(folder: Path, manifest: dict) -> None:
-    """The manifest as it is given, with its last line right: what one who means harm would write."""
+    """Writes the manifest as given, with a correct last line, as an attacker would."""
     files = manifest["files"]
     seal(folder, manifest)
     data = (folder / "manifest.json").read_text()
@@ -278,7 +278,7 @@ def test_a_bundle_of_the_first_version_holds() -> None:
     bundle = open_bundle(VERSION1)
     for result in verify(bundle, ["jax"]):
         assert result.held, result
-    # A copy made here writes the same weights: the order and the names of arguments have not changed.
+    # A copy made now writes the same weights: order and names of arguments have not changed.
     assert list(bundle.weights())[:2] == ["embed_VD.planes.0", "embed_VD.scale"]
 
 
@@ -351,7 +351,7 @@ def test_the_profile_is_chosen_for_all_targets() -> None:
 
 
 def test_a_toolchain_that_is_not_there_is_found_before_anything_is_written(tmp_path: Path, monkeypatch, capsys) -> None:
-    empty = tmp_path / "python"  # with a Python that has no packages, and nothing beside it
+    empty = tmp_path / "python"  # runs Python without packages, and has no tool beside it
     empty.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
     empty.chmod(0o755)
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
@@ -395,7 +395,7 @@ def test_a_target_that_fails_changes_nothing(copy: Path) -> None:
 
 
 def test_a_target_that_was_killed_before_the_manifest_named_it(copy: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    """`open_bundle` refuses what it leaves; the next export removes that, and only that, and adds its target."""
+    """`open_bundle` refuses the leftover; the next export removes that, and only that, and adds its target."""
 
     def toolchain(python: str, command: list[str], target: str) -> dict:
         Path(command[2], "model.bin").write_bytes(b"made")
@@ -410,7 +410,7 @@ def test_a_target_that_was_killed_before_the_manifest_named_it(copy: Path, tmp_p
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
         patch.setattr(export.targets, "seal", killed)
         add_target(open_bundle(copy), "cuda:one")
-    assert open_bundle(copy)  # a process that lives takes back what it did
+    assert open_bundle(copy)  # a process that lives undoes its changes
     left = tmp_path / "left"
     assert (left / "targets" / "cuda-one" / "model.bin").exists()
     with pytest.raises(LlamaJaxError, match=r"targets/cuda-one.*: expected regular files that the manifest names"):

@@ -46,7 +46,7 @@ def bundle(tiny_int4: llamajax.Llama, tokenizer: Tokenizer, tmp_path_factory: py
 
 @pytest.fixture(scope="module")
 def answered(tiny_int4: llamajax.Llama, tokenizer: Tokenizer) -> str:
-    """What the model answers to the lines, by `generate` and the template, 12 tokens at most."""
+    """The model's answers to the lines, by `generate` and the template, 12 tokens at most."""
     template, said, shown = Template.of(tokenizer), [], ""
     words = dataclasses.replace(tokenizer.words, stop_ids=template.stop_ids(tokenizer))
     ending = Tokenizer(tokenizer.model_bytes, words=words)
@@ -63,7 +63,7 @@ def check_answers(bundle: Bundle, answered: str, name: str, hidden: tuple[str, .
     arguments = ("--chat", "--temperature=0", "--max_new_tokens=12")
     done = run_isolated(bundle.path, *arguments, runner=name, hidden=hidden, said="\n\n".join(LINES))
     assert done.returncode == 0, done.stderr
-    assert done.stdout == answered.replace("\r", "\n")  # as Python reads what a process writes
+    assert done.stdout == answered.replace("\r", "\n")  # as Python reads the output of a process
     return done.stderr
 
 
@@ -96,7 +96,7 @@ def test_jax_alone_answers_as_generate_and_template_do(bundle: Bundle, answered:
     notes = check_answers(bundle, answered, "run_jax.py").splitlines()
     read = [int(line.split(" tokens read")[0]) for line in notes if "tokens read" in line]
     whole = [entry["ids"] for entry in bundle.manifest["golden"]["conversations"] if len(entry["messages"]) == 1]
-    assert len(read) == 3 and max(read[1:]) < min(map(len, whole)), notes  # the later ones without what is known
+    assert len(read) == 3 and max(read[1:]) < min(map(len, whole)), notes  # later turns do not read known tokens again
 
 
 @pytest.mark.extras
@@ -141,7 +141,7 @@ def test_forged_strings(change: dict, message: str, bundle: Bundle, tmp_path: Pa
 
 
 def test_the_command_passes_everything_on(bundle: Bundle, capfd, monkeypatch) -> None:
-    """`llamajax run`, in whose place a script writes its arguments."""
+    """`llamajax run` with a script in its place that prints its arguments."""
     script = "import json, sys; print(json.dumps(sys.argv[2:]))"
     monkeypatch.setattr(export.verification, "standalone_runner", lambda name: script)
     arguments = ["--system=Be brief.", "--top_k=5", "--top_p=0.5", "--stop=a", "--stop=b,c", "--seed=3", "--prompt=x y"]
@@ -180,7 +180,7 @@ def test_a_system_message_without_a_place(bundle: Bundle, tmp_path: Path, monkey
         runner.main(lambda bundle: pytest.fail("nothing is loaded"), None)
 
 
-# ---- Of which templates there are strings ----------------------------------------------------------------------------
+# ---- Templates that become strings -----------------------------------------------------------------------------------
 
 
 def with_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
@@ -189,7 +189,7 @@ def with_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
 
 
 def chat(tokenizer: Tokenizer, name: str | None = None) -> Chat:
-    """Of a tokenizer, whose vocabulary is made once whatever its template."""
+    """Returns the chat section of a tokenizer; its vocabulary is made once for all templates."""
     key = (tokenizer.model_bytes, tokenizer.words.added)
     if key not in VOCABULARIES:
         VOCABULARIES[key] = vocabulary_of(tokenizer)
@@ -225,7 +225,7 @@ def test_a_built_in_format_by_name(tiny_tokenizer: Tokenizer) -> None:
 
 
 def test_tokens_of_a_format_that_are_no_special_ones() -> None:
-    """As DeepSeek's: any text would be read as them, but a message is not."""
+    """As in DeepSeek's format: any other text is read as these tokens, but a message is not."""
     texts = ("<s>", "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "<｜end▁of▁sentence｜>", "<other>")
     added = [AddedToken(id=300 + i, text=text, special=text == "<s>") for i, text in enumerate(texts)]
     tokenizer = tokenizer_with(R1.replace("bos_token", "'<s>'"), added)
@@ -279,10 +279,10 @@ def test_write_says_why_there_is_no_chat(tiny_int4: llamajax.Llama, tmp_path: Pa
 @pytest.mark.extras
 @pytest.mark.parametrize("name", ["llama3", "llama3_1", "qwen3", "deepseek_r1_distill", "gemma3", "phi3", "llama3_2"])
 def test_published_templates(name: str) -> None:
-    """Copies in the package trl; what their ids are with transformers is tested with the templates."""
+    """The templates are trl's copies; test_chat_template_parity.py compares their ids with transformers'."""
     found = importlib.util.find_spec("trl")
     if found is None or not found.submodule_search_locations:
-        pytest.skip("no published templates: pip install --no-deps trl")
+        pytest.skip("needs trl's copies of published templates: pip install --no-deps trl")
     template = (Path(found.submodule_search_locations[0]) / "chat_templates" / f"{name}.jinja").read_text()
     made = chat(conversations.tokenizer_with(template))
     if name == "llama3_2":

@@ -1,4 +1,4 @@
-"""GGUF files become bundles: weights stay packed, and other runtimes give the tokens that we give."""
+"""Bundles from GGUF files: weights stay packed, and other runtimes give the tokens that we give."""
 
 import dataclasses
 import importlib.util
@@ -24,7 +24,8 @@ from tests.gguf_files import Kind
 from tests.isolated import run_isolated
 
 NEEDS = {"onnx": ("onnx", "onnxruntime"), "iree": ("iree.compiler", "iree.runtime")}
-# Of the table, and of the seven matrices of the one layer. Together all that stay packed, but for TQ1_0 and TQ2_0.
+# Types of the table and of the seven matrices of the one layer. Together: all types that stay packed, except TQ1_0 and
+# TQ2_0.
 NAMES = ("token_embd", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 TYPES = {
     "small": ("Q8_0", "Q4_1", "Q4_1", "Q4_K", "Q6_K", "Q4_1", "Q4_K", "Q6_K"),
@@ -36,7 +37,7 @@ PROMPTS = [[1, 5, 9, 300, 17, 42, 8], [3]]
 
 
 def _missing(runtime: str) -> str:
-    """Of the modules that a runtime and its toolchain are, one that is not installed, or ""."""
+    """Returns a module of a runtime or its toolchain that is not installed, or ""."""
     try:
         return next((name for name in NEEDS[runtime] if importlib.util.find_spec(name) is None), "")
     except ModuleNotFoundError as error:  # the package of a module
@@ -44,7 +45,7 @@ def _missing(runtime: str) -> str:
 
 
 def made_of(types: str, folder: Path, profile: str) -> tuple[gguf_files.Made, Bundle]:
-    """A GGUF file by the gguf package, and the bundle of what is read of it."""
+    """Writes a GGUF file by the gguf package, and the bundle of the model that is read from it."""
     of = dict(zip(NAMES, TYPES[types], strict=True))
     made = gguf_files.write(folder / "tiny.gguf", lambda name: Kind[of[name.split(".")[-2]]], CONFIG)
     model = llamajax.open_checkpoint(made.path).read(None)
@@ -53,7 +54,7 @@ def made_of(types: str, folder: Path, profile: str) -> tuple[gguf_files.Made, Bu
 
 
 def check_against_the_reference(made: gguf_files.Made, bundle: Bundle) -> None:
-    """Every golden token is the likeliest of the float64 LLaMA with the gguf package's floats."""
+    """Checks each golden token against the float64 LLaMA with the gguf package's floats."""
     theirs, golden = made.weights(), safetensors.numpy.load_file(bundle.file("golden.safetensors"))
     weights = {
         spec.foreign["huggingface"].format(place.layer): theirs[spec.foreign["gguf"].format(place.layer)]
@@ -76,13 +77,13 @@ def bundle(request, tmp_path_factory) -> Bundle:
     return bundle
 
 
-# ---- What ONNX gets of a packed weight: NumPy alone -----------------------------------------------------------------
+# ---- Packed weights for ONNX, in NumPy ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [kind.name for kind in ggml.TYPES.values() if kind.packed is not None])
 @pytest.mark.parametrize("axis", [2, 1])
 def test_digits_times_scales_plus_offsets_are_the_weight(name: str, axis: int) -> None:
-    """In float64, against the gguf package: the digits of 4 bits lose nothing of a type."""
+    """In float64, compared with the gguf package: splitting codes into 4-bit digits is exact for every type."""
     blocks = gguf_files.blocks(Kind[name], 24, 512)
     expected_MK = gguf.quants.dequantize(blocks, Kind[name])
     made = ggml.unpack(name, blocks)
@@ -111,7 +112,7 @@ def test_digits_are_the_numbers(scheme: str) -> None:
         assert table.dtype == np.uint8 and factor in (1, 16) and zero in (0, 8)
     made = shift + sum(factor * (table.astype(int) - zero) for factor, table, zero in digits)
     np.testing.assert_array_equal(made, values)
-    # A zero point of the weight's own is in the same digits.
+    # A zero point of the weight itself is in the same digits.
     raw = sum(factor * table.astype(int) for factor, table, _ in raw_digits(bits_of(scheme)))
     np.testing.assert_array_equal(raw, np.arange(1 << bits_of(scheme)))
 
@@ -130,7 +131,7 @@ def test_second_levels_are_unpacked_in_the_arithmetic_that_is_asked_for() -> Non
 
 @pytest.mark.parametrize(("scheme", "axis"), [("int4", -2), ("int3", -1)])
 def test_scales_under_one_float_for_an_output(scheme: str, axis: int) -> None:
-    """Recipes' rather than GGUF's: what ONNX gets of them, and the products and rows of the other programs."""
+    """For recipes rather than GGUF: the parts that ONNX gets, and the products and rows of the other programs."""
     rng = np.random.default_rng(0)
     floats = rng.normal(size=(96, 24) if axis == -2 else (24, 96)).astype(np.float32)
     weight = quant.quantize_two_levels(floats, scheme, "int8", group_size=32, scale_group="channel", axis=axis)
@@ -161,13 +162,13 @@ def test_weights_stay_packed_and_give_the_reference_tokens(tmp_path: Path) -> No
 
 
 def need(*runtimes: str) -> None:
-    """Skips a test where one of them is not installed."""
+    """Skips a test where one of the runtimes is not installed."""
     if missing := next(filter(None, map(_missing, runtimes)), ""):
         pytest.skip(f"{missing} is not installed")
 
 
 def check(bundle: Bundle, runtime: str) -> None:
-    """Adds what a runtime needs, and lets it give the golden tokens."""
+    """Adds a runtime's target, and checks that the runtime gives the golden tokens."""
     target = {"onnx": "onnx", "iree": "iree-cpu"}[runtime]
     bundle = open_bundle(bundle.path)
     (result,) = verify(bundle if target in bundle.manifest["targets"] else add_target(bundle, target), [runtime])
@@ -183,14 +184,14 @@ def test_the_same_tokens(runtime: str, bundle: Bundle) -> None:
 
 @pytest.mark.extras
 def test_weights_are_not_dequantized_in_onnx(bundle: Bundle) -> None:
-    """Every matrix is multiplied as codes of 4 bits: what is left of plain products is attention, and of offsets."""
+    """All matrices are multiplied as 4-bit codes; the remaining plain products are attention and offsets."""
     onnx = pytest.importorskip("onnx")
     bundle = open_bundle(bundle.path)
     bundle = bundle if "onnx" in bundle.manifest["targets"] else add_target(bundle, "onnx")
     graph = onnx.load(bundle.file("targets/onnx/decode.onnx"), load_external_data=False).graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     inputs = {name for node in graph.node for name in node.input if name in tensors}
-    assert not [name for name in inputs if ".planes." in name], "planes are read only where codes are unpacked"
+    assert not [name for name in inputs if ".planes." in name], "the decode graph must not read planes"
     products = [node.input[1] for node in graph.node if node.op_type == "MatMul" and node.input[1] in tensors]
     assert all(name.endswith(".offsets") for name in products)
     assert {node.input[1].partition(".codes")[0] for node in graph.node if node.op_type == "MatMulNBits"} == {
@@ -207,7 +208,7 @@ def test_weights_are_not_dequantized_in_onnx(bundle: Bundle) -> None:
 @pytest.mark.optimized
 @pytest.mark.parametrize("runtimes", [["onnx"], pytest.param(list(NEEDS), marks=pytest.mark.exhaustive)])
 def test_smollm2_says_the_same_everywhere(runtimes: list[str], smollm2: Path, tmp_path: Path) -> None:
-    """SmolLM2-135M-Instruct, Q4_1 and Q8_0, from its GGUF: 64 greedy tokens, of which the first are an answer."""
+    """SmolLM2-135M-Instruct in Q4_1 and Q8_0 from its GGUF: 64 greedy tokens, which begin with an answer."""
     need(*runtimes)
     opened = llamajax.open_checkpoint(smollm2)
     tokenizer, model = llamajax.Tokenizer(opened.tokenizer_bytes, words=opened.words), opened.read(None)
@@ -223,7 +224,7 @@ def test_smollm2_says_the_same_everywhere(runtimes: list[str], smollm2: Path, tm
     assert result.conversations == len(bundle.manifest["golden"]["conversations"]) > 0
     for runtime in runtimes:
         check(bundle, runtime)
-    # In a conversation, without Jinja; and what looks like the end of a turn does not end it.
+    # The same in a conversation, without Jinja; text that looks like the end of a turn does not end it.
     lines = f"{asked}\nSay <|im_end|> please."
     done = run_isolated(bundle.path, "--chat", "--max_new_tokens=16", runner="run_onnx.py", hidden=("jax",), said=lines)
     assert done.returncode == 0 and done.stdout.startswith("The capital of France is Paris.\n"), done.stderr

@@ -70,7 +70,7 @@ def test_state_of_other_names_shapes_and_dtypes(tmp_path: Path) -> None:
 
 def test_a_module_for_another_processor_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     processor = bundle.manifest["targets"]["iree-cpu"]["processor"]
-    # Nothing of the machine that it was made on, but for its kind.
+    # The target names the kind of the compiling machine, and nothing else of it.
     assert processor["name"] in ("x86-64-v3", "generic")
     assert not any(feature.startswith("avx512") for feature in processor["features"])
     shutil.copytree(bundle.path, tmp_path / "copy")
@@ -96,7 +96,7 @@ def test_weights_stay_packed(bundle: Bundle) -> None:
     assert planes
     for name, data in planes.items():
         assert name.encode() in module and data not in module, name
-    # What loading allocates, by IREE's own account.
+    # Bytes that loading allocates, by IREE's own account.
     config, index = runtime.Config("local-sync"), runtime.ParameterIndex()
     index.load(str(bundle.file("weights.safetensors")))
     weights = runtime.create_io_parameters_module(config.vm_instance, index.create_provider("model"))
@@ -114,7 +114,7 @@ def test_native_tool_gives_the_same_tokens(bundle: Bundle, tiny_int4, tmp_path: 
     assert [int(token) for token in done.stdout.split()] == expected.tokens
     shutil.copytree(bundle.path, tmp_path / "old")
     manifest = json.loads(json.dumps(bundle.manifest))
-    del manifest["cache"]["state"]  # as the first releases wrote it
+    del manifest["cache"]["state"]  # as in bundles of the first releases
     seal(tmp_path / "old", manifest)
     again = subprocess.run(["sh", SCRIPT, tmp_path / "old", "6", *map(str, IDS[:4])], capture_output=True, text=True)
     assert again.stdout == done.stdout, again.stderr

@@ -1,4 +1,4 @@
-"""Bundles of models with the switches of families: each runtime writes the tokens that the library writes."""
+"""Bundles of models with the switches of families: each runtime gives the tokens that the library gives."""
 
 import importlib.util
 from pathlib import Path
@@ -19,14 +19,14 @@ from tests.kin import BIASES, HEAD_NORMS, REST, WINDOWS
 from tests.reference import random_model, switched_weights_of
 
 KINDS = {"biases": BIASES, "head norms": HEAD_NORMS, "windows": WINDOWS, "rest": REST}
-# What each runtime needs, and the target that it runs.
+# Runtime -> the module that it needs, and the target that it runs.
 RUNTIMES = {"onnx": ("onnxruntime", "onnx"), "iree": ("iree.runtime", "iree-cpu")}
 RULES = (Rule(weights="*norm*", keep=True), Rule(weights="*", scheme="int4", group_size=16, scale_dtype="float16"))
-IDS = [5, 17, 80, 3, 44, 9, 12, 61, 30, 2]  # beyond a window
+IDS = [5, 17, 80, 3, 44, 9, 12, 61, 30, 2]  # longer than a window
 
 
 def check_reference(config: Config, model, tokens: list[int]) -> None:
-    """That greedy tokens are those of the NumPy reference on what the codes stand for."""
+    """Checks that greedy tokens are those of the NumPy reference on the dequantized weights."""
     logits_TV = reference.forward(config, switched_weights_of(model), [*IDS, *tokens])[len(IDS) - 1 : -1]
     assert tokens == np.argmax(logits_TV, axis=-1).tolist()
 

@@ -1,4 +1,4 @@
-"""ONNX: ONNX Runtime and OpenVINO give the golden tokens, from weights in 4 bits that all programs share."""
+"""ONNX: ONNX Runtime and OpenVINO give the golden tokens, from 4-bit weights that all programs share."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ pytestmark = [
     ),
 ]
 NORMS = Rule(weights="*norm*", keep=True)
-# Widths of 24 and 40: a group that is no power of 2 in a block that it does not fill.
+# With widths of 24 and 40, groups are no powers of 2 and do not fill their blocks.
 RULES = {
     "int4": (NORMS, Rule(weights="*", scheme="int4", group_size="channel")),
     "uint4": (NORMS, Rule(weights="*", scheme="uint4", group_size="channel")),
@@ -115,7 +115,7 @@ def test_weights_are_four_bits_and_shared(bundle: Bundle) -> None:
                 assert codes.data_type == onnx.TensorProto.UINT8
                 assert list(codes.dims) == [options["N"], 1, options["block_size"] // 2]
                 products += 1
-        # No weight is within a graph, and none is stored twice.
+        # No graph contains a weight, and none is stored twice.
         assert all(np.prod(tensor.dims) < 4096 for tensor in graph.initializer if not tensor.external_data)
         for tensor in graph.initializer:
             place = {entry.key: entry.value for entry in tensor.external_data}

@@ -1,4 +1,4 @@
-"""Regular expressions of tokenizers, as Python's `re` reads them, against the library that they were written for."""
+"""Regular expressions of tokenizers, translated for Python's `re`, against the library that they were written for."""
 
 import unicodedata
 
@@ -11,7 +11,7 @@ from llamajax.tokenizer.pre_tokenizers import PATTERNS
 from tests.encoded import drawn_texts
 
 EXPRESSIONS = sorted({expression for made in PATTERNS.values() for expression in made.expressions})
-# What tiktoken's expressions have, and other corners of the syntax.
+# tiktoken's expression, and other corners of the syntax.
 EXPRESSIONS += [
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
@@ -23,7 +23,7 @@ EXPRESSIONS += [
 
 
 def split_by(expression: str, behavior: str = "isolated", invert: bool = False):
-    """The runners' step."""
+    """Returns the runners' split step for an expression."""
     patterns = Patterns()
     text = Text.__new__(Text)
     pattern = patterns.of_expression(expression)
@@ -41,7 +41,7 @@ def test_splits_where_the_library_does(expression: str) -> None:
 
 
 def test_classes_are_the_librarys() -> None:
-    """Its letters are not those of this Python: other versions of Unicode have others."""
+    """The library's letters differ from this Python's, whose version of Unicode is another."""
     letters = members(r"\p{L}")
     assert letters[:4] == (ord("A"), ord("Z"), ord("a"), ord("z"))
     held = {code for first, last in zip(letters[::2], letters[1::2], strict=True) for code in range(first, last + 1)}

@@ -1,4 +1,4 @@
-"""Exported programs: what they compute, beside the float64 LLaMA; what they must not contain; names and order."""
+"""Exported programs: results against the float64 LLaMA, operations that they must not contain, names and order."""
 
 import dataclasses
 
@@ -43,13 +43,13 @@ def packed(scheme: str = "int4", group_size: int = 16, **options) -> llamajax.Ll
 
 
 def expected_logits(model: llamajax.Llama, tokens: np.ndarray) -> np.ndarray:
-    """By the float64 LLaMA with the weights that the codes stand for."""
+    """Returns logits of the float64 LLaMA with the dequantized weights."""
     floats = {name: quant.values(weight) for name, weight in llamajax.named_weights(model).items()}
     return forward(model.config, weights_of(llamajax.model_from(floats, model.config)), tokens)
 
 
 def execute(program: Program, weights: dict, inputs: dict) -> dict[str, np.ndarray]:
-    """Compiles the portable artifact with XLA, without jax's tracing, and runs it."""
+    """Compiles the portable artifact with XLA, without tracing by JAX, and runs it."""
     module = stablehlo.deserialize_portable_artifact_str(program.artifact)
     device = jax.devices()[0]
     compiled = backend.get_backend().compile_and_load(module, _jax.DeviceList((device,)), _jax.CompileOptions())
@@ -74,7 +74,7 @@ def row(value: int) -> np.ndarray:
     return np.asarray([value], np.int32)
 
 
-# Every scheme in one profile, every profile with one scheme; the arithmetic itself is test_packing's.
+# Every scheme in one profile, every profile with one scheme; test_packing.py tests the arithmetic itself.
 CASES = [(scheme, "scanned") for scheme in ("int4", "uint4", "int3", "int8", "nf4", "ternary")]
 CASES += [("int3", "unrolled"), ("int4", "unrolled"), ("int4", "float"), ("int4", "cpu")]
 CASES += [("mxfp4", "unrolled"), ("iq4_nl", "float"), ("nvfp4", "cpu"), ("iq4_nl", "cpu")]
@@ -93,7 +93,7 @@ def test_prefill_and_decode_equal_the_float64_model(scheme: str, profile: str) -
     inputs = {"tokens": TOKENS[None, :8], "count": row(8), "length": row(0), **empty_state(programs["decode"])}
     results = execute(programs["prefill_8"], weights, inputs)
     np.testing.assert_allclose(results["logits"][0], expected[7], atol=1e-4)
-    # A chunk with padding behind it, which must not be seen later.
+    # A chunk with padding at its end, which later tokens must not see.
     padded = np.asarray([[*TOKENS[8:10], 5, 6]], np.int32)
     results = execute(programs["prefill_4"], weights, {**results, "tokens": padded, "count": row(2), "length": row(8)})
     np.testing.assert_allclose(results["logits"][0], expected[9], atol=1e-4)
@@ -116,7 +116,7 @@ def test_layers_of_different_schemes(tmp_path) -> None:
 
 @pytest.mark.parametrize("profile", ["unrolled", "cpu"])
 def test_tables_made_of_a_bfloat16_weight_are_looked_up_in_float32(profile: str) -> None:
-    """As a model that was quantized in bfloat16 and loaded as float32; in-process and exported."""
+    """Such a model was quantized in bfloat16 and loaded as float32; tested in-process and exported."""
     model = packed()
     model.embed_VD.set_value(dataclasses.replace(model.embed_VD.get_value(), dtype=np.dtype(jnp.bfloat16)))
     spec = Spec(slots=16, buckets=(12,), profile=PROFILES[profile])
@@ -184,14 +184,14 @@ def test_sample_draws_what_generate_draws() -> None:
 def test_rows_of_temperature_0_get_the_likeliest_token(top_p: float) -> None:
     program = lower(packed(), Spec(batch=5, slots=16, buckets=(4,), programs=("sample",)))["sample"]
     logits_BV = np.random.default_rng(0).normal(size=(5, 48)).astype(np.float32)
-    logits_BV[1] -= 100  # all negative, and a cold distribution of which float32 would overflow
+    logits_BV[1] -= 100  # all negative, and temperatures so low that dividing by them overflows float32
     key_B2 = np.asarray(jax.random.key_data(jax.vmap(jax.random.key)(jnp.arange(5, dtype=jnp.uint32))))
     knobs = {"temperature": np.asarray([0, 0, 1e-40, 1e-6, 50], np.float32), "top_p": np.full(5, top_p, np.float32)}
     inputs = {"logits": logits_BV, "key": key_B2, "length": np.arange(5, dtype=np.int32), **knobs}
     results = execute(program, {}, {**inputs, "top_k": np.full(5, 48, np.int32)})
     likeliest_B = logits_BV.argmax(axis=1)
     np.testing.assert_array_equal(results["token"][:4], likeliest_B[:4])
-    assert results["token"][4] != likeliest_B[4]  # by its key: nearly uniform
+    assert results["token"][4] != likeliest_B[4]  # drawn by its key: nearly uniform
     probability_BV = softmax(logits_BV.astype(np.float64))
     expected = np.log(probability_BV[np.arange(5), results["token"]])
     np.testing.assert_allclose(results["log_probability"], expected, atol=1e-5)
@@ -311,7 +311,7 @@ def test_a_prepared_model_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 def test_rounded_activations_are_refused(kind: str) -> None:
-    """Groups of int8; tokens as a whole are exported (BitNet)."""
+    """bfloat16 and int8 groups cannot be exported; int8 per token can (BitNet)."""
     rounded = llamajax.with_activations(packed(), kind)
     with pytest.raises(LlamaJaxError, match=f"round their activations .{kind}.*: .* --activations=float32"):
         lower(rounded, Spec(slots=16, buckets=(4,)))

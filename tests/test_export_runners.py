@@ -1,6 +1,6 @@
-"""What runners and the reader of bundles refuse: forged manifests, what is no regular file, wrong numbers.
+"""What runners and the reader of bundles refuse: forged manifests, files that are not regular, wrong numbers.
 
-Most run without jax: the text that all runners share, with a session of a few lines of NumPy behind it.
+Most tests run without jax: they use the code that all runners share, with a session of a few lines of NumPy.
 """
 
 import ast
@@ -34,7 +34,7 @@ from tests.isolated import run_isolated
 
 # Written by the first release that wrote bundles.
 VERSION1 = Path(__file__).parent / "bundles" / "version1"
-# A session whose logits are the golden ones behind a whole prompt, and choose the golden tokens behind that.
+# A session that gives the golden logits after a whole prompt, and after that logits that choose the golden tokens.
 SESSION = """
 class Session:
     def __init__(self, bundle):
@@ -64,7 +64,7 @@ def copy(tmp_path: Path) -> Path:
 
 
 def refusals(path: Path) -> tuple[str, str]:
-    """What the reader and a runner say of a bundle."""
+    """Returns the errors of the reader and of a runner for a bundle."""
     with pytest.raises(LlamaJaxError) as reader:
         open_bundle(path)
     with pytest.raises(SystemExit) as ended:
@@ -74,7 +74,7 @@ def refusals(path: Path) -> tuple[str, str]:
 
 
 def changed(path: Path, change) -> None:
-    """Changes the manifest and seals it anew, as one who means harm would."""
+    """Changes the manifest and writes its checksum again, as an attacker would."""
     manifest = json.loads((path / "manifest.json").read_text())
     change(manifest)
     seal(path, manifest)
@@ -169,7 +169,7 @@ def fifo(path: Path) -> None:
 
 
 def outside(path: Path) -> None:
-    """Moves a file or folder out of the bundle and leaves a link."""
+    """Moves a file or folder out of the bundle and leaves a link in its place."""
     moved = path.parents[1] / f"moved-{path.name}"
     path.rename(moved)
     path.symlink_to(moved)
@@ -223,7 +223,7 @@ def test_state_of_other_names_shapes_and_dtypes(tmp_path: Path) -> None:
 
 
 def test_state_that_the_programs_do_not_take(copy: Path, tmp_path: Path) -> None:
-    assert [value["name"] for value in runner.Bundle(str(copy)).state] == ["key", "value"]  # it does not say it
+    assert [value["name"] for value in runner.Bundle(str(copy)).state] == ["key", "value"]  # it lacks the key
     bundle = write_counters(tmp_path / "counters")
     for state in (
         [],
@@ -237,7 +237,7 @@ def test_state_that_the_programs_do_not_take(copy: Path, tmp_path: Path) -> None
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
 def test_the_page_hands_on_the_declared_state(tmp_path: Path) -> None:
-    """`Model.steps` over a session that adds one to each state: what the last step got is how many there were."""
+    """Runs `Model.steps` over a session that adds one to each state, so that the last state counts the steps."""
     write_counters(tmp_path / "counters")
     changed(tmp_path / "counters", lambda m: m["targets"].update(onnx={"files": []}))
     (tmp_path / "page.mjs").write_text(PAGE_TEST)
@@ -253,7 +253,7 @@ def test_the_page_hands_on_the_declared_state(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     kinds = {"float32": "Float32Array", "uint8": "Uint8Array", "int32": "Int32Array"}
-    # A prompt of 5 ids is two buckets, and of 4 tokens 3 are decoded.
+    # A prompt of 5 ids takes two buckets; of 4 tokens, 3 are decoded.
     assert json.loads(done.stdout) == [
         [name, dtype, kinds[dtype], list(shape), [4] * int(np.prod(shape))] for name, (shape, dtype) in STATE.items()
     ]
@@ -297,7 +297,7 @@ def test_runners_open_nothing_that_has_no_hash(copy: Path) -> None:
 
 @pytest.fixture
 def tabled(copy: Path) -> Path:
-    """A bundle whose run_jax.py needs NumPy alone."""
+    """A bundle whose run_jax.py needs only NumPy."""
     text = standalone_runner("run_jax.py")
     shared = text[: text.index('"""Runs a bundle with nothing but jax')]
     (copy / "run_jax.py").write_text(shared + SESSION + "\n\nmain(Session, None)\n")
@@ -319,7 +319,7 @@ def test_a_module_added_to_a_bundle_does_not_run(tabled: Path) -> None:
     for command, folder in [*places, (str(linked), Path("/"))]:
         done = started(command, str(tabled), "--golden", folder=folder)
         assert done.returncode == 1 and "the manifest does not name this file" in done.stderr, done.stderr
-    # Run as a module Python itself writes a folder into the bundle before the runner begins.
+    # With -m, Python itself writes a folder into the bundle before the runner begins.
     done = started("-m", "run_jax", folder=tabled)
     assert done.returncode == 1 and "the manifest" in done.stderr and done.stderr.count("\n") == 1
     assert not (tabled / "ran").exists()
@@ -372,7 +372,7 @@ def golden_changed(path: Path, change) -> None:
 
 
 class Table:
-    """A session whose logits are given, one row for each call."""
+    """A session with given logits, one row for each call."""
 
     name = "table"
 
@@ -408,14 +408,14 @@ def test_the_first_step_is_not_timed() -> None:
 
 
 def described(activations: str, cache: str, layers: int = 5, width: int = 64) -> SimpleNamespace:
-    """As much of a bundle as the tolerance depends on."""
+    """Returns the parts of a bundle that determine the tolerance."""
     weights = [{"name": "norm.weight_D", "dtype": activations}]
     config = {"num_layers": layers, "width": width}
     return SimpleNamespace(manifest={"weights": weights, "config": config, "cache": {"dtype": cache}})
 
 
-# Largest errors of jax that were measured: stories260K (root mean square of its logits 7.7) and the model in the box
-# (5.45), int4-g32, by the programs of the profile "unrolled" on a CPU, 2026-11-26.
+# Largest measured errors of jax: stories260K (root mean square of its logits 7.7) and the model in the box (5.45),
+# int4-g32, by the programs of the profile "unrolled" on a CPU, 2026-11-26.
 MEASURED = {
     ("float32", "float32"): (1.3e-5, 1.5e-5),
     ("float32", "bfloat16"): (6.1e-2, 1.5e-2),
@@ -432,7 +432,7 @@ def test_the_tolerance_is_that_of_the_dtypes(dtypes: tuple[str, str]) -> None:
         if error is not None:
             most = runner.tolerance(Table([]), described(*dtypes, layers, width), np.full(9, size))
             assert 3.9 * error < most < 30 * error
-    # What rounding rows to bfloat16 once gave on IREE is no error of float32.
+    # An error like that of IREE when it rounded rows to bfloat16 must exceed the tolerance of float32.
     assert runner.tolerance(Table([]), described("float32", "float32"), np.full(9, 7.7)) < 9.5e-3 / 20
 
 
@@ -451,7 +451,7 @@ def test_golden_tokens_that_differ_fail_unless_they_are_a_tie(capsys) -> None:
     rows = np.asarray([[0, 9, 0], [0, 9, 9 - 1e-7], [9, 0, 0]], np.float32)
     failed, prompt = golden_report(capsys, [1, 1, 0], rows)
     assert failed is None and prompt["held"] and prompt["exact"]
-    failed, prompt = golden_report(capsys, [1, 2, 1], rows)  # a tie, and another text behind it
+    failed, prompt = golden_report(capsys, [1, 2, 1], rows)  # a tie, followed by another text
     assert failed is None and prompt["held"] and not prompt["exact"]
     failed, prompt = golden_report(capsys, [1, 1, 2], rows)
     assert failed == "table: golden prompt 0: not the golden tokens or logits"
@@ -462,7 +462,7 @@ def test_golden_that_does_not_hold_is_exit_code_1(tabled: Path) -> None:
     done = started("run_jax.py", "--golden", folder=tabled)
     assert done.returncode == 0 and all(prompt["held"] for prompt in json.loads(done.stdout)["prompts"])
     golden_changed(tabled, lambda arrays: arrays["tokens_1"].__setitem__(20, (arrays["tokens_1"][20] + 1) % 300))
-    # The session takes its tokens from the same file; the runner has to see them differ from what it is told to expect.
+    # The session reads its tokens from the same file, so this shifts one of them away from the expected token.
     text = (tabled / "run_jax.py").read_text()
     (tabled / "run_jax.py").write_text(text.replace("tokens[at])", "tokens[at] - (at == 20))"))
     changed(tabled, lambda manifest: None)
@@ -496,7 +496,7 @@ def test_weights_that_are_not_numbers_end_a_run(copy: Path) -> None:
 
 @pytest.fixture
 def command(tabled: Path, monkeypatch):
-    """`llamajax` with a bundle, whose runtime jax is the table."""
+    """Runs `llamajax` on a bundle whose runtime jax is the table session."""
     text = (tabled / "run_jax.py").read_text()
     monkeypatch.setattr(export.verification, "standalone_runner", lambda name: text)
     return lambda name, *arguments: main([name, str(tabled), *arguments])
@@ -538,9 +538,9 @@ def test_no_script_has_the_name_of_what_it_imports() -> None:
         nodes = list(ast.walk(ast.parse(file.read_text())))
         names = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
         names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
-        # Those that to_litert.py and to_onnx.py mean.
+        # Modules that to_litert.py and to_onnx.py import on purpose.
         meant = {"to_savedmodel", "onnx_graph", "onnx_operations", "onnx_packed", "onnx_weights"}
         beside = {other.stem for other in file.parent.glob("*.py")} - meant
         assert not beside & {name.partition(".")[0] for name in names}, file
-        # Nor that of a package: a toolchain imports others than the script does.
+        # Nor may a script have the name of a package, which the toolchain may import.
         assert importlib.util.find_spec(file.stem) is None, file

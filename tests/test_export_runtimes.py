@@ -1,4 +1,4 @@
-"""The box and stories260K in 4 bits, exported once: every runtime that is installed gives the tokens of `generate`."""
+"""The box and stories260K in 4 bits, exported once: every installed runtime gives the tokens of `generate`."""
 
 import importlib.util
 
@@ -17,7 +17,7 @@ TARGETS = {"iree-cpu": ("iree.compiler", "iree.runtime"), "onnx": ("onnx", "onnx
 def installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of a parent
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
@@ -28,7 +28,7 @@ def installed(module: str) -> bool:
 )
 @pytest.mark.parametrize("name", [pytest.param("box", marks=pytest.mark.exhaustive), "stories260k"])
 def test_the_same_tokens_everywhere(name: str, request: pytest.FixtureRequest, tmp_path) -> None:
-    # In float32, as the command exports on a machine without an accelerator; IREE takes no bfloat16 model.
+    # Exported in float32, as the command does on a machine without an accelerator; IREE takes no bfloat16 model.
     model, tokenizer = llamajax.load("box", dtype="float32") if name == "box" else request.getfixturevalue(name)
     bundle = write(quantize(model, "int4-g32"), tokenizer, tmp_path / name, Spec(profile=PROFILES["unrolled"]))
     for target, modules in TARGETS.items():

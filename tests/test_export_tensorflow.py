@@ -1,4 +1,4 @@
-"""SavedModel and LiteRT: each runtime alone gives the tokens of `generate`, from weights that stayed packed."""
+"""SavedModel and LiteRT: each runtime alone gives the tokens of `generate`, from packed weights."""
 
 import importlib.util
 import subprocess
@@ -27,14 +27,14 @@ IDS = [1, 5, 9, 300, 17, 42, 8]
 
 @pytest.fixture(scope="module")
 def float_bundle(tiny_int4, tiny_tokenizer, tmp_path_factory) -> Bundle:
-    """With both targets. The caches are small, and one bucket is left out by a prompt of 7 ids."""
+    """A bundle with both targets, small caches, and one bucket that a prompt of 7 ids does not use."""
     path = tmp_path_factory.mktemp("bundles") / "tiny"
     bundle = write(tiny_int4, tiny_tokenizer, path, Spec(slots=64, buckets=(4, 16), profile=PROFILES["float"]))
     return add_target(add_target(bundle, "savedmodel"), "litert")
 
 
 def run(bundle: Bundle, runner: str, *arguments: str) -> subprocess.CompletedProcess:
-    """The runner in the bundle, which sees neither jax nor this project."""
+    """Runs the bundle's runner, which can import neither jax nor this project."""
     hidden = "sys.modules.update(llamajax=None, quant=None, export=None, jax=None)"
     code = f"import runpy, sys; {hidden}; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", code, str(bundle.file(runner)), str(bundle.path), *arguments]
@@ -53,7 +53,7 @@ def test_gives_the_tokens_of_generate(runner: str, float_bundle: Bundle, tiny_in
 def test_weights_are_stored_once_and_packed(float_bundle: Bundle) -> None:
     packed = sum(array.nbytes for array in float_bundle.weights().values())
     (variables,) = (float_bundle.path / "targets" / "savedmodel" / "variables").glob("*.data-*")
-    assert variables.stat().st_size < 1.2 * packed + 4096  # and what names them
+    assert variables.stat().st_size < 1.2 * packed + 4096  # plus the names of the variables
     model = (float_bundle.path / "targets" / "litert" / "model.tflite").read_bytes()
     planes = {name: array.tobytes() for name, array in float_bundle.weights().items() if ".planes." in name}
     assert planes

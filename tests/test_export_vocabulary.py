@@ -1,4 +1,4 @@
-"""Runners turn text into ids exactly as the tokenizer does, in Python and in the browser, or refuse it."""
+"""Runners turn text into ids exactly as the tokenizer does, in Python and in the browser, or refuse to."""
 
 import io
 import json
@@ -23,7 +23,7 @@ from tests.isolated import run_isolated
 
 VERSION1 = Path(__file__).parent / "bundles" / "version1"
 IDENTITY = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity", "vocab_size": 340}
-# Models of their own, each by what it has that is not as LLaMA's.
+# Models trained here, each named by its difference from LLaMA's.
 TRAINED: dict[str, dict] = {
     "as LLaMA's": {"remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True},
     "spaces collapse": {"remove_extra_whitespaces": True},
@@ -53,7 +53,7 @@ def trained(**options) -> Tokenizer:
 
 
 def own_ids(tokenizer: Tokenizer) -> Callable[[str], Sequence[int]]:
-    """Sentencepiece's own."""
+    """Returns sentencepiece's own function from text to ids."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
     begin = [processor.bos_id()] if processor.bos_id() >= 0 else []
     return lambda text: begin + processor.encode(text)
@@ -66,7 +66,7 @@ def test_trained_tokenizers(name: str, tmp_path: Path) -> None:
 
 
 def changed(change: Callable[[Any], None], **options) -> Tokenizer:
-    """A model of which something is changed that no trainer writes."""
+    """Returns a model with a change that no trainer makes."""
     proto: Any = sentencepiece_model_pb2
     model = proto.ModelProto.FromString(trained(**options).model_bytes)
     change(model)
@@ -188,7 +188,7 @@ def test_text_of_ids(prompt: str, tmp_path: Path) -> None:
     expected = "".join(map(stream.add, made))
     assert before + expected == prompt + "  fox upon"[not prompt :]
     decode = Text(folder).decoder(ids)
-    # Behind the tokenizer's ids there may be more in the model: `generate` shows one of those as U+FFFD.
+    # The model may have more ids than the tokenizer: `generate` shows each of them as U+FFFD.
     assert b"".join(map(decode, [*made, tokenizer.vocab_size, None])).decode() == expected + "\ufffd"
     if shutil.which("node"):
         method = f"[{made}, [{tokenizer.vocab_size}]].flat().map(runner.decoder(texts)).map((bytes) => [...bytes])"

@@ -1,4 +1,4 @@
-"""Runners turn text into ids as the library tokenizers does by a tokenizer.json, or refuse it."""
+"""Runners turn text into ids as the library tokenizers does with a tokenizer.json, or refuse to."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def split(pattern: str, behavior: str = "isolated", invert: bool = False):
 
 
 def byte_level(*before, normalizer=None, added=(), **options) -> tokenizers.Tokenizer:
-    """Byte-level pairs, learnt behind these pre-tokenizers."""
+    """Returns byte-level BPE, trained after these pre-tokenizers."""
     library = tokenizers.Tokenizer(models.BPE(**options))
     library.pre_tokenizer = pre_tokenizers.Sequence([*before, BYTES])
     library.decoder = decoders.ByteLevel()
@@ -44,7 +44,7 @@ def byte_level(*before, normalizer=None, added=(), **options) -> tokenizers.Toke
 
 
 def of_characters(pre_tokenizer=None, normalizer=None, added=(), pieces=(), **options) -> tokenizers.Tokenizer:
-    """Pairs of characters, with what stands for others."""
+    """Returns BPE over characters, with replacements for unknown characters and spaces."""
     library = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", **options))
     library.decoder = SPACES
     if pre_tokenizer:
@@ -60,7 +60,7 @@ def finished(library: tokenizers.Tokenizer, trainer, normalizer, added) -> token
     if normalizer:
         library.normalizer = normalizer
     library.train_from_iterator(TEXT, trainer)
-    # Training makes added tokens of all that it was told of: they are pieces here.
+    # The trainer makes all given tokens added tokens; here they must be pieces.
     data = json.loads(library.to_str())
     data["added_tokens"] = []
     library = tokenizers.Tokenizer.from_str(json.dumps(data))
@@ -78,7 +78,7 @@ ADDED = (
     AddedToken("end|> b", normalized=False),
 )
 METASPACE = pre_tokenizers.Metaspace
-# By what each has: the steps of the families' files, and what else those steps can be told.
+# Named by their steps: those of the families' files, and further options of these steps.
 MADE = {
     "GPT-2": lambda: plain_gpt2(),
     "Llama 3": lambda: byte_level(split(LLAMA3), ignore_merges=True, added=ADDED),
@@ -116,7 +116,7 @@ def test_how_the_classes_of_a_pattern_are_kept(tmp_path: Path) -> None:
     assert [step["do"] for step in values["split"]] == ["split", "split", "bytes"]
     (digits,) = values["split"][0]["pattern"]
     assert list(values["classes"][digits][:4]) == [ord("0"), ord("9"), ord("²"), ord("³")]
-    of_s = [ord(letter) for letter in "SSssſſ"]  # which fold to one another
+    of_s = [ord(letter) for letter in "SSssſſ"]  # equal when case is ignored
     assert of_s in map(list, values["classes"])
 
 
@@ -164,7 +164,7 @@ def test_what_runners_cannot_encode_is_refused(change: dict, refusal: str, tmp_p
 
 
 def llama2_as_json(model: bytes) -> bytes:
-    """A sentencepiece model of pairs as transformers' converter writes it (`generate_merges`, `LlamaConverter`)."""
+    """Returns a sentencepiece BPE model as transformers' converter writes it (`generate_merges`, `LlamaConverter`)."""
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -187,7 +187,7 @@ def llama2_as_json(model: bytes) -> bytes:
     [("llama3_tokenizer.model", "bpe"), ("llama2_tokenizer.model", "spm"), ("llama2 as JSON", "spm")],
 )
 def test_tokenizers_in_use(name: str, vectors: str, shared: Path, tmp_path: Path) -> None:
-    """Against the library, and llama.cpp's texts with its ids, which are without BOS."""
+    """Compared with the library, and with llama.cpp's ids of its test texts, which are without BOS."""
     folder = shared / "data" / "tokenizers"
     if name == "llama2 as JSON":
         tokenizer = Tokenizer(llama2_as_json((folder / "llama2_tokenizer.model").read_bytes()))
@@ -215,7 +215,7 @@ def test_a_stream_never_splits_a_character(tmp_path: Path) -> None:
     decode, stream = runner.decoder([]), tokenizer.stream()
     for token in made:
         assert decode(token).decode() == stream.add(token)
-    # Bytes that never become a character come out when that is certain, or in the end.
+    # Bytes that cannot become a character come out as soon as that is certain, or at the end.
     single = {data: i for i in range(tokenizer.vocab_size) if len(data := tokenizer.token_bytes(i)) == 1}
     cut = [single[bytes([byte])] for byte in "🦊".encode()[:3]]
     assert [*map(runner.decoder(made), [*cut, None])] == [b"", b"", b"", b"\xf0\x9f\xa6"]
@@ -228,7 +228,7 @@ def test_a_stream_never_splits_a_character(tmp_path: Path) -> None:
 
 
 def test_a_bundle_with_a_tokenizer_json(tmp_path: Path) -> None:
-    """The runner as its users have it, one file in a process of its own, encodes the golden texts."""
+    """The runner as users have it, one file in a process of its own, encodes the golden texts."""
     shutil.copytree(VERSION1, tmp_path / "copy")
     bundle, made = open_bundle(tmp_path / "copy"), vocabulary_of(Tokenizer(MADE["Llama 3"]().to_str().encode()))
     special = [entry for entry in made.texts if entry.get("special")]

@@ -1,4 +1,4 @@
-"""The pages of docs/extending: each diff applies to the tree, and its page's Python runs where it is applied."""
+"""The pages of docs/extending: each diff applies to the tree, and the Python code of its page runs with it applied."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 from tests.pages import ROOT, python_of
 
 PAGES = sorted(page for page in (ROOT / "docs" / "extending").glob("*.md") if page.stem != "index")
-FAMILY = "family"  # that the tree has: its diff is taken out first
+FAMILY = "family"  # in the tree already: its diff is reversed first
 _RUN = """
 import json, sys, traceback
 import jax
@@ -31,7 +31,7 @@ print(json.dumps(failed))
 
 def _apply(folder: Path, page: Path, *options: str) -> None:
     command = ["git", "apply", "--whitespace=error-all", *options, str(page.with_suffix(".diff"))]
-    # Outside of any repository, which would be looked for above the folder.
+    # git would look for a repository in the folders above; this prevents it.
     environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{page.stem}.diff: {done.stderr}"
@@ -54,7 +54,7 @@ def test_the_pages_are_these() -> None:
 
 
 def test_each_diff_applies_and_what_it_adds_works(tree: Path, tmp_path: Path) -> None:
-    """Each by itself first; then all of them in one copy, for one process. No line becomes longer than lines may be."""
+    """Checks each diff by itself, then applies all of them to one copy and runs the pages' code in one process."""
     _apply(tree, ROOT / "docs" / "extending" / FAMILY, "--reverse")
     assert not (tree / "llamajax" / "families" / "exaone.py").exists()
     for page in PAGES:
@@ -73,7 +73,7 @@ def test_each_diff_applies_and_what_it_adds_works(tree: Path, tmp_path: Path) ->
 
 
 def test_the_diffs_keep_to_the_style(tree: Path) -> None:
-    """What they add passes ruff, where it is installed: run by `make lint` on the tree, here on the copy."""
+    """The lines that they add pass ruff, where it is installed: `make lint` checks the tree, this test the copy."""
     ruff = shutil.which("ruff", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if ruff is None:
         pytest.skip("no ruff: `make lint` installs it")

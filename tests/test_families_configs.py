@@ -1,4 +1,4 @@
-"""config.json of published models, as they are found; and what becomes of each key that is misspelt or damaged."""
+"""config.json of published models, as found; and the errors for each misspelt or damaged key."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from llamajax.families import FAMILIES, config_from_hf, config_to_hf
 from llamajax.rope import Rope, RopeScaling
 from tests.reference import random_model
 
-# The files of the Hugging Face hub, without what is of no effect in any model (ids, dropout, versions).
+# Files from the Hugging Face hub, without keys that have no effect in any model (ids, dropout, versions).
 PUBLISHED: dict[str, dict[str, Any]] = {
     "mistralai/Mistral-7B-v0.1": {
         "model_type": "mistral",
@@ -104,7 +104,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "use_sliding_window": False,
         "vocab_size": 151936,
     },
-    # The text of mistralai/Devstral-Small-2-24B-Instruct-2512, as transformers 5 writes it.
+    # The text config of mistralai/Devstral-Small-2-24B-Instruct-2512, as transformers 5 writes it.
     "mistralai/Devstral-Small-2 (text)": {
         "model_type": "ministral3",
         "head_dim": 128,
@@ -176,7 +176,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "use_bidirectional_attention": False,
         "vocab_size": 262144,
     },
-    # Says little: the rest is the class's.
+    # The file says little; the rest are defaults of the class.
     "google/gemma-3-4b-it (text)": {
         "model_type": "gemma3_text",
         "hidden_size": 2560,
@@ -288,7 +288,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "vocab_size": 32064,
     },
-    # The 48 factors of each kind are made up.
+    # The 48 factors of each kind are invented.
     "microsoft/Phi-4-mini-instruct": {
         "model_type": "phi3",
         "attention_bias": False,
@@ -377,7 +377,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
 }
 
-# Number of parameters by the hub's index of the weights, a tied head counted once.
+# Parameter counts by the hub's index of the weights, a tied head counted once.
 PARAMETERS = {
     "mistralai/Mistral-7B-v0.1": 7_241_732_096,
     "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
@@ -390,7 +390,7 @@ PARAMETERS = {
     "microsoft/Phi-3-mini-4k-instruct": 3_821_079_552,
     "microsoft/Phi-4-mini-instruct": 3_836_021_760,
 }
-# Fields of `Config` that tell the family, by the model's card or report.
+# Fields of `Config` that distinguish the family, by the model's card or report.
 SWITCHES: dict[str, dict[str, Any]] = {
     "mistralai/Mistral-7B-v0.1": {"layer_kinds": ("window",), "window": 4096},
     "mistralai/Mistral-7B-Instruct-v0.3": {"layer_kinds": ("full",), "window": None},
@@ -455,7 +455,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published(name: str) -> None:
-    """What is read, and that what is written of it is read as the same."""
+    """Fields are as expected, and the config survives writing and reading."""
     config = config_from_hf(PUBLISHED[name])
     if name in PARAMETERS:
         assert config.num_parameters == PARAMETERS[name]
@@ -467,13 +467,14 @@ def test_published(name: str) -> None:
 
 def test_every_family_has_a_published_config() -> None:
     read = {config_from_hf(fields).family for fields in PUBLISHED.values()}
-    # Those without are kin: Gemma and Ministral of Gemma 2 and Mistral; BitNet has tests of its own.
+    # Families without one resemble others: Gemma is like Gemma 2, Ministral like Mistral; BitNet has tests of its own.
     assert {name for name, family in FAMILIES.items() if family.huggingface} - read <= {"gemma", "ministral", "bitnet"}
 
 
 # ---- Damaged keys ---------------------------------------------------------------------------------------------------
 
-# Read by no version of transformers, about training, or beside another key of no effect: as it is in these files.
+# Keys without effect in these files: no version of transformers reads them, or they are about training, or another key
+# disables them.
 WITHOUT_EFFECT = {
     "ByteDance-Seed/Seed-OSS-36B-Instruct": {"residual_dropout"},
     "HuggingFaceTB/SmolLM3-3B": {"max_window_layers", "pretraining_tp", "sliding_window"},
@@ -484,7 +485,7 @@ NONSENSE = ("nonsense", [], {"a": 1}, -1, 10**400, float("nan"), ["nonsense"] * 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_damaged_keys(name: str) -> None:
-    """A misspelt key, or a value of another type or none that there is: an error that names the key."""
+    """A misspelt key, or a value of a wrong type or range, is an error that names the key."""
     fields, without = PUBLISHED[name], WITHOUT_EFFECT.get(name, set())
     for key in fields:
         misspelt = f"{key[:-1]}{'x' if key[-1] != 'x' else 'y'}"
@@ -530,7 +531,7 @@ def test_what_is_not_supported(name: str, change: dict[str, Any], message: str) 
 
 
 def test_null_is_what_it_says() -> None:
-    """Of a window and of caps it is none; missing, they are the family's."""
+    """null means no window or no cap; a missing key means the family's default."""
     fields = dict(PUBLISHED["mistralai/Mistral-7B-v0.1"])
     del fields["sliding_window"]
     assert config_from_hf(fields).window == 4096
@@ -550,7 +551,7 @@ def test_a_switch_that_the_family_cannot_say() -> None:
 
 
 def test_the_page_shows_the_family_as_it_is() -> None:
-    """docs/extending/family.diff is the file, and no longer than 60 lines; tests/test_extending.py applies it."""
+    """docs/extending/family.diff equals the file and has at most 60 lines; tests/test_extending.py applies it."""
     root = Path(__file__).parents[1]
     diff = (root / "docs" / "extending" / "family.diff").read_text()
     added = re.findall(r"^\+(?!\+\+)(.*)$", diff, re.MULTILINE)
@@ -565,7 +566,7 @@ def test_the_page_shows_the_family_as_it_is() -> None:
 
 
 def test_text_of_models_that_see_images() -> None:
-    """Their config holds the text's; what both may say, the text's says, but for the head."""
+    """The config contains the text's config. For keys in both, the text's value counts, except for the tied head."""
     text = PUBLISHED["google/gemma-3-4b-it (text)"]
     whole = {"model_type": "gemma3", "text_config": text, "vision_config": {"image_size": 896}}
     assert config_from_hf(whole | {"mm_tokens_per_image": 256, "eos_token_id": [1, 106]}) == config_from_hf(text)
@@ -585,7 +586,7 @@ def test_text_of_models_that_see_images() -> None:
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."], ids=["version4", "version5"])
 def test_weights_of_the_text_alone(prefix: str, tmp_path: Path) -> None:
-    """Named as beside images, with tensors of images among them, which a note counts."""
+    """Tensors have the names of models with images; a note counts the tensors of images, which are not read."""
     fields = PUBLISHED["google/gemma-3-4b-it (text)"] | {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32}
     fields |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
     model = random_model(config_from_hf(fields))

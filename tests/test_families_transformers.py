@@ -30,7 +30,7 @@ class Case(NamedTuple):
 
     Attributes:
         kind: its `model_type`.
-        fields: of its config, beside the sizes.
+        fields: fields of its config, beside the sizes.
     """
 
     kind: str
@@ -138,7 +138,7 @@ CASES = {
         },
     ),
 }
-# In another name than ours.
+# Our library has another name for it.
 FAMILY_OF = {"gemma3_text": "gemma3", "iquestcoder": "llama", "internlm3": "llama"}
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 48))
 CHUNK = 8
@@ -148,7 +148,7 @@ _COMPILER = {"xla_backend_optimization_level": 0}
 
 
 def _theirs(case: Case) -> "transformers.PreTrainedModel":
-    """A random model of transformers' own making: no weight as it begins, and so large that attention is uneven."""
+    """A random model made by transformers, with no weight at its initial value, and large ones for uneven attention."""
     fields = {**SIZES, "rope_parameters": dict(THETA)} | case.fields
     config = transformers.AutoConfig.for_model(case.kind, **json.loads(json.dumps(fields)))
     config._attn_implementation = "eager"
@@ -173,7 +173,7 @@ def _step(model: Llama, tokens_BT: jax.Array, cache: KVCache) -> tuple[jax.Array
 
 
 def _in_pieces(model: Llama, length: int, steps: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of TOKENS, given `length` at a time, and the greedy tokens behind them."""
+    """Returns logits of TOKENS, fed `length` at a time, and the greedy tokens that follow."""
     cache = KVCache.empty(model.config, 2, TOKENS.shape[1] + STEPS, jnp.float32)
     found = []
     for first in range(0, TOKENS.shape[1], length):
@@ -198,7 +198,7 @@ def _assert_logits(actual: Any, expected: np.ndarray, tolerance: float = 1e-4) -
 
 @pytest.mark.parametrize("name", CASES)
 def test_family(name: str, tmp_path: Any) -> None:
-    """Their model read by us, in one piece, in chunks, token by token, in int4; and written by us, read by them."""
+    """We read their model (in one piece, in chunks, token by token, in int4), and they read the one that we write."""
     case = CASES[name]
     made = _theirs(case)
     made.save_pretrained(tmp_path / "theirs")
@@ -217,17 +217,17 @@ def test_family(name: str, tmp_path: Any) -> None:
 
 
 def _check_pieces(model: Llama, theirs: Any) -> None:
-    """In chunks and token by token, against one pass of theirs over as many tokens as the cache has slots."""
+    """Compares chunks and single tokens with one pass of theirs over as many tokens as the cache has slots."""
     single, chosen = _in_pieces(model, 1, STEPS)
     expected = _their_logits(theirs, np.concatenate([TOKENS, chosen], axis=1))
     _assert_logits(single, expected[:, : TOKENS.shape[1]])
     _assert_logits(_in_pieces(model, CHUNK)[0], expected[:, : TOKENS.shape[1]])
-    # For what came before, theirs chooses the same tokens.
+    # Given the same text, theirs chooses the same tokens.
     np.testing.assert_array_equal(expected[:, -STEPS - 1 : -1].argmax(axis=-1), chosen)
 
 
 def _check_int4(model: Llama, theirs: Any) -> None:
-    """The packed model against theirs with the weights that the packed ones stand for."""
+    """Compares the packed model with theirs on the dequantized weights."""
     keep = [Rule(weights="*norm*", keep=True), Rule(weights="*_bias_*", keep=True)]
     biases = any("_bias_" in name for name in named_weights(model))
     packed = quantize(model, (*keep[: 1 + biases], Rule(weights="*", scheme="int4", group_size=32)))
@@ -239,7 +239,7 @@ def _check_int4(model: Llama, theirs: Any) -> None:
 
 
 def _dequantized(model: Llama) -> dict[str, np.ndarray]:
-    """The weights by transformers' names, in its orientation."""
+    """Returns dequantized weights by transformers' names, in its orientation."""
     found: dict[str, list[tuple[int, np.ndarray]]] = {}
     for place, weight in weights_of(model).items():
         piece, array = pieces(model.config, "huggingface")[place], np.asarray(values(weight), np.float32)
@@ -284,7 +284,7 @@ def test_text_of_a_model_that_sees_images(kind: str, text: dict, fields: dict, t
     theirs.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="tensors are for images only, not read"):
         model, _ = llamajax.load(tmp_path)
-    tokens = TOKENS % 60 + 3  # none of images
+    tokens = TOKENS % 60 + 3  # no token of images
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens)).logits.numpy()
     _assert_logits(model(tokens)[0], expected)

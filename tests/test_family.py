@@ -1,4 +1,4 @@
-"""A family that nobody else knows of: its block, specs and reader, and a cache of its own, all in this file.
+"""A family defined in this file alone: its block, specs, reader, and a cache of its own.
 
 The block has biases on q, k and v and a norm on each head of q and k; every other layer sees a window. Layers with a
 window keep their keys and values in a ring.
@@ -119,18 +119,18 @@ def open_source(path: Path, ignore_keys: Any = ()) -> Source:
 
 # ---- A cache of its own ----------------------------------------------------------------------------------------------
 
-_STEP = 256  # tokens that one call may write
+_STEP = 256  # the most tokens that one call may write
 
 
 def _rest(x: jax.Array, by: int) -> jax.Array:
-    """Of the division of what is not negative, by operations that every runtime has."""
+    """Returns the remainder of x / by for x >= 0, by operations that every runtime has."""
     return x - jax.lax.div(x, jnp.full_like(x, by)) * by
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RingPart(Part):
-    """Slot s holds the newest position that is s modulo the slots; there are a step's more than the window has."""
+    """Slot s holds the newest position p with p mod slots = s; there are _STEP more slots than the window has."""
 
     key_LBKSH: jax.Array
     value_LBKSH: jax.Array
@@ -157,7 +157,7 @@ class RingPart(Part):
         key_LBKSH, value_LBKSH = jax.lax.fori_loop(0, B * T, write, (self.key_LBKSH, self.value_LBKSH))
         last_B1 = where.start_B[:, None] + T - 1
         position_BS = last_B1 - _rest(last_B1 + S - jnp.arange(S, dtype=jnp.int32), S)
-        position_BS = jnp.where(position_BS < 0, 1 << 30, position_BS)  # a slot that nothing was written to
+        position_BS = jnp.where(position_BS < 0, 1 << 30, position_BS)  # an unwritten slot
         key_BKSH, value_BKSH = (jax.lax.dynamic_index_in_dim(x, layer, 0, False) for x in (key_LBKSH, value_LBKSH))
         mixed_BTNH = attend(query_BTNH, key_BKSH, value_BKSH, where.position_BT, scores, position_BS)
         return mixed_BTNH, RingPart(key_LBKSH, value_LBKSH)
@@ -193,7 +193,7 @@ def _rope(head: np.ndarray, position: int) -> np.ndarray:
 
 
 def expected(weights: Mapping[str, np.ndarray], tokens: list[int]) -> np.ndarray:
-    """Logits [T, V] of one text."""
+    """Returns the logits [T, V] of one text."""
     x, group = weights["embed_VD"][tokens], CONFIG.num_heads // CONFIG.num_kv_heads
     for layer in range(CONFIG.num_layers):
         w = {name: weights[f"layers.{layer}.{name}"] for name in SPECS}
@@ -253,7 +253,7 @@ def test_logits_and_text_are_numpys(model: Llama, arrays: dict[str, np.ndarray])
     assert made.tokens == greedy(dense(model), PROMPT, 12)
 
 
-@pytest.mark.exhaustive  # tests/test_rings.py turns the rings that are ours
+@pytest.mark.exhaustive  # tests/test_rings.py covers the library's own rings
 def test_long_prompts_turn_the_ring(model: Llama) -> None:
     prompt = [int(i) for i in np.random.default_rng(2).integers(0, 64, CONFIG.window + _STEP + 30)]
     made = llamajax.generate(model, None, prompt, temperature=0, max_new_tokens=2)

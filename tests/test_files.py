@@ -1,4 +1,4 @@
-"""Reading refuses what is no bounded regular file; writing leaves a whole file or folder, or nothing."""
+"""Reading refuses files that are not regular or too large; writing leaves a whole file or folder, or nothing."""
 
 import os
 import subprocess
@@ -112,7 +112,7 @@ def test_leftovers_of_killed_processes_are_removed_and_those_of_living_ones_are_
 
 
 def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
-    """Whatever library met it, and in whatever words."""
+    """The file is named whichever library reports the full disk, in its own words."""
     for error in (OSError(28, "No space left on device"), ValueError("write failed: No space left on device [28]")):
         for new in (new_file, new_folder):
             with pytest.raises(
@@ -129,7 +129,7 @@ def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_inside_a_folder_that_is_not_finished_names_that_folder(tmp_path: Path) -> None:
-    """Not `.folder.partial-…`, which nobody has chosen, and which is gone."""
+    """The error does not name `.folder.partial-…`, which the user has not chosen and which is deleted."""
     message = rf"^{tmp_path / 'folder'}: cannot be written \({os.strerror(28)}\)"
     with pytest.raises(LlamaJaxError, match=message), new_folder(tmp_path / "folder") as partial:
         with new_file(partial / "part"):

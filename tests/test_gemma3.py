@@ -1,4 +1,4 @@
-"""Gemma 3 270M, a GGUF file that others made, in five ggml types: it says what llama.cpp says of its weights in F32."""
+"""Gemma 3 270M, a GGUF file by others in five ggml types, gives what llama.cpp gives of its weights in F32."""
 
 import math
 from pathlib import Path
@@ -18,7 +18,7 @@ WINDOW = 512
 
 
 def test_the_file_is_read_whole(gemma3_270m: Path) -> None:
-    """What its metadata say, and what llama.cpp takes for granted of the architecture."""
+    """Checks what the metadata say, and what llama.cpp assumes of the architecture."""
     opened = llamajax.open_checkpoint(gemma3_270m)
     assert opened.description == "GGUF version 3 (109 F32, 81 Q5_0, 27 Q4_K, 10 Q8_0, 9 Q6_K)"
     assert opened.notes == () and opened.tokenizer_problem is None
@@ -29,7 +29,7 @@ def test_the_file_is_read_whole(gemma3_270m: Path) -> None:
 
 
 def test_windows_keep_what_they_see(gemma3_270m: Path) -> None:
-    """Behind the window only the three layers without one grow with the context."""
+    """Beyond the window, only the three layers without one grow with the context."""
     config = llamajax.open_checkpoint(gemma3_270m).config
     caches = [jax.eval_shape(lambda n=n: KVCache.empty(config, 1, n, jnp.float16)) for n in (4096, 8192, 16384)]
     nbytes = [sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) for cache in caches]
@@ -57,9 +57,9 @@ def test_ids_of_wikitext_are_llamacpps(gemma3_270m: Path, shared: Path) -> None:
 
 @pytest.mark.extras
 @pytest.mark.optimized
-@pytest.mark.exhaustive  # 1 GB of floats is written, and read by llama.cpp on one core
+@pytest.mark.exhaustive  # writes 1 GB of floats, which llama.cpp reads on one core
 def test_says_of_wikitext_what_llamacpp_says(gemma3_270m: Path, shared: Path, tmp_path: Path) -> None:
-    """Before the window's end and behind it; ggml's GELU is a table of float16 numbers, which moves logits of 45."""
+    """Inside the window and beyond; ggml's GELU is a table of float16 numbers, which moves logits of 45."""
     pytest.importorskip("xllamacpp", reason=_EXTRA)
     from tests import llamacpp
 

@@ -1,6 +1,6 @@
-"""The generation loop against loops written here without a cache: tokens, log-probabilities, limits, programs, speed.
+"""The generation loop against loops without a cache: tokens, log-probabilities, limits, programs, speed.
 
-What the text does while it streams is in test_stream.py.
+test_stream.py tests the text while it streams.
 """
 
 import dataclasses
@@ -28,14 +28,14 @@ from llamajax.generation.speed import Speed
 from llamajax.quantization.quantize import quantize, read_recipe
 
 ROOT = Path(__file__).parents[1]
-LENGTH = 64  # of all sequences that the cacheless loops see, so that they share one program
+LENGTH = 64  # length of all sequences in the loops without a cache, so that they share one program
 PROMPT = [1, 270, 300, 12, 12, 281]
 
 _all_logits = jax.jit(lambda model, tokens_BT: model(tokens_BT)[0])
 
 
 def _logits(model: Llama, ids: list[int]) -> np.ndarray:
-    """Logits behind every position of `ids`, no cache; what pads the row comes later and is not seen."""
+    """Returns the logits after every position of `ids`, without a cache; later padding is not seen."""
     assert len(ids) <= LENGTH
     return np.asarray(_all_logits(model, jnp.asarray([ids + [0] * (LENGTH - len(ids))])))[0, : len(ids)]
 
@@ -47,7 +47,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _greedy(model: Llama, prompt: list[int], count: int, penalty: float = 1.0) -> list[int]:
-    """Step by step, everything computed anew each time."""
+    """Generates greedily, and computes everything again in each step."""
     ids = list(prompt)
     for _ in range(count):
         logits = _logits(model, ids)[-1].copy()
@@ -58,7 +58,7 @@ def _greedy(model: Llama, prompt: list[int], count: int, penalty: float = 1.0) -
 
 
 def _ragged() -> list[list[int]]:
-    """Eight prompts of 1 to 30 ids: rows without a prefill beside rows of two buckets."""
+    """Returns eight prompts of 1 to 30 ids: rows without a prefill beside rows of two buckets."""
     rng = np.random.default_rng(5)
     return [[1, *map(int, rng.integers(3, 320, length))] for length in (5, 0, 29, 1, 16, 17, 3, 8)]
 
@@ -69,12 +69,12 @@ def _ragged() -> list[list[int]]:
 def test_greedy_is_the_argmax_loop(tiny_model: Llama) -> None:
     completion = generate(tiny_model, None, PROMPT, max_new_tokens=24, temperature=0)
     assert completion.tokens == _greedy(tiny_model, PROMPT, 24)
-    assert len(set(completion.tokens)) > 3, "a sequence that does not move would agree with anything"
+    assert len(set(completion.tokens)) > 3, "a text that repeats a token would prove nothing"
     assert (completion.prompt_tokens, completion.finish_reason, completion.text) == (6, "length", "")
 
 
 def test_log_probabilities_are_the_models_own(tiny_model: Llama) -> None:
-    """Before temperature and filters, whatever these chose."""
+    """They are those before temperature and filters, whatever token these chose."""
     completion = generate(tiny_model, None, PROMPT, max_new_tokens=24, temperature=1.7, top_k=50, seed=3)
     expected = _log_softmax(_logits(tiny_model, PROMPT + completion.tokens))
     picked = [expected[len(PROMPT) - 1 + i, token] for i, token in enumerate(completion.tokens)]
@@ -107,7 +107,7 @@ def test_seeds(tiny_model: Llama) -> None:
 
 
 def test_knobs_by_row(tiny_model: Llama) -> None:
-    """With top_k 1 a row is greedy, whatever the rest of the batch does."""
+    """With top_k 1 a row is greedy, whatever the other rows do."""
     rows = generate(tiny_model, None, [PROMPT] * 8, max_new_tokens=12, top_k=[1, 1, 1, 320, 320, 320, 320, 320], seed=2)
     assert rows[0].tokens == rows[2].tokens == _greedy(tiny_model, PROMPT, 12)
     assert rows[3].tokens == rows[7].tokens != rows[0].tokens
@@ -139,7 +139,7 @@ def test_numbers_and_arrays_of_numpy_and_jax(tiny_model: Llama) -> None:
 
 
 def test_a_model_on_the_host(tiny_model: Llama) -> None:
-    """NumPy arrays, as `load(..., shardings="host")` gives: in all its uses what the same model on a device makes."""
+    """A model of NumPy arrays, as `load(..., shardings="host")` gives, does what the model on a device does."""
     host = jax.tree.map(np.asarray, tiny_model)
     for options in ({}, {"speculate": 2}):
         made = generate(host, None, PROMPT, max_new_tokens=8, temperature=0, **options)
@@ -162,7 +162,7 @@ def test_greedy_rows_beside_sampled_ones(tiny_model: Llama) -> None:
 
 @pytest.fixture(scope="module")
 def poisoned(tiny_model: Llama) -> Llama:
-    """The tiny model, of which token 300 is embedded as infinity: whoever has it in the context computes NaN."""
+    """The tiny model with infinity as the embedding of token 300: rows with this token in the context compute NaN."""
     model = jax.tree.map(lambda leaf: leaf, tiny_model)
     table = np.array(model.embed_VD.get_value())
     table[300] = np.inf
@@ -172,7 +172,7 @@ def poisoned(tiny_model: Llama) -> Llama:
 
 @pytest.mark.parametrize("speculate", [0, 3])
 def test_logits_that_are_not_finite_end_a_request(speculate: int, poisoned: Llama) -> None:
-    """The prompt that causes it is named; the token, and its place; the rows before it are finite."""
+    """The error names the prompt, the new token and its position; the logits of the row before are finite."""
     message = r"^the logits for new token 1 of prompt 2 \(position 6\) are not finite: the weights hold NaN or infinity"
     prompts = [[1, 270, 12, 12, 281], PROMPT]
     with pytest.raises(LlamaJaxError, match=message):
@@ -180,7 +180,7 @@ def test_logits_that_are_not_finite_end_a_request(speculate: int, poisoned: Llam
 
 
 def test_text_before_logits_that_are_not_finite_comes(poisoned: Llama, tiny_model: Llama) -> None:
-    """Of a head that says token 300 in the end: what was made before it is in the stream, and in `completions`."""
+    """The head says a poisoned token in the end; tokens before it are in the stream and in `completions`."""
     model = jax.tree.map(lambda leaf: leaf, poisoned)
     made = _greedy(tiny_model, [1, 5], 30)
     last = next(token for i, token in enumerate(made) if i > 3 and token not in made[:i] and token not in (1, 5))
@@ -209,7 +209,7 @@ def _run_by_hand(model: Llama, state: EngineState, limit: int) -> tuple[EngineSt
 
 
 def test_prefill_and_step_by_hand(tiny_model: Llama) -> None:
-    """Pure functions: under plain `jax.jit`, in two chunks and two calls, they make what `generate` makes."""
+    """Pure functions under plain `jax.jit`, in two chunks and two calls, give the tokens of `generate`."""
     prompt, plain_prefill = list(range(3, 40)), jax.jit(prefill)
     engine = Engine(tiny_model, 1, 256)
     state = engine.start(engine.empty(), [0], [prompt], [Knobs(80, temperature=0.9, seed=5)])
@@ -220,7 +220,7 @@ def test_prefill_and_step_by_hand(tiny_model: Llama) -> None:
     assert cache.length_B.tolist() == [36]
     state = dataclasses.replace(state, cache=cache)
     made: list[int] = []
-    for limit in (5, 1000):  # More than a block is a block.
+    for limit in (5, 1000):  # more than a block counts as a block
         state, new = _run_by_hand(tiny_model, state, limit)
         assert new.token_BM.shape == new.log_probability_BM.shape == (1, DECODE_BLOCK)
         assert new.count_B.tolist() == new.pass_B.tolist() == [min(limit, DECODE_BLOCK)]
@@ -234,7 +234,7 @@ def test_prefill_and_step_by_hand(tiny_model: Llama) -> None:
 
 
 def test_a_step_ends_when_every_row_has(tiny_model: Llama) -> None:
-    """One row by a stop token of its own, the other by its limit."""
+    """One row ends by a stop token of its own, the other by its limit."""
     made = _greedy(tiny_model, PROMPT, 8)
     stop = next(token for i, token in enumerate(made) if i > 2 and token not in made[:i])
     engine = Engine(tiny_model, 2, 256)
@@ -261,7 +261,7 @@ def short(tiny_model: Llama) -> Llama:
 
 
 def test_filling_the_context_exactly(short: Llama, tiny_model: Llama) -> None:
-    """32 tokens fit, and one more is made that nothing follows."""
+    """32 tokens fit, and one more is generated, which is not fed back."""
     completion = generate(short, None, PROMPT, max_new_tokens=27, temperature=0)
     assert completion.tokens == _greedy(tiny_model, PROMPT, 27)
     assert generate(short, None, PROMPT, temperature=0).tokens == completion.tokens
@@ -279,7 +279,7 @@ def test_beyond_the_context(short: Llama) -> None:
 @given(st.integers(0, 5000))
 @settings(deadline=None, derandomize=True, database=None)
 def test_plan_chunks(length: int) -> None:
-    """Covers; full largest chunks, then one or two of a size, of which none is padded less."""
+    """Chunks cover the prompt: largest ones, then one or two of one size, of which none needs less padding."""
     chunks = plan_chunks(length)
     largest = max(PREFILL_BUCKETS)
     assert set(chunks) <= set(PREFILL_BUCKETS) and chunks == sorted(chunks, reverse=True)
@@ -297,7 +297,7 @@ def test_plan_chunks(length: int) -> None:
 
 @pytest.fixture
 def backend_compilations(monkeypatch: pytest.MonkeyPatch):
-    """Programs that XLA compiled meanwhile, as JAX itself counts them; none is taken from an earlier run of tests."""
+    """Counts programs that XLA compiled, as JAX counts them; kept programs of earlier runs are not used."""
     seen: list[str] = []
     monkeypatch.setattr("llamajax.generation.compilation._program_file", lambda description: None)
     jax.monitoring.register_event_duration_secs_listener(lambda name, *args, **kwargs: seen.append(name))
@@ -306,7 +306,7 @@ def backend_compilations(monkeypatch: pytest.MonkeyPatch):
 
 def test_number_of_programs(tiny_model: Llama, tiny_tokenizer: Tokenizer, backend_compilations: Any) -> None:
     """One prefill and one decode program serve every prompt of a bucket and every value of every knob."""
-    config = dataclasses.replace(tiny_model.config, context_length=600)  # of no other test, so that nothing is compiled
+    config = dataclasses.replace(tiny_model.config, context_length=600)  # a config of no other test: no program exists
     model = jax.tree.unflatten(jax.tree.structure(llamajax.abstract_model(config)), jax.tree.leaves(tiny_model))
 
     def compiled(prompt: list[int], **options: Any) -> int:
@@ -323,17 +323,17 @@ def test_number_of_programs(tiny_model: Llama, tiny_tokenizer: Tokenizer, backen
     assert compiled([1] * 9, max_new_tokens=70, temperature=1.0, seed=5, stop=["x", "yz"]) == 0
     assert compiled([1], max_new_tokens=3) == 0
     assert backend_compilations() == before
-    assert compiled([1] * 34, max_new_tokens=3) == 1  # the next bucket: a prefill program
-    assert compiled([1] * 34, max_new_tokens=3, temperature=0) == 0  # greedy is the same program
+    assert compiled([1] * 34, max_new_tokens=3) == 1  # the next bucket needs another prefill program
+    assert compiled([1] * 34, max_new_tokens=3, temperature=0) == 0  # greedy needs no other program
     assert compiled([1] * 34, max_new_tokens=3, top_k=3, top_p=0.9, min_p=0.1, repetition_penalty=1.2) == 0
     ahead = stream(jax.eval_shape(lambda: model), None, [1] * 9, max_new_tokens=3, speculate=2)
     ahead.compile()
     ahead.model = model
     before = backend_compilations()
     assert len(list(ahead)) > 0 and len(ahead.completions[0].tokens) == 3
-    assert ahead.speed.compilations == 1 and ahead.speed.compile_seconds > 0  # with drafts: another program
+    assert ahead.speed.compilations == 1 and ahead.speed.compile_seconds > 0  # drafts need another program
     assert backend_compilations() == before
-    assert compiled([1]) == 1  # room for the 512 tokens that are made where no number is named
+    assert compiled([1]) == 1  # room for 512 tokens, the default limit
     assert len(generate(model, None, [1], seed=8).tokens) == 512
 
 
@@ -348,7 +348,7 @@ def test_speed_adds_up(tiny_model: Llama) -> None:
     c = tiny_model.config
     slots = 512  # 320 prefilled slots, in multiples of 256
     cache = 2 * c.num_layers * 2 * c.num_kv_heads * slots * c.head_size * 4 + 2 * 4
-    assert speed.step_bytes == (c.num_parameters - c.vocab_size * c.width) * 4 + cache  # not the embedding
+    assert speed.step_bytes == (c.num_parameters - c.vocab_size * c.width) * 4 + cache  # without the embedding
     assert math.isclose(speed.decode_tokens_per_second, 18 / speed.decode_seconds)
     assert math.isclose(speed.prefill_tokens_per_second, 318 / speed.prefill_seconds)
     assert math.isclose(speed.decode_gigabytes_per_second, speed.step_bytes * 9 / speed.decode_seconds / 1e9)
@@ -361,7 +361,7 @@ def test_speed_of_nothing() -> None:
     assert speed.prefill_gigabytes_per_second == speed.decode_gigabytes_per_second == 0
 
 
-# ---- What a program is found by --------------------------------------------------------------------------------------
+# ---- Keys of kept programs -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -397,7 +397,7 @@ for argv in json.loads(sys.argv[1]):
 
 
 def test_a_second_process_compiles_nothing(tmp_path: Path, quantized_box: Path) -> None:
-    """Neither the two programs of a request nor the small ones around them, such as an empty cache; packed or not."""
+    """Nothing is compiled: not a request's two programs, nor small ones such as an empty cache's; packed or not."""
     argvs = [
         ["generate", f"--model={model}", "--prompt=Once upon a time", "--max_new_tokens=8", *options]
         for model, options in (
@@ -413,9 +413,9 @@ def test_a_second_process_compiles_nothing(tmp_path: Path, quantized_box: Path) 
     for seen in (first, second):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=900)
         seen += map(json.loads, done.stdout.splitlines())
-    assert first[0]["compiled"] > 2 and first[0]["read"] == 0, "nothing is there yet"
+    assert first[0]["compiled"] > 2 and first[0]["read"] == 0, "the first process must find no programs"
     assert "for 2 programs," in first[0]["said"]
-    assert len(first) == len(argvs) and all(each["compiled"] > 0 for each in first), "each has programs of its own"
+    assert len(first) == len(argvs) and all(each["compiled"] > 0 for each in first), "each has its own programs"
     for before, after in zip(first, second, strict=True):
         assert after["compiled"] == 0 and after["read"] > 0
         assert "for 0 programs and 2 kept by an earlier run" in after["said"]
@@ -423,7 +423,7 @@ def test_a_second_process_compiles_nothing(tmp_path: Path, quantized_box: Path) 
 
 
 def test_what_programs_are_found_by_has_no_address(quantized_box: Path) -> None:
-    """Kept programs are found by the `repr` of their arguments' structure: an address is another in every process."""
+    """Kept programs are found by the `repr` of their arguments' structure: addresses would differ per process."""
     box, tokenizer = llamajax.load("box")
     packed, _ = llamajax.load(quantized_box)
     trees: list[Any] = [box, packed, llamajax.prepare(packed)]
@@ -432,7 +432,7 @@ def test_what_programs_are_found_by_has_no_address(quantized_box: Path) -> None:
         Engine(box, 2, 64, cache_dtype=dtype, drafts=drafts).empty() for dtype in CACHE_DTYPES for drafts in (0, 2)
     ]
     shown = [repr(jax.tree.structure(tree)) for tree in trees]
-    assert len(set(shown[:5])) == 5 and all("Config(" in each for each in shown[:5]), "what it consists of is there"
+    assert len(set(shown[:5])) == 5 and all("Config(" in each for each in shown[:5]), "the repr must show the config"
     assert [each for each in shown if re.search(r"\b0x[0-9a-f]{4,}| object at |<function|<lambda>|\.\.\.", each)] == []
 
 
@@ -486,6 +486,6 @@ def test_refused(prompts: Any, options: dict[str, Any], message: str, tiny_model
 
 
 def test_text_that_is_not_unicode(tiny_model: Llama, tiny_tokenizer: Tokenizer) -> None:
-    """Python reads bytes of the command line that are not UTF-8 as lone surrogates."""
+    """Bytes of the command line that are not UTF-8 reach Python strings as lone surrogates."""
     with pytest.raises(LlamaJaxError, match="not|UTF-8|Unicode"):
         generate(tiny_model, tiny_tokenizer, "caf\udce9", max_new_tokens=1)

@@ -1,4 +1,4 @@
-"""ggml's blocks: each type's codes and scales become a weight here and come back, every bit the same."""
+"""ggml's blocks: each type's codes and scales become a weight here and come back, bit for bit."""
 
 import dataclasses
 import sys
@@ -23,7 +23,7 @@ EDGES = np.array([0, 0x8000, 1, 0x83FF, 0x0400, 0x3C00, 0xBC00, 0x7BFF, 0x7C00, 
 
 
 def random_blocks(kind: ggml.Type, shape: tuple[int, ...], rng: np.random.Generator, finite: bool) -> np.ndarray:
-    """uint8 [*shape, bytes of 3 blocks]: any bytes; scales that are finite, zeros and subnormal ones among them."""
+    """Returns random uint8 [*shape, bytes of 3 blocks]; scales may be zero or subnormal, and not finite if allowed."""
     blocks = rng.integers(0, 256, (*shape, 3, kind.nbytes), np.uint8)
     blocks[..., :1, :] = rng.choice([0, 255, 0x55, 0xAA], blocks[..., :1, :].shape)
     start = 0
@@ -33,7 +33,7 @@ def random_blocks(kind: ggml.Type, shape: tuple[int, ...], rng: np.random.Genera
             scales = (rng.normal(size=(*shape, 3, 1)) * 10 ** rng.uniform(-7, 1, (*shape, 3, 1))).astype("<f2")
             edges = rng.choice(EDGES[:8] if finite else EDGES, scales.shape)
             field[:] = np.where(rng.random(scales.shape) < 0.4, edges, scales.view("<u2")).view(np.uint8)
-        elif name == "d" and finite:  # one byte for each scale: exponents and small floats that are numbers in both
+        elif name == "d" and finite:  # one byte per scale: exponents and small floats that both sides read as numbers
             field[:] = rng.integers(2, 126, field.shape)
         start += width
     assert start == kind.nbytes
@@ -52,7 +52,7 @@ def test_numbers_and_sizes_are_those_of_gguf() -> None:
 
 @pytest.mark.parametrize("kind", PACKED, ids=lambda kind: kind.name)
 def test_values_are_those_of_gguf(kind: ggml.Type) -> None:
-    """In both orientations, eager and compiled; in no more bytes, but for TQ1_0, whose 1.6 bits become 2."""
+    """Values agree in both orientations; the bytes are no more, except for TQ1_0, whose 1.6 bits become 2."""
     blocks = random_blocks(kind, (6,), np.random.default_rng(1), finite=True)
     weight = ggml.unpack(kind, blocks)
     expected = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType(kind.number))
@@ -66,7 +66,7 @@ def test_values_are_those_of_gguf(kind: ggml.Type) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(RETURNING), st.lists(st.integers(1, 5), min_size=1, max_size=2), st.integers(0, 2**32 - 1))
 def test_blocks_come_back_bit_for_bit(kind: ggml.Type, shape: list[int], seed: int) -> None:
-    """Of any bytes, NaN and infinite scales too, and every count of rows."""
+    """Holds for any bytes, also NaN and infinite scales, and for any number of rows."""
     blocks = random_blocks(kind, tuple(shape), np.random.default_rng(seed), finite=False)
     before = blocks.copy()
     weight = ggml.unpack(kind, blocks)
@@ -133,7 +133,7 @@ def test_types_without_a_form_in_codes_become_float32(kind: ggml.Type) -> None:
 
 
 def test_one_bit_a_weight() -> None:
-    """`dequantize_row_q1_0` in ggml-quants.c: bit k set is d, else -d."""
+    """As `dequantize_row_q1_0` in ggml-quants.c: a set bit k is d, a clear one -d."""
     block = np.concatenate([np.array([-0.5], "<f2").view(np.uint8), np.array([0b101] + [0] * 14 + [128], np.uint8)])
     signs = np.full(128, 0.5, np.float32)
     signs[[0, 2, 127]] = -0.5
@@ -175,7 +175,7 @@ def test_what_our_quantizers_make_is_a_type(scheme: str, group_size: int, name: 
 @pytest.mark.parametrize("scheme", ["uint4", "uint5"])
 @pytest.mark.parametrize("method", [quantize_rtn, quantize_hqq])
 def test_zero_points_become_offsets(scheme: str, method) -> None:
-    """Rounded to float16 they change a weight by at most half of float16's spacing, and ggml has the rest exactly."""
+    """Rounding -zero * scale to float16 changes a weight by at most half of float16's spacing; the rest is exact."""
     floats = np.random.default_rng(5).normal(size=(512, 8)).astype(np.float32)
     weight = method(floats, scheme, group_size=32, scale_dtype="float16")
     changed = quant.with_offset(weight)
@@ -189,7 +189,7 @@ def test_zero_points_become_offsets(scheme: str, method) -> None:
 
 
 def test_zero_points_that_float16_has_are_held() -> None:
-    """Of a scale of few bits -zero * scale is exact."""
+    """With a scale of few bits, -zero * scale is exact in float16."""
     weight = weight_of("uint4")
     coarse = np.round(np.asarray(weight.scale, np.float32) * 64).clip(1) / 64
     weight = dataclasses.replace(weight, scale=coarse.astype(np.float16))
@@ -200,7 +200,7 @@ def test_zero_points_that_float16_has_are_held() -> None:
 
 
 def under_units(scheme: str) -> QTensor:
-    """Scales that are codes, with one float for an output."""
+    """Returns a weight whose scales are codes, with one float per output."""
     floats = np.random.default_rng(0).normal(size=(512, 8)).astype(np.float32)
     return quant.quantize_two_levels(floats, scheme, "int8", group_size=32, scale_group="channel")
 
@@ -211,7 +211,7 @@ def test_wider_scales_are_held_where_float16_has_them() -> None:
         scale = np.asarray(weight.scale).astype(np.dtype(jnp.dtype(dtype)))
         wide = dataclasses.replace(weight, scale=scale)
         exact = np.array_equal(scale.astype(np.float32).astype(np.float16).astype(np.float32), scale.astype(np.float32))
-        assert exact  # bfloat16 has fewer bits, and these are in float16's range
+        assert exact  # bfloat16 has fewer bits, and these values are in float16's range
         assert ggml.type_of(wide).name == "Q4_0"
         assert ggml.type_of(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), wide)) is None
     beyond = dataclasses.replace(weight, scale=np.asarray(weight.scale, np.float32) * np.float32(1 + 2**-20))
@@ -260,7 +260,7 @@ def test_what_no_type_holds_is_named_with_the_nearest(weight, said: str, nearest
 
 
 def test_two_levels_of_other_sizes_are_of_no_type() -> None:
-    """Q4_K's planes with a scale in groups of 4."""
+    """The planes are Q4_K's, but the second level has groups of 4."""
     rng = np.random.default_rng(0)
     weight = ggml.unpack("Q4_K", random_blocks(ggml.named("Q4_K"), (2,), rng, finite=True))
     double = np.repeat(np.asarray(weight.scale.scale), 2, -1)

@@ -1,4 +1,4 @@
-"""GGUF files, written by the `gguf` package and read with its dequantizers beside: values, sizes, keys, refusals."""
+"""GGUF files written by the `gguf` package, against its dequantizers: values, sizes, keys, refusals."""
 
 import dataclasses
 import json
@@ -32,13 +32,13 @@ EXPANDED = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", 
 
 
 def _in_halves(array: np.ndarray, config: llamajax.Config) -> np.ndarray:
-    """Rows of q or k as Hugging Face has them: undoes `permute` of llama.cpp's convert_hf_to_gguf.py."""
+    """Returns rows of q or k in Hugging Face's order: undoes `permute` of llama.cpp's convert_hf_to_gguf.py."""
     heads = len(array) // config.head_size
     return array.reshape(heads, config.head_size // 2, 2, -1).swapaxes(1, 2).reshape(array.shape)
 
 
 def _expected(made: Made) -> dict[Place, np.ndarray]:
-    """Each weight by the gguf package, in our orientation and RoPE layout."""
+    """Returns each weight by the gguf package, in our orientation and RoPE layout."""
     theirs, found = made.weights(), {}
     for place, spec in specs(made.config).items():
         name = spec.foreign["gguf"].format(place.layer)
@@ -49,12 +49,12 @@ def _expected(made: Made) -> dict[Place, np.ndarray]:
     return found
 
 
-# A table, rows that are reordered, a matrix that is not square, a norm: each compiles a program a type.
+# A table, a matrix with reordered rows, one that is not square, a norm: each compiles one program per type.
 _SOME = (Place("embed_VD"), Place("attention.key_DM", 0), Place("ffn.down_FD", 1), Place("ffn_norm.weight_D", 1))
 
 
 def _check_values(made: Made) -> llamajax.Opened:
-    """Weights are what the gguf package makes of them, and what was foreseen."""
+    """Checks that weights are those of the gguf package, and that their structure was predicted."""
     opened = open_checkpoint(made.path)
     for place, expected in _expected(made).items():
         if place not in _SOME and not _all():
@@ -77,7 +77,7 @@ def test_packed_types_stay_packed_and_keep_their_values(kind: str, tmp_path: Pat
     weights = [opened.source.abstract[place] for place, spec in specs(CONFIG).items() if spec.is_matrix]
     assert len(quantized(weights)) >= len(weights) and opened.notes == ()
     stored = sum(len(data.reshape(-1)) for _, data in made.blocks.values())
-    # TQ1_0's five digits to a byte become 2 bits each.
+    # TQ1_0's five digits per byte become 2 bits each.
     most = 1.3 if kind == "TQ1_0" else 1.0
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(opened.source.abstract)) <= most * stored
     assert f"15 {kind}, 5 F32" in opened.description
@@ -102,12 +102,12 @@ def test_filling_stacks_gives_what_single_reads_give(tmp_path: Path) -> None:
 
 
 def _like(weight: Any, other: Any) -> Any:
-    """`other` with the structure and dtypes of `weight`."""
+    """Returns `other` with the structure and dtypes of `weight`."""
     return jax.tree.map(lambda a, b: np.asarray(b, a.dtype), weight, other)
 
 
 def test_logits_are_those_of_the_reference_in_pairs(tmp_path: Path) -> None:
-    """The float64 LLaMA rotates neighbours, with the gguf package's floats as they stand in the file."""
+    """The float64 LLaMA rotates neighbouring pairs, with the gguf package's floats in the file's order."""
     kinds = {"attn_v": Kind.Q6_K, "blk.1.ffn_down": Kind.Q5_1, "ffn_down": Kind.Q8_0, "token_embd": Kind.Q4_1}
     made = write(tmp_path / "m.gguf", lambda name: next((k for n, k in kinds.items() if n in name), Kind.Q4_K))
     theirs = made.weights()
@@ -123,7 +123,7 @@ def test_logits_are_those_of_the_reference_in_pairs(tmp_path: Path) -> None:
 
 
 def test_stories260k_tells_its_story(shared: Path) -> None:
-    """464 bytes published in llama2.c's test_all.py; the weights are those of the llama2.c file, bit for bit."""
+    """The text is the 464 bytes of llama2.c's test_all.py; the weights equal the llama2.c file's, bit for bit."""
     folder = shared / "data" / "stories260K"
     model, tokenizer = llamajax.load(folder / "stories260K.gguf")
     completion = llamajax.generate(model, tokenizer, "", max_new_tokens=200, temperature=0)
@@ -131,11 +131,11 @@ def test_stories260k_tells_its_story(shared: Path) -> None:
     theirs = named_arrays(open_checkpoint(folder / "stories260K.bin").read())
     for name, array in theirs.items():
         np.testing.assert_array_equal(named_arrays(model)[name], array)
-    np.testing.assert_array_equal(model.head_VD[...], model.embed_VD[...])  # the file has the head twice
+    np.testing.assert_array_equal(model.head_VD[...], model.embed_VD[...])  # the file holds the head twice
 
 
 def test_smollm2_keeps_every_value(smollm2: Path) -> None:
-    """A file that nobody here made: all of it against the gguf package."""
+    """Compares all of a file that others made with the gguf package."""
     opened = open_checkpoint(smollm2)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(smollm2).tensors}
     assert len(opened.source.order) == len(tensors) == 272
@@ -163,7 +163,7 @@ def test_a_file_of_16_bits_computes_in_them_where_its_norms_do_without_loss(
     kind: str, dtype: str, tmp_path: Path
 ) -> None:
     made = write(tmp_path / "m.gguf", Kind[kind])
-    assert kind == "F32" or _dtypes(made.path) == {"float32"}, "norms of 24 bits"
+    assert kind == "F32" or _dtypes(made.path) == {"float32"}, "norms of 24 bits need float32"
     file = bytearray(made.path.read_bytes())
     for name, tensor in open_gguf(made.path).tensors.items():
         if len(tensor.shape) == 1:
@@ -192,7 +192,7 @@ def _dtypes(path: Path) -> set[str]:
 
 
 def _same(path: Path, made: Made) -> None:
-    """A file holds what another does."""
+    """Checks that a file holds the same arrays as another."""
     theirs, ours = (named_arrays(open_checkpoint(each).read(shardings="host")) for each in (made.path, path))
     for name, array in theirs.items():
         assert array.tobytes() == ours[name].tobytes(), name
@@ -210,7 +210,7 @@ def test_version_2_is_read_and_1_is_not(tmp_path: Path) -> None:
             open_checkpoint(tmp_path / "other")
 
 
-# What is a number of several bytes in a block, from ggml-common.h: (offset, size).
+# Numbers of several bytes in a block, from ggml-common.h: (offset, size).
 _NUMBERS = {
     **{Kind.F32: [(0, 4)], Kind.F16: [(0, 2)], Kind.BF16: [(0, 2)]},
     **{Kind.Q4_0: [(0, 2)], Kind.Q5_0: [(0, 2), (2, 4)], Kind.Q5_1: [(0, 2), (2, 2), (4, 4)]},
@@ -220,7 +220,7 @@ _NUMBERS = {
 
 
 def _big_endian(data: np.ndarray, kind: Kind) -> np.ndarray:
-    """Blocks as a big-endian machine has them: each number of a block turned round."""
+    """Returns blocks as a big-endian machine has them: the bytes of each number in reverse order."""
     weights, nbytes = gguf.GGML_QUANT_SIZES[kind]
     turned = data.reshape(-1, nbytes).copy()
     for offset, size in _NUMBERS[kind]:
@@ -231,7 +231,7 @@ def _big_endian(data: np.ndarray, kind: Kind) -> np.ndarray:
 @pytest.mark.parametrize("magic", [b"GGUF", b"FUGG"])
 @pytest.mark.parametrize("kind", _NUMBERS)
 def test_big_endian_files(kind: Kind, magic: bytes, tmp_path: Path) -> None:
-    """As gguf's writer makes them, its blocks turned round as gguf-py's converter does: it does not itself."""
+    """gguf's writer leaves blocks little-endian; gguf-py's converter reverses them, and so does this test."""
     made = write(tmp_path / "little.gguf", kind)
     big = write(tmp_path / "big.gguf", kind, endianess=gguf.GGUFEndian.BIG)
     file = bytearray(magic + big.path.read_bytes()[4:])
@@ -412,7 +412,7 @@ def test_sampling_that_is_not_followed_is_said(tmp_path: Path) -> None:
 
 
 def _divisors(theta: float, size: int, factor: float, low: float, high: float, length: float) -> np.ndarray:
-    """`rope_freqs.weight` as llama.cpp's convert_hf_to_gguf.py computes it, `generate_extra_tensors`."""
+    """Returns `rope_freqs.weight` as llama.cpp's convert_hf_to_gguf.py computes it in `generate_extra_tensors`."""
     made = []
     for i in range(0, size, 2):
         wavelength = 2 * np.pi * theta ** (i / size)
@@ -520,7 +520,7 @@ def test_types_that_no_weight_is_of(tmp_path: Path) -> None:
             open_checkpoint(tmp_path / "other")
 
 
-# ---- What becomes of it ----------------------------------------------------------------------------------------------
+# ---- Use of an opened file -------------------------------------------------------------------------------------------
 
 
 def test_floats_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -532,11 +532,11 @@ def test_floats_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.
         open_checkpoint(made.path).read()
     assert isinstance(checks.available_memory(), int)
     packed = write(tmp_path / "packed.gguf", Kind.Q4_0)
-    open_checkpoint(packed.path).read(shardings="host")  # which is as large as its file
+    open_checkpoint(packed.path).read(shardings="host")  # as large as the file
 
 
 def test_quantize_and_convert_read_every_type(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A file of IQ2_S as llama.cpp's quantizer makes it: what is packed beside, of other types, stays as it is."""
+    """A file like those that llama.cpp's quantizer makes for IQ2_S: packed tensors of other types stay as they are."""
     kinds = {"token_embd": Kind.Q2_K, "attn_v": Kind.Q4_K, "blk.1.ffn_down": Kind.Q3_K}
     made = write(tmp_path / "m.gguf", lambda name: next((k for n, k in kinds.items() if n in name), Kind.IQ2_S))
     assert main(["quantize", f"--model={made.path}", "--recipe=int4-g32", f"--output={tmp_path}/q"]) == 0
@@ -548,7 +548,7 @@ def test_quantize_and_convert_read_every_type(tmp_path: Path, capsys: pytest.Cap
             continue
         np.testing.assert_array_equal(np.asarray(values(converted.read_weight(place))), expected, str(place))
         found = np.asarray(values(requantized.read_weight(place)))
-        if place == Place("attention.key_DM", 0):  # to 4 bits
+        if place == Place("attention.key_DM", 0):  # quantized to 4 bits
             assert 0.01 < np.linalg.norm(found - expected) / np.linalg.norm(expected) < 0.15
         else:
             np.testing.assert_array_equal(found, expected, str(place))

@@ -1,4 +1,4 @@
-"""GGUF of every family: what ours writes is what llama.cpp's converter would, and llama.cpp computes the same of it."""
+"""GGUF of every family: we write what llama.cpp's converter would, and llama.cpp computes the same from it."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from tests.reference import random_model
 
 gguf = pytest.importorskip("gguf", reason="compares with the gguf package: pip install gguf")
 
-# Windows and original contexts are shorter than the tokens that are compared.
+# Windows and original contexts are shorter than the texts that are compared.
 TOKENS = 48
 YARN = RopeScaling(kind="yarn", factor=4.0, original_context_length=16)
 _SIZES: dict[str, Any] = {
@@ -63,9 +63,9 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "bitnet": {"sub_norms": True, "tied_embeddings": True, "activation": "relu_squared"},
 }
 CONFIGS = {family: Config.from_dict(_SIZES | {"family": family} | fields) for family, fields in _FIELDS.items()}
-# ggml takes GELU from a table of float16 numbers, GGML_GELU_FP16 in ggml-cpu/vec.h: wrong by 5e-4 of what it gives.
+# ggml takes GELU from a table of float16 numbers, GGML_GELU_FP16 in ggml-cpu/vec.h, with a relative error of 5e-4.
 _CLOSE = dict.fromkeys(("gemma", "gemma2", "gemma3"), 3e-3)
-# A fork's, which llama.cpp does not know.
+# An architecture of a fork, which llama.cpp does not know.
 _NOT_IN_LLAMACPP = ("bitnet",)
 families = pytest.mark.parametrize("family", CONFIGS)
 
@@ -77,7 +77,7 @@ def _model(family: str) -> Llama:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The file of a family, written once."""
+    """Returns a function from a family to its file, which is written once."""
     folder = tmp_path_factory.mktemp("families")
 
     @functools.cache
@@ -99,19 +99,19 @@ def test_every_family_is_here() -> None:
 @families
 def test_what_is_written_is_read(family: str, saved: Any) -> None:
     opened, config = open_checkpoint(saved(family)), CONFIGS[family]
-    if family == "ministral3":  # whose factor of attention is written as a number, whatever it came from
+    if family == "ministral3":  # its attention factor is written as a number, whatever the config derived it from
         config = dataclasses.replace(config, rope_scaling=opened.config.rope_scaling)
         assert rope_attention_factor(opened.config.rope("full")) == pytest.approx(1, rel=1e-6)
     assert opened.config == config
     assert opened.notes == ()
     expected = weights_of(_model(family))
     for place, weight in weights_of(opened.read("float32", shardings="host")).items():
-        # A norm's 1 is added and taken away again, in float32.
+        # The writer adds 1 to a norm and the reader subtracts it, in float32.
         np.testing.assert_allclose(weight, expected[place], atol=1e-7, err_msg=str(place))
 
 
 def _converted(family: str) -> dict[str, np.ndarray]:
-    """What llama.cpp's converter makes of the model's Hugging Face tensors, in the names that gguf-py gives them."""
+    """Returns what llama.cpp's converter makes of the model's Hugging Face tensors, by gguf-py's names."""
     config, weights = CONFIGS[family], weights_of(_model(family))
     architecture = FAMILIES[family].gguf.kinds[0]
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
@@ -169,7 +169,7 @@ def test_llamacpp_computes_the_same(family: str, saved: Any) -> None:
 @pytest.mark.matrix
 @in_llamacpp
 def test_llamacpp_computes_the_same_of_packed_weights(family: str, tmp_path: Path) -> None:
-    """Q4_0, dequantized by the gguf package: llama.cpp rounds activations where weights are packed."""
+    """Q4_0, dequantized by the gguf package for llama.cpp, which rounds activations where weights are packed."""
     pytest.importorskip("xllamacpp", reason=_XLLAMACPP)
     from tests import llamacpp
 
@@ -190,7 +190,7 @@ def test_llamacpp_computes_the_same_of_packed_weights(family: str, tmp_path: Pat
 
 
 def _read(family: str, changes: dict[str, Any]) -> Config:
-    """A config of a family's own keys, some of them changed; None takes one away."""
+    """Reads a config from a family's own keys with changes; None removes a key."""
     config = CONFIGS[family]
     prefix = f"{FAMILIES[family].gguf.kinds[0]}."
     said = keys_of(config) | {prefix + key: value for key, value in changes.items()}
@@ -200,7 +200,7 @@ def _read(family: str, changes: dict[str, Any]) -> Config:
 
 @families
 def test_every_key_is_read_or_refused(family: str) -> None:
-    """Misspelt keys and values that are none are errors that name the key."""
+    """Misspelt keys and invalid values are errors that name the key."""
     prefix = f"{FAMILIES[family].gguf.kinds[0]}."
     for key in keys_of(CONFIGS[family]):
         name = key.removeprefix(prefix)
@@ -274,7 +274,7 @@ def test_one_tensor_of_two_types(tmp_path: Path) -> None:
 
 
 def test_gemmas_of_27b_are_known_by_their_layers() -> None:
-    """As in llama.cpp: no key says query_pre_attn_scalar, which is D / N there."""
+    """As in llama.cpp: no key holds query_pre_attn_scalar, which is D / N in these models."""
     for family, layers in (("gemma2", 46), ("gemma3", 62)):
         config = dataclasses.replace(CONFIGS[family], num_layers=layers, query_scale=16**-0.5)
         assert keys_of(config)[f"{family}.block_count"] == layers

@@ -1,4 +1,4 @@
-"""GGUF files, mutated and forged: each is refused by our error or loads soundly, soon, in little memory."""
+"""GGUF files, mutated and forged: each is refused by our error or loads soundly, quickly and in little memory."""
 
 import json
 import pickle
@@ -36,7 +36,7 @@ _TYPES = {bool: 7, str: 8, int: 4, float: 6}
 
 
 def _typed(value: Any) -> tuple[int, Any]:
-    """The type that converters write a value in, and the value."""
+    """Returns the type in which converters write a value, and the value."""
     if isinstance(value, np.ndarray | list | tuple):
         values = value.tolist() if isinstance(value, np.ndarray) else list(value)
         inner = 8 if isinstance(values[0], str) else 6 if isinstance(values[0], float) else 5
@@ -46,7 +46,7 @@ def _typed(value: Any) -> tuple[int, Any]:
 
 
 def document(vocabulary: dict[str, Any], kinds: dict[str, Kind]) -> Document:
-    """A whole file: of every tensor whose name holds a key of `kinds` the type, F32 of the others."""
+    """Returns a whole file: tensors whose name contains a key of `kinds` have its type, the others F32."""
     metadata = {"general.architecture": "llama", **metadata_of(CONFIG), **vocabulary}
     keys = [[key, *_typed(value)] for key, value in metadata.items()]
     tensors = []
@@ -58,7 +58,7 @@ def document(vocabulary: dict[str, Any], kinds: dict[str, Kind]) -> Document:
 
 
 def _documents(tiny_tokenizer: Tokenizer) -> list[Document]:
-    """SPM and BPE vocabularies, types of every form."""
+    """Returns documents with SPM and BPE vocabularies and types of every form."""
     some = {
         "attn_q": Kind.Q4_0,
         "attn_v": Kind.Q5_1,
@@ -71,7 +71,7 @@ def _documents(tiny_tokenizer: Tokenizer) -> list[Document]:
 
 
 def _sentencepiece(tokenizer: Tokenizer) -> dict[str, Any]:
-    """A vocabulary of LLaMA's kind, as llama.cpp's converter writes it: by the sentencepiece library."""
+    """Returns a vocabulary of LLaMA's kind, as llama.cpp's converter writes it: by the sentencepiece library."""
     model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
     ids = range(model.vocab_size())
     types = [2 if model.is_unknown(i) else 3 if model.is_control(i) else 6 if model.is_byte(i) else 1 for i in ids]
@@ -89,7 +89,7 @@ def _sentencepiece(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _byte_level() -> dict[str, Any]:
-    """A vocabulary of GPT-2's kind: bytes, pairs of letters, special tokens."""
+    """Returns a vocabulary of GPT-2's kind: bytes, pairs of letters, special tokens."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     tokens = sorted(ByteLevel.alphabet())
@@ -124,7 +124,7 @@ def test_documents_are_files_that_the_gguf_package_reads(tiny_tokenizer: Tokeniz
 @pytest.mark.filterwarnings("ignore:tokenizer.ggml.pre is missing")
 @pytest.mark.parametrize("count", [500, pytest.param(5000, marks=pytest.mark.exhaustive)])
 def test_mutations(count: int, tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """In a process of its own, which a mutation may end: more than 200 MiB, a second, or code that runs fail there."""
+    """Fails if a mutation takes more than 200 MiB or a second, or runs code; its own process may crash."""
     for number, each in enumerate(_documents(tiny_tokenizer)):
         (tmp_path / f"{number}.document").write_bytes(pickle.dumps(each))
     command = [sys.executable, "-m", "tests.gguf_mutations", str(tmp_path), "0", str(count)]
@@ -225,7 +225,7 @@ def test_forgeries(name: str, tmp_path: Path) -> None:
 
 
 def test_every_truncation_is_refused_or_whole(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Cut at every place of the header, and at some of the tensors."""
+    """The file is cut at many places of the header and of the tensors."""
     path = tmp_path / "cut.gguf"
     data = document(_sentencepiece(tiny_tokenizer), {"": Kind.Q8_0}).bytes()
     path.write_bytes(data)
@@ -237,7 +237,7 @@ def test_every_truncation_is_refused_or_whole(tiny_tokenizer: Tokenizer, tmp_pat
 
 
 def test_more_strings_than_any_vocabulary(tmp_path: Path) -> None:
-    """Each takes six times its bytes in memory, so that their number is limited, whatever the file holds."""
+    """A string takes six times its bytes in memory, so that the number of strings is limited."""
     count = (1 << 21) + 1
     path = tmp_path / "strings.gguf"
     path.write_bytes(_head(0, 1) + _key(b"k", 9, _array(8, count, bytes(8 * count))))
@@ -246,7 +246,7 @@ def test_more_strings_than_any_vocabulary(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_of_another_size_is_no_tokenizer(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """The weights are read; whoever needs a tokenizer is told why there is none, and not given one beside."""
+    """The weights are read; callers that need a tokenizer are told why there is none, unless they name one."""
     path = tmp_path / "m.gguf"
     for change, message in (
         (

@@ -1,4 +1,4 @@
-"""RoPE scalings as GGUF keys and tensors: what is written is read, what is refused, what llama.cpp computes of it."""
+"""RoPE scalings as GGUF keys and tensors: what is written is read, what is refused, what llama.cpp computes."""
 
 import dataclasses
 from pathlib import Path
@@ -54,7 +54,7 @@ def _saved(folder: Path, config: Config) -> Path:
 
 @pytest.mark.parametrize("name", SCALINGS)
 def test_what_is_written_is_read(name: str, tmp_path: Path) -> None:
-    """An attention factor that is not the paper's is read as a number, whatever it came from."""
+    """An attention factor other than the paper's is read as a number, whatever it came from."""
     config = _config(name)
     found = open_checkpoint(_saved(tmp_path, config)).config
     expected, actual = (rope_attention_factor(each.rope("full")) for each in (config, found))
@@ -88,11 +88,11 @@ _ORIGINAL = {"llama.rope.scaling.original_context_length": np.uint32(256)}
     [
         (_YARN, {}, dataclasses.replace(YARN, original_context_length=2048)),
         (_YARN | _ORIGINAL | {"llama.rope.scaling.yarn_attn_factor": np.float32(1.2)}, {}, YARN),
-        # Ministral's, whose two logarithms cancel.
+        # Ministral's two logarithms cancel.
         (_YARN | _ORIGINAL | {"llama.rope.scaling.yarn_log_multiplier": np.float32(1)}, {}, 1.0),
         (_YARN | _ORIGINAL | {"llama.rope.scaling.attn_factor": np.float32(1.5)}, {}, 1.5 * (0.1 * np.log(8) + 1)),
         (_ORIGINAL | {"llama.rope.scaling.attn_factor": np.float32(1.25)}, _BOTH, 1.25),
-        # Phi-3's converter says no type; llama.cpp multiplies by nothing where nothing is said.
+        # Phi-3's converter writes no type; where there is none, llama.cpp multiplies by no factor.
         (_ORIGINAL, _BOTH, 1.0),
     ],
 )

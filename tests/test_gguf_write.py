@@ -23,7 +23,7 @@ from tests.reference import random_model
 
 gguf = pytest.importorskip("gguf", reason="compares with the gguf package: pip install gguf")
 
-# Grouped queries, a head size that is not width / heads, a head that is not tied; rows of whole 256 for the K types.
+# Grouped queries, a head size other than width / heads, an untied head; rows of whole 256 for the K types.
 CONFIG = Config(
     vocab_size=512,
     width=256,
@@ -51,7 +51,7 @@ def tensors_of(path: Path) -> dict[str, Any]:
 
 
 def values_of(path: Path) -> dict[str, np.ndarray]:
-    """What the gguf package reads, float32, by its names."""
+    """Returns the values that the gguf package reads, float32, by its names."""
     return {
         name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1].tolist())
         for name, tensor in tensors_of(path).items()
@@ -59,12 +59,12 @@ def values_of(path: Path) -> dict[str, np.ndarray]:
 
 
 def permuted(matrix: np.ndarray, heads: int) -> np.ndarray:
-    """`LlamaModel.permute` of convert_hf_to_gguf.py: rows of a Hugging Face model's q or k, as llama.cpp wants them."""
+    """`LlamaModel.permute` of convert_hf_to_gguf.py: reorders a Hugging Face model's rows of q or k for llama.cpp."""
     return matrix.reshape(heads, 2, len(matrix) // heads // 2, -1).swapaxes(1, 2).reshape(matrix.shape)
 
 
 def expected_values(model: Llama) -> dict[str, np.ndarray]:
-    """The model's values in the names and orientation that llama.cpp's converter gives them."""
+    """Returns the model's values in the names and orientation of llama.cpp's converter."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_layers)
     theirs = {"attention.query_DQ": "q_proj", "attention.key_DM": "k_proj", "attention.value_DM": "v_proj"}
     theirs |= {"attention.out_QD": "o_proj", "ffn.gate_DF": "gate_proj", "ffn.up_DF": "up_proj"}
@@ -93,7 +93,7 @@ def expected_values(model: Llama) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("dtype", "name"), [("float32", "F32"), ("float16", "F16"), ("bfloat16", "BF16")])
 def test_floats(dtype: str, name: str, tied: bool, tmp_path: Path) -> None:
-    """Every tensor where llama.cpp's converter puts it, norms in F32; read back, the same model."""
+    """Every tensor is where llama.cpp's converter puts it, norms in F32; reading gives the same model."""
     config = Config.from_dict(CONFIG.to_dict() | {"tied_embeddings": tied})
     model = random_model(config)
     path = write(model, tmp_path, dtype=dtype)
@@ -105,7 +105,7 @@ def test_floats(dtype: str, name: str, tied: bool, tmp_path: Path) -> None:
         rounded = value.astype(jnp.dtype(dtype)) if value.ndim == 2 else value
         np.testing.assert_array_equal(values[tensor], rounded.astype(np.float32), err_msg=tensor)
     back = open_checkpoint(path).read(shardings="host")
-    assert dataclasses.replace(back.config, norm_eps=config.norm_eps) == config  # which is float32 in the file
+    assert dataclasses.replace(back.config, norm_eps=config.norm_eps) == config  # norm_eps is float32 in the file
     for leaf, array in named_arrays(back).items():
         other = np.asarray(named_arrays(model)[leaf])
         rounded = other if "norm" in leaf else other.astype(jnp.dtype(dtype))
@@ -155,7 +155,7 @@ def assert_same_arrays(one: Any, other: Any) -> None:
 @pytest.mark.matrix
 @pytest.mark.parametrize("name", RULES)
 def test_packed_weights_are_written_as_they_are(name: str, tmp_path: Path) -> None:
-    """Codes and scales out, codes and scales in; and the gguf package sees our values."""
+    """Codes and scales are the same after writing and reading, and the gguf package reads our values."""
     rules = (KEEP_NORMS, Rule(weights="layers.*.attention.out_QD", keep=True), Rule(weights="*", **RULES[name]))
     model = quantize(random_model(CONFIG), rules, types="ggml")
     path = write(model, tmp_path)
@@ -171,13 +171,13 @@ def test_packed_weights_are_written_as_they_are(name: str, tmp_path: Path) -> No
 
 
 def _as_read(weight: quant.QTensor) -> quant.QTensor:
-    """What a file does not say: the dtype before."""
+    """Returns the weight without what a file does not hold: the dtype before, and the activations."""
     return dataclasses.replace(weight, dtype=np.dtype("float32"), activations=None)
 
 
 @pytest.mark.parametrize("name", "Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_XS NVFP4".split())
 def test_what_was_read_is_written_again(name: str, tmp_path: Path) -> None:
-    """Types with two levels of scales, of random bytes: their tensors come back byte for byte, rows of q and k too."""
+    """Types with two levels of scales, of random bytes: tensors come back byte for byte, also rows of q and k."""
     kind = quant.ggml.named(name)
     source = write(random_model(CONFIG), tmp_path)
     rng, blocks = np.random.default_rng(4), {}
@@ -207,7 +207,7 @@ def test_what_was_read_is_written_again(name: str, tmp_path: Path) -> None:
 
 
 def test_a_file_of_others_comes_back(smollm2: Path, tmp_path: Path) -> None:
-    """Every tensor of SmolLM2 byte for byte, and every key that is of more than how the file was made."""
+    """Every tensor of SmolLM2 comes back byte for byte, and every key, except keys about how the file was made."""
     opened = open_checkpoint(smollm2)
     path = write(opened.read(shardings="host"), tmp_path, tokenizer=read_tokenizer(opened))
     readers = [gguf.GGUFReader(file) for file in (smollm2, path)]
@@ -218,7 +218,7 @@ def test_a_file_of_others_comes_back(smollm2: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(tensor.data, after[name].data, err_msg=name)
     keys = [{name: field.contents() for name, field in reader.fields.items()} for reader in readers]
     left_out = ("GGUF.", "general.", "tokenizer.ggml.add_space_prefix", "tokenizer.ggml.unknown_token_id")
-    for name, value in keys[0].items():  # the two keys are of sentencepiece's vocabularies, and this is none
+    for name, value in keys[0].items():  # the two keys belong to sentencepiece vocabularies, and this is none
         assert name.startswith(left_out) or keys[1].get(name) == value, name
     assert keys[1]["general.file_type"] == keys[0]["general.file_type"]
 
@@ -306,7 +306,7 @@ def test_without_a_tokenizer_there_is_none(tmp_path: Path) -> None:
 
 
 def test_rope_scaling_of_llama_3_is_a_tensor(tmp_path: Path) -> None:
-    """By the loop of `generate_extra_tensors` in convert_hf_to_gguf.py."""
+    """Expected values follow the loop of `generate_extra_tensors` in convert_hf_to_gguf.py."""
     scaling = SCALING | {"original_context_length": 64}
     config = Config.from_dict(CONFIG.to_dict() | {"rope_scaling": scaling})
     path = write(random_model(config), tmp_path)
@@ -408,7 +408,7 @@ def command(*argv: str) -> None:
 
 
 def test_quantize_for_ggml_and_convert(tmp_path: Path, capsys) -> None:
-    """From the box to a file of Q4_0, by commands; and on to floats, since someone may want them."""
+    """From the box to a file of Q4_0, by commands; then on to floats, which somebody may want."""
     packed, file, floats = tmp_path / "packed", tmp_path / "packed.gguf", tmp_path / "floats.gguf"
     command("quantize", "--model=box", "--recipe=int4-g32", "--types=ggml", f"--output={packed}")
     command("convert", f"--model={packed}", "--to=gguf", f"--output={file}")
@@ -447,10 +447,10 @@ def test_commands_say_what_does_not_go(argv: list[str], message: str, tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
-# ---- Only what ggml's types hold ------------------------------------------------------------------------------------
+# ---- Quantizing to ggml's types only --------------------------------------------------------------------------------
 
 
-# Small, of one layer, and all matrices of one shape: what is looked at is which rules there are.
+# Small, one layer, and all matrices of one shape: only the rules matter here.
 SMALL = Config(
     vocab_size=64,
     width=64,
@@ -466,7 +466,7 @@ TOKENS = np.random.default_rng(0).integers(0, 64, 256)
 
 
 def wide(width: int) -> Config:
-    """The same of another width."""
+    """The same with another width."""
     heads = {"num_heads": width // 32, "num_kv_heads": width // 32}
     return Config.from_dict(SMALL.to_dict() | {"width": width, "ffn_width": width, **heads})
 
@@ -477,7 +477,7 @@ def wide(width: int) -> Config:
     [(64, 5.2, {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"}), (256, 3.9, {"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0"})],
 )
 def test_the_search_for_bits_chooses_among_ggml_types(width: int, target: float, expected: Any, tmp_path: Path) -> None:
-    """Whatever groups the rules have: of rows of whole 256 the types of two levels, else the others."""
+    """Whatever groups the rules have, the search takes types of two levels for rows of whole 256, else the others."""
     config = wide(width)
     recipe = quant.Recipe((KEEP_NORMS, Rule(weights="*", scheme="int4", group_size=64, clip="mse")), target_bpw=target)
     model = quantize(random_model(config), recipe, calibration=TOKENS, window=64, types="ggml")
@@ -546,8 +546,10 @@ def llamacpp():
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", ["box", "stories260K"])
 def test_llamacpp_goes_on_with_the_same_text(name: str, dtype: str, request, tmp_path: Path, llamacpp) -> None:
-    """Greedily. Where matrices have 16 bits llama.cpp rounds activations to them, so that near ties may fall otherwise:
-    with the first prompt none does, and with the others no token of its is ever further from our likeliest.
+    """Greedy texts agree.
+
+    With matrices of 16 bits llama.cpp rounds activations to them, so that near ties may fall otherwise. With the first
+    prompt none does; with the others each of its tokens has a logit at most 0.02 below our largest.
     """
     model, tokenizer = llamajax.load("box") if name == "box" else request.getfixturevalue("stories260k")
     path = write(model, tmp_path, dtype=dtype, tokenizer=tokenizer)
@@ -568,7 +570,7 @@ def test_llamacpp_goes_on_with_the_same_text(name: str, dtype: str, request, tmp
 @pytest.mark.matrix
 @pytest.mark.parametrize("name", RULES)
 def test_llamacpp_agrees_with_packed_weights(name: str, tmp_path: Path, llamacpp) -> None:
-    """Fed the same text: llama.cpp rounds activations to 8 bits, in groups as it rounds weights."""
+    """With the same text as input: llama.cpp rounds activations to 8 bits, in groups as it rounds weights."""
     from llamajax.train import heldout_stories
 
     model, tokenizer = llamajax.load("box", dtype=jnp.float32)

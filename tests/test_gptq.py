@@ -1,4 +1,4 @@
-"""GPTQ against a plain float64 one, against round-to-nearest, and on Hessians that float32 cannot factorize."""
+"""GPTQ against a plain float64 version, against round-to-nearest, and on Hessians that float32 cannot factorize."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ LENGTH, OUTPUTS, SAMPLES = 48, 8, 256
 
 
 def _inputs(seed: int = 0, samples: int = SAMPLES) -> np.ndarray:
-    """Correlated channels of different magnitudes, as behind a norm: what GPTQ makes use of."""
+    """Returns correlated channels of different magnitudes, as after a norm: GPTQ benefits from correlations."""
     rng = np.random.default_rng(seed)
     mixing_KK = rng.normal(size=(LENGTH, LENGTH)) * 0.6 ** (np.arange(LENGTH)[:, None] / 8)
     mixing_KK += np.diag(rng.lognormal(0, 0.7, LENGTH))
@@ -27,7 +27,7 @@ def _weight(seed: int = 1, shape: tuple[int, ...] = (LENGTH, OUTPUTS)) -> jax.Ar
 
 
 def _codes(made: quant.QTensor) -> np.ndarray:
-    """As stored: in the order of `order`."""
+    """Returns the codes as stored, in the order of `order`."""
     return np.asarray(quant.unpack(made.planes, made.scheme.bits, made.group_size, axis=made.axis))
 
 
@@ -45,9 +45,9 @@ def plain_gptq(
     damping: float,
     unit: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The paper without its accelerations: the inverse Hessian itself, eliminated a channel at a time (its step 1).
+    """The paper without its accelerations: eliminates channels of the inverse Hessian one by one (its step 1).
 
-    With `unit` [M] scales are whole numbers of units, from 1 to 127 in magnitude.
+    With `unit` [M], scales are integer multiples of it, from 1 to 127 in magnitude.
     """
     weight, hessian = np.array(weight, np.float64), np.array(hessian, np.float64)
     order = np.argsort(-np.diagonal(hessian), kind="stable") if act_order else np.arange(len(weight))
@@ -98,8 +98,8 @@ def test_codes_are_those_of_a_plain_float64_gptq(scheme: str, group: Any, act_or
         codes = codes[np.argsort(order)]
     elif act_order:
         np.testing.assert_array_equal(made.order, order[:, None])
-    # A weight within float32's rounding of the middle between two codes may take the other; everything later in the
-    # same output then differs. At most one output of the eight may have met one.
+    # A weight within float32's rounding of the middle between two codes may take the other one; then everything later
+    # in the same output differs. This may happen in at most one of the eight outputs.
     differs_M = (_codes(made) != codes).any(0)
     assert differs_M.sum() <= 1
     np.testing.assert_allclose(np.asarray(made.scale)[:, ~differs_M], scale[:, ~differs_M], rtol=1e-4)
@@ -112,7 +112,7 @@ def test_codes_are_those_of_a_plain_float64_gptq(scheme: str, group: Any, act_or
 def test_scales_in_codes_are_fitted_as_groups_are_reached(
     scheme: str, shape: tuple[int, int], group: int, block: int
 ) -> None:
-    """As by a plain float64 GPTQ with the same floats; the first group's scales are below half of one."""
+    """Compared with a plain float64 GPTQ with the same floats; the first group's scales are below half a unit."""
     weight = np.array(_weight(shape=shape))
     weight[:group] *= 1e-4
     x = _inputs()
@@ -193,7 +193,7 @@ def test_outputs_are_closer_than_those_of_round_to_nearest(scheme: str, act_orde
 
 
 def test_a_searched_scale_is_better_than_a_plain_one() -> None:
-    """Over 16 seeds the geometric mean is about 0.89, with a standard error of 0.03."""
+    """Over 16 seeds the geometric mean of the ratios is about 0.89, with a standard error of 0.03."""
     ratios = []
     for seed in range(16):
         x, weight = _inputs(seed), _weight(seed)
@@ -217,7 +217,7 @@ def test_without_correlations_it_is_round_to_nearest(scheme: str, group: Any, cl
 
 
 def test_groups_take_their_scale_from_the_weights_that_they_have_become() -> None:
-    """The inputs of the second group are those of the first again: its weights, 0, take over the first one's errors."""
+    """The second group repeats the first group's inputs, so that its weights, 0, take over the first one's errors."""
     weight = jnp.asarray([1.3, 0.3, 0.3, 0.3, 0, 0, 0, 0], jnp.float32)[:, None]
     h = jnp.kron(jnp.ones((2, 2)), jnp.eye(4))
     made = quantize_gptq(weight, h, "int2", group_size=4, damping=1e-4, scale_dtype="float32")
@@ -233,12 +233,12 @@ def test_fewer_samples_than_channels(act_order: bool) -> None:
     made = {d: quantize_gptq(weight, h, "int4", group_size=16, damping=d, act_order=act_order) for d in (0, 1e-3, 0.01)}
     nearest = _output_error(x, weight, quant.quantize_rtn(weight, "int4", group_size=16))
     assert all(_output_error(x, weight, one) < 0.5 * nearest for one in made.values())
-    # Undamped it cannot be factorized; 0.001 is what damping grows to.
+    # The undamped Hessian cannot be factorized; damping grows to 0.001.
     jax.tree.map(np.testing.assert_array_equal, made[0], made[1e-3])
 
 
 def test_a_pivot_lost_in_rounding_is_damped_away() -> None:
-    """float32 does factorize this one, to an inverse of 8 million that is all rounding."""
+    """float32 can factorize this Hessian, but the inverse, 8 million, is all rounding."""
     h = jnp.asarray([[1, 1 - 2**-24], [1 - 2**-24, 1]], jnp.float32)
     undamped, damped = (np.asarray(inverse_factor(h, damping)) for damping in (0.0, 1e-3))
     np.testing.assert_array_equal(undamped, damped)

@@ -22,7 +22,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
 
 
 def defined(name: str) -> tuple[flags.FlagValues, object]:
-    """A command's flags, not parsed yet, and its module."""
+    """Returns a command's flags, not parsed yet, and its module."""
     module = importlib.import_module(COMMANDS[name].module)
     values = flags.FlagValues()
     module.define(values)
@@ -56,7 +56,7 @@ def test_texts_are_sentences_and_values_have_names(name: str, capsys) -> None:
 
 @commands
 def test_three_examples_that_parse(name: str) -> None:
-    """In a shell's words, without what feeds them."""
+    """Only the command's own arguments are parsed, not what is piped into it."""
     module = defined(name)[1]
     assert len(module.EXAMPLES) == 3  # type: ignore[attr-defined]
     for example in module.EXAMPLES:  # type: ignore[attr-defined]
@@ -75,7 +75,7 @@ def test_examples_that_need_no_file_run(name: str, capsys) -> None:
 
 
 class Terminal:
-    """Standard output that is a terminal of some width."""
+    """Makes standard output a terminal of some width."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
         monkeypatch.setattr(help_pages, "is_terminal", lambda stream: True)
@@ -88,7 +88,7 @@ class Terminal:
 
 @pytest.mark.parametrize(("columns", "widest"), [(30, 60), (72, 72), (300, 100), (None, 100)])
 def test_pages_are_as_wide_as_the_terminal(columns: int | None, widest: int, capsys, monkeypatch) -> None:
-    """From 60 to 100 columns; examples and long paths stay whole."""
+    """Pages have 60 to 100 columns; examples and long paths are not wrapped."""
     if columns:
         Terminal(monkeypatch, columns)
     for name in COMMANDS:

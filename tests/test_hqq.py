@@ -1,4 +1,4 @@
-"""HQQ against a plain loop, against every zero point there is, and against round-to-nearest on its own objective."""
+"""HQQ against a plain loop, an exhaustive search of zero points, and round-to-nearest on HQQ's own objective."""
 
 from typing import Any
 
@@ -16,18 +16,18 @@ NORM = 0.7
 
 
 def _weight(shape: tuple[int, ...] = (64, 6), seed: int = 0) -> np.ndarray:
-    """Heavy tails, as trained weights have."""
+    """Returns weights with heavy tails, as trained ones have."""
     return np.random.default_rng(seed).standard_t(4, shape).astype(np.float32)
 
 
 def _errors(weight: np.ndarray, made: quant.QTensor) -> np.ndarray:
-    """The objective of each group, [C, M]: sum |w - w'|**p."""
+    """Returns the objective of each group, [C, M]: sum |w - w'|**p."""
     error = np.abs(np.asarray(quant.dequantize(made), np.float64) - weight) ** NORM
     return error.reshape(-1, made.group_size, weight.shape[-1]).sum(1)
 
 
 def _plain_hqq(weight_g: np.ndarray, bits: int, iterations: int) -> tuple[float, float, np.ndarray]:
-    """Scale, zero point and codes of one group, in float64, from the blog's equations."""
+    """Returns scale, zero point and codes of one group, in float64, from the blog's equations."""
     top, beta = 2**bits - 1, 10.0
 
     def codes_of(scale: float, zero: float) -> np.ndarray:
@@ -64,7 +64,7 @@ def test_is_the_plain_loop(scheme: str, iterations: int) -> None:
         scale, zero, expected = _plain_hqq(weight[rows, m].astype(np.float64), made.scheme.bits, iterations)
         same = np.isclose(scale, made.scale[c, m], rtol=1e-5) and np.isclose(zero, made.zero[c, m], atol=1e-4)
         matches.append(same and (codes[rows, m] == expected).all())
-    # Iterates of equal loss but for rounding, and weights in the middle between two codes, may fall either way.
+    # Iterates whose losses differ only by rounding, and weights in the middle between two codes, may fall either way.
     assert np.mean(matches) >= 0.95
 
 
@@ -77,7 +77,7 @@ def test_is_the_plain_loop(scheme: str, iterations: int) -> None:
 def test_no_group_is_worse_than_rounded_to_nearest(
     scheme_dtype: tuple[str, str], values: list[float], shift: float
 ) -> None:
-    """Groups of one sign, of equal values and of zeros too."""
+    """Covers groups of one sign, of equal values and of zeros."""
     scheme, dtype = scheme_dtype
     weight = np.asarray(values, np.float32).reshape(8, 2) + np.float32(shift)
     made = quantize_hqq(jnp.asarray(weight), scheme, group_size=8, scale_dtype=dtype)
@@ -96,7 +96,7 @@ def test_outliers_cost_less_than_with_round_to_nearest(scheme: str, bound: float
 
 @pytest.mark.parametrize("scheme", ["uint2", "uint4"])
 def test_zero_points_are_near_the_best_there_are(scheme: str) -> None:
-    """The iteration is local, and p < 1 is not convex: 4% from the best of 2000 zero points, over all groups."""
+    """The iteration is local and p < 1 is not convex: the loss is within 4% of the best of 2001 zero points."""
     weight = _weight((256, 8), seed=3)
     made = quantize_hqq(jnp.asarray(weight), scheme, group_size=32, scale_dtype="float32")
     top = made.scheme.max_code

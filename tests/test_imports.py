@@ -1,4 +1,4 @@
-"""How the house hangs together: imports run one way, flags live in one place, importing has no effects."""
+"""Rules about the source: imports run one way, flags live in one place, and importing has no effects."""
 
 import ast
 import fnmatch
@@ -23,7 +23,7 @@ def _modules(package: str) -> Iterator[tuple[Path, ast.Module]]:
 
 
 def _imported(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """Every module that is imported anywhere in a file, inside functions too, with its line."""
+    """Yields every module that is imported anywhere in a file, inside functions too, with its line."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
@@ -64,12 +64,13 @@ def test_flags_live_in_the_command_line_only(package: str) -> None:
 
 
 def test_no_module_reads_the_environment() -> None:
-    """But the command line, which keeps compiled programs where the user's environment says that caches are, and draws
-    what the terminal that it names can show; what
-    looks for a kept program, which what XLA reads from the environment is a part of; and `--threads`, which XLA takes
-    from the environment alone.
+    """Only four modules read the environment.
 
-    Targets and runners are no modules but scripts, for processes of their own.
+    The command line keeps compiled programs in the cache folder that the environment names, and the chat's input adapts
+    to the terminal that it names. The lookup of kept programs includes what XLA reads from the environment. `--threads`
+    works only through the environment, where XLA reads it.
+
+    Targets and runners are not modules but scripts, for processes of their own.
     """
     scripts = ("export/targets/", "export/runners/")
     wrong = [
@@ -91,11 +92,11 @@ def test_no_module_reads_the_environment() -> None:
 # ---- Sizes and types -------------------------------------------------------------------------------------------------
 
 MOST_LINES = {"module": 450, "function": 70}
-STORY_WORDS = "llamajax/box/story_words.py"  # data, one line a word
+STORY_WORDS = "llamajax/box/story_words.py"  # data, one word per line
 
 
 def _too_long(file: Path, source: str) -> Iterator[str]:
-    """Modules and functions with more lines than they may have; decorators and docstrings count."""
+    """Yields modules and functions with more lines than allowed; decorators and docstrings count."""
     lines = len(source.splitlines())
     if lines > MOST_LINES["module"]:
         yield f"{file}: {lines} lines"
@@ -125,19 +126,19 @@ def test_the_check_of_sizes_counts_lines() -> None:
 
 @pytest.mark.parametrize("package", FORBIDDEN)
 def test_types_are_for_others_too(package: str) -> None:
-    """The marker of PEP 561, without which type checkers ignore an installed package's annotations."""
+    """The packages need PEP 561's marker, without which type checkers ignore an installed package's annotations."""
     assert (ROOT / package / "py.typed").is_file()
     build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]
-    assert package in build["wheel"]["packages"] and package in build["sdist"]["include"], "all files of it go along"
+    assert package in build["wheel"]["packages"] and package in build["sdist"]["include"], "packaged with all files"
     ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
     assert not [pattern for pattern in ignored if fnmatch.fnmatch("py.typed", pattern)], (
-        "the build leaves out ignored files"
+        "the build leaves out files that git ignores"
     )
 
 
 # ---- Effects ---------------------------------------------------------------------------------------------------------
 
-# Runs in a fresh interpreter. Flags that are there without us, absl's own and those of libraries, do not count.
+# Runs in a fresh interpreter. Flags of absl and of libraries, which exist without us, do not count.
 _EFFECTS = """
 import json, logging, os, sys, warnings
 import absl.flags, flax.nnx, jax, optax, orbax.checkpoint, safetensors, sentencepiece

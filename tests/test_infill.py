@@ -1,4 +1,4 @@
-"""Filling in: the ids of Meta's Code Llama, of other vocabularies, and the command."""
+"""Infilling: ids as in Meta's Code Llama, other vocabularies, and the command."""
 
 import dataclasses
 import json
@@ -24,14 +24,14 @@ PAIRS = [
 
 
 def of_code(model_bytes: bytes) -> Tokenizer:
-    """A sentencepiece model with the tokens that Code Llama's has behind its 32,000 pieces and a few more."""
+    """Returns a sentencepiece model with the added tokens that Code Llama has after its 32,000 pieces."""
     size = sentencepiece.SentencePieceProcessor(model_proto=model_bytes).vocab_size()
     added = tuple(AddedToken(id=size + i, text=text, special=True) for i, text in enumerate(MARKS))
     return Tokenizer(model_bytes, words=Words(added=added))
 
 
 def metas(model_bytes: bytes, prefix: str, suffix: str) -> list[int]:
-    """`infilling_prompt_tokens` and `encode_infilling` of codellama: a smiley keeps the space away."""
+    """codellama's `infilling_prompt_tokens` and `encode_infilling`, where a smiley prevents a leading space."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
     size, smiley = processor.vocab_size(), len(processor.encode("☺"))
     behind = processor.encode("☺" + suffix)[smiley:]
@@ -48,7 +48,7 @@ def test_ids_are_metas(tiny_tokenizer: Tokenizer, prefix: str, suffix: str) -> N
 
 
 def test_other_vocabularies() -> None:
-    """Qwen2.5 Coder's marks, in a byte-level tokenizer: texts stand as they are, and there is no BOS."""
+    """Qwen2.5 Coder's marks in a byte-level tokenizer: texts stay unchanged, and there is no BOS."""
     tokenizers = pytest.importorskip("tokenizers")
     plain = tokenizers.Tokenizer(tokenizers.models.BPE({chr(0x120): 0, "a": 1, "b": 2}, []))
     plain.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -62,7 +62,7 @@ def test_other_vocabularies() -> None:
 
 
 def test_the_command_refuses_what_cannot_fill_in(capsys: pytest.CaptureFixture[str]) -> None:
-    """The box's vocabulary cannot, and a suffix is no part of a question."""
+    """The box's vocabulary has no such tokens, and a suffix cannot be part of a question."""
     for argv, message in (
         (["--suffix=x"], "no tokens for filling in"),
         (["--suffix=x", "--think"], "--suffix cannot be combined with --parse_special or --think"),
@@ -72,7 +72,7 @@ def test_the_command_refuses_what_cannot_fill_in(capsys: pytest.CaptureFixture[s
 
 
 def test_the_command_writes_between(tiny_model: Llama, tiny_tokenizer: Tokenizer, tmp_path, capsys) -> None:
-    """Prompt, middle, suffix; the middle is what the library writes from the same ids."""
+    """Prints prompt, middle, suffix; the middle is what the library generates from the same ids."""
     tokenizer = of_code(tiny_tokenizer.model_bytes)
     config = dataclasses.replace(tiny_model.config, vocab_size=tokenizer.vocab_size, num_layers=1)
     model = random_model(config)

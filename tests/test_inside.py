@@ -1,4 +1,4 @@
-"""What a model shows of its inside, what may stand in its place, and single layers: against the NumPy reference."""
+"""A model's internals: captured values, their replacement, and single layers, against the NumPy reference."""
 
 import re
 from typing import Any
@@ -50,7 +50,7 @@ def int4(model: Llama) -> Llama:
 
 
 def floats(model: Llama) -> reference.Weights:
-    """The values of a model's weights, whatever they are made of, for the reference."""
+    """Returns the values of a model's weights in any form, for the reference."""
     named = {name: values(weight) for name, weight in named_weights(model).items()}
     return weights_of(model_from(named, model.config, model.plan))
 
@@ -60,7 +60,7 @@ def logits_of(weights: reference.Weights) -> np.ndarray:
 
 
 def changed(weights: reference.Weights, layer: int, name: str, change: Any) -> reference.Weights:
-    """The same with one matrix of one layer changed."""
+    """Returns the weights with one matrix of one layer changed."""
     full = f"model.layers.{layer}.{name}.weight"
     return weights | {full: change(weights[full])}
 
@@ -71,7 +71,7 @@ SEEN = ("hidden", "attention", "attention_out", "ffn_out")
 
 
 def assert_captured(captured: dict[str, Any], weights: reference.Weights, first: int = 0, names: tuple = SEEN) -> None:
-    """Of tokens from `first` on; slots of a cache behind them have weight 0."""
+    """Checks captured values of tokens from `first` on; cache slots after them must have weight 0."""
     assert sorted(captured) == sorted(names)
     T = TOKENS.shape[1]
     for b, row in enumerate(TOKENS):
@@ -86,7 +86,7 @@ def assert_captured(captured: dict[str, Any], weights: reference.Weights, first:
 
 @pytest.mark.parametrize("layout", [None, "dense", "straight", "tiled"])
 def test_captured_is_numpys(model: Llama, weights: reference.Weights, layout: str | None) -> None:
-    """All at once; without a cache, and of two pieces of a text in one."""
+    """Captures everything at once, without a cache or in the second of two pieces of a text."""
     run = jax.jit(lambda *args: model(*args, capture=SEEN), compiler_options=QUICK)
     if layout is None:
         logits_BTV, cache, captured = run(TOKENS)
@@ -102,7 +102,7 @@ def test_captured_is_numpys(model: Llama, weights: reference.Weights, layout: st
 
 
 def test_captured_of_layers_that_are_stacks_of_their_own(model: Llama, weights: reference.Weights) -> None:
-    """In the order of layers, from a program without loops."""
+    """Values are in the order of layers, from a program without loops."""
     named, plan = named_weights(model), unrolled(CONFIG.stacks)
     alone = {
         name: named[name] if leaf.layers is None else named[f"layers.*.{leaf.name}"][leaf.layers.start][None]
@@ -131,7 +131,7 @@ def test_parts_make_the_whole(model: Llama, weights: reference.Weights) -> None:
 
 
 def test_captured_on_a_mesh_of_explicit_axes(model: Llama, weights: reference.Weights) -> None:
-    """Of one device, which every machine has: the types are those of several."""
+    """One device, which every machine has, is enough: the types are the same as with several."""
     mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Explicit,))
     spread = lambda leaf: jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*[None] * (leaf.ndim - 1), "x")))  # noqa: E731
     rows = jax.device_put(TOKENS, NamedSharding(mesh, PartitionSpec("x", None)))
@@ -149,7 +149,7 @@ def test_captured_on_a_mesh_of_explicit_axes(model: Llama, weights: reference.We
 @pytest.mark.parametrize("name", PARTS)
 @pytest.mark.parametrize("layer", range(3))
 def test_a_half_of_a_layer_replaced(model: Llama, weights: reference.Weights, name: str, layer: int) -> None:
-    """By zeros, as if its last matrix were zero; doubled by a function, as if that were doubled."""
+    """Zeros act as a last matrix of zeros would; a function that doubles the half acts as a doubled matrix would."""
     run = jax.jit(lambda hooks: model(TOKENS, hooks=hooks)[0], compiler_options=QUICK)
     none = run({(name, layer): jnp.zeros(CONFIG.width)})
     np.testing.assert_allclose(none, logits_of(changed(weights, layer, PARTS[name], np.zeros_like)), atol=1e-4)
@@ -160,7 +160,7 @@ def test_a_half_of_a_layer_replaced(model: Llama, weights: reference.Weights, na
 
 @pytest.mark.parametrize("layout", [None, "dense", "tiled"])
 def test_attention_replaced(model: Llama, weights: reference.Weights, layout: str | None) -> None:
-    """By even weights of all that a position sees, as queries of zero give; what is captured is what was mixed."""
+    """Even weights over all visible positions equal queries of zero; the captured weights are the replaced ones."""
     slots = TOKENS.shape[1] if layout is None else 64
     even_TS = np.tril(np.ones((9, slots), np.float32)) / np.arange(1, 10, dtype=np.float32)[:, None]
     cache = NoCache() if layout is None else KVCache.empty(CONFIG, 2, slots, layout=layout)
@@ -175,7 +175,7 @@ def test_attention_replaced(model: Llama, weights: reference.Weights, layout: st
 
 
 def test_several_hooks_and_hidden_states(model: Llama, weights: reference.Weights) -> None:
-    """A hidden state of the other row makes the rest of the layers the other row's; what stands there is captured."""
+    """The other row's hidden state makes all later layers the other row's; the replaced value is captured."""
     _, _, seen = model(TOKENS[::-1], capture=("hidden",))
     hooks = {("hidden", 1): seen["hidden"][1], ("attention_out", 0): jnp.ones(())}
     logits_BTV, _, captured = model(TOKENS, hooks=hooks, capture=("hidden", "attention_out"))
@@ -186,7 +186,7 @@ def test_several_hooks_and_hidden_states(model: Llama, weights: reference.Weight
 
 
 def test_hooks_are_arguments(model: Llama, weights: reference.Weights) -> None:
-    """Another value is no new program, another layer is one; each is right."""
+    """Another value needs no new program, another layer does; both give right results."""
     traced = []
 
     @jax.jit
@@ -195,7 +195,7 @@ def test_hooks_are_arguments(model: Llama, weights: reference.Weights) -> None:
         return model(TOKENS, hooks=hooks)[0]
 
     for layer, scale in ((0, 0.0), (0, 1.0), (2, 1.0)):
-        # No matrix gives the same for every input, so NumPy's pass is written out.
+        # No matrix gives a constant output, so NumPy's pass is written out.
         value_D = np.linspace(-1, 1, CONFIG.width).astype(np.float32) * np.float32(scale)
         logits_BTV = run({("ffn_out", layer): value_D})
         expected = []
@@ -229,7 +229,7 @@ def test_what_there_is_not_cannot_be_replaced(model: Llama, name: str, layer: in
 
 @pytest.mark.parametrize("kind", ["floats", "int4", "prepared", "mixed"])
 def test_a_layer_by_itself(model: Llama, int4: Llama, kind: str) -> None:
-    """Applied to the hidden state before it, it gives the one behind it."""
+    """Applied to the hidden state before it, a layer gives the hidden state after it."""
     mixed = int4.with_layer(0, model.layer(0))
     whole = {"floats": model, "int4": int4, "prepared": prepare(int4, "cpu"), "mixed": mixed}[kind]
     expected = reference.trace(CONFIG, floats(whole if kind != "prepared" else int4), TOKENS[0])
@@ -242,7 +242,7 @@ def test_a_layer_by_itself(model: Llama, int4: Llama, kind: str) -> None:
 
 
 def test_another_layer(model: Llama, weights: reference.Weights) -> None:
-    """Of another model; the first one stays what it was."""
+    """A layer of another model can replace one; the first model stays unchanged."""
     other = random_model(CONFIG, seed=1)
     theirs = weights_of(other)
     swapped = model.with_layer(1, other.layer(2))
@@ -256,7 +256,7 @@ def test_another_layer(model: Llama, weights: reference.Weights) -> None:
 
 @pytest.mark.parametrize("laid_out", [False, True])
 def test_another_layer_of_a_packed_model(model: Llama, int4: Llama, laid_out: bool) -> None:
-    """One in floats makes stacks of two types; one of its own leaves one type."""
+    """A layer of floats makes stacks of two types; a layer of the same model leaves one type."""
     packed = prepare(int4, "cpu") if laid_out else int4
     ours, theirs = floats(int4), weights_of(model)
     moved = packed.with_layer(0, packed.layer(2))
@@ -279,7 +279,7 @@ def test_a_layer_that_there_is_not(model: Llama) -> None:
 
 
 def test_a_layer_of_another_config(model: Llama) -> None:
-    """Also where its weights would fit: their heads would be cut otherwise."""
+    """It is refused even where its weights would fit, since their heads would be split otherwise."""
     for change in ({"ffn_width": 40}, {"num_heads": 2, "num_kv_heads": 1, "head_size": 16}):
         other = random_model(Config(**{**CONFIG.__dict__, **change}))
         with pytest.raises(LlamaJaxError, match=r"layer 2: a Block of another config, .* a Block of a model with Conf"):
@@ -290,7 +290,7 @@ def test_a_layer_of_another_config(model: Llama) -> None:
 
 
 def test_remat_of_layers_needs_less_memory_for_the_same_gradients() -> None:
-    """Of eight layers at once less than half remains: their inputs, and what one layer computes."""
+    """With eight layers it needs less than half: the layers' inputs, and the values of one layer at a time."""
     config = Config(**{**CONFIG.__dict__, "num_layers": 8, "width": 64, "ffn_width": 256})
     model = random_model(config)
     tokens_BT = np.random.default_rng(1).integers(0, 50, (4, 64)).astype(np.int32)
@@ -318,7 +318,7 @@ def test_remat_of_layers_needs_less_memory_for_the_same_gradients() -> None:
 
 @pytest.mark.parametrize("kind", ["floats", "int4", "prepared", "mixed", "abstract"])
 def test_repr_fits_a_screen_and_counts_weights(model: Llama, int4: Llama, kind: str) -> None:
-    """Shapes are those of the weights, whatever holds them, and sum up to their number."""
+    """The shapes are those of the weights in any form, and add up to their number."""
     shown = {
         "floats": lambda: model,
         "int4": lambda: int4,

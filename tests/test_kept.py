@@ -1,4 +1,4 @@
-"""Rows kept from request to request, requests that are stopped, and samples: what is prefilled, and the same text."""
+"""Rows kept from request to request, stopped requests, and samples: what is prefilled, and the same text."""
 
 import threading
 from typing import Any
@@ -22,7 +22,7 @@ def _run(model: Llama, prompt: Any, **options: Any) -> Any:
 
 
 def test_a_second_turn_prefills_only_what_is_new(tiny_model: Llama) -> None:
-    """What the first made is there, too, but for its newest token; and again in a cache that had to grow."""
+    """Generated tokens are kept, too, except the newest one; so are tokens of a cache that had to grow."""
     kept = Kept()
     first = _run(tiny_model, FIRST, kept=kept)
     assert (first.speed.prefill_tokens, first.speed.reused_tokens) == (20, 0)
@@ -41,7 +41,7 @@ def test_a_second_turn_prefills_only_what_is_new(tiny_model: Llama) -> None:
     assert (third.speed.prefill_tokens, third.speed.reused_tokens) == (1, 7)
     assert third.completions[0].tokens == generate(tiny_model, None, other, **GREEDY).tokens
     again = _run(jax.tree.map(lambda leaf: leaf * 2, tiny_model), other, kept=kept)
-    assert again.speed.reused_tokens == 0, "of another model nothing is kept"
+    assert again.speed.reused_tokens == 0, "tokens of another model must not be reused"
 
 
 def test_what_is_given_up_or_stopped_stays_of_use(tiny_model: Llama) -> None:
@@ -49,7 +49,7 @@ def test_what_is_given_up_or_stopped_stays_of_use(tiny_model: Llama) -> None:
     for piece in stream(tiny_model, None, FIRST, kept=kept, **GREEDY):
         assert piece == ""
         break
-    assert kept.held == [FIRST], "one token was made, and is the newest"
+    assert kept.held == [FIRST], "the one generated token is the newest, which is not kept"
     stopped = stream(tiny_model, None, [*FIRST, 5, 6], kept=kept, **GREEDY)
     for _ in stopped:
         stopped.stop()
@@ -63,7 +63,7 @@ def test_what_is_given_up_or_stopped_stays_of_use(tiny_model: Llama) -> None:
 
 
 def test_stopped_between_chunks_of_a_prompt(tiny_model: Llama) -> None:
-    """What was prefilled by then is kept."""
+    """Tokens that were prefilled before the stop are kept."""
     kept, prompt = Kept(), [1, *range(3, 303)]
     run = stream(tiny_model, None, prompt, kept=kept, **GREEDY)
     extend = Kept.extend
@@ -111,7 +111,7 @@ def test_stop_ids(tiny_model: Llama) -> None:
 
 
 def test_threads_compile_a_program_once_and_count_their_own() -> None:
-    """Eight threads want one of two programs; who waited counts the time, and no program."""
+    """Eight threads want one of two programs; a thread that waited counts the time, but no program."""
     gate, traced = threading.Barrier(8), []
 
     def double(x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The CPU lowering: products of tiles against NumPy's in float64, what it compiles to, and whole models."""
+"""The CPU lowering: products of tiles against NumPy's in float64, compiled programs, and whole models."""
 
 import dataclasses
 import re
@@ -24,7 +24,7 @@ SCHEMES = ("int4", "int8", "int3", "int2", "ternary", "uint4", "int5", "int6", "
 
 
 def made(name: str, group: int, groups: int, outputs: int, axis: int, seed: int = 0, lead: tuple[int, ...] = ()):
-    """A QTensor of random codes with every plane that tiles can hold, and its weight [..., K, M] in float64."""
+    """Returns a QTensor of random codes with every plane that tiles can hold, and its weight [..., K, M] in float64."""
     rng, scheme, K = np.random.default_rng(seed), quant.SCHEMES[name], group * groups
     codes = rng.integers(0, scheme.max_code + 1, (*lead, K, outputs), np.uint8)
     scale = rng.normal(size=(*lead, groups, outputs)).astype(np.float16)
@@ -49,13 +49,13 @@ def made(name: str, group: int, groups: int, outputs: int, axis: int, seed: int 
 
 
 def bound(x_RK: np.ndarray, qtensor: QTensor) -> np.ndarray:
-    """What the docstring of `matmul` promises, [R, M], for one scale a group and output."""
+    """Returns the bound in the docstring of `matmul`, [R, M], with one scale per group and output."""
     terms_RM = np.abs(x_RK).sum(-1, keepdims=True) * largest(qtensor)
     return (x_RK.shape[1] + 16) * 2.0**-24 * terms_RM
 
 
 def largest(qtensor: QTensor) -> float:
-    """The largest size that anything added up can have, an activation being 1."""
+    """Returns the largest possible term of the sums when an activation is 1."""
     codes = 2.0**qtensor.scheme.bits + (0 if qtensor.zero is None else 255)
     offset = 0 if qtensor.offset is None else float(jnp.abs(qtensor.offset).max())
     return 2 * (16 * codes * float(jnp.abs(qtensor.scale).max()) + offset)
@@ -89,7 +89,7 @@ def test_product_is_numpys(
 
 
 def test_bfloat16_activations_keep_the_gradient_of_scales() -> None:
-    """Rounding, by integers too, is passed by: as if the products were exact, but for 8 bits of precision."""
+    """Gradients ignore rounding, also to integers: they are those of exact products, to 8 bits of precision."""
     qtensor, _ = made("int4", 32, 2, 16, -2)
     qtensor = dataclasses.replace(qtensor, order=None)
     x_RK = jnp.asarray(np.random.default_rng(1).standard_normal((cpu.MAX_UNROLLED_ROWS + 1, 64)), jnp.float32)
@@ -107,7 +107,7 @@ def test_bfloat16_activations_keep_the_gradient_of_scales() -> None:
 @pytest.mark.parametrize("axis", [-2, -1])
 @pytest.mark.parametrize("name", SCHEMES)
 def test_layout_loses_nothing(name: str, axis: int) -> None:
-    """Every array, bit for bit, of a stack with outputs that fill no tile."""
+    """Every array comes back bit for bit, from a stack whose outputs do not fill the tiles."""
     qtensor, _ = made(name, 64, 3, 21, axis, lead=(2,))
     tiled = cpu.layout(qtensor)
     assert (tiled.shape, tiled.ndim, tiled.size, tiled.dtype) == (qtensor.shape, 3, qtensor.size, qtensor.dtype)
@@ -141,7 +141,7 @@ def test_rows_of_a_table_are_its_own() -> None:
 
 @pytest.mark.parametrize("rows", [3, 40])
 def test_layers_of_a_stack(rows: int) -> None:
-    """In a scan, by number, and under vmap: each is the product with its own weight."""
+    """In a scan, by number, and under vmap, each product uses the layer's own weight."""
     qtensor, weight_LKM = made("int3", 32, 4, 18, -2, lead=(3,))
     x_RK = np.random.default_rng(1).standard_normal((rows, 128)).astype(np.float32)
     tiled, expected_LRM = cpu.layout(qtensor), x_RK.astype(np.float64) @ weight_LKM
@@ -193,7 +193,7 @@ def test_what_has_no_layout_stays_as_it_is() -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])
 def test_every_backend_has_a_layout(backend: str) -> None:
-    """Which can be made anywhere; what it shares with the weight it was made from is not freed."""
+    """It can be made on any machine; arrays that it shares with the original weight are not freed."""
     weight_KM = jnp.asarray(np.random.default_rng(0).standard_normal((64, 32)), jnp.float32)
     expected_KM = np.asarray(quant.dequantize(quant.quantize_rtn(weight_KM, "int4", group_size=32)))
     made = quant.prepare(quant.quantize_rtn(weight_KM, "int4", group_size=32), backend, donate=True)
@@ -202,7 +202,7 @@ def test_every_backend_has_a_layout(backend: str) -> None:
 
 
 def test_few_rows_write_no_float_weight(tiny_model: llamajax.Llama) -> None:
-    """The compiled product's temporaries are small beside the packed weight, and so are its operands' copies."""
+    """The compiled product's temporaries are small compared with the packed weight, and so are copies of operands."""
     qtensor, _ = made("int4", 32, 16, 2048, -2, lead=(4,))
     tiled = cpu.layout(dataclasses.replace(qtensor, order=None))
     x_1K = jnp.ones((1, 512))
@@ -218,7 +218,7 @@ def test_few_rows_write_no_float_weight(tiny_model: llamajax.Llama) -> None:
 
 @pytest.fixture(scope="module")
 def packed() -> llamajax.Llama:
-    """Two layers wide enough for groups of 32, tied: the table is looked up and multiplied with."""
+    """A tied model, wide enough for groups of 32: the table is looked up and multiplied with."""
     config = llamajax.Config(
         vocab_size=70, width=64, ffn_width=96, num_layers=3, num_heads=4, num_kv_heads=2, head_size=16,
         context_length=512, tied_embeddings=True,
@@ -254,7 +254,7 @@ def test_preparing_may_free_what_it_was_given(packed: llamajax.Llama) -> None:
 
 
 def test_generation_is_the_references(packed: llamajax.Llama) -> None:
-    """Greedy tokens, of prompts short and long: few rows, many rows, batches."""
+    """Greedy tokens agree for short and long prompts: few rows, many rows, batches."""
     rng = np.random.default_rng(3)
     prompts = [rng.integers(0, 70, n).tolist() for n in (1, 5, 90)]
     options = {"max_new_tokens": 12, "temperature": 0}

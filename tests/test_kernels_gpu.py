@@ -1,4 +1,4 @@
-"""The GPU lowering beside NumPy: layouts, the Triton kernel in Pallas' interpreter, and XLA's product."""
+"""The GPU lowering against NumPy: layouts, the Triton kernel in Pallas' interpreter, and XLA's product."""
 
 import dataclasses
 import re
@@ -13,7 +13,7 @@ from quant.kernels import gpu
 
 
 def make(scheme: str, shape: tuple[int, ...], group_size: int, axis: int, scale_dtype=jnp.bfloat16, **planes):
-    """A random QTensor, every code equally likely; `planes` are the dtypes of zero and offset."""
+    """Returns a random QTensor, every code equally likely; `planes` are the dtypes of zero and offset."""
     rng = np.random.default_rng(0)
     bits = int(scheme[-1])
     codes = rng.integers(0, 2**bits, shape, np.uint8)
@@ -26,7 +26,7 @@ def make(scheme: str, shape: tuple[int, ...], group_size: int, axis: int, scale_
 
 
 def decode(weight: quant.QTensor) -> np.ndarray:
-    """float64 [..., K, M], from the bytes, by FORMAT.md."""
+    """Returns float64 [..., K, M], decoded from the bytes by FORMAT.md."""
     planes = {"packed": weight.planes[0], "scale": weight.scale, "zero": weight.zero, "offset": weight.offset}
     planes = {
         k: np.asarray(v) if weight.axis == -2 else np.swapaxes(v, -1, -2) for k, v in planes.items() if v is not None
@@ -43,7 +43,7 @@ def decode(weight: quant.QTensor) -> np.ndarray:
 
 
 def check(y_RM, x_RK, weight: quant.QTensor) -> None:
-    """Against the product in float64, within the bounds of `gpu.matmul`'s docstring."""
+    """Compares with the product in float64, within the bounds of `gpu.matmul`'s docstring."""
     weight_KM = decode(weight)
     x = np.abs(np.asarray(x_RK, np.float64))
     if len(x) <= gpu.MAX_KERNEL_ROWS:
@@ -56,7 +56,7 @@ def check(y_RM, x_RK, weight: quant.QTensor) -> None:
 
 
 def largest(weight: quant.QTensor) -> np.ndarray:
-    """[K, M]: the most that code, zero point and offset can each make of a group's weights, added."""
+    """Returns [K, M]: the sum of the largest terms of a group's weights from code, zero point and offset."""
     planes = {name: getattr(weight, name) for name in ("scale", "zero", "offset")}
     planes = {k: np.abs(np.asarray(v, np.float64)) for k, v in planes.items() if v is not None}
     sum_CM = (2**weight.scheme.bits + planes.get("zero", 0)) * planes["scale"] + planes.get("offset", 0)
@@ -95,7 +95,7 @@ def test_layout_keeps_every_bit(scheme, axis, group_size, scale_dtype, planes) -
 @pytest.mark.matrix
 @pytest.mark.parametrize(("scheme", "axis", "group_size", "scale_dtype", "planes"), CASES)
 def test_matmul_is_the_product(scheme, axis, group_size, scale_dtype, planes) -> None:
-    """Several blocks of outputs, several parts of K, more rows than the kernel takes."""
+    """Covers several blocks of outputs, several parts of K, and more rows than the kernel takes."""
     weight = make(scheme, (384, 320) if axis == -2 else (320, 384), group_size, axis, scale_dtype, **planes)
     laid_out = gpu.layout(weight)
     matmul = jax.jit(lambda x, w: gpu.matmul(x, w, interpret=True))
@@ -108,7 +108,7 @@ def test_matmul_is_the_product(scheme, axis, group_size, scale_dtype, planes) ->
 
 @pytest.mark.parametrize("rows", [1, 16, 20])
 def test_layers_of_a_stack(rows: int) -> None:
-    """By number, by slices of a scan, and by vmap; with the kernel and without."""
+    """Layers are taken by number, by slices of a scan, and by vmap; with the kernel and without."""
     weight = make("int4", (3, 128, 128), 32, -2)
     laid_out = gpu.layout(weight)
     x_RK = activations(rows, 128, jnp.bfloat16)
@@ -174,16 +174,16 @@ def test_refusals(weight, message) -> None:
         gpu.layout(weight)
 
 
-# JAX 0.12 announces that it will do without Triton; until then the kernel is lowered.
+# JAX 0.12 announces the end of its Triton backend; until then the kernel is lowered.
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("rows", [2, 16])
 def test_rows_with_experts_of_their_own_are_lowered_to_the_kernel(rows: int) -> None:
-    """For CUDA, without a card: the kernel is given the whole stack and a number, and nothing cuts a matrix out."""
+    """Lowers for CUDA without a card: the kernel gets the whole stack and a number, and no matrix is sliced out."""
     weight = jax.eval_shape(gpu.layout, make("int4", (2, 4, 256, 384), 32, -2))
     product = jax.jit(lambda x, weight, layer, index: quant.product(x, weight.at_layer(layer), index))
     shapes = ((rows, 256), jnp.bfloat16), ((), jnp.int32), ((rows,), jnp.int32)
     x, layer, index = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
-    card = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "cuda")  # JAX 0.12 wants to know
+    card = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "cuda")  # JAX 0.12 needs it
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=card)):
         text = product.trace(x, weight, layer, index).lower(lowering_platforms=("cuda",)).as_text()
     calls = [line for line in text.splitlines() if "@__gpu$xla.gpu.triton" in line]

@@ -1,4 +1,4 @@
-"""Every shape that a weight can be quantized in is multiplied, on every backend: by its layout or by the reference."""
+"""Every shape in which a weight can be quantized is multiplied on every backend: by its layout or the reference."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ SHAPES = ((86, 86), (1366, 1366), (254, 254), (254, 2), (8, 2), (134, 134), (178
 
 
 def abstract(scheme: quant.Scheme, group: int, groups: int, outputs: int, axis: int) -> QTensor:
-    """A weight of shapes and dtypes only."""
+    """Returns a weight of shapes and dtypes only."""
 
     def plane(rows: int, dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, outputs) if axis == -2 else (outputs, rows), dtype)
@@ -54,7 +54,7 @@ def test_odd_groups_are_multiplied(length: int, group: int) -> None:
 
 
 def _check_traced(weight: QTensor, rows: int, backend: str) -> None:
-    """Traced only: the values are those of the tests of each lowering."""
+    """Traces the product only; the tests of each lowering check the values."""
 
     def product(weight: QTensor, x_RK: jax.Array) -> jax.Array:
         laid_out = weight if refusal(weight, backend) else LAYOUTS[backend](weight)
@@ -70,7 +70,7 @@ def _check_traced(weight: QTensor, rows: int, backend: str) -> None:
 @pytest.mark.parametrize(("length", "group"), SHAPES)
 @pytest.mark.parametrize("scheme", ["int4", "uint8"])
 def test_odd_groups_on_the_cpu(scheme: str, length: int, group: int) -> None:
-    """Against the dequantized weight in float64, by one row and by several, within `cpu.matmul`'s bound."""
+    """Compares one row and several with the dequantized weight in float64, within `cpu.matmul`'s bound."""
     rng = np.random.default_rng(length)
     weight = quant.quantize_rtn(rng.normal(size=(length, 20)).astype(np.float32), scheme, group_size=group)
     laid_out = prepare(weight, "cpu")

@@ -1,4 +1,4 @@
-"""The TPU lowering beside NumPy: layouts, XLA's product, and the Mosaic kernel in Pallas' interpreter."""
+"""The TPU lowering against NumPy: layouts, XLA's product, and the Mosaic kernel in Pallas' interpreter."""
 
 import dataclasses
 import re
@@ -13,7 +13,7 @@ from quant.kernels import tpu
 
 
 def make(scheme: str, shape: tuple[int, ...], group_size: int, axis: int, scale_dtype=jnp.bfloat16, zero=None, seed=0):
-    """A random QTensor, every code equally likely."""
+    """Returns a random QTensor, every code equally likely."""
     rng = np.random.default_rng(seed)
     bits = int(scheme[-1])
     codes = rng.integers(0, 2**bits, shape, np.uint8)
@@ -26,7 +26,7 @@ def make(scheme: str, shape: tuple[int, ...], group_size: int, axis: int, scale_
 
 
 def decode(weight: quant.QTensor) -> np.ndarray:
-    """float64 [..., K, M], from the bytes, by FORMAT.md."""
+    """Returns float64 [..., K, M], decoded from the bytes by FORMAT.md."""
     planes = [weight.planes[0], weight.scale] + ([] if weight.zero is None else [weight.zero])
     planes = [np.asarray(p) for p in planes]
     packed, scale, *zero = (p if weight.axis == -2 else p.swapaxes(-1, -2) for p in planes)
@@ -41,7 +41,7 @@ def decode(weight: quant.QTensor) -> np.ndarray:
 
 
 def check(y_RM, x_RK, weight_KM: np.ndarray) -> None:
-    """Against the product in float64, within the bounds of `tpu.matmul`'s docstring."""
+    """Compares with the product in float64, within the bounds of `tpu.matmul`'s docstring."""
     x = np.asarray(x_RK, np.float64)
     magnitude = np.abs(x) @ np.abs(weight_KM)
     rounding = 2.0**-8 if x_RK.dtype == jnp.bfloat16 else 0
@@ -81,7 +81,7 @@ def test_layout_keeps_every_bit(scheme, axis, group_size, scale_dtype, zero) -> 
 
 
 def test_bytes_on_the_device() -> None:
-    """Half a byte a code, two bytes a bfloat16 scale: those of the QTensor. float16 scales become float32."""
+    """Half a byte per code and two per bfloat16 scale, as in the QTensor. float16 scales become float32."""
     weight = make("int4", (256, 128), 32, -2)
     assert tpu.layout(weight).nbytes == weight.nbytes == 256 * 128 // 2 + 8 * 128 * 2
     assert tpu.layout(make("int4", (256, 128), 32, -2, jnp.float16)).nbytes == 256 * 128 // 2 + 8 * 128 * 4
@@ -91,7 +91,7 @@ def test_bytes_on_the_device() -> None:
 @pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize(("scheme", "axis", "group_size", "scale_dtype", "zero"), CASES)
 def test_matmul_is_the_product(scheme, axis, group_size, scale_dtype, zero, kernel) -> None:
-    """Outputs that fill no block, both lowerings."""
+    """Covers outputs that do not fill the blocks, and both lowerings."""
     rows, outputs = 2 + group_size % 19, 300
     weight = make(scheme, (384, outputs) if axis == -2 else (outputs, 384), group_size, axis, scale_dtype, zero)
     laid_out = tpu.layout(weight, kernel=kernel)
@@ -104,7 +104,7 @@ def test_matmul_is_the_product(scheme, axis, group_size, scale_dtype, zero, kern
 
 @pytest.mark.parametrize(("rows", "kernel"), [(1, True), (20, True), (8, False)])
 def test_layers_of_a_stack(rows: int, kernel: bool) -> None:
-    """By number, by slices of a scan, and by vmap; with the kernel and without."""
+    """Layers are taken by number, by slices of a scan, and by vmap; with the kernel and without."""
     weight = make("int4", (3, 256, 128), 32, -2)
     laid_out, expected = tpu.layout(weight, kernel=kernel), decode(weight)
     x_RK = activations(rows, 256, jnp.bfloat16)
@@ -119,7 +119,7 @@ def test_layers_of_a_stack(rows: int, kernel: bool) -> None:
 
 
 def test_blocks_that_fit_no_vmem_are_xlas() -> None:
-    """The longest contraction of LLaMA 405B: in narrower blocks with few rows, by XLA with 64."""
+    """LLaMA 405B's longest contraction runs in narrower blocks with few rows, and by XLA with 64 rows."""
     abstract = jax.eval_shape(lambda: tpu.layout(quant.quantize_rtn(jnp.zeros((53248, 256)), "int4", group_size=128)))
     assert [tpu.uses_kernel(abstract, rows, jnp.bfloat16) for rows in (1, 8, 64)] == [True, True, False]
 
@@ -180,7 +180,7 @@ def test_refusals(weight, message) -> None:
 
 @pytest.mark.parametrize("rows", [2, 16, 64])
 def test_rows_with_experts_of_their_own_are_lowered_to_the_kernel(rows: int) -> None:
-    """For TPU, without one: the kernel is given the whole stack and a number, and nothing cuts a matrix out."""
+    """Lowers for TPU without one: the kernel gets the whole stack and a number, and no matrix is sliced out."""
     weight = jax.eval_shape(tpu.layout, make("int4", (2, 4, 256, 384), 32, -2))
     product = jax.jit(lambda x, weight, layer, index: quant.product(x, weight.at_layer(layer), index))
     shapes = ((rows, 256), jnp.bfloat16), ((), jnp.int32), ((rows,), jnp.int32)

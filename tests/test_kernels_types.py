@@ -1,4 +1,4 @@
-"""The CPU lowering of what GGUF files hold: two levels of scales, and codebooks; against NumPy in float64."""
+"""The CPU lowering of GGUF's types, with two levels of scales and codebooks, against NumPy in float64."""
 
 import dataclasses
 import functools
@@ -17,7 +17,8 @@ from quant.kernels import cpu, cpu_rows, gpu, tpu
 from tests.fuzz import fuzz
 from tests.test_packing import arrays_of, decode
 
-# ggml's type: codes, group, codes of scales (and their group), whether offsets have the same, bits a weight in a file.
+# ggml's type: codes, group, codes of scales (and their group), whether offsets have the same, bits per weight in a
+# file.
 FORMS: dict[str, tuple[str, int, tuple[str, int] | None, bool, float]] = {
     "Q4_0": ("int4", 32, None, False, 4.5),
     "Q4_1": ("uint4", 32, None, True, 5.0),
@@ -39,7 +40,7 @@ EITHER_AXIS = [(name, -1 - number % 2) for number, name in enumerate(FORMS)]
 
 
 def made(name: str, blocks: int, outputs: int, axis: int, lead: tuple[int, ...] = (), seed: int = 0, **changes: Any):
-    """A weight of so many times 256 inputs in a type's form, random codes and scales, and its arrays of one level."""
+    """Returns a random weight of 256 * blocks inputs in a type's form, and its arrays with one level of scales."""
     rng, (scheme, group, levels, has_offset, _) = np.random.default_rng(seed), FORMS[name]
     levels, K = changes.get("levels", levels), 256 * blocks
     turn = (lambda x: jnp.asarray(x)) if axis == -2 else (lambda x: jnp.asarray(np.swapaxes(x, -1, -2)))
@@ -74,7 +75,7 @@ def made(name: str, blocks: int, outputs: int, axis: int, lead: tuple[int, ...] 
 
 
 def dense(weight: QTensor, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Values [..., K, M] in float64, and the largest that a code can stand for in each place."""
+    """Returns values [..., K, M] in float64, and the largest value that a code could stand for in each place."""
     name, axis = weight.scheme.name, weight.axis
     largest = 0.0
     for code in (0, weight.scheme.max_code):
@@ -88,7 +89,7 @@ def dense(weight: QTensor, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, n
 
 
 def check(y_RM: jax.Array, x_RK: np.ndarray, weight_KM: np.ndarray, largest_KM: np.ndarray) -> None:
-    """Within the bound of `cpu.matmul`'s docstring."""
+    """Checks the bound of `cpu.matmul`'s docstring."""
     bound_RM = (x_RK.shape[1] + 16) * 2.0**-24 * 16 * np.abs(x_RK).astype(np.float64) @ largest_KM
     assert y_RM.dtype == jnp.float32
     assert np.all(np.abs(np.asarray(y_RM, np.float64) - x_RK.astype(np.float64) @ weight_KM) <= bound_RM)
@@ -97,7 +98,7 @@ def check(y_RM: jax.Array, x_RK: np.ndarray, weight_KM: np.ndarray, largest_KM: 
 @pytest.mark.matrix
 @pytest.mark.parametrize(("name", "axis"), EITHER_AXIS)
 def test_one_row_is_numpys_in_as_many_bits(name: str, axis: int) -> None:
-    """And what is in memory is at most 1.1 times what is in the file; outputs fill whole tiles."""
+    """The layout takes at most 1.1 times the bytes in the file; outputs fill whole tiles."""
     weight, arrays = made(name, 3, 48, axis)
     bits = FORMS[name][-1]
     tiled = quant.prepare(weight, "cpu")
@@ -112,7 +113,7 @@ def test_one_row_is_numpys_in_as_many_bits(name: str, axis: int) -> None:
 @pytest.mark.parametrize("axis", [-2, -1])
 @pytest.mark.parametrize("name", FORMS)
 def test_several_rows_of_a_layer_are_numpys(name: str, axis: int, rows: int) -> None:
-    """With outputs that fill no tile: by the sum written out, by slabs, and by the whole weight."""
+    """Outputs do not fill the tiles; the products are the unrolled sum, slabs, and the whole weight."""
     weight, arrays = made(name, 2, 21, axis, lead=(2,))
     x_RK = np.random.default_rng(1).standard_normal((rows, 512)).astype(np.float32)
     layer = cpu.layout(weight).at_layer(jnp.asarray(1))
@@ -122,7 +123,7 @@ def test_several_rows_of_a_layer_are_numpys(name: str, axis: int, rows: int) -> 
 
 @pytest.mark.parametrize("name", ["Q4_1", "Q8_0"])
 def test_some_rows_whose_sums_fit_no_cache_are_numpys(name: str, monkeypatch) -> None:
-    """As of a vocabulary: made band by band, the last of which is moved back."""
+    """As with a vocabulary, outputs are computed band by band; the last band is moved back."""
     monkeypatch.setattr(cpu_rows, "BAND_BYTES", 8 * 16 * 4 * 16 * 2)
     weight, arrays = made(name, 2, 45, -2)
     x_RK = np.random.default_rng(1).standard_normal((8, 512)).astype(np.float32)
@@ -130,7 +131,7 @@ def test_some_rows_whose_sums_fit_no_cache_are_numpys(name: str, monkeypatch) ->
 
 
 def under_units(bits: int, length: int, outputs: int, axis: int, lead: tuple[int, ...] = ()) -> Any:
-    """A weight with scales in int8, and its arrays of one level."""
+    """Returns a weight with scales in int8, and its arrays with one level of scales."""
     rng, kind = np.random.default_rng(bits + length), quant.SCHEMES[f"int{bits}"]
     turn = (lambda x: x) if axis == -2 else (lambda x: np.swapaxes(x, -1, -2))
     shapes = [(*lead, rows, outputs) for rows in (length, length // 32, 1)]
@@ -147,10 +148,10 @@ def under_units(bits: int, length: int, outputs: int, axis: int, lead: tuple[int
     [(2, 576, -2, 1), (3, 96, -1, 1), (4, 96, -1, 3), (5, 96, -2, 1), (6, 160, -2, 3), (8, 96, -2, 20)],
 )
 def test_scales_under_one_float_for_an_output_are_numpys(bits: int, length: int, axis: int, rows: int) -> None:
-    """Rows of any whole groups, of one layer of a stack; nothing becomes larger in memory, and the layout is undone."""
+    """Any number of whole groups, one layer of a stack: memory does not grow, and the layout is undone."""
     weight, arrays = under_units(bits, length, 21, axis, (2,))
     tiled = cpu.layout(weight)
-    assert tiled.nbytes * 21 == weight.nbytes * 32  # of whole tiles
+    assert tiled.nbytes * 21 == weight.nbytes * 32  # padded to whole tiles
     x_RK = np.random.default_rng(1).standard_normal((rows, length)).astype(np.float32)
     weight_LKM, largest_LKM = dense(weight, arrays)
     layer = tiled.at_layer(jnp.asarray(1))
@@ -160,7 +161,7 @@ def test_scales_under_one_float_for_an_output_are_numpys(bits: int, length: int,
 
 @pytest.mark.parametrize(("bits", "axis"), [(4, -2), (8, -1)])
 def test_scales_under_one_float_for_an_output_on_other_backends(bits: int, axis: int) -> None:
-    """Scales stay codes there, in the kernels too; compiled for the interpreter."""
+    """Scales stay codes on GPU and TPU, in the kernels too; run in the interpreter."""
     weight, arrays = under_units(bits, 384, 64, axis, (2,))
     weight_LKM, largest_LKM = dense(weight, arrays)
     values = np.asarray(quant.dequantize(weight))
@@ -197,7 +198,7 @@ def test_scales_under_one_float_for_an_output_on_other_backends(bits: int, axis:
 def test_any_two_levels_are_numpys(
     name: str, blocks: int, outputs: int, axis: int, rows: int, levels: tuple[str, int], seed: int
 ) -> None:
-    """Spans of the second level that are no type's, longer and shorter than a step; codes that become floats."""
+    """Groups of the second level differ from any type's, longer and shorter than a step; some codes become floats."""
     weight, arrays = made(name, blocks, outputs, axis, seed=seed, levels=levels)
     x_RK = np.random.default_rng(seed).standard_normal((rows, 256 * blocks)).astype(np.float32)
     tiled = cpu.layout(weight)
@@ -208,7 +209,7 @@ def test_any_two_levels_are_numpys(
 @pytest.mark.matrix
 @pytest.mark.parametrize(("name", "axis"), EITHER_AXIS)
 def test_layout_is_undone(name: str, axis: int) -> None:
-    """Every array of both levels, bit for bit, of a stack and of one layer; laid out by NumPy as by JAX."""
+    """Every array of both levels comes back bit for bit, from a stack and one layer; NumPy and JAX lay out the same."""
     weight, _ = made(name, 1, 21, axis, lead=(2,))
     tiled = cpu.layout(weight)
     for back, expected in (
@@ -243,7 +244,7 @@ def test_a_scale_for_the_whole_second_level_is_broadcast() -> None:
 
 @pytest.mark.parametrize("name", ["Q2_K", "Q4_K", "MXFP4"])
 def test_one_row_writes_no_floats(name: str) -> None:
-    """Neither weights nor scales: the program's temporaries are small beside what is packed."""
+    """Neither weights nor scales become floats in memory: temporaries are small compared with the packed weight."""
     weight = jax.eval_shape(lambda: zeros(name, 2048, 2048))
     tiled = jax.eval_shape(cpu.layout, weight)
     program = jax.jit(quant.product).lower(jax.ShapeDtypeStruct((1, 2048), jnp.float32), tiled).compile()
@@ -251,7 +252,7 @@ def test_one_row_writes_no_floats(name: str) -> None:
 
 
 def zeros(name: str, K: int, outputs: int) -> QTensor:
-    """A weight [K, outputs] in a type's form."""
+    """Returns a weight [K, outputs] of zeros in a type's form."""
     scheme, group, levels, has_offset, _ = FORMS[name]
     kind = quant.SCHEMES[scheme]
 
@@ -269,7 +270,7 @@ def zeros(name: str, K: int, outputs: int) -> QTensor:
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q4_1"])
 def test_on_a_gpu_two_levels_become_one(name: str) -> None:
-    """So that the kernel takes them; compiled for the interpreter."""
+    """The kernel can then take them; run in the interpreter."""
     weight, arrays = made(name, 1, 64, -1)
     laid_out = gpu.layout(weight)
     np.testing.assert_array_equal(quant.dequantize(laid_out.restore()), quant.dequantize(weight))
@@ -280,7 +281,7 @@ def test_on_a_gpu_two_levels_become_one(name: str) -> None:
 
 @pytest.mark.parametrize("backend", ["gpu", "tpu"])
 def test_other_backends_say_which_product_they_take(backend: str) -> None:
-    """What has no layout there is multiplied by the reference, with a reason that people are shown."""
+    """Types without a layout are multiplied by the reference, with a reason that users are shown."""
     laid_out = {"gpu": {"Q4_0", "Q4_1", "Q8_0", "Q2_K", "Q4_K", "TQ2_0"}, "tpu": {"Q4_0", "Q8_0"}}[backend]
     for name in FORMS:
         weight = jax.eval_shape(lambda name=name: zeros(name, 512, 32))

@@ -1,6 +1,6 @@
-"""Kills, interrupts and full disks at random moments, and streams that are closed or broken: see `kills` and `streams`.
+"""Kills, interrupts and full disks at random moments, and closed or broken streams: see `kills` and `streams`.
 
-A process of its own for each, which imports the libraries once and forks.
+Each harness runs in a process of its own, which imports the libraries once and forks.
 """
 
 import os
@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks into /proc, which Linux has")
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc, which only Linux has")
 
 
 def passes(module: str, *options: str) -> str:
-    """Runs one of the harnesses; what it prints."""
+    """Runs one of the harnesses; returns what it prints."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     done = subprocess.run(
         [sys.executable, "-m", f"tests.{module}", *options],

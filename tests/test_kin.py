@@ -1,4 +1,4 @@
-"""What the project does with a LLaMA, done with its kin: text, the inside, training, folders, shardings, plans."""
+"""The project's functions on other models than LLaMA: text, internals, training, folders, shardings, plans."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ ROW = np.random.default_rng(2).integers(0, 96, 20).astype(np.int32)
 
 @pytest.fixture(scope="module")
 def model() -> Llama:
-    """Windows and full layers in two stacks."""
+    """A model with window layers and full layers in two stacks."""
     return random_model(WINDOWS)
 
 
@@ -33,7 +33,7 @@ def weights(model: Llama) -> reference.Weights:
 
 
 def test_text_of_windows_is_the_references(model: Llama, weights: reference.Weights) -> None:
-    """Beyond several windows, with and without speculation; what the cache forgot is not missed."""
+    """The text spans several windows, with and without speculation; tokens that left the cache are not needed."""
     plain = generate(model, None, PROMPT, temperature=0, max_new_tokens=24)
     ids = [*PROMPT, *plain.tokens]
     logits_TV = reference.forward(WINDOWS, weights, ids)[len(PROMPT) - 1 : -1]
@@ -44,7 +44,7 @@ def test_text_of_windows_is_the_references(model: Llama, weights: reference.Weig
 
 
 def test_the_inside_of_windows_is_the_references(model: Llama, weights: reference.Weights) -> None:
-    """Captured of both stacks, in the order of layers; a hook in a layer of the second; the logit lens."""
+    """Captures from both stacks in the order of layers; a hook in a layer of the second stack; the logit lens."""
     zero = {("attention_out", 4): np.zeros(32, np.float32)}
 
     @jax.jit
@@ -70,7 +70,7 @@ def test_perplexity_of_windows_is_the_references(model: Llama, weights: referenc
 
 @pytest.mark.parametrize("config", [WINDOWS, REST, NORMS_AFTER], ids=["windows", "rest", "norms after"])
 def test_folders_hold_every_weight(config: llamajax.Config, tmp_path: Path) -> None:
-    """Our own, whatever the family of it can say; the config too."""
+    """Our own folders hold any config, whether its family can express it or not."""
     model = random_model(config)
     save_checkpoint(model, tmp_path / "model")
     again, _ = load(tmp_path / "model")
@@ -86,7 +86,7 @@ def test_names_of_layers_in_two_stacks(model: Llama) -> None:
 
 
 def test_shardings_of_biases_and_norms() -> None:
-    """Along with the outputs of the matrix that they are beside; norms of heads are whole."""
+    """They are sharded like the outputs of their matrix; norms of heads are not sharded."""
     mesh = Mesh(np.array(jax.devices()[:1]), ("model",))
     rules = {"Q": "model", "M": "model", "F": "model"}
     spread = {}
@@ -102,7 +102,7 @@ def test_shardings_of_biases_and_norms() -> None:
 
 
 def test_windows_learn(tmp_path: Path) -> None:
-    """A cycle in which a window of 2 tells what comes next; as in `test_train.py`."""
+    """A window of 2 determines the next token of the cycle; otherwise as in `test_train.py`."""
     config = llamajax.Config(
         vocab_size=16,
         width=16,
@@ -127,20 +127,20 @@ def test_windows_learn(tmp_path: Path) -> None:
 
 
 def test_plans_count_windows_at_their_size() -> None:
-    """Of Gemma 3 1B's 26 layers only 4 keep what is longer than a window of 512."""
+    """Only 4 of Gemma 3 1B's 26 layers keep more than a window of 512."""
     config = preset("gemma3-1b")
     short, long = (plan(config, "int4-g32", context=context, backend="cpu") for context in (4096, 32768))
     token = 2 * config.num_kv_heads * config.head_size * 2  # keys and values in bfloat16
     of_full = (long.cache - short.cache) / (4 * token)
     assert of_full == pytest.approx(32768 - 4096, abs=256)
     of_windows = (short.cache / token - 4 * 4096) / 22
-    assert 512 <= of_windows <= 512 + 2 * 512, "a window, and what one step may write"
+    assert 512 <= of_windows <= 512 + 2 * 512, "a window, plus the tokens that one step may write"
     without = plan(preset("llama3.2-1b"), "int4-g32", context=4096, backend="cpu")
     assert without.cache == pytest.approx(16 * 4096 * 2 * 8 * 64 * 2, rel=0.05)
 
 
 def test_random_weights_of_kin() -> None:
-    """What `bench` measures a preset with: norms that change nothing, no biases, all the rest packed."""
+    """As `bench` measures presets: norms that change nothing, no biases, and all other weights packed."""
     made = random_weights(WINDOWS, "int4-g32")
     for name, weight in named_weights(made).items():
         if "norm" in name:

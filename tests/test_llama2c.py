@@ -1,7 +1,8 @@
 """llama2.c files: the published stories260K in all three versions, and files that an independent writer makes here.
 
 The writer and the forward pass below follow karpathy/llama2.c's `export.py` and `model.py`, in Meta's layout (RoPE
-pairs are neighbours), with nothing from llamajax: what agrees with them undid the permutation rightly.
+pairs are neighbours), and use nothing from llamajax: a result that agrees with them has undone the permutation
+correctly.
 """
 
 import struct
@@ -25,7 +26,7 @@ Weights = dict[str, list[np.ndarray]]
 
 
 def _meta_weights(rng: np.random.Generator) -> Weights:
-    """One array a layer, [out, in]; names of `export.py`. The writers of tied files leave `output` out."""
+    """Returns one array per layer, [out, in], by `export.py`'s names. Writers of tied files leave `output` out."""
     dim, hidden, layers, heads, kv_heads, vocab, _ = SIZES
     shared = dim // heads * kv_heads
     shapes = {"wq": (dim, dim), "wk": (shared, dim), "wv": (shared, dim), "wo": (dim, dim)}
@@ -42,7 +43,7 @@ def _write_v0(path: Path, weights: Weights, tied: bool) -> None:
     sizes = [*SIZES[:5], vocab if tied else -vocab, context]
     order = "embed attention_norm wq wk wv wo ffn_norm w1 w2 w3 norm".split()
     parts = [array for name in order for array in weights[name]]
-    parts.append(np.full((2, context, dim // heads // 2), 1e30, np.float32))  # freqs_cos, freqs_sin: never to be used
+    parts.append(np.full((2, context, dim // heads // 2), 1e30, np.float32))  # freqs_cos, freqs_sin: must not be used
     parts += [] if tied else weights["output"]
     path.write_bytes(struct.pack("<7i", *sizes) + b"".join(part.astype("<f4").tobytes() for part in parts))
 
@@ -74,7 +75,7 @@ def _write_v2(path: Path, weights: Weights, tied: bool) -> Weights:
 
 
 def _meta_logits(weights: Weights, tokens: list[int], tied: bool) -> np.ndarray:
-    """llama2.c's forward pass in float64, a position at a time; RoPE turns neighbours as complex numbers."""
+    """llama2.c's forward pass in float64, one position at a time; RoPE rotates neighbours as complex numbers."""
     dim, _, layers, heads, kv_heads, _, _ = SIZES
     size = dim // heads
 
@@ -147,7 +148,7 @@ def _put(offset: int, value: int) -> Any:
     return lambda data: struct.pack_into("<i", data, offset, value)
 
 
-# Header offsets: version 0 has its sizes at 0, versions 1 and 2 have theirs at 8 and the group size at 37.
+# Header offsets: sizes begin at 0 in version 0, at 8 in versions 1 and 2; the group size is at 37.
 @pytest.mark.parametrize(
     ("version", "edit", "message"),
     [
@@ -177,7 +178,7 @@ def test_damaged_files(version: int, edit: Any, message: str, tmp_path: Path) ->
 
 
 def test_heads_that_do_not_divide_the_width_are_refused(tmp_path: Path) -> None:
-    """llama2.c's matrices are dim x dim; 4 heads of 18 // 4 would read others, from a file that may well be as long."""
+    """llama2.c's matrices are dim x dim: 4 heads of size 18 // 4 would misread them, even if the length fits."""
     dim, hidden, layers, heads, kv_heads, vocab, _ = 18, 24, 1, 4, 4, 40, 32
     size = dim // heads
     floats = 2 * layers * dim + dim + vocab * dim + layers * (4 * heads * size * dim + 3 * hidden * dim)
@@ -211,14 +212,14 @@ def test_tokenizer_beside_the_file_comes_with_it(tmp_path: Path, tiny_tokenizer:
 
 @pytest.fixture(scope="module")
 def files(shared: Path) -> dict[int, Path]:
-    """The same weights, by version of the format."""
+    """Files of the same weights, by version of the format."""
     names = {0: "stories260K.bin", 1: "stories260K_v1.bin", 2: "stories260K-q8.bin"}
     return {version: shared / "data" / "stories260K" / name for version, name in names.items()}
 
 
 @pytest.fixture(scope="module")
 def text_ids(shared: Path, stories260k: Any) -> np.ndarray:
-    """The first 256 KiB of the TinyStories sample as data/README.md encodes it; the cut may fall into a character."""
+    """The first 256 KiB of the TinyStories sample as data/README.md encodes it; the cut may split a character."""
     data = (shared / "data" / "tinystories" / "tinystories_sample_2MiB.txt").read_bytes()[: 256 << 10]
     documents = [text.strip() for text in data.decode("utf-8", errors="ignore").split("<|endoftext|>")]
     return encode_documents(stories260k.tokenizer, [text for text in documents if text])
@@ -234,7 +235,7 @@ def test_versions_0_and_1_hold_the_same_bits(files: dict[int, Path]) -> None:
 def test_greedy_text_is_what_run_c_prints(
     files: dict[int, Path], stories260k: Any, shared: Path, tmp_path: Path
 ) -> None:
-    """From every form that the weights can be kept in; 464 bytes published in llama2.c's test_all.py."""
+    """Every form of the weights gives the 464 bytes published in llama2.c's test_all.py."""
     expected = (shared / "data" / "stories260K" / "expected_greedy_200.txt").read_bytes()
     model, tokenizer = stories260k
     models = {"version 0": model, "version 1": open_checkpoint(files[1]).read()}
@@ -251,12 +252,12 @@ def test_greedy_text_is_what_run_c_prints(
 @pytest.mark.matrix
 @pytest.mark.parametrize(("window", "anchor"), [(512, 1.5375), (256, 1.5721)])
 def test_cross_entropy_anchor(window: int, anchor: float, stories260k: Any, text_ids: np.ndarray) -> None:
-    """Anchors of data/README.md, measured with a NumPy LLaMA that is not ours."""
+    """The anchors are in data/README.md, measured with a NumPy LLaMA that is not ours."""
     assert cross_entropy(stories260k.model, text_ids, window=window, batch=8) == pytest.approx(anchor, abs=1e-3)
 
 
 def _q8_from_layout(path: Path) -> dict[str, np.ndarray]:
-    """Embedding and gate (w1) of a version 2 file, straight from the layout in llama2.c's `export.py` and `runq.c`."""
+    """Reads embedding and gate (w1) of a version 2 file by the layout in llama2.c's `export.py` and `runq.c`."""
     data = path.read_bytes()
     magic, version, dim, hidden, layers, heads, kv_heads, vocab, _ = struct.unpack_from("<Ii7i", data)
     (group,) = struct.unpack_from("<i", data, 37)
@@ -280,7 +281,7 @@ def test_q8_file(files: dict[int, Path], stories260k: Any, text_ids: np.ndarray)
         named_weights(model)["layers.*.attention.value_DM"][...], expected["wv"].swapaxes(1, 2)
     )
     assert 0 < np.abs(model.embed_VD[...] - stories260k.model.embed_VD[...]).max() < 0.02
-    # 8 bits in groups of 8 cost next to nothing; twice the tolerance of the anchors themselves.
+    # 8 bits in groups of 8 cost next to nothing: twice the tolerance of the anchors.
     part = text_ids[: 64 * 256 + 1]
     losses = [cross_entropy(each, part, window=256, batch=8) for each in (model, stories260k.model)]
     assert losses[0] == pytest.approx(losses[1], abs=2e-3)

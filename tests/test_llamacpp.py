@@ -1,6 +1,6 @@
-"""Files in llama.cpp's types: ours says of the packed weights what llama.cpp says of the same weights in floats.
+"""Files in llama.cpp's types: our results with packed weights equal llama.cpp's with the same weights in floats.
 
-llama.cpp rounds activations to 8 bits where it multiplies by packed weights, so that it is asked about the same file
+llama.cpp rounds activations to 8 bits where it multiplies by packed weights. It therefore gets the same file
 dequantized to F32 (by gguf's own dequantizers), where it rounds nothing.
 """
 
@@ -60,7 +60,7 @@ def _theirs(path: Path, rows: np.ndarray) -> np.ndarray:
 
 
 def _ours(path: Path, rows: np.ndarray) -> np.ndarray:
-    """Logits by products of weights as they are laid out, which is how `load` gives them."""
+    """Computes logits with weights laid out for a CPU, as `load` gives them."""
     return _ours_of(llamajax.open_checkpoint(path).read("float32", backend="cpu"), rows)
 
 
@@ -68,7 +68,7 @@ def _ours_of(model: llamajax.Llama, rows: np.ndarray) -> np.ndarray:
     return np.asarray(_logits(model, rows[:, :-1]))
 
 
-# One of each form of scales in every run: none, one level of floats, two levels. Of the others a tenth, by `matrix`.
+# Every run has one kind for each form of scales: none, one level of floats, two levels. `matrix` samples the others.
 ALWAYS = ("F32", "Q4_0", "Q4_K_M")
 KINDS = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K_M Q4_K_M Q5_K_M Q6_K IQ4_NL IQ4_XS TQ1_0 TQ2_0 MXFP4".split()
 
@@ -89,7 +89,7 @@ def test_a_packed_file_says_what_its_weights_say(files: tuple[Path, Path], box: 
     assert _perplexity(ours, box.rows) == pytest.approx(_perplexity(theirs, box.rows), rel=2e-4)
 
 
-@pytest.mark.matrix  # A program of several seconds to compile, for each type.
+@pytest.mark.matrix  # compiles a program of several seconds for each type
 def test_a_packed_file_continues_as_its_weights_do(files: tuple[Path, Path], box: Box) -> None:
     packed, floats = files
     prompt = box.rows[0, :24].tolist()
@@ -111,7 +111,7 @@ def test_stories260k_is_told_as_llamacpp_tells_it(shared: Path) -> None:
     assert ours.text == pieces.decode()
 
 
-# ---- What ours writes ----------------------------------------------------------------------------------------------
+# ---- Files that we write -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def _check_same_tensors(first: Path, second: Path) -> None:
 
 
 def _check_same_predictions(ours_BTV: np.ndarray, theirs_BTV: np.ndarray) -> None:
-    """llama.cpp rounds activations to 8 bits: the likeliest token is the same at 97% of places, KL below 0.01."""
+    """Allows for llama.cpp's activations in 8 bits: the likeliest token agrees at 97% of places, KL is below 0.01."""
     ours_BTV, theirs_BTV = jax.nn.log_softmax(ours_BTV), jax.nn.log_softmax(theirs_BTV)
     divergence_BT = jnp.sum(jnp.exp(theirs_BTV) * (theirs_BTV - ours_BTV), axis=-1)
     agreement = float(jnp.mean(ours_BTV.argmax(-1) == theirs_BTV.argmax(-1)))
@@ -172,7 +172,7 @@ def _check_same_predictions(ours_BTV: np.ndarray, theirs_BTV: np.ndarray) -> Non
 
 # ---- The helper itself ----------------------------------------------------------------------------------------------
 
-# Grouped queries, an untied head, many layers; rows that are no whole blocks of 256, or of 32.
+# Grouped queries, an untied head, many layers; rows that do not fill blocks of 256 or 32.
 _SHAPES = {
     "deep": {"width": 256, "ffn_width": 512, "num_layers": 17, "num_heads": 8, "num_kv_heads": 2, "head_size": 32},
     "narrow": {"width": 96, "ffn_width": 288, "num_layers": 9, "num_heads": 3, "num_kv_heads": 1, "head_size": 32},
@@ -200,7 +200,7 @@ def test_files_are_those_of_llamacpps_own_quantizer(shape: str, tied: bool, weig
 
 
 def _importance(path: Path) -> dict[str, np.ndarray]:
-    """Mean squares of the inputs of the layers' matrices, a few of them large, as activations have them."""
+    """Returns random mean squares of the inputs of the layers' matrices, a few of them large, as in real models."""
     rng = np.random.default_rng(0)
     widths = {tensor.name: int(tensor.shape[0]) for tensor in gguf.GGUFReader(path).tensors if len(tensor.shape) > 1}
     return {name: rng.lognormal(0, 2, K).astype(np.float32) for name, K in widths.items() if name.startswith("blk.")}
