@@ -1,4 +1,4 @@
-"""`benchmarks/distil.py` on a tiny model: noise as wide as a step, nearer by regression, resumable."""
+"""`benchmarks/distil.py` on a tiny model: noise up to half a step, gains by regression, resumption."""
 
 import types
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ OPTIONS = TrainOptions(
 
 @pytest.fixture(scope="module")
 def distil() -> Iterator[types.ModuleType]:
-    """The script as a module, which finds those beside it."""
+    """The script as a module that can import the scripts beside it."""
     with script("distil") as module:
         yield module
 
@@ -54,6 +54,34 @@ def test_noise_is_as_wide_as_a_step(distil, packed: llamajax.Llama) -> None:
         assert moved.std() == pytest.approx(12**-0.5, rel=0.1)
     other = llamajax.named_arrays(distil.noisy(packed, seed=1))
     assert not np.array_equal(noisy["embed_VD"], other["embed_VD"])
+
+
+def test_noise_of_mixed_layers_with_scales_of_two_levels(distil, tiny_model: llamajax.Llama) -> None:
+    """As in the file of Gemma 3, Q4_K_M: layers of several types in one stack, scales in codes."""
+    first = quant.Rule(weights="layers.0.ffn.*", scheme="int8", group_size=8)
+    rest = quant.Rule(weights="*", scheme="uint4", group_size=8, scale_scheme="uint8", scale_group="channel")
+    packed = quantize(tiny_model, (*KEPT, first, rest))
+    noisy = llamajax.named_arrays(distil.noisy(packed, seed=0))
+    mixed = 0
+    for name, weight in llamajax.named_weights(packed).items():
+        if not isinstance(weight, quant.Mixed):
+            continue
+        mixed += 1
+        for layer in range(len(weight.types)):
+            one = weight.take(layer)
+            assert isinstance(one.scale, quant.QTensor) == (layer > 0)
+            scale = np.asarray(quant.dequantize(one.scale) if layer else one.scale, np.float32)
+            floats, step = np.asarray(quant.dequantize(one)), np.repeat(scale, 8, axis=weight.axis)
+            moved = np.asarray(noisy[name][layer]) - floats
+            assert np.all(np.abs(moved) <= 0.501 * np.abs(step))
+            assert np.abs(moved[step != 0] / step[step != 0]).max() > 0.45
+    assert mixed == 3  # gate, up, down
+
+
+def test_noise_needs_evenly_spaced_values(distil, tiny_model: llamajax.Llama) -> None:
+    packed = quantize(tiny_model, (*KEPT, quant.Rule(weights="*", scheme="nf4", group_size=8)))
+    with pytest.raises(llamajax.LlamaJaxError, match="codes in nf4: expected evenly spaced values"):
+        distil.noisy(packed, seed=0)
 
 
 def test_regression_takes_off_what_outputs_show(distil, packed: llamajax.Llama, tokens: np.ndarray) -> None:
