@@ -1,4 +1,4 @@
-"""Quantization with a calibration text: every method reaches its aim on a whole model, and can be resumed."""
+"""Quantization with a calibration text: every method lowers the errors of a whole model, and can be resumed."""
 
 import dataclasses
 from pathlib import Path

@@ -104,7 +104,7 @@ def test_a_part_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, mon
 
 
 def test_damage_is_one_error_or_none(tmp_path: Path) -> None:
-    """With random damage to either file, loading gives what was written, or a one-line error."""
+    """With random damage to either file, loading returns what was written or raises a one-line error."""
     parts, rng = PartsOnDisk(tmp_path, WORK), random.Random(0)
     parts.store("a", _weights())
     part, key = tmp_path / "a.safetensors", tmp_path / "work.json"

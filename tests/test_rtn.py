@@ -257,7 +257,7 @@ def test_blocks_change_nothing(axis: int, clip: Any, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("clip", [None, "mse"])
 def test_groups_of_many_rows_are_summed_in_parts(clip: Any) -> None:
-    """A group of 80 rows, four copies of 20 rows, gets the scale and the error of the group of 20 rows."""
+    """A group of four copies of 20 rows has the scale of one copy (if not clipped) and, within 3%, its error."""
     weight = _weight((20, 6))
     one, four = (quant.quantize_rtn(np.tile(weight, (n, 1)), "int4", group_size="channel", clip=clip) for n in (1, 4))
     if clip is None:
