@@ -1,4 +1,4 @@
-"""Converting streams: a process's peak memory is the weights and little else. `benchmarks/` has the 1.1B figure."""
+"""Conversion streams weights: peak memory is little more than the weights. `benchmarks/` measures 1.1B weights."""
 
 import gc
 import json
@@ -28,7 +28,7 @@ MIB = 1 << 20
 
 
 def write_model(folder: Path, width: int) -> int:
-    """A Hugging Face folder in bfloat16, two shards; returns the bytes of its weights."""
+    """Writes a Hugging Face folder in bfloat16, in two shards; returns the number of bytes of its weights."""
     config = Config(
         vocab_size=512,
         width=width,
@@ -59,7 +59,7 @@ def write_model(folder: Path, width: int) -> int:
 
 
 def peak_of(command: str, source: Path, target: Path, option: str) -> int:
-    """Peak resident bytes of a command of `llamajax` in a process of its own, as the kernel counts them."""
+    """Runs a `llamajax` command in its own process; returns its peak resident bytes, as the kernel counts them."""
     script = (
         "import sys; from llamajax.cli import main\n"
         f"code = main(['{command}', '--model={source}', '{option}', '--output={target}'])\n"
@@ -80,14 +80,14 @@ def test_conversion_holds_the_weights_once(form: str, tmp_path: Path) -> None:
     assert large > 380 * MIB
     base = peak_of("convert", tmp_path / "small", tmp_path / f"small.{form}", f"--to={form}") - small
     extra = peak_of("convert", tmp_path / "large", tmp_path / f"large.{form}", f"--to={form}") - base - large
-    # A tensor of one layer has 6 MiB, one of all layers 98 MiB; a second copy of the weights would have 394.
+    # One layer's tensor takes 6 MiB, all layers' 98 MiB; a second copy of the weights would take 394 MiB.
     most = {"llamajax": 290, "huggingface": 40, "gguf": 40}[form]
     assert extra < most * MIB, f"{extra / MIB:.0f} MiB beyond the weights"
 
 
 @pytest.mark.parametrize("form", ["huggingface", "gguf"])
 def test_writing_holds_one_tensor(form: str, tmp_path: Path) -> None:
-    """Of what is given, all in one shard; counted by tracemalloc, which NumPy reports its arrays to."""
+    """Saving a model to one shard allocates one tensor at a time, by tracemalloc (NumPy reports its arrays to it)."""
     write_model(tmp_path / "source", 64)
     opened = open_checkpoint(tmp_path / "source")
     model = opened.read(shardings="host")
@@ -105,19 +105,19 @@ def test_writing_holds_one_tensor(form: str, tmp_path: Path) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc for a process's peak memory")
 def test_quantizing_holds_the_result_and_weights_in_work(tmp_path: Path) -> None:
-    """Beside the result: what the process of a small model takes (JAX, what it compiles), and three weights in work."""
+    """Quantizing takes the result, what a small model's process takes (JAX, its programs) and three weights in work."""
     write_model(tmp_path / "small", 64)
     write_model(tmp_path / "large", 896)
     base = peak_of("quantize", tmp_path / "small", tmp_path / "small-out", "--recipe=int4-g32")
     peak = peak_of("quantize", tmp_path / "large", tmp_path / "large-out", "--recipe=int4-g32")
     result = sum(file.stat().st_size for file in (tmp_path / "large-out").rglob("*") if file.is_file())
     extra = peak - base - result
-    # A weight of a layer has 6 MiB, the model 394; with parts four times as large it was 78 MiB.
+    # One layer's weight takes 6 MiB, the model 394 MiB. With parts four times as large, 78 MiB were measured here.
     assert extra < 60 * MIB, f"{extra / MIB:.0f} MiB beyond the result"
 
 
 def test_few_weights_are_read_ahead(tiny_model: Llama) -> None:
-    """However many there are: each is let go of once it is packed."""
+    """However many weights a model has, few are alive at a time: each is released once it is packed."""
     weights, alive, most = weights_of(tiny_model), 0, 0
 
     def released() -> None:

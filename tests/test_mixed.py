@@ -42,12 +42,12 @@ TOKENS = np.random.default_rng(0).integers(0, 96, (2, 12))
 
 @pytest.fixture(scope="module")
 def mixed() -> Llama:
-    """Five layers: 8 bits, 4, 4 with floats between, 4, 8."""
+    """A model whose five layers have 8, 4, 4, 4 and 8 bits; `ffn.down_FD` of the middle layer stays in floats."""
     return quantize(random_model(CONFIG), RULES)
 
 
 def dense(model: Llama) -> Llama:
-    """The model in float arrays."""
+    """Returns the model with every weight as an array of floats."""
 
     def floats(weight):
         return dequantize(weight) if isinstance(weight, QTensor) else weight
@@ -72,7 +72,7 @@ def test_rules_of_layers_make_types(mixed: Llama) -> None:
         random_model(CONFIG),
         (*RULES[:1], *(Rule(weights="*", layers=(i,), scheme="int4") for i in range(5)), RULES[-1]),
     )
-    assert isinstance(named_weights(alike)["layers.*.ffn.up_DF"], QTensor), "rules differ, types do not"
+    assert isinstance(named_weights(alike)["layers.*.ffn.up_DF"], QTensor), "rules differ, but types agree"
 
 
 def test_logits_are_those_of_the_reference(mixed: Llama) -> None:
@@ -99,7 +99,10 @@ def test_generation_and_gradients_do_not_notice(mixed: Llama) -> None:
 
 
 def test_gradients_of_scales_are_those_of_the_dense_model() -> None:
-    """Of every float of a packed model: of all types' scales, of norms, of layers that are kept; and by differences."""
+    """Every float of a packed model has the dense model's gradient: scales of all types, norms, layers kept in floats.
+
+    One entry is compared with a finite difference as well.
+    """
     rules = tuple(rule if rule.keep else dataclasses.replace(rule, scale_dtype="float32") for rule in RULES)
     train, rest, merge = llamajax.trainable(quantize(random_model(CONFIG), rules), "layers.*")
     tokens = jnp.asarray(TOKENS)
@@ -158,7 +161,7 @@ def test_a_stack_of_alternate_types_is_each_by_itself(axis: int) -> None:
 
 
 def test_programs_do_not_grow_with_depth() -> None:
-    """Types that alternate in 4 layers and in 16: the same operations, in loss and gradient and in decoding."""
+    """Types that alternate over 4 layers and over 16 give programs of the same size, for gradients and for decoding."""
 
     def sizes(layers: int) -> list[int]:
         config = dataclasses.replace(CONFIG, num_layers=layers)
@@ -179,7 +182,7 @@ def test_programs_do_not_grow_with_depth() -> None:
 
 @pytest.mark.parametrize("target", [None, 14.85])
 def test_calibrated_layers_of_different_types(target: float | None) -> None:
-    """By GPTQ with other bits in alternate layers; and with bits that a search chose layer by layer."""
+    """GPTQ quantizes layers whose bits alternate by rule, and layers whose bits a search chose one by one."""
     model = random_model(CONFIG, dtype=jnp.bfloat16 if target else jnp.float32)
     free = Rule(weights="layers.*query*", scheme="int4", group_size=32, method="gptq", scale_dtype="float16")
     alternate = Rule(weights="layers.*query*", layers=(0, 2, 4), scheme="int8", group_size=32, method="gptq")

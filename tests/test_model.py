@@ -20,7 +20,7 @@ from tests.programs import forward as _forward
 from tests.reference import random_model, weights_of
 
 LINEAR = RopeScaling(kind="linear", factor=4.0)
-# With these numbers each of the tests' head sizes has frequencies that are kept, blended and slowed.
+# With these numbers, every head size in these tests has some frequencies kept, some blended and some slowed.
 LLAMA3 = RopeScaling(kind="llama3", factor=8.0, original_context_length=128)
 BASE = Config(
     vocab_size=50,
@@ -38,36 +38,36 @@ _step = jax.jit(lambda model, tokens_BT, cache, count_B: model(tokens_BT, cache,
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One model and what the reference makes of it."""
+    """A model and its weights for the reference."""
 
     config: Config
     model: Llama
     weights: reference.Weights
 
     def expected(self, row: np.ndarray) -> np.ndarray:
-        """Logits [T, V] of one sequence."""
+        """Returns the reference's logits [T, V] of one sequence."""
         return reference.forward(self.config, self.weights, row)
 
 
 def _case_of(config: Config, **options) -> Case:
-    """A random model with `config`, and its weights for the reference."""
+    """Makes a random model with `config`, and its weights for the reference."""
     model = random_model(config, **options)
     return Case(config, model, weights_of(model))
 
 
 @pytest.fixture(scope="module")
 def base() -> Case:
-    """GQA with separate head."""
+    """A model with GQA and untied embeddings."""
     return _case_of(BASE)
 
 
 def _some_tokens(*shape: int, seed: int = 0) -> np.ndarray:
-    """Random ids of the base vocabulary."""
+    """Draws random token ids from the base vocabulary."""
     return np.random.default_rng(seed).integers(0, BASE.vocab_size, shape).astype(np.int32)
 
 
 def _assert_close(actual, expected, tolerance) -> None:
-    """Absolute difference at most `tolerance`; logits here are of order 1. NaN fails."""
+    """Asserts that absolute differences are at most `tolerance`; logits here are of order 1, and NaN fails."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape
     assert np.max(np.abs(actual - expected)) <= tolerance
@@ -75,7 +75,8 @@ def _assert_close(actual, expected, tolerance) -> None:
 
 # ---- Logits ---------------------------------------------------------------------------------------------------------
 
-# Every pair of two settings' values occurs in some row: N and K, tied, epsilon, theta, H, D, scaling, L.
+# Pairwise covering: every pair of values of two settings occurs in a row: N and K, tied, epsilon, theta, H, D,
+# scaling, L.
 COVERING = [
     (4, 4, False, 1e-5, 5e5, 8, 24, None, 1),
     (4, 2, True, 1e-3, 5e5, 16, 64, LLAMA3, 2),
@@ -121,13 +122,13 @@ def test_logits_equal_reference(heads, kv_heads, tied, eps, theta, size, width, 
         {"rope_scaling": LINEAR},
         {"rope_scaling": LLAMA3},
         {"rope_scaling": dataclasses.replace(LLAMA3, low_freq_factor=3.0)},
-        {"num_heads": 2, "num_kv_heads": 1, "head_size": 16},  # the same matrices, cut into heads otherwise
+        {"num_heads": 2, "num_kv_heads": 1, "head_size": 16},  # the same matrices, split into other heads
         {"tied_embeddings": True},
     ],
     ids=str,
 )
 def test_every_setting_changes_the_logits(base, change):
-    """Without this, a setting that is ignored on both sides, or too weak to be seen, would pass the test above."""
+    """Without this test, a setting that both sides ignore, or that has too little effect, would pass the test above."""
     tokens = _some_tokens(2, 24)
     start = {"rope_scaling": LLAMA3} if getattr(change.get("rope_scaling"), "low_freq_factor", 1.0) != 1.0 else {}
     before = random_model(dataclasses.replace(BASE, **start))
@@ -145,7 +146,7 @@ def test_rope_frequencies_of_published_models(name):
 
 
 def test_halves_from_pairs_turns_metas_rope_layout_into_ours(base):
-    """Weights in Meta's layout, run with Meta's RoPE, against the permuted weights run with ours."""
+    """Weights in Meta's layout run with Meta's RoPE give the same logits as permuted weights run with ours."""
     permuted = {
         name: halves_from_pairs(array, BASE.head_size) if "q_proj" in name or "k_proj" in name else array
         for name, array in base.weights.items()
@@ -158,12 +159,12 @@ def test_halves_from_pairs_turns_metas_rope_layout_into_ours(base):
 
 # ---- Cache ----------------------------------------------------------------------------------------------------------
 
-# Always 2 rows, 32 slots and pieces of 24, 16, 8 or 1 tokens, so that all these tests share 4 programs.
+# These tests always use 2 rows, 32 slots and pieces of 24, 16, 8 or 1 tokens, so that they share 4 programs.
 SLOTS = 32
 
 
 def _run_pieces(case: Case, tokens_BT: np.ndarray, pieces: list[int], slots: int = SLOTS) -> np.ndarray:
-    """Logits of all tokens, put through the cache piece by piece."""
+    """Feeds all tokens through the cache piece by piece; returns their logits."""
     cache, logits, first = KVCache.empty(case.config, len(tokens_BT), slots, case.model.dtype), [], 0
     for size in pieces:
         part_BTV, cache = _step(case.model, tokens_BT[:, first : first + size], cache, np.full(len(tokens_BT), size))
@@ -187,12 +188,12 @@ def test_count_is_all_tokens_unless_given(base):
     logits, after = _step(base.model, tokens, cache, None)
     np.testing.assert_array_equal(after.length_B, 8)
     _assert_close(logits, _run_pieces(base, tokens, [8]), 1e-5)
-    np.testing.assert_array_equal(cache.length_B, 0)  # the argument is what it was: nothing is mutated
+    np.testing.assert_array_equal(cache.length_B, 0)  # the argument is unchanged: nothing is mutated
     assert not cache.parts[0].key_LBKSH.any()
 
 
 def test_several_query_blocks_agree_with_cache_and_reference(base):
-    """More than 128 tokens: `attend_causal` then takes the queries in blocks."""
+    """For more than 128 tokens, `attend_causal` processes the queries in blocks."""
     tokens = _some_tokens(1, 300)
     blocks = _forward(base.model, tokens)
     _assert_close(blocks, [base.expected(tokens[0])], 1e-4)
@@ -201,7 +202,7 @@ def test_several_query_blocks_agree_with_cache_and_reference(base):
 
 @pytest.mark.parametrize("length", [130, 1030])
 def test_attend_causal_at_uneven_lengths(length):
-    """130: a last block of 2; 1030: blocks longer than 128, because there are at most 8."""
+    """130 tokens leave a last block of 2; 1030 need blocks longer than 128, because there are at most 8 blocks."""
     query, key, value = np.random.default_rng(0).standard_normal((3, 1, length, 2, 4)).astype(np.float32)
     position_1T, keys = np.arange(length, dtype=np.int32)[None], key.swapaxes(1, 2)
     actual = jax.jit(attend_causal)(query * np.float32(0.5), keys, value.swapaxes(1, 2), position_1T)  # 0.5: 1/sqrt(4)
@@ -211,7 +212,7 @@ def test_attend_causal_at_uneven_lengths(length):
 
 
 def test_rows_of_different_length_equal_each_row_alone(base):
-    """Four ragged pieces; the padding is random ids, which must not matter."""
+    """Rows are fed in four ragged pieces; the padding consists of random ids, which must not matter."""
     plan = [(16, (16, 3)), (1, (1, 0)), (8, (5, 8)), (1, (1, 1))]
     rows = [_some_tokens(sum(counts[b] for _, counts in plan), seed=b) for b in range(2)]
     cache, got, taken = KVCache.empty(BASE, 2, SLOTS), [[], []], [0, 0]
@@ -237,7 +238,7 @@ def test_what_free_slots_hold_does_not_matter(base):
 
 
 def test_only_the_row_that_overflows_is_nan(base):
-    """Of 32 slots 24 and 16 are taken and 16 more tokens come: the first row does not fit, the second just does."""
+    """24 and 16 of 32 slots are taken, and 16 tokens are added: the first row does not fit, the second just fits."""
     rows = _some_tokens(2, 40)
     _, cache = _step(base.model, rows[:, :24], KVCache.empty(BASE, 2, SLOTS), np.array([24, 16]))
     logits, _ = _step(base.model, np.stack([rows[0, 24:40], rows[1, 16:32]]), cache, np.array([16, 16]))
@@ -246,7 +247,7 @@ def test_only_the_row_that_overflows_is_nan(base):
 
 
 def test_a_row_that_overflowed_stays_nan(base):
-    """24 of 32 slots are taken, a padded piece of 16 comes, of which 1 counts: from then on the row is damaged."""
+    """24 of 32 slots are taken; a padded piece of 16, of which 1 token counts, does not fit: the row stays NaN."""
     rows = _some_tokens(2, 26)
     _, cache = _step(base.model, rows[:, :24], KVCache.empty(BASE, 2, SLOTS), np.array([24, 24]))
     logits, cache = _step(base.model, np.pad(rows[:, 24:25], ((0, 0), (0, 15))), cache, np.array([1, 1]))
@@ -275,7 +276,7 @@ def test_unknown_token_gives_nan_in_its_row_only(base, bad):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_gradient_equals_finite_differences_of_reference(tied):
-    """Of every tensor of every layer: along a random direction, at its largest entry and at a random one."""
+    """Checks each tensor of each layer along a random direction, at its largest gradient entry and at a random one."""
     config = dataclasses.replace(BASE, width=16, ffn_width=20, head_size=4, rope_scaling=LLAMA3, tied_embeddings=tied)
     case, rows, rng = _case_of(config), _some_tokens(2, 7), np.random.default_rng(1)
     gradient = jax.jit(jax.grad(lambda model: next_token_losses(model, rows).mean()), compiler_options=QUICK)
@@ -291,7 +292,7 @@ def test_gradient_equals_finite_differences_of_reference(tied):
             above, below = (reference.loss(config, weights, rows) for weights in shifted)
             expected = (above - below) / 2e-4
             assert np.sum(gradient * direction) == pytest.approx(expected, rel=1e-3, abs=1e-6), name
-        assert np.abs(gradient).max() > 1e-4, f"{name} has no gradient to speak of"
+        assert np.abs(gradient).max() > 1e-4, f"the gradient of {name} is nearly zero"
 
 
 def test_losses_equal_reference(base):
@@ -316,7 +317,7 @@ def test_without_jit_and_without_cache(base):
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"),  # counts of the released weights: bytes of their safetensors / 2
+    ("name", "parameters"),  # parameter counts of the released weights: bytes of their safetensors / 2
     [("llama3-8b", 8_030_261_248), ("llama3-70b", 70_553_706_496), ("llama3.2-1b", 1_235_814_400)],
 )
 def test_abstract_model_allocates_nothing(name, parameters):
@@ -333,16 +334,17 @@ def test_abstract_model_allocates_nothing(name, parameters):
 
 
 def _rounded(array: np.ndarray) -> np.ndarray:
-    """To bfloat16 and back to float64."""
+    """Rounds to bfloat16 and converts back to float64."""
     return np.asarray(jnp.asarray(array, jnp.bfloat16), np.float64)
 
 
 def test_bfloat16_model_is_close_to_reference():
-    """With the same rounded weights. Some 20 roundings of activations lie behind a logit, each off by 2**-9 / sqrt(3).
+    """Both sides use the same rounded weights; activations are rounded about 20 times before a logit.
 
-    That is 0.5% in all if they add up as random numbers do and the layers do not amplify them; twice that is measured.
+    Each rounding is off by 2**-9 / sqrt(3). In all that is 0.5% if the errors add up as random numbers do and the
+    layers do not amplify them; twice that was measured.
     """
-    case, tokens = _case_of(BASE, dtype=jnp.bfloat16), _some_tokens(2, 136)  # 136: in two blocks of queries
+    case, tokens = _case_of(BASE, dtype=jnp.bfloat16), _some_tokens(2, 136)  # 136 tokens: two blocks of queries
     expected = np.stack([case.expected(row) for row in tokens])
     for logits in (_forward(case.model, tokens), _run_pieces(case, tokens[:, :24], [16, 8])):
         assert logits.dtype == jnp.float32
@@ -352,7 +354,7 @@ def test_bfloat16_model_is_close_to_reference():
 
 
 def test_rms_norm_is_computed_in_float32():
-    """The result is float64's, rounded once; in bfloat16 the root and the product would each be rounded as well."""
+    """The result is float64's, rounded once; in bfloat16, the root and the product would each be rounded as well."""
     x = _rounded(np.random.default_rng(0).standard_normal((1, 4, 1024)))
     actual = np.asarray(RMSNorm(1024, 1e-5, jnp.bfloat16)(jnp.asarray(x, jnp.bfloat16)), np.float64)
     expected = _rounded(reference.rms_norm(x, np.ones(1024), 1e-5))
@@ -361,7 +363,7 @@ def test_rms_norm_is_computed_in_float32():
 
 @pytest.mark.parametrize(("magnitude", "finite"), [(1e18, True), (1e30, False)])
 def test_rms_norm_of_squares_beyond_float32_is_nan(magnitude, finite):
-    """Not 0, which would give finite logits that mean nothing."""
+    """The norm is NaN rather than 0, which would give finite but meaningless logits."""
     x = np.random.default_rng(0).standard_normal((1, 2, 64)).astype(np.float32)
     x[0, 0] *= np.float32(magnitude)
     norm = RMSNorm(64, 1e-5, jnp.float32)
@@ -374,7 +376,7 @@ def test_rms_norm_of_squares_beyond_float32_is_nan(magnitude, finite):
 
 
 def test_rope_is_computed_in_float32():
-    """Positions 4096 and 4097 are one and the same in bfloat16. float32 angles are off by up to 4097 * 2**-24."""
+    """In bfloat16, positions 4096 and 4097 would be the same. Angles in float32 are off by up to 4097 * 2**-24."""
     frequency = reference.frequencies(dataclasses.replace(BASE, head_size=16))
     head = _rounded(np.random.default_rng(0).standard_normal(16))
     positions = [255, 256, 257, 4096, 4097]
@@ -387,9 +389,9 @@ def test_rope_is_computed_in_float32():
 
 
 def test_softmax_is_computed_in_float32():
-    """Scores of about 140, between which bfloat16 has steps of 1: its weights would be off by a factor of e^0.5."""
+    """Scores are about 140, where bfloat16 has steps of 1: attention weights would be off by a factor of e^0.5."""
     query, key, value = _rounded(np.random.default_rng(0).standard_normal((3, 16, 16)))
-    query[:, 0], key[:, 0] = 24, 24  # adds 24 * 24 / sqrt(16) to all scores alike: the other components decide
+    query[:, 0], key[:, 0] = 24, 24  # adds 24 * 24 / sqrt(16) to every score, so that the other components decide
     inputs = [jnp.asarray(array, jnp.bfloat16)[None, :, None] for array in (query / 4, key, value)]
     position = jnp.arange(16)[None]
     actual = attend(inputs[0], inputs[1].swapaxes(1, 2), inputs[2].swapaxes(1, 2), position)
@@ -402,7 +404,7 @@ def test_softmax_is_computed_in_float32():
 
 
 def _abstract_step(config: Config, batch: int) -> tuple:
-    """Arguments of one decode step, shapes only."""
+    """Returns the arguments of one decode step as shapes."""
     cache = jax.eval_shape(lambda: KVCache.empty(config, batch, SLOTS))
     tokens_BT, count_B = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, 1), (batch,)))
     return abstract_model(config), tokens_BT, cache, count_B
@@ -430,7 +432,7 @@ def test_cache_is_written_by_dynamic_update_slice(batch):
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_donated_cache_is_updated_in_place(base, batch):
-    """The result lies where the argument lay, and the program has no copy of it in between."""
+    """The returned cache occupies the argument's buffers, and the compiled program contains no copy of them."""
     donating = jax.jit(lambda model, tokens_BT, cache: model(tokens_BT, cache), donate_argnames=("cache",))
     cache, tokens = KVCache.empty(BASE, batch, SLOTS), _some_tokens(batch, 1)
     compiled = donating.lower(base.model, tokens, cache).compile()

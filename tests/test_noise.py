@@ -1,4 +1,4 @@
-"""Signal-to-noise ratios against the float64 NumPy model, stepped layer by layer."""
+"""Signal-to-noise ratios, compared with those of the float64 NumPy model, run layer by layer."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ WINDOW = 12
 
 
 def quantized(model: Llama) -> Llama:
-    """All matrices in int4 by groups of 8."""
+    """Quantizes all matrices to int4 in groups of 8."""
 
     def convert(path, leaf):
         axis = -1 if "_VD" in jax.tree_util.keystr(path) else -2
@@ -28,7 +28,7 @@ def quantized(model: Llama) -> Llama:
 
 
 def mixed(model: Llama) -> Llama:
-    """The same, the matrices of its two layers as two stacks of one."""
+    """Returns the same model with its two layers' matrices in two stacks of one layer each."""
 
     def cut(weight):
         return Mixed((weight[:1], weight[1:]), types=(0, 1)) if is_weight(weight) else weight
@@ -38,7 +38,7 @@ def mixed(model: Llama) -> Llama:
     return model_from(named | layers, model.config)
 
 
-# How a model holds its weights: its noise is the same.
+# Ways in which a model can hold its weights; its noise is the same in all of them.
 HELD: dict[str, Callable[[Llama], Llama]] = {
     "at rest": lambda model: model,
     "laid out": lambda model: prepare(model, "cpu"),
@@ -47,7 +47,7 @@ HELD: dict[str, Callable[[Llama], Llama]] = {
 
 
 def floats(model: Llama) -> Llama:
-    """The same weights as arrays."""
+    """Returns the model with its quantized weights as arrays of floats."""
     is_quantized = lambda node: hasattr(node, "planes")  # noqa: E731
     return jax.tree.map(lambda leaf: dequantize(leaf) if is_quantized(leaf) else leaf, model, is_leaf=is_quantized)
 
@@ -58,7 +58,7 @@ def tokens() -> np.ndarray:
 
 
 def streams(config: Config, weights: Weights, tokens: np.ndarray) -> list[np.ndarray]:
-    """What goes into the first layer, what comes out of each, and the logits."""
+    """Returns the input of the first layer, the output of each layer, and the logits."""
     x = weights["model.embed_tokens.weight"][tokens]
     result = [x]
     for layer in range(config.num_layers):
@@ -77,7 +77,7 @@ def decibels(reference: np.ndarray, model: np.ndarray) -> float:
 
 @pytest.mark.parametrize("held", HELD)
 def test_layers(held: str, tiny_model: Llama, tokens: np.ndarray) -> None:
-    """5 windows in batches of 2: what fills the last batch does not count."""
+    """5 windows run in batches of 2: the padding of the last batch does not count."""
     model = quantized(tiny_model)
     ours, theirs = weights_of(floats(model)), weights_of(tiny_model)
     rows = tokens[:-1].reshape(5, WINDOW)
@@ -94,7 +94,7 @@ def test_layers(held: str, tiny_model: Llama, tokens: np.ndarray) -> None:
 
 
 def test_layers_of_other_windows(tiny_model: Llama, tokens: np.ndarray) -> None:
-    """All inputs count, of the half that is not scored too."""
+    """All inputs of a window count, also those of the half that is not scored."""
     model = jax.tree.map(lambda leaf: leaf * 1.01, tiny_model)
     noise = layer_noise(model, tiny_model, llama_cpp_windows(tokens, WINDOW, 1), batch=4)
     assert noise.embedding == pytest.approx(40, abs=1e-3)
@@ -127,7 +127,7 @@ def test_weights(held: str, tiny_model: Llama) -> None:
 
 
 def test_layers_of_mixed_stacks(tiny_model: Llama, tokens: np.ndarray) -> None:
-    """The same model, and its layers the same weights."""
+    """A model with `Mixed` stacks counts as the same model as the plain one, with the same weights in each layer."""
     whole = quantized(tiny_model)
     cut = mixed(whole)
     assert same_weights(cut, whole)

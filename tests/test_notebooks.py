@@ -1,4 +1,4 @@
-"""The stored notebooks are small, were executed from top to bottom, show pictures, and name no place of one machine."""
+"""The stored notebooks are small, were run from top to bottom, show pictures, and contain no path of one machine."""
 
 import json
 import re
@@ -15,7 +15,7 @@ def test_there_are_three() -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_what_is_stored(path: Path) -> None:
-    """`make notebooks` executes them; here only what that stored is looked at."""
+    """`make notebooks` executes the notebooks; this test only checks the stored results."""
     assert path.stat().st_size < 300_000
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]

@@ -1,4 +1,4 @@
-"""`Opened.outcome` says what `Opened.read` gives, before anything is read: structure, shapes and types."""
+"""`Opened.outcome` predicts what `Opened.read` returns (structure, shapes and types) before any weight is read."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ FLOATS = ("llamajax", "huggingface", "llama2c 0", "llama2c 1", "llama2c 2", "ver
 
 @pytest.fixture(scope="module")
 def folder(tiny_model: Llama, tiny_int4: Llama, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of every format."""
+    """Writes one checkpoint of every format into a folder."""
     folder = tmp_path_factory.mktemp("formats")
     save_checkpoint(tiny_model, folder / "llamajax")
     save_checkpoint(tiny_model, folder / "huggingface", form="huggingface")

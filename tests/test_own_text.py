@@ -1,4 +1,4 @@
-"""A text that a model makes for its own calibration."""
+"""Calibration text that the model generates itself."""
 
 import numpy as np
 import pytest
@@ -10,16 +10,16 @@ from tests.test_sensitivity import CONFIG
 
 
 class Words:
-    """As much of a tokenizer as is asked for."""
+    """A stand-in for a tokenizer, with the only attribute that is used."""
 
     def __init__(self, bos_id: int | None):
-        """Of that BOS."""
+        """Makes one with this BOS id, or without a BOS."""
         self.bos_id = bos_id
 
 
 @pytest.mark.parametrize("bos_id", [1, None])
 def test_texts_of_the_models_own_distribution(bos_id: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many tokens as asked for, the same for a seed; tokens that are likelier are drawn more often."""
+    """The text has as many tokens as requested and is fixed by its seed; likelier tokens are drawn more often."""
     said: list[tuple[int, int]] = []
     model = random_model(CONFIG)
     monkeypatch.setattr("llamajax.quantization.own_text.generate", _without_tokenizer)

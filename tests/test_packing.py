@@ -1,4 +1,4 @@
-"""Packing: the bytes of FORMAT.md, by hand and by a decoder written from it; round trips; what it lowers to."""
+"""Packing: FORMAT.md's bytes, by hand and by a decoder written from its text; round trips; the lowered programs."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +16,7 @@ from quant.packing import PLANE_BITS, unpack_runs
 
 _thorough = settings(max_examples=30, deadline=None, derandomize=True)
 
-# Worked out by hand from FORMAT.md, one group of one output: bits, codes, bytes of each plane.
+# Worked out by hand from FORMAT.md for one group of one output: bits, codes, bytes of each plane.
 GOLDEN = [
     (8, [0, 1, 128, 255], ["0001 80ff"]),
     (6, [5, 63, 16, 42], ["05 af", "9c"]),
@@ -33,7 +33,7 @@ NF4 = [
 
 
 def decode(arrays: dict[str, np.ndarray], scheme: str, axis: int) -> np.ndarray:
-    """The weight of one level that FORMAT.md describes, float32: nothing but NumPy and its text."""
+    """Decodes a weight with one level of scales to float32, from FORMAT.md's text and with NumPy alone."""
     if axis == -1:
         return np.swapaxes(decode({k: np.swapaxes(v, -1, -2) for k, v in arrays.items()}, scheme, -2), -1, -2)
     kind, bits = (scheme.rstrip("0123456789"), int(scheme[-1])) if "int" in scheme else (scheme, 4)
@@ -74,7 +74,7 @@ def decode(arrays: dict[str, np.ndarray], scheme: str, axis: int) -> np.ndarray:
 
 
 def arrays_of(qtensor: quant.QTensor) -> dict[str, np.ndarray]:
-    """The arrays by the names of FORMAT.md."""
+    """Returns the arrays of a QTensor, named as in FORMAT.md."""
     named = {f"planes.{i}": plane for i, plane in enumerate(qtensor.planes)}
     named |= {name: getattr(qtensor, name) for name in ("scale", "zero", "offset", "order")}
     return {name: np.asarray(array) for name, array in named.items() if array is not None}
@@ -115,7 +115,7 @@ def test_worked_example(axis: int) -> None:
 
 @st.composite
 def _packable(draw: st.DrawFn) -> tuple[np.ndarray, int, int, int]:
-    """Codes, bits, group size and axis."""
+    """Draws codes, bits, a group size and an axis."""
     bits = draw(st.sampled_from(sorted(PLANE_BITS)))
     group_size = draw(st.sampled_from([8, 16, 24, 32, 128, 256]))
     lead = draw(st.lists(st.integers(1, 3), max_size=2))
@@ -131,7 +131,7 @@ def _packable(draw: st.DrawFn) -> tuple[np.ndarray, int, int, int]:
 @pytest.mark.parametrize("axis", [-2, -1])
 @pytest.mark.parametrize("bits", sorted(PLANE_BITS))
 def test_other_ways_to_unpack(bits: int, axis: int) -> None:
-    """By arithmetic of floats, and in the runs that exported products sum over: the codes that were packed."""
+    """Float arithmetic, and the runs that exported products sum over, unpack to the codes that were packed."""
     codes = np.random.default_rng(bits).integers(0, 2**bits, (2, 48, 3), np.uint8)
     codes = codes if axis == -2 else codes.swapaxes(-1, -2)
     planes = quant.pack(jnp.asarray(codes), bits, 16, axis=axis)
@@ -164,7 +164,7 @@ def test_round_trip_and_the_independent_decoder(case: tuple[np.ndarray, int, int
     + [("int4", -2, "float32"), ("uint5", -1, "float16")],
 )
 def test_the_independent_decoder_agrees_on_values(name: str, axis: int, scale_dtype: str) -> None:
-    """Every scheme with every optional plane it can have; bit for bit, products and sums being in the same order."""
+    """Each scheme, with all optional planes it can have, agrees bit for bit: operations are in the same order."""
     rng, scheme = np.random.default_rng(3), quant.SCHEMES[name]
     codes = rng.integers(0, scheme.max_code + 1, (2, 32, 5), np.uint8)
     scale = rng.normal(size=(2, 4, 5)).astype(ml_dtypes.bfloat16 if scale_dtype == "bfloat16" else scale_dtype)
@@ -186,7 +186,7 @@ def test_the_independent_decoder_agrees_on_optional_planes(case: str) -> None:
     rng = np.random.default_rng(4)
     codes = jnp.asarray(rng.integers(0, 8, (16, 3), np.uint8))
     shape = {"per tensor": (1, 1), "per channel": (1, 3)}.get(case, (2, 3))
-    scale = jnp.asarray(rng.integers(1, 9, shape), jnp.float32)  # small whole numbers: exact, fused or not
+    scale = jnp.asarray(rng.integers(1, 9, shape), jnp.float32)  # small integers: exact even if fused
     optional = {
         name: jnp.asarray(rng.integers(-9, 9, shape) / 4, jnp.float16) for name in ("zero", "offset") if name in case
     }
@@ -228,7 +228,7 @@ def test_lowers_to_shifts_and_masks(bits: int) -> None:
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:
-    """Those of a jaxpr, and of the functions that are called in it: some versions of JAX leave small ones as calls."""
+    """Yields a jaxpr's equations, with those of functions it calls: some versions of JAX do not inline small ones."""
     for equation in jaxpr.eqns:
         inner = equation.params.get("jaxpr")
         if inner is None:

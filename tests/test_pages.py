@@ -1,4 +1,4 @@
-"""README and docs tell the truth: commands run and print what is shown, Python runs, links lead somewhere."""
+"""README and docs are correct: commands run and print what is shown, Python code runs, links have targets."""
 
 import functools
 import re
@@ -15,7 +15,7 @@ from tests.pages import ROOT, Command, commands_of, python_of, why_not_run
 
 PAGES = {page.relative_to(ROOT).as_posix(): page for page in pages.pages()}
 README = PAGES["README.md"].read_text(encoding="utf-8")
-# Pages whose Python no test here runs, and why.
+# Pages whose Python code no test here runs, with the reason.
 PYTHON_ELSEWHERE = {
     "docs/research.md": "tests/test_research.py runs it and compares what it finds",
     "docs/chat.md": "needs a chat model, of 98 MB; tests/test_chat_library.py says the same to a tiny one",
@@ -24,7 +24,7 @@ PYTHON_ELSEWHERE = {
 PYTHON_ELSEWHERE |= {
     name: "tests/test_extending.py runs it, where the diff is applied" for name in PAGES if "/extending/" in name
 }
-# Part of a command that needs an optional package: with it, a page's commands are run by `make test-extras` alone.
+# Part of a command -> the optional package it needs. Only `make test-extras` runs the commands of such pages.
 EXTRAS = {"onnx": "onnxruntime", "iree": "iree.runtime"}
 
 
@@ -34,7 +34,7 @@ def _extra(page: str) -> str | None:
 
 
 def _check(commands: list[Command], results: list[tuple[int, str]]) -> None:
-    """Every command succeeds, and prints what its page shows."""
+    """Asserts that every command succeeds and prints what its page shows."""
     for command, (code, printed) in zip(commands, results, strict=True):
         assert code == 0, f"{command.page}:{command.line}: {command.text}: {printed}"
         missing = pages.prints(command.shown, printed)
@@ -61,7 +61,7 @@ def _run(names: list[str], folder: Path) -> None:
 
 
 def test_the_commands_run(tmp_path: Path) -> None:
-    """All in one process: each starts JAX otherwise."""
+    """All commands run in one process: otherwise each would start JAX."""
     names = [name for name in PAGES if not _extra(name)]
     assert "docs/commands.md" in names and "docs/index.md" in names
     _run(names, tmp_path)
@@ -75,7 +75,7 @@ def test_the_commands_run_with_other_runtimes(name: str, tmp_path: Path) -> None
 
 
 def test_what_is_not_run_has_a_reason() -> None:
-    """No pattern is left over, and most commands of the page of commands are run."""
+    """Every pattern in `NOT_RUN` matches a command, and most commands of docs/commands.md are run."""
     commands = [command for page in PAGES.values() for command in commands_of(page)]
     for pattern, why in pages.NOT_RUN.items():
         assert any(why_not_run(one, {pattern: why}) for one in commands), f"no page has a command like {pattern}"
@@ -92,7 +92,7 @@ def test_every_command_has_a_part_of_the_page() -> None:
 
 @pytest.mark.parametrize("name", [name for name, page in PAGES.items() if python_of(page)])
 def test_the_python_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """As it stands there, but for stories that end sooner: what was compiled quickly runs slowly."""
+    """A page's Python runs as written, except that stories end sooner: code compiled without optimization is slow."""
     if name in PYTHON_ELSEWHERE:
         pytest.skip(PYTHON_ELSEWHERE[name])
     monkeypatch.chdir(tmp_path)
@@ -105,7 +105,7 @@ def test_the_python_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     if name in ("README.md", "docs/library.md"):
         assert type(scope["gradient"]).__name__ == "Llama"
         assert (tmp_path / "box-int4" / "manifest.json").is_file()
-        assert len(capsys.readouterr().out) > 100, "the story"
+        assert len(capsys.readouterr().out) > 100, "the story was not printed"
 
 
 def _shorter(function: Any, *arguments: Any, max_new_tokens: int = 48, **options: Any) -> Any:
@@ -126,12 +126,12 @@ def test_the_tree_names_what_there_is() -> None:
         indent, name = len(line) - len(line.lstrip()), line.split()[0].rstrip(",")
         folder = name if indent == 0 else folder
         path = ROOT / (name if indent == 0 else folder + name)
-        assert path.exists(), f"{path} is on the page only"
+        assert path.exists(), f"{path} is on the page but does not exist"
     for package in ("llamajax", "quant"):
         for file in (ROOT / package).glob("*.py"):
             assert file.name == "__init__.py" or file.name in tree[1], f"{file} is not on the page"
     for name in re.findall(r"^(\w+)/ ", README[README.index("## The house") :], re.MULTILINE):
-        assert (ROOT / name).is_dir(), f"{name} is in the README only"
+        assert (ROOT / name).is_dir(), f"{name} is in the README but does not exist"
 
 
 def test_presets() -> None:
@@ -143,7 +143,7 @@ def test_presets() -> None:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_links_and_files_exist(name: str) -> None:
-    """Links within the repository; and files of it that a page names in code."""
+    """Links within the repository have targets, and files that a page names in code exist."""
     page = PAGES[name]
     text = re.sub(r"^( *)```.*?^\1```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
@@ -153,6 +153,6 @@ def test_links_and_files_exist(name: str) -> None:
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    """`make docs` checks it too, where mkdocs is."""
+    """`make docs` checks this too, where mkdocs is installed."""
     listed = re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("nav:")[2])
     assert sorted(f"docs/{each}" for each in listed) == sorted(name for name in PAGES if name != "README.md")

@@ -1,4 +1,4 @@
-"""The declaration of each weight: what it says is what the model has, does, and is called elsewhere."""
+"""Declarations of weights: they agree with the model's shapes, its computation, and the names of other formats."""
 
 import os
 import subprocess
@@ -51,7 +51,7 @@ def test_counts_are_those_of_the_tree(name: str) -> None:
     multiplied = sum(leaf.size for name, leaf in named.items() if len(leaf.shape) == 3)
     head = config.vocab_size * config.width
     assert product_weights(config, head=False) == multiplied and product_weights(config) == multiplied + head
-    # What a token reads: all but the table, unless that is the head as well.
+    # A token reads all weights but the embedding table, unless the table is the head as well.
     table = 0 if config.tied_embeddings else head
     assert step_bytes(model) == 2 * (config.num_parameters - table)
     assert step_bytes(model, head=False) == 2 * (config.num_parameters - table - head)
@@ -66,7 +66,7 @@ def test_shapes_of_single_weights_are_those_of_the_tree() -> None:
 
 # ---- Names -----------------------------------------------------------------------------------------------------------
 
-# As transformers' modeling_llama.py has them, written down by hand: ours, theirs, [out, in] there.
+# From transformers' modeling_llama.py, by hand: our name, their name and their shape [out, in].
 THEIRS = {
     "attention_norm.weight_D": ("input_layernorm", (16,)),
     "attention.query_DQ": ("self_attn.q_proj", (32, 16)),
@@ -138,7 +138,7 @@ def test_a_model_is_made_of_its_weights_whatever_their_order() -> None:
 
 
 def test_weights_that_share_an_input_are_multiplied_with_the_same_activations() -> None:
-    """A block is traced with a probe for each weight: those of a group get the same traced value, others not."""
+    """A block is traced with a probe per weight: weights of one group get the same traced value, others do not."""
     found: dict[str, int] = {}
 
     def traced(x_BTD: jax.Array) -> jax.Array:
@@ -147,7 +147,7 @@ def test_weights_that_share_an_input_are_multiplied_with_the_same_activations() 
         products = [name for name in weights if "norm" not in name]
         probes = {name: Probe(weights[name], name, seen) for name in products}
         y_BTD = forward(block_of(weights | probes, CONFIG, 1), x_BTD, CONFIG.numbers(1))
-        assert set(seen) == set(products), "each is multiplied with something"
+        assert set(seen) == set(products), "every weight is multiplied with an input"
         found.update({name: id(value) for name, value in seen.items()})
         return y_BTD
 
@@ -155,11 +155,11 @@ def test_weights_that_share_an_input_are_multiplied_with_the_same_activations() 
     measured = {frozenset(name for name in found if found[name] == value) for value in found.values()}
     declared = {frozenset(names) for names in inputs(CONFIG, 1).values()}
     assert measured == declared and len(declared) == 4
-    assert list(inputs(CONFIG, 1)) == ["attention", "out", "ffn", "down"], "in the order of their use"
+    assert list(inputs(CONFIG, 1)) == ["attention", "out", "ffn", "down"], "inputs are listed in the order of their use"
 
 
 def test_roles_are_what_the_model_does() -> None:
-    """Only what a spec calls a head is multiplied with the last activations; only a table is looked up."""
+    """Only weights with the role head are multiplied with the last activations; only tables are looked up."""
     model, seen = random_model(CONFIG), {}
     named = named_weights(model)
 
@@ -177,9 +177,9 @@ def test_roles_are_what_the_model_does() -> None:
 
 @pytest.mark.parametrize("name", [name for name, spec in LAYER.items() if spec.input])
 def test_what_makes_an_input_can_undo_its_scale(name: str) -> None:
-    """A channel of the maker halved, in all that share the input doubled: the layer gives what it gave.
+    """Scaling a channel down in its maker and up in all weights that share it leaves the layer's output unchanged.
 
-    Of `out` the maker is `value`, whose channels several heads share: there all channels are scaled alike.
+    The maker of `out` is `value`, whose channels several heads share: there all channels get the same scale.
     """
     spec = LAYER[name]
     weights = {place.name: weight for place, weight in weights_of(random_model(CONFIG)).items() if place.layer == 1}
@@ -247,7 +247,7 @@ print("ok")
 
 
 def test_a_model_is_spread_by_the_letters_of_its_axes() -> None:
-    """Over 8 devices: shapes of the shards written down, logits those of one device; packed weights too."""
+    """On 8 devices, shards have the shapes written here, and logits equal one device's; so for packed weights."""
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run([sys.executable, "-c", _DEVICES], cwd=ROOT, env=environment, capture_output=True, text=True)

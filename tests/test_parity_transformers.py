@@ -1,4 +1,4 @@
-"""The model against Hugging Face transformers: tiny random models, saved by one and read by the other."""
+"""The model against Hugging Face transformers: tiny random models that one library saves and the other reads."""
 
 import json
 from pathlib import Path
@@ -31,15 +31,15 @@ LLAMA3 = {
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 24))
 
-# Many models are compiled for one call each: LLVM's optimizations would take most of the time.
+# Many models are compiled for one call each; LLVM's optimizations would take most of the time.
 _logits = jax.jit(lambda model: model(TOKENS)[0], compiler_options={"xla_backend_optimization_level": 0})
 
 
 def _theirs(rope: dict | None = None, theta: float = 1e4, **fields) -> "transformers.LlamaForCausalLM":
-    """A random model of transformers' own making; large weights, so that attention is not uniform, and uneven norms."""
+    """Makes a random transformers model with uneven norms, and large weights so that attention is not uniform."""
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    # No end token: rows run as long as they are asked to.
+    # Without an end token, rows run to the requested length.
     special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "initializer_range": 0.2}
     rope = {"rope_type": "default"} if rope is None else rope
     config = transformers.LlamaConfig(**sizes | special | fields, rope_parameters=rope | {"rope_theta": theta})
@@ -63,7 +63,7 @@ def _save_theirs(model, folder: Path, **options) -> Path:
 
 
 def _assert_logits(actual, expected: np.ndarray, tolerance: float = 1e-4) -> None:
-    assert np.std(expected) > 0.3, "logits too small for the tolerance to mean anything"
+    assert np.std(expected) > 0.3, "logits are too small for the tolerance to mean anything"
     assert np.max(np.abs(np.asarray(actual) - expected)) <= tolerance
 
 
@@ -89,7 +89,7 @@ def test_their_model_gives_their_logits(fields, tmp_path):
 
 
 def test_shards_and_both_spellings_of_rope(tmp_path):
-    """transformers 5 writes `rope_parameters`, 4 wrote `rope_theta` and `rope_scaling`: the same model."""
+    """transformers 5 writes `rope_parameters`, 4 `rope_theta` and `rope_scaling`; both load as the same model."""
     theirs = _theirs(rope=LLAMA3, theta=5e5)
     whole = _save_theirs(theirs, tmp_path / "whole")
     shards = _save_theirs(theirs, tmp_path / "shards", max_shard_size="16KB")
@@ -106,14 +106,14 @@ def test_shards_and_both_spellings_of_rope(tmp_path):
 
 
 def test_bfloat16_folder(tmp_path):
-    """Loads as it is stored; in float32 its logits are those of the rounded weights."""
+    """The folder loads in its stored dtype; loaded in float32, it gives the logits of the rounded weights."""
     rounded = _theirs().to(torch.bfloat16)
     folder = _save_theirs(rounded, tmp_path / "theirs")
     stored, wide = llamajax.load(folder)[0], llamajax.load(folder, dtype=jnp.float32)[0]
     assert stored.dtype == stored.embed_VD.dtype == jnp.bfloat16
     embedding = rounded.model.embed_tokens.weight.detach().float().numpy()
     np.testing.assert_array_equal(np.asarray(stored.embed_VD[...], np.float32), embedding)
-    # Read back rather than widened: `to` rounded the RoPE frequencies as well, which are no weights.
+    # The model is read back, not widened: `to` also rounded the RoPE frequencies, which are not weights.
     exact = _their_logits(transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32))
     _assert_logits(_logits(wide), exact)
     _assert_logits(_logits(stored), exact, tolerance=0.1 * np.std(exact))
@@ -138,7 +138,7 @@ def test_bfloat16_folder(tmp_path):
     ],
 )
 def test_forms_of_rope(fields):
-    """Their frequencies, and ours of the same config.json."""
+    """Our frequencies equal theirs for the same config.json."""
     sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 1}
     sizes |= {"num_attention_heads": 2, "max_position_embeddings": 128}
     config = config_from_hf(json.loads(json.dumps(sizes | fields | {"model_type": "llama"})))
@@ -190,7 +190,7 @@ def test_our_model_gives_our_logits(tied, scaling, dtype, tmp_path):
 
 # ---- Words ----------------------------------------------------------------------------------------------------------
 
-# None begins with a space: behind their dummy prefix, transformers drops one of several, sentencepiece none.
+# No text begins with a space: after the dummy prefix, transformers drops one of several spaces, sentencepiece none.
 TEXTS = [
     "fox",
     "",
@@ -218,7 +218,7 @@ ADDED = (
     ids=["plain", "chat", "no-bos-eos", "legacy"],
 )
 def test_words_of_our_folder_are_theirs(words, tiny_tokenizer, tmp_path):
-    """What we write is read by them as by us: ids of texts, text of ids, and where generation ends."""
+    """transformers reads our folder as we do: ids of texts, text of ids, and the ids that end generation."""
     tokenizer = Tokenizer(tiny_tokenizer.model_bytes, words=words)
     config = Config(
         vocab_size=328, width=8, ffn_width=8, num_layers=1, num_heads=2, num_kv_heads=1, head_size=4, context_length=64
@@ -237,7 +237,7 @@ def test_words_of_our_folder_are_theirs(words, tiny_tokenizer, tmp_path):
 
 
 def test_generation_ends_where_theirs_does(pair, tmp_path):
-    """At each id that generation_config.json lists, which goes before the one of config.json."""
+    """Generation ends at each id listed in generation_config.json, which takes precedence over config.json."""
     theirs, model = pair
     prompt = TOKENS[0, :5].tolist()
     free = llamajax.generate(model, None, prompt, temperature=0, max_new_tokens=12).tokens
@@ -257,14 +257,14 @@ def test_generation_ends_where_theirs_does(pair, tmp_path):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> tuple["transformers.LlamaForCausalLM", Llama]:
-    """One model, theirs and ours."""
+    """One model as transformers' and as ours."""
     theirs = _theirs()
     return theirs, llamajax.load(_save_theirs(theirs, tmp_path_factory.mktemp("pair") / "theirs"))[0]
 
 
 @pytest.mark.parametrize("penalty", [None, 1.3])
 def test_greedy_generation_is_theirs(pair, penalty):
-    """A batch of prompts of different length, against each prompt alone."""
+    """Our batch of prompts of different lengths gives what transformers gives for each prompt alone."""
     theirs, model = pair
     prompts = [TOKENS[0, :19].tolist(), TOKENS[1, :3].tolist()]
     options = {} if penalty is None else {"repetition_penalty": penalty}
@@ -278,7 +278,7 @@ def test_greedy_generation_is_theirs(pair, penalty):
         expected = whole[0, len(prompt) :].tolist()
         assert len(set(expected)) > 3, "a loop over one or two tokens would hide mistakes"
         assert completion.tokens == expected
-        # Each log-probability against one pass of theirs over the whole text.
+        # Log-probabilities are compared with one pass of transformers over the whole text.
         log_probability = torch.log_softmax(torch.tensor(_their_logits(theirs, whole.numpy()))[0], dim=-1).numpy()
         at = np.arange(len(prompt) - 1, len(prompt) + 19)
         np.testing.assert_allclose(completion.log_probabilities, log_probability[at, expected], atol=1e-4)
@@ -300,7 +300,7 @@ PROCESSORS = {
 )
 @pytest.mark.parametrize("seed", [0, 1])
 def test_filters_are_theirs(names, seed):
-    """The same tokens are kept, with the same values; their order is the order of `PROCESSORS`."""
+    """Filters keep the same tokens with the same values; they apply in the order of `PROCESSORS`."""
     rng = np.random.default_rng(seed)
     logits = (rng.standard_normal((32, 64)) * 3).astype(np.float32)
     ids = rng.integers(0, 64, (32, 20))
@@ -321,7 +321,7 @@ def test_filters_are_theirs(names, seed):
 
 
 def test_top_p_keeps_as_many_of_equally_likely_tokens_as_theirs():
-    """Which of them, their sort leaves open; ours are those of lower id."""
+    """Their sort leaves open which of equally likely tokens are kept; ours keeps those with the lowest ids."""
     logits = np.random.default_rng(0).integers(-3, 4, (64, 64)).astype(np.float32)
     expected = np.isfinite(transformers.TopPLogitsWarper(0.8)(None, torch.tensor(logits)).numpy())
     actual = np.asarray(filter_logits(jnp.asarray(logits), make_sampler(top_p=0.8))) > -1e29

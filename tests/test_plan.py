@@ -1,4 +1,4 @@
-"""What `plan` says, beside what models, caches and processes take."""
+"""What `plan` predicts, compared with the memory that models, caches and processes take."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ MIB = 1 << 20
 
 
 def held(tree: object) -> int:
-    """Bytes of arrays that are there."""
+    """Returns the bytes of a tree's arrays."""
     return sum(array.nbytes for array in jax.tree.leaves(tree))
 
 
@@ -38,7 +38,7 @@ def test_weights_are_those_of_a_model(recipe: str) -> None:
     if recipe == "bfloat16":
         assert made.weights == 2 * made.stored == 4 * config.num_parameters  # computed in float32
     else:
-        # Norms, which the recipe keeps, are in float32 then.
+        # The recipe keeps norms, which are then in float32.
         norms = (2 * config.num_layers + 1) * config.width
         assert made.weights == held(llamajax.prepare(model, "cpu")) + 2 * norms
 
@@ -49,7 +49,7 @@ def test_a_checkpoint_as_it_is() -> None:
     assert (made.recipe, made.dtype, made.cache_dtype) == ("as stored", "bfloat16", "int8")
     assert made.stored == made.weights == 2 * 3_672_320
     c = opened.config
-    # A byte an element, and 5 for each head and token: scale and zero point. The lengths beside them.
+    # One byte per element, 5 bytes per head and token for scale and zero point, and the lengths.
     assert made.cache == 2 * c.num_layers * 3 * c.num_kv_heads * 512 * (c.head_size + 5) + 3 * 4
     assert made.total == made.weights + made.cache + made.activations + made.programs
 
@@ -58,14 +58,14 @@ def test_a_checkpoint_as_it_is() -> None:
 def test_the_cache_is_what_the_engine_makes(cache_dtype: str) -> None:
     config = dataclasses.replace(preset("box"), num_layers=1)
     made = plan(config, context=257, batch=2, cache_dtype=cache_dtype, backend="cpu")
-    # The last token is never in the cache: 256 slots hold 257.
+    # The last token is never in the cache: 256 slots serve a context of 257.
     assert made.cache == held(empty_cache(config, 2, 256, cache_dtype))
     larger = plan(config, context=258, batch=2, cache_dtype=cache_dtype, backend="cpu")
     assert larger.cache == held(empty_cache(config, 2, 512, cache_dtype))
 
 
 def test_a_longer_context_copies_no_more_of_a_window() -> None:
-    """Of a full layer, keys and values of all slots in float32; of layers that all have rings, nothing more."""
+    """Activations grow with the context by a full layer's keys and values in float32; with rings alone, not at all."""
     grown = {}
     for window, kinds in ((None, ("full",)), (512, ("window",)), (512, ("window", "full"))):
         config = dataclasses.replace(preset("llama3.2-1b"), window=window, layer_kinds=kinds)
@@ -77,7 +77,7 @@ def test_a_longer_context_copies_no_more_of_a_window() -> None:
 
 
 def test_shapes_that_no_machine_here_holds() -> None:
-    """Llama 3 70B: 70.6e9 weights, of which all but the norms take 4.5 bits; 80 layers of 8 heads of 128."""
+    """Llama 3 70B has 70.6e9 weights, all but the norms at 4.5 bits; 80 layers with 8 KV heads of 128."""
     made = plan(preset("llama3-70b"), "int4-g32", context=8192, dtype="bfloat16", backend="cpu")
     norms = 161 * 8192
     assert made.stored == (70_553_706_496 - norms) * 4.5 / 8 + 2 * norms
@@ -134,14 +134,14 @@ def test_what_would_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["fits"] is False and found["most"] + found["process"] > found["memory"] == 10 << 30
     room = found["memory"] - found["process"]
     would = found["would_fit"]
-    # Keys and values of 2 rows: 2 x 32 layers x 2 x 4096 x 4096 floats are 8 GiB, in 8 bits little more than 2.
+    # Keys and values of 2 rows: 2 x 32 layers x 2 x 4096 x 4096 floats take 8 GiB, in 8 bits little more than 2 GiB.
     assert set(would["kv_cache"]) == {"int8", "int4"} and would["batch"] == 0
     assert 0 < found["longest_context"] < 4096
     assert would["recipe"] == {} and all(total <= room for total in would["kv_cache"].values())
     assert main([*arguments, "--memory=16GB"]) == 0
     printed = capsys.readouterr().out
     assert "does not fit 14.90 GiB" in printed and "--batch=1" in printed and "--recipe=int4-g32" in printed
-    assert "ternary" not in printed  # for models that were trained for it
+    assert "ternary" not in printed  # ternary is for models that were trained for it
 
 
 def test_what_fits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_what_fits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     printed = capsys.readouterr().out
     assert "1,235,814,400 weights; 1 row of 1,000 tokens; cpu" in printed
     assert "fits 24.00 GiB" in printed
-    assert "2.30 GiB at rest" in printed  # two bytes a weight
+    assert "2.30 GiB at rest" in printed  # two bytes per weight
 
 
 @pytest.mark.parametrize(
@@ -173,9 +173,9 @@ def test_errors_are_a_line(arguments: list[str], message: str, capsys: pytest.Ca
 
 
 def measured(case: str, scratch: Path) -> list[dict[str, float]]:
-    """What `benchmarks/plan.py` prints of a case, in bytes."""
+    """Runs `benchmarks/plan.py` on a case; returns what it prints, in bytes."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # the first process is to compile
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # so that the first process compiles
     command = [sys.executable, str(ROOT / "benchmarks" / "plan.py"), f"--scratch={scratch}", "--json", case]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -188,7 +188,7 @@ linux = pytest.mark.skipif(
 
 @linux
 def test_a_process_of_the_box(tmp_path: Path) -> None:
-    """Most of what it takes are programs, the first time compiled in it: half as much, or twice."""
+    """Programs, which the first process compiles, take most of the memory: the plan is right within a factor of 2."""
     for found in measured("box,,512,1,auto", tmp_path):
         assert found["plan"] / 2 < found["generating"] < 2 * found["plan"]
 
@@ -199,4 +199,4 @@ def test_a_process_of_1b_parameters(tmp_path: Path) -> None:
     first, second = measured("tinyllama-1.1b,int4-g32,2048,1,auto", tmp_path)
     assert second["compiled"] == 0
     assert abs(second["plan"] / second["generating"] - 1) < 0.05
-    assert abs(first["plan"] / first["generating"] - 1) < 0.1  # it has compiled, too
+    assert abs(first["plan"] / first["generating"] - 1) < 0.1  # the first process compiled as well

@@ -1,4 +1,4 @@
-"""Pictures hold what they were given, as text; a run without matplotlib says what to install."""
+"""Pictures contain what they were given, as text; without matplotlib, an error says what to install."""
 
 import importlib.util
 import math
@@ -32,7 +32,7 @@ LAYERS = {"attention.query_DQ": [21.0, 22.0], "ffn_norm.weight_D": [math.inf, ma
 
 
 def texts(path: Path) -> set[str]:
-    """All text of an SVG."""
+    """Returns all text of an SVG."""
     tree = xml.etree.ElementTree.parse(path)
     assert tree.getroot().tag == "{http://www.w3.org/2000/svg}svg"
     return {"".join(node.itertext()).strip() for node in tree.iter("{http://www.w3.org/2000/svg}text")}
@@ -49,7 +49,7 @@ def test_quality_curve(tmp_path: Path) -> None:
 
 
 def colours(path: Path) -> list[str]:
-    """Of all lines and points of an SVG."""
+    """Returns the stroke colours of all lines and points of an SVG."""
     tree = xml.etree.ElementTree.parse(path)
     styles = [node.get("style", "") for node in tree.iter("{http://www.w3.org/2000/svg}path")]
     return [style.partition("stroke: ")[2][:7] for style in styles]
@@ -57,7 +57,7 @@ def colours(path: Path) -> list[str]:
 
 @needs_matplotlib
 def test_quality_panels(tmp_path: Path) -> None:
-    """A family has its colour in a panel where it is alone, too."""
+    """A family keeps its colour in a panel where it is alone."""
     quality_panels({"box": POINTS, "smollm2": POINTS[2:3]}, tmp_path / "panels.svg")
     assert {"box", "smollm2", "int8", "int4-g32", "nf4-g64"} <= texts(tmp_path / "panels.svg")
     quality_panels({"smollm2": POINTS[2:3]}, tmp_path / "alone.svg")
@@ -73,7 +73,7 @@ def test_error_by_layer(tmp_path: Path) -> None:
     error_by_layer([20.0, 19.0], 18.0, LAYERS, tmp_path / "layers.svg")
     seen = texts(tmp_path / "layers.svg")
     assert {"layer", "residual stream", "logits", "weight attention.query_DQ"} <= seen
-    assert "weight ffn_norm.weight_D" not in seen, "what is without error is not drawn"
+    assert "weight ffn_norm.weight_D" not in seen, "weights without error are not drawn"
     error_by_layer([math.inf, math.inf], math.inf, {}, tmp_path / "equal.svg")
     assert "residual stream" in texts(tmp_path / "equal.svg")
 
@@ -129,7 +129,7 @@ def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @needs_matplotlib
 def test_names_are_no_formulas(tmp_path: Path) -> None:
-    """Between dollars matplotlib looks for one, and fails; a legend leaves out what begins with an underscore."""
+    """matplotlib would parse text between dollars as a formula, and omit labels with a leading `_` from a legend."""
     points = [Point("_$a_$ $", "in$t_{4$", 4.5, 1e-3), Point("_$a_$ $", "_none$", 16, 0.0)]
     quality_curve(points, tmp_path / "curve.svg")
     seen = {text.strip("\u200b") for text in texts(tmp_path / "curve.svg")}

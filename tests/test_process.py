@@ -1,4 +1,4 @@
-"""Signals end a process in one line, whatever it is doing. Each in a process that imports nothing else."""
+"""Signals end a process with one line, whatever it is doing. Each test starts a process that imports nothing else."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PROCESS = Path(__file__).parents[1] / "llamajax" / "process.py"
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 
 _BEGIN = f"""
 import gc, hashlib, importlib.util, sys, time
@@ -28,7 +28,7 @@ def ended():
 PROGRAMS = {
     "outside of work": "ready(); time.sleep(60)",
     "work": "try:\n    with process.interruptible(): ready(); time.sleep(60)\nexcept KeyboardInterrupt: ended()",
-    # As JAX's callback of the garbage collector: Python drops what is raised in it.
+    # Like JAX's callback of the garbage collector: Python drops exceptions that are raised in it.
     "a callback that loses the exception": """
 def callback(phase, info):
     if phase == "start" and not process.interrupted():
@@ -45,7 +45,7 @@ except KeyboardInterrupt: ended()
 }
 
 
-# Whatever the suite was started with: behind `&`, shells let their children ignore SIGINT.
+# However the suite was started: shells make commands before `&` ignore SIGINT.
 _HEEDS = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
 
 
@@ -66,12 +66,12 @@ def test_a_signal_is_one_line(program: str, number: signal.Signals, word: str) -
 
 
 def test_a_second_one_does_not_wait() -> None:
-    """Not where it follows at once: `timeout` and `make` send one twice."""
+    """A second signal ends the process at once, unless right after the first: `timeout` and `make` send two."""
     waits = "try:\n    with process.interruptible(): ready(); time.sleep(60)\nexcept KeyboardInterrupt: ready(); "
     process = start(f"{waits}native()")
     process.send_signal(signal.SIGINT)
     assert process.stdout and process.stdout.readline() == "ready\n"
-    deadline = time.monotonic() + 30  # long after the second, of which this process may be late to send one
+    deadline = time.monotonic() + 30  # generous: this process may be late to send the second signal
     while process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.7)
         process.send_signal(signal.SIGINT)
@@ -85,7 +85,7 @@ def test_a_second_one_does_not_wait() -> None:
 
 
 def test_an_interrupt_may_call_a_function_instead() -> None:
-    """However often it comes, also during native code for which the watcher would have no patience."""
+    """Each interrupt calls the function, also during native code that is too long for the watcher's patience."""
     program = """
 import os
 begun = time.monotonic()
@@ -118,7 +118,7 @@ except KeyboardInterrupt: ended()
 
 
 def test_signals_come_back_from_a_library() -> None:
-    """Else native code could not be ended: asyncio takes signals, and leaves nobody who sees them."""
+    """asyncio takes over signals and leaves nothing that handles them: native code could not be ended after it."""
     program = """
 import asyncio
 async def takes():
@@ -141,7 +141,7 @@ except KeyboardInterrupt: ended()
 
 @pytest.mark.parametrize("seconds", [0.3, 60])
 def test_a_library_is_asked_to_end(seconds: float) -> None:
-    """A second signal does not wait for it."""
+    """The first signal asks the library to end; a second signal does not wait for it."""
     program = f"""
 import asyncio
 async def waits():
@@ -177,7 +177,7 @@ def test_what_the_parent_ignores_is_ignored() -> None:
 
 @pytest.mark.parametrize(("closed", "number"), [("1>&-", 1), ("2>&-", 2), ("1>&- 2>&-", 1)])
 def test_no_file_gets_the_number_of_a_closed_stream(closed: str, number: int) -> None:
-    """Else what is meant for people would be written into it."""
+    """Otherwise messages for people would be written into that file."""
     program = f"{_BEGIN}\nfile = open({str(PROCESS)!r}); sys.exit(0 if file.fileno() > 2 else 7)"
     done = subprocess.run(["sh", "-c", f'exec "$0" -I -c "$1" {closed}', sys.executable, program], check=False)
     assert done.returncode == 0
@@ -191,7 +191,7 @@ def test_libraries_that_do_not_fit_into_memory() -> None:
 
 
 def test_a_limit_that_libraries_do_not_survive_is_said() -> None:
-    """They end the process themselves, in C++: the line before tells why."""
+    """Libraries end the process themselves, in C++, under such a limit: our line before it says why."""
     resource = pytest.importorskip("resource")
     for limit, said in ((1500 << 20, True), (resource.getrlimit(resource.RLIMIT_AS)[1], False)):
         program = f"{_BEGIN}\nimport resource; hard = resource.getrlimit(resource.RLIMIT_AS)[1]\n"

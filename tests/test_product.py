@@ -1,4 +1,4 @@
-"""Products with one matrix of many: by no number, one number, or a number for each row, against NumPy in float64."""
+"""Products with one of many matrices, chosen by no index, one index or an index per row, against float64 NumPy."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ PARTS = ("plain", "zero, offset", "two levels", "order", "outliers", "tensor")
 
 
 class Case(NamedTuple):
-    """A weight, and what it stands for: float64 [X, K, M]."""
+    """A weight and its dequantized values, float64 [X, K, M]."""
 
     weight: Any
     dense_XKM: np.ndarray
@@ -27,7 +27,7 @@ class Case(NamedTuple):
 
 
 def decode(qtensor: QTensor) -> np.ndarray:
-    """The weight in float64, by the formula of `QTensor`, from its unpacked codes; as it lies."""
+    """Dequantizes to float64 by the formula of `QTensor`, from unpacked codes; axes stay as they are stored."""
     scheme, group = qtensor.scheme, qtensor.group_size
     codes = np.asarray(quant.unpack(qtensor.planes, scheme.bits, group, axis=qtensor.axis), np.float64)
     value = codes - scheme.bias if scheme.kind in ("int", "ternary") else codes
@@ -51,7 +51,7 @@ def decode(qtensor: QTensor) -> np.ndarray:
 
 
 def made(lead: tuple[int, ...], axis: int, scheme: str = "int4", parts: str = "plain", seed: int = 0) -> QTensor:
-    """A QTensor of random codes, with the optional parts that `parts` names."""
+    """Makes a QTensor of random codes, with the optional parts that `parts` names."""
     rng, kind = np.random.default_rng(seed), quant.SCHEMES[scheme]
     turn = (lambda plane: plane) if axis == -2 else (lambda plane: plane.swapaxes(-1, -2))
     codes = rng.integers(0, kind.max_code + 1, (*lead, K, M), np.uint8)
@@ -77,19 +77,19 @@ def made(lead: tuple[int, ...], axis: int, scheme: str = "int4", parts: str = "p
 
 
 def case(weight: Any, values: np.ndarray, axis: int) -> Case:
-    """With the leading axes of the values as one."""
+    """Makes a case whose values have their leading axes merged into one."""
     values = values if axis == -2 else values.swapaxes(-1, -2)
     return Case(weight, values.reshape(-1, K, M).astype(np.float64), axis)
 
 
 def packed(lead: tuple[int, ...], axis: int, lay: Callable[[QTensor], Any], *names: str) -> Case:
-    """A packed weight, laid out."""
+    """Makes a case of a packed weight in the layout of `lay`."""
     qtensor = made(lead, axis, *names)
     return case(lay(qtensor), decode(qtensor), axis)
 
 
 def mixed(lead: tuple[int, ...], axis: int, prepared: bool = False) -> Case:
-    """Layers of three types, floats among them, neither sorted nor alternating."""
+    """Makes a case of layers of three types, floats among them, neither sorted nor alternating."""
     rng = np.random.default_rng(1)
     layers: list[Any] = []
     for number in range(lead[0]):
@@ -103,7 +103,7 @@ def mixed(lead: tuple[int, ...], axis: int, prepared: bool = False) -> Case:
 
 
 def floats(lead: tuple[int, ...], axis: int) -> Case:
-    """An array."""
+    """Makes a case of an array of floats."""
     values = np.random.default_rng(0).normal(size=(*lead, K, M) if axis == -2 else (*lead, M, K)).astype(np.float32)
     return case(jnp.asarray(values), values, axis)
 
@@ -130,7 +130,7 @@ KINDS: dict[str, Callable[[tuple[int, ...], int], Case]] = {
 
 @pytest.fixture(autouse=True)
 def _kernels_are_interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Those of GPU and TPU."""
+    """Runs the kernels for GPU and TPU in interpret mode."""
     for module in (gpu, tpu):
         compiled = module.matmul
         monkeypatch.setattr(module, "matmul", lambda x, weight, call=compiled: call(x, weight, interpret=True))
@@ -138,7 +138,7 @@ def _kernels_are_interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def product(x: jax.Array, weight: Any, index: Any, axis: int) -> np.ndarray:
-    """Compiled, in float64."""
+    """Runs the compiled product; returns it in float64."""
     compiled = jax.jit(
         lambda x, weight, index: quant.product(x, weight, index, axis=axis, dtype=jnp.float32), compiler_options=QUICK
     )
@@ -146,7 +146,7 @@ def product(x: jax.Array, weight: Any, index: Any, axis: int) -> np.ndarray:
 
 
 def check(got: np.ndarray, x: Any, dense_XKM: np.ndarray, index: Any) -> None:
-    """Within the rounding of sums in float32, of factors of up to 2**9 times the weight."""
+    """Asserts agreement within the rounding of float32 sums, whose factors are up to 2**9 times the weight."""
     x = np.asarray(x, np.float64)
     expected = (x[..., None, :] @ dense_XKM[np.asarray(index)])[..., 0, :]
     assert got.shape == expected.shape
@@ -158,9 +158,9 @@ def rows(*shape: int, seed: int = 5) -> jax.Array:
 
 
 def numbers(count: int, matrices: int, how: str) -> np.ndarray:
-    """One for each of `count` rows."""
+    """Returns a matrix index for each of `count` rows."""
     index = np.random.default_rng(count).integers(0, matrices, count).astype(np.int32)
-    if how == "skewed":  # one has most, some none
+    if how == "skewed":  # one matrix has most rows, some have none
         index[np.arange(count) % 8 != 0] = matrices // 2
     return {"one": np.full(count, matrices - 1, np.int32), "sorted": np.sort(index)}.get(how, index)
 
@@ -179,7 +179,7 @@ def test_a_matrix_needs_no_number(kind: str, axis: int) -> None:
 @pytest.mark.parametrize("lead", [(3,), (2, 3)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_number_for_all_rows(kind: str, lead: tuple[int, ...]) -> None:
-    """All leading axes are one; known when traced or only when run; out of range the nearest."""
+    """One index counts over all leading axes, is known at tracing or only at run time, and is clamped to the range."""
     weight, dense_XKM, axis = KINDS[kind](lead, -2 if len(lead) == 1 else -1)
     x, last = rows(2), len(dense_XKM) - 1
     for index, expected in ((0, 0), (last, last), (1, 1), (-1, 0), (99, last)):
@@ -202,7 +202,7 @@ def test_a_number_for_each_row(kind: str, axis: int, count: int, how: str, lead:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_by_row(kind: str) -> None:
-    """One case of each that always runs: rows of several axes, numbers out of range, and rows without any."""
+    """A case of each kind that always runs: rows of several axes, indices out of range, and no rows at all."""
     weight, dense_XKM, axis = KINDS[kind]((3,), -2)
     index = np.asarray([[0, 2, 1], [-1, 3, -(2**31)]], np.int32)
     check(product(rows(2, 3), weight, index, axis), rows(2, 3), dense_XKM, [[0, 2, 1], [0, 2, 0]])
@@ -224,7 +224,7 @@ def test_bfloat16_is_rounded_once() -> None:
 @pytest.mark.parametrize("count", [3, 40])
 @pytest.mark.parametrize("kind", ["array", "int4, plain", "cpu", "gpu", "tpu", "mixed", "mixed, cpu"])
 def test_experts_of_a_layer_in_a_scan(kind: str, count: int) -> None:
-    """Each layer is a slice or a view of the stack, whose experts are numbered from 0."""
+    """In a scan, each layer is a slice or a view of the stack, and its experts are numbered from 0."""
     weight, dense_XKM, _ = KINDS[kind]((2, 3), -2)
     x, index_LR = rows(count), np.stack([numbers(count, 3, "any"), numbers(count, 3, "sorted")])
 
@@ -235,7 +235,7 @@ def test_experts_of_a_layer_in_a_scan(kind: str, count: int) -> None:
     scan = jax.jit(lambda weight, index: quant.scan_layers(step, x[:1], weight, index)[1], compiler_options=QUICK)
     for layer, got in enumerate(np.asarray(scan(weight, index_LR), np.float64)):
         check(got, x, dense_XKM[3 * layer : 3 * layer + 3], index_LR[layer])
-    # A number out of a layer's range is not that of the next layer's.
+    # An index beyond a layer's range does not select an expert of the next layer.
     beyond = jax.jit(lambda weight: quant.scan_layers(step, x[:1], weight, np.full((2, count), 5))[1])(weight)
     for layer in range(2):
         check(np.asarray(beyond[layer], np.float64), x, dense_XKM, np.full(count, 3 * layer + 2))
@@ -255,7 +255,7 @@ def test_gradients_of_activations(kind: str, count: int) -> None:
 @pytest.mark.parametrize("count", [3, 40])
 @pytest.mark.parametrize("axis", [-2, -1])
 def test_gradients_of_arrays(axis: int, count: int) -> None:
-    """Each matrix gets those of its rows; one that has none, zeros."""
+    """Each matrix gets the gradient of its rows; a matrix without rows gets zeros."""
     weight, dense_XKM, _ = floats((4,), axis)
     index, out = numbers(count, 3, "any"), np.random.default_rng(9).normal(size=(count, M))
 
@@ -273,14 +273,14 @@ def test_gradients_of_arrays(axis: int, count: int) -> None:
 @pytest.mark.parametrize("count", [4, 40])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_no_copy_of_the_matrices(gradient: bool, count: int) -> None:
-    """Neither of those in use, nor, for gradients, one in floats for each row or block."""
+    """Matrices in use are not copied, and a gradient does not hold a matrix of floats per row or block."""
     tiled = jax.eval_shape(lambda: cpu.layout(quant.quantize_rtn(jnp.ones((8, 512, 512)), "int4", group_size=32)))
     total = lambda x, weight, index: jnp.sum(quant.product(x, weight, index))  # noqa: E731
     function = jax.grad(total) if gradient else quant.product
     x, index = jax.ShapeDtypeStruct((count, 512), jnp.float32), jax.ShapeDtypeStruct((count,), jnp.int32)
     memory = jax.jit(function).lower(x, tiled, index).compile().memory_analysis()
     one_in_floats = 512 * 512 * 4
-    # A block of 16 outputs is unpacked at a time, for a gradient a matrix; of all blocks it would be 13 or 20 of them.
+    # Products unpack a block of 16 outputs at a time, gradients a matrix; all blocks at once would take 13 or 20.
     assert memory.temp_size_in_bytes < one_in_floats * (4 if gradient else 1 if count > 16 else 1 / 8)
 
 
@@ -306,7 +306,7 @@ def test_errors() -> None:
 
 
 def test_activations_are_rounded_by_row() -> None:
-    """As the weight says; NumPy's int8 by token."""
+    """Activations are rounded as the weight's `activations` says; NumPy computes the expected int8 per token."""
     qtensor = dataclasses.replace(made((3,), -2), activations="int8-token")
     x, index = np.asarray(rows(20)), numbers(20, 3, "any")
     scale = np.abs(x).max(-1, keepdims=True) * np.float32(1 / 127)

@@ -1,4 +1,4 @@
-"""Weights that make up for the errors of their inputs, against NumPy's least squares."""
+"""Weights that compensate the errors of their inputs, against NumPy's least squares."""
 
 import numpy as np
 

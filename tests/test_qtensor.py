@@ -18,7 +18,7 @@ OUTLIERS = 3
 
 
 def _made(name: str = "uint6", shape: tuple[int, ...] = (3, 32, 4), axis: int = -2, **changes: Any) -> QTensor:
-    """Random codes with every optional array that the scheme can have, and the scales in two levels: the worst case."""
+    """Makes the worst case: random codes, every optional array that the scheme can have, and scales in two levels."""
     rng, scheme = np.random.default_rng(5), quant.SCHEMES[name]
 
     def along(length: int, others: tuple[int, ...] = shape) -> list[int]:
@@ -75,7 +75,7 @@ def test_indexing_two_leading_axes_and_by_a_traced_index() -> None:
     made = _made(shape=(2, 3, 32, 4))
     np.testing.assert_array_equal(_dense(made[1, 2]), _dense(made)[1, 2])
     np.testing.assert_array_equal(_dense(made[:, 1]), _dense(made)[:, 1])
-    # Compiled, a product and a sum may be rounded once.
+    # Compiled code may round a product and a sum once.
     np.testing.assert_allclose(jax.jit(lambda q, i: quant.dequantize(q[i]))(made, 1), _dense(made)[1], rtol=1e-5)
     assert len([layer.shape for layer in made]) == 2
 
@@ -121,7 +121,7 @@ def test_compiled_and_operation_by_operation_agree() -> None:
 
 
 def test_gradients() -> None:
-    """With respect to activations, and to the float planes: compared with those of the formula, in NumPy."""
+    """Gradients of the activations and of the float planes equal those of the formula, in NumPy."""
     made = _made("uint4", (32, 4), order=None, outlier=None, outlier_index=None)
     rng = np.random.default_rng(0)
     x, out = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((2, 32), (2, 4)))
@@ -201,7 +201,7 @@ def test_rows_dequantizes_only_those() -> None:
 
 
 def _turned(shape: tuple[int, ...]) -> QTensor:
-    """A second level of scales along the last axis."""
+    """Makes scales in codes whose own scales lie along the last axis."""
     return QTensor.from_codes(jnp.ones(shape, jnp.uint8), jnp.ones((*shape[:-1], 1)), Scheme("uint", 6), axis=-1)
 
 
@@ -257,13 +257,13 @@ def _half(bytes_: np.ndarray) -> jax.Array:
 
 
 def _whole_bytes(name: str, bytes_: np.ndarray, scale: jax.Array, offset: jax.Array | None = None) -> QTensor:
-    """Types whose bytes are ours as they stand."""
+    """Makes a QTensor of a type whose bytes we store unchanged."""
     plane = jnp.asarray(bytes_.reshape(len(bytes_), -1))
     return QTensor((plane,), scale, offset=offset, scheme=quant.SCHEMES[name], axis=-1).validate()
 
 
 def _codes(name: str, codes: np.ndarray, scale: Any, offset: Any = None) -> QTensor:
-    """[rows, ..., elements in order]."""
+    """Makes a QTensor of codes [rows, ..., elements in order]."""
     flat = jnp.asarray(codes.reshape(len(codes), -1), jnp.uint8)
     return QTensor.from_codes(flat, scale, quant.SCHEMES[name], offset=offset, axis=-1)
 
@@ -275,7 +275,7 @@ def _q5(block: np.ndarray, start: int) -> np.ndarray:
 
 
 def _k_scales(block: np.ndarray) -> tuple[QTensor, QTensor]:
-    """`get_scale_min_k4`: 8 scales and 8 minima of 6 bits in 12 bytes."""
+    """Unpacks 8 scales and 8 minima of 6 bits from 12 bytes, as ggml's `get_scale_min_k4` does."""
     q = block[..., 4:16]
     scales, minima = [], []
     for j in range(8):
@@ -290,7 +290,7 @@ def _k_scales(block: np.ndarray) -> tuple[QTensor, QTensor]:
 
 
 def _nibble_groups(qs: np.ndarray) -> np.ndarray:
-    """[..., 128] bytes -> [..., 8, 32]: of each 32 bytes the low halves are one group, the high halves the next."""
+    """Unpacks [..., 128] bytes to [..., 8, 32]: 32 bytes hold one group in their low halves, the next in the high."""
     runs = qs.reshape(*qs.shape[:-1], 4, 1, 32)
     return (runs >> np.array([[0], [4]], np.uint8) & 15).reshape(*qs.shape[:-1], 8, 32)
 
@@ -329,13 +329,13 @@ REPACK: dict[str, Callable[[np.ndarray], QTensor]] = {
     "NVFP4": lambda block: _whole_bytes("nvfp4", block[..., 4:], jnp.asarray(block[..., :4].reshape(len(block), -1))),
     "IQ4_NL": lambda block: _whole_bytes("iq4_nl", block[..., 2:], _half(block[..., :2])),
 }
-# Where the float16 scales are in a block of the types that gguf reads but does not write.
+# Offsets of the float16 scales in a block, for the types that gguf reads but does not write.
 SCALES_AT = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "NVFP4": ()}
 
 
 @pytest.mark.parametrize("name", REPACK)
 def test_ggml_blocks_without_loss(name: str) -> None:
-    """Bytes that the gguf package made, repacked: equal to its own dequantized values bit for bit, in no more bytes."""
+    """Repacked blocks have the gguf package's dequantized values bit for bit, in the same number of bytes."""
     gguf = pytest.importorskip("gguf", reason="compares with the gguf package: pip install gguf")
     rng, kind = np.random.default_rng(11), gguf.GGMLQuantizationType[name]
     elements, size = gguf.GGML_QUANT_SIZES[kind]

@@ -1,4 +1,4 @@
-"""Quantized models: the same tree with `QTensor` leaves, by a recipe, on disk and back."""
+"""Quantized models: the same tree with `QTensor` leaves, made by a recipe, saved and loaded."""
 
 import dataclasses
 import functools
@@ -49,12 +49,12 @@ TOKENS = np.random.default_rng(0).integers(0, 96, (2, 12))
 
 @pytest.fixture(scope="module")
 def mixed() -> Llama:
-    """Three schemes in one model, head and embedding too."""
+    """A model quantized in three schemes, including head and embedding."""
     return quantize(random_model(CONFIG), MIXED)
 
 
 def numpy_dequantized(model: Llama) -> Llama:
-    """The model in floats: every QTensor by FORMAT.md's formula, in NumPy, unpacked bit by bit."""
+    """Dequantizes every QTensor of a model by FORMAT.md's formula, in NumPy, unpacked bit by bit."""
 
     def dense(weight):
         if not isinstance(weight, QTensor):
@@ -89,7 +89,7 @@ def test_logits_are_those_of_the_reference_with_dequantized_weights(mixed: Llama
     for row, tokens in enumerate(TOKENS):
         np.testing.assert_allclose(np.asarray(logits[row]), forward(CONFIG, weights, tokens), atol=1e-4)
     plain = forward_pass(random_model(CONFIG), jnp.asarray(TOKENS))
-    assert np.abs(np.asarray(logits - plain)).max() > 1e-2, "3 bits must show, or nothing was quantized"
+    assert np.abs(np.asarray(logits - plain)).max() > 1e-2, "3 bits must change logits, or nothing was quantized"
 
 
 def test_generation_with_a_cache_equals_without(mixed: Llama) -> None:
@@ -105,7 +105,7 @@ def test_an_id_outside_the_vocabulary_is_nan(mixed: Llama) -> None:
 
 
 def test_gradients_of_lora_beside_quantized_weights(mixed: Llama) -> None:
-    """A low-rank addition to the hidden state, trained by grad through frozen packed weights, against differences."""
+    """Gradients of a low-rank addition to the hidden state, beside frozen packed weights, equal finite differences."""
     tokens = jnp.asarray(TOKENS)
 
     def loss(lora):
@@ -131,7 +131,7 @@ def test_checkpoint_round_trip_bit_for_bit(mixed: Llama, tmp_path: Path) -> None
         assert before.dtype == after.dtype
         np.testing.assert_array_equal(np.asarray(before), np.asarray(after))
     chunks = [file.stat().st_size for file in (tmp_path / "q" / "weights").rglob("c/**/*") if file.is_file()]
-    # The bytes that the format promises, and in each chunk Zarr's index of 20 bytes.
+    # Files hold the bytes that the format promises, and in each chunk Zarr's index of 20 bytes.
     assert sum(chunks) - 20 * len(chunks) == sum(leaf.nbytes for leaf in jax.tree.leaves(mixed))
     converted, _ = llamajax.load(tmp_path / "q", dtype=jnp.bfloat16)
     assert converted.dtype == jnp.bfloat16 and converted.head_VD.get_value().scheme.name == "int8"
@@ -170,7 +170,7 @@ def test_what_a_quantized_model_cannot_do_is_said(mixed: Llama, tmp_path: Path) 
         quantize(random_model(CONFIG), (KEEP_NORMS, Rule(weights="*down*", scheme="int4", group_size=48), MIXED[-1]))
 
 
-# Name -> (bits per weight of what is packed, most that perplexity may grow on stories never seen).
+# Name -> (bits per packed weight, the factor by which perplexity on unseen stories may grow).
 READY = {
     "int8": (8.5, 1.001),
     "int4-g32": (4.5, 1.02),
@@ -188,15 +188,15 @@ READY = {
 }
 
 
-# Of all layers of the box, in every number of bits: as long as 100 other tests.
+# These try every number of bits for all layers of the box, which takes as long as 100 other tests.
 BITS_ARE_SEARCHED = ("mixed-4.5bpw", "calibrated", "uncalibrated")
 
 
 @pytest.fixture(scope="module")
 def stories() -> tuple[Llama, np.ndarray, np.ndarray]:
-    """The box in float32; tokens that it was trained on; tokens that it was not.
+    """Returns the box in float32, tokens that it was trained on, and tokens that it was not trained on.
 
-    One row of its table is nearly zero, that of an id that no text has, as of Llama 3's reserved tokens.
+    One row of its embedding table is nearly zero, for an id that no text has, as for Llama 3's reserved tokens.
     """
     model, tokenizer = llamajax.load("box", dtype=jnp.float32)
     assert tokenizer is not None
@@ -207,7 +207,7 @@ def stories() -> tuple[Llama, np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def made(stories) -> Callable[[str], Llama]:
-    """The box by a ready recipe, each made once."""
+    """Returns a function that quantizes the box by a ready recipe, each recipe once."""
     model, seen, _ = stories
     return functools.cache(lambda name: quantize(model, name, calibration=seen))
 
@@ -227,7 +227,7 @@ def test_ready_recipes_are_those_that_are_measured() -> None:
     "name", [pytest.param(name, marks=[pytest.mark.exhaustive] * (name in BITS_ARE_SEARCHED)) for name in READY]
 )
 def test_every_ready_recipe_on_the_box(stories, made, name: str) -> None:
-    """Sizes as promised, and perplexity on stories never seen: int8 and 4 bits cost under 2%, 3 bits under 6%."""
+    """Sizes are as promised; on unseen stories, perplexity grows by under 2% at int8 and 4 bits, under 6% at 3 bits."""
     model, _, unseen = stories
     bits, limit = READY[name]
     assert packed_bits(made(name)) == pytest.approx(bits, abs=0.03 if name in (*BITS_ARE_SEARCHED, "ternary") else 0)
@@ -248,7 +248,7 @@ def test_every_ready_recipe_on_the_box(stories, made, name: str) -> None:
     ],
 )
 def test_which_recipe_is_nearer_to_the_floats(stories, made, better: str, plain: str, most: float) -> None:
-    """KL divergence on stories never seen: GPTQ and AWQ beside plain rounding, blocks beside channels."""
+    """Compares the KL divergence on unseen stories: GPTQ and AWQ with plain rounding, blocks with channels."""
     model, _, unseen = stories
     channels = Rule(weights="*", scheme="int4", group_size="channel", clip="mse", scale_dtype="float16")
 
@@ -292,7 +292,7 @@ def test_rules_and_weights_must_cover_each_other(rules, message: str) -> None:
     ],
 )
 def test_a_recipe_that_quantizes_norms_is_named(recipe, name: str) -> None:
-    """Before any work is done."""
+    """The error is raised before any work is done."""
     with pytest.raises(
         LlamaJaxError, match=rf"^{name}: the rule for '\*' would quantize what is no matrix.* rule that keeps norms"
     ):
@@ -395,7 +395,7 @@ def test_every_key_has_a_type_and_a_range(key: str) -> None:
             recipe_from({"rules": [table]}, "here")
 
 
-# Keys of a recipe beside its rules, what may not be their value, and what is expected.
+# Keys of a recipe other than its rules, values that are refused, and what the error expects.
 OF_MODEL = {
     "target_bpw": ([True, "4", float("nan"), 1, 17, [4.5], {}], "bits per weight between 1 and 17"),
     "least_bits": ([True, 7, "4", 4.0], "one of 2, 3, 4, 5, 6, 8"),
@@ -450,7 +450,7 @@ def test_recipe_from_reads_what_recipes_say() -> None:
     [("EDF", (4, 1024, 1024)), ("EFD", (4, 1024, 1024)), ("LEDF", (2, 3, 512, 1024)), ("LEFD", (2, 3, 512, 1024))],
 )
 def test_large_weights_of_several_matrices_are_packed_in_parts(axes: str, shape: tuple[int, ...]) -> None:
-    """Parts of the outputs, put together, are the weight quantized at once; along -2 and along -1."""
+    """Parts of the outputs, put together, equal the weight quantized at once, along axis -2 and along axis -1."""
     spec = Spec(axes=axes, over="D", roles=("product",))
     assert spec.axis == (-2 if axes.endswith("DF") else -1)
     weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)

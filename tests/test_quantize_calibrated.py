@@ -1,4 +1,4 @@
-"""Quantization with a calibration text: every method reaches its aim on a whole model, and can be resumed."""
+"""Quantization with a calibration text: every method lowers the errors of a whole model, and can be resumed."""
 
 import dataclasses
 from pathlib import Path
@@ -51,7 +51,7 @@ def skewed() -> Llama:
 
 
 def error(model: Llama, quantized: Llama) -> float:
-    """Mean squared change of the logits on tokens that were not calibrated with."""
+    """Returns the mean squared change of the logits on tokens that were not used for calibration."""
     return float(np.mean((np.asarray(forward(model, UNSEEN)) - np.asarray(forward(quantized, UNSEEN))) ** 2))
 
 
@@ -84,7 +84,7 @@ def test_methods_do_better_than_round_to_nearest(skewed: Llama, options: dict, p
 
 
 def test_gptq_of_a_first_layer_is_the_papers(skewed: Llama) -> None:
-    """The first product's inputs are known without a model: normed embeddings. Codes as float64 NumPy makes them."""
+    """The first product's inputs are normed embeddings, known without a model; codes equal those of float64 NumPy."""
     made = quantize(skewed, layers_rule(method="gptq", scale_dtype="float32"), calibration=TOKENS, window=32)
     weights = weights_of(skewed)
     x_TD = weights["model.embed_tokens.weight"][TOKENS]
@@ -95,7 +95,7 @@ def test_gptq_of_a_first_layer_is_the_papers(skewed: Llama) -> None:
     codes, scale, _ = plain_gptq(weight, hessian, 4, True, 32, False, 0.01)
     made = named_weights(made)["layers.*.attention.query_DQ"][0]
     same_M = (np.asarray(unpack(made.planes, 4, 32)) == codes).all(0)
-    assert same_M.mean() > 0.8, "all but outputs in which float32 rounding decided a code"
+    assert same_M.mean() > 0.8, "only outputs where float32 rounding decides a code may differ"
     np.testing.assert_allclose(np.asarray(made.scale)[:, same_M], scale[:, same_M], rtol=1e-4)
 
 
@@ -115,7 +115,7 @@ def test_bits_are_spent_where_they_help(skewed: Llama) -> None:
     assert 4.45 < 8 * size / CONFIG.num_parameters <= 4.6
     assert error(skewed, made) < 0.9 * error(skewed, even)
     schemes = {scheme for layer in range(3) for scheme in kinds(single_weights(made)[Place("ffn.up_DF", layer)])}
-    assert len(schemes | set(kinds(made.head_VD.get_value()))) > 1, "one size for all is not what was asked for"
+    assert len(schemes | set(kinds(made.head_VD.get_value()))) > 1, "all weights got the same scheme"
     with pytest.raises(LlamaJaxError, match="no rule has an int or uint scheme"):
         quantize(skewed, Recipe(layers_rule(scheme="nf4"), 5), calibration=TOKENS, window=32)
 
@@ -129,7 +129,7 @@ def test_budgets_that_cannot_be(skewed: Llama, target: float, message: str) -> N
 
 
 def test_a_layer_with_rules_of_its_own_keeps_them() -> None:
-    """Each layer's bits are chosen by themselves, but of one that the recipe says something else about."""
+    """Bits are chosen for each layer on its own, except for a layer to which the recipe gives another rule."""
     deep = random_model(dataclasses.replace(CONFIG, num_layers=9), dtype=jnp.bfloat16)
     free = {"scheme": "int4", "group_size": 32, "scale_dtype": "float16"}
     rules = (KEEP_NORMS, Rule(weights="layers.*", layers=(0,), keep=True), Rule(weights="*query*", **free), KEEP)
@@ -151,11 +151,11 @@ def test_an_opened_checkpoint_gives_what_the_loaded_model_gives(skewed: Llama, t
 
 
 class Stop(Exception):
-    """As a machine that is switched off."""
+    """Ends a call as if the machine were switched off."""
 
 
 def stop(done: int, total: int) -> None:
-    """In the second layer."""
+    """Stops in the second layer."""
     if done > 15:
         raise Stop
 
@@ -175,8 +175,8 @@ def test_work_that_was_stopped_goes_on(skewed: Llama, tmp_path: Path) -> None:
         quantize(skewed, layers_rule(method="gptq"), calibration=TOKENS, window=32, work=work)
 
     made = quantize(skewed, rules, calibration=TOKENS, window=32, work=work)
-    assert {file.name for file in work.glob("layer-*")} > set(files), "until the model has been saved"
-    assert files == {name: (work / name).stat().st_mtime_ns for name in files}, "not made anew"
+    assert {file.name for file in work.glob("layer-*")} > set(files), "parts stay until the model is saved"
+    assert files == {name: (work / name).stat().st_mtime_ns for name in files}, "parts were made again"
     for ours, theirs in zip(jax.tree.leaves(made), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
@@ -248,7 +248,7 @@ def test_weights_that_are_no_whole_groups_get_what_the_recipe_says(skewed: Llama
 
 
 def test_errors_of_inputs_are_made_up_for(skewed: Llama) -> None:
-    """On tokens never seen, and with the second half of a folder's work done by another process."""
+    """Propagation of input errors lowers the error on unseen tokens."""
     rules = layers_rule(scheme="int3", method="gptq")
     plain, ours = (
         quantize(skewed, Recipe(rules, propagation=part), calibration=TOKENS, window=32) for part in (0.0, 0.5)
@@ -273,7 +273,7 @@ def test_work_with_propagation_goes_on_where_it_was_stopped(skewed: Llama, tmp_p
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_gptq_of_all_weights_is_of_the_head_too(tied: bool) -> None:
-    """Of a tied one by what the head sees; a table that is only looked up is rounded, which is said."""
+    """A tied embedding is quantized by the head's inputs; a table that is only looked up is rounded, with a note."""
     model = random_model(dataclasses.replace(CONFIG, tied_embeddings=tied))
     notes: list[str] = []
     every = Rule(weights="*", scheme="int3", group_size=32, method="gptq")
@@ -291,7 +291,7 @@ def test_gptq_of_all_weights_is_of_the_head_too(tied: bool) -> None:
 
 
 def test_bits_without_a_text_are_those_that_names_deserve(skewed: Llama) -> None:
-    """The budget is kept; keys get more bits than queries of the same size, and the last layer more than the others."""
+    """The budget is kept; keys get at least as many bits as queries, and the last layer as many as the others."""
     free = Rule(weights="*", scheme="int4", group_size=32, scale_dtype="float16")
     made = quantize(skewed, Recipe((KEEP_NORMS, free), 4.6, bits_by="roles"))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(made))

@@ -1,4 +1,4 @@
-"""Quantization with the switches of families: what scales are folded into, recipes, stacks of several kinds."""
+"""Quantization of all families: the weights that scales are folded into, recipes, stacks of several kinds."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def of_layer(model: Llama, layer: int) -> dict[str, jax.Array]:
 
 @pytest.mark.parametrize("name", KIN)
 def test_folded_scales_change_nothing(name: str) -> None:
-    """Whatever makes an input: norms with an offset, projections with biases, norms between a layer's parts."""
+    """Scales fold into whatever makes an input: norms with offsets, projections with biases, norms inside a layer."""
     config, layer = KIN[name], 1
     before = of_layer(random_model(config), layer)
     of = {place.name: spec for place, spec in specs(config).items() if place.layer == layer}
@@ -45,7 +45,7 @@ def test_folded_scales_change_nothing(name: str) -> None:
         if not of[names[0]].maker:
             continue
         scale_K = np.random.default_rng(2).uniform(0.3, 3, before[names[0]].shape[0]).astype(np.float32)
-        if of[names[0]].maker == "attention.value_DM":  # one channel of a value head for all the heads that share it
+        if of[names[0]].maker == "attention.value_DM":  # heads that share a value head share its scales
             heads = (config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_size)
             scale_K = np.broadcast_to(scale_K.reshape(heads)[:, :1], heads).reshape(-1)
         after = dict(before)
@@ -63,7 +63,7 @@ def run(weights: dict[str, jax.Array], config: Config, layer: int, x_BTD: jax.Ar
 
 @pytest.mark.parametrize("name", KIN)
 def test_every_recipe_is_for_every_family(name: str) -> None:
-    """Vectors are kept, matrices are packed; BitNet's packs those of layers alone."""
+    """Every recipe keeps vectors and packs matrices; BitNet's packs only those of layers."""
     config = KIN[name]
     for recipe in recipe_names():
         for place, rule in assigned(read_recipe(recipe).rules, config).items():
@@ -119,7 +119,7 @@ METHODS = {
 @pytest.mark.matrix
 @pytest.mark.parametrize("name", METHODS)
 def test_a_quantized_model_is_that_of_its_values(name: str) -> None:
-    """The model of packed weights equals the reference on what they stand for, and is nearer than by rounding."""
+    """A packed model equals the reference on its dequantized weights, and is nearer to the floats than by rounding."""
     config = KIN[name]
     model = random_model(config)
     scheme = METHODS[name][1].scheme
@@ -133,7 +133,7 @@ def test_a_quantized_model_is_that_of_its_values(name: str) -> None:
 
 @pytest.mark.exhaustive
 def test_bits_are_searched_for_in_stacks_of_several_kinds() -> None:
-    """The layers of a kind may get other bits than those of another; what the search says is what is made."""
+    """Layers of different kinds may get different bits; the model is made as the search chose."""
     model = random_model(WINDOWS)
     rules = (KEEP_NORMS, Rule(weights="*", scheme="int4", group_size=16, clip="mse", scale_dtype="float16"))
     made = quantize(model, Recipe(rules, 5.5), calibration=TOKENS, window=32)

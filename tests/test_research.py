@@ -1,4 +1,4 @@
-"""The examples of docs/research.md: they run, each is short, and what they find is what NumPy finds."""
+"""The examples of docs/research.md run, are short, and give NumPy's results."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ NAMES = re.findall(r"^## (.*)$", PAGE, re.MULTILINE)
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, Any]]:
-    """What is defined behind each example, all run one after the other."""
+    """Runs the examples one after the other; returns the names that are defined after each."""
     scope: dict[str, Any] = {}
     behind = {}
     for name, code in zip(["", *NAMES], CODE, strict=True):
@@ -55,7 +55,7 @@ def test_logit_lens_and_attention_maps(found: dict, box: tuple) -> None:
 
 
 def test_patching_the_last_layer_gives_the_other_text(found: dict, box: tuple) -> None:
-    """Behind the last layer nothing of the first text is left; behind the first, the rest follows from the other."""
+    """Patching all hidden states, after the first or the last layer, leaves nothing of the first text."""
     config, weights, _ = box
     scope = found["Activation patching"]
     other = np.asarray(scope["other_BT"])[0]
@@ -107,7 +107,7 @@ def test_training_norms_lowers_the_loss_and_leaves_the_bytes(found: dict) -> Non
 
 
 def test_beams_are_the_likeliest_texts(found: dict, box: tuple) -> None:
-    """Every beam is as likely as NumPy says, and no likelier text begins with the best first tokens."""
+    """Every beam has NumPy's log-probability, and the best is at least as likely as the greedy text."""
     config, weights, tokens = box
     scope = found["Beam search"]
     for row, total in zip(np.asarray(scope["beams"]), np.asarray(scope["total_B"]), strict=True):

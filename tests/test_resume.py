@@ -1,4 +1,4 @@
-"""Parts on disk: whole or refused, of this work or refused; what kills leave behind does no harm."""
+"""Parts on disk: damaged parts and parts of other work are refused; leftovers of killed processes do no harm."""
 
 import os
 import random
@@ -58,7 +58,7 @@ def test_a_folder_without_parts_is_for_any_work(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_killed_process_are_cleared(tmp_path: Path) -> None:
-    """Also of a part that was finished, which no new one of its name will ever clear."""
+    """Leftovers of a finished part are cleared as well, as no part of that name will be written again."""
     PartsOnDisk(tmp_path / "w", WORK).store("a", _weights())
     for name in (".a.safetensors.partial-00000000", ".b.safetensors.partial-00000001", ".work.json.partial-00000002"):
         (tmp_path / "w" / name).mkdir()
@@ -104,7 +104,7 @@ def test_a_part_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, mon
 
 
 def test_damage_is_one_error_or_none(tmp_path: Path) -> None:
-    """Seeded mutations of both files: whatever loads is what was written."""
+    """With random damage to either file, loading returns what was written or raises a one-line error."""
     parts, rng = PartsOnDisk(tmp_path, WORK), random.Random(0)
     parts.store("a", _weights())
     part, key = tmp_path / "a.safetensors", tmp_path / "work.json"

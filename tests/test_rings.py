@@ -1,4 +1,4 @@
-"""Caches that hold what a window or a chunk still sees: against NumPy over all tokens, and the text of full caches."""
+"""Caches that hold only what a window or a chunk sees, against NumPy over all tokens and the text of full caches."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from tests.programs import QUICK
 from tests.reference import random_model
 from tests.test_attention import drawn, expected
 
-WINDOW, SLOTS = 40, 128  # of a ring: the window and 64 more, in whole steps of 64
+WINDOW, SLOTS = 40, 128  # slots of a ring: the window and 64 more, rounded up to a multiple of 64
 CONFIG = Config(
     vocab_size=50,
     width=32,
@@ -59,10 +59,10 @@ def model() -> Llama:
 
 
 class Text:
-    """A ring beside all keys and values that its rows were given."""
+    """A ring, together with all keys and values that its rows were given."""
 
     def __init__(self, kind: str, layout: str, dtype: str, rows: int, slots: int = 1024):
-        """Of no tokens."""
+        """Starts without tokens."""
         self.rng = np.random.default_rng(0)
         self.scores = Scores(window=WINDOW) if kind == "window" else Scores(chunk=WINDOW)
         config = CONFIG if kind == "window" else CHUNKS
@@ -72,7 +72,7 @@ class Text:
         self.attend = jax.jit(RingPart.attend, compiler_options=QUICK, static_argnames="scores")
 
     def call(self, T: int, count_B: Any, stay_B: Any = None) -> None:
-        """T tokens, of which each row counts some, or all and then goes back to `stay_B` more than it had."""
+        """Adds T tokens: each row counts `count_B` of them, or all, and then goes back to `stay_B` more than it had."""
         rows = len(self.length_B)
         query, key, value = self.rng.standard_normal((3, rows, T, 4, 8)).astype(np.float32)
         key, value = key[:, :, :2], value[:, :, :2]
@@ -101,13 +101,13 @@ class Text:
             )
             room = 5e-3 if self.part.stored.read(0)[0].dtype == jnp.float16 else 2e-5
             np.testing.assert_allclose(mixed[b : b + 1, :count], wanted, rtol=1e-4, atol=room)
-        assert np.isfinite(mixed).all(), "of padding and rows that wait, too"
+        assert np.isfinite(mixed).all(), "results of padding and of waiting rows must be finite, too"
         self.length_B += count_B if stay_B is None else np.asarray(stay_B)
 
 
 @pytest.mark.parametrize(("kind", "layout", "dtype"), CASES)
 def test_a_ring_is_all_that_queries_see(kind: str, layout: str, dtype: str) -> None:
-    """Pieces longer than all slots, of a few tokens and of one; rows of other lengths, that wait, and that go back."""
+    """Pieces have more tokens than slots, a few, or one; rows have different lengths, wait, and go back."""
     text = Text(kind, layout, dtype, 3)
     assert isinstance(text.part, RingPart) and text.part.stored.slots == SLOTS and text.part.spare == SLOTS - WINDOW + 1
     text.call(150, [150, 30, 0])
@@ -124,7 +124,7 @@ def test_a_ring_is_all_that_queries_see(kind: str, layout: str, dtype: str) -> N
 
 
 def test_a_cache_of_few_slots_goes_on_as_a_ring() -> None:
-    """Of no more slots than a ring has it is a plain one; in the larger each token keeps its slot."""
+    """A cache with no more slots than a ring is a plain one; when it grows into a ring, each token keeps its slot."""
     for layout, dtype, kind in (("dense", "float32", DensePart), ("tiled", "float32", TiledPart)):
         text = Text("window", layout, dtype, 2, slots=64)
         assert type(text.part) is kind and text.part.slots == 64
@@ -143,7 +143,7 @@ def test_a_cache_of_few_slots_goes_on_as_a_ring() -> None:
 
 
 def test_blocks_that_a_window_hides_are_not_looked_at() -> None:
-    """NaN there would show; in a sequence without a cache their scores are not even computed."""
+    """NaN in hidden blocks would show; in a sequence without a cache, their scores are not even computed."""
     query, key, value = drawn(0, 1, 4, 2, 2, 3 * SLOT_BLOCK + 40, 8)
     position_BT = 3 * SLOT_BLOCK + 36 + np.arange(4, dtype=np.int32)[None]
     for changes in ({"window": 100}, {"chunk": 300}):
@@ -183,7 +183,7 @@ def test_memory_does_not_grow_with_the_slots() -> None:
 
 
 def test_to_how_few_tokens_rows_can_go_back() -> None:
-    """Nothing is lost until slots are used again, then what new tokens took; a text from the start is all there."""
+    """Rows lose tokens only when slots are reused: those that new tokens overwrote. A row that restarts lost none."""
     windows = dataclasses.replace(CONFIG, layer_kinds=("window",), num_layers=1)
     cache = KVCache.empty(windows, 3, 1024)
     assert cache.begin(1).reach == 1024
@@ -207,7 +207,7 @@ def test_to_how_few_tokens_rows_can_go_back() -> None:
 
 @pytest.mark.parametrize(("layout", "dtype"), [("dense", "float32"), ("tiled", "float32"), ("dense", "int8")])
 def test_a_step_copies_no_slots(layout: str, dtype: str, model: Llama) -> None:
-    """Rings and full parts are updated where they lie; nothing else of their shape is made."""
+    """Rings and full parts are updated in place; no other array of their shape is made."""
     cache = KVCache.empty(CONFIG, 2, 192, dtype, layout=layout)
     donating = jax.jit(lambda model, tokens_BT, cache: model(tokens_BT, cache), donate_argnames=("cache",))
     compiled = donating.lower(model, np.ones((2, 1), np.int32), cache).compile()
@@ -229,13 +229,13 @@ def test_a_step_copies_no_slots(layout: str, dtype: str, model: Llama) -> None:
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_new_tokens": 40}
 _rng = np.random.default_rng(3)
-# Beyond 4 windows, and beyond a ring's slots; of 4 ids in turn, so that drafts are right at times.
+# A prompt longer than 4 windows and than a ring; one that repeats 4 ids, so that some drafts are right; a short one.
 PROMPTS = [_rng.integers(0, 50, 290).tolist(), [7, 9, 11, 2] * 33, _rng.integers(0, 50, 5).tolist()]
 
 
 @pytest.fixture(scope="module")
 def full_text(model: Llama) -> Callable[[str], list[list[int]]]:
-    """What the same model says with full caches of a dtype, whose masks hide what is behind the window."""
+    """Returns what the model generates with full caches of a dtype, whose masks hide tokens before the window."""
 
     @functools.cache
     def of(dtype: str) -> list[list[int]]:
@@ -263,7 +263,7 @@ def test_text_is_that_of_full_caches(
 
 
 def test_a_second_turn_keeps_what_is_still_there(model: Llama) -> None:
-    """A turn that goes on keeps all; one that goes back too far is prefilled anew, and says the same as without."""
+    """A turn that continues keeps all tokens; one that goes back too far is prefilled anew. The text is the same."""
     kept = Kept()
 
     def turn(text: list[int]) -> tuple[int, list[int]]:
@@ -278,18 +278,18 @@ def test_a_second_turn_keeps_what_is_still_there(model: Llama) -> None:
     reused, made = turn(text)
     assert reused == len(first) + 7
     on = made
-    shorter = text[:150]  # of 218 tokens that there were 89 can be given up
+    shorter = text[:150]  # of the 218 tokens in the cache, the last 89 can be dropped
     reused, made = turn(shorter)
     assert reused == 149
     assert made == generate(model, None, shorter, temperature=0, max_new_tokens=8).tokens
     reused, again = turn(shorter[:100])
-    assert reused == 0, "at 218 tokens those before 90 that a text of 99 sees had given way"
+    assert reused == 0, "at 218 tokens, those before 90, which a text of 99 sees, are overwritten"
     assert again == generate(model, None, shorter[:100], temperature=0, max_new_tokens=8).tokens
-    assert turn(text) == (100, on), "up to where the texts part"
+    assert turn(text) == (100, on), "reused up to where the texts differ"
 
 
 def test_a_bundles_conversation_goes_back_as_far_as_its_cache(monkeypatch) -> None:
-    """By at most `spare` tokens from the most that there were; what is behind that is read from the start."""
+    """A text goes back by at most `spare` tokens from the cache's greatest length; beyond that, all is read again."""
     texts = iter([[*range(100)], [*range(95), 1], [*range(90), 1], [*range(90), 1, 5, 2]])
     kept = []
 
@@ -305,4 +305,4 @@ def test_a_bundles_conversation_goes_back_as_far_as_its_cache(monkeypatch) -> No
     text = SimpleNamespace(decoder=lambda _: lambda token: b"" if token is None else b"x")
     options = SimpleNamespace(max_new_tokens=2, system="", prompt=None)
     answers.converse(session, bundle, text, options, None, [], io.BytesIO())
-    assert kept == [0, 95, 0, 92], "the third went back to 90, but at 101 only what is behind 92 was left"
+    assert kept == [0, 95, 0, 92], "the third goes back to 90, but after 101 tokens only 92 or more can be kept"

@@ -1,4 +1,4 @@
-"""Templates as strings between messages: what Jinja makes of them, found and checked; others are refused with why."""
+"""Chat templates as strings between messages, found in Jinja's output and checked; others are refused with a reason."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from llamajax.chat.messages import Message
 from llamajax.chat.role_strings import Render, RoleStrings, conversations, role_strings
 from llamajax.errors import LlamaJaxError
 
-# As published: of SmolLM2-135M-Instruct, Llama-2-7b-chat, Llama-3-8B-Instruct, gemma-2b-it, gemma-3-1b-it (of its
+# Published templates of SmolLM2-135M-Instruct, Llama-2-7b-chat, Llama-3-8B-Instruct, gemma-2b-it, gemma-3-1b-it (its
 # parts for text), Mistral-7B-Instruct-v0.3 (without tools), DeepSeek-R1-Distill-Llama (without tools), zephyr-7b-beta.
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
@@ -109,7 +109,7 @@ class Part(NamedTuple):
 
 
 def renderer(template: str) -> Render:
-    """Jinja with what transformers gives a template; its errors are ours."""
+    """Renders with Jinja and what transformers gives a template; a template's error becomes a LlamaJaxError."""
     jinja2 = pytest.importorskip("jinja2", reason="compares with Jinja: pip install jinja2")
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
 
@@ -132,7 +132,7 @@ ASKED, SYSTEM = (
     "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
 )
 HEADED = "<|eot_id|><|start_header_id|>{}<|end_header_id|>\n\n".format
-# Read off the templates by hand: begin, system, behind_system, answer, next, reply, and what becomes of contents.
+# Read off the templates by hand: begin, system, behind_system, answer, next, reply, and what is done to contents.
 EXPECTED = {
     "SmolLM2": (
         SMOLLM2,
@@ -177,7 +177,7 @@ EXPECTED = {
             trims_answers=True,
         ),
     ),
-    # The system message stands in the last of the user's, wherever that is.
+    # The system message stands in the last user message, wherever that is.
     "Mistral": (
         MISTRAL,
         RoleStrings("<s>[INST] ", None, None, "[/INST] ", "</s>[INST] ", "[/INST]", True),

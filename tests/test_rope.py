@@ -1,4 +1,4 @@
-"""RoPE of every kind: frequencies against the float64 reference, what config.json says of it, what is refused."""
+"""RoPE of every kind: frequencies against the float64 reference, its fields in config.json, and what is refused."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ SCALINGS = {
     "dynamic": DYNAMIC,
     "llama3": RopeScaling(kind="llama3", factor=8.0, original_context_length=128),
     "yarn": YARN,
-    # gpt-oss: between the pairs, not from pair to pair.
+    # gpt-oss: the ramp's ends are fractions, not whole numbers of pairs.
     "yarn, not truncated": dataclasses.replace(YARN, factor=32.0, truncate=False),
     "yarn, steep": dataclasses.replace(YARN, beta_fast=4.0, beta_slow=2.0, attention_factor=1.3),
     "yarn, DeepSeek's": dataclasses.replace(YARN, factor=40.0, mscale=0.707, mscale_all_dim=0.5),
@@ -48,7 +48,7 @@ SIZES = dict(
 
 @pytest.mark.parametrize("name", SCALINGS)
 def test_frequencies_and_factors(name: str) -> None:
-    """Of requests within the original context, at its end, one further, and far behind it."""
+    """Requests lie within the original context, at its end, one token beyond it, and far beyond it."""
     for theta in (1e4, 5e5):
         config = Config(**SIZES, rope_theta=theta, rope_scaling=SCALINGS[name])
         rope = Rope(theta=theta, scaling=SCALINGS[name])
@@ -80,7 +80,7 @@ def test_manifests() -> None:
 
 
 def test_manifests_of_earlier_releases() -> None:
-    """They say of every scaling what llama3 has."""
+    """Earlier manifests store llama3's values for every kind of scaling."""
     values = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context_length": 8192}
     assert RopeScaling.from_dict({"kind": "linear"} | values) == RopeScaling(kind="linear", factor=4.0)
     assert RopeScaling.from_dict({"kind": "llama3"} | values) == RopeScaling(kind="llama3", factor=4.0)
@@ -129,7 +129,7 @@ def test_refused_beside_a_config() -> None:
 
 
 def test_numbers_of_any_size_overflow_quietly() -> None:
-    """Warnings are errors in tests; frequencies of absurd scalings are 0."""
+    """Absurd scalings give frequencies of 0 without a warning (warnings are errors in tests)."""
     for kind in ("linear", "dynamic", "yarn", "llama3"):
         scaling = RopeScaling(kind=kind, factor=1e308)
         assert np.isfinite(rope_frequencies(Rope(theta=1e308, scaling=scaling), 16, 1 << 27)).all()
@@ -153,7 +153,7 @@ _LONG_64 = _LONG | {"original_max_position_embeddings": 64}
     [
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 64}, DYNAMIC),
         ({"rope_scaling": _YARN}, YARN),
-        # Null is as missing; a factor that is, is the ratio of the contexts (DeepSeek V3).
+        # Null counts as missing; a missing factor is the ratio of the context lengths (DeepSeek V3).
         ({"rope_scaling": _YARN | {"factor": None, "beta_fast": None}, "max_position_embeddings": 2048}, YARN),
         ({"rope_scaling": _YARN | {"finetuned": True}}, YARN),
         ({"rope_parameters": _YARN | {"rope_theta": 1e4, "type": "yarn"}}, YARN),
@@ -174,14 +174,14 @@ def test_scalings_of_config_json(fields: dict[str, Any], scaling: Any) -> None:
     config = config_from_hf(HF | {"max_position_embeddings": 2048} | fields)
     if isinstance(scaling, int):
         scaling = dataclasses.replace(YARN, original_context_length=scaling)
-    if scaling is None:  # nothing says the original context: it is the model's
+    if scaling is None:  # no original context is given: it is the model's context
         scaling = dataclasses.replace(LONGROPE, factor=1.0, original_context_length=2048, attention_factor=1.5)
     assert config.rope_scaling == scaling
     assert config_from_hf(json.loads(json.dumps(config_to_hf(config)))) == config
 
 
 def test_the_spelling_that_transformers_4_reads() -> None:
-    """Its Phi-3 refuses a scaling of more than three keys."""
+    """The Phi-3 of transformers 4 refuses a scaling of more than three keys."""
     written = config_to_hf(Config(**SIZES, rope_scaling=LONGROPE))
     assert written["rope_scaling"] == _LONG and written["original_max_position_embeddings"] == 64
     written = config_to_hf(Config(**SIZES, rope_scaling=YARN))
@@ -255,7 +255,7 @@ def _nested(full: Any, window: Any) -> dict[str, Any]:
     ],
 )
 def test_ropes_of_layers_with_windows(form: Format, fields: dict, theta: float, scaling: Any, window: Any) -> None:
-    """By `convert_rope_params_to_dict` of transformers' Gemma 3 and OLMo 3."""
+    """RoPEs are read as by `convert_rope_params_to_dict` of transformers' Gemma 3 and OLMo 3."""
     expected = {"rope_theta": theta, "rope_scaling": scaling, "rope_fraction": 1.0, "window_rope": window}
     assert _read(fields, form) == expected
     assert _read(fields, form, ("full",)) == expected | {"window_rope": None}
@@ -274,7 +274,7 @@ def test_ropes_by_kind_of_layer_that_are_refused() -> None:
 
 @pytest.mark.parametrize("form", [_GEMMA, _OLMO])
 def test_written_ropes_of_layers_with_windows(form: Format) -> None:
-    """Both spellings where both can say it; only that of transformers 5 otherwise."""
+    """config.json gets both spellings where both can express the RoPEs, otherwise only that of transformers 5."""
     linear = RopeScaling(kind="linear", factor=8.0)
     for window in (None, Rope(theta=1e4), Rope(theta=5e5), Rope(theta=3e5, scaling=YARN)):
         config = Config(**SIZES, rope_theta=5e5, rope_scaling=linear, window_rope=window, layer_kinds=_KINDS, window=8)
@@ -297,7 +297,7 @@ def test_parts_of_heads() -> None:
 
 
 def test_what_a_family_has_of_its_own_in_the_object(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Ministral 3 has its temperature there."""
+    """A family may keep values of its own in the RoPE object, as Ministral 3 keeps its temperature."""
 
     def read(keys: Keys) -> dict[str, Any]:
         return {"query_scale": rope_value(keys, "llama_4_scaling_beta")}
@@ -326,7 +326,7 @@ _MODELS: dict[str, dict[str, Any]] = {
     "dynamic": {"rope_scaling": dataclasses.replace(DYNAMIC, original_context_length=6)},
     "yarn": {"rope_scaling": dataclasses.replace(YARN, original_context_length=16, mscale=0.7, mscale_all_dim=0.3)},
     "longrope": {"rope_scaling": dataclasses.replace(LONGROPE, original_context_length=6)},
-    # As Phi-3: rings alone, which have no slots of their own to tell it by.
+    # As Phi-3: all layers have rings, whose slots do not tell the size of the cache.
     "longrope of windows": {
         "rope_scaling": dataclasses.replace(LONGROPE, original_context_length=6),
         "layer_kinds": ("window",),
@@ -357,12 +357,15 @@ def test_logits_far_behind_the_original_context(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["dynamic", "longrope", "longrope of windows"])
 def test_slots_decide_whatever_the_tokens(name: str) -> None:
-    """Of a text within the original context: in one piece without a cache, and in two in one that reaches beyond."""
+    """The slots choose the frequencies, not the number of tokens.
+
+    A text within the original context runs in one piece without a cache, and in two with a cache that reaches beyond.
+    """
     config = Config(**SIZES, **_MODELS[name])
     model = reference.random_model(config)
     weights, tokens = reference.switched_weights_of(model), TOKENS[:6]
     within, beyond = (reference.forward(config, weights, tokens, reach=reach) for reach in (6, 24))
-    assert abs(within - beyond).max() > 0.1, "a choice that changed nothing would pass"
+    assert abs(within - beyond).max() > 0.1, "the choice must change the logits"
     np.testing.assert_allclose(forward(model, tokens[None])[0], within, atol=2e-4)
     first_1TV, cache = step(model, tokens[None, :3], KVCache.empty(config, 1, 24))
     second_1TV, _ = step(model, tokens[None, 3:], cache)
@@ -370,7 +373,7 @@ def test_slots_decide_whatever_the_tokens(name: str) -> None:
 
 
 def test_sizes_that_only_the_caller_knows() -> None:
-    """An exported program of any cache size chooses when it is called."""
+    """A program that is exported for any cache size chooses its frequencies when it is called."""
     for scaling in (DYNAMIC, LONGROPE):
         rope = Rope(theta=1e4, scaling=scaling)
         program = jax.jit(lambda cache_S, rope=rope: rope_frequencies(rope, 16, cache_S.shape[0]))
@@ -392,16 +395,16 @@ REQUESTS = Config(
 
 
 def _choices(model: Llama, text: list[int], slots: int) -> np.ndarray:
-    """The likeliest token behind each of a text, in one piece in a cache of so many slots."""
+    """Returns the likeliest token after each token of a text, run in one piece in a cache of `slots` slots."""
     padded = np.asarray([text + [0] * (slots - len(text))])
     return np.argmax(step(model, padded, KVCache.empty(model.config, 1, slots))[0][0], axis=-1)
 
 
 def test_a_request_chooses_once_by_its_whole_length() -> None:
-    """What an earlier request left is of use as long as both are on the same side of the original context."""
+    """A request reuses an earlier one's cache only if both are on the same side of the original context's length."""
     model, kept = reference.random_model(REQUESTS), Kept()
     text = np.random.default_rng(1).integers(0, 32, 240).tolist()
-    # How many of a text are given, new tokens, slots, and tokens that are not computed again.
+    # Tokens of the prompt, new tokens, slots, and tokens that are reused.
     for given, new, slots, reused in ((240, 8, 256, 0), (248, 8, 256, 247), (256, 260, 768, 0), (516, 2, 768, 515)):
         made = _continued(model, text[:given], new, kept, slots, reused)
         text = text[:given] + made
@@ -410,7 +413,7 @@ def test_a_request_chooses_once_by_its_whole_length() -> None:
 
 
 def _continued(model: Llama, text: list[int], new: int, kept: Kept, slots: int, reused: int) -> list[int]:
-    """The new tokens of a request that has so many slots and keeps so many tokens."""
+    """Returns a request's new tokens; asserts its numbers of slots and of reused tokens."""
     run = stream(model, None, text, max_new_tokens=new, temperature=0, kept=kept)
     list(run)
     assert kept.engine is not None
@@ -426,7 +429,7 @@ def test_an_engine_does_not_grow_beyond_what_chose_its_rope() -> None:
 
 
 def test_programs_of_a_bundle_choose_by_its_slots() -> None:
-    """Those of one size, and those whose slots the caller gives."""
+    """Programs of one cache size and programs whose slots the caller gives both choose by the slots."""
     config = Config(**SIZES | {"num_layers": 1}, **_MODELS["longrope"])
     model = reference.random_model(config)
     weights, tokens = reference.switched_weights_of(model), TOKENS[:4]
@@ -447,7 +450,7 @@ def test_programs_of_a_bundle_choose_by_its_slots() -> None:
 
 @pytest.mark.exhaustive
 def test_a_bundle_of_rings_alone(tmp_path: Path) -> None:
-    """Its programs of any size have no array of as many slots; they choose by those of the bundle."""
+    """Programs of any size have no array with the cache's slots if all layers have rings: the bundle's slots choose."""
     config = Config(**SIZES, **_MODELS["longrope of windows"])
     model = reference.random_model(config)
     bundle = write(model, None, tmp_path / "bundle", Spec(slots=400, buckets=(4,)), prompts=[[1, 2, 3]])

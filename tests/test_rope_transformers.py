@@ -20,7 +20,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "head_dim": 16}
-# As published: Llama 3.1, Qwen2.5's card, gpt-oss, OLMo 3, DeepSeek V2 and V3, Ministral 3, Gemma 3, and of Phi's kind.
+# Published scalings: Llama 3.1, Qwen2.5's model card, gpt-oss, OLMo 3, DeepSeek V2 and V3, Ministral 3, Gemma 3; and
+# one of Phi's kind.
 LINEAR = {"rope_type": "linear", "factor": 8.0}
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -49,12 +50,12 @@ _CLASSES = {"llama": "LlamaConfig", "phi3": "Phi3Config", "gemma3_text": "Gemma3
 
 
 def _theirs(kind: str = "llama", **fields: Any) -> Any:
-    """A config of transformers, as if it were loaded from config.json."""
+    """Makes a config of transformers as if it were loaded from config.json."""
     return getattr(transformers, _CLASSES[kind]).from_dict(json.loads(json.dumps(SIZES | fields)))
 
 
 def _ours(theirs: Any, kind: str = "llama") -> Config:
-    """What we read of the config.json that it writes."""
+    """Returns what we read from the config.json that transformers writes."""
     return config_from_hf(json.loads(theirs.to_json_string(use_diff=False)) | {"model_type": kind})
 
 
@@ -75,9 +76,9 @@ def test_frequencies_and_factors(name: str, theta: float) -> None:
 
 
 def test_frequencies_of_published_sizes() -> None:
-    """Of whole heads of 64, 128 and 256, and of a part of one: Phi-4 mini's 96 of 128.
+    """Frequencies agree for whole heads of 64, 128 and 256, and for a part of a head: Phi-4 mini's 96 of 128.
 
-    transformers computes in float32, which is off by 2e-6 where a difference of turns is taken.
+    transformers computes in float32, which is off by 2e-6 where it subtracts numbers of turns.
     """
     for size, fraction, theta in ((64, 1.0, 150000.0), (128, 1.0, 5e5), (256, 1.0, 1e6), (128, 0.75, 1e4)):
         for name in ("linear", "dynamic", "llama3", "gpt-oss", "deepseek"):
@@ -128,7 +129,7 @@ _THEIR_KINDS = {"window": "sliding_attention", "full": "full_attention"}
 
 @pytest.mark.parametrize("name", MODULES)
 def test_rotary_modules(name: str) -> None:
-    """Cosines and sines of requests within the original context and far behind it; read, and written and read again."""
+    """Cosines and sines agree within the original context and far beyond it, for configs as read and as written."""
     kind, fields, kinds = MODULES[name]
     ours = config_from_hf(SIZES | fields | {"model_type": kind})
     assert _ours(_theirs(kind, **fields), kind) == ours

@@ -1,4 +1,4 @@
-"""Round-to-nearest: against a NumPy search over all codes, ggml's quantizers, published tables, its own promises."""
+"""Round-to-nearest: against a NumPy search over all codes, ggml's quantizers, published tables, stated properties."""
 
 import statistics
 from collections.abc import Callable
@@ -28,7 +28,7 @@ PUBLISHED_NF4 = [
 
 
 def _values(name: str) -> np.ndarray:
-    """The value of each code that a quantizer may write."""
+    """Returns the value of each code that a quantizer may write."""
     if name == "nf4":
         return np.array(PUBLISHED_NF4)
     if name == "iq4_nl":
@@ -42,7 +42,7 @@ def _values(name: str) -> np.ndarray:
 
 
 def _expected_grid(groups: np.ndarray, name: str, factor: float = 1.0, stored: Any = None) -> tuple[np.ndarray, Any]:
-    """Scale and zero point of each group [C, g, M] by the definitions; the zero point by the stored scale."""
+    """Returns scales and zero points of groups [C, g, M] by definition; zero points follow from the stored scale."""
     low, high = groups.min(1, keepdims=True), groups.max(1, keepdims=True)
     largest = np.where(high >= -low, high, low)
     if name.startswith("uint"):
@@ -63,13 +63,13 @@ def _expected_grid(groups: np.ndarray, name: str, factor: float = 1.0, stored: A
 
 
 def _nearest_e4m3(values: np.ndarray) -> np.ndarray:
-    """Nearest of the floats of 8 bits that are neither negative nor NaN."""
+    """Rounds to the nearest float8_e4m3fn that is neither negative nor NaN."""
     every = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
     return every[np.argmin(np.abs(values[..., None] - every), axis=-1)]
 
 
 def _nearest(groups: np.ndarray, scale: np.ndarray, zero: Any, name: str) -> np.ndarray:
-    """What every weight becomes, by trying all codes; float64 [C, g, M]."""
+    """Returns every weight's nearest value, found by trying all codes; float64 [C, g, M]."""
     candidates = (_values(name) - np.asarray(zero)[..., None]) * np.asarray(scale, np.float64)[..., None]
     best = np.argmin(np.abs(candidates - groups[..., None]), axis=-1)
     candidates = np.broadcast_to(candidates, (*groups.shape, candidates.shape[-1]))
@@ -123,7 +123,7 @@ def test_axes_leading_axes_jit_and_vmap_agree(name: str, group_size: Any) -> Non
     layers = [quant.dequantize(quantize(layer)) for layer in weight]
     tables = jnp.swapaxes(quant.dequantize(quantize(jnp.swapaxes(weight, -1, -2), -1)), -1, -2)
     for other in (layers, tables, quant.dequantize(jax.jit(jax.vmap(quantize))(weight))):
-        # The mean of a ternary group is a sum, and summed in another order over another axis.
+        # The mean of a ternary group is a sum, whose order differs between axes.
         np.testing.assert_allclose(other, expected, rtol=2**-7 if name == "ternary" else 0)
 
 
@@ -168,7 +168,7 @@ def test_zeros_stay_zeros(name: str, clip: Any) -> None:
     made = quant.quantize_rtn(weight, name, group_size=G, clip=clip)
     values = np.asarray(quant.dequantize(made))
     assert made.scale[0, 1] == 0 and made.scale[0, 0] != 0
-    # Of the values of iq4_nl the nearest to 0 is 1; a scale is the largest value's by 127 or 113.
+    # The value of iq4_nl nearest to 0 is 1; a scale is the largest weight divided by 127 or 113.
     allowed = 1.01 * np.abs(weight).max() / 113 if name == "iq4_nl" else 0
     assert (
         (values[:G, 1] == 0).all()
@@ -182,7 +182,7 @@ def _importance(length: int) -> np.ndarray:
 
 
 def _group_errors(values: Any, groups: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
-    """Squared error of each group [C, M]."""
+    """Returns the squared error of each group [C, M]."""
     weights = 1 if importance is None else importance.reshape(len(groups), -1, 1)
     return np.sum((values - groups) ** 2 * weights, axis=1)
 
@@ -191,7 +191,10 @@ def _group_errors(values: Any, groups: np.ndarray, importance: np.ndarray | None
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_mse_clip_is_no_worse_than_any_of_its_factors(name: str, weighted: bool) -> None:
-    """Nor than plain rounding, in any group: with all codes tried in NumPy. Fitted scales are mostly better."""
+    """No group's error exceeds that of plain rounding, or of any factor with all codes tried in NumPy.
+
+    Fitted scales are mostly better.
+    """
     weight = _weight(seed=2)
     weight[5] *= 6
     importance = _importance(len(weight)) if weighted else None
@@ -207,7 +210,7 @@ def test_mse_clip_is_no_worse_than_any_of_its_factors(name: str, weighted: bool)
     for factor in clip_factors(quant.SCHEMES[name], G, weighted=weighted):
         scale, zero = _expected_grid(groups, name, factor)
         tried.append(_group_errors(_nearest(groups, scale, zero, name), groups, importance))
-    # At 8 bits the errors are what remains of squares 100,000 times as large, in float32.
+    # At 8 bits, errors are float32 differences of squares that are 100,000 times as large.
     assert (of_clipped <= np.min(tried, axis=0) * (1 + (1e-2 if "8" in name else 1e-5))).all()
     if name in ("mxfp4", "nvfp4"):
         np.testing.assert_allclose(of_clipped, np.min(tried, axis=0), rtol=1e-5)
@@ -217,7 +220,10 @@ def test_mse_clip_is_no_worse_than_any_of_its_factors(name: str, weighted: bool)
 @pytest.mark.parametrize("name", ["int4", "int3", "int2", "uint4", "uint2", "nf4", "ternary"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_mse_clip_is_close_to_the_best_scale_there_is(name: str, weighted: bool) -> None:
-    """The best of 800 scales a group, of either sign where that matters, and all codes in NumPy: 3% in all, nf4 6%."""
+    """The total error is within 3% (nf4: 6%) of the best of 800 scales per group, with all codes tried in NumPy.
+
+    Scales of both signs are tried where the sign matters.
+    """
     weight = np.random.default_rng(6).standard_t(5, size=(8 * G, 8)).astype(np.float32)
     importance = _importance(len(weight)) if weighted else None
     made = quant.quantize_rtn(weight, name, group_size=G, scale_dtype="float32", clip="mse", importance=importance)
@@ -235,7 +241,7 @@ def test_mse_clip_is_close_to_the_best_scale_there_is(name: str, weighted: bool)
 @pytest.mark.parametrize("axis", [-2, -1])
 @pytest.mark.parametrize("clip", [None, "mse"])
 def test_blocks_change_nothing(axis: int, clip: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three groups, or rows, at a time of seven: the last block begins before the one before has ended."""
+    """Blocks have three of seven groups or rows, so that the last block overlaps the one before it."""
     weight = _weight((2, 7 * G, 5) if axis == -2 else (2, 7, 5 * G))
     importance = None if clip is None else _importance(2 * weight.shape[axis]).reshape(2, -1)
 
@@ -251,7 +257,7 @@ def test_blocks_change_nothing(axis: int, clip: Any, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("clip", [None, "mse"])
 def test_groups_of_many_rows_are_summed_in_parts(clip: Any) -> None:
-    """A group of 80 rows is that of its four copies of 20, which are written out."""
+    """A group of four copies of 20 rows has the scale of one copy (if not clipped) and, within 3%, its error."""
     weight = _weight((20, 6))
     one, four = (quant.quantize_rtn(np.tile(weight, (n, 1)), "int4", group_size="channel", clip=clip) for n in (1, 4))
     if clip is None:
@@ -261,7 +267,7 @@ def test_groups_of_many_rows_are_summed_in_parts(clip: Any) -> None:
 
 
 def test_mse_clip_gains_where_it_should() -> None:
-    """Normal weights: more with fewer bits. Ternary is best with a scale of 1.224 standard deviations (Lloyd-Max)."""
+    """Normal weights gain more at fewer bits. The best ternary scale is 1.224 standard deviations (Lloyd-Max)."""
     weight = _weight((1024, 8))
 
     def error(name: str, clip: Any) -> float:
@@ -279,7 +285,7 @@ def test_mse_clip_gains_where_it_should() -> None:
 @pytest.mark.parametrize("axis", [-2, -1])
 @pytest.mark.parametrize("clip", [None, "mse"])
 def test_temporaries_are_small(axis: int, clip: Any) -> None:
-    """Neither the weight for each factor, nor another weight in float32, nor its transpose."""
+    """Quantizing holds neither the weight for each factor, nor a copy in float32, nor its transpose."""
     weight = jax.ShapeDtypeStruct((4096, 2048), jnp.float32)
 
     def quantize(weight: jax.Array) -> quant.QTensor:
@@ -291,7 +297,7 @@ def test_temporaries_are_small(axis: int, clip: Any) -> None:
 
 def test_nf4_is_the_published_table() -> None:
     assert list(NF4) == PUBLISHED_NF4
-    # And how it is made (bitsandbytes' create_normal_map): quantiles on both sides, a zero, scaled to 1.
+    # The table is also derived as in bitsandbytes' create_normal_map: quantiles on both sides, a zero, scaled to 1.
     quantile, offset = statistics.NormalDist().inv_cdf, 0.9677083
     positive = [quantile(p) for p in np.linspace(offset, 0.5, 9)[:-1]]
     negative = [-quantile(p) for p in np.linspace(offset, 0.5, 8)[:-1]]
@@ -308,7 +314,7 @@ def test_microscaling_tables() -> None:
 
 
 def test_iq4_nl_is_a_rounded_polynomial() -> None:
-    """Its published values, by the formula; far enough from the middle of two whole numbers for any float32."""
+    """The formula gives the published values, and stays far enough from half-integers for any float32 arithmetic."""
     codes = jnp.arange(16, dtype=jnp.uint8)
     published = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
     assert list(IQ4_NL) == published

@@ -1,4 +1,4 @@
-"""Sampling: which tokens the knobs keep, that draws follow what is left, that rows are independent."""
+"""Sampling: which tokens the knobs keep, draws from the tokens that are left, independence of rows."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ KNOBS = {
     "min_p": st.floats(0, 1),
     "repetition_penalty": st.floats(0.5, 2),
 }
-# A token as close as this to a threshold may fall on either side of it, in float32.
+# In float32, a token this close to a threshold may fall on either side of it.
 MARGIN = 1e-4
 
 _filter = jax.jit(filter_logits)
@@ -34,7 +34,7 @@ _seeds = st.integers(0, 1 << 30)
 
 
 def _expected_filter(logits: np.ndarray, seen: np.ndarray, knobs: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The knobs by their definitions, one token at a time, in float64.
+    """Applies the knobs by their definitions, one token at a time, in float64.
 
     Returns:
         The logits after penalty and temperature, which tokens are kept, and which are too close to a threshold to tell.
@@ -45,16 +45,16 @@ def _expected_filter(logits: np.ndarray, seen: np.ndarray, knobs: dict) -> tuple
     x = np.where(seen, x, np.asarray(logits, np.float64)) / knobs["temperature"]
     kept, unsure, near = np.ones(V, bool), np.zeros(V, bool), MARGIN * max(1.0, np.abs(x).max())
     for i in range(V):
-        # Top-k: fewer than k tokens are likelier. What is as likely as the k-th stays.
+        # Top-k: a token stays if fewer than k tokens are likelier, so ties with the k-th stay.
         kept[i] = np.sum(x > x[i]) < knobs["top_k"]
         unsure[i] = np.sum(x > x[i] + near) < knobs["top_k"] <= np.sum((x > x[i] - near) & (x != x[i]))
     left = kept | unsure
     power = np.exp(x - x.max())
     probability = np.where(kept, power, 0) / power[kept].sum()
     for i in np.flatnonzero(left):
-        # Top-p: the tokens before it, likelier or as likely and of lower id, do not have the probability yet.
+        # Top-p: a token stays if the tokens before it (likelier, or tied with a lower id) do not reach the probability.
         before = np.sum(probability[(x > x[i]) | ((x == x[i]) & (np.arange(V) < i))])
-        # Min-p: at least this fraction of the likeliest's probability.
+        # Min-p: a token stays if it has at least this fraction of the likeliest's probability.
         kept[i] &= (before < knobs["top_p"] or knobs["top_p"] == 1) and power[i] >= knobs["min_p"]
         unsure[i] |= abs(before - knobs["top_p"]) < MARGIN and knobs["top_p"] < 1
         unsure[i] |= 0 < abs(power[i] - knobs["min_p"]) < MARGIN * knobs["min_p"]
@@ -68,7 +68,7 @@ def _check_filter(logits: np.ndarray, seen: np.ndarray, knobs: dict) -> None:
     np.testing.assert_array_equal((actual > -1e29)[~unsure], kept[~unsure])
     both = kept & (actual > -1e29)
     np.testing.assert_allclose(actual[both], x[both], rtol=1e-5, atol=1e-6)
-    assert actual[x.argmax()] > -1e29  # whatever the knobs: the likeliest stays
+    assert actual[x.argmax()] > -1e29  # the likeliest token stays, whatever the knobs
     np.testing.assert_array_equal(actual[actual <= -1e29], np.float32(-1e30))
 
 
@@ -79,7 +79,7 @@ def _check_filter(logits: np.ndarray, seen: np.ndarray, knobs: dict) -> None:
 @_thorough
 @given(seed=_seeds, data=st.data())
 def test_each_knob_alone(name, seed, data):
-    """Logits are small whole numbers, so that there are ties."""
+    """Logits are small integers, so that there are ties."""
     rng = np.random.default_rng(seed)
     _check_filter(rng.integers(-6, 7, V).astype(np.float32), rng.random(V) < 0.5, {name: data.draw(KNOBS[name])})
 
@@ -87,7 +87,7 @@ def test_each_knob_alone(name, seed, data):
 @_thorough
 @given(seed=_seeds, spread=st.floats(0.05, 1), knobs=st.fixed_dictionaries(KNOBS))
 def test_all_knobs_together(seed, spread, knobs):
-    """Order matters: penalty, temperature, top-k, top-p of what is left, min-p. Logits all different."""
+    """Knobs apply in order: penalty, temperature, top-k, top-p of the tokens left, min-p. No logits are tied."""
     rng = np.random.default_rng(seed)
     logits = spread * (rng.permutation(V) + rng.uniform(-0.4, 0.4, V) - V / 2)
     _check_filter(logits.astype(np.float32), rng.random(V) < 0.5, knobs)
@@ -100,13 +100,13 @@ def test_knobs_that_are_off_change_nothing():
 
 
 def test_top_p_of_one_keeps_everything():
-    """As it does in transformers."""
+    """transformers keeps everything as well."""
     logits = np.array([[0.0, -20.0, -21.0]], np.float32)
     np.testing.assert_array_equal(filter_logits(logits, make_sampler(top_p=1.0)), logits)
 
 
 def test_known_example():
-    """Probabilities 0.5, 0.25, 0.15, 0.1, worked out by hand."""
+    """Probabilities are 0.5, 0.25, 0.15 and 0.1; results are worked out by hand."""
     logits = jnp.log(jnp.asarray([[0.25, 0.1, 0.5, 0.15]]))
     kept = lambda **knobs: np.flatnonzero(filter_logits(logits, make_sampler(**knobs))[0] > -1e29).tolist()  # noqa: E731
     assert kept(top_k=2) == [0, 2]
@@ -115,12 +115,12 @@ def test_known_example():
     assert kept(top_p=0.8) == [0, 2, 3]
     assert kept(min_p=0.25) == [0, 2, 3]
     assert kept(min_p=0.4) == [0, 2]
-    # Top-p is of what top-k leaves: 0.5 / 0.75 is more than 0.6, so the likeliest alone will do.
+    # Top-p applies to the tokens that top-k leaves: 0.5 / 0.75 exceeds 0.6, so the likeliest alone suffices.
     assert kept(top_k=2, top_p=0.6) == [2]
 
 
 def test_top_p_keeps_the_fewest_of_equally_likely_tokens():
-    """Of four they are the first one to four, wherever a knob before it excludes others."""
+    """Of four tied tokens, the first one to four stay, also if an earlier knob excludes the others."""
     logits = np.full((7, V), -3.0, np.float32)
     logits[:, [1, 2, 4, 9]] = 1.0
     top_p = [0.1, 0.25, 0.26, 0.5, 0.74, 0.76, 1.0]
@@ -132,7 +132,7 @@ def test_top_p_keeps_the_fewest_of_equally_likely_tokens():
 
 
 def _sorted_filter(logits: np.ndarray, knobs: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Which tokens of a row are kept, by a stable sort in float64; and which are too close to top-p's end to tell."""
+    """Returns which tokens a stable sort in float64 keeps, and which are too close to top-p's threshold to tell."""
     x = logits.astype(np.float64)
     order = np.argsort(-x, kind="stable")
     ranked = x[order]
@@ -147,14 +147,14 @@ def _sorted_filter(logits: np.ndarray, knobs: dict) -> tuple[np.ndarray, np.ndar
 
 
 def test_a_large_vocabulary_with_ties_against_a_sort():
-    """Logits in steps of 1/8, so that thousands are equal; some minus infinity; one row all equal, one of zeros."""
+    """Logits in steps of 1/8 make thousands equal; some are minus infinity; one row is all equal, one all zeros."""
     size, rng = 50_000, np.random.default_rng(0)
     logits = np.round(rng.standard_normal((12, size)) * 24).astype(np.float32) / 8
     logits[1, rng.random(size) < 0.7] = -np.inf
     logits[2] = -7.25
     logits[3] = np.where(rng.random(size) < 0.5, 0.0, -0.0)
     logits[4] = np.where(np.arange(size) == 7, 1e30, -1e20)
-    logits[5] *= 1e-41  # which are not normal, so that XLA may take them for zeros
+    logits[5] *= 1e-41  # subnormal numbers, which XLA may take for zeros
     logits[6, 3:] = -np.inf
     top_k = [40, 1 << 30, 1000, 1, 2, 1 << 30, 10, 49_999, 1 << 30, 50_000, 3, 1 << 30]
     top_p = [0.9, 0.95, 1.0, 0.5, 1.0, 0.25, 1.0, 0.999, 0.01, 1.0, 0.4, 0.7]
@@ -165,14 +165,14 @@ def test_a_large_vocabulary_with_ties_against_a_sort():
         x = logits[i] if i != 5 else np.zeros(size, np.float32)
         kept, unsure = _sorted_filter(x, knobs)
         actual = filtered[i] > -1e29
-        # A token of minus infinity may be kept: it cannot be drawn.
+        # A token with a logit of minus infinity may be kept: it cannot be drawn.
         possible = np.isfinite(x) & ~unsure
         np.testing.assert_array_equal(actual[possible], kept[possible], err_msg=str(i))
         assert unsure.sum() < 500 and np.array_equal(filtered[i][actual], x[actual])
 
 
 def test_of_tied_tokens_the_first_are_kept_to_the_last_one():
-    """Of 50,000 equal ones exactly the share that top-p asks for, counted from the lowest id; all of them by top-k."""
+    """Of 50,000 tied tokens, top-p keeps exactly the share it asks for, from the lowest id on; top-k keeps all."""
     logits = np.full((12, 50_000), 3.5, np.float32)
     fewest = [1, 2, 3, 127, 128, 129, 25_000, 32_768, 49_151, 49_152, 49_999, 50_000]
     top_p = [(count - 0.5) / 50_000 for count in fewest]
@@ -202,7 +202,7 @@ def _tied(rng: np.random.Generator, rows: int) -> np.ndarray:
 
 @pytest.mark.parametrize("knobs", [{}, {"top_k": 9, "top_p": 0.3, "min_p": 1.0, "repetition_penalty": 1.3}])
 def test_rows_of_temperature_0_get_the_likeliest_token(knobs):
-    """Beside rows that are sampled, which draw what they draw alone; and where temperatures are traced."""
+    """Greedy rows may stand beside sampled rows, which draw what they draw alone; temperatures may be traced."""
     rng, n = np.random.default_rng(0), 64
     logits, seen = _tied(rng, n), rng.random((n, V)) < 0.5
     logits[: n // 2] *= 1e30
@@ -229,7 +229,7 @@ def test_rows_of_temperature_0_get_the_likeliest_token(knobs):
 
 
 def test_draws_are_those_of_jax_random_categorical():
-    """The noise is added here; seeds that people have written down must go on giving the same text."""
+    """We add the noise ourselves, but seeds that people have written down must keep giving the same text."""
     logits = np.random.default_rng(0).standard_normal((100, V)).astype(np.float32)
     key = jax.random.split(jax.random.key(3), 100)
     expected = jax.vmap(jax.random.categorical)(key, logits)
@@ -239,7 +239,7 @@ def test_draws_are_those_of_jax_random_categorical():
 @pytest.mark.parametrize("temperature", [0, 0.7])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_the_log_probability_says_that_logits_are_not_finite(bad, temperature):
-    """Of that row alone. Minus infinity is a token that cannot come, and nothing wrong."""
+    """Only that row's log-probability is not finite. A logit of minus infinity is valid: its token cannot be drawn."""
     logits = np.random.default_rng(0).standard_normal((3, V)).astype(np.float32)
     logits[1, 5], logits[2, 5] = bad, -np.inf
     token, log_probability = _sample(
@@ -258,7 +258,7 @@ def test_the_log_probability_says_that_logits_are_not_finite(bad, temperature):
     ids=["plain", "all"],
 )
 def test_draws_follow_the_filtered_softmax(knobs):
-    """Total variation distance of 20,000 draws.
+    """The total variation distance of 20,000 draws is small.
 
     Its mean is at most sqrt(V / n) / 2 = 0.014, and one draw changes it by at most 1 / n, so that (McDiarmid) it is
     more than 0.02 above its mean with a probability of at most exp(-2 * 20000 * 0.02**2) = 1e-7.
@@ -284,7 +284,7 @@ def test_draws_follow_the_filtered_softmax(knobs):
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 def test_noise_is_that_of_jax_random_gumbel(impl):
-    """Bit for bit, whoever computes it."""
+    """Our noise equals jax.random.gumbel's bit for bit, for both kinds of keys."""
     key = jax.random.split(jax.random.key(5, impl=impl), 3)
     for size in (1, 1000):
         expected = jax.jit(jax.vmap(lambda one, size=size: jax.random.gumbel(one, (size,), jnp.float32)))(key)
@@ -305,7 +305,7 @@ def test_noise_is_that_of_jax_random_gumbel(impl):
 )
 @pytest.mark.parametrize("narrows", [True, False])
 def test_draws_from_a_large_vocabulary(knobs, narrows):
-    """As a sort says what is kept, with the noise of jax.random, whether few tokens are likely or all of them.
+    """Draws follow a sort's filter and the noise of jax.random, whether few tokens are likely or all of them.
 
     The vocabulary ends within a block of neighbours. Logits in steps of 1/8 are tied, also where top-p ends.
     """
@@ -313,7 +313,7 @@ def test_draws_from_a_large_vocabulary(knobs, narrows):
     spread = np.repeat([8.0, 4.0, 2.0, 0.2, 0.0, 30.0], 4)[:, None]
     logits = (np.round(rng.standard_normal((rows, size)) * spread * 8) / 8).astype(np.float32)
     logits[::4, rng.random(size) < 0.5] = -np.inf
-    logits[1::4, -5:] = spread[1::4] * 4  # at the end, in the block that is not whole
+    logits[1::4, -5:] = spread[1::4] * 4  # likely tokens at the end, in the incomplete block
     key = jax.random.split(jax.random.key(2), rows)
     noise = np.asarray(jax.vmap(lambda one: jax.random.gumbel(one, (size,), jnp.float32))(key))
     token, _ = jax.jit(functools.partial(sample, narrows=narrows))(logits, key, make_sampler(**knobs))
@@ -338,7 +338,7 @@ MIXED = {
 
 
 def test_a_row_beside_rows_of_other_knobs_gives_exactly_what_it_gives_alone():
-    """Greedy and sampled rows with every knob, off where its value is neutral; alone a knob that is off is None."""
+    """Greedy and sampled rows have every knob, off at its neutral value; in a lone row, a knob that is off is None."""
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((6, V)).astype(np.float32)
     seen, key = rng.random((6, V)) < 0.5, jax.random.split(jax.random.key(1), 6)
@@ -355,9 +355,9 @@ def test_a_row_beside_rows_of_other_knobs_gives_exactly_what_it_gives_alone():
 
 
 def test_what_no_row_uses_is_not_executed():
-    """Noise, powers of logits, thresholds and penalties stand in branches: outside of them are two passes over logits.
+    """Noise, powers of logits, thresholds and penalties are in branches; outside are only two passes over logits.
 
-    Loops, shifts and divisions are what only these are made of.
+    Only these computations have loops, shifts and divisions.
     """
 
     def outside(jaxpr) -> set[str]:
@@ -391,7 +391,7 @@ def test_a_row_depends_on_its_own_logits_and_key_only():
     np.testing.assert_array_equal(_sample(others, key, sampler)[0][:8], token[:8])
     for row in range(3):
         assert _sample(logits[row : row + 1], key[row : row + 1], sampler)[0][0] == token[row]
-    # And it does depend on both: another key, or other logits, draw differently somewhere.
+    # A row does depend on both: with other keys or other logits, some row draws differently.
     assert (_sample(logits, key[order], sampler)[0] != token).any()
     assert (_sample(logits[order], key, sampler)[0] != token).any()
 
@@ -475,7 +475,7 @@ def test_bad_knobs_are_refused_even_where_greedy_ignores_them(greedy):
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-46])
 def test_a_tiny_temperature_is_refused(temperature):
-    """Divided by it, logits would pass the mark of excluded tokens, or leave float32."""
+    """Logits divided by it would exceed the value that marks excluded tokens, or overflow float32."""
     with pytest.raises(LlamaJaxError, match="at least 1e-4"):
         make_sampler(temperature=temperature, top_k=2)
 

@@ -1,4 +1,4 @@
-"""The seams hold: what a weight or a cache is is asked in one place, and packages meet at their façades."""
+"""Boundaries hold: types of weights and caches are tested in one place, and packages meet at their façades."""
 
 import ast
 import importlib
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Scripts for other Pythons and processes, which import nothing of ours but a neighbour.
+# Scripts for other Pythons and processes, which import nothing from this repository but a neighbour.
 SCRIPTS = ("export/targets/", "export/runners/")
 TYPES = (
     *("Weight", "QTensor", "Mixed", "Layout", "TiledWeight", "GpuWeight", "TpuWeight", "ExportedWeight", "Probe"),
@@ -38,7 +38,7 @@ def test_nobody_else_asks_for_types_of_weights_and_caches() -> None:
 
 
 def test_axis_letters_are_parsed_in_one_place() -> None:
-    """A suffix of axes, as `_VD`, is a name elsewhere, not something to be taken apart."""
+    """Only llamajax/parameters.py parses a suffix of axes such as `_VD`; elsewhere it is part of a name."""
     parsed = [
         f"{file}:{node.lineno}"
         for file, tree in _files("llamajax", "quant", "export")
@@ -53,7 +53,7 @@ def test_axis_letters_are_parsed_in_one_place() -> None:
 
 @pytest.mark.parametrize(("package", "of"), [("llamajax", "quant"), ("export", "quant"), ("export", "llamajax")])
 def test_packages_meet_at_their_facades(package: str, of: str) -> None:
-    """`from quant import X`, of what the façade exports; commands use what `llamajax.cli` has for commands."""
+    """Packages import names that a façade exports (`from quant import X`); commands may use `llamajax.cli.*`."""
     exported = set(importlib.import_module(of).__all__) | {"__version__"}
     wrong = []
     for file, tree in _files(package):

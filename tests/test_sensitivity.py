@@ -1,4 +1,4 @@
-"""What a change of weights costs, as the Fisher information says, against what it does cost."""
+"""The cost of a change of weights as the Fisher information predicts it, against the measured cost."""
 
 import dataclasses
 
@@ -35,7 +35,7 @@ def _fisher(model: Llama, tokens_WT: np.ndarray, seed: int = 0) -> dict[Place, n
 
 @pytest.mark.parametrize("config", [CONFIG, TIED], ids=["", "tied"])
 def test_of_single_tokens_it_is_the_mean_square_of_the_gradient(config: Config) -> None:
-    """Where nothing comes before a token, the gradient of a weight is x g' and the diagonal is exact: by autodiff."""
+    """For tokens without a context, a weight's gradient is x g', and the diagonal is exact: it equals autodiff's."""
     model = random_model(config)
     tokens_W1 = np.arange(24, dtype=np.int32)[:, None]
     drawn = [_fisher(model, tokens_W1, seed) for seed in range(40)]
@@ -61,7 +61,7 @@ def test_of_single_tokens_it_is_the_mean_square_of_the_gradient(config: Config) 
 
 
 def test_it_foresees_the_divergence_of_changed_weights() -> None:
-    """Half of the squared changes times the diagonal, against KL of the independent NumPy model in float64."""
+    """Half the squared changes times the diagonal predicts the KL divergence of the float64 NumPy model."""
     model = random_model(CONFIG)
     tokens_WT = np.random.default_rng(0).integers(0, 24, (8, 12)).astype(np.int32)
     fisher = {}

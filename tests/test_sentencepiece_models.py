@@ -52,7 +52,7 @@ def test_ids_and_text_are_sentencepieces(name: str) -> None:
     for text in [*random_texts(300), "", " ", "the fox <tool>", "  two  spaces ", "a <ctl> b"]:
         ids = theirs.encode(text)
         assert ours.encode(text, bos=False) == ids, text
-        if ids and theirs.id_to_piece(ids[0]) == "▁":  # of a space alone sentencepiece leaves less
+        if ids and theirs.id_to_piece(ids[0]) == "▁":  # sentencepiece leaves fewer spaces
             assert ours.decode(ids).lstrip(" ") == theirs.decode(ids).lstrip(" "), text
         else:
             assert ours.decode(ids) == theirs.decode(ids), text

@@ -21,7 +21,7 @@ PROMPTS = [[1, 270, 300, 12, 12, 281] * 4, [7]]
 
 @pytest.fixture
 def strict_x64() -> Iterator[None]:
-    """What was traced before must not hide what fails now."""
+    """Enables x64 and strict promotion with empty caches, so that earlier traces hide no failure."""
     jax.clear_caches()
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         yield
@@ -36,7 +36,7 @@ def _made(model: Llama, **options) -> list[list[int]]:
 @pytest.mark.matrix
 @pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16", "int4"])
 def test_generating_under_x64_and_strict_promotion(cache_dtype: str, tiny_model: Llama, request) -> None:
-    """The same tokens, seeds included; nothing is computed in float64."""
+    """Generation gives the same tokens, also with seeds, and computes nothing in float64."""
     warm = {"temperature": [0, 0.8], "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1, "seed": 5}
     expected = _made(tiny_model, cache_dtype=cache_dtype), _made(tiny_model, cache_dtype=cache_dtype, **warm)
     request.getfixturevalue("strict_x64")
@@ -59,7 +59,7 @@ def test_quantized_models_and_drafts_under_x64(prepared: bool, tiny_int4: Llama,
 
 
 def test_a_mesh_of_explicit_axes(tiny_model: Llama) -> None:
-    """Of one device, which every machine has: the types are those of several."""
+    """The mesh has one device, which every machine has; arrays have the same types as on several devices."""
     mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Explicit,))
     spread = lambda leaf: jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*[None] * (leaf.ndim - 1), "x")))  # noqa: E731
     model, tokens_BT = jax.tree.map(spread, tiny_model), jnp.asarray([PROMPTS[0]])
@@ -124,7 +124,7 @@ def test_a_patched_block_is_seen(tiny_model: Llama, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Block, "__call__", lambda self, x_BTD, where, cache, at: (x_BTD, cache))
     with fresh_programs():
         patched = _made(tiny_model)
-    assert patched != made == _made(tiny_model), "the last goes by shapes"
+    assert patched != made == _made(tiny_model), "without fresh_programs, programs are found by shapes"
     monkeypatch.undo()
     clear_programs()
     assert _made(tiny_model) == made

@@ -1,4 +1,4 @@
-"""Nearly-zero rows, as Llama 3's untrained reserved tokens have: every method goes on, no further off than zeros."""
+"""Nearly-zero rows, as of Llama 3's untrained reserved tokens: no method fails, or is further off than zeros are."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from llamajax.quantization.quantize import quantize
 from quant.recipe import Recipe, Rule
 from tests.reference import random_model
 
-# From what float16 scales resolve down to a 16th of the least of them, 2**-24.
+# Magnitudes from what float16 scales resolve down to a 16th of the smallest scale, 2**-24; and one far below.
 _MAGNITUDES = (1e-5, 1e-6, 3e-7, 1e-7, 2e-8, 4e-9, 1e-30)
 
 
@@ -30,13 +30,13 @@ CONFIG = Config(
 
 
 def _weight() -> np.ndarray:
-    """[64, 8]: an ordinary output, and one of each magnitude."""
+    """Makes a weight [64, 8]: an ordinary output, and one of each magnitude."""
     weight = np.random.default_rng(0).standard_normal((64, 1 + len(_MAGNITUDES))).astype(np.float32)
     return weight * np.array([1, *_MAGNITUDES], np.float32)
 
 
 def _quantized(weight: np.ndarray, scheme: str, method: str) -> np.ndarray:
-    """What becomes of the weight, float64."""
+    """Returns the quantized weight's values, float64."""
     options: dict[str, Any] = {"group_size": 32, "scale_dtype": "float16"}
     if "clip" in method or method == "importance":
         options["clip"] = "mse"
@@ -70,7 +70,7 @@ def test_what_the_least_scale_resolves_stays(scheme: str) -> None:
     column = _MAGNITUDES.index(1e-7) + 1
     made = _quantized(weight, scheme, "plain")
     assert np.isfinite(made).all() and made[:, column].any()
-    assert np.abs(made - weight)[:, column].max() <= 2.0**-25 * 1.01  # half the least scale
+    assert np.abs(made - weight)[:, column].max() <= 2.0**-25 * 1.01  # half the smallest scale
 
 
 def test_compiled_and_per_tensor_it_is_the_same() -> None:
@@ -90,7 +90,7 @@ def test_it_is_no_worse_than_ggml() -> None:
     theirs = gguf.quants.dequantize(gguf.quants.quantize(rows, kind), kind)
     made = quant.quantize_rtn(rows, "int4", group_size=32, axis=-1, scale_dtype="float16")
     ours = np.asarray(quant.dequantize(made))
-    assert not theirs[_MAGNITUDES.index(2e-8) + 1].any(), "where ggml writes zeros"
+    assert not theirs[_MAGNITUDES.index(2e-8) + 1].any(), "ggml writes zeros at this magnitude"
     errors = [np.square(values - rows, dtype=np.float64).sum(1) for values in (ours, theirs)]
     assert (errors[0] <= errors[1] * 1.01).all()
 
@@ -115,7 +115,7 @@ def test_what_is_kept_must_be_finite() -> None:
 
 
 def test_a_norm_that_scaling_takes_out_of_its_dtype_is_named() -> None:
-    """SmoothQuant makes small activations of large weights larger: 6e4 in float16 has no room for that."""
+    """SmoothQuant enlarges small activations of large weights: a norm of 6e4 would overflow float16."""
     model = random_model(CONFIG, dtype=jnp.float16)
     block = model.stacks[0][0]
     for weight, where, value in (

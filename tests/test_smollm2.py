@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, a GGUF file that others made: codes and scales are kept, and it says what llama.cpp says."""
+"""SmolLM2-135M-Instruct from a GGUF file that others made: codes and scales are kept; results are llama.cpp's."""
 
 import math
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_every_code_and_scale_is_kept(smollm2: Path) -> None:
 
 
 def _loss(logits_TV: np.ndarray, target_T: np.ndarray) -> float:
-    """Mean, in nats."""
+    """Returns the mean cross-entropy in nats."""
     logits_TV = logits_TV.astype(np.float64)
     highest = logits_TV.max(axis=-1, keepdims=True)
     normalizer = np.log(np.exp(logits_TV - highest).sum(axis=-1, keepdims=True)) + highest

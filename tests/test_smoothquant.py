@@ -19,7 +19,7 @@ LENGTH = 256
 
 
 def _layer(loud: float = 60) -> tuple[list[np.ndarray], np.ndarray]:
-    """Two weights [K, M_i] and their inputs [T, K] with three loud channels."""
+    """Makes two weights [K, M_i] and their inputs [T, K] with three loud channels."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(128, LENGTH)).astype(np.float32)
     x[:, [3, 20, 50]] *= loud
@@ -84,7 +84,7 @@ def test_works_under_jit_and_vmap() -> None:
 
 
 def test_smoothing_saves_int8_activations() -> None:
-    """The paper's point: with loud channels W8A8 by token is several times better after smoothing."""
+    """As the paper argues: with loud channels, W8A8 per token is several times better after smoothing."""
     (weight, _), x = _layer(loud=200)
     exact = x.astype(np.float64) @ weight
 
@@ -95,7 +95,7 @@ def test_smoothing_saves_int8_activations() -> None:
 
     scale = np.asarray(smoothing_scale(np.abs(x).max(0), weight))
     smoothed = error(x / scale, weight * scale[:, None])
-    # Measured: 6 times less.
+    # Measured: the error is 6 times smaller.
     assert smoothed < error(x, weight) / 3
 
 

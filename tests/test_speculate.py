@@ -18,11 +18,11 @@ from llamajax.generation.speculate import MAX_DRAFTS, MAX_NGRAM, draft_tokens
 from quant import SCHEMES, quantize_rtn
 
 EOS = 2
-LOOP = [*range(40, 50)]  # what the model of `cycle` says, over and over
+LOOP = [*range(40, 50)]  # what the model of `cycle` says repeatedly
 
 
 def _drafted(ids: list[int], count: int) -> list[int]:
-    """Saxena's rule as one would do it by hand, and drafts that reach the end copying themselves."""
+    """Drafts tokens by Saxena's rule in plain Python; a draft that reaches the end goes on copying itself."""
     for size in range(MAX_NGRAM, 0, -1):
         for end in range(len(ids) - 1, size - 1, -1):
             if ids[end - size : end] == ids[-size:]:
@@ -34,7 +34,7 @@ def _drafted(ids: list[int], count: int) -> list[int]:
 
 
 def _passes(prompt: list[int], made: list[int], count: int) -> int:
-    """Forward passes that make `made`: each the agreeing part of its draft and one token more."""
+    """Counts the forward passes that make `made`: each gives the agreeing part of its draft and one token more."""
     at, passes = 0, 0
     while at < len(made):
         draft = _drafted(prompt + made[:at], count)
@@ -46,7 +46,7 @@ def _passes(prompt: list[int], made: list[int], count: int) -> int:
 def _assert_same(
     model: Llama, tokenizer: Tokenizer | None, prompts: Any, drafts: int, room: float = 1e-4, **options: Any
 ) -> Any:
-    """Text, tokens, log-probabilities and why rows ended, with and without; returns the run with speculation."""
+    """Asserts that all results are the same with and without speculation; returns the run with speculation."""
     options = {"temperature": 0, **options}
     run = stream(model, tokenizer, prompts, speculate=drafts, **options)
     pieces = list(run)
@@ -64,7 +64,7 @@ def _assert_same(
 
 @pytest.fixture(scope="module")
 def cycle(tiny_tokenizer: Tokenizer) -> Callable[[list[int]], Llama]:
-    """Builds a model that says the given tokens in a circle: one-hot embeddings, layers that add nothing."""
+    """Builds a model that repeats the given tokens in a cycle: one-hot embeddings, layers that add nothing."""
     V = tiny_tokenizer.vocab_size
     config = llamajax.Config(
         vocab_size=V, width=V, ffn_width=2, num_layers=1, num_heads=1, num_kv_heads=1, head_size=2, context_length=512
@@ -95,7 +95,7 @@ _draft_tokens = jax.jit(draft_tokens, static_argnames="drafts")
 @given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=23), min_size=4, max_size=4), st.integers(0, 3))
 @settings(deadline=None, derandomize=True, database=None, max_examples=150)
 def test_draft_is_the_python_lookup(rows: list[list[int]], behind: int) -> None:
-    """Few different tokens, so that there are many occurrences; tokens of old drafts behind the newest."""
+    """Few different tokens occur often; after the newest token, the history holds tokens of old drafts."""
     history = np.full((4, 24), behind, np.int32)
     for row, ids in enumerate(rows):
         history[row, : len(ids)] = ids
@@ -109,14 +109,14 @@ def test_draft_is_the_python_lookup(rows: list[list[int]], behind: int) -> None:
     [
         ([5], [5, 5, 5, 5]),
         ([5, 6, 7], [7, 7, 7, 7]),  # 7 is new
-        ([7, 8, 9, 7], [8, 9, 7, 8]),  # round and round
+        ([7, 8, 9, 7], [8, 9, 7, 8]),  # the draft copies itself
         ([7, 1, 2, 7, 3, 4, 7], [3, 4, 7, 3]),  # the most recent 7
-        ([6, 7, 1, 2, 3, 9, 7, 8, 6, 7], [1, 2, 3, 9]),  # an older place that agrees in two
+        ([6, 7, 1, 2, 3, 9, 7, 8, 6, 7], [1, 2, 3, 9]),  # an older place that agrees in two tokens
         ([7, 7, 7], [7, 7, 7, 7]),
     ],
 )
 def test_drafts_by_hand(ids: list[int], draft: list[int]) -> None:
-    """The reference above is held to what one expects as well."""
+    """Drafts worked out by hand check the reference above as well."""
     history = jnp.asarray([ids + [0] * (16 - len(ids))], jnp.int32)
     assert _draft_tokens(history, jnp.asarray([len(ids) - 1]), drafts=4).tolist() == [draft] == [_drafted(ids, 4)]
 
@@ -127,7 +127,7 @@ def test_drafts_by_hand(ids: list[int], draft: list[int]) -> None:
 @pytest.mark.matrix
 @pytest.mark.parametrize("drafts", [1, 4, 9])
 def test_a_batch_is_plain_greedy_decoding(drafts: int, tiny_model: Llama) -> None:
-    """Rows of different lengths, each accepting its own number; random weights soon repeat themselves."""
+    """Rows of different lengths accept different numbers of drafts; a model of random weights soon repeats itself."""
     rng = np.random.default_rng(5)
     prompts = [[1, *map(int, rng.integers(3, 320, length))] for length in (5, 0, 29, 1, 16, 17, 3, 8)]
     run = _assert_same(tiny_model, None, prompts, drafts, max_new_tokens=100)
@@ -148,7 +148,7 @@ def test_random_models(seed: int, tiny_model: Llama) -> None:
 
 @pytest.mark.exhaustive
 def test_the_box() -> None:
-    """A story to its end, one that repeats its prompt, and another: as many forward passes as the lookup predicts."""
+    """Forward passes are as many as the lookup predicts: for a full story, one that repeats its prompt, and another."""
     model, tokenizer = llamajax.load("box", dtype=jnp.float32)
     prompts = ["Once upon a time", '"I can smell snow, and a great deal of it." ' * 6 + '"I can', "At night the"]
     run = _assert_same(model, tokenizer, prompts, 4, smooth=False)
@@ -170,7 +170,7 @@ def test_stories(stories260k: Any) -> None:
 def test_quantized(cache_dtype: str, room: float, tiny_model: Llama) -> None:
     """4-bit weights and an 8-bit cache: a rejected draft leaves no trace in them.
 
-    A key or value at the middle of two codes may get either in programs of other shapes (`caches/quantized.py`).
+    A key or value midway between two codes may get either in programs of other shapes (`caches/quantized.py`).
     """
     model = jax.tree.map(lambda leaf: leaf, tiny_model)
     weight = model.stacks[0][0].ffn.gate_DF
@@ -179,7 +179,7 @@ def test_quantized(cache_dtype: str, room: float, tiny_model: Llama) -> None:
 
 
 def test_sampled_text_is_that_without_drafts(tiny_model: Llama) -> None:
-    """Seed by seed, in a batch with greedy rows; penalties see the draft before each of its tokens."""
+    """Every seed gives the same text in a batch with greedy rows; penalties see the draft before each of its tokens."""
     prompts = [[1, *[270, 300] * 3], [1, 12, 12, 12], [1, *range(40, 50), *range(40, 45)], [1]] * 2
     options = {
         "temperature": [0, 0, 0.2, 0.6, 0.9, 1.2, 0.3, 0.2],
@@ -195,7 +195,7 @@ def test_sampled_text_is_that_without_drafts(tiny_model: Llama) -> None:
 
 
 def test_repetition_takes_fewer_passes(cycle: Callable[[list[int]], Llama]) -> None:
-    """All drafts are right behind two rounds of the prompt: k + 1 tokens a pass."""
+    """After two rounds of the prompt all drafts are right: k + 1 tokens per pass."""
     run = _assert_same(cycle(LOOP), None, LOOP * 2, 4, max_new_tokens=100)
     assert (run.speed.decode_steps, run.speed.row_steps, run.speed.tokens_per_step) == (20, 20, 5.0)
     assert run.completions[0].tokens == LOOP * 10
@@ -216,7 +216,7 @@ def test_the_limit_may_fall_anywhere_in_a_draft(limit: int, cycle: Callable[[lis
 def test_a_stop_token_may_fall_anywhere_in_a_draft(
     place: int, cycle: Callable[[list[int]], Llama], tiny_tokenizer: Tokenizer
 ) -> None:
-    """The drafts go on behind it, and the model would too; the other row runs on."""
+    """Drafts continue after the stop token, as the model would; the other row runs on."""
     ids = [*LOOP[:place], EOS, *LOOP[place:]]
     model = cycle(ids)
     run = _assert_same(model, tiny_tokenizer, [ids + ids[:1], ids + ids[: place + 2]], 5, max_new_tokens=40)
@@ -233,7 +233,7 @@ def test_stop_strings_cut_a_draft(cycle: Callable[[list[int]], Llama], tiny_toke
 
 
 def test_the_context_is_filled_exactly(tiny_model: Llama) -> None:
-    """256 slots would hold it, but not the drafts of the last pass, nor those of a row that has ended."""
+    """256 slots would hold the text, but not the drafts of the last pass, nor those of a row that has ended."""
     model = _with_context(tiny_model, 256)
     prompt = [1, 270, 300, 12, 12, 281] * 30
     run = _assert_same(model, None, [prompt, prompt[:9]], 8)
@@ -242,7 +242,7 @@ def test_the_context_is_filled_exactly(tiny_model: Llama) -> None:
 
 
 def test_by_hand_with_no_slot_to_spare(cycle: Callable[[list[int]], Llama]) -> None:
-    """Pure functions under plain `jax.jit`; a row that ended first waits in its last slots for the other."""
+    """Runs the pure functions under plain `jax.jit`; a row that ends first waits in its last slots for the other."""
     model, drafts, new = cycle(LOOP), 4, 30
     prompts = [LOOP * 22 + LOOP[:3], [60, 61, *LOOP]]
     assert len(prompts[0]) + new - 1 + drafts == 256
@@ -250,7 +250,7 @@ def test_by_hand_with_no_slot_to_spare(cycle: Callable[[list[int]], Llama]) -> N
     state = engine.insert(engine.empty(), [0, 1], prompts, Knobs(new, temperature=0))
     made: list[list[int]] = [[], []]
     total_B = np.zeros(2, int)
-    for limit in (2, 1, 1000):  # More than a block is a block.
+    for limit in (2, 1, 1000):  # A limit beyond a block is one block.
         state, each = jax.jit(step)(model, state, jnp.asarray(limit))
         assert each.token_BM.shape == each.log_probability_BM.shape == (2, DRAFT_PASSES * (drafts + 1))
         assert int(each.pass_B.max()) <= min(limit, DRAFT_PASSES)
@@ -282,8 +282,8 @@ def test_nothing_is_counted_behind_a_stop_token(cycle: Callable[[list[int]], Lla
 
 
 def test_number_of_programs(tiny_model: Llama) -> None:
-    """One program for every prompt and limit of the same slots; the number of drafted tokens is a shape."""
-    model = _with_context(tiny_model, 601)  # of no other test, so that nothing is compiled
+    """One program serves all prompts and limits of the same slots; the number of drafted tokens is part of a shape."""
+    model = _with_context(tiny_model, 601)  # no other test has it, so that nothing is compiled yet
 
     def compiled(length: int, **options: Any) -> int:
         run = stream(model, None, [1] * length, temperature=0, **options)

@@ -1,4 +1,4 @@
-"""Text as it comes: stop strings are held back and cut, characters stay whole, pieces add up.
+"""Streamed text: stop strings are held back and cut, characters stay whole, pieces add up.
 
 The model here recites: its weights are written so that it says a given text, byte token by byte token. So every
 expected text below is known beforehand.
@@ -64,7 +64,7 @@ def _pieces(model: Llama, tokenizer: Tokenizer, **options) -> tuple[list[str], l
 def test_it_recites(recite: Recite, tiny_tokenizer: Tokenizer) -> None:
     pieces, completion = _pieces(recite(ALPHABET), tiny_tokenizer)
     assert "".join(pieces) == completion.text == ALPHABET
-    assert completion.tokens == _bytes(ALPHABET), "without the stop token"
+    assert completion.tokens == _bytes(ALPHABET), "tokens end before the stop token"
     assert len(completion.log_probabilities) == 26
     assert completion.finish_reason == "stop"
 
@@ -92,7 +92,7 @@ def test_a_character_cut_by_the_limit_is_replaced(smooth: bool, recite: Recite, 
         ("hij", "abcdefg", 10),
         ("a", "", 1),
         (["xyz", "cd", "bcde"], "ab", 4),  # "cd" is complete before "bcde"
-        (["cde", "de"], "ab", 5),  # both at once: the earlier beginning
+        (["cde", "de"], "ab", 5),  # both are complete at once: the earlier beginning counts
         (["zz", "never"], ALPHABET, 26),
         ("yz!", ALPHABET, 26),  # held back until the end, then shown
         ("z", ALPHABET[:-1], 26),
@@ -103,13 +103,13 @@ def test_stop_strings(stop, text: str, tokens: int, smooth: bool, recite: Recite
     pieces, completion = _pieces(recite(ALPHABET), tiny_tokenizer, stop=stop, smooth=smooth)
     assert completion.text == text
     assert "".join(pieces) == text
-    assert completion.tokens == _bytes(ALPHABET)[:tokens], "with the ids that spelt the stop string"
+    assert completion.tokens == _bytes(ALPHABET)[:tokens], "tokens include the ids that spell the stop string"
     assert len(completion.log_probabilities) == tokens
     assert completion.finish_reason == "stop"
 
 
 def test_what_may_become_a_stop_string_is_held_back(tiny_tokenizer: Tokenizer) -> None:
-    """After every token: never more than what no later text can take back, and never less."""
+    """After every token, exactly the text is shown that cannot become part of a stop string."""
     stops = ["cdeX", "hij"]
     row = Row([1], tiny_tokenizer, tuple(stops))
     shown, seen = "", []
@@ -155,7 +155,7 @@ def test_stop_strings_do_not_look_into_the_prompt(recite: Recite, tiny_tokenizer
 )
 @given(stops=st.lists(st.text("abcdeXz", min_size=1, max_size=4), max_size=3), limit=st.integers(1, 27))
 def test_pieces_add_up(stops: list[str], limit: int, recite: Recite, tiny_tokenizer: Tokenizer) -> None:
-    """For any stop strings: the text ends before the first that is complete, and pieces joined are the text."""
+    """For any stop strings, the text ends before the first that is complete, and the joined pieces are the text."""
     pieces, completion = _pieces(recite(ALPHABET), tiny_tokenizer, stop=stops, max_new_tokens=limit)
     ends = [ALPHABET[:limit].find(stop) + len(stop) for stop in stops if stop in ALPHABET[:limit]]
     expected, reason = ALPHABET[:limit], "stop" if limit == 27 else "length"
@@ -171,7 +171,7 @@ def test_pieces_add_up(stops: list[str], limit: int, recite: Recite, tiny_tokeni
 
 
 def test_batches_come_as_lists(recite: Recite, tiny_tokenizer: Tokenizer) -> None:
-    """A row that has ended says nothing more, and does not keep the others from going on."""
+    """A row that has ended gives no more text, and the other rows go on."""
     prompts = [[1, *_bytes("v")], [1, *_bytes("a")]]
     run = stream(recite(ALPHABET), tiny_tokenizer, prompts, temperature=0, stop="m")
     pieces = list(run)

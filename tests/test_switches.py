@@ -35,7 +35,7 @@ TOKENS = np.random.default_rng(5).integers(0, BASE.vocab_size, (1, 14)).astype(n
 WINDOW = {"layer_kinds": ("window", "full"), "window": 3}
 NOPE = {"layer_kinds": ("full", "full", "full", "nope")}
 
-# Each switch by itself, or with the one that it needs.
+# Each switch by itself, or with the switch that it needs.
 SWITCHES: dict[str, dict[str, Any]] = {
     "window": {"layer_kinds": ("window",), "window": 5},
     "window and full": WINDOW,
@@ -100,7 +100,7 @@ CHOICES: dict[str, list[Any]] = {
 
 
 def combined(seed: int) -> Config:
-    """A config of values drawn from all switches."""
+    """Draws a config with values of all switches."""
     draw = random.Random(seed)
     kinds = tuple(draw.choices(["full", "window", "chunk", "nope"], k=draw.choice([1, 2, 4])))
     lengths = {name: draw.randint(2, 6) for name in ("window", "chunk") if name in kinds}
@@ -114,7 +114,7 @@ def assert_close(logits_TV: Any, expected_TV: np.ndarray) -> None:
 
 @pytest.fixture(scope="module")
 def plain() -> np.ndarray:
-    """Logits of a LLaMA whose matrices are those of every other model here."""
+    """Logits of a plain LLaMA with the same matrices as every other model here."""
     return reference.forward(BASE, switched_weights_of(random_model(BASE)), TOKENS[0])
 
 
@@ -123,9 +123,9 @@ def test_a_switch_is_the_references(name: str, plain: np.ndarray) -> None:
     config = dataclasses.replace(BASE, **SWITCHES[name])
     model = random_model(config)
     expected = reference.forward(config, switched_weights_of(model), TOKENS[0])
-    with jax.disable_jit():  # operation by operation: they are those of all the models, compiled once
+    with jax.disable_jit():  # operation by operation: all models share these, compiled once
         assert_close(model(TOKENS)[0][0], expected)
-    assert abs(expected - plain).max() > 0.05, "a switch that did nothing on either side would pass"
+    assert abs(expected - plain).max() > 0.05, "the switch must change the reference's logits"
 
 
 @pytest.mark.matrix
@@ -147,7 +147,7 @@ EVERYTHING = dataclasses.replace(
 
 
 def test_gradients_are_the_slopes_of_the_reference() -> None:
-    """Of every weight, each changed in a direction of its own: a directional derivative, and no gradient is 0."""
+    """The directional derivative over random directions of all weights is the reference's, and no gradient is 0."""
     model = random_model(EVERYTHING)
     step = 1e-5
 
@@ -168,7 +168,7 @@ def test_gradients_are_the_slopes_of_the_reference() -> None:
 
 
 def test_bfloat16_is_near() -> None:
-    """Rounding to 8 bits, not another function: a tenth of what logits vary by."""
+    """bfloat16's rounding to 8 bits changes logits by less than a tenth of their standard deviation."""
     model = random_model(EVERYTHING)
     halved = jax.tree.map(lambda array: array.astype("bfloat16"), model)
     expected = reference.forward(EVERYTHING, switched_weights_of(model), TOKENS[0])
@@ -179,7 +179,7 @@ def test_bfloat16_is_near() -> None:
 
 # ---- What switches that are off cost ---------------------------------------------------------------------------------
 
-# How many of these operations a LLaMA's programs had before there were switches, as jax 0.10 lowered them.
+# Counts of operations in a LLaMA's programs from before there were switches, as jax 0.10 lowered them.
 BEFORE = {
     "forward": {
         "add": 14,
@@ -218,7 +218,7 @@ BEFORE = {
         "while": 3,
     },
 }
-# Operations that only a switch asks for, and one that does.
+# Operations that only switches need, each with a switch that needs it.
 OPTIONAL = {
     "tanh": {"score_cap": 50.0},
     "log": {"query_temperature": Temperature(beta=0.1, length=8)},
@@ -227,7 +227,7 @@ OPTIONAL = {
 
 
 def operations(config: Config) -> dict[str, Counter[str]]:
-    """How many operations of each kind a forward pass and a decode step have, by their text."""
+    """Counts the operations of each kind in the lowered text of a forward pass and of a decode step."""
     model, tokens = abstract_model(config), lambda T: jax.ShapeDtypeStruct((2, T), "int32")
     cache = jax.eval_shape(lambda: KVCache.empty(config, 2, 64))
     forward = jax.jit(lambda model, tokens_BT: model(tokens_BT)[0]).lower(model, tokens(8))
@@ -247,5 +247,5 @@ def test_switches_that_are_off_cost_nothing() -> None:
 @pytest.mark.matrix
 @pytest.mark.parametrize("kind", OPTIONAL)
 def test_a_switch_that_is_on_is_seen(kind: str) -> None:
-    """What the test above looks for is there where it should be."""
+    """With its switch on, each operation that the test above looks for occurs."""
     assert all(counts[kind] for counts in operations(dataclasses.replace(BASE, **OPTIONAL[kind])).values())

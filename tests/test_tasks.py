@@ -26,7 +26,7 @@ from llamajax.evaluation.tasks_read import read_questions
 from tests.reference import forward, softmax, weights_of
 
 ROOT = Path(__file__).parents[1]
-# A space that is to be moved, none, one in the choice too, no ASCII, and choices of very different lengths.
+# Cases: a space that is to be moved, no space, one in the choice too, no ASCII, choices of very different lengths.
 CHOICES = [
     {"query": "The little fox found", "choices": ["a red apple.", "a river"], "gold": 0, "category": "foxes"},
     {
@@ -65,11 +65,11 @@ class Oracle:
         self.config, self.weights, self.tokenizer = model.config, weights_of(model), tokenizer
 
     def logs(self, ids: list[int]) -> np.ndarray:
-        """Log probabilities of the next token behind each of the ids."""
+        """Returns the log probabilities of the next token after each of the ids."""
         return np.log(softmax(forward(self.config, self.weights, np.array(ids))))
 
     def __call__(self, context: str, continuation: str) -> tuple[float, bool]:
-        """Log likelihood of a continuation, and whether greedy decoding gives it."""
+        """Returns the log likelihood of a continuation, and whether greedy decoding gives it."""
         n_spaces = len(context) - len(context.rstrip())
         if n_spaces > 0:
             context, continuation = context[:-n_spaces], context[-n_spaces:] + continuation
@@ -94,7 +94,7 @@ def oracle(tiny_model: Llama, tiny_tokenizer: Tokenizer) -> Oracle:
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_choices_are_numpys(batch: int, oracle: Oracle, tiny_model: Llama, tiny_tokenizer: Tokenizer) -> None:
-    """Joined by a space, unless there is one: of the question, of the choice."""
+    """Question and choice are joined by a space, unless the question ends or the choice begins with one."""
     calls: list[tuple[int, int]] = []
     result = evaluate_task(
         tiny_model, tiny_tokenizer, CHOICES, batch=batch, on_batch=lambda done, total: calls.append((done, total))
@@ -122,13 +122,13 @@ def test_choices_are_numpys(batch: int, oracle: Oracle, tiny_model: Llama, tiny_
 
 
 def test_standard_error_by_hand() -> None:
-    """Of 3 right in 4: the sample's standard deviation is 1/2, over the root of 4."""
+    """For 3 right answers of 4, the error is the sample's standard deviation, 1/2, divided by the root of 4."""
     assert mean_of([True, True, True, False]) == Measure(0.75, pytest.approx(0.25))
     assert mean_of([1]) == Measure(1.0, None)
 
 
 def test_a_long_question_loses_its_beginning(tiny_model: Llama, tiny_tokenizer: Tokenizer) -> None:
-    """As many tokens stay as the model's context has, and the one that is only a target."""
+    """The last tokens stay: as many as the model's context, and one more that is only a target."""
     config = llamajax.Config.from_dict(tiny_model.config.to_dict() | {"context_length": 20})
     short = llamajax.model_from(llamajax.named_weights(tiny_model), config)
     query = "Once upon a time there was a little fox. " * 3
@@ -142,10 +142,10 @@ def test_a_long_question_loses_its_beginning(tiny_model: Llama, tiny_tokenizer: 
 
 
 def test_clozes_are_numpys(oracle: Oracle, tiny_model: Llama, tiny_tokenizer: Tokenizer) -> None:
-    """LAMBADA's accuracy and perplexity; one continuation is what greedy decoding gives."""
+    """Accuracy and perplexity are LAMBADA's; one of the continuations is what greedy decoding gives."""
 
     def greedy(length: int) -> tuple[str, str] | None:
-        """The beginning of a text, and the likeliest token behind it, where that is encoded as it was made."""
+        """Returns a text's beginning and the likeliest next token, or None if the whole is encoded differently."""
         context = "Once upon a time, there was a little fox named Ted. He lived by a big river."[:length].strip()
         ids = tiny_tokenizer.encode(context)
         ids.append(int(oracle.logs(ids)[-1].argmax()))
@@ -179,7 +179,7 @@ def test_a_perplexity_beyond_floats_is_none(tiny_model: Llama, tiny_tokenizer: T
 
 
 def test_examples_stand_before_the_question(tiny_model: Llama, tiny_tokenizer: Tokenizer) -> None:
-    """The first of the file but the one that is asked, each with what is right, as the same text written out."""
+    """Examples are the file's first questions except the one asked, with answers, as if written out in the query."""
     given = [each for each in CHOICES if each["query"]]
     asked = evaluate_task(
         tiny_model, tiny_tokenizer, given, fewshot=2, prefix="Q: ", delimiter="\nA: ", limit=3, batch=4
@@ -196,7 +196,7 @@ def test_examples_stand_before_the_question(tiny_model: Llama, tiny_tokenizer: T
 
 
 def test_few_programs_serve_any_lengths(tiny_model: Llama, tiny_tokenizer: Tokenizer, monkeypatch) -> None:
-    """Rows of 1 to 60 words: a handful of shapes, which double."""
+    """Rows of 1 to 60 words need only a few shapes, whose sizes double."""
     shapes = set()
 
     def seen(model: Llama, tokens_BT: np.ndarray, count_B: np.ndarray, scored: int) -> tuple[np.ndarray, np.ndarray]:
@@ -215,7 +215,7 @@ def test_few_programs_serve_any_lengths(tiny_model: Llama, tiny_tokenizer: Token
 
 
 def test_packed_weights_are_measured_as_they_run(tiny_int4: Llama, tiny_tokenizer: Tokenizer) -> None:
-    """Laid out for the backend they say what the reference product says, where nothing is rounded."""
+    """Weights laid out for the backend give the reference product's results where nothing is rounded."""
     prepared = evaluate_task(llamajax.prepare(tiny_int4, "cpu"), tiny_tokenizer, CHOICES[3:], batch=4)
     reference = evaluate_task(tiny_int4, tiny_tokenizer, CHOICES[3:], batch=4)
     for ours, theirs in zip(prepared.outcomes, reference.outcomes, strict=True):
@@ -266,7 +266,7 @@ def test_answers_are_greedy(oracle: Oracle, tiny_model: Llama, tiny_tokenizer: T
     ],
 )
 def test_what_is_right(text: str, answers: list[str], exact: bool, number: bool) -> None:
-    """By the rules of the harness: exact_match of triviaqa and nq_open, and flexible-extract of gsm8k."""
+    """Answers are judged by the harness's rules: exact_match of triviaqa and nq_open, flexible-extract of gsm8k."""
     assert exact_match(text, answers) is exact
     assert number_match(text, answers) is number
 
@@ -278,7 +278,7 @@ def test_numbers() -> None:
         None,
         None,
     ]
-    assert as_number("9" * 10_000) is not None  # whatever its length, no error
+    assert as_number("9" * 10_000) is not None  # no error, whatever the length
 
 
 # ---- Files that are refused -----------------------------------------------------------------------------------------
@@ -382,7 +382,7 @@ class StopError(Exception):
 
 
 def test_the_same_call_goes_on(tiny_model: Llama, tiny_tokenizer: Tokenizer, tmp_path: Path, monkeypatch) -> None:
-    """What is finished is not computed again, and the result is that of one call. Other work is refused."""
+    """Finished scores are not computed again, and the result is that of one call. Other work is refused."""
     whole = evaluate_task(tiny_model, tiny_tokenizer, CHOICES, batch=4)
     computed = []
     score = tasks_score._score
@@ -437,7 +437,7 @@ def folder(tmp_path_factory, tiny_model: Llama, tiny_tokenizer: Tokenizer) -> Pa
 
 
 def test_eval_of_tasks(folder: Path, tiny_model: Llama, tiny_tokenizer: Tokenizer, capsys, monkeypatch) -> None:
-    """JSON is a line for each model and task, tables align; what was said is written, and the work removed."""
+    """JSON has a line per model and task, and tables align; outcomes are written, and the work folder is removed."""
     monkeypatch.chdir(folder)
     argv = ["eval", "--model=one,two", "--reference=one", "--task=choices.jsonl,clozes.jsonl", "--batch=4"]
     assert main([*argv, "--json", "--output=said.jsonl"]) == 0
@@ -472,7 +472,7 @@ def test_eval_of_tasks(folder: Path, tiny_model: Llama, tiny_tokenizer: Tokenize
 
 
 def test_eval_goes_on_behind_a_kill(folder: Path, tmp_path: Path, capsys) -> None:
-    """Killed in its middle, the same command writes the file that it writes in one go."""
+    """After a kill, the same command resumes and writes the file that it writes in one go."""
     many = write(
         tmp_path / "many.jsonl", [{**each, "query": f"{each['query']} {i}"} for i in range(40) for each in CHOICES]
     )
@@ -485,7 +485,7 @@ def test_eval_goes_on_behind_a_kill(folder: Path, tmp_path: Path, capsys) -> Non
     while len(list(work.glob("scores-*.safetensors"))) < 5 and killed.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL, "it ended before it was killed"
+    assert killed.wait() == -signal.SIGKILL, "the command ended before it was killed"
     assert not (tmp_path / "said").exists() and 5 <= len(list(work.glob("*.safetensors"))) < 120
     assert main([*argv, f"--output={tmp_path}/said"]) == 0
     assert main([*argv, f"--output={tmp_path}/whole"]) == 0

@@ -28,7 +28,7 @@ ANSWERS = [{"context": f"How many {things} are there?", "answer": "7"} for thing
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """As transformers writes it: byte-level BPE, as GPT-2's, and random weights that say something."""
+    """A folder that transformers writes: byte-level BPE, as GPT-2's, and random weights large enough to matter."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     library = Tokenizer(models.BPE())
@@ -59,14 +59,14 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> Any:
-    """Asks transformers questions."""
+    """Returns a function that asks transformers questions."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     return lambda questions: asked(model, tokenizer, questions)
 
 
 def ours(folder: Path, questions: list[dict[str, Any]], tmp_path: Path) -> TaskResult:
-    """What we say to questions of a file."""
+    """Returns our results for questions, which are read from a file."""
     path = tmp_path / "task.jsonl"
     path.write_text("".join(f"{json.dumps(question)}\n" for question in questions))
     model, tokenizer = llamajax.load(folder)

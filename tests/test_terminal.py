@@ -1,4 +1,4 @@
-"""What commands print: names as they are, JSON without NaN, lines that nobody reads."""
+"""What commands print: names unchanged, JSON without NaN, and output to streams that are closed."""
 
 import io
 import json
@@ -11,7 +11,7 @@ from llamajax import LlamaJaxError
 from llamajax.cli import terminal
 from llamajax.cli.terminal import as_json, note, printable, progress, show, spinner, write
 
-# Markup, an emoji's name and a link, of which rich would leave nothing, or less.
+# Markup, an emoji's name and a link, which rich would remove or shorten.
 NAMES = ["a[/2024]b", "[bold]x", "box[red]", ":smile:", "a  b", "[link=https://example.com]n[/link]"]
 
 
@@ -58,7 +58,7 @@ def test_json_has_no_nan() -> None:
         as_json(value)
     with pytest.raises(LlamaJaxError, match="the result is -inf"):
         as_json(float("-inf"))
-    text = as_json({"prompt": "café \udcff"})  # bytes of a command line that are no UTF-8
+    text = as_json({"prompt": "café \udcff"})  # bytes of a command line that are not UTF-8
     assert "café" in text and json.loads(text.encode()) == {"prompt": "café \udcff"}
 
 
@@ -88,7 +88,7 @@ def test_narrow_and_wide_tables_lose_nothing(capsys, monkeypatch) -> None:
     table.add_column("more")
     table.add_row("n" * 300, "m" * 30)
     show(table)
-    assert "n" * 300 in capsys.readouterr().out, "a pipe is as wide as what goes through it"
+    assert "n" * 300 in capsys.readouterr().out, "a table in a pipe is as wide as its content"
     stream = Terminal()
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setenv("COLUMNS", "1")

@@ -1,4 +1,4 @@
-"""How many threads XLA computes with: of the pool, in the code that is compiled, and in what is kept of it."""
+"""The number of threads that XLA computes with: in its pool, in compiled code, and in cached programs."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from llamajax.threads import processors, thread_count, use_threads
 ROOT = Path(__file__).parents[1]
 several = pytest.mark.skipif(processors() < 2, reason="needs two processors")
 
-# A command that finds no model, but has applied its flags; then what XLA does with a loop over 16 million numbers.
+# Runs a command that applies its flags and finds no model, then reports how XLA compiles a loop over 16M numbers.
 _PROCESS = """
 import json, sys, threading
 from llamajax.cli import main
@@ -45,7 +45,7 @@ def of_process(*arguments: str, **environment: str) -> dict:
 @several
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc for a process's threads")
 def test_the_flag_makes_the_pool_and_the_code(tmp_path: Path) -> None:
-    """Programs that JAX keeps for one number of threads are not used for another."""
+    """Programs that JAX caches for one number of threads are not used for another."""
     caches = {"XDG_CACHE_HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     one = of_process("generate", "--threads=1", NPROC="2", **caches)  # the flag wins over the environment
     two = of_process("eval", "--threads=2", **caches)
@@ -80,7 +80,7 @@ def test_a_backend_that_runs_keeps_its_threads(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("NPROC", "2")
     with pytest.raises(LlamaJaxError, match="threads is 1, but JAX computes with 2 in this process already"):
         use_threads(1)
-    use_threads(2)  # as it is
+    use_threads(2)  # the number already in use
 
 
 def test_the_environment_is_read_as_xla_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from tests.programs import QUICK, forward, step
     ],
 )
 def test_a_model_sees_what_it_wrote(tiny_model: llamajax.Llama, dtype: str, B: int) -> None:
-    """Pieces that begin and end inside tiles, of which each row keeps some; beside no cache, and the plain cache."""
+    """Pieces begin and end inside tiles, and rows keep some tokens; logits are those of a plain cache and of none."""
     rng, V = np.random.default_rng(0), tiny_model.config.vocab_size
     cache = KVCache.empty(tiny_model.config, B, 2 * STEP_SLOTS, dtype, layout="tiled")
     plain = KVCache.empty(tiny_model.config, B, 2 * STEP_SLOTS, dtype)
@@ -41,7 +41,7 @@ def test_a_model_sees_what_it_wrote(tiny_model: llamajax.Llama, dtype: str, B: i
             seen[b].append(actual_TV)
     np.testing.assert_array_equal(cache.length_B, plain.length_B)
     for b in range(B if dtype == "float32" else 0):
-        padded = np.zeros(2 * STEP_SLOTS, int)  # what is behind a text does not change it: one program for all
+        padded = np.zeros(2 * STEP_SLOTS, int)  # padding after a text does not change it: one program for all
         padded[: len(texts[b])] = texts[b]
         alone_TV = forward(tiny_model, jnp.asarray(padded)[None])[0, : len(texts[b])]
         np.testing.assert_allclose(np.concatenate(seen[b]), alone_TV, rtol=1e-3, atol=1e-4)
@@ -86,7 +86,7 @@ def test_kinds_of_cache(tiny_config: llamajax.Config) -> None:
 
 @pytest.mark.parametrize(("B", "T", "K", "first"), [(1, 64, 2, 100), (3, 70, 4, 600), (2, 100, 1, 0)])
 def test_attention_in_blocks_is_attention(B: int, T: int, K: int, first: int) -> None:
-    """And its gradient; rows at different positions."""
+    """Attention in blocks and its gradient equal plain attention's, for rows at different positions."""
     rng, S = np.random.default_rng(0), 3 * SLOT_BLOCK
     query_BTNH = jnp.asarray(3 * rng.standard_normal((B, T, 4, 8)), jnp.float32)
     key_BKSH, value_BKSH = (jnp.asarray(rng.standard_normal((B, K, S, 8)), jnp.float32) for _ in range(2))
@@ -94,7 +94,7 @@ def test_attention_in_blocks_is_attention(B: int, T: int, K: int, first: int) ->
     rest = key_BKSH, value_BKSH, position_BT
 
     def both(function):
-        """What attends, and the gradient of its squares."""
+        """Returns a function's result and the gradient of the sum of its squares."""
 
         def total(q):
             mixed = function(q, *rest)
@@ -109,7 +109,7 @@ def test_attention_in_blocks_is_attention(B: int, T: int, K: int, first: int) ->
 
 
 def test_long_prompts_do_not_hold_all_scores(tiny_model: llamajax.Llama) -> None:
-    """Compiled for a cache of 4,096 slots and 256 queries, temporaries are below what their scores alone would take."""
+    """For a cache of 4,096 slots and 256 queries, temporaries take less memory than all scores would."""
     cache = jax.eval_shape(lambda: KVCache.empty(tiny_model.config, 1, 4096))
     tokens_BT = jax.ShapeDtypeStruct((1, 4 * BLOCK_QUERIES), jnp.int32)
     layers = jax.jit(lambda tokens_BT, cache: tiny_model.blocks(tiny_model.embed(tokens_BT), cache))

@@ -13,7 +13,7 @@ from llamajax.tokenizer import train_tokenizer
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
-# Characters of every UTF-8 length, whitespace of all kinds, and what looks like tokens.
+# Characters of every UTF-8 length, whitespace of all kinds, and text that looks like tokens.
 _parts = st.sampled_from(
     [
         "a",
@@ -42,7 +42,7 @@ texts = st.one_of(st.lists(_parts, max_size=12).map("".join), st.text(max_size=3
 
 @pytest.fixture(scope="module")
 def processor(tiny_tokenizer: Tokenizer) -> sentencepiece.SentencePieceProcessor:
-    """The same model, used without us."""
+    """The same model, read by sentencepiece itself."""
     return sentencepiece.SentencePieceProcessor(model_proto=tiny_tokenizer.model_bytes)
 
 
@@ -59,7 +59,7 @@ def test_encode_is_sentencepieces(text: str, tiny_tokenizer: Tokenizer, processo
 @PROPERTY
 @given(text=texts)
 def test_decode_is_sentencepieces(text: str, tiny_tokenizer: Tokenizer, processor) -> None:
-    """Byte fallback makes every text come back, but for sentencepiece's own ▁ (U+2581), which means a space."""
+    """Byte fallback restores every text, except that sentencepiece's own ▁ (U+2581) becomes a space."""
     decoded = tiny_tokenizer.decode(tiny_tokenizer.encode(text))
     assert decoded == processor.decode(processor.encode(text))
     assert decoded == text.replace("▁", " ")
@@ -68,10 +68,10 @@ def test_decode_is_sentencepieces(text: str, tiny_tokenizer: Tokenizer, processo
 @PROPERTY
 @given(data=st.data())
 def test_any_ids_decode(data: st.DataObject, tiny_tokenizer: Tokenizer) -> None:
-    """The bytes of the tokens, decoded by Python: models make sequences that no text encodes to."""
+    """Ids decode to their tokens' bytes, as decoded by Python: models make sequences that no text encodes to."""
     ids = data.draw(st.lists(st.integers(3, tiny_tokenizer.vocab_size - 1), max_size=20))
     joined = b"".join(map(tiny_tokenizer.token_bytes, ids))
-    if ids and ids[0] >= 259:  # A space that is spelt as a byte is not the one that the tokenizer puts first.
+    if ids and ids[0] >= 259:  # A space spelt as a byte is not the one that the tokenizer adds in front.
         joined = joined.removeprefix(b" ")
     assert tiny_tokenizer.decode(ids) == joined.decode("utf-8", errors="replace")
 
@@ -168,7 +168,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_file_that_is_too_large(tmp_path: Path) -> None:
     with (tmp_path / "large").open("wb") as file:
-        file.truncate((64 << 20) + 1)  # sparse: takes no room
+        file.truncate((64 << 20) + 1)  # a sparse file takes no space on disk
     with pytest.raises(LlamaJaxError, match="67108865 bytes: expected a tokenizer of at most 64 MiB"):
         Tokenizer.from_file(tmp_path / "large")
 
@@ -205,7 +205,7 @@ def test_sizes_that_the_text_does_not_support(size: int) -> None:
 
 @pytest.mark.parametrize("text_first", [True, False], ids=["encode", "decode"])
 def test_llama_2_vectors(text_first: bool, shared: Path) -> None:
-    """Ids from llama.cpp's ggml-vocab-llama-spm: without BOS; the texts are separated by a line of their own."""
+    """Ids are those of llama.cpp's ggml-vocab-llama-spm, without BOS; a separator line stands between the texts."""
     tokenizer = Tokenizer.from_file(shared / "data" / "tokenizers" / "llama2_tokenizer.model")
     base = shared / "data" / "tokenizer_vectors" / "ggml-vocab-llama-spm.gguf"
     *cases, end = base.with_suffix(".gguf.inp").read_text("utf-8").split("\n__ggml_vocab_test__\n")

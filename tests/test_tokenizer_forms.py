@@ -1,4 +1,4 @@
-"""A tokenizer in every form that it comes in: the ids of llama.cpp's vectors, of sentencepiece and of tiktoken."""
+"""Tokenizers in all their file formats: the ids of llama.cpp's vectors, of sentencepiece and of tiktoken."""
 
 import base64
 import json
@@ -26,7 +26,7 @@ LLAMA3_PATTERN = (
 
 
 def bin_of(model: bytes) -> bytes:
-    """llama2.c's tokenizer.bin of a sentencepiece model, as `Tokenizer.export` of its tokenizer.py writes it."""
+    """Makes llama2.c's tokenizer.bin of a sentencepiece model, as `Tokenizer.export` of its tokenizer.py does."""
     pieces = []
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     for index, piece in enumerate(proto.pieces):
@@ -37,7 +37,7 @@ def bin_of(model: bytes) -> bytes:
 
 
 def through_gguf(tokenizer: Tokenizer, surplus: int = 3) -> Tokenizer:
-    """What comes back from the metadata that we write, of a model with a few embeddings more."""
+    """Writes a tokenizer as GGUF metadata of a model with surplus embeddings, and reads it back."""
     metadata = to_metadata(tokenizer, tokenizer.vocab_size + surplus)
     data, words, keys = from_metadata(metadata)
     assert data is not None and keys == set(metadata)
@@ -51,7 +51,7 @@ def files(shared: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def named(files: Path) -> Callable[[str], Tokenizer]:
-    """A tokenizer by vocabulary and form, made once."""
+    """Returns a function that gives a tokenizer by vocabulary and form, and makes each once."""
     made: dict[str, Tokenizer] = {}
 
     def make(name: str) -> Tokenizer:
@@ -98,7 +98,7 @@ def test_attributes(named) -> None:
 
 
 def reference(vocabulary: str, files: Path) -> Callable[[str], list[int]]:
-    """The reference library's ids, without BOS."""
+    """Returns the reference library's function from a text to ids without BOS."""
     path = files / f"{vocabulary}_tokenizer.model"
     if vocabulary == "llama2":
         return sentencepiece.SentencePieceProcessor(model_file=str(path)).encode
@@ -115,12 +115,12 @@ def test_random_texts_are_encoded_as_the_reference_does(count: int, names: list[
         ids = theirs(text)
         for name in names:
             assert named(name).encode(text, bos=False) == ids, (name, text)
-            if "▁" not in text or "llama3" in name:  # which sentencepiece takes for a space
+            if "▁" not in text or "llama3" in name:  # sentencepiece takes ▁ for a space
                 assert named(name).decode(ids) == text
 
 
 def test_llama2c_s_own_file(shared: Path) -> None:
-    """tok512.bin, which nobody here made; it does not say that its model makes one space of several."""
+    """llama2.c's own tok512.bin does not say that its model merges several spaces into one."""
     folder = shared / "data" / "stories260K"
     ours, theirs = Tokenizer.from_file(folder / "tok512.bin"), Tokenizer.from_file(folder / "tok512.model")
     assert [ours.token_bytes(i) for i in range(1, 512)] == [theirs.token_bytes(i) for i in range(1, 512)]
@@ -193,7 +193,7 @@ def test_damaged_files(data: bytes, message: str, tmp_path: Path) -> None:
 
 
 def test_ranks_are_kept_as_a_tokenizer_json(named) -> None:
-    """In the library's own format: it reads it without us."""
+    """Ranks are kept in the format of the library tokenizers, which reads it by itself."""
     import tokenizers
 
     data = named("llama3 file").model_bytes

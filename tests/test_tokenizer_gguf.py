@@ -1,4 +1,4 @@
-"""Tokenizers in the metadata of GGUF files: llama.cpp's rules for what they say and leave out, and the way back."""
+"""Tokenizers in GGUF metadata: llama.cpp's rules for keys that are present or missing, and writing them back."""
 
 import json
 import random
@@ -23,7 +23,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 
 def bpe(*more: tuple[str, int], **keys: Any) -> dict[str, Any]:
-    """Metadata of a byte-level vocabulary: 256 bytes, "he" and "hel", and more tokens with their types."""
+    """Makes metadata of a byte-level vocabulary: 256 bytes, "he" and "hel", and more tokens with their types."""
     tokens = [*CHARACTERS.values(), "he", "hel", *(text for text, _ in more)]
     return {
         "general.architecture": "llama",
@@ -36,7 +36,7 @@ def bpe(*more: tuple[str, int], **keys: Any) -> dict[str, Any]:
 
 
 def spm(*more: tuple[str, int], **keys: Any) -> dict[str, Any]:
-    """Metadata of a LLaMA-like vocabulary: unknown, BOS, EOS, 256 bytes, a few pieces, and more."""
+    """Makes metadata of a LLaMA-like vocabulary: unknown, BOS, EOS, 256 bytes, a few pieces, and more tokens."""
     pieces = ["▁", "h", "e", "l", "o", "he", "hel", "▁hel"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces, *(text for text, _ in more)]
     return {
@@ -75,7 +75,7 @@ def test_a_sentencepiece_vocabulary() -> None:
     assert (tokenizer.form, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id) == ("sentencepiece", 1, 2, 0)
     assert tokenizer.add_bos and not tokenizer.add_eos and tokenizer.stop_ids == (2, 268)
     pieces = [tokenizer.piece(index) for index in tokenizer.encode("hello<tool>hel")]
-    assert pieces == ["<s>", "▁hel", "l", "o", "<tool>", "▁hel"]  # llama.cpp puts a space behind every such token
+    assert pieces == ["<s>", "▁hel", "l", "o", "<tool>", "▁hel"]  # llama.cpp puts a space after every such token
     assert tokenizer.decode(tokenizer.encode("hello never")) == "hello never"
     without = read(spm(ggml__add_space_prefix=False, ggml__add_bos_token=False, ggml__add_eos_token=True))
     assert [without.piece(index) for index in without.encode("hel")] == ["hel", "</s>"]
@@ -85,7 +85,7 @@ def test_a_sentencepiece_vocabulary() -> None:
     ("metadata", "bos", "eos", "stops"),
     [
         (spm(), (1, True), (2, False), (2,)),
-        # As stories260K.gguf says that there is none.
+        # stories260K.gguf says in this way that a token does not exist.
         (spm(ggml__padding_token_id=2**32 - 1, ggml__bos_token_id=2**32 - 1), (1, True), (2, False), (2,)),
         (spm(ggml__eos_token_id=260, ggml__eot_token_id=261, ggml__eom_token_id=262), (1, True), (260, False), None),
         (bpe(), (None, False), (None, False), ()),
@@ -134,7 +134,7 @@ def test_a_file_without_a_tokenizer() -> None:
 
 
 def test_a_vocabulary_that_does_not_say_how_text_is_split() -> None:
-    """llama.cpp goes on, and warns; digits come in threes."""
+    """As in llama.cpp, such a vocabulary works with a warning; digits are split into threes."""
     metadata = {key: value for key, value in bpe().items() if key != "tokenizer.ggml.pre"}
     with pytest.warns(UserWarning, match="tokenizer.ggml.pre is missing: text is split as llama.cpp does then"):
         tokenizer = read(metadata)
@@ -239,7 +239,7 @@ def test_metadata_give_the_tokenizer_back(make: Any) -> None:
     again = read(metadata)
     assert again.vocab_size == size + 5
     for text in [*random_texts(100), "a<tool>b hel<to ol>hello", " a"]:
-        if text.startswith("▁"):  # of which Metaspace makes no second, and sentencepiece does
+        if text.startswith("▁"):  # Metaspace adds no second ▁, sentencepiece does
             continue
         assert again.encode(text) == tokenizer.encode(text), text
         assert again.decode(again.encode(text)) == tokenizer.decode(tokenizer.encode(text)), text
@@ -291,7 +291,7 @@ def test_what_no_gguf_holds(changes: dict[str, Any], message: str) -> None:
 
 
 def test_a_unigram_model_and_its_normalizer(tmp_path: Path) -> None:
-    """As T5's, by sentencepiece itself."""
+    """The model is like T5's, trained by sentencepiece itself."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["the quick brown fox jumps over the lazy dog", "ﬁne ﬂow"] * 30),
         model_prefix=str(tmp_path / "unigram"),
@@ -320,7 +320,7 @@ def smollm2_metadata(smollm2: Path) -> dict[str, Any]:
 def test_smollm2(smollm2_metadata: dict[str, Any]) -> None:
     begin = time.perf_counter()
     tokenizer = read(smollm2_metadata)
-    assert time.perf_counter() - begin < 5  # 0.15 s where nothing else runs
+    assert time.perf_counter() - begin < 5  # 0.15 s on an idle machine
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos, tokenizer.stop_ids) == (1, 2, False, (2, 0, 4))
     prompt = "<|im_start|>user\nHello 123<|im_end|>\n"
     ids = tokenizer.encode(prompt, special=True)

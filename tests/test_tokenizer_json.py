@@ -34,7 +34,7 @@ def _train(model: Any, pre: Any, decoder: Any, normalizer: Any = None, **options
 
 
 def byte_level() -> tokenizers.Tokenizer:
-    """As GPT-2's, with two special tokens and one that has a text, behind 400 pieces."""
+    """Makes a tokenizer like GPT-2's: after 400 pieces, two special tokens and one that is text."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     pre = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made = _train(models.BPE(), pre, decoders.ByteLevel(), vocab_size=400, initial_alphabet=alphabet)
@@ -46,7 +46,7 @@ def byte_level() -> tokenizers.Tokenizer:
 
 
 def spaces(unigram: bool = False) -> tokenizers.Tokenizer:
-    """As Llama 2's: ▁ for a space, bytes for what is in no piece."""
+    """Makes a tokenizer like Llama 2's: ▁ for a space, bytes for characters that are in no piece."""
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     if unigram:
         pre, decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
@@ -54,7 +54,7 @@ def spaces(unigram: bool = False) -> tokenizers.Tokenizer:
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     before = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     model = models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-    pre = pre_tokenizers.Split("\n\n\n\n", "isolated")  # the library trains within one
+    pre = pre_tokenizers.Split("\n\n\n\n", "isolated")  # the library trains within one split
     special = ["<unk>", "<s>", "</s>"]
     made = _train(
         model, pre, decoders.Sequence(steps), before, vocab_size=420, special_tokens=special, initial_alphabet=[]
@@ -79,7 +79,7 @@ def made() -> dict[str, tokenizers.Tokenizer]:
 
 
 def ours(theirs: tokenizers.Tokenizer, words: Words | None = None, **changes: Any) -> Tokenizer:
-    """Ours of theirs, with parts of the file changed."""
+    """Makes our tokenizer from theirs, with parts of the file changed."""
     value = json.loads(theirs.to_str())
     for name, change in changes.items():
         value[name] = value[name] | change if name == "model" else change
@@ -119,7 +119,7 @@ def test_added_tokens(made) -> None:
 
 
 def test_a_checkpoint_adds_to_them(made) -> None:
-    """What special_tokens_map.json and tokenizer_config.json list, beside the file's own."""
+    """Tokens listed in special_tokens_map.json and tokenizer_config.json are added to the file's own."""
     more = (AddedToken(id=TOOL, text="<tool>", special=True), AddedToken(id=403, text="<more>"))
     tokenizer = ours(made["byte-level"], Words(added=more, stop_ids=(403, 5), eos_token="<|im_end|>"))
     assert tokenizer.encode("<tool><more>", special=True) == [TOOL, 403] and tokenizer.vocab_size == 404
@@ -140,14 +140,14 @@ def test_bos_and_eos_of_the_post_processor(made) -> None:
         assert tokenizer.encode("fox") == theirs.encode("fox").ids
         assert (tokenizer.add_bos, tokenizer.add_eos) == ("start" in single, "end" in single)
         assert tokenizer.bos_id == (START if "start" in single else None)
-        # Without one, the end is a token that is called so.
+        # Without an EOS in the template, a token whose name says so is the end.
         assert (tokenizer.eos_id, tokenizer.stop_ids) == (END, (END,))
     words = Words(add_bos=False, add_eos=False, bos_token="<tool>")
     assert ours(theirs, words).bos_id == TOOL and ours(theirs, words).encode("a") == theirs.encode("a").ids[1:-1]
 
 
 def test_spaces_as_the_checkpoint_says(made) -> None:
-    """transformers' LlamaTokenizer takes pieces and merges of such a file, and puts spaces by rules of its own."""
+    """transformers' LlamaTokenizer takes pieces and merges from such a file, and adds spaces by its own rules."""
     theirs = tokenizers.Tokenizer.from_str(made["spaces"].to_str())
     theirs.normalizer, theirs.encode_special_tokens = None, True
     for scheme in ("first", "always", "never"):
@@ -160,7 +160,7 @@ def test_spaces_as_the_checkpoint_says(made) -> None:
 
 
 def test_what_is_for_training_is_left_out(made) -> None:
-    """Padding, truncation and dropout would change ids, or take memory without end."""
+    """Padding, truncation and dropout are ignored: they would change ids, or take unlimited memory."""
     plain = ours(made["byte-level"])
     padding = {"strategy": {"Fixed": 10**12}, "direction": "Right", "pad_to_multiple_of": None}
     padding |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "x"}
@@ -212,7 +212,7 @@ def test_what_is_refused(changes: dict[str, Any], message: str, made) -> None:
 
 
 def test_a_pattern_that_takes_too_long(made) -> None:
-    """The library gives up, by a panic of its Rust, which is one line here."""
+    """The library gives up with a panic of its Rust code, which becomes a one-line error."""
     pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
     tokenizer = ours(made["byte-level"], pre_tokenizer=pattern)
     with pytest.raises(LlamaJaxError, match="the text cannot be encoded: .*retry-limit-in-match over"):

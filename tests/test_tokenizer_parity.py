@@ -31,9 +31,9 @@ def read(metadata: dict[str, Any]) -> Tokenizer:
 
 
 def _within(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[str]:
-    """Texts of bytes that a byte-level vocabulary has; SmolLM2's lacks some control characters.
+    """Yields the texts whose bytes are all in a byte-level vocabulary; SmolLM2's lacks some control characters.
 
-    The library tokenizers, and so training, drops such bytes before it merges, llama.cpp behind it.
+    The library tokenizers, and so training, drops such bytes before it merges, llama.cpp after it.
     """
     lacking = {byte for byte, character in CHARACTERS.items() if tokenizer.id_of(character) is None}
     return (text for text in texts if not lacking & set(text.encode()))
@@ -43,7 +43,7 @@ def _within(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[str]:
 
 
 def write_vocabulary(path: Path, metadata: dict[str, Any]) -> None:
-    """A GGUF with a vocabulary, and the least of a LLaMA that llama.cpp opens."""
+    """Writes a GGUF with a vocabulary and the smallest LLaMA that llama.cpp opens."""
     writer = gguf.GGUFWriter(path, "llama")
     width, vocab_size = 32, len(metadata["tokenizer.ggml.tokens"])
     writer.add_context_length(64)
@@ -90,7 +90,7 @@ def smollm2_metadata(smollm2: Path) -> dict[str, Any]:
 
 
 def test_smollm2_on_all_of_wikitext(llama_cpp, smollm2: Path, smollm2_metadata: dict[str, Any], shared: Path) -> None:
-    """Every id of WikiText-2's test text, and the bytes of every token."""
+    """Every id of WikiText-2's test text, and the bytes of every token, are llama.cpp's."""
     tokenizer = read(smollm2_metadata)
     text = (shared / "data" / "wikitext2" / "wiki.test.raw").read_bytes().decode()
     with llama_cpp(smollm2) as theirs:
@@ -107,7 +107,7 @@ def test_smollm2_on_all_of_wikitext(llama_cpp, smollm2: Path, smollm2_metadata: 
 @pytest.mark.matrix
 @pytest.mark.parametrize("name", PATTERNS)
 def test_pre_tokenizers_are_llama_cpps(name: str, llama_cpp, smollm2_metadata: dict[str, Any], tmp_path: Path) -> None:
-    """With SmolLM2's pieces, split by each expression."""
+    """Text is split by each expression and encoded with SmolLM2's pieces."""
     metadata = smollm2_metadata | {"tokenizer.ggml.pre": name, "tokenizer.ggml.add_bos_token": False}
     write_vocabulary(tmp_path / "vocabulary.gguf", metadata)
     tokenizer = read(metadata)
@@ -115,8 +115,8 @@ def test_pre_tokenizers_are_llama_cpps(name: str, llama_cpp, smollm2_metadata: d
     with llama_cpp(tmp_path / "vocabulary.gguf") as theirs:
         texts = list(_within(tokenizer, random_texts(600)))
         differ = [text for text in texts if tokenizer.encode(text) != theirs.tokenize(text)]
-    # llama.cpp's own expressions leave marks out of words for the first group, and take no space but ASCII's for the
-    # second: theirs are rewritten, ours the families' own.
+    # llama.cpp rewrote these expressions; ours are the families' own. Its leave marks out of words for the first group,
+    # and take only ASCII spaces for the second.
     marks = {"tekken", "gpt-4o", "llama4", "kanana2", "minimax-m2"}
     allowed = {name: 12 for name in marks} | {"deepseek-llm": 12}
     assert len(differ) <= allowed.get(name, 0), differ[:3]
@@ -136,7 +136,7 @@ def test_what_we_write_llama_cpp_reads(name: str, llama_cpp, shared: Path, tmp_p
 
 
 def test_added_tokens_in_a_sentencepiece_vocabulary(llama_cpp, shared: Path, tmp_path: Path) -> None:
-    """Tokens with a text, one of them with a space, and special ones, between other text."""
+    """Added tokens that are text, one of them with a space, and special ones stand between other text."""
     model = (shared / "data" / "tokenizers" / "llama2_tokenizer.model").read_bytes()
     texts = {"<tool>": False, "a tool": False, "<|im_end|>": True, "<|sys|>": True}
     added = tuple(AddedToken(id=32000 + i, text=text, special=texts[text]) for i, text in enumerate(texts))
@@ -153,7 +153,7 @@ def test_added_tokens_in_a_sentencepiece_vocabulary(llama_cpp, shared: Path, tmp
                 assert tokenizer.encode(text) == theirs.tokenize(text, add_special=True), text
                 assert tokenizer.encode(text, special=True, bos=False) == theirs.tokenize(text, parse_special=True)
             for index in range(tokenizer.vocab_size):
-                # Sentencepiece has a sign of its own for what is unknown, and shows unused pieces.
+                # sentencepiece has a sign of its own for unknown tokens, and shows unused pieces.
                 if metadata["tokenizer.ggml.token_type"][index] not in (2, 5):
                     assert tokenizer.token_bytes(index) == theirs.piece(index, special=False), index
 
@@ -163,7 +163,7 @@ def test_added_tokens_in_a_sentencepiece_vocabulary(llama_cpp, shared: Path, tmp
 
 @pytest.fixture(scope="module")
 def converted(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A folder with the tokenizer.json that transformers makes of a tokenizer.model."""
+    """Returns a function that makes a folder with the tokenizer.json that transformers makes of a tokenizer.model."""
     transformers = pytest.importorskip("transformers", reason="compares with transformers: pip install -e '.[parity]'")
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -185,7 +185,7 @@ def converted(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 
 def test_transformers_llama_2(converted, shared: Path) -> None:
-    """Of the class that converts by a model's own scores, and as LLaMA 1/2 had spaces: every vector."""
+    """Every vector agrees, for the class that converts by a model's own scores, with spaces as in LLaMA 1/2."""
     folder = converted("llama2", tokenizer_class="TokenizersBackend", legacy=True, add_bos_token=True)
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
     assert tokenizer.form == "tokenizers" and (tokenizer.bos_id, tokenizer.add_bos) == (1, True)
@@ -200,7 +200,7 @@ def test_transformers_llama_2(converted, shared: Path) -> None:
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("kind", ["TokenizersBackend", "LlamaTokenizer"])
 def test_transformers_own_ids(kind: str, legacy: bool, converted) -> None:
-    """What its own tokenizer makes of the folder that it wrote, whatever its rules for spaces."""
+    """Our ids are those of transformers' tokenizer for the folder that it wrote, whatever its rules for spaces."""
     transformers = pytest.importorskip("transformers")
     folder = converted("llama2", tokenizer_class=kind, legacy=legacy, add_bos_token=True)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
@@ -230,7 +230,7 @@ def test_transformers_llama_3(converted, shared: Path) -> None:
 def test_transformers_reads_a_folder_that_we_write(
     smollm2_metadata: dict[str, Any], shared: Path, tmp_path: Path
 ) -> None:
-    """SmolLM2's vocabulary out of its GGUF, in a Hugging Face folder: ids of WikiText-2, and the chat format."""
+    """SmolLM2's GGUF vocabulary, in a Hugging Face folder, gives the same ids of WikiText-2 and chat format."""
     transformers = pytest.importorskip("transformers")
     tokenizer = read(smollm2_metadata)
     config = Config(

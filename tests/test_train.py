@@ -31,7 +31,7 @@ from llamajax.train import (
 CONFIG = Config(
     vocab_size=16, width=16, ffn_width=24, num_layers=2, num_heads=2, num_kv_heads=1, head_size=8, context_length=16
 )
-# A cycle of eleven tokens, in which each tells the next but for 3, which needs the one before it too.
+# A cycle of eleven tokens: each determines the next, except 3, which needs the token before it as well.
 TOKENS = np.tile([1, 5, 3, 9, 4, 3, 7, 0, 12, 15, 2], 60)
 OPTIONS = TrainOptions(steps=48, batch=4, sequence_length=16, learning_rate=2e-2, warmup=3, eval_every=16)
 
@@ -39,7 +39,7 @@ OPTIONS = TrainOptions(steps=48, batch=4, sequence_length=16, learning_rate=2e-2
 def _run(
     folder: Path, options: TrainOptions = OPTIONS, stop_at: int | None = None
 ) -> tuple[Llama | None, list[Progress]]:
-    """A run; one that is interrupted after step `stop_at` gives no model."""
+    """Runs training; a run that is interrupted after step `stop_at` gives no model."""
     seen: list[Progress] = []
 
     def on_step(progress: Progress) -> None:
@@ -55,14 +55,14 @@ def _run(
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Llama, list[Progress], Path]:
-    """All steps without interruption."""
+    """A run of all steps without interruption."""
     folder = tmp_path_factory.mktemp("train") / "whole"
     model, seen = _run(folder)
     return model, seen, folder
 
 
 def test_it_learns(whole: tuple[Llama, list[Progress], Path]) -> None:
-    """From log 16 = 2.77 at random; counting tokens alone cannot go below the entropy of the cycle, 2.27 nats."""
+    """The loss starts at log 16 = 2.77; counting tokens alone cannot go below the cycle's entropy, 2.27 nats."""
     model, seen, _ = whole
     assert seen[0].loss == pytest.approx(np.log(16), abs=0.3)
     assert seen[-1].loss < 0.3
@@ -73,14 +73,14 @@ def test_it_learns(whole: tuple[Llama, list[Progress], Path]) -> None:
 
 
 def test_resuming_gives_the_same_bits(whole: tuple[Llama, list[Progress], Path], tmp_path: Path) -> None:
-    """Interrupted before the first checkpoint, between two, and right at one."""
+    """Runs are interrupted before the first checkpoint, between two, and right at one."""
     expected, seen, folder = whole
     for stop_at, first in ((5, 1), (20, 1), (32, 17)):
         model, again = _run(tmp_path, stop_at=stop_at)
         assert model is None and [progress.step for progress in again] == list(range(first, stop_at + 1))
         assert again == seen[first - 1 : stop_at]
     model, again = _run(tmp_path)
-    assert again == seen[32:], "it goes on behind the last checkpoint"
+    assert again == seen[32:], "the run resumes after the last checkpoint"
     for name, leaf in named_arrays(expected).items():
         assert np.asarray(named_arrays(model)[name]).tobytes() == np.asarray(leaf).tobytes(), name
     assert (tmp_path / "loss.csv").read_bytes() == (folder / "loss.csv").read_bytes()
@@ -116,10 +116,10 @@ def test_schedule() -> None:
 
 
 def test_only_matrices_are_decayed() -> None:
-    """With a gradient of zero only decay moves a weight."""
+    """With a gradient of zero, only weight decay moves a weight."""
     model = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), abstract_model(CONFIG))
     optimizer = make_optimizer(dataclasses.replace(OPTIONS, warmup=0))
-    with jax.numpy_dtype_promotion("standard"):  # of optax's own arithmetic
+    with jax.numpy_dtype_promotion("standard"):  # for optax's own arithmetic
         updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, model), optimizer.init(model), model)
     moved = {name for name, update in named_arrays(updates).items() if (np.asarray(update) != 0).all()}
     still = {name for name, update in named_arrays(updates).items() if (np.asarray(update) == 0).all()}
@@ -161,7 +161,7 @@ def test_texts(tmp_path: Path) -> None:
 
 
 def _damage(folder: Path, number: int) -> Path:
-    """The newest checkpoint but `number`, with one bit changed."""
+    """Changes one bit of the checkpoint that has `number` newer ones; returns its path."""
     file = sorted((folder / "checkpoints").glob("step-*"))[-1 - number]
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
@@ -177,7 +177,7 @@ def test_an_older_intact_checkpoint_is_tried_with_a_line_said(
     damaged = _damage(tmp_path / "run", 0)
     with pytest.warns(UserWarning, match="step-000000048.safetensors: damaged .*; going on from step 32"):
         model, again = _run(tmp_path / "run")
-    assert again == seen[32:] and damaged.exists(), "made anew"
+    assert again == seen[32:] and damaged.exists(), "the damaged checkpoint must be made again"
     for name, leaf in named_arrays(expected).items():
         np.testing.assert_array_equal(named_arrays(model)[name], leaf, name)
     assert (tmp_path / "run" / "loss.csv").read_bytes() == (folder / "loss.csv").read_bytes()
@@ -188,7 +188,7 @@ def test_an_older_intact_checkpoint_is_tried_with_a_line_said(
         pytest.raises(LlamaJaxError, match="step-000000032.safetensors: damaged"),
     ):
         _run(tmp_path / "run")
-    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 2, "what is damaged is kept"
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 2, "damaged checkpoints must be kept"
 
 
 # ---- Refusals -------------------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def test_folders_of_others(tmp_path: Path) -> None:
             draw_loss(tmp_path / "b" / "loss.csv", tmp_path / "b" / "loss.svg")
     with pytest.raises(LlamaJaxError, match="loss.csv: line 2"):
         _run(tmp_path / "b")
-    assert (tmp_path / "b" / "loss.csv").read_text(encoding="utf-8") == text, "not overwritten"
+    assert (tmp_path / "b" / "loss.csv").read_text(encoding="utf-8") == text, "the file must not be overwritten"
 
 
 def test_a_full_disk_loses_no_checkpoint(

@@ -1,4 +1,4 @@
-"""Scales and norms that are tuned: nearer to the float model by an independent measure, and nothing else moves."""
+"""Tuned scales and norms: the model is nearer to the float model by an independent measure; nothing else changes."""
 
 import jax
 import numpy as np

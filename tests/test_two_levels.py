@@ -1,4 +1,4 @@
-"""Two levels of scales: codes are the nearest for what scales became, by rounding and by GPTQ, as ggml's K types."""
+"""Two levels of scales, as in ggml's K types: codes are the nearest for the stored scales, by rounding and by GPTQ."""
 
 import dataclasses
 from typing import Any
@@ -20,7 +20,7 @@ from quant import (
 )
 from quant.hessian import hessian
 
-# Scheme, that of the scales, group: the type of ggml's.
+# ggml's type -> (scheme, scheme of the scales, group size).
 FORMS = {
     "Q2_K": ("uint2", "uint4", 16),
     "Q3_K": ("int3", "int6", 16),
@@ -31,7 +31,7 @@ FORMS = {
 
 
 def weight(shape: tuple[int, ...] = (512, 24), seed: int = 0) -> np.ndarray:
-    """With outliers, and outputs of different size."""
+    """Makes a weight with outliers, and with outputs of different magnitudes."""
     rng = np.random.default_rng(seed)
     return (rng.standard_t(4, shape) * 10 ** rng.uniform(-3, 1, (*shape[:-2], 1, shape[-1]))).astype(np.float32)
 
@@ -50,7 +50,7 @@ def error(made: QTensor, floats: np.ndarray, importance: Any = 1.0) -> float:
 @pytest.mark.parametrize("clip", [None, "mse"])
 @pytest.mark.parametrize("name", FORMS)
 def test_codes_are_the_nearest(name: str, clip: Any) -> None:
-    """Of all codes, in float64; and scales are what `quantize_rtn` makes of scales that are floats."""
+    """Every code is the nearest of all codes, in float64."""
     floats = weight()
     made = quantized(name, floats, clip=clip)
     assert ggml.type_of(made).name == name and made.zero is None and made.dtype == np.float32
@@ -65,7 +65,7 @@ def test_codes_are_the_nearest(name: str, clip: Any) -> None:
 
 @pytest.mark.parametrize("name", FORMS)
 def test_how_much_is_lost(name: str) -> None:
-    """The search loses less than the range does; few bits of scales cost little beside scales that are floats."""
+    """Searched scales lose less than scales of the range; scales in few bits cost little compared with float scales."""
     floats = weight()
     plain, searched = quantized(name, floats), quantized(name, floats, clip="mse")
     assert error(searched, floats) < error(plain, floats)
@@ -77,7 +77,7 @@ def test_how_much_is_lost(name: str) -> None:
 
 @pytest.mark.parametrize(("scheme", "length", "group"), [("int4", 96, 32), ("int2", 576, 32), ("int8", 40, 8)])
 def test_one_float_for_an_output(scheme: str, length: int, group: int) -> None:
-    """In float64: the largest scale has code -128, none is 0 for its groups are not, and codes are the nearest."""
+    """In float64, the largest scale has code -128, no scale is 0 (no group is), and codes are the nearest."""
     floats = weight((length, 12))
     floats[:group] *= 1e-5
     made = quantize_two_levels(floats, scheme, "int8", group_size=group, scale_group="channel", clip="mse")
@@ -156,7 +156,7 @@ def test_errors(arguments: dict[str, Any], message: str) -> None:
 
 
 def inputs(length: int = 256) -> np.ndarray:
-    """Correlated, and of different size."""
+    """Makes correlated inputs of different magnitudes."""
     rng = np.random.default_rng(3)
     x = rng.normal(size=(2000, length)) @ (rng.normal(size=(length, length)) * np.exp(rng.normal(size=(1, length))))
     return (x / x.std()).astype(np.float32)
@@ -178,7 +178,7 @@ def test_gptq_keeps_scales_and_chooses_codes(name: str) -> None:
 
 
 def test_gptq_with_the_scales_that_it_would_choose() -> None:
-    """Of one group a channel it fits scales before anything is moved into weights: they are `quantize_rtn`'s."""
+    """With one group per channel, GPTQ fits scales before it moves errors into weights: they are `quantize_rtn`'s."""
     floats, h = weight((64, 5)), hessian(inputs(64))
     plain = quantize_rtn(floats, "int4", group_size="channel", scale_dtype="float32")
     one = quantize_gptq(floats, h, "int4", group_size="channel", scale_dtype="float32", block_size=16)
@@ -217,7 +217,7 @@ def test_gptq_refuses_scales_of_something_else(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("draw", ["normal", "standard_t"])
 @pytest.mark.parametrize("name", FORMS)
 def test_less_is_lost_than_by_ggml(name: str, draw: str) -> None:
-    """Mean square error, beside `ggml_quantize_chunk` without an importance matrix."""
+    """Our mean squared error is below that of `ggml_quantize_chunk` without an importance matrix."""
     pytest.importorskip("xllamacpp", reason="compares with llama.cpp: install the extra: pip install -e '.[parity]'")
     import gguf
 
@@ -232,7 +232,7 @@ def test_less_is_lost_than_by_ggml(name: str, draw: str) -> None:
 
 
 def test_scales_in_codes_are_floats_for_a_while() -> None:
-    """The weight is the same with floats; a float scale that moves by whole units is found again exactly."""
+    """Float scales give the same weight; after moving, they are rounded to the nearest whole unit again."""
     weight = jnp.asarray(np.random.default_rng(5).standard_t(5, (64, 12)), jnp.float32)
     made = quantize_two_levels(weight, "int4", "int8", group_size=16, scale_group="channel")
     floats = with_float_scales(made)

@@ -1,4 +1,4 @@
-"""What was written before: checkpoints of format version 1 and recipes, in `tests/checkpoints/version1`.
+"""Files of earlier releases: checkpoints of format version 1 and recipes, in `tests/checkpoints/version1`.
 
 The last commit that wrote version 1, 4af1615, made all of it: four checkpoints of random weights, zipped as they are,
 the logits that it gave for `TOKENS` in float32, and the scheme that it gave each weight of each of four layers by some
@@ -42,8 +42,10 @@ def test_checkpoints_give_the_logits_that_they_gave(name: str, tmp_path: Path) -
 
 
 def test_types_are_those_that_were_written(tmp_path: Path) -> None:
-    """Of "runs" by its recipe: norms kept; `layers.ffn.down_FD` of layer 2 kept; `layers.attention*` of layers 0 and -1
-    int8; `layers.ffn*` of layer 0 nf4; all else uint3; in groups of 8.
+    """The checkpoint "runs" has the types of its recipe.
+
+    Kept: norms, and `layers.ffn.down_FD` of layer 2. int8: `layers.attention*` of layers 0 and -1. nf4: `layers.ffn*`
+    of layer 0. uint3: all other weights. Groups have 8 weights.
     """
     plain, runs, tied, half = (
         llamajax.load(unpacked(name, tmp_path))[0] for name in ("int4", "runs", "tied", "bfloat16")
@@ -64,7 +66,7 @@ def test_types_are_those_that_were_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["int4", "runs", "tied", "bfloat16"])
 def test_written_anew_they_are_the_same(name: str, tmp_path: Path) -> None:
-    """As version 2, whose manifest lists a weight once where all layers are alike, else each layer's."""
+    """Saved as version 2, weights stay; the manifest lists a weight once if all layers are alike, else each layer's."""
     model, _ = llamajax.load(unpacked(name, tmp_path))
     llamajax.save_checkpoint(model, tmp_path / "again")
     manifest = json.loads((tmp_path / "again" / "manifest.json").read_text())

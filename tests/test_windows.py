@@ -1,4 +1,4 @@
-"""Which predictions each convention scores: against loops written after the published programs, in float64."""
+"""The predictions that each convention scores, against float64 loops written after the published programs."""
 
 import math
 from pathlib import Path
@@ -21,12 +21,12 @@ def weights(tiny_model: Llama) -> Weights:
 
 @pytest.fixture(scope="module")
 def tokens() -> np.ndarray:
-    """61 random ids behind a BOS: no window below divides them."""
+    """Returns a BOS and 61 random ids: no window below divides 61."""
     return np.concatenate([[BOS], np.random.default_rng(5).integers(3, 320, 61)])
 
 
 def test_documents(tiny_model: Llama, weights: Weights, tokens: np.ndarray) -> None:
-    """Every token but the first, each once, from the tokens of its own window."""
+    """Every token but the first is scored once, from the tokens of its own window; an incomplete window is left out."""
     window, losses = 12, []
     for target in range(1, len(tokens) - (len(tokens) - 1) % window):
         start = (target - 1) // window * window
@@ -39,7 +39,7 @@ def test_documents(tiny_model: Llama, weights: Weights, tokens: np.ndarray) -> N
 
 @pytest.mark.parametrize("n_ctx", [16, 15, 3])
 def test_llama_cpp(n_ctx: int, tiny_model: Llama, weights: Weights, tokens: np.ndarray) -> None:
-    """As `perplexity` in llama.cpp's tools/perplexity/perplexity.cpp goes through a text, index by index."""
+    """The loop goes through a text index by index, as `perplexity` in llama.cpp's tools/perplexity/perplexity.cpp."""
     text, nll, count = [int(token) for token in tokens], 0.0, 0
     first = n_ctx // 2
     for chunk in range(len(text) // n_ctx):
@@ -53,7 +53,7 @@ def test_llama_cpp(n_ctx: int, tiny_model: Llama, weights: Weights, tokens: np.n
     windows = llama_cpp_windows(tokens, n_ctx, BOS)
     assert windows.predictions == count
     assert cross_entropy(tiny_model, windows, batch=3) == pytest.approx(nll / count, rel=1e-5)
-    assert tokens[n_ctx] != BOS, "the caller's ids are left alone"
+    assert tokens[n_ctx] != BOS, "the caller's ids must not change"
 
 
 def test_llama_cpp_without_bos(tokens: np.ndarray) -> None:
@@ -63,7 +63,7 @@ def test_llama_cpp_without_bos(tokens: np.ndarray) -> None:
 
 @pytest.mark.parametrize("seqlen", [16, 2])
 def test_gptq(seqlen: int, tiny_model: Llama, weights: Weights, tokens: np.ndarray) -> None:
-    """As `llama_eval` in IST-DASLab/gptq's llama.py, with its detour over sums of seqlen times a mean."""
+    """The loop is `llama_eval` of IST-DASLab/gptq's llama.py, with its detour over sums of seqlen times a mean."""
     nsamples, nlls = len(tokens) // seqlen, []
     for i in range(nsamples):
         batch = tokens[i * seqlen : (i + 1) * seqlen]
@@ -108,7 +108,7 @@ TEXT = " \n = A fox = \n \n One day . <|endoftext|> Two .\n\n"
 
 
 def test_a_text_by_each_convention(tiny_tokenizer: Tokenizer) -> None:
-    """Only "documents" splits and strips."""
+    """Only "documents" splits the text into documents and strips them."""
     encode = tiny_tokenizer.encode
     expected = {
         "documents": encode("= A fox = \n \n One day .") + encode("Two ."),
@@ -125,7 +125,7 @@ def test_a_text_by_each_convention(tiny_tokenizer: Tokenizer) -> None:
 
 
 def test_dataset_text_is_the_join_of_the_rows() -> None:
-    """Rows as Hugging Face's loading script makes them of the lines of wiki.test.raw."""
+    """Rows are those that Hugging Face's loading script makes of the lines of wiki.test.raw."""
     rows = ["", " = Robert Boulter = \n", "", " Robert Boulter is an English film actor . \n", ""]
     assert dataset_text(" \n = Robert Boulter = \n \n Robert Boulter is an English film actor . \n \n") == "\n\n".join(
         rows
@@ -134,7 +134,7 @@ def test_dataset_text_is_the_join_of_the_rows() -> None:
 
 
 def test_chunks_of_wikitext2_are_the_published_number(shared: Path) -> None:
-    """With LLaMA's tokenizer: 655 chunks of 512 in llama.cpp (its issue 1003); 166 windows of 2048."""
+    """LLaMA's tokenizer gives 655 chunks of 512 in llama.cpp (its issue 1003), and 166 windows of 2048."""
     tokenizer = Tokenizer.from_file(shared / "data" / "tokenizers" / "llama2_tokenizer.model")
     text = (shared / "data" / "wikitext2" / "wiki.test.raw").read_bytes().decode()
     windows = text_windows(text, tokenizer, 512, "llama.cpp")

@@ -1,4 +1,4 @@
-"""What decides words: read from every file that says it, kept through every form, used, or said."""
+"""Text settings (`Words`): read from every file that has them, kept in every form, and used or reported."""
 
 import itertools
 import json
@@ -32,13 +32,13 @@ CHAT = {
     str(END): {"content": "<|im_end|>", "special": True, "normalized": False},
     str(TOOL): {"content": "<tool>", "special": False, "normalized": False},
 }
-# Bytes of no tokenizer.
+# Bytes that are no tokenizer.
 UNKNOWN = b"a vocabulary of another kind\n"
 
 
 @pytest.fixture(scope="module")
 def bare(tiny_config: llamajax.Config, tiny_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder of 328 embeddings whose files say nothing of words, and a tokenizer.model of 320 pieces."""
+    """A Hugging Face folder with 328 embeddings, no text settings, and a tokenizer.model of 320 pieces."""
     fields = tiny_config.to_dict() | {"vocab_size": 328}
     path = tmp_path_factory.mktemp("words") / "bare"
     save_checkpoint(random_model(llamajax.Config.from_dict(fields)), path, form="huggingface")
@@ -48,7 +48,7 @@ def bare(tiny_config: llamajax.Config, tiny_tokenizer: Tokenizer, tmp_path_facto
 
 @pytest.fixture
 def folder(bare: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Makes a copy of it with more files, and more in its config.json."""
+    """Returns a function that copies `bare`, with more files and more fields in its config.json."""
     numbers = itertools.count()
 
     def make(config: dict[str, Any] | None = None, **files: Any) -> Path:
@@ -63,7 +63,7 @@ def folder(bare: Path, tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def processor(tiny_tokenizer: Tokenizer) -> sentencepiece.SentencePieceProcessor:
-    """The tokenizer's pieces, without us."""
+    """The tokenizer's model, read by sentencepiece itself."""
     return sentencepiece.SentencePieceProcessor(model_proto=tiny_tokenizer.model_bytes)
 
 
@@ -85,7 +85,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
 @pytest.mark.parametrize(
     ("config", "files", "stops"),
     [
-        ({}, {}, {1, 2}),  # nothing said: BOS and EOS, as llama2.c's models want it
+        ({}, {}, {1, 2}),  # no setting: BOS and EOS, as llama2.c's models need
         ({"eos_token_id": None}, {"generation_config": {"eos_token_id": None}}, {1, 2}),
         ({"eos_token_id": 2}, {}, {2}),
         ({"eos_token_id": [2, END]}, {}, {2, END}),
@@ -100,7 +100,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     ],
 )
 def test_ids_at_which_generation_ends(config: Any, files: Any, stops: set[int], folder, tmp_path: Path) -> None:
-    """In the folder, in our own form made of it, and in a folder made of that."""
+    """The ids are the same in the folder, in our own form made of it, and in a folder made of that."""
     path = folder(config, **files)
     assert set(tokenizer_of(path).stop_ids) == stops
     for form in ("llamajax", "huggingface"):
@@ -139,7 +139,7 @@ def test_bos_and_eos_as_the_folder_says(folder, processor, tiny_tokenizer: Token
         assert tokenizer.encode("the fox") == ids
         assert tokenizer.encode("the fox", bos=True, eos=False) == [1, *pieces]
     assert tokenizer_of(folder(tokenizer_config={"bos_token": None})).encode("the fox") == pieces
-    # A prompt has not ended; llama.cpp's chunks have a BOS only where the tokenizer adds one.
+    # A prompt gets no EOS; llama.cpp's chunks have a BOS only if the tokenizer adds one.
     text = "the fox " * 40
     without = tokenizer_of(folder(tokenizer_config={"add_bos_token": False}))
     assert text_windows(text, without, 16, "llama.cpp").rows[0].tolist() == processor.encode(text)[:16]
@@ -173,11 +173,11 @@ def test_added_tokens_are_one_id(source: str, folder, processor) -> None:
         == "user\nfox"
     )
     assert tokenizer.decode(ids) == "user\nfox\na<tool> fox"
-    # Special ones are text, unless asked for.
+    # Special tokens are plain text unless special=True.
     assert [index for index in tokenizer.encode(text) if index >= 320] == [TOOL]
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode("fox") == [1, *processor.encode("fox")]
-    # Control tokens that no file lists are spelt, as ever.
+    # Control tokens that no file lists are encoded as text.
     assert tokenizer.encode("<s>", bos=False) == processor.encode("<s>")
 
 
@@ -191,7 +191,7 @@ def test_control_tokens_are_read_from_the_text_if_asked_for(folder, processor) -
 
 
 def test_space_before_text(folder, processor) -> None:
-    """transformers' `legacy` puts one behind every added token, too; without `add_prefix_space` there is none."""
+    """transformers' `legacy` adds a space after every added token, too; without `add_prefix_space` there is none."""
     text, (space,) = "fox<tool>fox", processor.encode(" ", add_bos=False)[:1]
     for said, spaces in (({}, 1), ({"legacy": False}, 1), ({"legacy": True}, 2), ({"add_prefix_space": False}, 0)):
         tokenizer = tokenizer_of(folder(tokenizer_config=said | {"added_tokens_decoder": CHAT}))
@@ -214,7 +214,7 @@ _FLAGS = st.fixed_dictionaries(
     ),
 )
 def test_added_tokens_are_found_as_tokenizers_does(flags, parts) -> None:
-    """Against Hugging Face's tokenizers, with one id for all text between them."""
+    """Tokens are found as by Hugging Face's tokenizers, with one id for all text between them."""
     text = "".join(parts)
     contents = ["<A>", "<AB>", "word", "B>"]
     model = tokenizers.models.WordLevel({"[other]": 0}, unk_token="[other]")
@@ -276,7 +276,7 @@ def test_files_come_through_unchanged(folder, tmp_path: Path, capsys) -> None:
 
 
 def test_files_of_another_tokenizer_stay_behind(folder, tmp_path: Path, tiny_tokenizer: Tokenizer, capsys) -> None:
-    """The model's ids hold for any tokenizer of its own; tokenizer.json does not."""
+    """With another tokenizer, the model's ids still apply, but its tokenizer.json is not copied."""
     source = folder(**SAID)
     (source / "tokenizer.model").unlink()
     (tmp_path / "named.model").write_bytes(tiny_tokenizer.model_bytes)
@@ -295,7 +295,7 @@ def test_files_of_another_tokenizer_stay_behind(folder, tmp_path: Path, tiny_tok
 
 
 def test_what_came_without_files_is_written(bare: Path, tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
-    """As from a llama2.c file: ids and tokenizer settings for those who read the folder."""
+    """A model without such files, as from llama2.c, is saved with ids and tokenizer settings for other readers."""
     model = llamajax.load(bare)[0]
     save_checkpoint(model, tmp_path / "out", tokenizer=tiny_tokenizer, form="huggingface")
     read = {
@@ -357,7 +357,7 @@ def test_damaged_words(change: Callable[[dict[str, Any]], Any], message: str, fo
 
 
 def test_defaults_for_sampling(folder, capsys) -> None:
-    """Used where there is no flag, and said; the library's own defaults stay."""
+    """A folder's defaults are used where there is no flag, and reported; the library's own defaults stay."""
     path = folder({"eos_token_id": [2, 327]}, generation_config={"do_sample": False, "repetition_penalty": 1.5})
     argv = ["generate", f"--model={path}", "--prompt=fox", "--max_new_tokens=8", "--json"]
     code, asked, err = run(capsys, *argv)
@@ -384,7 +384,7 @@ def test_defaults_for_sampling(folder, capsys) -> None:
 )
 def test_spellings_of_sampling(said: dict[str, Any], sampling: dict[str, float], folder) -> None:
     assert open_checkpoint(folder(generation_config=said)).words.sampling == sampling
-    # transformers 4 kept them in config.json, and looks there only if there is no other file.
+    # transformers 4 kept these in config.json, and looks there only without a generation_config.json.
     assert open_checkpoint(folder(said)).words.sampling == sampling
     assert open_checkpoint(folder(said, generation_config={"eos_token_id": 2})).words.sampling == {}
 
@@ -579,7 +579,7 @@ def byte_json() -> bytes:
     ],
 )
 def test_which_tokenizer_a_folder_has(said: Any, has_model: bool, form: str, folder, tmp_path: Path) -> None:
-    """transformers takes tokenizer.json; LlamaTokenizer no more of it than a tokenizer.model has. Both are kept."""
+    """transformers uses tokenizer.json, LlamaTokenizer only as much of it as a tokenizer.model has. Both are kept."""
     path = folder(tokenizer_config=said)
     (path / "tokenizer.json").write_bytes(byte_json())
     if not has_model:
@@ -623,7 +623,7 @@ def test_a_tokenizer_beside_a_llama2c_file(shared: Path, tmp_path: Path) -> None
 
 
 def test_llama_3s_own_tokenizer(tiny_config: llamajax.Config, shared: Path, tmp_path: Path, capsys) -> None:
-    """Ranks in a folder's tokenizer.model, named as its files name them; kept as a tokenizer.json."""
+    """A tokenizer.model of ranks gets the names that the folder's files give, and is kept as a tokenizer.json."""
     config = llamajax.Config.from_dict(tiny_config.to_dict() | {"vocab_size": 128256, "width": 8, "num_layers": 1})
     path = tmp_path / "folder"
     save_checkpoint(random_model(config), path, form="huggingface")

@@ -11,12 +11,12 @@ _WORDS = (
     *("😀", "👩‍👩‍👧", "🇩🇪", "❤️", "①", "½", "Ⅷ", "٣", "...", "!!!", "//", "{}", "▁", "▁▁", "Ġ", "Ċ"),
     *("<s>", "</s>", "<unk>", "<0x41>", "<|im_end|>", "<|eot_id|>", "[INST]", "<|endoftext|>"),
 )
-# Where assigned characters are dense: ASCII, Latin to Cyrillic, scripts of the world, all planes.
+# Ends of ranges where assigned characters are dense: ASCII, Latin to Cyrillic, scripts of the world, all planes.
 _BOUNDS = (0x80, 0x500, 0x3000, 0x20000)
 
 
 def vectors(shared: Path, name: str) -> list[tuple[str, list[int]]]:
-    """llama.cpp's vectors of a vocabulary: texts, and ids without BOS."""
+    """Returns llama.cpp's vectors of a vocabulary: texts, and their ids without BOS."""
     base = shared / "data" / "tokenizer_vectors" / f"ggml-vocab-{name}.gguf"
     *cases, end = (base.parent / f"{base.name}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
     lines = (base.parent / f"{base.name}.out").read_text("utf-8").splitlines()
@@ -25,7 +25,7 @@ def vectors(shared: Path, name: str) -> list[tuple[str, list[int]]]:
 
 
 def random_texts(count: int, seed: int = 0) -> list[str]:
-    """So many texts: of words that tokenizers trip over, and of characters drawn from all of Unicode."""
+    """Draws `count` texts, of words that tokenizers disagree about or of characters from all of Unicode."""
     draw = random.Random(seed)
     return [_of_words(draw) if draw.random() < 0.5 else _of_characters(draw) for _ in range(count)]
 
@@ -38,7 +38,7 @@ def _of_characters(draw: random.Random) -> str:
     characters: list[str] = []
     while draw.random() < 0.94:
         character = chr(draw.randrange(draw.choice(_BOUNDS)))
-        # Assigned ones alone: libraries know Unicode of different years.
+        # Only assigned characters: libraries know Unicode of different years.
         if unicodedata.category(character) not in ("Cs", "Cn", "Co"):
             characters.append(character)
     return "".join(characters)
