@@ -28,8 +28,7 @@ flags.DEFINE_multi_integer("prefill", [16, 256], "lengths of the prompts to pref
 flags.DEFINE_multi_integer("batch", [1, 8], "numbers of rows of the decode steps")
 flags.DEFINE_bool("start", True, "also measure the start of a command; only with --model, not with --shape")
 
-# The program that the process of each tree runs; it has to work with both trees. Requests are lines of JSON, answers are
-# seconds.
+# The program of each tree's process; it has to work with both trees. Requests are lines of JSON, answers are seconds.
 _WORKER = """
 import json, sys
 import llamajax
