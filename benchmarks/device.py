@@ -72,8 +72,8 @@ _LENGTH = 128  # tokens of the sequences whose logits the CPU computes, padding 
 _NO_TIME = "no time left"
 _WARM_SECONDS, _SAMPLE_SECONDS = 0.3, 0.02
 # The bound is for the worst case; actual rounding errors are far smaller. This limit, relative to the root of the sum
-# of squares of the product, also detects a kernel that is wrong by a few parts in ten thousand. It is for the GPU kernel
-# only, because the TPU rounds weights.
+# of squares of the product, also detects a kernel that is wrong by a few parts in ten thousand. It is only
+# for the GPU kernel, because the TPU rounds weights.
 _RELATIVE = 1e-5
 
 
