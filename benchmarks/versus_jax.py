@@ -4,8 +4,8 @@
 
 The same model, cache and program run with random weights in float32, in bfloat16, in int4-g32 as stored (the obvious
 code: dequantize, then multiply), and in int4-g32 in the layout of `prepare`. If Qwix is installed (pip install qwix),
-its int4 in groups of 32 is measured too: only the products of a step, without attention and without our program. All are
-measured in turn. Figures are medians over the rounds; the memory bandwidth is of the same run.
+its int4 in groups of 32 is measured too: only the products of a step, without attention and without our program. All
+are measured in turn. Figures are medians over the rounds; the memory bandwidth is of the same run.
 """
 
 import functools
