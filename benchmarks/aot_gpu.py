@@ -1,12 +1,12 @@
-"""What compiling says of a product with a quantized weight on NVIDIA GPUs, without the hardware.
+"""Compiler reports for products with quantized weights on NVIDIA GPUs, compiled without the hardware.
 
     pip install jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2
     python benchmarks/aot_gpu.py [--json] [--cards=h100]
 
-For the Triton kernel and for XLA's own product (dequantize, then `dot`): the temporaries beside the packed bytes. What
-is written there is read again, so decoding by XLA moves at least (packed + 2 * temporaries). Where CUDA's `ptxas` is
-installed, also registers and spills of the kernel. This proves that the programs lower and are assembled: neither that
-they run, nor what autotuning would choose (it is off), nor how long anything takes.
+For the Triton kernel and for XLA's own product (dequantize, then `dot`), prints the size of temporaries beside the
+packed bytes. Temporaries are written and read again, so decoding by XLA moves at least (packed + 2 * temporaries). If
+CUDA's `ptxas` is installed, it also prints the kernel's registers and spills. This shows that the programs lower and
+assemble. It does not show that they run, what autotuning would choose (it is off), or how long anything takes.
 """
 
 import json
@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Compiling only; a GPU that is attached is left alone.
+# This script only compiles: it does not use an attached GPU.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
 
@@ -40,7 +40,7 @@ flags.DEFINE_boolean("json", False, "print JSON")
 
 
 class Row(NamedTuple):
-    """One product; temporaries as multiples of the packed bytes. Registers and spills are -1 without `ptxas`."""
+    """One product. Temporaries are multiples of the packed bytes. Registers and spills are -1 without `ptxas`."""
 
     card: str
     scheme: str
@@ -56,18 +56,18 @@ class Row(NamedTuple):
 
 
 def few(x_RK: jax.Array, weight: gpu.GpuWeight, layer: jax.Array) -> jax.Array:
-    """One layer of a stack, as `matmul` does it."""
+    """Multiplies with one layer of a stack by `matmul`."""
     return gpu.matmul(x_RK, weight.at_layer(layer))
 
 
 def written_out(x_RK: jax.Array, weight: gpu.GpuWeight, layer: jax.Array) -> jax.Array:
-    """The same by XLA alone, in the type of the activations."""
+    """The same product by XLA alone, with the weight in the dtype of the activations."""
     weight_KM = quant.dequantize(gpu.restore(weight.at_layer(layer)), x_RK.dtype)
     return jnp.dot(x_RK, weight_KM, preferred_element_type=jnp.float32)
 
 
 def assemble(card: str, folder: Path) -> tuple[int, int]:
-    """Registers and spilled bytes of the kernel in a folder of XLA's intermediate files; -1 without `ptxas`."""
+    """Returns registers and spilled bytes of the kernel in a folder of XLA's intermediate files; -1 without `ptxas`."""
     files = [file for file in folder.glob("*.ptx") if ".entry _kernel" in file.read_text()]
     if not files or shutil.which("ptxas") is None:
         return -1, -1
@@ -78,7 +78,7 @@ def assemble(card: str, folder: Path) -> tuple[int, int]:
 
 
 def measure(card: str, device: Any, scheme: str, group_size: int, K: int, M: int, R: int) -> Row:
-    """Compiles both."""
+    """Compiles the kernel and XLA's product."""
 
     def make(weight: jax.Array) -> gpu.GpuWeight:
         return gpu.layout(quant.quantize_rtn(weight, scheme, group_size=group_size, scale_dtype=jnp.bfloat16))
@@ -97,7 +97,7 @@ def measure(card: str, device: Any, scheme: str, group_size: int, K: int, M: int
 
 
 def main(argv: list[str]) -> None:
-    """Compiles and prints."""
+    """Compiles all products and prints the table."""
     del argv
     rows = []
     if not flags.FLAGS.json:

@@ -1,19 +1,19 @@
-"""What XLA says that a product with a quantized weight costs on each TPU, compiled without the hardware.
+"""XLA's costs of products with quantized weights on each TPU generation, compiled without the hardware.
 
     pip install libtpu==0.0.52
     python benchmarks/aot_tpu.py [--json] [--generations=v5e,v6e] [--models=tinyllama-1.1b]
 
-Each product is that of one layer of a stack, in a loop, as in the model. Beside the bytes of codes and scales stand the
-bytes accessed by XLA's cost model, for XLA's own product and for the kernel. The cost model counts VMEM as it counts
-HBM, and believes a kernel what it says of itself. Then whole decode steps: memory of a chip. Nothing is run: it proves
-that the programs compile and fit, not how long they take.
+Each product multiplies with one layer of a stack in a loop, as the model does. The first table shows the bytes accessed
+by XLA's cost model, for XLA's own product and for the kernel, beside the bytes of codes and scales. The cost model
+counts VMEM like HBM, and for a kernel it uses the cost that the kernel declares. The second table shows the memory on a
+chip of whole decode steps. Nothing is run: this shows that the programs compile and fit, not how long they take.
 """
 
 import json
 import os
 from typing import Any, NamedTuple
 
-# Compiling only; a TPU that is attached is left alone.
+# This script only compiles: it does not use an attached TPU.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 
@@ -32,13 +32,13 @@ _LAYERS = 4
 _SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (4096, 11008))
 _SLOTS = 2048
 
-flags.DEFINE_list("generations", list(_GENERATIONS), "of TPU")
-flags.DEFINE_list("models", ["tinyllama-1.1b", "llama3-8b"], "presets whose decode step is compiled; none if empty")
+flags.DEFINE_list("generations", list(_GENERATIONS), "TPU generations to compile for")
+flags.DEFINE_list("models", ["tinyllama-1.1b", "llama3-8b"], "presets whose decode step is compiled; may be empty")
 flags.DEFINE_boolean("json", False, "print JSON")
 
 
 class Product(NamedTuple):
-    """One product: bytes are of one layer."""
+    """One product. Bytes are those of one layer; `xla` and `kernel` are bytes accessed in units of them."""
 
     generation: str
     scheme: str
@@ -52,7 +52,7 @@ class Product(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One decode step of a model: bytes that the program's arguments take and temporaries beside them."""
+    """One decode step of a model: the bytes of its weights, of the program's arguments and of its temporaries."""
 
     generation: str
     model: str
@@ -63,14 +63,14 @@ class Step(NamedTuple):
 
 
 def compile_for(device: Any, function: Any, *args: Any, donate: tuple[int, ...] = ()) -> Any:
-    """The program for abstract arguments on one device."""
+    """Compiles a function for abstract arguments on one device."""
     sharding = SingleDeviceSharding(device)
     place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
     return jax.jit(function, donate_argnums=donate).lower(*jax.tree.map(place, args)).compile()
 
 
 def abstract_weight(shape: tuple[int, ...], scheme: str, group_size: int, axis: int, kernel: bool = True) -> Any:
-    """Shapes and dtypes of a weight laid out for TPU."""
+    """Returns the shapes and dtypes of a weight in the TPU layout."""
 
     def make(weight: jax.Array) -> tpu.TpuWeight:
         quantized = quant.quantize_rtn(weight, scheme, group_size=group_size, axis=axis, scale_dtype=jnp.bfloat16)
@@ -89,7 +89,7 @@ def layer_loop(x_RK: jax.Array, weight: tpu.TpuWeight) -> jax.Array:
 
 
 def measure_product(generation: str, device: Any, scheme: str, group_size: int, K: int, M: int, R: int) -> Product:
-    """Compiles both lowerings. XLA counts the body of a loop once: the figures are of one layer."""
+    """Compiles both lowerings. XLA counts the body of a loop once, so the figures are those of one layer."""
     ratio = {}
     x_RK = jax.ShapeDtypeStruct((R, K), jnp.bfloat16)
     for name in ("xla", "kernel"):
@@ -100,7 +100,7 @@ def measure_product(generation: str, device: Any, scheme: str, group_size: int, 
 
 
 def abstract_model(name: str) -> Any:
-    """A preset in bfloat16, its matrices in int4 with groups of 32, laid out for TPU; embeddings as they are."""
+    """A preset with matrices in int4 with groups of 32 in the TPU layout; embeddings and norms stay in bfloat16."""
 
     def one(path: tuple[Any, ...], leaf: Any) -> Any:
         keys = jax.tree_util.keystr(path)
@@ -113,7 +113,7 @@ def abstract_model(name: str) -> Any:
 
 
 def measure_step(generation: str, device: Any, name: str, batch: int) -> Step:
-    """Compiles one forward pass of one token a row, the cache donated."""
+    """Compiles one forward pass of one token per row, with the cache donated."""
     model = abstract_model(name)
     cache = jax.eval_shape(lambda: llamajax.KVCache.empty(model.config, batch, _SLOTS, jnp.bfloat16))
     tokens_BT = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
@@ -128,20 +128,20 @@ def measure_step(generation: str, device: Any, name: str, batch: int) -> Step:
 
 
 def print_product(row: Product) -> None:
-    """One line of the first table."""
+    """Prints one line of the first table."""
     shape = f"{row.scheme:5}{row.group_size:5}{row.K:7} x{row.M:6}{row.R:4}"
     packed = f"{row.packed_bytes / 2**20:9.2f} MiB"
     print(f"{row.generation:4} {shape}{packed} {row.xla:7.2f} {row.kernel:7.2f}", flush=True)
 
 
 def print_step(row: Step) -> None:
-    """One line of the second table."""
+    """Prints one line of the second table."""
     sizes = [f"{size / 2**30:9.3f}" for size in (row.weight_bytes, row.argument_bytes, row.temporary_bytes)]
     print(f"{row.generation:4} {row.model:16}{row.batch:3} {' '.join(sizes)} GiB", flush=True)
 
 
 def main(argv: list[str]) -> None:
-    """Compiles and prints."""
+    """Compiles everything and prints both tables."""
     del argv
     values, products, steps = flags.FLAGS, [], []
     devices = {

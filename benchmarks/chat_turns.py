@@ -1,13 +1,14 @@
-"""Time to the first text of an answer, behind a long history: of the first turn, and of the second, in one process.
+"""Time to the first text of an answer after a long history: of the first turn and of the second, in one process.
 
     python benchmarks/chat_turns.py --rounds=15                         # SmolLM2-135M-Instruct, 1,000 tokens
     python benchmarks/chat_turns.py --model=model.gguf --history=4000 --words=10
 
-Each round opens a new chat with the same history, whose first turn prefills all of it and whose second only what is
-new. Both are measured from the call of `Chat.stream` to the first text: the template, the encoding and the first decode
-step are part of it. Prompts are prefilled in chunks of 16, 32, 64 or 256 tokens: the second question is one of 16, or
-with some `--words` more one of 32. Figures are medians over the rounds, behind one round that is not counted; the ratio
-is the median of the rounds' own. Beside them stand the tokens that each prefilled, and what those took per token.
+Each round opens a new chat with the same history. Its first turn prefills the whole history, its second turn only the
+new message. The time is measured from the call of `Chat.stream` to the first text, and includes the template, the
+encoding and the first decode step. Prompts are prefilled in chunks of 16, 32, 64 or 256 tokens: the second question is
+one chunk of 16, or of 32 with some `--words`. Figures are medians over the rounds, after one round that is not counted;
+the ratio is the median of the ratios of the rounds. The table also shows the number of tokens that each turn prefilled,
+and the time per prefilled token.
 """
 
 import json
@@ -23,8 +24,8 @@ from llamajax.cli import smollm2
 
 flags.DEFINE_string("model", None, "checkpoint with a chat template; SmolLM2 unless given")
 flags.DEFINE_integer("history", 1000, "tokens of the conversation before the first turn", lower_bound=1)
-flags.DEFINE_integer("words", 0, "by which the second question is longer", lower_bound=0)
-flags.DEFINE_integer("rounds", 15, "how often both turns are measured", lower_bound=1)
+flags.DEFINE_integer("words", 0, "words to add to the second question", lower_bound=0)
+flags.DEFINE_integer("rounds", 15, "number of rounds, each with both turns", lower_bound=1)
 flags.DEFINE_bool("json", False, "print JSON instead of a table")
 
 _FACTS = "The river is {} kilometres long, and a town of {} people lies on it."
@@ -32,7 +33,7 @@ _QUESTIONS = ("How long is the river?", "How many people live there?")
 
 
 class Turn(NamedTuple):
-    """Seconds to the first text, and tokens that were prefilled and that the cache held."""
+    """Seconds to the first text, the number of prefilled tokens, and the number of tokens reused from the cache."""
 
     seconds: float
     prefilled: int
@@ -40,7 +41,7 @@ class Turn(NamedTuple):
 
 
 def history(chat: Chat, length: int) -> list[Message]:
-    """A conversation of about so many tokens."""
+    """Returns a conversation of about `length` tokens."""
     said: list[Message] = []
     while len(chat.template.encode(chat.tokenizer, [*said, Message("user", "")])) < length:
         number = len(said)
@@ -49,7 +50,7 @@ def history(chat: Chat, length: int) -> list[Message]:
 
 
 def turn(chat: Chat, question: str) -> Turn:
-    """One turn, to its end."""
+    """Runs one turn to its end."""
     start = time.perf_counter()
     answer = chat.stream(question)
     next(answer)
@@ -60,9 +61,9 @@ def turn(chat: Chat, question: str) -> Turn:
 
 
 def main(argv: list[str]) -> None:
-    """Measures and prints."""
+    """Measures all rounds and prints the medians."""
     values = flags.FLAGS
-    # Laid out, as `llamajax chat` reads it.
+    # In the layout of the backend, as `llamajax chat` reads it.
     model, tokenizer = load(values.model or smollm2.fetch(), backend=jax.default_backend())
 
     def new() -> Chat:
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> None:
         chat = new()
         chat.messages = list(said)
         rounds.append([turn(chat, question) for question in (_QUESTIONS[0], longer)])
-    del rounds[0]  # compiles
+    del rounds[0]  # the first round compiles
     seconds = [statistics.median(each[i].seconds for each in rounds) for i in range(2)]
     ratio = statistics.median(second.seconds / first.seconds for first, second in rounds)
     if values.json:

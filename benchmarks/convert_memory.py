@@ -2,8 +2,8 @@
 
     python benchmarks/convert_memory.py --preset=tinyllama-1.1b
 
-Writes a Hugging Face folder of random bfloat16 weights (sharded, as published ones are), converts it to our own form
-in a process of its own, and prints the operating system's account of that process.
+Writes a Hugging Face folder of random bfloat16 weights (sharded like published ones), converts it to our own format in
+a separate process, and prints the peak memory that the operating system reports for that process.
 """
 
 import json
@@ -24,13 +24,13 @@ from llamajax.families import config_to_hf, tensors
 from llamajax.parameters import specs
 
 flags.DEFINE_string("preset", "tinyllama-1.1b", "shape of the model")
-flags.DEFINE_string("scratch", None, "where to put the temporary files; the system's place if not given")
+flags.DEFINE_string("scratch", None, "folder for the temporary files; the system's default if not given")
 
 _SHARD_BYTES = 1 << 30
 
 
 def write_random_model(name: str, folder: Path) -> None:
-    """A sharded Hugging Face folder with weights drawn from a normal distribution."""
+    """Writes a sharded Hugging Face folder with weights drawn from a normal distribution."""
     config = preset(name)
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
@@ -52,13 +52,13 @@ def write_random_model(name: str, folder: Path) -> None:
 
 
 def main(argv):
-    """Writes, converts, prints."""
+    """Writes the model, converts it and prints the peak."""
     del argv
     name = flags.FLAGS.preset
     with tempfile.TemporaryDirectory(dir=flags.FLAGS.scratch) as scratch:
         source, target = Path(scratch, "hf"), Path(scratch, "converted")
         command = [sys.executable, "-m", "llamajax", "convert", f"--model={source}", f"--output={target}"]
-        # A process of its own: what this one holds when it starts the conversion would count as the conversion's.
+        # In a separate process: memory that this one holds when it starts the conversion would count as the child's.
         writer = multiprocessing.get_context("spawn").Process(target=write_random_model, args=(name, source))
         writer.start()
         writer.join()

@@ -1,27 +1,29 @@
-"""Everything about a GPU or TPU in one go: whether kernels and model are right there, and how fast, in eight minutes.
+"""Measures a GPU or TPU in one run of eight minutes: whether kernels and the model are right there, and how fast.
 
-On the machine with the accelerator, from a checkout, or what `git archive` made of one:
+On the machine with the accelerator, from a checkout or from the output of `git archive`:
 
     pip install "jax[cuda13]" flax                 # or jax[tpu]; images of JAX have both
     PYTHONPATH=. python benchmarks/device.py --json=device.json
 
-It needs nothing else. With sentencepiece and safetensors the model that is compared is the box, without them one of
-random weights of its shape. In this order:
+Nothing else is needed. With sentencepiece and safetensors the compared model is the box, without them a model with
+random weights of its shape. The steps, in this order:
 
-- bandwidth: bytes per second of a copy (read and written), and of reading alone. Other figures are set beside the copy.
-- kernels: the packed product of each scheme on the backend's kernel, against the product in float64 on the host: the
-  error, as a part of what the kernel's docstring allows. And the time of one product in a row of them over a stack that
-  no cache holds, beside XLA's of the same packed weights (dequantized, then multiplied) and of bfloat16 ones.
-- model: logits of the prepared model against those of the same weights on the CPU, unprepared and in float32. In
-  float32 they may differ by 1e-4 of the largest; in bfloat16 by three times what bfloat16 costs on the CPU. And its
-  greedy text: each token must be the one that the CPU would have chosen there, or as good up to twice the above.
-- decode and prefill of TinyLlama-1.1B and Llama 3 8B, random weights in int4-g32 beside bfloat16, of 1, 8 and 64 rows.
+- bandwidth: bytes per second of a copy (read and written) and of reading alone. Other figures are compared with it.
+- kernels: the packed product of each scheme by the backend's kernel, compared with the product in float64 on the host:
+  the error, as a fraction of the bound in the kernel's docstring. Also the time of one product, in a loop over a stack
+  that is larger than any cache, beside XLA's product of the same packed weights (dequantize, then multiply) and of
+  bfloat16 weights.
+- model: logits of the prepared model, compared with those of the same weights on the CPU, unprepared and in float32. In
+  float32 they may differ by 1e-4 of the largest logit; in bfloat16 by three times the error of bfloat16 on the CPU.
+  Also the greedy text: each token must be the one that the CPU would choose there, or equally good within twice these
+  tolerances.
+- decode and prefill of TinyLlama-1.1B and Llama 3 8B, random weights in int4-g32 and bfloat16, with 1, 8 and 64 rows.
 
-A table goes to stdout, progress to stderr, and all to a JSON file that is written anew behind each step: device,
-versions, commit, and for each step its status: "ok", "wrong" (a number is out of bounds), "failed" (with the first line
-of the error) or "skipped" (no time left, or no memory). Times are medians, without compiling, which has its own column.
-Where neither GPU nor TPU is found, or with `--small`, shapes are small and kernels of both run in Pallas' interpreter,
-without times: a check of this program. The exit code is 1 where a step is wrong or failed.
+The table goes to stdout and progress to stderr. A JSON file, rewritten after each step, holds everything: device,
+versions, commit, and the status of each step: "ok", "wrong" (a number is out of bounds), "failed" (with the first line
+of the error) or "skipped" (no time left, or not enough memory). Times are medians; compile time has its own column.
+Without a GPU or TPU, or with `--small`, shapes are small and the kernels of both backends run in Pallas' interpreter,
+without times: this checks the program itself. The exit code is 1 if a step is wrong or failed.
 """
 
 import argparse
@@ -64,28 +66,29 @@ _SMALL = llamajax.Config(
     vocab_size=64, width=64, ffn_width=128, num_layers=2, num_heads=4, num_kv_heads=2, head_size=16, context_length=512
 )
 _PROMPT = "Once upon a time, there was a little"
-_STACK_BYTES = 256 << 20  # packed weights that a repeat walks over: several times the caches of any card
+_STACK_BYTES = 256 << 20  # packed weights that one repeat reads: several times the caches of any card
 _CONTEXT, _PREFILL = 128, 128
-_LENGTH = 128  # of what the CPU computes logits of, padding included: one program
+_LENGTH = 128  # tokens of the sequences whose logits the CPU computes, padding included: one program
 _NO_TIME = "no time left"
 _WARM_SECONDS, _SAMPLE_SECONDS = 0.3, 0.02
-# The bound is what may be off in the worst case. Rounding errors add up to far less, which a kernel that is wrong by a
-# few parts in ten thousand would exceed: of the root of the sum of squares of the product. TPU rounds weights.
+# The bound is for the worst case; actual rounding errors are far smaller. This limit, relative to the root of the sum
+# of squares of the product, also detects a kernel that is wrong by a few parts in ten thousand. It is only
+# for the GPU kernel, because the TPU rounds weights.
 _RELATIVE = 1e-5
 
 
 class Skip(Exception):
-    """A step that this machine cannot do; the message says why."""
+    """Raised by a step that this machine cannot run; the message gives the reason."""
 
 
 class Step(NamedTuple):
-    """One thing to measure.
+    """One measurement.
 
     Attributes:
         section: "bandwidth", "kernels", "model", or the name of a shape.
-        name: unique within it.
-        needs: seconds; with less left it is not begun.
-        work: returns figures, by name, with "wrong" among them where a number is.
+        name: unique within its section.
+        needs: seconds that it may take; with less time left it is skipped.
+        work: returns figures by name; "wrong" is true if a number is out of bounds.
     """
 
     section: str
@@ -98,10 +101,10 @@ class Step(NamedTuple):
 
 
 def timed(function: Callable[..., Any], *args: Any, repeats: int = 10) -> tuple[float, float]:
-    """Median seconds of a call, and seconds that compiling took.
+    """Returns the median seconds of a call, and the seconds of compiling.
 
-    An accelerator is kept busy for a while first, as its clock falls while the host compiles; and a sample is as many
-    calls as take 20 ms, so that starting one does not count.
+    An accelerator is first kept busy for a while, because its clock slows down while the host compiles. A sample is as
+    many calls as take 20 ms, so that the start of a call does not matter.
     """
     start = time.perf_counter()
     program = jax.jit(function).lower(*args).compile()
@@ -122,7 +125,7 @@ def timed(function: Callable[..., Any], *args: Any, repeats: int = 10) -> tuple[
 
 
 def bandwidth(size: int, repeats: int) -> dict[str, Any]:
-    """Of a copy that changes every number, read and written, and of reading."""
+    """Measures the bandwidth of a copy that changes every number (read and written), and of reading."""
     seconds, compiling = timed(lambda x: x + jnp.int32(1), jnp.zeros(size // 4, jnp.int32), repeats=repeats)
     reading = memory_bandwidth(size, repeats)
     return {
@@ -134,10 +137,10 @@ def bandwidth(size: int, repeats: int) -> dict[str, Any]:
 
 
 def on_device(tree: Any) -> Any:
-    """On the default device, and not committed to it, as a model of random weights is.
+    """Puts a tree on the default device without committing it, like a model of random weights.
 
-    A program compiled for committed int4 arrays may refuse them: JAX says of those, on a CPU at least, that they have
-    another layout than the program expects.
+    A program compiled for committed int4 arrays may refuse them: JAX reports, at least on a CPU, that their layout is
+    not the one that the program expects.
     """
     return jax.device_put(jax.tree.map(np.asarray, tree))
 
@@ -146,7 +149,7 @@ def on_device(tree: Any) -> Any:
 
 
 class Case(NamedTuple):
-    """A product with packed weights. `axis` -1 is a table [M, K], as a head; `planes` of "zero" and "offset"."""
+    """A product with packed weights. `axis` -1 is a table [M, K] like a head; `planes` may be "zero" and "offset"."""
 
     scheme: str
     group_size: int
@@ -157,7 +160,7 @@ class Case(NamedTuple):
 
     @property
     def label(self) -> str:
-        """For people."""
+        """The case as text for people."""
         return " ".join((f"{self.scheme}-g{self.group_size}", *self.planes, f"{self.K}x{self.M}", *self._table()))
 
     def _table(self) -> tuple[str, ...]:
@@ -165,12 +168,12 @@ class Case(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What a case multiplies with, and on the host, in float64, what it should come to.
+    """The weight of a case, and its exact values on the host in float64.
 
     Attributes:
         stack: QTensor of two layers; the second one is multiplied.
-        exact_KM: its values, from codes that were never packed.
-        largest_CM: the most that code, zero point and offset can make of a group's weights.
+        exact_KM: its values, computed from codes that were never packed.
+        largest_CM: the largest magnitude in each group that its scale, zero point and offset allow.
     """
 
     stack: quant.QTensor
@@ -180,7 +183,7 @@ class Weights(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def weights(case: Case) -> Weights:
-    """Random codes, scales, zero points and offsets, of the types that recipes store."""
+    """Draws random codes, scales, zero points and offsets, in the dtypes that recipes store."""
     rng, scheme = np.random.default_rng(0), quant.SCHEMES[case.scheme]
     shape = (2, case.K, case.M) if case.axis == -2 else (2, case.M, case.K)
     groups = list(shape)
@@ -209,7 +212,7 @@ def weights(case: Case) -> Weights:
 
 
 def bound(module: Any, made: Weights, x_RK: np.ndarray, dtype: str, by_kernel: bool) -> np.ndarray:
-    """[R, M]: the error that the docstring of the lowering's `matmul` allows."""
+    """Returns the error that the docstring of the lowering's `matmul` allows, [R, M]."""
     K = x_RK.shape[1]
     if module is gpu and by_kernel:
         x_RC = np.abs(x_RK).reshape(len(x_RK), len(made.largest_CM), -1).sum(-1)
@@ -222,7 +225,7 @@ def bound(module: Any, made: Weights, x_RK: np.ndarray, dtype: str, by_kernel: b
 
 
 def product(module: Any, case: Case, rows: int, dtype: str, interpret: bool) -> dict[str, Any]:
-    """One product: its error and, on the device and in bfloat16, its time beside others."""
+    """Measures the error of one product and, on the device in bfloat16, its time beside others."""
     made = weights(case)
     laid_out = jax.jit(module.layout)(made.stack)
     layer = laid_out.at_layer(jnp.int32(1))
@@ -253,7 +256,7 @@ def product(module: Any, case: Case, rows: int, dtype: str, interpret: bool) -> 
 
 
 def product_times(multiply: Callable[..., jax.Array], laid_out: Any, x_RK: jax.Array) -> dict[str, Any]:
-    """Seconds of a product, of the mean over a stack: ours, XLA's of the packed weights, and of bfloat16 ones."""
+    """Times a product, as the mean over a stack: ours, XLA's with packed weights, and XLA's with bfloat16 weights."""
     size = laid_out.nbytes // 2
     copies = -(-_STACK_BYTES // (2 * size))
     stack = jax.tree.map(lambda plane: jnp.concatenate([plane] * copies), laid_out)
@@ -288,7 +291,7 @@ def product_times(multiply: Callable[..., jax.Array], laid_out: Any, x_RK: jax.A
 
 
 def kernel_steps(backend: str) -> Iterator[Step]:
-    """Of the backend's kernel; on a CPU, of both, small."""
+    """Yields the steps for the backend's kernel; on a CPU small steps for both kernels."""
     small = backend == "cpu"
     for module, name in ((gpu, "gpu"), (tpu, "tpu")):
         if not small and backend != name:
@@ -300,7 +303,7 @@ def kernel_steps(backend: str) -> Iterator[Step]:
 
 
 def small_cases(module: Any) -> list[tuple[Case, int, str]]:
-    """One of each kind."""
+    """Returns one small case of each kind, with rows and dtype."""
     cases = [
         (Case("int4", 32, 256, 128), 1, "bfloat16"),
         (Case("int4", 32, 256, 128, axis=-1), 16, "bfloat16"),
@@ -313,7 +316,7 @@ def small_cases(module: Any) -> list[tuple[Case, int, str]]:
 
 
 def device_cases(module: Any) -> list[tuple[Case, int, str]]:
-    """Shapes of the 8B model, and a head; what decoding takes most of its time for comes first."""
+    """Returns cases with shapes of the 8B model and a head; the largest parts of decoding come first."""
     square, up, down = (Case("int4", 32, K, M) for K, M in ((4096, 4096), (4096, 14336), (14336, 4096)))
     cases = [(square, rows, "bfloat16") for rows in (1, 8, 16, 64)]
     cases += [(square, 8, "float32"), (square, 8, "float16")]
@@ -332,7 +335,7 @@ def device_cases(module: Any) -> list[tuple[Case, int, str]]:
 
 
 class Reference(NamedTuple):
-    """The model that is compared: quantized, on the CPU, and of each type of activations."""
+    """The compared model: quantized, on the CPU, once for each dtype of activations."""
 
     name: str
     tokenizer: Any
@@ -342,7 +345,7 @@ class Reference(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def reference() -> Reference:
-    """The box in int4-g32; where what reads it is not installed, random weights of its shape."""
+    """Loads the box in int4-g32, or makes random weights of its shape if safetensors or sentencepiece is missing."""
     missing = [name for name in ("safetensors", "sentencepiece") if not available(name)]
     if missing:
         name = f"random weights of the box's shape ({' and '.join(missing)} not installed)"
@@ -361,36 +364,36 @@ def available(module: str) -> bool:
     """Whether a module can be imported."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ValueError:  # it is hidden
+    except ValueError:  # the module is hidden
         return False
 
 
 def in_dtype(model: Any, dtype: str) -> Any:
-    """The model with the same codes, and everything else in `dtype`."""
+    """Returns the model with the same codes and every other array in `dtype`."""
     is_packed = lambda node: isinstance(node, quant.QTensor)  # noqa: E731
     return jax.tree.map(lambda leaf: leaf if is_packed(leaf) else leaf.astype(dtype), model, is_leaf=is_packed)
 
 
 @functools.lru_cache(maxsize=2)
 def prepared(dtype: str) -> Any:
-    """The same on the device, laid out for it."""
+    """Returns the reference model on the device, in its layout."""
     return llamajax.prepare(on_device(reference().models[dtype]))
 
 
 def drawn(length: int) -> np.ndarray:
-    """Token ids [T], the first ones of the same for any length."""
+    """Returns random token ids [T]; a shorter sequence is the beginning of a longer one."""
     config = reference().models["float32"].config
     return np.random.default_rng(0).integers(1, config.vocab_size, _LENGTH).astype(np.int32)[:length]
 
 
 def cpu_logits(dtype: str, token_T: np.ndarray) -> np.ndarray:
-    """[T, V], on the CPU; what stands behind a token does not change its logits."""
+    """Returns logits [T, V] computed on the CPU; padding after a token does not change its logits."""
     padded = np.pad(token_T, (0, _LENGTH - len(token_T)))
     return logits(reference().models[dtype], padded)[: len(token_T)]
 
 
 def logits(model: Any, token_T: np.ndarray) -> np.ndarray:
-    """[T, V], on the device that the model is on."""
+    """Returns logits [T, V] computed on the device of the model."""
     return np.asarray(_forward(model, jax.device_put(token_T[None], jax.tree.leaves(model)[0].sharding)))[0]
 
 
@@ -401,7 +404,7 @@ def _forward(model: Any, token_BT: jax.Array) -> jax.Array:
 
 @functools.lru_cache(maxsize=2)
 def tolerance(dtype: str) -> float:
-    """What logits on a device may differ by from those of the CPU in float32."""
+    """Returns how much logits on a device may differ from those of the CPU in float32."""
     expected_TV = cpu_logits("float32", drawn(_LENGTH))
     if dtype == "float32":
         return 1e-4 * float(np.abs(expected_TV).max())
@@ -409,7 +412,7 @@ def tolerance(dtype: str) -> float:
 
 
 def compare_logits(dtype: str, length: int) -> dict[str, Any]:
-    """Logits of a sequence of `length` tokens: so many rows do products have."""
+    """Compares the logits of a sequence of `length` tokens, which are the rows of its products."""
     expected_TV = cpu_logits("float32", drawn(length))
     error = float(np.abs(logits(prepared(dtype), drawn(length)) - expected_TV).max())
     of_bound = error / tolerance(dtype)
@@ -418,9 +421,9 @@ def compare_logits(dtype: str, length: int) -> dict[str, Any]:
 
 
 def compare_text(dtype: str, tokens: int) -> dict[str, Any]:
-    """The device's greedy text beside the CPU's choices behind the same beginnings.
+    """Compares the device's greedy text with the CPU's choice after each of its beginnings.
 
-    Where these are the same at each token, the CPU's greedy text is the same.
+    If these are the same at each token, the CPU's greedy text is the same.
     """
     name, tokenizer, prompt, _ = reference()
     made = llamajax.generate(prepared(dtype), tokenizer, prompt, max_new_tokens=tokens, temperature=0)
@@ -428,7 +431,7 @@ def compare_text(dtype: str, tokens: int) -> dict[str, Any]:
     logits_TV = cpu_logits("float32", np.asarray([*ids, *made.tokens], np.int32)[:-1])[len(ids) - 1 :]
     short_T = logits_TV.max(-1) - logits_TV[np.arange(len(made.tokens)), made.tokens]
     of_bound = float(short_T.max()) / (2 * tolerance(dtype))
-    equal = int(np.argmax([*(short_T > 0), True]))  # tokens before the first other one
+    equal = int(np.argmax([*(short_T > 0), True]))  # tokens before the first difference
     return {
         "model": name,
         "dtype": dtype,
@@ -445,7 +448,7 @@ def compare_text(dtype: str, tokens: int) -> dict[str, Any]:
 
 
 def model_steps(small: bool) -> Iterator[Step]:
-    """float32 first, which is exact enough to tell; bfloat16 is what the TPU's kernel takes."""
+    """Yields float32 steps first, which are exact enough to find errors, then bfloat16, which the TPU kernel needs."""
     for dtype in ("float32", "bfloat16"):
         for length in (8,) if small else (8, 64):
             work = functools.partial(compare_logits, dtype, length)
@@ -459,14 +462,14 @@ def model_steps(small: bool) -> Iterator[Step]:
 
 
 class Models:
-    """The model in work, one at a time: the last one is gone before the next is made."""
+    """Holds the current model, one at a time: the last one is freed before the next is made."""
 
     def __init__(self, dtype: str):
-        """None yet; activations are of that type."""
+        """Holds no model yet; activations get `dtype`."""
         self._dtype, self._key, self._model = dtype, None, None
 
     def get(self, config: llamajax.Config, kind: str) -> Any:
-        """Random weights of that shape, in the recipe or in floats, ready to run."""
+        """Returns a model with random weights of that shape, in the recipe or in floats, ready to run."""
         if self._key != (config, kind):
             self._key = self._model = None
             llamajax.clear_programs()
@@ -479,7 +482,7 @@ class Models:
 
 
 def random_floats(config: llamajax.Config, dtype: str) -> Any:
-    """Made on the device, layer by layer: drawn on the host, eight billion take longer than all else."""
+    """Draws random weights on the device, layer by layer: on the host, eight billion take longer than the rest."""
 
     @functools.partial(jax.jit, static_argnums=1)
     def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -497,7 +500,7 @@ def random_floats(config: llamajax.Config, dtype: str) -> Any:
 
 
 def check_memory(config: llamajax.Config, kind: str, batch: int) -> None:
-    """Raises Skip where the device says that it has less memory than weights, a cache and a little more take."""
+    """Raises Skip if the device reports less memory than the weights, a cache and a margin take."""
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     weight_bytes = config.num_parameters * (4.5 / 8 if kind == _RECIPE else 2)
     slots = -(-(_CONTEXT + DECODE_BLOCK) // SLOT_MULTIPLE) * SLOT_MULTIPLE
@@ -508,7 +511,7 @@ def check_memory(config: llamajax.Config, kind: str, batch: int) -> None:
 
 
 def speed(models: Models, shape: str, config: llamajax.Config, kind: str, phase: str, batch: int) -> dict[str, Any]:
-    """One figure of `llamajax.evaluation.speed`."""
+    """Measures decode or prefill by `llamajax.evaluation.speed`."""
     check_memory(config, kind, batch)
     model = models.get(config, kind)
     if phase == "decode":
@@ -532,7 +535,7 @@ def speed(models: Models, shape: str, config: llamajax.Config, kind: str, phase:
 
 
 def speed_steps(small: bool) -> Iterator[Step]:
-    """All of one model before the next: making it takes a while."""
+    """Yields all steps of one model before the next, because making a model takes a while."""
     shapes = {"small": _SMALL} if small else {name: llamajax.preset(name) for name in ("tinyllama-1.1b", "llama3-8b")}
     models = Models("bfloat16")
     for shape, config in shapes.items():
@@ -549,13 +552,13 @@ def speed_steps(small: bool) -> Iterator[Step]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what the figures depend on."""
+    """Returns the versions of Python and of the packages that the figures depend on."""
     packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
     return {"python": platform.python_version()} | packages
 
 
 def device() -> dict[str, Any]:
-    """The first one, which is measured."""
+    """Describes the first device, which is measured."""
     first = jax.devices()[0]
     driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
@@ -569,7 +572,7 @@ def device() -> dict[str, Any]:
 
 
 def commit() -> dict[str, Any]:
-    """Of this checkout, and whether files differ from it; None where this is no checkout."""
+    """Returns the commit of this checkout and whether files differ from it; None if this is no checkout."""
     top = said("git", "-C", str(_ROOT), "rev-parse", "--show-toplevel")
     if not top or Path(top).resolve() != _ROOT:
         return {"hash": None, "dirty": None}
@@ -578,7 +581,7 @@ def commit() -> dict[str, Any]:
 
 
 def said(*command: str) -> str | None:
-    """What a program prints, or None where it fails or there is none."""
+    """Returns what a program prints, or None if it fails or is missing."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
@@ -588,15 +591,15 @@ def said(*command: str) -> str | None:
 
 @dataclasses.dataclass
 class Run:
-    """What was measured so far.
+    """The steps of a run and the results so far.
 
     Attributes:
-        steps: all, in order.
-        seconds: that the whole may take.
-        file: for JSON, or None.
+        steps: all steps, in order.
+        seconds: the time that the whole run may take.
+        file: the JSON file, or None.
         head: device, versions, commit.
-        results: one a step that was begun or skipped: section, name, status, note, elapsed, figures.
-        start: on the clock of `time.monotonic`.
+        results: one for each step that was begun or skipped: section, name, status, note, elapsed, figures.
+        start: the start time on the clock of `time.monotonic`.
     """
 
     steps: list[Step]
@@ -607,11 +610,11 @@ class Run:
     start: float = dataclasses.field(default_factory=time.monotonic)
 
     def elapsed(self) -> float:
-        """Seconds."""
+        """Returns the seconds since the start."""
         return time.monotonic() - self.start
 
     def do(self, step: Step) -> None:
-        """Measures one; whatever goes wrong is kept with it."""
+        """Runs one step; any error is kept in its result."""
         result = {"section": step.section, "name": step.name, "status": "failed", "note": "still running at the end"}
         self.results.append(result)
         start = time.monotonic()
@@ -622,7 +625,7 @@ class Run:
                 result |= outcome(step.work())
             except Skip as reason:
                 result |= {"status": "skipped", "note": str(reason)}
-            except Exception as error:  # of many kinds: what a compiler or a driver says
+            except Exception as error:  # compilers and drivers raise many kinds
                 line = next(iter(str(error).splitlines()), "")[:300]
                 out_of_memory = "RESOURCE_EXHAUSTED" in line
                 result |= {
@@ -638,7 +641,7 @@ class Run:
         )
 
     def compare(self) -> None:
-        """Sets figures beside the copy's bandwidth, and beside bfloat16's of the same shape."""
+        """Adds the ratios of figures to the copy's bandwidth and to bfloat16 of the same shape."""
         copy = next((each.get("gigabytes_per_second") for each in self.results if each["section"] == "bandwidth"), None)
         plain = {speed_key(each): each for each in self.results if each.get("weights") == "bfloat16"}
         for each in self.results:
@@ -649,11 +652,11 @@ class Run:
                 each["faster_than_bfloat16"] = other["seconds"] / each["seconds"]
 
     def report(self) -> dict[str, Any]:
-        """The JSON object."""
+        """Returns the JSON object."""
         return {**self.head, "seconds": self.seconds, "elapsed": self.elapsed(), "steps": self.results}
 
     def save(self) -> None:
-        """Writes the file, whole."""
+        """Writes the whole JSON file."""
         if self.file:
             with new_file(self.file) as partial:
                 partial.write_text(json.dumps(self.report(), indent=1) + "\n", encoding="utf-8")
@@ -665,12 +668,12 @@ class Run:
         return int(any(each["status"] in ("wrong", "failed") for each in self.results))
 
     def give_up(self) -> None:
-        """Ends the process within a step that does not end: a compiler cannot be interrupted."""
+        """Ends the process during a step that does not end, because a compiler cannot be interrupted."""
         os._exit(self.finish())
 
 
 def outcome(figures: dict[str, Any]) -> dict[str, Any]:
-    """Figures with their status; those that are not finite, which JSON has no word for, are None, and noted."""
+    """Returns figures with their status. Figures that are not finite become None, as JSON lacks them, and are noted."""
     broken = [name for name, value in figures.items() if isinstance(value, float) and not math.isfinite(value)]
     wrong = figures.pop("wrong", False) or bool(broken)
     note = {"note": f"not finite: {', '.join(broken)}"} if broken else {}
@@ -678,12 +681,12 @@ def outcome(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def speed_key(result: dict[str, Any]) -> tuple[Any, ...]:
-    """What two kinds of weights have in common."""
+    """Returns the key under which results of two kinds of weights are compared."""
     return tuple(result.get(name) for name in ("shape", "phase", "rows"))
 
 
 def table(head: dict[str, Any], results: list[dict[str, Any]]) -> str:
-    """One line a step under the name of its section."""
+    """Returns a table with one line per step under the name of its section."""
     columns = (
         ("status", lambda each: each["status"]),
         ("error/bound", lambda each: shown(each, "of_bound", ".2g")),
@@ -715,18 +718,18 @@ def table(head: dict[str, Any], results: list[dict[str, Any]]) -> str:
 
 
 def shown(result: dict[str, Any], name: str, form: str, factor: float = 1) -> str:
-    """A figure, where there is one."""
+    """Formats a figure; empty if there is none."""
     value = result.get(name)
     return "" if value is None else format(value * factor, form)
 
 
 def main(argv: list[str]) -> int:
-    """Measures, prints; `argv` is without the program's name. Returns the exit code."""
+    """Runs all steps and prints the table; `argv` has no program name. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=480, help="that all may take (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="file for everything, written anew behind each step")
+    parser.add_argument("--seconds", type=float, default=480, help="seconds for the whole run (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="file for all results, rewritten after each step")
     parser.add_argument(
-        "--only", default="", help="regular expression: steps whose 'section: name' it finds; all unless given"
+        "--only", default="", help="regular expression searched in 'section: name': run only these steps; default: all"
     )
     parser.add_argument("--small", action="store_true", help="small shapes and interpreted kernels, as on a CPU")
     options = parser.parse_args(argv)

@@ -1,10 +1,10 @@
-"""Two trees of this repository beside each other: decode, prefill and the start of a command, in interleaved pairs.
+"""Compares the speed of two trees of this repository: decode, prefill and the start of a command, in interleaved pairs.
 
     python benchmarks/engine_pairs.py --before=../old --after=. --model=box --pairs=15
     python benchmarks/engine_pairs.py --before=../old --after=. --shape=tinyllama-1.1b
 
-A process of each tree holds the model and measures when it is asked to, one at a time and in turn, so that what else
-the machine does meets both. Printed is the median over the pairs of after / before: above 1 the second tree is faster.
+One process per tree holds the model and measures on request, one process at a time and in turn, so that other load on
+the machine affects both. Prints the median over the pairs of after / before: above 1 the second tree is faster.
 """
 
 import json
@@ -19,16 +19,16 @@ from typing import Any
 from absl import app, flags
 
 flags.DEFINE_string("before", None, "folder of the first tree")
-flags.DEFINE_string("after", ".", "folder of the second")
+flags.DEFINE_string("after", ".", "folder of the second tree")
 flags.DEFINE_string("model", "box", "checkpoint")
-flags.DEFINE_string("shape", None, "preset; random weights of its shape instead of a model")
-flags.DEFINE_integer("pairs", 15, "how often everything is measured", lower_bound=1)
+flags.DEFINE_string("shape", None, "preset: measure random weights of its shape instead of a model")
+flags.DEFINE_integer("pairs", 15, "number of pairs of each measurement", lower_bound=1)
 flags.DEFINE_integer("context", 128, "tokens in the cache of a decode step", lower_bound=1)
-flags.DEFINE_multi_integer("prefill", [16, 256], "tokens of a prompt")
-flags.DEFINE_multi_integer("batch", [1, 8], "rows of a decode step")
-flags.DEFINE_bool("start", True, "whether the start of a command is measured: of a model, not of a shape")
+flags.DEFINE_multi_integer("prefill", [16, 256], "lengths of the prompts to prefill")
+flags.DEFINE_multi_integer("batch", [1, 8], "numbers of rows of the decode steps")
+flags.DEFINE_bool("start", True, "also measure the start of a command; only with --model, not with --shape")
 
-# What the process of a tree runs: it must be of use in both. Requests are lines of JSON, answers seconds.
+# The program of each tree's process; it has to work with both trees. Requests are lines of JSON, answers are seconds.
 _WORKER = """
 import json, sys
 import llamajax
@@ -45,10 +45,10 @@ for line in sys.stdin:
 
 
 class Tree:
-    """A process that measures what one tree does."""
+    """A process that runs the measurements of one tree."""
 
     def __init__(self, folder: str):
-        """Waits until the model is there."""
+        """Starts the process and waits until the model is loaded."""
         self._environment = {**os.environ, "PYTHONPATH": str(Path(folder).resolve())}
         command = [sys.executable, "-c", _WORKER, flags.FLAGS.model, flags.FLAGS.shape or ""]
         pipe = subprocess.PIPE
@@ -58,14 +58,14 @@ class Tree:
         assert self._answers.readline() == "ready\n", "the process of a tree ended"
 
     def seconds(self, kind: str, length: int, options: dict[str, Any]) -> float:
-        """What one measurement took."""
+        """Runs one measurement; returns its seconds."""
         if kind == "start":
             return self._start()
         print(json.dumps([kind, length, options]), file=self._requests, flush=True)
         return float(json.loads(self._answers.readline()))
 
     def _start(self) -> float:
-        """A command, from its start to its end, that makes one token."""
+        """Returns the seconds of a whole command that generates one token."""
         argv = ["generate", f"--model={flags.FLAGS.model}", "--prompt=Once upon a time", "--max_new_tokens=1"]
         begun = time.perf_counter()
         command = [sys.executable, "-m", "llamajax", *argv]
@@ -73,13 +73,13 @@ class Tree:
         return time.perf_counter() - begun
 
     def end(self) -> None:
-        """Lets the process end."""
+        """Ends the process."""
         self._requests.close()
         self._process.wait()
 
 
 def main(_: list[str]) -> None:
-    """Measures, and prints a row for each kind of work."""
+    """Measures all pairs and prints a row for each kind of work."""
     values = flags.FLAGS
     work: list[tuple[str, int, dict[str, Any]]] = [
         ("decode", values.context, {"batch": batch, "steps": 16}) for batch in values.batch
@@ -89,7 +89,7 @@ def main(_: list[str]) -> None:
         work.append(("start", 0, {}))
     before, after = Tree(values.before), Tree(values.after)
     ratios: dict[int, list[float]] = {i: [] for i in range(len(work))}
-    for pair in range(-1, values.pairs):  # the first compiles, and does not count
+    for pair in range(-1, values.pairs):  # the first pair compiles and is not counted
         for i, each in enumerate(work):
             first, second = (before, after) if pair % 2 else (after, before)
             took = {id(tree): tree.seconds(*each) for tree in (first, second)}

@@ -1,13 +1,13 @@
-"""Decoding a GGUF file as it is, packed, beside llama.cpp on the same file: in turn, on one machine, with the ratio.
+"""Decoding speed of a packed GGUF file beside llama.cpp's on the same file: in turn, on one machine, with the ratio.
 
     pip install 'llamajax[parity]'
     python benchmarks/gguf_decode.py --gguf=gemma-3-270m-q4_k_m.gguf --contexts=128,2048 --rounds=5
 
-llama.cpp is that of xllamacpp, its prebuilt wheel, called by `tests/llamacpp.py`'s ctypes. Both programs are in this
-process and have the same cores; only one works at a time, ours first in one round and llama.cpp's in the next. Figures
-are medians over the rounds, ratios those of single rounds, lowest, median and highest, because a machine that others
-share is not the same from second to second. Keys and values are float16 in both. Behind `--contexts` tokens it shows
-what windows are worth: memory of our cache is printed beside.
+llama.cpp is the library in the wheel xllamacpp, called by the ctypes of `tests/llamacpp.py`. Both programs run in this
+process and use the same cores. Only one works at a time: ours first in one round, llama.cpp's first in the next.
+Figures are medians over the rounds. Of the ratios of single rounds, the lowest, the median and the highest are shown,
+because the speed of a shared machine changes from second to second. Keys and values are float16 in both programs. With
+long `--contexts`, the memory of our cache, which is also printed, shows what sliding windows save.
 """
 
 import statistics
@@ -28,14 +28,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests import llamacpp
 
 flags.DEFINE_string("gguf", None, "file to decode", required=True)
-flags.DEFINE_list("contexts", ["128", "2048"], "tokens that are in the cache before")
-flags.DEFINE_integer("rounds", 5, "how often each is measured", lower_bound=1)
-flags.DEFINE_integer("steps", 16, "decode steps that a figure is the mean of", lower_bound=1)
-flags.DEFINE_integer("threads", 2, "of llama.cpp; ours has the cores that the process may use", lower_bound=1)
+flags.DEFINE_list("contexts", ["128", "2048"], "numbers of tokens in the cache before decoding")
+flags.DEFINE_integer("rounds", 5, "number of rounds", lower_bound=1)
+flags.DEFINE_integer("steps", 16, "decode steps per measurement, whose mean is taken", lower_bound=1)
+flags.DEFINE_integer("threads", 2, "threads of llama.cpp; llamajax uses all cores of the process", lower_bound=1)
 
 
 def context_params(slots: int) -> llamacpp._ContextParams:
-    """Of a context as llama.cpp's programs make one: float16 keys and values, flash attention where it can."""
+    """Parameters of a context as in llama.cpp's programs: float16 keys and values, flash attention where possible."""
     params = llamacpp.library().llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = slots, 512, 512
     params.n_threads = params.n_threads_batch = flags.FLAGS.threads
@@ -43,7 +43,7 @@ def context_params(slots: int) -> llamacpp._ContextParams:
 
 
 def theirs(model: llamacpp.Model, context: int) -> Callable[[], float]:
-    """Measures tokens per second of llama.cpp behind a context."""
+    """Returns a function that measures llama.cpp's tokens per second after `context` tokens."""
     entered = model._context(context + flags.FLAGS.steps * (flags.FLAGS.rounds + 1) + 512)
     feed = entered.__enter__()
     for first in range(0, context, 512):
@@ -55,13 +55,13 @@ def theirs(model: llamacpp.Model, context: int) -> Callable[[], float]:
             feed([5])
         return flags.FLAGS.steps / (time.perf_counter() - start)
 
-    measured.entered = entered  # type: ignore[attr-defined]  # or the context is freed
+    measured.entered = entered  # type: ignore[attr-defined]  # keeps the context alive
     measured()
     return measured
 
 
 def main(argv: list[str]) -> None:
-    """Measures and prints."""
+    """Measures and prints a line for each context."""
     del argv
     llamacpp._context_params = context_params
     opened = llamajax.open_checkpoint(flags.FLAGS.gguf)

@@ -1,7 +1,6 @@
-"""GGUF files that benchmarks and tests give llama.cpp, written by the `gguf` package: any weights of a LLaMA's shape.
+"""Writes GGUF files of any LLaMA weights with the `gguf` package, for benchmarks and tests with llama.cpp.
 
-Ours are written by `llamajax convert --to=gguf`; these are independent of it, need no vocabulary, and hold blocks of
-any type as they are given.
+These files do not depend on `llamajax convert --to=gguf`, need no vocabulary, and can hold given blocks of any type.
 """
 
 import ctypes
@@ -17,18 +16,18 @@ import llamajax
 from llamajax.families import tensors
 from llamajax.parameters import Place, specs, weights_of
 
-# (its place, Hugging Face's name) -> a tensor in Hugging Face's orientation, or its rows as bytes of blocks.
+# (place, Hugging Face's name) -> a tensor in Hugging Face's orientation, or its rows as bytes of blocks.
 Read = Callable[[Place, str], np.ndarray]
 
 
 def write_gguf(path: Path | str, config: llamajax.Config, read: Read, kind: str = "F32") -> None:
-    """Writes a model as GGUF, tensor by tensor, without a vocabulary: llama.cpp is given ids.
+    """Writes a model as GGUF, tensor by tensor, without a vocabulary, because llama.cpp is given ids.
 
     Args:
-        path: file to write.
+        path: the file to write.
         config: the architecture, without RoPE scaling.
-        read: floats of any dtype for F32, F16 and BF16; uint8 [M, bytes of a row] for other kinds.
-        kind: of the matrices. Vectors are float32, as llama.cpp wants them.
+        read: returns a tensor: floats of any dtype for F32, F16 and BF16; uint8 [M, bytes of a row] for other kinds.
+        kind: the type of the matrices. Vectors are float32, as llama.cpp requires.
     """
     assert config.rope_scaling is None, "RoPE scaling is not written"
     writer = gguf.GGUFWriter(path, "llama")
@@ -69,19 +68,19 @@ def write_gguf(path: Path | str, config: llamajax.Config, read: Read, kind: str 
 
 
 def stored_shape(config: llamajax.Config, place: Place) -> tuple[int, ...]:
-    """Of a tensor in Hugging Face's orientation, which is GGUF's: outputs first."""
+    """The shape of a tensor in the orientation of Hugging Face and GGUF: outputs first."""
     spec = specs(config)[place]
     return spec.shape(config)[::-1] if spec.transposed else spec.shape(config)
 
 
 def read_model(model: llamajax.Llama) -> Read:
-    """A `read` of `write_gguf`: our float weights are [in, out], the embedding [V, D]."""
+    """Makes a `read` for `write_gguf` from a model, whose float weights are [in, out] and the embedding [V, D]."""
     weights = {place: np.asarray(weight) for place, weight in weights_of(model).items()}
     return lambda place, theirs: weights[place].T if specs(model.config)[place].transposed else weights[place]
 
 
 def read_random(config: llamajax.Config, seed: int = 0) -> Read:
-    """A `read` of `write_gguf`: random floats, as large as training starts from; norms are ones."""
+    """Makes a `read` for `write_gguf` that draws floats as large as at the start of training; norms are ones."""
     generator = np.random.default_rng(seed)
 
     def read(place: Place, theirs: str) -> np.ndarray:
@@ -95,9 +94,9 @@ def read_random(config: llamajax.Config, seed: int = 0) -> Read:
 
 
 def _pairs_from_halves(rows: np.ndarray, head_size: int) -> np.ndarray:
-    """Reorders the rows of a query or key projection to neighbours that rotate together, as llama.cpp's LLaMA does.
+    """Reorders rows of queries or keys so that rows that rotate together are neighbours, as in llama.cpp's LLaMA.
 
-    The inverse of `checkpoint.source.halves_from_pairs`; `permute` in llama.cpp's convert_hf_to_gguf.py.
+    The inverse of `checkpoint.source.halves_from_pairs`; the same as `permute` in llama.cpp's convert_hf_to_gguf.py.
     """
     heads = rows.reshape(-1, 2, head_size // 2, rows.shape[-1])
     return heads.swapaxes(1, 2).reshape(rows.shape)
@@ -115,15 +114,15 @@ def quantize_gguf(
     threads: int = 2,
     pure: bool = False,
 ) -> None:
-    """llama.cpp's own quantization of a file, by the extra `llamacpp`.
+    """Quantizes a file with llama.cpp's own quantizer (needs the extra `llamacpp`).
 
     Args:
-        source: of floats; of anything for ALL_F32.
-        target: file to write.
+        source: a GGUF file of floats; of any types for ALL_F32.
+        target: the file to write.
         kind: a file type of llama.h without its prefix, say MOSTLY_Q4_K_M, or ALL_F32.
         importance: tensor name -> mean squares of the inputs.
-        threads: that quantize.
-        pure: give all matrices the one type.
+        threads: the number of threads.
+        pure: whether all matrices get the same type.
     """
     import llama_cpp
 
@@ -135,13 +134,13 @@ def quantize_gguf(
         entry = llama_cpp.llama_model_imatrix_data
         floats = ctypes.POINTER(ctypes.c_float)
         entries = [entry(name.encode(), mean.ctypes.data_as(floats), mean.size) for name, mean in importance.items()]
-        params.imatrix = (entry * (len(entries) + 1))(*entries)  # The last one stays null: the end.
+        params.imatrix = (entry * (len(entries) + 1))(*entries)  # The last entry stays null and marks the end.
     if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)):
         sys.exit(f"llama.cpp could not quantize {source} to {kind}")
 
 
 def tensors_of(path: Path | str) -> tuple[dict[str, str], int, int]:
-    """A GGUF file's tensors: the type of each, the bytes of all, the elements of all."""
+    """Returns the type of each tensor of a GGUF file, the bytes of all tensors, and their elements."""
     held = gguf.GGUFReader(path).tensors
     kinds = {tensor.name: tensor.tensor_type.name for tensor in held}
     return kinds, sum(int(tensor.n_bytes) for tensor in held), sum(int(tensor.n_elements) for tensor in held)

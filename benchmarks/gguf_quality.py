@@ -1,12 +1,13 @@
-"""What ours says of a GGUF file beside llama.cpp: of the same weights in floats, and of the file as llama.cpp runs it.
+"""Our logits for a GGUF file beside llama.cpp's, for the same weights in floats and for the file as llama.cpp runs it.
 
     pip install 'llamajax[llamacpp]'
     python benchmarks/gguf_quality.py --text=wiki.test.raw --windows=4 SmolLM2-135M-Instruct.Q4_1.gguf
     python benchmarks/gguf_quality.py --windows=2 /tmp/gguf/tinyllama-1.1b-Q4_K_M.gguf …
 
-llama.cpp rounds activations to 8 bits where it multiplies by packed weights. So it is asked twice: of the file made
-floats by its own code, where nothing is rounded and the logits must be ours up to the order of sums; and of the file.
-A text is cut into windows as `llamajax eval` does; a file without a vocabulary is shown random ids.
+llama.cpp rounds activations to 8 bits where it multiplies by packed weights, so it runs twice. The first run is on the
+file that its own code converts to floats: nothing is rounded, and its logits must equal ours up to the order of sums.
+The second run is on the packed file. The text is cut into windows as in `llamajax eval`; a file without a vocabulary
+gets random ids.
 """
 
 import json
@@ -29,18 +30,18 @@ from llamajax.evaluation.evaluate import read_text, text_windows
 
 
 class Row(NamedTuple):
-    """What was measured of a file; perplexities, and logits beside those of the same weights in floats.
+    """The results for one file: perplexities, and differences of logits from those of the same weights in floats.
 
     Attributes:
-        name: of the file.
-        bits: per weight, in the file.
-        ours: perplexity, by ours from the file.
-        floats: by llama.cpp from the file made floats.
-        packed: by llama.cpp from the file.
-        difference: largest, of our logits to those of the floats.
-        packed_difference: largest, of llama.cpp's from the file to those of the floats.
-        agreement: of our likeliest tokens with those of llama.cpp from the file.
-        divergence: KL(llama.cpp from the file || ours), in nats.
+        name: the name of the file.
+        bits: bits per weight in the file.
+        ours: perplexity of llamajax on the file.
+        floats: perplexity of llama.cpp on the file converted to floats.
+        packed: perplexity of llama.cpp on the file.
+        difference: largest difference between our logits and llama.cpp's with floats.
+        packed_difference: largest difference between llama.cpp's logits on the file and those with floats.
+        agreement: share of positions where llamajax and llama.cpp on the file have the same likeliest token.
+        divergence: KL(llama.cpp on the file || ours), in nats.
     """
 
     name: str
@@ -55,7 +56,7 @@ class Row(NamedTuple):
 
 
 def token_rows(path: Path) -> np.ndarray:
-    """Windows and their last targets, int32 [n, WINDOW + 1]."""
+    """Returns the windows, each with its last target, int32 [n, WINDOW + 1]."""
     opened = llamajax.open_checkpoint(path)
     count, tokenizer = flags.FLAGS.windows, read_tokenizer(opened)
     if tokenizer is None or flags.FLAGS.text is None:
@@ -65,7 +66,7 @@ def token_rows(path: Path) -> np.ndarray:
 
 
 def their_logits(path: Path, rows: np.ndarray) -> np.ndarray:
-    """llama.cpp's, float32 [n, WINDOW, V]."""
+    """Returns llama.cpp's logits, float32 [n, WINDOW, V]."""
     model = open_gguf(path)
     logits_BTV = np.stack([gguf_logits(model, row[:-1]).copy() for row in rows])
     model.close()
@@ -73,7 +74,7 @@ def their_logits(path: Path, rows: np.ndarray) -> np.ndarray:
 
 
 def our_logits(path: Path, rows: np.ndarray) -> np.ndarray:
-    """Ours, of the weights as they are laid out on this machine, with activations in float32."""
+    """Returns our logits, float32 [n, WINDOW, V], with weights in this machine's layout and float32 activations."""
     model = llamajax.open_checkpoint(path).read("float32", backend=jax.default_backend())
     forward = jax.jit(lambda model, tokens_BT: model(tokens_BT)[0])
     return np.concatenate([np.asarray(forward(model, row[None, :-1])) for row in rows])
@@ -92,7 +93,7 @@ def _divergence(ours_TV: jax.Array, theirs_TV: jax.Array) -> jax.Array:
 
 
 def measured(path: Path) -> Row:
-    """Of one file."""
+    """Measures one file."""
     rows = token_rows(path)
     _, size, count = tensors_of(path)
     with tempfile.TemporaryDirectory(dir=flags.FLAGS.scratch) as folder:
@@ -118,7 +119,7 @@ def measured(path: Path) -> Row:
 
 
 def main(argv):
-    """Measures, prints."""
+    """Measures the files and prints the table."""
     rows = []
     for name in argv[1:]:
         rows.append(measured(Path(name)))
@@ -139,8 +140,8 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("text", None, "UTF-8 text to measure on")
-    flags.DEFINE_integer("windows", 4, f"how many windows of {WINDOW} tokens", lower_bound=1)
-    flags.DEFINE_string("scratch", None, "where the file made floats goes for a while: 4 bytes a weight")
+    flags.DEFINE_string("text", None, "UTF-8 text to measure on; random ids if not given")
+    flags.DEFINE_integer("windows", 4, f"number of windows of {WINDOW} tokens", lower_bound=1)
+    flags.DEFINE_string("scratch", None, "folder for the temporary file of floats: 4 bytes per weight")
     flags.DEFINE_bool("json", False, "print JSON instead of a table")
     app.run(main)

@@ -1,19 +1,20 @@
-"""Every type of GGUF files: bits a weight in the file and in memory, and decoding, beside our recipes and llama.cpp.
+"""Each GGUF file type: bits per weight in the file and in memory, and decoding, beside our recipes and llama.cpp.
 
     pip install 'llamajax[llamacpp]'
     python benchmarks/gguf_types.py --folder=/tmp/gguf --rounds=5 [--types=Q4_0,Q4_K_M] [--smollm2=FILE] [--json]
 
-llama.cpp quantizes random weights of a preset's shape; the files stay in --folder for another time (10 GB for the 1.1B
-shape). Of each file three processes hold the model all the time: ours, from the file; ours, random weights in a scheme
-of our own of about the same size; and llama.cpp's, from the file. They are asked in turn, so that only one works at a
-time; figures are medians over the rounds, ratios those of the medians, with the lowest and highest of one round behind.
+llama.cpp quantizes random weights of a preset's shape. The files stay in --folder for later runs (10 GB for the 1.1B
+shape). For each file, three processes hold a model all the time: llamajax with the file; llamajax with random weights
+in one of our schemes of about the same size; and llama.cpp with the file. They measure in turn, so that only one works
+at a time. Figures are medians over the rounds. A ratio is that of the medians, followed by the lowest and highest ratio
+of one round.
 
-GB/s are bytes of the weights that a step reads, as the file or the recipe stores them, and of the cache, over its time:
-a layout that takes more memory than the file gets no credit for it. Bits in memory count what the model holds once it
-is laid out. Compiling is of the decode step. What mixing types costs, `mixed_layers.py --file=Q4_K_M` measures.
+GB/s count the bytes that a step reads, of the weights as the file or the recipe stores them and of the cache. A layout
+that takes more memory than the file therefore gets no higher figure. Bits in memory count what the model holds in its
+layout. Compile time is that of the decode step. `mixed_layers.py --file=Q4_K_M` measures the cost of mixing types.
 
-With --smollm2, the first token: from the start of a process that finds all it can find warm, tokenizer included, from
-that file and from our checkpoint of the same weights, in turn.
+With --smollm2, also measures the time from the start of a process to its first token, tokenizer included, with warm
+caches, for that file and for our checkpoint of the same weights, in turn.
 """
 
 import json
@@ -30,25 +31,25 @@ from typing import Any, NamedTuple
 import versus_llamacpp  # and its flags --shape, --rounds, --steps, --threads, --cache_dtype, --folder, --json
 from absl import app, flags
 
-# Nothing else is imported up here: the processes that are measured load this file too, and then what they need.
+# Nothing else is imported here: the measured processes load this file too, and then import only what they need.
 
-flags.DEFINE_list("types", None, "files to measure: all unless given")
+flags.DEFINE_list("types", None, "file types to measure; all unless given")
 flags.DEFINE_integer("context", 128, "tokens in the cache", lower_bound=1)
-flags.DEFINE_string("smollm2", None, "path of SmolLM2-135M-Instruct.Q4_1.gguf, or another file, for the first token")
-flags.DEFINE_string("held", None, "what a process holds: for this script's own use")
+flags.DEFINE_string("smollm2", None, "SmolLM2-135M-Instruct.Q4_1.gguf, or another file, to time the first token with")
+flags.DEFINE_string("held", None, "the model of a process: for this script's own use")
 
 FILE, RECIPE, THEIRS = "file", "recipe", "llamacpp"
 
 
 class Type(NamedTuple):
-    """A file to measure.
+    """A file type to measure.
 
     Attributes:
         kind: llama.cpp's name of the file type.
-        scheme: of the weights of our own that it is compared with.
-        group: theirs.
-        least: of the GB/s of those that it shall reach.
-        pure: whether all matrices are of one type.
+        scheme: the scheme of our weights that it is compared with.
+        group: the group size of our weights.
+        least: the fraction of our weights' GB/s that it has to reach.
+        pure: whether all matrices have one type.
     """
 
     kind: str
@@ -85,16 +86,16 @@ scale_dtype = "float16"
 
 
 class Row(NamedTuple):
-    """What was measured of a file.
+    """The results for one file.
 
     Attributes:
-        name: of the type.
-        made_of: tensors of each ggml type.
-        file_bits: per weight, of all tensors.
-        memory_bits: per weight, of all that is laid out.
-        bytes: that a step reads, by program, as stored.
-        tokens: per second, a value a round, by program.
-        compile_seconds: of the decode step, of the file and of the recipe.
+        name: the name of the type.
+        made_of: the number of tensors of each ggml type.
+        file_bits: bits per weight of all tensors in the file.
+        memory_bits: bits per weight of the model in its layout.
+        bytes: the bytes that a step reads, as stored, by program.
+        tokens: tokens per second, one value per round, by program.
+        compile_seconds: compile time of the decode step, for the file and for the recipe.
     """
 
     name: str
@@ -106,11 +107,11 @@ class Row(NamedTuple):
     compile_seconds: dict[str, float]
 
     def gigabytes(self, program: str) -> float:
-        """Per second, of the median."""
+        """Returns the GB/s at the median speed."""
         return self.bytes[program] * statistics.median(self.tokens[program]) / 1e9
 
     def ratio(self, first: str, second: str, by_bytes: bool) -> str:
-        """Of the medians, and the lowest and highest of one round."""
+        """Returns the ratio of the medians, with the lowest and highest ratio of one round."""
         scale = self.bytes[first] / self.bytes[second] if by_bytes else 1.0
         ours, theirs = self.tokens[first], self.tokens[second]
         rounds = [scale * mine / other for mine, other in zip(ours, theirs, strict=True)]
@@ -122,7 +123,7 @@ class Row(NamedTuple):
 
 
 def gguf_file(folder: Path, name: str) -> Path:
-    """A type's file, made unless it is there."""
+    """Returns the file of a type; makes it if it does not exist."""
     from gguf_files import quantize_gguf, read_random, write_gguf
 
     from llamajax.config import preset
@@ -145,7 +146,7 @@ def gguf_file(folder: Path, name: str) -> Path:
 
 
 def our_model() -> tuple[Any, Any]:
-    """The model of a process of ours: as stored, with shapes for arrays; and laid out for this machine."""
+    """Returns the model of our process twice: abstract, as stored; and in the layout of this machine."""
     import jax
 
     import llamajax
@@ -165,7 +166,7 @@ def our_model() -> tuple[Any, Any]:
 
 
 def our_answers() -> tuple[dict[str, Any], Callable[[], float]]:
-    """What our process says of its model, and what it does when asked: tokens per second."""
+    """Returns facts about the model of our process, and a function that measures its tokens per second."""
     from llamajax.evaluation.speed import measure_decode
     from llamajax.parameters import named_weights, step_bytes
     from quant import nbytes
@@ -188,7 +189,7 @@ def our_answers() -> tuple[dict[str, Any], Callable[[], float]]:
 
 
 def their_answers() -> tuple[dict[str, Any], Callable[[], float]]:
-    """llama.cpp's."""
+    """The same as `our_answers`, for llama.cpp."""
     flags.FLAGS.gguf = flags.FLAGS.held
     answer, work = versus_llamacpp.their_answers(), {"decode": [1, flags.FLAGS.context, flags.FLAGS.steps]}
     answer(work)
@@ -196,7 +197,7 @@ def their_answers() -> tuple[dict[str, Any], Callable[[], float]]:
 
 
 def our_start() -> Iterator[None]:
-    """A new process of ours, as `llamajax generate` is; yields when the first token is there."""
+    """Starts like `llamajax generate` in a new process; yields after the first token."""
     import jax
 
     import llamajax
@@ -214,7 +215,7 @@ def our_start() -> Iterator[None]:
 
 
 def serve(program: str) -> None:
-    """A child's life."""
+    """Runs a child process: prints its facts, then measures once for each line of stdin."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: versus_llamacpp._threads()])
     if program == "start":
@@ -228,7 +229,7 @@ def serve(program: str) -> None:
 
 
 def start_child(program: str, held: str, cache: str | None = None) -> subprocess.Popen:
-    """A process of this script's, with our flags; what it compiles is kept in `cache`, if anywhere."""
+    """Starts a process of this script with our flags; compiled programs are kept in `cache`, if given."""
     given = ("shape", "context", "steps", "cache_dtype", "threads")
     options = [f"--{flag}={flags.FLAGS[flag].value}" for flag in given if flags.FLAGS[flag].value]
     command = [sys.executable, __file__, f"--as_child={program}", f"--held={held}", *options]
@@ -241,7 +242,7 @@ def start_child(program: str, held: str, cache: str | None = None) -> subprocess
 
 
 def measured(name: str, path: Path) -> Row:
-    """Of one file, its three processes asked in turn."""
+    """Measures one file, with its three processes in turn."""
     from gguf_files import tensors_of
 
     kinds, size, count = tensors_of(path)
@@ -268,7 +269,7 @@ def measured(name: str, path: Path) -> Row:
 
 
 def first_tokens(path: Path, rounds: int) -> dict[str, list[float]]:
-    """Seconds from the start of a process to its first token, of a file and of our checkpoint of its weights."""
+    """Measures seconds from the start of a process to its first token, for a file and our checkpoint of its weights."""
     import llamajax
     from llamajax.checkpoint import need_tokenizer
 
@@ -277,7 +278,7 @@ def first_tokens(path: Path, rounds: int) -> dict[str, list[float]]:
         own = Path(folder, "checkpoint")
         opened = llamajax.open_checkpoint(path)
         llamajax.save_checkpoint(opened.read("float32"), own, tokenizer=need_tokenizer(opened))
-        for done in range(rounds + 1):  # The first round warms.
+        for done in range(rounds + 1):  # The first round warms caches.
             for name, held in (("file", path), ("checkpoint", own)):
                 begin = time.perf_counter()
                 with start_child("start", str(held), str(Path(folder, "xla"))) as child:
@@ -288,7 +289,7 @@ def first_tokens(path: Path, rounds: int) -> dict[str, list[float]]:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown."""
+    """Returns the table as Markdown."""
     lines = [
         "| file | tensors | bits a weight: file | memory | decode, tokens/s | GB/s | our scheme | its GB/s "
         "| ratio of GB/s | llama.cpp, tokens/s | ratio | compiling, s |",
@@ -307,7 +308,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main(argv):
-    """Measures, prints."""
+    """Measures all types and prints the table."""
     del argv
     if flags.FLAGS.as_child:
         return serve(flags.FLAGS.as_child)

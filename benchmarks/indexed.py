@@ -1,12 +1,12 @@
-"""Rows that each have a matrix of their own (experts) beside products with one matrix for all: GB/s and GFLOP/s.
+"""Products where each row has a matrix of its own (experts), beside products with one matrix: GB/s and GFLOP/s.
 
     python benchmarks/indexed.py --rounds=15
 
-One weight of 8 experts in int4-g32, laid out for this machine, and random choices of two experts for each token. Beside
-`quant.product` with a number for each row stand products with one number each that read the same bytes and multiply
-the same rows: for a few rows one after the other, for many one for each expert with as many rows as it was given. For
-many rows there is also one product of all of them with a single expert, which unpacks an eighth. All are measured in
-turn, figures are medians of ratios and rates over the rounds, and the memory bandwidth is of the same run.
+The weight has 8 experts in int4-g32, in the layout of this machine. Each token has two random experts. `quant.product`
+with an index per row is compared with products that have one index each, read the same bytes and multiply the same
+rows: for few rows one product after the other; for many rows one per expert, with the rows of that expert. For many
+rows it is also compared with one product of all rows with a single expert, which unpacks an eighth of the weight. All
+are measured in turn. Figures are medians of ratios and rates over the rounds; the memory bandwidth is of the same run.
 """
 
 import json
@@ -23,17 +23,17 @@ from absl import app, flags
 import quant
 from llamajax.evaluation.speed import memory_bandwidth
 
-flags.DEFINE_integer("rounds", 15, "how often everything is measured", lower_bound=1)
-flags.DEFINE_integer("experts", 8, "matrices of the weight", lower_bound=1)
+flags.DEFINE_integer("rounds", 15, "number of rounds", lower_bound=1)
+flags.DEFINE_integer("experts", 8, "number of matrices in the weight", lower_bound=1)
 flags.DEFINE_integer("width", 2048, "inputs of a matrix", lower_bound=32)
 flags.DEFINE_integer("outputs", 5632, "outputs of a matrix", lower_bound=16)
 flags.DEFINE_bool("json", False, "print JSON instead of a table")
 
-_ROWS = (2, 16, 512)  # one token, eight, and a prompt of 256, by two experts each
+_ROWS = (2, 16, 512)  # one token, eight tokens, and a prompt of 256, with two experts each
 
 
 def main(argv: list[str]) -> None:
-    """Measures and prints."""
+    """Measures all numbers of rows and prints the table."""
     del argv
     values = flags.FLAGS
     shape = (values.experts, values.width, values.outputs)
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
 
 
 def measure(weight: Any, count: int, generator: np.random.Generator) -> dict[str, Any]:
-    """Seconds of each way, medians, and the median ratios of a round."""
+    """Returns the median seconds of each product, and the medians of the ratios of a round."""
     experts, width = weight.shape[:2]
     chosen = np.concatenate([generator.choice(experts, 2, replace=False) for _ in range(count // 2)]).astype(np.int32)
     x = jnp.asarray(generator.normal(size=(count, width)), jnp.float32)
@@ -86,7 +86,7 @@ def measure(weight: Any, count: int, generator: np.random.Generator) -> dict[str
         for name, way in ways.items():
             begin = time.perf_counter()
             jax.block_until_ready(way())
-            if turn:  # the first compiles
+            if turn:  # the first round compiles
                 seconds[name].append(time.perf_counter() - begin)
     ratios = {
         f"ratio_{name}": statistics.median(np.divide(seconds["by_row"], seconds[name])) for name in list(ways)[1:]

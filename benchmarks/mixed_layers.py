@@ -1,15 +1,15 @@
-"""Layers of two types in turn beside layers of one: a decode step, prefill, and compiling, in ratios of one process.
+"""Layers of two types in turn, beside layers of one type: ratios of decode, prefill and compile time in one process.
 
     python benchmarks/mixed_layers.py --rounds=5                                    # every weight of layers
     python benchmarks/mixed_layers.py --rounds=5 --weights='layers.*.ffn.down_FD'   # one
     python benchmarks/mixed_layers.py --rounds=5 --file=Q4_K_M                      # types of a GGUF file
 
-Models of random weights, laid out for this machine: int4-g32 with scales in float16 in all layers; with scales in
-bfloat16 in all; and the two in turn, for each weight of a layer (or some) a `quant.Mixed` of two types. The types are
-of one size and multiplied alike: what is compared is choosing. With --file=Q4_K_M: Q4_K in all, Q6_K in all, and the
-two as llama.cpp's quantizer mixes them; times of a decode step are then of a byte. Each round measures all in turn;
-figures are medians over the rounds. "Beside one type" is the time of the mixed model over the mean of the other two's.
-The decode step is traced and compiled anew in each round.
+Three models of random weights, in the layout of this machine, are compared: int4-g32 with float16 scales in all layers;
+with bfloat16 scales in all layers; and with the two in turn, so that each weight of a layer (or the chosen ones) is a
+`quant.Mixed` of two types. Both types have the same size and product, so the difference is the cost of choosing. With
+--file=Q4_K_M the models have Q4_K in all layers, Q6_K in all layers, and the mixture of llama.cpp's quantizer; times of
+a decode step are then per byte. Each round measures all models in turn and compiles the decode step anew. Figures are
+medians over the rounds. "Beside one type" is the time of the mixed model over the mean time of the other two.
 """
 
 import dataclasses
@@ -36,11 +36,11 @@ from llamajax.evaluation.speed import measure_decode, measure_prefill, random_mo
 from llamajax.parameters import Place, specs
 
 flags.DEFINE_string("shape", "tinyllama-1.1b", "preset of the shape")
-flags.DEFINE_integer("layers", None, "layers in place of the preset's", lower_bound=1)
-flags.DEFINE_string("weights", "layers.*", "glob: those that are of two types")
-flags.DEFINE_enum("file", None, ["Q4_K_M"], "types as in such a GGUF file, in place of scales of two dtypes")
-flags.DEFINE_integer("rounds", 5, "how often everything is measured", lower_bound=1)
-flags.DEFINE_integer("context", 128, "tokens in the cache, and of the prompt", lower_bound=1)
+flags.DEFINE_integer("layers", None, "number of layers instead of the preset's", lower_bound=1)
+flags.DEFINE_string("weights", "layers.*", "glob of the weights that have two types")
+flags.DEFINE_enum("file", None, ["Q4_K_M"], "types as in this GGUF file type, instead of scales of two dtypes")
+flags.DEFINE_integer("rounds", 5, "number of rounds", lower_bound=1)
+flags.DEFINE_integer("context", 128, "tokens in the cache, and in the prompt", lower_bound=1)
 flags.DEFINE_bool("json", False, "print JSON instead of a table")
 
 _RULES = """
@@ -59,7 +59,7 @@ scale_dtype = "{scales}"
 
 
 class Way(NamedTuple):
-    """One model: seconds of a decode step and of a prompt, and of compiling the decode step, one a round."""
+    """One model, and per round the seconds per token of decoding and prefill, and of compiling the decode step."""
 
     label: str
     model: Any
@@ -70,13 +70,13 @@ class Way(NamedTuple):
 
 
 def recipe(layers: int, first: str, second: str) -> str:
-    """One dtype of scales for even layers and tables, another for odd layers."""
+    """Makes a recipe with one dtype of scales for even layers and tables, and another for odd layers."""
     odd = _RULE.format(weights=flags.FLAGS.weights, scales=second, layers=f"layers = {list(range(1, layers, 2))}")
     return _RULES + odd + _RULE.format(weights="*", scales=first, layers="")
 
 
 def ways() -> list[Way]:
-    """The models."""
+    """Makes the models; the mixed one is the last."""
     config = llamajax.preset(flags.FLAGS.shape)
     if flags.FLAGS.layers is not None:
         config = dataclasses.replace(config, num_layers=flags.FLAGS.layers)
@@ -99,7 +99,7 @@ def _way(label: str, model: Any) -> Way:
 
 
 def q4_k_m(config: llamajax.Config) -> Callable[[Place], str]:
-    """The type of each matrix in Q4_K_M: `llama_tensor_get_type` of llama.cpp's src/llama-quant.cpp."""
+    """Returns each matrix's type in Q4_K_M: `llama_tensor_get_type` of llama.cpp's src/llama-quant.cpp."""
 
     def kind(place: Place) -> str:
         layer, eighth = place.layer or 0, config.num_layers // 8
@@ -111,7 +111,7 @@ def q4_k_m(config: llamajax.Config) -> Callable[[Place], str]:
 
 
 def of_types(config: llamajax.Config, kind: Callable[[Place], str]) -> llamajax.Llama:
-    """A model of random codes, laid out, its matrices of types by their places."""
+    """Makes a model of random codes in the backend's layout; `kind` gives the type of each matrix."""
     generator = np.random.default_rng(0)
     places = {place: spec for place, spec in specs(config).items()}
 
@@ -141,7 +141,7 @@ def of_types(config: llamajax.Config, kind: Callable[[Place], str]) -> llamajax.
 
 
 def once(way: Way) -> None:
-    """Measures all of one way."""
+    """Measures one model once."""
     options = {"repeats": 3, "cache_dtype": "float32"}
     context = flags.FLAGS.context
     decoded = measure_decode(way.model, context, steps=4, **options)
@@ -162,7 +162,7 @@ def compile_step(model: Any) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Measures in turn, prints."""
+    """Measures all models in turn and prints the table."""
     del argv
     jax.config.update("jax_enable_compilation_cache", False)
     made = ways()
@@ -193,7 +193,7 @@ def main(argv: list[str]) -> None:
 
 
 def _times(way: Way, name: str) -> list[float]:
-    """Seconds, or of a decode step those of a byte where the ways are of different sizes."""
+    """Returns the seconds of each round; for decode steps of models of different sizes, the seconds per byte."""
     size = way.bytes_read if flags.FLAGS.file is not None and name == "decode" else 1
     return [seconds / size for seconds in getattr(way, name)]
 

@@ -1,13 +1,13 @@
-"""How fast one row is multiplied with the weights of GGUF files and of recipes, beside recipes of about the same size.
+"""Speed of the product of one row with the types of GGUF files and of recipes, beside recipes of about the same size.
 
     python benchmarks/packed_types.py [--types=Q4_K,Q6_K] [--rounds=40] [--rows=1]
 
-For every ggml type that stays packed, and for int codes with scales in int8 under one float16 for an output
-("int4-int8", beside int4 in groups of 32 with scales in float16): a stack of matrices of each of the shapes of
-TinyLlama-1.1B in the type's codes and scales, random, laid out for this machine, and a stack of the same shapes in the
-recipe whose bits a weight are nearest. The two are multiplied in turns, layer after layer, as in decoding. The rate is
-that of the bytes in the file; the ratio of two rates is the median over rounds, all shapes together. With it go the
-bits a weight in the file and in memory.
+Measures every ggml type that stays packed, and int codes with int8 scales under one float16 per output ("int4-int8",
+compared with int4 in groups of 32 with float16 scales). For each type and each shape of TinyLlama-1.1B there is a stack
+of random matrices in the type's codes and scales, in the layout of this machine, and a stack in the recipe with the
+nearest bits per weight. The two are multiplied in turn, layer after layer, as in decoding. The rate counts the bytes in
+the file. The ratio of two rates is the median over the rounds, for all shapes together. The table also shows the bits
+per weight in the file and in memory.
 """
 
 import dataclasses
@@ -25,27 +25,27 @@ from absl import app, flags
 import quant
 from quant.packing import plane_bits
 
-flags.DEFINE_list("types", None, "names of types; all unless given")
-flags.DEFINE_integer("rounds", 40, "how often everything is measured", lower_bound=1)
+flags.DEFINE_list("types", None, "types to measure; all unless given")
+flags.DEFINE_integer("rounds", 40, "number of rounds", lower_bound=1)
 flags.DEFINE_integer("rows", 1, "rows of activations", lower_bound=1)
-flags.DEFINE_integer("megabytes", 64, "packed weights of one shape, more than caches hold", lower_bound=1)
-flags.DEFINE_list("shapes", ["2048x2048", "2048x5632", "5632x2048", "2048x32000"], "inputs x outputs")
-flags.DEFINE_bool("processor_time", False, "measure the process's time on processors, where others use the machine too")
+flags.DEFINE_integer("megabytes", 64, "packed weights of one shape; more than the caches hold", lower_bound=1)
+flags.DEFINE_list("shapes", ["2048x2048", "2048x5632", "5632x2048", "2048x32000"], "shapes as inputs x outputs")
+flags.DEFINE_bool("processor_time", False, "measure processor time, for a machine that others use too")
 flags.DEFINE_bool("json", False, "print JSON instead of a table")
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """Codes and scales of a type: as `quant/FORMAT.md` tabulates them."""
+    """Codes and scales of a type, as in the table of `quant/FORMAT.md`."""
 
     scheme: str
     group: int
-    peer: str  # scheme and group of the recipe beside it
+    peer: str  # scheme and group size of the recipe that it is compared with
     levels: str | None = None  # scheme of the codes of scales, in groups of `span`
-    span: int | None = 8  # None: one group for an output
+    span: int | None = 8  # None: one group per output
     offset: bool = False
     scale_dtype: Any = np.float16
-    peer_dtype: Any = jnp.bfloat16  # as recipes have it
+    peer_dtype: Any = jnp.bfloat16  # as in recipes
 
 
 FORMS = {
@@ -73,7 +73,7 @@ FORMS = {
 
 
 def weight(form: Form, count: int, length: int, outputs: int, generator: np.random.Generator) -> quant.QTensor:
-    """A stack [count, length, outputs] of random codes with small scales."""
+    """Makes a stack [count, length, outputs] of random codes with small scales."""
     scheme, groups = quant.SCHEMES[form.scheme], length // form.group
 
     def planes(rows: int, bits: int) -> tuple[Any, ...]:
@@ -94,13 +94,13 @@ def weight(form: Form, count: int, length: int, outputs: int, generator: np.rand
 
 
 def peer_of(form: Form) -> Form:
-    """The recipe that a type is compared with."""
+    """Returns the form of the recipe that a type is compared with."""
     scheme, group = form.peer.split("-")
     return Form(scheme, int(group), form.peer, scale_dtype=form.peer_dtype)
 
 
 def program(x_RK: jax.Array, stack: Any) -> Callable[[], Any]:
-    """Multiplies with one layer after the other; what comes in depends on what came out."""
+    """Compiles products with one layer after the other; each input depends on the output before it."""
 
     def step(x_RK: jax.Array, layer: Any, *_: Any) -> tuple[jax.Array, None]:
         y_RM = quant.product(x_RK, layer)
@@ -113,7 +113,7 @@ def program(x_RK: jax.Array, stack: Any) -> Callable[[], Any]:
 
 
 def measure(form: Form, generator: np.random.Generator) -> dict[str, Any]:
-    """Rates and bits of a type and of its peer."""
+    """Measures rates and bits of a type and of its peer."""
     values = flags.FLAGS
     clock = time.process_time if values.processor_time else time.perf_counter
     bits, memory, size = {}, {}, {"type": 0, "peer": 0}
@@ -149,7 +149,7 @@ def measure(form: Form, generator: np.random.Generator) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    """Measures and prints."""
+    """Measures all types and prints the table."""
     del argv
     values, generator = flags.FLAGS, np.random.default_rng(0)
     found = {name: measure(FORMS[name], generator) for name in values.types or FORMS}

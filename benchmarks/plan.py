@@ -1,12 +1,12 @@
-"""What `llamajax plan` predicts beside what a process holds, of random weights of a preset's shape.
+"""Compares the predictions of `llamajax plan` with the memory of a process, for random weights of preset shapes.
 
     python benchmarks/plan.py --scratch=/tmp/plan box,int4-g32,512,1,auto tinyllama-1.1b,int4-g32,2048,8,int8
 
-A case is shape (a preset's, or a checkpoint's path), recipe ("" for a checkpoint as it is), context, rows, cache. Its
-weights are written once, as GGUF where ggml has their types, into `--scratch`. A process of its own then reads them as
-`generate` does and makes 16 greedy tokens behind a prompt that fills the context. Measured is what it holds beyond what
-it held before it read: resident memory, at its most while it reads, at its most while it generates, and at the end.
-Each runs twice: the first compiles, the second finds programs that were kept.
+A case is: shape (of a preset, or a checkpoint's path), recipe ("" for a checkpoint as it is), context, rows, cache. The
+weights of a case are written once into `--scratch`, as GGUF if ggml has their types. A separate process then reads them
+as `generate` does and generates 16 greedy tokens after a prompt that fills the context. It measures resident memory
+beyond that before reading: the peak while reading, the peak while generating, and at the end. Each case runs twice: the
+first run compiles, the second finds the programs that were kept.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ from pathlib import Path
 
 from absl import app, flags
 
-flags.DEFINE_string("scratch", None, "where weights and programs are kept; a temporary folder if not given")
-flags.DEFINE_boolean("json", False, "a JSON object for each run instead of a table")
-flags.DEFINE_string("measure", None, "a case, in a process of its own")
+flags.DEFINE_string("scratch", None, "folder that keeps weights and programs; a temporary folder if not given")
+flags.DEFINE_boolean("json", False, "print a JSON object for each run instead of a table")
+flags.DEFINE_string("measure", None, "a case to measure in this process: for this script's own use")
 
 _NEW = 16
 _HEAD = f"{'MiB':47}  weights     cache   activ.  programs     total  measured     off   reading  measured compiling"
@@ -38,7 +38,7 @@ _CASES = (
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is loaded and how it generates; `path` is of the checkpoint."""
+    """The model to load and the settings of generation; `path` is that of the checkpoint."""
 
     shape: str
     recipe: str
@@ -49,19 +49,19 @@ class Case:
 
     @property
     def cache_dtype(self) -> str | None:
-        """As the library takes it."""
+        """The cache's dtype as the library takes it."""
         return None if self.cache == "auto" else self.cache
 
 
 def status() -> dict[str, int]:
-    """Bytes that this process has resident, now and at its most."""
+    """Returns the resident bytes of this process, now and at the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     found = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines if line.startswith(("VmRSS", "VmHWM"))}
     return {"now": found["VmRSS"], "most": found["VmHWM"]}
 
 
 def forget_peak() -> None:
-    """From now on the most that is resident is counted anew."""
+    """Resets the peak of resident memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -103,7 +103,7 @@ def measure(case: Case) -> dict[str, int]:
 
 
 def written(case: Case, scratch: Path) -> Path:
-    """A checkpoint of random weights of the shape, or the one that there is."""
+    """Writes a checkpoint of random weights of the shape unless it exists; returns its path."""
     import llamajax
     from llamajax.evaluation.speed import random_model
 
@@ -121,7 +121,7 @@ def written(case: Case, scratch: Path) -> Path:
 
 
 def predicted(case: Case):
-    """The plan of a case."""
+    """Returns the plan of a case."""
     from llamajax import open_checkpoint
     from llamajax.plan import plan
 
@@ -135,7 +135,7 @@ def predicted(case: Case):
 
 
 def main(argv):
-    """Prints a line for each case and run."""
+    """Measures all cases and prints a line for each run."""
     if flags.FLAGS.measure:
         print(json.dumps(measure(Case(**json.loads(flags.FLAGS.measure)))))
         return
@@ -158,7 +158,7 @@ def main(argv):
 
 
 def line(case: str, made, found: dict[str, int]) -> str:
-    """A row of the table."""
+    """Formats a row of the table."""
     parts = [made.weights, made.cache, made.activations, made.programs, made.total, found["generating"]]
     parts += [made.reading, found["reading"], found["compiling"], found["after"]]
     numbers = [f"{part / (1 << 20):9.1f}" for part in parts]

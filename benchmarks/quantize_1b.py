@@ -1,12 +1,12 @@
-"""Quantizing a 1.1B model to 4 bits, ours beside llama.cpp: time, memory, bytes; then decoding from the result.
+"""Quantizing a 1.1B model to 4 bits, llamajax beside llama.cpp: time, memory and bytes; then decoding from the result.
 
     pip install 'llamajax[llamacpp]'
     python benchmarks/quantize_1b.py --rounds=3
 
-Writes random bfloat16 weights of a preset's shape twice, as a Hugging Face folder and as GGUF, and quantizes them in
-processes of their own, in turn: ours to int4-g32, llama.cpp's on 2 threads to Q4_0, which is the same 4.5 bits a weight
-but for an untied head, which it gives more. Time is that of whole processes, memory the operating system's account of
-them: most of llama.cpp's are pages of its input, which it maps.
+Writes random bfloat16 weights of a preset's shape as a Hugging Face folder and as GGUF, and quantizes them in separate
+processes, in turn: llamajax to int4-g32, llama.cpp with 2 threads to Q4_0. Both have 4.5 bits per weight, except that
+llama.cpp gives an untied head more. Time is that of whole processes, memory is what the operating system reports for
+them. Most of llama.cpp's memory is pages of its input, which it maps.
 """
 
 import json
@@ -30,14 +30,14 @@ from safetensors import safe_open
 from llamajax.cli.sizes import readable_bytes, stored_bytes
 from llamajax.config import Config, preset
 
-flags.DEFINE_integer("rounds", 3, "how often each program quantizes; medians are printed", lower_bound=1)
-flags.DEFINE_string("folder", None, "where the two models stay for another time; a temporary folder if not given")
+flags.DEFINE_integer("rounds", 3, "number of times that each program quantizes; medians are printed", lower_bound=1)
+flags.DEFINE_string("folder", None, "folder that keeps the two models for later runs; a temporary folder if not given")
 
 RECIPE, KIND = "int4-g32", "Q4_0"
 QUANTIZING_THREADS = 2
-_BITS = 4.5  # of the recipe: 4 and a float16 scale per 32 weights
+_BITS = 4.5  # per weight of the recipe: 4, and a float16 scale per 32 weights
 
-# llama.cpp's process: as little Python as there can be.
+# The program of llama.cpp's process, with as little Python as possible.
 _LLAMACPP = f"""
 import ctypes, sys, llama_cpp
 llama_cpp._logger.set_verbose(False)
@@ -46,7 +46,7 @@ params.nthread, params.ftype = {QUANTIZING_THREADS}, llama_cpp.LLAMA_FTYPE_MOSTL
 sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(params)))
 """
 
-# Decoding as `llamajax generate` does it on a CPU; from ids, because random weights have no tokenizer.
+# Decodes as `llamajax generate` does on a CPU; from ids, because random weights have no tokenizer.
 _DECODE = """
 import sys, llamajax
 model, _ = llamajax.load(sys.argv[1], dtype="float32")
@@ -55,17 +55,17 @@ completion = llamajax.generate(model, None, [1, 2, 3], max_new_tokens=8, tempera
 
 
 class Run(NamedTuple):
-    """What one process took."""
+    """The time and memory of one process."""
 
     seconds: float
     peak_bytes: int
 
 
 def write_models(name: str, folder: Path) -> None:
-    """The same random weights as `huggingface/` and as `bfloat16.gguf`, the second from the first."""
+    """Writes the same random weights as `huggingface/` and as `bfloat16.gguf`, the second from the first."""
     config = preset(name)
     source = folder / "huggingface"
-    shutil.rmtree(source, ignore_errors=True)  # Of a run that was interrupted.
+    shutil.rmtree(source, ignore_errors=True)  # The rest of an interrupted run.
     write_random_model(name, source)
     files = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
 
@@ -81,7 +81,7 @@ def write_models(name: str, folder: Path) -> None:
 def measured(command: list[str]) -> Run:
     """Runs a command to its end.
 
-    A child's peak is at least what this process held when it started it, so nothing large is ever held here.
+    A child's peak is at least the memory of this process at its start, so this process holds nothing large.
     """
     start = time.perf_counter()
     process = subprocess.Popen(command)
@@ -94,13 +94,13 @@ def measured(command: list[str]) -> Run:
 
 
 def promised_bytes(config: Config) -> int:
-    """What our recipe's weights take: 4.5 bits each, norms 16."""
+    """Returns the bytes of our recipe's weights: 4.5 bits each, norms 16."""
     vectors = (2 * config.num_layers + 1) * config.width
     return math.ceil((config.num_parameters - vectors) * _BITS / 8) + 2 * vectors
 
 
 def quantize_in_turn(folder: Path, scratch: Path, rounds: int) -> tuple[list[Run], list[Run]]:
-    """Both programs, again and again; the last results stay in `scratch`."""
+    """Runs both programs in turn for all rounds; the last results stay in `scratch`."""
     ours, theirs = [], []
     for done in range(rounds):
         shutil.rmtree(scratch / "packed", ignore_errors=True)
@@ -114,7 +114,7 @@ def quantize_in_turn(folder: Path, scratch: Path, rounds: int) -> tuple[list[Run
 
 
 def table(config: Config, ours: list[Run], theirs: list[Run], scratch: Path) -> str:
-    """Markdown: medians, and ours divided by theirs."""
+    """Returns a Markdown table: medians, and ours divided by theirs."""
     promised = promised_bytes(config), tensors_of(scratch / "packed.gguf")[1]
     written = stored_bytes(scratch / "packed"), (scratch / "packed.gguf").stat().st_size
     seconds = [statistics.median(run.seconds for run in runs) for runs in (ours, theirs)]
@@ -131,7 +131,7 @@ def table(config: Config, ours: list[Run], theirs: list[Run], scratch: Path) -> 
 
 
 def main(argv):
-    """Writes, quantizes in turn, decodes, prints."""
+    """Writes the models, quantizes them in turn, decodes, and prints."""
     del argv
     name = flags.FLAGS.preset
     config = preset(name)
@@ -139,7 +139,7 @@ def main(argv):
         folder = Path(flags.FLAGS.folder or scratch, name)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "bfloat16.gguf").exists():
-            # A process of its own: what this one holds would count as what its children hold.
+            # In a separate process: memory of this process would count as its children's.
             writer = multiprocessing.get_context("spawn").Process(target=write_models, args=(name, folder))
             writer.start()
             writer.join()

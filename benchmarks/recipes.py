@@ -1,11 +1,11 @@
-"""What each quantization recipe costs: the tables of the README, for the model in the box and for stories260K.
+"""The size and quality of each quantization recipe, for the model in the box and stories260K: docs/performance.md.
 
     python benchmarks/recipes.py [--json] [--reference_products] [--recipes=int4-g32,int4-g128-gptq]
 
-Bits a weight and bytes of all weights, norms included, as they are at rest; KL divergence and top-1 agreement against
-the same model in floats, computed in float32 with weights laid out as they run, or, with --reference_products,
-dequantized whole. Calibrated with 65,536 tokens of text that is not measured on. stories260K (weights of
-others, not in this repository) is read from the folder that LLAMAJAX_SHARED names; without it its table is left out.
+Bits per weight and bytes count all weights at rest, norms included. KL divergence and top-1 agreement are against the
+same model in floats, computed in float32 with weights in the layout of this machine or, with --reference_products,
+dequantized whole. Calibration uses 65,536 tokens of text that is not measured on. stories260K (weights by others, not
+in this repository) is read from the folder that LLAMAJAX_SHARED names; without it its table is omitted.
 """
 
 import json
@@ -26,17 +26,17 @@ from llamajax.evaluation.evaluate import compare, encode_documents
 from llamajax.quantization.quantize import quantize, recipe_names
 from llamajax.train import heldout_stories
 
-_RECIPES = flags.DEFINE_list("recipes", None, "names of recipes; all unless given")
+_RECIPES = flags.DEFINE_list("recipes", None, "recipes to measure; all unless given")
 _JSON = flags.DEFINE_boolean("json", False, "print JSON")
 _REFERENCE_PRODUCTS = flags.DEFINE_boolean(
-    "reference_products", False, "measure unprepared weights: dequantized whole, in float32"
+    "reference_products", False, "measure unprepared weights, which are dequantized whole in float32"
 )
 _CALIBRATION_TOKENS = 65536
-_MEASURED_BYTES = 1 << 18  # of the TinyStories sample: those of the anchors in the README
+_MEASURED_BYTES = 1 << 18  # of the TinyStories sample, as in docs/performance.md
 
 
 class Subject(NamedTuple):
-    """A model, tokens to calibrate with and tokens to measure on."""
+    """A model, tokens for calibration and tokens to measure on."""
 
     name: str
     model: llamajax.Llama
@@ -58,7 +58,7 @@ class Row(NamedTuple):
 
 
 def box() -> Subject:
-    """The model in the box; stories that it was trained on, and 200 that it was not."""
+    """Loads the model in the box, stories that it was trained on, and 200 stories that it was not trained on."""
     model, tokenizer = llamajax.load("box", dtype=jnp.float32)
     assert tokenizer is not None
     seen = encode_documents(tokenizer, list(corpus(0, 600)))[:_CALIBRATION_TOKENS]
@@ -66,7 +66,7 @@ def box() -> Subject:
 
 
 def stories260k() -> Subject | None:
-    """stories260K and TinyStories: measured on the first 256 KiB, calibrated with what follows."""
+    """Loads stories260K and TinyStories: the first 256 KiB to measure on, the text from 512 KiB on for calibration."""
     folder = Path(os.environ.get("LLAMAJAX_SHARED", "")) / "data"
     if not os.environ.get("LLAMAJAX_SHARED") or not folder.is_dir():
         return None
@@ -83,12 +83,12 @@ def stories260k() -> Subject | None:
 
 
 def products() -> str:
-    """How quantized weights are multiplied with, for people."""
+    """Returns as text how quantized weights are multiplied."""
     return "reference" if _REFERENCE_PRODUCTS.value else f"prepared for {jax.default_backend()}"
 
 
 def rows(subject: Subject, names: list[str]) -> list[Row]:
-    """A row for each recipe, the largest first, and one for the floats in 16 bits before them."""
+    """Measures all recipes; returns a row for 16-bit floats, then a row for each recipe, the largest first."""
     made, parameters = [], subject.model.config.num_parameters
     loss = math.nan
     for name in names:
@@ -106,7 +106,7 @@ def rows(subject: Subject, names: list[str]) -> list[Row]:
 
 
 def main(argv):
-    """Prints the tables."""
+    """Measures both models and prints the tables."""
     del argv
     subjects = [subject for subject in (box(), stories260k()) if subject is not None]
     tables = [rows(subject, _RECIPES.value or recipe_names()) for subject in subjects]

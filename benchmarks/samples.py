@@ -1,10 +1,11 @@
-"""What several samples of one prompt cost beside one: SmolLM2-135M-Instruct, one batch over one prefilled prompt.
+"""The cost of several samples of one prompt beside one sample: SmolLM2-135M-Instruct, one batch, one prefilled prompt.
 
     python benchmarks/samples.py --samples=8 --max_new_tokens=64 --rounds=7
 
-One sample and several are made in turn, the first of each round now the one and now the other; the figures are medians,
-and the ratio is the median of the rounds' ratios, the lowest and the highest beside it: a machine that others share is
-not the same from second to second. Programs are compiled before. No sample ends early: stop tokens are left out.
+One sample and several samples are generated in turn; which goes first alternates between rounds. The figures are
+medians. The ratio is the median of the ratios of the rounds, with the lowest and the highest, because the speed of a
+shared machine changes from second to second. Programs are compiled before. No sample ends early, because stop tokens
+are disabled.
 """
 
 import statistics
@@ -17,19 +18,19 @@ import llamajax
 from llamajax.cli import smollm2
 from llamajax.generation.stream import TextStream
 
-_SAMPLES = flags.DEFINE_integer("samples", 8, "beside one", lower_bound=2)
-_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "of each sample", lower_bound=2)
-_ROUNDS = flags.DEFINE_integer("rounds", 7, "how often both are made", lower_bound=1)
+_SAMPLES = flags.DEFINE_integer("samples", 8, "number of samples, compared with one", lower_bound=2)
+_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "new tokens of each sample", lower_bound=2)
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "number of rounds", lower_bound=1)
 _MODEL = flags.DEFINE_string("model", None, "checkpoint; SmolLM2-135M-Instruct unless given")
-_TOP_P = flags.DEFINE_float("top_p", 0.95, "of the draws; 1 is off")
+_TOP_P = flags.DEFINE_float("top_p", 0.95, "top-p of the draws; 1 is off")
 
 _PROMPT = "Question: Tom has 3 boxes with 12 pencils in each, and gives 5 pencils away. How many are left?\nAnswer:"
 
 
 def main(argv: list[str]) -> None:
-    """Prints the seconds of both, and their ratio."""
+    """Measures both and prints their seconds and ratio."""
     if argv[1:]:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}: write --flag=value")
+        raise app.UsageError(f"unexpected argument {argv[1]!r}: expected --flag=value")
     model, tokenizer = llamajax.load(_MODEL.value or smollm2.fetch(), backend=jax.default_backend())
 
     def seconds(samples: int) -> float:

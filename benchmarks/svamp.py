@@ -1,16 +1,16 @@
-"""Arithmetic in words: how often a vote of several samples is right, for SmolLM2-135M-Instruct.
+"""Arithmetic in words: the accuracy of a vote of several samples, for SmolLM2-135M-Instruct.
 
     LLAMAJAX_SHARED=../shared python benchmarks/svamp.py --output=svamp --questions=300
 
-SVAMP (Patel et al. 2021, arXiv:2103.07191), 300 questions of which stand in `data/tasks/svamp.jsonl` of the folder that
-LLAMAJAX_SHARED names. Each is a user's message in the model's chat template, in one of two ways: "direct" begins the
-reply with "The answer is", "steps" is --think. All samples of some questions are one batch; a question's number is its
-seed. What is finished stands in the output folder, and a run that was broken off goes on from there; --report prints
-the tables of what there is.
+300 questions of SVAMP (Patel et al. 2021, arXiv:2103.07191) are in `data/tasks/svamp.jsonl` of the folder that
+LLAMAJAX_SHARED names. Each question is a user's message in the model's chat template, asked in one of two ways:
+"direct" begins the reply with "The answer is", "steps" uses --think. All samples of some questions are one batch; the
+seed is the number of the question. Finished questions are kept in the output folder, and an interrupted run resumes
+from there; --report prints the tables of the results so far.
 
-Right is a final answer (`final_answer`) that equals the question's. For k of n samples the n samples are taken as n/k
-groups of k in their order, which are independent: the share of right groups of a question has the accuracy of k samples
-as its mean. Its standard error over questions is behind each figure, in per cent.
+A sample is right if its final answer (`final_answer`) equals the question's. For k of n samples, the n samples are
+split in order into n/k groups of k, which are independent: the expected share of right groups of a question is the
+accuracy of k samples. The tables show this accuracy and its standard error over questions, in per cent.
 """
 
 import json
@@ -32,29 +32,29 @@ from llamajax.generation.answers import final_answer
 from llamajax.generation.choose import Choice, best_of, vote, with_steps
 from llamajax.generation.request import Completion
 
-_OUTPUT = flags.DEFINE_string("output", None, "folder of what is finished", required=True)
-_QUESTIONS = flags.DEFINE_integer("questions", 300, "how many, from the first on", lower_bound=1)
+_OUTPUT = flags.DEFINE_string("output", None, "folder of finished questions", required=True)
+_QUESTIONS = flags.DEFINE_integer("questions", 300, "number of questions, from the first on", lower_bound=1)
 _SAMPLES = flags.DEFINE_integer("samples", 16, "samples of each question", lower_bound=1)
 _TOGETHER = flags.DEFINE_integer("together", 8, "questions in a batch", lower_bound=1)
-_WAYS = flags.DEFINE_multi_enum("way", ["direct", "steps"], ["direct", "steps"], "how a question is asked")
-_REPORT = flags.DEFINE_boolean("report", False, "print the tables alone")
+_WAYS = flags.DEFINE_multi_enum("way", ["direct", "steps"], ["direct", "steps"], "ways to ask a question")
+_REPORT = flags.DEFINE_boolean("report", False, "only print the tables")
 
-# Wang et al. 2022 (arXiv:2203.11171) draw at this temperature, of all tokens, from GPT-3.
+# Wang et al. 2022 (arXiv:2203.11171) sample from GPT-3 at this temperature, from all tokens.
 _TEMPERATURE = 0.7
 _NEW_TOKENS = {"direct": 20, "steps": 96}
 _BEGUN = "The answer is"
 
 
 def questions() -> list[dict[str, str]]:
-    """All of the file's, each with "context" and "answer"."""
+    """Reads all questions of the file, each with "context" and "answer"."""
     folder = os.environ.get("LLAMAJAX_SHARED")
     if not folder:
-        raise app.UsageError("LLAMAJAX_SHARED names no folder: expected one with data/tasks/svamp.jsonl")
+        raise app.UsageError("LLAMAJAX_SHARED names no folder: expected a folder with data/tasks/svamp.jsonl")
     return [json.loads(line) for line in (Path(folder) / "data/tasks/svamp.jsonl").read_text().splitlines()]
 
 
 def answered(file: Path) -> dict[int, list[Completion]]:
-    """The samples of each question that is finished. A score stands for those of the tokens whose mean it is."""
+    """Reads the samples of each finished question. One score, the mean, replaces the scores of the tokens."""
     found = {}
     for line in file.read_text().splitlines() if file.exists() else ():
         row = json.loads(line)
@@ -66,7 +66,7 @@ def answered(file: Path) -> dict[int, list[Completion]]:
 
 
 def answer(way: str, numbers: Sequence[int], asked: Sequence[dict[str, str]], file: Path) -> None:
-    """Makes the samples of questions of these numbers, and appends them to the file as they come."""
+    """Generates the samples of the questions `numbers`, and appends them to the file as they come."""
     model, tokenizer = llamajax.load(smollm2.fetch(), backend=jax.default_backend())
     assert tokenizer is not None
     template = Template.of(tokenizer)
@@ -102,7 +102,7 @@ def _prompt(way: str, question: str, template: Template, tokenizer: llamajax.Tok
 
 
 def table(way: str, finished: dict[int, list[Completion]], asked: Sequence[dict[str, str]]) -> Iterator[str]:
-    """Lines of Markdown: accuracy by the number of samples, and by how one of them is chosen."""
+    """Yields lines of Markdown: accuracy by number of samples and by the method that chooses one of them."""
     n = min(map(len, finished.values()))
     texts = {i: [_BEGUN * (way == "direct") + each.text for each in samples] for i, samples in finished.items()}
     cut = statistics.fmean(each.finish_reason == "length" for samples in finished.values() for each in samples)
@@ -129,16 +129,16 @@ def table(way: str, finished: dict[int, list[Completion]], asked: Sequence[dict[
 def _share(
     choose: Callable[[int, slice], Choice], i: int, k: int, n: int, texts: list[str], expected: str | None
 ) -> float:
-    """Of a question's groups of k samples, how many come to the right answer."""
+    """Returns the share of a question's groups of k samples that give the right answer."""
     groups = [slice(first, first + k) for first in range(0, n - n % k, k)]
     chosen = [texts[group][choose(i, group).index] for group in groups]
     return statistics.fmean(final_answer(text) == expected for text in chosen)
 
 
 def main(argv: list[str]) -> None:
-    """Makes what is missing, then prints the tables."""
+    """Generates the missing samples, then prints the tables."""
     if argv[1:]:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}: write --flag=value")
+        raise app.UsageError(f"unexpected argument {argv[1]!r}: expected --flag=value")
     folder, asked = Path(_OUTPUT.value), questions()
     folder.mkdir(parents=True, exist_ok=True)
     for way in _WAYS.value:

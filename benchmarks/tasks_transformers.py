@@ -1,4 +1,4 @@
-"""Tasks by Hugging Face transformers: the same choices as `llamajax eval --task` makes, question by question.
+"""Answers tasks with Hugging Face transformers, and compares them with `llamajax eval --task`, question by question.
 
     llamajax convert --model=SmolLM2.gguf --to=gguf --dtype=float32 --output=float32.gguf
     llamajax convert --model=float32.gguf --to=huggingface --output=smollm2
@@ -6,8 +6,8 @@
     python benchmarks/tasks_transformers.py --folder=smollm2 --said=said.jsonl copa.jsonl openbook_qa.jsonl
 
 Written from lm-evaluation-harness (`_encode_pair`, `_loglikelihood_tokens` and `generate_until` of its models; "acc",
-"acc_norm" and the standard error of its tasks), and without any code of llamajax: texts are encoded by transformers'
-tokenizer, and the model computes in float32. Prints the accuracies of both sides, how many questions have the same
+"acc_norm" and the standard error of its tasks), and without any code of llamajax: transformers' tokenizer encodes the
+texts, and the model computes in float32. Prints the accuracies of both sides, the number of questions with the same
 choice, the largest difference of a log likelihood, and the log likelihoods of each question that differs.
 """
 
@@ -26,7 +26,7 @@ STOP, MAX_NEW_TOKENS, BATCH = "\n", 64, 16
 
 
 def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Ids of both: white space at the context's end belongs to the continuation, ids are split by their number."""
+    """Returns the ids of both. White space at the context's end moves to the continuation; ids are split by number."""
     spaces = len(context) - len(context.rstrip())
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
@@ -36,7 +36,7 @@ def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[i
 
 @torch.no_grad()
 def log_likelihoods(model: Any, tokenizer: Any, pairs: list[tuple[str, str]]) -> list[tuple[float, bool]]:
-    """Of each continuation behind its context; and whether it is what greedy decoding gives."""
+    """Returns each continuation's log likelihood given its context, and whether greedy decoding gives it."""
     encoded = [encode_pair(tokenizer, *pair) for pair in pairs]
     longest = model.config.max_position_embeddings + 1
     rows = [torch.tensor((before + behind)[-longest:][:-1]) for before, behind in encoded]
@@ -44,7 +44,7 @@ def log_likelihoods(model: Any, tokenizer: Any, pairs: list[tuple[str, str]]) ->
     result: dict[int, tuple[float, bool]] = {}
     for first in range(0, len(order), BATCH):
         chosen = order[first : first + BATCH]
-        # Padded behind its end, which no token before it sees.
+        # Padding is at the end, where no earlier token sees it.
         logits = model(torch.nn.utils.rnn.pad_sequence([rows[i] for i in chosen], batch_first=True)).logits
         for i, of_row in zip(chosen, logits, strict=True):
             targets = torch.tensor(encoded[i][1])
@@ -56,7 +56,7 @@ def log_likelihoods(model: Any, tokenizer: Any, pairs: list[tuple[str, str]]) ->
 
 @torch.no_grad()
 def answer(model: Any, tokenizer: Any, prompt: str) -> str:
-    """The greedy continuation up to a new line."""
+    """Returns the greedy continuation up to a new line."""
     ids = torch.tensor([tokenizer.encode(prompt)])
     made = model.generate(
         ids,
@@ -70,7 +70,7 @@ def answer(model: Any, tokenizer: Any, prompt: str) -> str:
 
 
 def last_number(text: str) -> str | None:
-    """gsm8k's "flexible-extract", less what it ignores."""
+    """Returns the last number by gsm8k's "flexible-extract", without the characters that gsm8k ignores."""
     found = re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", text)
     if not found:
         return None
@@ -78,7 +78,7 @@ def last_number(text: str) -> str | None:
 
 
 def asked(model: Any, tokenizer: Any, questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the model says to questions of any shape, in the form of `llamajax eval --output`."""
+    """Returns the model's answers to questions of any kind, in the form of `llamajax eval --output`."""
     first = questions[0]
     if "choices" in first:
         pairs = [(question["query"], " " + each) for question in questions for each in question["choices"]]
@@ -97,7 +97,7 @@ def asked(model: Any, tokenizer: Any, questions: list[dict[str, Any]]) -> list[d
 
 
 def chosen(question: dict[str, Any], said: list[float]) -> dict[str, Any]:
-    """The likeliest choice, and the likeliest a character."""
+    """Returns the likeliest choice, and the likeliest choice per character."""
     normed = [value / len(each) for value, each in zip(said, question["choices"], strict=True)]
     choices = {"acc": said.index(max(said)), "acc_norm": normed.index(max(normed))}
     right = {name: choice == question["gold"] for name, choice in choices.items()}
@@ -105,14 +105,14 @@ def chosen(question: dict[str, Any], said: list[float]) -> dict[str, Any]:
 
 
 def mean_and_error(values: list[Any]) -> str:
-    """A mean and its standard error: the sample's standard deviation over the root of its size, in per cent."""
+    """Formats a mean and its standard error (sample standard deviation over the root of the size) in per cent."""
     mean = sum(values) / len(values)
     deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
     return f"{100 * mean:.2f} ± {100 * deviation / math.sqrt(len(values)):.2f}"
 
 
 def compare(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> None:
-    """Prints what both sides found."""
+    """Prints the results of both sides and their differences."""
     for name in ("acc", "acc_norm", "number_match"):
         if name in theirs[0] and name in ours[0]:
             pair = [mean_and_error([each[name] for each in side]) for side in (theirs, ours)]
@@ -143,11 +143,11 @@ def compare(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Asks what was asked, and compares."""
+    """Asks the questions of the files and compares with the answers of llamajax."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", required=True, help="Hugging Face folder of the same weights in float32")
-    parser.add_argument("--said", required=True, help="what llamajax eval --task=… --output= wrote, of one model")
-    parser.add_argument("tasks", nargs="+", help="the files of questions")
+    parser.add_argument("--said", required=True, help="file that llamajax eval --task=… --output= wrote, for one model")
+    parser.add_argument("tasks", nargs="+", help="files of questions")
     options = parser.parse_args()
     model = transformers.AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.folder)

@@ -1,8 +1,8 @@
-"""Ternary weights beside 4 bits on a CPU: products of a layer shaped as BitNet b1.58 2B4T's, and the memory's speed.
+"""Ternary weights beside 4-bit weights on a CPU: products with the layer shapes of BitNet b1.58 2B4T, and memory speed.
 
     taskset -c 0 python benchmarks/ternary.py [--rows=1,4,16]
 
-Times are of the processor, of one thread, interleaved, the least of each: others on the machine change them little.
+Times are processor times of one thread, interleaved, and the least of all rounds, so other load changes them little.
 """
 
 import dataclasses
@@ -15,14 +15,14 @@ from absl import app, flags
 
 import quant
 
-_ROWS = flags.DEFINE_list("rows", ["1"], "rows of activations, one figure for each")
-_ROUNDS = flags.DEFINE_integer("rounds", 12, "how often each is timed")
+_ROWS = flags.DEFINE_list("rows", ["1"], "numbers of rows of activations to measure")
+_ROUNDS = flags.DEFINE_integer("rounds", 12, "number of rounds")
 _SHAPES = {"up": (2560, 6912), "down": (6912, 2560)}
 _LAYERS = 8  # so that no cache holds the weights
 
 
 def weights(length: int, outputs: int) -> dict[str, quant.Weight]:
-    """The same random matrix in several forms, a stack of each, prepared for a CPU."""
+    """Makes a stack of the same random matrix in each of several forms, prepared for a CPU."""
     weight_KM = jnp.asarray(np.random.default_rng(0).standard_normal((length, outputs)), jnp.float32)
 
     def stack(scheme: str, group: int | str, activations: str | None) -> quant.Weight:
@@ -39,7 +39,7 @@ def weights(length: int, outputs: int) -> dict[str, quant.Weight]:
 
 
 def step(x_RK: jax.Array, weight: quant.Weight) -> jax.Array:
-    """The products of all layers, each waiting for the one before."""
+    """Computes the products with all layers, each of which waits for the one before."""
 
     def layer(i: jax.Array, sum_RM: jax.Array) -> jax.Array:
         return sum_RM + quant.product(x_RK + sum_RM[:, :1] * 1e-9, weight, i)

@@ -1,11 +1,11 @@
-"""A decode step of one shape in JAX's own ways, beside our packed weights: tokens and gigabytes per second.
+"""A decode step of one shape in JAX's usual ways, beside our packed weights: tokens and gigabytes per second.
 
     python benchmarks/versus_jax.py --shape=tinyllama-1.1b --rounds=5
 
-The same model, cache and program, with random weights in float32, in bfloat16, in int4-g32 as it is stored (the obvious
-code: dequantize, then multiply), and as `prepare` lays it out. With qwix installed (pip install qwix), its int4 in
-groups of 32, too: the products of a step alone, without attention, so that it is not one of our programs. All are
-measured in turn; figures are medians over the rounds, and the memory bandwidth is of the same run.
+The same model, cache and program run with random weights in float32, in bfloat16, in int4-g32 as stored (the obvious
+code: dequantize, then multiply), and in int4-g32 in the layout of `prepare`. If Qwix is installed (pip install qwix),
+its int4 in groups of 32 is measured too: only the products of a step, without attention and without our program. All
+are measured in turn. Figures are medians over the rounds; the memory bandwidth is of the same run.
 """
 
 import functools
@@ -28,9 +28,9 @@ from llamajax.model import abstract_model
 from llamajax.parameters import named_arrays
 
 flags.DEFINE_string("shape", "tinyllama-1.1b", "preset of the shape")
-flags.DEFINE_integer("rounds", 5, "how often everything is measured", lower_bound=1)
+flags.DEFINE_integer("rounds", 5, "number of rounds", lower_bound=1)
 flags.DEFINE_integer("context", 128, "tokens in the cache", lower_bound=1)
-flags.DEFINE_integer("steps", 4, "decode steps that a figure is the mean of", lower_bound=1)
+flags.DEFINE_integer("steps", 4, "decode steps per measurement, whose mean is taken", lower_bound=1)
 flags.DEFINE_bool("json", False, "print JSON instead of a table")
 
 _RECIPE, _GROUP = "int4-g32", 32
@@ -40,9 +40,9 @@ class Way(NamedTuple):
     """One way to do a decode step.
 
     Attributes:
-        label: for people.
-        once: measures; returns tokens per second and bytes that a step reads.
-        rates: tokens per second, one a round.
+        label: the name for people.
+        once: measures once; returns tokens per second and the bytes that a step reads.
+        rates: tokens per second, one value per round.
     """
 
     label: str
@@ -51,7 +51,7 @@ class Way(NamedTuple):
 
 
 def model_way(label: str, model: Any) -> Way:
-    """Our program with that model."""
+    """Makes the way that runs our program with a model."""
 
     def once() -> tuple[float, int]:
         options = {"steps": flags.FLAGS.steps, "repeats": 1, "cache_dtype": "float32"}
@@ -62,7 +62,7 @@ def model_way(label: str, model: Any) -> Way:
 
 
 def qwix_way(config: llamajax.Config) -> Way:
-    """The products of a decode step by Qwix's int4, each layer's one after the other."""
+    """Makes the way that computes the products of a decode step with Qwix's int4, layer after layer."""
     import qwix
 
     layers = {}
@@ -101,12 +101,12 @@ def _weight(shape: tuple[int, ...], seed: int) -> jax.Array:
 
 
 def _packed(qwix: Any, weight: jax.Array, channelwise: tuple[int, ...]) -> Any:
-    """A weight, or a stack of them, in Qwix's int4 with a scale for each group along the inputs."""
+    """Converts a weight, or a stack of weights, to Qwix's int4 with a scale per group along the inputs."""
     return qwix.quantize(weight, jnp.int4, channelwise_axes=channelwise, tiled_axes={weight.ndim - 2: _GROUP})
 
 
 def ways(config: llamajax.Config) -> list[Way]:
-    """All there are; the last one is ours."""
+    """Makes all ways; the last one is ours."""
     stored = random_model(config, _RECIPE)
     made = [
         model_way("float32", random_model(config, "float32")),
@@ -116,12 +116,12 @@ def ways(config: llamajax.Config) -> list[Way]:
     if importlib.util.find_spec("qwix"):
         made.append(qwix_way(config))
     else:
-        print("without Qwix, which is not installed: pip install qwix", file=sys.stderr)
+        print("Qwix is not installed and not measured: pip install qwix", file=sys.stderr)
     return [*made, model_way(f"{_RECIPE}, prepared", llamajax.prepare(stored))]
 
 
 def main(argv):
-    """Measures in turn, prints."""
+    """Measures all ways in turn and prints the table."""
     del argv
     made = ways(llamajax.preset(flags.FLAGS.shape))
     sizes = [way.once()[1] for way in made]  # compiles

@@ -3,17 +3,17 @@
     pip install 'llamajax[llamacpp]'
     python benchmarks/versus_llamacpp.py --shape=tinyllama-1.1b --rounds=5
 
-Weights are random: speed does not depend on them. Both formats are 4 bits and a float16 scale for 32 weights, in all
-matrices, embeddings and head included. Each program has a process that holds the model all the time; they answer in
-turn, ours first in one round and llama.cpp's in the next, so that only one works at a time. Figures are medians over
-the rounds; behind the ratio of the medians are the lowest and the highest ratio of one round, because a machine that
-others share is not the same from second to second.
+Weights are random, because speed does not depend on them. Both formats have 4-bit codes and a float16 scale per 32
+weights in all matrices, embeddings and head included. Each program has a process that holds the model all the time.
+They measure in turn, llamajax first in one round and llama.cpp first in the next, so that only one works at a time.
+Figures are medians over the rounds. The ratio of the medians is followed by the lowest and the highest ratio of one
+round, because the speed of a shared machine changes from second to second.
 
-Decoding is greedy. Prefill of llama.cpp makes one token's logits too, a thousandth of its work, and leaves out what the
-last layer would compute for the others. Resident memory counts mapped pages; it is that of a new process which decodes
-32 tokens, and so is the time from its start to its first token, with what can be warm being so: JAX's compiled
-programs, and the files in the system's page cache. Both processes are Python, and import their program. For Linux,
-whose /proc tells what is resident.
+Decoding is greedy. Prefill in llama.cpp also computes one token's logits, a thousandth of its work, and omits what the
+last layer would compute for the other tokens. Resident memory counts mapped pages. It is measured in a new process that
+decodes 32 tokens, as is the time from the start to the first token, with warm caches: JAX's compiled programs, and the
+files in the system's page cache. Both processes are Python and import their program. This script needs Linux, whose
+/proc reports resident memory.
 """
 
 import json
@@ -31,39 +31,39 @@ from typing import Any, NamedTuple
 
 from absl import app, flags, logging
 
-# Nothing else is imported up here: the processes that are measured load this file too, and then what they need.
+# Nothing else is imported here: the measured processes load this file too, and then import only what they need.
 
 flags.DEFINE_string("shape", "tinyllama-1.1b", "preset of the shape")
-flags.DEFINE_integer("rounds", 5, "how often everything is measured", lower_bound=1)
-flags.DEFINE_integer("steps", 16, "decode steps that a figure is the mean of", lower_bound=1)
+flags.DEFINE_integer("rounds", 5, "number of rounds", lower_bound=1)
+flags.DEFINE_integer("steps", 16, "decode steps per measurement, whose mean is taken", lower_bound=1)
 flags.DEFINE_integer("threads", 0, "cores that each program uses; all unless given", lower_bound=0)
-flags.DEFINE_enum("cache_dtype", "float16", ["float16", "float32"], "of keys and values, in both programs")
+flags.DEFINE_enum("cache_dtype", "float16", ["float16", "float32"], "dtype of keys and values in both programs")
 flags.DEFINE_enum(
-    "activations", "float32", ["float32", "bfloat16", "int8"], "what our weights are multiplied with (llama.cpp: int8)"
+    "activations", "float32", ["float32", "bfloat16", "int8"], "rounding of our activations (llama.cpp: int8)"
 )
 flags.DEFINE_list("decode", ["1x128", "1x1024", "8x128"], "rows x context of the decode steps to measure")
 flags.DEFINE_integer("prefill", 512, "length of the prompt to measure; 0 for none", lower_bound=0)
 flags.DEFINE_bool("start", True, "measure new processes: time to the first token, and resident memory")
-flags.DEFINE_string("gguf", None, "file of llama.cpp's; of random weights, written, unless given")
-flags.DEFINE_string("folder", None, "where files stay for another time; a temporary folder if not given")
+flags.DEFINE_string("gguf", None, "GGUF file for llama.cpp; a file of random weights is written if not given")
+flags.DEFINE_string("folder", None, "folder that keeps files for later runs; a temporary folder if not given")
 flags.DEFINE_bool("json", False, "print JSON instead of a table")
-flags.DEFINE_string("as_child", None, "a program's process: for this script's own use")
+flags.DEFINE_string("as_child", None, "the process of a program: for this script's own use")
 
 OURS, THEIRS = "llamajax", "llamacpp"
 RECIPE, KIND = "int4-g32", "Q4_0"
-_BLOCK, _BLOCK_BYTES = 32, 18  # weights of a Q4_0 block; its float16 scale and 16 bytes of codes
-_MOST_TOKENS = 512  # that llama.cpp is given at once; its own default for what it computes at once
-_START_PROMPT, _START_TOKENS = 16, 32  # of the new processes
+_BLOCK, _BLOCK_BYTES = 32, 18  # weights of a Q4_0 block, and its bytes: a float16 scale and 16 bytes of codes
+_MOST_TOKENS = 512  # given to llama.cpp at once; its own default for the tokens that it computes at once
+_START_PROMPT, _START_TOKENS = 16, 32  # tokens of the new processes
 
 
 class Figure(NamedTuple):
-    """What is measured of both programs, again and again.
+    """One quantity that is measured for both programs in each round.
 
     Attributes:
-        label: for people.
-        work: what the processes are asked; None for what new processes tell.
-        unit: of the values.
-        values: program -> a value a round.
+        label: the name for people.
+        work: the request to the processes; None for figures of new processes.
+        unit: the unit of the values.
+        values: program -> one value per round.
     """
 
     label: str
@@ -76,7 +76,7 @@ class Figure(NamedTuple):
 
 
 def write_random_blocks(path: Path, shape: str) -> None:
-    """Random Q4_0 weights of a preset's shape, without a vocabulary; scales are one number, norms ones."""
+    """Writes random Q4_0 weights of a preset's shape, without a vocabulary; all scales are equal, norms are ones."""
     import numpy as np
     from gguf_files import read_random, stored_shape, write_gguf
 
@@ -98,7 +98,7 @@ def write_random_blocks(path: Path, shape: str) -> None:
 
 
 def write_checkpoint(path: Path, shape: str) -> None:
-    """Random weights of ours."""
+    """Writes a checkpoint of ours with random weights."""
     import llamajax
     from llamajax.evaluation.speed import random_model
 
@@ -109,10 +109,10 @@ def write_checkpoint(path: Path, shape: str) -> None:
 
 
 class Context:
-    """A context of llama.cpp with rows that hold nothing yet."""
+    """A context of llama.cpp with empty rows."""
 
     def __init__(self, model: Any, rows: int, slots: int):
-        """`slots` tokens a row."""
+        """Makes a context with `slots` tokens per row."""
         import gguf
         import llama_cpp
 
@@ -130,7 +130,7 @@ class Context:
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(vocabulary)
 
     def run(self, tokens: list[int], first: int, rows: list[int]) -> list[int]:
-        """Feeds each row its token at position `first`; or one row tokens from there on. The likeliest next tokens."""
+        """Feeds each row a token at `first`, or one row tokens from there on; returns the likeliest next tokens."""
         import numpy as np
 
         batch = self._batch
@@ -157,16 +157,16 @@ class Context:
             self.api.llama_memory_seq_cp(self._memory, 0, row, -1, -1)
 
     def forget(self, length: int) -> None:
-        """Leaves each row its first `length` tokens."""
+        """Removes all but the first `length` tokens of each row."""
         for row in range(self.rows):
             self.api.llama_memory_seq_rm(self._memory, row, length, -1)
 
 
 def open_gguf(path: str) -> Any:
-    """llama.cpp's model, mapped and laid out by its own defaults."""
+    """Loads a model in llama.cpp, mapped and laid out by its own defaults."""
     import llama_cpp
 
-    # The binding takes warnings for errors; what goes wrong for good, returns null.
+    # The binding logs warnings as errors; a call that really fails returns null.
     llama_cpp._logger.logger.setLevel("CRITICAL")
     llama_cpp.llama_backend_init()
     model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
@@ -174,7 +174,7 @@ def open_gguf(path: str) -> Any:
 
 
 def their_answers() -> Callable[[dict[str, Any]], float]:
-    """What llama.cpp's process does for a request: tokens per second."""
+    """Returns the function by which llama.cpp's process answers a request with tokens per second."""
     model, contexts = open_gguf(flags.FLAGS.gguf), {}
 
     def prefill(length: int) -> float:
@@ -204,7 +204,7 @@ def their_answers() -> Callable[[dict[str, Any]], float]:
 
 
 def their_start() -> Iterator[None]:
-    """A new process of llama.cpp; yields when the first token is there, and again behind the last."""
+    """Generates with llama.cpp in a new process; yields after the first token and after the last."""
     model = open_gguf(flags.FLAGS.gguf)
     context = Context(model, 1, _slots(_START_PROMPT + _START_TOKENS))
     tokens = context.run(list(range(3, 3 + _START_PROMPT)), 0, [0])
@@ -218,7 +218,7 @@ def their_start() -> Iterator[None]:
 
 
 def our_answers() -> Callable[[dict[str, Any]], float]:
-    """What our process does for a request: tokens per second."""
+    """Returns the function by which our process answers a request with tokens per second."""
     import llamajax
     from llamajax.evaluation.speed import measure_decode, measure_prefill, random_model
 
@@ -237,7 +237,7 @@ def our_answers() -> Callable[[dict[str, Any]], float]:
 
 
 def our_start() -> Iterator[None]:
-    """A new process of ours, as `llamajax generate` is; yields when the first token is there, and behind the last."""
+    """Generates like `llamajax generate` in a new process; yields after the first token and after the last."""
     import jax
 
     import llamajax
@@ -261,10 +261,10 @@ def our_start() -> Iterator[None]:
 
 
 def serve(name: str) -> None:
-    """A child's life: answers the requests on stdin, a line each, or starts once and tells how that was."""
+    """Runs a child process: answers each line of stdin, or starts once and reports the first token and its memory."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: _threads()])
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every array that it reads.
+    logging.set_verbosity(logging.WARNING)  # Orbax logs every array that it reads.
     program, what = name.split("-")
     if what == "start":
         milestones = our_start() if program == OURS else their_start()
@@ -281,7 +281,7 @@ def serve(name: str) -> None:
 
 
 def start_child(name: str) -> subprocess.Popen:
-    """A process of this script's, with our flags."""
+    """Starts a process of this script with our flags."""
     given = ("shape", "gguf", "folder", "cache_dtype", "activations", "threads")
     options = [f"--{flag}={flags.FLAGS[flag].value}" for flag in given if flags.FLAGS[flag].value]
     command = [sys.executable, __file__, f"--as_child={name}", *options]
@@ -294,19 +294,19 @@ def start_child(name: str) -> subprocess.Popen:
 
 
 def heard(child: subprocess.Popen, program: str) -> str:
-    """A line of a child's; ends everything if the child did."""
+    """Reads a line of a child's output; exits if the child has ended."""
     line = child.stdout.readline()
     return line.strip() if line else sys.exit(f"the process of {program} ended with code {child.wait()}")
 
 
 def asked(child: subprocess.Popen, program: str, work: dict[str, Any]) -> float:
-    """A child's answer to one request."""
+    """Returns a child's answer to one request."""
     print(json.dumps(work), file=child.stdin, flush=True)
     return float(heard(child, program))
 
 
 def started(program: str) -> tuple[float, float]:
-    """A new process: seconds to its first token, and GiB resident while it decodes."""
+    """Starts a new process; returns seconds to its first token, and GiB resident while it decodes."""
     begin = time.perf_counter()
     with start_child(f"{program}-start") as child:
         heard(child, program)
@@ -315,7 +315,7 @@ def started(program: str) -> tuple[float, float]:
 
 
 def measure(rounds: int) -> tuple[list[Figure], float]:
-    """All figures, and the memory bandwidth in bytes per second."""
+    """Measures all figures, and the memory bandwidth in bytes per second."""
     from llamajax.evaluation.speed import memory_bandwidth
 
     figures, steps = [], flags.FLAGS.steps
@@ -331,7 +331,7 @@ def measure(rounds: int) -> tuple[list[Figure], float]:
     try:
         for program, child in children.items():
             heard(child, program)
-            for figure in figures:  # compiles, fills contexts
+            for figure in figures:  # the first request compiles and fills contexts
                 asked(child, program, figure.work)
             if flags.FLAGS.start:
                 started(program)
@@ -356,7 +356,7 @@ def measure(rounds: int) -> tuple[list[Figure], float]:
 
 
 def table(figures: list[Figure]) -> str:
-    """Markdown: medians, and ours divided by theirs."""
+    """Returns a Markdown table: medians, and ours divided by theirs."""
     lines = [f"| | llamajax {RECIPE} | llama.cpp {KIND} | ratio | of one round |", "|---|---|---|---|---|"]
     for label, _, unit, values in figures:
         ours, theirs = (statistics.median(values[program]) for program in (OURS, THEIRS))
@@ -367,18 +367,18 @@ def table(figures: list[Figure]) -> str:
 
 
 def _threads() -> int:
-    """Cores to use."""
+    """Returns the number of cores to use."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(flags.FLAGS.threads or available, available)
 
 
 def _slots(length: int) -> int:
-    """Of a row that is to hold so many tokens; multiples of 256, as in both programs."""
+    """Returns the slots of a row for `length` tokens: a multiple of 256, as in both programs."""
     return -(-length // 256) * 256
 
 
 def _write_files(folder: Path) -> None:
-    """What is not there yet, in a process of its own: what this one holds could count as its children's."""
+    """Writes missing files in a separate process, because memory of this process could count as its children's."""
     import multiprocessing
 
     shape, gguf = flags.FLAGS.shape, Path(flags.FLAGS.gguf)
@@ -393,7 +393,7 @@ def _write_files(folder: Path) -> None:
 
 
 def main(argv):
-    """Writes, measures in turn, prints."""
+    """Writes the files, measures in turn, and prints the table."""
     del argv
     if flags.FLAGS.as_child:
         serve(flags.FLAGS.as_child)

@@ -1,17 +1,17 @@
-"""Our recipes beside llama.cpp's types on the model in the box: bits a weight against what they cost.
+"""Our recipes beside llama.cpp's types on the model in the box: bits per weight against loss of quality.
 
     pip install 'llamajax[llamacpp,plot]'
     python benchmarks/versus_llamacpp_quality.py
 
-The box is written to GGUF in float32, llama.cpp quantizes it, and each program runs what it made over the same tokens
-in the same windows: stories that the box was not trained on. KL divergence and agreement are against the same program's
-float32 logits, which are first checked to be the same in both. llama.cpp rounds activations to 8 bits where it
-multiplies by quantized weights; that is how it runs them, and it is in its figures. With --dequantize it runs the same
-weights in float32: what is left is the error of the weights. Our weights are laid out as they run on this machine; with
+The box is written to GGUF in float32 and quantized by llama.cpp. Each program runs its models over the same tokens in
+the same windows: stories that the box was not trained on. KL divergence and agreement are against the same program's
+float32 logits, which are first checked to agree between the programs. llama.cpp rounds activations to 8 bits where it
+multiplies by quantized weights; its figures include this rounding. With --dequantize it runs the same weights in
+float32, so that only the error of the weights is left. Our weights are in the layout of this machine; with
 --reference_products they are dequantized whole, in float32.
 
-Bits a weight count all tensors, norms included, and no metadata. What needs calibration, our recipes and importance
-matrices, sees the same stories. Prints one table and draws `docs/images/quality.svg`.
+Bits per weight count all tensors, norms included, and no metadata. Everything that needs calibration, our recipes and
+importance matrices, uses the same stories. Prints one table and draws `docs/images/quality.svg`.
 """
 
 import collections
@@ -47,17 +47,17 @@ try:
 except ImportError:
     sys.exit("llama.cpp's Python binding is needed: pip install 'llamajax[llamacpp]'")
 
-logging.getLogger("gguf").setLevel(logging.WARNING)  # It tells what it writes.
+logging.getLogger("gguf").setLevel(logging.WARNING)  # It logs what it writes.
 
 WINDOW = 512
-# llama.cpp's threads wait for each other by spinning: on a machine that does something else, too, two took seven times
-# as long as one. No figure depends on it.
+# llama.cpp's threads wait for each other by spinning: under other load, two threads took seven times as long as one. No
+# figure depends on this number.
 RUNNING_THREADS = 1
-CALIBRATION_TOKENS = 65536  # of stories that are not measured on: for our recipes and for importance matrices
+CALIBRATION_TOKENS = 65536  # of stories that are not measured on, for our recipes and for importance matrices
 _WITH_IMPORTANCE = "llama.cpp, importance matrix"
 _TARGETS, _SEARCHED = "llamajax, target_bpw", "mixed-4.5bpw"
-_MOST_BITS_DRAWN = 6  # beyond, no curve to see
-_MOST_DIVERGENCE_DRAWN = 0.1  # nats; beyond, no model left: ternary weights, say, in one not trained for them
+_MOST_BITS_DRAWN = 6  # points with more bits are not drawn: no curve is visible there
+_MOST_DIVERGENCE_DRAWN = 0.1  # nats; above it a model is useless, for example an untrained ternary one
 _PICTURE = Path(__file__).parents[1] / "docs" / "images" / "quality.svg"
 
 
@@ -65,12 +65,12 @@ class Row(NamedTuple):
     """One point of a curve.
 
     Attributes:
-        name: recipe, or llama.cpp's type.
-        family: who made it; one curve each.
-        bits: per weight.
-        bytes: of all tensors.
-        result: beside the same program's float32 model.
-        tensors: what the tensors of a GGUF file became, and the size of the file.
+        name: the recipe, or llama.cpp's type.
+        family: the program and method that made it; each family is one curve.
+        bits: bits per weight.
+        bytes: the bytes of all tensors.
+        result: the comparison with the same program's float32 model.
+        tensors: the type of each tensor of a GGUF file, and the size of the file.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Row(NamedTuple):
 
 
 def open_gguf(path: Path) -> llama_cpp.Llama:
-    """A model of one window, with float32 keys and values: what is measured is the weights."""
+    """Opens a model with a context of one window and float32 keys and values, because only weights are compared."""
     length = {"n_ctx": WINDOW, "n_batch": WINDOW, "n_ubatch": WINDOW}
     threads = {"n_threads": RUNNING_THREADS, "n_threads_batch": RUNNING_THREADS}
     cache = {"type_k": int(gguf.GGMLQuantizationType.F32), "type_v": int(gguf.GGMLQuantizationType.F32)}
@@ -93,19 +93,19 @@ def open_gguf(path: Path) -> llama_cpp.Llama:
 
 
 def gguf_logits(model: llama_cpp.Llama, tokens: np.ndarray) -> np.ndarray:
-    """Logits of one window from position 0, no BOS added, [T, V]; overwritten by the next call."""
+    """Returns logits [T, V] of one window from position 0, without a BOS; the next call overwrites them."""
     model.reset()
     model.eval(tokens.tolist())
     return model.scores[: len(tokens)]
 
 
 def all_logits(model: llama_cpp.Llama, tokens: np.ndarray) -> list[np.ndarray]:
-    """Logits of every window: of the reference, which is compared with many times."""
+    """Returns the logits of every window, for the reference of many comparisons."""
     return [gguf_logits(model, window[:-1]).copy() for window in document_windows(tokens, WINDOW).rows]
 
 
 def compare_gguf(path: Path, reference: list[np.ndarray], tokens: np.ndarray) -> Comparison:
-    """`llamajax.evaluation.evaluate.compare`, by llama.cpp."""
+    """The same as `llamajax.evaluation.evaluate.compare`, with logits of llama.cpp."""
     model = open_gguf(path)
     windows = document_windows(tokens, WINDOW).rows
     sums = np.zeros(len(Comparison._fields))
@@ -129,7 +129,7 @@ def _comparison(ours_TV: jax.Array, theirs_TV: jax.Array, target_T: jax.Array) -
 
 
 def importance_matrix(model: llamajax.Llama, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """What `llama-imatrix` collects: the mean square of each input of every matrix but the embedding and head."""
+    """Computes what `llama-imatrix` collects: the mean square of each input of all matrices but embedding and head."""
     rows = calibrate.calibration_windows(tokens, model.config, WINDOW)
     x_WTD = np.array(model.embed_VD[rows])
     names = {"attention": ("attn_q", "attn_k", "attn_v"), "out": ("attn_output",)}
@@ -149,7 +149,7 @@ def importance_matrix(model: llamajax.Llama, tokens: np.ndarray) -> dict[str, np
 
 
 def our_rows(model: llamajax.Llama, tokens: np.ndarray, calibration: np.ndarray, sizes: set[float]) -> Iterator[Row]:
-    """A row for each of our recipes, and one for each of llama.cpp's sizes, by `--target_bpw` of no more than that."""
+    """Yields a row for each of our recipes, and one for each of llama.cpp's sizes with a `target_bpw` of at most it."""
     recipes = {name: ("llamajax, recipes", read_recipe(name)) for name in recipe_names()}
     for size in sizes:
         target = math.floor(size * 100) / 100
@@ -168,7 +168,7 @@ def our_rows(model: llamajax.Llama, tokens: np.ndarray, calibration: np.ndarray,
 def llamacpp_rows(
     folder: Path, reference: list[np.ndarray], tokens: np.ndarray, importance: dict[str, np.ndarray] | None = None
 ) -> Iterator[Row]:
-    """A row for each of llama.cpp's types, made from `folder`/float32.gguf."""
+    """Yields a row for each of llama.cpp's types, made from `folder`/float32.gguf."""
     family = _WITH_IMPORTANCE if importance else "llama.cpp"
     for kind in flags.FLAGS.types:
         path = folder / f"{kind}.gguf"
@@ -183,7 +183,7 @@ def llamacpp_rows(
 
 
 def check_same_logits(model: llamajax.Llama, reference: list[np.ndarray], tokens: np.ndarray) -> float:
-    """Largest difference between our float32 logits and llama.cpp's over one window; large means a wrong GGUF file."""
+    """Returns the largest difference of float32 logits between the programs over one window; exits if it is large."""
     ours = np.asarray(model(tokens[None, :WINDOW])[0][0])
     difference = float(np.max(np.abs(ours - reference[0])))
     if not difference < 1e-2:
@@ -192,7 +192,7 @@ def check_same_logits(model: llamajax.Llama, reference: list[np.ndarray], tokens
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown, most bits first."""
+    """Returns a Markdown table, most bits first."""
     lines = [
         "| | bits a weight | bytes | perplexity | KL divergence, nats | top-1 agreement |",
         "|---|---|---|---|---|---|",
@@ -208,26 +208,26 @@ def table(rows: list[Row]) -> str:
 
 
 def made_of(row: Row) -> str:
-    """How many tensors a GGUF file holds of each type."""
+    """Returns as text how many tensors of each type a GGUF file holds."""
     counts = collections.Counter(kind for kind in row.tensors.values() if isinstance(kind, str))
     parts = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
     return f"{row.name}: {parts}; file of {row.tensors['file bytes']:,} bytes"
 
 
 def draw(rows: list[Row], picture: Path) -> None:
-    """The curves. An importance matrix changes no size: such a point needs no label, its type's is just above it."""
+    """Draws the curves. Points with importance matrices need no label: the same size without one is just above them."""
     points = [
         Point(row.family, "" if row.family == _WITH_IMPORTANCE else row.name, row.bits, row.result.kl_divergence)
         for row in sorted(
             rows, key=lambda row: not row.family.startswith("llamajax")
-        )  # whose labels then have the best places
+        )  # first, so that their labels get the best places
         if row.bits <= _MOST_BITS_DRAWN and row.result.kl_divergence <= _MOST_DIVERGENCE_DRAWN
     ]
     quality_curve(points, picture)
 
 
 def main(argv):
-    """Measures, prints, draws."""
+    """Measures all models, draws the curves and prints the table."""
     del argv
     model, tokenizer = llamajax.load("box", dtype=jnp.float32)
     tokens = encode_documents(tokenizer, heldout_stories())
@@ -255,11 +255,11 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    # Defined here, not above: quantize_1b.py imports this file and has flags of its own.
-    flags.DEFINE_list("types", ["Q4_0", "Q4_1", "Q4_K_M", "Q3_K_M", "Q2_K"], "what llama.cpp quantizes to")
-    flags.DEFINE_bool("imatrix", True, "measure these types with an importance matrix, too")
-    flags.DEFINE_bool("dequantize", False, "llama.cpp runs its weights in float32, and rounds no activations")
-    flags.DEFINE_bool("reference_products", False, "llamajax dequantizes its weights whole, in float32")
+    # Defined here and not above, because importing scripts have flags of their own.
+    flags.DEFINE_list("types", ["Q4_0", "Q4_1", "Q4_K_M", "Q3_K_M", "Q2_K"], "types that llama.cpp quantizes to")
+    flags.DEFINE_bool("imatrix", True, "also measure these types with an importance matrix")
+    flags.DEFINE_bool("dequantize", False, "run llama.cpp with its weights in float32, which rounds no activations")
+    flags.DEFINE_bool("reference_products", False, "run llamajax with weights dequantized whole, in float32")
     flags.DEFINE_bool("json", False, "print JSON instead of a table")
-    flags.DEFINE_string("picture", str(_PICTURE), "where to draw the curves")
+    flags.DEFINE_string("picture", str(_PICTURE), "file to draw the curves to")
     app.run(main)
