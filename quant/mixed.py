@@ -59,7 +59,7 @@ class Mixed(Weight):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight, or of one layer of it."""
+        """Shape of the weight, or of one layer if `layer` is given."""
         rest = tuple(self.stacks[0].shape[1:])
         return (len(self.types), *rest) if self.layer is None else rest
 
@@ -84,7 +84,7 @@ class Mixed(Weight):
         return tuple(self.types[:layer].count(kind) for layer, kind in enumerate(self.types))
 
     def product(self, x: jax.Array, index: jax.Array | int | None = None) -> jax.Array:
-        """As of every `Weight`, where `layer` is given of that one."""
+        """See `Weight.product`, where `layer` is given of that one."""
         if self.layer is None:
             if index is None:
                 return super().product(x)  # which says what is missing
@@ -108,17 +108,17 @@ class Mixed(Weight):
         return self.product(x)
 
     def values(self) -> jax.Array:
-        """As of every `Weight`; of all layers, or of one that is known at run time."""
+        """See `Weight.values`; of all layers, or of one that is known at run time."""
         if self.layer is None:
             return jnp.stack([values(self.take(number)) for number in range(len(self.types))])
         return jax.lax.dynamic_index_in_dim(dataclasses.replace(self, layer=None).values(), self.layer, keepdims=False)
 
     def take(self, number: int) -> Any:
-        """As of every `Weight`."""
+        """See `Weight.take`."""
         return layer_of(self.stacks[self.types[number]], self.places[number])
 
     def split(self) -> tuple[None, Callable[[Any, jax.Array], Any]]:
-        """As of every `Weight`: a scan slices nothing."""
+        """See `Weight.split`: a scan slices nothing."""
         return None, lambda part, place: dataclasses.replace(self, layer=place)
 
 

@@ -51,7 +51,7 @@ class Layout(Weight):
         return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, self.layer, keepdims=False), whole)
 
     def matrix(self, index: jax.Array | int) -> Self:
-        """As of every `Weight`: a view, a layer of what is then a stack of all matrices."""
+        """See `Weight.matrix`: a view, a layer of what is then a stack of all matrices."""
         whole = dataclasses.replace(self, layer=None)  # type: ignore[type-var]
         number = jnp.asarray(index, jnp.int32)
         if self.layer is not None:
@@ -59,21 +59,21 @@ class Layout(Weight):
         return flat_stack(whole, whole.ndim - 2).at_layer(number)
 
     def multiply(self, x: jax.Array) -> jax.Array:
-        """As of every `Weight`, by the backend's product."""
+        """See `Weight.multiply`, by the backend's product."""
         x = rounded(x, self, None)
         y_RM = self.matmul(x.reshape(-1, x.shape[-1]))
         return y_RM.reshape(*x.shape[:-1], -1)
 
     def values(self) -> jax.Array:
-        """As of every `Weight`."""
+        """See `Weight.values`."""
         return self.restore().values()
 
     def take(self, number: int) -> Self:
-        """As of every `Weight`: a copy."""
+        """See `Weight.take`: a copy."""
         return self.at_layer(jnp.asarray(number, jnp.int32)).sliced()
 
     def split(self) -> tuple[None, Callable[[Any, jax.Array], Any]]:
-        """As of every `Weight`: a scan slices nothing."""
+        """See `Weight.split`: a scan slices nothing."""
         return None, lambda part, place: self.at_layer(place)
 
     def matmul(self, x_RK: jax.Array) -> jax.Array:

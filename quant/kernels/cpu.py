@@ -78,19 +78,19 @@ class TiledWeight(Layout):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight, or of one layer of it."""
+        """Shape of the weight, or of one layer if `layer` is given."""
         *lead, _, length, _ = self.tiles.shape
         lead = lead if self.layer is None else lead[1:]
         return (*lead, length, self.outputs) if self.axis == -2 else (*lead, self.outputs, length)
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the weight that this stands for."""
+        """Dtype of the weight that this object represents."""
         return self.tiles.dtype
 
     @property
     def scheme(self) -> Scheme:
-        """Of its codes."""
+        """Scheme of the codes."""
         return self.tiles.scheme
 
     @property
@@ -100,7 +100,7 @@ class TiledWeight(Layout):
 
     @property
     def activations(self) -> str | None:
-        """As `QTensor.activations`."""
+        """See `QTensor.activations`."""
         return self.tiles.activations
 
     @property
@@ -109,11 +109,11 @@ class TiledWeight(Layout):
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((self.tiles, self.order)))
 
     def matmul(self, x_RK: jax.Array) -> jax.Array:
-        """As the function of this name."""
+        """Calls the module's function `matmul`."""
         return matmul(x_RK, self)
 
     def multiply(self, x: jax.Array) -> jax.Array:
-        """As of every `Weight`; of ternary codes with activations in int8 by sums of whole numbers, of a few rows."""
+        """See `Weight.multiply`; of ternary codes with activations in int8 by sums of whole numbers, of a few rows."""
         x_RK = x.reshape(-1, x.shape[-1])
         if not cpu_ternary.applies(self.tiles) or x_RK.shape[0] > MAX_INTEGER_ROWS or self.order is not None:
             return super().multiply(x)
@@ -122,11 +122,11 @@ class TiledWeight(Layout):
         return cpu_ternary.product(x_RK, tiles, layer)[:, : self.outputs].reshape(*x.shape[:-1], -1)
 
     def restore(self) -> QTensor:
-        """As the function of this name."""
+        """Calls the module's function `restore`."""
         return restore(self)
 
     def rows(self, row_n: jax.Array) -> jax.Array:
-        """As the function of this name."""
+        """Calls the module's function `rows`."""
         return rows(self, row_n)
 
 

@@ -68,18 +68,18 @@ class GpuWeight(Layout):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight, or of one layer of it."""
+        """Shape of the weight, or of one layer if `layer` is given."""
         *lead, length, outputs = self.columns.shape[0 if self.layer is None else 1 :]
         return (*lead, length, outputs) if self.axis == -2 else (*lead, outputs, length)
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the weight that this stands for."""
+        """Dtype of the weight that this object represents."""
         return self.columns.dtype
 
     @property
     def scheme(self) -> Scheme:
-        """Of its codes."""
+        """Scheme of the codes."""
         return self.columns.scheme
 
     @property
@@ -89,7 +89,7 @@ class GpuWeight(Layout):
 
     @property
     def activations(self) -> str | None:
-        """As `QTensor.activations`."""
+        """See `QTensor.activations`."""
         return self.columns.activations
 
     @property
@@ -98,15 +98,15 @@ class GpuWeight(Layout):
         return self.columns.nbytes + (0 if self.unit is None else 4 * self.unit.size)
 
     def matmul(self, x_RK: jax.Array) -> jax.Array:
-        """As the function of this name."""
+        """Calls the module's function `matmul`."""
         return matmul(x_RK, self)
 
     def restore(self) -> QTensor:
-        """As the function of this name."""
+        """Calls the module's function `restore`."""
         return restore(self)
 
     def rows(self, row_n: jax.Array) -> jax.Array:
-        """As the function of this name."""
+        """Calls the module's function `rows`."""
         return rows(self, row_n)
 
 

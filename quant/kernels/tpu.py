@@ -78,7 +78,7 @@ class TpuWeight(Layout):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight that this stands for."""
+        """Shape of the weight that this object represents."""
         *lead, length, outputs = self.codes.shape[0 if self.layer is None else 1 :]
         return (*lead, length, outputs) if self.axis == -2 else (*lead, outputs, length)
 
@@ -94,15 +94,15 @@ class TpuWeight(Layout):
         return self.codes.shape[-2] // self.scale.shape[-2]
 
     def matmul(self, x_RK: jax.Array) -> jax.Array:
-        """As the function of this name."""
+        """Calls the module's function `matmul`."""
         return matmul(x_RK, self)
 
     def restore(self) -> QTensor:
-        """As the function of this name."""
+        """Calls the module's function `restore`."""
         return restore(self)
 
     def rows(self, row_n: jax.Array) -> jax.Array:
-        """As the function of this name."""
+        """Calls the module's function `rows`."""
         return rows(self, row_n)
 
 
