@@ -285,7 +285,7 @@ def test_two_levels_of_other_sizes_are_of_no_type() -> None:
         (lambda: ggml.pack(weight_of("int4")), "a weight with axis -2: expected -1, as ggml has them"),
         (lambda: ggml.pack(ggml.transposed(weight_of("int4")), "Q5_0"), "expected what Q5_0 .* holds"),
         (lambda: ggml.pack(np.zeros((2, 4), np.float64)), "no ggml type holds it; the nearest is F32"),
-        (lambda: quant.with_offset(_two_levels()), "scales of two levels: expected floats"),
+        (lambda: quant.with_offset(_two_levels()), "scales of two levels beside zero points: expected float scales"),
     ],
 )
 def test_errors(call, message: str) -> None:

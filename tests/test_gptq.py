@@ -323,7 +323,7 @@ def test_a_weight_of_zeros_stays_zero() -> None:
         ({"scheme": "int7"}, "no scheme 'int7': expected one of"),
         ({"group_size": 12}, "groups of 12 do not divide an axis of 16: choose"),
         ({"group_size": "row"}, "group_size 'row': expected a number, 'channel' or 'tensor'"),
-        ({"axis": 0}, "axis 0: groups run along -2"),
+        ({"axis": 0}, "axis 0: expected -2"),
         ({"scale_dtype": "float64"}, "scale_dtype float64: expected float32 or bfloat16 or float16"),
         ({"clip": "max"}, "clip 'max': expected None or 'mse'"),
         ({"damping": -0.1}, "damping -0.1: expected a fraction of the mean diagonal, not negative"),
