@@ -94,7 +94,7 @@ def test_ternary_of_powers_comes_back_as_tq2_0() -> None:
     found, blocks = ggml.pack(ggml.unpack("TQ1_0", one))
     assert found.name == "TQ2_0"
     np.testing.assert_array_equal(blocks, two)
-    with pytest.raises(ValueError, match="packing to TQ1_0: expected a type that a weight in codes is"):
+    with pytest.raises(ValueError, match="packing to TQ1_0: expected a type that quantized weights can be"):
         ggml.pack(ggml.unpack("TQ1_0", one), "TQ1_0")
 
 
