@@ -55,7 +55,7 @@ def unpack(packed_rK: np.ndarray, scale: np.ndarray, dtype: Any = np.float32, *,
     for part in range(_CODES):
         codes_Kr = packed_Kr >> np.uint8(2 * part) & np.uint8(3)
         if codes_Kr.max(initial=0) > _TERNARY.max_code:
-            raise ValueError("holds the code 3: expected codes 0, 1 and 2, which stand for -1, 0 and 1")
+            raise ValueError("holds the code 3: expected 0, 1 and 2, which stand for -1, 0 and 1")
         plane[:, part * quarter : (part + 1) * quarter] = _merged(np.split(codes_Kr, _CODES))
     if divides:
         with np.errstate(divide="ignore"):

@@ -326,7 +326,7 @@ def test_a_weight_of_zeros_stays_zero() -> None:
         ({"axis": 0}, "axis 0: expected -2"),
         ({"scale_dtype": "float64"}, "scale_dtype float64: expected float32 or bfloat16 or float16"),
         ({"clip": "max"}, "clip 'max': expected None or 'mse'"),
-        ({"damping": -0.1}, "damping -0.1: expected a fraction of the mean diagonal, not negative"),
+        ({"damping": -0.1}, "damping -0.1: expected a fraction of the mean diagonal, 0 or more"),
         ({"damping": float("nan")}, "damping nan: expected"),
         ({"block_size": 0}, "block_size 0: expected at least 1"),
         ({"scale_scheme": "int9"}, "no scheme 'int9'"),
