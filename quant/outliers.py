@@ -69,8 +69,8 @@ def split_outliers(
 
     Args:
         weight: float [..., K, M] (`axis=-2`) or [..., M, K] (`axis=-1`).
-        index: int [..., r], distinct channels in [0, K), for example from `outlier_channels`. With r = 0 the weight is
-            quantized as it is.
+        index: int [..., r], distinct channels in [0, K), for example from `outlier_channels`. With r = 0 the whole
+            weight is quantized.
         quantize: the quantizer, such as `lambda weight: quantize_rtn(weight, "int8", group_size="channel")`.
         axis: the contraction axis, -2 or -1; the quantizer must have the same.
         dtype: dtype of the kept channels, float16, bfloat16 or float32. In float16 magnitudes below 3e-8 become 0.

@@ -1,4 +1,4 @@
-"""`QTensor`: the quantized weight, a pytree that stands where a weight array stood.
+"""`QTensor`: the quantized weight, a pytree that replaces a weight array.
 
 Dimension key: `K` contraction axis, `M` outputs, `C` groups along K, `g` = K / C elements of a group, `r` outlier
 channels. Shapes are written for `axis=-2`, a weight [..., K, M]; a table of embeddings is [..., M, K], `axis=-1`, and
@@ -134,7 +134,7 @@ class QTensor(Weight):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays, as they are on a device and in a file."""
+        """Bytes of all arrays, on a device and in a file."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     @property

@@ -201,7 +201,7 @@ class Rule:
                 raise ValueError(f"rule for {self.weights!r}: {message}")
 
     def for_inputs(self, length: int) -> "Rule":
-        """Returns the rule for a weight of so many inputs: itself unless `indivisible` applies."""
+        """Returns the rule for a weight of `length` inputs: itself unless `indivisible` applies."""
         if self.scheme is None or self.indivisible is None or isinstance(self.group_size, str):
             return self
         if length % self.group_size == 0:

@@ -260,7 +260,7 @@ def _by_blocks(
 
 
 def _block_sizes(count: int, matrices: int) -> list[int]:
-    """Returns the possible numbers of rows of a block, ascending, for `count` rows and so many matrices."""
+    """Returns the possible numbers of rows of a block, ascending, for `count` rows and `matrices` matrices."""
     up = lambda size, multiple: -(-size // multiple) * multiple  # noqa: E731
     most = min(count, -(-5 * count // (4 * matrices)))
     if most <= _ROW_MULTIPLE:

@@ -205,7 +205,7 @@ def _step_bytes(tiles: QTensor, rows: int) -> int:
 
 
 def _steps(tiles: QTensor, step_bytes: int) -> tuple[int, int]:
-    """Returns groups per step and parts (steps) per group, one of them 1, for steps of up to about so many bytes.
+    """Returns groups per step and parts (steps) per group, one of them 1, for steps of about `step_bytes` at most.
 
     The groups of a step share their scales of the second level.
     """
