@@ -1,6 +1,6 @@
 """Quantized weights for JAX: usable without `llamajax`.
 
-    quantized = quantize_rtn(weight_DF, "int4", group_size=32)    # 4.5 bits a weight
+    quantized = quantize_rtn(weight_DF, "int4", group_size=32)    # 4.5 bits per weight
     y_BF = product(x_BD, quantized)                               # the same call as with an array
 
 FORMAT.md specifies the bytes; `QTensor` is the pytree that holds them.

@@ -1,11 +1,11 @@
-"""BitNet b1.58's layers as transformers has them <-> `QTensor`s: ternary codes with one scale, int8 activations.
+"""Converts BitNet b1.58 layers of transformers to `QTensor`s and back: ternary codes, one scale, int8 activations.
 
     weight_KM = bitnet.unpack(packed_rK, scale)        # of a file: uint8 [M / 4, K] and its scale [1]
     packed_rK, scale = bitnet.pack(weight_KM)          # the same bytes
     weight_KM = bitnet.rounded(master_KM)              # of floats, as layers round them online
 
-There (integrations/bitnet.py, `pack_weights`) a byte holds the codes of four outputs that are M / 4 apart; here
-(FORMAT.md) of four inputs that are K / 4 apart. The codes are the same ones, and so is what they stand for.
+In transformers (integrations/bitnet.py, `pack_weights`) a byte holds the codes of four outputs that are M / 4 apart; in
+FORMAT.md it holds the codes of four inputs that are K / 4 apart. The codes and their values are the same.
 """
 
 import dataclasses
@@ -24,25 +24,25 @@ __all__ = ["abstract", "holds", "pack", "packed_shape", "rounded", "unpack", "wi
 
 _CODES = 4  # in a byte
 _TERNARY = SCHEMES["ternary"]
-# `ActQuant`: codes of -128 to 127 with one scale for each token.
+# transformers' `ActQuant`: codes of -128 to 127 with one scale for each token.
 _ACTIVATIONS = "int8-token"
 
 
 def unpack(packed_rK: np.ndarray, scale: np.ndarray, dtype: Any = np.float32, *, divides: bool = False) -> QTensor:
-    """The weight that packed codes are, every code as it is.
+    """Converts packed codes to a weight with the same codes.
 
     Args:
         packed_rK: uint8 [M / 4, K], K a multiple of 4.
-        scale: float [1]: what codes are multiplied by.
-        dtype: of the weight that this stands for.
-        divides: whether the scale divides, as that of `BitLinear` does and that of `AutoBitLinear` does not; then it
-            becomes its reciprocal, in float32.
+        scale: float [1], the factor of the codes.
+        dtype: dtype of the weight that the QTensor replaces.
+        divides: whether codes are divided by the scale (`BitLinear`) rather than multiplied (`AutoBitLinear`); then the
+            result has its reciprocal, in float32.
 
     Returns:
         A QTensor [K, M] of NumPy arrays.
 
     Raises:
-        ValueError: for other shapes, or a code that is none of -1, 0 and 1.
+        ValueError: for other shapes or dtypes, or a code other than 0, 1 and 2.
     """
     if packed_rK.ndim != 2 or packed_rK.dtype != np.uint8 or packed_rK.shape[1] % _CODES or scale.size != 1:
         raise ValueError(
@@ -67,10 +67,10 @@ def pack(weight: QTensor) -> tuple[np.ndarray, np.ndarray]:
     """Undoes `unpack`, bit for bit.
 
     Returns:
-        uint8 [M / 4, K], and the scale [1], which multiplies.
+        uint8 [M / 4, K], and the scale [1], by which codes are multiplied.
 
     Raises:
-        ValueError: for a weight that this form does not hold (`holds`).
+        ValueError: for a weight that this form cannot hold (`holds`).
     """
     if not holds(weight):
         raise ValueError(f"a weight of shape {weight.shape}: expected ternary codes with one scale, and int8 tokens")
@@ -83,20 +83,20 @@ def pack(weight: QTensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rounded(weight: Any, dtype: Any = np.float32) -> QTensor:
-    """Floats [K, M] as layers round them online (`WeightQuant`): the mean magnitude is the scale, in float32.
+    """Quantizes floats [K, M] as layers round them online (`WeightQuant`): the scale is the mean magnitude, float32.
 
     Raises:
-        ValueError: if K is no multiple of 4, or the weight not finite.
+        ValueError: if K is not a multiple of 4, or the weight is not finite.
     """
     made = quantize_rtn(jnp.asarray(weight, jnp.float32), _TERNARY, group_size="tensor", scale_dtype=np.float32)
     return _weight(np.asarray(made.planes[0]), np.asarray(made.scale), dtype)
 
 
 def abstract(shape: tuple[int, ...], dtype: Any, scale_dtype: Any) -> QTensor:
-    """What `unpack` makes of a weight of that shape [K, M], with `jax.ShapeDtypeStruct` for arrays.
+    """Returns what `unpack` returns for a weight of shape [K, M], with `jax.ShapeDtypeStruct` for arrays.
 
     Raises:
-        ValueError: if bytes would not be full there or here.
+        ValueError: if K or M is not a multiple of 4.
     """
     length, outputs = shape
     packed_shape((outputs, length))
@@ -105,10 +105,10 @@ def abstract(shape: tuple[int, ...], dtype: Any, scale_dtype: Any) -> QTensor:
 
 
 def packed_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Of the packed codes of a tensor [M, K].
+    """Returns the shape of the packed codes of a tensor [M, K].
 
     Raises:
-        ValueError: if bytes would not be full there or here.
+        ValueError: if K or M is not a multiple of 4.
     """
     outputs, length = shape
     if length % _CODES or outputs % _CODES:
@@ -117,13 +117,13 @@ def packed_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def with_int8_tokens(weight: Any) -> Any:
-    """A weight, multiplied with activations as BitNet's are if it is of ternary codes; arrays may be abstract."""
+    """Sets a ternary weight's activations to int8, as BitNet has them; returns others unchanged. May be abstract."""
     is_ternary = isinstance(weight, QTensor) and weight.scheme == _TERNARY
     return dataclasses.replace(weight, activations=_ACTIVATIONS) if is_ternary else weight
 
 
 def holds(weight: Any) -> bool:
-    """Whether `pack` takes a weight; its arrays may be abstract."""
+    """Whether `pack` accepts a weight; its arrays may be abstract."""
     if not isinstance(weight, QTensor) or weight.scheme != _TERNARY or weight.axis != -2 or weight.ndim != 2:
         return False
     if isinstance(weight.scale, QTensor) or np.dtype(weight.scale.dtype).name not in SCALE_DTYPES:
@@ -135,7 +135,7 @@ def holds(weight: Any) -> bool:
 
 
 def _merged(codes: list[np.ndarray]) -> np.ndarray:
-    """Four arrays of codes as bytes, the first in the low bits."""
+    """Merges four arrays of codes to bytes, the first in the low bits."""
     return codes[0] | codes[1] << np.uint8(2) | codes[2] << np.uint8(4) | codes[3] << np.uint8(6)
 
 

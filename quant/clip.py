@@ -1,9 +1,9 @@
-"""The search for the scales of least squared error, which clip the largest weights of a group to resolve the others.
+"""Searches for scales of least squared error, which clip the largest weights of a group to resolve the others better.
 
-Shapes as in `rtn.py`: weights are [..., C, g, M] and what is one number per group keeps a 1 in the place of g.
+Shapes as in `rtn.py`: weights are [..., C, g, M], and arrays with one number per group are [..., C, 1, M].
 
-What the search sums over a group is written as a sum of rows [M]: on a CPU, XLA vectorises elementwise code over M, but
-no reduction of what it computes on the way.
+Sums over a group are written as sums of rows [M]: on a CPU, XLA vectorises elementwise code over M, but not a reduction
+that is fused with the computation of its terms.
 """
 
 import functools
@@ -19,31 +19,30 @@ from quant.grid import divisor, group_grid, group_range
 from quant.qtensor import scale_values
 from quant.scheme import Scheme
 
-# Between two factors that `clip="mse"` tries, the largest weight moves by no more codes than this, and the factor by no
-# more than that.
+# Largest step between two factors that `clip="mse"` tries, in codes of the largest weight and in the factor itself.
 _CODE_STEP, _FACTOR_STEP = 0.4, 0.1
 _LEAST_CLIP = 0.3
 _MOST_FACTORS = 48
 _REFITS = 2
-# Weights that scales are searched for at a time: in float32 they stay in a CPU's cache.
+# Weights per block of the search: in float32 they stay in a CPU's cache.
 _BLOCK_WEIGHTS = 2**20
-# A sum over a group is written out if it has no more than so many rows, and otherwise a loop over parts of so many.
+# A sum over a group is unrolled up to the first number of rows; beyond it is a loop over parts of the second.
 _WRITTEN_ROWS, _LOOPED_ROWS = 32, 8
 
 
 def clip_factors(scheme: Scheme, group_size: int, *, weighted: bool = False) -> tuple[float, ...]:
-    """What `clip="mse"` multiplies the scale of a group of that many weights by, the plain 1 first.
+    """Returns the factors that `clip="mse"` tries on the scale of a group of `group_size` weights, the plain 1 first.
 
-    Less than 1 clips the largest weights and resolves the others better. How much less can pay: with L codes from 0 to
-    the largest weight, clipping that weight alone to a factor f adds (1 - f)^2, in units of its square, and takes
+    Factors below 1 clip the largest weights and resolve the others better. The limit: with L codes from 0 to the
+    largest weight, clipping that weight alone to a factor f adds (1 - f)^2, in units of its square, and takes
     (1 - f^2) g / (12 L^2) from the rounding errors. That is a gain down to f = (1 - a) / (1 + a) with a = g / (12 L^2);
-    8 instead of 12 leaves room for groups that round worse than most. With `weighted` errors the largest weight may
-    count for nothing, and there is no such limit.
+    the code uses 8 instead of 12, which leaves room for groups that round worse than most. With `weighted` errors the
+    largest weight may have no importance, so this limit does not apply.
 
-    More than 1, up to one code that the largest weight leaves free, pays in small groups whose weights happen to lie
-    near those codes; for int that covers both signs. With int's other sign, which has one code less for the largest
-    weight, down to where that is clipped as much.
-    ternary: the mean magnitude is not the scale of least error (for normal weights that is 1.5 times as much).
+    Factors above 1, until the largest weight leaves one code free, help small groups whose weights happen to lie near
+    those codes; for int that covers both signs. int also gets negative factors: with the other sign the largest weight
+    has one code less, and they end where it is clipped as much.
+    ternary: the mean magnitude is not the scale of least error, which for normal weights is 1.5 times as large.
     mxfp4: powers of two only.
     """
     if scheme.kind == "mxfp4":
@@ -61,7 +60,7 @@ def clip_factors(scheme: Scheme, group_size: int, *, weighted: bool = False) -> 
 
 
 def padded_factors(scheme: Scheme, group_size: int) -> tuple[jax.Array, jax.Array]:
-    """`clip_factors` in a float32 array of one length for all schemes, and how many of its numbers they are, int32."""
+    """Returns `clip_factors` padded to one length for all schemes, float32, and the number of factors, int32."""
     factors = clip_factors(scheme, group_size)
     padded = np.ones(1 + 2 * _MOST_FACTORS, np.float32)
     padded[: len(factors)] = factors
@@ -69,7 +68,7 @@ def padded_factors(scheme: Scheme, group_size: int) -> tuple[jax.Array, jax.Arra
 
 
 def _spaced(most: float, least: float, levels: int) -> tuple[float, ...]:
-    """Factors from the most to the least, both included, for `levels` codes from 0 to the largest weight."""
+    """Returns factors from the most to the least, both included, for `levels` codes from 0 to the largest weight."""
     step = min(_CODE_STEP / levels, _FACTOR_STEP)
     count = min(math.ceil((most - least) / step) + 1, _MOST_FACTORS)
     return tuple(float(factor) for factor in np.linspace(most, least, count))
@@ -83,7 +82,7 @@ def search_matrices(
     axis: int,
     scale_dtype: np.dtype,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """`search_clip` along either axis, one matrix after the other and each of them by blocks."""
+    """Runs `search_clip` along either axis, one matrix after another, each in blocks."""
     reduced = (-2, -1) if per_tensor else (-2,)
 
     def search(weight_CgM: jax.Array, importance_Cg1: jax.Array | None) -> tuple:
@@ -109,7 +108,7 @@ def search_matrices(
 
 
 def _in_blocks(function: Callable[..., Any], arrays: tuple, *, whole: bool) -> Any:
-    """A function of arrays, by blocks along their first axis, joined again: what it needs in between is little."""
+    """Applies a function of arrays in blocks along their first axis and joins the results, to limit memory."""
     length = len(arrays[0])
     size = max(1, _BLOCK_WEIGHTS * length // arrays[0].size)
     if whole or size >= length:
@@ -119,7 +118,7 @@ def _in_blocks(function: Callable[..., Any], arrays: tuple, *, whole: bool) -> A
         return function(*jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, start, size), arrays))
 
     def step(i: jax.Array, made: Any) -> Any:
-        # Slices and updates start no later than fits: the last block does again what it shares with the one before.
+        # XLA clamps the start of slices and updates: the last block recomputes what it shares with the one before.
         return jax.tree.map(
             lambda array, part: jax.lax.dynamic_update_slice_in_dim(array, part, i * size, 0), made, block(i * size)
         )
@@ -140,12 +139,12 @@ def search_clip(
     weighted: bool = False,
     factors: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Scales and zero points as they are stored, by the search that `quantize_rtn` describes.
+    """Returns scales and zero points as stored, found by the search that `quantize_rtn` describes.
 
-    `weighted` says that importance differs by much inside groups (see `clip_factors`); `factors` are these, and how
-    many of them count, where the scheme's bits are data.
+    `weighted` says that importance differs by much inside groups (see `clip_factors`). `factors` holds the result of
+    `padded_factors`, if the scheme's bits are data.
 
-    For given values v of the codes, the error sum((w - s v)^2) is least for s = sum(w v) / sum(v^2), by
+    For given values v of the codes, the error sum((w - s v)^2) is least for s = sum(w v) / sum(v^2), where it is
     sum(w v)^2 / sum(v^2) less than sum(w^2). So a factor costs two sums, and no pass over the errors.
     """
     group_size = math.prod(weight_CgM.shape[axis] for axis in reduced)
@@ -166,7 +165,7 @@ def search_clip(
 
     def step(i: jax.Array, best: tuple) -> tuple:
         new = attempt(tried[i])
-        # A factor whose scale overflows gains NaN or 0, which is not more.
+        # A factor whose scale overflows has a gain of NaN or 0 and is never taken.
         return jax.tree.map(functools.partial(jnp.where, new[0] > best[0]), new, best)
 
     # One factor at a time: all at once would need the weight that many times over.
@@ -195,7 +194,7 @@ def _products(
     scale: jax.Array,
     zero: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """sum(w v) and sum(v^2) of each group, for the values v of the codes that float32 scales give."""
+    """Returns sum(w v) and sum(v^2) of each group, for the values v of the codes that float32 scales give."""
     value_of = _value_of(scale, zero, scheme)
 
     def term(weight: jax.Array, importance: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -214,7 +213,7 @@ def _error(
     scale: jax.Array,
     zero: jax.Array | None,
 ) -> jax.Array:
-    """sum((w - s v)^2) of each group, for scales s as they are stored."""
+    """Returns sum((w - s v)^2) of each group, for scales s as stored."""
     scale = scale.astype(jnp.float32)
     value_of = _value_of(scale, zero, scheme)
 
@@ -230,9 +229,9 @@ def _sum_groups(
     *arrays: jax.Array | None,
     reduced: tuple[int, ...],
 ) -> Any:
-    """Sums of a term over the rows of each group, and over M if that is reduced.
+    """Sums a term over the rows of each group, and over M if that axis is in `reduced`.
 
-    `term` takes a row [..., C, 1, M] of each array, None where there is no array, and returns one or a tree of such.
+    `term` takes a row [..., C, 1, M] of each array (None for None) and returns such a row or a tree of rows.
     """
     length = next(array.shape[-2] for array in arrays if array is not None)
     most = length if length <= _WRITTEN_ROWS else _LOOPED_ROWS
@@ -256,7 +255,7 @@ def _sum_groups(
 
 
 def _value_of(scale: jax.Array, zero: jax.Array | None, scheme: Scheme) -> Callable[[jax.Array], jax.Array]:
-    """What weights become, in units of the float32 scale."""
+    """Returns the function that rounds weights to values of codes, in units of the float32 scale."""
     inverse = 1 / divisor(scale)
     if zero is None:
         return lambda weight: scheme.round(weight * inverse)

@@ -1,8 +1,8 @@
-"""Coordinate descent on what GPTQ made: one input channel after the other gets its best codes, given all the others.
+"""Coordinate descent after GPTQ: each input channel in turn gets its best codes, given all the others.
 
 Behzadi et al. 2023, "QuantEase: Optimization-based Quantization for Language Models", arXiv:2309.01885. GPTQ chooses a
-channel's codes knowing that the channels behind it will make up for the error; once these are rounded, too, another
-code is often better. So it is with scales: for the codes that came out, that of least error is another one.
+channel's codes on the assumption that later channels make up for the error. Once these are rounded too, another code is
+often better. The same holds for scales: another scale often has less error for the final codes.
 
 Dimension key: `K` contraction axis, `M` outputs, `C` groups along K, `g` elements of a group.
 """
@@ -18,7 +18,7 @@ from quant.scheme import Scheme
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
-# Channels whose changes one matrix product moves, at least; larger groups are cut into parts, and keep their scales.
+# Larger groups are cut into parts of at least this many channels, one matrix product each, and keep their scales.
 _BLOCK = 128
 
 
@@ -32,19 +32,19 @@ def descend(
     sweeps: int | jax.Array,
     stored: Callable[[jax.Array], jax.Array] | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Codes and scales with no more of the squared output error than before, sum of d' H d for errors d of outputs.
+    """Improves codes and scales: the squared output error, the sum of d' H d for outputs' weight errors d, never rises.
 
     A sweep goes through the groups: first a group's scale is fitted to its codes, then its channels get new codes.
 
     Args:
         codes_KM: uint8.
-        scale_CM: float32, as scales are stored.
+        scale_CM: float32, rounded as they are stored.
         zero_CM: zero points, or None.
-        weight_KM: float32, what is to be met.
-        hessian_KK: float32; a channel whose diagonal is 0 keeps its codes.
-        scheme: of the codes.
-        sweeps: how many.
-        stored: the nearest scale that can be stored, of float32 scales [1, M]; None: scales stay.
+        weight_KM: float32, the weight to approximate.
+        hessian_KK: H, float32; a channel whose diagonal is 0 keeps its codes.
+        scheme: scheme of the codes.
+        sweeps: number of sweeps.
+        stored: maps float32 scales [1, M] to the nearest that can be stored; None: scales stay.
 
     Returns:
         uint8 [K, M] and float32 [C, M].
@@ -53,8 +53,7 @@ def descend(
     parts = max(count for count in range(1, size + 1) if size % count == 0 and size // count >= min(size, _BLOCK))
     whole_CM = scale_CM
     if parts > 1:
-        # Of large groups part after part, with scales as they are: one matrix product moves what all channels of a part
-        # have changed.
+        # Large groups are done part by part and keep their scales: one matrix product applies all changes of a part.
         scale_CM, stored, size = jnp.repeat(scale_CM, parts, 0), None, size // parts
     zeros_CM = jnp.zeros_like(scale_CM) if zero_CM is None else jnp.repeat(zero_CM.astype(jnp.float32), parts, 0)
     diagonal_K = jnp.diagonal(hessian_KK)
@@ -81,7 +80,7 @@ def _descend_group(
     state: tuple[jax.Array, jax.Array, jax.Array],
     number: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
-    """One group of a sweep: codes, scales and `slope_KM`, the product of the Hessian with all errors, after it."""
+    """Does one group of a sweep; updates codes, scales and `slope_KM`, the product of the Hessian with all errors."""
     codes_KM, scale_CM, slope_KM = state
     start = number * size
     rows = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
@@ -116,7 +115,7 @@ def _fitted(
     hessian_gg: jax.Array,
     stored: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    """The scale of least error for a group's codes, as it can be stored, where that is better than the one before."""
+    """Returns the storable scale of least error for a group's codes if it is better than the present one, else that."""
     slope_1M = jnp.sum(plain_gM * slope_gM, axis=0, keepdims=True)
     curvature_1M = jnp.sum(plain_gM * _matmul(hessian_gg, plain_gM), axis=0, keepdims=True)
     new_1M = stored(scale_1M - slope_1M / jnp.where(curvature_1M > 0, curvature_1M, 1))

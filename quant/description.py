@@ -1,4 +1,4 @@
-"""What a file says of a weight: shapes, dtypes and schemes in JSON, and the abstract weight that they describe."""
+"""Descriptions of weights in files: shapes, dtypes and schemes as JSON, and the abstract weights that they describe."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ _LARGEST_AXIS = 1 << 40
 
 
 def describe(weight: Any) -> dict[str, Any]:
-    """A weight of one type: shape and dtype of an array; scheme, axis, dtype and parts of a `QTensor`.
+    """Describes a weight of one type: shape and dtype of an array; scheme, axis, dtype and parts of a `QTensor`.
 
     Raises:
         ValueError: for a weight of several types, or one that is laid out for a backend.
@@ -42,13 +42,13 @@ def abstract_weight(entry: Mapping[str, Any], level: int = 0) -> Any:
     """Undoes `describe`, with `jax.ShapeDtypeStruct` for arrays.
 
     Raises:
-        ValueError, TypeError, KeyError, AttributeError, OverflowError: for what `describe` does not write.
+        ValueError, TypeError, KeyError, AttributeError, OverflowError: for entries that `describe` does not write.
     """
     if "scheme" not in entry:
         if entry["dtype"] not in (WEIGHT_DTYPES if level == 0 else _PART_DTYPES) or set(entry) != {"shape", "dtype"}:
             raise ValueError(f"dtype {str(entry['dtype'])[:40]!r}: expected one of {', '.join(WEIGHT_DTYPES)}")
         if not all(isinstance(size, int) and 0 < size < _LARGEST_AXIS for size in entry["shape"]):
-            raise ValueError(f"shape {str(entry['shape'])[:80]}: expected whole numbers")
+            raise ValueError(f"shape {str(entry['shape'])[:80]}: expected positive integers")
         return jax.ShapeDtypeStruct(tuple(entry["shape"]), entry["dtype"])
     unknown = set(entry) - {"scheme", "axis", "dtype", "activations", "planes", *_PARTS}
     if unknown or level > 1 or entry["dtype"] not in WEIGHT_DTYPES:
@@ -60,9 +60,9 @@ def abstract_weight(entry: Mapping[str, Any], level: int = 0) -> Any:
 
 
 def schemes(weight: Any) -> list[str]:
-    """What a weight is made of, for people: "int4, groups of 32, scales in int8", or a dtype.
+    """Describes a weight for messages: "int4, groups of 32, scales in int8", or a dtype.
 
-    Several where its layers differ.
+    The list has several entries if the layers differ.
     """
     if isinstance(weight, Mixed):
         return list(dict.fromkeys(scheme for stack in weight.stacks for scheme in schemes(stack)))
@@ -76,7 +76,7 @@ def schemes(weight: Any) -> list[str]:
 
 
 def kinds(weight: Any) -> list[str]:
-    """As `schemes`, shorter and of all that decides a product: "int4-g32", "int8-g32 + 4 outliers x int8-token"."""
+    """Names all that determines a product, shorter than `schemes`: "int4-g32", "int8-g32 + 4 outliers x int8-token"."""
     if isinstance(weight, Mixed):
         return list(dict.fromkeys(kind for stack in weight.stacks for kind in kinds(stack)))
     if not isinstance(weight, QTensor):
@@ -88,6 +88,6 @@ def kinds(weight: Any) -> list[str]:
 
 
 def _scale_scheme(weight: Any) -> str | None:
-    """What scales that are codes themselves are in."""
+    """Returns the name of the scheme of quantized scales, or None."""
     scale = weight.scale if isinstance(weight, QTensor) else None
     return scale.scheme.name if isinstance(scale, QTensor) else None

@@ -1,11 +1,11 @@
-"""Weights as ggml stores them <-> `QTensor`s: codes and scales as they are, in NumPy, block types both ways.
+"""Converts ggml's blocks to `QTensor`s and back, in NumPy, without changing codes or scales.
 
     weight_MK = ggml.unpack("Q4_K", blocks)           # blocks: uint8 [M, bytes of a row]
     kind, blocks = ggml.pack(weight_MK)               # the same bytes
     weight_KM = ggml.transposed(weight_MK)            # as models want it
 
-ggml has weights as [M, K], K contiguous and in blocks: `axis` -1. Which type becomes which scheme: FORMAT.md, "Where
-other formats go".
+ggml stores weights as [M, K], with K contiguous and in blocks: `axis` -1. FORMAT.md, "Conversion from other formats",
+lists the scheme of each type.
 """
 
 from typing import Any
@@ -32,12 +32,12 @@ __all__ = [
     "unpack",
 ]
 
-# Bytes of blocks that are moved at once: what is made of them on the way stays in a core's cache.
+# Bytes of blocks that are converted at once: intermediate results stay in a core's cache.
 _CHUNK = 1 << 18
 
 
 def unpack(kind: Kind, blocks: np.ndarray) -> QTensor:
-    """The weight that blocks are, codes and scales as they stand.
+    """Converts blocks to a weight with the same codes and scales.
 
     Args:
         kind: a type with `packed`, its name or number.
@@ -47,7 +47,7 @@ def unpack(kind: Kind, blocks: np.ndarray) -> QTensor:
         A QTensor [..., M, K] of NumPy arrays, `axis` -1.
 
     Raises:
-        ValueError: for another type, or rows that are no whole blocks.
+        ValueError: for another type, or rows that are not whole blocks.
     """
     found = named(kind)
     if found.packed is None:
@@ -73,24 +73,25 @@ def unpack(kind: Kind, blocks: np.ndarray) -> QTensor:
 
 
 def pack(weight: Any, kind: Kind | None = None) -> tuple[Type, np.ndarray]:
-    """The blocks that a weight is: undoes `unpack`, bit for bit.
+    """Converts a weight to blocks: undoes `unpack`, bit for bit.
 
     Args:
-        weight: a QTensor [..., M, K], `axis` -1, of NumPy arrays or such as become them; or an array of floats.
-        kind: the type, its name or number; that of `type_of` unless given.
+        weight: a QTensor [..., M, K], `axis` -1, of NumPy arrays or arrays that NumPy can convert; or an array of
+            floats.
+        kind: the type, its name or number; default: `type_of(weight)`.
 
     Returns:
         The type, and uint8 [..., M, bytes of a row].
 
     Raises:
-        ValueError: for a weight that no type, or not this one, holds.
+        ValueError: if no type, or not the given one, can hold the weight.
     """
     found = named(kind) if kind is not None else holder(weight)
     if not isinstance(weight, QTensor) and found == type_of(weight):
         return found, np.ascontiguousarray(weight).view(np.uint8)
     packed = found.packed
     if packed is None or not packed.returns:
-        raise ValueError(f"packing to {found.name}: expected a type that a weight in codes is")
+        raise ValueError(f"packing to {found.name}: expected a type that quantized weights can be converted to")
     leaves = fitted(weight, found)
     parts = {
         name: np.ascontiguousarray(leaves[name]).view(np.uint8).reshape(-1, width)
@@ -113,17 +114,18 @@ def pack(weight: Any, kind: Kind | None = None) -> tuple[Type, np.ndarray]:
 
 
 def floats(kind: Kind, blocks: np.ndarray) -> np.ndarray:
-    """A tensor as an array: what is stored as floats in its own dtype, what has no form in codes here as float32.
+    """Converts blocks to an array: floats in their own dtype, types without an equivalent `QTensor` in float32.
 
     Args:
         kind: the type, its name or number: F32, F16, BF16, Q1_0, IQ1_S, IQ1_M, IQ2_*, IQ3_*.
         blocks: uint8 [..., bytes of a row].
 
     Returns:
-        [..., K], a view where it is stored so.
+        [..., K]; for types of floats a view.
 
     Raises:
-        ValueError: for another type, rows that are no whole blocks, or a type that needs the `gguf` package without it.
+        ValueError: for another type, rows that are not whole blocks, or if the type needs the `gguf` package, which is
+            missing.
     """
     found = named(kind)
     _whole_blocks(found, blocks)
@@ -131,8 +133,8 @@ def floats(kind: Kind, blocks: np.ndarray) -> np.ndarray:
         dtype = np.dtype(ml_dtypes.bfloat16 if found.dtype == "bfloat16" else found.dtype)
         return np.ascontiguousarray(blocks).view(dtype)
     if not found.dequantized:
-        raise ValueError(f"floats of type {found.name}: expected floats, or a type without a form in codes")
-    if found.name == "Q1_0":  # bit 1: the scale, bit 0: its negative
+        raise ValueError(f"floats of type {found.name}: expected floats, or a type without an equivalent QTensor")
+    if found.name == "Q1_0":  # a bit of 1 is the scale, a bit of 0 its negative
         records = np.ascontiguousarray(blocks).reshape(-1, found.nbytes)
         scale = np.ascontiguousarray(records[:, :2]).view("<f2").astype(np.float32)
         signs = np.unpackbits(records[:, 2:], axis=1, bitorder="little").astype(np.float32) * 2 - 1
@@ -141,15 +143,14 @@ def floats(kind: Kind, blocks: np.ndarray) -> np.ndarray:
         import gguf
     except ImportError:
         raise ValueError(f"a tensor of type {found.name} needs the gguf package to be read: pip install gguf") from None
-    with np.errstate(
-        all="ignore"
-    ):  # damaged files have infinite scales: whoever reads them looks for what is not finite
+    # Damaged files have infinite scales: callers check for values that are not finite.
+    with np.errstate(all="ignore"):
         made = gguf.quants.dequantize(np.ascontiguousarray(blocks), gguf.GGMLQuantizationType(found.number))
     return np.asarray(made, np.float32)
 
 
 def _whole_blocks(kind: Type, blocks: np.ndarray) -> int:
-    """How many blocks a row has."""
+    """Returns the number of blocks of a row."""
     if blocks.dtype != np.uint8 or blocks.ndim < 1 or blocks.shape[-1] % kind.nbytes:
         raise ValueError(
             f"blocks of type {kind.name}, {blocks.dtype} {blocks.shape}: expected uint8 rows of {kind.nbytes} bytes"
@@ -158,16 +159,16 @@ def _whole_blocks(kind: Type, blocks: np.ndarray) -> int:
 
 
 def _records(packed: Packed, blocks: np.ndarray) -> np.ndarray:
-    """uint8 [N, bytes of a block] as N records of its fields, a view."""
+    """Views uint8 [N, bytes of a block] as N records of the block's fields."""
     return blocks.view(np.dtype([(name, f"V{width}") for name, width in packed.fields.items()])).reshape(-1)
 
 
 def _field(records: np.ndarray, name: str) -> np.ndarray:
-    """A field of records, uint8 [N, bytes], contiguous."""
+    """Returns a field of records as contiguous uint8 [N, bytes]."""
     field = np.ascontiguousarray(records[name])
     return field.view(np.uint8).reshape(len(records), -1)
 
 
 def _opaque(bytes_: np.ndarray) -> np.ndarray:
-    """uint8 [N, w] as N things of w bytes, which NumPy moves as wholes."""
+    """Views uint8 [N, w] as N items of w bytes, which NumPy moves as wholes."""
     return bytes_.view(f"V{bytes_.shape[1]}").reshape(-1)

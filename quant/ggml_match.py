@@ -1,4 +1,4 @@
-"""Which of ggml's types holds a weight without loss, and which comes nearest."""
+"""Finds the ggml type that holds a weight without loss, or the nearest one."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from quant.mixed import kind_of
 from quant.qtensor import QTensor
 
 _FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-# By kind and bits of the codes: for rows of whole 256, and for rows of whole 32 only.
+# By kind and bits of the codes: the types for rows of a multiple of 256, and for other rows of a multiple of 32.
 _NEAREST = {
     **{("int", 2): ("Q2_K", "Q4_0"), ("int", 3): ("Q3_K", "Q4_0"), ("int", 4): ("Q4_0", "Q4_0")},
     **{("int", 5): ("Q5_0", "Q5_0"), ("int", 6): ("Q6_K", "Q8_0"), ("int", 8): ("Q8_0", "Q8_0")},
@@ -27,17 +27,17 @@ _TWO_LEVELS = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K"}
 
 
 def type_of(weight: Any) -> Type | None:
-    """The type that holds a weight without loss: every code and every scale as it is.
+    """Returns the type that holds a weight without loss, with all its codes and scales.
 
-    Scales in float32 or bfloat16 are held where float16 has all of them, and a zero point where an offset does, which
-    only their values show: of an abstract weight that is unknown, and the answer None. How activations are rounded is
-    not stored in ggml's types, nor asked.
+    A type holds scales in float32 or bfloat16 if float16 represents all of them exactly, and zero points if an offset
+    represents them exactly. Only values show this: for an abstract weight of that kind the result is None. ggml's types
+    do not store `activations`, which is ignored.
 
     Args:
         weight: an array or a QTensor [..., M, K] or [..., K, M]; arrays may be abstract.
 
     Returns:
-        The type, or None where there is none.
+        The type, or None if there is none.
     """
     if not isinstance(weight, QTensor):
         name = _FLOATS.get(np.dtype(weight.dtype).name) if hasattr(weight, "dtype") else None
@@ -52,10 +52,10 @@ def type_of(weight: Any) -> Type | None:
 
 
 def nearest(weight: Any) -> Type:
-    """The type which holds something like a weight: of as many bits where there is one, else of the next more.
+    """Returns the nearest type for a weight: with as many bits if there is one, else the next larger.
 
     Args:
-        weight: as `type_of` takes it.
+        weight: see `type_of`.
     """
     found = type_of(weight)
     if found is not None:
@@ -66,7 +66,7 @@ def nearest(weight: Any) -> Type:
     if length % 32:
         return named("F16")
     scheme = weight.scheme
-    # Of int codes in groups of 32 the types of one level are nearer: they hold the codes.
+    # For int codes in groups of 32, types with one level of scales are nearer: they hold the same codes.
     if isinstance(weight.scale, QTensor) and scheme.kind != "int" and scheme.bits in _TWO_LEVELS and length % 256 == 0:
         return named(_TWO_LEVELS[scheme.bits])
     best, otherwise = map(named, _NEAREST[scheme.kind, scheme.bits])
@@ -74,10 +74,10 @@ def nearest(weight: Any) -> Type:
 
 
 def holder(weight: Any) -> Type:
-    """`type_of`, or an error that says what the weight is and which type is nearest.
+    """Returns `type_of(weight)`.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none; the message describes the weight and names the nearest type.
     """
     found = type_of(weight)
     if found is None:
@@ -86,7 +86,7 @@ def holder(weight: Any) -> Type:
 
 
 def described(weight: Any) -> str:
-    """What a weight is, with what may keep it out of ggml: "int4, groups of 128, scales in bfloat16, 8 outliers"."""
+    """Describes a weight, with properties that ggml may lack: "int4, groups of 128, scales in bfloat16, 8 outliers"."""
     said = schemes(weight)[:1]
     if isinstance(weight, QTensor):
         scale = weight.scale
@@ -105,7 +105,7 @@ def described(weight: Any) -> str:
 
 
 def explained(kind: Type) -> str:
-    """A type, with what it is: "Q4_0 (int4, groups of 32, scales in float16)"."""
+    """Describes a type: "Q4_0 (int4, groups of 32, scales in float16)"."""
     packed = kind.packed
     if packed is None:
         return kind.name
@@ -118,13 +118,13 @@ def explained(kind: Type) -> str:
 
 
 def fitted(weight: QTensor, kind: Type) -> dict[str, np.ndarray]:
-    """The parts of a weight by name, as NumPy arrays of a type's dtypes.
+    """Returns the parts of a weight by name, as NumPy arrays of a type's dtypes.
 
     Raises:
-        ValueError: if the type does not hold it, or its `axis` is not -1.
+        ValueError: if the type cannot hold the weight, or its `axis` is not -1.
     """
     if weight.axis != -1:
-        raise ValueError(f"a weight with axis {weight.axis}: expected -1, as ggml has them: `transposed` makes it so")
+        raise ValueError(f"a weight with axis {weight.axis}: expected -1, as ggml has them; use `transposed`")
     same = _plain(weight)
     if weight.shape[-1] % kind.block or _kind(same) != _kind(_form(kind, weight)):
         raise ValueError(f"{described(weight)}: expected what {explained(kind)} holds")
@@ -133,7 +133,7 @@ def fitted(weight: QTensor, kind: Type) -> dict[str, np.ndarray]:
 
 
 def _parts(weight: QTensor, packed: Packed) -> dict[str, Any]:
-    """The arrays of a weight by their names in FORMAT.md."""
+    """Returns the arrays of a weight by their names in FORMAT.md."""
 
     def find(name: str) -> Any:
         at: Any = weight
@@ -145,19 +145,19 @@ def _parts(weight: QTensor, packed: Packed) -> dict[str, Any]:
 
 
 def _form(kind: Type, weight: QTensor) -> QTensor:
-    """What a type has for a weight of that shape, abstract, with that weight's axis."""
+    """Returns a type's abstract weight for the shape and the axis of a weight."""
     shape = weight.shape if weight.axis == -1 else (*weight.shape[:-2], weight.shape[-1], weight.shape[-2])
     form = abstract(kind, shape)
     return form if weight.axis == -1 else transposed(form)
 
 
 def _kind(weight: QTensor) -> Any:
-    """`kind_of`, without what a weight stands for and how it is multiplied."""
+    """Returns `kind_of` without the fields `dtype` and `activations`."""
     return kind_of(_bare(weight))
 
 
 def _bare(weight: Any) -> Any:
-    """A weight, and its second levels, that stand for float32 and round no activations."""
+    """Sets `dtype` to float32 and `activations` to None, in both levels of a weight."""
     if not isinstance(weight, QTensor):
         return weight
     scale, offset = _bare(weight.scale), _bare(weight.offset)
@@ -165,7 +165,7 @@ def _bare(weight: Any) -> Any:
 
 
 def _plain(weight: QTensor) -> QTensor:
-    """The same values with float16 scales, and an offset for a zero point, where these hold every one of them."""
+    """Converts scales to float16, and zero points to offsets, where that represents all of them exactly."""
     if weight.scheme.kind == "ternary":
         weight = _in_blocks(weight)
     scale, offset = _half(weight.scale), _half(weight.offset)
@@ -173,7 +173,7 @@ def _plain(weight: QTensor) -> QTensor:
         return dataclasses.replace(weight, scale=scale, offset=offset)
     if weight.scheme.kind != "uint" or isinstance(weight.scale, QTensor) or weight.offset is not None:
         return weight
-    # Products of a code, or of a zero point as small, and a float16 are exact in float32.
+    # Products of a float16 with a code, or with a uint8 zero point, are exact in float32.
     exact = np.asarray(weight.zero).dtype == np.uint8
     shifted = -(np.asarray(weight.zero, np.float32) * np.asarray(weight.scale, np.float32))
     half = _half(np.where(shifted == 0, np.float32(0), shifted))
@@ -183,7 +183,7 @@ def _plain(weight: QTensor) -> QTensor:
 
 
 def _in_blocks(weight: QTensor) -> QTensor:
-    """Ternary codes with one scale for all (BitNet) as TQ2_0 has them, in groups of 256 with that scale each."""
+    """Converts ternary codes with one scale per tensor (BitNet) to TQ2_0's groups of 256, which repeat the scale."""
     axis, length = weight.axis, weight.shape[weight.axis]
     one = not isinstance(weight.scale, QTensor) and tuple(weight.scale.shape[-2:]) == (1, 1)
     if not one or length % _TERNARY_BLOCK or not _is_concrete(weight.planes[0]) or not _is_concrete(weight.scale):
@@ -200,7 +200,7 @@ def _in_blocks(weight: QTensor) -> QTensor:
 
 
 def _half(plane: Any) -> Any:
-    """Floats as float16 where that is what they are; else as they come."""
+    """Converts float32 and bfloat16 to float16 if that is exact; returns others unchanged."""
     if isinstance(plane, QTensor):
         return dataclasses.replace(plane, scale=_half(plane.scale))
     if plane is None or not _is_concrete(plane) or np.dtype(plane.dtype).name not in ("float32", "bfloat16"):
@@ -212,5 +212,5 @@ def _half(plane: Any) -> Any:
 
 
 def _is_concrete(plane: Any) -> bool:
-    """Whether an array has values."""
+    """Whether an array has values, so is neither abstract nor traced."""
     return not any(isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer) for leaf in jax.tree.leaves(plane))

@@ -1,7 +1,7 @@
-"""Where the bits of ggml's blocks go in the planes of FORMAT.md, and back: permutations, so nothing is lost either way.
+"""Moves the bits of ggml's blocks to the planes of FORMAT.md and back: permutations, so both directions are lossless.
 
-Every function takes and gives contiguous uint8 arrays [N, bytes] of N blocks, and works on words of up to 8 bytes at
-once. Most are exchanges of two bits of an index: of the number of a field inside a byte with that of a word. After the
+Every function takes and returns contiguous uint8 arrays [N, bytes] of N blocks, and works on words of up to 8 bytes.
+Most of them exchange two bits of an index: the index of a field inside a byte with that of a word. They follow the
 structures in ggml-common.h and the loops of `dequantize_row_*` in ggml-quants.c.
 """
 
@@ -14,7 +14,7 @@ _NIBBLE = 0x0F0F0F0F0F0F0F0F
 
 
 def _exchange(low: np.ndarray, high: np.ndarray, shift: int, mask: int) -> None:
-    """Exchanges, in place, the fields of `low` that are `mask` shifted left with those of `high` that are `mask`."""
+    """Exchanges, in place, the fields of `low` under `mask << shift` with the fields of `high` under `mask`."""
     by, kept = low.dtype.type(shift), low.dtype.type(mask & (1 << 8 * low.dtype.itemsize) - 1)
     moved = (low >> by ^ high) & kept
     high ^= moved
@@ -22,7 +22,7 @@ def _exchange(low: np.ndarray, high: np.ndarray, shift: int, mask: int) -> None:
 
 
 def _exchange_inside(words: np.ndarray, swaps: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Words whose bits are permuted by exchanging pairs (p, q), p > q, of the bits of a bit's number."""
+    """Permutes the bits of words: exchanges bits p and q of the index of each bit, for pairs (p, q), p > q."""
     size = 8 * words.dtype.itemsize
     for p, q in swaps:
         mask = sum(1 << place for place in range(size) if not place >> p & 1 and place >> q & 1)
@@ -33,7 +33,7 @@ def _exchange_inside(words: np.ndarray, swaps: Sequence[tuple[int, int]]) -> np.
 
 
 def _transpose_fields(words: np.ndarray, bits: int) -> None:
-    """In place: [R, S] words of bytes of S = 8 / bits fields: word s, field t becomes word t, field s."""
+    """Transposes, in place, [R, S] words of bytes with S = 8 / bits fields: word s, field t becomes word t, field s."""
     slots = 8 // bits
     step = slots // 2
     while step:
@@ -44,13 +44,13 @@ def _transpose_fields(words: np.ndarray, bits: int) -> None:
 
 
 def _deal_nibbles(words: np.ndarray, step: int) -> None:
-    """In place: [R, S] words; the low halves of pairs that are `step` apart go to the first, the high to the second."""
+    """Deals [R, S] words in place: of two words `step` apart, the first gets all low halves, the second all high."""
     for low in (slot for slot in range(words.shape[1]) if not slot & step):
         _exchange(words[:, low], words[:, low + step], 4, _NIBBLE)
 
 
 def _swapped(words: np.ndarray) -> np.ndarray:
-    """[R, A, B] -> [R, B, A]. Column by column: R is long, A and B are not."""
+    """Transposes [R, A, B] to [R, B, A], column by column, because R is long and A and B are short."""
     made = np.empty((len(words), words.shape[2], words.shape[1]), words.dtype)
     for a in range(words.shape[1]):
         for b in range(words.shape[2]):
@@ -59,34 +59,34 @@ def _swapped(words: np.ndarray) -> np.ndarray:
 
 
 def _words(x: Bytes, dtype: str, *shape: int) -> np.ndarray:
-    """A copy of blocks [N, bytes] as words [R, *shape]."""
+    """Copies blocks [N, bytes] to words [R, *shape]."""
     return x.copy().view(dtype).reshape(-1, *shape)
 
 
 def _bytes(words: np.ndarray, count: int | None = None) -> Bytes:
-    """Words -> uint8 [N, bytes], of as many blocks as there are words along the first axis, or `count`."""
+    """Returns words as uint8 [N, bytes] of N = `count` blocks, or as many as the first axis is long."""
     return np.ascontiguousarray(words).reshape(count or len(words), -1).view(np.uint8)
 
 
 def invert_sign(x: Bytes) -> Bytes:
-    """int8 in two's complement <-> codes that are larger by 128."""
+    """Converts int8 in two's complement to codes that are larger by 128, or back."""
     return x ^ np.uint8(0x80)
 
 
 def negate_half(x: Bytes) -> Bytes:
-    """A float16 <-> its negative, of every bit pattern."""
+    """Negates a float16 of any bit pattern."""
     return x ^ np.array([0, 0x80], np.uint8)
 
 
 def deal_nibbles_16(x: Bytes) -> Bytes:
-    """Q4_K, Q5_K `qs`: of 32 bytes the low halves are a group and the high halves the next <-> 16 bytes a group."""
+    """Q4_K, Q5_K `qs`, low halves of 32 bytes a group and high halves the next, <-> 16 bytes for each group."""
     words = _words(x, "<u8", 4)
     _deal_nibbles(words, 2)
     return _bytes(words, len(x))
 
 
 def split_nibbles(x: Bytes) -> tuple[Bytes, Bytes]:
-    """Q2_K `scales`: 16 codes in low halves and 16 in high ones -> two planes of 8 bytes."""
+    """Q2_K `scales`, 16 codes in low halves and 16 in high halves, -> two planes of 8 bytes."""
     words = _words(x, "<u8", 2)
     _deal_nibbles(words, 1)
     return _bytes(words[:, 0]), _bytes(words[:, 1])
@@ -98,8 +98,8 @@ def join_nibbles(low: Bytes, high: Bytes) -> Bytes:
 
 
 def deal_q6_low(x: Bytes) -> Bytes:
-    """Q6_K `ql` -> groups of 16. Of 64 bytes the low halves are two runs of 32 codes, the high halves the next two."""
-    words = _words(x, "<u8", 8)  # of half a block: its 32 bytes, their 16, theirs again
+    """Q6_K `ql` -> groups of 16. In 64 bytes the low halves are two runs of 32 codes, the high halves the next two."""
+    words = _words(x, "<u8", 8)  # half a block; bits of the index: 32 bytes of 64, 16 of 32, 8 of 16
     _deal_nibbles(words, 1)
     return _bytes(_swapped(words.reshape(-1, 4, 2)), len(x))
 
@@ -112,8 +112,8 @@ def gather_q6_low(x: Bytes) -> Bytes:
 
 
 def deal_quarters(x: Bytes) -> Bytes:
-    """Q2_K, Q3_K `qs`, Q6_K `qh` -> groups of 16: field s of 32 bytes is the sth run of 32 codes."""
-    words = _words(x, "<u4", 4)  # of half of 32 bytes
+    """Q2_K, Q3_K `qs`, Q6_K `qh` -> groups of 16: field s of each of 32 bytes belongs to the sth run of 32 codes."""
+    words = _words(x, "<u4", 4)  # half of 32 bytes
     _transpose_fields(words, 2)
     return _bytes(_swapped(words.reshape(-1, 2, 4)), len(x))
 
@@ -126,14 +126,14 @@ def gather_quarters(x: Bytes) -> Bytes:
 
 
 def deal_bits_32(x: Bytes) -> Bytes:
-    """Q5_K `qh` <-> groups of 32: bit i of 32 bytes is that of the ith group."""
+    """Q5_K `qh` <-> groups of 32: bit i of each of 32 bytes belongs to the ith group."""
     words = _words(x, "<u4", 8)
     _transpose_fields(words, 1)
     return _bytes(words)
 
 
 def deal_bits_16(x: Bytes) -> Bytes:
-    """Q3_K `hmask` -> groups of 16: bit i of 32 bytes is that of the ith run of 32 codes."""
+    """Q3_K `hmask` -> groups of 16: bit i of each of 32 bytes belongs to the ith run of 32 codes."""
     words = _words(x, "<u2", 8)
     _transpose_fields(words, 1)
     return _bytes(_swapped(words.reshape(-1, 2, 8)))
@@ -146,7 +146,7 @@ def gather_bits_16(x: Bytes) -> Bytes:
     return _bytes(words, len(x))
 
 
-# From neighbours in a word to runs in the slots of bytes, as exchanges of bits of a bit's number.
+# Permutations from neighbours in a word to runs in the slots of bytes, as pairs for `_exchange_inside`.
 _FIFTH_BIT = ((4, 1), (3, 0), (2, 1), (1, 0))
 _XS_LOW = ((4, 3), (3, 2))
 _XS_HIGH = ((3, 1), (2, 1))
@@ -183,7 +183,7 @@ def gather_xs_high(x: Bytes) -> Bytes:
 
 
 def split_k_scales(x: Bytes) -> tuple[Bytes, Bytes, Bytes, Bytes]:
-    """Q4_K, Q5_K `scales`, `get_scale_min_k4`: 12 bytes -> both planes of 8 scales, both planes of 8 minima, 6 bits."""
+    """Q4_K, Q5_K `scales` (`get_scale_min_k4`): 12 bytes -> both planes of 8 scales and of 8 minima, of 6 bits each."""
     scale, minimum, both = np.moveaxis(x.view("<u4"), 1, 0)
     low_scale = scale & 0x0F0F0F0F | (both & 0x0F0F0F0F) << np.uint32(4)
     low_minimum = minimum & 0x0F0F0F0F | both & 0xF0F0F0F0
@@ -200,7 +200,7 @@ def join_k_scales(low_scale: Bytes, high_scale: Bytes, low_minimum: Bytes, high_
 
 
 def _narrow(nibbles: np.ndarray) -> np.ndarray:
-    """uint32 [N] of 4 nibbles, codes j and j + 4 -> uint16 [N]: codes j, j + 2, j + 4, j + 6 in byte j."""
+    """uint32 [N], codes j and j + 4 as nibbles of byte j, -> uint16 [N], codes j, j + 2, j + 4, j + 6 in byte j."""
     low, high = nibbles & np.uint32(0xFFFF), nibbles >> np.uint32(16)
     first, second = low & 0x0303 | (low & 0x0C0C) << np.uint32(2), high & 0x0303 | (high & 0x0C0C) << np.uint32(2)
     return (first | second << np.uint32(2)).astype("<u2")
@@ -215,7 +215,7 @@ def _widen(fields: np.ndarray) -> np.ndarray:
 
 
 def deal_ternary(x: Bytes) -> Bytes:
-    """TQ2_0 `qs` -> one group of 256: field s of 32 bytes is the sth run of 32 codes of a half."""
+    """TQ2_0 `qs` -> one group of 256: field s of each of 32 bytes belongs to the sth run of 32 codes of a half."""
     words = _words(x, "<u8", 8)
     for low in range(4):
         _exchange(words[:, low], words[:, low + 4], 2, 0x3333333333333333)
@@ -237,9 +237,9 @@ def _swap_middle(words: np.ndarray) -> np.ndarray:
 
 
 def ternary_of_powers(qs: Bytes, qh: Bytes) -> Bytes:
-    """TQ1_0 `qs`, `qh`: five ternary digits a byte, the first the most significant -> one group of 256 codes of 2 bits.
+    """TQ1_0 `qs`, `qh`, five ternary digits per byte, most significant first, -> one group of 256 2-bit codes.
 
-    A byte is its number times 256 / 243, rounded up, so that a digit is what a product with 3 carries over.
+    A byte is the ternary number times 256 / 243, rounded up, so that the carry of a product with 3 is a digit.
     """
     codes = []
     for part, digits in ((qs[:, :32], 5), (qs[:, 32:], 5), (qh, 4)):

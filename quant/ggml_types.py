@@ -1,7 +1,7 @@
-"""The types of ggml's tensors: numbers, blocks, and which quantized weight of FORMAT.md each one is.
+"""ggml's tensor types: their numbers and blocks, and the equivalent quantized weights of FORMAT.md.
 
-Numbers from `enum ggml_type` in ggml.h, blocks from the structures in ggml-common.h; both as in gguf 0.19's
-constants.py. A block's fields are listed in their order in memory.
+Numbers are from `enum ggml_type` in ggml.h, blocks from the structures in ggml-common.h; both match gguf 0.19's
+constants.py. The fields of a block are listed in memory order.
 """
 
 import dataclasses
@@ -15,20 +15,20 @@ from quant import ggml_moves as moves
 from quant.qtensor import QTensor
 from quant.scheme import Scheme
 
-# Tiles of a transposition: rows in bytes, columns. Of so many rows, full lines of a cache are written; a tile is copied
-# first, to rows that are no power of two apart, which would all want the same places of a cache.
+# Tiles of a transposition: rows in bytes, columns. The rows fill whole cache lines. A tile is first copied to rows that
+# are not a power of two apart: otherwise all rows would compete for the same cache sets.
 _TILE_BYTES, _TILE_COLUMNS, _TILE_GAP = 128, 512, 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-    """How some fields of a block become some parts of a weight.
+    """Conversion of some fields of a block to some parts of a weight.
 
     Attributes:
-        fields: names of fields.
-        parts: names of parts as in FORMAT.md: `planes.0`, `scale`, `scale.planes.1`, `offset.scale`, ….
-        forward: uint8 [N, bytes] of each field -> that of the parts; None: the bytes as they stand.
-        backward: undoes it; None beside a `forward`: nothing does.
+        fields: names of the fields.
+        parts: names of the parts as in FORMAT.md: `planes.0`, `scale`, `scale.planes.1`, `offset.scale`, ….
+        forward: converts uint8 [N, bytes] of each field to those of the parts; None: the bytes stay the same.
+        backward: undoes `forward`; None beside a `forward`: it cannot be undone.
     """
 
     fields: tuple[str, ...]
@@ -39,16 +39,15 @@ class Move:
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """The weight that a block is.
+    """The quantized weight that is equivalent to the blocks of a type.
 
     Attributes:
         scheme: name of the codes' scheme.
-        fields: bytes of each field of a block, in their order.
-        moves: every field and every part in one of them.
+        fields: bytes of each field of a block, in memory order.
+        moves: conversions; every field and every part is in one of them.
         widths: bytes of each part for one block.
-        second: name of the scheme that the scales' codes have; None: they are floats or bytes.
-        offset: whether there is one, in the same form as the scale.
-        scale_dtype: of the last level.
+        second: name of the scheme of quantized scales; None: scales are floats or bytes.
+        scale_dtype: dtype of the scales of the last level.
     """
 
     scheme: str
@@ -65,11 +64,11 @@ class Packed:
 
     @property
     def returns(self) -> bool:
-        """Whether blocks can be made of the weight again."""
+        """Whether the weight can be converted back to blocks."""
         return all(move.forward is None or move.backward is not None for move in self.moves)
 
     def build(self, leaf: Callable[[str], Any]) -> QTensor:
-        """The weight [..., M, K] of its parts by name."""
+        """Builds the weight [..., M, K] from its parts by name."""
 
         def level(prefix: str, scheme: str, scale: Any, offset: Any = None) -> QTensor:
             planes = tuple(leaf(name) for name in sorted(self.widths) if name.startswith(f"{prefix}planes."))
@@ -81,23 +80,23 @@ class Packed:
         return level("", self.scheme, plane("scale"), plane("offset") if self.offset else None)
 
     def part_dtype(self, part: str) -> str:
-        """Of the array that a part is."""
+        """Dtype of the array of a part."""
         return "uint8" if "planes." in part else self.scale_dtype
 
 
 @dataclasses.dataclass(frozen=True)
 class Type:
-    """A type of ggml's.
+    """A tensor type of ggml.
 
     Attributes:
-        number: in files.
-        name: as ggml's constants have it, without `GGML_TYPE_`.
-        block: elements of a block.
-        nbytes: of a block.
-        packed: the quantized weight that it is; None for the others.
-        dtype: of the array that it is, "float32", "float16" or "bfloat16"; None for the others, which can be
-            dequantized, or are none of a weight.
-        dequantized: whether `floats` makes float32 of it, there being no weight in codes that it is.
+        number: number of the type in files.
+        name: name in ggml's constants, without `GGML_TYPE_`.
+        block: elements per block.
+        nbytes: bytes per block.
+        packed: the equivalent quantized weight, or None.
+        dtype: "float32", "float16" or "bfloat16" for types of floats, else None.
+        dequantized: whether the type has no equivalent quantized weight, so that `floats` converts it to float32. Types
+            with neither of the three are not types of weights.
     """
 
     number: int
@@ -110,14 +109,14 @@ class Type:
 
     @property
     def bits_per_weight(self) -> float:
-        """Of everything in a block."""
+        """Bits per weight, counting everything in a block."""
         return 8 * self.nbytes / self.block
 
     def row_bytes(self, length: int) -> int:
-        """Bytes of a row of so many elements.
+        """Returns the bytes of a row of `length` elements.
 
         Raises:
-            ValueError: if they are no whole blocks.
+            ValueError: if the length is not a multiple of the block.
         """
         if length % self.block:
             raise ValueError(f"rows of {length} in {self.name}: expected a multiple of {self.block}")
@@ -138,7 +137,7 @@ _K_WIDTHS = {"scale.scale": 2, "offset.scale": 2, **dict(zip(_K_PARTS, (4, 2, 4,
 
 
 def _legacy(scheme: str, fields: dict[str, int], *extra: Move, **widths: int) -> Packed:
-    """Groups of 32 with a float16 scale, in a block of one group."""
+    """Returns a type with groups of 32 and a float16 scale, in a block of one group."""
     named = {"planes.0": fields["qs"], "scale": 2, **({"offset": 2} if "m" in fields else {})}
     if "qh" in fields:
         named["planes.1"] = 4
@@ -252,19 +251,19 @@ _LIST = (
     Type(41, "Q1_0", 128, 18, dequantized=True),
 )
 TYPES: dict[str, Type] = {each.name: each for each in _LIST}
-# Of forks.
+# Types of forks of ggml.
 _ELSEWHERE: dict[Any, str] = {
     36: "I2_S in microsoft/BitNet's fork of llama.cpp, which ggml does not have; take the model's Hugging Face folder",
 }
-# What a type may be named by.
+# A type, or its name or number.
 Kind = str | int | Type
 
 
 def named(kind: Kind) -> Type:
-    """The type of a name, `Q4_K`, or a number; itself, if it is one.
+    """Returns the type with a name, such as `Q4_K`, or a number; returns a `Type` unchanged.
 
     Raises:
-        ValueError: for one that there is not.
+        ValueError: for an unknown name or number.
     """
     if isinstance(kind, Type):
         return kind
@@ -277,14 +276,14 @@ def named(kind: Kind) -> Type:
 
 
 def abstract(kind: Kind, shape: tuple[int, ...]) -> Any:
-    """What `unpack` or `floats` makes of a tensor of that type and shape, with `jax.ShapeDtypeStruct` for arrays.
+    """Returns what `unpack` or `floats` returns for a tensor of a type, with `jax.ShapeDtypeStruct` for arrays.
 
     Args:
         kind: the type, its name or number.
-        shape: of the weight, [..., M, K].
+        shape: shape of the weight, [..., M, K].
 
     Raises:
-        ValueError: for a type that is none of a weight, or rows that are no whole blocks.
+        ValueError: for a type that weights are not stored in, or rows that are not whole blocks.
     """
     found = named(kind)
     found.row_bytes(shape[-1] if shape else 1)
@@ -303,16 +302,16 @@ def abstract(kind: Kind, shape: tuple[int, ...]) -> Any:
 
 
 def transposed(weight: Any) -> Any:
-    """A weight whose last two axes are exchanged in every array, and `axis` with them: ggml's form <-> models'.
+    """Swaps the last two axes of every array of a weight, and `axis` with them: from ggml's form to models' and back.
 
-    A QTensor, or an array; of NumPy arrays, of abstract ones the shapes.
+    The weight is a QTensor or an array; arrays are NumPy arrays, or abstract, which only changes their shapes.
     """
     moved = jax.tree.map(_transpose, weight)
     return moved.along(-3 - weight.axis) if isinstance(weight, QTensor) else moved
 
 
 def _transpose(x: Any) -> Any:
-    """[..., A, B] -> [..., B, A], contiguous."""
+    """Transposes [..., A, B] to a contiguous [..., B, A]."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((*x.shape[:-2], x.shape[-1], x.shape[-2]), x.dtype)
     x = np.asarray(x)

@@ -1,11 +1,11 @@
-"""GPTQ: rounding one input channel after the other, each time moving its error into the channels still to come.
+"""GPTQ: rounds one input channel after another and moves each rounding error into the channels still to come.
 
 Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
 arXiv:2210.17323. It minimises the squared error of a layer's outputs, ||x w - x w'||^2 over calibration inputs x, which
 depends on the inputs only through the Hessian H = x' x / T.
 
 Dimension key: `K` contraction axis, `M` outputs, `C` groups along K, `g` elements of a group, `T` samples (tokens).
-Inside, `n` rows are in hand, of which `s` at a time are quantized.
+Internally `n` rows are processed, `s` at a time.
 """
 
 import dataclasses
@@ -37,8 +37,8 @@ from quant.scheme import AnyBits, Scheme
 # Sums over thousands of channels and tokens: TPUs and GPUs would otherwise multiply float32 in bfloat16 or TF32.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
-# Of scales in codes the largest code stands for so many times the largest plain scale of an output: weights grow by
-# what is moved into them.
+# Quantized scales: the largest code stands for this many times the largest plain scale of an output, because weights
+# grow by the errors that are moved into them.
 SCALE_HEADROOM = 1.1
 
 
@@ -60,43 +60,43 @@ def quantize_gptq(
 ) -> QTensor:
     """Quantizes a weight by GPTQ (arXiv:2210.17323), to codes and scales of the same form as `quantize_rtn`'s.
 
-    Channels are quantized in order. With U the upper Cholesky factor of the inverse Hessian, the rounding error of
-    channel k, divided by U[k, k], is subtracted from every later channel j times U[k, j]: what that channel can make
-    up for. A group's scale and zero point are those of `quantize_rtn` for its weights **as they are when its first
-    channel is reached**, for every group and block size: updates are late only for groups that have not begun.
+    Channels are quantized in order. U is the upper Cholesky factor of the inverse Hessian. The rounding error of
+    channel k, divided by U[k, k] and multiplied by U[k, j], is subtracted from every later channel j, which makes up
+    for part of the error. A group's scale and zero point are those of `quantize_rtn` for its weights **as they are when
+    its first channel is reached**, for every group and block size: updates are deferred only for groups not yet begun.
 
-    The Hessian is damped by `damping` times its mean diagonal. If float32 cannot factorize that (a pivot is lost in
-    rounding; with few samples H is singular), damping grows tenfold, from at least 0.001, until it can. Channels that
-    never see an input (H[k, k] = 0) get weight 0, diagonal 1, and no part in that mean.
+    The Hessian is damped by `damping` times its mean diagonal. If float32 cannot factorize the result (a pivot is lost
+    in rounding; with few samples H is singular), damping grows tenfold, from at least 0.001, until it can. Channels
+    that never see an input (H[k, k] = 0) get weight 0 and diagonal 1, and do not count in that mean.
 
     Args:
-        weight: float [..., K, M] (`axis=-2`) or [..., M, K] (`axis=-1`). Leading axes are done one after the other.
+        weight: float [..., K, M] (`axis=-2`) or [..., M, K] (`axis=-1`). Matrices of leading axes are done in turn.
         hessian: float [..., K, K], of the inputs, by `hessian` or `add_to_hessian`; its scale does not matter.
-        scheme: a Scheme or its name, as "int4"; any kind.
+        scheme: a Scheme or its name, such as "int4"; any kind.
         group_size: weights along K that share a scale; "channel": all K of an output; "tensor": all of [K, M].
         axis: the contraction axis, -2 or -1.
-        scale_dtype: float32, bfloat16 or float16; mxfp4 and nvfp4 have scales of a byte instead.
+        scale_dtype: float32, bfloat16 or float16; mxfp4 and nvfp4 have one-byte scales instead.
         clip: "mse" chooses each group's scale as `quantize_rtn` does, weighing channel k's squared error by
-            1 / U[k, k]^2: what GPTQ's own objective charges for it.
-        act_order: quantize channels in the order of falling H[k, k], while many are left to make up for the errors
-            of those that matter most. Groups are then of neighbours in that order, and the result has an `order`
-            (g_idx elsewhere), unless a group is all of K.
-        damping: fraction of the mean diagonal of H that is added to it.
-        block_size: at most how many channels go between two updates of all the others. For speed only: the result is
-            the same but for the rounding of float32 sums.
+            1 / U[k, k]^2, its cost in GPTQ's own objective.
+        act_order: quantize channels in the order of falling H[k, k], so that many channels are left to make up for the
+            errors of those that matter most. Groups then consist of neighbours in that order, and the result has an
+            `order` (g_idx elsewhere), unless a group is all of K.
+        damping: fraction of the mean diagonal of H that is added to the diagonal.
+        block_size: at most how many channels go between two updates of all the others. It affects speed only: the
+            result is the same but for the rounding of float32 sums.
         scales: the same weight, quantized in another way with the same scheme, groups and axis, without zero points,
-            order and outliers: its scales and offsets stay, whatever they are made of, and only codes are chosen.
-        scale_scheme: that of scales which are codes themselves, an int as `scheme` is, under a float for all of an
-            output. The float is chosen before anything is moved (`SCALE_HEADROOM`), the codes as groups are reached.
-        descent: sweeps of coordinate descent behind it (`descent.descend`), which change codes and, where they are the
-            quantizer's to choose, scales of groups of fewer than 256.
+            order and outliers. Its scales and offsets, in any form, stay, and only codes are chosen.
+        scale_scheme: int scheme of quantized scales, for an int `scheme`, with one float for all scales of an output.
+            The float is chosen before any error is moved (`SCALE_HEADROOM`), the scales' codes as groups are reached.
+        descent: sweeps of coordinate descent afterwards (`descent.descend`). They change codes, and also scales in
+            groups of fewer than 256, unless `scales` is given.
 
     Returns:
         The quantized weight; its `dtype` is that of `weight`.
 
     Raises:
-        ValueError: for arguments that do not fit each other, and, outside jit, for a weight or Hessian that is not
-            finite or scales above the range of `scale_dtype`. Under jit such weights become NaN or arbitrary.
+        ValueError: for incompatible arguments, and, outside jit, for a weight or Hessian that is not finite or scales
+            above the range of `scale_dtype`. Under jit such weights become NaN or arbitrary.
     """
     scheme = Scheme.named(scheme) if isinstance(scheme, str) else scheme
     weight, hessian, scale_dtype = jnp.asarray(weight), jnp.asarray(hessian), jnp.dtype(scale_dtype)
@@ -114,7 +114,7 @@ def quantize_gptq(
 
 
 def _bits_as_data(grid: "_Grid") -> tuple[tuple[AnyBits, Any] | None, "_Grid"]:
-    """What differs between numbers of bits, as data, and a grid that is the same for all: one program serves them."""
+    """Returns what depends on the number of bits, as data, and a grid for any number: one program serves them all."""
     scheme = grid.scheme
     if scheme.kind not in ("int", "uint"):
         return None, grid
@@ -125,22 +125,23 @@ def _bits_as_data(grid: "_Grid") -> tuple[tuple[AnyBits, Any] | None, "_Grid"]:
 def _check_descent(descent: int, scheme: Scheme, group_size: int | str) -> None:
     if descent < 0 or (descent and (scheme.scale_code or group_size == "tensor")):
         raise ValueError(
-            f"descent {descent} of {scheme.name}, {group_size!r}: expected 0 or more, with scales of groups"
+            f"descent {descent} for {scheme.name}, group_size {group_size!r}: expected 0 or more, and more than 0 only "
+            "with scales per group or channel that are not one-byte codes"
         )
 
 
 def _checked_second(
     name: Scheme | str | None, scheme: Scheme, group_size: int | str, length: int, scales: QTensor | None
 ) -> Scheme | None:
-    """The scheme of scales in codes, checked."""
+    """Returns the scheme of quantized scales, checked."""
     if name is None:
         return None
     second = Scheme.named(name) if isinstance(name, str) else name
     if scheme.kind != "int" or second.kind != "int":
         raise ValueError(f"{scheme.name} with scales in {second.name}: expected int with int")
     if isinstance(group_size, str) or scales is not None:
-        said = "scales that stay" if scales is not None else f"group_size {group_size!r}"
-        raise ValueError(f"scale_scheme {second.name} beside {said}: expected groups of a number, scales to be chosen")
+        said = "given scales" if scales is not None else f"group_size {group_size!r}"
+        raise ValueError(f"scale_scheme {second.name} beside {said}: expected a number as group_size, and scales=None")
     check_group(length // group_size, length // group_size, second.bits)
     return second
 
@@ -148,12 +149,13 @@ def _checked_second(
 def _fixed(
     scales: QTensor, weight: jax.Array, scheme: Scheme, group_size: int, axis: int, act_order: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Scales and offsets that stay, float32 [..., C, M]."""
+    """Returns the given scales and offsets, checked, as float32 [..., C, M]."""
     like = (scales.scheme, scales.shape, scales.group_size, scales.axis, scales.zero, scales.order, scales.outlier)
     if act_order or like != (scheme, weight.shape, group_size, axis, None, None, None):
         raise ValueError(
-            f"scales of {scales.shape}, {scales.scheme.name} in groups of {scales.group_size}: expected those of "
-            f"{weight.shape}, {scheme.name} and {group_size}, without zero points, order and outliers"
+            f"scales of a weight {scales.shape}, {scales.scheme.name} in groups of {scales.group_size}: expected "
+            f"{weight.shape}, {scheme.name} in groups of {group_size}, without zero points, order and outliers, and "
+            "act_order=False"
         )
     scale = scale_values(scales.scale, scheme)
     offset = jnp.zeros_like(scale) if scales.offset is None else scale_values(scales.offset, scheme)
@@ -162,22 +164,22 @@ def _fixed(
 
 @dataclasses.dataclass(frozen=True)
 class _Grid:
-    """How groups of weights [g, M] get scales and codes. Hashable: static under jit."""
+    """Gives groups of weights [g, M] their scales and codes. Hashable: static under jit."""
 
     scheme: Scheme
     group_size: int
     per_tensor: bool
     scale_dtype: np.dtype
     search: bool
-    second: Scheme | None = None  # of scales in codes
-    factors: tuple[jax.Array, jax.Array] | None = None  # of the search, where the scheme's bits are data
+    second: Scheme | None = None  # of quantized scales
+    factors: tuple[jax.Array, jax.Array] | None = None  # of the search, if the scheme's bits are data
 
     def fit(
         self, weight_gM: jax.Array, importance_g1: jax.Array, unit_1M: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-        """Scale as it is stored and zero point, [1, M] or [1, 1], and whether scales are in range, bool [1, 1].
+        """Returns scale as stored and zero point, [1, M] or [1, 1], and whether scales are in range, bool [1, 1].
 
-        Of scales in codes it is code times unit, float32.
+        A quantized scale is returned as code times unit, float32.
         """
         reduced = (-2, -1) if self.per_tensor else (-2,)
         low, high = group_range(weight_gM, self.scheme, reduced)
@@ -193,7 +195,7 @@ class _Grid:
         return scale, zero, jnp.isfinite(scale_values(scale, self.scheme)).all(keepdims=True)
 
     def unit(self, weight_KM: jax.Array) -> jax.Array:
-        """What codes of scales are multiplied with, [1, M]: the plain scale of largest magnitude has the last code."""
+        """Returns the unit of scales' codes, [1, M]: the last code is `SCALE_HEADROOM` times the largest scale."""
         assert self.second is not None
         groups_CgM = split_groups(weight_KM, self.group_size, -2)
         scale, _ = group_grid(
@@ -202,20 +204,20 @@ class _Grid:
         return stored_scale(jnp.abs(scale).max(-3) / (self.second.bias - 1), self.scale_dtype)
 
     def stored(self, scale_1M: jax.Array, unit_1M: jax.Array | None) -> jax.Array:
-        """The nearest scale that can be stored, float32."""
+        """Returns the nearest scale that can be stored, float32."""
         if unit_1M is None:
             return stored_scale(scale_1M, self.scale_dtype).astype(jnp.float32)
         return self._multiple(scale_1M, unit_1M.astype(jnp.float32))
 
     def _multiple(self, scale_1M: jax.Array, unit_1M: jax.Array) -> jax.Array:
-        """The nearest whole number of units that has a code and is not 0 where the scale is not."""
+        """Returns the nearest multiple of the unit that has a code; it is 0 only if the scale is 0."""
         assert self.second is not None
         most = self.second.bias - 1
         code = jnp.clip(jnp.round(scale_1M / divisor(unit_1M)), -most, most)
         return jnp.where(code == 0, jnp.sign(scale_1M), code) * unit_1M
 
     def round(self, weight_nM: jax.Array, scale: jax.Array, zero: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """Nearest codes, uint8 [n, M], and what they stand for, float32 [n, M]."""
+        """Returns the nearest codes, uint8 [n, M], and their values, float32 [n, M]."""
         codes_nM = encode_groups(weight_nM, scale, zero, self.scheme)
         value_nM = self.scheme.decode(codes_nM)
         value_nM = value_nM if zero is None else value_nM - zero.astype(jnp.float32)
@@ -235,9 +237,9 @@ def _quantize(
     block_size: int,
     descent: int,
 ) -> tuple[tuple, jax.Array]:
-    """Codes, scale, zero, order and unit along the weight's own axis, and whether every scale is finite.
+    """Returns codes, scale, zero, order and unit along the weight's own axis, and whether every scale is finite.
 
-    `of_bits` are what stands in for the grid's scheme, and its factors.
+    `of_bits` holds the scheme and the factors that replace those of the grid.
     """
     if of_bits is not None:
         grid = dataclasses.replace(grid, scheme=of_bits[0], factors=of_bits[1])
@@ -253,7 +255,7 @@ def _quantize(
     if weight.ndim == 2:
         parts = one(weight_KM, hessian, fixed)
     else:
-        # One matrix at a time, not vmap: memory stays that of one.
+        # One matrix at a time, not vmap, so that memory stays that of one matrix.
         matrices = jax.tree.map(lambda x: x.reshape(-1, *x.shape[-2:]), (weight_KM, hessian, fixed))
         parts = jax.lax.map(lambda each: one(*each), matrices)
         parts = jax.tree.map(lambda part: part.reshape(*weight.shape[:-2], *part.shape[1:]), parts)
@@ -275,7 +277,7 @@ def _packed(
     axis: int,
     dtype: np.dtype,
 ) -> QTensor:
-    """The weight of what `_quantize` made; scales that are whole numbers of units become codes under these."""
+    """Packs the results of `_quantize` as a QTensor; scales that are multiples of units become codes."""
     stored: Any = scale
     if second is not None:
         assert unit is not None
@@ -295,7 +297,7 @@ def _quantize_matrix(
     block_size: int,
     descent: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array, jax.Array | None, jax.Array | None]:
-    """Codes [K, M], scale and zero [C, M], in range [C, 1], order [K, 1], unit [1, M]; None where there is none."""
+    """Returns codes [K, M], scale and zero [C, M], in range [C, 1], order [K, 1], unit [1, M]; some may be None."""
     hessian_KK, length = hessian_KK.astype(jnp.float32), weight_KM.shape[0]
     diagonal_K = jnp.diagonal(hessian_KK)
     order_K = jnp.argsort(-diagonal_K, stable=True) if act_order else jnp.arange(length)
@@ -307,7 +309,7 @@ def _quantize_matrix(
     scale_KM = None
     if fixed is not None:
         scale_KM, offset_KM = (jnp.repeat(part, grid.group_size, 0) for part in fixed)
-        weight_KM = weight_KM - offset_KM  # which rounding does not change
+        weight_KM = weight_KM - offset_KM  # rounding does not change offsets
     unit = None if grid.second is None else grid.unit(weight_KM)
     codes_KM, _, (scale, zero, in_range) = _sweep(weight_KM, factor_KK, sizes, grid, None, scale_KM, unit)
     if descent:
@@ -317,15 +319,15 @@ def _quantize_matrix(
         codes_KM, fitted = descend(*found, weight_KM, damped_KK, grid.scheme, descent, stored)
         scale = fitted.astype(scale.dtype)
     if act_order and grid.group_size == length:
-        # One group needs no order: codes go back to where their channels are.
+        # A single group needs no order: codes go back to their channels' positions.
         return codes_KM[jnp.argsort(order_K)], scale, zero, in_range, None, unit
     return codes_KM, scale, zero, in_range, order_K[:, None].astype(jnp.int32) if act_order else None, unit
 
 
 def _block_sizes(length: int, group_size: int, block_size: int) -> tuple[int, ...]:
-    """Sizes that the rows are cut into, each into the next: blocks and groups, the larger first, then single rows.
+    """Returns the sizes that rows are cut into, level by level: blocks and groups, the larger first, then single rows.
 
-    Blocks are made to divide groups, or groups blocks, so that no group begins with updates outstanding.
+    Block sizes divide groups, or the reverse, so that no group begins with updates outstanding.
     """
     if group_size <= block_size:
         block = group_size * _largest_divisor(length // group_size, block_size // group_size)
@@ -335,7 +337,7 @@ def _block_sizes(length: int, group_size: int, block_size: int) -> tuple[int, ..
 
 
 def _largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of a number that is at most the limit."""
+    """Returns the largest divisor of a number that is at most the limit."""
     return max(divisor for divisor in range(1, min(number, limit) + 1) if number % divisor == 0)
 
 
@@ -350,14 +352,14 @@ def _sweep(
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Quantizes rows from the first to the last.
 
-    sizes[0] rows at a time, themselves by a sweep with sizes[1:], then one matrix product moves their errors into all
-    rows that follow (and, for a static shape, into those before, which nobody reads again). These are the paper's
-    lazy batches, at every level: rank 1 inside the smallest.
+    sizes[0] rows at a time are quantized by a sweep with sizes[1:]. Then one matrix product moves their errors into all
+    later rows (and, to keep shapes static, into earlier ones, which are not read again). These are the paper's lazy
+    batches, at every level; the smallest has rank 1.
 
-    `weight_nM` has the errors of all rows before it taken in, `factor_nn` is its part of U, `fitted` what `grid.fit`
-    made of the group that the rows are in, if they are less than one; `scale_nM` are the scales of rows, where they are
-    given, and nothing is to be fitted; `unit_1M` is for `grid.fit`. Returns codes uint8 [n, M], errors divided by U's
-    diagonal float32 [n, M], and `grid.fit` of the groups begun, stacked.
+    `weight_nM` includes the errors of all rows before it. `factor_nn` is its part of U. `fitted` is the result of
+    `grid.fit` for the rows' group, if they are only part of one. `scale_nM` are the rows' scales, if they are given
+    instead of fitted. `unit_1M` is passed to `grid.fit`. Returns codes, uint8 [n, M]; errors divided by U's diagonal,
+    float32 [n, M]; and the stacked results of `grid.fit` for the groups that begin here.
     """
     if not sizes:
         scale, zero, _ = fitted
@@ -394,13 +396,13 @@ def _check_arguments(
     damping: float,
     block_size: int,
 ) -> None:
-    """Checks what `quantize_gptq` takes, but for the group size."""
+    """Checks the arguments of `quantize_gptq` except the group size."""
     if scale_dtype.name not in SCALE_DTYPES:
         raise ValueError(f"scale_dtype {scale_dtype.name}: expected {' or '.join(SCALE_DTYPES)}")
     if clip not in (None, "mse"):
         raise ValueError(f"clip {clip!r}: expected None or 'mse'")
     if not isinstance(damping, jax.core.Tracer) and not (0 <= damping and math.isfinite(damping)):
-        raise ValueError(f"damping {damping}: expected a fraction of the mean diagonal, not negative, as 0.01")
+        raise ValueError(f"damping {damping}: expected a fraction of the mean diagonal, 0 or more, such as 0.01")
     if block_size < 1:
         raise ValueError(f"block_size {block_size}: expected at least 1")
     expected = (*weight.shape[:-2], weight.shape[axis], weight.shape[axis])

@@ -1,4 +1,4 @@
-"""Hessians of layers' squared output errors: what GPTQ knows of a weight's inputs.
+"""Hessians of layers' squared output errors, the statistics of a weight's inputs that GPTQ uses.
 
 Dimension key: `K` contraction axis, `T` samples (tokens).
 """
@@ -15,10 +15,10 @@ _MAX_DAMPING = 1e3
 
 
 def hessian(x: jax.Array) -> jax.Array:
-    """The Hessian of a layer's squared output error with respect to one output's weights, up to a factor.
+    """Returns the Hessian of a layer's squared output error with respect to one output's weights, up to a factor.
 
     Args:
-        x: inputs of the layer, float [..., K]; everything before K is samples.
+        x: inputs of the layer, float [..., K]; all axes before K are samples.
 
     Returns:
         Mean of the outer products x x', float32 [K, K].
@@ -33,11 +33,11 @@ def hessian(x: jax.Array) -> jax.Array:
 def add_to_hessian(h: jax.Array, count: int | jax.Array, x: jax.Array) -> tuple[jax.Array, int | jax.Array]:
     """Adds a batch of inputs to a running `hessian`, whose size does not grow with the number of samples.
 
-    A mean rather than a sum: float32 keeps its precision however many tokens there are.
+    It keeps a mean rather than a sum, so that float32 keeps its precision for any number of tokens.
 
     Args:
         h: float32 [K, K], the mean over the samples so far; zeros in the beginning.
-        count: of samples so far.
+        count: number of samples so far.
         x: inputs of the layer, float [..., K].
 
     Returns:
@@ -53,15 +53,15 @@ def add_to_hessian(h: jax.Array, count: int | jax.Array, x: jax.Array) -> tuple[
         raise ValueError(f"inputs of shape {x.shape} for a Hessian of shape {h.shape}: expected one width, [..., K]")
     samples_TK = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     total = count + samples_TK.shape[0]
-    # Dividing before multiplying keeps activations of 1e4 over millions of tokens far from float32's end.
+    # Dividing before multiplying keeps activations of 1e4 over millions of tokens far below float32's largest value.
     return h * (count / total) + _matmul(samples_TK.T / jnp.asarray(total, jnp.float32), samples_TK), total
 
 
 def inverse_factor(hessian_KK: jax.Array, damping: float | jax.Array) -> jax.Array:
-    """Upper triangular U with U' U the inverse of the damped Hessian, float32 [K, K].
+    """Returns the upper triangular U with U' U the inverse of the damped Hessian, float32 [K, K].
 
-    From a factorization H = R R' with R upper triangular (Cholesky from the last row up) follows U = inverse of R. The
-    paper's way, Cholesky of an explicit inverse, squares the condition number first: too much for float32.
+    A factorization H = R R' with R upper triangular (Cholesky from the last row up) gives U = inverse of R. The paper
+    takes the Cholesky factor of an explicit inverse, which squares the condition number first: too much for float32.
     """
     diagonal_K = jnp.diagonal(hessian_KK)
     dead_K = diagonal_K == 0
@@ -73,7 +73,7 @@ def inverse_factor(hessian_KK: jax.Array, damping: float | jax.Array) -> jax.Arr
         damped_K = jnp.where(dead_K, 1, diagonal_K + damping * mean)
         damped_KK = jnp.fill_diagonal(hessian_KK, damped_K, inplace=False)
         upper_KK = jnp.linalg.cholesky(damped_KK[::-1, ::-1])[::-1, ::-1]
-        # What is left of a channel's diagonal without the others: below that it is rounding, and NaN fails too.
+        # The pivot is what the other channels leave of a channel's diagonal. A smaller one is rounding; NaN fails too.
         works = (jnp.diagonal(upper_KK) ** 2 > least_pivot * damped_K).all()
         return jnp.maximum(10 * damping, 1e-3), works, upper_KK
 

@@ -2,10 +2,10 @@
 
 Badri & Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models",
 https://mobiusml.github.io/hqq_blog/. It minimises the lp norm of a group's error with p < 1, which is dominated by the
-many weights that are near a code, not by the few outliers that no scale can serve.
+many weights that are near a code, not by the few outliers that no scale fits.
 
 Dimension key: `K` contraction axis, `M` outputs, `C` groups along K, `g` elements of a group. Shapes are written for
-`axis=-2`. Inside, weights are [..., C, g, M] and what is one number per group keeps a 1 in the place of g.
+`axis=-2`. Internally weights are [..., C, g, M], and arrays with one number per group are [..., C, 1, M].
 """
 
 import functools
@@ -35,37 +35,38 @@ def quantize_hqq(
 ) -> QTensor:
     """Quantizes a weight with zero points that are fractions of a code, chosen by half-quadratic optimisation.
 
-    The scale of a group is (max - min) / (2**b - 1) and stays; the zero point starts at -min / scale. With the error
-    split off as a variable e of its own, these alternate (the blog's equations 4 to 7):
+    The scale of a group is (max - min) / (2**b - 1) and stays; the zero point starts at -min / scale. The error becomes
+    a separate variable e, and these steps alternate (the blog's equations 4 to 7):
 
         code = round(w / scale + zero)
         e    = shrink(w / scale - (code - zero))        shrink(x) = sign(x) * max(|x| - |x|**(norm - 1) / beta, 0)
         zero = mean over the group of code - (w / scale - e)
         beta = beta * kappa
 
-    Unlike the authors' code, this measures e in steps of a code, not in units of the weight: what `beta` shrinks then
-    does not depend on how large the weights are (for weights of 0.02 theirs shrinks everything to 0, which makes the
-    zero point a mean). The best iterate of each group is kept, with errors measured on scales and zero points as they
-    are stored. `quantize_rtn`'s grid counts as one: no group's sum |w - w'|**norm is larger than with that.
+    Unlike the authors' code, this measures e in steps of a code, not in units of the weight, so that the effect of
+    `beta` does not depend on the magnitude of the weights (for weights of 0.02 the authors' code shrinks everything to
+    0, which makes the zero point a mean). The best iterate of each group is kept, with errors measured for scales and
+    zero points as stored. `quantize_rtn`'s grid counts as an iterate: no group's sum |w - w'|**norm is larger than with
+    that grid.
 
     Args:
         weight: float [..., K, M] (`axis=-2`) or [..., M, K] (`axis=-1`).
-        scheme: a Scheme or its name; one with a zero point, "uint2" to "uint8".
+        scheme: a Scheme with a zero point or its name, "uint2" to "uint8".
         group_size: weights along K that share a scale; "channel": all K of an output; "tensor": all of [K, M].
         axis: the contraction axis, -2 or -1.
-        scale_dtype: float32, bfloat16 or float16, of scales and zero points. From 6 bits on bfloat16 has no
-            fractions left for zero points; float16 has at all sizes.
+        scale_dtype: dtype of scales and zero points: float32, bfloat16 or float16. From 6 bits on, bfloat16 zero points
+            have no fraction left; float16 zero points have one for all schemes.
         norm: p of the norm, in (0, 1].
-        iterations: how often the above is done.
-        beta: of the first iteration; larger shrinks less.
-        kappa: its growth.
+        iterations: number of iterations.
+        beta: beta of the first iteration; a larger one shrinks less.
+        kappa: growth of beta per iteration.
 
     Returns:
         The quantized weight, with `zero` of `scale_dtype`; its `dtype` is that of `weight`.
 
     Raises:
-        ValueError: for arguments that do not fit each other, and, outside jit, for a weight that is not finite or whose
-            scales are above the range of `scale_dtype`. Under jit such groups become NaN.
+        ValueError: for incompatible arguments, and, outside jit, for a weight that is not finite or whose scales are
+            above the range of `scale_dtype`. Under jit such groups become NaN.
     """
     scheme = Scheme.named(scheme) if isinstance(scheme, str) else scheme
     weight, scale_dtype = jnp.asarray(weight), jnp.dtype(scale_dtype)
@@ -89,7 +90,7 @@ def _quantize(
     scale_dtype: np.dtype,
     iterations: int,
 ) -> tuple[QTensor, jax.Array]:
-    """The quantized weight, and whether every scale and zero point is finite."""
+    """Returns the quantized weight, and whether every scale and zero point is finite."""
     weight_CgM = split_groups(weight.astype(jnp.float32), group_size, axis)
     reduced = (axis, -1 if axis == -2 else -3) if per_tensor else (axis,)
     scale, zero = _search_zero(weight_CgM, settings, scheme, reduced, scale_dtype, iterations)
@@ -108,7 +109,7 @@ def _search_zero(
     scale_dtype: np.dtype,
     iterations: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Scales and zero points as they are stored, [..., C, 1, M], of the least lp error that was met."""
+    """Returns the scales and zero points of least lp error among the iterates, as stored, [..., C, 1, M]."""
     norm, beta, kappa = settings
     low, high = weight_CgM.min(axis=reduced, keepdims=True), weight_CgM.max(axis=reduced, keepdims=True)
     scale = stored_scale((high - low) / scheme.max_code, scale_dtype)
@@ -128,7 +129,7 @@ def _search_zero(
         new = (loss(scale, stored), scale, stored)
         # A zero point that overflows has a loss of NaN, which is not less.
         best = jax.tree.map(functools.partial(jnp.where, new[0] < best[0]), new, best)
-        # On from the zero point as it is, not as it is stored: steps smaller than bfloat16's would all be lost.
+        # The iteration continues from the unrounded zero point: steps smaller than bfloat16's would all be lost.
         residual_CgM = weight_CgM / step - distance(scale, zero)
         fault_CgM = _shrink(residual_CgM, beta, norm) - residual_CgM
         return best, zero + jnp.mean(fault_CgM, axis=reduced, keepdims=True), beta * kappa
@@ -145,16 +146,16 @@ def _search_zero(
 def _shrink(x: jax.Array, beta: jax.Array, norm: jax.Array | float) -> jax.Array:
     """Generalised soft threshold, the approximate proximal operator of |x|**norm / beta (Chartrand & Yin 2016)."""
     magnitude = jnp.abs(x)
-    # 0**(norm - 1) is infinite, and so large a threshold leaves 0: right, without a NaN.
+    # 0**(norm - 1) is infinite; such a threshold leaves 0, which is correct, and no NaN.
     return jnp.sign(x) * jnp.maximum(magnitude - magnitude ** (norm - 1) / beta, 0)
 
 
 def _check_arguments(
     scheme: Scheme, scale_dtype: np.dtype, norm: float, iterations: int, beta: float, kappa: float
 ) -> None:
-    """Checks what `quantize_hqq` takes beside weight, group size and axis."""
+    """Checks the arguments of `quantize_hqq` except weight, group size and axis."""
     if scheme.kind != "uint":
-        raise ValueError(f"scheme {scheme.name}: HQQ optimises zero points, which only uint2 to uint8 have")
+        raise ValueError(f"scheme {scheme.name}: expected uint2 to uint8, because HQQ optimises zero points")
     if scale_dtype.name not in SCALE_DTYPES:
         raise ValueError(f"scale_dtype {scale_dtype.name}: expected {' or '.join(SCALE_DTYPES)}")
     if not 0 < norm <= 1:

@@ -1,4 +1,4 @@
-"""`Mixed`: a stacked weight whose layers are of several types, as one leaf; and questions to all weights of a tree."""
+"""`Mixed`: a stacked weight whose layers have several types, as one leaf; and functions over all weights of a tree."""
 
 import dataclasses
 import functools
@@ -17,15 +17,15 @@ from quant.weight import Weight, by_row, inside, is_weight, layer_of, nbytes, pr
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["stacks", "layer"], meta_fields=["types", "axis"])
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mixed(Weight):
-    """A stack [L, ..., K, M] or [L, ..., M, K] of layers of different types: of other bits, or kept in floats.
+    """A stack [L, ..., K, M] or [L, ..., M, K] of layers of different types, such as different bits or floats.
 
-    The layers of a type are a stack of their own, in their order. A product chooses the type of its layer by
+    The layers of each type form a stack of their own, in order. A product chooses the type of its layer by
     `lax.switch`: each type is compiled once, however the layers alternate, and no weight is copied.
 
     Attributes:
         stacks: arrays or `Weight`s [L_i, ...], one for each type.
-        layer: int32 scalar or None. With it this stands for that layer.
-        types: for each of the L layers the number of its type.
+        layer: int32 scalar or None. If given, the object represents that layer.
+        types: for each of the L layers the index of its type.
         axis: the contraction axis.
     """
 
@@ -37,18 +37,18 @@ class Mixed(Weight):
 
     @classmethod
     def of(cls, layers: Sequence[Any], axis: int = -2) -> Any:
-        """Layers one by one, arrays or `Weight`s, as one stack [L, ...]: a `Mixed` only where their types differ.
+        """Stacks layers, arrays or `Weight`s, to [L, ...]; the result is a `Mixed` only if their types differ.
 
         Args:
-            layers: of NumPy or JAX arrays, of one shape.
+            layers: layers of NumPy or JAX arrays, of one shape.
             axis: the contraction axis.
 
         Raises:
-            ValueError: if their shapes differ, or there is none.
+            ValueError: if their shapes differ, or there are no layers.
         """
         if len({tuple(layer.shape) for layer in layers}) != 1:
             shapes = sorted({tuple(layer.shape) for layer in layers})
-            raise ValueError(f"layers of shapes {shapes}: expected one shape, of at least one layer")
+            raise ValueError(f"layers of shapes {shapes}: expected one shape, and at least one layer")
         kinds = [kind_of(layer) for layer in layers]
         found = list(dict.fromkeys(kinds))
         stacks = tuple(
@@ -59,18 +59,18 @@ class Mixed(Weight):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight, or of one layer of it."""
+        """Shape of the weight, or of one layer if `layer` is given."""
         rest = tuple(self.stacks[0].shape[1:])
         return (len(self.types), *rest) if self.layer is None else rest
 
     @property
     def dtype(self) -> Any:
-        """Of the weight that this stands for: that of its first type."""
+        """Dtype of the weight that this object represents, taken from its first type."""
         return self.stacks[0].dtype
 
     @property
     def activations(self) -> str | None:
-        """As `QTensor.activations`, of the first type that says so."""
+        """See `QTensor.activations`; taken from the first type that has it set."""
         return next((stack.activations for stack in self.stacks if is_weight(stack) and stack.activations), None)
 
     @property
@@ -80,14 +80,14 @@ class Mixed(Weight):
 
     @property
     def places(self) -> tuple[int, ...]:
-        """For each layer its place in the stack of its type."""
+        """For each layer its position in the stack of its type."""
         return tuple(self.types[:layer].count(kind) for layer, kind in enumerate(self.types))
 
     def product(self, x: jax.Array, index: jax.Array | int | None = None) -> jax.Array:
-        """As of every `Weight`, where `layer` is given of that one."""
+        """See `Weight.product`; if `layer` is given, the index refers to matrices of that layer."""
         if self.layer is None:
             if index is None:
-                return super().product(x)  # which says what is missing
+                return super().product(x)  # raises an error that says what is missing
             if jnp.ndim(index):
                 return by_row(x, index, self.matrices, self.product)
             layer, rest = jnp.divmod(inside(index, self.matrices), self.matrices // len(self.types))
@@ -104,32 +104,32 @@ class Mixed(Weight):
         return jax.lax.switch(kind, [of_type(stack) for stack in self.stacks], x, place)
 
     def multiply(self, x: jax.Array) -> jax.Array:
-        """As `product`."""
+        """See `product`."""
         return self.product(x)
 
     def values(self) -> jax.Array:
-        """As of every `Weight`; of all layers, or of one that is known at run time."""
+        """See `Weight.values`; of all layers, or of `layer`, which may be traced."""
         if self.layer is None:
             return jnp.stack([values(self.take(number)) for number in range(len(self.types))])
         return jax.lax.dynamic_index_in_dim(dataclasses.replace(self, layer=None).values(), self.layer, keepdims=False)
 
     def take(self, number: int) -> Any:
-        """As of every `Weight`."""
+        """See `Weight.take`."""
         return layer_of(self.stacks[self.types[number]], self.places[number])
 
     def split(self) -> tuple[None, Callable[[Any, jax.Array], Any]]:
-        """As of every `Weight`: a scan slices nothing."""
+        """See `Weight.split`; a scan slices nothing."""
         return None, lambda part, place: dataclasses.replace(self, layer=place)
 
 
 def kind_of(weight: Any) -> Any:
-    """What must be equal for weights to share a stack: how they are made of arrays, and shape and dtype of these."""
+    """Returns what must be equal for weights to share a stack: the tree structure, and shapes and dtypes of arrays."""
     leaves, structure = jax.tree.flatten(weight)
     return structure, tuple((tuple(leaf.shape), jnp.dtype(leaf.dtype).name) for leaf in leaves)
 
 
 def _stacked(layers: Sequence[Any]) -> Any:
-    """Layers of one type as a stack."""
+    """Stacks layers of one type."""
 
     def stack(*arrays: Any) -> Any:
         if isinstance(arrays[0], jax.ShapeDtypeStruct):
@@ -140,10 +140,10 @@ def _stacked(layers: Sequence[Any]) -> Any:
 
 
 def with_layer(weight: Any, number: int, layer: Any, axis: int = -2) -> Any:
-    """A stack [L, ...] with another layer at a static number: of another type it makes the stack a `Mixed`.
+    """Replaces one layer of a stack [L, ...], by static number; a layer of another type makes the stack a `Mixed`.
 
     Raises:
-        ValueError: if the layer is of another shape.
+        ValueError: if the layer has another shape.
     """
     layer = _alone(layer)
     if not is_weight(weight) and kind_of(weight[number]) == kind_of(layer):
@@ -154,7 +154,7 @@ def with_layer(weight: Any, number: int, layer: Any, axis: int = -2) -> Any:
 
 
 def _alone(weight: Any) -> Any:
-    """A layer by itself, of a view of its stack."""
+    """Returns a layer of its own if the weight is a view of a stack."""
     if isinstance(weight, Layout):
         return weight.sliced()
     if isinstance(weight, Mixed) and weight.layer is not None:
@@ -163,13 +163,13 @@ def _alone(weight: Any) -> Any:
 
 
 def map_quantized(function: Callable[[QTensor], Any], tree: Any) -> Any:
-    """A tree with `function` of each QTensor in its place, those inside a `Mixed` too; layouts stay as they are."""
+    """Applies `function` to each QTensor of a tree, also inside a `Mixed`; layouts stay as they are."""
     one = lambda leaf: function(leaf) if isinstance(leaf, QTensor) else leaf  # noqa: E731
     return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, QTensor | Layout))
 
 
 def quantized(tree: Any) -> list[QTensor]:
-    """Every QTensor of a tree, those inside a `Mixed` too, in its order."""
+    """Returns every QTensor of a tree, also inside a `Mixed`, in the tree's order."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, QTensor))
     return [leaf for leaf in leaves if isinstance(leaf, QTensor)]
 
@@ -181,7 +181,7 @@ def is_laid_out(tree: Any) -> bool:
 
 
 def with_activations(weight: Any, kind: str) -> Any:
-    """A weight with other rounding of what it is multiplied with: "float32", "bfloat16" or "int8"; arrays have none."""
+    """Sets how activations are rounded for a weight: "float32" (not), "bfloat16" or "int8"; arrays are unchanged."""
 
     def change(qtensor: QTensor) -> QTensor:
         int8 = "int8-group" if qtensor.order is None else "int8-token"

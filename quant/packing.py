@@ -1,10 +1,10 @@
-"""Packing codes of 2 to 8 bits into `uint8` planes, and back. The layout is specified byte by byte in FORMAT.md.
+"""Packs codes of 2 to 8 bits into `uint8` planes, and unpacks them. FORMAT.md specifies the layout byte by byte.
 
 Dimension key: `K` contraction axis, `M` outputs, `C` groups along K, `g` elements of a group, `n` bytes of a group in
 one plane. Shapes are written for `axis=-2`, [..., K, M]; with `axis=-1` they are [..., M, K] and everything else holds.
 
-Both functions are shifts, masks and reshapes of whole axes: they work under jit and vmap on any leading axes, and lower
-to elementwise code that vectorises over M. They work on integers, so there is nothing to differentiate.
+`pack` and `unpack` use shifts, masks and reshapes of whole axes: they work under jit and vmap on any leading axes, and
+lower to elementwise code that vectorises over M. They work on integers, so they have no derivatives.
 """
 
 import functools
@@ -17,16 +17,16 @@ import numpy as np
 
 FORMAT_VERSION = 1
 
-# Code bits -> the bits of each plane, low-order bits first. A plane must split a byte evenly: 3, 5 and 6 bits are two
-# planes, so that no code crosses a byte.
+# Code bits -> the bits of each plane, low-order bits first. The bits of a plane must divide 8: codes of 3, 5 and 6 bits
+# have two planes, so that no code crosses a byte.
 PLANE_BITS: dict[int, tuple[int, ...]] = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}
 
 
 def plane_bits(bits: int) -> tuple[int, ...]:
-    """Bits of each plane that codes of `bits` bits are split into, low-order bits first.
+    """Returns the bits of each plane that codes of `bits` bits are split into, low-order bits first.
 
     Raises:
-        ValueError: for a number of bits that the format does not have.
+        ValueError: for a number of bits that the format does not support.
     """
     if bits not in PLANE_BITS:
         raise ValueError(f"codes of {bits} bits: expected one of {sorted(PLANE_BITS)}")
@@ -34,7 +34,7 @@ def plane_bits(bits: int) -> tuple[int, ...]:
 
 
 def check_group(length: int, group_size: int, bits: int) -> None:
-    """Checks that an axis splits into groups, and a group of each plane into whole bytes.
+    """Checks that groups divide an axis, and that a group fills whole bytes of each plane.
 
     Raises:
         ValueError: if not.
@@ -68,7 +68,7 @@ def pack(codes: jax.Array, bits: int, group_size: int, *, axis: int = -2) -> tup
     """Packs codes into bit planes.
 
     Args:
-        codes: uint8 [..., K, M] in [0, 2**bits). Under jit larger ones lose their high bits; outside they are an error.
+        codes: uint8 [..., K, M] in [0, 2**bits). Larger ones are an error; under jit they lose their high bits.
         bits: 2, 3, 4, 5, 6 or 8.
         group_size: g, elements of a group; divides K and fills whole bytes.
         axis: -2 or -1, the axis that groups run along.
@@ -77,7 +77,7 @@ def pack(codes: jax.Array, bits: int, group_size: int, *, axis: int = -2) -> tup
         One uint8 array [..., K * p / 8, M] for each plane of p bits, low-order bits first.
 
     Raises:
-        ValueError: if the dtype, bits, group size, axis or a code is not one of those.
+        ValueError: if the dtype, bits, group size, axis or a code is not valid.
     """
     codes = jnp.asarray(codes)
     if codes.dtype != jnp.uint8:
@@ -101,7 +101,7 @@ def _pack(codes: jax.Array, bits: int, group_size: int, axis: int) -> tuple[jax.
 
 
 def _pack_plane(part_CgM: jax.Array, width: int, axis: int) -> jax.Array:
-    """[..., C, g, M] values below 2**width -> bytes [..., C, n, M].
+    """Packs values below 2**width, [..., C, g, M], into bytes [..., C, n, M].
 
     Slot i of byte j is element j + i * n: a slot is a contiguous run of the group, never every other element.
     """
@@ -125,14 +125,14 @@ def unpack(
         bits: 2, 3, 4, 5, 6 or 8.
         group_size: g, as given to `pack`.
         axis: -2 or -1, the axis that groups run along.
-        arithmetic: "integer", shifts and masks; or "float", for exported programs whose runtime has no such operations
-            on bytes, or computes them ahead and keeps what they give: products and `floor` in float32, exact.
+        arithmetic: "integer": shifts and masks. "float": products and `floor` in float32, exact, for exported programs
+            whose runtime lacks such operations on bytes, or folds them ahead of time and keeps the unpacked results.
 
     Returns:
-        Codes, uint8 [..., K, M], or float32 by "float" arithmetic.
+        Codes, uint8 [..., K, M], or float32 with "float" arithmetic.
 
     Raises:
-        ValueError: if the planes are not those of such codes.
+        ValueError: if the planes do not fit bits, group size and axis.
     """
     widths = plane_bits(bits)
     check_planes(planes, bits, axis)
@@ -154,11 +154,11 @@ def unpack_runs(
     axis: int = -2,
     arithmetic: Literal["integer", "float"] = "integer",
 ) -> list[jax.Array]:
-    """`unpack` without putting the codes of a byte's slots together: for runtimes that write out what is concatenated.
+    """Unpacks codes slot by slot without concatenation, for runtimes that write concatenated arrays out to memory.
 
     Returns:
-        S runs of codes, [..., C, g / S, M] each: those of each group's first 1/S, its second, and so on. S is the
-        number of slots of a byte, in the plane that has the most.
+        S runs of codes, each [..., C, g / S, M]: the first 1/S of every group, the second, and so on. S is the number
+        of slots of a byte, in the plane that has the most.
     """
     widths = plane_bits(bits)
     check_planes(planes, bits, axis)
@@ -184,10 +184,11 @@ def unpack_runs(
 
 
 def _unpack_plane(bytes_CnM: jax.Array, width: int, axis: int) -> jax.Array:
-    """[..., C, n, M] bytes -> [..., C, g, M] values below 2**width.
+    """Unpacks bytes [..., C, n, M] to values below 2**width, [..., C, g, M].
 
-    One broadcast shift over a new slot axis S before n: merging (S, n) in this order moves nothing, because slots are
-    runs. With neighbours in a byte it would be (n, S), an interleaving that costs a TPU 28 times the traffic.
+    It is one broadcast shift over a new slot axis S before n. Merging (S, n) in this order moves no data, because a
+    slot holds a run. If a byte held neighbours, the order would be (n, S), an interleaving that costs a TPU 28 times
+    the traffic.
     """
     slots = 8 // width
     shift_S1M = (jnp.arange(slots, dtype=jnp.uint8) * width).reshape(slots, *(1,) * -axis)
@@ -196,7 +197,7 @@ def _unpack_plane(bytes_CnM: jax.Array, width: int, axis: int) -> jax.Array:
 
 
 def _unpack_plane_float(bytes_CnM: jax.Array, width: int, axis: int) -> jax.Array:
-    """`_unpack_plane` in float32: what is left of a byte above a slot, less what is left above the next."""
+    """Does `_unpack_plane` in float32: the byte shifted down to a slot, less its part beyond that slot."""
     slots = 8 // width
     slot_S1M = np.arange(slots, dtype=np.float32).reshape(slots, *(1,) * -axis)
     byte_C1nM = jnp.expand_dims(bytes_CnM, axis - 1).astype(jnp.float32)
@@ -209,14 +210,14 @@ def check_planes(planes: tuple[jax.Array, ...], bits: int, axis: int) -> None:
     """Checks number, dtype and shapes of planes against each other.
 
     Raises:
-        ValueError: if they are not the planes of one tensor of codes of `bits` bits.
+        ValueError: if they cannot be the planes of one tensor with codes of `bits` bits.
     """
     widths = plane_bits(bits)
     if len(planes) != len(widths):
         raise ValueError(f"{len(planes)} planes for codes of {bits} bits: expected {len(widths)}, of {widths} bits")
     for plane, width in zip(planes, widths, strict=True):
         if plane.dtype != jnp.uint8:
-            raise ValueError(f"a plane of dtype {plane.dtype}: expected uint8, as `pack` makes")
+            raise ValueError(f"a plane of dtype {plane.dtype}: expected uint8, as `pack` returns")
         expected = list(planes[0].shape)
         position = axis_position(planes[0].shape, axis)
         expected[position] = expected[position] * width // widths[0]
@@ -228,13 +229,13 @@ def check_planes(planes: tuple[jax.Array, ...], bits: int, axis: int) -> None:
 
 
 def axis_position(shape: tuple[int, ...], axis: int) -> int:
-    """`axis` counted from the front.
+    """Returns `axis` counted from the front.
 
     Raises:
-        ValueError: if it is neither -1 nor -2, or the shape does not have it.
+        ValueError: if it is neither -1 nor -2, or the shape does not have that axis.
     """
     if axis not in (-1, -2):
-        raise ValueError(f"axis {axis}: groups run along -2 (weights [..., K, M]) or -1 (tables [..., M, K])")
+        raise ValueError(f"axis {axis}: expected -2 (weights [..., K, M]) or -1 (tables [..., M, K])")
     if len(shape) < -axis:
         raise ValueError(f"shape {shape} has no axis {axis}: expected at least {-axis} axes")
     return len(shape) + axis

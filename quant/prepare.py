@@ -1,4 +1,4 @@
-"""From the format at rest to the layout that a backend multiplies with, once, when a model is loaded."""
+"""Lays weights out for a backend: from the format at rest to the backend's layout, once, when a model is loaded."""
 
 import dataclasses
 import math
@@ -24,13 +24,14 @@ def prepare(weight: Any, backend: str, *, donate: bool = False) -> Any:
     """Lays a weight out for `quant.product` on a backend.
 
     Args:
-        weight: QTensor [..., K, M] or [..., M, K]; or a `Mixed` of such.
-        backend: as `jax.default_backend` names it.
-        donate: whether the weight's memory may be freed as soon as it has been laid out: the weight is unusable then.
-            Otherwise there are two of it.
+        weight: QTensor [..., K, M] or [..., M, K], or a `Mixed` of QTensors.
+        backend: name of the backend, as returned by `jax.default_backend`.
+        donate: whether to free the weight's memory once it has been laid out, which makes the weight unusable.
+            Otherwise memory holds both.
 
     Returns:
-        The weight in its layout; or itself, where it is an array, or the backend has no layout for it (`refusal`).
+        The weight in its layout; or the weight itself if it is an array or the backend has no layout for it
+        (`refusal`).
     """
     if isinstance(weight, Mixed):
         stacks = tuple(prepare(stack, backend, donate=donate) for stack in weight.stacks)
@@ -44,7 +45,7 @@ def prepare(weight: Any, backend: str, *, donate: bool = False) -> Any:
     else:
         laid_out = jax.block_until_ready(jax.jit(_lowering(backend).layout)(weight))
     if donate:
-        # What the layout has as it was, jax returns as the same array.
+        # jax returns arrays that the layout does not change as they are: those must not be deleted.
         kept = {id(array) for array in jax.tree.leaves(laid_out)}
         for array in arrays:
             if id(array) not in kept and isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
@@ -53,7 +54,7 @@ def prepare(weight: Any, backend: str, *, donate: bool = False) -> Any:
 
 
 def refusal(weight: QTensor, backend: str) -> str | None:
-    """Why a weight is multiplied by the reference on a backend, or None if there is a layout for it."""
+    """Returns why a backend has no layout for a weight, which the reference then multiplies; None if it has one."""
     if backend not in BACKENDS:
         return f"backend {backend!r} has no layout of its own"
     sharding = getattr(weight.planes[0], "sharding", None)
@@ -63,7 +64,7 @@ def refusal(weight: QTensor, backend: str) -> str | None:
 
 
 def lowerings(weight: Any, backend: str) -> list[str]:
-    """How a backend multiplies with a weight, for people; several where its layers differ in that."""
+    """Describes how a backend multiplies with a weight; the list has several entries if the layers differ."""
     if isinstance(weight, Mixed):
         return list(dict.fromkeys(one for stack in weight.stacks for one in lowerings(stack, backend)))
     if not isinstance(weight, QTensor):
@@ -73,12 +74,12 @@ def lowerings(weight: Any, backend: str) -> list[str]:
 
 
 def compiler_options(backend: str) -> dict[str, str | bool]:
-    """What to compile programs with prepared weights with: `compiler_options` of `jax.jit`, or of `compile`."""
+    """Returns the `compiler_options` (of `jax.jit` or `compile`) for programs with prepared weights."""
     return dict(getattr(_lowering(backend), "COMPILER_OPTIONS", {})) if backend in ("cpu", "gpu") else {}
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Memory for an array at an address that XLA on a CPU accepts, so that it uses the buffer instead of a copy."""
+    """Allocates an array, aligned so that XLA on a CPU uses its buffer instead of making a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
@@ -86,9 +87,9 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def aligned_copy(view: np.ndarray) -> np.ndarray:
-    """A copy of a view, in memory that NumPy asked for: in huge pages, where the system has them, unlike XLA's.
+    """Copies a view into memory allocated by NumPy, which uses huge pages where the system has them, unlike XLA.
 
-    On several threads, because most of the time is the system's, which has to find the pages.
+    It uses several threads, because most of the time goes to the operating system, which has to provide the pages.
     """
     array = aligned_empty(view.shape, view.dtype)
     threads = min(_MOST_THREADS, os.cpu_count() or 1, len(view))
@@ -103,7 +104,7 @@ def _is_on_a_cpu(array: jax.Array) -> bool:
 
 
 def _lowering(backend: str) -> types.ModuleType:
-    """The module of a backend. Pallas, which the others need, takes a while to import."""
+    """Returns the module of a backend. The GPU and TPU modules are imported here: they need Pallas, which is slow."""
     if backend == "gpu":
         from quant.kernels import gpu
 

@@ -1,8 +1,9 @@
-"""Weights that make up for the errors of their inputs: what QEP corrects before a quantizer rounds.
+"""QEP: corrects a weight for the quantization errors of its inputs, before a quantizer rounds it.
 
-Arai & Ichikawa 2025, "Quantization Error Propagation", arXiv:2504.09629. Layer by layer a quantizer sees the inputs z
-of the quantized model where the float model had x. The best weights for these inputs are not w, but those of least
-squares to the outputs x w: w + (z' z)^-1 z' (x - z) w. Half of the way to them fits the calibration text less closely.
+Arai & Ichikawa 2025, "Quantization Error Propagation", arXiv:2504.09629. When a model is quantized layer by layer, a
+layer of the quantized model sees inputs z where the float model had x. The best weights for z are not w, but the least
+squares fit to the outputs x w: w + (z' z)^-1 z' (x - z) w. Going only part of the way there (`strength`) fits the
+calibration text less closely.
 
 Dimension key: `K` contraction axis, `M` outputs.
 """
@@ -19,21 +20,21 @@ _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 def propagated(
     weight_KM: jax.Array, hessian_KK: jax.Array, missing_KM: jax.Array, strength: float, damping: float = 0.1
 ) -> jax.Array:
-    """A weight moved towards what it has to be for the inputs that it gets: w + a (H + d I)^-1 B.
+    """Moves a weight towards the least squares fit for its quantized inputs: w + a (H + d I)^-1 B.
 
     Args:
         weight_KM: float32.
-        hessian_KK: mean of z' z over the inputs that it gets.
-        missing_KM: B, mean of z' e, where e is what is missing from its outputs: (x - z) w, or that and what is missing
-            from the sum that these outputs are added to.
+        hessian_KK: H, mean of z' z over the inputs z of the quantized model.
+        missing_KM: B, mean of z' e, where e is the error of the outputs: (x - z) w, optionally plus the error of the
+            sum that these outputs are added to.
         strength: a, from 0 (the weight stays) to 1 (least squares).
-        damping: of H, relative to its mean diagonal.
+        damping: d, relative to the mean diagonal of H.
 
     Returns:
-        float32 [K, M]; the weight itself where no input was seen.
+        float32 [K, M]; the weight itself if the result is not finite.
     """
     diagonal_K = jnp.diagonal(hessian_KK)
-    # A channel that is always 0 has no equation: without the 1 it would be 0 = 0.
+    # A channel that is always 0 has the equation 0 = 0, which the 1 makes solvable.
     damped_K = jnp.where(diagonal_K == 0, 1, diagonal_K + damping * diagonal_K.mean())
     factor = jax.scipy.linalg.cho_factor(jnp.fill_diagonal(hessian_KK, damped_K, inplace=False), lower=True)
     moved_KM = weight_KM + strength * jax.scipy.linalg.cho_solve(factor, missing_KM)
@@ -41,5 +42,5 @@ def propagated(
 
 
 def missing_by_inputs(cross_KK: jax.Array, weight_KM: jax.Array) -> jax.Array:
-    """B of `propagated` from the mean of z' (x - z), float32 [K, K]."""
+    """Returns B of `propagated` from the mean of z' (x - z), float32 [K, K]."""
     return _matmul(cross_KK, weight_KM)

@@ -1,4 +1,4 @@
-"""`QTensor`: the quantized weight, a pytree that stands where a weight array stood.
+"""`QTensor`: the quantized weight, a pytree that replaces a weight array.
 
 Dimension key: `K` contraction axis, `M` outputs, `C` groups along K, `g` = K / C elements of a group, `r` outlier
 channels. Shapes are written for `axis=-2`, a weight [..., K, M]; a table of embeddings is [..., M, K], `axis=-1`, and
@@ -49,34 +49,35 @@ class QTensor(Weight):
 
         w[k, m] = (value(code[k, m]) - zero[c, m]) * scale[c, m] + offset[c, m]
 
-    in float32, from the left. `zero` and `offset` are None where there is none. A few channels k may be kept as floats
-    beside the codes: w[outlier_index[i], m] = outlier[i, m], whatever the codes there stand for. FORMAT.md specifies
-    the arrays' bytes.
+    in float32, evaluated from the left. `zero` and `offset` may be None. A few channels k may be kept as floats beside
+    the codes: w[outlier_index[i], m] = outlier[i, m], whatever the codes there stand for. FORMAT.md specifies the
+    arrays' bytes.
 
-    Invariants, checked by `validate`. The constructor checks nothing: jax rebuilds trees with abstract values, booleans
-    or None for leaves. Every array has the rank and axis order of the weight, so that scan and vmap slice all of them,
-    and one PartitionSpec says how they are laid out (axes of size 1 are replicated, and so are the r outlier channels
-    where the mesh does not divide them). Group size, shape and which optional parts there are follow from the arrays
+    `validate` checks the invariants. The constructor checks nothing, because jax rebuilds trees with abstract values,
+    booleans or None for leaves. Every array has the rank and axis order of the weight, so that scan and vmap slice all
+    of them, and one PartitionSpec shards them all (axes of size 1 are replicated, and so are the r outlier channels
+    where the mesh does not divide them). The group size, the shape and the set of optional parts follow from the arrays
     and are stored nowhere else.
 
     Attributes:
         planes: uint8 [..., K * p / 8, M] for each bit plane of p bits.
         scale: float32, bfloat16 or float16 [..., C, M], or [..., 1, 1] for a scale per tensor. C = 1 is a scale per
-            channel. For mxfp4 uint8, the scale being 2**(scale - 127), 255 NaN; for nvfp4 uint8, UE4M3, or floats. Or a
-            QTensor of that shape: two levels.
+            channel. mxfp4 has uint8 scales, which stand for 2**(scale - 127), 255 for NaN; nvfp4 has uint8 scales in
+            UE4M3, or floats. A QTensor of that shape makes two levels of scales.
         zero: uint8 or float of scale's shape; `uint` schemes only.
         offset: float array or QTensor of scale's shape; `uint` schemes only.
         order: int32 [..., K, 1] ([..., 1, K] with axis -1), a permutation: stored position i holds index order[i] of
-            the contraction axis. Groups are of stored positions. For act-order GPTQ, whose groups are scattered.
+            the contraction axis. Groups consist of stored positions. Act-order GPTQ needs it: its groups are scattered.
         outlier: float32, bfloat16 or float16 [..., r, M] ([..., M, r] with axis -1), 1 <= r <= K; `split_outliers`.
         outlier_index: int32 [..., r, 1] ([..., 1, r] with axis -1), distinct indices of the contraction axis, whose
-            weights `outlier` holds. Both or neither.
+            weights `outlier` holds. Both are given or neither.
         scheme: what a code stands for.
         axis: -2 or -1, the contraction axis of the weight.
-        dtype: of the weight that this stands for.
+        dtype: dtype of the weight that this QTensor replaces.
         activations: how activations are rounded before `product` multiplies them with this weight: None, not at all;
-            "bfloat16"; "int8-token", to int8 with one scale for each vector along the contraction; "int8-group", with
-            one for each of this weight's groups of it. Outlier channels are not rounded to int8, and out of the scales.
+            "bfloat16"; "int8-token", to int8 with one scale for each vector along the contraction axis; "int8-group",
+            to int8 with one scale for each group of this weight. Outlier channels are not rounded to int8 and do not
+            affect the scales.
     """
 
     planes: tuple[jax.Array, ...]
@@ -108,7 +109,7 @@ class QTensor(Weight):
         dtype: jax.typing.DTypeLike = jnp.float32,
         activations: str | None = None,
     ) -> "QTensor":
-        """Packs uint8 codes [..., K, M] and checks the whole; the arguments are those of the class.
+        """Packs uint8 codes [..., K, M] and validates the result; the other arguments are those of the class.
 
         Raises:
             ValueError: if an invariant does not hold.
@@ -121,7 +122,7 @@ class QTensor(Weight):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """Shape of the weight."""
         shape = list(self.planes[0].shape)
         shape[self.axis] = shape[self.axis] * 8 // plane_bits(self.scheme.bits)[0]
         return tuple(shape)
@@ -133,16 +134,16 @@ class QTensor(Weight):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays, as they are on a device and in a file."""
+        """Bytes of all arrays, on a device and in a file."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     @property
     def bits_per_weight(self) -> float:
-        """Of everything: codes, scales and the rest."""
+        """Bits per weight, counting all arrays: codes, scales and the rest."""
         return 8 * self.nbytes / self.size
 
     def __getitem__(self, index: Any) -> "QTensor":
-        """Indexes or slices leading axes (layers, experts): the last two belong together.
+        """Indexes or slices leading axes (layers, experts); the last two axes cannot be indexed.
 
         Raises:
             IndexError: for a static index that is out of range, or too many of them.
@@ -151,7 +152,7 @@ class QTensor(Weight):
         if len(indices) > self.ndim - 2:
             raise IndexError(f"{len(indices)} indices: shape {self.shape} has {self.ndim - 2} leading axes to index")
         for i, length in zip(indices, self.shape, strict=False):
-            # jax would move it to the nearest one that exists. This also is what ends `for layer in qtensor`.
+            # jax would clamp the index. This error is also what ends `for layer in qtensor`.
             if isinstance(i, (int, np.integer)) and not -length <= i < length:
                 raise IndexError(f"index {i} is out of range for an axis of {length}, of shape {self.shape}")
             if i is None or i is Ellipsis:
@@ -159,23 +160,23 @@ class QTensor(Weight):
         return jax.tree.map(operator.itemgetter(index), self)
 
     def along(self, axis: int) -> "QTensor":
-        """The same arrays, of both levels, for another contraction axis."""
+        """Returns the same arrays, of both levels, with another contraction axis."""
         scale = self.scale.along(axis) if isinstance(self.scale, QTensor) else self.scale
         offset = self.offset.along(axis) if isinstance(self.offset, QTensor) else self.offset
         return dataclasses.replace(self, scale=scale, offset=offset, axis=axis)
 
     def matrix(self, index: jax.Array | int) -> "QTensor":
-        """As of every `Weight`: a slice."""
+        """See `Weight.matrix`; the result is a slice."""
         at = jnp.asarray(index, jnp.int32)
         take = lambda array: jax.lax.dynamic_index_in_dim(array, at, keepdims=False)  # noqa: E731
         return jax.tree.map(take, flat_stack(self, self.ndim - 2))
 
     def multiply(self, x: jax.Array) -> jax.Array:
-        """As of every `Weight`: the reference, which dequantizes, then contracts, both in float32.
+        """See `Weight.multiply`. This is the reference: it dequantizes, then contracts, both in float32.
 
-        The weight is not rounded to the activations' type, so that what other lowerings are compared with has no error
-        but the quantizer's. Activations in int8 are rounded, and multiplied as floats: up to the rounding of sums, what
-        products of integers give.
+        The weight is not rounded to the activations' dtype, so that the reference for other lowerings has no error but
+        the quantizer's. int8 activations are rounded and then multiplied as floats: the result equals that of integer
+        products up to the rounding of sums.
         """
         outlier_K = None
         if self.outlier_index is not None:
@@ -185,36 +186,36 @@ class QTensor(Weight):
         return jnp.einsum(equation, x, dequantize(self), precision=jax.lax.Precision.HIGHEST)
 
     def rows(self, row_n: jax.Array) -> jax.Array:
-        """As of every `Weight`."""
+        """See `Weight.rows`."""
         height = self.shape[0]
 
         def pick(plane: jax.Array) -> jax.Array:
-            # A plane that is the same for all rows (a scale per tensor, the order) has height 1 and broadcasts.
+            # A plane shared by all rows (a scale per tensor, the order) has height 1 and broadcasts.
             return jnp.take(plane, row_n, axis=0, mode="clip") if plane.shape[0] == height else plane
 
         return dequantize(jax.tree.map(pick, self))
 
     def values(self) -> jax.Array:
-        """As of every `Weight`: `dequantize`."""
+        """See `Weight.values`; calls `dequantize`."""
         return dequantize(self)
 
     def take(self, number: int) -> "QTensor":
-        """As of every `Weight`."""
+        """See `Weight.take`."""
         return self[number]
 
     def split(self) -> tuple["QTensor", Callable[[Any, jax.Array], Any]]:
-        """As of every `Weight`: a scan slices all arrays."""
+        """See `Weight.split`; a scan slices all arrays."""
         return self, lambda part, place: part
 
     def validate(self) -> "QTensor":
-        """Checks every invariant that shapes and dtypes show; returns the tensor itself. Leaves may be abstract.
+        """Checks every invariant that shapes and dtypes show, and returns the tensor itself. Leaves may be abstract.
 
         Raises:
-            ValueError: naming the part, what it is and what was expected.
+            ValueError: if one does not hold; the message names the part, its value and the expected value.
         """
         check_planes(self.planes, self.scheme.bits, self.axis)
         if not jnp.issubdtype(self.dtype, jnp.floating):
-            raise ValueError(f"dtype {self.dtype}: expected a float type, that of the weight this stands for")
+            raise ValueError(f"dtype {self.dtype}: expected a float type, that of the weight before quantization")
         *lead, rows, columns = self.shape
         length, outputs = (rows, columns) if self.axis == -2 else (columns, rows)
         per_group = (*lead, "C", outputs) if self.axis == -2 else (*lead, outputs, "C")
@@ -254,14 +255,14 @@ class QTensor(Weight):
         self._check_plane("outlier_index", self.outlier_index, shapes[1], ("int32",))
 
     def _check_plane(self, name: str, plane: Plane | None, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
-        """Checks shape and dtype of one part, or the invariants of a second level; a part that is absent is right."""
+        """Checks shape and dtype of one part, or the invariants of a second level; None is valid."""
         if plane is None:
             return
         if plane.shape != shape:
             raise ValueError(f"{name} plane of shape {plane.shape}: expected {shape}")
         if isinstance(plane, QTensor):
             if name not in ("scale", "offset"):
-                raise ValueError(f"{name} plane in codes of its own: only scale and offset may have a second level")
+                raise ValueError(f"{name} plane is a QTensor: only scale and offset may have a second level")
             if plane.axis != self.axis:
                 raise ValueError(f"{name} plane with contraction axis {plane.axis}: expected {self.axis}, the weight's")
             plane.validate()
@@ -276,13 +277,13 @@ def dequantize(
     *,
     arithmetic: Literal["integer", "float"] = "integer",
 ) -> jax.Array:
-    """The weight itself, by the formula of `QTensor`: computed in float32, then rounded to `dtype`.
+    """Returns the weight's values by the formula of `QTensor`: computed in float32, then rounded to `dtype`.
 
-    `arithmetic` is as `unpack` takes it.
+    `arithmetic` has the meaning that it has in `unpack`.
 
-    Differentiable with respect to float scales, zero points, offsets and outliers. Compiled, a backend may round the
-    product and the sum of an `offset` once instead of twice. For what ggml stores that changes nothing: its products
-    are exact.
+    The result is differentiable with respect to float scales, zero points, offsets and outliers. A compiled program may
+    round the product with the scale and the sum with `offset` once instead of twice. For ggml's types that changes
+    nothing: their products are exact.
     """
     axis = qtensor.axis
     codes_KM = unpack(qtensor.planes, qtensor.scheme.bits, qtensor.group_size, axis=axis, arithmetic=arithmetic)
@@ -299,13 +300,13 @@ def dequantize(
 
 
 def dequantize_runs(qtensor: QTensor, *, arithmetic: Literal["integer", "float"] = "integer") -> list[jax.Array]:
-    """`dequantize` in float32 and in the runs of `unpack_runs`: for a product that sums over run after run.
+    """Dequantizes in float32 to the runs of `unpack_runs`, for a product that sums over one run after another.
 
     Raises:
-        ValueError: for a weight with outlier channels or another order of its groups.
+        ValueError: for a weight with outlier channels or an `order`.
     """
     if qtensor.order is not None or qtensor.outlier is not None:
-        raise ValueError("a weight with outlier channels or an order: expected one whose groups are all there is")
+        raise ValueError("a weight with outlier channels or an order: expected one without either; use `dequantize`")
     codes = unpack_runs(
         qtensor.planes, qtensor.scheme.bits, qtensor.group_size, axis=qtensor.axis, arithmetic=arithmetic
     )
@@ -313,7 +314,7 @@ def dequantize_runs(qtensor: QTensor, *, arithmetic: Literal["integer", "float"]
 
 
 def _values(codes_CnM: jax.Array, qtensor: QTensor, arithmetic: Literal["integer", "float"]) -> jax.Array:
-    """What codes [..., C, n, M] of the groups stand for, float32: the formula of `QTensor`."""
+    """Returns the float32 values of codes [..., C, n, M], by the formula of `QTensor`."""
     per_group = lambda plane: jnp.expand_dims(plane, qtensor.axis)  # noqa: E731
     weight_CnM = qtensor.scheme.decode(codes_CnM)
     if qtensor.zero is not None:
@@ -325,11 +326,12 @@ def _values(codes_CnM: jax.Array, qtensor: QTensor, arithmetic: Literal["integer
 
 
 def outlier_slots(outlier_index: jax.Array, length: int, axis: int) -> jax.Array:
-    """For each of the K = `length` channels its place among the outliers, or -1: int32 [..., r, 1] -> [..., K, 1].
+    """Returns each channel's position among the outliers, or -1: int32 [..., r, 1] -> [..., K, 1], K = `length`.
 
-    By comparing each with each, K * r: exported programs have no scatter, which some runtimes lack or copy arrays for.
-    XLA fuses looking the outliers up by it, and choosing, into the rest of `dequantize`: with 32 of 2048 channels, axis
-    -2, on a CPU, no slower than without outliers, where a product with a one-hot matrix takes 3 times as long.
+    It compares all K channels with all r outliers. A scatter is avoided because some runtimes of exported programs lack
+    it or copy arrays for it. XLA fuses the lookup and the selection of outliers into the rest of `dequantize`: with 32
+    of 2048 channels, axis -2, on a CPU, it is no slower than without outliers, where a product with a one-hot matrix
+    takes 3 times as long.
     """
     count = outlier_index.shape[axis]
     channel_K11 = jnp.arange(length, dtype=jnp.int32).reshape(length, *(1,) * -axis)
@@ -339,21 +341,21 @@ def outlier_slots(outlier_index: jax.Array, length: int, axis: int) -> jax.Array
 
 
 def scale_values(scale: Plane, scheme: Scheme, *, arithmetic: Literal["integer", "float"] = "integer") -> jax.Array:
-    """The scales themselves, float32 of the plane's shape: from floats, from bytes (mxfp4, nvfp4) or two levels."""
+    """Returns scales as float32 of the plane's shape: from floats, from bytes (mxfp4, nvfp4) or from two levels."""
     if scheme.scale_code and not isinstance(scale, QTensor) and scale.dtype == jnp.uint8:
         return (exponent_values if scheme.scale_code == "e8m0" else e4m3_values)(scale)
     return _float32(scale, arithmetic)
 
 
 def is_under_units(scale: Plane) -> bool:
-    """Whether scales are in two levels of which the second is one float for an output, times whole numbers in int8."""
+    """Whether scales have two levels: signed integer codes times one float per output (the unit)."""
     if not isinstance(scale, QTensor) or scale.scheme.kind != "int" or isinstance(scale.scale, QTensor):
         return False
     return scale.scale.shape[scale.axis] == 1 and scale.order is None and scale.outlier is None
 
 
 def units_of(scale: Plane) -> tuple[Plane, jax.Array | None]:
-    """Scales under units as whole numbers, int8 of the plane's shape, and the units; others as they are, and None."""
+    """Returns integer scales (int8 of the plane's shape) and their units if `is_under_units`, else (scale, None)."""
     if not isinstance(scale, QTensor) or not is_under_units(scale):
         return scale, None
     assert not isinstance(scale.scale, QTensor)
@@ -362,19 +364,19 @@ def units_of(scale: Plane) -> tuple[Plane, jax.Array | None]:
 
 
 def has_nan_scales(weight: Any) -> bool:
-    """Whether a scale in a byte stands for NaN, 255 of mxfp4 and nvfp4; those in floats show it themselves."""
+    """Whether a one-byte scale (mxfp4, nvfp4) is 255, which stands for NaN; float scales are not checked."""
     if not isinstance(weight, QTensor) or weight.scheme.scale_code is None or isinstance(weight.scale, QTensor):
         return False
     return weight.scale.dtype == jnp.uint8 and bool((weight.scale == 255).any())
 
 
 def _scale_dtypes(scheme: Scheme) -> tuple[str, ...]:
-    """What a plane of scales may be made of."""
+    """Returns the dtypes that a plane of scales may have."""
     return {"mxfp4": ("uint8",), "nvfp4": ("uint8", *SCALE_DTYPES)}.get(scheme.kind, SCALE_DTYPES)
 
 
 def _float32(plane: Plane, arithmetic: Literal["integer", "float"] = "integer") -> jax.Array:
-    """A plane of floats or of integers, or of two levels, as float32."""
+    """Returns a plane of floats, of integers or of two levels as float32."""
     return dequantize(plane, arithmetic=arithmetic) if isinstance(plane, QTensor) else plane.astype(jnp.float32)
 
 

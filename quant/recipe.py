@@ -1,4 +1,4 @@
-"""Which weight gets which scheme: an ordered list of rules, strict.
+"""Recipes: ordered lists of rules that say how each weight is quantized.
 
     target_bpw = 4.5                # optional: choose the bits of each weight so that the whole model has that many
 
@@ -18,7 +18,7 @@
     group_size = 32
     clip = "mse"
 
-A rule that decides for nothing, a weight that no rule matches and a key that nobody reads are errors.
+A rule that decides for no weight, a weight that no rule matches and an unknown key are errors.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ _SMALLEST_GROUP = 16
 
 
 class _Kind(NamedTuple):
-    """What a key of a recipe may be: in words, and whether a value is that."""
+    """The valid values of a recipe's key: a description, and a function that checks a value."""
 
     expected: str
     holds: Callable[[Any], bool]
@@ -52,7 +52,7 @@ def _one_of(names: Iterable[str]) -> _Kind:
 
 
 _BOOLEAN = _Kind("true or false", lambda value: isinstance(value, bool))
-# Type and range of every key. None, which TOML does not have, also stands for a key whose default it is.
+# Type and range of every key. A key whose default is None may also be None, which TOML does not have.
 KEYS: dict[str, _Kind] = {
     "weights": _Kind("a glob, as '*' or 'layers.*.ffn.*'", lambda value: isinstance(value, str) and value != ""),
     "layers": _Kind(
@@ -100,7 +100,7 @@ KEYS: dict[str, _Kind] = {
 
 
 def _check_keys(of: Any) -> None:
-    """Checks every field of a rule or recipe that is in `KEYS`."""
+    """Checks the fields of a rule or recipe against `KEYS`."""
     for field in dataclasses.fields(of):
         value, kind = getattr(of, field.name), KEYS.get(field.name)
         if kind is None or (value is None and field.default is None) or kind.holds(value):
@@ -111,35 +111,36 @@ def _check_keys(of: Any) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-    """What happens to the weights whose name matches.
+    """How the weights whose name matches are quantized.
 
     Attributes:
         weights: glob on weight names.
-        layers: numbers of the layers that it is for, negative ones from the end; all, and weights outside of layers,
-            unless given.
-        keep: leave them as they are; then nothing below is set.
+        layers: numbers of the layers that the rule applies to, negative ones from the end. Without it the rule applies
+            to all layers and to weights outside of layers.
+        keep: leave the weights as they are; then none of the fields below may be set.
         scheme: name of a `Scheme`.
-        group_size: weights that share a scale, "channel" or "tensor".
+        group_size: number of weights that share a scale, or "channel" or "tensor".
         scale_dtype: float32, bfloat16 or float16.
-        scale_scheme: name of the scheme that scales have, codes themselves then (`quantize_two_levels`).
-        scale_group: weights whose scales in codes share a float: 256, or "channel".
-        offset: of a `uint` scheme: store what the zero point amounts to, a number beside the scale (`with_offset`).
+        scale_scheme: name of the scheme of quantized scales (`quantize_two_levels`); None: scales are not quantized.
+        scale_group: number of weights whose quantized scales share a float: 256, or "channel".
+        offset: for a `uint` scheme, store a float offset beside the scale instead of the zero point (`with_offset`).
         method: "rtn" (`quantize_rtn`), "gptq" (`quantize_gptq`) or "hqq" (`quantize_hqq`).
         clip: None or "mse" (see `quantize_rtn`).
-        importance: weigh each input channel's error by its activations' mean square, as llama.cpp's imatrix does; rtn
-            with clip.
+        importance: weigh each input channel's error by its activations' mean square, as llama.cpp's imatrix does; needs
+            method rtn with clip.
         act_order: see `quantize_gptq`.
-        damping: of the Hessian, relative to its mean diagonal (see `quantize_gptq`): more of it fits a short text less
-            closely.
-        descent: sweeps of coordinate descent behind GPTQ (see `quantize_gptq`).
-        scaling: "awq" (`search_scale`) or "smoothquant" (`smoothing_scale`): of the input channels before quantizing,
-            undone in what makes the inputs. All weights that share an input take part.
-        outliers: input channels that are kept in float beside the codes, those of the largest activations.
-        activations: "bfloat16", "int8-token" or "int8-group": how what is multiplied with the weight is rounded; None:
-            not.
-        indivisible: name of a scheme, for weights whose inputs are no whole groups: they get the largest smaller groups
-            of 16 or more that fit, or one group per channel, or, where not even that fills bytes, this scheme per
-            channel. An error without it.
+        damping: damping of the Hessian, relative to its mean diagonal (see `quantize_gptq`). Higher damping fits a
+            short text less closely.
+        descent: sweeps of coordinate descent after GPTQ (see `quantize_gptq`).
+        scaling: "awq" (`search_scale`) or "smoothquant" (`smoothing_scale`): scales the input channels before
+            quantization and undoes that in the operation that makes the inputs. All weights that share an input take
+            part.
+        outliers: number of input channels, those of the largest activations, that are kept in float beside the codes.
+        activations: "bfloat16", "int8-token" or "int8-group": how the activations are rounded before they are
+            multiplied with the weight; None: not at all.
+        indivisible: name of a scheme for weights whose number of inputs is not a multiple of `group_size`. They get the
+            largest smaller group size of 16 or more that fits, or one group per channel, or, if that does not fill
+            whole bytes, this scheme per channel. Without it such a weight is an error.
     """
 
     weights: str
@@ -166,7 +167,7 @@ class Rule:
         """Checks the rule by itself.
 
         Raises:
-            ValueError: naming the rule, what is wrong with it and what was expected.
+            ValueError: if it is invalid; the message names the rule, the mistake and the expected value.
         """
         try:
             _check_keys(self)
@@ -184,23 +185,23 @@ class Rule:
             (self.keep is (self.scheme is not None), "expected either keep = true or a scheme"),
             (
                 self.keep and given,
-                f"{', '.join(given)} beside keep = true: expected nothing, what is kept stays as it is",
+                f"{', '.join(given)} beside keep = true: expected no other key, because kept weights do not change",
             ),
             (self.importance and (self.method != "rtn" or self.clip is None), "importance needs method rtn and clip"),
             (self.act_order and self.method != "gptq", "act_order needs method gptq"),
             (self.damping != Rule.damping and self.method != "gptq", "damping needs method gptq"),
             (self.descent and self.method != "gptq", "descent needs method gptq"),
             (self.scale_scheme is None and self.scale_group != 256, "scale_group needs a scale_scheme"),
-            (self.scale_scheme is not None and self.method == "hqq", "hqq has no scale_scheme"),
-            (self.scale_scheme is not None and self.act_order, "act_order has no scale_scheme"),
+            (self.scale_scheme is not None and self.method == "hqq", "hqq does not support scale_scheme"),
+            (self.scale_scheme is not None and self.act_order, "act_order does not support scale_scheme"),
             (self.offset and not str(self.scheme).startswith("uint"), "offset needs a uint scheme"),
-            (self.method == "hqq" and self.clip is not None, "hqq has a search of its own: leave clip out"),
+            (self.method == "hqq" and self.clip is not None, "hqq has its own search: leave clip out"),
         ):
             if wrong:
                 raise ValueError(f"rule for {self.weights!r}: {message}")
 
     def for_inputs(self, length: int) -> "Rule":
-        """The rule for a weight of so many inputs: itself, but where `indivisible` has a say."""
+        """Returns the rule for a weight of `length` inputs: itself unless `indivisible` applies."""
         if self.scheme is None or self.indivisible is None or isinstance(self.group_size, str):
             return self
         if length % self.group_size == 0:
@@ -208,7 +209,7 @@ class Rule:
         multiple = 8 // min(plane_bits(Scheme.named(self.scheme).bits))
         for size in range(min(length, self.group_size), _SMALLEST_GROUP - 1, -1):
             if length % size == 0 and size % multiple == 0:
-                kept = self.scale_scheme if self.scale_group == "channel" else None  # which takes any groups
+                kept = self.scale_scheme if self.scale_group == "channel" else None  # "channel" takes any group size
                 return dataclasses.replace(self, group_size=size, scale_scheme=kept)
         if length % multiple == 0:
             return dataclasses.replace(self, group_size="channel", scale_scheme=None, scale_group=256)
@@ -219,26 +220,26 @@ class Rule:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether it needs to know what the weight is multiplied with."""
+        """Whether the rule needs statistics of the weight's inputs."""
         return self.method == "gptq" or self.importance or self.scaling is not None or self.outliers > 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Rules, and how large the result may be.
+    """Rules for the weights, and settings for the whole model.
 
     Attributes:
-        rules: in the order in which they are asked.
-        target_bpw: bits per weight of the whole model, everything counted. Then the numbers of bits in `int` and `uint`
-            rules are a starting point only: each weight's are chosen so that the error is least within the budget.
-        least_bits: fewest that a weight may get where bits are chosen. Codes of 2 and 3 bits decode at about 0.6 of the
-            bytes a second of those of 4.
-        bits_by: what an error costs where bits are chosen: "loss", measured on a calibration text; "roles", known of
-            another model by the names of weights.
-        propagation: how far each weight by GPTQ is moved to make up for the errors of its inputs before it is
-            rounded, from 0 to 1 (`propagated`).
-        tuning: how many times the calibration text is gone through to tune scales and norms in the end, by the KL
-            divergence from the model that is quantized.
+        rules: in order of priority; the first rule that matches a weight decides.
+        target_bpw: bits per weight of the whole model, everything counted. With it the bits in `int` and `uint` rules
+            are only a starting point: the bits of each weight are chosen for the least error within the budget.
+        least_bits: fewest bits that this choice may give a weight. Codes of 2 and 3 bits decode at about 0.6 of the
+            bytes per second of 4-bit codes.
+        bits_by: how this choice rates a weight's error: "loss", measured on a calibration text; "roles", from values
+            for weights' names that were measured on another model.
+        propagation: how far each GPTQ weight is moved before rounding to make up for the errors of its inputs, from 0
+            to 1 (`propagated`).
+        tuning: number of final passes over the calibration text that tune scales and norms, by the KL divergence from
+            the model before quantization.
     """
 
     rules: tuple[Rule, ...]
@@ -249,34 +250,33 @@ class Recipe:
     tuning: int = 0
 
     def __post_init__(self) -> None:
-        """Checks the target.
+        """Checks the fields of the recipe.
 
         Raises:
-            ValueError: if it is no number of bits.
+            ValueError: if a value is not valid.
         """
         _check_keys(self)
 
     def with_target(self, bits: float) -> "Recipe":
-        """The recipe for another size, in bits a weight.
+        """Returns the recipe with another target, in bits per weight.
 
-        `least_bits` stays where the target leaves half a bit for scales and for weights that need more, and is 2
-        otherwise.
+        `least_bits` stays if the target leaves half a bit for scales and for weights that need more; else it becomes 2.
         """
         least = self.least_bits if bits >= self.least_bits + 0.5 else 2
         return dataclasses.replace(self, target_bpw=bits, least_bits=least)
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether it needs a text to run the model on."""
+        """Whether the recipe needs a calibration text to run the model on."""
         of_model = (self.target_bpw is not None and self.bits_by == "loss") or self.tuning > 0
         return of_model or any(rule.needs_calibration for rule in self.rules)
 
 
 def recipe_from(table: Mapping[str, Any], source: str) -> Recipe:
-    """Reads a recipe's parsed TOML.
+    """Makes a recipe from parsed TOML.
 
     Raises:
-        ValueError: for anything but a list of rules with known keys and a target; the message begins with `source`.
+        ValueError: for an unknown key, a missing one or an invalid value; the message begins with `source`.
     """
     rules = table.get("rules")
     of_model = [field.name for field in dataclasses.fields(Recipe) if field.name != "rules"]
@@ -299,20 +299,20 @@ def recipe_from(table: Mapping[str, Any], source: str) -> Recipe:
 def assign(
     rules: Iterable[Rule], weights: Mapping[str, Sequence[int] | None], num_layers: int
 ) -> dict[tuple[str, int | None], Rule]:
-    """The rule of each weight of each layer: the first that matches its name and has its layer.
+    """Returns the rule of each weight of each layer: the first that matches the name and includes the layer.
 
     Args:
-        rules: in order. A glob is matched with the name of the weight, `layers.7.ffn.up_DF`, or with what stands for
-            that of all layers, `layers.*.ffn.up_DF` or `layers.ffn.up_DF`.
-        weights: names, `layers.*.ffn.up_DF` for a weight of layers, and for each the layers that have it, or None for
-            one outside of them.
-        num_layers: of the model.
+        rules: in order of priority. A glob is matched with the weight's name, `layers.7.ffn.up_DF`, and with the names
+            for all layers, `layers.*.ffn.up_DF` and `layers.ffn.up_DF`.
+        weights: names (`layers.*.ffn.up_DF` for a weight in layers) and for each the numbers of the layers that have
+            it, or None for a weight outside of layers.
+        num_layers: number of layers of the model.
 
     Returns:
         A rule for each (name, layer); layer is None outside of layers.
 
     Raises:
-        ValueError: if a rule decides for no weight, or no rule for a weight, or a layer does not exist.
+        ValueError: if a rule decides for no weight, no rule matches a weight, or a layer does not exist.
     """
     rules, chosen = tuple(rules), {}
     for name, layers in weights.items():
@@ -331,18 +331,18 @@ def assign(
 
 
 def _matches(rule: Rule, name: str, layer: int | None) -> bool:
-    """Whether a rule's glob is for a weight."""
+    """Whether a rule's glob matches a weight."""
     names = [name] if layer is None else [name.replace("*", str(layer), 1), name, name.replace(".*", "", 1)]
     return any(fnmatch.fnmatchcase(each, rule.weights) for each in names)
 
 
 def _has(rule: Rule, layer: int | None, count: int) -> bool:
-    """Whether a rule is for that layer of so many."""
+    """Whether a rule applies to a layer of a model of `count` layers."""
     if rule.layers is None:
         return True
     if layer is None:
         return False
     outside = [number for number in rule.layers if not -count <= number < count]
     if outside:
-        raise ValueError(f"the rule for {rule.weights!r} names layer {outside[0]}: the model has {count}")
+        raise ValueError(f"the rule for {rule.weights!r} names layer {outside[0]}: the model has {count} layers")
     return layer in {number % count for number in rule.layers}

@@ -1,7 +1,7 @@
 """Round-to-nearest quantization: a scale per group from the group's own values, and the nearest code for each weight.
 
 Dimension key: `K` contraction axis, `M` outputs, `C` groups along K, `g` elements of a group. Shapes are written for
-`axis=-2`. Inside, weights are [..., C, g, M] and what is one number per group keeps a 1 in the place of g.
+`axis=-2`. Internally weights are [..., C, g, M], and arrays with one number per group are [..., C, 1, M].
 """
 
 import functools
@@ -28,46 +28,47 @@ def quantize_rtn(
     clip: Literal["mse"] | None = None,
     importance: jax.Array | None = None,
 ) -> QTensor:
-    """Quantizes a weight by rounding each value to the nearest that its group's scale can express.
+    """Quantizes a weight by rounding each value to the nearest one that its group's scale can express.
 
     The scale of a group, before `clip`:
 
-    - int: the value of largest magnitude / -2**(b-1), sign and all, as in ggml's Q4_0. That value gets code 0, exactly,
-      and all 2**b codes are in use; the symmetric alternative, max|w| / (2**(b-1) - 1), wastes one, which at 4 bits
-      is a step 14% larger. The price: a value of the other sign beyond 2**(b-1) - 1/2 steps is off by up to one step.
-    - uint: (max - min) / (2**b - 1) of the range widened to include 0, and the zero point a whole code: 0 stays 0.
+    - int: the value of largest magnitude, with its sign, / -2**(b-1), as in ggml's Q4_0. That value gets code 0
+      exactly, and all 2**b codes are used. The symmetric alternative, max|w| / (2**(b-1) - 1), wastes one code, which
+      makes a step 14% larger at 4 bits. The price: a value of the other sign beyond 2**(b-1) - 1/2 steps is off by up
+      to one step.
+    - uint: (max - min) / (2**b - 1), of the range widened to include 0. The zero point is a whole code: 0 stays 0.
     - ternary: mean|w|, and codes round(w / scale) clipped to -1..1 (BitNet b1.58, Ma et al. 2024, arXiv:2402.17764).
     - nf4: max|w| (QLoRA, Dettmers et al. 2023, arXiv:2305.14314).
     - mxfp4: 2**(floor(log2(max|w|)) - 2) (OCP Microscaling Formats v1.0, 2023; groups of 32 there). Values
       beyond 6 scales become 6 scales. A tie between two values goes to the one nearer to 0.
     - nvfp4: max|w| / 6, rounded to UE4M3 (ggml's NVFP4, groups of 16 there): from 2**-9 to 448 in steps of an eighth.
-    - iq4_nl: the value of largest magnitude / -127, sign and all, as ggml's IQ4_NL begins its search.
+    - iq4_nl: the value of largest magnitude, with its sign, / -127, as ggml's IQ4_NL begins its search.
 
-    Codes are chosen with the scale as it is stored, rounded to `scale_dtype`: that costs range, hardly accuracy. So a
-    value inside the range is off by at most scale / 2 for int, uint and ternary. A group of zeros gets scale 0, any
-    other none below the smallest of `scale_dtype` (`stored_scale`): nearly-zero weights, as of tokens that were never
-    trained, become multiples of that.
+    Codes are chosen with the scale as it is stored, rounded to `scale_dtype`: this costs range but hardly accuracy. So
+    a value inside the range is off by at most scale / 2 for int, uint and ternary. A group of zeros gets scale 0. The
+    magnitude of any other scale is at least the smallest that `scale_dtype` has (`stored_scale`): nearly-zero weights,
+    such as those of untrained tokens, become multiples of that.
 
     Args:
         weight: float [..., K, M] (`axis=-2`) or [..., M, K] (`axis=-1`).
-        scheme: a Scheme or its name, as "int4".
+        scheme: a Scheme or its name, such as "int4".
         group_size: weights along K that share a scale; "channel": all K of an output; "tensor": all of [K, M].
         axis: the contraction axis, -2 or -1.
-        scale_dtype: float32, bfloat16 or float16; mxfp4 and nvfp4 have scales of a byte instead.
-        clip: "mse" looks for the scale of least squared error. It encodes each group with `clip_factors` times its
-            scale, keeps the codes that could do best with a scale of their own, fits that scale to them by least
-            squares, and encodes and fits again. What it finds is taken only if its error, as it is stored, is less
-            than that of the plain scale. mxfp4 and nvfp4, whose scales cannot be fitted, take the best of their
-            factors.
-        importance: float [..., K], not negative: weight of each input channel in that error, for example the mean
-            square of its activations, as in llama.cpp's importance matrix. Needs `clip`.
+        scale_dtype: float32, bfloat16 or float16; mxfp4 and nvfp4 have one-byte scales instead.
+        clip: "mse" searches for the scale of least squared error. It encodes each group with `clip_factors` times its
+            scale, keeps the codes that have the least error with a scale fitted to them, fits that scale by least
+            squares, and encodes and fits again. The result is taken only if its error, with the scale as stored, is
+            less than that of the plain scale. For mxfp4 and nvfp4, whose scales cannot be fitted, the search takes the
+            best factor.
+        importance: float [..., K], not negative: the weight of each input channel in that error, for example the mean
+            square of its activations, as in llama.cpp's importance matrix. Requires `clip`.
 
     Returns:
         The quantized weight; its `dtype` is that of `weight`.
 
     Raises:
-        ValueError: for arguments that do not fit each other, and, outside jit, for a weight that is not finite or whose
-            scales are above the range of `scale_dtype`. Under jit such groups become NaN.
+        ValueError: for incompatible arguments, and, outside jit, for a weight that is not finite or whose scales are
+            above the range of `scale_dtype`. Under jit such groups become NaN.
     """
     scheme = Scheme.named(scheme) if isinstance(scheme, str) else scheme
     weight, scale_dtype = jnp.asarray(weight), jnp.dtype(scale_dtype)
@@ -95,7 +96,7 @@ def _quantize(
     scale_dtype: np.dtype,
     search: bool,
 ) -> tuple[QTensor, jax.Array]:
-    """The quantized weight, and whether every scale is finite."""
+    """Returns the quantized weight, and whether every scale is finite."""
     weight_CgM = split_groups(weight.astype(jnp.float32), group_size, axis)
     across_M = (-1 if axis == -2 else -3,) if per_tensor else ()
     low, high = group_range(weight_CgM, scheme, (axis, *across_M))
@@ -118,13 +119,13 @@ def _quantize(
 
 
 def _checked_importance(importance: jax.Array, weight: jax.Array, axis: int, clip: str | None) -> jax.Array:
-    """Importance as float32, checked against the weight."""
+    """Returns importance as float32, checked against the weight."""
     if clip is None:
-        raise ValueError("importance without clip: rounding to nearest has no use for it; set clip='mse'")
+        raise ValueError("importance without clip: plain rounding to nearest does not use it; set clip='mse'")
     importance = jnp.asarray(importance, jnp.float32)
     expected = (*weight.shape[:-2], weight.shape[axis])
     if importance.shape not in (expected, expected[-1:]):
-        raise ValueError(f"importance of shape {importance.shape}: expected one per input channel, {expected}")
+        raise ValueError(f"importance of shape {importance.shape}: expected one number per input channel, {expected}")
     if not isinstance(importance, jax.core.Tracer) and not (jnp.isfinite(importance) & (importance >= 0)).all():
         raise ValueError("importance holds a value that is negative or not finite: expected mean squares")
     return importance

@@ -1,4 +1,4 @@
-"""What the codes of a quantized weight stand for, and which is nearest: schemes, code books, power-of-two scales."""
+"""Schemes: the values that codes of a quantized weight stand for, rounding to codes, code books and scale codes."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ _E4M3_LARGEST, _E4M3_LEAST_EXPONENT = 448.0, -6
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """What a code stands for, before zero point, scale and offset. Hashable: a static field under jit.
+    """Defines the value of a code, before zero point, scale and offset. Hashable: a static field under jit.
 
     | kind | bits | value of a code |
     |---|---|---|
@@ -48,10 +48,10 @@ class Scheme:
     bits: int
 
     def __post_init__(self) -> None:
-        """Checks the pair.
+        """Checks kind and bits.
 
         Raises:
-            ValueError: for one that is not in the table.
+            ValueError: for a pair that is not in the table.
         """
         plain = (2, 3, 4, 5, 6, 8)
         allowed = {"int": plain, "uint": plain, "ternary": (2,)} | dict.fromkeys(_CODEBOOKS, (4,))
@@ -60,7 +60,7 @@ class Scheme:
 
     @classmethod
     def named(cls, name: str) -> "Scheme":
-        """The scheme called `int4`, `uint4`, `nf4`, `mxfp4`, `ternary`, ….
+        """Returns the scheme called `int4`, `uint4`, `nf4`, `mxfp4`, `ternary`, ….
 
         Raises:
             ValueError: for an unknown name.
@@ -71,22 +71,22 @@ class Scheme:
 
     @property
     def name(self) -> str:
-        """As in recipes and checkpoints."""
+        """Name of the scheme in recipes and checkpoints."""
         return f"{self.kind}{self.bits}" if self.kind in ("int", "uint") else self.kind
 
     @property
     def codebook(self) -> tuple[float, ...] | None:
-        """The value of each code, for the kinds whose values are not equally spaced."""
+        """The value of each code for kinds whose values are not equally spaced, else None."""
         return _CODEBOOKS.get(self.kind)
 
     @property
     def scale_code(self) -> str | None:
-        """What a scale of one byte stands for: "e8m0" (mxfp4), "ue4m3" (nvfp4), or None where scales are floats."""
+        """Format of one-byte scales: "e8m0" (mxfp4) or "ue4m3" (nvfp4); None if scales are floats."""
         return {"mxfp4": "e8m0", "nvfp4": "ue4m3"}.get(self.kind)
 
     @property
     def bias(self) -> int:
-        """The code whose value is zero, for the kinds whose values are equally spaced."""
+        """The code whose value is zero, for kinds whose values are equally spaced."""
         return {"int": 2 ** (self.bits - 1), "ternary": 1}.get(self.kind, 0)
 
     @property
@@ -95,21 +95,21 @@ class Scheme:
         return 2 if self.kind == "ternary" else 2**self.bits - 1
 
     def decode(self, codes: jax.Array) -> jax.Array:
-        """Values of uint8 codes, float32 of the same shape. Ternary code 3, which nobody writes, is 2, as in ggml."""
+        """Returns the values of uint8 codes, float32. Ternary code 3, which is never written, means 2, as in ggml."""
         if self.codebook is None:
             return codes.astype(jnp.float32) - self.bias
         if self.codebook == E2M1:
             return _e2m1_values(codes.astype(jnp.float32))
         if self.kind == "iq4_nl":
             return jnp.floor(polynomial(codes.astype(jnp.float32), IQ4_NL_POLYNOMIAL) + 0.5)
-        # 15 selects instead of a gather: they vectorise, fuse and shard like any elementwise operation.
+        # 15 selects replace a gather: they vectorise, fuse and shard like any elementwise operation.
         value = jnp.full(codes.shape, self.codebook[0], jnp.float32)
         for number, entry in enumerate(self.codebook[1:], start=1):
             value = jnp.where(codes == number, entry, value)
         return value
 
     def encode(self, scaled: jax.Array) -> jax.Array:
-        """Nearest codes of `weight / scale` (plus the zero point, for uint): uint8 of the same shape.
+        """Returns the nearest codes of `weight / scale` (plus the zero point, for uint): uint8 of the same shape.
 
         Values beyond the last code get the last code. Halves go to even codes, or as the code book says: NF4 and
         IQ4_NL to the lower value, E2M1 to the one nearer to 0.
@@ -141,25 +141,25 @@ class AnyBits(Scheme):
     """
 
     kind: str = dataclasses.field(metadata={"static": True})
-    bits: jax.Array  # type: ignore[assignment]  # what differs from the scheme that has a name
+    bits: jax.Array  # type: ignore[assignment]  # an int in `Scheme`
 
     def __post_init__(self) -> None:
-        """Checks nothing: `of` was given a scheme."""
+        """Checks nothing: `of` takes a valid scheme."""
 
     @classmethod
     def of(cls, scheme: Scheme) -> "AnyBits":
-        """That of a scheme's kind, with its bits as data."""
+        """Returns the same scheme with its bits as data."""
         return cls(scheme.kind, jnp.int32(scheme.bits))
 
     @property
     def bias(self) -> jax.Array:  # type: ignore[override]
-        """As of `Scheme`, float32."""
+        """See `Scheme.bias`; float32."""
         codes = self._codes
         return codes / 2 if self.kind == "int" else jnp.zeros_like(codes)
 
     @property
     def max_code(self) -> jax.Array:  # type: ignore[override]
-        """As of `Scheme`, float32."""
+        """See `Scheme.max_code`; float32."""
         return self._codes - 1
 
     @property
@@ -168,13 +168,13 @@ class AnyBits(Scheme):
 
 
 def _rank(x: jax.Array, ascending: tuple[float, ...]) -> jax.Array:
-    """Index of the nearest of some ascending values, the lower one at a tie: how many midpoints lie below x."""
+    """Returns the index of the nearest of ascending values, the lower one at a tie: the number of midpoints below x."""
     midpoints = [(low + high) / 2 for low, high in zip(ascending, ascending[1:], strict=False)]
     return functools.reduce(jnp.add, ((x > middle).astype(jnp.uint8) for middle in midpoints))
 
 
 def _nearest(x: jax.Array, ascending: tuple[float, ...]) -> jax.Array:
-    """The nearest of some ascending values, the lower one at a tie."""
+    """Returns the nearest of ascending values, the lower one at a tie."""
     nearest = jnp.full_like(x, ascending[0])
     for low, high in zip(ascending, ascending[1:], strict=False):
         nearest = jnp.where(x > (low + high) / 2, high, nearest)
@@ -190,7 +190,7 @@ SCHEMES: dict[str, Scheme] = {
 
 
 def polynomial(x: jax.Array, factors: tuple[float, ...]) -> jax.Array:
-    """The polynomial with these factors, lowest power first, in float32."""
+    """Evaluates the polynomial with these coefficients, lowest power first, in float32."""
     value = jnp.full_like(x, factors[-1])
     for factor in factors[-2::-1]:
         value = value * x + factor
@@ -198,7 +198,7 @@ def polynomial(x: jax.Array, factors: tuple[float, ...]) -> jax.Array:
 
 
 def _e2m1_values(code: jax.Array) -> jax.Array:
-    """E2M1 of codes 0 to 15 in float32: twice its size grows by 1, by 2 and by 4 from code to code."""
+    """Returns the E2M1 values of codes 0 to 15, float32. Twice the magnitude grows by 1, by 2 and by 4 per code."""
     negative = code >= 8
     size = jnp.where(negative, code - 8, code)
     size = jnp.maximum(size, jnp.maximum(2 * size - 4, 4 * size - 16)) * 0.5
@@ -206,18 +206,19 @@ def _e2m1_values(code: jax.Array) -> jax.Array:
 
 
 def exponent_values(exponents: jax.Array) -> jax.Array:
-    """E8M0: uint8 e -> 2**(e - 127) in float32, NaN for 255 (OCP Microscaling Formats v1.0, 2023).
+    """Decodes E8M0: uint8 e -> 2**(e - 127) in float32, NaN for 255 (OCP Microscaling Formats v1.0, 2023).
 
-    By its bits, because `exp2` is not exact on every backend. 2**-127 is subnormal: XLA may flush it to zero.
+    It builds the float from its bits, because `exp2` is not exact on every backend. 2**-127 is subnormal: XLA may flush
+    it to zero.
     """
     bits = jnp.where(exponents == 0, 0x0040_0000, exponents.astype(jnp.uint32) << 23)
     return jnp.where(exponents == 255, jnp.nan, jax.lax.bitcast_convert_type(bits.astype(jnp.uint32), jnp.float32))
 
 
 def e4m3_values(codes: jax.Array) -> jax.Array:
-    """UE4M3: uint8 -> float32, as in ggml, but for the factor 1/2 there: 127 is 0 and 255 NaN; else bit 7 is ignored.
+    """Decodes UE4M3: uint8 -> float32, as ggml without its factor 1/2: 127 is 0, 255 NaN; else bit 7 is ignored.
 
-    In float16 the same bits, three places lower, are the value times 2**-8; subnormal ones are exact there.
+    The seven low bits, shifted left by 7, are a float16 of the value times 2**-8; it is exact for subnormals too.
     """
     low = jnp.where((codes & 127) == 127, 0, codes & 127).astype(jnp.uint16)
     value = jax.lax.bitcast_convert_type(low << np.uint16(7), jnp.float16).astype(jnp.float32) * 2.0**8
@@ -225,14 +226,14 @@ def e4m3_values(codes: jax.Array) -> jax.Array:
 
 
 def e4m3_codes(values: jax.Array) -> jax.Array:
-    """Nearest UE4M3 of floats that are not negative: uint8, halves to even; 448 for more, 255 for what is not finite.
+    """Rounds floats >= 0 to UE4M3: uint8, halves to even; larger ones become 448, those not finite 255.
 
-    One that is not 0 becomes no less than the smallest, 2**-9.
+    Values that are not 0 become at least the smallest, 2**-9.
     """
     limited = jnp.minimum(values, _E4M3_LARGEST)
     _, exponent = jnp.frexp(limited)  # values = m * 2**exponent with m in [1/2, 1)
     least = jnp.maximum(exponent - 1, _E4M3_LEAST_EXPONENT)
-    # In steps of the binade, 0 to 16: the mantissa with its leading bit; 16 is the next binade's first.
+    # The mantissa with its leading bit, in steps of the binade, 0 to 16; 16 is the first of the next binade.
     steps = jnp.round(jnp.ldexp(limited, 3 - least)).astype(jnp.int32)
     code = (least - _E4M3_LEAST_EXPONENT) * 8 + steps
     code = jnp.where(values > 0, jnp.maximum(code, 1), 0)

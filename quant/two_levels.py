@@ -1,6 +1,6 @@
-"""Scales, and offsets, that are codes of a few bits themselves, under floats.
+"""Two levels of scales: scales and offsets are quantized to a few bits themselves, with float scales of their own.
 
-A float stands for the scales of 256 weights, as in ggml's K types, or for those of all of an output.
+One float scales the quantized scales of 256 weights, as in ggml's K types, or those of a whole output.
 
 Shapes as in `rtn.py`.
 """
@@ -19,9 +19,9 @@ from quant.qtensor import QTensor, dequantize, scale_values
 from quant.rtn import quantize_rtn
 from quant.scheme import Scheme
 
-# That share a float of the second level.
+# Weights whose scales share a float of the second level.
 SUPERBLOCK = 256
-# Starts of the search for a range, and fits to what the best of them gives.
+# Number of starts of the search for a range, and of refits from the best of them.
 _STARTS, _REFITS = 10, 2
 
 
@@ -37,29 +37,29 @@ def quantize_two_levels(
     clip: Literal["mse"] | None = None,
     importance: jax.Array | None = None,
 ) -> QTensor:
-    """Quantizes a weight by rounding, with scales that are quantized themselves, and codes chosen by what they became.
+    """Quantizes a weight by rounding, with quantized scales; codes are chosen for the scales after quantization.
 
-    Scales are first floats: of int those of `quantize_rtn`; of uint those of the range of a group, which begins at a
-    number of its own. Then they are rounded to `scale_scheme`, those of each `scale_group` weights by a float of their
-    own; of int no scale that is not 0 becomes 0.
+    Scales are computed as floats first: for int those of `quantize_rtn`; for uint the scale and the lower end (offset)
+    of each group's range. Then they are rounded to `scale_scheme`, with one float for the scales of `scale_group`
+    weights; for int, no scale that is not 0 becomes 0.
 
     Args:
-        weight: float [..., K, M] (`axis=-2`) or [..., M, K] (`axis=-1`), K a multiple of 256, or with "channel" of the
-            group size.
+        weight: float [..., K, M] (`axis=-2`) or [..., M, K] (`axis=-1`). K must be a multiple of 256, or, with
+            "channel", of the group size.
         scheme: a Scheme or its name; an int or uint.
-        scale_scheme: that of the scales: int where `scheme` is, uint likewise.
-        group_size: weights along K that share a scale; divides 256 where that is `scale_group`.
+        scale_scheme: scheme of the scales, of the same kind as `scheme`.
+        group_size: weights along K that share a scale; must divide `scale_group` if that is 256.
         scale_group: weights whose scales share a float: 256, or "channel": all K of an output.
         axis: the contraction axis, -2 or -1.
-        scale_dtype: of the second level: float32, bfloat16 or float16.
-        clip: "mse" looks for the scales, and the beginnings of ranges, of least squared error.
-        importance: as of `quantize_rtn`.
+        scale_dtype: dtype of the second level: float32, bfloat16 or float16.
+        clip: "mse" searches for the scales and offsets of least squared error.
+        importance: see `quantize_rtn`.
 
     Returns:
-        The quantized weight, of two levels; its `dtype` is that of `weight`.
+        The quantized weight, with two levels of scales; its `dtype` is that of `weight`.
 
     Raises:
-        ValueError: as `quantize_rtn`, and for schemes and sizes that do not go together.
+        ValueError: as `quantize_rtn`, and for incompatible schemes or sizes.
     """
     scheme, second = (Scheme.named(each) if isinstance(each, str) else each for each in (scheme, scale_scheme))
     weight = jnp.asarray(weight)
@@ -69,7 +69,7 @@ def quantize_two_levels(
     size = _scales_of_a_float(length, group_size, scale_group)
 
     def coded(plane: Any) -> Any:
-        # What is 0 or more gets zero points of 0, and needs none.
+        # Values of 0 or more get zero points of 0, which can be dropped.
         made = quantize_rtn(plane, second, group_size=size, axis=axis, scale_dtype=scale_dtype)
         return dataclasses.replace(made, zero=None)
 
@@ -83,26 +83,27 @@ def quantize_two_levels(
 
 
 def _scales_of_a_float(length: int, group_size: int, scale_group: int | str) -> int:
-    """How many scales of an output share a float, checked against the rows' length."""
+    """Returns how many scales of an output share a float, checked against the length of the contraction axis."""
     whole = isinstance(group_size, int) and not isinstance(group_size, bool) and group_size > 0
     if scale_group == "channel":
         if not whole or length % group_size:
             raise ValueError(
-                f"two levels of scales, in groups of {group_size} of rows of {length}: expected a divisor of {length}"
+                f"two levels of scales in groups of {group_size}, contraction axis of {length}: expected a divisor of "
+                f"{length}"
             )
         return length // group_size
     if scale_group != SUPERBLOCK:
         raise ValueError(f"scale_group {scale_group!r}: expected {SUPERBLOCK} or 'channel'")
     if not whole or SUPERBLOCK % group_size or length % SUPERBLOCK:
         raise ValueError(
-            f"two levels of scales, in groups of {group_size} of rows of {length}: expected a divisor of {SUPERBLOCK}, "
-            f"of rows of a multiple of {SUPERBLOCK}; scale_group 'channel' takes rows of any whole groups"
+            f"two levels of scales in groups of {group_size}, contraction axis of {length}: expected a divisor of "
+            f"{SUPERBLOCK}, and an axis that is a multiple of {SUPERBLOCK}; or use scale_group 'channel'"
         )
     return SUPERBLOCK // group_size
 
 
 def with_float_scales(tree: Any) -> Any:
-    """A tree with float32 scales in place of int codes, so that these can be differentiated: weights are the same."""
+    """Dequantizes the int scales of a tree's weights to float32, to make them differentiable; values do not change."""
 
     def one(weight: QTensor) -> QTensor:
         second = weight.scale
@@ -114,11 +115,11 @@ def with_float_scales(tree: Any) -> Any:
 
 
 def with_scales_of(tree: Any, changed: Any) -> Any:
-    """A tree with scales in codes as near as codes come to the float scales of another, under the same floats.
+    """Undoes `with_float_scales` after the float scales have changed: quantizes them with the second level of `tree`.
 
     Args:
-        tree: with weights of two levels, and others.
-        changed: `with_float_scales(tree)` with other floats; where that left a leaf as it was, it is taken from here.
+        tree: pytree with weights of two levels, and other leaves.
+        changed: `with_float_scales(tree)` with other floats; all leaves that are not requantized are taken from it.
     """
     is_leaf = lambda node: isinstance(node, QTensor)  # noqa: E731
     one = lambda weight, new: _recoded(weight, new) if is_leaf(weight) else new  # noqa: E731
@@ -126,7 +127,7 @@ def with_scales_of(tree: Any, changed: Any) -> Any:
 
 
 def _recoded(weight: QTensor, changed: QTensor) -> QTensor:
-    """One weight of `with_scales_of`."""
+    """Does one weight of `with_scales_of`."""
     second = weight.scale
     if not isinstance(second, QTensor) or isinstance(changed.scale, QTensor):
         return changed
@@ -141,7 +142,7 @@ def _recoded(weight: QTensor, changed: QTensor) -> QTensor:
 
 
 def _without_zeros(scale: jax.Array, made: QTensor) -> QTensor:
-    """Scales in codes, 1 or -1 in place of a code for 0 where the scale is not 0.
+    """Replaces codes for 0 by codes for 1 or -1 where the scale is not 0.
 
     No weight is further from the nearest multiple of a small scale than from 0.
     """
@@ -158,10 +159,11 @@ def _without_zeros(scale: jax.Array, made: QTensor) -> QTensor:
 def _range(
     weight: jax.Array, importance: jax.Array | None, scheme: Scheme, group_size: int, axis: int, search: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Scales of uint codes, and how far below 0 their range begins: float32 [..., C, M].
+    """Returns scales for uint codes, and how far below 0 their range begins: float32 [..., C, M].
 
-    The range of a group, widened to include 0; or with `search` what has the least squared error among the fits, of
-    both numbers at once, to the codes that some multiples of it give: `make_qkx2_quants` of ggml-quants.c.
+    The range is a group's own, widened to include 0. With `search`, several multiples of its width give codes, scale
+    and beginning are fitted to these together, and the fit of least squared error is taken, as `make_qkx2_quants` of
+    ggml-quants.c does.
     """
     weight_CgM = split_groups(weight.astype(jnp.float32), group_size, axis)
     low = jnp.minimum(weight_CgM.min(axis=axis, keepdims=True), 0)
@@ -190,7 +192,7 @@ def _range(
         weights, products = total(weight_CgM), total(weight_CgM * code)
         scale = (count * products - codes * weights) / divisor(count * squares - codes**2)
         depth = (scale * codes - weights) / divisor(count)
-        # Where the range would begin above 0, which no offset says, it begins there.
+        # The offset cannot express a range that begins above 0: such a range begins at 0.
         scale, depth = jnp.where(depth > 0, scale, products / divisor(squares)), jnp.maximum(depth, 0)
         new = (error(scale, depth), scale, depth)
         return jax.tree.map(lambda a, b: jnp.where((new[0] < best[0]) & (scale >= 0), a, b), new, best)
@@ -200,7 +202,7 @@ def _range(
 
 
 def _with_codes(weight: jax.Array, scale: QTensor, offset: QTensor | None, scheme: Scheme, axis: int) -> QTensor:
-    """The nearest codes of a weight for scales and offsets as they are."""
+    """Quantizes a weight to the nearest codes for given scales and offsets."""
     group_size = weight.shape[axis] // scale.shape[axis]
     weight_CgM = split_groups(weight.astype(jnp.float32), group_size, axis)
     if offset is not None:

@@ -1,11 +1,11 @@
-"""`Weight`: what a model knows of a quantized weight, whatever holds it; and the two things that it does with one.
+"""`Weight`: the interface of quantized weights in any layout, and the two operations of a model: product and lookup.
 
     y_BF = product(x_BD, weight_DF)          # of an array or of any `Weight`
     row_BD = rows(table_VD, ids_B)
 
-All leading axes of a weight [..., K, M] are one axis of matrices with one index: a layer, an expert of a layer, the
-matrix of a head, the adapter of a row are the same product. Dimension key: `K` contraction axis, `M` outputs, `R` rows
-of activations, `X` matrices.
+All leading axes of a weight [..., K, M] count as one axis of matrices with one index. So a layer, an expert of a layer,
+the matrix of a head and the adapter of a row use the same product. Dimension key: `K` contraction axis, `M` outputs,
+`R` rows of activations, `X` matrices.
 """
 
 import math
@@ -18,30 +18,30 @@ import jax.numpy as jnp
 from quant.activations import check_activations, round_activations
 from quant.probe import Probe
 
-# Rows with a matrix of their own that are multiplied one by one: at most so many, of at most so many for each matrix.
+# If each row has its own matrix, rows are multiplied one by one up to this many rows in all and per matrix.
 _SINGLE_ROWS = 16
 _SINGLE_ROWS_OF_ONE = 2
-# Rows that a product is made for are a multiple of this, or of the next where they are fewer: vectors are full then.
+# The rows of a block are rounded up to a multiple of the first, or of the second for small blocks, to fill vectors.
 _ROW_MULTIPLE = 16
 _FEW_ROWS_MULTIPLE = 4
 
 
 class Weight:
-    """A weight [..., K, M] (`axis=-2`) or [..., M, K] (`axis=-1`) that is no plain array; a pytree of arrays.
+    """A weight [..., K, M] (`axis=-2`) or [..., M, K] (`axis=-1`) that is a pytree of arrays, not a plain array.
 
-    Subclasses hold the arrays, and define `shape`, `axis`, `dtype`, `nbytes` and `activations` (as `QTensor` explains
-    them), `matrix`, `multiply`, `rows` and `values`. What they override beside is said there.
+    Subclasses hold the arrays and define `shape`, `axis`, `dtype`, `nbytes` and `activations` (see `QTensor`), and
+    `matrix`, `multiply`, `rows`, `values`, `take` and `split`.
     """
 
     axis: int
-    # Each knows where it keeps them.
+    # Fields or properties of the subclasses.
     dtype: Any
     activations: Any
     nbytes: Any
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight that this stands for."""
+        """Shape of the weight that this object represents."""
         raise NotImplementedError
 
     @property
@@ -56,11 +56,11 @@ class Weight:
 
     @property
     def matrices(self) -> int:
-        """X, what the leading axes hold together."""
+        """X, the number of matrices: the product of the leading axes."""
         return math.prod(self.shape[:-2])
 
     def product(self, x: jax.Array, index: jax.Array | int | None = None) -> jax.Array:
-        """Activations times a matrix of this weight; as `quant.product`, in float32."""
+        """Multiplies activations with a matrix of this weight, as `quant.product` does; the result is float32."""
         if index is None:
             if self.ndim != 2:
                 raise ValueError(
@@ -73,37 +73,37 @@ class Weight:
         return by_row(x, index, self.matrices, lambda x, one: self.matrix(one).multiply(x))
 
     def matrix(self, index: jax.Array | int) -> "Weight":
-        """One of the X matrices by an int32 scalar that may be known at run time only; a view where it can be."""
+        """Returns one of the X matrices; the int32 index may be traced. The result is a view where possible."""
         raise NotImplementedError
 
     def multiply(self, x: jax.Array) -> jax.Array:
-        """[..., K] times this one matrix: float32 [..., M], activations rounded first where `activations` says so."""
+        """Multiplies [..., K] with this single matrix: float32 [..., M]. Rounds x first as `activations` says."""
         raise NotImplementedError
 
     def rows(self, row_n: jax.Array) -> jax.Array:
-        """Rows of a table [M, K], int32 numbers in [0, M) -> float32 [n, K]."""
+        """Returns rows of a table [M, K]: int32 indices [n] in [0, M) -> float32 [n, K]."""
         raise NotImplementedError
 
     def values(self) -> jax.Array:
-        """The weight itself, float32."""
+        """Returns the weight's values, float32."""
         raise NotImplementedError
 
     def take(self, number: int) -> Any:
-        """One layer of a stack [L, ...] by its static number, an array or `Weight` by itself."""
+        """Returns one layer of a stack [L, ...] by its static number, as an array or `Weight` of its own."""
         raise NotImplementedError
 
     def split(self) -> tuple[Any, Callable[[Any, jax.Array], Any]]:
-        """How a scan over a stack [L, ...] goes through it.
+        """Splits a stack [L, ...] for a scan over its layers.
 
         Returns:
-            What `jax.lax.scan` slices, a pytree of arrays [L, ...], by which reverse-mode differentiation goes; and a
-            function that makes a layer of a slice of that and the layer's number. What is not sliced, it closes over.
+            A pytree of arrays [L, ...] for `jax.lax.scan` to slice (reverse-mode differentiation goes through these),
+            and a function (slice, layer number) -> layer, which closes over the arrays that are not sliced.
         """
         raise NotImplementedError
 
 
 def is_weight(node: Any) -> bool:
-    """Whether a node of a pytree is a `Weight`: `is_leaf` of the functions of `jax.tree`."""
+    """Whether a node of a pytree is a `Weight`; use it as `is_leaf` in the functions of `jax.tree`."""
     return isinstance(node, Weight)
 
 
@@ -117,26 +117,27 @@ def product(
 ) -> jax.Array:
     """Multiplies activations with a weight, quantized or not.
 
-    Products are summed in float32 whatever the inputs are, and the result is rounded once, to `dtype`: a sum over
-    thousands of bfloat16 terms kept in bfloat16 would lose the small ones. float32 inputs are multiplied in float32 on
-    every backend: TPU and recent GPU would otherwise round them to bfloat16 or TF32 first.
+    Products are summed in float32 for every input dtype, and the result is rounded once, to `dtype`: a bfloat16 sum
+    over thousands of terms would lose the small ones. float32 inputs are multiplied in float32 on every backend; TPUs
+    and recent GPUs would otherwise round them to bfloat16 or TF32 first.
 
     Args:
         x: float [..., K].
-        weight: float array or `Weight`, [..., K, M] or [..., M, K]. Of a QTensor the result is that of its dequantized
-            float32 values, activations rounded first where it says so (`QTensor.activations`), gradients passing by
-            that rounding. Of what `prepare` makes of one for a backend: the same, but for the order of sums.
-        index: which of the matrices along the leading axes, taken as one axis. None for a weight [K, M]; one number;
-            or one for each row of `x`, an array of its leading axes. Numbers out of range are moved into it.
-        axis: the contraction axis, -2 or -1; that of the `Weight` if it is one.
-        dtype: of the result; that of the activations unless given.
+        weight: float array or `Weight`, [..., K, M] or [..., M, K]. A QTensor is multiplied by its dequantized float32
+            values; activations are rounded first if `QTensor.activations` says so, and gradients pass straight through
+            that rounding. A weight laid out by `prepare` gives the same result but for the order of sums.
+        index: index of the matrix along the leading axes, taken as one axis. None for a weight [K, M]; one number; or
+            one number for each row of `x`, an array of the shape of x's leading axes. Numbers are clamped to the range.
+        axis: the contraction axis, -2 or -1; must be the `Weight`'s own.
+        dtype: dtype of the result; default: that of the activations.
 
     Returns:
         [..., M], in `dtype`.
 
     Raises:
-        ValueError: if activations have another length than the contraction axis, a weight of more than two axes comes
-            without an index, an index is of another shape than the rows, or a `Weight` has another contraction axis.
+        ValueError: if the activations' last axis is not as long as the contraction axis, a weight of more than two axes
+            comes without an index, the index has another shape than the rows, or a `Weight` has another contraction
+            axis.
     """
     dtype = dtype or x.dtype
     if isinstance(weight, Probe):
@@ -144,11 +145,11 @@ def product(
         made = product(x, weight.weight, index, axis=axis, dtype=dtype)
         return made if weight.added is None else made + weight.added.astype(dtype)
     if is_weight(weight) and weight.axis != axis:
-        raise ValueError(f"a product along axis {axis} of a weight whose contraction axis is {weight.axis}")
+        raise ValueError(f"a product along axis {axis}: expected {weight.axis}, the weight's contraction axis")
     if x.ndim < 1 or x.shape[-1] != weight.shape[axis]:
         raise ValueError(
             f"activations of shape {x.shape} times a weight of shape {weight.shape}: expected "
-            f"[..., {weight.shape[axis]}], as long as its axis {axis}"
+            f"[..., {weight.shape[axis]}], as long as the weight's axis {axis}"
         )
     if is_weight(weight):
         return weight.product(x, index).astype(dtype)
@@ -156,7 +157,7 @@ def product(
 
 
 def _product_of_array(x: jax.Array, weight: jax.Array, index: jax.Array | int | None, axis: int) -> jax.Array:
-    """`product` with an array, float32."""
+    """Implements `product` for an array; the result is float32."""
     if index is not None:
         weight = weight.reshape(-1, *weight.shape[-2:])
         if jnp.ndim(index):
@@ -173,7 +174,7 @@ def _product_of_array(x: jax.Array, weight: jax.Array, index: jax.Array | int | 
 
 
 def inside(index: jax.Array | int, count: int) -> jax.Array:
-    """Whole numbers as int32, those out of range moved to 0 or `count` - 1: negative ones do not count from the end."""
+    """Returns integers as int32, clamped to 0 ... `count` - 1: negative ones do not count from the end."""
     if isinstance(index, int):
         return jnp.asarray(min(max(index, 0), count - 1), jnp.int32)
     return jnp.clip(jnp.asarray(index).astype(jnp.int32), 0, count - 1)
@@ -182,22 +183,22 @@ def inside(index: jax.Array | int, count: int) -> jax.Array:
 def by_row(
     x: jax.Array, index: jax.Array | int, matrices: int, one: Callable[[jax.Array, jax.Array], jax.Array]
 ) -> jax.Array:
-    """Rows that each have a matrix of their own, by products that have one for all of their rows.
+    """Multiplies rows that each have their own matrix, by products of several rows with one matrix.
 
-    A few rows one after the other: then no more is read than the matrices that are used, which in decoding is what
-    counts. More are sorted by matrix, and those of one are multiplied together (`_by_blocks`).
+    A few rows are multiplied one after the other: then only the matrices in use are read, which is what counts in
+    decoding. More rows are sorted by matrix, and the rows of one matrix are multiplied together (`_by_blocks`).
 
     Args:
         x: [..., K].
-        index: whole numbers of x's leading axes.
-        matrices: X; numbers are moved into 0 to X - 1.
-        one: product of [r, K] with a matrix by its number, float32 [r, M].
+        index: integers, of the shape of x's leading axes.
+        matrices: X; indices are clamped to 0 ... X - 1.
+        one: multiplies [r, K] with the matrix of a given index: float32 [r, M].
 
     Returns:
         float32 [..., M].
 
     Raises:
-        ValueError: if the index is of another shape.
+        ValueError: if the index has another shape.
     """
     if jnp.shape(index) != x.shape[:-1]:
         raise ValueError(
@@ -212,19 +213,19 @@ def by_row(
 
 
 def _recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """A step of a loop that a gradient computes again: what it needs of the weight, in floats, is not kept a step."""
+    """Makes a gradient recompute the step of a loop, so that its float copy of the weight is not kept for each step."""
     return jax.checkpoint(function, prevent_cse=False)
 
 
 def _by_blocks(
     x_RK: jax.Array, index_R: jax.Array, matrices: int, one: Callable[[jax.Array, jax.Array], jax.Array]
 ) -> jax.Array:
-    """`by_row` for many rows: sorted by matrix, then a block of one matrix after the other, [R, M].
+    """Implements `by_row` for many rows: sorts them by matrix, then multiplies block by block; returns [R, M].
 
-    As MegaBlocks (Gale et al. 2022, arXiv:2211.15841), but that blocks are as large as a matrix has rows on average,
-    and a quarter more: unpacking the matrix costs as much as its product with some tens of rows, so most should be
-    unpacked once. What is left of a matrix is a smaller block where it fits one. A block overwrites what the one before
-    it wrote beyond its own rows.
+    It follows MegaBlocks (Gale et al. 2022, arXiv:2211.15841), except that a block has a quarter more rows than a
+    matrix has on average: unpacking a matrix costs as much as its product with some tens of rows, so most matrices
+    should be unpacked once. The last rows of a matrix use a smaller block if they fit one. Each block overwrites what
+    the block before it wrote beyond its own rows.
     """
     R = x_RK.shape[0]
     sizes = _block_sizes(R, matrices)
@@ -254,12 +255,12 @@ def _by_blocks(
 
     start = (jnp.zeros((), jnp.int32), jnp.zeros((R + most, outputs), jnp.float32))
     (_, y_SM), _ = jax.lax.scan(block, start, None, length=R // most + min(matrices, R))
-    # By sorting the places rather than by a scatter, which some runtimes of exported programs lack.
+    # A sort restores the order: some runtimes of exported programs lack a scatter.
     return y_SM[jnp.argsort(order_R)]
 
 
 def _block_sizes(count: int, matrices: int) -> list[int]:
-    """Rows of a block that `count` rows of so many matrices are multiplied by, ascending."""
+    """Returns the possible numbers of rows of a block, ascending, for `count` rows and `matrices` matrices."""
     up = lambda size, multiple: -(-size // multiple) * multiple  # noqa: E731
     most = min(count, -(-5 * count // (4 * matrices)))
     if most <= _ROW_MULTIPLE:
@@ -269,7 +270,7 @@ def _block_sizes(count: int, matrices: int) -> list[int]:
 
 
 def rows(table: Any, ids: jax.Array) -> jax.Array:
-    """Looks up rows of an embedding table; of a quantized one only those rows are dequantized.
+    """Looks up rows of an embedding table. Only the rows that are looked up are dequantized.
 
     Args:
         table: [V, D], array or `Weight`. A `Weight` must be grouped along D (`axis=-1`): then a row is a few contiguous
@@ -277,8 +278,8 @@ def rows(table: Any, ids: jax.Array) -> jax.Array:
         ids: int [...], in [0, V). An id of V or more gives a row of NaN. Negative ids count from the end.
 
     Returns:
-        [..., D], of an array in its dtype, of a quantized table in float32: rounding is the caller's, to the dtype of
-        its activations.
+        [..., D]: in the array's dtype, or float32 for a quantized table, which the caller rounds to the dtype of its
+        activations.
 
     Raises:
         ValueError: if a `Weight` is grouped along V, or is not a matrix.
@@ -300,9 +301,9 @@ def rows(table: Any, ids: jax.Array) -> jax.Array:
 
 
 def rounded(x: jax.Array, weight: Any, outlier_K: jax.Array | None) -> jax.Array:
-    """Activations [..., K] as `weight.activations` rounds them, float32 of the same shape.
+    """Rounds activations [..., K] as `weight.activations` says: float32 of the same shape, or x itself for None.
 
-    Outlier channels are not rounded to int8, and not seen by the scales: that is what they are for (LLM.int8()).
+    Outlier channels are not rounded to int8 and do not affect the scales: this is their purpose (LLM.int8()).
 
     Args:
         x: float.
@@ -314,7 +315,7 @@ def rounded(x: jax.Array, weight: Any, outlier_K: jax.Array | None) -> jax.Array
     x = x.astype(jnp.float32)
     check_activations(weight.activations, weight.order is not None)
     if weight.activations == "bfloat16":
-        # Not two conversions, which XLA may leave out for "excess precision".
+        # XLA may drop a pair of conversions ("excess precision"), but not `reduce_precision`.
         return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
     group_size = weight.group_size if weight.activations == "int8-group" else "token"
     if outlier_K is None:
@@ -323,12 +324,12 @@ def rounded(x: jax.Array, weight: Any, outlier_K: jax.Array | None) -> jax.Array
 
 
 def values(weight: Any) -> jax.Array:
-    """float32 values of a weight, quantized or not."""
+    """Returns the float32 values of a weight, quantized or not."""
     return weight.values() if is_weight(weight) else jnp.asarray(weight).astype(jnp.float32)
 
 
 def view(weight: Any, place: jax.Array) -> Any:
-    """One layer of a stack [L, ...] by a number known at run time, as a scan sees it."""
+    """Returns one layer of a stack [L, ...] as a scan sees it; its number may be traced."""
     if not is_weight(weight):
         return jax.lax.dynamic_index_in_dim(weight, place, keepdims=False)
     part, rebuild = weight.split()
@@ -337,12 +338,12 @@ def view(weight: Any, place: jax.Array) -> Any:
 
 
 def layer_of(weight: Any, number: int) -> Any:
-    """One layer of a stack [L, ...], of an array or a `Weight`, by its static number."""
+    """Returns one layer of a stack [L, ...], an array or a `Weight`, by its static number."""
     return weight.take(number) if is_weight(weight) else weight[number]
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of all weights of a pytree, as a device keeps them; they may be abstract."""
+    """Returns the bytes that all weights of a pytree take on a device; the weights may be abstract."""
     size = lambda leaf: leaf.nbytes if is_weight(leaf) else math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize  # noqa: E731
     return sum(size(leaf) for leaf in jax.tree.leaves(tree, is_leaf=is_weight))
 
@@ -352,8 +353,8 @@ def scan_layers(
 ) -> tuple[Any, Any]:
     """Applies a stack of layers one after the other, compiled once.
 
-    Arrays and QTensors are sliced by `jax.lax.scan`, which reverse-mode differentiation needs. A weight that is laid
-    out for a backend is not, nor is one of several types: each layer gets a view of the whole stack.
+    `jax.lax.scan` slices arrays and QTensors, which reverse-mode differentiation needs. It does not slice weights laid
+    out for a backend or of several types (`Mixed`): each layer gets a view of the whole stack.
 
     Args:
         step: (carry, one layer, its place in the stack, its numbers) -> (carry, a pytree of arrays to keep).
@@ -362,7 +363,7 @@ def scan_layers(
         numbers: pytree of arrays [L], sliced alike.
 
     Returns:
-        The carry behind the last layer, and what each layer kept, stacked.
+        The carry after the last layer, and what each layer kept, stacked.
 
     Raises:
         ValueError: if the leaves are stacks of different lengths.
@@ -370,7 +371,7 @@ def scan_layers(
     leaves, structure = jax.tree.flatten(layers, is_leaf=is_weight)
     lengths = {leaf.shape[0] for leaf in leaves}
     if len(lengths) != 1:
-        raise ValueError(f"weights of one stack have {sorted(lengths)} layers: expected one number")
+        raise ValueError(f"weights of one stack have {sorted(lengths)} layers: expected the same number for all")
     length = lengths.pop()
     parts = [leaf.split() if is_weight(leaf) else (leaf, lambda part, place: part) for leaf in leaves]
     sliced, rebuild = [part for part, _ in parts], [function for _, function in parts]
@@ -381,7 +382,7 @@ def scan_layers(
         return step(carry, jax.tree.unflatten(structure, layer), place, numbers)
 
     if length == 1:
-        # A loop of one would only be in the way of those who read the program.
+        # A loop of one iteration would only make the program harder to read.
         only = jax.tree.map(lambda array: array.reshape(array.shape[1:]), (sliced, numbers))
         carry, kept = one(carry, (only[0], jnp.zeros((), jnp.int32), only[1]))
         return carry, jax.tree.map(lambda array: array[None], kept)
@@ -389,7 +390,7 @@ def scan_layers(
 
 
 def flat_stack(weight: Any, leads: int) -> Any:
-    """A weight of arrays with `leads` leading axes each, these axes as one."""
+    """Merges the first `leads` axes of each of a weight's arrays into one."""
     if leads == 1:
         return weight
     return jax.tree.map(lambda array: array.reshape(-1, *array.shape[leads:]), weight)

@@ -192,7 +192,7 @@ ORDER = jnp.arange(32, dtype=jnp.int32)[:, None]
             "'int8-group' beside an order: .* 'int8-token'",
         ),
         (lambda: _product(2, 32, activations="int8-group", order=ORDER), "'int8-group' beside an order"),
-        (lambda: _product(2, 4, axis=-1), "a product along axis -1 of a weight whose contraction axis is -2"),
+        (lambda: _product(2, 4, axis=-1), "a product along axis -1: expected -2, the weight's contraction axis"),
         (
             lambda: _product(2, 4),
             r"activations of shape \(2, 4\) .* weight of shape \(32, 4\): expected \[\.\.\., 32\]",

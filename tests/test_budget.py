@@ -45,7 +45,7 @@ def test_a_candidate_above_the_hull_is_passed_over() -> None:
 
 
 def test_what_cannot_be_is_said() -> None:
-    with pytest.raises(ValueError, match="the least is 3, over the budget of 2"):
+    with pytest.raises(ValueError, match="the cheapest candidates cost 3, over the budget of 2"):
         allocate([[1, 5], [2, 4]], [[1, 0], [1, 0]], 2)
     with pytest.raises(ValueError, match="without candidates"):
         allocate([[]], [[]], 2)

@@ -94,7 +94,7 @@ def test_ternary_of_powers_comes_back_as_tq2_0() -> None:
     found, blocks = ggml.pack(ggml.unpack("TQ1_0", one))
     assert found.name == "TQ2_0"
     np.testing.assert_array_equal(blocks, two)
-    with pytest.raises(ValueError, match="packing to TQ1_0: expected a type that a weight in codes is"):
+    with pytest.raises(ValueError, match="packing to TQ1_0: expected a type that quantized weights can be"):
         ggml.pack(ggml.unpack("TQ1_0", one), "TQ1_0")
 
 
@@ -285,7 +285,7 @@ def test_two_levels_of_other_sizes_are_of_no_type() -> None:
         (lambda: ggml.pack(weight_of("int4")), "a weight with axis -2: expected -1, as ggml has them"),
         (lambda: ggml.pack(ggml.transposed(weight_of("int4")), "Q5_0"), "expected what Q5_0 .* holds"),
         (lambda: ggml.pack(np.zeros((2, 4), np.float64)), "no ggml type holds it; the nearest is F32"),
-        (lambda: quant.with_offset(_two_levels()), "scales of two levels: expected floats"),
+        (lambda: quant.with_offset(_two_levels()), "scales of two levels beside zero points: expected float scales"),
     ],
 )
 def test_errors(call, message: str) -> None:

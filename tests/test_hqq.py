@@ -137,7 +137,7 @@ def test_the_result_replaces_the_weight() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scheme": "int4"}, "scheme int4: HQQ optimises zero points, which only uint2 to uint8 have"),
+        ({"scheme": "int4"}, "scheme int4: expected uint2 to uint8, because HQQ optimises zero points"),
         ({"weight": jnp.full((16, 2), jnp.inf)}, "weight of shape .16, 2. holds NaN or infinity"),
         ({"weight": jnp.eye(16, 2) * 1e8, "scale_dtype": "float16"}, "a scale is above the range of float16: use"),
         ({"group_size": 12}, "groups of 12 do not divide an axis of 16: choose"),

@@ -187,7 +187,7 @@ def test_what_has_no_layout_stays_as_it_is() -> None:
     table = quant.split_outliers(weight, jnp.asarray([3]), lambda w: quant.quantize_rtn(w, "int4", group_size=32))
     assert quant.prepare(table, "cpu") is table and quant.prepare(weight, "cpu") is weight
     assert quant.prepare(quant.quantize_rtn(weight, "int4", group_size=32), "no such backend").axis == -2
-    with pytest.raises(ValueError, match=r"a weight of shape \(64, 32\) as tiles: it has outlier channels"):
+    with pytest.raises(ValueError, match=r"shape \(64, 32\) cannot be laid out as tiles: it has outlier channels"):
         cpu.layout(table)
 
 

@@ -164,13 +164,13 @@ _INT4 = make("int4", (64, 4), 32, -2)
     [
         (dataclasses.replace(_INT4, scheme=quant.SCHEMES["nf4"]), "nf4 codes are looked up in a table"),
         (make("int3", (64, 4), 32, -2), "its codes of 3 bits are in 2 planes"),
-        (dataclasses.replace(_INT4, order=jnp.arange(64)[:, None]), "its groups are of reordered inputs"),
+        (dataclasses.replace(_INT4, order=jnp.arange(64)[:, None]), "its groups consist of reordered inputs"),
         (dataclasses.replace(_INT4, outlier=_INT4.scale), "it has outlier channels"),
     ],
 )
 def test_refusals(weight, message) -> None:
     assert message in gpu.refusal(weight)
-    with pytest.raises(ValueError, match=rf"laid out for a GPU: .*{message}.*; multiply with it as it is"):
+    with pytest.raises(ValueError, match=rf"laid out for a GPU: .*{message}.*; multiply with the QTensor"):
         gpu.layout(weight)
 
 

@@ -166,15 +166,15 @@ _INT4 = make("int4", (64, 4), 32, -2)
     [
         (make("int2", (64, 4), 32, -2), "int2 codes are not whole numbers of 4 or 8 bits"),
         (dataclasses.replace(_INT4, scheme=quant.SCHEMES["nf4"]), "nf4 codes are not whole numbers"),
-        (dataclasses.replace(_INT4, scale=_INT4), "scales are in codes of their own"),
+        (dataclasses.replace(_INT4, scale=_INT4), "scales have two levels, with several floats"),
         (dataclasses.replace(_INT4, offset=_INT4.scale), "offsets instead of zero points"),
-        (dataclasses.replace(_INT4, order=jnp.arange(64)[:, None]), "groups are of reordered inputs"),
+        (dataclasses.replace(_INT4, order=jnp.arange(64)[:, None]), "groups consist of reordered inputs"),
         (dataclasses.replace(_INT4, outlier=_INT4.scale), "it has outlier channels"),
     ],
 )
 def test_refusals(weight, message) -> None:
     assert message in tpu.refusal(weight)
-    with pytest.raises(ValueError, match=rf"laid out for TPU: .*{message}.*; multiply with it as it is"):
+    with pytest.raises(ValueError, match=rf"laid out for TPU: .*{message}.*; multiply with the QTensor"):
         tpu.layout(weight)
 
 

@@ -137,7 +137,7 @@ def test_one_layer_by_its_number(mixed: Llama) -> None:
 def test_layers_of_other_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"layers of shapes \[\(2, 4\), \(4, 2\)\]: expected one shape"):
         Mixed.of([jnp.ones((4, 2)), jnp.ones((2, 4))])
-    with pytest.raises(ValueError, match=r"weights of one stack have \[2, 3\] layers: expected one number"):
+    with pytest.raises(ValueError, match=r"weights of one stack have \[2, 3\] layers: expected the same number"):
         scan_layers(lambda carry, *_: (carry, None), 0, [jnp.ones((2, 4, 4)), jnp.ones((3, 4, 4))])
 
 

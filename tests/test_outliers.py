@@ -222,13 +222,13 @@ def _split(weight: Any = None, index: Any = LOUD, quantize: Any = _int8, **other
         (lambda: _split(np.ones((64, 4), int)), "weight of dtype int32 and shape .*: expected floats, at least 2 axes"),
         (lambda: _split(index=LOUD * 1.0), "index of dtype float32 and shape .*: expected integers, \\('r',\\)"),
         (lambda: _split(np.ones((2, 64, 4))), r"index of dtype int32 and shape \(4,\): expected integers, \(2, 'r'\)"),
-        (lambda: _split(index=np.array([3, 3])), r"channel that is repeated or not in 0 \.\.\. 63"),
-        (lambda: _split(index=np.array([64])), "repeated or not in"),
-        (lambda: _split(index=np.array([-1])), "repeated or not in"),
+        (lambda: _split(index=np.array([3, 3])), r"repeated channel or one not in 0 \.\.\. 63: expected distinct"),
+        (lambda: _split(index=np.array([64])), "a repeated channel or one not in"),
+        (lambda: _split(index=np.array([-1])), "a repeated channel or one not in"),
         (lambda: _split(dtype="int8"), "dtype int8: expected float32 or bfloat16 or float16"),
         (lambda: _split(_layer()[0] * 1e6), "an outlier is not finite in float16: expected"),
         (lambda: _split(np.full((64, 4), np.nan, np.float32), dtype="float32"), "an outlier is not finite in float32"),
-        (lambda: _split(axis=0), "axis 0: groups run along -2"),
+        (lambda: _split(axis=0), "axis 0: expected -2"),
         (lambda: _split(np.ones((64, 64)), axis=-1), r"contraction axis -2: expected \(64, 64\) and -1"),
         (
             lambda: quant.product(

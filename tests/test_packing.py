@@ -250,7 +250,7 @@ def _zeros(*shape: int, dtype: jax.typing.DTypeLike = jnp.uint8) -> jax.Array:
         (lambda: quant.pack(_zeros(48, 1), 4, 0), "groups of 0 do not divide"),
         (lambda: quant.pack(_zeros(12, 1), 3, 12), "12 codes of 3 bits does not fill whole bytes: .* multiple of 8"),
         (lambda: quant.pack(_zeros(32, 1) + 16, 4, 32), "code 16 does not fit 4 bits: expected codes below 16"),
-        (lambda: quant.pack(_zeros(32, 1), 4, 32, axis=0), "axis 0: groups run along -2"),
+        (lambda: quant.pack(_zeros(32, 1), 4, 32, axis=0), "axis 0: expected -2"),
         (lambda: quant.pack(_zeros(32), 4, 32), r"shape \(32,\) has no axis -2"),
         (lambda: quant.unpack((_zeros(16, 1),), 3, 32), "1 planes for codes of 3 bits: expected 2"),
         (lambda: quant.unpack((_zeros(16, 1, dtype=jnp.int8),), 4, 32), "plane of dtype int8: expected uint8"),

@@ -301,7 +301,7 @@ def test_errors() -> None:
         ):
             quant.product(jnp.ones((2, M)), weight, 0)
     for weight in (qtensor, cpu.layout(qtensor)):
-        with pytest.raises(ValueError, match="along axis -1 of a weight whose contraction axis is -2"):
+        with pytest.raises(ValueError, match="along axis -1: expected -2, the weight"):
             quant.product(jnp.ones((2, M)), weight, 0, axis=-1)
 
 

@@ -233,7 +233,7 @@ def _turned(shape: tuple[int, ...]) -> QTensor:
             lambda: _made(shape=(4, 32), axis=-1, outlier_index=jnp.ones((3, 1), jnp.int32)),
             r"outlier_index plane of shape \(3, 1\): expected \(1, 3\)",
         ),
-        (lambda: _made(zero=_turned((3, 4, 4))), "zero plane in codes of its own: only scale and offset may"),
+        (lambda: _made(zero=_turned((3, 4, 4))), "zero plane is a QTensor: only scale and offset may"),
         (lambda: _made(activations="int8"), "activations 'int8': expected None or 'bfloat16' or 'int8-token'"),
         (lambda: _made(activations="int8-group"), "activations 'int8-group' beside an order"),
         (lambda: _made(dtype=jnp.int8), "dtype int8: expected a float type"),

@@ -393,7 +393,7 @@ def _quantize(weight: Any = None, scheme: str = "int4", group_size: Any = G, **o
         (lambda: _quantize(group_size=48), "groups of 48 do not divide an axis of 64"),
         (lambda: _quantize(group_size="row"), "group_size 'row': expected a number, 'channel' or 'tensor'"),
         (lambda: _quantize(np.ones((6, 2), np.float32), "int3", "channel"), "6 codes of 3 bits does not fill whole"),
-        (lambda: _quantize(axis=0), "axis 0: groups run along -2"),
+        (lambda: _quantize(axis=0), "axis 0: expected -2"),
         (lambda: _quantize(scale_dtype="float64"), "scale_dtype float64: expected float32 or bfloat16 or float16"),
         (lambda: _quantize(clip="max"), "clip 'max': expected None or 'mse'"),
         (lambda: _quantize(importance=np.ones(64)), "importance without clip: .* set clip='mse'"),

@@ -138,10 +138,10 @@ def test_groups_of_zeros_and_of_one_sign(name: str) -> None:
     [
         ({"scale_scheme": "uint6"}, "int3 with scales in uint6: expected int with int, or uint with uint"),
         ({"scheme": "nf4"}, "nf4 with scales in int6: expected int with int"),
-        ({"group_size": 48}, "in groups of 48 of rows of 512: expected a divisor of 256"),
-        ({"group_size": "channel"}, "in groups of channel of rows of 512"),
-        ({"weight": np.ones((384, 2), np.float32)}, "of rows of 384: expected a divisor of 256, of rows of a multiple"),
-        ({"group_size": 48, "scale_group": "channel"}, "groups of 48 of rows of 512: expected a divisor of 512"),
+        ({"group_size": 48}, "in groups of 48, contraction axis of 512: expected a divisor of 256"),
+        ({"group_size": "channel"}, "in groups of channel, contraction axis of 512"),
+        ({"weight": np.ones((384, 2), np.float32)}, "axis of 384: expected a divisor of 256, and an axis that is a"),
+        ({"group_size": 48, "scale_group": "channel"}, "groups of 48, contraction axis of 512: expected a divisor of"),
         ({"scale_group": 128}, "scale_group 128: expected 256 or 'channel'"),
         ({"weight": np.full((256, 2), np.nan, np.float32)}, "NaN or infinity"),
     ],
@@ -209,7 +209,7 @@ def test_gptq_of_several_matrices_and_the_other_axis() -> None:
 def test_gptq_refuses_scales_of_something_else(options: dict[str, Any]) -> None:
     floats = weight((256, 256))
     options = {"scheme": "uint4", "group_size": 32} | options
-    with pytest.raises(ValueError, match=r"scales of \(256, 256\), uint4 in groups of 32: expected those of"):
+    with pytest.raises(ValueError, match=r"scales of a weight \(256, 256\), uint4 in groups of 32: expected"):
         quantize_gptq(floats, jnp.eye(256), scales=quantized("Q4_K", floats), **options)
 
 

@@ -1,6 +1,6 @@
-"""One lowering per backend for products with quantized weights: a layout, and the product with it.
+"""Products with quantized weights: one lowering per backend, which is a layout and the product with it.
 
-The reference that each is compared with is `quant.product` with the QTensor itself.
+The reference for all of them is `quant.product` with the QTensor itself.
 """
 
 import dataclasses
@@ -18,40 +18,40 @@ if TYPE_CHECKING:
 
 
 def start_indices(*values: jax.Array | int) -> list[jax.Array | np.int32]:
-    """Where a dynamic slice starts, all int32: XLA takes indices of one type, and Python's are int64 under x64.
+    """Returns the start indices of a dynamic slice as int32: XLA needs one dtype, and Python ints are int64 under x64.
 
-    What is known stays a number: JAX traces a comparison and a choice for each array that might be negative, which is
-    half of what there is to trace where a product is unrolled.
+    Static indices stay NumPy numbers: for each array that might be negative, JAX traces a comparison and a select,
+    which would be half of all traced operations of an unrolled product.
     """
     return [np.int32(value) if isinstance(value, int) else jnp.asarray(value, jnp.int32) for value in values]
 
 
 class Layout(Weight):
-    """A quantized weight as one backend multiplies with it; made by `quant.prepare`, never saved.
+    """A quantized weight in the form that one backend multiplies with; made by `quant.prepare`, never saved.
 
-    It stands where the QTensor stood, [..., K, M] or [..., M, K]. But `scan` should not slice it: that would copy a
-    layer out of its stack at every use. A layer is a view, `at_layer`, and is found where its bytes are read; so is any
-    other of its matrices.
+    It replaces the QTensor, [..., K, M] or [..., M, K]. But `scan` should not slice it: that would copy a layer out of
+    its stack at every use. A layer is a view (`at_layer`), whose bytes are located when they are read; the same holds
+    for any other of its matrices.
     """
 
-    # Of a stack; `QTensor.order`, where a layout has one.
+    # The layer of a stack; and `QTensor.order`, if the layout has one.
     layer: jax.Array | None
     order: jax.Array | None = None
     group_size: Any
 
     def at_layer(self, layer: jax.Array) -> Self:
-        """Layer `layer` of a stack, an int32 scalar known only at run time; nothing is copied."""
+        """Returns a view of layer `layer` of a stack, an int32 scalar that may be traced; nothing is copied."""
         return dataclasses.replace(self, layer=layer)  # type: ignore[type-var]
 
     def sliced(self) -> Self:
-        """The layer itself instead of its number in a stack: a copy, unless there is no number."""
+        """Copies the layer out of the stack if `layer` is given; else returns the weight itself."""
         if self.layer is None:
             return self
         whole = dataclasses.replace(self, layer=None)  # type: ignore[type-var]
         return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, self.layer, keepdims=False), whole)
 
     def matrix(self, index: jax.Array | int) -> Self:
-        """As of every `Weight`: a view, a layer of what is then a stack of all matrices."""
+        """See `Weight.matrix`; the result is a view, a layer of a stack of all matrices."""
         whole = dataclasses.replace(self, layer=None)  # type: ignore[type-var]
         number = jnp.asarray(index, jnp.int32)
         if self.layer is not None:
@@ -59,27 +59,27 @@ class Layout(Weight):
         return flat_stack(whole, whole.ndim - 2).at_layer(number)
 
     def multiply(self, x: jax.Array) -> jax.Array:
-        """As of every `Weight`, by the backend's product."""
+        """See `Weight.multiply`; uses the backend's product."""
         x = rounded(x, self, None)
         y_RM = self.matmul(x.reshape(-1, x.shape[-1]))
         return y_RM.reshape(*x.shape[:-1], -1)
 
     def values(self) -> jax.Array:
-        """As of every `Weight`."""
+        """See `Weight.values`."""
         return self.restore().values()
 
     def take(self, number: int) -> Self:
-        """As of every `Weight`: a copy."""
+        """See `Weight.take`; the result is a copy."""
         return self.at_layer(jnp.asarray(number, jnp.int32)).sliced()
 
     def split(self) -> tuple[None, Callable[[Any, jax.Array], Any]]:
-        """As of every `Weight`: a scan slices nothing."""
+        """See `Weight.split`; a scan slices nothing."""
         return None, lambda part, place: self.at_layer(place)
 
     def matmul(self, x_RK: jax.Array) -> jax.Array:
-        """Rows of activations times a matrix, which this is one of: float [R, K] -> float32 [R, M]."""
+        """Multiplies rows of activations with this single matrix: float [R, K] -> float32 [R, M]."""
         raise NotImplementedError
 
     def restore(self) -> "QTensor":
-        """The weight as a QTensor, one layer of it if `layer` is given."""
+        """Returns the weight as a QTensor, or one layer if `layer` is given."""
         raise NotImplementedError

@@ -1,10 +1,10 @@
-"""Products with a packed weight on a CPU, as plain XLA: a layout, and the expressions that compile well.
+"""Products with a packed weight on a CPU, as plain XLA: a layout, and expressions that XLA compiles well.
 
 XLA on CPU does not fuse unpacking into a `dot`: it writes the float matrix out and reads it back. But it compiles an
 elementwise expression over the outputs into one tight vector loop. So a few rows of activations are multiplied by an
-unrolled sum over packed bytes, each widened in a register and multiplied there. Many rows are multiplied by `dot`, over
-a slab of outputs at a time, small enough for a cache. Both are in float32, and nothing is rounded but sums; where the
-weight asks for activations in bfloat16, so are the weights of a slab, and the `dot` of the two is faster.
+unrolled sum over packed bytes, each widened and multiplied in a register. Many rows are multiplied by `dot`, with one
+slab of outputs at a time, small enough for a cache. Both work in float32 and round only sums. If the weight asks for
+bfloat16 activations, the weights of a slab are rounded to bfloat16 too, which makes the `dot` faster.
 
 Dimension key: `K` contraction axis, `M` outputs, `R` rows of activations, `C` groups along K, `t` tiles of the outputs,
 `l` lanes of a tile.
@@ -28,22 +28,22 @@ from quant.qtensor import QTensor, dequantize
 from quant.scheme import Scheme
 
 # Outputs of a tile: the float32 of one 512-bit register, of two of 256 bits (AVX2) or of four of 128 bits (NEON). With
-# twice as many LLVM unrolls over registers too and spills: two to three times slower where it was measured.
+# twice as many, LLVM also unrolls over registers and spills: two to three times slower where it was measured.
 LANES = 16
-# Rows up to which widening the bytes anew for each row is faster than a `dot` with weights that were written out.
+# Up to this many rows, widening the bytes anew for each row is faster than a `dot` with weights written to memory.
 MAX_UNROLLED_ROWS = 16
-# Up to so many, sums are scaled rather than weights.
+# Up to this many rows, sums are scaled rather than weights.
 MAX_SUMMED_ROWS = 2
-# Rows up to which ternary codes are multiplied as whole numbers.
+# Up to this many rows, ternary codes are multiplied as integers.
 MAX_INTEGER_ROWS = 16
-# Rows from which on the whole weight is written out for one `dot`, if it is no larger than this in float32: slabs read
-# all rows anew for each tile, and so many are in no cache.
+# From this many rows on, the whole weight is written out for one `dot`, if its float32 size is at most _WHOLE_BYTES:
+# slabs read all rows again for each tile, and so many rows do not fit a cache.
 MIN_WHOLE_ROWS = 512
 _WHOLE_BYTES = 256 << 20
-# Bytes of the float32 weights that are written out at a time for a `dot`.
+# Bytes of float32 weights that are written out at a time for a `dot`.
 SLAB_BYTES = 2 << 20
-# Passed to `jax.jit` for programs with such products: LLVM uses half of a 512-bit register unless told otherwise. Has
-# no effect where registers are narrower.
+# Options of `jax.jit` for programs with these products: by default LLVM uses only half of a 512-bit register. They have
+# no effect on CPUs with narrower registers.
 COMPILER_OPTIONS: dict[str, str | bool] = {"xla_cpu_prefer_vector_width": "512"}
 
 
@@ -54,18 +54,18 @@ COMPILER_OPTIONS: dict[str, str | bool] = {"xla_cpu_prefer_vector_width": "512"}
 class TiledWeight(Layout):
     """A quantized weight [..., K, M] (`axis=-2`) or [..., M, K] (`axis=-1`) as tiles of 16 outputs.
 
-    A tile is contiguous, its bytes along K one after the other: reading it is one stream, where a plane [K, M] would be
-    read in strides of a power of two that share a few sets of the cache.
+    A tile is contiguous, with its bytes along K in order, so that reading it is one stream. A plane [K, M] would be
+    read with a power-of-two stride, whose addresses share a few sets of the cache.
 
     Attributes:
-        tiles: QTensor [..., t, K, LANES], contraction axis -2, with scales for every group and output; of two levels
-            as `compact` makes them. Outputs beyond M are zeros.
-        order: int32 [..., K] or None: as `QTensor.order`.
-        layer: int32 scalar or None. With it this stands for one layer of the stack [L, ...] that `tiles` and `order`
-            hold. Slicing the layer out would copy it at every use; so it is found where the bytes are read.
+        tiles: QTensor [..., t, K, LANES], contraction axis -2, with scales for every group and output; two levels of
+            scales are in the form that `compact` returns. Outputs beyond M are zeros.
+        order: int32 [..., K] or None; see `QTensor.order`.
+        layer: int32 scalar or None. If given, the object represents one layer of the stack [L, ...] that `tiles` and
+            `order` hold. Slicing the layer out would copy it at every use, so it is located when the bytes are read.
         outputs: M.
-        axis: of the weight.
-        levels: schemes of the codes of scales and of offsets at rest, where they are of two levels.
+        axis: contraction axis of the weight.
+        levels: schemes of quantized scales and of quantized offsets at rest; None for those that are not quantized.
     """
 
     tiles: QTensor
@@ -78,19 +78,19 @@ class TiledWeight(Layout):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight, or of one layer of it."""
+        """Shape of the weight, or of one layer if `layer` is given."""
         *lead, _, length, _ = self.tiles.shape
         lead = lead if self.layer is None else lead[1:]
         return (*lead, length, self.outputs) if self.axis == -2 else (*lead, self.outputs, length)
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the weight that this stands for."""
+        """Dtype of the weight that this object represents."""
         return self.tiles.dtype
 
     @property
     def scheme(self) -> Scheme:
-        """Of its codes."""
+        """Scheme of the codes."""
         return self.tiles.scheme
 
     @property
@@ -100,7 +100,7 @@ class TiledWeight(Layout):
 
     @property
     def activations(self) -> str | None:
-        """As `QTensor.activations`."""
+        """See `QTensor.activations`."""
         return self.tiles.activations
 
     @property
@@ -109,24 +109,24 @@ class TiledWeight(Layout):
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((self.tiles, self.order)))
 
     def matmul(self, x_RK: jax.Array) -> jax.Array:
-        """As the function of this name."""
+        """Calls the module's function `matmul`."""
         return matmul(x_RK, self)
 
     def multiply(self, x: jax.Array) -> jax.Array:
-        """As of every `Weight`; of ternary codes with activations in int8 by sums of whole numbers, of a few rows."""
+        """See `Weight.multiply`; a few rows in int8 with ternary codes are multiplied by sums of integers."""
         x_RK = x.reshape(-1, x.shape[-1])
         if not cpu_ternary.applies(self.tiles) or x_RK.shape[0] > MAX_INTEGER_ROWS or self.order is not None:
             return super().multiply(x)
-        # As in `matmul`.
+        # Ties the weight to the activations, see `matmul`.
         x_RK, tiles, layer = jax.lax.optimization_barrier((x_RK.astype(jnp.float32), self.tiles, self.layer))
         return cpu_ternary.product(x_RK, tiles, layer)[:, : self.outputs].reshape(*x.shape[:-1], -1)
 
     def restore(self) -> QTensor:
-        """As the function of this name."""
+        """Calls the module's function `restore`."""
         return restore(self)
 
     def rows(self, row_n: jax.Array) -> jax.Array:
-        """As the function of this name."""
+        """Calls the module's function `rows`."""
         return rows(self, row_n)
 
 
@@ -141,14 +141,16 @@ def layout(weight: QTensor, xp: types.ModuleType = jnp) -> TiledWeight:
     """Lays a weight out as tiles.
 
     Args:
-        weight: of arrays.
-        xp: what computes: `jax.numpy`, or `numpy` for a weight of NumPy arrays, whose tiles may then be views of it.
+        weight: weight of JAX or NumPy arrays.
+        xp: `jax.numpy`, or `numpy` for a weight of NumPy arrays; then the tiles may be views of the weight.
 
     Raises:
-        ValueError: for a weight that `refusal` says no to.
+        ValueError: for a weight for which `refusal` gives a reason.
     """
     if reason := refusal(weight):
-        raise ValueError(f"a weight of shape {weight.shape} as tiles: {reason}; multiply with it as it is")
+        raise ValueError(
+            f"a weight of shape {weight.shape} cannot be laid out as tiles: {reason}; multiply with the QTensor itself"
+        )
     outputs = weight.shape[-1 if weight.axis == -2 else -2]
 
     def tile(plane: Any) -> Any:
@@ -164,7 +166,7 @@ def layout(weight: QTensor, xp: types.ModuleType = jnp) -> TiledWeight:
 
 
 def restore(weight: TiledWeight) -> QTensor:
-    """The weight as it was before `layout`, one layer of it if `layer` is given, with scales for every output."""
+    """Undoes `layout`, for one layer if `layer` is given; the result has scales for every group and output."""
     weight = weight.sliced()
 
     def merge(plane_tXl: jax.Array) -> jax.Array:
@@ -178,7 +180,7 @@ def restore(weight: TiledWeight) -> QTensor:
 
 
 def rows(table: TiledWeight, row_n: jax.Array) -> jax.Array:
-    """Rows of a table [M, K], int32 indices in [0, M) -> float32 [n, K]; only those are dequantized."""
+    """Returns rows of a table [M, K]: int32 indices in [0, M) -> float32 [n, K]; only those are dequantized."""
     pick = lambda plane_tXl: plane_tXl[row_n // LANES, :, row_n % LANES]  # noqa: E731
     found = plain(jax.tree.map(pick, table.tiles).along(-1))
     if table.order is not None:
@@ -194,11 +196,11 @@ def matmul(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
         weight: [K, M] or [M, K], by its `axis`.
 
     Returns:
-        float32 [R, M]. Off from the exact product by at most (K + 16) * 2**-24 * sum over k of 16 |x_k| s_k, s_k being
-        the largest value of k's group and output: sums of float32, in which a code is at most that far from zero. With
-        activations in bfloat16 and more than `MAX_UNROLLED_ROWS` rows by 2**-9 * sum over k of |x_k w_k| more.
+        float32 [R, M]. The error is at most (K + 16) * 2**-24 * sum over k of 16 |x_k| s_k, where s_k is the largest
+        magnitude that a value can have in k's group and output: terms of the float32 sums are up to 16 |x_k| s_k. With
+        bfloat16 activations and more than `MAX_UNROLLED_ROWS` rows, 2**-9 * sum over k of |x_k w_k| is added.
     """
-    # Ties the weight to the activations: in a loop over tokens XLA would unpack what does not change once, before it.
+    # Ties the weight to the activations: otherwise XLA would unpack the weight once before a loop over tokens.
     x_RK, weight = jax.lax.optimization_barrier((x_RK.astype(jnp.float32), weight))
     if weight.order is not None:
         x_RK = jnp.take(x_RK, weight.order if weight.layer is None else weight.order[weight.layer], axis=1)
@@ -210,12 +212,12 @@ def matmul(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
 
 
 def _by_slabs(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
-    """`matmul` for many rows, [R, M] with the outputs of all tiles: never more than a slab of weights is in floats."""
+    """Does `matmul` for many rows: [R, M] with the outputs of all tiles. At most a slab of weights is in floats."""
     tiles, lead = weight.tiles, () if weight.layer is None else (weight.layer,)
     *_, count, length, _ = tiles.shape
     largest = max(1, SLAB_BYTES // (4 * length * LANES))
     slabs = -(-count // largest)
-    slab = -(-count // slabs)  # as many tiles in each, for less of the last is then made twice
+    slab = -(-count // slabs)  # slabs of equal size: less of the last one is then computed twice
 
     def one(i: jax.Array, y_tRl: jax.Array) -> jax.Array:
         # The last slab is moved back to end with the last tile.
@@ -225,7 +227,7 @@ def _by_slabs(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
             size = (*(1 for _ in lead), slab, *plane.shape[-2:])
             return jax.lax.dynamic_slice(plane, start_indices(*lead, first, 0, 0), size).reshape(size[-3:])
 
-        # A product for each tile: as one, [K, t l], the weights would have to be written in another order.
+        # One product per tile: a single one, with [K, t l], would need the weights in another order.
         weight_tKl = dequantize(plain(jax.tree.map(take, tiles)))
         if tiles.activations == "bfloat16":
             weight_tKl = _to_bfloat16(weight_tKl)
@@ -244,8 +246,8 @@ def _by_slabs(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
 
 
 def _whole(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
-    """`matmul` for so many rows that writing the weight out costs little beside them, [R, M]."""
-    # The order was applied to the activations.
+    """Does `matmul` for so many rows that writing the weight out costs comparatively little: [R, M]."""
+    # `order` has been applied to the activations.
     restored = restore(dataclasses.replace(weight, order=None))
     values = dequantize(restored)
     if weight.activations == "bfloat16":
@@ -259,11 +261,11 @@ def _whole(x_RK: jax.Array, weight: TiledWeight) -> jax.Array:
     )
 
 
-@jax.custom_jvp  # Of integers there is none.
+@jax.custom_jvp  # The integer operations have no derivative.
 def _to_bfloat16(x: jax.Array) -> jax.Array:
-    """Finite float32 rounded to nearest, halves away from zero.
+    """Rounds finite float32 to nearest, halves away from zero.
 
-    A conversion by XLA, which also looks after NaN, takes three times the instructions here.
+    XLA's conversion, which also handles NaN, takes three times the instructions here.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + np.uint32(1 << 15)
     return jax.lax.bitcast_convert_type((bits >> np.uint32(16)).astype(jnp.uint16), jnp.bfloat16)

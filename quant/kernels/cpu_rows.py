@@ -1,9 +1,9 @@
-"""The product of 3 to 16 rows with tiles of packed bytes on a CPU: weights are made once in registers, for all rows.
+"""Products of 3 to 16 rows with tiles of packed bytes on a CPU: weights are dequantized in registers once for all rows.
 
-For one row or two (`cpu_sums.py`) products with scales are spared: what is scaled is sums. Of more rows each has its
-own sums, and what is done to a sum must wait for its last product, which costs more than scaling the weights. So a step
-along K makes the weights of one register of outputs, code times scale and offset, which stay in registers and the stack
-from row to row; a row only multiplies and adds. benchmarks/NOTES.md says what that gave.
+For one or two rows (`cpu_sums.py`) sums are scaled, which saves products. With more rows each row has its own sums, and
+scaling a sum must wait for its last product, which costs more than scaling the weights. So a step along K dequantizes
+the weights of one register of outputs (code times scale, plus offset). They stay in registers and on the stack from row
+to row; a row only multiplies and adds. benchmarks/NOTES.md has the measurements.
 
 Dimension key: `K` contraction axis, `M` outputs, `R` rows of activations, `t` tiles of the outputs, `h` registers of a
 tile's lanes and `v` lanes of a register, `n` steps of whole groups along K, `u` groups in a step, `f` parts of a group
@@ -34,15 +34,15 @@ from quant.packing import plane_bits
 from quant.qtensor import Plane, QTensor, scale_values
 from quant.scheme import E2M1, Scheme
 
-# Weights of an output that a step makes. With twice as many there are half as many sums to add up, but more of the
-# weights are in the stack: level.
+# Weights of an output that a step dequantizes. With twice as many there are half as many sums to add, but more weights
+# are on the stack: the time is the same.
 STEP_WEIGHTS = 32
-# Sums of single steps that are written before they are added up: outputs with more of them are made band by band.
+# Bytes of the sums of single steps that are written before they are added; beyond, outputs are computed in bands.
 BAND_BYTES = 2 << 20
 
 
 class _Steps(NamedTuple):
-    """How K is cut: `number` times `parts` steps, each of `groups` groups or of `width` bytes' codes of one."""
+    """Division of K into `number` * `parts` steps, each of `groups` groups, or of the codes in `width` bytes of one."""
 
     number: int
     groups: int
@@ -52,19 +52,19 @@ class _Steps(NamedTuple):
 
 @functools.cache
 def register_lanes() -> int:
-    """Outputs in a register: 16 with AVX-512, else 8 (of 128 bits it is two registers)."""
+    """Returns the outputs of a register: 16 with AVX-512, else 8 (which are two registers of 128 bits)."""
     cpuinfo = Path("/proc/cpuinfo")
     return 16 if cpuinfo.is_file() and " avx512f " in cpuinfo.read_text(errors="replace") else 8
 
 
 @functools.partial(jax.jit, inline=True)  # Weights of the same shape are traced once.
 def by_rows(x_RK: jax.Array, tiles: QTensor, layer: jax.Array | None) -> jax.Array:
-    """Rows times a weight, [R, M] with the outputs of all tiles.
+    """Multiplies rows with a weight: [R, M] with the outputs of all tiles.
 
     Args:
         x_RK: float32.
-        tiles: as in `TiledWeight`.
-        layer: int32 scalar where `tiles` are a stack of them, or None.
+        tiles: see `TiledWeight`.
+        layer: int32 scalar if `tiles` is a stack, or None.
     """
     if layer is None:
         tiles, layer = jax.tree.map(lambda plane: plane[None], tiles), jnp.int32(0)
@@ -87,7 +87,7 @@ def by_rows(x_RK: jax.Array, tiles: QTensor, layer: jax.Array | None) -> jax.Arr
 
 
 def _steps(tiles: QTensor) -> _Steps:
-    """Steps of up to `STEP_WEIGHTS` weights of an output, of groups that share their scales of a second level."""
+    """Divides K into steps of up to `STEP_WEIGHTS` weights of an output, whose groups share second-level scales."""
     count, group, narrowest = tiles.scale.shape[-2], tiles.group_size, min(plane_bits(tiles.scheme.bits))
     if group <= STEP_WEIGHTS:
         groups = group_steps(tiles, STEP_WEIGHTS // group)
@@ -98,7 +98,7 @@ def _steps(tiles: QTensor) -> _Steps:
 
 
 def _band(x_RK: jax.Array, tiles: QTensor, steps: _Steps, layer: jax.Array, first: jax.Array, size: int) -> jax.Array:
-    """The product with `size` tiles from `first` on, [t, R, l]."""
+    """Multiplies with `size` tiles from `first` on: [t, R, l]."""
     R, lanes = x_RK.shape[0], tiles.shape[-1]
     take = functools.partial(_take, layer=layer, first=first, size=size)
     widths = plane_bits(tiles.scheme.bits)
@@ -106,7 +106,7 @@ def _band(x_RK: jax.Array, tiles: QTensor, steps: _Steps, layer: jax.Array, firs
     x_nfRusj = x_RK.reshape(R, steps.number, steps.groups, slots, steps.parts, -1).transpose(1, 4, 0, 2, 3, 5)
     terms = []
 
-    @functools.cache  # The codes of a byte are in several places.
+    @functools.cache  # The codes of a byte are used in several places.
     def take_byte(plane: int, group: int, run: int, j: int) -> jax.Array:
         runs = widths[plane] // min(widths)
         shape = steps.number, steps.groups, runs, steps.parts, steps.width
@@ -122,7 +122,7 @@ def _band(x_RK: jax.Array, tiles: QTensor, steps: _Steps, layer: jax.Array, firs
                     weight_tnfhv += shift_tnfhv
                 terms.append(weight_tnfhv[:, :, :, :, None] * x_nfRusj[:, :, None, :, group, slot, j, None])
     partial_tnfhRv = sum_of(terms)
-    # One axis after the other: merged, the place of a sum would be a division away.
+    # One axis after another: with merged axes, locating a sum would take a division.
     sum_thRv = sum_steps(sum_steps(partial_tnfhRv, 1), 1)
     return jnp.swapaxes(sum_thRv, 1, 2).reshape(size, R, lanes)
 
@@ -130,7 +130,7 @@ def _band(x_RK: jax.Array, tiles: QTensor, steps: _Steps, layer: jax.Array, firs
 def _scale_and_shift(
     tiles: QTensor, steps: _Steps, take: Callable[..., jax.Array], group: int
 ) -> tuple[jax.Array, jax.Array | None]:
-    """What codes of one group of each step are multiplied with, and what is added, [t, n, 1, h, v]; None is nothing."""
+    """Returns the factor of the codes of one group of each step, and the summand or None, [t, n, 1, h, v]."""
 
     def of_group(plane: Plane, group: int) -> jax.Array:
         assert not isinstance(plane, QTensor)
@@ -157,9 +157,9 @@ def _scale_and_shift(
 
 
 def _scaled_code(scheme: Scheme, take_byte: Callable[..., jax.Array], slot: int, scale_tnfhv: jax.Array) -> jax.Array:
-    """What one code of a group of each step stands for, scaled, float32 [t, n, f, h, v].
+    """Returns the scaled value of one code of a group of each step, float32 [t, n, f, h, v].
 
-    A plane of more bits than the narrowest has several runs of bytes as long as all of that, and as many slots fewer.
+    A plane with r times the bits of the narrowest has r runs of as many bytes as that one, and r times fewer slots.
     """
     if scheme.codebook:
         return value_of(take_byte(0, run=0), slot, scheme) * scale_tnfhv
@@ -171,7 +171,7 @@ def _scaled_code(scheme: Scheme, take_byte: Callable[..., jax.Array], slot: int,
         bits = take_byte(plane, run=slot % runs).astype(jnp.int32)
         if width < 8:
             bits &= (2**width - 1) << place
-        # No shift (see `cpu_sums.py`): the scale is multiplied with a power of two, once for all codes of the slot.
+        # Instead of a shift (see `cpu_sums.py`), a power of two multiplies the scale, once for all codes of the slot.
         parts.append(bits.astype(jnp.float32) * (scale_tnfhv * 2.0 ** (first_bit - place)))
         first_bit += width
     return functools.reduce(operator.add, parts)
@@ -185,10 +185,9 @@ def _take(
     first: jax.Array,
     size: int,
 ) -> jax.Array:
-    """What stands at one place of some axes of X, whose shape is given, and all of the others, [t, ..., h, v].
+    """Reshapes the axis X to `shape` and takes the indices `at` (None: the whole axis): [t, ..., h, v].
 
-    Sliced out of the whole at once: slicing layer, tiles and step one after the other would make XLA copy what comes
-    first.
+    It is one slice of the whole: slicing layer, tiles and step one after another would make XLA copy the first slice.
     """
     *_, lanes = plane_LtXl.shape
     registers = lanes // register_lanes(), register_lanes()

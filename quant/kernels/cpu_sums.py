@@ -1,7 +1,7 @@
-"""The product of a few rows with tiles of packed bytes on a CPU: a sum written out, which XLA compiles to one loop.
+"""Products of a few rows with tiles of packed bytes on a CPU: an unrolled sum, which XLA compiles to one loop.
 
-Bytes are widened in registers; the values of codes and both levels of scales are made there too. What is read is what
-is packed. benchmarks/NOTES.md says why each expression is what it is.
+Bytes are widened in registers, and the values of codes and both levels of scales are computed there too, so that only
+packed bytes are read from memory. benchmarks/NOTES.md gives the reasons for each expression.
 
 Dimension key: `K` contraction axis, `R` rows of activations, `C` groups along K, `t` tiles of the outputs, `l` lanes of
 a tile, `n` steps along K, `u` groups in a step or `f` steps in a group (one of the two is 1), `s` slots of a byte, `k`
@@ -23,25 +23,24 @@ from quant.packing import plane_bits
 from quant.qtensor import Plane, QTensor, scale_values
 from quant.scheme import E2M1, IQ4_NL_POLYNOMIAL, Scheme, polynomial
 
-# What a step unrolls of one output: for one row of activations so many packed bytes, as more work hides what a step
-# costs; for several rows so many codes, which are widened once and stay in registers or nearby from row to row.
-# With twice as many, LLVM widens them anew for each row where registers have 256 bits (AVX2): 1.45 times the time.
+# The part of one output that a step unrolls: in packed bytes for one row of activations, as more work hides the cost of
+# a step; in codes for several rows, which are widened once and stay in or near registers from row to row. With twice as
+# many codes, LLVM widens them again for each row if registers have 256 bits (AVX2): 1.45 times the time.
 STEP_BYTES, STEP_CODES = 64, 16
-# E2M1 in the bits of a float16 is the value times 2**-14.
+# The bits of an E2M1 in their places of a float16 are the value times 2**-14.
 E2M1_IN_FLOAT16 = 2.0**14
 
 
 @functools.partial(jax.jit, inline=True)  # Weights of the same shape are traced once.
 def unrolled(x_RK: jax.Array, tiles: QTensor, layer: jax.Array | None) -> jax.Array:
-    """Rows times a weight, [R, M] with the outputs of all tiles: a sum for each step along K, then their sum.
+    """Multiplies rows with a weight: [R, M] with the outputs of all tiles. It adds one sum for each step along K.
 
-    Shapes are for several rows. For one there is no axis R: XLA would give it a place of its own in memory order, and
-    copy.
+    Shapes are for several rows. For one row there is no axis R: XLA would choose another memory layout for it and copy.
 
     Args:
         x_RK: float32.
-        tiles: as in `TiledWeight`.
-        layer: int32 scalar where `tiles` are a stack of them, or None.
+        tiles: see `TiledWeight`.
+        layer: int32 scalar if `tiles` is a stack, or None.
     """
     R = x_RK.shape[0]
     groups, parts = _steps(tiles, _step_bytes(tiles, R))
@@ -52,7 +51,7 @@ def unrolled(x_RK: jax.Array, tiles: QTensor, layer: jax.Array | None) -> jax.Ar
     else:
         factors_RCsk = [_factors(x_RCg, width) * 2.0 ** sum(widths[:plane]) for plane, width in enumerate(widths)]
     factors_nRusk = [_split(factor_RCsk, groups, parts) for factor_RCsk in factors_RCsk]
-    # The planes hold the same elements of a group, if not of each part of it: the first plane's stand for all.
+    # All planes hold the same elements of a group, though not of each part, so the first plane's suffice for this sum.
     x_nRu = jnp.sum(_split(_by_slot(x_RCg, widths[0]), groups, parts), axis=(-1, -2))
     take = functools.partial(_per_group, layer=layer, groups=groups, parts=parts, rows=R)
     partial_tnRl = scaled_tnRl = shifted_tnRl = jnp.zeros((), jnp.float32)
@@ -74,7 +73,7 @@ def unrolled(x_RK: jax.Array, tiles: QTensor, layer: jax.Array | None) -> jax.Ar
         if unit_tRl is not None:
             partial_tnRl += sum_tnRl
         elif isinstance(level, QTensor):
-            # The groups of a step are among those that share a scale of the second level.
+            # All groups of a step share their scale of the second level.
             repeats = tiles.scale.shape[-2] // level.scale.shape[-2] // groups * parts
             assert not isinstance(level.scale, QTensor)
             partial_tnRl += sum_tnRl * _per_group(level.scale, 0, layer, 1, repeats, R).astype(jnp.float32)
@@ -84,9 +83,10 @@ def unrolled(x_RK: jax.Array, tiles: QTensor, layer: jax.Array | None) -> jax.Ar
 
 
 def _of_outputs(tiles: QTensor, layer: jax.Array | None, rows: int) -> jax.Array | None:
-    """What all scales of an output are multiplied with, [t, l] or [t, 1, l]: done once, to the sum of all steps.
+    """Returns the float that all scales of an output share, [t, l] or [t, 1, l]; it scales the sum of all steps once.
 
-    None where scales are of one level or share less, and where there are offsets, which have floats of their own.
+    The result is None if scales have one level or share floats among fewer groups, and if there are offsets, which have
+    floats of their own.
     """
     if not isinstance(tiles.scale, QTensor) or tiles.scale.scale.shape[-2] != 1 or tiles.offset is not None:
         return None
@@ -97,7 +97,7 @@ def _of_outputs(tiles: QTensor, layer: jax.Array | None, rows: int) -> jax.Array
 def _dot(
     tiles: QTensor, layer: jax.Array | None, factors: list[jax.Array], groups: int, group: int, sum_nR1: jax.Array
 ) -> jax.Array:
-    """The sum over one group of each step of values of codes times activations, [t, n, R, l]."""
+    """Sums values of codes times activations over one group of each step: [t, n, R, l]."""
     if tiles.scheme.codebook is None:
         return sum_of(_terms(tiles, layer, factors, groups, group)) - tiles.scheme.bias * sum_nR1
     ((plane,), (factor_nRusk,)) = tiles.planes, factors
@@ -114,7 +114,7 @@ def _dot(
 def _terms(
     tiles: QTensor, layer: jax.Array | None, factors: list[jax.Array], groups: int, group: int
 ) -> list[jax.Array]:
-    """The products of one group of each step, [t, n, R, l], whose sum is that of codes times activations."""
+    """Returns products [t, n, R, l] for one group of each step; their sum is the sum of codes times activations."""
     terms = []
     widths = plane_bits(tiles.scheme.bits)
     for plane, width, factor_nRusk in zip(tiles.planes, widths, factors, strict=True):
@@ -123,14 +123,14 @@ def _terms(
             byte_tnl = _take(plane, layer, groups, group, k, count).astype(jnp.int32)
             byte_tnRl = byte_tnl if factor_nRusk.ndim == 4 else byte_tnl[:, :, None]
             for slot in range(slots):
-                # The last slot's bits are the whole byte.
+                # Up to the last slot, the bits are the whole byte.
                 low_tnRl = byte_tnRl & (2 ** (width * (slot + 1)) - 1) if slot < slots - 1 else byte_tnRl
                 terms.append(low_tnRl.astype(jnp.float32) * factor_nRusk[..., group, slot, k, None])
     return terms
 
 
 def sum_of(terms: list[jax.Array]) -> jax.Array:
-    """Of all terms; as four sums, where there are so many, because in one each term waits for the one before."""
+    """Adds all terms, in four partial sums if there are enough: in a single sum each term waits for the one before."""
     if len(terms) < 4:
         return functools.reduce(operator.add, terms)
     sums = [functools.reduce(operator.add, terms[i::4]) for i in range(4)]
@@ -138,14 +138,14 @@ def sum_of(terms: list[jax.Array]) -> jax.Array:
 
 
 def value_of(byte: jax.Array, slot: int, scheme: Scheme) -> jax.Array:
-    """What the code in one half of a uint8 stands for, float32; of E2M1 2**-14 times that.
+    """Returns the value of the code in one half of a uint8, float32; for E2M1 it is 2**-14 times the value.
 
-    IQ4_NL is a polynomial of the code, or of 16 times the code, which is exactly the same. E2M1 has the exponents of a
-    float16, if few of them: its bits go to their places, and the processor makes a float32, of subnormal ones too. NF4
-    is chosen bit by bit.
+    IQ4_NL is a polynomial of the code, or of 16 times the code, which gives exactly the same. E2M1's fields are moved
+    to their places in a float16, which the processor converts to float32, including subnormals. NF4 is selected bit by
+    bit.
     """
     if scheme.codebook == E2M1:
-        # Products: shifts would be guarded, see `_factors`.
+        # Products instead of shifts, which LLVM would guard, see `_factors`.
         word = byte.astype(jnp.uint16)
         size, sign = word * np.uint16(1 << 9 - 4 * slot), word * np.uint16(1 << 12 - 4 * slot)
         bits = size & np.uint16(0x0E00) | sign & np.uint16(0x8000)
@@ -163,7 +163,7 @@ def value_of(byte: jax.Array, slot: int, scheme: Scheme) -> jax.Array:
 
 
 def level_codes(tiles: QTensor, name: str, take: Callable[[jax.Array, int], jax.Array], group: int) -> jax.Array:
-    """The whole numbers that a second level's scale is multiplied with, float32 for one group of each step."""
+    """Returns the integers that a second level's scale multiplies, as float32, for one group of each step."""
     level: Plane = getattr(tiles, name)
     assert isinstance(level, QTensor) and isinstance(tiles.scale, QTensor)
     if not is_paired(tiles):
@@ -174,12 +174,13 @@ def level_codes(tiles: QTensor, name: str, take: Callable[[jax.Array, int], jax.
 
 
 def _factors(x_RCg: jax.Array, width: int) -> jax.Array:
-    """What the low bits of the bytes are multiplied with, [R, C, s, k], so that no code needs a shift.
+    """Returns the factors of the low bits of bytes, [R, C, s, k], with which no code needs a shift.
 
-    With v_i the code in slot i of a byte and low_i the bits of slots 0 to i, v_i 2**(width i) is low_i - low_(i-1), and
-    the sum of v_i x_i that of low_i (x_i 2**(-width i) - x_(i+1) 2**(-width (i+1))). Scaling by powers of two is exact,
-    and no product is larger than 2**width max|x|. A shift would take an instruction more a code; and a shift count used
-    more than 15 times becomes an operand of the loop, an unknown, which LLVM then guards against being too large.
+    Let v_i be the code in slot i of a byte and low_i the bits of slots 0 to i. Then v_i 2**(width i) is
+    low_i - low_(i-1), and the sum of v_i x_i is the sum of low_i (x_i 2**(-width i) - x_(i+1) 2**(-width (i+1))).
+    Scaling by powers of two is exact, and no product exceeds 2**width max|x|. A shift would cost one more instruction
+    per code; and a shift count that is used more than 15 times becomes an operand of the loop, which LLVM then guards
+    against being too large.
     """
     scale_s1 = 2.0 ** (-width * np.arange(8 // width, dtype=np.float32)[:, None])
     x_RCsk = _by_slot(x_RCg, width) * scale_s1
@@ -187,12 +188,12 @@ def _factors(x_RCg: jax.Array, width: int) -> jax.Array:
 
 
 def _by_slot(x_RCg: jax.Array, width: int) -> jax.Array:
-    """Activations by slot and byte of the plane that hold their codes: [R, C, s, k]."""
+    """Arranges activations by the slot and byte of the plane that hold their codes: [R, C, s, k]."""
     return x_RCg.reshape(*x_RCg.shape[:2], 8 // width, -1)
 
 
 def _split(x_RCsk: jax.Array, groups: int, parts: int) -> jax.Array:
-    """[R, C, s, k] of groups -> [n, R, u, s, k] of steps, without R where it is 1."""
+    """Rearranges groups [R, C, s, k] to steps [n, R, u, s, k], without the axis R if it is 1."""
     R, C, s, k = x_RCsk.shape
     x_Rnusfk = x_RCsk.reshape(R, C // groups, groups, s, parts, k // parts)
     x_nRusk = x_Rnusfk.transpose(1, 4, 0, 2, 3, 5).reshape(-1, R, groups, s, k // parts)
@@ -204,9 +205,9 @@ def _step_bytes(tiles: QTensor, rows: int) -> int:
 
 
 def _steps(tiles: QTensor, step_bytes: int) -> tuple[int, int]:
-    """Groups in a step and parts (steps) in a group, one of them 1: steps of up to about so many bytes of an output.
+    """Returns groups per step and parts (steps) per group, one of them 1, for steps of about `step_bytes` at most.
 
-    Groups of a step share their scales of a second level.
+    The groups of a step share their scales of the second level.
     """
     group_bytes = tiles.group_size * tiles.scheme.bits // 8
     if group_bytes <= step_bytes:
@@ -216,28 +217,28 @@ def _steps(tiles: QTensor, step_bytes: int) -> tuple[int, int]:
 
 
 def group_steps(tiles: QTensor, limit: int) -> int:
-    """Groups of a step, at most `limit`, which share their scales of a second level."""
+    """Returns the number of groups of a step, at most `limit`, such that they share their second level's scales."""
     count = tiles.scale.shape[-2]
     levels = [level for level in (tiles.scale, tiles.offset) if isinstance(level, QTensor)]
     return largest_divisor(math.gcd(count, *(count // level.scale.shape[-2] for level in levels)), limit)
 
 
 def largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of `number` that is at most `limit`."""
+    """Returns the largest divisor of `number` that is at most `limit`."""
     return max(divisor for divisor in range(1, limit + 1) if number % divisor == 0)
 
 
 def _per_group(plane: jax.Array, group: int, layer: jax.Array | None, groups: int, parts: int, rows: int) -> jax.Array:
-    """One number for each step, of its group `group`, every one `parts` times: [t, n, l], or [t, n, 1, l]."""
+    """Returns the number of group `group` of each step, repeated `parts` times: [t, n, l], or [t, n, 1, l]."""
     plane_tCl = _take(plane, layer, groups, group, 0)
     plane_tnl = jnp.repeat(plane_tCl, parts, axis=1) if parts > 1 else plane_tCl
     return plane_tnl if rows == 1 else plane_tnl[:, :, None]
 
 
 def _take(plane: jax.Array, layer: jax.Array | None, groups: int, group: int, k: int, count: int = 1) -> jax.Array:
-    """Row k of `count` of group `group` of every step, [t, n, l], sliced out of the whole [L, t, X, l] at once.
+    """Returns row k of `count` of group `group` of every step, [t, n, l], in one slice of the whole [L, t, X, l].
 
-    Slicing layer, step and row one after the other would make XLA copy what comes first.
+    Slicing layer, step and row one after another would make XLA copy the result of the first slice.
     """
     plane_LtXl = plane[None] if layer is None else plane
     L, t, length, lanes = plane_LtXl.shape
@@ -249,10 +250,10 @@ def _take(plane: jax.Array, layer: jax.Array | None, groups: int, group: int, k:
 
 
 def sum_steps(partial_X: jax.Array, axis: int) -> jax.Array:
-    """The sum over one axis, of partial sums that an elementwise expression made.
+    """Adds partial sums, which an elementwise expression computed, over one axis.
 
-    In a loop of two, which XLA fuses with nothing: it would compute the partial sums again in every use of the sum, and
-    `reduce` does that for every element.
+    It is a loop of two iterations, which XLA does not fuse with anything. Otherwise XLA would recompute the partial
+    sums in every use of the sum; `reduce` does that for every element.
     """
     steps = partial_X.shape[axis]
     half = steps // 2

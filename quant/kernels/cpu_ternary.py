@@ -1,8 +1,8 @@
-"""The product of a few rows with ternary codes on a CPU where activations are in int8: sums of whole numbers.
+"""Products of a few rows of int8 activations with ternary codes on a CPU, as sums of integers.
 
-A code is 0, 1 or 2, and activations are at most 127: sums of 64 products of the two fit 16 bits, of which a register
-holds twice as many as floats, and no code is widened to 32 bits and made a float. What is left is a shift, a mask, a
-product and a sum for each code. 2.2 times as fast as the sums of floats of `cpu_sums` (benchmarks/NOTES.md).
+A code is 0, 1 or 2, and an activation is at most 127, so a sum of 64 products fits 16 bits. A register holds twice as
+many of these as floats, and no code is widened to 32 bits or converted to float. Each code costs a shift, a mask, a
+product and a sum. It is 2.2 times as fast as the sums of floats of `cpu_sums` (benchmarks/NOTES.md).
 
 Dimension key: as in `cpu_sums`.
 """
@@ -19,13 +19,13 @@ from quant.kernels import start_indices
 from quant.kernels.cpu_sums import sum_steps, unrolled
 from quant.qtensor import QTensor
 
-_SLOTS, _BITS = 4, 2  # of a byte
-# Bytes of an output that a step unrolls: with twice as many LLVM runs out of registers, at 1.9 times the time.
+_SLOTS, _BITS = 4, 2  # codes in a byte, bits of a code
+# Bytes of an output that a step unrolls: with twice as many, LLVM runs out of registers and takes 1.9 times the time.
 _STEP_BYTES = 8
 
 
 def applies(tiles: QTensor) -> bool:
-    """Whether tiles are multiplied so: ternary, each token's activations with one scale for all that it meets."""
+    """Whether this product applies: ternary codes with float scales, and int8 activations with one scale per token."""
     is_token = tiles.activations == "int8-token"
     is_token |= tiles.activations == "int8-group" and tiles.scale.shape[-2] == 1
     return tiles.scheme.kind == "ternary" and not isinstance(tiles.scale, QTensor) and is_token
@@ -33,26 +33,26 @@ def applies(tiles: QTensor) -> bool:
 
 @jax.custom_jvp
 def product(x_RK: jax.Array, tiles: QTensor, layer: jax.Array | None) -> jax.Array:
-    """Rows times a weight, [R, M] with the outputs of all tiles. Exact but for the scales, and sums over groups.
+    """Multiplies rows with a weight: [R, M] with the outputs of all tiles. Only scaling and sums over groups round.
 
-    One row after the other: what is read again is a quarter of what a row takes, and for rows side by side, as in
-    `cpu_sums`, LLVM has too few registers.
+    Rows are multiplied one after another: reading the weight again takes a quarter of a row's time, and for several
+    rows at a time, as in `cpu_sums`, LLVM has too few registers.
 
     Args:
-        x_RK: float32, not rounded yet.
-        tiles: as in `TiledWeight`.
-        layer: int32 scalar where `tiles` are a stack of them, or None.
+        x_RK: float32, not rounded to int8 yet.
+        tiles: see `TiledWeight`.
+        layer: int32 scalar if `tiles` is a stack, or None.
     """
     codes_RK, scale_R1 = quantize_activations(x_RK, "token")
     if x_RK.shape[0] == 1:
         return _row(codes_RK[0], tiles, layer)[None] * scale_R1
-    # Tied to each row, or XLA would widen the codes once, before the loop.
+    # Ties the weight to each row: otherwise XLA would widen the codes once, before the loop.
     tied = lambda codes_K: jax.lax.optimization_barrier((codes_K, tiles, layer))  # noqa: E731
     return jax.lax.map(lambda codes_K: _row(*tied(codes_K)), codes_RK) * scale_R1
 
 
 def _row(codes_K: jax.Array, tiles: QTensor, layer: jax.Array | None) -> jax.Array:
-    """Codes of one row times a weight, float32 [M]."""
+    """Multiplies the codes of one row with a weight: float32 [M]."""
     (plane,), groups = tiles.planes, tiles.scale.shape[-2]
     of_group = tiles.group_size // _SLOTS
     count = math.gcd(of_group, _STEP_BYTES)
@@ -65,7 +65,7 @@ def _row(codes_K: jax.Array, tiles: QTensor, layer: jax.Array | None) -> jax.Arr
         for slot in range(_SLOTS):
             code_tnl = byte_tnl >> np.int16(_BITS * slot) & np.int16(3)
             sum_tnl += code_tnl * x_nsk[:, slot, k, None]
-    # Codes stand for one less.
+    # The value of a code is code - 1.
     all_n = jnp.sum(x_nsk.astype(jnp.int32), axis=(-1, -2))
     partial_tnl = (sum_tnl.astype(jnp.int32) - all_n[:, None]).astype(jnp.float32)
     scale_tCl: Any = tiles.scale if layer is None else jax.lax.dynamic_index_in_dim(tiles.scale, layer, keepdims=False)
@@ -77,7 +77,7 @@ def _row(codes_K: jax.Array, tiles: QTensor, layer: jax.Array | None) -> jax.Arr
 
 @product.defjvp
 def _as_floats(primals: tuple, tangents: tuple) -> tuple:
-    """Of whole numbers there is no derivative: that of the sums of floats, straight through the rounding."""
+    """Gives the derivative of the sums of floats, straight through the rounding: integers have none."""
 
     def floats(x_RK: jax.Array, tiles: QTensor, layer: jax.Array | None) -> jax.Array:
         return unrolled(round_activations(x_RK, "token"), tiles, layer)
@@ -86,7 +86,7 @@ def _as_floats(primals: tuple, tangents: tuple) -> tuple:
 
 
 def _bytes(plane: jax.Array, layer: jax.Array | None, k: int, count: int) -> jax.Array:
-    """Byte k of every step of `count`, [t, n, l], sliced out of the whole plane [L, t, X, l] at once."""
+    """Returns byte k of every step of `count` bytes, [t, n, l], in one slice of the whole plane [L, t, X, l]."""
     *lead, tiles, length, lanes = plane.shape
     plane_Ltnkl = plane.reshape(*lead, tiles, length // count, count, lanes)
     start = start_indices(*(() if layer is None else (layer,)), 0, 0, k, 0)

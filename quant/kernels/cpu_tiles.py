@@ -1,9 +1,10 @@
-"""How tiles on a CPU keep a second level of scales: a code for each group in a byte, or two codes of 4 bits in one.
+"""The second level of scales in a CPU's tiles: one byte per group for its scale's code, or two 4-bit codes in one byte.
 
-At rest the codes of scales are packed as those of weights are, so that a byte holds codes of groups far from each
-other, and the place of a group's code depends on the group. In a byte of its own each is where the group's bytes are: a
-step of a sum takes it like a scale. That is 0.125 bits a weight more for 6-bit codes of groups of 16, less for others.
-Scales and offsets with codes of up to 4 bits each (ggml's Q2_K) share bytes: a byte for each would be 0.5 bits more.
+At rest, codes of scales are packed like those of weights: a byte holds codes of groups far from each other, and the
+place of a group's code depends on the group. In tiles each code has its own byte at the position of its group, so that
+a step of a sum reads it like a scale. That takes 0.125 more bits per weight for 6-bit codes of groups of 16, and less
+for other types. Scales and offsets with codes of up to 4 bits each (ggml's Q2_K) share bytes: a byte for each would
+take 0.5 bits more.
 """
 
 import dataclasses
@@ -16,16 +17,16 @@ from quant.packing import merge_groups, pack, plane_bits, split_groups
 from quant.qtensor import Plane, QTensor, dequantize
 from quant.scheme import SCHEMES, Scheme
 
-# Bits of one of two codes that share a byte: the scale's are the low ones.
+# Bits of each of two codes that share a byte: the scale has the low ones.
 PAIR_BITS = 4
 
 
 def compact(weight: QTensor, xp: types.ModuleType) -> QTensor:
-    """A weight with scales for every group and output, of one level or of two with codes in bytes.
+    """Expands scales to every group and output, in one level or in two levels with codes in bytes.
 
     Args:
-        weight: of arrays.
-        xp: what computes: `jax.numpy`, or `numpy` for a weight of NumPy arrays.
+        weight: weight of JAX or NumPy arrays.
+        xp: `jax.numpy`, or `numpy` for a weight of NumPy arrays.
 
     Returns:
         The weight with other planes of scales, zero points and offsets. Codes of a second level have the schemes int8
@@ -44,13 +45,13 @@ def compact(weight: QTensor, xp: types.ModuleType) -> QTensor:
 
 
 def level_schemes(weight: QTensor) -> tuple[Scheme | None, Scheme | None]:
-    """Of the codes of scales and of offsets, where `compact` keeps them as codes: what `expand` needs."""
+    """Returns the schemes of quantized scales and offsets that `compact` keeps as codes; `expand` needs them."""
     scale, offset = weight.scale, weight.offset
     return scale.scheme if _keeps_codes(scale) else None, offset.scheme if _keeps_codes(offset) else None
 
 
 def plain(weight: QTensor) -> QTensor:
-    """What `compact` made, as a QTensor like others: codes of scales and of offsets in bytes of their own."""
+    """Makes the result of `compact` an ordinary QTensor: codes of scales and of offsets get bytes of their own."""
     if not is_paired(weight):
         return weight
     assert isinstance(weight.scale, QTensor) and isinstance(weight.offset, QTensor)
@@ -61,7 +62,7 @@ def plain(weight: QTensor) -> QTensor:
 
 
 def expand(weight: QTensor, levels: tuple[Scheme | None, Scheme | None]) -> QTensor:
-    """Undoes `compact`: the second level in the schemes that it had."""
+    """Undoes `compact`: packs the second level in the schemes that it had."""
     weight = plain(weight)
     for name, scheme in zip(("scale", "offset"), levels, strict=True):
         if scheme is not None:
@@ -76,7 +77,7 @@ def is_paired(weight: QTensor) -> bool:
 
 
 def _keeps_codes(plane: Plane | None) -> TypeGuard[QTensor]:
-    """Whether a plane is of two levels that a loop can make floats of: whole numbers times a scale."""
+    """Whether a plane has two levels that a loop can decode: integers times a scale."""
     if not isinstance(plane, QTensor) or plane.scheme.kind not in ("int", "uint"):
         return False
     rest = (plane.zero, plane.offset, plane.order, plane.outlier)
@@ -88,14 +89,14 @@ def _may_pair(plane: QTensor) -> bool:
 
 
 def _compact_plane(plane: Plane, weight: QTensor, xp: types.ModuleType) -> Plane:
-    """Scales or offsets as `compact` returns them, where they share no bytes."""
+    """Returns scales or offsets in the form of `compact` if they do not share bytes."""
     if not _keeps_codes(plane):
         return _broadcast(xp.asarray(dequantize(plane)) if isinstance(plane, QTensor) else plane, weight, xp)
     return _of_bytes(plane, _codes(plane, weight, xp), weight, xp)
 
 
 def _codes(plane: QTensor, weight: QTensor, xp: types.ModuleType) -> Any:
-    """Codes of a second level, uint8 for every group and output; those of int8 for all signed ones."""
+    """Returns codes of a second level, uint8 for every group and output; signed ones become codes of int8."""
     codes = _unpacked(plane, xp)
     if plane.scheme.kind == "int":
         codes = codes + xp.uint8(SCHEMES["int8"].bias - plane.scheme.bias)
@@ -103,7 +104,7 @@ def _codes(plane: QTensor, weight: QTensor, xp: types.ModuleType) -> Any:
 
 
 def _unpacked(plane: QTensor, xp: types.ModuleType) -> Any:
-    """`unpack` by NumPy too: nothing is compiled while a model is loaded."""
+    """Does `unpack` also in NumPy, so that nothing is compiled while a model is loaded."""
     codes: Any = None
     first_bit = 0
     for packed, width in zip(plane.planes, plane_bits(plane.scheme.bits), strict=True):
@@ -115,13 +116,13 @@ def _unpacked(plane: QTensor, xp: types.ModuleType) -> Any:
 
 
 def _of_bytes(plane: QTensor, codes: Any, weight: QTensor, xp: types.ModuleType) -> QTensor:
-    """A second level with these codes in bytes."""
+    """Returns a second level with these codes in bytes."""
     scale = _broadcast(plane.scale, weight, xp, groups=plane.scale.shape[plane.axis])
     return dataclasses.replace(plane, planes=(codes,), scale=scale, scheme=SCHEMES[f"{plane.scheme.kind}8"])
 
 
 def _repacked(plane: QTensor, scheme: Scheme) -> QTensor:
-    """A second level with codes as they are at rest."""
+    """Returns a second level with its codes packed as at rest."""
     (codes,) = plane.planes
     if scheme.kind == "int":
         codes = codes - np.uint8(SCHEMES["int8"].bias - scheme.bias)
@@ -130,7 +131,7 @@ def _repacked(plane: QTensor, scheme: Scheme) -> QTensor:
 
 
 def _broadcast(plane: Any, weight: QTensor, xp: types.ModuleType, groups: int | None = None) -> Any:
-    """An array for every output, and so many groups: those of the weight unless given."""
+    """Broadcasts an array to every output and to `groups` groups; default: the weight's number of groups."""
     shape = list(weight.shape)
     shape[weight.axis] = weight.shape[weight.axis] // weight.group_size if groups is None else groups
     return xp.broadcast_to(plane, tuple(shape))

@@ -4,13 +4,13 @@ Dimension key: `R` rows of activations, `K` contraction axis, `M` outputs, `C` g
 `n` bytes of a group, `L` layers of a stack.
 
 Decoding is bound by reading weights. XLA writes the dequantized matrix out and reads it back (benchmarks/aot_gpu.py).
-The kernel unpacks in registers instead: a program takes a block of outputs and a part of K, and walks down the packed
-bytes. The format at rest suits it as it is: byte j of a group holds elements j, j + n, …, so a slot of consecutive
-bytes meets consecutive activations, and a row of bytes is contiguous over outputs. Codes are small integers, exact in
-float16 and bfloat16: tensor cores multiply them as they are, and scales come after, in float32.
+The kernel unpacks in registers instead: a program takes a block of outputs and a part of K, and goes through the packed
+bytes. The format at rest needs no change for this: byte j of a group holds elements j, j + n, …, so a slot of
+consecutive bytes multiplies consecutive activations, and a row of bytes is contiguous over outputs. Codes are small
+integers, exact in float16 and bfloat16: tensor cores multiply them directly, and scaling follows in float32.
 
-On an H200 it is 1.7 to 2.9 times as fast as XLA's product of the same packed weights, at 8 to 27% of the speed of a
-copy (benchmarks/NOTES.md). Compiled ahead of time for A100 and H100.
+On an H200 the kernel is 1.7 to 2.9 times as fast as XLA's product of the same packed weights, at 8 to 27% of the speed
+of a copy (benchmarks/NOTES.md). For A100 and H100 it is compiled ahead of time.
 """
 
 import dataclasses
@@ -28,21 +28,21 @@ from quant.kernels import Layout
 from quant.qtensor import QTensor, dequantize, scale_values, units_of
 from quant.scheme import Scheme
 
-# Rows of a tile that tensor cores multiply, and the most that the kernel takes: fewer are padded, which costs nothing
-# that is read. For more, XLA's dequantized matrix is shared by enough rows to be worth writing out.
+# Rows of a tile that tensor cores multiply, and the kernel's largest number of rows. Fewer rows are padded, which adds
+# no reads of weights. More rows share XLA's dequantized matrix, so that writing it out is worthwhile.
 MAX_KERNEL_ROWS = 16
-# Programs that keep a card busy: about four for each of the 132 multiprocessors of an H100. Where there are fewer
-# blocks of outputs, K is split.
+# Programs that keep a card busy: about four for each of the 132 multiprocessors of an H100. If there are fewer blocks
+# of outputs, K is split.
 _PROGRAMS = 512
-# Passed to `jax.jit` for programs with such products: those that do not depend on each other, as of query, key and
-# value, then run side by side. On an H200 a decode step of the 1.1B shape takes 2.24 ms without and 1.79 with.
+# Options of `jax.jit` for programs with these products: independent products, such as query, key and value, then run
+# concurrently. On an H200 a decode step of the 1.1B shape takes 2.24 ms without and 1.79 ms with them.
 COMPILER_OPTIONS: dict[str, str | bool] = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
-# Outputs of a program, the first of these that divides M: 128 bytes are what a memory transaction moves at best.
+# Outputs of a program: the first of these that divides M. A memory transaction moves at most 128 bytes.
 _BLOCKS = (128, 64, 32, 16)
-# Byte rows of a step, the first of these that divides a group's: of a step all elements share their scales.
+# Byte rows of a step: the first of these that divides a group's byte rows, so that a step's elements share scales.
 _STEPS = (32, 16)
-# Byte rows whose loads are issued together. By ptxas a thread then has 79 to 134 registers, so that three programs or
-# more fit a multiprocessor; with 64 rows it has 121 to 255.
+# Byte rows whose loads are issued together. According to ptxas a thread then uses 79 to 134 registers, so that at least
+# three programs fit a multiprocessor; with 64 rows it uses 121 to 255.
 _ROWS_IN_FLIGHT = 32
 
 
@@ -52,12 +52,12 @@ class GpuWeight(Layout):
     """A quantized weight [..., K, M] (`axis=-2`) or [..., M, K] (`axis=-1`), its bytes contiguous over outputs.
 
     Attributes:
-        columns: QTensor [..., K, M], contraction axis -2, with one plane of bytes, one level of scales, and scales for
-            every group and output: floats, or under units int8.
-        unit: float32 [..., 1, M], or None: of scales in two levels, one float for an output.
-        layer: int32 scalar or None. With it this stands for one layer of the stack [L, ...] that `columns` holds: a
-            kernel that was given a slice would have it copied first.
-        axis: of the weight.
+        columns: QTensor [..., K, M], contraction axis -2, with one plane of bytes and one level of scales, for every
+            group and output: floats, or int8 if there is a `unit`.
+        unit: float32 [..., 1, M] or None: for scales in two levels, the float of each output.
+        layer: int32 scalar or None. If given, the object represents one layer of the stack [L, ...] that `columns`
+            holds. XLA would copy a slice before passing it to a kernel.
+        axis: contraction axis of the weight.
     """
 
     columns: QTensor
@@ -68,18 +68,18 @@ class GpuWeight(Layout):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight, or of one layer of it."""
+        """Shape of the weight, or of one layer if `layer` is given."""
         *lead, length, outputs = self.columns.shape[0 if self.layer is None else 1 :]
         return (*lead, length, outputs) if self.axis == -2 else (*lead, outputs, length)
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the weight that this stands for."""
+        """Dtype of the weight that this object represents."""
         return self.columns.dtype
 
     @property
     def scheme(self) -> Scheme:
-        """Of its codes."""
+        """Scheme of the codes."""
         return self.columns.scheme
 
     @property
@@ -89,7 +89,7 @@ class GpuWeight(Layout):
 
     @property
     def activations(self) -> str | None:
-        """As `QTensor.activations`."""
+        """See `QTensor.activations`."""
         return self.columns.activations
 
     @property
@@ -98,15 +98,15 @@ class GpuWeight(Layout):
         return self.columns.nbytes + (0 if self.unit is None else 4 * self.unit.size)
 
     def matmul(self, x_RK: jax.Array) -> jax.Array:
-        """As the function of this name."""
+        """Calls the module's function `matmul`."""
         return matmul(x_RK, self)
 
     def restore(self) -> QTensor:
-        """As the function of this name."""
+        """Calls the module's function `restore`."""
         return restore(self)
 
     def rows(self, row_n: jax.Array) -> jax.Array:
-        """As the function of this name."""
+        """Calls the module's function `rows`."""
         return rows(self, row_n)
 
 
@@ -117,30 +117,32 @@ def refusal(weight: QTensor) -> str | None:
     if len(weight.planes) > 1:
         return f"its codes of {weight.scheme.bits} bits are in {len(weight.planes)} planes"
     if weight.order is not None:
-        return "its groups are of reordered inputs"
+        return "its groups consist of reordered inputs"
     if weight.outlier is not None:
         return "it has outlier channels"
     return None
 
 
 def layout(weight: QTensor) -> GpuWeight:
-    """Lays a weight out for a GPU: as it is with `axis=-2`, transposed with -1.
+    """Lays a weight out for a GPU: unchanged with `axis=-2`, transposed with -1.
 
-    Scales of two levels become float32, or stay codes where there is one float for an output.
+    Scales of two levels become float32; with one float per output (and no offset) they stay integers beside a `unit`.
 
     Raises:
-        ValueError: for a weight that `refusal` says no to.
+        ValueError: for a weight for which `refusal` gives a reason.
     """
     if reason := refusal(weight):
-        raise ValueError(f"a weight of shape {weight.shape} laid out for a GPU: {reason}; multiply with it as it is")
+        raise ValueError(
+            f"a weight of shape {weight.shape} cannot be laid out for a GPU: {reason}; multiply with the QTensor itself"
+        )
     outputs = weight.shape[-1 if weight.axis == -2 else -2]
 
     def place(plane: jax.Array) -> jax.Array:
         plane_XM = plane if weight.axis == -2 else jnp.swapaxes(plane, -1, -2)
-        # One scale for the tensor becomes one for each output.
+        # A scale per tensor becomes a scale per output.
         return jnp.broadcast_to(plane_XM, (*plane_XM.shape[:-1], outputs))
 
-    # An offset is not under the unit.
+    # The unit would not apply to an offset.
     scale, unit = units_of(weight.scale) if weight.offset is None else (weight.scale, None)
     levels: dict[str, Any] = {
         name: dequantize(plane) if isinstance(plane, QTensor) else plane
@@ -152,7 +154,7 @@ def layout(weight: QTensor) -> GpuWeight:
 
 
 def restore(weight: GpuWeight) -> QTensor:
-    """The weight as it was before `layout`, one layer of it if `layer` is given; scales are of one level."""
+    """Undoes `layout`, for one layer if `layer` is given; the result has one level of scales."""
     columns, unit = weight.sliced().columns, weight.sliced().unit
     if unit is not None:
         columns = dataclasses.replace(columns, scale=scale_values(columns.scale, columns.scheme) * unit)
@@ -162,16 +164,16 @@ def restore(weight: GpuWeight) -> QTensor:
 
 
 def rows(table: GpuWeight, row_n: jax.Array) -> jax.Array:
-    """Rows of a table [M, K] (`axis=-1`): int [n], each in [0, M) -> float32 [n, K]."""
+    """Returns rows of a table [M, K] (`axis=-1`): int [n], each in [0, M) -> float32 [n, K]."""
     pick = functools.partial(jnp.take, indices=row_n, axis=-1, mode="clip")
     values_Kn = dequantize(jax.tree.map(pick, table.columns))
     return (values_Kn if table.unit is None else values_Kn * pick(table.unit)).T
 
 
 def uses_kernel(weight: GpuWeight, rows: int) -> bool:
-    """Whether `matmul` takes the kernel rather than XLA, for `rows` rows.
+    """Whether `matmul` uses the kernel rather than XLA, for `rows` rows.
 
-    Triton's blocks are powers of two: outputs and the bytes of a group must be multiples of 16.
+    Triton's blocks are powers of two, so outputs and the bytes of a group must be multiples of 16.
     """
     length, outputs = weight.columns.shape[-2:]
     group_bytes = weight.group_size * weight.scheme.bits // 8
@@ -187,10 +189,10 @@ def matmul(x_RK: jax.Array, weight: GpuWeight, *, interpret: bool = False) -> ja
         interpret: run the kernel in Pallas' interpreter, on any backend.
 
     Returns:
-        float32 [R, M]. Up to `MAX_KERNEL_ROWS` rows nothing is rounded but sums and scalings, in float32: off from the
-        exact product by at most (K + 16) * 2**-23 * sum over k of |x_k| * W, with W the largest that a code's value,
-        the zero point, the offset over the scale, times the scale, can be in k's group. With more rows, weights are
-        rounded to the type of the activations: 2**-9 * sum(|x| * |w|) in bfloat16, 2**-12 in float16.
+        float32 [R, M]. Up to `MAX_KERNEL_ROWS` rows only sums and scalings are rounded, in float32: the error is at
+        most (K + 16) * 2**-23 * sum over k of |x_k| * W, where W is the scale times the largest that a code's value,
+        the zero point, or the offset over the scale can be in k's group. With more rows, weights are rounded to the
+        dtype of the activations: 2**-9 * sum(|x| * |w|) in bfloat16, 2**-12 in float16.
     """
     if weight.unit is not None:
         unit = (
@@ -209,17 +211,17 @@ def _first_divisor(sizes: tuple[int, ...], length: int) -> int:
 
 
 def _parts(iterations: int, wanted: int) -> int:
-    """Into how many parts of equal length K is split: the least that are as many as wanted, or all there are.
+    """Returns the number of equal parts of K: the smallest divisor of `iterations` that is at least `wanted`, or all.
 
-    Of K = 5632 and 2048 outputs 44 rather than 8, the greatest power of two: a step of the 1.1B shape takes 1.97 ms
-    instead of 2.28.
+    For K = 5632 and 2048 outputs that is 44 rather than 8, the greatest power of two: a step of the 1.1B shape takes
+    1.97 ms instead of 2.28 ms.
     """
     divisors = (parts for parts in range(1, iterations + 1) if iterations % parts == 0)
     return next((parts for parts in divisors if parts >= wanted), iterations)
 
 
 def _matmul_kernel(x_RK: jax.Array, weight: GpuWeight, interpret: bool) -> jax.Array:
-    """The product by a kernel over a grid of (blocks of outputs, parts of K), and the sum of the parts."""
+    """Runs a kernel over a grid of (blocks of outputs, parts of K), and sums over the parts."""
     columns, layer = weight.columns, weight.layer
     if layer is None:
         columns, layer = jax.tree.map(lambda plane: plane[None], columns), jnp.zeros((), jnp.int32)
@@ -263,20 +265,20 @@ def _kernel(
     together: int,
     iterations: int,
 ) -> None:
-    """One block of outputs times one part of K.
+    """Computes the product of one block of outputs and one part of K.
 
     Args:
         layer_ref: int32 [1].
         x_ref: [MAX_KERNEL_ROWS, K].
         bytes_ref: uint8 [L, K * bits / 8, M].
         scale_ref: [L, C, M].
-        *rest: zero_ref and offset_ref, of scale_ref's shape, where there are any; out_ref, float32 [parts, R, M].
-        scheme: of the codes.
+        *rest: zero_ref and offset_ref, of scale_ref's shape, if they exist; out_ref, float32 [parts, R, M].
+        scheme: scheme of the codes.
         has_zero: whether the first of `rest` is zero_ref.
         width: outputs of the block.
         step: byte rows that are multiplied at a time, all of one group.
         together: steps of an iteration, whose loads do not wait for one another.
-        iterations: of a part.
+        iterations: number of iterations of a part.
     """
     *correction_refs, out_ref = rest
     bits, slots, layer = scheme.bits, 8 // scheme.bits, layer_ref[0]
@@ -311,7 +313,7 @@ def _kernel(
         return sum((one(row, bytes_SW) for row, bytes_SW in zip(rows, loaded, strict=True)), total_RW)
 
     total_RW = jax.lax.fori_loop(0, iterations, iteration, jnp.zeros(tile, jnp.float32))
-    # By number rather than by slice, which may not go beyond the rows that there are: the mask leaves those out.
+    # Indices instead of a slice, which may not exceed the rows of the output: the mask leaves out rows beyond them.
     row_R1 = jnp.arange(tile[0])[:, None]
     column_1W = pl.program_id(0) * width + jnp.arange(width)[None]
     place = (part, *jnp.broadcast_arrays(row_R1, column_1W))

@@ -3,11 +3,11 @@
 Dimension key: `R` rows of activations, `K` contraction axis, `M` outputs, `C` groups along K, `g` elements of a group,
 `L` layers of a stack.
 
-Decoding is bound by reading weights, so what counts is bytes. XLA's cost model for each TPU, ahead of time and without
-the hardware (benchmarks/aot_tpu.py), decided every choice here; no time has been measured. XLA computes
-`dot(x, codes * scale)` in one fusion only sometimes: for 1 row on all generations up to v6e, for 8 on none where
-K = 14336. Otherwise it writes the dequantized matrix out, 8 times the packed bytes. The kernel dequantizes a block at a
-time, in VMEM: 1.00 to 1.08 times the packed bytes everywhere.
+Decoding is bound by reading weights, so the number of bytes counts. All choices here are based on XLA's cost model for
+each TPU, computed ahead of time and without the hardware (benchmarks/aot_tpu.py); no time has been measured. XLA
+computes `dot(x, codes * scale)` in one fusion only sometimes: for 1 row on all generations up to v6e, for 8 rows on
+none if K = 14336. Otherwise it writes the dequantized matrix out, which moves 8 times the packed bytes. The kernel
+dequantizes one block at a time, in VMEM: it moves 1.00 to 1.08 times the packed bytes in all cases.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ from quant.packing import merge_groups, pack, split_groups, unpack
 from quant.qtensor import QTensor, is_under_units, units_of
 from quant.scheme import Scheme
 
-# Rows up to which the kernel is taken; beyond, enough of them share what XLA writes out.
+# The kernel is used up to this many rows; more rows share the matrix that XLA writes out.
 MAX_KERNEL_ROWS = 64
-# Outputs of a block, the first that fits VMEM: of the 16 MiB that v4 and v5 give a kernel, this is for blocks, each in
-# two buffers.
+# Outputs of a block: the first that fits VMEM. Blocks, each in two buffers, may take _BLOCK_BYTES of the 16 MiB that v4
+# and v5 give a kernel.
 _BLOCKS = (256, 128)
 _BLOCK_BYTES = 12 << 20
 # Rows that are dequantized at a time: 1024 x 256 in float32 is 1 MiB.
@@ -43,25 +43,25 @@ _LANES = 128
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class TpuWeight(Layout):
-    """A weight [..., K, M] (`axis=-2`) or [..., M, K] (`axis=-1`) as a TPU multiplies with it.
+    """A weight [..., K, M] (`axis=-2`) or [..., M, K] (`axis=-1`) in the form that a TPU multiplies with.
 
     w[k, m] = (codes[k, m] - zero[c, m]) * scale[c, m] * unit[m] for k in group c. Arrays are [..., K, M] whatever
-    `axis` is: outputs last, so that a scale spreads along sublanes, never lanes.
+    `axis` is: outputs are last, so that a scale is broadcast along sublanes, never along lanes.
 
-    Invariants: all arrays have the same leading axes; scale and zero have one dtype, bfloat16 if that is exact and
-    float32 otherwise, because no TPU computes in float16; C divides K. Codes of scales, which bfloat16 has exactly, are
-    scales under a unit.
+    Invariants: all arrays have the same leading axes. scale and zero have one dtype: bfloat16 if that is exact, else
+    float32, because no TPU computes in float16. C divides K. If there is a unit, scales are the integer codes of a
+    second level, which bfloat16 represents exactly.
 
     Attributes:
-        codes: int4, uint4, int8 or uint8 [..., K, M]: the scheme's value of each code. XLA keeps two of 4 bits in a
-            byte on the device.
+        codes: int4, uint4, int8 or uint8 [..., K, M]: the scheme's value of each code. On the device XLA stores two
+            4-bit codes in a byte.
         scale: bfloat16 or float32 [..., C, M].
-        zero: of scale's dtype [..., C, M], or None.
-        unit: float32 [..., 1, M], or None: of scales in two levels, one float for an output.
-        layer: int32 scalar or None. With it this stands for one layer of the stack [L, ...] that the arrays hold: a
-            kernel that was given a slice would have it copied first.
-        scheme, axis, dtype, activations: as `QTensor`'s. Rounding activations is not done here.
-        kernel: whether `matmul` may take the kernel. Not over a mesh: XLA partitions products, but no kernels.
+        zero: [..., C, M] of scale's dtype, or None.
+        unit: float32 [..., 1, M] or None: for scales in two levels, the float of each output.
+        layer: int32 scalar or None. If given, the object represents one layer of the stack [L, ...] that the arrays
+            hold. XLA would copy a slice before passing it to a kernel.
+        scheme, axis, dtype, activations: see `QTensor`. `matmul` does not round activations.
+        kernel: whether `matmul` may use the kernel. It may not over a mesh: XLA partitions products, but not kernels.
     """
 
     codes: jax.Array
@@ -78,7 +78,7 @@ class TpuWeight(Layout):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight that this stands for."""
+        """Shape of the weight that this object represents."""
         *lead, length, outputs = self.codes.shape[0 if self.layer is None else 1 :]
         return (*lead, length, outputs) if self.axis == -2 else (*lead, outputs, length)
 
@@ -94,15 +94,15 @@ class TpuWeight(Layout):
         return self.codes.shape[-2] // self.scale.shape[-2]
 
     def matmul(self, x_RK: jax.Array) -> jax.Array:
-        """As the function of this name."""
+        """Calls the module's function `matmul`."""
         return matmul(x_RK, self)
 
     def restore(self) -> QTensor:
-        """As the function of this name."""
+        """Calls the module's function `restore`."""
         return restore(self)
 
     def rows(self, row_n: jax.Array) -> jax.Array:
-        """As the function of this name."""
+        """Calls the module's function `rows`."""
         return rows(self, row_n)
 
 
@@ -111,11 +111,11 @@ def refusal(weight: QTensor) -> str | None:
     if weight.scheme.kind not in ("int", "uint") or weight.scheme.bits not in (4, 8):
         return f"{weight.scheme.name} codes are not whole numbers of 4 or 8 bits"
     if isinstance(weight.scale, QTensor) and not is_under_units(weight.scale):
-        return "its scales are in codes of their own, with several floats for an output"
+        return "its scales have two levels, with several floats per output"
     if weight.offset is not None:
         return "it has offsets instead of zero points"
     if weight.order is not None:
-        return "its groups are of reordered inputs"
+        return "its groups consist of reordered inputs"
     if weight.outlier is not None:
         return "it has outlier channels"
     return None
@@ -125,17 +125,19 @@ def layout(weight: QTensor, *, kernel: bool = True) -> TpuWeight:
     """Lays a weight out for TPU. Codes and values are exactly those of the QTensor.
 
     Args:
-        weight: any.
-        kernel: False where XLA is to partition products over a mesh.
+        weight: the weight.
+        kernel: must be False if XLA is to partition products over a mesh.
 
     Raises:
-        ValueError: for a weight that `refusal` says no to.
+        ValueError: for a weight for which `refusal` gives a reason.
     """
     if reason := refusal(weight):
-        raise ValueError(f"a weight of shape {weight.shape} laid out for TPU: {reason}; multiply with it as it is")
+        raise ValueError(
+            f"a weight of shape {weight.shape} cannot be laid out for TPU: {reason}; multiply with the QTensor itself"
+        )
     scheme = weight.scheme
     codes = unpack(weight.planes, scheme.bits, weight.group_size, axis=weight.axis)
-    # A signed value is its code less 2**(b-1): flipping the top bit leaves it in two's complement.
+    # A signed value is its code minus 2**(b-1): flipping the top bit gives two's complement.
     codes = jax.lax.bitcast_convert_type((codes ^ scheme.bias).astype(f"uint{scheme.bits}"), jnp.dtype(scheme.name))
     scale, unit = units_of(weight.scale)
     exact = all(plane is None or plane.dtype in (jnp.bfloat16, jnp.uint8, jnp.int8) for plane in (scale, weight.zero))
@@ -144,7 +146,7 @@ def layout(weight: QTensor, *, kernel: bool = True) -> TpuWeight:
 
     def place(plane: Any, dtype: jax.typing.DTypeLike = jnp.bfloat16 if exact else jnp.float32) -> jax.Array:
         plane = plane if weight.axis == -2 else jnp.swapaxes(plane, -1, -2)
-        # One scale for the tensor becomes one for each output.
+        # A scale per tensor becomes a scale per output.
         plane = jnp.broadcast_to(plane, (*plane.shape[:-1], codes.shape[-1]))
         return plane.astype(dtype)
 
@@ -155,18 +157,18 @@ def layout(weight: QTensor, *, kernel: bool = True) -> TpuWeight:
 
 
 def uses_kernel(weight: TpuWeight, rows: int, dtype: jax.typing.DTypeLike) -> bool:
-    """Whether `matmul` takes the kernel rather than XLA, for `rows` rows of `dtype`.
+    """Whether `matmul` uses the kernel rather than XLA, for `rows` rows of `dtype`.
 
-    float32 never does: a MXU takes several passes for it, which XLA knows how to make; it is for comparing.
+    float32 never uses it: an MXU needs several passes for float32, which XLA implements. float32 is for comparisons.
     """
     few = 1 <= rows <= MAX_KERNEL_ROWS and jnp.dtype(dtype) == jnp.bfloat16
     return weight.kernel and few and _chunk(weight) is not None and _block_columns(weight, rows) is not None
 
 
 def _chunk(weight: TpuWeight) -> int | None:
-    """Rows of the weight that the kernel dequantizes at a time; None if it cannot cut K into such chunks.
+    """Returns the rows of the weight that the kernel dequantizes at a time; None if K cannot be cut into such chunks.
 
-    Whole lanes of activations; and whole groups, or whole parts of one.
+    A chunk is a multiple of the lanes of activations, and consists of whole groups or is a whole part of one.
     """
     length, group_size = weight.codes.shape[-2], weight.group_size
     for chunk in range(_MOST_CHUNK, 0, -_LANES):
@@ -176,7 +178,7 @@ def _chunk(weight: TpuWeight) -> int | None:
 
 
 def _block_columns(weight: TpuWeight, rows: int) -> int | None:
-    """Outputs of a block, or None if none fits VMEM beside the activations."""
+    """Returns the outputs of a block, or None if no block fits VMEM beside the activations."""
     length = weight.codes.shape[-2]
     per_output = weight.nbytes * length // weight.codes.size
     fitting = (columns for columns in _BLOCKS if 2 * (columns * per_output + 2 * rows * length) <= _BLOCK_BYTES)
@@ -184,17 +186,17 @@ def _block_columns(weight: TpuWeight, rows: int) -> int | None:
 
 
 def matmul(x_RK: jax.Array, weight: TpuWeight, *, interpret: bool = False) -> jax.Array:
-    """Rows of activations times a weight.
+    """Multiplies rows of activations with a weight.
 
     Args:
         x_RK: bfloat16 or float32 [R, K]; float16 is multiplied as float32.
-        weight: [K, M] or [M, K]; a layer of a stack is taken by `at_layer`, or sliced.
+        weight: [K, M] or [M, K]; a layer of a stack comes from `at_layer` or is sliced out.
         interpret: run the kernel in Pallas' interpreter, on any backend.
 
     Returns:
-        float32 [R, M]. With bfloat16 activations weights are rounded to bfloat16, after the zero point and after the
-        scale: off by at most 2**-8 * sum(|x| * |w|) and the rounding of a float32 sum. With float32 ones weights and
-        products are float32.
+        float32 [R, M]. With bfloat16 activations, weights are rounded to bfloat16, after the zero point and after the
+        scale: the error is at most 2**-8 * sum(|x| * |w|) plus the rounding of a float32 sum. With float32 activations,
+        weights and products are float32.
     """
     if x_RK.dtype != jnp.bfloat16:
         x_RK = x_RK.astype(jnp.float32)
@@ -211,7 +213,7 @@ def matmul(x_RK: jax.Array, weight: TpuWeight, *, interpret: bool = False) -> ja
 
 
 def restore(weight: TpuWeight) -> QTensor:
-    """The QTensor again, for what is no product of a matrix: the same codes, scales of one level in floats."""
+    """Returns the QTensor again, for uses other than products: the same codes, with one level of float scales."""
     whole, scheme = weight.sliced(), weight.scheme
     if whole.unit is not None:
         whole = dataclasses.replace(whole, scale=whole.scale.astype(jnp.float32) * whole.unit)
@@ -224,7 +226,7 @@ def restore(weight: TpuWeight) -> QTensor:
 
 
 def rows(table: TpuWeight, row_n: jax.Array) -> jax.Array:
-    """Rows of a table [M, K] (`axis=-1`): int [n], each in [0, M) -> float32 [n, K]."""
+    """Returns rows of a table [M, K] (`axis=-1`): int [n], each in [0, M) -> float32 [n, K]."""
     pick = functools.partial(jnp.take, indices=row_n, axis=-1, mode="clip")
     found = jax.tree.map(pick, table)
     values_Kn = _values(found, jnp.float32)
@@ -232,10 +234,11 @@ def rows(table: TpuWeight, row_n: jax.Array) -> jax.Array:
 
 
 def _values(weight: TpuWeight, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """[..., K, M] in `dtype`, without the unit.
+    """Returns the weight's values [..., K, M] in `dtype`, without the unit.
 
-    bfloat16 planes stay so for bfloat16 values: converted, XLA would write them out and read them back, 0.45 times the
-    packed bytes at g = 32. A product of 4 and 8 significant bits, rounded to 8, is the same either way.
+    For bfloat16 values, bfloat16 planes are not converted to float32: XLA would write the converted planes out and read
+    them back, 0.45 times the packed bytes at g = 32. A product of 4 and 8 significant bits, rounded to 8, is the same
+    either way.
     """
     wide = weight.scale.dtype if weight.scale.dtype == dtype else jnp.float32
     values_CgM = split_groups(weight.codes.astype(wide), weight.group_size, -2)
@@ -246,16 +249,16 @@ def _values(weight: TpuWeight, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 
 def _matmul_mosaic(x_RK: jax.Array, weight: TpuWeight, interpret: bool) -> jax.Array:
-    """The product by a kernel whose grid runs over blocks of outputs."""
+    """Runs a kernel whose grid goes over blocks of outputs."""
     layer = weight.layer
     if layer is None:
         layer, weight = jnp.int32(0), jax.tree.map(lambda array: array[None], weight)
     (R, length), outputs = x_RK.shape, weight.codes.shape[-1]
     planes = [weight.scale] if weight.zero is None else [weight.scale, weight.zero]
     chunk, columns = _chunk(weight), _block_columns(weight, R)
-    assert chunk is not None and columns is not None  # or `uses_kernel` would have said no
+    assert chunk is not None and columns is not None  # `uses_kernel` has checked this
     width = min(columns, outputs)
-    # XLA cannot look into a kernel: every block is read once.
+    # XLA cannot look into a kernel, so its cost is stated here: every block is read once.
     traffic = weight.nbytes // weight.codes.shape[0] + 2 * R * length + 4 * R * outputs
     cost = pl.CostEstimate(flops=2 * R * length * outputs, transcendentals=0, bytes_accessed=traffic)
 
@@ -282,14 +285,14 @@ def _matmul_mosaic(x_RK: jax.Array, weight: TpuWeight, interpret: bool) -> jax.A
 
 
 def _kernel(layer_ref, x_ref, codes_ref, scale_ref, *rest, chunk: int) -> None:
-    """One block of outputs, chunk by chunk of K: dequantize in VMEM, multiply in the MXU.
+    """Computes one block of outputs, chunk by chunk of K: dequantizes in VMEM, multiplies in the MXU.
 
     Args:
         layer_ref: int32 [1], read by the block specs.
         x_ref: bfloat16 [R, K].
         codes_ref: [K, columns].
         scale_ref: [C, columns].
-        *rest: zero_ref [C, columns], where there are zero points, and out_ref, float32 [R, columns].
+        *rest: zero_ref [C, columns], if there are zero points, and out_ref, float32 [R, columns].
         chunk: rows of codes that are dequantized at a time.
     """
     del layer_ref
@@ -297,7 +300,7 @@ def _kernel(layer_ref, x_ref, codes_ref, scale_ref, *rest, chunk: int) -> None:
     length, columns = codes_ref.shape
     group_size = length // scale_ref.shape[0]
     total = jnp.zeros(out_ref.shape, jnp.float32)
-    # Unrolled: groups of a chunk need not fill a tile, which a slice at a running index would have to.
+    # The loop is unrolled: a slice at a dynamic index would have to fill whole tiles, which a chunk's groups need not.
     for start in range(0, length, chunk):
         groups = slice(start // group_size, pl.cdiv(start + chunk, group_size))
         values_CgM = codes_ref[start : start + chunk, :].astype(jnp.float32)
