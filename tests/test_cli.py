@@ -644,7 +644,7 @@ def test_compiled_programs_are_kept_where_the_user_keeps_caches(tmp_path: Path) 
     assert list((tmp_path / "cache" / "llamajax").glob("xla-*/*"))
     assert not (tmp_path / "unused").exists() and list((tmp_path / "mine").iterdir())
     (tmp_path / "file").write_text("")
-    with pytest.warns(RuntimeWarning, match="compiled programs are not kept there, .*: Not a directory"):
+    with pytest.warns(RuntimeWarning, match="compiled programs are neither kept there .*: Not a directory"):
         assert not is_private(tmp_path / "file" / "llamajax" / "xla-1")
 
 
