@@ -166,7 +166,7 @@ def test_a_vocabulary_that_does_not_say_how_text_is_split() -> None:
         (bpe(**{"chat_template.a/b": "x"}), "names a chat template: expected a name of 1 to 40 letters, digits, _"),
         (bpe(chat_template=3), "tokenizer.chat_template is 3: expected a text"),
         (spm(("<0x00", BYTE)), "token 267 is '<0x00', but its type is byte .6.: expected <0x00> to <0xFF>"),
-        (spm(("x", BYTE), ggml__scores=[0.0]), "tokenizer.ggml.scores has 1 values for 268 tokens|but its type is byte"),
+        (spm(("x", BYTE), ggml__scores=[0.0]), "tokenizer.ggml.scores has 1 values for 268 tokens|its type is byte"),
         (spm(("a b", USER_DEFINED), ("a▁b", NORMAL)), "tokens that differ only in a space and ▁"),
         (spm(ggml__precompiled_charsmap=[999]), "tokenizer.ggml.precompiled_charsmap: expected an array of bytes"),
     ],
