@@ -176,7 +176,7 @@ class Chat:
         stream.compile_while(read)
         self.model = stream.model
 
-    # ---- What may be asked and changed between turns -----------------------------------------------------------------
+    # ---- Properties that may be read and set between turns -----------------------------------------------------------
 
     @property
     def messages(self) -> list[Message]:
@@ -211,7 +211,7 @@ class Chat:
         made = len(self._answer.completion.tokens) if self._answer is not None else 0
         return self._used + made
 
-    # ---- Within ------------------------------------------------------------------------------------------------------
+    # ---- Internals ---------------------------------------------------------------------------------------------------
 
     def _begin(self, given: list[Message], asked: list[Message] | None = None, *, smooth: bool = True) -> Answer:
         self.close()

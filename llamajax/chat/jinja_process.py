@@ -81,7 +81,9 @@ def render(template: str, trusted: Mapping[str, Any], contents: Mapping[str, Any
         raise LlamaJaxError(f"{source}: its chat template {problem}: {_OTHERWISE}")
     if problem := answer.get("refused"):
         said = shortened(problem, 300)[1:-1]
-        raise LlamaJaxError(f"{source}: its chat template refuses the conversation ({said}): expected one in its order")
+        raise LlamaJaxError(
+            f"{source}: its chat template refuses the conversation ({said}): expected roles in the template's order"
+        )
     if problem := answer.get("error"):
         raise LlamaJaxError(f"{source}: its chat template fails ({shortened(problem, 300)[1:-1]}): {_OTHERWISE}")
     spans = answer.get("spans")

@@ -40,7 +40,7 @@ _KNOWN = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<reasoning>"
 
 @dataclasses.dataclass(frozen=True)
 class Thinking:
-    """How a format writes what a model thinks before it answers.
+    """How a format marks a model's thinking before its answer.
 
     Attributes:
         begin: "<think>".

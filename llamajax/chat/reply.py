@@ -34,7 +34,7 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class ReplyForm:
-    """How a model marks the parts of what it writes.
+    """How a model marks the parts of its answers.
 
     Attributes:
         thinking: the marks before and after the model's thinking, or None.

@@ -1,7 +1,7 @@
 """Reads tool calls as models write them, and finds out which of these forms a chat template uses.
 
     <tool_call>{"name": "f", "arguments": {…}}</tool_call>          Hermes 2, Qwen 2.5 and 3
-    {"name": "f", "parameters": {…}}                                Llama 3.1 and later, perhaps behind <|python_tag|>
+    {"name": "f", "parameters": {…}}                                Llama 3.1 and later, perhaps after <|python_tag|>
     [TOOL_CALLS][{"name": "f", "arguments": {…}, "id": "…"}]        Mistral; its later models: [TOOL_CALLS]f[ARGS]{…}
     <｜tool▁call▁begin｜>function<｜tool▁sep｜>f …json…              DeepSeek V3 and R1; V3.1 without the word
 

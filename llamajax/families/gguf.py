@@ -108,11 +108,11 @@ def check_tied(config: Config, architecture: str) -> None:
 
 
 def query_scale(keys: Keys, largest: int) -> float | None:
-    """The scale of Gemma's queries, for which there is no key: llama.cpp knows the 27B by its number of layers."""
+    """The scale of Gemma's queries. No key gives it; llama.cpp recognises the 27B by its number of layers."""
     layers, width, heads = (keys.take(key) for key in ("block_count", "embedding_length", "attention.head_count"))
     return (width // heads) ** -0.5 if layers == largest else None
 
 
 def kinds_of(layers: int, pattern: Sequence[LayerKind]) -> tuple[LayerKind, ...]:
-    """The shortest pattern of kinds for so many layers."""
+    """The shortest pattern that, repeated and cut to `layers` layers, gives the same kinds as `pattern`."""
     return pattern_of([pattern[layer % len(pattern)] for layer in range(layers)])

@@ -86,8 +86,8 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_fast": "gelu_tanh",
     "relu2": "relu_squared",
 }
-# Models that also read images. The config of their text model is an object in theirs, with this `model_type` unless it
-# names another.
+# Models that also read images. Their config holds the text model's config as an object, which has this `model_type`
+# unless it names another.
 _WITH_IMAGES = {"gemma3": "gemma3_text", "mistral3": "mistral"}
 # Their other keys, about images, training and the tokenizer.
 _OF_IMAGES = frozenset(

@@ -16,7 +16,7 @@ from llamajax.tokenizer.json_form import byte_level_json
 from llamajax.tokenizer.pre_tokenizers import PATTERNS
 from llamajax.words import AddedToken
 
-# models/llama3/tokenizer.py; what Llama 3.0 called reserved tokens 2 to 4 have names there since 3.1.
+# From models/llama3/tokenizer.py. Since Llama 3.1, the reserved tokens 2 to 4 of Llama 3.0 have names.
 _NAMED = (
     *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
     *("<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>"),
