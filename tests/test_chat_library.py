@@ -286,7 +286,7 @@ def test_turns_leave_whole() -> None:
         ({"tools": {}}, r"tools are \{\}: expected a list of functions"),
         ({"tools": [{"name": "f"}]}, "tool 1 is .*: expected .*function"),
         ({"tools": [{"type": "function", "function": {"name": "f", "strict": {1}}}]}, "tool 1 is not JSON"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools are given, and .* has no place for them"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools are given, but .* has no place for them"),
     ],
 )
 def test_options_out_of_range(model, tokenizer, options, error: str) -> None:
@@ -462,7 +462,7 @@ def test_calls_are_read_where_a_template_has_no_place_for_tools() -> None:
     for _ in range(2):
         assert chat.send("1 + 2?") == Message("assistant", "", tool_calls=(call,))
     assert '"arguments": {"a": 1}' in tokenizer.decode(chat._encode(chat.messages))
-    with pytest.raises(LlamaJaxError, match="tools are given, and .* has no place for them"):
+    with pytest.raises(LlamaJaxError, match="tools are given, but .* has no place for them"):
         Chat(chat.model, tokenizer, tools=[ADD])
 
 
@@ -470,7 +470,7 @@ def test_calls_in_a_way_that_is_not_read_are_said(model, tokenizer) -> None:
     template = HERMES.replace("call.function | tojson", "call.function.name + '()'")
     notes: list[str] = []
     Chat(model, tokenizer_with(template), tools=[ADD], on_note=notes.append)
-    assert len(notes) == 1 and notes[0].startswith("calls of tools stay text: the chat template (the checkpoint's)")
+    assert len(notes) == 1 and notes[0].startswith("tool calls stay text: the chat template (the checkpoint's)")
 
 
 def test_formats_without_tokens_end_an_answer_where_the_next_turn_begins(model, tokenizer) -> None:

@@ -115,7 +115,7 @@ def test_other_messages_are_refused(value, error: str) -> None:
         ({"name": "f", "arguments": "[1]"}, r"arguments of the tool call 'f' are \[1\]: expected an object"),
         ({"name": "f", "arguments": '{"a": NaN}'}, "'f' are not JSON .*expected texts, finite numbers"),
         ({"name": "f", "arguments": {"a": {1, 2}}}, "'f' are not JSON"),
-        ({"type": "code", **CALL}, "its type is 'code': expected 'function'"),
+        ({"type": "code", **CALL}, "type is 'code': expected 'function'"),
         ({"function": CALL, "name": "g"}, "'name' is beside 'function': expected it inside"),
         ({"function": {**CALL, "strict": True}}, "function: unknown key 'strict'"),
         ({**CALL, "id": 7}, "the id of a tool call is 7: expected a text"),

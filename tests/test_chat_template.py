@@ -203,7 +203,7 @@ def test_roles_are_the_formats_own() -> None:
         form.parts([{"content": "x"}])
     with pytest.raises(LlamaJaxError, match="message 3: expected a role and a content"):
         form.parts([3])  # type: ignore[list-item]
-    with pytest.raises(LlamaJaxError, match="a conversation of no messages"):
+    with pytest.raises(LlamaJaxError, match="the conversation has no messages"):
         form.parts([])
 
 
@@ -213,7 +213,7 @@ def test_where_a_template_is_not_followed_it_is_said_and_safe() -> None:
     tokenizer = tokenizer_with(template)
     form = Template.of(tokenizer_with(template % "urlencode"))
     assert form.render([user("a b/ö")]) == "<|im_start|>a%20b/%C3%B6<|im_end|>"
-    assert form.note is not None and form.note.startswith("its chat template changes messages in a way that is not")
+    assert form.note is not None and form.note.startswith("its chat template changes messages in a way that cannot")
     form = Template.of(tokenizer_with(template % "striptags"))
     ids = form.encode(tokenizer, [user("x&lt;|im_end|&gt;y")])
     assert control_tokens(tokenizer, ids) == ["<|im_start|>", "<|im_end|>"]
@@ -456,7 +456,7 @@ def test_threads_get_their_own_answers() -> None:
             {"n": b"x"},
             "messages for a chat template: .*bytes is not JSON serializable.*: expected JSON values",
         ),
-        (user("x" * (9 << 20)), {}, r"a conversation of \d+ bytes: expected at most 8388608"),
+        (user("x" * (9 << 20)), {}, r"the conversation has \d+ bytes: expected at most 8388608"),
         (user("".join(map(chr, range(0xF0000, 0x10FFFE)))), {}, "different characters, more than can be told apart"),
     ],
 )

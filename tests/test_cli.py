@@ -319,9 +319,9 @@ BAD_INPUT = {
     "top_p": (["generate", "--top_p=1.5"], 1, ["top_p is 1.5", "at most 1"]),
     "top_k": (["generate", "--top_k=0"], 1, ["top_k is 0", "from 1"]),
     "seed": (["generate", "--seed=-3"], 1, ["seed is -3", "from 0"]),
-    "too many tokens": (["generate", "--max_new_tokens=9999"], 1, ["9999", "room for 512"]),
+    "too many tokens": (["generate", "--max_new_tokens=9999"], 1, ["9999", "at most 512"]),
     "no tokens": (["generate", "--max_new_tokens=0"], 1, ["max_new_tokens is 0", "at least 1"]),
-    "long prompt": (["generate", f"--prompt={'the bear ' * 600}"], 1, ["context 512", "shorten"]),
+    "long prompt": (["generate", f"--prompt={'the bear ' * 600}"], 1, ["context only 512", "shorten"]),
     "empty stop": (["generate", "--stop="], 1, ["stop", "at least one character"]),
     "not a tokenizer": (["generate", f"--tokenizer={__file__}"], 1, ["not a sentencepiece model"]),
     "text file as model": (["inspect", f"--model={ROOT}/README.md"], 1, ["unknown format", "expected"]),
@@ -646,7 +646,7 @@ def test_compiled_programs_are_kept_where_the_user_keeps_caches(tmp_path: Path) 
     assert list((tmp_path / "cache" / "llamajax").glob("xla-*/*"))
     assert not (tmp_path / "unused").exists() and list((tmp_path / "mine").iterdir())
     (tmp_path / "file").write_text("")
-    with pytest.warns(RuntimeWarning, match="compiled programs are not kept there, .*: Not a directory"):
+    with pytest.warns(RuntimeWarning, match="compiled programs are neither kept there .*: Not a directory"):
         assert not is_private(tmp_path / "file" / "llamajax" / "xla-1")
 
 

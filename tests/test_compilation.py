@@ -100,7 +100,7 @@ def test_the_folder_is_for_its_owner_alone(folder: Path) -> None:
             lambda folder, patch: patch.setattr("os.geteuid", lambda: folder.stat().st_uid + 1),
             r"it belongs to user \d+, not to you \(\d+\)",
         ),
-        (lambda folder, patch: folder.symlink_to(folder.rename(folder.with_name("moved"))), "it is no folder"),
+        (lambda folder, patch: folder.symlink_to(folder.rename(folder.with_name("moved"))), "it is not a folder"),
     ],
     ids=["group", "others", "owner", "link"],
 )
@@ -111,7 +111,7 @@ def test_programs_that_others_may_have_written_are_not_run(
     _run()
     change(folder, monkeypatch)
     before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
-    with pytest.warns(RuntimeWarning, match=f"compiled programs are not kept there, nor loaded: {message}.*Remove it"):
+    with pytest.warns(RuntimeWarning, match=f"programs are neither kept there nor loaded: {message}.*Remove it"):
         assert _run()[0] == 1
     assert _run(size=16)[0] == 1
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before
@@ -215,7 +215,7 @@ def test_nothing_is_kept_where_the_user_wants_or_allows_nothing(folder: Path) ->
     assert not folder.exists()
     folder.write_text("no folder can be made here")
     with pytest.warns(
-        RuntimeWarning, match="compiled programs are not kept there, nor loaded: it is no folder. Remove it"
+        RuntimeWarning, match="compiled programs are neither kept there nor loaded: it is not a folder. Remove it"
     ):
         assert _run() == (1, pytest.approx(_expected(), rel=1e-5))
     assert _run()[0] == 1, "the warning must come once"

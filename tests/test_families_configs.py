@@ -575,7 +575,7 @@ def test_text_of_models_that_see_images() -> None:
     untied = whole | {"tie_word_embeddings": False, "text_config": text | {"tie_word_embeddings": True}}
     assert not config_from_hf(untied).tied_embeddings
     for change, message in (
-        ({"text_config": None}, "text_config is None: expected an object, as a model of type 'gemma3' has"),
+        ({"text_config": None}, "text_config is None: expected an object, as in models of type 'gemma3'"),
         ({"colour": "red"}, "unknown key 'colour'"),
         ({"text_config": text | {"hiden_size": 5}}, "unknown key 'hiden_size' .did you mean 'hidden_size'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),

@@ -270,9 +270,9 @@ def test_filling_the_context_exactly(short: Llama, tiny_model: Llama) -> None:
 
 
 def test_beyond_the_context(short: Llama) -> None:
-    with pytest.raises(LlamaJaxError, match="max_new_tokens is 28: the context of 32 tokens has room for 27 after the"):
+    with pytest.raises(LlamaJaxError, match="max_new_tokens is 28: expected at most 27, the room in the context of 32"):
         generate(short, None, PROMPT, max_new_tokens=28)
-    with pytest.raises(LlamaJaxError, match="the prompt has 33 tokens, the model's context 32: shorten the prompt"):
+    with pytest.raises(LlamaJaxError, match="the prompt has 33 tokens, but the model's context only 32"):
         generate(short, None, [[1], [1] * 33], max_new_tokens=1)
 
 
@@ -451,8 +451,8 @@ def test_what_programs_are_found_by_has_no_address(quantized_box: Path) -> None:
         ([["a"]], {}, "'a'"),
         ([1.5, 2], {}, "1.5 in a prompt: expected a text, or a list of whole numbers"),
         (np.ones((2, 2)), {}, "1.0 in a prompt: expected a text, or a list of whole numbers"),
-        (b"abc", {}, r"the prompt is b'abc': expected a text, a list of token ids, or a list of these"),
-        (5, {}, "the prompt is 5: expected a text, a list of token ids, or a list of these"),
+        (b"abc", {}, r"the prompt is b'abc': expected a text, a list of token ids, or a list of either"),
+        (5, {}, "the prompt is 5: expected a text, a list of token ids, or a list of either"),
         ([1], {"seed": np.int64(-1)}, "seed is -1: expected a whole number from 0"),
         ([1], {"max_new_tokens": np.float32(3)}, "max_new_tokens is 3.0: expected a whole number, at least 1"),
         ([1], {"max_new_tokens": 0}, "max_new_tokens is 0: expected a whole number, at least 1"),

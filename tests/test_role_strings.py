@@ -277,7 +277,7 @@ def test_other_templates_have_none_and_it_is_said_why(name: str) -> None:
 def test_conversations_of_another_order(roles: list[str]) -> None:
     strings, _ = role_strings(renderer(LLAMA3))
     assert strings is not None
-    with pytest.raises(LlamaJaxError, match="expected a system message or none, then user and assistant in turn"):
+    with pytest.raises(LlamaJaxError, match="expected a system message or none, then messages of user and assistant"):
         strings.parts([Message(role, "x") for role in roles])
 
 

@@ -182,8 +182,8 @@ def test_any_ids_stream_as_their_bytes_decode(name: str, ids: list[int], named) 
         (struct.pack("<IfI", 5, 0.0, 5) + b"<unk>" + b"\0", "tokenizer.bin, damaged in piece 1 .*: expected the score"),
         (struct.pack("<IfI", 5, 0.0, 4) + b"\xff\xfe\0\0", "tokenizer.bin, damaged in piece 0 .*: expected the score"),
         (struct.pack("<IfI", 5, 0.0, 5) + b"<unk>", "tokenizer.bin that does not begin with the expected <unk>, <s>"),
-        (b"{}", "a tokenizer.json that the library tokenizers does not read"),
-        (b'{"model": ' + b"[" * 5000, "a tokenizer.json that the library tokenizers does not read"),
+        (b"{}", "a tokenizer.json that the library tokenizers cannot read"),
+        (b'{"model": ' + b"[" * 5000, "a tokenizer.json that the library tokenizers cannot read"),
     ],
 )
 def test_damaged_files(data: bytes, message: str, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_a_file_without_a_tokenizer() -> None:
 def test_a_vocabulary_that_does_not_say_how_text_is_split() -> None:
     """As in llama.cpp, such a vocabulary works with a warning; digits are split into threes."""
     metadata = {key: value for key, value in bpe().items() if key != "tokenizer.ggml.pre"}
-    with pytest.warns(UserWarning, match="tokenizer.ggml.pre is missing: text is split as llama.cpp does then"):
+    with pytest.warns(UserWarning, match="tokenizer.ggml.pre is missing: text is split by llama.cpp's default"):
         tokenizer = read(metadata)
     assert to_metadata(tokenizer, 258)["tokenizer.ggml.pre"] == "default"
 
@@ -159,15 +159,15 @@ def test_a_vocabulary_that_does_not_say_how_text_is_split() -> None:
         (bpe(ggml__token_type=[1]), "tokenizer.ggml.token_type has 1 values for 258 tokens: expected one for each"),
         (bpe(("<0x41>", BYTE)), "token_type has byte tokens .6.: expected none, as GPT-2 spells bytes"),
         (bpe(("a b", 9)), "tokenizer.ggml.token_type has 9: expected 1 to 6"),
-        (bpe(ggml__add_bos_token=True), "add_bos_token is true, in the file or by default, and .*bos_token_id is miss"),
+        (bpe(ggml__add_bos_token=True), "add_bos_token is true, in the file or by default, but .*bos_token_id is miss"),
         (bpe(ggml__add_bos_token=7), "tokenizer.ggml.add_bos_token is 7: expected true or false"),
         (bpe(ggml__bos_token_id=-1), "tokenizer.ggml.bos_token_id is -1: expected a token's id"),
         (bpe(ggml__add_sep_token=True), "add_sep_token is true: expected false, as separators are not"),
-        (bpe(**{"chat_template.a/b": "x"}), "the name of a chat template: expected 1 to 40 letters, digits, _ and -"),
+        (bpe(**{"chat_template.a/b": "x"}), "names a chat template: expected a name of 1 to 40 letters, digits, _"),
         (bpe(chat_template=3), "tokenizer.chat_template is 3: expected a text"),
-        (spm(("<0x00", BYTE)), "token 267 is '<0x00', a byte by its type: expected <0x00> to <0xFF>"),
-        (spm(("x", BYTE), ggml__scores=[0.0]), "tokenizer.ggml.scores has 1 values for 268 tokens|a byte by its type"),
-        (spm(("a b", USER_DEFINED), ("a▁b", NORMAL)), "tokens with spaces and with ▁ in their place"),
+        (spm(("<0x00", BYTE)), "token 267 is '<0x00', but its type is byte .6.: expected <0x00> to <0xFF>"),
+        (spm(("x", BYTE), ggml__scores=[0.0]), "tokenizer.ggml.scores has 1 values for 268 tokens|its type is byte"),
+        (spm(("a b", USER_DEFINED), ("a▁b", NORMAL)), "tokens that differ only in a space and ▁"),
         (spm(ggml__precompiled_charsmap=[999]), "tokenizer.ggml.precompiled_charsmap: expected an array of bytes"),
     ],
 )
@@ -278,7 +278,7 @@ def test_added_tokens_of_a_checkpoint_are_written(tiny_tokenizer: Tokenizer) -> 
         ({"pre_tokenizer": {"type": "Whitespace"}}, "has the pre-tokenizer .*Whitespace.*, for which GGUF has no key"),
         (
             {"pre_tokenizer": {"type": "Digits", "individual_digits": True}},
-            "splits text by .*, ignore_merges false, for",
+            "splits text by .* with ignore_merges false, for",
         ),
     ],
 )

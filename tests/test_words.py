@@ -551,8 +551,8 @@ def test_tokenizers_that_do_not_go_with_the_model(kind: str, folder, bare: Path,
     message = {
         "damaged": "its tokenizer: not a sentencepiece model",
         "too large": "the tokenizer has 320 ids, the model 319 embeddings: expected the tokenizer that the model was",
-        "other pieces": "id 300 is .* in the sentencepiece model, 'the wrong' among the added tokens",
-        "json": "its tokenizer: a tokenizer.json that the library tokenizers does not read",
+        "other pieces": "id 300 is .* in the sentencepiece model, but 'the wrong' among the added tokens",
+        "json": "its tokenizer: a tokenizer.json that the library tokenizers cannot read",
     }[kind]
     with pytest.warns(UserWarning, match=message):
         assert llamajax.load(path)[1] is None

@@ -1,1 +1,1 @@
-"""The model in the box, and the stories that it was made from."""
+"""The small model that ships with the package, and the generator of the stories on which it was trained."""

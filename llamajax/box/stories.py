@@ -152,7 +152,7 @@ def _odd_facts(rng: random.Random, case: dict[str, str]) -> dict[str, str]:
 
 
 def _facts(rng: random.Random, arc: Arc, case: dict[str, str]) -> dict[str, str]:
-    """Every slot of a story: the season, the place, the cast, and the case, which has the last word."""
+    """Every slot of a story: the season, the place, the cast, and the case, which overrides the others."""
     facts = _season_facts(rng, case.get("season"))
     if arc.odd:
         return facts | _odd_facts(rng, case) | case
@@ -181,7 +181,7 @@ def _sentence_start(match: re.Match[str]) -> str:
 
 
 def story(seed: int) -> str:
-    """One story.
+    """Returns one story.
 
     Args:
         seed: The same seed gives the same text on every machine and Python version.
@@ -196,6 +196,6 @@ def story(seed: int) -> str:
 
 
 def corpus(first_seed: int, count: int) -> Iterator[str]:
-    """The stories of ``count`` consecutive seeds, one after another."""
+    """Yields the stories of ``count`` consecutive seeds."""
     for seed in range(first_seed, first_seed + count):
         yield story(seed)

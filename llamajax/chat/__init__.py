@@ -1,1 +1,1 @@
-"""Conversations: how messages become the ids that a model was trained on, and the small chat model of `make chat`."""
+"""Conversations: turns messages into ids in the format that a model was trained on, and answers into messages."""

@@ -1,4 +1,4 @@
-"""What a chat has to know of a template and a tokenizer, seen from what the template writes."""
+"""Finds out from the text that a template writes how a chat has to use that template and its tokenizer."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,10 +11,10 @@ from llamajax.chat.tool_calls import CallForm, form_of
 from llamajax.errors import LlamaJaxError
 from llamajax.tokenizer import Tokenizer
 
-# Of DeepSeek R1, Qwen 3, QwQ, SmolLM 3 and those made from them: tokens of models whose templates may not name them.
+# Thinking marks of DeepSeek R1, Qwen 3, QwQ, SmolLM 3 and models made from them, whose templates may not name them.
 _THINK = ("<think>", "</think>")
-# Variables by which templates of models that may think or not are told: of Qwen 3 and SmolLM 3; of Granite and DeepSeek
-# V3.1.
+# Variables by which templates turn thinking on and off: the first is for Qwen 3 and SmolLM 3, the second for Granite
+# and DeepSeek V3.1.
 _SWITCHES = ("enable_thinking", "thinking")
 _TOOL = {
     "type": "function",
@@ -25,7 +25,7 @@ _ASKED, _ANSWERED, _ASKED_MORE = Message("user", "question"), Message("assistant
 
 
 def thinking_switch(template: Template) -> str | None:
-    """The variable that turns thinking on and off; None for a template that has none."""
+    """Returns the variable that turns thinking on and off; None for a template without such a variable."""
     for name in _SWITCHES:
         said: list[dict[str, Any]] = [{name: True}, {name: False}]
         if len({template.render([_ASKED], **variables) for variables in said}) == 2:
@@ -34,7 +34,7 @@ def thinking_switch(template: Template) -> str | None:
 
 
 def in_terms_of(template: Template, messages: Sequence[Message]) -> Sequence[Message | dict[str, Any]]:
-    """Messages as a template takes them: DeepSeek's want arguments of calls as JSON, others as objects."""
+    """Converts messages to a template's form: DeepSeek's takes the arguments of calls as JSON, others as objects."""
     if not any(message.tool_calls for message in messages):
         return messages
     try:
@@ -45,7 +45,7 @@ def in_terms_of(template: Template, messages: Sequence[Message]) -> Sequence[Mes
 
 
 def _with_json(message: Message) -> dict[str, Any]:
-    """A message as templates have it, its calls' arguments as JSON."""
+    """The fields of a message for templates, with the arguments of its calls as JSON text."""
     said = message.as_dict()
     for call in said.get("tool_calls", []):
         call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
@@ -55,10 +55,10 @@ def _with_json(message: Message) -> dict[str, Any]:
 def reply_form(
     template: Template, tokenizer: Tokenizer, variables: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]
 ) -> ReplyForm:
-    """How a model marks the parts of its answers.
+    """Returns how a model marks the parts of its answers.
 
     Raises:
-        LlamaJaxError: if there are tools, for which the template has no place.
+        LlamaJaxError: if tools are given and the template has no place for them.
     """
     written = template.thinking
     thinking = (written.begin, written.end) if written else None
@@ -73,17 +73,18 @@ def reply_form(
 
 
 def _call_form(template: Template, tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]]) -> CallForm | None:
-    """How calls are to be read; None where none are expected, or in a way that is not read."""
+    """The form in which calls are read; None if no calls are expected, or their form is not supported."""
     has_place = _has_place(template, tools or [_TOOL])
     if tools and not has_place:
         raise LlamaJaxError(
-            f"tools are given, and the chat template ({template.name}) has no place for them: take a model that was "
+            f"tools are given, but the chat template ({template.name}) has no place for them: take a model that was "
             "trained to call tools, or describe them in the system message"
         )
     form = form_of(template.tool_calls) if template.tool_calls else None
     if form is None or tools:
         return form
-    # DeepSeek's has no place: tools are described in the system message. Marks that are tokens are nothing but marks.
+    # DeepSeek's template has no place for tools; they are described in the system message. Calls are then expected only
+    # if the marks are tokens, because ordinary text cannot contain these.
     are_tokens = all(tokenizer.id_of(mark) is not None for mark in form.begins)
     return form if not has_place and are_tokens and not form.bare else None
 
@@ -91,18 +92,18 @@ def _call_form(template: Template, tokenizer: Tokenizer, tools: Sequence[Mapping
 def _has_place(template: Template, tools: Sequence[Mapping[str, Any]]) -> bool:
     try:
         return template.render([_ASKED], tools=tools) != template.render([_ASKED])
-    except LlamaJaxError:  # a format that refuses tools
+    except LlamaJaxError:  # the format refuses tools
         return False
 
 
 def turn_beginnings(template: Template, tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Texts with which a template begins a user's message, where no control token does, as in Alpaca and Vicuna.
+    """Returns the text that begins a user's message if it has no control token, as in Alpaca and Vicuna.
 
-    A model that does not end its answer goes on with what it was trained to see next.
+    A model that does not end its answer continues with this text, because it was trained to see it next.
     """
     try:
         parts = template.parts([_ASKED, _ANSWERED, _ASKED_MORE], reply=False)
-    except LlamaJaxError:  # a format of one turn
+    except LlamaJaxError:  # the format has only one turn
         return ()
     said = [part.text if part.is_content else "" for part in parts]
     if _ANSWERED.content not in said or _ASKED_MORE.content not in said:

@@ -1,4 +1,4 @@
-"""One answer of a conversation, running while it is iterated over."""
+"""One answer of a conversation, which is generated while it is iterated over."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 
@@ -11,16 +11,16 @@ from llamajax.generation.stream import TextStream
 
 
 class Answer:
-    """An iterator over the pieces of an answer, which stand in the conversation as they come.
+    """An iterator over the pieces of an answer; each piece is added to the conversation when it is generated.
 
-    An answer that is given up half way, that is stopped or interrupted, leaves what was said in the conversation. One
-    that fails before anything was said leaves the conversation as it was.
+    If an answer is closed, stopped or interrupted half way, its text so far stays in the conversation. If it fails
+    before its first token, the conversation stays unchanged.
 
     Attributes:
-        message: the answer so far; all of it once the iteration has ended.
-        samples: all of several samples, in the order of their making; the message is one of them.
-        choice: which of several samples the message is, and why; None of one.
-        note: why what began as a tool call stays text, or None.
+        message: the answer so far; the whole answer once the iteration has ended.
+        samples: the messages of all samples once the iteration has ended; `message` is one of them.
+        choice: which of several samples was chosen as the message, and why; None if there is only one.
+        note: why text that began as a tool call stays text, or None.
     """
 
     def __init__(
@@ -31,14 +31,14 @@ class Answer:
         conversation: Sequence[Message],
         choose: Callable[[Sequence[Completion], Sequence[Message]], Choice],
     ):
-        """Nothing runs yet.
+        """Stores the request; runs nothing yet.
 
         Args:
             stream: the request.
-            form: how the model marks parts of what it writes.
-            messages: the list that becomes `conversation` and the answer when this begins to run.
-            conversation: what is answered.
-            choose: which of several samples is the answer.
+            form: how the model marks the parts of its answers.
+            messages: the list that is set to `conversation` and the answer once the iteration begins.
+            conversation: the messages that are answered.
+            choose: chooses one of several samples as the answer.
         """
         self.message = Message("assistant", "")
         self.samples: list[Message] = []
@@ -50,17 +50,17 @@ class Answer:
 
     @property
     def completion(self) -> Completion:
-        """The answer's ids, probabilities, and why it ended: "stop", "length" or "stopped"."""
+        """The answer's ids, log-probabilities and finish reason: "stop", "length" or "stopped"."""
         return self._stream.completions[self.choice.index if self.choice else 0]
 
     @property
     def completions(self) -> list[Completion]:
-        """Those of all samples."""
+        """The completions of all samples."""
         return self._stream.completions
 
     @property
     def speed(self) -> Speed:
-        """What it took so far."""
+        """The cost of the answer so far."""
         return self._stream.speed
 
     def __iter__(self) -> Iterator[Piece]:
@@ -70,11 +70,11 @@ class Answer:
         return next(self._pieces)
 
     def stop(self) -> None:
-        """Ends the answer after the tokens that are being computed; may be called by a signal handler."""
+        """Ends the answer after the tokens in progress; a signal handler may call it."""
         self._stream.stop()
 
     def close(self) -> None:
-        """Ends the answer where it is, if it has not ended."""
+        """Ends the answer now, if it has not ended."""
         self._pieces.close()
 
     def _run(self) -> Generator[Piece, None, None]:
@@ -101,7 +101,7 @@ class Answer:
             raise
 
     def _end(self, replies: list[Reply]) -> list[Piece]:
-        """Completes the message; returns the pieces that were not shown."""
+        """Completes the message; returns the pieces that were not shown yet."""
         pieces = [reply.finish() for reply in replies]
         self.samples = [reply.message() for reply in replies]
         if len(replies) > 1:
@@ -115,7 +115,7 @@ class Answer:
         return [piece for piece in shown if piece.text]
 
     def _keep(self, reply: Reply) -> None:
-        """Puts the answer so far where it stands in the conversation, unless that was changed meanwhile."""
+        """Updates the last message of the conversation to the answer so far, unless the caller has changed it."""
         shown, self.message = self.message, reply.message()
         if self._messages and self._messages[-1] is shown:
             self._messages[-1] = self.message

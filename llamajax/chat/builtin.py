@@ -1,11 +1,11 @@
-"""Formats of conversations that are built in: for checkpoints that carry none, and for no Jinja.
+"""Built-in conversation formats, for checkpoints without a chat template and for use without Jinja.
 
-Sources: what llama.cpp writes (`llama_chat_apply_template`), with which the tests compare each but Alpaca's and the
-thinking one of DeepSeek; `PROMPT_DICT` in train.py of github.com/tatsu-lab/stanford_alpaca; the templates of
-DeepSeek-R1 and its distilled models, which open the thinking part themselves and leave it out of earlier answers.
+Sources: the output of llama.cpp (`llama_chat_apply_template`), with which the tests compare each format except Alpaca's
+and deepseek-r1; `PROMPT_DICT` in train.py of github.com/tatsu-lab/stanford_alpaca; the templates of DeepSeek-R1 and its
+distilled models, which open the thinking part themselves and leave it out of earlier answers.
 
-Where the marks of a format are no tokens but plain text, as Alpaca's, Vicuna's and the brackets of LLaMA 2, users can
-write them as well: the model sees no difference.
+The marks of Alpaca and Vicuna and the brackets of LLaMA 2 are plain text, not tokens. A user can write them, too, and
+the model sees no difference.
 """
 
 import dataclasses
@@ -15,21 +15,21 @@ from typing import Protocol
 from llamajax.errors import LlamaJaxError
 from llamajax.tokenizer import Tokenizer
 
-# A text, and whether it is somebody's content.
+# A text, and whether it is the content of a message.
 Span = tuple[str, bool]
-# A role and what it says.
+# A role and the content of its message.
 Said = tuple[str, str]
 
 
 class BuiltIn(Protocol):
-    """A format."""
+    """A built-in format."""
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        """Control tokens that it cannot do without."""
+        """The control tokens that the format needs."""
 
     def write(self, said: Sequence[Said], reply: bool) -> Iterator[Span]:
-        """A conversation, without BOS; the answer is begun if there is to be one."""
+        """Writes a conversation, without BOS; with `reply`, also the beginning of the answer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Roles:
 
     Attributes:
         tokens: see `BuiltIn`.
-        around: what stands before and behind a message, by role; `{role}` is its role.
-        other: the same for roles that are not among them.
-        reply: begins the answer.
-        trims: whether white space around a message is left out.
-        drops: what a message is left out up to, where it is in it: the end of a thinking part.
+        around: the texts before and after a message, by role; `{role}` is replaced by the role.
+        other: the same for all other roles.
+        reply: the text that begins the answer.
+        trims: whether white space around a message is removed.
+        drops: the mark that ends a thinking part; an assistant's message loses all text up to it.
     """
 
     tokens: tuple[str, ...]
@@ -67,16 +67,16 @@ class Roles:
 
 @dataclasses.dataclass(frozen=True)
 class Brackets:
-    """A format in which a pair of brackets holds all that is said before an answer.
+    """A format in which a pair of brackets holds all messages before an answer.
 
     Attributes:
         tokens: see `BuiltIn`.
-        first: the bracket that opens a conversation, which stands even before none; None for `opening`.
-        opening: the bracket where one is not open.
-        system: before and behind a system message.
-        closing: behind a user's.
-        answer: before and behind an answer.
-        trims: whether white space around an answer is left out.
+        first: the bracket that opens a conversation, even one without messages; None to use `opening`.
+        opening: the bracket before a message if no bracket is open.
+        system: the texts before and after a system message.
+        closing: the text after a user's message.
+        answer: the texts before and after an answer.
+        trims: whether white space around an answer is removed.
     """
 
     tokens: tuple[str, ...]
@@ -102,7 +102,10 @@ class Brackets:
 
 
 class Alpaca:
-    """A task and its answer. A message of the role "context" is the input of a task; a system message the preamble."""
+    """Alpaca's format of a task and its answer.
+
+    A message of the role "context" is the input of a task; a system message at the beginning replaces the preamble.
+    """
 
     tokens = ("</s>",)
     _ALONE = "Below is an instruction that describes a task. "
@@ -128,7 +131,7 @@ class Alpaca:
 
 
 class Gemma:
-    """Gemma's, which has no system messages: they go before what is said next, but an answer."""
+    """Gemma's format, which has no system messages: their text goes before the next message that is not an answer."""
 
     tokens = ("<start_of_turn>", "<end_of_turn>")
 
@@ -166,7 +169,7 @@ def _mistral_v7(space: str) -> Roles:
     return Roles((*_INST, *_SYSTEM_PROMPT), around, other=(space, "</s>"))
 
 
-# Mistral's, of which `find` chooses one.
+# The name for which `find` chooses one of Mistral's formats.
 MISTRAL = "mistral"
 BUILT_IN: Mapping[str, BuiltIn] = {
     "llama2": Brackets(
@@ -221,14 +224,14 @@ NAMES = tuple(sorted([*BUILT_IN, MISTRAL]))
 
 
 def find(name: str, tokenizer: Tokenizer) -> BuiltIn:
-    """A built-in format.
+    """Returns a built-in format.
 
     Args:
-        name: of `NAMES`; "mistral" is the version whose tokens the tokenizer has.
-        tokenizer: whose tokens are the format's.
+        name: one of `NAMES`; "mistral" stands for the version whose tokens the tokenizer has.
+        tokenizer: the tokenizer, which must have the tokens of the format.
 
     Raises:
-        LlamaJaxError: if the tokenizer does not have them.
+        LlamaJaxError: if the tokenizer lacks a token of the format.
     """
     if name == MISTRAL:
         tekken = "" if tokenizer.drops_first_space or tokenizer.form == "sentencepiece" else "-tekken"

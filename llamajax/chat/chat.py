@@ -5,8 +5,8 @@
     for piece in chat.stream("And of Japan?"):
         print(piece.text, end="", flush=True)
 
-What the model sees at every turn is what the template makes of the messages, nothing else. The cache is kept from turn
-to turn: only what lies behind the longest beginning that the new text shares with it is computed.
+At every turn the model sees exactly the text that the template makes of the messages. The cache is kept from turn to
+turn: only the tokens after the longest prefix that the new text shares with it are computed.
 """
 
 import dataclasses
@@ -34,9 +34,9 @@ from llamajax.model import Llama
 from llamajax.tokenizer import Tokenizer
 from llamajax.words import SAMPLING
 
-# The cache of a conversation begins with so many slots, and doubles: few sizes, of which each needs programs.
+# The first number of slots of a conversation's cache. It doubles when needed, for few sizes: each size needs programs.
 FIRST_SLOTS = 1024
-# What is written for oneself is longer than what is said: so many times as many tokens, unless a number is given.
+# The factor by which the default of `max_new_tokens` grows for a model that thinks.
 _THINKING_LENGTH = 8
 
 
@@ -44,17 +44,17 @@ class Chat:
     """A conversation.
 
     Attributes:
-        knobs: of `sampling.make_sampler`, by name; may be changed between turns.
-        model: what answers. Its leaves may be abstract (`jax.ShapeDtypeStruct`) until `compile_while`.
-        tokenizer: its tokenizer, which ends where the template ends a message.
-        template: how messages become text.
-        tools: what the model may call, as the template is given it; fixed when the chat is made.
-        max_new_tokens: most tokens of an answer, its thinking included, or None.
-        think: whether the model is to think before it answers.
-        samples: how many answers are made at once, of which one is chosen.
-        vote: whether the answer is the one on which most samples agree, rather than the likeliest.
-        seed: of the draws of an answer.
-        context_length: most tokens of a conversation.
+        knobs: the arguments of `sampling.make_sampler`, by name; may be changed between turns.
+        model: the model that answers. Its leaves may be abstract (`jax.ShapeDtypeStruct`) until `compile_while`.
+        tokenizer: the tokenizer, with the stop ids of the template.
+        template: the format in which messages become text.
+        tools: the functions that the model may call, as passed to the template; fixed when the chat is made.
+        max_new_tokens: the most tokens of an answer, its thinking included, or None.
+        think: whether the model should think before it answers.
+        samples: the number of answers generated at once, of which one is chosen.
+        vote: whether the answer is the one on which most samples agree, rather than the likeliest one.
+        seed: the seed of an answer's random draws.
+        context_length: the most tokens of a conversation.
     """
 
     def __init__(
@@ -76,27 +76,30 @@ class Chat:
         on_note: Callable[[str], None] = warnings.warn,
         **knobs: Any,
     ):
-        """Checks; nothing runs yet.
+        """Checks the settings; runs nothing yet.
 
         Args:
             model: see the attributes.
-            tokenizer: that of the checkpoint, with which it brings its template.
-            system: the system message; None for none, which is where some templates put in their own.
-            template: one by itself, or the name of a built-in one; the checkpoint's unless given.
+            tokenizer: the checkpoint's tokenizer, which holds the checkpoint's template.
+            system: the system message; without one, some templates write their own.
+            template: a template, or the name of a built-in format or of one of the checkpoint's templates; defaults to
+                the checkpoint's choice.
             tools: functions as JSON schemas, `{"type": "function", "function": {"name": …, "parameters": …}}`.
-            max_new_tokens: 512 unless given, eight times as many with thinking, or a quarter of a small context.
-            cache_dtype: as of `TextStream`.
+            max_new_tokens: the most tokens of an answer; defaults to 512, or eight times as many with thinking, but at
+                most a quarter of the context.
+            cache_dtype: see `TextStream`.
             speculate: likewise.
-            think: see the attributes: by the template's own switch, else by asking for steps.
+            think: whether to think first, by the template's own switch; without one, by asking for steps.
             samples: see the attributes.
             vote: likewise.
             seed: likewise.
-            stop: texts at which an answer ends, beside what the template says.
-            on_note: told what a user should know, such as that turns have left the context.
-            **knobs: temperature, top_k, top_p, min_p, repetition_penalty; what the checkpoint says unless given.
+            stop: texts at which an answer ends, in addition to those of the template.
+            on_note: called with notes for the user, such as that turns have left the context.
+            **knobs: temperature, top_k, top_p, min_p, repetition_penalty; default to the checkpoint's settings.
 
         Raises:
-            LlamaJaxError: for a model without a template, tools for which it has no place, or a value out of range.
+            LlamaJaxError: for a model without a template, tools for which the template has no place, or a value out of
+                range.
         """
         self.template = template if isinstance(template, Template) else Template.of(tokenizer, name=template)
         self.model, self.tools, self.on_note = model, check_tools(tools), on_note
@@ -112,9 +115,9 @@ class Chat:
         stops = [*stop_strings(stop, tokenizer), *turn_beginnings(self.template, tokenizer)]
         self._options: dict[str, Any] = {"cache_dtype": cache_dtype, "speculate": speculate, "stop": stops or None}
         self._kept = Kept()
-        self._first = 0  # the oldest message that is seen
-        self._tries = 0  # of the last answer
-        self._used = 0  # tokens of the last prompt
+        self._first = 0  # the index of the oldest message in the context
+        self._tries = 0  # how often the last answer was retried
+        self._used = 0  # the number of tokens of the last prompt
         self._answer: Answer | None = None
         self._is_noted = False
         self._check()
@@ -122,18 +125,19 @@ class Chat:
     # ---- Turns -------------------------------------------------------------------------------------------------------
 
     def stream(self, message: str | Message | Mapping[str, Any] | Sequence[Message | Mapping[str, Any]]) -> Answer:
-        """The answer to a user's text, to one message, or to several, the last of which is no assistant's.
+        """Returns the answer to a user's text, a message, or several messages; the last must not be an assistant's.
 
-        An answer that has not ended does so now.
+        An earlier answer that still runs is ended first.
 
         Raises:
-            LlamaJaxError: for what is no message, or does not fit the context; the conversation is as before.
+            LlamaJaxError: for an invalid message, or one that does not fit the context; the conversation stays
+                unchanged.
         """
         self._tries = 0
         return self._begin(as_messages(message))
 
     def send(self, message: str | Message | Mapping[str, Any] | Sequence[Message | Mapping[str, Any]]) -> Message:
-        """The whole answer; arguments and errors as of `stream`, and of `TextStream`."""
+        """Returns the whole answer; arguments as in `stream`, errors as in `stream` and `TextStream`."""
         self._tries = 0
         answer = self._begin(as_messages(message), smooth=False)
         for _ in answer:
@@ -141,10 +145,10 @@ class Chat:
         return answer.message
 
     def retry(self) -> Answer:
-        """Another answer, of another seed, in the place of the last one.
+        """Returns another answer, from another seed, which replaces the last one.
 
         Raises:
-            LlamaJaxError: if nothing was asked yet.
+            LlamaJaxError: if there is no message to answer.
         """
         self.close()
         asked = list(self.messages)
@@ -167,18 +171,19 @@ class Chat:
             self._answer.close()
 
     def compile_while(self, read: Callable[[], Llama]) -> None:
-        """Makes the programs of a first, short turn ready while `read`, in a thread of its own, makes the model."""
+        """Compiles or loads the programs of a first, short turn while another thread calls `read` for the model."""
         stream = self._text_stream(self._encode([*self.messages, Message("user", "")]), 1, smooth=True)
         stream.compile_while(read)
         self.model = stream.model
 
-    # ---- What may be asked and changed between turns -----------------------------------------------------------------
+    # ---- Properties that may be read and set between turns -----------------------------------------------------------
 
     @property
     def messages(self) -> list[Message]:
-        """All messages so far, also those that have left the context; a system message first, if there is one.
+        """All messages so far, including those that have left the context; a system message, if any, comes first.
 
-        May be changed or set between turns, to a list of messages or of what `Message.of` reads.
+        The list may be changed or set between turns. The new value is a list of messages, or of mappings that
+        `Message.of` reads.
         """
         return self._messages
 
@@ -190,7 +195,7 @@ class Chat:
 
     @property
     def system(self) -> str | None:
-        """The system message; another may be set."""
+        """The text of the system message, or None; it may be set."""
         return self.messages[0].content if self.messages and self.messages[0].role == "system" else None
 
     @system.setter
@@ -202,11 +207,11 @@ class Chat:
 
     @property
     def context_used(self) -> int:
-        """Tokens of the last prompt and its answer."""
+        """The number of tokens of the last prompt and its answer."""
         made = len(self._answer.completion.tokens) if self._answer is not None else 0
         return self._used + made
 
-    # ---- Within ------------------------------------------------------------------------------------------------------
+    # ---- Internals ---------------------------------------------------------------------------------------------------
 
     def _begin(self, given: list[Message], asked: list[Message] | None = None, *, smooth: bool = True) -> Answer:
         self.close()
@@ -232,7 +237,7 @@ class Chat:
         return self._answer
 
     def _room(self) -> tuple[int, int]:
-        """Tokens that an answer should have room for, and must."""
+        """The number of tokens that an answer should have room for, and the number that it must have room for."""
         if self.max_new_tokens is not None:
             return self.max_new_tokens, self.max_new_tokens
         usual = DEFAULT_NEW_TOKENS * (_THINKING_LENGTH if self._thinks else 1)
@@ -269,8 +274,8 @@ class Chat:
         }
         if self.tools and forms[True].calls is None:
             self.on_note(
-                f"calls of tools stay text: the chat template ({self.template.name}) writes them in a way that is not "
-                "read"
+                f"tool calls stay text: the chat template ({self.template.name}) writes them in a form that is not "
+                "supported"
             )
         return forms
 
@@ -280,15 +285,19 @@ class Chat:
         return self.template.thinking is not None and (self.think or self._switch is None)
 
     def _variables(self, think: bool) -> dict[str, Any]:
-        """What the template is told."""
+        """The variables that are passed to the template."""
         return {self._switch: think} if self._switch else {}
 
     def _choose(self, completions: Sequence[Completion], messages: Sequence[Message]) -> Choice:
-        """The answer of several, whose thinking has no vote."""
+        """Chooses one of several samples; a vote looks at their contents without thinking."""
         return vote(completions, [message.content for message in messages]) if self.vote else best_of(completions)
 
     def _check(self) -> None:
-        """Refuses attributes that are out of range: they may have been changed."""
+        """Checks the attributes, which the caller may have changed.
+
+        Raises:
+            LlamaJaxError: for a value out of range.
+        """
         if unknown := sorted(set(self.knobs) - set(SAMPLING)):
             raise LlamaJaxError(f"unknown knob {unknown[0]}: expected some of {', '.join(SAMPLING)}")
         with auto_mesh():

@@ -1,10 +1,10 @@
-"""The process that renders Jinja templates: a template is a program, and whoever made it is nobody to trust.
+"""Renders Jinja templates in a separate process, because a template is a program from an untrusted source.
 
     rendering = render(template, trusted={"bos_token": "<s>"}, contents={"messages": [...]})
 
-One process renders for all, and is started when it is first needed: a new interpreter with nothing of ours in it
-(`jinja_worker`), no environment, no open files, and limits of time, memory and output. After a limit was met it is
-ended, and the next rendering starts another. It ends with this process.
+One process renders all templates, and is started when it is first needed: a new interpreter that does not import this
+package (`jinja_worker`), with no environment, no open files, and limits of time, memory and output. When a limit is
+exceeded, the process is ended, and the next rendering starts a new one. It also ends with the calling process.
 """
 
 import atexit
@@ -25,8 +25,8 @@ from llamajax.errors import LlamaJaxError
 from llamajax.files import shortened
 
 _WORKER = Path(__file__).with_name("jinja_worker.py")
-# Templates take milliseconds. Of a processor's time, where the system can limit it, and by the clock, whatever the
-# process does; as much again for each MiB of a conversation. To start an interpreter may take long on a busy machine.
+# Limits of a rendering, which takes milliseconds: processor time, if the system can limit it, and wall time; both are
+# extended by as much again for each MiB of the request. Starting an interpreter may take long on a busy machine.
 _CPU_SECONDS, _CLOCK_SECONDS, _START_SECONDS = 1.0, 1.4, 60.0
 _MEMORY_NBYTES = 512 << 20
 _REQUEST_NBYTES, _ANSWER_NBYTES = 8 << 20, 1 << 30
@@ -34,19 +34,20 @@ _OTHERWISE = "expected one that renders a conversation: choose a built-in format
 
 
 if sys.platform == "win32":
-    _OUT_OF_TIME = (1,)  # as `kill` ends it
+    _OUT_OF_TIME = (1,)  # the exit status after `kill`
 else:
-    _OUT_OF_TIME = (-signal.SIGPROF, -signal.SIGKILL)  # by the two clocks
+    _OUT_OF_TIME = (-signal.SIGPROF, -signal.SIGKILL)  # after the limits of processor time and wall time
 
 
 @dataclasses.dataclass(frozen=True)
 class Rendering:
-    """What a template made.
+    """The result of a template.
 
     Attributes:
         text: the rendering.
-        spans: what it made of contents in stand-ins: texts, each with whether it is from a content. Together they are
-            `text`, but where the template looks into contents in ways that are not followed. None if it fails there.
+        spans: the parts of a second rendering, in which stand-ins replace the contents: texts, each with whether it
+            comes from a content. Joined they equal `text`, unless the template inspects contents in ways that stand-ins
+            do not support. None if the second rendering fails.
     """
 
     text: str
@@ -54,17 +55,17 @@ class Rendering:
 
 
 def render(template: str, trusted: Mapping[str, Any], contents: Mapping[str, Any], source: str) -> Rendering:
-    """Renders a template in the process.
+    """Renders a template in the separate process.
 
     Args:
-        template: of Jinja.
-        trusted: variables that are the format's own: what they say is not told apart from the template.
-        contents: variables that others wrote, `messages` among them, whose roles are the format's.
+        template: the Jinja template.
+        trusted: variables of the format itself; their text counts as the template's.
+        contents: variables that others wrote, `messages` among them; only the roles of messages count as the format's.
         source: where the template is from, for errors.
 
     Raises:
-        LlamaJaxError: for a template that is none, refuses these variables, meets a limit, or asks for what it may
-            not have; for variables that are no JSON.
+        LlamaJaxError: for an invalid template; for a template that refuses these variables, exceeds a limit or does
+            something forbidden; for variables that are not JSON.
     """
     try:
         request = {"template": template, "trusted": dict(trusted), "contents": dict(contents)}
@@ -74,13 +75,15 @@ def render(template: str, trusted: Mapping[str, Any], contents: Mapping[str, Any
     except (TypeError, ValueError, RecursionError) as error:
         raise LlamaJaxError(f"messages for a chat template: {shortened(str(error))}: expected JSON values") from None
     if len(line) > _REQUEST_NBYTES:
-        raise LlamaJaxError(f"a conversation of {len(line)} bytes: expected at most {_REQUEST_NBYTES}")
+        raise LlamaJaxError(f"the conversation has {len(line)} bytes: expected at most {_REQUEST_NBYTES}")
     answer = _worker.ask(line, source)
     if problem := answer.get("limit"):
         raise LlamaJaxError(f"{source}: its chat template {problem}: {_OTHERWISE}")
     if problem := answer.get("refused"):
         said = shortened(problem, 300)[1:-1]
-        raise LlamaJaxError(f"{source}: its chat template refuses the conversation ({said}): expected one in its order")
+        raise LlamaJaxError(
+            f"{source}: its chat template refuses the conversation ({said}): expected roles in the template's order"
+        )
     if problem := answer.get("error"):
         raise LlamaJaxError(f"{source}: its chat template fails ({shortened(problem, 300)[1:-1]}): {_OTHERWISE}")
     spans = answer.get("spans")
@@ -96,15 +99,15 @@ class _Worker:
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Starts the process, unless it runs, and does not wait until it is ready."""
+        """Starts the process unless it runs; does not wait until it is ready."""
         with self._lock:
             self._start()
 
     def ask(self, line: bytes, source: str) -> dict[str, Any]:
-        """The answer to a request.
+        """Returns the answer to a request.
 
         Raises:
-            LlamaJaxError: if there is none in time, or no process.
+            LlamaJaxError: if the answer does not come in time, or the process cannot be started.
         """
         with self._lock:
             answer = None
@@ -116,7 +119,7 @@ class _Worker:
                         f"the process for chat templates does not start: expected {sys.executable} to import jinja2"
                     )
                 answer = _exchange(process, line, _CLOCK_SECONDS * (1 + len(line) / (1 << 20)))
-            finally:  # without an answer, what comes next on the pipe is not the next one
+            finally:  # without an answer, the next line on the pipe would not belong to the next request
                 if answer is None or "limit" in answer:
                     self.end()
         if answer is None:
@@ -140,8 +143,8 @@ class _Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env={} if os.name == "posix" else None,  # without one, Windows starts no interpreter
-                start_new_session=True,  # Ctrl-C at a terminal is for us
+                env={} if os.name == "posix" else None,  # Windows cannot start an interpreter without an environment
+                start_new_session=True,  # Ctrl-C at a terminal does not reach it
                 creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),  # the same on Windows
             )
         except OSError as error:
@@ -150,7 +153,7 @@ class _Worker:
         return process
 
     def end(self) -> None:
-        """Ends the process, if there is one and it is ours."""
+        """Ends the process, if there is one and this process started it."""
         process, self._process = self._process, None
         if process is None or self._owner != os.getpid():
             return
@@ -162,7 +165,7 @@ class _Worker:
 
 
 def _exchange(process: subprocess.Popen[bytes], line: bytes, seconds: float) -> dict[str, Any] | None:
-    """Sends a line, and reads one; None if the process ended before, as it does when time is up."""
+    """Sends a line and reads one; None if the process ends before it answers, as it does when time is up."""
     ending = threading.Timer(seconds, process.kill)
     ending.daemon = True
     ending.start()

@@ -1,10 +1,10 @@
-"""Renders Jinja templates that nobody trusts: the program of the process that `jinja_process` starts.
+"""Renders untrusted Jinja templates: the program of the process that `jinja_process` starts.
 
-It runs as a file, with Jinja and the standard library alone (`llamajax` would import JAX): a request of JSON is a line
-of standard input, its answer one of standard output. What templates get is what transformers gives them
-(`render_jinja_template` in utils/chat_template_utils.py): an immutable sandbox, trimmed blocks, loop controls,
-`tojson`, `strftime_now`, `raise_exception`, the tag `generation`. A conversation is rendered twice: as it
-is, and in `stand_ins`.
+It runs as a file, with Jinja and the standard library alone (`llamajax` would import JAX). Each request is a line of
+JSON on standard input, and its answer a line of JSON on standard output. Templates get the same environment as in
+transformers (`render_jinja_template` in utils/chat_template_utils.py): an immutable sandbox, trimmed blocks, loop
+controls, `tojson`, `strftime_now`, `raise_exception`, the tag `generation`. A conversation is rendered twice: as it is,
+and with its contents replaced by stand-ins (`stand_ins`).
 """
 
 import contextlib
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from llamajax.chat import stand_ins
     from llamajax.chat.stand_ins import TooMuchError
 else:
-    sys.path += [*sys.argv[4:], str(Path(__file__).parent)]  # where Jinja is, behind what this interpreter knows
+    sys.path += [*sys.argv[4:], str(Path(__file__).parent)]  # the folders of Jinja, after the interpreter's own
     import stand_ins
     from stand_ins import TooMuchError
 
@@ -35,12 +35,12 @@ import jinja2.ext
 import jinja2.runtime
 import jinja2.sandbox
 
-# Of a rendering: as many characters as these, and so many for each byte of the request.
+# A rendering may have _OUTPUT_LENGTH characters, and _OUTPUT_GROWTH more for each byte of the request.
 _OUTPUT_LENGTH, _OUTPUT_GROWTH = 512 << 10, 4
-# Longer strings and larger numbers are no part of a conversation's format.
+# The largest number and repeated length that a template may use; no format of conversations needs more.
 _MOST_REPEATED = 1 << 20
 _LONG_FIELD = re.compile(r"[0-9]{7}")
-# What Python and Jinja import when they need it; later no file can be opened.
+# Modules that Python and Jinja import late; they are imported at the start, because no file can be opened afterwards.
 _LATE = ("encodings.unicode_escape", "html", "jinja2.constants", "jinja2.debug", "pprint", "textwrap")
 
 
@@ -52,7 +52,7 @@ class RefusedError(Exception):
 
 
 class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The sandbox of transformers; what is forbidden is an error at once, and no number makes much of little."""
+    """The sandbox of transformers; in addition, forbidden access raises at once, and large repeats are refused."""
 
     intercepted_binops = frozenset(("*", "**", "%"))
 
@@ -88,7 +88,7 @@ _marking = False
 
 
 def _aware(value: Any) -> Any:
-    """What an operation of Jinja made of texts compares as they do."""
+    """Wraps the result of a Jinja operation on texts, so that it compares like the texts that stand-ins stand for."""
     return stand_ins.Content(value) if _marking and type(value) is str else value
 
 
@@ -100,7 +100,7 @@ def _aware_filter(function: Callable[..., Any]) -> Callable[..., Any]:
     return filtered
 
 
-# What the operator `~` is in the code that Jinja writes for a template.
+# `str_join` is the operator `~` in the code that Jinja generates for a template.
 setattr(jinja2.runtime, "str_join", lambda values: _aware("".join(map(str, values))))  # noqa: B010
 
 
@@ -110,13 +110,13 @@ def _check_number(number: Any) -> None:
 
 
 def _check_fields(text: str) -> None:
-    """Refuses a format whose fields are a megabyte wide."""
+    """Refuses a format string with fields of a million or more characters."""
     if _LONG_FIELD.search(text):
         raise TooMuchError("asks for more memory than a template may have")
 
 
 class Generation(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}` around what a model said: what it holds."""
+    """The tag `{% generation %}…{% endgeneration %}` around a model's text; it renders its body unchanged."""
 
     tags = {"generation"}
 
@@ -134,10 +134,10 @@ class Dict:
 
 
 class Namespace(jinja2.utils.Namespace):
-    """The global `namespace`: no name in it begins with an underscore."""
+    """The global `namespace`, whose names must not begin with an underscore."""
 
     def __init__(*arguments: Any, **named: Any) -> None:
-        """Jinja's own takes names like `self`, too."""
+        """Has no parameter names, because Jinja's own `Namespace` accepts names like `self`."""
         self, *rest = arguments
         values = dict(*rest, **named)
         for name in values:
@@ -185,7 +185,7 @@ def _rendered(template: jinja2.Template, values: dict[str, Any], limit: int) -> 
 
 
 def answer(line: bytes) -> dict[str, Any]:
-    """What a request gives: its renderings, or why there are none."""
+    """Answers a request: with its renderings, or the reason why there are none."""
     global _marking
     try:
         request = json.loads(line)
@@ -206,7 +206,7 @@ def answer(line: bytes) -> dict[str, Any]:
             spans = list(alphabets.spans(_rendered(compiled, trusted | again, limit)))
         except (TooMuchError, MemoryError):
             raise
-        except Exception:  # such as of a number that is no number in stand-ins
+        except Exception:  # for example, digits are not a number once they are stand-ins
             spans = None
         return {"plain": plain, "spans": spans}
     except RefusedError as error:
@@ -227,19 +227,19 @@ def _line(error: BaseException) -> str:
 
 
 def limit_process(memory_nbytes: int) -> None:
-    """Takes from this process what rendering does not need, where the system can."""
+    """Removes what rendering does not need (memory, files, core dumps) from this process, if the system can."""
     for name in _LATE:
         importlib.import_module(name)
     time.localtime()  # reads the time zone's file
     try:
         import resource
-    except ImportError:  # Windows: whoever started the process ends it when time is up
+    except ImportError:  # Windows: the parent process ends this one when time is up
         return
     for name, amount in (("RLIMIT_AS", memory_nbytes), ("RLIMIT_FSIZE", 0), ("RLIMIT_NOFILE", 0), ("RLIMIT_CORE", 0)):
         if hasattr(resource, name):
             hard = resource.getrlimit(getattr(resource, name))[1]
             amount = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
-            with contextlib.suppress(OSError, ValueError):  # macOS has limits that it does not take
+            with contextlib.suppress(OSError, ValueError):  # macOS rejects some limits that it defines
                 resource.setrlimit(getattr(resource, name), (amount, amount))
 
 
@@ -252,7 +252,7 @@ def main(cpu_seconds: float, memory_nbytes: int, request_nbytes: int) -> None:
     writing.flush()
     while line := reading.readline(request_nbytes):
         if timed:
-            # The signal ends the process, wherever it is.
+            # The signal ends the process, whatever it is doing.
             signal.setitimer(signal.ITIMER_PROF, cpu_seconds * (1 + len(line) / (1 << 20)))
         data = json.dumps(answer(line), ensure_ascii=False).encode("utf-8", "replace")
         if timed:

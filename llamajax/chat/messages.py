@@ -1,4 +1,4 @@
-"""Messages of a conversation: checked when made, read from what other libraries write, kept in a JSON file.
+"""Messages of a conversation: checks them, reads the forms of other libraries, and keeps them in a JSON file.
 
 question = Message("user", "What is the weather in Paris?")
 answer = Message.of({"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "weather", …}}]})
@@ -16,10 +16,10 @@ from llamajax.errors import LlamaJaxError
 from llamajax.files import new_file, parse_json, read_json, shortened
 
 ROLES = ("system", "user", "assistant", "tool")
-# Of the JSON file; another version is written where an older reader would misread it.
+# The version of the JSON file, which changes if an older reader would misread the file.
 VERSION = 1
 _LARGEST_FILE = 16 << 20
-# How others name a message's thinking: DeepSeek, vLLM and transformers' templates; Ollama and gpt-oss.
+# Keys of a message's thinking: that of DeepSeek, vLLM and transformers' templates, then that of Ollama and gpt-oss.
 _THINKING = ("reasoning_content", "thinking")
 _KEYS = ("role", "content", *_THINKING, "tool_calls", "name", "tool_call_id")
 
@@ -29,12 +29,12 @@ class ToolCall:
     """A function that the model asks the program to call.
 
     Attributes:
-        name: of the function.
-        arguments: by name: values of JSON.
-        id: what the answer to this call names, where the format has such names.
+        name: the name of the function.
+        arguments: the arguments by name, as JSON values.
+        id: an id by which the answer refers to this call, in formats that have such ids.
 
     Raises:
-        LlamaJaxError: for another type, or arguments that JSON cannot say.
+        LlamaJaxError: for an attribute of a wrong type, or arguments that are not JSON.
     """
 
     name: str
@@ -42,7 +42,7 @@ class ToolCall:
     id: str | None = None
 
     def __post_init__(self):
-        """Refuses what no format can say."""
+        """Checks the attributes."""
         _check_text("the name of a tool call", self.name)
         if not self.name:
             raise LlamaJaxError("a tool call has no name: expected the name of the function to call")
@@ -63,17 +63,17 @@ class ToolCall:
 
     @classmethod
     def of(cls, value: Any, source: str = "a tool call") -> "ToolCall":
-        """Reads a call as OpenAI's API, Mistral and transformers write it, or by itself.
+        """Reads a call as OpenAI's API, Mistral and transformers write it, or its inner object alone.
 
-        `{"type": "function", "id": …, "function": {"name": …, "arguments": …}}` or the inner object alone; arguments
-        are an object, or JSON that says one.
+        The form is `{"type": "function", "id": …, "function": {"name": …, "arguments": …}}`, or the object of
+        "function" by itself; "arguments" is an object, or the JSON text of an object.
 
         Raises:
             LlamaJaxError: for anything else; the message begins with `source`.
         """
         call = _fields(value, ("type", "id", "function", "name", "arguments"), source)
         if call.get("type", "function") != "function":
-            raise LlamaJaxError(f"{source}: its type is {shortened(call['type'])}: expected 'function'")
+            raise LlamaJaxError(f"{source}: type is {shortened(call['type'])}: expected 'function'")
         if "function" in call:
             if extra := sorted({"name", "arguments"} & call.keys()):
                 raise LlamaJaxError(f"{source}: {extra[0]!r} is beside 'function': expected it inside")
@@ -89,7 +89,7 @@ class ToolCall:
             return cls(inner["name"], arguments, call.get("id"))
 
     def as_dict(self) -> dict[str, Any]:
-        """As templates expect it; `of` reads it back."""
+        """The call as templates expect it; `of` reads it back."""
         call: dict[str, Any] = {"type": "function", "function": {"name": self.name, "arguments": self.arguments}}
         return call if self.id is None else {**call, "id": self.id}
 
@@ -100,14 +100,15 @@ class Message:
 
     Attributes:
         role: one of `ROLES`.
-        content: its text.
-        thinking: what the model wrote for itself before it answered; of an assistant's message only.
-        tool_calls: what it asks to be called; of an assistant's message only.
-        name: who says it: of a tool's message the function.
-        tool_call_id: of a tool's message, the id of the call that it answers.
+        content: the text.
+        thinking: what the model wrote for itself before it answered; only in an assistant's message.
+        tool_calls: the functions that the model asks to call; only in an assistant's message.
+        name: the name of the speaker; in a tool's message, of the function.
+        tool_call_id: the id of the call that a tool's message answers; only in a tool's message.
 
     Raises:
-        LlamaJaxError: for another role or type, a text that is not Unicode, or an attribute of another role's.
+        LlamaJaxError: for an unknown role, an attribute of a wrong type or that the role does not have, or a text that
+            is not Unicode.
     """
 
     role: str
@@ -118,7 +119,7 @@ class Message:
     tool_call_id: str | None = None
 
     def __post_init__(self):
-        """Refuses what no conversation holds."""
+        """Checks the attributes."""
         if self.role not in ROLES:
             raise LlamaJaxError(f"the role is {shortened(self.role)}: expected one of {', '.join(ROLES)}")
         _check_text("content", self.content)
@@ -136,7 +137,7 @@ class Message:
 
     @classmethod
     def of(cls, value: Any, source: str = "a message") -> "Message":
-        """Reads a message as OpenAI's API and transformers write it; null stands for what is absent.
+        """Reads a message as OpenAI's API and transformers write it; a value of null counts as absent.
 
         Raises:
             LlamaJaxError: for an unknown key, role or type, or content that is not text; the message begins with
@@ -166,7 +167,7 @@ class Message:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """As templates of transformers expect it; `of` reads it back. What is absent has no key."""
+        """The message as transformers' templates expect it, without keys for absent values; `of` reads it back."""
         message: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.thinking is not None:
             message["reasoning_content"] = self.thinking
@@ -180,10 +181,10 @@ class Message:
 
 
 def as_messages(said: Any) -> list[Message]:
-    """A user's text, a message, or several: as messages.
+    """Converts a user's text, a message, or several messages to a list of messages.
 
     Raises:
-        LlamaJaxError: as `Message.of`; or for none.
+        LlamaJaxError: see `Message.of`; or for an empty list.
     """
     if isinstance(said, str):
         return [Message("user", said)]
@@ -195,7 +196,7 @@ def as_messages(said: Any) -> list[Message]:
 
 
 def save_conversation(path: str | Path, messages: Sequence[Message]) -> None:
-    """Writes messages to a JSON file, which takes the place of what stood there when it is whole.
+    """Writes messages to a JSON file; an existing file is replaced only once the new one is complete.
 
     Raises:
         LlamaJaxError: if the file cannot be written, or would be larger than `load_conversation` reads.
@@ -212,10 +213,10 @@ def save_conversation(path: str | Path, messages: Sequence[Message]) -> None:
 
 
 def load_conversation(path: str | Path) -> list[Message]:
-    """Reads what `save_conversation` wrote.
+    """Reads a file of `save_conversation`.
 
     Raises:
-        LlamaJaxError: if there is no such file, or it holds anything else: the message names the file and the place.
+        LlamaJaxError: if the file cannot be read, or holds anything else: the message names the file and the place.
     """
     try:
         said = read_json(path, _LARGEST_FILE)
@@ -233,7 +234,7 @@ def load_conversation(path: str | Path) -> list[Message]:
 
 @contextlib.contextmanager
 def _errors_of(source: str) -> Iterator[None]:
-    """Puts a source before the errors raised inside."""
+    """Puts `source` before the text of errors that are raised inside."""
     try:
         yield
     except LlamaJaxError as error:
@@ -241,7 +242,7 @@ def _errors_of(source: str) -> Iterator[None]:
 
 
 def _fields(value: Any, known: Sequence[str], source: str) -> dict[str, Any]:
-    """A mapping's fields that are not null; an unknown key is an error."""
+    """The fields of a mapping that are not None; an unknown key is an error."""
     if not isinstance(value, Mapping):
         raise LlamaJaxError(f"{source}: {shortened(value)}: expected an object with some of {', '.join(known)}")
     if unknown := [key for key in value if key not in known]:
@@ -250,9 +251,9 @@ def _fields(value: Any, known: Sequence[str], source: str) -> dict[str, Any]:
 
 
 def _text_of(content: Any) -> Any:
-    """The text of content that may be a list of parts, which stand on lines of their own, as with llama.cpp and vLLM.
+    """The text of content that may be a list of parts, which are joined by line ends as in llama.cpp and vLLM.
 
-    What is neither is for `Message` to refuse.
+    Other types are returned unchanged, because `Message` checks them.
     """
     if not isinstance(content, list | tuple):
         return content
@@ -262,7 +263,7 @@ def _text_of(content: Any) -> Any:
         if kind != "text" or set(part) != {"type", "text"}:
             what = f"of the type {shortened(kind)}" if isinstance(kind, str) and kind != "text" else shortened(part)
             raise LlamaJaxError(
-                f"content has a part {what}: models of this package read text only: expected parts "
+                f"content has a part {what}, but models of this package read text only: expected parts "
                 '{"type": "text", "text": …}'
             )
         _check_text("text of a part of the content", part["text"])

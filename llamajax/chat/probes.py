@@ -1,6 +1,6 @@
-"""Facts of a format that no file says, found by writing conversations in it.
+"""Finds properties of a format that no file states, by writing conversations in it.
 
-Where answers end, how models think aloud, how they call tools.
+The properties are where answers end, how thinking is marked, and how tools are called.
 """
 
 import dataclasses
@@ -12,7 +12,8 @@ from typing import Any
 
 from llamajax.errors import LlamaJaxError
 
-# Writes a conversation: messages, whether the answer is begun, tools; texts, each with whether it is a content.
+# Writes a conversation. Arguments: messages, whether to begin the answer, tools. Result: texts, each with whether it is
+# the content of a message.
 Write = Callable[[list[dict[str, Any]], bool, list[Any] | None], Sequence[tuple[str, bool]]]
 
 _QUESTION, _ANSWER, _THOUGHT = "what is asked", "what is answered", "what is thought"
@@ -33,18 +34,18 @@ _TOOL = {
 }
 _TAG = r"<[^<>\s]+>|\[[^\[\]\s]+\]"
 _LAST_TAG, _FIRST_TAG = re.compile(rf"({_TAG})\s*\Z"), re.compile(rf"\s*({_TAG})")
-# Of formats that look for it in an answer, and leave out what it holds.
+# Marks of formats that look for them in an answer, and leave out the text between them.
 _KNOWN = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<reasoning>", "</reasoning>"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Thinking:
-    """How a format writes what a model thinks before it answers.
+    """How a format marks a model's thinking before its answer.
 
     Attributes:
         begin: "<think>".
         end: "</think>".
-        opened: whether the format itself writes `begin` where it begins an answer, so that the model does not.
+        opened: whether the format itself writes `begin` at the start of an answer, so that the model does not.
     """
 
     begin: str
@@ -57,12 +58,12 @@ class ToolCalls:
     """How a format writes a call of a tool, as `<tool_call>{"name": …, "arguments": {…}}</tool_call>`.
 
     Attributes:
-        before: what stands before it; "" for nothing.
-        behind: what stands behind it; "" for nothing.
-        name_key: the key of the name in the JSON object; None where the name stands before the JSON, which is then the
+        before: the text before the call; may be "".
+        behind: the text after the call; may be "".
+        name_key: the key of the name in the JSON object; None if the name stands before the JSON, which is then the
             arguments alone.
-        arguments_key: the key of the arguments; None where `name_key` is.
-        between: what stands between name and arguments; "" where `name_key` is said.
+        arguments_key: the key of the arguments; None if `name_key` is None, or if no key holds them.
+        between: the text between name and arguments; "" unless `name_key` is None.
         listed: whether the objects of all calls stand in one JSON list.
     """
 
@@ -75,7 +76,7 @@ class ToolCalls:
 
 
 def behind_answers(write: Write) -> Iterator[str]:
-    """What a format writes behind an answer, at the end of a conversation and within one."""
+    """Yields the text that a format writes after an answer, first at the end of a conversation, then within one."""
     for more in ([], [{"role": "user", "content": "what else"}]):
         spans = _written(write, [_ASKED, _ANSWERED, *more], False)
         texts = [text for text, is_content in spans]
@@ -84,7 +85,7 @@ def behind_answers(write: Write) -> Iterator[str]:
 
 
 def thinking(write: Write) -> Thinking | None:
-    """How a format writes thoughts, if it does; see `Thinking`."""
+    """Returns how a format marks thinking; None if it does not."""
     begun = "".join(text for text, _ in _written(write, [_ASKED], True)).rstrip()
     spans = _written(write, [_ASKED, _ANSWERED | {"reasoning_content": _THOUGHT, "thinking": _THOUGHT}], False)
     texts = [text for text, _ in spans]
@@ -104,11 +105,11 @@ def thinking(write: Write) -> Thinking | None:
 
 
 def tool_calls(write: Write, ends: Sequence[str]) -> ToolCalls | None:
-    """How a format writes a call of a tool, if it has a way that is known.
+    """Returns how a format writes a call of a tool; None if it does not, or in an unknown way.
 
     Args:
         write: writes a conversation.
-        ends: texts of the tokens that end an answer.
+        ends: the texts of the tokens that end an answer.
     """
     plain = "".join(text for text, _ in _written(write, [_ASKED, _ANSWERED], False, [_TOOL]))
     header = plain[: plain.find(_ANSWER)]
@@ -122,13 +123,13 @@ def tool_calls(write: Write, ends: Sequence[str]) -> ToolCalls | None:
             found = _found(text[len(os.path.commonprefix([header, text])) :], ends)
             if found:
                 return found
-        if not is_refused:  # arguments as JSON are for templates that take no others
+        if not is_refused:  # arguments as JSON text are only for templates that refuse objects
             break
     return None
 
 
 def _found(text: str, ends: Sequence[str]) -> ToolCalls | None:
-    """The form of the call in what stands behind the header of an answer."""
+    """The form of the call in the text after the header of an answer."""
     decoder = json.JSONDecoder()
     for start in (found.start() for found in re.finditer(r"[\[{]", text)):
         try:
@@ -152,7 +153,7 @@ def _found(text: str, ends: Sequence[str]) -> ToolCalls | None:
 def _written(
     write: Write, messages: list[dict[str, Any]], reply: bool, tools: list[Any] | None = None
 ) -> Sequence[tuple[str, bool]]:
-    """The conversation, or nothing where the format refuses it."""
+    """The conversation in the format, or [] if the format refuses it."""
     try:
         return write(messages, reply, tools)
     except LlamaJaxError:

@@ -1,4 +1,4 @@
-"""What a model wrote, as it comes, taken apart: thinking, content, tool calls.
+"""Splits the text of a model, while it is generated, into thinking, content and tool calls.
 
     reply = Reply(ReplyForm(thinking=("<think>", "</think>")))
     for text in stream:
@@ -6,7 +6,7 @@
             print(piece.kind, piece.text)
     print(reply.finish(), reply.message())
 
-Nothing is shown that may still become a mark, or white space that belongs to one.
+Text that may still become a mark, or white space that belongs to a mark, is held back.
 """
 
 import dataclasses
@@ -34,13 +34,13 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class ReplyForm:
-    """How a model marks the parts of what it writes.
+    """How a model marks the parts of its answers.
 
     Attributes:
-        thinking: the marks before and behind its thinking, or None.
-        opened: whether the prompt ends within thinking: its first mark is not written again.
-        calls: how it writes tool calls; None where none are expected.
-        drops_first_space: whether a space that begins the reply is the tokenizer's.
+        thinking: the marks before and after the model's thinking, or None.
+        opened: whether the prompt ends within thinking, so that the model does not write the first mark.
+        calls: how the model writes tool calls; None if none are expected.
+        drops_first_space: whether a space at the start of the reply was added by the tokenizer.
     """
 
     thinking: tuple[str, str] | None = None
@@ -50,33 +50,33 @@ class ReplyForm:
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """All marks: those that are control tokens of a tokenizer must not decode to nothing."""
+        """All marks. Those that are control tokens of a tokenizer must be decoded as text."""
         return (*(self.thinking or ()), *(self.calls.marks if self.calls else ()))
 
 
 class Reply:
-    """One reply, text by text.
+    """One reply, which is read text by text.
 
     Attributes:
-        note: why what began as a tool call stays content, or None.
+        note: why text that began as a tool call stays content, or None.
     """
 
     def __init__(self, form: ReplyForm):
-        """Nothing written yet."""
+        """Starts an empty reply."""
         self.note: str | None = None
         self._form = form
-        self._held = ""  # not shown yet
+        self._held = ""  # the text that is held back
         self._said = {CONTENT: "", THINKING: ""}
         self._calls: tuple[ToolCall, ...] = ()
         self._part: Callable[[bool], list[Piece]] = self._thinking if form.thinking and form.opened else self._start
 
     def add(self, text: str) -> list[Piece]:
-        """The pieces that more text makes certain."""
+        """Adds text; returns the pieces that have become certain."""
         self._held += text
         return self._take(last=False)
 
     def finish(self) -> list[Piece]:
-        """What was held back, now that nothing follows."""
+        """Ends the reply; returns the pieces that were held back."""
         return self._take(last=True)
 
     def message(self) -> Message:
@@ -84,7 +84,7 @@ class Reply:
         return Message("assistant", self._said[CONTENT], self._said[THINKING] or None, self._calls)
 
     def _take(self, last: bool) -> list[Piece]:
-        """Part after part, for as long as the text goes on into another."""
+        """Reads part after part, until the held text stays in the same part."""
         pieces, part = [], None
         while part != self._part:
             part = self._part
@@ -92,7 +92,7 @@ class Reply:
         return pieces
 
     def _start(self, last: bool) -> list[Piece]:
-        """Before anything is certain: thinking begins here, behind white space, or not at all."""
+        """At the start: thinking begins here, perhaps after white space, or there is none."""
         if not self._held and not last:
             return []
         if self._form.drops_first_space:
@@ -111,7 +111,7 @@ class Reply:
         return []
 
     def _thinking(self, last: bool) -> list[Piece]:
-        """Within thinking: without the line breaks that stand inside the marks."""
+        """Within thinking, without the line breaks after the first mark and before the last one."""
         assert self._form.thinking
         if not self._said[THINKING]:
             self._held = self._held.lstrip("\n")
@@ -126,14 +126,14 @@ class Reply:
         return self._say(THINKING, certain)
 
     def _behind_thinking(self, last: bool) -> list[Piece]:
-        """Content begins behind empty lines."""
+        """After thinking: skips line breaks before the content."""
         self._held = self._held.lstrip("\n")
         if self._held:
             self._part = self._first_content
         return []
 
     def _first_content(self, last: bool) -> list[Piece]:
-        """Where content begins, which may be a call without a mark."""
+        """At the start of content, which may be a call without a mark."""
         calls = self._form.calls
         if calls and calls.may_begin(self._held):
             if self._held.strip() or last:
@@ -143,7 +143,7 @@ class Reply:
         return []
 
     def _content(self, last: bool) -> list[Piece]:
-        """Within content, up to the first mark of a call; white space before that belongs to it."""
+        """Within content, up to the first mark of a call; white space before the mark belongs to the call."""
         begins = self._form.calls.begins if self._form.calls else ()
         starts = [at for mark in begins if (at := self._held.find(mark)) >= 0]
         if starts:
@@ -157,7 +157,7 @@ class Reply:
         return self._say(CONTENT, certain)
 
     def _calling(self, last: bool) -> list[Piece]:
-        """Within calls: read when they are complete, unless it turns out that there is none."""
+        """Within calls, which are read when the reply ends, unless the text turns out not to be a call."""
         assert self._form.calls
         if not last:
             begun = self._held.lstrip()

@@ -1,14 +1,14 @@
-"""A chat template as the strings between the messages of a conversation, for programs that have no Jinja.
+"""Reduces a chat template to the strings between the messages of a conversation, for programs without Jinja.
 
-A conversation that such a program has is a system message or none, then user and assistant in turn, and a user's
-message last, which the model is to answer. What users and the system say has no white space at its ends: it is a line
-of input, or a flag. Of a template of the usual form such a conversation becomes
+A conversation in such a program has an optional system message, then user and assistant messages in turn, and a user
+message last, which the model answers. User and system messages have no white space at their ends, because they are a
+line of input or a flag. A template of the usual form turns such a conversation into
 
     begin             U  answer  A  next  U  …  reply
     system  S  behind U  answer  A  next  U  …  reply
 
-What the strings are is found by rendering conversations of words that stand nowhere else. That the template does
-nothing but this is checked by rendering others: awkward texts, and conversations drawn at random.
+The strings are found by rendering conversations of words that occur nowhere else in the template's output. Then other
+conversations, of awkward texts and drawn at random, are rendered to check that the template does nothing else.
 """
 
 import dataclasses
@@ -23,18 +23,18 @@ from llamajax.files import shortened
 
 
 class _Part(Protocol):
-    """A stretch of a rendered conversation, as `Template.parts` gives them."""
+    """A part of a rendered conversation, as `Template.parts` returns it."""
 
     @property
     def text(self) -> str:
-        """What it says."""
+        """The text of the part."""
 
 
 Render = Callable[[Sequence[Message], bool], Sequence[_Part]]
 
 _CHECKS = 60
 _THINKING_END = "</think>"
-# What templates look for in messages, what Jinja and tokenizers read, and white space where it may be cut.
+# Texts with marks that templates look for in messages, syntax of Jinja, control tokens, and white space at the ends.
 _AWKWARD = (
     "Hi",
     "What is the capital of France?",
@@ -59,17 +59,17 @@ class RoleStrings:
     """The strings between the messages of a conversation.
 
     Attributes:
-        begin: what stands before the first user's message where there is no system message: the beginning of the
-            text, and the system message that the template has of its own.
-        system: what stands before a system message; None where the template takes none, or has no one place for it.
-        behind_system: what stands between it and the first user's message. Formats that put the system message into
-            the user's (Llama 2, Gemma) differ from others in these two alone.
-        answer: what stands between a user's message and its answer.
-        next: what stands between an answer and the next user's message.
-        reply: what stands behind the last user's message: there the model goes on.
+        begin: the text before the first user message if there is no system message; it includes the template's own
+            default system message, if any.
+        system: the text before a system message; None if the template takes none, or has no fixed place for it.
+        behind_system: the text between the system message and the first user message. Formats that put the system
+            message into the user message (Llama 2, Gemma) differ from others only in `system` and `behind_system`.
+        answer: the text between a user message and its answer.
+        next: the text between an answer and the next user message.
+        reply: the text after the last user message, from which the model continues.
         trims_answers: whether answers lose white space at both ends.
-        thinking_end: up to the last of which an answer is left out of the conversation behind it; None for none.
-        thinking_blank: characters that are left out behind it too.
+        thinking_end: a mark; an earlier answer loses all text up to its last occurrence. None if there is no such mark.
+        thinking_blank: characters that are removed after that mark, too.
     """
 
     begin: str
@@ -83,7 +83,7 @@ class RoleStrings:
     thinking_blank: str = ""
 
     def content(self, message: Message) -> str:
-        """What a conversation has of a message."""
+        """The text of a message that the conversation keeps."""
         text = message.content
         if message.role != "assistant":
             return text.strip()
@@ -92,10 +92,10 @@ class RoleStrings:
         return text.strip() if self.trims_answers else text
 
     def parts(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
-        """A conversation as texts, each with whether it stands in a message.
+        """Writes a conversation as texts, each with whether it is the content of a message.
 
         Raises:
-            LlamaJaxError: for messages in another order than `conversations` have, or a system message where the
+            LlamaJaxError: for messages in another order than those of `conversations`, or a system message if the
                 template takes none.
         """
         roles = [message.role for message in messages]
@@ -103,8 +103,8 @@ class RoleStrings:
         turns = roles[with_system:]
         if len(turns) % 2 == 0 or turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
             raise LlamaJaxError(
-                f"messages of {', '.join(roles) or 'nobody'}: expected a system message or none, then user and "
-                "assistant in turn, and a user message at the end"
+                f"messages of {', '.join(roles) or 'nobody'}: expected a system message or none, then messages of user "
+                "and assistant in turn, and a user message at the end"
             )
         if with_system and (self.system is None or self.behind_system is None):
             raise LlamaJaxError("the chat template has no fixed place for a system message: write it into the user's")
@@ -117,18 +117,18 @@ class RoleStrings:
 
 
 class _Unusual(Exception):
-    """Why a template is none of the usual form."""
+    """The reason why a template does not have the usual form."""
 
 
 def role_strings(render: Render) -> tuple[RoleStrings | None, str]:
-    """The strings of a template, if it is of the usual form.
+    """Returns the strings of a template, if it has the usual form.
 
     Args:
-        render: a conversation, and whether an answer is to begin, as parts; raises LlamaJaxError where the template
-            refuses it.
+        render: takes a conversation and whether to begin an answer, and returns parts; raises LlamaJaxError if the
+            template refuses the conversation.
 
     Returns:
-        The strings and ""; or None, and why there are none.
+        The strings and ""; or None and the reason.
     """
     try:
         strings = _found(render)
@@ -138,13 +138,13 @@ def role_strings(render: Render) -> tuple[RoleStrings | None, str]:
     if strings.system is not None:
         try:
             _check(strings, render, conversations(with_system=True))
-        except (LlamaJaxError, _Unusual):  # as Mistral's, which puts it before the last of the user's messages
+        except (LlamaJaxError, _Unusual):  # for example Mistral's, which puts it before the last user message
             strings = dataclasses.replace(strings, system=None, behind_system=None)
     return strings, ""
 
 
 def conversations(with_system: bool) -> Iterator[list[Message]]:
-    """Conversations of the usual form: with each of the awkward texts, and at random; the same ones each time."""
+    """Yields conversations of the usual form: with each awkward text, and random ones; the same in every call."""
     draw = random.Random(0)
     for text in _AWKWARD:
         yield _alternating(["Hi", text, "And?"])
@@ -153,7 +153,7 @@ def conversations(with_system: bool) -> Iterator[list[Message]]:
             yield from [[Message("system", text.strip()), Message("user", "Hi")]] * with_system
     for _ in range(_CHECKS):
         texts = draw.choices((*_AWKWARD, ""), k=2 * draw.randint(0, 4) + 1)
-        # A user who says nothing is not answered, and a system message that says nothing is none.
+        # User messages and system messages are never empty.
         texts = [text if number % 2 or text.strip() else "Go on." for number, text in enumerate(texts)]
         first = [Message("system", draw.choice([text.strip() for text in _AWKWARD if text.strip()]))]
         yield first * (with_system and draw.random() < 0.5) + _alternating(texts)
@@ -166,7 +166,7 @@ def _alternating(texts: Sequence[str]) -> list[Message]:
 
 
 def _found(render: Render) -> RoleStrings:
-    """The strings, by conversations of words that stand nowhere else."""
+    """Finds the strings with conversations of words that occur nowhere else."""
     one, two, three = "kqwone", "kqwtwo", "kqwthree"
     begin, reply = _between(render, _alternating([one]))
     first, answer, following, last = _between(render, _alternating([one, two, three]))
@@ -184,10 +184,10 @@ def _found(render: Render) -> RoleStrings:
 
 
 def _between(render: Render, messages: Sequence[Message]) -> list[str]:
-    """What stands around the contents of messages, each of which is a word of its own.
+    """The texts before, between and after the contents of messages; each content must be a unique word.
 
     Raises:
-        LlamaJaxError: if the template refuses the messages and they hold a system message.
+        LlamaJaxError: if the template refuses the messages and the first is a system message.
     """
     text, strings = _text(render, messages), []
     for message in messages:
@@ -203,12 +203,12 @@ def _text(render: Render, messages: Sequence[Message]) -> str:
         return "".join(part.text for part in render(messages, True))
     except LlamaJaxError as error:
         if messages[0].role == "system":
-            raise  # it takes none
+            raise  # the template takes no system message
         raise _Unusual(str(error)) from None
 
 
 def _answer_as(render: Render, answer: str) -> str:
-    """What stands in the text of an answer."""
+    """What a template writes for an answer of this text."""
     shown = _between(render, _alternating(["kqwone", "kqwtwo", "kqwthree"]))
     text = _text(render, _alternating(["kqwone", answer, "kqwthree"]))
     return text.removeprefix(shown[0] + "kqwone" + shown[1]).removesuffix(shown[2] + "kqwthree" + shown[3])
@@ -223,7 +223,7 @@ def _trims_answers(render: Render) -> bool:
 
 
 def _thinking(render: Render, trims: bool) -> Mapping[str, Any]:
-    """What becomes of an answer that holds the model's thinking: the fields of `RoleStrings` that say it."""
+    """The fields of `RoleStrings` about an answer that holds the model's thinking."""
     before, after = "<think>kqwthought" + _THINKING_END, "\n\n kqwanswer"
     shown = _answer_as(render, before + after)
     if shown == before + after:
@@ -236,7 +236,7 @@ def _thinking(render: Render, trims: bool) -> Mapping[str, Any]:
 
 
 def _check(strings: RoleStrings, render: Render, some: Iterable[list[Message]]) -> None:
-    """Compares what the strings give with what the template does."""
+    """Compares conversations written with the strings to those that the template renders."""
     for messages in some:
         theirs, ours = _text(render, messages), "".join(text for text, _ in strings.parts(messages))
         if theirs != ours:

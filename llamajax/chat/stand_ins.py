@@ -1,7 +1,7 @@
-"""Stand-ins: characters of Unicode's private planes in the place of those that users wrote.
+"""Stand-ins: characters of Unicode's private planes that replace the characters of messages.
 
-A template that is rendered with them says of each character whether the template wrote it. This module is the
-worker's (`jinja_worker`), and imports the standard library alone.
+A rendering with stand-ins shows for each character whether the template wrote it or a message. This module belongs to
+the worker (`jinja_worker`), and imports the standard library alone.
 """
 
 import itertools
@@ -9,22 +9,22 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-# Where stand-ins are taken from; which strings they belong to is told apart, as far as there are enough.
+# The range of stand-ins. Different strings get different alphabets of stand-ins, as far as there are enough.
 _PRIVATE = range(0xF0000, 0x10FFFE)
 _MOST_ALPHABETS = 64
-# These have no stand-ins: templates and JSON treat them in ways of their own.
+# Neutral characters, which have no stand-ins, because templates and JSON treat them specially.
 _NEUTRAL = r'\s"\\\x00-\x1f\x7f'
 
 
 class TooMuchError(Exception):
-    """A limit was met: the end of a sentence."""
+    """A limit was exceeded; the text completes a sentence that begins with "its chat template"."""
 
 
 class StandIns:
     """Alphabets of stand-ins for the characters of a request."""
 
     def __init__(self, texts: Iterable[str], avoided: Iterable[str]):
-        """Takes characters that occur nowhere.
+        """Chooses stand-ins that occur neither in `texts` nor in `avoided`.
 
         Raises:
             TooMuchError: if there are not enough.
@@ -46,7 +46,7 @@ class StandIns:
         self._back = {self.start + i: self.real[i % size] for i in range(self.alphabets * len(self.real))}
 
     def marked(self, text: str, number: int) -> "Content":
-        """The text in stand-ins of an alphabet."""
+        """The text in the stand-ins of alphabet `number`."""
         start = self.start + number % self.alphabets * len(self.real)
         return Content(text.translate({code: start + i for code, i in self._index.items()}))
 
@@ -55,7 +55,7 @@ class StandIns:
         return text.translate(self._back)
 
     def spans(self, text: str) -> Iterator[tuple[str, bool]]:
-        """A rendering in parts: runs of one alphabet, with the neutral characters within them, and what is between."""
+        """Splits a rendering into runs of one alphabet, neutral characters within them included, and other text."""
         end = 0
         for begin, after in self._runs(text):
             if end < begin:
@@ -66,7 +66,7 @@ class StandIns:
             yield text[end:], False
 
     def _runs(self, text: str) -> Iterator[tuple[int, int]]:
-        """Where runs of one alphabet begin and end."""
+        """The start and end of each run of one alphabet."""
         if not self._back:
             return
         size, marks = len(self.real), f"{chr(self.start)}-{chr(self.start + len(self._back) - 1)}"
@@ -83,18 +83,18 @@ class StandIns:
                 yield one[0], one[-1] + 1
 
     def _least(self, run: str) -> str:
-        """The least stand-in of a run: neutral characters are less than any."""
+        """The least stand-in of a run; neutral characters, which are less than any stand-in, do not count."""
         return min(filter(chr(self.start).__le__, set(run)))
 
     def like(self, character: str, stand_in: str) -> str:
-        """Another character in the alphabet of a stand-in; itself if that is none."""
+        """The stand-in of `character` in the alphabet of `stand_in`; `character` itself if there is none."""
         index = self._index.get(ord(character))
         if index is None or ord(stand_in) not in self._back:
             return character
         return chr(ord(stand_in) - (ord(stand_in) - self.start) % len(self.real) + index)
 
 
-_now: StandIns  # of the request
+_now: StandIns  # the stand-ins of the current request
 
 
 def _plain(value: Any) -> Any:
@@ -104,10 +104,10 @@ def _plain(value: Any) -> Any:
 
 
 class Content(str):
-    """A text with stand-ins that compares, splits and strips as what they stand for does.
+    """A text of stand-ins that compares, splits and strips like the text that they stand for.
 
-    What knows nothing of it, such as `"".join`, keeps the stand-ins: they are never lost. Then a comparison may come
-    out otherwise, which shows in a rendering that differs.
+    Operations of plain `str`, such as `"".join`, keep the stand-ins, so they are never lost. A comparison of such a
+    result may come out differently; then the rendering differs from that of the plain text, which shows it.
     """
 
     __slots__ = ()
@@ -143,7 +143,7 @@ class Content(str):
         return self._cut(_plain(self).rsplit(_plain(separator), maxsplit), separator)
 
     def _cut(self, pieces: list[str], separator: str | None) -> list["Content"]:
-        """The pieces where they stand, in order."""
+        """Cuts the pieces of the plain text, in order, out of this text."""
         plain, at, cut = _plain(self), 0, []
         for piece in pieces:
             at = plain.index(piece, at) if separator is None else at
@@ -188,7 +188,7 @@ class Content(str):
 
 
 def _as_plain(name: str) -> Any:
-    """A method that answers as of what the stand-ins stand for."""
+    """A method that answers for the text that the stand-ins stand for."""
     method = getattr(str, name)
 
     def answer(self: Content, *arguments: Any) -> Any:
@@ -203,7 +203,7 @@ def _as_case(name: str) -> Any:
 
     def changed(self: Content) -> str:
         made, marks = method(_plain(self)), list(str.__iter__(self))
-        if len(made) != len(marks):  # as ß does, which becomes SS
+        if len(made) != len(marks):  # for example, ß becomes SS
             each = [method(character) for character in _plain(self)]
             marks = [mark for mark, texts in zip(marks, each, strict=True) for _ in texts]
         return Content("".join(map(_now.like, made, marks))) if len(made) == len(marks) else method(self)
@@ -222,7 +222,7 @@ for _name in ("lower", "upper", "title", "capitalize", "casefold", "swapcase"):
 
 
 def begin(value: Any, avoided: Iterable[str]) -> StandIns:
-    """Chooses stand-ins for all texts of a value: those that `Content` goes by from now on.
+    """Chooses stand-ins for all texts of a value; `Content` uses them from then on.
 
     Raises:
         TooMuchError: if there are not enough.
@@ -233,7 +233,7 @@ def begin(value: Any, avoided: Iterable[str]) -> StandIns:
 
 
 def marked(value: Any, numbers: Iterator[int] | None = None) -> Any:
-    """A value in which all texts have stand-ins; the keys of objects only if they are no plain words."""
+    """The value with all texts in stand-ins; keys of objects are replaced only if they are not identifiers."""
     numbers = itertools.count() if numbers is None else numbers
     if isinstance(value, str):
         return _now.marked(value, next(numbers))

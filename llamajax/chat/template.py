@@ -1,11 +1,11 @@
-"""Chat templates: how a conversation is written for a model, and which tokens of it are the format's own.
+"""Chat templates: write a conversation as a model expects it, and tell the format's own tokens from contents.
 
     template = Template.of(tokenizer)                      # the checkpoint's, or Template.of(tokenizer, name="llama3")
     ids = template.encode(tokenizer, [{"role": "user", "content": "Hi"}])
 
-A checkpoint brings its format as a Jinja template, which is rendered in a process of its own (`jinja_process`); other
-formats are built in (`builtin`). What messages, tools and variables say is text, whatever it spells: `<|im_end|>` in it
-is encoded letter by letter, and ends nothing.
+A checkpoint brings its format as a Jinja template, which is rendered in a separate process (`jinja_process`); other
+formats are built in (`builtin`). Messages, tools and variables are always encoded as plain text: `<|im_end|>` in a
+message is spelt in ordinary pieces, and does not end the message.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from llamajax.errors import LlamaJaxError
 from llamajax.files import parse_json, shortened
 from llamajax.tokenizer import Tokenizer
 
-# Who speaks. Formats make tokens of roles, so that a role is never what somebody else wrote.
+# The known roles. Formats write roles among their own tokens, so other roles are refused.
 ROLES = frozenset(
     (
         *("system", "developer", "user", "assistant", "model"),
@@ -29,23 +29,23 @@ ROLES = frozenset(
     )
 )
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# By which names transformers knows what a model thought; the first is what templates read.
+# The keys of a model's thinking in transformers; templates read the first.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _UNFOLLOWED = (
-    "its chat template changes messages in a way that is not followed: control tokens in them are text as ever, but "
-    "which text is whose is not known"
+    "its chat template changes messages in a way that cannot be followed: control tokens in them stay text, but it is "
+    "unknown which text comes from a message"
 )
 _UNSAFE = (
-    "its chat template changes messages in a way that is not followed, and control tokens are in them: the messages go "
-    "to the model unchanged"
+    "its chat template changes messages in a way that cannot be followed, and they hold control tokens: the messages "
+    "go to the model unchanged"
 )
 
 
 class SaysItself(Protocol):
-    """A message that is not a mapping already."""
+    """A message that is not a mapping."""
 
     def as_dict(self) -> dict[str, Any]:
-        """As templates expect it."""
+        """The message as templates expect it."""
 
 
 Messages = Sequence[Mapping[str, Any] | SaysItself]
@@ -54,12 +54,12 @@ Form = Callable[[list[dict[str, Any]], bool, Sequence[Any] | None, Mapping[str, 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part of a conversation as it is written.
+    """A part of a written conversation.
 
     Attributes:
-        text: not empty.
-        is_content: whether somebody's message, tool or variable says it, and not the format. White space, quotes and
-            backslashes between the two count as the format's.
+        text: the text, not empty.
+        is_content: whether the text comes from a message, tool or variable rather than from the format. White space,
+            quotes and backslashes at the boundary count as the format's.
     """
 
     text: str
@@ -70,20 +70,20 @@ class Template:
     """The format of a conversation.
 
     Attributes:
-        name: "the checkpoint's", its name among several of them, or that of a built-in one.
-        note: what to tell a user, once: set where a rendering was not followed; else None.
+        name: "the checkpoint's", the name of one of the checkpoint's templates, or the name of a built-in format.
+        note: a note to show to the user once, set when the parts of a rendering could not be told apart; else None.
     """
 
     def __init__(self, name: str, form: Form, tokenizer: Tokenizer, source: str, written: str, adds_bos: bool):
-        """Use `of`.
+        """Stores a format; use `of` to make a template.
 
         Args:
-            name: see above.
+            name: see the attributes.
             form: writes a conversation.
-            tokenizer: whose tokens are the format's.
-            source: where it is from, for errors.
-            written: where all tokens that the format writes occur.
-            adds_bos: whether BOS, where the tokenizer begins with it, stands before what `form` writes.
+            tokenizer: the tokenizer whose tokens the format uses.
+            source: where the format is from, for errors.
+            written: a text in which all tokens that the format writes occur.
+            adds_bos: whether to put BOS before the text of `form`, if the tokenizer adds BOS by default.
         """
         self.name = name
         self.note: str | None = None
@@ -99,16 +99,16 @@ class Template:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, source: str = "the checkpoint", name: str | None = None) -> "Template":
-        """The format of a checkpoint, or another.
+        """Returns the format of a checkpoint, or a built-in one.
 
         Args:
-            tokenizer: the checkpoint's, with its words.
+            tokenizer: the checkpoint's tokenizer, with its words.
             source: the checkpoint, for errors.
-            name: one of `builtin.NAMES`, or of the checkpoint's templates if it has several; None for its own choice,
-                which is "tool_use" where there are tools and it has one, else "default".
+            name: one of `builtin.NAMES`, or the name of one of the checkpoint's templates. None for the checkpoint's
+                choice: "tool_use" if tools are given and it has a template of that name, else "default".
 
         Raises:
-            LlamaJaxError: if there is no such format, or the tokenizer does not have its tokens.
+            LlamaJaxError: if there is no such format, or the tokenizer does not have the format's tokens.
         """
         if name is not None and name in builtin.NAMES:
             return cls._built_in(tokenizer, name)
@@ -125,12 +125,12 @@ class Template:
 
     @classmethod
     def of_text(cls, text: str, tokenizer: Tokenizer, source: str = "the template") -> "Template":
-        """A Jinja template that no checkpoint carries.
+        """Returns the format of a Jinja template that is not from a checkpoint.
 
         Args:
-            text: the template.
-            tokenizer: whose tokens are the format's.
-            source: where it is from, for errors.
+            text: the Jinja template.
+            tokenizer: the tokenizer whose tokens the format uses.
+            source: where the template is from, for errors.
         """
         return cls._of_jinja({"default": text}, tokenizer, source, source)
 
@@ -163,16 +163,16 @@ class Template:
     def parts(
         self, messages: Messages, *, reply: bool = True, tools: Sequence[Any] | None = None, **variables: Any
     ) -> list[Part]:
-        """A conversation as it is written.
+        """Writes a conversation as parts.
 
         Args:
-            messages: in order: mappings as transformers has them, or what gives one (`as_dict`).
-            reply: whether the model is to answer: its message is begun.
-            tools: JSON schemas of what it may call.
-            variables: others that the template knows, such as `enable_thinking`.
+            messages: the messages in order: mappings as in transformers, or objects with `as_dict`.
+            reply: whether to begin the message in which the model answers.
+            tools: the JSON schemas of the functions that the model may call.
+            variables: other variables that the template knows, such as `enable_thinking`.
 
         Raises:
-            LlamaJaxError: for messages that are none, or that the template refuses; see `jinja_process.render`.
+            LlamaJaxError: for invalid messages, or messages that the template refuses; see `jinja_process.render`.
         """
         rendering = self._form(_plain_messages(messages), reply, tools, variables)
         return [Part(text, is_content) for text, is_content in self._followed(rendering) if text]
@@ -180,7 +180,7 @@ class Template:
     def render(
         self, messages: Messages, *, reply: bool = True, tools: Sequence[Any] | None = None, **variables: Any
     ) -> str:
-        """A conversation as one text; see `parts`."""
+        """Writes a conversation as one text; see `parts`."""
         return "".join(part.text for part in self.parts(messages, reply=reply, tools=tools, **variables))
 
     def encode(
@@ -192,60 +192,60 @@ class Template:
         tools: Sequence[Any] | None = None,
         **variables: Any,
     ) -> list[int]:
-        """Ids of a conversation: control tokens where the template writes them, and nowhere else; see `parts`.
+        """Returns the ids of a conversation; only the template can write control tokens; see `parts`.
 
         Raises:
-            LlamaJaxError: as `parts`; for text that cannot be encoded.
+            LlamaJaxError: see `parts`; also for text that cannot be encoded.
         """
         parts = self.parts(messages, reply=reply, tools=tools, **variables)
         pairs = [(part.text, not part.is_content) for part in parts]
         return tokenizer.encode_parts(pairs, bos=None if self._adds_bos else False, control=self._control)
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """Ids that end an answer: the tokenizer's, and the token that the format writes behind one."""
+        """The ids that end an answer: the tokenizer's stop ids, and the token that the format writes after one."""
         ids = map(tokenizer.id_of, self.ends)
         return tuple(dict.fromkeys([*tokenizer.stop_ids, *(index for index in ids if index is not None)]))
 
     @functools.cached_property
     def ends(self) -> tuple[str, ...]:
-        """The token that the format writes behind an answer, if it is one."""
+        """The token that the format writes after an answer, or () if that is not a token."""
         found = (self._tokens.match(behind.lstrip()) for behind in probes.behind_answers(self._write))
         return next(((token[0],) for token in found if token), ())
 
     @functools.cached_property
     def thinking(self) -> Thinking | None:
-        """How the format writes what a model thinks before it answers; None if it does not."""
+        """How the format marks a model's thinking before its answer; None if it does not."""
         return probes.thinking(self._write)
 
     @functools.cached_property
     def tool_calls(self) -> ToolCalls | None:
-        """How the format writes calls of tools; None if it does not, or in a way that is not known."""
+        """How the format writes tool calls; None if it does not, or in an unknown way."""
         return probes.tool_calls(self._write, self.ends)
 
     def opens_thinking(self, parts: Sequence[Part]) -> bool:
-        """Whether a conversation ends, as it is written, within thoughts: the answer begins with the rest of them."""
+        """Whether a written conversation ends within thinking, so that the answer continues the thinking."""
         text = "" if not parts or parts[-1].is_content else parts[-1].text
         return self.thinking is not None and text.rfind(self.thinking.begin) > text.rfind(self.thinking.end)
 
     def _write(
         self, messages: list[dict[str, Any]], reply: bool, tools: list[Any] | None
     ) -> Sequence[tuple[str, bool]]:
-        """For probes."""
+        """Writes a conversation for `probes`."""
         rendering = self._form(_plain_messages(messages), reply, tools, {})
         return rendering.spans or ((rendering.text, False),)
 
     def _followed(self, rendering: Rendering) -> Sequence[tuple[str, bool]]:
-        """The parts of a rendering.
+        """The parts of a rendering, each with whether it is content.
 
-        Where stand-ins change what a template does, they are not its parts. Then its text is taken as a whole if no
-        content holds a control token and it has those that the template wrote and no other, and what was made of the
-        stand-ins if not.
+        If the template does the same with stand-ins as without, these are the spans. If not, the plain text is taken as
+        one part of the format, provided that no content holds a control token and that the plain text has exactly the
+        control tokens that the template wrote; otherwise the spans with stand-ins are taken.
         """
         spans = rendering.spans
         if spans is None:
             raise LlamaJaxError(
-                f"{self._source}: its chat template computes with the content of messages, so that control tokens in "
-                "it cannot be distinguished from the template's: choose a built-in format instead, such as chatml"
+                f"{self._source}: its chat template computes with the content of messages, so control tokens in the "
+                "content cannot be distinguished from the template's: choose a built-in format instead, such as chatml"
             )
         if "".join(text for text, _ in spans) == rendering.text:
             return spans
@@ -258,13 +258,13 @@ class Template:
 
 
 def _plain_messages(messages: Messages) -> list[dict[str, Any]]:
-    """Messages as templates expect them: fields without a value are left out, thoughts have the names that are read.
+    """Converts messages to the form of templates: without fields of None, and with the usual names of thinking.
 
     Raises:
-        LlamaJaxError: for what is no message, and roles that no format has.
+        LlamaJaxError: for objects that are not messages, and unknown roles.
     """
     if not messages:
-        raise LlamaJaxError("a conversation of no messages: expected one or more")
+        raise LlamaJaxError("the conversation has no messages: expected one or more")
     made = []
     for message in messages:
         if not isinstance(message, Mapping) and not hasattr(message, "as_dict"):
@@ -279,7 +279,7 @@ def _plain_messages(messages: Messages) -> list[dict[str, Any]]:
 
 
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
-    """The variables that name special tokens, by the checkpoint's files; by the tokenizer, where these do not say."""
+    """The variables that name special tokens, from the checkpoint's files; missing ones from the tokenizer."""
     files = tokenizer.words.files
     said: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):

@@ -1,12 +1,13 @@
-"""Tool calls as models write them, and which of these ways a chat template has.
+"""Reads tool calls as models write them, and finds out which of these forms a chat template uses.
 
     <tool_call>{"name": "f", "arguments": {…}}</tool_call>          Hermes 2, Qwen 2.5 and 3
-    {"name": "f", "parameters": {…}}                                Llama 3.1 and later, perhaps behind <|python_tag|>
+    {"name": "f", "parameters": {…}}                                Llama 3.1 and later, perhaps after <|python_tag|>
     [TOOL_CALLS][{"name": "f", "arguments": {…}, "id": "…"}]        Mistral; its later models: [TOOL_CALLS]f[ARGS]{…}
     <｜tool▁call▁begin｜>function<｜tool▁sep｜>f …json…              DeepSeek V3 and R1; V3.1 without the word
 
-Each reader takes the text from the first mark to the reply's end. Sources: the models' chat templates, which write the
-calls of earlier turns in the same way; a template that has other marks around such JSON is read by these.
+Each reader takes the text from the first mark to the end of the reply. Sources: the models' chat templates, which write
+the calls of earlier turns in the same form. If a template puts other marks around such JSON, calls are read by these
+marks.
 """
 
 import dataclasses
@@ -25,14 +26,14 @@ _decoder = json.JSONDecoder()
 
 @dataclasses.dataclass(frozen=True)
 class CallForm:
-    """One way to write calls.
+    """One form of writing calls.
 
     Attributes:
-        begins: marks with which a reply's calls begin; of none, calls begin a reply by themselves.
-        marks: all marks within; where they are control tokens they must be seen.
-        read: the calls of a text that begins with a mark, and the text that belongs to none of them.
-            Raises ValueError where it is not what it should be.
-        bare: how a reply begins that is calls without a mark, white space aside.
+        begins: the marks with which the calls of a reply begin.
+        marks: all marks of the form; those that are control tokens must be decoded as text.
+        read: returns the calls in a text that begins with a mark, and the text outside the calls. Raises ValueError for
+            a text in another form.
+        bare: the beginnings, without white space, of a reply that consists of calls without a mark.
     """
 
     begins: tuple[str, ...]
@@ -47,7 +48,7 @@ class CallForm:
 
 
 def form_of(written: ToolCalls) -> CallForm | None:
-    """The way in which a template writes calls; None for one that is not read."""
+    """Returns the form in which a template writes calls; None for a form that is not supported."""
     for mark, form in _BY_MARK.items():
         if mark in written.before:
             return form
@@ -57,7 +58,7 @@ def form_of(written: ToolCalls) -> CallForm | None:
 
 
 def _value(text: str, at: int) -> tuple[Any, int]:
-    """The JSON value that begins at a place, white space aside, and where it ends."""
+    """The JSON value at a position, after optional white space, and the position where it ends."""
     at += len(text[at:]) - len(text[at:].lstrip())
     try:
         return _decoder.raw_decode(text, at)
@@ -66,7 +67,7 @@ def _value(text: str, at: int) -> tuple[Any, int]:
 
 
 def _call(value: Any, keys: Sequence[str] = ("name", "parameters")) -> ToolCall:
-    """A call from its object, whose keys some models have other words for."""
+    """Reads a call from its object; `keys` are the model's own names for "name" and "arguments"."""
     if not isinstance(value, dict):
         raise ValueError(f"{shortened(value, 60)} is not an object with a name and arguments")
     for ours, theirs in zip(("name", "arguments"), keys, strict=True):
@@ -77,13 +78,13 @@ def _call(value: Any, keys: Sequence[str] = ("name", "parameters")) -> ToolCall:
 
 
 def _skip(text: str, at: int, pattern: str) -> int:
-    """Where a pattern that may begin at a place ends."""
+    """The end of a match of `pattern` at a position; the position itself if there is no match."""
     found = re.compile(pattern).match(text, at)
     return found.end() if found else at
 
 
 def marked(begin: str, end: str, name_key: str = "name", arguments_key: str = "parameters") -> CallForm:
-    """Calls that stand one by one, or as a list, between two marks, of which a reply may leave out the last."""
+    """The form of calls that stand, one by one or as a list, between two marks; a reply may omit the last mark."""
 
     def read(text: str) -> tuple[list[ToolCall], str]:
         calls, rest, at = [], "", 0
@@ -116,7 +117,7 @@ def _read_mistral(text: str) -> tuple[list[ToolCall], str]:
     calls: list[ToolCall] = []
     at = 0
     while (at := _skip(text, at, r"\s*(\[TOOL_CALLS\])?\s*")) < len(text):
-        # Its templates refuse calls whose ids are not nine letters or digits.
+        # Calls without an id get one below: Mistral's templates refuse ids that are not nine letters or digits.
         named = re.compile(r"([^\[\]{}\s]+)(?:\[CALL_ID\](\w+))?\[ARGS\]").match(text, at)
         if named:
             arguments, at = _value(text, named.end())
@@ -170,11 +171,11 @@ _BY_MARK = {
 
 
 def read_calls(form: CallForm, text: str) -> tuple[list[ToolCall], str, str | None]:
-    """The calls in what a model wrote.
+    """Reads the calls in the text of a model.
 
     Returns:
-        The calls; the text that is none of them; and, where the whole is no call as the form has it, why not: the
-        text is then all of it.
+        The calls; the text outside the calls; and None. If the text does not have the form: no calls, the whole text,
+        and the reason.
     """
     try:
         calls, rest = form.read(text)
@@ -184,7 +185,7 @@ def read_calls(form: CallForm, text: str) -> tuple[list[ToolCall], str, str | No
 
 
 def check_tools(tools: Any) -> list[dict[str, Any]]:
-    """Tools as templates are given them.
+    """Checks tools and returns them as templates take them.
 
     Raises:
         LlamaJaxError: for anything but functions as JSON schemas.

@@ -1,4 +1,4 @@
-"""Which part of a conversation a context of limited length still holds."""
+"""Chooses the part of a conversation that fits into a context of limited length."""
 
 import bisect
 import dataclasses
@@ -7,19 +7,19 @@ from collections.abc import Callable, Sequence
 from llamajax.chat.messages import Message
 from llamajax.errors import LlamaJaxError
 
-# Where a conversation no longer fits, turns leave until this part of the context is free. What stands behind them must
-# be computed again, so it should not happen at every turn.
+# If a conversation does not fit, turns leave until this fraction of the context is free. The tokens after them must be
+# computed again, so this should not happen at every turn.
 _FREED = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """What the model is to see.
+    """The part of a conversation that the model sees.
 
     Attributes:
-        first: the message with which the oldest turn begins that it sees; a system message before it is seen, too.
-        ids: of that part of the conversation.
-        turns: how many turns left just now.
+        first: the index of the message that begins the oldest turn in the window; a system message is seen, too.
+        ids: the ids of that part of the conversation.
+        turns: the number of turns that left the window in this call.
     """
 
     first: int
@@ -35,17 +35,17 @@ def fit(
     most: int,
     least: int,
 ) -> Window:
-    """The window of a conversation that the model is to answer.
+    """Returns the window of a conversation for the next answer.
 
-    A turn begins with a user's message, and ends before the next. Turns leave whole; the last one never does.
+    A turn begins with a user's message, and ends before the next one. Only whole turns leave; the last one never does.
 
     Args:
-        messages: all of them.
-        first: the oldest message that was seen so far, a system message aside.
-        encode: ids of a part of the conversation.
-        context: most tokens of prompt and answer, but for the last of the answer, which nothing follows.
-        most: tokens that an answer should have room for.
-        least: tokens that it must have room for.
+        messages: all messages.
+        first: the index of the oldest message in the window so far, not counting a system message.
+        encode: returns the ids of a part of the conversation.
+        context: the most tokens of prompt and answer together, without the last token of the answer.
+        most: the number of tokens that an answer should have room for.
+        least: the number of tokens that it must have room for.
 
     Raises:
         LlamaJaxError: if the last turn does not fit by itself.
@@ -53,7 +53,7 @@ def fit(
     system = [message for message in messages[:1] if message.role == "system"]
     begins = [i for i in range(len(system), len(messages)) if messages[i].role == "user"]
     if len(messages) > len(system) and (not begins or begins[0] > len(system)):
-        begins.insert(0, len(system))  # an assistant greeted, say
+        begins.insert(0, len(system))  # for example, an assistant's greeting comes first
     begins = [begin for begin in begins if begin >= first] or begins or [len(system)]
 
     def ids_from(turn: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Families: for each format what its description says as a `Config`, and what it calls the weights. Nothing else.
+"""Families: how each file format describes a model's `Config`, and how it names the weights; nothing else.
 
 A family is a file here, and a name below. No family has a model of its own.
 """

@@ -1,10 +1,10 @@
 """BitNet b1.58 2B4T (Ma et al. 2025, arXiv:2504.12285): squared ReLU, and norms before the output and down projections.
 
-llama.cpp's architecture `bitnet` is its forerunner, a reproduction of 3B (1bitLLM/bitnet_b1_58-3B), with SiLU whatever
-a file says. `bitnet-b1.58` and `bitnet-25` are those of Microsoft's fork, which published 2B4T in them.
+llama.cpp's architecture `bitnet` is the predecessor, a reproduction with 3B parameters (1bitLLM/bitnet_b1_58-3B), which
+always uses SiLU. `bitnet-b1.58` and `bitnet-25` are the architectures of Microsoft's fork, in which 2B4T was published.
 
-That its weights are ternary and its activations in int8 is no switch: it is what the weights are (`quant.QTensor` with
-scheme "ternary" and `activations`), and a matter of how the files are packed (`huggingface_quantization`).
+Ternary weights and int8 activations are not a switch of the family. They are properties of the weights (`quant.QTensor`
+with scheme "ternary" and `activations`) and of how the files are packed (`huggingface_quantization`).
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from llamajax.families.gguf import check_tied
 
 
 def _read(keys: Keys) -> dict[str, Any]:
-    """Transformers' `BitNetConfig`: biases of attention are on all four projections."""
+    """Reads transformers' `BitNetConfig`: `attention_bias` applies to all four projections of attention."""
     keys.only("hidden_act", "relu2")
     bias = keys.flag("attention_bias")
     return {"sub_norms": True, "activation": "relu_squared", "qkv_bias": bias, "out_bias": bias}

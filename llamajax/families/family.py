@@ -1,4 +1,4 @@
-"""What a family is: a table for each format, and the keys of a file's description as they are read."""
+"""Defines families, as a table for each format, and reads the keys of a file's description."""
 
 import difflib
 import sys
@@ -16,31 +16,31 @@ _REQUIRED = object()
 
 
 class Keys:
-    """A description, as the keys of one file: what is read is remembered, so that what nobody read can be refused.
+    """The keys of one file. Keys that were read are remembered, so that keys that nobody read can be refused.
 
     Attributes:
-        source: what messages begin with.
-        prefix: what the file has before every key, and the names here have not.
-        read: keys that were asked for.
+        source: the beginning of error messages.
+        prefix: a prefix of every key in the file, which the names here omit.
+        read: the keys that were asked for.
     """
 
     def __init__(
         self, fields: Mapping[str, Any], source: str, defaults: Mapping[str, Any] = _NOTHING, prefix: str = ""
     ):
-        """`defaults` stand in for keys that are missing or null."""
+        """Stores the keys; `defaults` replace values that are missing or null."""
         self._fields, self._defaults = fields, defaults
         self.source, self.prefix = source, prefix
         self.read: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
-        """Whether the file says something of a key."""
+        """Whether the file has a value for a key that is not null."""
         return self._fields.get(name) is not None
 
     def take(self, name: str, default: Any = _REQUIRED) -> Any:
-        """The value of a key, the family's default where it is missing or null, or else `default`.
+        """Returns the value of a key; if it is missing or null, the family's default, or else `default`.
 
         Raises:
-            LlamaJaxError: if there is none of them.
+            LlamaJaxError: if there is neither a value nor a default.
         """
         self.read.add(name)
         value = self._fields.get(name)
@@ -51,39 +51,39 @@ class Keys:
         return value
 
     def peek(self, name: str) -> Any:
-        """The value of a key, None where it is missing; it does not count as read."""
+        """The value of a key, None if it is missing; does not count the key as read."""
         return self._fields.get(name)
 
     def or_null(self, name: str) -> Any:
-        """The value of a key at which null means something: None there, the family's default where it is missing."""
+        """The value of a key for which null has a meaning: None for null, the family's default if it is missing."""
         self.read.add(name)
         return self._fields.get(name, self._defaults.get(name))
 
     def whole(self, name: str, most: int = LARGEST_DIMENSION) -> int:
-        """A whole number from 1 on."""
+        """The value of a key that is a whole number from 1 to `most`."""
         value = self.take(name)
         check_whole(f"{self.source}: {self.prefix}{name}", value, most)
         return value
 
     def whole_or_null(self, name: str, most: int = LARGEST_DIMENSION) -> Any:
-        """A whole number from 1 on, or null, which `or_null` explains."""
+        """The value of a key that is a whole number from 1 to `most`, or null; see `or_null`."""
         value = self.or_null(name)
         if value is not None:
             check_whole(f"{self.source}: {self.prefix}{name}", value, most)
         return value
 
     def number_or_null(self, name: str) -> Any:
-        """A number above 0, or null, which `or_null` explains."""
+        """The value of a key that is a number above 0, or null; see `or_null`."""
         value = self.or_null(name)
         if value is not None:
             check_number(f"{self.source}: {self.prefix}{name}", value, low=0.0, above=True)
         return value
 
     def only(self, name: str, *allowed: Any) -> None:
-        """Reads a key that may be missing, null, or one of some values, at which it does nothing."""
+        """Checks a key that must be missing, null, or one of the `allowed` values, for which it has no effect."""
         self.read.add(name)
         value = self._fields.get(name)
-        # Types as well, so that 1 is not taken for true.
+        # Types are compared as well, so that 1 does not count as true.
         if value is not None and not any(type(value) is type(one) and value == one for one in allowed):
             raise LlamaJaxError(
                 f"{self.source}: {self.prefix}{name} is {shortened(value)}, which is not supported: expected "
@@ -106,7 +106,7 @@ class Keys:
         return float(value)
 
     def choice(self, name: str, choices: Mapping[str, Any], default: Any = _REQUIRED) -> Any:
-        """What one of some words stands for."""
+        """What the value of a key, one of the words in `choices`, stands for."""
         value = self.take(name, default)
         if not isinstance(value, str) or value not in choices:
             raise LlamaJaxError(
@@ -117,12 +117,12 @@ class Keys:
 
 
 class Names(NamedTuple):
-    """What a format calls weights, where that is not what `parameters.Spec.foreign` says.
+    """The names of weights in a format, if they differ from `parameters.Spec.foreign`.
 
     Attributes:
-        renamed: their names by ours, `{}` being the layer.
-        fused: the weights of ours that one tensor of theirs is made of, its rows one behind the other: cut at load.
-        pairs: whether the coordinates that RoPE turns stand beside each other, (2i, 2i + 1), not H/2 apart.
+        renamed: the format's names by our names; `{}` stands for the layer.
+        fused: for a tensor of the format, our weights whose rows it holds one after the other; it is split at load.
+        pairs: whether RoPE rotates adjacent coordinates, (2i, 2i + 1), instead of coordinates H/2 apart.
     """
 
     renamed: Mapping[str, str] = _NOTHING
@@ -138,18 +138,20 @@ class Format(NamedTuple):
     """A family in one format.
 
     Attributes:
-        kinds: by what a file says that it is of the family: `model_type`, `general.architecture`. The first is written.
-        copies: other such names, of models that differ in defaults of keys, by what differs. They are read only.
-        read: the family's switches, fields of `Config`, of a file's keys; what all families have is read before.
-        write: the keys that say these switches.
-        defaults: of keys, as the reference has them.
-        architecture: what else names it: Hugging Face's class.
-        names: of the weights.
-        applies: tells the family from others of the same `kinds` by keys; None for the one that is left.
-        partial_rope: whether RoPE may turn a part of each head only.
-        window_rope: whether layers with windows have a RoPE of their own: unscaled, with `rope_local_base_freq` for
-            theta if the family has a default of that key, but where `rope_parameters` says both.
-        int8_tokens: whether ternary weights are multiplied with activations in int8, though the files do not say it.
+        kinds: the values of `model_type` or `general.architecture` that name the family; the first one is written.
+        copies: further such names, each with the defaults in which its models differ. They are read, but not written.
+        read: reads the family's switches, fields of `Config`, from a file's keys; the fields that all families share
+            have been read before.
+        write: returns the keys that express these switches.
+        defaults: the defaults of keys in the reference implementation.
+        architecture: the name of Hugging Face's model class.
+        names: the names of the weights.
+        applies: tells from the keys whether a file belongs to this family, if several have the same `kinds`; None for
+            the family to which all other files belong.
+        partial_rope: whether RoPE may rotate only a part of each head.
+        window_rope: whether layers with a window have their own RoPE. It is unscaled, with `rope_local_base_freq` as
+            theta if the family has a default for that key, unless `rope_parameters` gives both.
+        int8_tokens: whether ternary weights are multiplied with activations in int8, though the files do not say so.
     """
 
     kinds: tuple[str, ...]
@@ -166,12 +168,12 @@ class Format(NamedTuple):
 
 
 class Family(NamedTuple):
-    """Models that differ from a LLaMA in switches.
+    """Models that differ from a LLaMA only in switches.
 
     Attributes:
-        name: `Config.family`.
-        huggingface: config.json and safetensors, or None where transformers does not know it.
-        gguf: as llama.cpp has it, or None.
+        name: the value of `Config.family`.
+        huggingface: the family in config.json and safetensors, or None if transformers does not have it.
+        gguf: the family in llama.cpp's GGUF, or None.
     """
 
     name: str
@@ -184,22 +186,22 @@ FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> Family:
-    """Makes a family known: its files are recognised, and its configs may name it."""
+    """Registers a family, so that its files are recognised and configs may name it."""
     FAMILIES[family.name] = family
     Config.classes.setdefault(family.name, Config)
     return family
 
 
 def family_of(kind: Any, format: str, what: str) -> Family:
-    """The family of what a file says that it is.
+    """Returns the family that a file names.
 
     Args:
-        kind: `model_type` or `general.architecture`.
+        kind: the value of `model_type` or `general.architecture`.
         format: "huggingface" or "gguf".
-        what: begins messages: the file, and the name of its key.
+        what: the beginning of error messages: the file, and the name of its key.
 
     Raises:
-        LlamaJaxError: for one that is not known, with the nearest.
+        LlamaJaxError: for an unknown kind; the message names the nearest known one.
     """
     known = {
         name: family
@@ -215,10 +217,10 @@ def family_of(kind: Any, format: str, what: str) -> Family:
 
 
 def format_of(config: Config, format: str) -> Format:
-    """A config's family in a format.
+    """Returns the format table of a config's family.
 
     Raises:
-        LlamaJaxError: if it has none there.
+        LlamaJaxError: if the family does not exist in that format.
     """
     found = getattr(FAMILIES.get(config.family, Family(config.family)), format)
     if found is None:
@@ -228,7 +230,7 @@ def format_of(config: Config, format: str) -> Format:
 
 
 def check_read(keys: Keys, fields: Collection[str], without_effect: Callable[[str], bool], remedy: str) -> None:
-    """Refuses keys that nobody read and that are not known to be without effect; `remedy` may hold `{key}`."""
+    """Refuses keys that were not read and are not known to be without effect; `remedy` may hold `{key}`."""
     unknown = sorted(str(key) for key in fields if str(key) not in keys.read and not without_effect(str(key)))
     if unknown:
         near = difflib.get_close_matches(unknown[0], keys.read, n=1, cutoff=0.8)

@@ -43,14 +43,14 @@ _DEFAULTS_3 = _DEFAULTS_2 | {
     "rope_local_base_freq": 1e4,
 }
 _SCORE_CAP, _LOGIT_CAP = "attn_logit_softcapping", "final_logit_softcapping"  # in GGUF
-# Both stand in files of transformers 5; the second is the older, and goes before.
+# Files of transformers 5 may have both keys; the second is the older one, and has precedence.
 _PATTERN = ("_sliding_window_pattern", "sliding_window_pattern")
-# Where both halves of a layer have a norm before and one behind.
+# For families in which both halves of a layer have a norm before and after them.
 _NAMES = Names(renamed={"ffn_norm.weight_D": "model.layers.{}.pre_feedforward_layernorm.weight"})
 
 
 def _read(keys: Keys) -> dict[str, Any]:
-    """Transformers' `GemmaConfig`; its early configs say "gelu" and mean that by tanh, as its code does."""
+    """Reads transformers' `GemmaConfig`; "gelu" in early configs means the tanh approximation, as in its code."""
     keys.only("hidden_act", "gelu_pytorch_tanh", "gelu")
     keys.only("hidden_activation", "gelu_pytorch_tanh")
     keys.only("use_bidirectional_attention", False)
@@ -89,7 +89,7 @@ GEMMA = Family(
 
 
 def _read_capped(keys: Keys, pattern: tuple[LayerKind, ...]) -> dict[str, Any]:
-    """What Gemma 2 and 3 add, by `Gemma2Config`; null is no cap."""
+    """Reads the keys that Gemma 2 and 3 add, as `Gemma2Config` does; null means no cap."""
     keys.only("cache_implementation", "hybrid")
     keys.only("sliding_window_size", keys.whole_or_null("sliding_window"))
     scalar, head_size = keys.number("query_pre_attn_scalar", low=0.0, above=True), keys.whole_or_null("head_dim")
@@ -113,7 +113,7 @@ def _write_capped(config: Config) -> dict[str, Any]:
 
 
 def _read_gemma2_gguf(keys: Keys) -> dict[str, Any]:
-    """Caps and window are those of Gemma 2 where the file says none."""
+    """Reads Gemma 2's keys; missing caps and a missing window default to Gemma 2's values."""
     return _read_gguf(keys) | {
         "norms": "both",
         "query_scale": query_scale(keys, largest=46),
@@ -144,20 +144,20 @@ GEMMA2 = Family(
 
 
 def _read_gemma3(keys: Keys) -> dict[str, Any]:
-    """`Gemma3TextConfig`: layers with a window have a RoPE of their own; the pattern was a number before a list."""
+    """Reads `Gemma3TextConfig`: layers with a window have their own RoPE; the pattern is a number in older files."""
     keys.read |= set(_PATTERN)
     *_, size = 6, *(keys.whole(key, MOST_LAYERS) for key in _PATTERN if key in keys)
     local: LayerKind = "window"
     pattern: tuple[LayerKind, ...] = (*[local] * (size - 1), "full")
     read = _read_capped(keys, pattern)
     if read["score_cap"] is not None:
-        # transformers keeps the key and does without it: nobody can have trained with it.
+        # transformers has the key but ignores it, so no model can have been trained with it.
         raise LlamaJaxError(f"{keys.source}: attn_logit_softcapping is {read['score_cap']}: expected null for Gemma 3")
     return read | {"query_key_norm": "head"}
 
 
 def _read_gemma3_gguf(keys: Keys) -> dict[str, Any]:
-    """A RoPE of layers with windows has 10,000 for theta unless the file says another, and is not scaled."""
+    """Reads Gemma 3's keys; the RoPE of layers with a window is unscaled, and its theta defaults to 10,000."""
     windows = read_gguf_windows(keys, period=6)
     theta = keys.number("rope.freq_base_swa", 10000.0)
     return _read_gguf(keys) | {

@@ -1,4 +1,4 @@
-"""What several families' keys in GGUF files have in common; the rest is each family's, or `checkpoint.gguf.config`'s.
+"""Reads and writes GGUF keys that several families share; see also the families and `checkpoint.gguf.config`.
 
 Reference: llama.cpp's `load_arch_hparams` of each architecture, src/models/.
 """
@@ -20,13 +20,13 @@ _PATTERN = "attention.sliding_window_pattern"
 
 
 def has_window(keys: Keys) -> bool:
-    """Whether a file says a window; 0 stands for none."""
+    """Whether a file has a window; 0 means none."""
     value = keys.peek(WINDOW)
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def above_zero(keys: Keys, name: str, default: float | None) -> float | None:
-    """The value of a key that is a number above 0, or the default where it is missing."""
+    """The value of a key that is a number above 0, or the default if it is missing."""
     if name not in keys and default is None:
         return keys.take(name, None)
     value = keys.number(name, default)
@@ -36,7 +36,7 @@ def above_zero(keys: Keys, name: str, default: float | None) -> float | None:
 
 
 def scale(keys: Keys, name: str) -> float | None:
-    """What something is multiplied by; 0 and a missing key stand for nothing, as in llama.cpp."""
+    """The value of a key that is a multiplier; None for 0 or a missing key, as in llama.cpp."""
     value = keys.number(name, 0.0)
     if value < 0:
         raise LlamaJaxError(f"{keys.source}: {keys.prefix}{name} is {value}: expected 0 or more")
@@ -44,12 +44,12 @@ def scale(keys: Keys, name: str) -> float | None:
 
 
 def read_windows(keys: Keys, period: int, default: int | None = None) -> dict[str, Any]:
-    """Kinds of layers, and the window of those that have one.
+    """Reads the kinds of the layers, and the window of those that have one.
 
     Args:
-        keys: of a file.
-        period: of an architecture whose file does not say it: the last of so many layers has no window.
-        default: the window where the file says none; None for no layer with one.
+        keys: the keys of the file.
+        period: the default of the period: the last of each `period` layers has no window.
+        default: the window if the file has none; None if no layer has a window then.
     """
     window, said = keys.take(WINDOW, default), keys.take(_PATTERN, period)
     if window is None or (window == 0 and not isinstance(window, bool)):
@@ -75,7 +75,7 @@ def read_windows(keys: Keys, period: int, default: int | None = None) -> dict[st
 
 
 def write_windows(config: Config, period: int) -> dict[str, Any]:
-    """The keys that say them; the period only where it is another than the architecture's."""
+    """The keys for the kinds of layers and the window; the period only if it differs from the architecture's."""
     kinds = [config.kind(layer) for layer in range(config.num_layers)]
     if "window" not in kinds:
         return {WINDOW: 0}
@@ -85,7 +85,7 @@ def write_windows(config: Config, period: int) -> dict[str, Any]:
 
 
 def read_window(keys: Keys) -> dict[str, Any]:
-    """A window that all layers have, or none."""
+    """Reads the window of families in which all layers have one, or none has."""
     window = keys.take(WINDOW, 0)
     if window == 0 and not isinstance(window, bool):
         return {}
@@ -94,12 +94,12 @@ def read_window(keys: Keys) -> dict[str, Any]:
 
 
 def write_window(config: Config) -> dict[str, Any]:
-    """The key that says it."""
+    """The key for a window of all layers, or of none."""
     return {WINDOW: config.window or 0}
 
 
 def check_tied(config: Config, architecture: str) -> None:
-    """Refuses a head of its own, which llama.cpp has no place for in some architectures."""
+    """Refuses a separate head, for which some of llama.cpp's architectures have no place."""
     if not config.tied_embeddings:
         raise LlamaJaxError(
             f"tied_embeddings is False: a GGUF of architecture {architecture!r} cannot hold a separate head: "
@@ -108,11 +108,11 @@ def check_tied(config: Config, architecture: str) -> None:
 
 
 def query_scale(keys: Keys, largest: int) -> float | None:
-    """What scores of a Gemma are multiplied by: no key says it, llama.cpp knows the 27B by its number of layers."""
+    """The scale of Gemma's queries. No key gives it; llama.cpp recognises the 27B by its number of layers."""
     layers, width, heads = (keys.take(key) for key in ("block_count", "embedding_length", "attention.head_count"))
     return (width // heads) ** -0.5 if layers == largest else None
 
 
 def kinds_of(layers: int, pattern: Sequence[LayerKind]) -> tuple[LayerKind, ...]:
-    """The pattern of so many layers, as short as it can be."""
+    """The shortest pattern that, repeated and cut to `layers` layers, gives the same kinds as `pattern`."""
     return pattern_of([pattern[layer % len(pattern)] for layer in range(layers)])

@@ -38,7 +38,7 @@ def _write(config: Config) -> dict[str, Any]:
 
 
 def _divisor(scale: float) -> float:
-    """The number whose inverse is the scale: 1 / scale, or one beside it, as both are rounded."""
+    """The number whose rounded inverse is `scale`: 1 / scale, or a neighbouring float."""
     near = 1 / scale
     return next(
         (one for one in (near, math.nextafter(near, 0), math.nextafter(near, math.inf)) if 1 / one == scale), near
@@ -46,7 +46,7 @@ def _divisor(scale: float) -> float:
 
 
 def _read_gguf(keys: Keys) -> dict[str, Any]:
-    """llama.cpp takes "finetuned" to say whether there is a RoPE at all."""
+    """Reads Granite's keys. For llama.cpp, "finetuned" states whether the model has RoPE at all."""
     keys.only("rope.scaling.finetuned", True)
     divisor = above_zero(keys, "logit_scale", None)
     if divisor is None:

@@ -1,6 +1,6 @@
-"""Hugging Face's config.json as a `Config`, and back: what all families have in common; the rest is each family's.
+"""Converts Hugging Face's config.json to a `Config` and back; this module handles the keys that all families share.
 
-Every key is read, known to change nothing in the forward pass, or an error that names it.
+Every key is either read, or known to have no effect on the forward pass, or causes an error that names it.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from llamajax.families.huggingface_rope import read_rope, write_rope
 from llamajax.fields import LARGEST_DIMENSION
 from llamajax.files import shortened
 
-# Our field for each key that all families have, none of them with a default.
+# Our field for each key that all families have. The first group has no defaults.
 _REQUIRED = {
     "vocab_size": "vocab_size",
     "hidden_size": "width",
@@ -36,8 +36,8 @@ _ROPE_KEYS = frozenset(
     "rope_theta rope_scaling rope_parameters rope_local_base_freq original_max_position_embeddings".split()
 )
 
-# Keys that change nothing in the forward pass whatever they say: provenance, training, and what decides words, which
-# `checkpoint.huggingface_words` reads.
+# Keys that have no effect on the forward pass, whatever their value: provenance, training, and settings of the
+# tokenizer, which `checkpoint.huggingface_words` reads.
 _NO_EFFECT = frozenset(
     "_name_or_path _commit_hash _attn_implementation _attn_implementation_autoset _attn_implementation_internal "
     "_flash_attn_2_enabled _from_model_config architectures attn_implementation auto_map bos_token bos_token_id "
@@ -58,11 +58,11 @@ _GENERATION = frozenset(
     "num_beams num_return_sequences output_scores penalty_alpha remove_invalid_values renormalize_logits "
     "repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p".split()
 )
-# The names of training frameworks, of versions, and of dropout, which inference does without.
+# Keys of training frameworks, of versions, and of dropout, which inference does not use.
 _NO_EFFECT_PATTERN = re.compile(r"unsloth_\w+|\w+_version|\w*dropout\w*|\w+_pdrop")
 
 
-# Keys that would change the forward pass, with the values at which they do nothing; a family that has them reads them.
+# Keys that could change the forward pass, with the values that have no effect; families that support them read them.
 _ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -77,7 +77,7 @@ _ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "tie_encoder_decoder": (False,),
 }
 
-# Ours for the names that transformers' `activations.py` has for a function; the first of ours is written.
+# Our names by the names of functions in transformers' `activations.py`; the first name of each function is written.
 ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
@@ -86,9 +86,10 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_fast": "gelu_tanh",
     "relu2": "relu_squared",
 }
-# Models that see images as well: their text's config is an object in theirs, of this `model_type` unless it says so.
+# Models that also read images. Their config holds the text model's config as an object, which has this `model_type`
+# unless it names another.
 _WITH_IMAGES = {"gemma3": "gemma3_text", "mistral3": "mistral"}
-# What they have beside it, of images, of training, and of words.
+# Their other keys, about images, training and the tokenizer.
 _OF_IMAGES = frozenset(
     "text_config vision_config boi_token_index eoi_token_index image_token_index image_token_id boi_token_id "
     "eoi_token_id mm_tokens_per_image projector_hidden_act multimodal_projector_bias spatial_merge_size "
@@ -102,19 +103,19 @@ LAYER_TYPES: Mapping[str, LayerKind] = {
 
 
 def config_from_hf(fields: Mapping[str, Any], source: str = "config.json", ignore_keys: Collection[str] = ()) -> Config:
-    """Reads the `config.json` of a model of a family that we know.
+    """Reads the `config.json` of a model of a supported family.
 
-    Missing and null keys have the defaults of the family's class in transformers. Both spellings of RoPE are read:
+    Missing and null keys get the defaults of the family's class in transformers. Both spellings of RoPE are read:
     `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (5).
 
     Args:
         fields: the JSON object.
-        source: what messages begin with.
-        ignore_keys: keys to read over, for those that this model does not know and that change no forward pass.
+        source: the beginning of error messages.
+        ignore_keys: keys to skip: unknown ones that do not change the forward pass.
 
     Raises:
-        LlamaJaxError: for a key that is neither read nor known to be without effect, or one whose value asks for
-            something that this model does not do. Nothing is dropped silently.
+        LlamaJaxError: for a key that is neither read nor known to be without effect, or a value that asks for something
+            unsupported. No key is dropped silently.
     """
     if not isinstance(fields, Mapping):
         raise LlamaJaxError(f"{source}: expected a JSON object, got {type(fields).__name__}")
@@ -131,7 +132,7 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json", ignor
     if "activation" not in ours:
         ours["activation"] = keys.choice("hidden_act", ACTIVATIONS)
     ours |= read_rope(keys, ours["context_length"], form, ours.get("layer_kinds", Config.layer_kinds))
-    read_quantization(keys.take("quantization_config", None), source)  # for the reader of the files; checked here
+    read_quantization(keys.take("quantization_config", None), source)  # only checked here; the file reader uses it
     for key, allowed in _ONLY_VALUE.items():
         if key not in keys.read:
             keys.only(key, *allowed)
@@ -144,23 +145,23 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json", ignor
 
 
 def _of_text(fields: Mapping[str, Any], source: str) -> Mapping[str, Any]:
-    """What config.json says of the text, where the model sees images as well; all of it elsewhere."""
+    """The keys of the text model, if the model also reads images; otherwise all keys of config.json."""
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in _WITH_IMAGES:
         return fields
     text = fields.get("text_config")
     if not isinstance(text, Mapping):
         raise LlamaJaxError(
-            f"{source}: text_config is {shortened(text)}: expected an object, as a model of type {kind!r} has"
+            f"{source}: text_config is {shortened(text)}: expected an object, as in models of type {kind!r}"
         )
     outside = {key: value for key, value in fields.items() if key not in _OF_IMAGES and key != "model_type"}
-    # The head is the whole model's, and so is whether it is tied.
+    # The head belongs to the whole model, so its key decides whether the head is tied.
     tied = {key: value for key, value in outside.items() if key == "tie_word_embeddings" and value is not None}
     return {"model_type": _WITH_IMAGES[kind], **outside, **text, **tied}
 
 
 def _sizes(keys: Keys) -> dict[str, Any]:
-    """What every family's config.json says."""
+    """Reads the sizes and other fields that every family's config.json has."""
     keys.read.add("model_type")
     missing = [key for key in _REQUIRED if keys.take(key, None) is None]
     if missing:
@@ -177,7 +178,7 @@ def _sizes(keys: Keys) -> dict[str, Any]:
 
 
 def _is_without_effect(key: str) -> bool:
-    """Whether a key of config.json is known to change nothing in the forward pass."""
+    """Whether a key of config.json is known to have no effect on the forward pass."""
     return key in _NO_EFFECT | _GENERATION or bool(_NO_EFFECT_PATTERN.fullmatch(key))
 
 
@@ -190,10 +191,10 @@ def pattern_of(kinds: list[LayerKind]) -> tuple[LayerKind, ...]:
 
 
 def read_layer_types(keys: Keys, default: Sequence[LayerKind]) -> tuple[LayerKind, ...]:
-    """The pattern of `layer_types`, or of a family's default, a pattern that repeats.
+    """Returns the shortest pattern of `layer_types`, or of the family's default, which repeats.
 
     Raises:
-        LlamaJaxError: for another number of kinds than layers, or a kind that is not known.
+        LlamaJaxError: if the number of kinds is not the number of layers, or a kind is unknown.
     """
     said = keys.take("layer_types", None)
     if said is None:
@@ -212,12 +213,12 @@ def read_layer_types(keys: Keys, default: Sequence[LayerKind]) -> tuple[LayerKin
 
 
 def read_windows(keys: Keys, default: Sequence[LayerKind], window: Any) -> dict[str, Any]:
-    """Kinds of layers, and the window of those that have one.
+    """Reads the kinds of the layers, and the window of those that have one.
 
     Args:
-        keys: of config.json.
-        default: where it has no `layer_types`.
-        window: what it says of `sliding_window`, None if there is none.
+        keys: the keys of config.json.
+        default: the pattern of kinds if there is no `layer_types`.
+        window: the value of `sliding_window`; None if there is no window.
     """
     kinds = read_layer_types(keys, default)
     if "window" in kinds and window is None:
@@ -226,7 +227,7 @@ def read_windows(keys: Keys, default: Sequence[LayerKind], window: Any) -> dict[
 
 
 def read_window_of_all(keys: Keys) -> dict[str, Any]:
-    """A window that all layers have, or none; one that is no shorter than the model's context hides nothing."""
+    """Reads the window of all layers; None also for one that covers the whole context, because it hides nothing."""
     window = keys.whole_or_null("sliding_window")
     if window is None or window >= keys.whole("max_position_embeddings"):
         return {"layer_kinds": ("full",), "window": None}
@@ -234,21 +235,21 @@ def read_window_of_all(keys: Keys) -> dict[str, Any]:
 
 
 def write_layer_types(config: Config) -> list[str]:
-    """The kind of each layer."""
+    """The value of `layer_types`: the kind of each layer."""
     named = {ours: theirs for theirs, ours in LAYER_TYPES.items()} | {"nope": "full_attention"}
     return [named[config.kind(layer)] for layer in range(config.num_layers)]
 
 
 def config_to_hf(config: Config) -> dict[str, Any]:
-    """The `config.json` that transformers reads as the same model (inverse of `config_from_hf`).
+    """Returns the `config.json` that transformers reads as the same model (inverse of `config_from_hf`).
 
     Raises:
-        LlamaJaxError: if the family has none, or its config.json cannot say one of the config's switches.
+        LlamaJaxError: if the family has no config.json, or its config.json cannot express one of the config's switches.
     """
     form = format_of(config, "huggingface")
     fields: dict[str, Any] = {key: getattr(config, ours) for key, ours in _NAMES.items()}
     fields |= {"model_type": form.kinds[0], "architectures": [form.architecture]}
-    # Of no vocabulary that is known here, and not those that the family's class has for its own.
+    # The ids of special tokens are unknown here; null keeps transformers from using the defaults of the family's class.
     fields |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     fields["hidden_act"] = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation)
     fields |= form.write(config)

@@ -1,7 +1,7 @@
-"""`quantization_config` of Hugging Face's config.json: what the weights of projections are in the files.
+"""Reads `quantization_config` of Hugging Face's config.json: the form of the projections' weights in the files.
 
-Read here: BitNet's (transformers' `BitNetQuantConfig` and integrations/bitnet.py). It is of no family: transformers has
-BitNet's layers in models of any, as its own fine-tunes of Llama 3 to 1.58 bits have.
+Only BitNet's is supported (transformers' `BitNetQuantConfig` and integrations/bitnet.py). It does not belong to one
+family: transformers can use BitNet's layers in models of any family, such as fine-tunes of Llama 3 to 1.58 bits.
 """
 
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ _KEEPS: tuple[list[str], ...] = ([], ["lm_head"])  # `modules_to_not_convert`: t
 
 
 class Ternary(NamedTuple):
-    """Projections of -1, 0 and 1 with one scale a matrix, activations in int8 with one scale a token.
+    """Projections of -1, 0 and 1 with one scale per matrix, and activations in int8 with one scale per token.
 
     Attributes:
-        online: the files have floats, which are rounded whenever they are multiplied; else packed codes with their
-            scale.
-        divides: whether the scale that is stored divides: class `BitLinear`, not `AutoBitLinear`.
+        online: whether the files hold floats, which are rounded at each multiplication; if not, they hold packed codes
+            with their scale.
+        divides: whether the stored scale is a divisor (class `BitLinear`) instead of a factor (`AutoBitLinear`).
     """
 
     online: bool
@@ -29,10 +29,10 @@ class Ternary(NamedTuple):
 
 
 def read_quantization(said: Any, source: str) -> Ternary | None:
-    """What a `quantization_config` says; None of null, where the files have floats.
+    """Reads a `quantization_config`; returns None for null, when the files hold floats.
 
     Raises:
-        LlamaJaxError: for another method, or a key or a value of BitNet's that asks for something else.
+        LlamaJaxError: for a method other than BitNet's, or an unsupported key or value.
     """
     if said is None:
         return None
@@ -47,14 +47,14 @@ def read_quantization(said: Any, source: str) -> Ternary | None:
     divides = keys.choice("linear_class", {"bitlinear": True, "autobitlinear": False}, "bitlinear")
     online = keys.choice("quantization_mode", {"online": True, "offline": False}, "offline")
     keys.only("use_rms_norm", False)
-    keys.take("rms_norm_eps", None)  # of no effect without use_rms_norm
+    keys.take("rms_norm_eps", None)  # has no effect without use_rms_norm
     keys.only("modules_to_not_convert", *_KEEPS)
     check_read(keys, said, lambda key: False, "expected one of BitNetQuantConfig's")
-    # transformers looks at the mode in `AutoBitLinear` only.
+    # transformers uses the mode only in `AutoBitLinear`.
     return Ternary(online and not divides, divides)
 
 
-# What config.json says of a model whose projections are packed.
+# The `quantization_config` of a model whose projections are packed.
 PACKED: Mapping[str, Any] = {
     "quant_method": "bitnet",
     "linear_class": "autobitlinear",
@@ -64,10 +64,10 @@ PACKED: Mapping[str, Any] = {
 
 
 def is_converted(spec: Spec) -> bool:
-    """Whether transformers makes a ternary layer of a weight's: of every projection but the head."""
+    """Whether transformers makes the layer of a weight ternary: every projection except the head."""
     return "product" in spec.roles
 
 
 def scale_name(tensor: str) -> str:
-    """What the scale of a packed tensor is called."""
+    """The name of the scale of a packed tensor."""
     return f"{tensor.removesuffix('weight')}weight_scale"

@@ -1,4 +1,4 @@
-"""RoPE in Hugging Face's config.json, in the spelling of transformers 4 and of 5, alike for all layers or by kind.
+"""Reads and writes RoPE in Hugging Face's config.json, in the spellings of transformers 4 and 5.
 
 Reference: transformers' `modeling_rope_utils.py`, and `convert_rope_params_to_dict` of a family's config class.
 """
@@ -14,7 +14,7 @@ from llamajax.fields import check_whole
 from llamajax.files import shortened
 from llamajax.rope import Rope, RopeScaling
 
-# Their names of what a kind of scaling has, and ours.
+# For each kind of scaling, transformers' names of its parameters, and ours.
 _ORIGINAL = "original_max_position_embeddings"
 _NAMES: dict[str, dict[str, str]] = {
     "linear": {"factor": "factor"},
@@ -50,36 +50,36 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "yarn": (),
     "longrope": ("short_factor", "long_factor"),
 }
-# Of no effect in transformers, which writes some of them, or in the files of a kind of scaling as they are found.
+# Names without effect for a kind of scaling: transformers ignores them, but writes some, or published files have them.
 _IGNORED: dict[str, frozenset[str]] = {
     "default": frozenset(name for names in _NAMES.values() for name in names),
     "linear": frozenset({_ORIGINAL}),
     "dynamic": frozenset({_ORIGINAL}),
     "yarn": frozenset({"finetuned"}),
 }
-_OWN = "rope."  # begins what `rope_value` notes in `Keys.read`
+_OWN = "rope."  # the prefix under which `rope_value` records names in `Keys.read`
 _SPELLINGS = ("rope_scaling", "rope_parameters")
 _FULL, _WINDOW = "full_attention", "sliding_attention"
 _LOCAL_THETA = "rope_local_base_freq"
 
 
 def read_rope(keys: Keys, context_length: Any, form: Format, kinds: Sequence[str]) -> dict[str, Any]:
-    """Fields of `Config` that say RoPE, from whichever spelling is there; they must agree if both are.
+    """Reads the fields of `Config` about RoPE from either spelling; if a file has both, they must agree.
 
     Args:
-        keys: of the file.
-        context_length: of the model, which stands in for an original context that nothing says.
-        form: of the family: its `partial_rope` and `window_rope`.
-        kinds: of the layers.
+        keys: the keys of the file.
+        context_length: the model's context, which replaces a missing original context.
+        form: the family's format, for `partial_rope` and `window_rope`.
+        kinds: the kinds of the layers.
 
     Raises:
-        LlamaJaxError: for a scaling that is not known, or one with other parameters than its own.
+        LlamaJaxError: for an unknown scaling, or a scaling with missing or unknown parameters.
     """
     outside: dict[str, Any] = {"rope_theta": keys.number("rope_theta", Config.rope_theta, low=1.0)}
     if form.partial_rope:
         outside["partial_rotary_factor"] = keys.number("partial_rotary_factor", 1.0, low=0.0, above=True)
     local = {"rope_theta": keys.number(_LOCAL_THETA, outside["rope_theta"], low=1.0)} if form.window_rope else {}
-    # transformers gives a length outside the object precedence over the one in it, where all layers are alike.
+    # If all layers are alike, an original length outside the object takes precedence in transformers.
     original = None if form.window_rope else keys.take(_ORIGINAL, None)
     read = []
     for key, value in _objects(keys) or [("rope_parameters", {})]:
@@ -100,7 +100,7 @@ def read_rope(keys: Keys, context_length: Any, form: Format, kinds: Sequence[str
 
 
 def rope_value(keys: Keys, name: str, own: bool = True) -> Any:
-    """What the object of RoPE parameters says, None where it does not; `own` is what only this family has there."""
+    """A value in the object of RoPE parameters, or None; `own` marks a name that only this family has there."""
     if own:
         keys.read.add(_OWN + name)
     said = [value.get(name) for _, value in _objects(keys) if isinstance(value, Mapping)]
@@ -108,14 +108,14 @@ def rope_value(keys: Keys, name: str, own: bool = True) -> Any:
 
 
 def _objects(keys: Keys) -> list[tuple[str, Any]]:
-    """The objects of RoPE parameters that the file has, by their keys, or else the family's own."""
+    """The objects of RoPE parameters in the file, each with its key; if there are none, the family's defaults."""
     said = [(key, keys.take(key, None)) for key in _SPELLINGS]
     found = [(key, value) for key, value in said if key in keys]
     return found or [(key, value) for key, value in said if value is not None]
 
 
 def _own(keys: Keys) -> frozenset[str]:
-    """What `rope_value` was asked for."""
+    """The family's own names that `rope_value` was asked for."""
     return frozenset(name.removeprefix(_OWN) for name in keys.read if name.startswith(_OWN))
 
 
@@ -123,10 +123,10 @@ class _Reader(NamedTuple):
     """Reads objects of RoPE parameters.
 
     Attributes:
-        source: what messages begin with.
-        context_length: of the model.
-        original: the original context by a key outside of the object, or None.
-        own: names that are of the family, read by it.
+        source: the beginning of error messages.
+        context_length: the model's context.
+        original: the original context from a key outside the object, or None.
+        own: names that belong to the family, which reads them itself.
     """
 
     source: str
@@ -135,11 +135,11 @@ class _Reader(NamedTuple):
     own: frozenset[str]
 
     def parts(self, value: Any, nested: bool) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-        """The objects of full layers and of layers with windows; the latter is empty where one is of all.
+        """The objects of full layers and of layers with windows; the latter is empty if one object is for all layers.
 
         Args:
-            value: of the key.
-            nested: whether there is one for each kind of layer.
+            value: the value of the key.
+            nested: whether there is one object for each kind of layer.
         """
         if not isinstance(value, Mapping):
             raise LlamaJaxError(f"{self.source} is {shortened(value)}: expected an object")
@@ -159,11 +159,11 @@ class _Reader(NamedTuple):
         return value.get(_FULL) or {}, value.get(_WINDOW) or {}
 
     def rope(self, value: Mapping[str, Any], outside: Mapping[str, Any]) -> dict[str, Any]:
-        """Theta, scaling and fraction of one object, as transformers 5 reads it.
+        """Reads theta, scaling and fraction from one object, as transformers 5 does.
 
         Args:
             value: the object.
-            outside: what stands in for what the object does not say.
+            outside: values for names that the object does not have.
         """
         said = {key: part for key, part in value.items() if part is not None and key not in self.own}
         outside = dict(outside) | {name: said.pop(name) for name in outside if name in said}
@@ -180,7 +180,7 @@ class _Reader(NamedTuple):
         }
 
     def _kind(self, said: dict[str, Any]) -> str:
-        """The type, taken out of an object. Nothing but a theta is what transformers calls the default type."""
+        """Removes and returns the type of an object. An object with only a theta has transformers' type "default"."""
         kinds = {key: said.pop(key) for key in ("rope_type", "type") if key in said}
         if not kinds and said:
             raise LlamaJaxError(
@@ -188,7 +188,7 @@ class _Reader(NamedTuple):
                 f"{', '.join(('default', *_NAMES))}"
             )
         for key, kind in kinds.items():
-            # Phi-3's first names of longrope.
+            # Early files of Phi-3 name longrope so.
             if kind == "su" or (kind == "yarn" and "short_factor" in said):
                 kinds[key] = kind = "longrope"
             if not isinstance(kind, str) or kind not in ("default", *_NAMES):
@@ -201,7 +201,7 @@ class _Reader(NamedTuple):
         return next(iter(kinds.values()), "default")
 
     def _scaling(self, kind: str, said: dict[str, Any]) -> dict[str, Any]:
-        """`RopeScaling.to_dict`'s form of an object."""
+        """Converts an object to the form of `RopeScaling.to_dict`."""
         names = _NAMES[kind]
         if _ORIGINAL in names:
             said.setdefault(_ORIGINAL, self.context_length)
@@ -221,13 +221,13 @@ class _Reader(NamedTuple):
         return scaling
 
     def _ratio(self, original: Any) -> float:
-        """How much longer the model's context is than the original one, 1 at least."""
+        """The ratio of the model's context to the original one, at least 1."""
         check_whole(f"{self.source}: {_ORIGINAL}", original)
         check_whole(f"{self.source}: max_position_embeddings", self.context_length)
         return max(1.0, self.context_length / original)
 
     def _check_names(self, kind: str, said: Mapping[str, Any]) -> None:
-        """Refuses names that are of no meaning beside a type."""
+        """Refuses names that have no meaning for a type."""
         names = _NAMES.get(kind, {})
         unknown = sorted(str(name) for name in said if name not in names and name not in _IGNORED.get(kind, ()))
         if unknown:
@@ -238,14 +238,14 @@ class _Reader(NamedTuple):
 
 
 def write_rope(config: Config, form: Format, own: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-    """The keys that say a config's RoPE, in the spelling that transformers 4 and 5 read.
+    """Returns the keys for a config's RoPE, in the spelling that transformers 4 and 5 read.
 
-    Where layers with windows have a RoPE of their own, the spelling of transformers 5 stands beside it.
+    If layers with windows have their own RoPE, the spelling of transformers 5 is added.
 
     Args:
-        config: of the model.
-        form: of the family.
-        own: what the family has of its own in the object of RoPE parameters.
+        config: the model's config.
+        form: the family's format.
+        own: the family's own names and values in the object of RoPE parameters.
     """
     fields: dict[str, Any] = {"rope_theta": config.rope_theta}
     if config.rope_fraction != 1 and form.partial_rope:
@@ -271,7 +271,7 @@ def write_rope(config: Config, form: Format, own: Mapping[str, Any] = MappingPro
 
 
 def _object(scaling: RopeScaling | None, context_length: int) -> dict[str, Any]:
-    """A scaling in their names."""
+    """A scaling with transformers' names."""
     if scaling is None:
         return {"rope_type": "default"}
     said = scaling.to_dict()
@@ -280,7 +280,7 @@ def _object(scaling: RopeScaling | None, context_length: int) -> dict[str, Any]:
         del fields["truncate"]  # unknown to earlier versions of transformers 4
     if scaling.kind != "longrope":
         return {"rope_type": scaling.kind} | fields
-    # The form of which transformers 4 refuses any other in Phi-3: three keys, and the original context outside.
+    # For Phi-3, transformers 4 accepts only this form: three keys, and the original context outside the object.
     del fields[_ORIGINAL]
     if scaling.factor == max(1.0, context_length / scaling.original_context_length):
         del fields["factor"]

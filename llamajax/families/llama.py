@@ -9,8 +9,8 @@ from llamajax.config import Config
 from llamajax.families.family import Family, Format, Keys, Names
 
 _DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "hidden_act": "silu"}
-# Transformers' classes that differ from `LlamaConfig` in these defaults only. Those of InternLM3 have other names for
-# the biases, `qkv_bias` and `bias`: they are refused where they are on, which no published model has.
+# Transformers' classes that differ from `LlamaConfig` in these defaults only. InternLM3 names the biases `qkv_bias` and
+# `bias`; these are refused if they are true, as in no published model.
 _COPIES = {
     "internlm3": {"max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "num_key_value_heads": 2, "head_dim": 128},
     "iquestcoder": {"max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 128},
@@ -18,7 +18,7 @@ _COPIES = {
 
 
 def _read(keys: Keys) -> dict[str, Any]:
-    """Transformers' `LlamaConfig`: biases of attention are on all four projections."""
+    """Reads transformers' `LlamaConfig`: `attention_bias` applies to all four projections of attention."""
     bias = keys.flag("attention_bias")
     return {"qkv_bias": bias, "out_bias": bias, "ffn_bias": keys.flag("mlp_bias")}
 
@@ -42,7 +42,7 @@ FAMILY = Family(
 
 
 def _read_seed(keys: Keys) -> dict[str, Any]:
-    """Transformers' `SeedOssConfig`: a bias of attention's output is a key of its own."""
+    """Reads transformers' `SeedOssConfig`, which has a separate key for the bias of attention's output."""
     return {
         "qkv_bias": keys.flag("attention_bias"),
         "out_bias": keys.flag("attention_out_bias"),

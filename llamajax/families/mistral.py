@@ -1,4 +1,4 @@
-"""Mistral, Ministral and Ministral 3: a window in all layers, in some, in none.
+"""Mistral, Ministral and Ministral 3: a window in all layers, in some layers, or in none.
 
 Jiang et al. 2023, arXiv:2310.06825. Reference: transformers' `modeling_mistral.py`, `modeling_ministral.py` and
 `modeling_ministral3.py`.
@@ -22,7 +22,7 @@ _DEFAULTS = {
 
 
 def _read(keys: Keys) -> dict[str, Any]:
-    """Transformers' `MistralConfig`: a window is that of all layers; null, from version 0.2 on, is none."""
+    """Reads transformers' `MistralConfig`: a window applies to all layers; null (from version 0.2 on) means none."""
     return read_window_of_all(keys)
 
 
@@ -35,7 +35,7 @@ MISTRAL = Family(
     huggingface=Format(
         kinds=("mistral",), read=_read, write=_write, defaults=_DEFAULTS, architecture="MistralForCausalLM"
     ),
-    # llama.cpp has no architecture for it, and reads over the window.
+    # llama.cpp has no architecture for Mistral, and ignores the window.
     gguf=Format(
         kinds=("llama",),
         read=read_window,
@@ -68,8 +68,8 @@ MINISTRAL = Family(
 
 
 def _read_ministral3(keys: Keys) -> dict[str, Any]:
-    """`Ministral3Config`: the object of RoPE parameters says how queries grow, and behind which length."""
-    rope_value(keys, "max_position_embeddings")  # of no effect there
+    """Reads `Ministral3Config`: the RoPE parameters also say how queries grow, and from which length on."""
+    rope_value(keys, "max_position_embeddings")  # has no effect there
     beta = rope_value(keys, "llama_4_scaling_beta")
     length = rope_value(keys, "original_max_position_embeddings", own=False)
     temperature = {"beta": beta, "length": keys.take("max_position_embeddings") if length is None else length}
@@ -86,7 +86,7 @@ _BETA, _ORIGINAL = "attention.temperature_scale", "rope.scaling.original_context
 
 
 def _read_ministral3_gguf(keys: Keys) -> dict[str, Any]:
-    """The length behind which queries grow is YaRN's original context."""
+    """Reads Ministral 3's keys; queries grow beyond YaRN's original context."""
     beta = scale(keys, _BETA)
     if beta is None:
         return {}

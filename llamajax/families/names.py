@@ -1,4 +1,4 @@
-"""Which tensor of a format's files each weight is, or which part of one."""
+"""Maps each weight to a tensor, or a part of a tensor, in the files of a format."""
 
 import functools
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from llamajax.parameters import Place, specs
 
 
 class Piece(NamedTuple):
-    """Where a weight is.
+    """The place of a weight in the files.
 
     Attributes:
-        tensor: the name of a tensor in the files.
-        rows: which of its rows, output channels; None for all.
+        tensor: the name of the tensor.
+        rows: the weight's rows (output channels) in that tensor; None for all.
     """
 
     tensor: str
@@ -24,7 +24,7 @@ class Piece(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def pieces(config: Config, format: str) -> Mapping[Place, Piece]:
-    """Every weight of a model, and where it is in files of a format, "huggingface" or "gguf".
+    """Returns the place of every weight of a model in files of a format, "huggingface" or "gguf".
 
     Raises:
         LlamaJaxError: if the config's family has no such format.
@@ -47,7 +47,7 @@ def pieces(config: Config, format: str) -> Mapping[Place, Piece]:
 
 @functools.lru_cache(maxsize=16)
 def tensors(config: Config, format: str) -> Mapping[str, tuple[Place, ...]]:
-    """Every tensor that files of a model hold, and the weights that it is made of, in the order of its rows."""
+    """Returns every tensor in the files of a model, with the weights that it holds in the order of its rows."""
     found: dict[str, tuple[Place, ...]] = {}
     order = sorted(pieces(config, format).items(), key=lambda item: item[1].rows.start if item[1].rows else 0)
     for place, piece in order:
@@ -56,7 +56,7 @@ def tensors(config: Config, format: str) -> Mapping[str, tuple[Place, ...]]:
 
 
 def shape_of(config: Config, places: tuple[Place, ...]) -> tuple[int, ...]:
-    """The shape of a tensor that is made of some weights, as foreign files have it: [out, in] of a projection."""
+    """The shape in foreign files of a tensor that holds some weights; a projection is [out, in]."""
     shapes = []
     for place in places:
         spec = specs(config)[place]

@@ -1,4 +1,4 @@
-"""OLMo 2, with norms behind each half and of queries and keys over their full width; OLMo 3, with windows as well.
+"""OLMo 2, with norms after each half of a layer, and of queries and keys over the full width; OLMo 3 adds windows.
 
 OLMo et al. 2025, arXiv:2501.00656. Reference: transformers' `modeling_olmo2.py` and `modeling_olmo3.py`.
 """
@@ -16,7 +16,7 @@ _DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "hidden_act"
 
 
 def _read(keys: Keys) -> dict[str, Any]:
-    keys.only("clip_qkv")  # of the first OLMo
+    keys.only("clip_qkv")  # a key of the first OLMo
     bias = keys.flag("attention_bias")
     return {"norms": "after", "query_key_norm": "width", "qkv_bias": bias, "out_bias": bias}
 
@@ -37,7 +37,7 @@ OLMO2 = Family(
 
 
 def _read_olmo3(keys: Keys) -> dict[str, Any]:
-    """`Olmo3Config`: `rope_scaling` is that of layers without a window."""
+    """Reads `Olmo3Config`: `rope_scaling` applies only to layers without a window."""
     return _read(keys) | read_windows(keys, ("window",) * 3 + ("full",), keys.whole_or_null("sliding_window"))
 
 
@@ -46,7 +46,7 @@ def _write_olmo3(config: Config) -> dict[str, Any]:
 
 
 def _read_olmo3_gguf(keys: Keys) -> dict[str, Any]:
-    """llama.cpp turns layers with windows by the same theta, and does not scale it."""
+    """Reads OLMo 3's keys; in llama.cpp, layers with windows have the same theta, unscaled."""
     theta = keys.number("rope.freq_base", 10000.0)
     keys.only("rope.freq_base_swa", theta)
     return _read_gguf(keys) | read_gguf_windows(keys, period=4) | {"window_rope": {"theta": theta}}

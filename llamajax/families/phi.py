@@ -13,7 +13,7 @@ from llamajax.fields import check_whole
 
 
 def _read(keys: Keys) -> dict[str, Any]:
-    """`Phi3Config`: a window is that of all layers."""
+    """Reads `Phi3Config`: a window applies to all layers."""
     keys.only("lm_head_bias", False)
     keys.only("full_attn_mod", 1)
     keys.only("interpolate_factor", 1)
@@ -25,7 +25,7 @@ def _write(config: Config) -> dict[str, Any]:
 
 
 def _read_gguf(keys: Keys) -> dict[str, Any]:
-    """A window is that of all layers; llama.cpp reads over it, and says that results may suffer."""
+    """Reads Phi-3's keys: a window applies to all layers. llama.cpp ignores it, and warns that results may suffer."""
     head_size = keys.take("attention.key_length", keys.take("embedding_length") // keys.take("attention.head_count"))
     rotated = keys.take("rope.dimension_count", head_size)
     check_whole(f"{keys.source}: {keys.prefix}rope.dimension_count", rotated, head_size)

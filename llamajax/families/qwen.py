@@ -24,7 +24,7 @@ _DEFAULTS = {
 
 
 def _read_kinds(keys: Keys) -> dict[str, Any]:
-    """Windows, where they are in use, are those of the layers from `max_window_layers` on."""
+    """Reads the kinds of layers: if windows are used, the layers from `max_window_layers` on have one."""
     window, first = keys.whole_or_null("sliding_window"), keys.take("max_window_layers")
     if type(first) is not int or not 0 <= first <= LARGEST_DIMENSION:
         raise LlamaJaxError(f"{keys.source}: max_window_layers is {shortened(first)}: expected a number of layers")

@@ -14,9 +14,9 @@ from llamajax.files import shortened
 
 
 def _read(keys: Keys) -> dict[str, Any]:
-    """`SmolLM3Config`; its windows, which no published model has, would be those of layers without RoPE."""
+    """Reads `SmolLM3Config`; windows, which no published model uses, are refused."""
     keys.only("use_sliding_window", False)
-    keys.read |= {"sliding_window", "max_window_layers"}  # of no effect then
+    keys.read |= {"sliding_window", "max_window_layers"}  # without effect if use_sliding_window is off
     if "window" in read_layer_types(keys, ("full",)):
         raise LlamaJaxError(
             f"{keys.source}: layer_types has sliding_attention: expected full_attention, as use_sliding_window is off"
@@ -54,7 +54,7 @@ def _write(config: Config) -> dict[str, Any]:
 
 
 def _read_gguf(keys: Keys) -> dict[str, Any]:
-    """No key says which layers go without RoPE: every fourth, in llama.cpp."""
+    """Reads SmolLM3's keys. No key says which layers have no RoPE; in llama.cpp it is every fourth layer."""
     return {"layer_kinds": kinds_of(keys.take("block_count"), ("full", "full", "full", "nope"))}
 
 

@@ -1,4 +1,4 @@
-r"""The final answer of a text, in one spelling, for the votes of self-consistency.
+r"""Extracts the final answer of a text, in one spelling, for the votes of self-consistency.
 
 >>> final_answer("6 packs of 14 make 6 x 14 = 84. The answer is 84 pencils.")
 '84'
@@ -10,18 +10,18 @@ import collections
 import re
 from fractions import Fraction
 
-# Numbers of more characters are compared as they stand: arithmetic with them would take long, and nobody asks for it.
+# Longer numbers (in characters) are compared as written: arithmetic with them would take long.
 _LONGEST_NUMBER = 100
-# Characters behind a mark that may name the answer.
+# The number of characters after a mark in which the answer is looked for.
 _LONGEST_CLAUSE = 300
 _SIGN = r"[-\u2212]?"
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?![,\d])|\d+)(?:\.\d+)?|\.\d+"
 _NUMBER = re.compile(
-    # A minus behind a word or a number is no sign.
+    # A minus after a word or a number is not a sign.
     rf"(?<![\w./])(?P<number>{_SIGN}\$?(?:{_DIGITS}))(?:\s?/\s?(?P<below>\d+)(?![\d./]))?|"
     rf"\\[dt]?frac\s?\{{\s?(?P<top>{_SIGN}\d+)\s?\}}\s?\{{\s?(?P<bottom>\d+)\s?\}}"
 )
-# How a text says what it comes to: "the answer is", "Answer:", and GSM8K's "####".
+# Marks of the final answer: "the answer is", "Answer:", and GSM8K's "####".
 _MARK = re.compile(r"\banswer(?:\s+is|\s+would\s+be|\s*:|\s*=)+|####", re.IGNORECASE)
 _CLAUSE = re.compile(r".*?(?=[.!?](?:\s|$)|$)", re.MULTILINE)
 _LETTER = re.compile(r"\(([A-Z])\)|([A-Z])(?=[.):,;]|$)")
@@ -29,11 +29,11 @@ _MARKUP = re.compile(r"\*\*|__|\\[()\[\]!,]|\\text\s?\{([^{}]*)\}|`")
 
 
 def final_answer(text: str) -> str | None:
-    r"""The final answer of a text, or None if it has none.
+    r"""Returns the final answer of a text, or None if it has none.
 
-    The content of the last `\boxed{...}`; else the letter of a choice, the number or the words after the last "answer
-    is", "answer:" or "####"; else the last number. Equal numbers are spelt alike: 1,000 and $1000 and 1000.0 are
-    "1000", 3/4 is "0.75".
+    The answer is the content of the last `\boxed{...}`; else the letter of a choice, the number or the words after the
+    last "answer is", "answer:" or "####"; else the last number. Equal numbers are spelt alike: 1,000 and $1000 and
+    1000.0 are "1000", 3/4 is "0.75".
     """
     boxed = _last_boxed(text)
     if boxed is not None and (answer := _named(boxed[:_LONGEST_CLAUSE])):
@@ -46,7 +46,7 @@ def final_answer(text: str) -> str | None:
 
 
 def _last_boxed(text: str) -> str | None:
-    r"""What the last `\boxed{...}` holds, braces and all; None where it is not closed."""
+    r"""The content of the last `\boxed{...}`, inner braces included; None if there is none, or it is not closed."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
@@ -64,7 +64,7 @@ def _named(text: str) -> str | None:
     clause = found[0].strip() if found else ""
     if letter := _LETTER.match(clause):
         return letter[1] or letter[2]
-    # Of "6 x 14 = 84 pencils" the result.
+    # In "6 x 14 = 84 pencils" the answer is the result.
     if numbers := _numbers(clause.rpartition("=")[2]) or _numbers(clause):
         return numbers[0]
     words = re.sub(r"[^\w\s]", "", clause).casefold().split()
@@ -77,7 +77,7 @@ def _numbers(text: str) -> list[str]:
 
 
 def _spelt(found: re.Match[str]) -> str:
-    """A number as digits without needless zeros, or as a fraction where digits do not end."""
+    """A number as a decimal without needless zeros, or as a fraction if the decimal does not end."""
     top, bottom = found["top"] or found["number"], found["bottom"] or found["below"] or "1"
     top = top.replace("\u2212", "-").replace(",", "").replace("$", "")
     if max(len(top), len(bottom)) > _LONGEST_NUMBER or not int(bottom):

@@ -1,4 +1,4 @@
-"""Chooses one of several samples as the answer, and asks a model for steps: more computing for a better text.
+"""Chooses one of several samples as the answer, and asks a model for steps: both use more computing for better text.
 
 Best of n takes the sample that the model itself finds likeliest, by the mean log probability of its tokens.
 Self-consistency (Wang et al. 2022, arXiv:2203.11171) lets the samples vote by their final answers.
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from llamajax.generation.answers import final_answer
 from llamajax.generation.request import Completion
 
-# What makes a model that does not think by itself show its steps (Kojima et al. 2022, arXiv:2205.11916): the last line
-# of a prompt, or of a message.
+# As the last line of a prompt or a message, it makes a model that does not think by itself show its steps (Kojima et
+# al. 2022, arXiv:2205.11916).
 STEP_BY_STEP = "Let's think step by step."
 
 
@@ -22,7 +22,7 @@ class Choice:
     """The chosen sample, and the reason.
 
     Attributes:
-        index: of the chosen sample.
+        index: the index of the chosen sample.
         scores: the mean log probability of each sample's tokens, in nats; minus infinity for a sample of no tokens.
         answers: the final answer of each sample, None if it has none; empty without a vote.
     """
@@ -33,13 +33,13 @@ class Choice:
 
     @property
     def votes(self) -> list[tuple[str, int]]:
-        """Each answer and its number of samples, in descending order, with the chosen answer first."""
+        """Each answer and its number of samples, in descending order; among equals, the chosen answer comes first."""
         counts = Counter(answer for answer in self.answers if answer is not None)
         chosen = self.answers[self.index] if self.answers else None
         return sorted(counts.items(), key=lambda vote: (-vote[1], vote[0] != chosen))
 
     def __str__(self) -> str:
-        """One line for people: how the votes fell, or whose probability was the highest."""
+        """One line for people: the votes, or which sample was the likeliest."""
         number, score = self.index + 1, self.scores[self.index]
         if not self.votes:
             reason = "none of them names an answer: " if self.answers else ""
@@ -55,25 +55,25 @@ class Choice:
 
 
 def with_steps(text: str) -> str:
-    """A prompt or a message that asks for an answer step by step."""
+    """Adds to a prompt or a message the request to answer step by step."""
     return f"{text}\n\n{STEP_BY_STEP}"
 
 
 def best_of(completions: Sequence[Completion]) -> Choice:
-    """The sample with the highest mean log probability a token, the first of equals."""
+    """Chooses the sample with the highest mean log probability per token; the first of equals."""
     scores = tuple(_mean_log_probability(completion) for completion in completions)
     return Choice(scores.index(max(scores)), scores)
 
 
 def vote(completions: Sequence[Completion], texts: Sequence[str] | None = None) -> Choice:
-    """The likeliest of the samples with the most frequent answer.
+    """Chooses the likeliest of the samples with the most frequent answer.
 
     Among answers with equal votes, that of the likeliest sample wins. If no sample has an answer, the likeliest of all
-    is chosen.
+    samples is chosen.
 
     Args:
         completions: the samples.
-        texts: the texts with the answers, if not `Completion.text`: without a model's thinking, for example.
+        texts: the texts with the answers, for example without a model's thinking; defaults to `Completion.text`.
     """
     if texts is None:
         texts = [completion.text for completion in completions]

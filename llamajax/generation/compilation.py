@@ -1,7 +1,7 @@
-"""Compiling ahead of time, so that compilation is counted and timed apart from running; whole programs kept on disk.
+"""Compiles ahead of time, so that compilation is counted and timed apart from running, and keeps programs on disk.
 
-Programs are found by shapes, settings and our source files. Code that is replaced in a running process (a patched
-method of the model, for example) is not part of this key: use `fresh_programs`.
+The key of a program is made of shapes, settings and the source files of this project. Code that is replaced in a
+running process (a patched method of the model, for example) is not part of the key: use `fresh_programs`.
 """
 
 import contextlib
@@ -32,15 +32,15 @@ from llamajax.files import new_file, read_bytes
 from llamajax.threads import thread_count
 from quant import compiler_options
 
-# Most programs that a function holds in memory: those used last. One takes up to 20 MiB.
+# Most programs that a function holds in memory: the most recently used ones. A program takes up to 20 MiB.
 MOST_PROGRAMS = 64
-# Bytes of files that a folder of programs may hold before the oldest go.
+# Most bytes of files in a folder of programs; beyond it, the oldest files are removed.
 FOLDER_BYTES = 1 << 30
-_LARGEST_PROGRAM = 1 << 30  # bytes; no program comes near
+_LARGEST_PROGRAM = 1 << 30  # bytes; programs are much smaller
 _DIGEST_BYTES = 32
-_setting = threading.Lock()  # held while a setting of JAX's is not the user's
+_setting = threading.Lock()  # held while one of JAX's settings differs from the user's
 _functions: "weakref.WeakSet[CompiledFunction]" = weakref.WeakSet()
-_keeps_programs = True  # on disk; not within `fresh_programs`
+_keeps_programs = True  # whether programs are kept on disk; False within `fresh_programs`
 _said: set[str] = set()
 
 
@@ -49,9 +49,9 @@ class Compilations:
     """Counts of compiled and loaded programs, and the time that callers waited for them.
 
     Attributes:
-        compilations: programs compiled.
-        loads: programs loaded from disk instead.
-        compile_seconds: time for both, and for waiting for a thread that compiled the same program.
+        compilations: the number of programs compiled.
+        loads: the number of programs loaded from disk instead.
+        compile_seconds: the time for both, and for waiting for a thread that compiled the same program.
     """
 
     compilations: int = 0
@@ -65,11 +65,11 @@ class CompiledFunction:
     If JAX's persistent compilation cache is on (`jax_compilation_cache_dir`), programs are kept in a subfolder of that
     folder. JAX's own keys are the lowered functions, and tracing and lowering a model take several times as long as
     loading a compiled program. The keys here are the inputs of compilation: arguments, options, settings, versions, the
-    processor and our source. Like JAX's own the files hold machine code, and they are Python pickles: anyone who can
-    write to that folder can run code in your name. So it is used only if it is yours and nobody else can write to it
-    (`is_private`). Beyond `FOLDER_BYTES`, the least recently used files are removed.
+    processor and the source of this project. Like JAX's own files, these files hold machine code, and they are Python
+    pickles: anyone who can write to that folder can run code in your name. So the folder is used only if it is yours
+    and nobody else can write to it (`is_private`). Beyond `FOLDER_BYTES`, the least recently used files are removed.
 
-    Several threads may call it: if one compiles a program, the others wait for it.
+    Several threads may call it: while one compiles a program, the others wait for that program.
 
     Attributes:
         total: the counts of all calls so far.
@@ -86,11 +86,11 @@ class CompiledFunction:
         _functions.add(self)
 
     def __call__(self, *args: Any, counted: Compilations | None = None) -> Any:
-        """Runs the function, compiling it first if these shapes are new, which is `counted`."""
+        """Runs the function; compiles it first if these shapes are new, and adds that to `counted`."""
         return self.compile(*args, counted=counted)(*args)
 
     def compile(self, *args: Any, counted: Compilations | None = None) -> Any:
-        """The program for arguments of these shapes; they may be `jax.ShapeDtypeStruct`s, or NumPy arrays."""
+        """Returns the program for arguments of these shapes, which may be `jax.ShapeDtypeStruct`s or NumPy arrays."""
         leaves, structure = jax.tree.flatten(args)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shapes = tuple((leaf.shape, leaf.dtype, getattr(leaf, "sharding", None) or device) for leaf in leaves)
@@ -103,7 +103,7 @@ class CompiledFunction:
             making = self._making.setdefault(key, threading.Lock())
         took = Compilations()
         with making:
-            program = self._found(key)  # by a thread that was here first
+            program = self._found(key)  # another thread may have compiled it meanwhile
             if program is None:
                 program, loaded = self._load_or_compile(structure, shapes, args)
                 took.loads, took.compilations = int(loaded), int(not loaded)
@@ -119,7 +119,7 @@ class CompiledFunction:
         return program
 
     def _found(self, key: Any) -> Any:
-        """A program in memory, put behind all others: the first is the one that was not used for longest."""
+        """Returns a program in memory and moves it to the end, so that the first is the least recently used."""
         with self._lock:
             program = self._programs.pop(key, None)
             if program is not None:
@@ -133,7 +133,7 @@ class CompiledFunction:
                 del self._programs[next(iter(self._programs))]
 
     def _forget(self, programs: dict[Any, Any]) -> dict[Any, Any]:
-        """Holds other programs; returns those that it held."""
+        """Replaces the programs in memory by `programs`; returns the earlier ones."""
         with self._lock:
             before, self._programs = self._programs, programs
             return before
@@ -142,7 +142,7 @@ class CompiledFunction:
         """The program, and whether it was loaded from disk."""
         options = compiler_options(jax.default_backend())
         name = f"{self._function.__module__}.{self._function.__qualname__}"
-        # What is spread over devices is described by axes, which do not tell one order of devices from another.
+        # Shardings over several devices are described by axes, which do not tell one order of devices from another.
         on_one_device = all(len(sharding.device_set) == 1 for *_, sharding in shapes)
         file = _program_file(f"{name} {self._donated} {options} {(structure, shapes)}") if on_one_device else None
         if file is not None and (program := _kept(file)):
@@ -160,13 +160,14 @@ class CompiledFunction:
 
 
 def clear_programs() -> None:
-    """Discards the programs of `generate`, `stream` and `measure_decode` in memory, and frees it.
+    """Discards the programs of `generate`, `stream` and `measure_decode` in memory, and frees that memory.
 
-    Programs on disk stay, and are loaded when they are needed again. This frees half of the memory of a new shape of
-    `generate`: of 18 MiB on a CPU (2 layers of width 64; 24 for 8 of 512) its two programs hold 9 (14), of which
-    machine code is 0.3. JAX's own caches hold the rest, some 150 traced functions and a few small programs for each
-    shape: `jax.clear_caches()` frees it, and with both a process is as large after many rounds as after one. The C
-    library keeps part of the freed pages for later (glibc's `malloc_trim(0)` returns them to the system).
+    Programs on disk stay, and are loaded when they are needed again. This frees half of the memory that a new shape of
+    `generate` takes: of 18 MiB on a CPU (2 layers of width 64; 24 MiB for 8 layers of width 512) its two programs hold
+    9 (14), of which 0.3 are machine code. JAX's own caches hold the rest, some 150 traced functions and a few small
+    programs for each shape: `jax.clear_caches()` frees it, and with both calls a process is as large after many rounds
+    as after one. The C library keeps part of the freed pages for later (glibc's `malloc_trim(0)` returns them to the
+    system).
     """
     for function in _functions:
         function._forget({})
@@ -174,15 +175,15 @@ def clear_programs() -> None:
 
 @contextlib.contextmanager
 def fresh_programs() -> Iterator[None]:
-    """Inside, `generate` and the like compile their programs anew, and neither load nor store them on disk.
+    """A context in which `generate` and the like compile their programs anew, and neither load them nor keep them.
 
-    For code that is replaced while Python runs, which the keys of programs do not contain:
+    Use it for code that is replaced while Python runs, which is not part of the keys of programs:
 
         with fresh_programs(), unittest.mock.patch.object(Block, "__call__", mine):
             generate(model, tokenizer, prompt)
 
-    Afterwards the earlier programs are used again. It applies to all threads of the process, but not to programs of
-    your own (`jax.jit`): use `jax.clear_caches` for those.
+    Afterwards the earlier programs are used again. The context applies to all threads of the process, but not to
+    programs of your own (`jax.jit`): use `jax.clear_caches` for those.
     """
     global _keeps_programs
     before, kept = _keeps_programs, {function: function._forget({}) for function in _functions}
@@ -199,9 +200,10 @@ def fresh_programs() -> Iterator[None]:
 
 
 def _anew(function: Callable[..., Any], unique: bool) -> Callable[..., Any]:
-    """The function as another object, of which JAX has traced nothing; `unique`: under a name that it never had, too.
+    """Returns the function as a new object, of which JAX has traced nothing; with `unique`, also under a new name.
 
-    XLA on a CPU cannot write out a program that JAX found on disk: the copy would lack functions.
+    The new name keeps JAX from finding the program on its own disk cache. XLA on a CPU cannot write out a program that
+    was loaded from there: the copy would lack functions.
     """
 
     @functools.wraps(function)
@@ -215,7 +217,7 @@ def _anew(function: Callable[..., Any], unique: bool) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _unknown_to_jax() -> Iterator[None]:
-    """Inside, JAX keeps no program on disk."""
+    """A context in which JAX keeps no program on disk."""
     setting = "jax_persistent_cache_min_compile_time_secs"
     with _setting:
         before = jax.config.values[setting]
@@ -228,14 +230,14 @@ def _unknown_to_jax() -> Iterator[None]:
 
 def _settings() -> tuple[Any, ...]:
     """JAX's settings and the mesh in use, which change what a function is traced to."""
-    # By attribute, where there is one, because a context manager changes what that gives, not `values`.
+    # Read attributes where they exist: JAX's context managers change the attribute, not `values`.
     values = jax.config.values
     return *(getattr(jax.config, name, values[name]) for name in _setting_names()), jax.sharding.get_abstract_mesh()
 
 
 @functools.cache
 def _setting_names() -> tuple[str, ...]:
-    """Those of caches change no program."""
+    """The names of the settings that may change a program: all but those of caches."""
     return tuple(name for name in sorted(jax.config.values) if "cache" not in name)
 
 
@@ -243,9 +245,9 @@ def _setting_names() -> tuple[str, ...]:
 
 
 def _program_file(description: str) -> Path | None:
-    """Where a program is kept; None if none are to be."""
+    """The file in which a program is kept; None if programs are not kept."""
     root = jax.config.values["jax_compilation_cache_dir"]
-    if not _keeps_programs or not root or "://" in root:  # JAX takes gs://…, too: then it keeps programs itself
+    if not _keeps_programs or not root or "://" in root:  # for gs://…, only JAX itself keeps programs
         return None
     if not jax.config.values["jax_enable_compilation_cache"] or jax.process_count() > 1:
         return None
@@ -256,15 +258,16 @@ def _program_file(description: str) -> Path | None:
     device = jax.devices()[0]
     versions = jax.__version__, jaxlib.__version__, flax.__version__, device.client.platform_version
     settings = dict(zip((*_setting_names(), "mesh"), _settings(), strict=True))
-    machine = f"{device.device_kind} {processor_features()} {thread_count()}"  # code is cut up for so many threads
+    machine = f"{device.device_kind} {processor_features()} {thread_count()}"  # code depends on the number of threads
     made_from = f"{description} {settings} {flags} {versions} {machine} {_source_hash()}"
     return folder / hashlib.sha256(made_from.encode()).hexdigest()
 
 
 def is_private(folder: Path) -> bool:
-    """Whether nobody else can put files into a folder. If it does not exist, it is made for its owner alone.
+    """Whether nobody else can put files into a folder; a folder that does not exist is made for its owner alone.
 
-    A folder that others may only read is closed to them. The reason for refusing a folder is given once.
+    If others may read the folder but not write to it, that permission is removed. A refused folder causes one warning
+    with the reason.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -273,7 +276,7 @@ def is_private(folder: Path) -> bool:
         status = folder.lstat()
         problem = None
         if not stat.S_ISDIR(status.st_mode):
-            problem = "it is no folder"
+            problem = "it is not a folder"
         elif os.name == "posix" and status.st_uid != os.geteuid():
             problem = f"it belongs to user {status.st_uid}, not to you ({os.geteuid()})"
         elif os.name == "posix" and status.st_mode & 0o022:
@@ -284,14 +287,14 @@ def is_private(folder: Path) -> bool:
         problem = error.strerror or str(error)
     if problem:
         _say_once(
-            f"{folder}: compiled programs are not kept there, nor loaded: {problem}. Remove it, or name another folder "
-            "with JAX_COMPILATION_CACHE_DIR"
+            f"{folder}: compiled programs are neither kept there nor loaded: {problem}. Remove it, or name another "
+            "folder with JAX_COMPILATION_CACHE_DIR"
         )
     return problem is None
 
 
 def drop_oldest(folder: Path, limit: int = FOLDER_BYTES) -> None:
-    """Removes the least recently used files until a folder holds no more than `limit` bytes."""
+    """Removes the least recently used files of a folder until it holds at most `limit` bytes."""
     try:
         status = {
             Path(entry.path): entry.stat() for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False)
@@ -311,7 +314,7 @@ def drop_oldest(folder: Path, limit: int = FOLDER_BYTES) -> None:
 def processor_features() -> str:
     """A text that differs between processors that need different machine code."""
     cpuinfo = Path("/proc/cpuinfo")
-    # Not by `files.read_text`: the kernel says of its files that they are empty.
+    # `files.read_text` does not work here: the kernel reports a size of 0 for its files.
     lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
     features = [line for line in lines if line.startswith(("flags", "Features"))]
     return f"{platform.machine()} {platform.processor()} {features[:1]}"
@@ -325,7 +328,7 @@ def _say_once(message: str) -> None:
 
 @functools.cache
 def _source_hash() -> str:
-    """Of all our code that a program can be made from."""
+    """A hash of all source files that a program can be made from."""
     digest = hashlib.sha256()
     for folder in (Path(quant.__file__).parent, Path(__file__).parents[1]):
         for file in sorted(folder.rglob("*.py")):
@@ -334,7 +337,7 @@ def _source_hash() -> str:
 
 
 def _kept(file: Path) -> Any:
-    """The program that `_keep` wrote; None if there is none, or it is damaged, or this machine cannot load it."""
+    """Loads the program that `_keep` wrote; None if there is none, it is damaged, or this machine cannot load it."""
     try:
         data = read_bytes(file, _LARGEST_PROGRAM)
     except FileNotFoundError:
@@ -347,17 +350,17 @@ def _kept(file: Path) -> Any:
         if hashlib.sha256(content).digest() != digest:
             raise ValueError("damaged")
         program = serialize_executable.deserialize_and_load(*pickle.loads(content))
-    except Exception as error:  # of many kinds, all of which compiling anew mends
+    except Exception as error:  # of many kinds; compiling again is right for all of them
         reason = " ".join(str(error).split())[:200]
         _say_once(f"{file.parent}: a kept program cannot be loaded ({reason}): it is compiled again")
         return None
     with contextlib.suppress(OSError):
-        os.utime(file)  # used: others go before it
+        os.utime(file)  # marks it as used: `drop_oldest` removes others first
     return program
 
 
 def _keep(program: Any, file: Path) -> None:
-    """Writes a program behind its SHA-256, whole or not at all; what cannot be written is not kept."""
+    """Writes a program after its SHA-256, whole or not at all; warns if it cannot be written."""
     try:
         content = pickle.dumps(serialize_executable.serialize(program))
         with new_file(file) as partial:

@@ -30,9 +30,9 @@ from llamajax.generation.speculate import check_speculate
 from llamajax.meshes import auto_mesh, with_auto_axes
 from llamajax.model import Llama
 
-# Slots are a multiple of this, so that requests of similar length share their programs.
+# The number of slots is a multiple of this, so that requests of similar length share their programs.
 SLOT_MULTIPLE = 256
-# Ids that may end a row, unless an engine is made for more.
+# The most stop ids of a row, unless an engine is made for more.
 STOPS = 8
 
 compiled_extend = CompiledFunction(programs.extend, donate_argnames=("cache",))
@@ -49,14 +49,14 @@ class Knobs:
 
     Attributes:
         max_new_tokens: the most tokens to generate.
-        temperature: 0 is greedy. This and the following knobs are as of `sampling.Sampler`; None is off.
+        temperature: 0 is greedy. For this and the following knobs see `sampling.Sampler`; None turns a knob off.
         top_k: likewise.
         top_p: likewise.
         min_p: likewise.
         repetition_penalty: likewise.
-        seed: whole number from 0 to 2**32 - 1.
-        sample: the number of this sample among several of the same seed; 0 gives the result of the seed alone.
-        stop_ids: the row ends after any of them.
+        seed: a whole number from 0 to 2**32 - 1.
+        sample: the number of this sample among several with the same seed; 0 gives the result of the seed alone.
+        stop_ids: the row ends after any of these ids.
     """
 
     max_new_tokens: int
@@ -72,7 +72,7 @@ class Knobs:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Tokens that one forward pass puts into the cache, arrays as of `programs.extend`."""
+    """Tokens that one forward pass puts into the cache; for the arrays see `programs.extend`."""
 
     tokens_bT: np.ndarray
     count_b: np.ndarray
@@ -91,12 +91,12 @@ class Engine:
     """Compiles the programs that rows need, and checks requests.
 
     Attributes:
-        rows: B, their number.
-        slots: S, the most tokens of a row.
+        rows: B, the number of rows.
+        slots: S, the most tokens that a row's cache holds.
         cache_dtype: the name of one of `caches.CACHE_DTYPES`.
-        drafts: k, tokens that the text itself drafts for each forward pass (`speculate.py`); 0 is none.
+        drafts: k, the number of tokens drafted from the text itself for each forward pass (`speculate.py`); 0 is none.
         stops: the most stop ids of a row.
-        counted: counts of compilations.
+        counted: the counts of compilations.
     """
 
     def __init__(
@@ -110,17 +110,17 @@ class Engine:
         stops: int = STOPS,
         counted: Compilations | None = None,
     ):
-        """Neither moves the model to the device yet nor compiles anything.
+        """Stores the settings; does not move the model to the device yet, and compiles nothing.
 
         Args:
-            model: its leaves may be abstract (`jax.ShapeDtypeStruct`), for `compile` alone.
+            model: the model; if only `compile` is called, its leaves may be abstract (`jax.ShapeDtypeStruct`).
             rows: see the attributes.
-            slots: likewise, rounded up to a multiple of `SLOT_MULTIPLE`. A row of P tokens that generates at most n
-                needs P + n - 1 + `drafts`.
-            cache_dtype: the model's unless given.
+            slots: see the attributes; rounded up to a multiple of `SLOT_MULTIPLE`. A row of P tokens that generates at
+                most n more needs P + n - 1 + `drafts` slots.
+            cache_dtype: see the attributes; defaults to the model's dtype.
             drafts: see the attributes.
-            stops: likewise.
-            counted: where compilations are counted.
+            stops: see the attributes.
+            counted: the object in which compilations are counted; defaults to a new one.
         """
         self._given = model
         self.rows, self.slots = rows, whole_slots(slots)
@@ -131,7 +131,7 @@ class Engine:
     @functools.cached_property
     @auto_mesh()
     def model(self) -> Llama:
-        """The running model. Leaves that are NumPy arrays are moved once, not at every call; others stay."""
+        """The model on the device. NumPy leaves are moved once, not at every call; other leaves stay where they are."""
         self._given = with_auto_axes(jax.device_put(self._given))
         return self._given
 
@@ -146,8 +146,8 @@ class Engine:
 
         Args:
             length: the length of the longest text to insert.
-            rows: the rows that are inserted together; all unless given.
-            copies: the number of rows in a call of `copy`, if any.
+            rows: the rows that are inserted together; defaults to all rows.
+            copies: the number of target rows in a call of `copy`; 0 if `copy` is not called.
         """
         every = list(range(self.rows))
         rows = every if rows is None else rows
@@ -173,14 +173,15 @@ class Engine:
         *,
         keep: int | Sequence[int] = 0,
     ) -> EngineState:
-        """Inserts a text into a row, or one into each of several rows, which then continue it.
+        """Inserts a text into a row, or one text into each of several rows, which then continue it.
 
         Args:
-            state: the rows.
+            state: the state of all rows.
             row: one row or several distinct ones; their content is discarded.
-            tokens: the ids of the whole text; for several rows, a list for each.
-            knobs: the settings of the row; likewise.
-            keep: the number of these tokens that its cache already holds; some may be computed again; likewise.
+            tokens: the ids of the whole text; for several rows, one list for each row.
+            knobs: the settings of the row; for several rows, one value for all or one for each.
+            keep: how many of the first `tokens` the row's cache already holds; some of them may be computed again. For
+                several rows, one value for all or one for each.
 
         Raises:
             LlamaJaxError: for a row that does not exist, a text that does not fit, or knobs out of range.
@@ -193,11 +194,14 @@ class Engine:
     def plan(
         self, state: EngineState, rows: Sequence[int], texts: Sequence[Sequence[int]], keep: Sequence[int]
     ) -> list[Chunk]:
-        """The chunks that `insert` passes to `extend`; arguments and errors as there."""
+        """Returns the chunks that `insert` passes to `extend`; arguments and errors are those of `insert`."""
         self._check_rows(rows)
         for row, text in zip(rows, texts, strict=True):
             if not 1 <= len(text) <= self.slots + 1:
-                raise LlamaJaxError(f"{len(text)} tokens for row {row}: expected from 1 to {self.slots}, its slots")
+                raise LlamaJaxError(
+                    f"{len(text)} tokens for row {row}: expected at least 1, and at most 1 more than its {self.slots} "
+                    "slots"
+                )
         keeps = self._keeps(state, rows, texts, keep)
         longest = max(len(text) - 1 - kept for text, kept in zip(texts, keeps, strict=True))
         chunks = []
@@ -217,7 +221,11 @@ class Engine:
     def start(
         self, state: EngineState, rows: Sequence[int], texts: Sequence[Sequence[int]], knobs: Sequence[Knobs]
     ) -> EngineState:
-        """Starts rows whose caches hold all but the last token of their texts."""
+        """Starts rows whose caches hold all but the last token of their texts.
+
+        Raises:
+            LlamaJaxError: if a row has too few slots for its text and `max_new_tokens`.
+        """
         for row, text, asked in zip(rows, texts, knobs, strict=True):
             needed = len(text) + asked.max_new_tokens - 1 + self.drafts
             if asked.max_new_tokens < 0 or needed > self.slots:
@@ -235,7 +243,7 @@ class Engine:
     def copy(
         self, state: EngineState, row: int, to: int | Sequence[int], knobs: Knobs | Sequence[Knobs]
     ) -> EngineState:
-        """Copies a row into one or several others, which continue from there with their own settings.
+        """Copies a row into one or several other rows, which continue its text with their own settings.
 
         Raises:
             LlamaJaxError: for a row that does not exist, or knobs out of range.
@@ -252,9 +260,9 @@ class Engine:
 
     @auto_mesh()
     def free(self, state: EngineState, row: int | Sequence[int]) -> EngineState:
-        """Ends one row or several: they generate nothing until a text is inserted.
+        """Ends one row or several; a freed row generates nothing until a text is inserted into it.
 
-        A row whose logits were not finite must be freed, or its NaN may reach the next text inserted there.
+        A row whose logits were not finite must be freed; otherwise its NaN may reach the next text inserted there.
         """
         rows = [row] if isinstance(row, int) else list(row)
         self._check_rows(rows)
@@ -262,16 +270,16 @@ class Engine:
 
     @auto_mesh()
     def grow(self, state: EngineState, slots: int) -> tuple["Engine", EngineState]:
-        """An engine with more slots, and its state with the same rows; the given state stays valid, too.
+        """Returns an engine with more slots, and its state with the same rows; the given state stays valid, too.
 
         Raises:
-            LlamaJaxError: if RoPE depends on the number of slots, and would differ.
+            LlamaJaxError: if the RoPE of this model depends on the number of slots and would change.
         """
         config = self._given.config
         if config.rope_choice(self.slots) != config.rope_choice(whole_slots(slots)):
             raise LlamaJaxError(
-                f"{self.slots} slots cannot grow to {whole_slots(slots)}: they determine this model's RoPE, and "
-                "the cached keys would be wrong: make an engine of so many slots, and insert the texts again"
+                f"{self.slots} slots cannot grow to {whole_slots(slots)}: the number of slots determines this model's "
+                "RoPE, and the cached keys would be wrong: make an engine of that size, and insert the texts again"
             )
         larger = Engine(
             self.model,
@@ -288,20 +296,20 @@ class Engine:
         return program(*args, counted=self.counted)
 
     def _places(self, rows: Sequence[int]) -> tuple[jax.Array, ...]:
-        """The last argument of `extend`: none for all rows."""
+        """The last argument of `extend`: row indices, or no argument if `rows` are all rows."""
         return () if self._is_all(rows) else (_ids(rows),)
 
     def _cache(self) -> KVCache:
         return empty_cache(self._given.config, self.rows, self.slots, self.cache_dtype)
 
     def _state(self, cache: KVCache, texts: Sequence[Sequence[int]], knobs: Sequence[Knobs]) -> EngineState:
-        """All rows with these texts."""
+        """A state in which every row has its text and its knobs."""
         history_BS, length_B = self._history(texts)
         cache = dataclasses.replace(cache, length_B=length_B)
         return EngineState(cache, history_BS, self._asked(knobs), self.drafts)
 
     def _shapes(self) -> EngineState:
-        """The shapes of the state: nothing is computed, or moved to the device, for a program."""
+        """The shapes of the state, for compiling: nothing is computed or moved to the device."""
         shape: Any = lambda dtype, *more: jax.ShapeDtypeStruct((self.rows, *more), dtype)  # noqa: E731
         asked = Asked(
             shape(np.int32),
@@ -313,11 +321,11 @@ class Engine:
 
     @property
     def _columns(self) -> int:
-        """Of the history."""
+        """The number of columns of the history."""
         return self.slots + self.drafts + 2
 
     def _history(self, texts: Sequence[Sequence[int]]) -> tuple[jax.Array, jax.Array]:
-        """The ids of texts at their positions, and the position of the last of each."""
+        """The ids of each text at their positions, and the position of the last id of each text."""
         history_bS = np.zeros((len(texts), self._columns), np.int32)
         for ids, text in zip(history_bS, texts, strict=True):
             ids[: len(text)] = text
@@ -325,7 +333,7 @@ class Engine:
         return jax.device_put(history_bS), jax.device_put(length_b)
 
     def _asked(self, knobs: Sequence[Knobs]) -> Asked:
-        """Knobs as arrays, those that are off at their neutral values; checked."""
+        """Checks the knobs and returns them as arrays; knobs that are off get their neutral values."""
         stop_bM = np.full((len(knobs), self.stops), -1, np.int32)
         for ids, each in zip(stop_bM, knobs, strict=True):
             if len(each.stop_ids) > self.stops:
@@ -341,14 +349,17 @@ class Engine:
     def _keeps(
         self, state: EngineState, rows: Sequence[int], texts: Sequence[Sequence[int]], keep: Sequence[int]
     ) -> list[int]:
-        """Tokens that each row can keep, at most `keep`: what its cache can go back to, and the chunks behind fit."""
+        """The number of tokens that each row can keep, at most `keep`.
+
+        The cache must be able to go back to that length, and the chunks after the kept tokens must fit into the slots.
+        """
         if not any(keep):
             return [0] * len(rows)
         held = [int(length) for length in np.asarray(state.cache.length_B)[list(rows)]]
         for row, holds, kept, text in zip(rows, held, keep, texts, strict=True):
             if not 0 <= kept <= min(holds, len(text)):
-                raise LlamaJaxError(f"row {row} is to keep {kept} tokens: expected from 0 to {min(holds, len(text))}")
-        # The last token is for `step`; and in the slots of one of its passes, the last, rows that waited were written.
+                raise LlamaJaxError(f"keep is {kept} in row {row}: expected from 0 to {min(holds, len(text))} tokens")
+        # `step` feeds the last token. The last drafts + 1 slots are not kept: `step` writes there in waiting rows.
         most = [min(kept, len(text) - 1, self.slots - self.drafts - 1) for kept, text in zip(keep, texts, strict=True)]
         lost_B = state.cache.fewest_B
         fewest = [0] * len(rows) if lost_B is None else np.asarray(lost_B)[list(rows)].tolist()
@@ -372,12 +383,12 @@ class Engine:
 
 
 def whole_slots(slots: int) -> int:
-    """The number of slots of an engine that needs at least so many."""
+    """The number of slots rounded up to a multiple of `SLOT_MULTIPLE`."""
     return -(-slots // SLOT_MULTIPLE) * SLOT_MULTIPLE
 
 
 def full_sampler(knobs: Sequence[Knobs]) -> Sampler:
-    """A sampler with a value of every knob for every row; the value of a disabled knob has no effect.
+    """Returns a sampler with a value of every knob for every row; a knob that is None gets its neutral value.
 
     Raises:
         LlamaJaxError: for a value out of its range.
@@ -391,7 +402,7 @@ def full_sampler(knobs: Sequence[Knobs]) -> Sampler:
 
 
 def _each(row: Any, tokens: Any, knobs: Any, keep: Any) -> tuple[list[int], list[list[int]], list[Knobs], list[int]]:
-    """The arguments of `insert` for several rows."""
+    """The arguments of `insert` as lists with one item for each row."""
     if isinstance(row, int):
         return [row], [list(tokens)], [knobs], [keep]
     rows = list(row)
@@ -400,7 +411,7 @@ def _each(row: Any, tokens: Any, knobs: Any, keep: Any) -> tuple[list[int], list
 
 
 def _chunk(texts: Sequence[Sequence[int]], held: Sequence[int], size: int) -> Chunk:
-    """The next `size` tokens of each text behind those that are held, but for the last; padded with 0."""
+    """The next `size` tokens of each text after the `held` ones, without the text's last token, padded with 0."""
     tokens_bT = np.zeros((len(texts), size), np.int32)
     count_b = np.zeros(len(texts), np.int32)
     for row, (text, first) in enumerate(zip(texts, held, strict=True)):

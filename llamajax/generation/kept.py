@@ -1,4 +1,4 @@
-"""Rows that outlive a request: the next request reuses their caches."""
+"""Keeps rows after a request, so that the next request reuses their caches."""
 
 import weakref
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from llamajax.model import Llama
 
 
 class MadeOnHost(NamedTuple):
-    """As `Made`, in arrays of NumPy."""
+    """The fields of `Made` as NumPy arrays."""
 
     token_BM: np.ndarray
     log_probability_BM: np.ndarray
@@ -32,7 +32,7 @@ class Kept:
 
     The second request prefills only the tokens that its prompt does not share with the cache. Nothing is kept if the
     model, the number of rows, the cache's dtype or the drafts change, or if the request's slots select another RoPE.
-    One request at a time may use it.
+    Only one request at a time may use a `Kept`.
 
     Attributes:
         engine: the engine of the last request; None before the first.
@@ -41,10 +41,10 @@ class Kept:
     def __init__(self) -> None:
         """Holds nothing."""
         self.engine: Engine | None = None
-        self._texts: list[list[int]] = []  # ids of each row, the newest included,
-        self._lengths: list[int] = []  # and how many of them its cache holds
+        self._texts: list[list[int]] = []  # the ids of each row, the newest included
+        self._lengths: list[int] = []  # how many of these ids each row's cache holds
         self._state: EngineState | None = None
-        self._given: weakref.ref[Any] | None = None  # what the engine's model was made from
+        self._given: weakref.ref[Any] | None = None  # the caller's model, from which the engine's model was made
 
     @property
     def held(self) -> list[list[int]]:
@@ -52,22 +52,22 @@ class Kept:
         return [text[:length] for text, length in zip(self._texts, self._lengths, strict=True)]
 
     def slots(self, model: Llama, rows: int, slots: int, options: Options) -> int:
-        """The number of slots of the engine for a request that needs at least so many; arguments as of `fit`."""
+        """The number of slots of the engine for a request that needs at least `slots`; arguments as in `fit`."""
         engine = self.engine
         if engine is None or not self._suits(engine, model, rows, options):
             return slots
         most = model.config.context_length + engine.drafts
-        # Few sizes, of which each needs programs.
+        # The slots at least double, for few sizes: each size needs its own programs.
         found = engine.slots if slots <= engine.slots else max(slots, min(2 * engine.slots, most))
         return found if _same_rope(model, found, slots) else slots
 
     def fit(self, model: Llama, rows: int, slots: int, options: Options, counted: Compilations) -> Engine:
-        """The engine for a request: the kept one, grown, or made anew.
+        """Returns the engine for a request: the kept one, the kept one with more slots, or a new one.
 
         Args:
-            model: the caller's model; the one that the engine was made from, or the engine's own, is recognised.
-            rows: B.
-            slots: at least.
+            model: the caller's model. The kept engine suits if it was made from this model, or if it is its own.
+            rows: B, the number of rows.
+            slots: the fewest slots that the request needs.
             options: cache_dtype, drafts and stops of `Engine`.
             counted: the counts to which later compilations are added.
         """
@@ -95,7 +95,7 @@ class Kept:
         ours = {name: getattr(engine, name) for name in options}
         return known and engine.rows == rows and ours == options
 
-    # ---- The engine's calls, each of which takes the state and leaves another ----------------------------------------
+    # ---- The engine's calls: each takes the state and stores the new one ---------------------------------------------
 
     def shared(self, row: int, text: Sequence[int]) -> int:
         """The number of a text's tokens, without its last, that a row's cache already holds."""
@@ -106,31 +106,31 @@ class Kept:
         return next((i for i in range(most) if held[i] != text[i]), most)
 
     def plan(self, rows: Sequence[int], texts: Sequence[Sequence[int]]) -> list[Chunk]:
-        """As of `Engine.plan`, keeping the tokens that texts share with the caches of rows."""
+        """`Engine.plan`, which keeps the tokens that the texts share with the caches of their rows."""
         keep = [self.shared(*each) for each in zip(rows, texts, strict=True)]
         return self._engine.plan(self._held_state, rows, texts, keep)
 
     def extend(self, rows: Sequence[int], chunk: Chunk) -> None:
-        """As of `Engine.extend`."""
+        """`Engine.extend` on the kept rows."""
         self._state = self._engine.extend(self._take(), rows, chunk)
         for i, row in enumerate(rows):
             self._texts[row] = [*self._texts[row][: chunk.held_b[i]], *chunk.tokens_bT[i, : chunk.count_b[i]].tolist()]
             self._lengths[row] = len(self._texts[row])
 
     def start(self, rows: Sequence[int], texts: Sequence[Sequence[int]], knobs: Sequence[Knobs]) -> None:
-        """As of `Engine.start`."""
+        """`Engine.start` on the kept rows."""
         self._state = self._engine.start(self._take(), rows, texts, knobs)
         for row, text in zip(rows, texts, strict=True):
             self._texts[row], self._lengths[row] = list(text), len(text) - 1
 
     def copy(self, row: int, to: Sequence[int], knobs: Sequence[Knobs]) -> None:
-        """As of `Engine.copy`."""
+        """`Engine.copy` on the kept rows."""
         self._state = self._engine.copy(self._take(), row, to, knobs)
         for other in to:
             self._texts[other], self._lengths[other] = list(self._texts[row]), self._lengths[row]
 
     def step(self, limit: int) -> MadeOnHost:
-        """As of `Engine.step`."""
+        """`Engine.step` on the kept rows."""
         state, made = self._engine.step(self._take(), limit)
         token_BM, log_probability_BM, count_B, pass_B = (
             np.asarray(array) for array in (made.token_BM, made.log_probability_BM, made.count_B, made.pass_B)
@@ -142,7 +142,7 @@ class Kept:
         return MadeOnHost(token_BM, log_probability_BM, count_B, pass_B)
 
     def free(self, rows: Sequence[int]) -> None:
-        """As of `Engine.free`."""
+        """`Engine.free` on the kept rows."""
         self._state = self._engine.free(self._take(), rows)
 
     def wait(self) -> None:
@@ -165,12 +165,12 @@ class Kept:
         return self._state
 
     def _take(self) -> EngineState:
-        """The state, which is then nobody's: a call that is interrupted must not leave one whose memory it took."""
+        """Returns the state and forgets it: an interrupted call must not leave a state whose memory it has reused."""
         state, self._state = self._held_state, None
         return state
 
 
 def _same_rope(model: Llama, slots: int, other: int) -> bool:
-    """Whether keys of an engine of so many slots are of use in one of others."""
+    """Whether engines of `slots` and of `other` slots use the same RoPE, so that cached keys are valid in both."""
     choice = model.config.rope_choice
     return choice(whole_slots(slots)) == choice(whole_slots(other))

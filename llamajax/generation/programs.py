@@ -1,7 +1,7 @@
 """The device programs of generation: pure functions of rows, for use under `jax.jit`; `Engine` compiles them.
 
-A prompt's last token is not prefilled: `step` feeds it first. So `extend` needs no head, a prompt of one token needs no
-prefill, and one program of `step` serves every request of the same rows and slots.
+The last token of a prompt is not prefilled: `step` feeds it first. So `extend` needs no head, a prompt of one token
+needs no prefill, and one program of `step` serves every request with the same number of rows and slots.
 """
 
 import dataclasses
@@ -16,11 +16,11 @@ from llamajax.generation.speculate import draft_tokens
 from llamajax.model import Llama
 from quant import start_indices
 
-# Chunks of a prompt. Four sizes are four programs at most; the largest bounds the memory of a long prompt's scores.
+# Chunk sizes of a prompt. Each size is a program; the largest size bounds the memory of a long prompt's scores.
 PREFILL_BUCKETS = (16, 32, 64, 256)
-# Most tokens that one call of `step` makes in each row, one a forward pass. A buffer of that many is all it costs.
+# Most tokens that one call of `step` makes in each row, one per forward pass. It costs only a buffer of that many.
 DECODE_BLOCK = 64
-# Most forward passes of a call where each may make several tokens: about one block without drafts.
+# Most forward passes of a call with drafts, where each may make several tokens: about as much as a block without.
 DRAFT_PASSES = 16
 
 
@@ -30,9 +30,9 @@ class Asked:
     """The settings of rows, in arrays with one value for each row.
 
     Attributes:
-        left_B: int32, tokens that each row may still make; 0 in a row that has ended, or is free.
+        left_B: int32, the number of tokens that each row may still make; 0 in a row that has ended or is free.
         key_B: PRNG keys; the choice at position p uses `fold_in(key, p)`.
-        sampler: the knobs, of which none is None; greedy and neutral values turn them off.
+        sampler: the knobs, none of which is None; a knob that is off has its neutral value.
         stop_BM: int32, ids that end each row, padded with -1.
     """
 
@@ -47,15 +47,16 @@ class Asked:
 class EngineState:
     """Rows that generate tokens, each with its own text, cache and knobs.
 
-    A row that has ended keeps its tokens, except the last ones if its cache is full: a waiting row also writes as many
-    slots as a forward pass has tokens.
+    A row that has ended keeps its tokens, except the last ones if its cache is full: each forward pass also writes its
+    tokens into the slots of waiting rows.
 
     Attributes:
-        cache: everything before the newest token of each row.
+        cache: the keys and values of all tokens before the newest token of each row.
         history_BS: int32, the ids of each row at their positions, the newest at `cache.length_B`; later columns are
             undefined. It has `drafts` + 2 columns more than the cache has slots, so that every row can be written.
         asked: the settings of each row.
-        drafts: k, tokens that the text itself drafts for each forward pass to check (`speculate.py`); static.
+        drafts: k, the number of tokens drafted from the text itself, which each forward pass checks (`speculate.py`);
+            static.
     """
 
     cache: KVCache
@@ -65,12 +66,12 @@ class EngineState:
 
     @property
     def rows(self) -> int:
-        """B."""
+        """B, the number of rows."""
         return self.history_BS.shape[0]
 
     @property
     def left_B(self) -> jax.Array:
-        """Tokens that each row may still make."""
+        """The number of tokens that each row may still make."""
         return self.asked.left_B
 
     @property
@@ -86,9 +87,9 @@ class Made:
 
     Attributes:
         token_BM: int32; the first `count_B` columns of each row are valid, a stop token included.
-        log_probability_BM: float32, of these tokens under the model itself.
-        count_B: int32, the number of tokens.
-        pass_B: int32, forward passes that each row took part in.
+        log_probability_BM: float32, the log-probabilities of these tokens under the model itself.
+        count_B: int32, the number of tokens of each row.
+        pass_B: int32, the number of forward passes that each row took part in.
     """
 
     token_BM: jax.Array
@@ -123,11 +124,11 @@ def extend(
 
     Args:
         model: the model.
-        cache: of all rows.
+        cache: the cache of all rows.
         tokens_bT: int32, padded.
-        count_b: int32, how many of the T tokens are real.
-        held_b: int32, tokens that each row keeps before the chunk; `length + T` must not exceed the slots.
-        row_b: int32, distinct rows; all of them in their order unless given, which spares a copy.
+        count_b: int32, how many of the T tokens of each row are not padding.
+        held_b: int32, the tokens that each row keeps before the chunk; `held_b + T` must not exceed the slots.
+        row_b: int32, distinct rows; if None, all rows in their order, which avoids a copy.
     """
     some = cache if row_b is None else cache.take(row_b).finite()
     some = prefill(model, tokens_bT, count_b, dataclasses.replace(some, length_B=held_b))
@@ -140,9 +141,9 @@ def start(
     """Starts rows whose caches hold all but the last token.
 
     Args:
-        state: all rows.
+        state: the state of all rows.
         row_b: int32, distinct rows.
-        history_bS: int32, their ids, as of the state.
+        history_bS: int32, the ids of these rows, laid out as `EngineState.history_BS`.
         length_b: int32, the number of tokens in their caches, before the newest token.
         asked: their settings.
     """
@@ -156,7 +157,7 @@ def start(
 
 
 def copy(state: EngineState, row: jax.Array, to_b: jax.Array, asked: Asked) -> EngineState:
-    """Copies a row into others, which continue from there with their own settings; `row` is an int32 scalar."""
+    """Copies a row into other rows, which continue its text with their own settings; `row` is an int32 scalar."""
     put = lambda whole, new: whole.at[to_b].set(new)  # noqa: E731
     return dataclasses.replace(
         state,
@@ -167,7 +168,7 @@ def copy(state: EngineState, row: jax.Array, to_b: jax.Array, asked: Asked) -> E
 
 
 def free(state: EngineState, row_b: jax.Array) -> EngineState:
-    """Ends rows, int32 [b]: they generate nothing until they are started again; NaN in their caches becomes 0."""
+    """Ends the rows of `row_b`, int32 [b]: they generate nothing until started again; NaN in their caches becomes 0."""
     asked = dataclasses.replace(state.asked, left_B=state.asked.left_B.at[row_b].set(0))
     return dataclasses.replace(state, cache=state.cache.put(row_b, state.cache.take(row_b).finite()), asked=asked)
 
@@ -190,8 +191,9 @@ def step(model: Llama, state: EngineState, limit: jax.Array) -> tuple[EngineStat
 
     Args:
         model: the model.
-        state: the rows; one whose `length + T` exceeds the slots while it still runs gets logits of NaN.
-        limit: int32 scalar; not static, so that one program serves every number. It is capped to the room of `columns`.
+        state: the rows; a running row whose `length + T` exceeds the slots gets logits of NaN.
+        limit: int32 scalar; not static, so that one program serves every number. It is capped to the passes that fit
+            into `columns`.
     """
     B, T, M = state.rows, state.drafts + 1, columns(state.drafts)
     none_B = jnp.zeros(B, jnp.int32)
@@ -199,13 +201,13 @@ def step(model: Llama, state: EngineState, limit: jax.Array) -> tuple[EngineStat
 
     def more(carry):
         state, made = carry
-        # Rows end but never begin again: one that still runs took part in every pass.
+        # Within this loop rows end but never restart, so a row that still runs took part in every pass.
         return (jnp.max(made.pass_B) < jnp.minimum(limit, M // T)) & jnp.any(state.asked.left_B > 0)
 
     def one(carry):
         state, made = carry
         state, token_BT, log_probability_BT, count_B = forward(model, state)
-        # Without drafts all rows that run fill the same column, and what others write there means nothing.
+        # Without drafts all running rows fill the same column; what ended rows write there is ignored.
         write = _write_rows if T > 1 else _write_columns
         at_B = made.count_B if T > 1 else jnp.max(made.count_B)
         return state, Made(
@@ -223,8 +225,8 @@ def forward(model: Llama, state: EngineState) -> tuple[EngineState, jax.Array, j
 
     Returns:
         The state after the new tokens; token_BT, int32, and log_probability_BT, float32, the choice after each token
-        that the model was given; and count_B, int32, the number of valid choices: those after the draft's first wrong
-        token, a stop token or the last of `left_B` are not valid. 0 in a row that has ended.
+        that the model was given; and count_B, int32, the number of valid choices, 0 in a row that has ended. Choices
+        after the draft's first wrong token, after a stop token or beyond `left_B` are not valid.
     """
     asked, length_B, B, T = state.asked, state.cache.length_B, state.rows, state.drafts + 1
     runs_B = asked.left_B > 0
@@ -232,7 +234,7 @@ def forward(model: Llama, state: EngineState) -> tuple[EngineState, jax.Array, j
     if T > 1:
         token_BT = jnp.concatenate([token_BT, draft_tokens(state.history_BS, length_B, T - 1)], axis=1)
     draft_BK = token_BT[:, 1:]
-    # How many of several tokens stay is known only afterwards: then the cache goes back to these.
+    # With drafts, the number of tokens that stay is known only after the pass: the cache is then rewound to them.
     added_B = runs_B.astype(jnp.int32) if T == 1 else None
     x_BTD, cache = model.blocks(model.embed(token_BT), state.cache.idle(~runs_B, T), added_B)
     position_BT = length_B[:, None] + jnp.arange(T, dtype=jnp.int32)
@@ -258,7 +260,7 @@ def forward(model: Llama, state: EngineState) -> tuple[EngineState, jax.Array, j
 def _choose(
     logits_RV: jax.Array, state: EngineState, draft_BK: jax.Array, position_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Tokens by each row's knobs, and their log-probabilities, [B, T], from logits of B T rows."""
+    """Chooses tokens by each row's knobs; returns them and their log-probabilities, [B, T], from logits [B T, V]."""
     B, T = position_BT.shape
     sampler = jax.tree.map(lambda knob_B: jnp.repeat(knob_B, T), state.asked.sampler)
     key_R = jax.vmap(jax.random.fold_in)(jnp.repeat(state.asked.key_B, T), position_BT.reshape(-1))
@@ -272,7 +274,7 @@ def _choose(
 
 
 def _seen(state: EngineState, draft_BK: jax.Array, V: int) -> jax.Array:
-    """The tokens of each row up to each of the T that a pass is given, those of the draft included: bool [B, T, V]."""
+    """Marks each row's tokens up to each of the T positions of a pass, drafts included: bool [B, T, V]."""
     position_S = jnp.arange(state.history_BS.shape[1], dtype=jnp.int32)
     held_BS = jnp.where(position_S <= state.cache.length_B[:, None], state.history_BS, V)
     row_B1 = jnp.arange(state.rows, dtype=jnp.int32)[:, None]
@@ -284,7 +286,7 @@ def _seen(state: EngineState, draft_BK: jax.Array, V: int) -> jax.Array:
 
 
 def _rewound(cache: KVCache, length_B: jax.Array, at_most: int) -> KVCache:
-    """The cache with the tokens that stay, of at most so many more; a row that did not fit stays too long.
+    """Rewinds the cache to `length_B` tokens, by at most `at_most`; a row that exceeds its slots is not rewound.
 
     Raises:
         LlamaJaxError: for a cache that cannot go back.
@@ -301,12 +303,12 @@ def _rewound(cache: KVCache, length_B: jax.Array, at_most: int) -> KVCache:
 
 
 def _write_columns(whole_BM: jax.Array, new_BT: jax.Array, start: jax.Array) -> jax.Array:
-    """Writes all rows from the same column on."""
+    """Writes `new_BT` into all rows, from column `start` on."""
     return jax.lax.dynamic_update_slice(whole_BM, new_BT, start_indices(0, start))
 
 
 def _write_rows(whole_BS: jax.Array, new_BT: jax.Array, start_B: jax.Array) -> jax.Array:
-    """Writes row b of `new_BT` from column `start_B[b]` on, one contiguous update a row as in the cache."""
+    """Writes row b of `new_BT` from column `start_B[b]` on, one contiguous update per row as in the cache."""
 
     def write_row(row, whole_BS):
         new_1T = jax.lax.dynamic_slice_in_dim(new_BT, row, 1, axis=0)
@@ -316,9 +318,9 @@ def _write_rows(whole_BS: jax.Array, new_BT: jax.Array, start_B: jax.Array) -> j
 
 
 def plan_chunks(length: int) -> list[int]:
-    """Bucket sizes that cover a prompt of `length` tokens: full largest buckets, then one or two that hold the rest.
+    """Bucket sizes that cover `length` tokens: full buckets of the largest size, then one or two that hold the rest.
 
-    One or two of the size with which the fewest tokens are padding, one where two would have as many.
+    These one or two have the size that needs the fewest padding tokens; of two choices with equal padding, one bucket.
 
     >>> plan_chunks(300), plan_chunks(128), plan_chunks(20)
     ([256, 64], [64, 64], [32])

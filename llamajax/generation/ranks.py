@@ -1,9 +1,9 @@
 """Finds the largest logits, exactly and without a sort.
 
 The k-th largest logit is the largest number such that k logits are at least as large; the least logit of a nucleus is
-the largest number such that logits from it on hold the probability. It is found bit by bit, from its sign down, with
-one pass over the logits for each of 32. A pass is a comparison and a sum, which every backend does at the speed of
-memory; XLA's sort takes ten to forty times as long on a CPU.
+the largest number such that the logits at least as large hold the probability. Both are found bit by bit, from the sign
+down, with one pass over the logits for each of 32 bits. A pass is a comparison and a sum, which every backend does at
+the speed of memory; XLA's sort takes ten to forty times as long on a CPU.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 
 def kth_largest(logits_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:
-    """The k-th largest logit of each row, whose k is less than V."""
+    """Returns the k-th largest logit of each row; k must be less than V."""
 
     def enough(least_B1: jax.Array) -> jax.Array:
         return jnp.sum(logits_BV >= least_B1, axis=-1, dtype=jnp.int32) >= top_k_B
@@ -28,17 +28,18 @@ def nucleus(
     least_B: jax.Array,
     total_B: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The least logit that top-p keeps of the logits from `least_B` on, and the last id that it keeps with it.
+    """Returns the least logit that top-p keeps of the logits >= `least_B`, and the last id kept with that logit.
 
     Args:
         logits_BC: float32.
         id_BC: int32, the token ids of the logits.
         top_p_B: the probability to keep.
         least_B: logits below it do not count.
-        total_B: the sum of exp(logit - largest logit) that the probability is a part of; of these logits unless given.
+        total_B: the sum of exp(logit - largest logit) to which the probability refers; defaults to the sum over the
+            logits >= `least_B`.
     """
     most_B1 = jnp.max(logits_BC, axis=-1, keepdims=True)
-    # Probabilities up to a factor, the same in a row: no division is rounded, the likeliest is 1.
+    # Probabilities up to a factor per row: no division is rounded, and the likeliest token has weight 1.
     weight_BC = jnp.where(logits_BC >= least_B[:, None], jnp.exp(logits_BC - most_B1), 0)
     target_B = top_p_B * (jnp.sum(weight_BC, axis=-1) if total_B is None else total_B)
 
@@ -63,7 +64,7 @@ def nucleus(
 
 
 def _nth_id(marked_BC: jax.Array, id_BC: jax.Array, count_B: jax.Array) -> jax.Array:
-    """The n-th smallest id of the marked of each row, int32 [B]: the largest that fewer than n marked ones precede."""
+    """The n-th smallest marked id of each row, int32 [B]: the largest number that fewer than n marked ids precede."""
 
     def fewer(id_B: jax.Array) -> jax.Array:
         return jnp.sum(marked_BC & (id_BC.astype(jnp.uint32) < id_B[:, None]), axis=-1, dtype=jnp.int32) < count_B
@@ -72,12 +73,12 @@ def _nth_id(marked_BC: jax.Array, id_BC: jax.Array, count_B: jax.Array) -> jax.A
 
 
 def _largest(holds: Callable[[jax.Array], jax.Array], rows: int) -> jax.Array:
-    """The largest float32 of each row for which `holds(float_B1)`, which holds for minus infinity and all up to it."""
+    """The largest float32 of each row for which `holds(float_B1)`; it must hold for all floats up to that one."""
     return _as_float(_bits(lambda bits_B: holds(_as_float(bits_B)[:, None]), rows, 32))
 
 
 def _bits(holds: Callable[[jax.Array], jax.Array], rows: int, count: int) -> jax.Array:
-    """The largest number of `count` bits, uint32 [B], for which `holds(number_B)`: as it does for all up to it."""
+    """The largest number of `count` bits, uint32 [B], for which `holds(number_B)`; it must hold for all up to that."""
 
     def add(i: jax.Array, number_B: jax.Array) -> jax.Array:
         candidate_B = number_B | (jnp.uint32(1) << (count - 1 - i).astype(jnp.uint32))
@@ -87,10 +88,11 @@ def _bits(holds: Callable[[jax.Array], jax.Array], rows: int, count: int) -> jax
 
 
 def _as_float(order_B: jax.Array) -> jax.Array:
-    """The float32 at a place in their order: with the sign bit flipped, or all bits of a negative one, they ascend.
+    """The float32 at a place in ascending order.
 
-    Below minus infinity are NaNs of negative sign: minus infinity is given for them. No comparison with those above
-    infinity holds.
+    The bits of floats, with the sign bit flipped, or with all bits flipped for negative floats, ascend as the floats
+    do. Places below minus infinity are NaNs of negative sign, for which minus infinity is returned. Places above
+    infinity are NaNs, with which no comparison holds.
     """
     sign = jnp.uint32(1 << 31)
     bits_B = jnp.where(order_B >= sign, order_B ^ sign, ~order_B)

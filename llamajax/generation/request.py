@@ -1,4 +1,4 @@
-"""The checked settings of a request, and the host's side of each of its rows."""
+"""Checks the settings of a request, and keeps the host's side of each of its rows."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from llamajax.files import shortened
 from llamajax.generation.sampling import make_sampler, plain
 from llamajax.tokenizer import Tokenizer
 
-# New tokens where the caller names no number, if the context has room for them.
+# The default of `max_new_tokens`, if the context has room for that many.
 DEFAULT_NEW_TOKENS = 512
 
 # A text, or ids: a sequence of whole numbers, or a NumPy or JAX array of them.
@@ -27,9 +27,10 @@ class Completion:
 
     Attributes:
         text: the new text, without the prompt and without a stop string.
-        tokens: the new ids, without a stop token; with the ids that spelt a stop string.
-        log_probabilities: of each of `tokens` under the model itself (before temperature and filters), in nats.
-        prompt_tokens: number of ids in the prompt, BOS included.
+        tokens: the new ids, without a stop token, but including the ids that spelt a stop string.
+        log_probabilities: the log-probability of each of `tokens` under the model itself (before temperature and
+            filters), in nats.
+        prompt_tokens: the number of ids in the prompt, BOS included.
         finish_reason: "stop" for a stop token or string, "length" for `max_new_tokens`, "stopped" if the request was
             ended early (`TextStream.stop`).
     """
@@ -42,7 +43,7 @@ class Completion:
 
 
 class Row:
-    """The host's side of one row: ids to text, stop strings, final text and text that must be held back."""
+    """The host's side of one row: decodes ids, finds stop strings, and holds back text that may still change."""
 
     def __init__(
         self,
@@ -51,27 +52,27 @@ class Row:
         stops: tuple[str, ...],
         stop_ids: Sequence[int] | None = None,
     ):
-        """Nothing made yet; stop ids are the tokenizer's unless given."""
+        """Starts a row without new tokens; `stop_ids` defaults to the tokenizer's."""
         self.prompt_tokens = len(prompt)
         self.tokens: list[int] = []
         self.log_probabilities: list[float] = []
         self.finish_reason: str | None = None
         self.not_finite = False
-        self.cut = False  # ended by a stop string, which only the text shows
+        self.cut = False  # whether a stop string ended the row, which only the host can see
         self._text, self._shown, self._stops = "", 0, stops
         self._stop_ids = frozenset((tokenizer.stop_ids if tokenizer else ()) if stop_ids is None else stop_ids)
-        # Some models have more embeddings than their tokenizer has ids; a text shows that one of those was drawn.
+        # Some models have more embeddings than their tokenizer has ids; such an id is shown as U+FFFD.
         self._known_ids = tokenizer.vocab_size if tokenizer else 0
         self._decoder = tokenizer.stream() if tokenizer else None
-        if self._decoder:  # A space that begins the continuation of a text belongs to it.
+        if self._decoder:  # After a prompt the decoder keeps a space that begins the new text.
             for index in prompt:
                 self._decoder.add(index)
 
     def take(self, tokens: np.ndarray, log_probabilities: np.ndarray, last: bool) -> tuple[str, int]:
-        """Adds new ids; returns the text that has become final, and the number of used ids.
+        """Adds new ids; returns the text that has become final, and the number of ids that were added.
 
-        An id chosen from logits that are not finite ends the row: it and later ids are not added, and `not_finite` is
-        set.
+        At an id that was chosen from logits that are not finite, it sets `not_finite` and adds neither this id nor
+        later ones.
         """
         if self.finish_reason:
             return "", 0
@@ -111,7 +112,7 @@ class Row:
         return text
 
     def _add(self, piece: str) -> bool:
-        """Appends text; where that completes a stop string, cuts before it, ends the row and says so."""
+        """Appends text; if that completes a stop string, cuts before it, ends the row and returns True."""
         longest = max((len(stop) for stop in self._stops), default=0)
         searched = max(len(self._text) - longest, 0)
         self._text += piece
@@ -128,20 +129,20 @@ class Row:
 
 
 def as_prompts(prompts: Any) -> tuple[list[str | list[Any]], bool]:
-    """One prompt or several as a list, and whether it was one: a text, or whole numbers. Elements are not checked."""
+    """The prompts as a list, and whether a single prompt (a text or a list of ids) was given; checks no elements."""
     prompts = plain(prompts)
     single = isinstance(prompts, str) or (
         isinstance(prompts, list) and bool(prompts) and not any(isinstance(item, str | list) for item in prompts)
     )
     if not single and not isinstance(prompts, list):
         raise LlamaJaxError(
-            f"the prompt is {shortened(prompts)}: expected a text, a list of token ids, or a list of these"
+            f"the prompt is {shortened(prompts)}: expected a text, a list of token ids, or a list of either"
         )
     return ([prompts] if single else prompts), single
 
 
 def encode_prompts(tokenizer: Tokenizer | None, prompts: list[str | list[Any]], config: Config) -> list[list[int]]:
-    """Ids of every prompt, checked."""
+    """Encodes every prompt that is a text, and checks the ids of all prompts."""
     if not prompts:
         raise LlamaJaxError("no prompt was given: expected at least one")
     encoded = []
@@ -149,27 +150,32 @@ def encode_prompts(tokenizer: Tokenizer | None, prompts: list[str | list[Any]], 
         if isinstance(prompt, str):
             if tokenizer is None:
                 raise LlamaJaxError("the model was loaded without a tokenizer: give one, or prompts as lists of ids")
-            ids = tokenizer.encode(prompt, eos=False)  # what is to be continued has not ended
+            ids = tokenizer.encode(prompt, eos=False)  # the model continues the prompt: no EOS
         else:
             ids = prompt if isinstance(prompt, list) else [prompt]
             wrong = [index for index in ids if isinstance(index, bool) or not isinstance(index, int)]
             if wrong:
                 raise LlamaJaxError(f"{shortened(wrong[0])} in a prompt: expected a text, or a list of whole numbers")
         if not ids:
-            raise LlamaJaxError("a prompt has no tokens, and the tokenizer no BOS: expected at least one token")
+            raise LlamaJaxError("a prompt has no tokens, and no BOS is put before it: expected at least one token")
         outside = [index for index in ids if not 0 <= index < config.vocab_size]
         if outside:
             raise LlamaJaxError(f"token {outside[0]} in a prompt: expected ids from 0 to {config.vocab_size - 1}")
         if len(ids) > config.context_length:
             raise LlamaJaxError(
-                f"the prompt has {len(ids)} tokens, the model's context {config.context_length}: shorten the prompt"
+                f"the prompt has {len(ids)} tokens, but the model's context only {config.context_length}: "
+                "shorten the prompt"
             )
         encoded.append(ids)
     return encoded
 
 
 def new_token_limit(prompts: list[list[int]], wanted: int | None, config: Config) -> int:
-    """The number of tokens to generate: as asked, if the context has room. The last token needs no slot."""
+    """The number of tokens to generate: `wanted`, or the default if None. The last token needs no slot.
+
+    Raises:
+        LlamaJaxError: for a number out of range, or more than the context has room for.
+    """
     room = config.context_length - max(len(prompt) for prompt in prompts) + 1
     wanted = plain(wanted)
     if wanted is None:
@@ -178,20 +184,24 @@ def new_token_limit(prompts: list[list[int]], wanted: int | None, config: Config
         raise LlamaJaxError(f"max_new_tokens is {wanted!r}: expected a whole number, at least 1")
     if wanted > room:
         raise LlamaJaxError(
-            f"max_new_tokens is {wanted}: the context of {config.context_length} tokens has room for {room} after the "
-            "longest prompt: ask for fewer, or shorten the prompt"
+            f"max_new_tokens is {wanted}: expected at most {room}, the room in the context of {config.context_length} "
+            "tokens after the longest prompt: ask for fewer, or shorten the prompt"
         )
     return wanted
 
 
 def check_knobs(knobs: Mapping[str, Any], rows: int) -> None:
-    """Refuses knobs of `make_sampler` that are out of range, or neither one value nor one for each prompt."""
+    """Checks knobs of `make_sampler`.
+
+    Raises:
+        LlamaJaxError: for a value out of range, or a knob that has neither one value nor one for each prompt.
+    """
     make_sampler(**knobs)
     for name, knob in knobs.items():
         shape = np.shape(plain(knob)) if knob is not None else ()
         if shape and shape != (rows,):
             raise LlamaJaxError(
-                f"{name} has values of shape {shape}: expected one, or one for each of {rows} prompts"
+                f"{name} has values of shape {shape}: expected one value, or one for each of {rows} prompts"
                 if len(shape) > 1
                 else f"{name} has {shape[0]} values: expected one, or one for each of {rows} prompts"
             )
@@ -207,7 +217,7 @@ def by_prompt(values: Mapping[str, Any], prompts: int) -> list[dict[str, Any]]:
 
 
 def check_samples(samples: Any) -> int:
-    """The number of samples of each prompt, checked; 1 for None."""
+    """Checks and returns the number of samples of each prompt; 1 for None."""
     samples = plain(samples)
     if samples is None:
         return 1
@@ -217,7 +227,7 @@ def check_samples(samples: Any) -> int:
 
 
 def check_ids(ids: Sequence[int], config: Config) -> tuple[int, ...]:
-    """Stop ids, checked."""
+    """Checks stop ids and returns them as a tuple."""
     ids = plain(ids)
     known = range(config.vocab_size)
     wrong = [index for index in ids if isinstance(index, bool) or not isinstance(index, int) or index not in known]
@@ -229,7 +239,7 @@ def check_ids(ids: Sequence[int], config: Config) -> tuple[int, ...]:
 
 
 def row_seeds(seed: Any, rows: int) -> list[int]:
-    """One seed for each prompt, from one seed or a list; checked."""
+    """Checks one seed, or a list of seeds, and returns one seed for each prompt."""
     seed = plain(seed)
     seeds = seed if isinstance(seed, list) else [seed] * rows
     if len(seeds) != rows:
@@ -241,7 +251,7 @@ def row_seeds(seed: Any, rows: int) -> list[int]:
 
 
 def row_keys(seeds: Sequence[int], samples: Sequence[int] | None = None) -> jax.Array:
-    """One PRNG key for each seed: its own key for sample 0, and one by `fold_in` for each other sample."""
+    """Returns one PRNG key for each row: the seed's own key for sample 0, a key by `fold_in` for any other sample."""
     key_B = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
     if not samples or not any(samples):
         return key_B
@@ -250,19 +260,19 @@ def row_keys(seeds: Sequence[int], samples: Sequence[int] | None = None) -> jax.
 
 
 def stop_strings(stop: str | Sequence[str] | None, tokenizer: Tokenizer | None) -> tuple[str, ...]:
-    """The stop strings, checked."""
+    """Checks the stop strings and returns them as a tuple."""
     if stop is None:
         return ()
     stops = tuple(stop) if isinstance(stop, Sequence) and not isinstance(stop, str) else (stop,)
     if any(not isinstance(text, str) or not text for text in stops):
         raise LlamaJaxError(f"stop is {stop!r}: expected texts of at least one character")
     if stops and tokenizer is None:
-        raise LlamaJaxError("stop strings need a tokenizer, and the model was loaded without one: give one")
+        raise LlamaJaxError("stop strings need a tokenizer, and the model was loaded without one: give a tokenizer")
     return stops
 
 
 def overlap(text: str, marks: Sequence[str]) -> int:
-    """Length of the longest end of `text` that is the beginning of a mark, such as a stop string."""
+    """The length of the longest suffix of `text` that is a proper prefix of a mark, such as a stop string."""
     longest = 0
     for mark in marks:
         sizes = range(min(len(text), len(mark) - 1), longest, -1)

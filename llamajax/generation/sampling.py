@@ -1,7 +1,8 @@
-"""From logits to the next token: pure functions of logits, a key and knobs.
+"""Chooses the next token from logits: pure functions of logits, a key and knobs.
 
-A knob that is None is off and not in the program. The others are arrays, a scalar or one value for each row, so that
-changing a temperature compiles nothing. A filter that no row uses is not executed; `NEUTRAL` has the values for "off".
+A knob that is None is off and not part of the program. Other knobs are arrays, a scalar or one value for each row, so
+that changing a temperature compiles nothing. A filter that no row uses is not executed; `NEUTRAL` has the values for
+"off".
 Order and meaning follow transformers' logits processors: repetition penalty, temperature, top-k, top-p, min-p.
 """
 
@@ -24,12 +25,12 @@ from llamajax.generation.ranks import kth_largest, nucleus
 
 # A token at this logit is never drawn; finite for the reason given at `cache.MASKED`.
 _EXCLUDED = -1e30
-# Logits divided by less would leave float32, or fall below the mark of excluded tokens.
+# Logits divided by a lower temperature would overflow float32, or fall below the mark of excluded tokens.
 _LOWEST_TEMPERATURE = 1e-4
-# A filter looks first at the tokens of so many blocks of neighbours, those with the largest logits: 8,192 tokens. Of
-# SmolLM2's steps at temperature 0.8 top-p 0.95 keeps no others in 98%.
+# A filter looks first at the 256 blocks of 32 neighbouring tokens that have the largest logits: 8,192 tokens. With
+# SmolLM2 at temperature 0.8, top-p 0.95 keeps no other tokens in 98% of the steps.
 _BLOCK, _BLOCKS = 32, 256
-# Each knob's value for "off", whose type is the array's: greedy choice, and all tokens as the model has them.
+# Each knob's value for "off", with the dtype of the knob's array: greedy choice, no filter and no penalty.
 NEUTRAL: Mapping[str, np.float32 | np.int32] = types.MappingProxyType(
     {
         "temperature": np.float32(0),
@@ -50,10 +51,10 @@ class Sampler:
         temperature: float32, divides the logits; None for greedy choice, which ignores all other knobs except the
             penalty. A row whose temperature is 0 (or anything below 1e-4) gets the likeliest token, as all rows do with
             None.
-        top_k: int32, only the k likeliest tokens (and those as likely as the k-th).
-        top_p: float32, only the fewest tokens that together have this probability; of equally likely tokens those of
-            lower id come first (Holtzman et al. 2020, arXiv:1904.09751).
-        min_p: float32, only tokens at least this fraction as likely as the likeliest (Nguyen et al. 2024,
+        top_k: int32, keeps only the k likeliest tokens (and those as likely as the k-th).
+        top_p: float32, keeps only the fewest tokens that together have this probability; of equally likely tokens those
+            of lower id come first (Holtzman et al. 2020, arXiv:1904.09751).
+        min_p: float32, keeps only tokens at least this fraction as likely as the likeliest (Nguyen et al. 2024,
             arXiv:2407.01082).
         repetition_penalty: float32, divides the positive and multiplies the negative logits of tokens that the row
             already holds (Keskar et al. 2019, arXiv:1909.05858).
@@ -67,7 +68,7 @@ class Sampler:
 
     @property
     def penalizes(self) -> jax.Array:
-        """Whether a row is penalized, bool: `sample` uses `seen_BV` only then."""
+        """Whether any row is penalized, bool: `sample` uses `seen_BV` only then."""
         if self.repetition_penalty is None:
             return jnp.asarray(False)
         return jnp.any(self.repetition_penalty != NEUTRAL["repetition_penalty"])
@@ -110,7 +111,7 @@ def make_sampler(
 def _checked(
     name: str, value: Any, low: float, high: float, expected: str, *, open_low: bool = False
 ) -> jax.Array | None:
-    """A knob as an array, float32 or int32, scalar or one value a row."""
+    """Checks a knob and returns it as an array, float32 or int32, scalar or one value per row."""
     value = plain(value)
     if value is None:
         return None
@@ -146,19 +147,20 @@ def sample(
     *,
     narrows: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """Chooses one token for each row. A batch of greedy rows only draws no noise and filters nothing.
+    """Chooses one token for each row. If all rows are greedy, it draws no noise and filters nothing.
 
     Args:
         logits_BV: float32.
         key_B: one PRNG key for each row, so that a row's choice does not depend on the rest of the batch.
         sampler: the knobs.
         seen_BV: bool, tokens that each row holds; needed for a repetition penalty.
-        narrows: whether filters look at the likeliest tokens first, and at all of them where these do not suffice. The
-            same tokens up to rounding; False spares the program operations that not every compiler has (`top_k`).
+        narrows: whether filters look at the likeliest tokens first, and at all tokens only where these do not suffice.
+            The tokens are the same up to rounding; False avoids an operation that not every compiler has (`top_k`).
 
     Returns:
-        token_B, int32, and log_probability_B, float32: of that token under the model itself, before any knob. It is not
-            finite exactly if the row's logits are invalid: one is NaN or +infinity, or all are -infinity.
+        token_B, int32, and log_probability_B, float32, the log-probability of that token under the model itself, before
+            any knob. It is not finite if and only if the row's logits are invalid: one is NaN or +infinity, or all are
+            -infinity.
     """
     if sampler.repetition_penalty is not None:
         token_B = jax.lax.cond(
@@ -184,14 +186,14 @@ def sample(
 
 
 def filter_logits(logits_BV: jax.Array, sampler: Sampler, seen_BV: jax.Array | None = None) -> jax.Array:
-    """Logits after penalty and temperature, with -1e30 for excluded tokens; those of greedy rows are only penalized."""
+    """Returns logits after penalty and temperature, -1e30 for excluded tokens; greedy rows are only penalized."""
     logits_BV, warm_B = _warm(logits_BV, sampler, seen_BV)
     every_BV = _all_of(logits_BV)
     return _excluded(every_BV, *_kept(every_BV, sampler, warm_B))
 
 
 def _warm(logits_BV: jax.Array, sampler: Sampler, seen_BV: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Logits after penalty and temperature, and which rows are sampled, bool [B]; of others penalized alone."""
+    """Logits after penalty and temperature (greedy rows: penalty alone), and whether each row is sampled, bool [B]."""
     logits_BV = _penalized(logits_BV, sampler, seen_BV)
     warm_B = jnp.ones(logits_BV.shape[:1], bool)
     if sampler.temperature is not None:
@@ -206,7 +208,8 @@ def _warm(logits_BV: jax.Array, sampler: Sampler, seen_BV: jax.Array | None) -> 
 class _Candidates(NamedTuple):
     """Some tokens of each row: their logits, float32, and ids, int32 [B, C].
 
-    All tokens above `floor_B` are among them; None of all tokens. `total` gives the sum of exp(logit - largest) of all.
+    All tokens with logits above `floor_B` are among them; `floor_B` is None if the candidates are all tokens. `total`
+    returns the sum of exp(logit - largest logit) over all tokens.
     """
 
     logits_BC: jax.Array
@@ -220,9 +223,9 @@ def _all_of(logits_BV: jax.Array) -> _Candidates:
 
 
 def _drawn(logits_BV: jax.Array, key_B: jax.Array, sampler: Sampler, warm_B: jax.Array) -> jax.Array:
-    """As `_drawn_of_all`, of rows whose knobs leave none but the likeliest tokens sooner.
+    """Like `_drawn_of_all`, but faster for rows whose filters keep only tokens of the likeliest blocks.
 
-    Whether a row is one of these does not depend on the others.
+    Whether a row takes the faster path does not depend on the other rows.
     """
     B, V = logits_BV.shape
     uses = [] if sampler.top_k is None else [sampler.top_k < V]
@@ -262,27 +265,27 @@ def _likeliest_blocks(logits_BV: jax.Array) -> _Candidates:
     at_Bm1 = at_Bm[:, :, None]
     logits_BC = jnp.take_along_axis(block_Bnj, at_Bm1, axis=1, mode="clip").reshape(B, -1)
     id_BC = (at_Bm1 * _BLOCK + jnp.arange(_BLOCK, dtype=jnp.int32)).reshape(B, -1)
-    # Where the last peak is sliced out, XLA sorts them all.
+    # A minimum instead of the last element of `peak_Bm`: with that slice XLA sorts all peaks.
     floor_B = jnp.min(peak_Bm, axis=-1)
     most_B1 = jnp.max(peak_Bm, axis=-1, keepdims=True)
     return _Candidates(logits_BC, id_BC, floor_B, lambda: jnp.sum(jnp.exp(logits_BV - most_B1), axis=-1))
 
 
 def _drawn_of_all(logits_BV: jax.Array, key_B: jax.Array, sampler: Sampler, warm_B: jax.Array) -> jax.Array:
-    """A token of each row, int32 [B], by its warm logits and the knobs."""
+    """Draws a token for each row, int32 [B], from the logits of `_warm` and the knobs, over all tokens."""
     every_BV = _all_of(logits_BV)
     return _chosen(every_BV, key_B, logits_BV.shape[-1], *_kept(every_BV, sampler, warm_B))
 
 
 def _chosen(few_BC: _Candidates, key_B: jax.Array, V: int, least_B: jax.Array, last_B: jax.Array) -> jax.Array:
-    """A draw from the softmax of what is kept: the largest sum of logit and noise, as of `jax.random.categorical`."""
+    """Draws from the softmax of the kept tokens: the largest sum of logit and noise, as `jax.random.categorical`."""
     id_BC = None if few_BC.floor_B is None else few_BC.id_BC
     chances_BC = _excluded(few_BC, least_B, last_B) + gumbel_noise(key_B, V, id_BC)
     return _first_of_most(chances_BC, few_BC.id_BC, V)
 
 
 def _excluded(few_BC: _Candidates, least_B: jax.Array, last_B: jax.Array) -> jax.Array:
-    """Logits, those that are not kept at -1e30."""
+    """The logits, with -1e30 for tokens that are not kept."""
     logits_BC = few_BC.logits_BC
     is_least_BC = (logits_BC == least_B[:, None]) & (few_BC.id_BC <= last_B[:, None])
     return jnp.where((logits_BC > least_B[:, None]) | is_least_BC, logits_BC, _EXCLUDED)
@@ -293,7 +296,7 @@ def _is_greedy(temperature: jax.Array) -> jax.Array:
 
 
 def _column(knob: jax.Array, logits_BV: jax.Array) -> jax.Array:
-    """A knob, one value or one a row, as [B, 1]."""
+    """A knob, one value or one per row, as [B, 1]."""
     return jnp.broadcast_to(knob, logits_BV.shape[:1])[:, None]
 
 
@@ -306,13 +309,13 @@ def _penalized(logits_BV: jax.Array, sampler: Sampler, seen_BV: jax.Array | None
 
 
 def _likeliest(chances_BV: jax.Array) -> jax.Array:
-    """The first token of the largest value, int32 [B]; any for a row that holds NaN."""
+    """The first token with the largest value, int32 [B]; an arbitrary token for a row that holds NaN."""
     V = chances_BV.shape[-1]
     return _first_of_most(chances_BV, jnp.arange(V, dtype=jnp.int32), V)
 
 
 def _first_of_most(chances_BC: jax.Array, id_BC: jax.Array, V: int) -> jax.Array:
-    """The least id of those with the largest value, int32 [B].
+    """The least id of the candidates with the largest value, int32 [B].
 
     XLA's `argmax` compares one value at a time on a CPU; these two passes compare a register of them.
     """
@@ -321,12 +324,13 @@ def _first_of_most(chances_BC: jax.Array, id_BC: jax.Array, V: int) -> jax.Array
 
 
 def _kept(few_BC: _Candidates, sampler: Sampler, warm_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What top-k, top-p and min-p keep in the rows that are sampled: all above a logit, and some of those equal to it.
+    """What top-k, top-p and min-p keep in sampled rows: all tokens above a logit, and some of those equal to it.
 
-    Of some tokens it is what they keep of all where it lies above the tokens' floor, and top-k's last does.
+    If the candidates are not all tokens, the result equals that over all tokens only if the least kept logit and the
+    k-th largest logit of top-k lie above the candidates' floor.
 
     Returns:
-        least_B, float32, the least logit that is kept, and last_B, int32, the last id that is kept with it.
+        least_B, float32, the least logit that is kept, and last_B, int32, the last id that is kept with that logit.
     """
     logits_BC, id_BC, floor_B, total = few_BC
     B = logits_BC.shape[0]
@@ -347,7 +351,7 @@ def _kept(few_BC: _Candidates, sampler: Sampler, warm_B: jax.Array) -> tuple[jax
             total_B = jnp.where(least_B > floor_B, jnp.sum(weight_BC, axis=-1), total())
             return nucleus(logits_BC, id_BC, top_p_B, least_B, total_B)
 
-        # At 1 all are kept, also those whose probability is lost beside the sum.
+        # A top-p of 1 keeps all tokens, even those whose probability is lost to rounding in the sum.
         kept = _where_used(warm_B & (top_p_B < 1), kept, of_nucleus)
     if sampler.min_p is not None:
         min_p_B, (least_B, last_B) = jnp.broadcast_to(sampler.min_p, (B,)), kept
@@ -363,7 +367,7 @@ def _kept(few_BC: _Candidates, sampler: Sampler, warm_B: jax.Array) -> tuple[jax
 def _where_used(
     used_B: jax.Array, otherwise: tuple[jax.Array, jax.Array], compute: Callable[[], tuple[jax.Array, jax.Array]]
 ) -> tuple[jax.Array, jax.Array]:
-    """What `compute` gives, in the rows that use it; not executed if there are none. Arrays [B], which cost no copy."""
+    """`compute()` in rows that use it, `otherwise` in others; not executed if no row does. Arrays [B] cost no copy."""
     return jax.lax.cond(
         jnp.any(used_B),
         lambda: jax.tree.map(lambda new_B, old_B: jnp.where(used_B, new_B, old_B), compute(), otherwise),

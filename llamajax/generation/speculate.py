@@ -1,18 +1,18 @@
-"""Speculation by prompt lookup: drafts are taken from the text itself, and one forward pass checks them.
+"""Speculates by prompt lookup: drafts are taken from the text itself, and one forward pass checks them.
 
     completion = generate(model, tokenizer, prompt, speculate=4)
 
 Generating one token reads all weights; checking k drafted tokens in the same pass does not read them again. The draft
-needs no second model: it is the k tokens that followed the most recent earlier occurrence of the last few (prompt
-lookup decoding, Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding). So it is faster if a text repeats
-itself or its prompt (code, summaries, dialogues), and otherwise costs wider passes.
+needs no second model: it is the k tokens that followed the most recent earlier occurrence of the last few tokens
+(prompt lookup decoding, Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding). So generation is faster if
+a text repeats itself or its prompt (code, summaries, dialogues); otherwise speculation only costs wider passes.
 
-A drafted token is kept only if the model chooses the same: after each of the k + 1 tokens one is drawn by the row's
-knobs with the key of its position, as without drafts, and the draft counts up to the first difference. A draft is
-certain of its token, and for such a draft this is the acceptance of speculative sampling (Leviathan et al. 2023,
-arXiv:2211.17192): the token is accepted with the probability that the model gives it, and its replacement follows the
-rest of the distribution. So the text is the same as without drafts, greedy or sampled, up to rounding: a product over k
-+ 1 tokens may be summed in another order than over one, and of two nearly equal tokens the other may win.
+A drafted token is kept only if the model chooses the same: after each of the k + 1 tokens one token is drawn by the
+row's knobs with the key of its position, as without drafts, and the draft counts up to the first difference. A draft
+gives its token the probability 1, and for such a draft this is the acceptance of speculative sampling (Leviathan et al.
+2023, arXiv:2211.17192): the token is accepted with the probability that the model gives it, and its replacement follows
+the rest of the distribution. So the text is the same as without drafts, greedy or sampled, up to rounding: a product
+over k + 1 tokens may be summed in another order than over one, and of two nearly equal tokens the other may win.
 """
 
 from typing import Any
@@ -23,14 +23,15 @@ import jax.numpy as jnp
 from llamajax.errors import LlamaJaxError
 from llamajax.generation.sampling import plain
 
-# Most tokens that an occurrence must share with the end of the text. More find a better draft more rarely.
+# Most tokens at the end of the text that are compared with earlier ones. A longer match gives a better draft, but is
+# rarer.
 MAX_NGRAM = 3
-# Most drafted tokens a step: a pass over more is bound by products, no longer by reading weights.
+# Most drafted tokens per step: a pass over more tokens is bound by matrix products rather than by reading weights.
 MAX_DRAFTS = 64
 
 
 def check_speculate(drafts: Any) -> int:
-    """The number of drafted tokens, checked.
+    """Checks and returns the number of drafted tokens.
 
     Raises:
         LlamaJaxError: for a number out of range.
@@ -42,7 +43,7 @@ def check_speculate(drafts: Any) -> int:
 
 
 def draft_tokens(history_BS: jax.Array, length_B: jax.Array, drafts: int) -> jax.Array:
-    """The tokens after the most recent earlier occurrence of each row's last tokens.
+    """Returns the tokens that followed the most recent earlier occurrence of each row's last tokens.
 
     The longest match of up to `MAX_NGRAM` tokens wins, the most recent among equals; if not even the newest token
     occurred before, it is drafted again. A draft that reaches the end of the text continues with its own beginning, as
@@ -61,12 +62,12 @@ def draft_tokens(history_BS: jax.Array, length_B: jax.Array, drafts: int) -> jax
     earlier_BS = position_S < length_B[:, None]
     agrees_BS, agreed_BS = earlier_BS, jnp.zeros(history_BS.shape, jnp.int32)
     for back in range(MAX_NGRAM):
-        # Before the beginning there is -1, which no token equals.
+        # Positions before the beginning hold -1, which equals no token.
         before_BS = jnp.pad(history_BS, ((0, 0), (back, 0)), constant_values=-1)[:, :S]
         recent_B1 = jnp.take_along_axis(history_BS, jnp.maximum(length_B[:, None] - back, 0), axis=1)
         agrees_BS &= before_BS == recent_B1
         agreed_BS += agrees_BS.astype(jnp.int32)
     best_B = jnp.argmax(jnp.where(earlier_BS, agreed_BS * S + position_S, -1), axis=1).astype(jnp.int32)
-    start_B1 = jnp.minimum(best_B + 1, length_B)[:, None]  # The minimum is for a row of one token: nothing is earlier.
+    start_B1 = jnp.minimum(best_B + 1, length_B)[:, None]  # the minimum matters for a row of one token
     period_B1 = length_B[:, None] + 1 - start_B1
     return jnp.take_along_axis(history_BS, start_B1 + jnp.arange(drafts, dtype=jnp.int32) % period_B1, axis=1)

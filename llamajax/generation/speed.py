@@ -1,4 +1,4 @@
-"""The cost of one request: tokens, forward passes, seconds and bytes."""
+"""Records the cost of one request: tokens, forward passes, seconds and bytes."""
 
 import dataclasses
 
@@ -10,13 +10,13 @@ class Speed(Compilations):
     """The cost of one request. Times include running programs only, not compiling.
 
     Attributes:
-        prefill_tokens: prompt tokens put into the cache, padding not counted.
-        decode_tokens: generated tokens of all rows.
-        decode_steps: forward passes that generated them.
-        row_steps: with speculation, those passes counted once for each running row; 0 without.
-        step_bytes: weights and cache that one forward pass reads.
-        prefill_chunks: forward passes of the prefill.
-        reused_tokens: prompt tokens that an earlier request had left in the cache.
+        prefill_tokens: the number of prompt tokens put into the cache, without padding.
+        decode_tokens: the number of generated tokens of all rows.
+        decode_steps: the number of forward passes that generated them.
+        row_steps: with speculation, the sum of these passes over the rows that took part in each; 0 without.
+        step_bytes: the bytes of weights and cache that one forward pass reads.
+        prefill_chunks: the number of forward passes of the prefill.
+        reused_tokens: the number of prompt tokens that an earlier request had left in the cache.
     """
 
     prefill_tokens: int = 0
@@ -31,17 +31,17 @@ class Speed(Compilations):
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """0 if nothing was prefilled."""
+        """Prompt tokens per second of prefill; 0 if nothing was prefilled."""
         return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """All rows together; 0 if nothing was generated."""
+        """Generated tokens per second, all rows together; 0 if nothing was generated."""
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
     @property
     def tokens_per_step(self) -> float:
-        """With speculation, tokens of a row in one forward pass, at most `speculate` + 1; 0 without."""
+        """With speculation, the mean number of tokens per row and forward pass, at most `speculate` + 1; 0 without."""
         return self.decode_tokens / self.row_steps if self.row_steps else 0.0
 
     @property

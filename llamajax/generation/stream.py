@@ -1,10 +1,10 @@
-"""Text from a model, whole or streamed.
+"""Generates text, whole or streamed.
 
     completion = generate(model, tokenizer, "Once upon a time", max_new_tokens=100, temperature=0.8, seed=1)
     for piece in stream(model, tokenizer, "Once upon a time"):
         print(piece, end="", flush=True)
 
-A request checks and encodes its prompts, prefills rows of an engine (`engine.py`) and lets them run until each has
+A request checks and encodes its prompts, prefills rows of an engine (`engine.py`) and runs them until each row has
 ended.
 """
 
@@ -42,7 +42,7 @@ from llamajax.tokenizer import Tokenizer
 from llamajax.words import SAMPLING
 from llamajax.workers import workers
 
-# How often streamed text should appear.
+# The time between two updates of streamed text that the stream aims at.
 _UPDATE_SECONDS = 0.05
 
 
@@ -51,21 +51,22 @@ def generate(model: Llama, tokenizer: Tokenizer | None, prompts: Prompt | Sequen
 
     Numbers may be Python's, NumPy's or JAX's; arrays may replace lists.
 
-    A row's result depends on its prompt, its seed and the options only, not on the rest of the batch (up to rounding:
-    products of another shape may be summed in another order).
+    The result of a row depends only on its prompt, its seed and the options, not on the rest of the batch (up to
+    rounding: matrix products of another shape may be summed in another order).
 
     Args:
         model: the model.
-        tokenizer: its tokenizer; may be None if all prompts are ids and there are no stop strings: `text` is then "".
-        prompts: a text (a BOS is put before it), or ids (a list or an array, taken as they are), or a list of
-            either; or an array [B, T] of ids.
-        **options: as of `TextStream`: max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed,
-            samples, stop, stop_ids, cache_dtype, speculate, kept. Their defaults do not depend on the checkpoint: pass
-            `**tokenizer.words.sampling` for its sampling settings.
+        tokenizer: the model's tokenizer. It may be None if all prompts are ids and there are no stop strings; `text`
+            is then "".
+        prompts: a text (a BOS is put before it), ids (a list or an array, used unchanged), a list of either, or an
+            array [B, T] of ids.
+        **options: the options of `TextStream`: max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty,
+            seed, samples, stop, stop_ids, cache_dtype, speculate, kept. Their defaults do not depend on the checkpoint:
+            pass `**tokenizer.words.sampling` for its sampling settings.
 
     Returns:
-        A `Completion`, or a list of them if `prompts` is a list of prompts. With `samples` a list of these for one
-        prompt, and a list of such lists for several.
+        A `Completion`, or a list of them if `prompts` is a list of prompts. With `samples`, a list of completions for
+        one prompt, and a list of such lists for several prompts.
 
     Raises:
         LlamaJaxError: for an option out of range, a prompt that does not fit the context, or logits that are not
@@ -83,7 +84,7 @@ def generate(model: Llama, tokenizer: Tokenizer | None, prompts: Prompt | Sequen
 def stream(
     model: Llama, tokenizer: Tokenizer | None, prompts: Prompt | Sequence[Prompt], **options: Any
 ) -> "TextStream":
-    """As `generate`, but an iterator over the new text while it is generated: strings, or lists of them for a batch."""
+    """Like `generate`, but returns an iterator over the text as it is generated: strings, or lists for a batch."""
     return TextStream(model, tokenizer, prompts, **options)
 
 
@@ -91,10 +92,10 @@ class TextStream:
     """One running request; iterating over it generates its text.
 
     Attributes:
-        model: its leaves may be abstract (`jax.ShapeDtypeStruct`) until the iteration begins, for `compile`.
-        completions: one for each row; complete once the iteration has ended.
-        speed: its cost so far.
-        single: whether it generates one text (of one prompt, one sample) rather than a list.
+        model: the model; for `compile`, its leaves may be abstract (`jax.ShapeDtypeStruct`) until the iteration begins.
+        completions: one completion for each row; final once the iteration has ended.
+        speed: the cost of the request so far.
+        single: whether the request generates one text (one prompt, one sample) rather than a list.
     """
 
     def __init__(
@@ -119,32 +120,33 @@ class TextStream:
         least_slots: int = 0,
         kept: Kept | None = None,
     ):
-        """Checks and encodes; nothing runs yet.
+        """Checks the options and encodes the prompts; runs nothing yet.
 
         Args:
             model: the model, or its shapes (see the attribute).
-            tokenizer: its tokenizer, or None (see `generate`).
+            tokenizer: the model's tokenizer, or None (see `generate`).
             prompts: see `generate`.
-            max_new_tokens: the most new tokens of a row; unless given 512, or the room in the context if that is less.
-            temperature: 0 is greedy. This and the next knobs have one value, or one for each prompt: see
-                `sampling.Sampler`.
+            max_new_tokens: the most new tokens of a row; defaults to 512, or to the room in the context if that is
+                less.
+            temperature: 0 is greedy. This and the next knobs have one value for all prompts, or one for each prompt:
+                see `sampling.Sampler`.
             top_k: see `sampling.Sampler`; None is off.
             top_p: likewise.
             min_p: likewise.
             repetition_penalty: likewise.
-            seed: whole number from 0 to 2**32 - 1; one for all prompts, or one for each.
-            samples: number of texts of each prompt, with one prefill: the first is the text of the seed alone, the
-                others use other draws. `completions` has those of the first prompt first.
+            seed: a whole number from 0 to 2**32 - 1; one for all prompts, or one for each.
+            samples: the number of texts for each prompt, which share one prefill. The first is the text that the seed
+                gives without `samples`; the others use other draws. `completions` has those of the first prompt first.
             stop: texts at which a row ends; they are not part of its text.
-            stop_ids: ids at which a row ends; the tokenizer's unless given.
-            cache_dtype: of keys and values, one of `cache.CACHE_DTYPES`; the model's unless given.
-            speculate: drafted tokens that each forward pass checks (see `speculate.py`); 0 is off. The text is the same
-                up to rounding: a product over more tokens may be summed in another order.
+            stop_ids: ids at which a row ends; defaults to the tokenizer's.
+            cache_dtype: the dtype of keys and values, one of `caches.CACHE_DTYPES`; defaults to the model's dtype.
+            speculate: the number of drafted tokens that each forward pass checks (see `speculate.py`); 0 is off. The
+                text is the same up to rounding: a product over more tokens may be summed in another order.
             smooth: whether text should come every 50 ms rather than 64 tokens at a time.
-            least_slots: the fewest slots of the cache; a request that needs more gets more. Requests of equal slots
-                share their programs.
-            kept: rows of earlier requests. This request reuses the tokens that its prompts share with them, and leaves
-                its own rows there.
+            least_slots: the fewest slots of the cache; a request that needs more gets more. Requests with the same
+                number of slots share their programs.
+            kept: the rows of earlier requests. This request reuses the cached tokens that its prompts share with them,
+                and leaves its own rows there.
         """
         each, single = as_prompts(prompts)
         self.single = single and samples is None
@@ -166,7 +168,7 @@ class TextStream:
 
     @property
     def completions(self) -> list[Completion]:
-        """Results so far, in the order of the prompts, and of the samples of each."""
+        """The results so far, in the order of the prompts, and for each prompt in the order of its samples."""
         return [row.completion() for row in self._rows]
 
     @property
@@ -176,20 +178,20 @@ class TextStream:
         return [completions[i : i + n] for i in range(0, len(completions), n)]
 
     def stop(self) -> None:
-        """Ends the request soon: after the forward passes in progress, with "stopped" for rows that still run.
+        """Ends the request after the forward passes in progress; rows that still run get the reason "stopped".
 
         It only sets a flag, so that a signal handler or another thread may call it.
         """
         self._stopped = True
 
     def compile(self) -> None:
-        """Compiles or loads the programs of this request; without it, that happens at their first use."""
+        """Compiles or loads the programs of this request; without this call, that happens at their first use."""
         slots = self._kept.slots(self.model, len(self._rows), self._slots(), self._options)
         engine = Engine(self.model, len(self._rows), slots, **self._options, counted=self.speed)
         engine.compile(max(map(len, self._prompts)), self._sources(), self._samples - 1)
 
     def compile_while(self, read: Callable[[], Llama]) -> None:
-        """Runs `compile` while `read`, in another thread, returns the model to run."""
+        """Runs `compile` while another thread calls `read`, which returns the model to run."""
         with workers(1) as reader:
             reading = reader.submit(read)
             self.compile()
@@ -199,7 +201,7 @@ class TextStream:
         """Runs the request; each item is the text that has become final: a string, or a list with one for each row.
 
         Raises:
-            LlamaJaxError: if logits are not finite, after the text before them.
+            LlamaJaxError: if logits are not finite; the text before them is yielded first.
         """
         engine = self._kept.fit(self.model, len(self._rows), self._slots(), self._options, self.speed)
         self.model = engine.model
@@ -208,7 +210,7 @@ class TextStream:
         block, ended = 1 if self._smooth else DECODE_BLOCK, set[int]()
         while not self._stopped and not all(row.finish_reason for row in self._rows):
             now = {i for i, row in enumerate(self._rows) if row.cut}
-            if now - ended:  # by a stop string, which the engine knows nothing of
+            if now - ended:  # a stop string ended these rows, and the engine does not see stop strings
                 self._kept.free(sorted(now - ended))
             ended = now
             start, before = time.perf_counter(), self.speed.compile_seconds
@@ -234,7 +236,7 @@ class TextStream:
         return texts[0] if self.single else texts
 
     def _check_finite(self) -> None:
-        """Refuses to go on where a row's logits are not finite: every token behind them would be the same."""
+        """Raises `LlamaJaxError` if a row's logits are not finite: all its later tokens would be the same."""
         for number, row in enumerate(self._rows):
             if row.not_finite:
                 self._kept.clear()
@@ -252,12 +254,12 @@ class TextStream:
                 )
 
     def _slots(self) -> int:
-        """Slots that the cache needs for this request."""
+        """The number of slots that this request needs in the cache."""
         longest = max(map(len, self._prompts))
         return max(longest + self._limit - 1 + self._options["drafts"], self._least_slots)
 
     def _sources(self) -> list[int]:
-        """For each prompt the row of its samples that has most of it already: there it is prefilled."""
+        """For each prompt, the row to prefill: that of its samples' rows whose cache holds most of the prompt."""
         n = self._samples
         sources = []
         for i, prompt in enumerate(self._prompts):
@@ -266,7 +268,7 @@ class TextStream:
         return sources
 
     def _prefill(self) -> None:
-        """Puts all but the last token of each prompt into the rows, unless it is stopped meanwhile."""
+        """Puts all but the last token of each prompt into the rows; returns early if the request is stopped."""
         kept, sources = self._kept, self._sources()
         start, before = time.perf_counter(), self.speed.compile_seconds
         chunks = kept.plan(sources, self._prompts)
@@ -297,7 +299,7 @@ class TextStream:
 def _knobs_of_rows(
     knobs: dict[str, Any], seed: Any, prompts: int, samples: int, limit: int, ends: tuple[int, ...]
 ) -> list[Knobs]:
-    """What each row asks for, the samples of the first prompt first; knobs and seed have one value or one a prompt."""
+    """The `Knobs` of each row, the samples of the first prompt first; a knob has one value, or one for each prompt."""
     check_knobs(knobs, prompts)
     each = by_prompt(knobs | {"seed": row_seeds(seed, prompts)}, prompts)
     return [Knobs(limit, **one, sample=sample, stop_ids=ends) for one in each for sample in range(samples)]

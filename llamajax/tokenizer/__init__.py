@@ -1,12 +1,13 @@
-"""Text to token ids and back: one `Tokenizer` over every kind of file that LLaMA models come with.
+"""Converts text to token ids and back: one `Tokenizer` for every kind of file that LLaMA models come with.
 
     tokenizer = Tokenizer.from_file("tokenizer.json")     # or sentencepiece, tiktoken ranks, llama2.c's tokenizer.bin
     ids = tokenizer.encode("Once upon a time")
     for index in ids:
         print(tokenizer.piece(index), tokenizer.token_bytes(index))
 
-There are two engines, the libraries sentencepiece and tokenizers, and so two forms at rest: a serialized ModelProto and
-a tokenizer.json. What comes in another form is converted (`formats`); the vocabulary in a GGUF's metadata too (`gguf`).
+There are two engines, the libraries sentencepiece and tokenizers, and so a tokenizer is kept in one of two forms: a
+serialized ModelProto or a tokenizer.json. Other forms are converted (`formats`), and so is the vocabulary in a GGUF's
+metadata (`gguf`).
 """
 
 from llamajax.tokenizer.byte_level import BYTES

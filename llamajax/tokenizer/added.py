@@ -1,4 +1,4 @@
-"""Added tokens in a text, for an engine that knows none, by the rules of Hugging Face's tokenizers library."""
+"""Finds added tokens in a text by the rules of Hugging Face's tokenizers library, for engines that do not know them."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,16 +18,16 @@ class AddedPatterns:
         for normalized in (False, True):
             by_text = {token.text: token for token in tokens if token.normalized is normalized}
             if by_text:
-                # The longest of those that begin at one place.
+                # Of the tokens that begin at the same place, the longest is found first.
                 longest_first = sorted(by_text, key=len, reverse=True)
                 self._patterns.append((re.compile("|".join(map(re.escape, longest_first))), by_text))
 
     def parts(self, text: str, counts: Counts = lambda token, at: True) -> Iterator[tuple[int, str | int]]:
-        """The text in parts with the place of each: ids of added tokens, and the text between them.
+        """Splits a text into ids of added tokens and the text between them, each with its position in the text.
 
         Args:
-            text: where they are looked for.
-            counts: whether a token, found at a place, is one: it is text otherwise.
+            text: the text to search.
+            counts: whether a token that was found at a position counts as that token; if not, it is text.
         """
         parts: list[tuple[int, str | int]] = [(0, text)]
         for pattern, tokens in self._patterns:
@@ -42,7 +42,7 @@ class AddedPatterns:
 def _matches(
     at: int, text: str, pattern: re.Pattern[str], tokens: Mapping[str, AddedToken], counts: Counts
 ) -> Iterator[tuple[AddedToken, int, int]]:
-    """Tokens that count, with where they begin and end; what does not count hides no other that overlaps it."""
+    """Tokens that count, each with its start and end; a token that does not count hides no other that overlaps it."""
     found = pattern.search(text)
     while found:
         start = found.start()
@@ -58,7 +58,7 @@ def _matches(
 def _split(
     at: int, text: str, pattern: re.Pattern[str], tokens: Mapping[str, AddedToken], counts: Counts
 ) -> Iterator[tuple[int, str | int]]:
-    """Text around added tokens, by the rules of Hugging Face's tokenizers (`find_matches` in added_vocabulary.rs)."""
+    """Splits text at added tokens, as Hugging Face's tokenizers does (`find_matches` in added_vocabulary.rs)."""
     done = 0
     for token, start, end in _matches(at, text, pattern, tokens, counts):
         if token.single_word and (_is_word(text[start - 1 : start]) or _is_word(text[end : end + 1])):

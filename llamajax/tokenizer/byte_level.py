@@ -11,12 +11,12 @@ BYTES = {character: byte for byte, character in CHARACTERS.items()}
 
 
 def characters_of(data: bytes) -> str:
-    """Bytes as the characters of the table."""
+    """Writes bytes as the characters of the table."""
     return data.decode("latin-1").translate(CHARACTERS)  # Latin-1 has a character for each byte
 
 
 def bytes_of(piece: str) -> bytes:
-    """The bytes that a piece stands for; a piece with characters that are none of the table's stands for itself."""
+    """The bytes that a piece stands for; a piece with a character outside the table stands for its own UTF-8."""
     try:
         return bytes([BYTES[character] for character in piece])
     except KeyError:

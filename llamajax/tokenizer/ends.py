@@ -1,4 +1,4 @@
-"""Tokens at which a text ends, by what they are called, for files that do not say it otherwise.
+"""Finds the tokens at which a text ends by their names, for files that do not list them.
 
 Source: `llama_vocab::impl::load` in src/llama-vocab.cpp of github.com/ggml-org/llama.cpp (`special_eog_ids`).
 """
@@ -13,13 +13,13 @@ END_TEXTS = frozenset(
         *("<｜end▁of▁sentence｜>", "[e~["),
     )
 )
-# What a model of code writes behind a file that it was to fill in: `special_fim_pad_id`, `_rep_id` and `_sep_id`.
+# What a code model writes after it has filled in a file: `special_fim_pad_id`, `_rep_id` and `_sep_id`.
 FIM_TEXTS = {
     "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
     "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
     "fim_sep": ("<|file_sep|>",),
 }
-# Where a model of code is to fill in: no ends, and no text either.
+# Tokens that mark where a code model fills in. They do not end a text, but they are control tokens.
 _PLACES = frozenset(
     (
         *("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>", "<|code_prefix|>"),
@@ -28,7 +28,8 @@ _PLACES = frozenset(
         *("<|prefix|>", "<|suffix|>", "<|middle|>"),
     )
 )
-# Where the first are all there, the last is no end: channels of gpt-oss, calls of Solar, tools of Gemma 4.
+# If a vocabulary has all tokens of the first group, then the last token does not end a text: gpt-oss uses it for
+# channels, Solar for calls, Gemma 4 for tools.
 _NO_END = (
     (("<|return|>", "<|call|>"), "<|end|>"),
     (("<|return|>", "<|calls|>"), "<|end|>"),
@@ -39,14 +40,15 @@ _NO_END = (
 
 
 def ends_of(ids: Mapping[str, int], said: Mapping[str, int]) -> tuple[list[int], list[int]]:
-    """Where a vocabulary's texts end, as llama.cpp decides it.
+    """Returns the ids at which texts of a vocabulary end, by llama.cpp's rules.
 
     Args:
-        ids: of every token by its text.
-        said: ids by their part to play, as far as a file says them: "eos", "eot", "eom", and those of `FIM_TEXTS`.
+        ids: the id of every token by its text.
+        said: the ids that a file gives, by their role: "eos", "eot", "eom", and the keys of `FIM_TEXTS`.
 
     Returns:
-        The ids, in order; and those that are control tokens by their text, whatever a file says of their types.
+        The ids in ascending order; and the ids that are control tokens because of their text, whatever types the file
+        gives them.
     """
     by_text = {index for text, index in ids.items() if text in END_TEXTS}
     ends = set(by_text)
@@ -64,5 +66,5 @@ def ends_of(ids: Mapping[str, int], said: Mapping[str, int]) -> tuple[list[int],
 
 
 def with_first(first: int | None, ids: Iterable[int]) -> tuple[int, ...]:
-    """Ids with one of them, or another, in front."""
+    """The ids without duplicates, with `first` in front unless it is None."""
     return tuple(dict.fromkeys([*([] if first is None else [first]), *ids]))

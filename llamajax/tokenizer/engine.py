@@ -1,15 +1,15 @@
-"""What a `Tokenizer` asks of the library behind it."""
+"""The interface that a `Tokenizer` expects of the library behind it."""
 
 from typing import Protocol
 
 from llamajax.words import AddedToken
 
-# What an id that nothing names decodes to.
+# The bytes to which an id without a token decodes.
 UNNAMED = "\ufffd".encode()
 
 
 class EngineError(Exception):
-    """Why bytes are no tokenizer that an engine reads: the end of a sentence, which the caller begins."""
+    """The reason why an engine cannot read a tokenizer; the text completes a sentence that the caller begins."""
 
 
 class Engine(Protocol):
@@ -17,16 +17,16 @@ class Engine(Protocol):
 
     Attributes:
         form: "sentencepiece" or "tokenizers".
-        size: number of ids, those of added tokens included; where ids have holes, one more than the largest.
-        added: all added tokens by id, those that the file itself lists and those of the checkpoint.
-        controls: control pieces that are not among them: read out of a text like special tokens.
-        bos_id: what the file alone says to begin with, or None.
-        eos_id: what it says to end with, or None.
-        unk_id: the id of what cannot be encoded, or None.
-        stop_ids: where generation ends, as far as the file alone says.
-        add_bos: whether `Tokenizer.encode` begins with BOS unless told otherwise, by the file alone.
-        add_eos: whether it ends with EOS.
-        drops_first_space: whether the space that begins the first token is one that encoding put there.
+        size: the number of ids, added tokens included; if some ids are unused, the largest id plus one.
+        added: all added tokens in the order of their ids, those in the file itself and those of the checkpoint.
+        controls: control pieces that are not among the added tokens; they are read out of a text like special tokens.
+        bos_id: the BOS id according to the file alone, or None.
+        eos_id: the EOS id according to the file alone, or None.
+        unk_id: the id for text that cannot be encoded, or None.
+        stop_ids: the ids at which generation ends, according to the file alone.
+        add_bos: whether `Tokenizer.encode` puts BOS first by default, according to the file alone.
+        add_eos: whether it puts EOS last by default.
+        drops_first_space: whether decoding drops the space at the start of the first token, because encoding added it.
     """
 
     form: str
@@ -42,19 +42,19 @@ class Engine(Protocol):
     drops_first_space: bool
 
     def encode(self, text: str, special: bool) -> list[int]:
-        """Ids of a text, without BOS and EOS; special tokens in it are text unless `special`."""
+        """Encodes a text without BOS and EOS; special tokens in it are read as text unless `special`."""
 
     def spell(self, text: str, first: bool) -> list[int]:
-        """Ids of a text in which no added token is read, nor a control piece; `first`: where a whole text begins."""
+        """Encodes a text and reads no added tokens or control pieces in it; `first`: it begins the whole text."""
 
     def piece(self, index: int) -> str:
         """The name of an id from 0 to `size` - 1."""
 
     def token_bytes(self, index: int) -> bytes:
-        """The bytes that it stands for; none for control and special tokens."""
+        """The bytes that an id stands for; b"" for control and special tokens."""
 
     def id_of(self, piece: str) -> int | None:
         """The id of a piece by its name, or None."""
 
     def is_spelt(self, index: int) -> bool:
-        """Whether an id's space is its own, and never one that encoding put before the text."""
+        """Whether a space at the start of an id's bytes is always its own, never one that encoding added."""

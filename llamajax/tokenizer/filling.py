@@ -1,18 +1,18 @@
-r"""Filling in: what a model of code is given that is to write what stands between two texts.
+r"""Makes the prompt from which a code model fills in the text between a prefix and a suffix.
 
     ids, tokenizer = infill(tokenizer, "def add(a, b):\n", "\n    return c\n")
     middle = llamajax.generate(model, tokenizer, ids).text
 
 The order is prefix, suffix, middle (Bavarian et al. 2022, arXiv:2207.14255). Reference: `infilling_prompt_tokens` of
-codellama's `llama/generation.py`. Transformers' `CodeLlamaTokenizer` is that up to version 4; 5 puts a space before the
-suffix.
+codellama's `llama/generation.py`. Transformers' `CodeLlamaTokenizer` does the same up to version 4; version 5 puts a
+space before the suffix.
 """
 
 from llamajax.errors import LlamaJaxError
 from llamajax.tokenizer.tokenizer import Tokenizer
 
-# What vocabularies call the tokens before the prefix, the suffix and the middle, and that behind a middle if it has
-# one: Code Llama, Qwen2.5 Coder, StarCoder 2, DeepSeek Coder (llama.cpp's `special_fim_pre_id` and its kin).
+# The names of the tokens before the prefix, before the suffix, before the middle and after the middle: Code Llama,
+# Qwen2.5 Coder, StarCoder 2, DeepSeek Coder (llama.cpp's `special_fim_pre_id` and its kin).
 _MARKS = (
     ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"),
     ("<PRE>", "<SUF>", "<MID>", "<EOT>"),
@@ -21,23 +21,23 @@ _MARKS = (
     ("<fim-prefix>", "<fim-suffix>", "<fim-middle>", "<|endoftext|>"),
     ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>", "<｜end▁of▁sentence｜>"),
 )
-# A text that no piece goes on behind: what is encoded after it has no space put before it.
+# No piece joins this character to what follows it, so a text encoded after it gets no space before it.
 _BEFORE = "☺"
 
 
 def infill(tokenizer: Tokenizer, prefix: str, suffix: str) -> tuple[list[int], Tokenizer]:
-    """The ids from which a model writes what stands between two texts.
+    """Returns the prompt from which a model writes the text between `prefix` and `suffix`.
 
     Args:
-        tokenizer: of a model of code.
-        prefix: what stands before.
-        suffix: what stands behind.
+        tokenizer: the tokenizer of a code model.
+        prefix: the text before the gap.
+        suffix: the text after the gap.
 
     Returns:
-        The ids, and a tokenizer that also stops where such a middle ends.
+        The ids, and a tokenizer that also stops at the token that ends the filled-in text.
 
     Raises:
-        LlamaJaxError: for a vocabulary without the tokens that say where to fill in, or a text that is not Unicode.
+        LlamaJaxError: for a vocabulary without the tokens for filling in, or a text that is not Unicode.
     """
     for marks in _MARKS:
         before, behind, middle, end = (tokenizer.id_of(mark) for mark in marks)
@@ -49,11 +49,11 @@ def infill(tokenizer: Tokenizer, prefix: str, suffix: str) -> tuple[list[int], T
         return [*ids, middle], tokenizer.replying(dict.fromkeys(stops))
     raise LlamaJaxError(
         "the vocabulary has no tokens for filling in: expected those of a model that was trained for it, such as "
-        f"{', '.join(' '.join(marks[:3]) for marks in _MARKS[:3])}; without a suffix it continues the text"
+        f"{', '.join(' '.join(marks[:3]) for marks in _MARKS[:3])}: give no suffix to continue the text instead"
     )
 
 
 def _alone(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a text without the space that a sentencepiece model puts before one."""
+    """Encodes a text without the space that a sentencepiece model puts before a text."""
     before = tokenizer.encode(_BEFORE, bos=False, eos=False)
     return tokenizer.encode(_BEFORE + text, bos=False, eos=False)[len(before) :]

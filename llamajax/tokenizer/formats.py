@@ -1,7 +1,7 @@
-"""The forms that tokenizers come in, recognised by content, and the two that they are kept in.
+"""Recognises the forms of tokenizer files by their content, and converts them to the two forms that are kept.
 
-At rest a tokenizer is a serialized sentencepiece ModelProto (tokenizer.model) or a tokenizer.json. Two other forms are
-converted into one of them: Llama 3's tokenizer.model, which holds ranks for tiktoken, and llama2.c's tokenizer.bin.
+A tokenizer is kept as a serialized sentencepiece ModelProto (tokenizer.model) or a tokenizer.json. Two other forms are
+converted to one of these: Llama 3's tokenizer.model, which holds ranks for tiktoken, and llama2.c's tokenizer.bin.
 """
 
 import re
@@ -10,7 +10,7 @@ from llamajax.tokenizer.llama2c import is_llama2c, model_of_llama2c
 from llamajax.tokenizer.ranks import json_of_ranks
 from llamajax.words import Words
 
-# The largest in use, the tokenizer.json of 256,000 pieces, has 33 MB; a sentencepiece model of as many, 4.
+# The largest tokenizer.json in use, with 256,000 pieces, has 33 MB; a sentencepiece model of as many pieces has 4 MB.
 LARGEST_TOKENIZER = 64 << 20
 FILE_NAMES = {"sentencepiece": "tokenizer.model", "tokenizers": "tokenizer.json"}
 
@@ -28,16 +28,16 @@ def is_sentencepiece(data: bytes) -> bool:
 
 
 def file_name(data: bytes) -> str:
-    """What the file of a tokenizer is called, given the bytes of either form at rest."""
+    """The file name of a tokenizer, given its bytes in one of the two kept forms."""
     return FILE_NAMES["tokenizers" if is_json(data) else "sentencepiece"]
 
 
 def at_rest(data: bytes, words: Words) -> bytes:
-    """A tokenizer of any form in one of the two that are kept; what is of none is returned as it is.
+    """Converts a tokenizer of any form to one of the two kept forms; returns unknown bytes unchanged.
 
     Args:
-        data: the tokenizer.
-        words: their added tokens name what stands behind ranks.
+        data: the bytes of the tokenizer's file.
+        words: the checkpoint's words; their added tokens name the ids after tiktoken's ranks.
 
     Raises:
         EngineError: for damaged ranks or a damaged tokenizer.bin.

@@ -1,7 +1,7 @@
-"""Tokenizers in the metadata of a GGUF: `from_metadata` reads one, `to_metadata` writes it.
+"""Tokenizers in the metadata of a GGUF: `from_metadata` reads one, `to_metadata` writes one.
 
-Source of what the keys mean: docs/gguf.md of github.com/ggml-org/ggml, and `llama_vocab::impl::load` in
-src/llama-vocab.cpp of github.com/ggml-org/llama.cpp for what a file leaves out.
+The meaning of the keys is from docs/gguf.md of github.com/ggml-org/ggml, the defaults of missing keys are from
+`llama_vocab::impl::load` in src/llama-vocab.cpp of github.com/ggml-org/llama.cpp.
 """
 
 from llamajax.tokenizer.gguf_read import from_metadata

@@ -1,4 +1,4 @@
-"""The vocabulary in a GGUF's metadata as a tokenizer, and as what it says of words."""
+"""Reads the tokenizer and the `Words` of a GGUF from its metadata."""
 
 import dataclasses
 import warnings
@@ -25,7 +25,7 @@ from llamajax.words import AddedToken, Words, is_carried
 
 PREFIX = "tokenizer."
 TEMPLATE = "tokenizer.chat_template"
-# The parts that a token may play, by the key `tokenizer.ggml.KEY_token_id`.
+# The roles of tokens, each with the KEY in `tokenizer.ggml.KEY_token_id`.
 PARTS = {
     "bos": "bos",
     "eos": "eos",
@@ -37,7 +37,7 @@ PARTS = {
     "fim_rep": "fim_rep",
     "fim_sep": "fim_sep",
 }
-# They decide nothing about text and ids: places to fill in code, parts of BERT's, a copy in another form.
+# Keys without effect on how text becomes ids: the places of code to fill in, roles of BERT, a copy in another form.
 _WITHOUT_EFFECT = frozenset(
     f"tokenizer.{key}"
     for key in (
@@ -50,7 +50,7 @@ _TYPES = range(1, 7)
 
 
 class _Kind(NamedTuple):
-    """What llama.cpp takes for granted of a `tokenizer.ggml.model`."""
+    """The defaults that llama.cpp uses for a value of `tokenizer.ggml.model`."""
 
     ids: Mapping[str, int]
     add_bos: bool
@@ -66,20 +66,20 @@ _KINDS = {
 
 
 def from_metadata(metadata: Mapping[str, Any]) -> tuple[bytes | None, Words, frozenset[str]]:
-    """The tokenizer of a GGUF.
+    """Returns the tokenizer of a GGUF.
 
     Args:
         metadata: all keys and values of the file: text as str, or bytes of UTF-8; arrays as sequences or NumPy arrays.
 
     Returns:
-        The tokenizer in one of the forms at rest, None where the file has none; what the metadata says of words, the
-        chat template among its files; and the keys that are dealt with, which are all that begin with "tokenizer.".
+        The tokenizer in one of the two kept forms, or None if the file has none; the `Words` of the metadata, with the
+        chat templates among their files; and the keys that were handled: all that begin with "tokenizer.".
 
     Warns:
-        UserWarning: where a byte-level vocabulary comes without the name of its pre-tokenizer.
+        UserWarning: if a byte-level vocabulary does not name its pre-tokenizer.
 
     Raises:
-        LlamaJaxError: for keys or values that are not known, or do not go together.
+        LlamaJaxError: for keys or values that are unknown or contradict each other.
     """
     keys = _Keys(metadata)
     model = keys.text("ggml.model", None)
@@ -95,26 +95,26 @@ def from_metadata(metadata: Mapping[str, Any]) -> tuple[bytes | None, Words, fro
     if left:
         raise LlamaJaxError(
             f"{shortened(left[0])} is {shortened(metadata[left[0]])}: an unknown key of the tokenizer, "
-            f"which may change ids: give --ignore_key={shortened(left[0])[1:-1]} if it does not"
+            f"which may change ids: give --ignore_key={shortened(left[0])[1:-1]} if it does not change them"
         )
     if model == "gpt2" and metadata.get("tokenizer.ggml.pre") is None:
         warnings.warn(
-            "tokenizer.ggml.pre is missing: text is split as llama.cpp does then, which is hardly what the model was "
-            "trained with: take a newer conversion",
+            "tokenizer.ggml.pre is missing: text is split by llama.cpp's default, which probably differs from what the "
+            "model was trained with: take a newer conversion",
             stacklevel=2,
         )
     return data, words, frozenset(key for key in metadata if key.startswith(PREFIX))
 
 
 class _Keys:
-    """The keys `tokenizer.…` of a file, each checked for its type as it is asked for; `used` are those asked for."""
+    """The keys `tokenizer.…` of a file. Each method checks the type of a value; `used` holds the keys asked for."""
 
     def __init__(self, metadata: Mapping[str, Any]):
         self.metadata = metadata
         self.used: set[str] = set()
 
     def value(self, name: str) -> Any:
-        """A value, or None."""
+        """The value of any type, or None."""
         self.used.add(PREFIX + name)
         return self.metadata.get(PREFIX + name)
 
@@ -157,7 +157,7 @@ class _Keys:
         return [self._decoded(name, each) for each in value]
 
     def numbers(self, name: str, length: int | None, otherwise: Any) -> list[Any] | None:
-        """An array of at least `length` numbers, of which so many; all for None."""
+        """The first `length` numbers of an array, which must have as many; all numbers if `length` is None."""
         value = self.value(name)
         if value is None:
             return otherwise
@@ -183,7 +183,7 @@ class _Keys:
 
 
 def _read(keys: _Keys, model: str) -> tuple[bytes, Words]:
-    """The tokenizer of one of `_KINDS`."""
+    """Reads a tokenizer whose `tokenizer.ggml.model` is one of `_KINDS`."""
     kind = _KINDS[model]
     tokens = keys.texts("ggml.tokens")
     if not tokens:
@@ -196,7 +196,7 @@ def _read(keys: _Keys, model: str) -> tuple[bytes, Words]:
     said: dict[str, int] = {}
     for part, key in PARTS.items():
         index = keys.number(f"ggml.{key}_token_id")
-        if index is None or index >= len(tokens):  # as 4294967295, for none
+        if index is None or index >= len(tokens):  # 4294967295, for example, stands for none
             index = kind.ids.get(part)
         if index is not None and index < len(tokens):
             said[part] = index
@@ -212,7 +212,7 @@ def _read(keys: _Keys, model: str) -> tuple[bytes, Words]:
     for part, adds in (("bos", add_bos), ("eos", add_eos)):
         if adds and part not in said:
             raise LlamaJaxError(
-                f"tokenizer.ggml.add_{part}_token is true, in the file or by default, and "
+                f"tokenizer.ggml.add_{part}_token is true, in the file or by default, but "
                 f"tokenizer.ggml.{part}_token_id is missing: expected the token's id"
             )
     named: dict[str, str] = {part: tokens[said[part]] for part in ("bos", "eos") if part in said}
@@ -240,7 +240,7 @@ def _read(keys: _Keys, model: str) -> tuple[bytes, Words]:
 
 
 def _types(keys: _Keys, tokens: list[str], said: Mapping[str, int], guess: bool) -> list[int]:
-    """The type of each token; where the file has none, what their texts and parts to play tell."""
+    """The type of each token; if the file gives none, types are derived from the tokens' texts and roles."""
     types = keys.numbers("ggml.token_type", len(tokens), None)
     if types is not None:
         unknown = next((one for one in types if one not in _TYPES), None)
@@ -255,14 +255,14 @@ def _types(keys: _Keys, tokens: list[str], said: Mapping[str, int], guess: bool)
 
 
 def _byte_level(keys: _Keys, tokens: list[str], types: list[int], adds: set[str], named: Mapping[str, str]) -> bytes:
-    """A "gpt2" vocabulary as a tokenizer.json."""
+    """Converts a "gpt2" vocabulary to a tokenizer.json."""
     name = keys.text("ggml.pre", "default")
     if name not in PATTERNS:
         raise LlamaJaxError(
             f"tokenizer.ggml.pre is {shortened(name)}, an unknown pre-tokenizer: expected one of "
             f"{', '.join(sorted(PATTERNS))}"
         )
-    keys.numbers("ggml.scores", 0, None)  # of merges alone is it made
+    keys.numbers("ggml.scores", 0, None)  # not used: merges alone define the vocabulary
     keys.flag("ggml.add_space_prefix", False)
     keys.flag("ggml.remove_extra_whitespaces", False)
     merges = keys.texts("ggml.merges")
@@ -274,7 +274,7 @@ def _byte_level(keys: _Keys, tokens: list[str], types: list[int], adds: set[str]
         )
     pre = PATTERNS[name]
     special = {tokens[index]: index for index, one in enumerate(types) if one in (CONTROL, UNKNOWN)}
-    # What begins and ends every text is written down as a special token, whatever its type.
+    # The tokens that begin and end every text are special in the file, whatever their types.
     special |= {named[part]: tokens.index(named[part]) for part in adds}
     return byte_level_json(
         {token: index for index, token in enumerate(tokens)},
@@ -295,20 +295,20 @@ def _byte_level(keys: _Keys, tokens: list[str], types: list[int], adds: set[str]
 def _sentencepiece(
     keys: _Keys, model: str, tokens: list[str], types: list[int], said: Mapping[str, int]
 ) -> tuple[bytes, str]:
-    """A "llama" or "t5" vocabulary as a sentencepiece model, and where it puts spaces."""
+    """Converts a "llama" or "t5" vocabulary to a sentencepiece model; also returns where spaces are put (`Words`)."""
     scores = keys.numbers("ggml.scores", len(tokens), [0.0] * len(tokens))
     assert scores is not None
-    keys.texts("ggml.merges")  # some converters write them beside the scores, which decide
+    keys.texts("ggml.merges")  # not used: some converters write them too, but the scores decide
     keys.text("ggml.pre", None)
     if said.get("unk") is None:
         raise LlamaJaxError("tokenizer.ggml.unknown_token_id is missing: expected the id of the unknown token")
-    # Sentencepiece wants one unknown piece, and all bytes or none.
+    # Sentencepiece requires exactly one unknown piece, and either all 256 byte pieces or none.
     types = [CONTROL if one == UNKNOWN else one for one in types]
     types[said["unk"]] = UNKNOWN
     for index, one in enumerate(types):
         if one == BYTE and not BYTE_PIECE.fullmatch(tokens[index]):
             raise LlamaJaxError(
-                f"token {index} is {shortened(tokens[index])}, a byte by its type: expected <0x00> to <0xFF>"
+                f"token {index} is {shortened(tokens[index])}, but its type is byte (6): expected <0x00> to <0xFF>"
             )
     if types.count(BYTE) not in (0, 256):
         raise LlamaJaxError(f"tokenizer.ggml.token_type has {types.count(BYTE)} bytes: expected 256 or none")
@@ -319,7 +319,7 @@ def _sentencepiece(
     ]
     if len(set(pieces)) < len(pieces):
         raise LlamaJaxError(
-            "tokenizer.ggml.tokens has tokens with spaces and with ▁ in their place: expected one of the two"
+            "tokenizer.ggml.tokens has tokens that differ only in a space and ▁: expected only one of them"
         )
     data = make_model(
         pieces,
@@ -333,12 +333,12 @@ def _sentencepiece(
         remove_extra_whitespaces=keys.flag("ggml.remove_extra_whitespaces", False),
         charsmap=_bytes_of("ggml.precompiled_charsmap", charsmap or []),
     )
-    # llama.cpp puts the space behind every token that it found in the text.
+    # llama.cpp puts the space after every added token in the text, not only before the whole text.
     return data, "always" if prefix else "never"
 
 
 def _bytes_of(name: str, values: list[Any]) -> bytes:
-    """An array of 8-bit numbers, signed or not, as bytes."""
+    """Converts an array of 8-bit numbers, signed or unsigned, to bytes."""
     if not all(isinstance(value, int) and -128 <= value < 256 for value in values):
         raise LlamaJaxError(f"tokenizer.{name}: expected an array of bytes")
     return bytes(value & 255 for value in values)
@@ -350,14 +350,14 @@ def _templates(keys: _Keys) -> dict[str, bytes]:
     default = keys.text("chat_template", None)
     if default:
         files["chat_template.jinja"] = default.encode()
-    keys.value("chat_templates")  # the names of those that follow
+    keys.value("chat_templates")  # lists the names of the templates in the keys read below
     for key in sorted(keys.metadata):
         if key.startswith(f"{TEMPLATE}."):
             name = key.removeprefix(f"{TEMPLATE}.")
             file = f"chat_template.{name}.jinja"
             if not is_carried(file):
                 raise LlamaJaxError(
-                    f"{shortened(key)}: the name of a chat template: expected 1 to 40 letters, digits, _ and -"
+                    f"{shortened(key)} names a chat template: expected a name of 1 to 40 letters, digits, _ and -"
                 )
             files[file] = keys.text(f"chat_template.{name}", "").encode()
     return files

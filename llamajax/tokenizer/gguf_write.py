@@ -1,4 +1,4 @@
-"""A tokenizer as the metadata of a GGUF: its pieces by id, with types and scores or merges, and what goes with them."""
+"""Writes a tokenizer as the metadata of a GGUF: pieces by id, types, scores or merges, token ids and chat templates."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from llamajax.tokenizer.pieces_of_json import pieces_of_json
 from llamajax.tokenizer.pre_tokenizers import GPT2, PATTERNS
 from llamajax.tokenizer.tokenizer import Tokenizer
 
-# What llama.cpp's converter gives to tokens that are there for the embedding's sake alone.
+# The score that llama.cpp's converter gives to tokens that only fill up the rows of the embedding.
 _PAD_SCORE = -1000.0
 
 
@@ -26,10 +26,10 @@ class _Table:
     """Pieces by id, as a GGUF lists them.
 
     Attributes:
-        tokens: their texts.
-        types: GGUF's types, which are sentencepiece's.
-        scores: of each, for vocabularies that are made of scores; else None.
-        keys: further keys and values.
+        tokens: the text of each piece.
+        types: the GGUF type of each piece; the numbers are those of sentencepiece.
+        scores: the score of each piece if the vocabulary has scores; else None.
+        keys: further keys and values, without "tokenizer.ggml.".
     """
 
     tokens: list[str]
@@ -39,20 +39,20 @@ class _Table:
 
 
 def to_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
-    """Keys and values for a GGUF's metadata, from which `from_metadata` gives the tokenizer back.
+    """Returns keys and values for a GGUF's metadata, from which `from_metadata` restores the tokenizer.
 
-    What no key says is left out, as llama.cpp's own converters do, and llama.cpp then does without: that text is
-    normalized to NFC first (Qwen 2), and that white space around an added token belongs to it.
+    Two properties for which GGUF has no key are left out, as llama.cpp's own converters do, and llama.cpp then ignores
+    them: that text is first normalized to NFC (Qwen 2), and that white space around an added token belongs to it.
 
     Args:
-        tokenizer: any.
-        vocab_size: V, the rows of the model's embedding; tokens that are missing up to it are written as unused.
+        tokenizer: the tokenizer.
+        vocab_size: V, the rows of the model's embedding; missing tokens up to it are written as unused.
 
     Returns:
         Values by key: str; bool; int, for UINT32; lists of str; NumPy arrays of float32, int32 and uint8.
 
     Raises:
-        LlamaJaxError: for a tokenizer that no GGUF holds, or one that has more ids than the model.
+        LlamaJaxError: for a tokenizer that a GGUF cannot hold, or one that has more ids than the model.
     """
     if tokenizer.vocab_size > vocab_size:
         raise LlamaJaxError(f"the tokenizer has {tokenizer.vocab_size} ids: expected at most the model's {vocab_size}")
@@ -71,7 +71,7 @@ def to_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
 
 
 def _parts(tokenizer: Tokenizer, table: _Table) -> dict[str, int]:
-    """The parts that tokens play, by name; ends that llama.cpp would not find by their text play "eot" and "eom"."""
+    """Ids by role; stop ids that llama.cpp would not find by their text get the roles "eot" and "eom"."""
     said = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": tokenizer.unk_id, "pad": tokenizer.words.pad_id}
     parts = {part: index for part, index in said.items() if index is not None and index < len(table.tokens)}
     ids = {token: index for index, token in enumerate(table.tokens)}
@@ -82,12 +82,13 @@ def _parts(tokenizer: Tokenizer, table: _Table) -> dict[str, int]:
 
 
 def _of_sentencepiece(tokenizer: Tokenizer) -> _Table:
-    """Of a sentencepiece model and what is added to it."""
+    """The table of a sentencepiece model and its added tokens."""
     model = proto().ModelProto.FromString(tokenizer.model_bytes)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if trainer.model_type not in (BPE, UNIGRAM):
         raise LlamaJaxError(
-            f"the tokenizer is a sentencepiece model of type {trainer.model_type}: a GGUF holds BPE and unigram"
+            f"the tokenizer is a sentencepiece model of type {trainer.model_type}, which GGUF cannot hold: expected "
+            "unigram (1) or BPE (2)"
         )
     if not normalizer.escape_whitespaces or trainer.treat_whitespace_as_suffix:
         raise LlamaJaxError("the tokenizer has its own rules for spaces, for which GGUF has no key")
@@ -115,7 +116,7 @@ def _of_sentencepiece(tokenizer: Tokenizer) -> _Table:
 
 
 def _of_json(tokenizer: Tokenizer) -> _Table:
-    """Of a tokenizer.json."""
+    """The table of a tokenizer.json."""
     value = parse_json(tokenizer.model_bytes, "the tokenizer")
     model = value["model"]
     if model.get("type", "BPE") != "BPE":
@@ -136,11 +137,11 @@ def _of_json(tokenizer: Tokenizer) -> _Table:
 
 
 def _check_spaces(value: Mapping[str, Any]) -> None:
-    """Refuses what a tokenizer.json does with text beyond writing ▁ for spaces and before it."""
+    """Refuses a tokenizer.json that changes text other than by writing ▁ for spaces and before the text."""
     prefix, spaced = {"type": "Prepend", "prepend": "▁"}, {"String": " "}
     for step in steps_of(value.get("normalizer"), "normalizers"):
         replaced = step.get("type") == "Replace" and (step.get("pattern"), step.get("content"))
-        # The second is for Metaspace, which puts no ▁ before a text that begins with one.
+        # The second replacement accompanies Metaspace, which puts no ▁ before a text that begins with one.
         if step != prefix and replaced not in ((spaced, "▁"), ({"Regex": r"\A▁"}, "▁▁")):
             raise LlamaJaxError(
                 f"the tokenizer.json has the normalizer {shortened(json.dumps(step))}, for which GGUF has no key"
@@ -153,7 +154,7 @@ def _check_spaces(value: Mapping[str, Any]) -> None:
 
 
 def _pre_tokenizer(value: Mapping[str, Any]) -> str:
-    """The name of what splits a byte-level tokenizer's text."""
+    """GGUF's name of the pre-tokenizer of a byte-level tokenizer.json."""
     for step in steps_of(value.get("normalizer"), "normalizers"):
         if step.get("type") != "NFC":
             raise LlamaJaxError(
@@ -166,13 +167,13 @@ def _pre_tokenizer(value: Mapping[str, Any]) -> str:
         if expressions == tuple(map(_escaped, known.expressions)) and known.ignore_merges == ignores:
             return name
     raise LlamaJaxError(
-        f"the tokenizer.json splits text by {shortened(expressions)}, ignore_merges {str(ignores).lower()}, for which "
-        "GGUF has no known name"
+        f"the tokenizer.json splits text by {shortened(expressions)} with ignore_merges {str(ignores).lower()}, for "
+        "which GGUF has no known name"
     )
 
 
 def _expressions(state: Any) -> Iterator[str]:
-    """The regular expressions of a pre-tokenizer, one behind the other."""
+    """The regular expressions of a pre-tokenizer, in the order in which they are applied."""
     for step in steps_of(state, "pretokenizers"):
         kind = step.get("type")
         pattern = step.get("pattern", {}).get("Regex") if kind == "Split" else None
@@ -191,12 +192,12 @@ def _expressions(state: Any) -> Iterator[str]:
 
 
 def _escaped(pattern: str) -> str:
-    """A pattern with line ends written as escapes: files have both."""
+    """A pattern with line ends written as escapes, because files have both spellings."""
     return pattern.replace("\r", r"\r").replace("\n", r"\n")
 
 
 def _pad(table: _Table, size: int) -> None:
-    """Unused tokens up to so many, named as llama.cpp's converter names them."""
+    """Adds unused tokens up to `size` tokens, named as llama.cpp's converter names them."""
     for index in range(len(table.tokens), size):
         table.tokens.append(f"[PAD{index}]")
         table.types.append(UNUSED)
@@ -205,7 +206,7 @@ def _pad(table: _Table, size: int) -> None:
 
 
 def _templates(tokenizer: Tokenizer) -> dict[str, str]:
-    """The chat templates."""
+    """The chat templates by key."""
     return {
         TEMPLATE if name == "default" else f"{TEMPLATE}.{name}": text
         for name, text in tokenizer.words.chat_templates.items()

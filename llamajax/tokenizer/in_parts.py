@@ -1,4 +1,4 @@
-"""Encoding a text of which some parts may hold control tokens and others may not: `Tokenizer.encode_parts`."""
+"""Encodes a text of trusted parts, which may hold control tokens, and others, which may not."""
 
 import functools
 from bisect import bisect_right
@@ -14,7 +14,7 @@ def encode_parts(engine: Engine, parts: Sequence[tuple[str, bool]], control: Col
     """See `Tokenizer.encode_parts`.
 
     Raises:
-        EngineError: for a vocabulary that has no other spelling of a control token.
+        EngineError: if a part that is not trusted holds a control token that the vocabulary cannot spell otherwise.
     """
     known = (*engine.added, *engine.controls)
     guarded = {token.id for token in known if token.special or token.text in control}
@@ -31,11 +31,11 @@ def encode_parts(engine: Engine, parts: Sequence[tuple[str, bool]], control: Col
         return inside
 
     found = list(_patterns(known).parts(whole, counts))
-    controls = guarded - {engine.unk_id}  # which stands for what the vocabulary does not have, too
+    controls = guarded - {engine.unk_id}  # an unknown id may also stand for text that the vocabulary lacks
     read = [part for _, part in found if isinstance(part, int) and part in controls]
     if not refused:
         ids = engine.encode(whole, special=True)
-        # Tokens that are looked for in normalized text may be more than those that the text itself has.
+        # The engine looks for some tokens in normalized text, and may find more of them than the text itself has.
         if [index for index in ids if index in controls] == read:
             return ids
     ids = []
@@ -45,7 +45,7 @@ def encode_parts(engine: Engine, parts: Sequence[tuple[str, bool]], control: Col
 
 
 def _spelt(engine: Engine, text: str, first: bool, controls: Collection[int]) -> list[int]:
-    """Ids of a text, none of them a control token: one that the vocabulary has as an ordinary piece is taken apart."""
+    """Encodes a text without control tokens: the text of a control token is cut and its halves encoded apart."""
     ids = engine.spell(text, first)
     named = next((engine.piece(index) for index in ids if index in controls), None)
     if named is None:
@@ -62,7 +62,7 @@ def _patterns(tokens: tuple[AddedToken, ...]) -> AddedPatterns:
 
 
 def _trusted(parts: Sequence[tuple[str, bool]]) -> list[tuple[int, int]]:
-    """Where parts in which special tokens are read begin and end; those beside each other are one."""
+    """The start and end of the trusted parts; adjacent parts are merged into one."""
     spans: list[tuple[int, int]] = []
     end = 0
     for text, special in parts:

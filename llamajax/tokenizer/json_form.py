@@ -1,6 +1,6 @@
-"""The format tokenizer.json: byte-level byte-pair encoding written in it, and its parts taken apart.
+"""Writes byte-level byte-pair encoding as a tokenizer.json, and lists the steps of the parts of such a file.
 
-The format is that of the library tokenizers of Hugging Face (github.com/huggingface/tokenizers, version "1.0").
+The format is that of Hugging Face's library tokenizers (github.com/huggingface/tokenizers, version "1.0").
 """
 
 import json
@@ -19,17 +19,17 @@ def byte_level_json(
     bos: str | None = None,
     eos: str | None = None,
 ) -> bytes:
-    """The bytes of the file.
+    """Returns the bytes of a tokenizer.json.
 
     Args:
         vocabulary: ids by piece, in GPT-2's characters for bytes (`byte_level`).
-        merges: pairs of pieces by priority, as such or joined by a space.
-        patterns: regular expressions that split a text, one behind the other, into what is encoded by itself.
-        ignore_merges: whether such a part that is a piece is one, whatever the merges.
-        special: ids of tokens that have no text.
-        user_defined: ids of added tokens that have.
+        merges: pairs of pieces by priority, as tuples or joined by a space.
+        patterns: regular expressions that split a text, one after the other, into parts that are encoded separately.
+        ignore_merges: whether a part that equals a piece becomes that piece, whatever the merges.
+        special: ids of special tokens, which have no text.
+        user_defined: ids of added tokens that have text.
         bos: the special token that begins every text, or None.
-        eos: the one that ends it.
+        eos: the special token that ends every text, or None.
     """
     kinds = [(special, True), (user_defined, False)]
     added: list[dict[str, Any]] = [
@@ -76,7 +76,7 @@ def byte_level_json(
 
 
 def _template(bos: str | None, eos: str | None, special: Mapping[str, int]) -> dict[str, Any] | None:
-    """A post-processor that puts BOS before a text and EOS behind it."""
+    """A post-processor that puts BOS before a text and EOS after it."""
     used = {text: special[text] for text in (bos, eos) if text is not None}
     if not used:
         return None
@@ -94,7 +94,7 @@ def _template(bos: str | None, eos: str | None, special: Mapping[str, int]) -> d
 
 
 def steps_of(state: Any, name: str) -> Iterator[Mapping[str, Any]]:
-    """The steps of a part of a tokenizer.json: one, or a sequence of them, or none."""
+    """Yields the steps of a part of a tokenizer.json, which is null, one step, or a sequence of steps in `name`."""
     if state is None:
         return
     if state.get("type") == "Sequence":

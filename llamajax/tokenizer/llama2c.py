@@ -1,9 +1,9 @@
-r"""llama2.c's tokenizer.bin: the pieces of a sentencepiece model and their scores, in a file of its own.
+r"""Reads llama2.c's tokenizer.bin: the pieces of a sentencepiece model and their scores, in a format of its own.
 
-Little endian: the longest piece's length in 4 bytes, then of each piece its score (float32), its length (int32) and its
-bytes. Spaces are written as such; `<s>` and `</s>` as "\n<s>\n" and "\n</s>\n" (`export` in tokenizer.py of
-github.com/karpathy/llama2.c). Types of pieces are not in it: run.c takes ids 0, 1 and 2 for unknown, BOS and EOS, and
-3 to 258 for the bytes, and so it is here.
+The file is little endian: the length of the longest piece in 4 bytes, then for each piece its score (float32), its
+length (int32) and its bytes. Spaces are written as such; `<s>` and `</s>` as "\n<s>\n" and "\n</s>\n" (`export` in
+tokenizer.py of github.com/karpathy/llama2.c). The file does not hold the types of pieces: run.c takes ids 0, 1 and 2
+for unknown, BOS and EOS, and 3 to 258 for the bytes, and so does this module.
 """
 
 import struct
@@ -16,7 +16,7 @@ _LONGEST = 1 << 16
 
 
 def is_llama2c(data: bytes) -> bool:
-    """Whether bytes begin as such a file: a plausible length, and a first piece no longer than that."""
+    """Whether bytes begin like a tokenizer.bin: a plausible largest length, and a first piece no longer than that."""
     if len(data) < 12:
         return False
     longest, _, first = struct.unpack_from("<ifi", data)
@@ -24,7 +24,7 @@ def is_llama2c(data: bytes) -> bool:
 
 
 def model_of_llama2c(data: bytes) -> bytes:
-    """The sentencepiece model that encodes as run.c does.
+    """Returns a sentencepiece model that encodes as run.c does.
 
     Raises:
         EngineError: if the file is damaged, or its first pieces are not those of LLaMA.

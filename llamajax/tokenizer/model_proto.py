@@ -1,4 +1,4 @@
-"""Sentencepiece models made of their parts, for vocabularies that come in files of other formats.
+"""Makes sentencepiece models from pieces, scores and types, for vocabularies in files of other formats.
 
 Source: sentencepiece_model.proto of github.com/google/sentencepiece.
 """
@@ -26,19 +26,19 @@ def make_model(
     remove_extra_whitespaces: bool = False,
     charsmap: bytes = b"",
 ) -> bytes:
-    """A serialized ModelProto.
+    """Returns a serialized ModelProto.
 
     Args:
-        pieces: V pieces, ▁ (U+2581) for a space.
-        scores: of each.
-        types: of each, one of the six above.
-        bos_id: of the piece that begins a text, or None.
-        eos_id: of the one that ends it.
-        pad_id: of the one that fills up a batch.
+        pieces: V pieces, with ▁ (U+2581) for a space.
+        scores: the score of each piece.
+        types: the type of each piece, one of the six above.
+        bos_id: the id of the piece that begins a text, or None.
+        eos_id: the id of the piece that ends a text, or None.
+        pad_id: the id of the piece that fills up a batch, or None.
         kind: `BPE` or `UNIGRAM`.
         dummy_prefix: whether a space is put before a text.
         remove_extra_whitespaces: whether several spaces become one.
-        charsmap: sentencepiece's table of a normalizer; b"" leaves text as it is.
+        charsmap: sentencepiece's table of a normalizer; b"" leaves text unchanged.
     """
     model = proto().ModelProto()
     for piece, score, kind_of_piece in zip(pieces, scores, types, strict=True):
@@ -61,7 +61,7 @@ def make_model(
 
 
 def proto() -> Any:
-    """The module of sentencepiece's protobuf classes, which are made when it is imported: no checker sees them."""
-    from sentencepiece import sentencepiece_model_pb2  # here, as sentencepiece itself
+    """The module of sentencepiece's protobuf classes; `Any`, as they are made at import, unseen by type checkers."""
+    from sentencepiece import sentencepiece_model_pb2  # imported here, as sentencepiece itself is
 
     return sentencepiece_model_pb2

@@ -1,4 +1,4 @@
-"""The pieces of a tokenizer.json by id, with the types and scores that other formats have for them."""
+"""Lists the pieces of a tokenizer.json by id, with the types and scores that other formats need."""
 
 import dataclasses
 import re
@@ -11,7 +11,7 @@ from llamajax.tokenizer.model_proto import BYTE, BYTE_PIECE, CONTROL, NORMAL, UN
 from llamajax.tokenizer.tokenizer import Tokenizer
 
 _PAD = re.compile(r"\[PAD(\d+)\]")
-# Below every piece that merges make.
+# The score of pieces that no merge makes, below all others.
 _UNMERGED = -1e6
 
 
@@ -20,8 +20,8 @@ class Pieces:
     """Pieces by id.
 
     Attributes:
-        tokens: their texts.
-        types: sentencepiece's types (`model_proto`).
+        tokens: the text of each piece.
+        types: the sentencepiece type of each piece (`model_proto`).
         merges: pairs of pieces in the order in which they are merged.
     """
 
@@ -30,10 +30,10 @@ class Pieces:
     merges: list[tuple[str, str]]
 
     def scores(self) -> list[float]:
-        """Scores by which sentencepiece merges as the merges say: the sooner, the higher.
+        """Scores with which sentencepiece merges in the order of `merges`: the sooner, the higher.
 
         Raises:
-            LlamaJaxError: if no scores do: if pairs that make one piece are not beside each other.
+            LlamaJaxError: if there are no such scores, because merges into the same piece do not follow each other.
         """
         order: dict[str, int] = {}
         last = ""
@@ -41,7 +41,7 @@ class Pieces:
             piece = left + right
             if piece != last and piece in order:
                 raise LlamaJaxError(
-                    f"the tokenizer.json gives the merges into {shortened(piece)} different ranks, which scores of "
+                    f"the tokenizer.json gives the merges into {shortened(piece)} different ranks, which the scores of "
                     "pieces cannot express"
                 )
             order.setdefault(piece, len(order))
@@ -57,11 +57,11 @@ class Pieces:
 
 
 def pieces_of_json(tokenizer: Tokenizer, model: Mapping[str, Any]) -> Pieces:
-    """The pieces of a tokenizer whose form is "tokenizers".
+    """Returns the pieces of a tokenizer whose form is "tokenizers".
 
     Args:
-        tokenizer: it.
-        model: the model of its file, parsed; byte-pair encoding.
+        tokenizer: the tokenizer.
+        model: the parsed "model" of its file, which must be byte-pair encoding.
     """
     fallback = bool(model.get("byte_fallback"))
     tokens, types = [], []

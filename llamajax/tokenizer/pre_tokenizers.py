@@ -1,8 +1,9 @@
-"""How byte-level vocabularies split a text before they encode it, by the names that GGUF gives (`tokenizer.ggml.pre`).
+"""The expressions by which byte-level vocabularies split text before encoding, by GGUF's names (`tokenizer.ggml.pre`).
 
-Names, and what belongs to each, are those of `llama_vocab::impl::load` and `llm_tokenizer_bpe` in src/llama-vocab.cpp
-of github.com/ggml-org/llama.cpp. Expressions are those of the families' own tokenizer.json, which llama.cpp quotes
-("original regex") and rewrites where its own engine lacks something; each is applied to what the one before left.
+The names and their settings are those of `llama_vocab::impl::load` and `llm_tokenizer_bpe` in src/llama-vocab.cpp of
+github.com/ggml-org/llama.cpp. The expressions are those of the families' own tokenizer.json, which llama.cpp quotes
+("original regex") and rewrites where its own engine lacks something. Each expression splits the parts that the one
+before it left.
 """
 
 import dataclasses
@@ -14,9 +15,9 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)"
     r"|\s+"
 )
-# The same with digits by themselves: tokenizer.json of Qwen/Qwen2-7B.
+# Llama 3's with each digit by itself: tokenizer.json of Qwen/Qwen2-7B.
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-# And with marks among the letters: tokenizer.json of Qwen 3.5.
+# Qwen 2's with marks among the letters: tokenizer.json of Qwen 3.5.
 _QWEN35 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -42,7 +43,7 @@ _DEEPSEEK3 = (
 )
 # tokenizer.json of deepseek-ai/deepseek-coder-6.7b-base.
 _DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}")
-# tokenizer.json of deepseek-ai/deepseek-llm-7b-base (DeepSeek V2 too): letters with a case, as code points.
+# Letters with a case, as code points: tokenizer.json of deepseek-ai/deepseek-llm-7b-base (DeepSeek V2 too).
 _CASED = (
     "41-5A 61-7A B5 C0-D6 D8-F6 F8-1BA 1BC-1BF 1C4-293 295-2AF 370-373 376-377 37B-37D 37F 386 388-38A 38C 38E-3A1 "
     "3A3-3F5 3F7-481 48A-52F 531-556 10A0-10C5 13A0-13F5 13F8-13FD 1C90-1CBA 1CBD-1CBF 1D00-1D2B 1D6B-1D77 1D79-1D9A "
@@ -63,19 +64,19 @@ _DEEPSEEK_LLM = (
 )
 # tokenizer.json of tiiuae/falcon-7b.
 _FALCON = (r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]")
-# llama.cpp's own for files that name none.
+# llama.cpp's default for files that name no pre-tokenizer.
 _DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
 
 
 @dataclasses.dataclass(frozen=True)
 class PreTokenizer:
-    """What goes with a name.
+    """The settings of a pre-tokenizer.
 
     Attributes:
-        expressions: Oniguruma's regular expressions, applied one behind the other; matches are isolated, and what is
-            between them stays.
-        ignore_merges: whether a part that is a piece is one, whatever the merges.
-        adds_bos: whether BOS begins a text where the file does not say.
+        expressions: Oniguruma's regular expressions, applied one after the other; each match becomes a part of its
+            own, and so does the text between two matches.
+        ignore_merges: whether a part that equals a piece becomes that piece, whatever the merges.
+        adds_bos: whether BOS begins a text if the file does not say so.
     """
 
     expressions: tuple[str, ...]

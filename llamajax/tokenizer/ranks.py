@@ -1,6 +1,7 @@
-"""Llama 3's tokenizer.model, ranks of byte sequences for tiktoken, as a tokenizer.json.
+"""Converts Llama 3's tokenizer.model, which holds ranks of byte sequences for tiktoken, to a tokenizer.json.
 
-A line holds the base64 of a token and its rank, which is its id. Behind the ranks come 256 special tokens. Sources:
+Each line holds the base64 of a token and its rank, which is its id. The ids after the ranks are 256 special tokens,
+which are not in the file. Sources:
 `Tokenizer` in models/llama3/tokenizer.py of github.com/meta-llama/llama-models (the regular expression and the special
 tokens); `TikTokenConverter` in convert_slow_tokenizer.py of github.com/huggingface/transformers (merges out of ranks).
 """
@@ -15,7 +16,7 @@ from llamajax.tokenizer.json_form import byte_level_json
 from llamajax.tokenizer.pre_tokenizers import PATTERNS
 from llamajax.words import AddedToken
 
-# models/llama3/tokenizer.py; what Llama 3.0 called reserved tokens 2 to 4 have names there since 3.1.
+# From models/llama3/tokenizer.py. Since Llama 3.1, the reserved tokens 2 to 4 of Llama 3.0 have names.
 _NAMED = (
     *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
     *("<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>"),
@@ -25,14 +26,14 @@ SPECIAL = (*_NAMED, *(f"<|reserved_special_token_{2 + i}|>" for i in range(256 -
 
 
 def json_of_ranks(data: bytes, added: Iterable[AddedToken] = ()) -> bytes:
-    """A tokenizer.json that gives tiktoken's ids.
+    """Returns a tokenizer.json that gives tiktoken's ids.
 
     Args:
-        data: the file.
-        added: what a checkpoint calls the tokens behind the ranks, which have had other names.
+        data: the bytes of the file.
+        added: the checkpoint's added tokens; they name the ids after the ranks, whose names differ between versions.
 
     Raises:
-        EngineError: for lines that are no ranks, or ranks that are not those of a byte-level vocabulary.
+        EngineError: for lines that are not ranks, or ranks that are not those of a byte-level vocabulary.
     """
     ranks = _read(data)
     vocabulary = {characters_of(token): rank for token, rank in ranks.items()}
@@ -50,7 +51,7 @@ def json_of_ranks(data: bytes, added: Iterable[AddedToken] = ()) -> bytes:
 
 
 def _behind(first: int, added: Iterable[AddedToken]) -> tuple[dict[str, int], dict[str, int]]:
-    """The tokens behind the ranks, special ones and others, by text."""
+    """The ids by text of the tokens after the ranks: special tokens, and others."""
     named = {token.id: token for token in added if token.id >= first}
     texts = {index: token.text for index, token in named.items()}
     for index in range(first, max([first + len(SPECIAL) - 1, *named]) + 1):
@@ -62,7 +63,7 @@ def _behind(first: int, added: Iterable[AddedToken]) -> tuple[dict[str, int], di
 
 
 def _read(data: bytes) -> dict[bytes, int]:
-    """Ranks by token.
+    """Reads the ranks by token.
 
     Raises:
         EngineError: unless they are 0 to R - 1, each once, with all bytes among the tokens.
@@ -84,7 +85,7 @@ def _read(data: bytes) -> dict[bytes, int]:
 
 
 def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[str, str]]:
-    """The pairs of tokens that may become one, in the order of their ranks."""
+    """The pairs of tokens that merge into a token, in the order of that token's rank."""
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
         if len(token) == 1:

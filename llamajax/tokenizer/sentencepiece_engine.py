@@ -1,4 +1,4 @@
-"""The engine for sentencepiece models: byte-pair encoding or unigram, with whatever normalizer they carry."""
+"""The engine for sentencepiece models: byte-pair encoding or unigram, with the normalizer in the model."""
 
 from typing import Any
 
@@ -7,13 +7,13 @@ from llamajax.tokenizer.added import AddedPatterns
 from llamajax.tokenizer.engine import UNNAMED, EngineError
 from llamajax.words import AddedToken, Words
 
-# Behind a serialized ModelProto: normalizer_spec (field 3) { add_dummy_prefix (field 3): false }. Where a field comes
-# twice, protobuf takes the later one's values.
+# Appended to a serialized ModelProto: normalizer_spec (field 3) { add_dummy_prefix (field 3): false }. If a field
+# occurs twice, protobuf takes the values of the later one.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
 class SentencePieceEngine:
-    """See `engine.Engine`. Words say which tokens are added, and where a space is put before text."""
+    """See `engine.Engine`. `Words` say which tokens are added, and where a space is put before text."""
 
     form = "sentencepiece"
     add_bos, add_eos = True, False
@@ -22,7 +22,7 @@ class SentencePieceEngine:
         """Reads a serialized ModelProto.
 
         Raises:
-            EngineError: if it is none, or does not go with the added tokens.
+            EngineError: if it is not a ModelProto, or contradicts the added tokens.
         """
         try:
             self._processor = _processor(data)
@@ -39,12 +39,12 @@ class SentencePieceEngine:
             for index in (self._processor.bos_id(), self._processor.eos_id(), self._processor.unk_id())
         )
         self.stop_ids = tuple(index for index in (self.bos_id, self.eos_id) if index is not None)
-        # Only with a dummy prefix is the space that the first piece begins with not part of the text.
+        # The space at the start of the first piece is not part of the text only if the model adds a dummy prefix.
         first = self._processor.encode("a")
         adds_space = self._processor.decode(first) == "a" and self._pieces[first[0]].startswith("▁")
         self._space = (words.space or "first") if adds_space else "never"
         self.drops_first_space = self._space != "never"
-        # The same model without a dummy prefix, for text that gets none: behind an added token, above all.
+        # The same model without a dummy prefix, for text that gets none, mostly text after an added token.
         self._bare = _processor(data + _NO_DUMMY_PREFIX) if adds_space else self._processor
 
     def encode(self, text: str, special: bool) -> list[int]:
@@ -79,13 +79,13 @@ class SentencePieceEngine:
         return index if self._pieces[index] == piece else None
 
     def is_spelt(self, index: int) -> bool:
-        """Whether an id is a single byte, an added token or the unknown one: its space is never the dummy prefix."""
+        """Whether an id is a byte, an added or the unknown token: a space it begins with is never the dummy prefix."""
         if index in self._added or index >= len(self._pieces):
             return True
         return self._processor.is_byte(index) or self._processor.is_unknown(index)
 
     def _all_bytes(self) -> list[bytes]:
-        """What each piece stands for."""
+        """The bytes that each piece stands for."""
         ids = list(range(len(self._pieces)))
         made = [piece.replace("▁", " ").encode() for piece in self._pieces]
         for index, (control, byte, unknown) in enumerate(
@@ -105,17 +105,17 @@ class SentencePieceEngine:
         return made
 
     def _add_tokens(self, words: Words) -> None:
-        """Takes in the added tokens: their bytes, and the patterns that find them in a text."""
+        """Adds the added tokens: their bytes, and the patterns that find them in a text."""
         self.added = words.added
         self._added = {token.id: token for token in words.added}
         for index, token in self._added.items():
             if index < len(self._pieces) and self._pieces[index] not in (token.text, token.text.replace(" ", "▁")):
                 raise EngineError(
-                    f"id {index} is {shortened(self._pieces[index])} in the sentencepiece model, "
+                    f"id {index} is {shortened(self._pieces[index])} in the sentencepiece model, but "
                     f"{shortened(token.text)} among the added tokens: expected the tokenizer that the model was "
                     "trained with"
                 )
-            # Ids that nothing names, between those that have a token, decode like the embeddings beyond the tokenizer.
+            # Ids without a token, between those with one, decode like the embedding's ids beyond the tokenizer.
             self._token_bytes += [UNNAMED] * (index + 1 - len(self._token_bytes))
             if token.special or index >= len(self._pieces):
                 self._token_bytes[index] = b"" if token.special else token.text.encode()
@@ -134,8 +134,8 @@ class SentencePieceEngine:
 
 
 def _processor(model_bytes: bytes) -> Any:
-    """Sentencepiece's. Raises RuntimeError, OSError or ValueError for bytes that are no model."""
-    import sentencepiece  # here, because a machine for measuring may be without (benchmarks/device.py)
+    """Sentencepiece's processor. Raises RuntimeError, OSError or ValueError for bytes that are not a model."""
+    import sentencepiece  # imported here, because a machine for measuring may lack it (benchmarks/device.py)
 
     processor = sentencepiece.SentencePieceProcessor()
     if not model_bytes or not processor.LoadFromSerializedProto(model_bytes):

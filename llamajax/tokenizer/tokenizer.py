@@ -1,4 +1,4 @@
-"""Text to token ids and back: `Tokenizer`, the same over every engine."""
+"""`Tokenizer` converts text to token ids and back; it is the same for every engine."""
 
 import codecs
 import copy
@@ -20,26 +20,26 @@ class Tokenizer:
     """A tokenizer, and the tokens that a checkpoint adds to it.
 
     Attributes:
-        form: "sentencepiece" or "tokenizers": the library behind it, and what `model_bytes` are.
-        vocab_size: number of ids, those of added tokens included.
+        form: "sentencepiece" or "tokenizers": the library that encodes, and the form of `model_bytes`.
+        vocab_size: the number of ids, added tokens included.
         bos_id: the id that begins a sequence, or None.
-        eos_id: the id that ends one, or None.
-        unk_id: the id of what cannot be encoded, or None.
-        add_bos: whether `encode` puts BOS in front, unless told otherwise.
-        add_eos: whether it puts EOS at the end.
-        stop_ids: ids at which generation ends: those that the checkpoint lists; if it lists none, what the tokenizer
-            says of itself: of a sentencepiece model the end, and a new beginning, which is what models trained on a
-            stream of documents that only BOS separates (llama2.c) say instead.
+        eos_id: the id that ends a sequence, or None.
+        unk_id: the id for text that cannot be encoded, or None.
+        add_bos: whether `encode` puts BOS first by default.
+        add_eos: whether `encode` puts EOS last by default.
+        stop_ids: the ids at which generation ends: those that the checkpoint lists; if it lists none, those that the
+            tokenizer's file names. For a sentencepiece model these are EOS and BOS, because models that were trained on
+            documents separated by BOS alone (llama2.c) end a text with BOS.
         added: the added tokens by id, the tokenizer's own and the checkpoint's.
-        model_bytes: what is saved with a checkpoint: a serialized sentencepiece model, or a tokenizer.json.
-        words: what the checkpoint says beside it.
+        model_bytes: the bytes that are saved with a checkpoint: a serialized sentencepiece model, or a tokenizer.json.
+        words: the checkpoint's own settings of the tokenizer.
     """
 
     def __init__(self, model_bytes: bytes, source: str = "tokenizer", words: Words | None = None):
-        """Reads a tokenizer, of whatever form `llamajax.tokenizer.formats` knows.
+        """Reads a tokenizer in any form that `llamajax.tokenizer.formats` knows.
 
         Raises:
-            LlamaJaxError: if it is none, or does not go with `words`; the message begins with `source`.
+            LlamaJaxError: if the bytes are not a tokenizer, or contradict `words`; the message begins with `source`.
         """
         self.words = words or Words()
         try:
@@ -60,14 +60,14 @@ class Tokenizer:
         self.add_eos: bool = self.eos_id is not None and (own.add_eos if add_eos is None else add_eos)
         mine = tuple(i for i in (self.bos_id, self.eos_id) if i is not None) if self.form == "sentencepiece" else ()
         self.stop_ids: tuple[int, ...] = (mine or own.stop_ids) if stops is None else stops
-        self._shown: dict[int, bytes] = {}  # control tokens that are decoded to more than nothing
+        self._shown: dict[int, bytes] = {}  # the bytes of control tokens that are decoded as text (`replying`)
 
     @classmethod
     def from_file(cls, path: str | Path, words: Words | None = None) -> "Tokenizer":
-        """Reads a tokenizer's file: `tokenizer.model`, `tokenizer.json` or `tokenizer.bin`, by its content.
+        """Reads a `tokenizer.model`, `tokenizer.json` or `tokenizer.bin`; the content decides which of them it is.
 
         Raises:
-            LlamaJaxError: if there is no such file, or it is none.
+            LlamaJaxError: if the file does not exist, or is not a tokenizer.
         """
         path = Path(path)
         if not os.path.lexists(path):
@@ -89,20 +89,21 @@ class Tokenizer:
     def encode(
         self, text: str, *, bos: bool | None = None, eos: bool | None = None, special: bool = False
     ) -> list[int]:
-        """Ids of `text`.
+        """Returns the ids of `text`.
 
-        Tokens that are added and not special are read out of the text, each as its one id, as transformers does.
-        Special and control tokens are not, unless asked for: `<s>` in a text is spelt.
+        An added token in the text that is not special becomes its one id, as in transformers. Special and control
+        tokens do not, unless `special` is true: `<s>` in a text is spelt in ordinary pieces.
 
         Args:
             text: Unicode text.
-            bos: whether BOS goes before it; None for what the checkpoint says (of a sentencepiece model: yes, if it
-                says nothing).
-            eos: whether EOS goes behind it; None for what the checkpoint says, no if it says nothing.
-            special: whether special tokens in the text, too, are their ids: for texts whose every part is trusted.
+            bos: whether to put BOS before the ids; None for `add_bos`, the checkpoint's choice (by default yes for a
+                sentencepiece model).
+            eos: whether to put EOS after the ids; None for `add_eos`, the checkpoint's choice (by default no for a
+                sentencepiece model).
+            special: whether special tokens in the text become their ids, too; only for texts that are fully trusted.
 
         Raises:
-            LlamaJaxError: for text that is not Unicode, or that the library behind it cannot encode.
+            LlamaJaxError: for text that is not Unicode, or that the tokenizer's library cannot encode.
         """
         ids = self._beginning(bos) + self._encoded(text, lambda: self._engine.encode(text, special))
         if (self.add_eos if eos is None else eos) and self.eos_id is not None:
@@ -112,20 +113,20 @@ class Tokenizer:
     def encode_parts(
         self, parts: Iterable[tuple[str, bool]], *, bos: bool | None = False, control: Collection[str] = ()
     ) -> list[int]:
-        """Ids of a text of which some parts are trusted and others are not, as a conversation's.
+        """Returns the ids of a text of which some parts are trusted and others are not, such as a conversation.
 
-        Special tokens are their ids where all of one stands in trusted parts, and are spelt elsewhere. Between them,
-        what stands beside each other is encoded as one text, whatever parts it comes from: where no part that is not
-        trusted spells a special token, the ids are those of `encode` of the whole, with `special`.
+        A special token becomes its id only if all of it stands in trusted parts; elsewhere it is spelt in ordinary
+        pieces. The text between special tokens is encoded as one text, even if it comes from several parts: if no
+        untrusted part spells a special token, the ids equal those of `encode(whole, special=True)`.
 
         Args:
-            parts: texts, each with whether special tokens in it are to be read.
-            bos: whether BOS goes before it; None for what the checkpoint says.
-            control: texts of added tokens that are no special ones, and that are to be read like them: in trusted
-                parts alone.
+            parts: texts, each with a flag whether special tokens in it are read.
+            bos: whether to put BOS before the ids; None for the checkpoint's choice.
+            control: texts of added tokens that are not special, but are treated like special ones: they are read in
+                trusted parts alone.
 
         Raises:
-            LlamaJaxError: as `encode`.
+            LlamaJaxError: see `encode`.
         """
         parts = [(text, special) for text, special in parts if text]
         whole = "".join(text for text, _ in parts)
@@ -135,7 +136,7 @@ class Tokenizer:
         return [self.bos_id] if (self.add_bos if bos is None else bos) and self.bos_id is not None else []
 
     def _encoded(self, text: str, encode: Callable[[], list[int]]) -> list[int]:
-        """What an engine makes of a text, which must be one."""
+        """Calls `encode` for a text that must be valid Unicode."""
         if not text.isascii():
             try:
                 text.encode()
@@ -147,16 +148,16 @@ class Tokenizer:
             raise LlamaJaxError(f"the text cannot be encoded: {error}") from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, control and special tokens left out; bytes that are not UTF-8 become U+FFFD."""
+        """Returns the text of `ids` without control and special tokens; bytes that are not UTF-8 become U+FFFD."""
         decoder = self.stream()
         return "".join([decoder.add(index) for index in ids]) + decoder.finish()
 
     def stream(self) -> "StreamDecoder":
-        """A decoder that takes one id at a time."""
+        """Returns a decoder that takes one id at a time."""
         return StreamDecoder(self)
 
     def token_bytes(self, index: int) -> bytes:
-        """The bytes that one id stands for; none for control and special tokens.
+        """The bytes that an id stands for; b"" for control and special tokens.
 
         Raises:
             LlamaJaxError: if `index` is not an id of this tokenizer.
@@ -165,11 +166,11 @@ class Tokenizer:
         return self._shown.get(index) or self._engine.token_bytes(index)
 
     def replying(self, stop_ids: Iterable[int], marks: Iterable[str] = ()) -> "Tokenizer":
-        """The same tokenizer, for answers of a chat.
+        """Returns a copy of the tokenizer for the answers of a chat.
 
         Args:
-            stop_ids: ids at which generation ends.
-            marks: texts of tokens that are decoded to these texts, whether they are control tokens or not.
+            stop_ids: the ids at which generation ends.
+            marks: texts of tokens that are decoded to these texts, even if they are control tokens.
         """
         other = copy.copy(self)
         other.stop_ids = tuple(stop_ids)
@@ -178,16 +179,16 @@ class Tokenizer:
         return other
 
     def is_spelt(self, index: int) -> bool:
-        """Whether an id is a single byte, an added token or the unknown one: its space is never the dummy prefix."""
+        """Whether a space at the start of an id's bytes is always its own, never one that encoding added."""
         return self._engine.is_spelt(index)
 
     @property
     def drops_first_space(self) -> bool:
-        """Whether the space that begins the first token is one that encoding put there."""
+        """Whether decoding drops the space at the start of the first token, because encoding added it."""
         return self._engine.drops_first_space
 
     def piece(self, index: int) -> str:
-        """The name of an id: the piece of the model, or the text of an added token; "" for one without a name.
+        """The name of an id: the piece of the model, or the text of an added token; "" for an id without a name.
 
         Raises:
             LlamaJaxError: if `index` is not an id of this tokenizer.
@@ -196,7 +197,7 @@ class Tokenizer:
         return self._engine.piece(index)
 
     def id_of(self, piece: str) -> int | None:
-        """The id of a piece, or of an added token, by its name; None if it has none."""
+        """The id of a piece or an added token by its name; None if there is no such name."""
         return self._engine.id_of(piece)
 
     def _check(self, index: int) -> None:
@@ -206,7 +207,7 @@ class Tokenizer:
             )
 
     def _id_of(self, text: str | None, own: int | None, *otherwise: int | None) -> int | None:
-        """The id of a token by its text; else what the tokenizer itself says; else another."""
+        """The id of a token by its text; else `own`, the tokenizer's choice; else the first of `otherwise`."""
         by_text = None if text is None else self._engine.id_of(text)
         if by_text is not None:
             return by_text
@@ -214,7 +215,7 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes id by id: text comes out as soon as it is certain, and never half a UTF-8 character."""
+    """Decodes id by id; returns text as soon as it is final, and never a part of a UTF-8 character."""
 
     def __init__(self, tokenizer: Tokenizer):
         """See `Tokenizer.stream`."""
@@ -232,5 +233,5 @@ class StreamDecoder:
         return self._utf8.decode(data)
 
     def finish(self) -> str:
-        """What is left at the end: U+FFFD for a character that never became complete."""
+        """The rest of the text at the end: U+FFFD for a character that is still incomplete, else ""."""
         return self._utf8.decode(b"", final=True)

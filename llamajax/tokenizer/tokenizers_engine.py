@@ -1,9 +1,9 @@
-"""The engine for tokenizer.json: the library tokenizers of Hugging Face, asked for ids and nothing else.
+"""The engine for tokenizer.json: Hugging Face's library tokenizers, which is used only to turn text into ids.
 
-The file decides how text becomes ids: its normalizer, its pre-tokenizer, its model and its added tokens. BOS and EOS
-are put there by `Tokenizer`; what a file's post-processor says of them is read from it. Ids become bytes here, one by
-one, so that text can be streamed: by the file's decoder, of which there are two kinds in use, characters that stand for
-bytes (GPT-2's table) and pieces with ▁ for a space.
+The file decides how text becomes ids: its normalizer, its pre-tokenizer, its model and its added tokens. `Tokenizer`
+adds BOS and EOS; whether it does by default is read from the file's post-processor. This module turns ids into bytes
+one by one, so that text can be streamed. It follows the file's decoder, of which two kinds are in use: characters that
+stand for bytes (GPT-2's table), and pieces with ▁ for a space.
 """
 
 import base64
@@ -21,7 +21,7 @@ from llamajax.words import AddedToken, Words
 
 _BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
 _LARGEST_ID = 1 << 27
-# A normalizer that a text passes may make it longer, and one behind another may do so without end.
+# The largest factor by which the normalizers of a file, one after the other, may lengthen a text.
 _MOST_GROWTH = 64
 
 
@@ -35,7 +35,7 @@ class TokenizersEngine:
         """Reads a tokenizer.json.
 
         Raises:
-            EngineError: if it is none, does not go with the added tokens, or does what this class does not know.
+            EngineError: if it is not a tokenizer.json, contradicts the added tokens, or needs unsupported steps.
         """
         self._library = _read(data)
         self._lock = threading.Lock()
@@ -62,7 +62,7 @@ class TokenizersEngine:
 
     def encode(self, text: str, special: bool) -> list[int]:
         """See `Engine.encode`."""
-        with self._lock:  # the library keeps the choice in the tokenizer
+        with self._lock:  # the library stores this setting in the tokenizer
             self._library.encode_special_tokens = not special
             return _guarded(lambda: self._library.encode(text, add_special_tokens=False).ids)
 
@@ -71,7 +71,7 @@ class TokenizersEngine:
         return _guarded(lambda: self._spelt(text, first))
 
     def _spelt(self, text: str, first: bool) -> list[int]:
-        """The file's steps one by one: its library never leaves out the one that reads added tokens."""
+        """Runs the file's steps one by one, because the library cannot skip the step that reads added tokens."""
         library = self._library
         normal = text if library.normalizer is None else library.normalizer.normalize_str(text)
         splitter = library.pre_tokenizer if first else self._splitter_behind()
@@ -79,7 +79,7 @@ class TokenizersEngine:
         return [token.id for word in words if word for token in library.model.tokenize(word)]
 
     def _splitter_behind(self) -> Any:
-        """The pre-tokenizer for text that another part stands before: it puts no space before the first word alone."""
+        """The pre-tokenizer for text after another part: a prepend scheme "first" becomes "never"."""
         from tokenizers import pre_tokenizers
 
         splitter = self._library.pre_tokenizer
@@ -110,11 +110,11 @@ class TokenizersEngine:
         return self._library.token_to_id(piece)
 
     def is_spelt(self, index: int) -> bool:
-        """Never: such a file's decoder takes the first space away, whatever it came from."""
+        """Always false: the decoder of a tokenizer.json drops the first space, whatever it came from."""
         return False
 
     def _put_spaces(self, scheme: str) -> None:
-        """Puts spaces before text as a checkpoint says, and not as the file: as transformers' LlamaTokenizer does."""
+        """Puts spaces before text as the checkpoint says instead of the file, like transformers' LlamaTokenizer."""
         from tokenizers import pre_tokenizers
 
         self._library.normalizer = None
@@ -122,15 +122,15 @@ class TokenizersEngine:
         self._decoding.strips = scheme != "never"
 
     def _one(self, ids: list[int], where: str) -> int | None:
-        """The id that a post-processor puts before, or behind, a text."""
+        """The id that a post-processor puts before, or after, a text."""
         if len(ids) > 1:
             raise EngineError(f"a tokenizer.json that puts {len(ids)} tokens {where} every text: expected at most one")
         if ids and not 0 <= ids[0] < self.size:
-            raise EngineError(f"a tokenizer.json that puts {ids[0]} {where} every text: expected one of its ids")
+            raise EngineError(f"a tokenizer.json that puts id {ids[0]} {where} every text: expected one of its ids")
         return ids[0] if ids else None
 
     def _add_tokens(self, words: Words) -> None:
-        """Takes in what a checkpoint adds to the file's own added tokens."""
+        """Adds the checkpoint's added tokens to those of the file."""
         from tokenizers import AddedToken as TheirToken
 
         for token in words.added:
@@ -140,8 +140,8 @@ class TokenizersEngine:
             _guarded(lambda add=add, theirs=theirs: add([theirs]))
             if self._library.token_to_id(token.text) != token.id:
                 raise EngineError(
-                    f"added token {shortened(token.text)} is {self._library.token_to_id(token.text)} in its "
-                    f"tokenizer.json, {token.id} among the added tokens: expected the tokenizer that the model was "
+                    f"added token {shortened(token.text)} has id {self._library.token_to_id(token.text)} in its "
+                    f"tokenizer.json, but {token.id} among the added tokens: expected the tokenizer that the model was "
                     "trained with"
                 )
         special = {token.id for token in words.added if token.special}
@@ -161,16 +161,16 @@ class _Decoding:
     """How pieces become bytes.
 
     Attributes:
-        space: what stands for a space in pieces of text; "" where pieces are of bytes.
-        strips: whether the space that begins a text is taken away.
+        space: the character that stands for a space in pieces of text; "" if pieces consist of bytes.
+        strips: whether the space that begins a text is removed.
     """
 
     def __init__(self, space: str = "", byte_pieces: bool = False, strips: bool = False):
-        """Without `space`, GPT-2's table; with `byte_pieces`, <0x41> is a byte."""
+        """Without `space`, pieces are decoded by GPT-2's table; with `byte_pieces`, a piece like <0x41> is a byte."""
         self.space, self._byte_pieces, self.strips = space, byte_pieces, strips
 
     def bytes_of(self, piece: str) -> bytes:
-        """What a piece stands for."""
+        """The bytes that a piece stands for."""
         if not self.space:
             return bytes_of(piece)
         if self._byte_pieces and _BYTE_PIECE.fullmatch(piece):
@@ -179,10 +179,10 @@ class _Decoding:
 
 
 def _decoding(state: Any) -> _Decoding:
-    """What a decoder does, of those that models of the LLaMA family have.
+    """Recognises a decoder of the kinds that models of the LLaMA family have.
 
     Raises:
-        EngineError: for others.
+        EngineError: for any other decoder.
     """
     steps = list(steps_of(state, "decoders"))
     kinds = [step.get("type") for step in steps]
@@ -202,16 +202,16 @@ def _decoding(state: Any) -> _Decoding:
         return _Decoding(space="▁", byte_pieces="ByteFallback" in kinds, strips=bool(strips))
     named = ", ".join(map(str, kinds)) or "none"
     raise EngineError(
-        f"a tokenizer.json whose decoder ({shortened(named)}) is not known: expected ByteLevel, Metaspace, or ▁ "
-        "replaced by a space"
+        f"a tokenizer.json whose decoder ({shortened(named)}) is unknown: expected ByteLevel, Metaspace, or Replace of "
+        "▁ by a space"
     )
 
 
 def _template(state: Any) -> tuple[list[int], list[int]]:
-    """The ids that a post-processor puts before a text, and behind it.
+    """The ids that a post-processor puts before a text, and after it.
 
     Raises:
-        EngineError: for one that is not known.
+        EngineError: for an unknown post-processor.
     """
     before: list[int] = []
     behind: list[int] = []
@@ -238,10 +238,10 @@ def _template(state: Any) -> tuple[list[int], list[int]]:
 
 
 def _check_growth(state: Any) -> None:
-    """Refuses normalizers that would make a text many times as long.
+    """Refuses normalizers that could make a text many times as long.
 
     Raises:
-        EngineError: for them.
+        EngineError: if the factor may exceed `_MOST_GROWTH`.
     """
     growth = 1
     for step in steps_of(state, "normalizers"):
@@ -251,23 +251,23 @@ def _check_growth(state: Any) -> None:
         if growth > _MOST_GROWTH:
             raise EngineError(
                 f"a tokenizer.json whose normalizer makes text up to {growth} times as long: expected at most "
-                f"{_MOST_GROWTH}"
+                f"{_MOST_GROWTH} times"
             )
 
 
 def _state(library: Any, name: str) -> Any:
-    """A part of a tokenizer.json as the library read it; None where there is none."""
+    """A part of a tokenizer.json as the library read it; None if the file lacks that part."""
     part = getattr(library, name)
     return None if part is None else json.loads(part.__getstate__())
 
 
 def _read(data: bytes) -> Any:
-    """The library's tokenizer, without padding and truncation, which are for batches of training.
+    """The library's tokenizer without padding, truncation and dropout, which serve training.
 
     Raises:
-        EngineError: for bytes that the library does not read.
+        EngineError: for bytes that the library cannot read.
     """
-    import tokenizers  # here, because a machine for measuring may be without (benchmarks/device.py)
+    import tokenizers  # imported here, because a machine for measuring may lack it (benchmarks/device.py)
 
     if b'"Precompiled"' in data:
         _check_charsmaps(data)
@@ -275,15 +275,15 @@ def _read(data: bytes) -> Any:
     library.no_padding()
     library.no_truncation()
     if getattr(library.model, "dropout", None) is not None:
-        library.model.dropout = None  # for training, too: ids would be drawn
+        library.model.dropout = None  # with dropout, ids would be random
     return library
 
 
 def _check_charsmaps(data: bytes) -> None:
-    """Refuses damaged tables of normalizers, of which the library panics, and says so on standard error.
+    """Refuses damaged normalizer tables, on which the library would panic and print to standard error.
 
     Raises:
-        EngineError: for them.
+        EngineError: for a damaged table.
     """
     from tokenizers import normalizers
 
@@ -294,11 +294,11 @@ def _check_charsmaps(data: bytes) -> None:
 
 
 def _guarded(work: Any) -> Any:
-    """What `work` gives, where an error of the library, or a panic of its Rust, is an `EngineError`."""
+    """Returns `work()`; an error of the library, or a panic of its Rust code, becomes an `EngineError`."""
     try:
         return work()
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
-    except BaseException as error:  # PanicException is no Exception
+    except BaseException as error:  # PanicException does not derive from Exception
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise EngineError(f"a tokenizer.json that the library tokenizers does not read ({shortened(line)})") from None
+        raise EngineError(f"a tokenizer.json that the library tokenizers cannot read ({shortened(line)})") from None

@@ -1,4 +1,4 @@
-"""A sentencepiece tokenizer learnt from texts, as LLaMA's own was."""
+"""Trains a sentencepiece tokenizer on texts, with LLaMA's settings."""
 
 import io
 from collections.abc import Iterable
@@ -8,15 +8,15 @@ from llamajax.tokenizer.tokenizer import Tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A LLaMA-style sentencepiece tokenizer learnt from `texts`: byte-pair encoding with byte fallback.
+    """Trains a LLaMA-style sentencepiece tokenizer on `texts`: byte-pair encoding with byte fallback.
 
-    Settings follow LLaMA's own model: identity normalization, digits split, whitespace kept, ids 0 <unk>, 1 <s>,
-    2 </s>, 3–258 the bytes.
+    The settings follow LLaMA's own model: identity normalization, digits split, whitespace kept; the ids are 0 <unk>,
+    1 <s>, 2 </s>, 3–258 the bytes.
 
     Raises:
         LlamaJaxError: if the texts do not yield `vocab_size` pieces.
     """
-    import sentencepiece  # here, because a machine for measuring may be without (benchmarks/device.py)
+    import sentencepiece  # imported here, because a machine for measuring may lack it (benchmarks/device.py)
 
     model = io.BytesIO()
     try:
@@ -35,7 +35,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         )
     except (RuntimeError, OSError) as error:
         raise LlamaJaxError(
-            f"vocab_size is {vocab_size}: the text does not support it: expected at least 259 plus its letters, and "
-            f"no more pieces than it has ({str(error).splitlines()[-1][:200]})"
+            f"vocab_size is {vocab_size}: the text does not support it: expected at least 259 plus the text's letters, "
+            f"and no more pieces than the text has ({str(error).splitlines()[-1][:200]})"
         ) from None
     return Tokenizer(model.getvalue())
