@@ -130,7 +130,7 @@ def _compared(section: dict[str, Any], template: Template, tokenizer: Tokenizer,
         if encode(runner, section, said) != ids:
             last = files.shortened(messages[-1].content)
             raise LlamaJaxError(
-                f"a conversation of {len(messages)} messages, the last {last}, is encoded differently by the strings"
+                f"a conversation of {len(messages)} messages, the last {last}, has other ids by its template's strings"
             )
         golden.append({"messages": said, "ids": ids})
     return golden[:_GOLDEN]

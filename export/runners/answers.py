@@ -15,7 +15,7 @@ def steps(session, bundle, ids, limit, choose, whole=True, keep=0):
     The cache holds the first `keep` ids. Unless `whole`, the prompt is decoded too. The first step is not timed: it may
     compile."""
     if not 0 < len(ids) < bundle.slots:
-        sys.exit(f"{len(ids)} tokens: expected 1 to {bundle.slots - 1}, for the cache has {bundle.slots} slots")
+        sys.exit(f"{len(ids)} tokens: expected 1 to {bundle.slots - 1}, because the cache has {bundle.slots} slots")
     vocabulary = bundle.manifest["config"]["vocab_size"]
     for token in (token for token in ids if not 0 <= token < vocabulary):
         sys.exit(f"id {token}: expected 0 to {vocabulary - 1}")
@@ -131,7 +131,7 @@ def converse(session, bundle, text, options, choose, stops, out):
             del said[:2]
             ids = conversation(text, form, first + said)
         if len(ids) + most > bundle.slots:
-            sys.exit(f"{len(ids)} tokens and {most} to make: expected {bundle.slots} together, the cache's slots")
+            sys.exit(f"{len(ids)} tokens and {most} to make: expected at most the cache's {bundle.slots} slots in all")
         if len(said) < count:
             print(f"the window is full: the oldest {count - len(said)} messages are forgotten", file=sys.stderr)
         keep = min(len(os.path.commonprefix([ids, held])), len(ids) - 1)

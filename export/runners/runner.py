@@ -71,7 +71,7 @@ def check_entries(path, files):
             if name in folders and entry.is_dir(follow_symlinks=False):
                 todo.append(name + "/")
             elif not entry.is_file(follow_symlinks=False):
-                raise ValueError(f"{name}: expected regular files that the manifest names, no links: cp -RL copies so")
+                raise ValueError(f"{name}: expected regular files that the manifest names, no links: copy by cp -RL")
             elif name in files:
                 found.add(name)
                 if entry.stat(follow_symlinks=False).st_size != files[name]["bytes"]:
@@ -114,7 +114,7 @@ class Bundle:
             raise ValueError(f"version {manifest['version']}: this runner reads version 1")
         before, key, digest = text.rpartition(b',\n "sha256": ')
         if not key or digest != b'"%s"\n}\n' % hashlib.sha256(before).hexdigest().encode():
-            raise ValueError("manifest.json: its SHA-256, the last line, is another: damaged, or changed")
+            raise ValueError("manifest.json: its SHA-256 is not the one in its last line: damaged, or changed")
         for name in manifest["files"]:
             if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", name, re.ASCII) or {".", ".."} & set(name.split("/")):
                 raise ValueError(f"{name!r}: expected the path of a file inside the bundle")
@@ -181,7 +181,7 @@ def check_device(session, bundle):
     most = max(tolerance(session, bundle, expected), size / 50)
     if not error <= most:
         fault = f"logits of a golden prompt are off by {error:.1e}: expected at most {most:.1e}"
-        sys.exit(f"{session.name}: {fault}; programs for another device, or a fault of this one")
+        sys.exit(f"{session.name}: {fault}: the programs are for another device, or this one is faulty")
 
 
 def golden(session, bundle, start):

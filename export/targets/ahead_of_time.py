@@ -71,7 +71,7 @@ def main(path, folder, target):
         compiled = jax.jit(exported.call, donate_argnums=state, keep_unused=True).lower(*arguments).compile()
         memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
         if memory is None:
-            sys.exit(f"{target}: its compiler does not state what a program takes")
+            sys.exit(f"{target}: its compiler does not report the memory of a program: expected another version")
         with open(os.path.join(folder, f"{name}.pjrt"), "wb") as file:
             file.write(compiled.runtime_executable().serialize())  # type: ignore[union-attr]
         report[name] = {

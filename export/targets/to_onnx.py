@@ -84,7 +84,7 @@ def convert(bundle, folder, target):
         raise Error(f"target {target!r}: expected onnx")
     manifest = json.loads((bundle / "manifest.json").read_bytes())
     if manifest["profile"] != "unrolled":
-        raise Error(f"profile {manifest['profile']!r}: expected 'unrolled': export the bundle with it")
+        raise Error(f"profile {manifest['profile']!r}: expected 'unrolled': export it with --profile=unrolled")
     folder.mkdir(parents=True, exist_ok=True)
     files, state = [WEIGHTS_FILE], dict[str, bool]()
     with (folder / WEIGHTS_FILE).open("wb") as file, make_ir_context() as context:

@@ -63,7 +63,7 @@ def _unknown_flag(name: str, values: flags.FlagValues) -> str:
 
 
 def _wrong_value(message: str, values: flags.FlagValues) -> str:
-    """What absl says of a value, with what the flag expects instead."""
+    """Converts absl's message about a wrong value to one that says what the flag expects."""
     if found := _MISSING.fullmatch(message):
         return f"--{found[1]}: no value is given: expected --{found[1]}=VALUE"
     if not (found := _ILLEGAL.fullmatch(message)):

@@ -346,7 +346,7 @@ def _median(once: Callable[[], float], repeats: int) -> float:
 def _measurement(
     phase: str, batch: int, length: int, tokens: int, seconds: float, read: int, operations: int, counted: Compilations
 ) -> Measurement:
-    """Completes a `Measurement` by what was compiled and the memory now."""
+    """Makes a `Measurement`, with the counts of compilations and the memory in use now."""
     programs, compile_seconds = counted.compilations + counted.loads, counted.compile_seconds
     return Measurement(
         phase, batch, length, tokens, seconds, read, operations, programs, compile_seconds, resident_bytes()
