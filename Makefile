@@ -1,14 +1,15 @@
-# Two commands for a bare machine with Python 3.11 or newer: `make demo` and `make test`. Each makes its own .venv.
+# A bare machine with Python 3.11 or newer can run `make demo` and `make test`. Both make the .venv that they need.
 # PYTHON= names another Python, VENV= another folder for its environment.
 PYTHON ?= python3
 SHELL := bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
-# On all cores; the tests of a file stay together. In the order of names the last files are quick: no core waits long.
+# Uses all cores; the tests of a file stay together. Files run in the order of their names, of which the last are quick,
+# so no core waits long.
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder --durations=10
 
-# What the extra `docs` lists, without the package itself.
+# Prints the packages of the extra `docs`, without llamajax itself.
 EXTRA_DOCS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
 
 .PHONY: demo chat smollm2 test test-all test-extras notebooks lint docs clean
@@ -17,29 +18,30 @@ demo: $(VENV)/ready
 	@$(BIN)/llamajax generate --model=box --prompt='Once upon a time'
 	@echo
 
-# Answers each line of input: with SmolLM2-135M-Instruct, 98 MB, which is fetched once, or the GGUF that is named so.
+# Chats with SmolLM2-135M-Instruct, 98 MB, which is fetched once, or with the GGUF file that LLAMAJAX_SMOLLM2 names.
 chat: $(VENV)/ready
 	@$(BIN)/llamajax chat --model="$${LLAMAJAX_SMOLLM2:-smollm2}"
 
-# The same model for tests, fetched unless it is there.
+# Fetches the same model for tests, unless it exists or LLAMAJAX_SMOLLM2 names a file.
 smollm2: $(VENV)/ready
 	@test -n "$$LLAMAJAX_SMOLLM2" || $(BIN)/python -m llamajax.cli.smollm2
 
-# In minutes: of matrices a fifteenth, another every day. Compiled as quickly as XLA can: see tests/conftest.py.
+# Takes minutes: runs a fifteenth of the tests marked `matrix`, a different one each day. XLA compiles as quickly as it
+# can: see tests/conftest.py.
 test: $(VENV)/test
 	$(PYTEST)
 
-# Everything, as users' programs are compiled: all cases, long fuzzing, kills, memory of large models.
+# Runs everything, compiled like users' programs: all cases, long fuzzing, kills, memory of large models.
 test-all: $(VENV)/test
 	@date; SECONDS=0; $(PYTEST) --all; code=$$?; echo "make test-all: $$(date), $$SECONDS s"; exit $$code
 
-# What needs Hugging Face transformers or llama.cpp to compare with, or IREE and ONNX Runtime to run bundles; that alone.
-# A few tests are of a model in use, which is fetched first. Those marked `optimized` are compiled as users' programs are.
+# Runs only tests that need Hugging Face transformers or llama.cpp for comparison, or IREE and ONNX Runtime for bundles.
+# A few tests use SmolLM2, which is fetched first. Tests marked `optimized` are compiled like users' programs.
 test-extras: $(VENV)/extras smollm2
 	$(PYTEST) -m 'extras and not optimized'
 	XLA_FLAGS= $(PYTEST) -m 'extras and optimized' $$(grep -l 'mark\.optimized' tests/test_*.py)
 
-# Executes the notebooks, in about a minute; SAVE=--inplace stores their text and pictures anew.
+# Executes the notebooks, in about a minute; SAVE=--inplace stores their outputs in the files.
 notebooks: $(VENV)/notebooks
 	$(BIN)/jupyter-execute $(SAVE) notebooks/*.ipynb
 
@@ -48,8 +50,8 @@ lint: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The pages of docs/ into site/; a warning, such as a link to nothing, is an error. In an environment of its own: nothing is
-# imported but mkdocs.
+# Builds the pages of docs/ into site/; a warning, such as a broken link, is an error. Uses a separate environment: only
+# mkdocs is needed.
 docs: $(VENV)-docs/ready
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet
 

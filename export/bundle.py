@@ -1,17 +1,17 @@
-"""The bundle on disk: programs, packed weights apart from them, tokenizer, golden prompts, and a manifest of it all.
+"""The bundle on disk: programs, packed weights in a file of their own, tokenizer, golden prompts, and a manifest.
 
     write(model, tokenizer, "box.bundle", Spec())
     bundle = open_bundle("box.bundle")        # every file's SHA-256 is checked
 
-    manifest.json           what is in here: config, arguments in order, programs, SHA-256 of every other file
+    manifest.json           describes the bundle: config, arguments in order, programs, SHA-256 of every other file
     programs/NAME.mlirbc    StableHLO portable artifact, static shapes
     programs/NAME.jax       the same for `jax.export.deserialize`, any batch, cache size and prompt length
     weights.safetensors     the arrays that are the programs' first arguments
-    golden.safetensors      prompts, the tokens that greedy choice continues them with, logits after each prompt
-    tokenizer.model         sentencepiece, where the model has one; or tokenizer.json, of the library tokenizers
-    vocabulary.json         the same as tables, for runners without these: how text is split, pieces, scores or merges
+    golden.safetensors      prompts, their greedy continuations as tokens, and the logits after each prompt
+    tokenizer.model         the tokenizer of a sentencepiece model; or tokenizer.json, of the library tokenizers
+    vocabulary.json         the tokenizer as tables, for runners without these: splitting, pieces, scores or merges
     run_jax.py, …           runners of one file each
-    targets/                what was compiled or converted for a runtime
+    targets/                files that were compiled or converted for a runtime
 
 `manifest.schema.json` beside this file specifies the manifest. The same model and spec give the same bytes. Programs
 take weights, inputs, state, in this order; later versions may add inputs with new names, such as adapters.
@@ -51,7 +51,7 @@ from quant import compiler_options, quantized, schemes
 FORMAT = "llamajax-bundle"
 VERSION = 1
 _RUNNERS = Path(__file__).parent / "runners"
-# Programs that have a twin by `jax.export`, and the sizes that are open in it.
+# Programs that are also written by `jax.export`, and the sizes that are symbolic there.
 _TWINS = {"prefill": "BST", "decode": "BS"}
 
 
@@ -60,19 +60,19 @@ class Bundle:
     """A bundle that has been opened and checked.
 
     Attributes:
-        path: its folder.
-        manifest: its content, by the schema.
+        path: the folder of the bundle.
+        manifest: the content of manifest.json.
     """
 
     path: Path
     manifest: Mapping[str, Any]
 
     def file(self, name: str) -> Path:
-        """A file of the bundle."""
+        """Path of a file in the bundle."""
         return self.path / name
 
     def artifact(self, program: str) -> bytes:
-        """The portable artifact of a program.
+        """Reads the portable artifact of a program.
 
         Raises:
             LlamaJaxError: if there is no program of that name.
@@ -83,7 +83,7 @@ class Bundle:
         return self.file(programs[program]["file"]).read_bytes()
 
     def weights(self) -> dict[str, np.ndarray]:
-        """The arrays that are the programs' first arguments, in order."""
+        """Reads the arrays that are the programs' first arguments, in order."""
         with safetensors.safe_open(self.file("weights.safetensors"), "numpy") as file:
             return {weight["name"]: file.get_tensor(weight["name"]) for weight in self.manifest["weights"]}
 
@@ -99,12 +99,12 @@ def write(
     template: str | None = None,
     on_note: Callable[[str], None] = lambda note: None,
 ) -> Bundle:
-    """Writes a bundle: complete, or not at all.
+    """Writes a bundle; it appears complete or not at all.
 
     Args:
-        model: of QTensors or arrays, not prepared for a backend.
-        tokenizer: goes into the bundle; None for a bundle of ids only.
-        path: of the folder; must not exist.
+        model: a model of QTensors or arrays, not prepared for a backend.
+        tokenizer: the tokenizer to include; None for a bundle that takes only ids.
+        path: the folder to write; must not exist.
         spec: the programs to make.
         prompts: ids of the golden prompts; built-in texts unless given.
         source: the origin of the weights.
@@ -146,7 +146,7 @@ def write(
             manifest["chat"] = chat.section
             manifest["golden"]["conversations"] = chat.golden
         for file in folder.rglob("*.safetensors"):
-            file.chmod(0o644)  # safetensors makes them its owner's alone
+            file.chmod(0o644)  # safetensors makes them readable by their owner only
         seal(folder, manifest)
     return open_bundle(path)
 
@@ -160,7 +160,7 @@ def _manifest(
     prompts: int,
     source: str,
 ) -> dict[str, Any]:
-    """The manifest, but for the files."""
+    """The manifest without the list of files."""
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -183,7 +183,7 @@ def _manifest(
         },
         "chat_template": _chat_template(tokenizer),
         "compiler_options": compiler_options(spec.profile.backend) if spec.profile.backend else {},
-        # What weights are multiplied with, where that is rounded: then so much more is let pass (`runner.tolerance`).
+        # How activations are rounded, if they are: `runner.tolerance` is larger then.
         **({"activations": "int8-token"} if any(weight.activations for weight in quantized(model)) else {}),
         "weights": [_described(Value.of(name, array)) for name, array in arrays.items()],
         "programs": {
@@ -203,19 +203,19 @@ def _manifest(
 
 
 def _chat_template(tokenizer: Tokenizer | None) -> str | None:
-    """The Jinja template that came with a tokenizer; runners go by what `conversations` makes of it."""
+    """The Jinja template of a tokenizer; runners use the section `chat` that `conversations` makes from it."""
     data = tokenizer.words.files.get("chat_template.jinja") if tokenizer else None
     return None if data is None else data.decode(errors="replace")
 
 
 def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes the manifest atomically, with SHA-256 and size of every other file, and its own SHA-256 as last line."""
+    """Writes the manifest atomically: SHA-256 and size of every other file, and its own SHA-256 as the last line."""
     names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     listed = {name: {"sha256": _sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
     listed.pop("manifest.json", None)
     rest = {key: value for key, value in manifest.items() if key not in ("files", "sha256")}
     text = json.dumps({**rest, "files": listed}, indent=1, ensure_ascii=False).removesuffix("\n}").encode()
-    with files.new_file(folder / "manifest.json", beside=folder) as partial:  # in it, a leftover would be surplus
+    with files.new_file(folder / "manifest.json", beside=folder) as partial:  # inside, a leftover would be unlisted
         partial.write_bytes(text + _SEAL + _closing(text))
 
 
@@ -223,7 +223,7 @@ _SEAL = b',\n "sha256": '
 
 
 def _closing(text: bytes) -> bytes:
-    """What ends a manifest that begins with `text`."""
+    """The last bytes of a manifest that begins with `text`: its SHA-256."""
     return b'"%s"\n}\n' % hashlib.sha256(text).hexdigest().encode()
 
 
@@ -271,13 +271,13 @@ def read_manifest(path: Path) -> Mapping[str, Any]:
         )
     before, _, closing = data.rpartition(_SEAL)
     if closing != _closing(before):
-        raise LlamaJaxError(f"{file}: damaged or changed: its SHA-256, the last line, is another")
+        raise LlamaJaxError(f"{file}: damaged or changed: its SHA-256 differs from the one in its last line")
     _check_manifest(file, manifest)
     return manifest
 
 
 def standalone_runner(name: str) -> str:
-    """A runner as one file: the shared code of all runners, followed by its own."""
+    """The text of a runner as one file: the shared code of all runners, followed by the runner's own."""
     text = (_RUNNERS / "runner.py").read_text(encoding="utf-8")
     for part, line in _IMPORTS.items():
         _, _, of_part = (_RUNNERS / f"{part}.py").read_text(encoding="utf-8").partition('"""\n\n')
@@ -293,7 +293,7 @@ def standalone_runner(name: str) -> str:
 
 
 _IMPORT = "from export.runners.runner import main\n"
-# Where each part goes.
+# The import line that each part replaces.
 _IMPORTS = {
     "answers": "from export.runners.answers import chooser, conversation, converse, steps, write_until\n",
     "text": "from export.runners.text import Text\n",
@@ -302,12 +302,12 @@ _IMPORTS = {
 
 
 def _twins(model: Llama, spec: Spec) -> dict[str, bytes]:
-    """`jax.export` programs: prefill of any length, decode; any batch and cache size; for CPU, GPU and TPU."""
+    """Makes `jax.export` programs: prefill of any length, decode; any batch and cache size; for CPU, GPU and TPU."""
     abstract = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in parameters(model, spec.profile).items()
     }
     twins = {}
-    rings = empty_state(model.config, spec).slots is None  # which are the same for any S
+    rings = empty_state(model.config, spec).slots is None  # rings have the same size for any S
     for kind, letters in _TWINS.items():
         letters = letters.replace("S", "") if rings else letters
         constraints = [f"{letter} >= 1" for letter in letters] + (["S >= T"] if {"S", "T"} <= set(letters) else [])
@@ -337,12 +337,12 @@ def _without_locations(exported: jax.export.Exported) -> jax.export.Exported:
 
 
 def _schemes(model: Llama) -> dict[str, str]:
-    """Name of each weight and its scheme; a weight whose layers differ has several, commas between."""
+    """The scheme of each weight by name; a weight whose layers differ has several, separated by commas."""
     return {name: ", ".join(schemes(weight)) for name, weight in named_weights(model).items()}
 
 
 def _cache(model: Llama, spec: Spec) -> dict[str, Any]:
-    """What programs take and return behind other arrays, and how far it can go back."""
+    """Describes the cache, which programs take and return after other arrays, and how far it can be shortened."""
     empty = empty_state(model.config, spec)
     return {
         "batch": spec.batch,
@@ -364,7 +364,7 @@ def _schema() -> dict[str, Any]:
 
 
 def _check_manifest(file: Path, manifest: Mapping[str, Any]) -> None:
-    """Checks a manifest by the schema, and that it names no file but those that it has a SHA-256 of."""
+    """Checks a manifest against the schema, and that it lists a SHA-256 of every file that it names."""
     error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(_schema()).iter_errors(manifest))
     if error is not None:
         fault = line_of(f"{error.json_path}: {error.message}")

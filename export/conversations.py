@@ -1,8 +1,8 @@
 """A checkpoint's chat template for runners: the section `chat` of the manifest, and golden conversations.
 
-Runners have no Jinja. For a template of the usual form they get the strings between messages (`llamajax.role_strings`),
-in which control tokens are ids, so that text, above all a message's, never becomes one. Writing a bundle compares a
-runner's ids with the template's for conversations with awkward content.
+Runners have no Jinja. For a template of the usual form they get the strings between messages (`llamajax.role_strings`).
+Control tokens in these strings are ids, so that no text, such as a message's, becomes a control token. When a bundle is
+written, a runner's ids are compared with the template's for conversations with awkward content.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from typing import Any
 from export.vocabulary import Vocabulary, text_of
 from llamajax import LlamaJaxError, Message, Template, Tokenizer, files, role_strings
 
-# Of the conversations that are compared, so many are in the bundle, for each runner to encode.
+# Number of compared conversations that the bundle holds, for each runner to encode.
 _GOLDEN = 12
 _MOST_TOKENS = 16
 _SPECIAL = 1  # the bit of a special token, as in runners/text.py
@@ -41,10 +41,10 @@ def chat_of(tokenizer: Tokenizer | None, vocabulary: Vocabulary | None, name: st
     """The chat of a bundle.
 
     Args:
-        tokenizer: with the checkpoint's template; None for a bundle of ids.
-        vocabulary: its tables for runners.
+        tokenizer: the tokenizer, with the checkpoint's template; None for a bundle that takes only ids.
+        vocabulary: the tokenizer's tables for runners.
         name: the name of a template, as for `Template.of`.
-        source: the checkpoint, for errors.
+        source: the checkpoint, for error messages.
 
     Raises:
         LlamaJaxError: if there is no template of that name.
@@ -76,7 +76,7 @@ def chat_of(tokenizer: Tokenizer | None, vocabulary: Vocabulary | None, name: st
 def _section(
     strings: role_strings.RoleStrings, template: Template, tokenizer: Tokenizer, runner: Any
 ) -> dict[str, Any]:
-    """What the manifest says of conversations. `runner`: the runners' `Text`."""
+    """The section `chat` of the manifest. `runner` is the runners' `Text`."""
     control = _control(template, tokenizer)
     tokens = {text: (index, bits) for some in runner.added[True] for text, (index, bits) in some.texts.items()}
     tokens |= {token.text: tokens.get(token.text, (token.id, token.special)) for token in tokenizer.added}
@@ -88,7 +88,7 @@ def _section(
     begun = template.encode(tokenizer, [Message("user", "Hi")])[:1]
     is_added = (
         begun == [tokenizer.bos_id] and made["begin"][:1] != begun
-    )  # a built-in format leaves it to the tokenizer
+    )  # a built-in format leaves BOS to the tokenizer
     return {
         "bos": begun if is_added else [],
         **made,
@@ -101,7 +101,7 @@ def _section(
 
 
 def _control(template: Template, tokenizer: Tokenizer) -> list[int]:
-    """Ids of the added tokens that are no special ones, and that the template reads in its own text alone."""
+    """Ids of added tokens that are not special, and that the template recognises only in its own text."""
     tokens = [token for token in tokenizer.added if not token.special and token.text.strip()]
     if not tokens:
         return []
@@ -111,16 +111,16 @@ def _control(template: Template, tokenizer: Tokenizer) -> list[int]:
 
 
 def _pieces(string: str, written: dict[str, tuple[int, int]], runner: Any) -> list[int | str]:
-    """A string of the template as ids of control tokens, and text."""
+    """Splits a string of the template into ids of control tokens and text."""
     longest = importlib.import_module("export.runners.text_models").Longest(written)
     return [part for _, part in runner.around_added(longest, string, True)]
 
 
 def _compared(section: dict[str, Any], template: Template, tokenizer: Tokenizer, runner: Any) -> list[dict[str, Any]]:
-    """The golden conversations.
+    """Compares conversations, and returns the golden ones.
 
     Raises:
-        LlamaJaxError: where a runner's ids are not the template's.
+        LlamaJaxError: if a runner's ids differ from the template's.
     """
     encode = importlib.import_module("export.runners.answers").conversation
     golden = []
@@ -130,14 +130,14 @@ def _compared(section: dict[str, Any], template: Template, tokenizer: Tokenizer,
         if encode(runner, section, said) != ids:
             last = files.shortened(messages[-1].content)
             raise LlamaJaxError(
-                f"a conversation of {len(messages)} messages, the last {last}, is encoded differently by the strings"
+                f"a conversation of {len(messages)} messages, the last {last}, has other ids by its template's strings"
             )
         golden.append({"messages": said, "ids": ids})
     return golden[:_GOLDEN]
 
 
 def _conversations(tokenizer: Tokenizer, with_system: bool) -> Iterator[Sequence[Message]]:
-    """Those that are compared; first a usual one, and those with what looks like a control token."""
+    """Yields the conversations to compare; first usual ones and ones that contain the texts of control tokens."""
     asked, told = (
         Message("user", "What is the capital of France?"),
         Message("assistant", "The capital of France is Paris."),

@@ -1,7 +1,7 @@
 """Golden prompts: the tokens and logits of a bundle's programs, computed by the functions that are lowered.
 
-The functions are jitted here instead of read from the bundle. Prompts go through prefill in the bundle's buckets, then
-decode, with its cache, as in runners.
+The functions are jitted here, not read from the bundle. As in runners, prompts go through prefill in the bundle's
+buckets, then through decode, with the bundle's cache.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ from quant import compiler_options
 
 GOLDEN_TOKENS = 64
 GOLDEN_TEXTS = ("Once upon a time", "The little dog ran to the river. There he saw a big fish, and the fish said:")
-# Models of more parameters say their golden tokens with weights laid out for this machine, and layers as a loop.
+# Golden tokens of models with more parameters are computed with this machine's weight layout and a loop over layers.
 _LARGE_MODEL = 50_000_000
 
 
 class _Programs:
-    """A session, as runners have it, of the functions of a bundle's programs; compiled when they are first called."""
+    """A session, like those of runners, of the functions of a bundle's programs; each is compiled at its first call."""
 
     def __init__(self, model: Llama, spec: Spec) -> None:
         profile = spec.profile
@@ -48,12 +48,12 @@ class _Programs:
 
     def reset(self) -> None:
         """Begins another text."""
-        # On a device of its own choice, as what programs return is: else each is compiled twice.
+        # Committed to a device, like the state that programs return: otherwise each program is compiled twice.
         zeros = [jnp.zeros(value.shape, value.dtype) for value in self._values]
         self._state = jax.device_put(zeros, jax.devices()[0])
 
     def run(self, name: str, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Calls a program; its logits."""
+        """Calls a program and returns its logits."""
         logits_BV, *self._state = self._functions[name](*self._weights, *inputs.values(), *self._state)
         return np.asarray(logits_BV)
 
@@ -72,8 +72,8 @@ def golden(model: Llama, prompts: Sequence[Sequence[int]], spec: Spec) -> dict[s
 
     Args:
         model: the model in the bundle.
-        prompts: ids; 1 to slots - 1 of them each.
-        spec: of the bundle.
+        prompts: ids, 1 to slots - 1 in each prompt.
+        spec: the spec of the bundle.
 
     Returns:
         Prompts and greedy tokens, int32, and logits float32 [V] after each prompt.
@@ -92,7 +92,7 @@ def golden(model: Llama, prompts: Sequence[Sequence[int]], spec: Spec) -> dict[s
         limit = min(GOLDEN_TOKENS, spec.slots - len(ids))
         try:
             made = list(steps(session, bundle, list(ids), limit, chooser(0, 0)))
-        except SystemExit as ended:  # how a runner ends
+        except SystemExit as ended:  # runners end with SystemExit
             raise LlamaJaxError(f"golden prompt {index}: {ended.code}") from None
         arrays[f"prompt_{index}"] = np.asarray(ids, np.int32)
         arrays[f"tokens_{index}"] = np.asarray([token for token, _ in made], np.int32)

@@ -1,4 +1,4 @@
-"""The permitted content of a lowered program, so that runtimes other than XLA run it."""
+"""Checks that a lowered program contains only operations and types that runtimes other than XLA support."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from jaxlib.mlir import ir
 from export.profiles import Profile
 from llamajax import LlamaJaxError
 
-# A constant of more elements must be a weight that was closed over.
+# A constant of more elements is a weight that was closed over.
 LARGEST_CONSTANT = 4096
 # Types of arguments that every runtime takes.
 _ARGUMENT_TYPES = ("f32", "bf16", "f16", "ui8", "i32", "ui32")
@@ -20,8 +20,8 @@ def tidy(module: ir.Module, aliases: Mapping[int, int]) -> None:
     """Removes jax's own attributes of the module, of arguments and of results.
 
     Args:
-        module: with a function `main`, and others.
-        aliases: an argument of `main` and the result that may be written into its memory, by their indices.
+        module: the module, with a function `main` and others.
+        aliases: index of an argument of `main`: index of the result that may be written into its memory.
     """
     for name in list(module.operation.attributes):
         if name.startswith("mhlo."):
@@ -77,7 +77,7 @@ def check(module: ir.Module, profile: Profile, name: str) -> dict[str, int]:
 
 
 def _walk(operation: Any) -> Iterator[Any]:
-    """An operation and all inside it."""
+    """Yields an operation and all operations inside it."""
     yield operation
     for region in operation.regions:
         for block in region.blocks:

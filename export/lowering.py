@@ -27,8 +27,8 @@ from export.weights import parameters, taken_by
 from llamajax import Llama, LlamaJaxError, model_from, named_weights, prepare, rebuilt
 from quant import is_laid_out, quantized
 
-# The oldest StableHLO that knows all that we write (gathers with batch axes); its promise is five years back, two
-# forward.
+# The oldest StableHLO with everything that the programs use (gathers with batch axes). StableHLO promises five years
+# of backward and two years of forward compatibility.
 STABLEHLO_VERSION = "1.1.0"
 
 
@@ -42,7 +42,7 @@ class Value:
 
     @classmethod
     def of(cls, name: str, array: Any) -> "Value":
-        """Of an array, real or abstract."""
+        """Describes an array, real or abstract."""
         return cls(name, str(np.dtype(array.dtype)), tuple(array.shape))
 
 
@@ -74,7 +74,8 @@ def lower(model: Llama, spec: Spec) -> dict[str, Program]:
     """
     if is_laid_out(model):
         raise LlamaJaxError("the model is prepared for a backend: export the model from before `prepare`")
-    # A token as a whole, as models were trained with it (BitNet). Groups, and channels left out, are a kernel's.
+    # One scale per token, as in models trained with it (BitNet), can be exported. Scales per group, or channels that
+    # are not rounded, need a kernel.
     asking = [weight for weight in quantized(model) if weight.activations]
     if kinds := {
         str(weight.activations) for weight in asking if weight.activations != "int8-token" or weight.outlier is not None
@@ -89,7 +90,7 @@ def lower(model: Llama, spec: Spec) -> dict[str, Program]:
     kind: Literal["packed", "prepared"] = "packed" if profile.backend is None else "prepared"
     programs = {}
     if profile.backend is not None:
-        # Traced with the packed weights as they are: what it returns is what the others take.
+        # Traced with the packed weights; it returns the weights that the other programs take.
         packed = parameters(model, PROFILES["scanned"])
         flat = _prepared(model, tuple(packed), profile)
         programs["prepare"] = lower_program("prepare", flat, packed, {}, tuple(weights), "packed", profile)
@@ -101,7 +102,7 @@ def lower(model: Llama, spec: Spec) -> dict[str, Program]:
 
 
 def _prepared(like: Llama, names: tuple[str, ...], profile: Profile) -> Callable[..., tuple]:
-    """A function of the packed arrays of these names: those of the model laid out for the profile's backend."""
+    """A function from the packed arrays of these names to the arrays in the layout of the profile's backend."""
 
     def flat(*arrays: Any) -> tuple:
         of = dict(zip(names, arrays, strict=True))
@@ -121,12 +122,12 @@ def lower_program(
     kind: Literal["packed", "prepared", "none"],
     profile: Profile,
 ) -> Program:
-    """Lowers a function of arrays: weights, then inputs. A result reuses the memory of the input of its name."""
+    """Lowers a function of arrays (weights, then inputs). A result may reuse the memory of the input of its name."""
     flat.__name__ = name
     arguments = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (*weights.values(), *inputs.values())]
-    # Not by donating: jax gives the memory of what is donated to the first result of that shape and dtype.
+    # Donating does not do this: jax gives donated memory to the first result of the same shape and dtype.
     aliases = {len(weights) + i: results.index(value) for i, value in enumerate(inputs) if value in results}
-    # Lowered for CPU, where nothing in our programs differs by platform; unused weights stay in their place.
+    # Lowered for CPU: nothing in the programs depends on the platform. Unused weights stay arguments.
     lowered = jax.jit(flat, keep_unused=True).trace(*arguments).lower(lowering_platforms=("cpu",))
     module = lowered.compiler_ir("stablehlo")
     with module.context:

@@ -17,12 +17,12 @@ import numpy as np
 
 Part = str | int
 ANY = "[\\s\\S]"
-# Escapes that are no character, or depend on what matched before.
+# Escapes that are not characters, or that depend on earlier matches.
 _NOT_CHARACTERS = frozenset("ABbGgKkRXyYzZONQE123456789")
 _QUANTIFIER = re.compile(r"[?*+]|\{(\d*)(?:(,)(\d*))?\}")
-# What begins a group, and what does so in a pattern.
+# The beginning of a group in an expression, and its beginning in a pattern.
 _OPENS = {"(?=": "(?=", "(?!": "(?!", "(?>": "", "(?:": "(?:", "(?i:": "(?:", "(": "(?:"}
-# Letters that fold to what a single character folds to as well.
+# Pairs of letters to which a single character folds too.
 _FOLDED = ("ss", "st", "ff", "fi", "fl")
 _MOST_DEPTH = 50
 _CODES = 0x110000
@@ -40,15 +40,15 @@ def all_characters() -> str:
 
 @functools.cache
 def _cased() -> str:
-    """Those that have a case: without regard to case, a letter matches no others."""
+    """All characters that have a case: if case is ignored, a letter matches only these."""
     return "".join(character for character in all_characters() if character.lower() != character.upper())
 
 
 def ranges_of(held: np.ndarray) -> tuple[int, ...]:
-    """Code points as ranges, ascending: first and last of each.
+    """Converts a set of code points to ascending ranges: first and last of each.
 
     Args:
-        held: bool [0x110000], by code point.
+        held: the set as bool [0x110000], by code point.
     """
     edges = np.flatnonzero(np.diff(np.concatenate(([False], held, [False])).astype(np.int8)))
     edges[1::2] -= 1
@@ -67,14 +67,14 @@ def members(expression: str, among: str | None = None) -> tuple[int, ...]:
     """The single characters (or those of a text) that an expression of Oniguruma matches, as ranges.
 
     Raises:
-        Unsupported: if the library does not read it.
+        Unsupported: if the library rejects the expression.
     """
-    from tokenizers import Regex, normalizers  # here, as in llamajax.tokenizer
+    from tokenizers import Regex, normalizers  # imported here, as in llamajax.tokenizer
 
     asked = all_characters() if among is None else among
     try:
         left = normalizers.Replace(Regex(expression), "").normalize_str(asked)
-    except Exception:  # the library has no class of its own for its errors
+    except Exception:  # the library raises plain Exception
         raise Unsupported(f"has a regular expression that its library does not read ({expression[:40]})") from None
     return ranges_of(characters_in(asked) & ~characters_in(left))
 
@@ -86,18 +86,18 @@ def outside(ends: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class Patterns:
-    """Makes patterns with shared classes.
+    """Makes patterns that share classes.
 
     Attributes:
-        classes: ranges of code points, by the number of the class.
+        classes: the ranges of code points of each class, by its number.
     """
 
     def __init__(self) -> None:
-        """Without any class."""
+        """Starts without classes."""
         self.classes: list[tuple[int, ...]] = []
 
     def of_class(self, ends: tuple[int, ...]) -> int:
-        """The number of a class."""
+        """The number of a class, which is added if it is new."""
         if ends not in self.classes:
             self.classes.append(ends)
         return self.classes.index(ends)
@@ -110,7 +110,7 @@ class Patterns:
         """A pattern for a regular expression.
 
         Raises:
-            Unsupported: if there is none.
+            Unsupported: if no pattern expresses it.
         """
         found = _Parser(expression, self.of_class).parsed()
         if found.empty:
@@ -122,7 +122,7 @@ class Patterns:
 class _Found:
     """A part of an expression: its pattern, and whether it matches an empty text too.
 
-    A pair ("(", n) begins group n, (")", n) refers to it: they get numbers in the end.
+    A pair ("(", n) begins group n, and (")", n) refers to it; `_numbered` gives them their final numbers.
     """
 
     parts: tuple["Part | tuple[str, int]", ...]
@@ -149,13 +149,13 @@ def _numbered(parts: Iterable["Part | tuple[str, int]"]) -> list[Part]:
 
 
 class _Parser:
-    """Reads one expression."""
+    """Parses one expression."""
 
     def __init__(self, expression: str, of_class: Callable[[tuple[int, ...]], int]) -> None:
         self._text, self._at, self._of_class, self._groups, self._depth = expression, 0, of_class, 0, 0
 
     def parsed(self) -> _Found:
-        """The whole expression."""
+        """Parses the whole expression."""
         found = self._alternatives(ignore_case=False)
         if self._at < len(self._text):
             self._refuse("an unmatched )")
@@ -168,7 +168,7 @@ class _Parser:
         return self._text.startswith(text, self._at)
 
     def _alternatives(self, ignore_case: bool) -> _Found:
-        """Alternatives, up to the end or the parenthesis that ends them."""
+        """Parses alternatives, up to the end or to the parenthesis that closes them."""
         self._depth += 1
         if self._depth > _MOST_DEPTH:
             self._refuse("groups inside groups")
@@ -181,7 +181,7 @@ class _Parser:
         return _Found(tuple(parts), any(found.empty for found in some))
 
     def _sequence(self, ignore_case: bool) -> _Found:
-        """What follows one behind the other."""
+        """Parses a sequence of quantified atoms."""
         parts: list[Part | tuple[str, int]] = []
         empty, letters = True, ""
         while self._at < len(self._text) and self._text[self._at] not in "|)":
@@ -196,16 +196,16 @@ class _Parser:
         return _Found(tuple(parts), empty)
 
     def _check_folding(self, letters: str) -> None:
-        """Refuses letters of which several fold to the same as a single one: Oniguruma matches that, too."""
+        """Refuses letters of which several fold to the same as a single character, which Oniguruma matches too."""
         if any(code >= "\x80" for code in letters) or any(pair in letters.lower() for pair in _FOLDED):
             self._refuse("letters whose cases are not single characters")
 
     def _atom(self, ignore_case: bool) -> _Found:
-        """A character, a class, a group, or a look at what comes."""
+        """Parses a character, a class, a group, or a look-ahead."""
         first = self._text[self._at]
         if first == "(":
             return self._group(ignore_case)
-        if first == "$":  # before any end of a line
+        if first == "$":  # matches before the end of any line
             self._at += 1
             return _Found(("(?=", self._of_class((10, 10)), f"|(?!{ANY}))"), True)
         if first in "^*+?":
@@ -225,7 +225,7 @@ class _Parser:
         return _Found((self._of_class(members(f"(?i:{source})" if ignore_case else source)),), False)
 
     def _skip_class(self) -> None:
-        """To behind the bracket that closes a class; classes may be inside of it."""
+        """Moves past the bracket that closes a class; classes may be nested."""
         depth, begin = 1, self._at
         while depth:
             if self._at >= len(self._text):
@@ -236,7 +236,7 @@ class _Parser:
             depth += (character == "[") - (character == "]" and not first)
 
     def _skip_escape(self) -> None:
-        """To behind what an escape names."""
+        """Moves past an escape."""
         rest = re.compile(r"[pP]\{\^?\w+\}|x\{[0-9A-Fa-f]{1,6}\}|x[0-9A-Fa-f]{1,2}|u[0-9A-Fa-f]{4}|[^pPxuc0CM]", re.S)
         found = rest.match(self._text, self._at)
         if found is None or found.group() in _NOT_CHARACTERS:
@@ -245,7 +245,7 @@ class _Parser:
             self._at = found.end()
 
     def _group(self, ignore_case: bool) -> _Found:
-        """A group; what it matched is not kept."""
+        """Parses a group, without capturing its match."""
         begins = next(begins for begins in _OPENS if self._looking_at(begins))
         opens = _OPENS[begins]
         self._at += len(begins)
@@ -260,18 +260,18 @@ class _Parser:
         return _Found((opens, *inner.parts, ")"), inner.empty or opens in ("(?=", "(?!"))
 
     def _atomic(self, inner: _Found) -> _Found:
-        """What does not give back what it took: a look that keeps it, and the same once more."""
+        """An atomic group: a look-ahead that captures the match, and a reference to it."""
         self._groups += 1
         return _Found(("(?=", ("(", self._groups), *inner.parts, "))", (")", self._groups)), inner.empty)
 
     def _quantified(self, atom: _Found) -> _Found:
-        """An atom with the quantifiers behind it."""
+        """Parses the quantifiers after an atom."""
         plain = len(atom.parts) == 1
         while (found := _QUANTIFIER.match(self._text, self._at)) and self._is_quantifier(found):
             self._at = found.end()
             sign, (least, comma, _) = found.group(), found.groups(default="")
             lazy = self._looking_at("?") and (sign[0] != "{" or bool(comma))
-            possessive = self._looking_at("+") and sign[0] != "{"  # behind braces it is one more quantifier
+            possessive = self._looking_at("+") and sign[0] != "{"  # after braces, + is one more quantifier
             if sign[0] == "{" and self._looking_at("?") and not comma:
                 self._refuse(sign + "?")
             self._at += lazy or possessive

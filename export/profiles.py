@@ -13,11 +13,11 @@ _FLOAT_OPERATIONS = frozenset(
 
 _INTEGER_OPERATIONS = frozenset("bitcast_convert shift_left shift_right_arithmetic shift_right_logical xor".split())
 
-# `sample` finds thresholds in loops, and leaves out in branches what no row uses; a weight whose layers are of several
-# types chooses one, by a number that is clamped.
+# `sample` finds thresholds in loops, and its branches skip what no row uses. A weight whose layers have several types
+# chooses one by a clamped index.
 _LOOPS = frozenset({"case", "clamp", "while"})
 
-# What the layout of a CPU needs besides.
+# Additional operations that the layout of a CPU needs.
 _OTHER_XLA = frozenset({"optimization_barrier", "remainder", "sign"})
 
 
@@ -26,7 +26,7 @@ class Profile:
     """The form of programs that a runtime needs.
 
     Attributes:
-        name: as in `PROFILES`.
+        name: the key in `PROFILES`.
         layers: "scanned", one loop over stacked weights; or "unrolled", each layer's weights an argument of their own.
         arithmetic: the way of unpacking codes, an argument of `quant.unpack`.
         operations: the permitted operations, without their dialect.
@@ -57,7 +57,7 @@ PROFILES = {
     )
 }
 
-# Programs that `lower` makes beside prefill and decode.
+# Programs that `lower` can make in addition to prefill and decode.
 OPTIONAL_PROGRAMS = ("sample", "score", "embed", "verify")
 
 
@@ -70,9 +70,9 @@ class Spec:
         slots: S, slots of the cache.
         cache_dtype: dtype of keys and values, a float type.
         buckets: T of each prefill program.
-        programs: additional programs, of `OPTIONAL_PROGRAMS`.
-        drafts: k, tokens that `verify` checks.
-        profile: a key of `PROFILES`.
+        programs: additional programs, from `OPTIONAL_PROGRAMS`.
+        drafts: k, drafted tokens that `verify` checks.
+        profile: the form of the programs, a value of `PROFILES`.
     """
 
     batch: int = 1
@@ -84,10 +84,10 @@ class Spec:
     profile: Profile = PROFILES["scanned"]
 
     def __post_init__(self) -> None:
-        """Checks it.
+        """Checks the values.
 
         Raises:
-            LlamaJaxError: for a value that makes no sense.
+            LlamaJaxError: for a value out of range.
         """
         if self.batch < 1 or self.slots < 1 or self.drafts < 1:
             raise LlamaJaxError(f"batch {self.batch}, slots {self.slots}, drafts {self.drafts}: expected at least 1")

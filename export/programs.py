@@ -16,13 +16,13 @@ from export.weights import assemble
 from llamajax import Config, KVCache, Llama, Sampler, sample
 
 # A program before it is lowered: its name, a function of a model and inputs, these inputs by name, the names of its
-# results, and whether it takes a model (else None is what it gets).
+# results, and whether it takes a model (otherwise it gets None).
 Function = tuple[str, Callable[..., tuple], dict[str, jax.ShapeDtypeStruct], tuple[str, ...], bool]
 
 
 def empty_state(config: Config, spec: Spec, sizes: Mapping[str, Any] = types.MappingProxyType({})) -> KVCache:
     """The abstract cache of programs of `spec`: the arrays of its `KVCache.state` are inputs and outputs."""
-    # With symbolic sizes nothing can be decided by them: one straight way, whatever the profile.
+    # Symbolic sizes cannot decide branches: they need the straight layout, whatever the profile.
     layout = "dense" if spec.profile.layers == "scanned" and not sizes else "straight"
     batch, slots = sizes.get("B", spec.batch), sizes.get("S", spec.slots)
     empty = functools.partial(KVCache.empty, config, dtype=spec.cache_dtype, layout=layout, reach=spec.slots)
@@ -33,7 +33,7 @@ def functions(model: Llama, spec: Spec, sizes: Mapping[str, Any] = types.Mapping
     """Every program of `spec` as a function of (model, *inputs), with the shapes of its inputs.
 
     Args:
-        model: for its config.
+        model: the model; only its config is used.
         spec: the programs to make.
         sizes: replacements of the spec's "B", "S" and "T", such as symbolic ones; with "T" prefill is one program.
     """
@@ -78,7 +78,7 @@ def _prefill(empty: KVCache, model: Llama, tokens_BT, count_B, length_B, *state)
     """Adds the first `count` of each row's T tokens after its `length` ones; returns the logits of the last."""
     x_BTD, cache = model.blocks(model.embed(tokens_BT), empty.with_state(state, length_B), count_B)
     is_last_BT1 = (jnp.arange(tokens_BT.shape[1]) == count_B[:, None] - 1)[:, :, None]
-    # A sum in which all but one are zero: an index for each row would be a gather.
+    # A sum in which all terms but one are zero, because an index for each row would be a gather.
     last_BD = jnp.sum(jnp.where(is_last_BT1, x_BTD, 0), axis=1)
     is_valid_B = _fits(length_B, tokens_BT, empty) & _is_count(count_B, tokens_BT)
     return (_or_nan(is_valid_B, model.head(last_BD)), *cache.state.values())
@@ -122,7 +122,7 @@ def _sample(_: None, logits_BV, key_B2, length_B, temperature_B, top_p_B, top_k_
 
 
 def _fits(length_B, tokens_BT, empty: KVCache):
-    """Whether T tokens fit the cache after `length`; otherwise XLA overwrites others. No sum here overflows."""
+    """Whether T tokens fit the cache after `length`; if not, XLA overwrites other tokens. No sum here overflows."""
     fits_B = length_B >= 0
     return fits_B if empty.slots is None else fits_B & (length_B <= empty.slots - tokens_BT.shape[1])
 
@@ -133,12 +133,12 @@ def _is_count(count_B, tokens_BT):
 
 
 def _or_nan(is_valid_B, x_BX):
-    """NaN for a row whose arguments make no sense: a program cannot raise an error."""
+    """The array, with NaN in rows whose arguments are invalid, because a program cannot raise an error."""
     return jnp.where(is_valid_B.reshape(-1, *[1] * (x_BX.ndim - 1)), x_BX, jnp.nan)
 
 
 def bound(function: Callable[..., tuple], names: tuple[str, ...] | None, like: Llama, profile: Profile):
-    """A function of (model, *inputs) as one of flat arrays: first the weights of these names, then the inputs."""
+    """Turns a function of (model, *inputs) into one of flat arrays: the weights of these names, then the inputs."""
 
     def flat(*arrays):
         if names is None:

@@ -1,4 +1,4 @@
-"""A sentencepiece model as tables: its normalizer, and its pieces with scores and kinds."""
+"""Converts a sentencepiece model to tables: its normalizer, and its pieces with scores and kinds."""
 
 import base64
 import re
@@ -56,15 +56,15 @@ def sentencepiece_tables(tokenizer: Tokenizer, patterns: Patterns) -> dict[str, 
 
 
 def _ends_at_spaces(kinds: Mapping[str, str]) -> bool:
-    """Whether no pair of pieces meets at a place where a space begins: each word may then be encoded by itself."""
+    """Whether no piece contains a space after another character, so that each word may be encoded by itself."""
     pieces = [piece for piece, kind in kinds.items() if kind in "nux"]
     return kinds.get("\u2581") == "n" and not any(re.search("[^\u2581]\u2581", piece) for piece in pieces)
 
 
 def _normalizer(model: Any, tokenizer: Tokenizer, whole: list[str]) -> dict[str, Any]:
-    """The step that stands for sentencepiece's normalizer (normalizer.cc)."""
+    """The step that does what sentencepiece's normalizer (normalizer.cc) does."""
     spec, prefix = model.normalizer_spec, "never"
-    if spec.add_dummy_prefix:  # what the model itself does, unless `Tokenizer` keeps it from doing so
+    if spec.add_dummy_prefix:  # the model adds a space, unless `Tokenizer` prevents that
         itself = Tokenizer(tokenizer.model_bytes)
         prefix = (tokenizer.words.space or "first") if itself.drops_first_space else "always"
     return {

@@ -1,7 +1,7 @@
-"""A tokenizer.json as tables: its steps of normalization and splitting, its pieces and merges.
+"""Converts a tokenizer.json to tables: its steps of normalization and splitting, its pieces and merges.
 
-The library tokenizers reads the file and writes it again, so that files of its older versions get the current form.
-Steps are those of tokenizers/src/normalizers and pre_tokenizers of github.com/huggingface/tokenizers.
+The library tokenizers reads the file and writes it again, which converts files of its older versions to the current
+form. The steps are those of tokenizers/src/normalizers and pre_tokenizers of github.com/huggingface/tokenizers.
 """
 
 import base64
@@ -72,7 +72,7 @@ _AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
 
 
 def normalizer_of(tokenizer: Tokenizer) -> Callable[[str], str]:
-    """The normalizer of a tokenizer.json, applied to a text: some added tokens are searched in its result."""
+    """The normalizer of a tokenizer.json as a function of text; some added tokens are searched in its result."""
     import tokenizers
 
     normalizer = tokenizers.Tokenizer.from_str(tokenizer.model_bytes.decode()).normalizer
@@ -80,7 +80,7 @@ def normalizer_of(tokenizer: Tokenizer) -> Callable[[str], str]:
 
 
 def _of_bytes(piece: str | None) -> str | None:
-    """A piece in characters that each are a byte; None if it has others: no text gives it."""
+    """A byte-level piece with one character per byte; None if it has other characters, and so no text gives it."""
     if piece is None or not all(character in forms.BYTES for character in piece):
         return None
     return "".join(chr(forms.BYTES[character]) for character in piece)
@@ -99,7 +99,7 @@ def _of_nonempty(text: str, patterns: Patterns) -> list[Any]:
 
 
 def _normalize(step: Mapping[str, Any], patterns: Patterns) -> Iterator[Step]:
-    """The steps that stand for a normalizer."""
+    """Yields the steps that do what a normalizer does."""
     kind = step["type"]
     if kind == "Prepend":
         yield {"do": "prefix", "text": step["prepend"], "unless": False, "first": False}
@@ -112,7 +112,7 @@ def _normalize(step: Mapping[str, Any], patterns: Patterns) -> Iterator[Step]:
 
 
 def _split(step: Mapping[str, Any], patterns: Patterns) -> Iterator[Step]:
-    """The steps that stand for a pre-tokenizer."""
+    """Yields the steps that do what a pre-tokenizer does."""
     kind = step["type"]
     if kind == "Split":
         behavior = _BEHAVIORS.get(step["behavior"])
@@ -154,7 +154,7 @@ def _split_at(pattern: list[Any], behavior: str, invert: bool = False) -> Step:
 
 @functools.cache
 def _digits() -> tuple[int, ...]:
-    """What the library's Digits splits at."""
+    """The characters at which the library's Digits splits."""
     from tokenizers import pre_tokenizers
 
     runs = pre_tokenizers.Digits(individual_digits=False).pre_tokenize_str(all_characters())
@@ -165,13 +165,14 @@ def _digits() -> tuple[int, ...]:
 def _changing(form: str) -> tuple[int, ...]:
     """The characters that take part in one of Unicode's normal forms, in the library's version of Unicode.
 
-    Runs of these may be left to any later version: what becomes of a character that is assigned never changes
-    (https://www.unicode.org/policies/stability_policy.html). Others stay as they are, and keep their neighbours apart.
+    Any later version of Unicode normalizes runs of these characters in the same way, because the normalization of an
+    assigned character never changes (https://www.unicode.org/policies/stability_policy.html). Other characters stay
+    unchanged and separate their neighbours.
     """
     from tokenizers import normalizers
 
     theirs = {name: getattr(normalizers, name)().normalize_str for name in (form, "NFC", "NFD")}
-    ours: Any = unicodedata.normalize  # for a name that is no literal
+    ours: Any = unicodedata.normalize  # typed as Any, because the name is no literal
     same = lambda text, name: theirs[name](text) == ours(name, text)  # noqa: E731
     held: set[str] = set()
     for character in all_characters():
@@ -180,7 +181,7 @@ def _changing(form: str) -> tuple[int, ...]:
             held.add(character)
         if unicodedata.combining(character) and same("\u0345" + character, "NFD") and same(character + "\u0334", "NFD"):
             held.add(character)
-        if len(apart) > 1:  # the pairs that become one: the character before its last mark, and the mark
+        if len(apart) > 1:  # pairs that compose: the character without its last mark, and the mark
             pair = ours("NFC", apart[:-1]) + apart[-1]
             if len(pair) == 2 and same(pair, "NFC") and ours("NFC", pair) == character:
                 held.update(pair)

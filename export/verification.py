@@ -1,4 +1,4 @@
-"""Runs a bundle's golden prompts on every installed runtime, each in a process of its own without our source.
+"""Runs a bundle's golden prompts on every installed runtime, each in a separate process without llamajax.
 
     for result in verify(open_bundle("box.bundle")):
         print(result.runtime, result.exact, result.largest_logit_error)
@@ -51,20 +51,20 @@ class Result:
 
     Attributes:
         runtime: a key of `RUNTIMES`.
-        version: its own name and version; "" if it did not run.
+        version: the name and version that the runtime reports; "" if it did not run.
         skipped: the reason if it did not run, or "".
         error: the reason if it failed, or "".
         held: whether it ran and agreed with the bundle: logits after the prompts within the tolerance, and tokens equal
             to the golden ones up to the first, if any, at which both are within twice the tolerance of each other.
         exact: whether every token was the golden one.
-        tokens: their number.
-        largest_logit_error: of the logits after the prompts.
-        tolerance: its limit, for the dtypes of this bundle and the device (`export.runners.runner.tolerance`).
-        load_seconds: from opening the bundle, hashes included, until each program compiled at load has run once.
+        tokens: number of generated tokens.
+        largest_logit_error: largest error of the logits after the prompts.
+        tolerance: limit of this error, for the bundle's dtypes and the device (`export.runners.runner.tolerance`).
+        load_seconds: time from opening the bundle, hashes included, until each program compiled at load has run once.
         tokens_per_second: speed of decoding one row.
-        resident_bytes: memory of its process, at the end.
-        texts: number of golden texts that it encoded to their ids.
-        conversations: likewise of golden conversations.
+        resident_bytes: memory of the runner's process, at the end.
+        texts: number of golden texts that were encoded to the expected ids.
+        conversations: number of golden conversations that were encoded to the expected ids.
     """
 
     runtime: str
@@ -89,9 +89,9 @@ def verify(
     """Runs the golden prompts on each runtime in turn.
 
     Args:
-        bundle: opened.
+        bundle: the opened bundle.
         runtimes: keys of `RUNTIMES`.
-        pythons: the Python that has a runtime, by its name; this one unless given.
+        pythons: the Python to use for a runtime, by the runtime's name; this Python unless given.
 
     Yields:
         One result for each runtime. A runtime that is not installed, or has no target in the bundle, is skipped.
@@ -107,7 +107,7 @@ def verify(
         with _runner(name) as file:
             command = [python, "-I", str(file), str(bundle.path), "--golden"]
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-        # What did not hold is reported too, with exit code 1.
+        # A runner reports wrong results too, with exit code 1.
         report = done.stdout.strip().rpartition("\n")[2]
         if done.returncode in (0, 1) and report.startswith("{"):
             yield _result(name, json.loads(report))
@@ -154,15 +154,15 @@ def run(
     """Continues a prompt, or chats, on one runtime; returns the runner's standard error.
 
     Args:
-        bundle: opened.
-        name: of the runtime.
+        bundle: the opened bundle.
+        name: the name of the runtime.
         python: a Python with the runtime.
         arguments: the runner's arguments.
         on_output: called with the runner's standard output while it is written.
-        shows_notes: whether its standard error goes to that of this process and is not returned.
+        shows_notes: whether the runner's standard error goes to that of this process, instead of being returned.
 
     Raises:
-        LlamaJaxError: if the runtime is not installed, the bundle has no target for it, or it fails.
+        LlamaJaxError: if the runtime is not installed, the bundle has no target for it, or the runner fails.
     """
     if reason := unavailable(bundle, name, python):
         raise LlamaJaxError(f"{bundle.path}: runtime {name}: {reason}")
@@ -190,12 +190,12 @@ def run(
 
 
 def _last_line(text: str, code: int) -> str:
-    """What a runner that failed said last."""
+    """The last line that a failed runner wrote, or its exit code."""
     return (text.strip().splitlines() or [f"exit code {code}"])[-1][:300]
 
 
 def _result(name: str, report: Mapping) -> Result:
-    """From what a runner printed."""
+    """Makes a `Result` from a runner's report."""
     prompts = report["prompts"]
     errors = [float(prompt["largest_logit_error"]) for prompt in prompts]
     held = all(prompt["held"] for prompt in prompts)

@@ -1,8 +1,8 @@
-"""The tables with which runners convert text to ids and back as the tokenizer does, and a check of them.
+"""Makes and checks the tables with which runners convert text to ids and back, as the tokenizer does.
 
 Runners have no sentencepiece and no tokenizers: their class `Text` uses tables (`export.sentencepiece_tables`,
 `export.tokenizers_tables`). If it cannot reproduce a tokenizer exactly, vocabulary.json has a `refusal`, and a runner
-takes only ids. Writing a bundle encodes texts in both ways; runners repeat this for the golden texts.
+takes only ids. When a bundle is written, texts are encoded in both ways; runners repeat this for the golden texts.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from llamajax import Tokenizer, files
 
 VERSION = 2
 
-# What tokenizers disagree about: spaces, what looks like a token, several code points for one letter, what is rare.
+# Texts on which tokenizers differ: spaces, texts that look like tokens, letters of several code points, rare signs.
 TEXTS = (
     "",
     " ",
@@ -56,7 +56,7 @@ TEXTS = (
 )
 _FROM_PIECES = 12
 _MOST_WHOLE = 16
-# Texts drawn when a bundle is written, which are compared and not kept.
+# Number of random texts that are compared when a bundle is written, and not kept.
 _DRAWN = 400
 _UNNAMED = "\ufffd".encode()
 # Bits of an added token, as in runners/text.py.
@@ -107,10 +107,10 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
 
 
 def _added(tokenizer: Tokenizer, controls: Sequence[Any], special_hides: bool, patterns: Patterns) -> dict[str, Any]:
-    """The added tokens, and the characters that white space and words are made of around some of them."""
+    """The table of added tokens, and the classes of white space and word characters that matter beside some tokens."""
     tables: dict[bool, list[list[Any]]] = {False: list(controls), True: []}
     theirs = tokenizer.form == "tokenizers"
-    # What is looked for behind the normalizer is looked for as the normalizer writes it.
+    # Tokens that are searched after normalization are searched in their normalized form.
     normalized = normalizer_of(tokenizer) if theirs and any(token.normalized for token in tokenizer.added) else str
     for token in tokenizer.added:
         bits = sum(bit for name, bit in _BITS.items() if getattr(token, name))
@@ -133,19 +133,19 @@ _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x20
 
 @functools.cache
 def _word_characters(of_library: bool) -> tuple[int, ...]:
-    """What a token that stands by itself alone may not touch, for the library or for `llamajax.tokenizer`."""
+    """The characters that a single-word token may not touch, for the library or for `llamajax.tokenizer`."""
     if not of_library:
         return ranges_of(characters_in("".join(c for c in all_characters() if c.isalnum() or c == "_")))
     from tokenizers import pre_tokenizers
 
-    # Its pre-tokenizer Whitespace splits between words and others, by the same regular expression \w.
+    # The library's pre-tokenizer Whitespace splits between words and other characters by the same expression \w.
     runs = pre_tokenizers.Whitespace().pre_tokenize_str
     words = [run for run, _ in runs(all_characters()) if len(runs("a" + run[0])) == 1]
     return ranges_of(characters_in("".join(words)))
 
 
 def _bytes_of_ids(tokenizer: Tokenizer, values: dict[str, Any]) -> dict[str, Any]:
-    """What `Text.bytes_of` needs beside the pieces: bytes, as Latin-1, of those ids whose piece does not say it."""
+    """The tables of `Text.bytes_of`: pieces, and the bytes, as Latin-1, of ids whose piece is not their text."""
     pieces = (values["pieces"] + [None] * tokenizer.vocab_size)[: max(tokenizer.vocab_size, len(values["pieces"]))]
     texts = {}
     for index, piece in enumerate(pieces):
@@ -159,14 +159,14 @@ def _bytes_of_ids(tokenizer: Tokenizer, values: dict[str, Any]) -> dict[str, Any
 
 
 def _around_pieces(tokenizer: Tokenizer, values: dict[str, Any]) -> list[str]:
-    """Texts with added tokens, and pieces that are never split, in them."""
+    """Texts that contain added tokens, or pieces that are never split."""
     steps = values.get("split", [])
     whole = [token.text for token in tokenizer.added] + [piece for step in steps for piece in step.get("whole", [])]
     return [f"a{text}b {text} c{text}{text} " for text in whole[:_MOST_WHOLE]]
 
 
 def _texts_of_pieces(tokenizer: Tokenizer, count: int) -> list[str]:
-    """Texts that the pieces of a vocabulary give, drawn at random: of any length, in any order."""
+    """Texts of random pieces of the vocabulary."""
     rng = np.random.default_rng(0)
     ids = rng.integers(0, tokenizer.vocab_size, (count, 16)).tolist()
     return [b"".join(map(tokenizer.token_bytes, row)).decode(errors="ignore") for row in ids]
@@ -186,16 +186,16 @@ def text_of(values: dict[str, Any]) -> Any:
     """The runners' `Text` of a vocabulary."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "vocabulary.json").write_text(json.dumps(values))
-        # By name: what runners share is for older Pythons, and no part of what is type-checked.
+        # Imported by name, because the runners' code is for older Pythons and is not type-checked.
         return importlib.import_module("export.runners.text").Text(_Folder(Path(folder)))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Folder:
-    """As much of a bundle as `Text` asks for."""
+    """The part of a bundle that `Text` uses."""
 
     path: Path
 
     def file(self, name: str) -> Path:
-        """A file of it."""
+        """Path of a file in the folder."""
         return self.path / name

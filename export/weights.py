@@ -1,4 +1,4 @@
-"""Converts a model to the flat arrays that a program takes, named and in one order, and back inside a trace."""
+"""Converts a model to the named, ordered flat arrays that a program takes, and back inside a trace."""
 
 import dataclasses
 import functools
@@ -28,12 +28,12 @@ from quant import Layout, QTensor, dequantize, dequantize_runs, map_quantized
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "layer"], meta_fields=["arithmetic"])
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExportedWeight(Layout):
-    """A packed weight in a program: each product is a function of its own, which readers and runtimes can recognise.
+    """A packed weight in a program: each product is a separate function, which readers and runtimes can recognise.
 
     Attributes:
         weight: QTensor [..., K, M] or [..., M, K].
-        layer: as of every `Layout`.
-        arithmetic: as of `Profile`.
+        layer: index of the layer, as in every `Layout`.
+        arithmetic: the way of unpacking codes, as in `Profile`.
     """
 
     weight: QTensor
@@ -54,7 +54,7 @@ class ExportedWeight(Layout):
         return super().sliced()
 
     def matmul(self, x_RK: jax.Array) -> jax.Array:
-        """As the reference, with the order of its groups applied to the activations."""
+        """The reference product, with the order of the weight's groups applied to the activations."""
         weight = self.sliced().weight
         if weight.order is not None:
             x_RK = jnp.take(x_RK, weight.order.reshape(-1), axis=1)
@@ -78,9 +78,9 @@ class ExportedWeight(Layout):
 
 
 def _described(weight: QTensor) -> str:
-    """`int4_g32_axis2`: scheme, group size and contraction axis (from the end); the schemes of a second level behind.
+    """`int4_g32_axis2`: scheme, group size and contraction axis (from the end), then the schemes of a second level.
 
-    As `uint4_g32_axis2_scale_uint6_offset_uint6`.
+    An example with a second level is `uint4_g32_axis2_scale_uint6_offset_uint6`.
     """
     planes = {"scale": weight.scale, "offset": weight.offset}
     second = [f"_{name}_{scheme.name}" for name, plane in planes.items() if (scheme := getattr(plane, "scheme", None))]
@@ -94,8 +94,8 @@ def _named_product(name: str, axis: int, arithmetic: Literal["integer", "float"]
         if weight.outlier is not None:
             equation = "RK,KM->RM" if axis == -2 else "RK,MK->RM"
             return jnp.einsum(equation, x_RK, dequantize(weight, arithmetic=arithmetic))
-        # Run by run of each group: what is put together from the slots of bytes, some runtimes write out as floats.
-        # Each as a plain matrix: of products over two axes they know less.
+        # One product per run of each group: if runs were joined, some runtimes would store the whole weight as floats.
+        # Each run is a plain matrix, because some runtimes lack products over two axes.
         runs = dequantize_runs(weight, arithmetic=arithmetic)
         R, equation = x_RK.shape[0], "RK,KM->RM" if axis == -2 else "RK,MK->RM"
         x_RCSn = x_RK.reshape(R, -1, len(runs), weight.group_size // len(runs))
@@ -128,8 +128,8 @@ def _named_rows(name: str, arithmetic: Literal["integer", "float"]) -> Callable[
 def parameters(model: Llama, profile: Profile) -> dict[str, Any]:
     """The arrays that are a program's first arguments, by name and in order.
 
-    A name is that of the weight and the path of the array in it, such as `layers.*.ffn.up_DF.planes.0`; with unrolled
-    layers `layers.3.ffn.up_DF.planes.0`, layers in turn.
+    A name consists of the weight's name and the path of the array in it, such as `layers.*.ffn.up_DF.planes.0`, or
+    `layers.3.ffn.up_DF.planes.0` with unrolled layers, which come one after the other.
     """
     if profile.layers == "scanned":
         return named_arrays(model)
@@ -137,7 +137,7 @@ def parameters(model: Llama, profile: Profile) -> dict[str, Any]:
 
 
 def _unrolled(model: Llama) -> dict[str, Any]:
-    """Every weight by its name, those of layers by themselves, in the order of the unrolled model."""
+    """Every weight by its name, with one weight per layer, in the order of the unrolled model."""
     weights = weights_of(model)
     plan = unrolled(model.config.stacks)
     return {str(leaf.places[0]): weights[leaf.places[0]] for leaf in leaves(model.config, plan).values()}
@@ -147,8 +147,8 @@ def assemble(arrays: Mapping[str, Any], like: Llama, profile: Profile) -> Llama:
     """The inverse of `parameters` inside a trace; packed weights become `ExportedWeight`, prepared ones stay unchanged.
 
     Args:
-        arrays: by name.
-        like: the model, for its structure; leaves may be abstract.
+        arrays: the arrays by name.
+        like: a model of the same structure; its leaves may be abstract.
         profile: the profile given to `parameters`.
     """
     exported = lambda qtensor: ExportedWeight(qtensor, arithmetic=profile.arithmetic)  # noqa: E731
@@ -156,7 +156,7 @@ def assemble(arrays: Mapping[str, Any], like: Llama, profile: Profile) -> Llama:
         weights = {name: rebuilt(name, weight, arrays) for name, weight in named_weights(like).items()}
         return model_from(map_quantized(exported, weights), like.config)
     plan = unrolled(like.config.stacks)
-    # Stacks of one layer each: programs without loops.
+    # Stacks of one layer each give programs without loops.
     stack = lambda weight: jax.tree.map(lambda array: array[None], weight)  # noqa: E731
     of = leaves(like.config, plan)
     single = {name: rebuilt(name, weight, arrays) for name, weight in _unrolled(like).items()}

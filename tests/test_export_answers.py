@@ -278,7 +278,7 @@ def test_the_oldest_turns_leave_a_full_window_and_the_system_message_stays(held,
     last = said.shown[-1]
     assert last.startswith("system\nBe brief.\nuser\n") and lines[0] not in last and lines[5] in last
     assert all(len(ids) + 40 <= 340 for ids in said.asked)
-    with pytest.raises(SystemExit, match=r"\d+ tokens and 40 to make: expected 340 together, the cache's slots"):
+    with pytest.raises(SystemExit, match=r"\d+ tokens and 40 to make: expected at most the cache's 340 slots"):
         held("x" * 400, ["never"], slots=340)
 
 

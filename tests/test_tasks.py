@@ -334,8 +334,8 @@ def test_lines_that_are_no_questions(line: str, message: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (None, "task.jsonl: no such file: expected questions, a JSON object a line"),
-        (b"", "task.jsonl: no question: expected at least one JSON object a line"),
+        (None, "task.jsonl: no such file: expected one JSON object per line"),
+        (b"", "task.jsonl: no question: expected at least one, one JSON object per line"),
         (f"{GOOD}\n".encode() + b'{"query": "caf\xe9"}', "task.jsonl: line 2: not UTF-8 at byte 14"),
         (f"{GOOD}\n\n".encode(), "task.jsonl: line 2: empty"),
         (b"\xff\xfe" + GOOD.encode("utf-16-le"), "task.jsonl: line 1: not UTF-8 at byte 0"),
@@ -505,7 +505,7 @@ def test_eval_goes_on_behind_a_kill(folder: Path, tmp_path: Path, capsys) -> Non
         (["--limit=3"], "--limit is for --task, which is not given: leave it out"),
         (["--output=x"], "--output is for --task, which is not given: leave it out"),
         (["--task=choices.jsonl,"], "--task=choices.jsonl,: expected a file, or several separated by commas"),
-        (["--task=none.jsonl"], "none.jsonl: no such file: expected questions"),
+        (["--task=none.jsonl"], "none.jsonl: no such file: expected one JSON object"),
         (["--task=choices.jsonl", "--fewshot=9"], "fewshot is 9: expected a whole number from 0 to 4"),
         (["--task=choices.jsonl", "--output=clozes.jsonl"], "clozes.jsonl: exists already"),
     ],

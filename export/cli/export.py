@@ -1,4 +1,4 @@
-"""`llamajax export`: a bundle of StableHLO programs and packed weights, and what other runtimes need of it."""
+"""`llamajax export`: writes a bundle of StableHLO programs and packed weights, and its targets for other runtimes."""
 
 import dataclasses
 import sys
@@ -42,7 +42,7 @@ def define(values: flags.FlagValues) -> None:
         flags.DEFINE_list(
             "target",
             [],
-            "Builds the bundle for these `TARGETS` too, separated by commas: iree-cpu (any CPU of this kind), "
+            "Builds the bundle also for these `TARGETS`, separated by commas: iree-cpu (any CPU of this kind), "
             "iree-cpu-host (this CPU), onnx, savedmodel, litert, coreml, tpu:TOPOLOGY, cuda:CARD.",
             flag_values=values,
         )
@@ -103,7 +103,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def define_python(values: flags.FlagValues) -> None:
-    """--python, of this command and of verify and run."""
+    """Defines --python, for this command and for verify and run."""
     with group(values, "Other runtimes"):
         flags.DEFINE_list(
             "python",
@@ -115,10 +115,10 @@ def define_python(values: flags.FlagValues) -> None:
 
 
 def pythons(values: flags.FlagValues) -> dict[str, str]:
-    """What --python says, by name.
+    """The paths of --python by name.
 
     Raises:
-        LlamaJaxError: for what is not NAME=PATH.
+        LlamaJaxError: for an entry that is not NAME=PATH.
     """
     pairs = [entry.partition("=") for entry in values.python]
     for name, _, path in pairs:
@@ -128,9 +128,9 @@ def pythons(values: flags.FlagValues) -> dict[str, str]:
 
 
 def run(values: flags.FlagValues) -> None:
-    """Writes the bundle, then each target into it; what exists already stays whole."""
+    """Writes a bundle with its targets, or adds targets to a bundle; an error leaves an existing bundle whole."""
     named = pythons(values)
-    # Python by target, each once.
+    # The Python of each target, without duplicates.
     targets = {target: named.get(target, named.get(kind_of(target), sys.executable)) for target in values.target}
     if values.bundle and (values.model or values.output or values.template or not targets):
         raise LlamaJaxError("--bundle needs --target, and excludes --model, --output and --template")
@@ -153,9 +153,9 @@ def run(values: flags.FlagValues) -> None:
 
 
 def _add(values: flags.FlagValues, targets: dict[str, str]) -> Bundle:
-    """Adds targets to a bundle, of which nobody else may change anything meanwhile."""
+    """Adds targets to a bundle; the caller holds a lock, so that no other process changes the bundle meanwhile."""
     for name in clear_unnamed(Path(values.bundle)):
-        note(f"{values.bundle}: removed {name}, which a run that was stopped has left")
+        note(f"{values.bundle}: removed {name}, left by a run that was stopped")
     bundle = open_bundle(values.bundle)
     profile_for(values.target, bundle.manifest["profile"])
     for target, python in targets.items():
@@ -164,7 +164,7 @@ def _add(values: flags.FlagValues, targets: dict[str, str]) -> Bundle:
 
 
 def _build(bundle: Bundle, targets: dict[str, str]) -> Bundle:
-    """Adds targets, each by its Python."""
+    """Adds targets, each built with its Python."""
     for target, python in targets.items():
         with spinner(f"building {target}"):
             bundle = add_target(bundle, target, python)

@@ -1,4 +1,4 @@
-"""`llamajax run`: text from a bundle, on a runtime of choice, in a process that never sees the model's source."""
+"""`llamajax run`: generates text with a bundle on a chosen runtime, in a separate process without llamajax."""
 
 import sys
 
@@ -68,7 +68,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> None:
-    """Streams text to stdout; speed on stderr.
+    """Streams text to stdout and prints the speed to stderr.
 
     Raises:
         LlamaJaxError: if the runtime fails.

@@ -1,4 +1,4 @@
-"""`llamajax verify`: whether a bundle's golden prompts come out the same on every runtime that is here."""
+"""`llamajax verify`: checks a bundle's golden prompts on every installed runtime."""
 
 import dataclasses
 import math
@@ -36,10 +36,10 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> None:
-    """Prints a table, or JSON.
+    """Prints a table or JSON.
 
     Raises:
-        LlamaJaxError: if a runtime did not hold, or none ran.
+        LlamaJaxError: if the results on a runtime differ from the expected ones, or no runtime ran.
     """
     if not values.bundle:
         raise LlamaJaxError("no bundle is given: expected llamajax verify BUNDLE")
@@ -63,7 +63,7 @@ def run(values: flags.FlagValues) -> None:
 
 
 def _plain(result: Result) -> dict[str, Any]:
-    """The fields for JSON, which has no numbers that are not finite."""
+    """The fields of a result for JSON; infinities become None."""
     fields = dataclasses.asdict(result)
     return {key: None if value in (math.inf, -math.inf) else value for key, value in fields.items()}
 

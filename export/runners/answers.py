@@ -1,4 +1,4 @@
-"""Generation and conversations, in each runner of a bundle: prefills and decodes, chooses tokens, stops, answers."""
+"""Generation and conversations in each runner: prefills and decodes, chooses tokens, stops, answers messages."""
 
 import os
 import sys
@@ -10,12 +10,12 @@ LONGEST_LINE = 1 << 20
 
 
 def steps(session, bundle, ids, limit, choose, whole=True, keep=0):
-    """Prefills `ids`, then yields (token, logits it was chosen from), at most `limit`. All rows hold the same text.
+    """Prefills `ids`, then yields at most `limit` pairs (token, logits it was chosen from). All rows hold the same ids.
 
-    The cache holds the first `keep`. Without `whole` the prompt too is decoded. The first step may compile: not timed.
-    """
+    The cache holds the first `keep` ids. Unless `whole`, the prompt is decoded too. The first step is not timed: it may
+    compile."""
     if not 0 < len(ids) < bundle.slots:
-        sys.exit(f"{len(ids)} tokens: expected 1 to {bundle.slots - 1}, for the cache has {bundle.slots} slots")
+        sys.exit(f"{len(ids)} tokens: expected 1 to {bundle.slots - 1}, because the cache has {bundle.slots} slots")
     vocabulary = bundle.manifest["config"]["vocab_size"]
     for token in (token for token in ids if not 0 <= token < vocabulary):
         sys.exit(f"id {token}: expected 0 to {vocabulary - 1}")
@@ -24,7 +24,7 @@ def steps(session, bundle, ids, limit, choose, whole=True, keep=0):
         session.reset()
     session.seconds, session.count, length = 0.0, 0, keep
     while length < len(ids):
-        # The padding of a bucket must fit the cache too; what fits none is decoded token by token.
+        # The padding of a bucket must fit the cache too; if no bucket fits, the ids are decoded token by token.
         fitting = [bucket for bucket in bundle.manifest["buckets"] if length + bucket <= bundle.slots and whole]
         bucket = next((bucket for bucket in fitting if bucket >= len(ids) - length), fitting[-1] if fitting else 1)
         part = ids[length : length + bucket]
@@ -47,8 +47,8 @@ def steps(session, bundle, ids, limit, choose, whole=True, keep=0):
 
 
 def kept(logits, top_k, top_p):
-    """Which tokens may be drawn: the k likeliest and those as likely as the k-th; of these the fewest that together
-    have the probability p, of equally likely ones those of lower ids first. Logits are behind the temperature."""
+    """Which tokens may be drawn: of the k likeliest, and those as likely as the k-th, the fewest that together have the
+    probability p; of equally likely tokens the lower ids come first. Logits are divided by the temperature already."""
     order = np.argsort(-logits, kind="stable")
     ranked, keep = logits[order].astype(np.float64), np.zeros(len(logits), bool)
     may = ranked >= ranked[min(top_k or len(ranked), len(ranked)) - 1]
@@ -59,7 +59,7 @@ def kept(logits, top_k, top_p):
 
 
 def chooser(temperature, seed, top_k=0, top_p=1.0):
-    """Greedy for temperature 0, else a draw: adding Gumbel noise and taking the largest is one."""
+    """Returns a function that chooses a token: greedily at temperature 0, else drawn as argmax with Gumbel noise."""
     noise = np.random.default_rng(seed).gumbel
 
     def choose(logits):
@@ -72,13 +72,13 @@ def chooser(temperature, seed, top_k=0, top_p=1.0):
 
 
 def write_until(generated, decode, ends, stops, out, before=b"", behind=b""):
-    """Writes what is generated as it comes, up to the first stop text; what may become one is held back.
+    """Streams generated text up to the first stop text; a possible beginning of a stop text is held back.
 
-    Returns the ids, the bytes that were written, and whether something ended it before `generated` did.
+    Returns the ids, the text's bytes, and whether a stop text or an id of `ends` ended it.
     """
     ids, data, shown, ended = [], b"", 0, False
     for token, _ in generated:
-        out.write(b"" if ids else before)  # not before there is something to write
+        out.write(b"" if ids else before)  # only when there is a first token
         ids.append(token)
         ended = token in ends
         if not ended:
@@ -98,7 +98,7 @@ def write_until(generated, decode, ends, stops, out, before=b"", behind=b""):
 
 
 def conversation(text, form, messages):
-    """Ids of a conversation. Messages are (role, text), the last one a user's; no text in them is a control token."""
+    """Ids of a conversation. Messages are (role, text), the last is a user's; their text gives no control tokens."""
     made, before = [], form["system" if messages[0][0] == "system" else "begin"]
     for role, said in messages:
         if role == "assistant" and form["thinking_end"] and form["thinking_end"] in said:
@@ -109,7 +109,7 @@ def conversation(text, form, messages):
 
 
 def lines():
-    """Lines of standard input that say something."""
+    """Yields the lines of standard input that are not blank."""
     while True:
         print("> " * sys.stdin.isatty(), end="", file=sys.stderr, flush=True)
         line = sys.stdin.buffer.readline(LONGEST_LINE).decode("utf-8")
@@ -120,7 +120,7 @@ def lines():
 
 
 def converse(session, bundle, text, options, choose, stops, out):
-    """Answers each line of input, or the prompt. Of the cache all is kept that the next turn begins with."""
+    """Answers each line of input, or the prompt. The cache keeps the longest prefix that the next turn shares."""
     form, said, held, most = bundle.manifest["chat"], [], [], options.max_new_tokens
     spare, fewest = bundle.manifest["cache"].get("spare"), 0
     first = [("system", options.system)] if options.system.strip() else []
@@ -131,11 +131,11 @@ def converse(session, bundle, text, options, choose, stops, out):
             del said[:2]
             ids = conversation(text, form, first + said)
         if len(ids) + most > bundle.slots:
-            sys.exit(f"{len(ids)} tokens and {most} to make: expected {bundle.slots} together, the cache's slots")
+            sys.exit(f"{len(ids)} tokens and {most} to make: expected at most the cache's {bundle.slots} slots in all")
         if len(said) < count:
             print(f"the window is full: the oldest {count - len(said)} messages are forgotten", file=sys.stderr)
         keep = min(len(os.path.commonprefix([ids, held])), len(ids) - 1)
-        keep *= keep >= fewest  # what a shorter text needs may have given way to newer tokens
+        keep *= keep >= fewest  # newer tokens may have replaced what a shorter text needs
         generated = steps(session, bundle, ids, most, choose, keep=keep)
         made, data, ended = write_until(generated, text.decoder([]), form["stop"], stops, out, behind=b"\n")
         said.append(("assistant", data.decode("utf-8", "replace")))

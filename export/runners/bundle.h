@@ -1,4 +1,4 @@
-/* Reads a bundle from C: its manifest, its safetensors files. A program that meets a damaged one says so and ends. */
+/* Reads a bundle from C: its manifest and its safetensors files. A damaged file ends the program with a message. */
 
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -12,12 +12,12 @@
 
 enum { MOST_AXES = 8 };
 
-typedef struct { const char *at, *end; } Text; /* JSON, or a file; nothing behind its end is read */
+typedef struct { const char *at, *end; } Text; /* JSON, or a file; nothing after its end is read */
 typedef struct { const char *data; PJRT_Buffer_Type type; int64_t axes[MOST_AXES], bytes; size_t rank; } Array;
 
 #define FAIL(...) (fprintf(stderr, __VA_ARGS__), fputc('\n', stderr), exit(1))
 
-/* A file of the bundle, which is the current folder, mapped into memory: a regular one, no link. */
+/* Maps a file of the bundle, which is the current folder, into memory. It must be a regular file, not a link. */
 static Text map(const char *name) {
   struct stat info = {0};
   int file = *name == '/' || strstr(name, "..") ? -1 : open(name, O_RDONLY | O_NONBLOCK | O_NOFOLLOW);
@@ -27,7 +27,7 @@ static Text map(const char *name) {
   return (Text){data, data + info.st_size};
 }
 
-/* Takes the next value off `rest`, a string without its quotes; an empty one at the end. */
+/* Takes the next value from `rest`: a string without its quotes; an empty text at the end. */
 static Text next(Text *rest) {
   int depth = 0, quoted = 0;
   while (rest->at < rest->end && memchr(" \t\r\n,:", *rest->at, 6)) rest->at++;
@@ -43,21 +43,21 @@ static Text next(Text *rest) {
   return value.end - value.at >= 2 && *value.at == '"' ? (Text){value.at + 1, value.end - 1} : value;
 }
 
-/* What is between the brackets of the next value. */
+/* The text between the brackets of the next value. */
 static Text inside(Text rest) {
   Text value = next(&rest);
   if (value.end - value.at < 2 || !memchr("{[", *value.at, 2)) FAIL("damaged JSON: expected a list or an object");
   return (Text){value.at + 1, value.end - 1};
 }
 
-/* A copy with a zero behind it. */
+/* A copy that ends with a zero byte. */
 static char *string(Text text) {
   char *copy = strndup(text.at, (size_t)(text.end - text.at));
   if (!copy) FAIL("no memory");
   return copy;
 }
 
-/* What an object has for a key; an empty text if it has no such key. */
+/* The value of a key of an object; an empty text if the object has no such key. */
 static Text optional(Text object, const char *key) {
   Text rest = inside(object), name, value;
   size_t length = strlen(key);
@@ -79,7 +79,7 @@ static int64_t number(Text digits) {
   return result;
 }
 
-/* What the manifest or a safetensors header says of an array, without its data. */
+/* Dtype and shape of an array from its entry in the manifest or a safetensors header, without data. */
 static Array described(Text entry) {
   static const struct { const char *names[2]; PJRT_Buffer_Type type; int bytes; } types[] = {
       {{"uint8", "U8"}, PJRT_Buffer_Type_U8, 1},      {{"int32", "I32"}, PJRT_Buffer_Type_S32, 4},

@@ -4,8 +4,8 @@
 #   sh iree-run-module.sh BUNDLE TOKENS ID...        # sh iree-run-module.sh box.bundle 12 1 742 755 261 460
 #
 # `iree-run-module` is in every build of IREE's runtime (and in the wheel iree-base-runtime). Each call here is a process
-# that reads the weights anew: a recipe for checking a device, or for calling the module from C, and not a fast way.
-# DEVICE=local-sync, vulkan, cuda, … is where to run, TARGET=iree-vulkan, … which of the bundle's modules.
+# that reads the weights again, so this is slow: it serves to check a device, or as an example for calling from C.
+# DEVICE=local-sync, vulkan, cuda, … chooses the device, TARGET=iree-vulkan, … the module of the bundle.
 set -eu
 bundle=$1 tokens=$2
 shift 2
@@ -16,7 +16,7 @@ done
 work=$(mktemp -d)
 trap 'rm -r "$work"' EXIT
 
-# function, then its inputs in order. Prints the id with the largest logit; the state goes to files and comes back.
+# Runs a function by its name and its inputs in order. Prints the id with the largest logit; keeps the state in files.
 step() {
   function=$1
   shift
@@ -28,19 +28,19 @@ step() {
     --output_max_element_count=1000000 >"$work/out"
   sed -n 's/^1x[0-9]*xf32=\[\(.*\)\]$/\1/p' "$work/out" | tr ' ' '\n' |
     awk '/n/ { bad = 1 } NR == 1 || $1 + 0 > most { most = $1 + 0; id = NR - 1 } END { if (NR && !bad) print id }' \
-      >"$work/id" # with an n: nan, inf
+      >"$work/id" # a number with an n is nan or inf
   [ -s "$work/id" ] || fail "$function: logits that are not finite, or none"
   cat "$work/id"
 }
 
-# The manifest says how the state is shaped: zeros at first. The first bucket is the smallest prefill program.
+# The manifest has the shapes of the state, which is zeros at first. The first bucket is the smallest prefill program.
 manifest=$(head -c 16777216 "$bundle/manifest.json" | tr -d ' \n')
 read_number() { echo "$manifest" | sed -n "s/.*$1\([0-9]\{1,9\}\)[],}].*/\1/p" | grep . || fail "manifest.json: no $2"; }
 value='{"name":"\([^"]*\)","dtype":"\([a-z0-9]*\)","shape":\[\([0-9,]*\)\]},\{0,1\}'
-# The values of a list, a line each: name dtype shape.
+# The values of a list, one per line: name dtype shape.
 read_values() { echo "$manifest" | sed -n "s/.*$1\[\(\($value\)*\)\].*/\1/p" | sed "s/$value/\1 \2 \3;/g" | tr ';' '\n'; }
 state=$(read_values '"cache":{[^{}]*"state":')
-# Bundles of the first releases do not say what their state is.
+# Manifests of the first releases do not describe the state.
 [ -n "$state" ] || state=$(read_values '"decode":{[^{}]*"inputs":' | grep '^\(key\|value\) ') ||
   fail "manifest.json: no state"
 states=0 zeros=''
@@ -62,7 +62,7 @@ length=$# padded=$*
 for id; do
   [ "$id" -ge 0 ] && [ "$id" -lt "$vocabulary" ] || fail "id $id: expected 0 to $((vocabulary - 1))"
 done
-# What the module needs of the processor: without it, it would end with no word. Other systems do not list features.
+# Without the instructions that the module needs, it would end without a message. Other systems do not list features.
 needs=$(echo "$manifest" | sed -n "s/.*\"${TARGET:-iree-cpu}\":{[^{}]*\"processor\":{\"machine\":\"\([^\"]*\)\"[^{}]*\
 \"features\":\[\([^]]*\)\].*/\1,\2/p" | tr -d '"')
 here=$(uname -m | sed 's/^arm64$/aarch64/;s/^AMD64$/x86_64/')
@@ -75,7 +75,7 @@ for need in $(echo "$needs" | tr , ' '); do
 done
 for _ in $(seq $((bucket - length))); do padded="$padded 0"; done
 
-# shellcheck disable=SC2086  # of words without spaces
+# shellcheck disable=SC2086  # the words contain no spaces
 id=$(step "prefill_$bucket" --input="1x${bucket}xi32=$padded" --input="1xi32=$length" --input=1xi32=0 $zeros)
 for _ in $(seq $((tokens - 1))); do
   printf '%s ' "$id"

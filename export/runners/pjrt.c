@@ -1,4 +1,4 @@
-/* Compiles and runs a bundle's programs by XLA without Python: through the PJRT C API of a plugin.
+/* Compiles and runs a bundle's programs with XLA, without Python, through the PJRT C API of a plugin.
 
      gcc -O2 -Wall -Wextra -I HEADERS -o pjrt pjrt.c -ldl      HEADERS: where pjrt_c_api.h is (XLA's xla/pjrt/c)
 
@@ -8,11 +8,11 @@
      TPU_SKIP_MDS_QUERY=1 ./pjrt libtpu.so box.bundle decode v5e:2x2
      ./pjrt xla_cuda_plugin.so box.bundle decode h100 topology=1x1x1 "target_config=$(cat h100.txt)"
 
-   A program goes in as it is: format "mlir" takes StableHLO portable artifacts. To run, the prompt is fed to `decode`
+   A program is passed unchanged: format "mlir" accepts StableHLO portable artifacts. A run feeds the prompt to `decode`
    token by token; then greedy choice must give the bundle's golden tokens. Hashes of files are not checked here.
 
-   Tried: compiling, with libtpu for v4, v5e, v5p, v6e and 7x, and with the CUDA plugin for an H100. NOT tried: running
-   on a device, for no plugin for CPUs is published; a stand-in that computes nothing was given the same calls. */
+   Tested: compilation, with libtpu for v4, v5e, v5p, v6e and 7x, and with the CUDA plugin for an H100. NOT tested:
+   running on a device. No plugin for CPUs is published; a stand-in that computes nothing received the same calls. */
 
 #include "bundle.h"
 
@@ -25,7 +25,7 @@ static char COMPILE_OPTIONS[] = "\x1a\x0f\x08\xff\xff\xff\xff\xff\xff\xff\xff\xf
 static const size_t COMPILE_SIZE = sizeof COMPILE_OPTIONS - 1;
 static const PJRT_Api *api;
 
-/* Declares `args` and calls `function` with it; its results are fields of `args`. */
+/* Declares `args` and calls `function` with it; the results are fields of `args`. */
 #define CALL(args, function, ...)                                                    \
   function##_Args args = {.struct_size = function##_Args_STRUCT_SIZE, __VA_ARGS__};  \
   check(api->function(&args), #function)
@@ -73,7 +73,7 @@ static void compile(PJRT_Program *program, const char *name, char **given, int c
          (long long)memory.temp_size_in_bytes, (long long)memory.generated_code_size_in_bytes);
 }
 
-/* How many arrays the state is. Bundles of the first releases do not say it: keys and values. */
+/* The number of arrays of the state. Manifests of the first releases do not describe it: it is keys and values. */
 static size_t state_count(Text manifest) {
   Text state = optional(member(manifest, "cache"), "state");
   size_t count = state.at == state.end ? 2 : 0;
@@ -115,13 +115,13 @@ static int run(PJRT_Program *program, Text manifest, Text entry) {
     if (!values[i].data || !row || (i < 2 && values[i].bytes != 4)) FAIL("expected a batch of 1, and memory for it");
     last[i] = put(made.client, device, values[i]);
   }
-  /* Row by row, whatever the device's own layout is. */
+  /* Row-major, whatever the device's own layout is. */
   PJRT_Buffer_MemoryLayout layout = {.struct_size = PJRT_Buffer_MemoryLayout_STRUCT_SIZE,
       .type = PJRT_Buffer_MemoryLayout_Type_Tiled, .tiled = {.struct_size = PJRT_Buffer_MemoryLayout_Tiled_STRUCT_SIZE,
       .minor_to_major = (int64_t[]){1, 0}, .minor_to_major_size = 2}};
   PJRT_ExecuteOptions options = {.struct_size = PJRT_ExecuteOptions_STRUCT_SIZE};
   for (; 4 * (length + 1) < prompt.bytes + tokens.bytes; length++) {
-    int64_t at = 4 * (length + 1) - prompt.bytes; /* where the golden token behind this one is */
+    int64_t at = 4 * (length + 1) - prompt.bytes; /* offset of the golden token after this one */
     if (at <= 0) memcpy(&token, prompt.data + 4 * length, 4);
     for (int i = 0; i < 2; i++) replace(&last[i], put(made.client, device, values[i]));
     CALL(step, PJRT_LoadedExecutable_Execute, .executable = compiled.executable, .options = &options, .num_devices = 1,
@@ -130,7 +130,7 @@ static int run(PJRT_Program *program, Text manifest, Text entry) {
     CALL(back, PJRT_Buffer_ToHostBuffer, .src = results[0], .host_layout = &layout, .dst = row,
          .dst_size = (size_t)logits.bytes);
     finish(back.event);
-    for (size_t i = 1; i <= states; i++) replace(&last[i + 1], results[i]); /* what was given is donated: a handle is left */
+    for (size_t i = 1; i <= states; i++) replace(&last[i + 1], results[i]); /* frees the donated argument's handle */
     replace(&results[0], NULL);
     if (at < 0) continue;
     token = 0;

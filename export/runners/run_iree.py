@@ -10,12 +10,12 @@ from iree import runtime
 
 from export.runners.runner import main
 
-# Of the targets there are: in another, IREE would see the address of a device.
+# The drivers of all targets. IREE would read another text as the address of a device.
 DRIVERS = ("local-task", "cuda", "hip", "metal", "vulkan")
 
 
 def check_processor(target, processor):
-    """Refuses a module for another processor: it would end the process, with no word, when it runs."""
+    """Refuses a module for another processor: running it would end the process without a message."""
     here = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
     missing = [] if processor["machine"] == here else [processor["machine"]]
     if os.path.exists("/proc/cpuinfo") and not missing:
@@ -28,7 +28,7 @@ def check_processor(target, processor):
 
 
 class Session:
-    """Weights, packed as in the bundle, and state on one device."""
+    """Weights, packed as in the bundle, and the state, on one device."""
 
     def __init__(self, bundle):
         targets = bundle.manifest["targets"]
@@ -53,7 +53,7 @@ class Session:
 
     def run(self, name, inputs):
         logits, *self._state = self._module[name](*inputs.values(), *self._state)
-        # Not `to_host`: that of 3.13 imports NumPy's memory into Vulkan, which refuses what does not begin a page.
+        # Not `to_host`: in IREE 3.13 it imports NumPy's memory into Vulkan, which requires alignment to a page.
         source, memory, usage = logits._buffer_view.get_buffer(), runtime.MemoryType, runtime.BufferUsage
         types = {"memory_type": memory.HOST_LOCAL | memory.DEVICE_VISIBLE}
         types["allowed_usage"] = usage.TRANSFER_TARGET | usage.MAPPING_SCOPED

@@ -1,4 +1,4 @@
-"""Runs a bundle with nothing but jax: its portable StableHLO programs are given to XLA as they are."""
+"""Runs a bundle with jax alone: its portable StableHLO programs are passed to XLA unchanged."""
 
 import jax
 import numpy as np
@@ -8,9 +8,9 @@ from jaxlib.mlir.dialects import stablehlo
 
 from export.runners.runner import main
 
-# All that bundles ask of XLA. Other options write files, or load them.
+# The XLA options that bundles use. Other options can write or load files.
 OPTIONS = {"xla_cpu_prefer_vector_width": ["512"]}
-# TensorFloat-32 and bfloat16, to which GPUs and TPUs round what they multiply.
+# GPUs and TPUs round the factors of products to TensorFloat-32 and bfloat16.
 ROUNDING_OF_PRODUCTS = {"gpu": 2.0**-11, "tpu": 2.0**-8}
 
 

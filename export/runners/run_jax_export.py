@@ -6,12 +6,12 @@ import numpy as np
 
 from export.runners.runner import main
 
-# TensorFloat-32 and bfloat16, to which GPUs and TPUs round what they multiply.
+# GPUs and TPUs round the factors of products to TensorFloat-32 and bfloat16.
 ROUNDING_OF_PRODUCTS = {"gpu": 2.0**-11, "tpu": 2.0**-8}
 
 
 class Session:
-    """Weights and state on the first device; jax compiles for each shape once."""
+    """Weights and state on the first device; jax compiles once for each shape."""
 
     def __init__(self, bundle):
         self.name = f"jax.export {jax.__version__}"

@@ -9,7 +9,7 @@ from export.runners.runner import main
 
 
 class Session:
-    """The file holds the weights; the state goes through the interpreter as NumPy arrays."""
+    """The file holds the weights; the state enters and leaves the interpreter as NumPy arrays."""
 
     def __init__(self, bundle):
         self.name = f"ai-edge-litert {importlib.metadata.version('ai-edge-litert')}"

@@ -1,4 +1,4 @@
-"""Runs a bundle with ONNX Runtime: `targets/onnx/`, which export/targets/to_onnx.py made."""
+"""Runs a bundle with ONNX Runtime, from the target made by export/targets/to_onnx.py: `targets/onnx/`."""
 
 import os
 
@@ -9,16 +9,16 @@ from export.runners.runner import main
 
 
 class Session:
-    """A program is loaded when it is first run. State of which programs write slices alone stays where it is."""
+    """A program is loaded when it is first run. State into which programs only write slices is updated in place."""
 
     def __init__(self, bundle):
         self.name = f"onnxruntime {onnxruntime.__version__}"
         target = bundle.manifest["targets"].get("onnx", {"files": []})
         self._files = {os.path.basename(name): bundle.file(name) for name in target["files"]}
-        # Bundles of the first releases do not say it: their keys and values are.
+        # Manifests of the first releases lack this entry: their keys and values are updated in place.
         self._in_place = target.get("in_place", ["key", "value"])
         self._programs, self._bundle, self._options = {}, bundle, onnxruntime.SessionOptions()
-        # Folding would unpack those weights that the program dequantizes itself.
+        # Constant folding would unpack the weights that the program itself dequantizes.
         self._options.add_session_config_entry("optimization.disable_specified_optimizers", "ConstantFolding")
 
     def reset(self):
@@ -34,14 +34,14 @@ class Session:
             if file is None:
                 raise SystemExit(f"{name}.onnx is not in the bundle: export it with the target onnx")
             if os.path.getsize(self._files["weights.bin"]) > 256 << 20:
-                self._programs.clear()  # each program holds a copy of the weights, in its own order: one at a time
+                self._programs.clear()  # each program has its own copy of the weights: keep one
             self._programs[name] = onnxruntime.InferenceSession(file, self._options, ["CPUExecutionProvider"])
         binding = self._programs[name].io_binding()
         for key, array in inputs.items():
             binding.bind_cpu_input(key, array)
         for key, values in self._state.items():
-            # One memory: a program writes all slices last, with one node that then has nothing else to copy. Or two in
-            # turn, because a program may write the new value before it has read all of the old one.
+            # In place, input and output share memory: one last node writes all slices and copies nothing else. Other
+            # state alternates between two buffers: a program may write the new value before it has read all of the old.
             binding.bind_ortvalue_input(key, values[0])
             binding.bind_ortvalue_output(f"{key}_out", values[-1])
             values.reverse()

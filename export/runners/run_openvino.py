@@ -9,7 +9,7 @@ from export.runners.runner import main
 
 
 class Session:
-    """A program is compiled when it is first run. What it writes as keys and values, the next run reads."""
+    """A program is compiled when it is first run. The state alternates between two buffers, read and written."""
 
     def __init__(self, bundle):
         self.name = f"openvino {openvino.__version__.partition('-')[0]}"

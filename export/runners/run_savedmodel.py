@@ -2,7 +2,7 @@
 
 import os
 
-# Else TensorFlow says on stderr what it found. XLA runs the programs, not oneDNN.
+# Otherwise TensorFlow logs its findings to stderr. XLA runs the programs, not oneDNN.
 os.environ.update(TF_CPP_MIN_LOG_LEVEL="3", TF_ENABLE_ONEDNN_OPTS="0")
 
 import tensorflow as tf

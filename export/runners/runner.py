@@ -1,12 +1,12 @@
-"""What every runner does: checks a bundle, turns text into ids and back, prefills, decodes. In a bundle a runner is one
-file, this text before its own. It needs Python 3.9 or newer, NumPy and its runtime, and nothing of llamajax.
+"""The code that all runners share: checks a bundle, converts text to ids and back, prefills, decodes. In a bundle, each
+runner is one file: this code, then its own. It needs Python 3.9 or newer, NumPy and its runtime, and no llamajax.
 """
 
 import os
 import sys
 
 # ruff: noqa: E402
-# Python looks for modules beside the script first, where in a bundle a numpy.py may lie that someone has added.
+# Python would import modules beside the script first, such as a numpy.py that someone has added to a bundle.
 _HERE = {os.path.realpath(os.path.dirname(__file__)), os.path.dirname(os.path.realpath(__file__))}
 sys.path[:] = [place for place in sys.path if os.path.realpath(place) not in _HERE]
 
@@ -24,9 +24,9 @@ import numpy as np
 from export.runners.answers import chooser, conversation, converse, steps, write_until
 from export.runners.text import Text
 
-# 30 times the manifest of a model of 126 layers.
+# In bytes: 30 times the manifest of a model of 126 layers.
 LARGEST_MANIFEST = 16 << 20
-# Relative error of rounding once, by dtype.
+# Relative error of one rounding, by dtype.
 ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
@@ -37,7 +37,7 @@ def line_of(error):
 
 
 def say(kind, error, _):
-    """In place of a traceback: one line."""
+    """Prints one line instead of a traceback."""
     print(f"{os.path.basename(sys.argv[0])}: {kind.__name__}: {line_of(error)}", file=sys.stderr)
 
 
@@ -46,7 +46,7 @@ if __name__ == "__main__":
 
 
 def open_regular(path, most):
-    """Opens a file of at most `most` bytes. A link, folder, FIFO or device is an error, before it is opened."""
+    """Opens a file of at most `most` bytes. Raises an error, without opening, for a link, folder, FIFO or device."""
     found = os.lstat(path)
     if not stat.S_ISREG(found.st_mode) or found.st_size > most:
         kind = stat.filemode(found.st_mode)
@@ -55,12 +55,12 @@ def open_regular(path, most):
 
 
 def check_entries(path, files):
-    """Checks that a folder holds the manifest and `files`, of the bytes that the manifest says, and nothing else.
+    """Checks that a folder holds the manifest and `files`, with the sizes in the manifest, and nothing else.
 
-    Links are refused wherever they lead. Nothing is opened.
+    Links are refused wherever they lead. No file is opened.
     """
     folders = {name[:i] for name in files for i in range(len(name)) if name[i] == "/"}
-    folders |= {"targets", "targets/savedmodel/assets"}  # which may be empty
+    folders |= {"targets", "targets/savedmodel/assets"}  # these may be empty
     found, todo = {"manifest.json"}, [""]
     while todo:
         folder = todo.pop()
@@ -71,7 +71,7 @@ def check_entries(path, files):
             if name in folders and entry.is_dir(follow_symlinks=False):
                 todo.append(name + "/")
             elif not entry.is_file(follow_symlinks=False):
-                raise ValueError(f"{name}: expected regular files that the manifest names, no links: cp -RL copies so")
+                raise ValueError(f"{name}: expected regular files that the manifest names, no links: copy by cp -RL")
             elif name in files:
                 found.add(name)
                 if entry.stat(follow_symlinks=False).st_size != files[name]["bytes"]:
@@ -84,7 +84,7 @@ def check_entries(path, files):
 
 
 class Bundle:
-    """The manifest. Before anything else is read: kinds and sizes of all that lies there, then every file's SHA-256."""
+    """A checked bundle: reads the manifest, then checks kinds and sizes of all files, then every file's SHA-256."""
 
     def __init__(self, path):
         self.path = path
@@ -100,7 +100,7 @@ class Bundle:
             sys.exit(f"{path}: not a whole bundle: {line_of(error)}")
         self.batch, self.slots = (self.manifest["cache"][key] for key in ("batch", "slots"))
         inputs = self.manifest["programs"]["decode"]["inputs"]
-        # Bundles of the first releases do not say what their state is.
+        # Manifests of the first releases do not describe the state.
         self.state = self.manifest["cache"].get("state") or [v for v in inputs if v["name"] in ("key", "value")]
 
     def _read_manifest(self):
@@ -114,20 +114,20 @@ class Bundle:
             raise ValueError(f"version {manifest['version']}: this runner reads version 1")
         before, key, digest = text.rpartition(b',\n "sha256": ')
         if not key or digest != b'"%s"\n}\n' % hashlib.sha256(before).hexdigest().encode():
-            raise ValueError("manifest.json: its SHA-256, the last line, is another: damaged, or changed")
+            raise ValueError("manifest.json: its SHA-256 is not the one in its last line: damaged, or changed")
         for name in manifest["files"]:
             if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", name, re.ASCII) or {".", ".."} & set(name.split("/")):
                 raise ValueError(f"{name!r}: expected the path of a file inside the bundle")
         self.manifest = manifest
 
     def file(self, name):
-        """A file that the manifest has a SHA-256 of."""
+        """Path of a file that the manifest lists."""
         if name not in self.manifest["files"]:
             raise ValueError(f"{name!r}: the manifest has no such file")
         return os.path.join(self.path, name)
 
     def tensors(self, name):
-        """The arrays of a safetensors file, mapped into memory. bfloat16 is what ml_dtypes makes of it."""
+        """The arrays of a safetensors file, mapped into memory. bfloat16 needs ml_dtypes."""
         dtypes = {"F32": "float32", "F16": "float16", "U8": "uint8", "I32": "int32", "BF16": "bfloat16"}
         with open(self.file(name), "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -138,7 +138,7 @@ class Bundle:
 
 
 def check_texts(bundle):
-    """Encodes the golden texts and conversations, unless this tokenizer is refused; how many there were of each."""
+    """Checks the ids of the golden texts and conversations, unless the tokenizer is refused; returns their numbers."""
     kinds = {kind: bundle.manifest["golden"].get(kind, []) for kind in ("texts", "conversations")}
     text = Text(bundle) if kinds["texts"] else None
     if text is None or text.refusal:
@@ -153,47 +153,47 @@ def check_texts(bundle):
 
 
 def tolerance(session, bundle, logits):
-    """The largest difference from these golden logits that arithmetic explains: four standard deviations.
+    """The largest difference from these golden logits that rounding explains: four standard deviations.
 
-    A layer rounds its activations about 14 times, keys and values once each; a sum of K float32 products is off by
-    about sqrt(K) roundings. Relative errors add up as a random walk does. The box and stories260K stay below a quarter.
+    A layer rounds its activations about 14 times, keys and values once each. A sum of K float32 products has an error
+    of about sqrt(K) roundings. Relative errors add up like a random walk. The box and stories260K stay below a quarter.
     """
     config, dtypes = bundle.manifest["config"], {v["name"]: v["dtype"] for v in bundle.manifest["weights"]}
     activations, cache = ROUNDING[dtypes["norm.weight_D"]], ROUNDING[bundle.manifest["cache"]["dtype"]]
     products = config["width"] * ROUNDING["float32"] ** 2 + getattr(session, "product", 0.0) ** 2
     variance = config["num_layers"] * (14 * (activations**2 + products) + 2 * cache**2)
-    if bundle.manifest.get("activations") == "int8-token":  # one code near a tie in each of four inputs, of 2.5 sigma
+    if bundle.manifest.get("activations") == "int8-token":  # in each of four inputs one code near a tie, of 2.5 sigma
         variance += config["num_layers"] * 4 * (2.5 / 127) ** 2 / config["width"]
     return float(4 * np.sqrt(np.mean(np.square(logits)) * variance))
 
 
 def check_device(session, bundle):
-    """Decodes the shortest golden prompt: a module for another device, or a fault of this one, gives other logits.
+    """Decodes the shortest golden prompt: a module for another device, or a faulty device, gives other logits.
 
-    Up to a fiftieth of their size is let pass, which moves few tokens: --golden is strict.
+    Errors up to a fiftieth of the logits' size pass, since they change few tokens; --golden is strict.
     """
     arrays = bundle.tensors("golden.safetensors")
     index = min(range(bundle.manifest["golden"]["prompts"]), key=lambda i: len(arrays[f"prompt_{i}"]))
     ids, expected = arrays[f"prompt_{index}"].tolist(), arrays[f"logits_{index}"]
-    # Few tokens without prefill: the program that is compiled for them is needed anyway.
+    # A short prompt is decoded without prefill, because the program `decode` is needed anyway.
     ((_, logits),) = steps(session, bundle, ids, 1, chooser(0, 0), whole=len(ids) > 16)
     error, size = float(np.max(np.abs(logits - expected))), float(np.sqrt(np.mean(np.square(expected))))
     most = max(tolerance(session, bundle, expected), size / 50)
     if not error <= most:
         fault = f"logits of a golden prompt are off by {error:.1e}: expected at most {most:.1e}"
-        sys.exit(f"{session.name}: {fault}; programs for another device, or a fault of this one")
+        sys.exit(f"{session.name}: {fault}: the programs are for another device, or this one is faulty")
 
 
 def golden(session, bundle, start):
-    """Runs the golden prompts, encodes the golden texts; prints one JSON object. Returns what did not hold, or None."""
+    """Runs the golden prompts, encodes the golden texts, prints one JSON object. Returns what failed, or None."""
     arrays, prompts, steps_made, seconds = bundle.tensors("golden.safetensors"), [], 0, 0.0
-    list(steps(session, bundle, [0], 2, chooser(0, 0)))  # what compiles when it is first run belongs to loading
+    list(steps(session, bundle, [0], 2, chooser(0, 0)))  # compilation at the first run counts as loading
     load_seconds = time.perf_counter() - start
     for index in range(bundle.manifest["golden"]["prompts"]):
         ids, expected, logits = (arrays[f"{name}_{index}"] for name in ("prompt", "tokens", "logits"))
         made = list(steps(session, bundle, ids.tolist(), len(expected), chooser(0, 0)))
         tokens, error = [token for token, _ in made], float(np.max(np.abs(made[0][1] - logits)))
-        # Where a token first differs, how much less likely the golden one was here. Behind it nothing is comparable.
+        # The logit gap to the golden token at the first difference; later positions are not comparable.
         first = next((i for i, token in enumerate(expected.tolist()) if tokens[i : i + 1] != [token]), None)
         gap = 0.0 if first is None else float(np.ptp(made[first][1][[tokens[first], expected[first]]]))
         most = tolerance(session, bundle, logits)
@@ -210,16 +210,16 @@ def golden(session, bundle, start):
 
 
 def options_of(description):
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=description)
     flag = parser.add_argument
     flag("bundle", nargs="?", default=os.path.dirname(os.path.abspath(__file__)))
-    flag("--prompt", help="text to continue, or with --chat the one message to answer")
-    flag("--parse_special", action="store_true", help="read special tokens out of the prompt")
-    flag("--ids", help="ids with commas between, instead of a prompt; prints ids")
+    flag("--prompt", help="text to continue, or the only message to answer with --chat")
+    flag("--parse_special", action="store_true", help="encode special tokens in the prompt as their ids")
+    flag("--ids", help="ids to continue instead of a prompt, separated by commas; prints ids")
     flag("--chat", action="store_true", help="answer each line of standard input")
-    flag("--system", default="", help="system message of --chat; the template's own unless given")
-    flag("--max_new_tokens", type=int, default=64, help="of the text, or of each answer")
+    flag("--system", default="", help="system message for --chat; the template's own unless given")
+    flag("--max_new_tokens", type=int, default=64, help="maximum number of tokens of the text, or of each answer")
     flag("--temperature", type=float, default=0.0, help="0 is greedy")
     flag("--top_k", type=int, default=0, help="choose among the K likeliest tokens only; 0: among all")
     flag("--top_p", type=float, default=1.0, help="choose among the likeliest tokens that make up this probability")
@@ -238,12 +238,12 @@ def options_of(description):
 
 
 def main(open_session, description):
-    """Runs. `open_session(bundle)` has name, reset() and run(program, inputs) -> logits [B, V]; and product, the
-    relative error of rounding the factors of a float32 product, where the device rounds them."""
+    """Runs a bundle. `open_session(bundle)` has name, reset(), run(program, inputs) -> logits [B, V] and, if the device
+    rounds the factors of float32 products, product: the relative error of that rounding."""
     start, options = time.perf_counter(), options_of(description)
     ids = None if options.ids is None else [int(token) for token in options.ids.split(",")]
     if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads the output has seen enough
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the reader of the output may leave
     bundle = Bundle(options.bundle)
     if ids is None and not options.golden and "vocabulary.json" not in bundle.manifest["files"]:
         sys.exit(f"{options.bundle}: exported without a tokenizer: expected --ids")

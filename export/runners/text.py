@@ -1,5 +1,5 @@
-"""Text to ids and back by the tables of vocabulary.json, step by step as sentencepiece (normalizer.cc) and tokenizers
-(added_vocabulary.rs, pre_tokenizers/) do it. In a bundle this is part of each runner."""
+"""Converts text to ids and back by the tables of vocabulary.json, step by step like sentencepiece (normalizer.cc) and
+tokenizers (added_vocabulary.rs, pre_tokenizers/). In a bundle this is part of each runner."""
 
 import base64
 import json
@@ -16,14 +16,14 @@ MOST_CACHED = 1 << 16
 
 
 class Replacements:
-    """What sentencepiece's normalizers replace: a trie as a double array (darts.h of darts-clone), and texts."""
+    """The replacements of sentencepiece's normalizers: a double-array trie (darts.h of darts-clone), and texts."""
 
     def __init__(self, blob):
         size = int.from_bytes(blob[:4], "little")
         self.units, self.texts = np.frombuffer(blob[4 : 4 + size], "<u4").tolist(), blob[4 + size :]
 
     def at(self, data, place):
-        """How many bytes at a place are replaced, the most that may be, and by what."""
+        """The longest replacement at a place: the number of bytes replaced, and the bytes to put there."""
         units, found = self.units, (0, b"")
         jump = lambda unit: (unit >> 10) << ((unit & 512) >> 6)  # noqa: E731
         node = jump(units[0]) if units else 0
@@ -39,7 +39,7 @@ class Replacements:
 
 
 class Text:
-    """Encodes text by a vocabulary, and has the bytes of each id."""
+    """Encodes text by the tables of a vocabulary, and gives the bytes of each id."""
 
     def __init__(self, bundle):
         with open(bundle.file("vocabulary.json"), "rb") as file:
@@ -60,7 +60,7 @@ class Text:
             self.model, self.cache = MODELS[vocabulary["model"]["kind"]](self.pieces, **vocabulary["model"]), {}
 
     def bytes_of(self, token):
-        """The bytes that an id stands for; those of U+FFFD where it stands for nothing."""
+        """The bytes of an id; those of U+FFFD for an id without a text."""
         if str(token) in self.texts:
             return self.texts[str(token)].encode("latin-1")
         if token >= len(self.pieces):
@@ -69,16 +69,16 @@ class Text:
         return piece.encode("latin-1") if self.of_bytes else piece.replace(SPACE, " ").encode()
 
     def decoder(self, ids):
-        """A function that gives the bytes of one id after another behind `ids`, whole characters alone.
+        """A function that converts the ids after `ids`, one at a time, to bytes of complete characters.
 
-        The first piece of a text lacks the space that encoding puts there.
+        The space that encoding adds before a text is removed from the first piece.
         """
         started, held = any(map(self.bytes_of, ids)), b""
 
         def decode(token):
             nonlocal started, held
             if token is None:
-                return held  # what is left at the end
+                return held  # the rest at the end
             data = self.bytes_of(token)
             if data and not started:
                 data = data[1:] if self.first_space and token not in self.spelt and data[:1] == b" " else data
@@ -91,9 +91,9 @@ class Text:
     # ---- Parts of a text ----
 
     def read_added(self, early, late, blank, word, special_hides):
-        """Added tokens: those looked for in a text as it is, and those in what the normalizer makes of it.
+        """Reads the added tokens: `early` ones are searched in a text itself, `late` ones after normalization.
 
-        A special token that is not asked for may still hide others that begin inside it.
+        A special token that is not to be encoded may still hide others that begin inside it.
         """
         kept = lambda some, special: {  # noqa: E731
             text: (i, bits) for i, text, bits in some if special or special_hides or not bits & SPECIAL
@@ -103,7 +103,7 @@ class Text:
         self.blank, self.word = blank, re.compile(self.pattern_text([] if word is None else [word]))
 
     def encode(self, text, special=False):
-        """Ids of a text. `special`: whether special tokens are read out of it, or are spelt as any other text."""
+        """Ids of a text. `special`: whether special tokens in it become their ids instead of being encoded as text."""
         if self.refusal:
             sys.exit(f"{self.refusal}, which this runner does not know: give ids with --ids")
         ids = [] if self.bos is None else [self.bos]
@@ -111,7 +111,7 @@ class Text:
         return ids if self.eos is None else [*ids, self.eos]
 
     def encode_pieces(self, pieces, control):
-        """Ids of ids and texts. Texts beside each other are one; special and control tokens in them are text."""
+        """Ids of a list of ids and texts. Adjacent texts are joined; special and control tokens in them are text."""
         ids, run = [], ""
         for piece in (*pieces, None):
             if isinstance(piece, str):
@@ -145,7 +145,7 @@ class Text:
         return ids
 
     def around_added(self, added, text, special, control=()):
-        """A text in parts, each with its place: ids of added tokens, and the text between them."""
+        """Yields the parts of a text, each with its place: ids of added tokens, and the text between them."""
         done = 0
         for start, found in added.find(text):
             (token, bits), end = added.texts[found], start + len(found)
@@ -174,13 +174,13 @@ class Text:
                 self.cache[word] = found
         return found
 
-    # ---- Steps: functions of words, and whether these are the first of a text ----
+    # ---- Steps: functions of words, and of whether these words begin a text ----
 
     def step(self, do, **values):
         return getattr(self, "step_" + do)(**values)
 
     def pattern_text(self, pattern):
-        """A regular expression, in which numbers stand for classes of characters."""
+        """The regular expression of a pattern, in which numbers are classes of characters."""
         text = []
         for part in pattern:
             if isinstance(part, int):
@@ -216,7 +216,7 @@ class Text:
         found = re.compile(self.pattern_text(pattern))
 
         def parts(word):
-            """What matches and what lies between, each with whether it matches."""
+            """Yields matches and the parts between them, each with whether it counts as a match."""
             done = 0
             for match in found.finditer(word):
                 if done < match.start():
@@ -248,7 +248,7 @@ class Text:
         return lambda words, _: [part for word in words for part in joined(word)]
 
     def step_sentencepiece(self, prefix, collapse, escape, suffix, charsmap, whole):
-        """Sentencepiece's normalizer. `prefix`: before which parts of a text a space is put."""
+        """Sentencepiece's normalizer. `prefix`: before which parts of a text a space is added."""
         kept, replaced = Longest({piece.encode() for piece in whole}), Replacements(base64.b64decode(charsmap))
         space = SPACE if escape else " "
 
@@ -286,7 +286,7 @@ class Text:
 
 
 def whole_characters(data):
-    """Bytes up to the beginning of a UTF-8 character that the end cuts off, and the rest."""
+    """Splits bytes before an incomplete UTF-8 character at their end."""
     for back in range(1, min(4, len(data) + 1)):
         if data[-back] >= 0xC0:
             wanted = 2 + (data[-back] >= 0xE0) + (data[-back] >= 0xF0)
@@ -297,7 +297,7 @@ def whole_characters(data):
 
 
 def of_first_releases(old):
-    """A vocabulary of version 2 from one of bundles of the first releases: sentencepiece's byte-pair encoding."""
+    """Converts a vocabulary of the first releases (sentencepiece's byte-pair encoding) to version 2."""
     data = [base64.b64decode(piece) for piece in old["pieces"]]
     kinds = ["n" if merges else "c" for merges in old["merges"]] + ["c"] * (len(data) - len(old["merges"]))
     pieces = [piece.decode(errors="replace").replace(" ", SPACE) for piece in data]

@@ -1,4 +1,4 @@
-"""How words become ids, in each runner of a bundle: as in sentencepiece (bpe_model.cc, unigram_model.cc) and tokenizers
+"""Encodes words as ids, in each runner of a bundle, like sentencepiece (bpe_model.cc, unigram_model.cc) and tokenizers
 (bpe/model.rs, bpe/word.rs)."""
 
 import base64
@@ -11,7 +11,7 @@ SPACE = "\u2581"  # sentencepiece's sign for a space
 
 
 class Longest:
-    """Finds the longest of some texts that begins at a place."""
+    """Finds the longest of several texts that begins at a place."""
 
     def __init__(self, texts):
         lengths: dict = {}
@@ -26,7 +26,7 @@ class Longest:
         return ""
 
     def find(self, text):
-        """Those in a text, from left to right, as (place, what is there)."""
+        """Yields the occurrences in a text, from left to right, as (place, text found)."""
         place = 0
         while place < len(text):
             found = self.at(text, place)
@@ -35,7 +35,7 @@ class Longest:
             place += len(found) or 1
 
     def cut(self, text):
-        """A text in parts: those that are found, and single characters; of each, whether it was found."""
+        """Yields a text in parts: texts found, and single characters between them, each with whether it was found."""
         place = 0
         while place < len(text):
             found = self.at(text, place)
@@ -58,7 +58,7 @@ class Merges:
         if self.ignore and word in self.ids:
             return [self.ids[word]]
         symbols: list = []
-        unknown, waiting = self.unknown, False  # one for all unknown characters in a row, if they are fused
+        unknown, waiting = self.unknown, False  # if fused, consecutive unknown characters are one id
         for character in word:
             token = self.ids.get(character)
             if token is not None:
@@ -83,7 +83,7 @@ class Merges:
 
 
 class Scores:
-    """Byte-pair encoding by scores of pieces: sentencepiece's."""
+    """Sentencepiece's byte-pair encoding, by scores of pieces."""
 
     def __init__(self, pieces, kind, kinds, scores, unknown):
         pieces, self.unknown = pieces[: len(kinds)], unknown
@@ -109,14 +109,14 @@ class Scores:
             return scored[0], left + right
 
         made = merged(symbols, pair, frozen)
-        while apart and not apart.keys().isdisjoint(made):  # unused pieces fall apart again
+        while apart and not apart.keys().isdisjoint(made):  # unused pieces are split again
             made = [part for piece in made for part in apart.get(piece, (piece,))]
         other = 0, self.unknown
         scored = [other if piece in self.unused else self.scored.get(piece, other) for piece in made]
         return self.known(zip(made, (token for _, token in scored)))
 
     def known(self, pieces):
-        """Ids of pieces: of their bytes where they are unknown, or one id for all the unknown in a row."""
+        """Ids of pieces; an unknown piece gives the ids of its bytes, or consecutive unknown pieces give one id."""
         ids: list = []
         unknown, before = self.unknown, False
         for piece, token in pieces:
@@ -132,14 +132,14 @@ class Scores:
 
 
 class Unigram(Scores):
-    """The likeliest pieces: sentencepiece's unigram models."""
+    """Sentencepiece's unigram models: the likeliest sequence of pieces."""
 
     def __init__(self, pieces, kind, kinds, scores, unknown):
         super().__init__(pieces, kind, kinds, scores, unknown)
         scores = np.float32(scores)
         normal = [score for score, kind in zip(scores.tolist(), kinds) if kind == "n"]
         self.unlikely = float(np.float32(min(normal, default=0.0)) - np.float32(10))
-        most = max([float(np.finfo(np.float32).tiny), *normal])  # sentencepiece begins at the smallest positive number
+        most = max([float(np.finfo(np.float32).tiny), *normal])  # sentencepiece starts with the least positive number
         self.likely = {}
         for piece, (_, i) in self.scored.items():
             if kinds[i] != "x":
@@ -148,7 +148,7 @@ class Unigram(Scores):
         self.reach = Longest(self.likely).lengths
 
     def encode(self, word):
-        best: list = [None] * (len(word) + 1)  # (log probability, in float32; where the last piece begins; its id)
+        best: list = [None] * (len(word) + 1)  # (log probability, in float32; begin of the last piece; its id)
         best[0] = 0.0, 0, 0
 
         def offer(end, score, begin, token):
@@ -177,7 +177,7 @@ MODELS = {"merges": Merges, "scores": Scores, "unigram": Unigram}
 
 
 def merged(symbols, pair, frozen=()):
-    """Joins neighbours, the best pair first, of equal ones the first. `pair(left, right)`: (order, joined) or None."""
+    """Joins neighbours, the best pair first; of equal pairs the first. `pair(left, right)`: (order, joined) or None."""
     heap: list = []
     parts, count = list(symbols), len(symbols)
     left_of, right_of = list(range(-1, count - 1)), list(range(1, count + 1))
@@ -196,7 +196,7 @@ def merged(symbols, pair, frozen=()):
         if parts[left] is None or right >= count:
             continue
         found = pair(parts[left], parts[right])
-        if found is None or found[1] != joined:  # one of the two was joined meanwhile
+        if found is None or found[1] != joined:  # one of the two has been joined since
             continue
         parts[left], parts[right], following = joined, None, right_of[right]
         right_of[left] = following

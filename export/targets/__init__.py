@@ -1,9 +1,9 @@
-"""What other runtimes need beside StableHLO: one file each, run as a script with the Python that has its toolchain.
+"""Targets: files for runtimes that do not take StableHLO. Each is built by a script, with the Python of its toolchain.
 
     python export/targets/to_iree.py BUNDLE FOLDER iree-cpu      # writes into FOLDER, prints a JSON object
 
-A target reads the bundle alone, and imports nothing of llamajax: toolchains pin versions that do not go together, so
-each may live in an environment of its own. What it prints goes into the manifest, with the files that it wrote.
+A script reads only the bundle and does not import llamajax: toolchains pin versions that exclude each other, so each
+may need its own environment. The object that it prints goes into the manifest, with the files that it wrote.
 """
 
 import json
@@ -20,8 +20,8 @@ from export.profiles import PROFILES
 from export.targets.to_iree import TARGETS as IREE_TARGETS
 from llamajax import LlamaJaxError, files
 
-# Kind of target, which is its name up to the first "-" or ":", and its script. A script that had the name of what it
-# imports would import itself.
+# Each kind of target, which is the target's name up to the first "-" or ":", and its script. A script must not have the
+# name of a module that it imports: it would import itself.
 SCRIPTS = {
     "iree": "to_iree.py",
     "onnx": "to_onnx.py",
@@ -33,8 +33,8 @@ SCRIPTS = {
 }
 
 
-# By kind: the profiles of bundles that it takes, the first being what is chosen for it, and the modules that its
-# script imports. IREE's compiler is a program, which may also be elsewhere on PATH.
+# By kind: the profiles of bundles that it takes, the default first, and the modules that its script imports. IREE's
+# compiler is a program, which may also be on PATH.
 _PROFILES = {
     "iree": ("unrolled",),
     "onnx": ("unrolled",),
@@ -53,14 +53,14 @@ _MODULES = {
 
 
 def profile_for(targets: Sequence[str], chosen: str | None = None) -> str:
-    """The profile of a bundle that is to have all these targets.
+    """The profile for a bundle with all of these targets.
 
     Args:
-        targets: as `iree-cpu`.
-        chosen: a profile that is wanted, or None.
+        targets: names of targets, such as `iree-cpu`.
+        chosen: the profile that the user chose, or None.
 
     Raises:
-        LlamaJaxError: if no profile suits them all, or not the chosen one.
+        LlamaJaxError: if no profile suits all targets, or the chosen one does not.
     """
     takes = {target: _PROFILES.get(kind_of(target), tuple(PROFILES)) for target in targets}
     suitable = [name for name in PROFILES if all(name in names for names in takes.values())]
@@ -75,7 +75,7 @@ def profile_for(targets: Sequence[str], chosen: str | None = None) -> str:
 
 
 def check_toolchain(target: str, python: str) -> None:
-    """Looks whether a target can be built, before anything is written for it.
+    """Checks that a target can be built, before anything is written for it.
 
     Raises:
         LlamaJaxError: for a target that does not exist, or a Python that lacks its toolchain.
@@ -116,23 +116,23 @@ def kind_of(target: str) -> str:
 
 
 def add_target(bundle: Bundle, target: str, python: str = sys.executable) -> Bundle:
-    """Builds a target from a bundle, into `targets/` of its folder. The manifest changes last, and at once.
+    """Builds a target from a bundle, into `targets/` of its folder. The manifest changes last, and atomically.
 
     Args:
-        bundle: opened, so that its files are known to be whole.
-        target: as `iree-cpu`.
-        python: that has the toolchain.
+        bundle: the opened bundle, whose files are therefore checked.
+        target: the name of the target, such as `iree-cpu`.
+        python: a Python with the toolchain.
 
     Raises:
-        LlamaJaxError: if the target exists already or its toolchain fails; then nothing has changed.
+        LlamaJaxError: if the bundle has the target already, or the toolchain fails; the bundle is then unchanged.
     """
     kind = kind_of(target)
     if target in bundle.manifest["targets"]:
-        raise LlamaJaxError(f"{bundle.path}: it has target {target!r} already: export again for another one")
+        raise LlamaJaxError(f"{bundle.path}: has target {target!r} already: expected a new one: export again for it")
     place = f"targets/{target.replace(':', '-')}"
-    # Beside the bundle, not in it: what a killed toolchain leaves would be files that the manifest does not name.
+    # Beside the bundle, not in it: inside, the leftovers of a killed toolchain would be files outside the manifest.
     path = bundle.path.absolute()
-    shutil.rmtree(bundle.file(place), ignore_errors=True)  # of a run that was killed before the manifest named it
+    shutil.rmtree(bundle.file(place), ignore_errors=True)  # left by a run that was killed before the manifest named it
     with files.new_folder(bundle.file(place), beside=path) as partial:
         script = str(Path(__file__).parent / SCRIPTS[kind])
         entry = _run(python, [script, str(bundle.path), str(partial), target], target)
@@ -147,12 +147,12 @@ def add_target(bundle: Bundle, target: str, python: str = sys.executable) -> Bun
 
 
 def clear_unnamed(path: Path) -> list[str]:
-    """Removes folders under `targets/` that the manifest does not name; returns what they were.
+    """Removes folders under `targets/` that the manifest does not name; returns their names.
 
-    `add_target` leaves one if it is killed before the manifest names it, and `open_bundle` refuses what is surplus.
+    `add_target` leaves such a folder if it is killed before the manifest names it, and `open_bundle` refuses it.
 
     Raises:
-        LlamaJaxError: if the manifest is not whole; then nothing is removed.
+        LlamaJaxError: if the manifest is damaged; then nothing is removed.
     """
     manifest, targets = read_manifest(path), path / "targets"
     named = {name.split("/")[1] for name in manifest["files"] if name.startswith("targets/")}
@@ -166,16 +166,16 @@ def clear_unnamed(path: Path) -> list[str]:
 
 
 def _run(python: str, command: list[str], target: str) -> dict[str, Any]:
-    """The JSON object that a script printed in its last line."""
+    """Runs a script and returns the JSON object in its last line."""
     entry: Mapping[str, Any] = json.loads(_output(python, command, target).strip().splitlines()[-1])
     return dict(entry)
 
 
 def _output(python: str, command: list[str], target: str) -> str:
-    """What a Python printed.
+    """Runs a Python and returns its standard output.
 
     Raises:
-        LlamaJaxError: if it failed, with the last line that it wrote.
+        LlamaJaxError: if it fails; the message has the last line of its standard error.
     """
     try:
         done = subprocess.run([python, *command], capture_output=True, text=True, check=False)

@@ -1,17 +1,17 @@
-"""Executables for a TPU or a GPU that is not here, compiled by XLA from a bundle's programs, with what they take.
+"""Compiles a bundle's programs with XLA for a TPU or GPU that need not be present, and reports their memory and cost.
 
     python export/targets/ahead_of_time.py BUNDLE FOLDER tpu:v5e:2x2     # needs jax, flatbuffers, libtpu
     python export/targets/ahead_of_time.py BUNDLE FOLDER cuda:h100      # needs jax, flatbuffers, jax-cuda plugin
 
-They run on one chip of the topology. A .pjrt file is a serialized PJRT executable: it loads only with the version of
-the plugin that wrote it. The report beside it, of memory and cost as the compiler states them, needs nothing.
+The programs run on one chip of the topology. A .pjrt file is a serialized PJRT executable: it loads only with the
+plugin version that wrote it. report.json has memory and cost as the compiler states them; it needs no plugin.
 """
 
 import json
 import os
 import sys
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # a device that is attached is left alone
+os.environ["JAX_PLATFORMS"] = "cpu"  # attached devices are not used
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 
 import jax
@@ -41,7 +41,7 @@ CARDS = {
 
 
 def topology_of(target):
-    """The topology named behind `tpu:` or `cuda:`."""
+    """The topology that a target names after `tpu:` or `cuda:`."""
     platform, _, name = target.partition(":")
     if platform == "tpu":
         return topologies.get_topology_desc(name, platform="tpu")
@@ -52,7 +52,7 @@ def topology_of(target):
 
 
 def main(path, folder, target):
-    """Compiles prefill of every bucket, and decode."""
+    """Compiles prefill of every bucket, and decode; prints the target's entry for the manifest."""
     with open(os.path.join(path, "manifest.json"), encoding="utf-8") as file:
         manifest = json.load(file)
     device = topology_of(target).devices[0]
@@ -71,7 +71,7 @@ def main(path, folder, target):
         compiled = jax.jit(exported.call, donate_argnums=state, keep_unused=True).lower(*arguments).compile()
         memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
         if memory is None:
-            sys.exit(f"{target}: its compiler does not state what a program takes")
+            sys.exit(f"{target}: its compiler does not report the memory of a program: expected another version")
         with open(os.path.join(folder, f"{name}.pjrt"), "wb") as file:
             file.write(compiled.runtime_executable().serialize())  # type: ignore[union-attr]
         report[name] = {

@@ -1,13 +1,13 @@
-"""An ONNX graph in the making: values, nodes, and what is worked out before the graph runs."""
+"""Builds an ONNX graph: values, nodes, and constants that are computed before the graph runs."""
 
 import numpy as np
 from jaxlib.mlir import ir
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-# Values of more elements are not worked out here but when the graph runs.
+# Values of more elements are computed when the graph runs, not here.
 _LARGEST_FOLDED = 1 << 16
-# By the names of MLIR. ONNX has few operators of bfloat16: its values are float32, rounded.
+# ONNX's dtypes by their names in MLIR. ONNX has few operators on bfloat16: such values are float32, rounded.
 DTYPES = {
     "f32": TensorProto.FLOAT,
     "f16": TensorProto.FLOAT16,
@@ -21,15 +21,15 @@ DTYPES = {
 
 
 class Error(Exception):
-    """Something that the user has to know, in one line."""
+    """An error with a message of one line for the user."""
 
 
 class Graph:
-    """An ONNX graph in the making. A value is a name.
+    """Builds an ONNX graph. A value is represented by its name.
 
-    Operators broadcast by themselves: `shapes` holds the shape that a value really has, with 1 where the program's may
-    have more; `whole` gives it the latter. The same operator with the same inputs is one node; one whose inputs are all
-    known is worked out here.
+    ONNX's operators broadcast. `shapes` has the shape that a value has in the graph, which may have 1 along an axis
+    where the program has more; `whole` expands the value to the program's shape. Equal operators with equal inputs are
+    one node. A node whose inputs are all known is computed here.
     """
 
     def __init__(self, weights):
@@ -37,11 +37,11 @@ class Graph:
         self.weights = weights
         self.shapes = {name: array.shape for name, array in weights.arrays.items()}
         self.constants, self.functions = {}, {}
-        self.updates = {}  # name: (base, [(update, starts)]), an array with slices still to be written: see `settle`
+        self.updates = {}  # name: (base, [(update, starts)]), arrays with slices yet to be written: see `settle`
         self._nodes, self._made, self._before_reshape, self._repacked = [], {}, {}, {}
 
     def constant(self, array):
-        """A value that is known."""
+        """A constant."""
         array = np.asarray(array)
         key = (str(array.dtype), array.shape, array.tobytes())
         if key not in self._made:
@@ -50,13 +50,13 @@ class Graph:
         return self._made[key]
 
     def repacked(self, name, make):
-        """An array that is made from the bundle's weights, once for all graphs."""
+        """An array that `make` computes from the bundle's weights, once for all graphs."""
         tensor = self._repacked[name] = self.weights.tensor(name, make)
         self.shapes[name] = tuple(tensor.dims)
         return name
 
     def add(self, operator, inputs, shape, **attributes):
-        """One node; the name of its result, which has this shape."""
+        """Adds a node; returns the name of its result, which has the given shape."""
         inputs = [self.settle(name) for name in inputs]
         key = (operator, *inputs, repr(attributes))
         if key not in self._made:
@@ -72,11 +72,11 @@ class Graph:
         return self._made[key]
 
     def elementwise(self, operator, *inputs):
-        """A node whose operator broadcasts."""
+        """Adds a node of an operator that broadcasts."""
         return self.add(operator, inputs, np.broadcast_shapes(*(self.shapes[name] for name in inputs)))
 
     def cast(self, name, element):
-        """The value in another dtype, named as in MLIR; bfloat16 is float32 that is rounded."""
+        """The value in another dtype, named as in MLIR; bfloat16 is rounded float32."""
         if element == "bf16":
             rounded = self.add("Cast", [name], self.shapes[name], to=TensorProto.BFLOAT16)
             return self.add("Cast", [rounded], self.shapes[name], to=TensorProto.FLOAT)
@@ -98,28 +98,28 @@ class Graph:
         return name if list(order) == sorted(order) else self.add("Transpose", [name], shape, perm=list(order))
 
     def whole(self, name, shape):
-        """The value with all elements that it has in the program."""
+        """The value expanded to the shape that it has in the program."""
         if self.shapes[name] == tuple(shape):
             return name
         return self.add("Expand", [name, self.constant(np.array(shape, np.int64))], shape)
 
     def cut(self, name, starts, sizes):
-        """A slice of these sizes. Starts are values, int64 [1]."""
+        """A slice of the given sizes. Starts are values, int64 [1]."""
         first = self.add("Concat", starts, (len(sizes),), axis=0)
         last = self.elementwise("Add", first, self.constant(np.array(sizes, np.int64)))
         return self.add("Slice", [name, first, last], sizes)
 
     def updated(self, base, updates):
-        """An array with slices to be written into it."""
+        """An array with slices that are written into it later."""
         name = f"updated_{len(self.updates)}"
         self.updates[name], self.shapes[name] = (base, updates), self.shapes[base]
         return name
 
     def settle(self, name):
-        """Writes the slices that wait for an array to be used, all with one node.
+        """Writes all pending slices of an array with one node, when the array is used.
 
-        The keys and values of all layers are then written at the end, once: where a runtime is given the same memory
-        for input and output, nothing but the new rows moves.
+        The keys and values of all layers are thus written once, at the end. If a runtime is given the same memory for
+        input and output, it moves only the new rows.
         """
         if name not in self.updates:
             return name
@@ -134,13 +134,13 @@ class Graph:
         return self.add("ScatterND", [base, self._stacked(places), self._stacked(rows)], shape)
 
     def _stacked(self, names):
-        """Arrays behind each other."""
+        """Arrays concatenated along the first axis."""
         total = sum(self.shapes[name][0] for name in names)
         shape = (total, *self.shapes[names[0]][1:])
         return names[0] if len(names) == 1 else self.add("Concat", names, shape, axis=0)
 
     def _places(self, shape, starts):
-        """Where the rows of an update go: indices [rows, axes]."""
+        """The places of the rows of an update: indices [rows, axes]."""
         grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).reshape(-1, len(shape))
         places = self.constant(grid.astype(np.int64))
         for axis, start in enumerate(starts[: len(shape)]):
@@ -149,22 +149,22 @@ class Graph:
         return places
 
     def starts(self, names, shape, sizes):
-        """Starts of a slice, int64 [1] each, moved to where the slice fits, as StableHLO has it."""
+        """Starts of a slice, int64 [1] each, clamped so that the slice fits, as in StableHLO."""
         return [
             self.between(self.reshape(self.cast(name, "i64"), (1,)), whole - size, np.int64)
             for name, whole, size in zip(names, shape, sizes, strict=True)
         ]
 
     def between(self, name, most, dtype):
-        """The value, at least 0 and at most `most`."""
+        """The value clamped to 0 to `most`."""
         least = self.elementwise("Max", name, self.constant(np.zeros(1, dtype)))
         return self.elementwise("Min", least, self.constant(np.array([most], dtype)))
 
     def finish(self, outputs):
-        """Nodes and initializers, those that the outputs need.
+        """The nodes and initializers that the outputs need.
 
         Args:
-            outputs: names that values get, by value.
+            outputs: the names that the graph's outputs get, by value.
         """
         renamed = {self.settle(name): output for name, output in outputs.items()}
         needed = set(renamed)
@@ -182,7 +182,7 @@ class Graph:
 
 
 def _depth(part, shape):
-    """How many leading axes it takes to say where a part is: behind them, it has all of the array."""
+    """How many leading axes determine the place of a part; along the axes after them it spans the whole array."""
     return max([1] + [axis + 1 for axis, (a, b) in enumerate(zip(part, shape, strict=True)) if a != b])
 
 
@@ -192,5 +192,5 @@ def shape_of(value):
 
 
 def element_of(value):
-    """The dtype of a value in MLIR, as MLIR calls it."""
+    """The dtype of a value in MLIR, by MLIR's name."""
     return str(ir.RankedTensorType(value.type).element_type)

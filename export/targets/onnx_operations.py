@@ -1,4 +1,4 @@
-"""How each operation of StableHLO is said in ONNX: `body` translates those of a function."""
+"""Translates each operation of StableHLO to ONNX; `body` translates the operations of a function."""
 
 import re
 
@@ -11,12 +11,12 @@ from onnx_weights import as_four_bits, matmul, take_rows
 
 
 def _operands(graph, operation, names):
-    """The operands with all their elements."""
+    """The operands in their shapes in the program."""
     return [graph.whole(name, shape_of(operand)) for name, operand in zip(names, operation.operands, strict=True)]
 
 
 def _elementwise(operator, on_bools=None):
-    """A translator for an operation that ONNX has too; another operator for booleans."""
+    """A translator for an elementwise operation that ONNX has too, with an optional other operator for booleans."""
 
     def translate(graph, operation, names):
         is_bool = element_of(operation.operands[-1]) == "i1"
@@ -37,7 +37,7 @@ def _constant(graph, operation, names):
     attribute = ir.DenseElementsAttr(operation.attributes["value"])
     if element_of(operation.results[0]) != "bf16":
         return graph.constant(np.array(attribute))
-    if not attribute.is_splat:  # MLIR's Python gives no others of this dtype
+    if not attribute.is_splat:  # MLIR's Python API cannot read others of this dtype
         raise Error("a constant in bfloat16 of several values: expected one")
     number = np.float32(ir.FloatAttr(attribute.get_splat_value()).value)
     return graph.reshape(graph.constant(number), [1] * len(shape_of(operation.results[0])))
@@ -68,7 +68,7 @@ def _convert(graph, operation, names):
 def _compare(graph, operation, names):
     operators = {"LT": "Less", "LE": "LessOrEqual", "GT": "Greater", "GE": "GreaterOrEqual", "EQ": "Equal"}
     direction = stablehlo.ComparisonDirectionAttr(operation.attributes["comparison_direction"]).value
-    if element_of(operation.operands[0]) in ("ui8", "i1"):  # runtimes compare few dtypes
+    if element_of(operation.operands[0]) in ("ui8", "i1"):  # runtimes support comparison for few dtypes
         names = [graph.cast(name, "i32") for name in names]
     if direction == "NE":
         return graph.elementwise("Not", graph.elementwise("Equal", *names))
@@ -112,13 +112,13 @@ def _pad(graph, operation, names):
     keys = ("edge_padding_low", "edge_padding_high", "interior_padding")
     low, high, inner = (list(operation.attributes[key]) for key in keys)
     if any(inner) or min(low + high) < 0:
-        raise Error("stablehlo.pad: expected elements to be added at the edges alone")
+        raise Error("stablehlo.pad: expected elements to be added only at the edges")
     (name, padding), pads = _operands(graph, operation, names), graph.constant(np.array(low + high, np.int64))
     return graph.add("Pad", [name, pads, padding], shape_of(operation.results[0]))
 
 
 def _dot(graph, operation, names):
-    """A dot_general as MatMul of [batch, rows, contraction] and [batch, contraction, columns]."""
+    """Translates dot_general to a MatMul of [batch, rows, contraction] and [batch, contraction, columns]."""
     numbers = stablehlo.DotDimensionNumbers(operation.attributes["dot_dimension_numbers"])
     left, right = _operands(graph, operation, names)
     batch, contracted = list(numbers.lhs_batching_dimensions), list(numbers.lhs_contracting_dimensions)
@@ -135,7 +135,7 @@ def _dot(graph, operation, names):
 
 
 def _gather(graph, operation, names):
-    """Whole slices along one axis, as `jnp.take` makes them."""
+    """Translates a gather of whole slices along one axis, as `jnp.take` makes it."""
     numbers = stablehlo.GatherDimensionNumbers(operation.attributes["dimension_numbers"])
     (table, indices), shape = _operands(graph, operation, names), shape_of(operation.results[0])
     axes, whole = list(numbers.collapsed_slice_dims), graph.shapes[table]
@@ -159,7 +159,7 @@ def _dynamic_slice(graph, operation, names):
         return array
     starts = graph.starts(names[1:], shape, sizes)
     base, updates = graph.updates.get(array, (array, []))
-    # One layer of a cache that waits for updates, each of one layer, all known: those of this layer suffice.
+    # One layer of a cache with pending updates, each of one known layer: the updates of this layer suffice.
     layers = [start[0] for _, start in updates] + [starts[0]]
     if (
         sizes == (1, *shape[1:])
@@ -181,7 +181,7 @@ def _dynamic_update_slice(graph, operation, names):
 
 
 def _call(graph, operation, names):
-    """A function's operations in its place; one of a packed weight by its name, if it can be."""
+    """Inlines a function's operations; a function of a packed weight is recognised by its name, if possible."""
     callee = ir.FlatSymbolRefAttr(operation.attributes["callee"]).value
     match = _PACKED.match(callee)
     if match:
@@ -195,7 +195,7 @@ def _call(graph, operation, names):
 
 
 def body(graph, function, names):
-    """Translates a function's operations; the values that it returns."""
+    """Translates a function's operations; returns the values that the function returns."""
     block = function.regions[0].blocks[0]
     values = dict(zip(block.arguments, names, strict=True))
     for operation in block.operations:
@@ -204,7 +204,7 @@ def body(graph, function, names):
         if kind == "func.return":
             return [graph.whole(name, shape_of(value)) for name, value in zip(given, operation.operands, strict=True)]
         if kind not in _TRANSLATORS:
-            raise Error(f"operation {kind}: not known here: add a translator for it to `_TRANSLATORS`")
+            raise Error(f"operation {kind}: expected one that has a translator: add one to `_TRANSLATORS`")
         name = _TRANSLATORS[kind](graph, operation, given)
         if element_of(operation.results[0]) == "bf16" and kind not in _NOT_ROUNDED:
             name = graph.cast(name, "bf16")
@@ -258,7 +258,7 @@ _TRANSLATORS = {
     "stablehlo.xor": _elementwise("BitwiseXor", "Xor"),
 }
 
-# What gives values that it was given, or rounds them itself.
+# Operations that return values of their operands, or round their results themselves.
 _NOT_ROUNDED = {"func.call", "stablehlo.constant", "stablehlo.convert"} | {
     f"stablehlo.{kind}"
     for kind in "broadcast_in_dim concatenate dynamic_slice dynamic_update_slice gather maximum minimum negate pad "

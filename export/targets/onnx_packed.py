@@ -1,4 +1,4 @@
-"""A packed weight as its arrays say it (quant/FORMAT.md), and its codes as digits of 4 bits: NumPy alone."""
+"""Reads a packed weight from its arrays (quant/FORMAT.md), and converts its codes to 4-bit digits; needs only NumPy."""
 
 import functools
 import re
@@ -7,34 +7,34 @@ import numpy as np
 
 # Bits of each plane, by the bits of a code.
 _PLANES = {2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 8: [8]}
-# Codes that are no numbers by themselves: the whole numbers that they stand for, and the unit of these.
+# Schemes whose codes are indices of a table: the table of whole numbers, and their unit.
 _E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), 0.5
 _IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113), 1.0
 _CODE_BOOKS = {"ternary": ((-1, 0, 1, 2), 1.0), "mxfp4": _E2M1, "nvfp4": _E2M1, "iq4_nl": _IQ4_NL}
-# The schemes that are known here, as a regular expression.
+# The supported schemes, as a regular expression.
 SCHEMES = "|".join(["u?int[234568]", *_CODE_BOOKS])
 _PARTS = re.compile(r"(scale\.|offset\.)?(planes\.[01]|scale)|zero|offset")
 
 
 class PackedWeight:
-    """A weight [K, M] at rest, whatever its contraction axis: w = (value(code) - zero) * scale + offset.
+    """A stored weight as [K, M], whatever its contraction axis: w = (value(code) - zero) * scale + offset.
 
     Attributes:
         shape: (K, M).
         group: g, elements of K that share a scale.
-        zero: [C, M], or one that broadcasts, or None.
+        zero: zero points [C, M], or an array that broadcasts to this shape, or None.
         has_offset: whether it has offsets.
     """
 
     def __init__(self, arrays, scheme, group, axis, of_planes):
-        """Takes the arrays by their part: `planes.0`, `scale`, `scale.planes.0`, ….
+        """Takes the arrays by the name of their part: `planes.0`, `scale`, `scale.planes.0`, ….
 
         Args:
-            arrays: those of `known`.
-            scheme: of the codes.
+            arrays: the arrays, whose names pass `known`.
+            scheme: the scheme of the codes.
             group: g.
-            axis: of the contraction, from the end: 2 for arrays [K, M], 1 for [M, K].
-            of_planes: the schemes of the planes `scale` and `offset` that are in codes of their own.
+            axis: the contraction axis, from the end: 2 for arrays [K, M], 1 for [M, K].
+            of_planes: the schemes of `scale` and `offset`, for those that are quantized too.
         """
         self._arrays = arrays if axis == 2 else {part: array.T for part, array in arrays.items()}
         self._scheme, self._of_planes, self.group = scheme, of_planes, group
@@ -45,23 +45,23 @@ class PackedWeight:
 
     @staticmethod
     def known(parts):
-        """Whether these are all that there is to a weight here: no outliers, no order."""
+        """Whether all parts are supported here; outliers and order are not."""
         return all(map(_PARTS.fullmatch, parts))
 
     def codes(self):
-        """uint8 [K, M]."""
+        """Codes, uint8 [K, M]."""
         return self._codes("", self._scheme, self.group)
 
     def scale(self):
-        """float32 [C, M]."""
+        """Scales, float32 [C, M]."""
         return self._plane("scale")
 
     def offset(self):
-        """float32 [C, M]."""
+        """Offsets, float32 [C, M]."""
         return self._plane("offset")
 
     def _codes(self, prefix, scheme, group):
-        """Codes [K, M] of planes [K * bits / 8, M]: slot i of byte j of a group holds its element j + i * bytes."""
+        """Codes [K, M] from planes [K * bits / 8, M]: slot i of byte j of a group holds its element j + i * bytes."""
         parts, low = [], 0
         for index, bits in enumerate(_PLANES[bits_of(scheme)]):
             plane = self._arrays[f"{prefix}planes.{index}"]
@@ -72,7 +72,7 @@ class PackedWeight:
         return functools.reduce(np.bitwise_or, parts)
 
     def _plane(self, part):
-        """A plane of floats, of floats of 8 bits, or of codes with a scale of their own."""
+        """Reads scales or offsets, which are floats, 8-bit floats, or quantized with scales of their own."""
         K, M = self.shape
         if part in self._arrays:
             plane = self._arrays[part]
@@ -97,12 +97,12 @@ def _ue4m3(codes):
 
 
 def bits_of(scheme):
-    """Of a code."""
+    """Bits of a code."""
     return (len(_CODE_BOOKS[scheme][0]) - 1).bit_length() if scheme in _CODE_BOOKS else int(scheme[-1])
 
 
 def values_of(scheme):
-    """What codes stand for: whole numbers by code, int32, and their unit."""
+    """The values of codes: whole numbers by code, int32, and their unit."""
     if scheme in _CODE_BOOKS:
         numbers, unit = _CODE_BOOKS[scheme]
         return np.array(numbers, np.int32), unit
@@ -111,11 +111,11 @@ def values_of(scheme):
 
 
 def digits_of(values):
-    """Whole numbers by code as digits of 4 bits, of which 8 stands for zero.
+    """Splits the whole numbers of codes into 4-bit digits, in which 8 usually stands for zero.
 
     Returns:
-        What was subtracted of all of them to make them fit; and for each digit its factor, its nibbles by code, uint8,
-        and which nibble stands for zero: 8, or where both digits then fit, 0.
+        The number that was subtracted from all values to make them fit, and for each digit: its factor, its nibbles by
+        code, uint8, and the nibble that stands for zero (8, or for a low digit 0 if the values do not fit with 8).
     """
     low, high = int(values.min()), int(values.max())
     if high - low <= 15:
@@ -129,11 +129,11 @@ def digits_of(values):
 
 
 def raw_digits(bits):
-    """Codes as digits of 4 bits whose zero points are those of the weight: as `digits_of`, None for the nibble."""
+    """Splits codes into 4-bit digits, whose zero points are the weight's: as `digits_of`, with None for the nibble."""
     codes = np.arange(1 << bits, dtype=np.uint8)
     return [(1 << shift, codes >> np.uint8(shift) & np.uint8(15), None) for shift in ((4, 0) if bits > 4 else (0,))]
 
 
 def nibbles(codes):
-    """The low four bits of two neighbours in a byte, the first in its low four."""
+    """Packs the low four bits of two neighbours into a byte, the first in its low four bits."""
     return codes[..., 0::2] & np.uint8(15) | codes[..., 1::2] << np.uint8(4)

@@ -1,4 +1,4 @@
-"""Weights for ONNX: the data file that all graphs share, and packed ones as codes of 4 bits."""
+"""Weights for ONNX: the data file that all graphs share, and packed weights as 4-bit codes."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ from onnx_graph import element_of, shape_of
 from onnx_packed import PackedWeight, bits_of, digits_of, nibbles, raw_digits, values_of
 
 WEIGHTS_FILE = "weights.bin"
-# ONNX wants offsets of whole pages, to map large arrays; small ones would be mostly padding.
+# Large arrays begin at whole pages, so that ONNX runtimes can map them. For small arrays this would be mostly padding.
 _PAGE, _LARGE = 4096, 1 << 16
 _SAFETENSORS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8", "I32": "int32", "U32": "uint32"}
 
@@ -25,7 +25,7 @@ class Weights:
         self._file, self._written = file, {}
 
     def tensor(self, name, make):
-        """The initializer of that name, its data, `make()`, in the file."""
+        """The initializer of that name; the first call writes its data, `make()`, to the file."""
         if name not in self._written:
             array = np.ascontiguousarray(make())
             if array.dtype.name == "bfloat16":
@@ -57,11 +57,11 @@ def _tensors(path):
 
 @dataclasses.dataclass(frozen=True)
 class FourBits:
-    """A weight [K, M] in codes of 4 bits: names of arrays in the data file.
+    """A weight [K, M] in 4-bit codes, as names of arrays in the data file.
 
     Attributes:
-        parts: each (codes [M, blocks, block / 2], zero points [M, blocks / 2] or "" for 8, factor). The weight is the
-            sum of their (code - zero point) * factor, times the scale, plus the offset.
+        parts: tuples (codes [M, blocks, block / 2], zero points [M, blocks / 2] or "" for 8, factor). The weight is the
+            sum over parts of (code - zero point) * factor, times the scale, plus the offset.
         scales: float32 [M, blocks].
         offsets: float32 [C, M], or "".
         group: g = K / C.
@@ -74,18 +74,18 @@ class FourBits:
 
 
 def as_four_bits(graph, scheme, group, axis, of_planes, names):
-    """A packed weight as 4-bit codes, or None where it cannot be had like that without loss.
+    """Converts a packed weight to 4-bit codes; returns None if that is not possible without loss.
 
-    Values beyond 4 bits are two digits of 4, for which the product is 16 times that of the high ones, plus that of the
-    low ones: ONNX Runtime has fast kernels for 4 bits alone. Two levels of scales become one.
+    Values of more than 4 bits become two 4-bit digits: the product is 16 times that of the high digits plus that of the
+    low ones. ONNX Runtime has fast kernels only for 4 bits. Two levels of scales become one.
 
     Args:
-        graph: that multiplies with it.
-        scheme: of its codes.
+        graph: the graph that multiplies with the weight.
+        scheme: the scheme of the codes.
         group: g, elements that share a scale.
         axis: 2 for a weight [K, M], 1 for [M, K].
-        of_planes: the schemes of "scale" and "offset", where those are in codes too.
-        names: of its arrays.
+        of_planes: the schemes of "scale" and "offset", for those that are quantized too.
+        names: the names of the weight's arrays.
 
     Returns:
         `FourBits`, or None.
@@ -98,12 +98,12 @@ def as_four_bits(graph, scheme, group, axis, of_planes, names):
     (K, M), zero = weight.shape, weight.zero
     block = min(group & -group, 256)  # the largest power of 2 in a group: MatMulNBits takes 16 to 256
     if group == K <= 256 and block < 16:
-        block = max(16, 1 << (K - 1).bit_length())  # one group, in a block that it does not fill
+        block = max(16, 1 << (K - 1).bit_length())  # a single group, in a block that is padded
     if block < 16:
         return None
     blocks = -(-K // block)
     values, unit = values_of(scheme)
-    # Zero points that are no codes, floats above all, become a part of the offsets.
+    # Zero points that do not fit in codes, such as floats, become a part of the offsets.
     stored = zero is not None and zero.dtype == np.uint8 and (len(values) > 16 or int(np.max(zero)) <= 15)
     shift, digits = (0, raw_digits(bits_of(scheme))) if stored else digits_of(values)
 
@@ -137,7 +137,7 @@ def as_four_bits(graph, scheme, group, axis, of_planes, names):
 
 
 def matmul(graph, operation, names, weight):
-    """The product of activations and a weight `as_four_bits`: offsets are multiplied with the sums of the groups."""
+    """Adds the product of activations and a `FourBits`; offsets are multiplied with the activations' sums per group."""
     x, result = operation.operands[0], operation.results[0]
     name = graph.whole(names[0], shape_of(x))
     (R, K), (_, M), (_, _, half) = shape_of(x), shape_of(result), graph.shapes[weight.parts[0][0]]
@@ -155,7 +155,7 @@ def matmul(graph, operation, names, weight):
 
 
 def take_rows(graph, operation, names, weight):
-    """Rows of a table: its packed rows are gathered, then dequantized."""
+    """Adds the lookup of rows of a table: packed rows are gathered, then dequantized."""
     (rows, K), (height, blocks) = shape_of(operation.results[0]), graph.shapes[weight.scales]
     index = graph.between(graph.whole(names[-1], (rows,)), height - 1, np.int32)
 
@@ -193,6 +193,6 @@ def _scaled(graph, name, factor):
 
 
 def _first(graph, name, sizes):
-    """The first elements along each axis."""
+    """The first `sizes` elements along each axis."""
     starts = [graph.constant(np.zeros(1, np.int64))] * len(sizes)
     return name if graph.shapes[name] == sizes else graph.cut(name, starts, sizes)

@@ -1,10 +1,10 @@
-"""A CoreML package of a bundle: one function for each program, the packed weights once, for iOS 18 or macOS 15.
+"""Makes a CoreML package from a bundle: one function per program, the packed weights once, for iOS 18 or macOS 15.
 
     python export/targets/to_coreml.py BUNDLE FOLDER coreml      # needs coremltools, stablehlo-coreml-experimental
 
-It is made on any system, but only Apple's run it: what is made here has NOT been executed, and its entry in the
-manifest says so. Inputs are called as in the manifest. CoreML wants outputs of other names: the state comes back as
-`new_key` and `new_value`.
+The package can be made on any system, but only Apple's systems run it. The packages of this script have NOT been
+executed, and their entry in the manifest says so. Inputs have their names in the manifest. CoreML requires different
+names for outputs: the state is returned as `new_key` and `new_value`.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ _TYPES = {"uint8": "ui8", "int32": "i32", "float16": "f16", "float32": "f32"}
 
 
 def module_text(bundle: Path, manifest: dict, program: dict) -> str:
-    """A program with its weights in it as constants: CoreML takes no bytes as inputs."""
+    """The text of a program with its weights as constants, because CoreML has no inputs of bytes."""
     artifact = stablehlo.deserialize_portable_artifact_str((bundle / program["file"]).read_bytes())
     text = str(ir.Module.parse(artifact).operation.get_asm())
     data = (bundle / "weights.safetensors").read_bytes()
@@ -71,14 +71,14 @@ def _operations(operation: Any) -> Iterator[Any]:
 
 
 def lowered(text: str) -> ir.Module:
-    """The module with nothing in it that the converter turns into a tile of bytes, which CoreML has not."""
+    """Parses a module; turns broadcasts that repeat nothing into reshapes, because CoreML cannot tile bytes."""
     module = ir.Module.parse(text)
     passmanager.PassManager.parse("builtin.module(inline,symbol-dce)").run(module.operation)
     for operation in list(_operations(module.operation)):
         if operation.name != "stablehlo.broadcast_in_dim":
             continue
         before, after = (ir.ShapedType(value.type).shape for value in (operation.operands[0], operation.results[0]))
-        # Nothing is repeated, and axes keep their order: we never transpose by broadcasting.
+        # Nothing is repeated, and axes keep their order: programs never transpose by broadcasting.
         if np.prod(before) == np.prod(after):
             with ir.InsertionPoint(operation):
                 reshaped = stablehlo.reshape(operation.results[0].type, operation.operands[0])
@@ -92,7 +92,7 @@ def convert(bundle: Path, package: Path) -> None:
 
     Raises:
         OSError: if a file cannot be read or written.
-        ValueError: if the folder is no bundle, or one of another profile.
+        ValueError: if the folder is no bundle, or the bundle has another profile.
     """
     import coremltools as ct
     import stablehlo_coreml
@@ -104,7 +104,7 @@ def convert(bundle: Path, package: Path) -> None:
     if profile != "float":
         raise ValueError(f"{bundle}: profile {profile!r}: CoreML unpacks in floats: export it with --profile=float")
     passes = copy.deepcopy(stablehlo_coreml.DEFAULT_HLO_PIPELINE)
-    # It would compute what follows from weights alone: they would be unpacked in the file.
+    # This pass would compute what depends only on weights: the file would hold unpacked weights.
     passes.remove_passes({"common::const_elimination"})
     functions = ct.utils.MultiFunctionDescriptor()
     with tempfile.TemporaryDirectory() as folder, mlir.make_ir_context(), ir.Location.unknown():
@@ -133,7 +133,7 @@ def convert(bundle: Path, package: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Converts, and prints what was made as one JSON object."""
+    """Converts a bundle, and prints the target's entry for the manifest as one JSON object."""
     if len(argv) != 4 or argv[3] != "coreml":
         sys.exit(f"{' '.join(argv[1:])}: expected BUNDLE FOLDER coreml")
     folder = Path(argv[2])

@@ -1,14 +1,14 @@
-"""IREE: all programs of a bundle as the functions of one module, the weights outside it.
+"""Compiles all programs of a bundle with IREE to the functions of one module; weights stay outside the module.
 
     python export/targets/to_iree.py BUNDLE FOLDER iree-cpu      # writes FOLDER/model.vmfb, prints a JSON object
 
-Needs `iree-compile`, of the package iree-base-compiler in the same environment or elsewhere on PATH; imports nothing of
-it. What follows the target's name goes to iree-compile and replaces the same option
-of the target: `iree-cuda --iree-cuda-target=sm_89`.
+Needs the program `iree-compile` of the package iree-base-compiler, in the same environment or on PATH; imports nothing
+of IREE. Arguments after the target's name are passed to iree-compile and replace the same options of the target:
+`iree-cuda --iree-cuda-target=sm_89`.
 
-Weights are parameters of the scope "model": whoever loads the module gives it weights.safetensors, and IREE finds each
-by its name. They stay packed there. The state, what a program both takes and returns, is consumed: it is updated where
-it is.
+Weights are parameters of the scope "model": the program that loads the module gives it weights.safetensors, and IREE
+finds each weight there by its name. They stay packed. The state, which a program both takes and returns, is consumed:
+it is updated in place.
 """
 
 import argparse
@@ -21,29 +21,29 @@ import subprocess
 import sys
 from pathlib import Path
 
-# With a loop over layers, IREE 3.13 decodes 5 times slower, and prefill of 64 tokens fails when it runs:
+# With a loop over layers, IREE 3.13 decodes 5 times slower, and prefill of 64 tokens fails at run time:
 # "indirect buffer reference slot 0 is out range".
 PROFILE = "unrolled"
 
 OPTIONS = (
-    # Else the products of decode, of a vector and a matrix, take 9 times as long.
+    # Without this, the products of decode, of a vector and a matrix, take 9 times as long.
     "--iree-opt-level=O2",
-    # Else a module unpacks its weights when it is loaded and keeps them so: 7 times the memory.
+    # Without this, a module unpacks its weights when it is loaded and keeps them unpacked: 7 times the memory.
     "--iree-opt-const-expr-hoisting=false",
 )
 _CPU = ("--iree-hal-target-device=local", "--iree-hal-local-target-device-backends=llvm-cpu")
 _TRIPLE, _CPU_NAME, _FEATURES = (f"--iree-llvmcpu-target-{what}=" for what in ("triple", "cpu", "cpu-features"))
 
-# A processor of this machine's kind, at a level that ten years of them have: bundles go to other machines.
+# A processor of this machine's kind, at a level that processors of the last ten years have: bundles run elsewhere too.
 _HERE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
 _PORTABLE = {"x86_64": "x86-64-v3", "aarch64": "generic"}.get(_HERE, "generic")
-# What x86-64-v3 is, by the names of /proc/cpuinfo.
+# The instructions of x86-64-v3, by the names of /proc/cpuinfo.
 _V3 = "abm avx avx2 bmi1 bmi2 cx16 f16c fma movbe pni popcnt sse4_1 sse4_2 ssse3".split()
-# Of the names in /proc/cpuinfo those that say what instructions a compiler may use; on ARM all do.
+# The names in /proc/cpuinfo of instructions that a compiler may use; on ARM these are all names.
 _INSTRUCTIONS = re.compile(r"(abm|adx|aes|amx|avx|bmi|cx16|f16c|fma|gfni|movbe|pni|popcnt|s?sse|sha|vaes|vpclmul)")
 
-# Each target: the driver of IREE's runtime that it is for, and options of iree-compile. Code for a CPU is an ELF file
-# that the runtime links itself, whatever the system: what differs between systems is how functions are called.
+# Each target: its driver in IREE's runtime, and options of iree-compile. Code for a CPU is an ELF file that the runtime
+# links itself on every system; systems differ only in their calling conventions.
 TARGETS = {
     "iree-cpu": ("local-task", *_CPU, _CPU_NAME + _PORTABLE),
     "iree-cpu-host": ("local-task", *_CPU, _CPU_NAME + "host"),
@@ -63,7 +63,7 @@ TARGETS = {
     "iree-cuda": ("cuda", "--iree-hal-target-device=cuda", "--iree-cuda-target=sm_80"),
     "iree-hip": ("hip", "--iree-hal-target-device=hip", "--iree-rocm-target=gfx1100"),
     "iree-metal": ("metal", "--iree-hal-target-device=metal"),
-    # A Vulkan module runs on another kind of device without an error, and with wrong numbers: one name for each.
+    # On another kind of device, a Vulkan module gives wrong numbers without an error: each kind has a target.
     "iree-vulkan": ("vulkan", "--iree-hal-target-device=vulkan", "--iree-vulkan-target=ada"),
     "iree-vulkan-rdna3": ("vulkan", "--iree-hal-target-device=vulkan", "--iree-vulkan-target=rdna3"),
     "iree-vulkan-valhall": ("vulkan", "--iree-hal-target-device=vulkan", "--iree-vulkan-target=valhall"),
@@ -77,16 +77,16 @@ def build(bundle: Path, folder: Path, target: str, more: list[str]) -> dict:
     """Compiles a bundle into `folder`.
 
     Args:
-        bundle: its folder.
-        folder: for what is made; must exist.
-        target: of `TARGETS`.
-        more: options of iree-compile.
+        bundle: the folder of the bundle.
+        folder: the folder to write to; must exist.
+        target: a key of `TARGETS`.
+        more: further options of iree-compile.
 
     Returns:
-        What the manifest is to say of it.
+        The target's entry for the manifest.
 
     Raises:
-        ValueError: if the bundle is not for IREE, or does not compile.
+        ValueError: if the bundle has another profile, or does not compile.
     """
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     if manifest["profile"] != PROFILE:
@@ -107,7 +107,7 @@ def build(bundle: Path, folder: Path, target: str, more: list[str]) -> dict:
 
 
 def _processor(options: list[str]) -> dict:
-    """What a processor must be, and have by the names of /proc/cpuinfo, to run code for a CPU."""
+    """The processor that the code needs: machine, LLVM's name, and instructions by the names of /proc/cpuinfo."""
     given = dict(option.split("=", 1) for option in options if "=" in option)
     triple, name = given.get(_TRIPLE[:-1], _HERE), given.get(_CPU_NAME[:-1], "")
     machine = triple.partition("-")[0]
@@ -116,7 +116,7 @@ def _processor(options: list[str]) -> dict:
 
 
 def _features() -> list[str]:
-    """Instructions that this machine has; none where the system does not list them."""
+    """Instructions of this machine; none if the system does not list them."""
     file = Path("/proc/cpuinfo")
     text = file.read_text(encoding="utf-8") if file.exists() else ""
     listed = re.search(r"^(flags|Features)\s*: (.*)$", text, re.MULTILINE)
@@ -125,10 +125,10 @@ def _features() -> list[str]:
 
 
 def merged(bundle: Path, manifest: dict) -> str:
-    """One module of all programs, as text in the dialects behind IREE's input stage.
+    """One module of all programs, as text in the dialects after IREE's input stage.
 
-    That stage turns StableHLO into linalg, uint8 into signless bytes, and leaves one function, `main`, with all others
-    inlined: nothing clashes. Its weights become globals instead of arguments, and `main` gets the program's name.
+    The input stage converts StableHLO to linalg and uint8 to signless bytes, and inlines all functions into `main`, so
+    that no names clash. Weights become globals instead of arguments, and `main` gets the program's name.
     """
     weights, types, functions = manifest["weights"], {}, []
     for name, program in manifest["programs"].items():
@@ -143,12 +143,12 @@ def merged(bundle: Path, manifest: dict) -> str:
             loads.append(f"    {argument} = util.global.load immutable @weight_{index} : {kind}\n")
         given, returned = [], {value["name"] for value in program["outputs"]}
         for (argument, kind, encoding), value in zip(arguments[count:], program["inputs"], strict=True):
-            # Not where the result goes: IREE 3.13 then writes it before all of the old value was read. What is consumed
-            # it updates in place by itself, where nothing is read later.
+            # Without the attribute for output storage, with which IREE 3.13 writes the result before it has read all of
+            # the old value. It updates consumed arguments in place by itself if nothing reads them later.
             encoding = re.sub(r"(, )?iree\.abi\.output = \d+ : index", "", encoding)
             attributes = [encoding] * bool(encoding) + ["iree.abi.consume"] * (value["name"] in returned)
             given.append(f"{argument}: {kind}" + f" {{{', '.join(attributes)}}}" * bool(attributes))
-        body = text[head.end() :].rstrip().removesuffix("}")  # of the module
+        body = text[head.end() :].rstrip().removesuffix("}")  # the module's brace
         functions.append(f"  util.func public @{name}({', '.join(given)}) -> {head[2]} {{\n{''.join(loads)}{body}")
     named = ((index, json.dumps(weights[index]["name"]), kind) for index, kind in sorted(types.items()))
     parameters = [
@@ -159,7 +159,7 @@ def merged(bundle: Path, manifest: dict) -> str:
 
 
 def _compile(arguments: list[str], text: str = "") -> str:
-    """Runs iree-compile, with `text` as its standard input; gives its standard output."""
+    """Runs iree-compile with `text` as its standard input; returns its standard output."""
     places = os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", "")))
     if (program := shutil.which("iree-compile", path=places)) is None:
         raise ValueError(f"no iree-compile beside {sys.executable} or on PATH: pip install iree-base-compiler")
@@ -171,7 +171,7 @@ def _compile(arguments: list[str], text: str = "") -> str:
 
 
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("folder", type=Path)

@@ -1,10 +1,10 @@
-"""A LiteRT (TensorFlow Lite) file of a bundle: one signature for each program, the packed weights once.
+"""Makes a LiteRT (TensorFlow Lite) file from a bundle: one signature for each program, the packed weights once.
 
     python export/targets/to_litert.py BUNDLE FOLDER litert
 
-The way leads over the SavedModel of the same bundle. The converter turns StableHLO into LiteRT's own operations, so any
-build of its interpreter runs the file, with no delegate. It has no shifts on bytes and would unpack weights that go
-through integers once and for all, into floats: hence the profile "float".
+The script first makes a SavedModel from the bundle. The converter turns its StableHLO into LiteRT's own operations, so
+any build of the interpreter runs the file, without a delegate. LiteRT has no shifts on bytes, and the converter would
+store weights that are unpacked through integers as floats; therefore the bundle needs the profile "float".
 """
 
 import json
@@ -16,7 +16,8 @@ sys.path.append(str(Path(__file__).parent))
 
 import to_savedmodel
 
-# Beyond it weights were unpacked: 4-bit codes are 4 times as large in a byte each, 8 times as floats.
+# Largest ratio of the file to the packed weights. Beyond it, weights were unpacked: 4-bit codes become 8 times as large
+# when they are stored as floats.
 _LARGEST_RATIO = 2
 _GRAPH_BYTES = 4 << 20
 
@@ -25,12 +26,12 @@ def convert(bundle: Path, file: Path) -> None:
     """Writes the file.
 
     Args:
-        bundle: where to read.
-        file: where to write.
+        bundle: the folder of the bundle.
+        file: the file to write.
 
     Raises:
         OSError: if a file cannot be read or written.
-        ValueError: if the folder is no bundle, or one of another profile; if the weights did not stay packed.
+        ValueError: if the folder is no bundle, the bundle has another profile, or the weights did not stay packed.
     """
     import tensorflow as tf
 
@@ -48,7 +49,7 @@ def convert(bundle: Path, file: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Converts, and prints what was made as one JSON object."""
+    """Converts a bundle, and prints the target's entry for the manifest as one JSON object."""
     if len(argv) != 4 or argv[3] != "litert":
         sys.exit(f"{' '.join(argv[1:])}: expected BUNDLE FOLDER litert")
     try:

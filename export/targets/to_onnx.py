@@ -4,14 +4,14 @@
 
 writes FOLDER/decode.onnx, prefill_16.onnx, … and, once, the weights of all of them: FOLDER/weights.bin. The bundle
 must have unrolled layers. A graph's inputs and outputs are those of the program, such as `token`, `length`, `key`,
-`value` and `logits`, but the state that it returns is called `key_out` and `value_out`. Programs without weights are
-left out. `in_place` in the manifest names the state for which a runtime may be given one memory for input and output.
+`value` and `logits`, except that the returned state is named `key_out` and `value_out`. Programs without weights are
+left out. `in_place` in the manifest lists the state for which a runtime may use the same memory for input and output.
 
-A product with a packed weight is a function of its own in the programs, named after its scheme. It becomes a
-`MatMulNBits` (domain com.microsoft), which ONNX Runtime and OpenVINO multiply with as it is packed: codes of up to 4
-bits as 4, those of more as two times 4, so that no value changes. Of scales in two levels the products are stored, in
-float32; offsets are multiplied with the sums of the activations of each group. Other schemes (nf4, outliers, groups of
-less than 16) are dequantized as the program says, at each step.
+In the programs, each product with a packed weight is a function of its own, named after the weight's scheme. It becomes
+a `MatMulNBits` (domain com.microsoft), which ONNX Runtime and OpenVINO multiply in packed form. Codes of up to 4 bits
+are stored in 4 bits, larger codes as two 4-bit digits, so that no value changes. For two levels of scales their product
+is stored, in float32. Offsets are multiplied with the sums of the activations of each group. Other weights (nf4,
+outliers, groups of less than 16) are dequantized by the program's own operations, at each step.
 
 Needs jax (for MLIR), onnx and NumPy; nothing of llamajax.
 """
@@ -36,16 +36,16 @@ OPSET = 21
 
 
 def translate(module, name, program, weights):
-    """A program as an ONNX model.
+    """Translates a program to an ONNX model.
 
     Args:
-        module: StableHLO.
-        name: of the program.
-        program: its description in the manifest.
-        weights: `Weights`.
+        module: the program in StableHLO.
+        name: the name of the program.
+        program: the program's entry in the manifest.
+        weights: the `Weights` that all graphs share.
 
     Returns:
-        The model; names of the state that may be written where it is.
+        The model, and the names of the state that may be updated in place.
     """
     graph = Graph(weights)
     for function in module.body.operations:
@@ -63,7 +63,7 @@ def translate(module, name, program, weights):
         for name, value in zip(names, values, strict=True)
     ]
     outputs = [value["name"] + "_out" * (value["name"] in inputs) for value in program["outputs"]]
-    # What is only written into by slices, all at the end, once everything else has been read: see `Graph.settle`.
+    # State into which only slices are written, all at the end, when everything else has been read: see `Graph.settle`.
     in_place = [
         value["name"]
         for value, result in zip(program["outputs"], results, strict=True)
@@ -79,12 +79,12 @@ def translate(module, name, program, weights):
 
 
 def convert(bundle, folder, target):
-    """Converts every program of a bundle that takes weights; what the manifest gets."""
+    """Converts every program of a bundle that takes weights; returns the target's entry for the manifest."""
     if target != "onnx":
         raise Error(f"target {target!r}: expected onnx")
     manifest = json.loads((bundle / "manifest.json").read_bytes())
     if manifest["profile"] != "unrolled":
-        raise Error(f"profile {manifest['profile']!r}: expected 'unrolled': export the bundle with it")
+        raise Error(f"profile {manifest['profile']!r}: expected 'unrolled': export it with --profile=unrolled")
     folder.mkdir(parents=True, exist_ok=True)
     files, state = [WEIGHTS_FILE], dict[str, bool]()
     with (folder / WEIGHTS_FILE).open("wb") as file, make_ir_context() as context:
@@ -109,7 +109,7 @@ def convert(bundle, folder, target):
 
 
 def main(arguments):
-    """The command line."""
+    """Runs the command line."""
     if len(arguments) != 3:
         sys.exit("usage: to_onnx.py BUNDLE FOLDER onnx")
     try:

@@ -1,9 +1,9 @@
-"""A TensorFlow SavedModel of a bundle: one signature for each program, the packed weights as its variables.
+"""Makes a TensorFlow SavedModel from a bundle: one signature per program, the packed weights as variables.
 
     python export/targets/to_savedmodel.py BUNDLE FOLDER savedmodel
 
-Each signature holds the bundle's StableHLO as it is, in TensorFlow's XlaCallModule operation: neither jax nor anything
-of llamajax is needed, and the shapes, names and dtypes are those of the manifest. XLA inside TensorFlow runs it.
+Each signature holds the bundle's StableHLO unchanged, in TensorFlow's XlaCallModule operation. Neither jax nor llamajax
+is needed. Shapes, names and dtypes are those of the manifest. TensorFlow's XLA runs the programs.
 """
 
 import json
@@ -11,21 +11,21 @@ import os
 import sys
 from pathlib import Path
 
-# Else TensorFlow says on stderr what it found, where errors of ours belong. Nothing is run here: oneDNN has no part.
+# Otherwise TensorFlow logs its findings to stderr, among this script's errors. oneDNN and GPUs are not needed here.
 os.environ.update(TF_CPP_MIN_LOG_LEVEL="3", TF_ENABLE_ONEDNN_OPTS="0", CUDA_VISIBLE_DEVICES="-1")
 
 import numpy as np
 
-# Of XlaCallModule: the newest, 10, adds only another partitioner, and older TensorFlow refuses it.
+# The version of XlaCallModule. The newest, 10, adds only another partitioner, and older TensorFlow refuses it.
 _CALL_VERSION = 9
 _DTYPES = {"F32": "float32", "F16": "float16", "U8": "uint8", "I32": "int32"}
 
 
 def read_manifest(bundle: Path) -> dict:
-    """The manifest of a bundle.
+    """Reads the manifest of a bundle.
 
     Raises:
-        ValueError: if it is none that this file knows, or its programs take weights laid out for one backend.
+        ValueError: if its format is not supported, or its programs take weights in the layout of a backend.
     """
     manifest = json.loads((bundle / "manifest.json").read_bytes())
     kind, version = manifest.get("format"), manifest.get("version")
@@ -37,7 +37,7 @@ def read_manifest(bundle: Path) -> dict:
 
 
 def read_weights(bundle: Path, manifest: dict) -> list[np.ndarray]:
-    """The programs' first arguments, in order, mapped into memory."""
+    """Reads the arrays that are the programs' first arguments, in order, mapped into memory."""
     file = bundle / "weights.safetensors"
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -60,11 +60,11 @@ def save(bundle: Path, folder: Path) -> list[str]:
     """Writes the SavedModel.
 
     Args:
-        bundle: where to read.
-        folder: where to write.
+        bundle: the folder of the bundle.
+        folder: the folder to write.
 
     Returns:
-        The names of its signatures: the bundle's programs.
+        The names of the signatures, which are those of the bundle's programs.
 
     Raises:
         OSError: if a file cannot be read or written.
@@ -75,7 +75,7 @@ def save(bundle: Path, folder: Path) -> list[str]:
 
     manifest = read_manifest(bundle)
     module = tf.Module()
-    # Weights in variables are stored once, whatever the number of signatures, and nothing unpacks them beforehand.
+    # Weights in variables are stored once for all signatures, and nothing unpacks them beforehand.
     module.weights = [tf.Variable(array, trainable=False) for array in read_weights(bundle, manifest)]
 
     def signature(program: dict) -> tf.types.experimental.ConcreteFunction:
@@ -87,7 +87,7 @@ def save(bundle: Path, folder: Path) -> list[str]:
                 [*arguments, *(inputs[value["name"]] for value in program["inputs"])],
                 version=_CALL_VERSION,
                 module=artifact,
-                # The programs have nothing in them that is of one platform; naming several would add an argument.
+                # The programs do not depend on the platform; naming several platforms would add an argument.
                 platforms=("CPU",),
                 disabled_checks=(xla.call_module_disable_check_platform(),),
                 Tout=[value["dtype"] for value in outputs],
@@ -104,7 +104,7 @@ def save(bundle: Path, folder: Path) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    """Converts, and prints what was made as one JSON object."""
+    """Converts a bundle, and prints the target's entry for the manifest as one JSON object."""
     if len(argv) != 4 or argv[3] != "savedmodel":
         sys.exit(f"{' '.join(argv[1:])}: expected BUNDLE FOLDER savedmodel")
     folder = Path(argv[2])

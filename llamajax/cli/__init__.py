@@ -1,9 +1,9 @@
-"""Commands: each module here defines its flags and turns them into one library call.
+"""The commands of `llamajax`: each module here defines its flags and turns them into one library call.
 
-A command is a module with `SUMMARY`, `EXAMPLES`, `define(values)` and `run(values)`; `POSITIONAL` names the flag that
-may be given by its value alone. `flag_groups.group` puts its flags under headings of `--help`. Flags
-belong to the command, in an `absl.flags.FlagValues` of its own: nothing is defined globally, and no command accepts
-another's. Entry points declare the commands of this package, of `export` and of other distributions: see `commands.py`.
+A command is a module with `SUMMARY`, `EXAMPLES`, `define(values)` and `run(values)`. The optional `POSITIONAL` names
+the flag that may be given by its value alone. `flag_groups.group` puts flags under headings of `--help`. The flags of
+each command are in an `absl.flags.FlagValues` of its own: no flag is global, and no command accepts another command's
+flags. Entry points declare the commands of this package, of `export` and of other distributions: see `commands.py`.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from llamajax.threads import thread_count, use_threads
 COMMANDS = find_commands()
 
 _HELP = ("-h", "-help", "--help")
-# How XLA, TensorStore, Python and C++ say that memory, or what the system allows of it, is used up.
+# Messages with which XLA, TensorStore, Python and C++ report that memory, or a limit on it, is used up.
 _OUT_OF_MEMORY = (
     *("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "Cannot allocate memory", "bad_alloc"),
     *("can't start new thread", "Resource temporarily unavailable", "failed to map segment"),
@@ -38,7 +38,7 @@ _OUT_OF_MEMORY = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 1 for bad input, 2 for a wrong command line, 130 for an interrupt."""
+    """Runs one command and returns its exit code: 0, 1 (bad input), 2 (wrong command line) or 130 (interrupt)."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: terminal.note(f"llamajax: {' '.join(str(message).split())}")
@@ -47,13 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         terminal.drop_output()
         return 0
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) or process.interrupted():  # which may have become any error on its way
+        if isinstance(error, KeyboardInterrupt) or process.interrupted():  # any error may follow from an interrupt
             reason, code = process.interrupted() or ("interrupted", 130)
             return _fail(reason, code)
         message = explained(error)
         if message is None:
             raise
-        if getattr(error, "filename", None) == terminal.OUTPUT:  # only then: who calls this function goes on printing
+        if getattr(error, "filename", None) == terminal.OUTPUT:  # in other cases the caller may go on printing
             terminal.drop_output()
         return _fail(message, 1)
 
@@ -111,10 +111,10 @@ def _unknown_command(name: str) -> str:
 
 
 def _load(command: Command) -> ModuleType:
-    """The module of a command.
+    """Imports and returns the module of a command.
 
     Raises:
-        LlamaJaxError: where two distributions declare the command, its module cannot be imported, or is no command.
+        LlamaJaxError: if two distributions declare the command, or its module cannot be imported or is no command.
     """
     name, module, owner = command.name, command.module, command.distribution
     if len(command.modules) > 1:
@@ -123,7 +123,7 @@ def _load(command: Command) -> ModuleType:
     try:
         loaded = importlib.import_module(module)
     except ImportError as error:
-        if explained(error):  # memory is used up: nothing is missing
+        if explained(error):  # memory is used up: no dependency is missing
             raise
         raise LlamaJaxError(
             f"command {name!r}: {module} of the distribution {owner} cannot be imported ({error}): install what it "
@@ -139,7 +139,7 @@ def _load(command: Command) -> ModuleType:
 
 
 def explained(error: BaseException) -> str | None:
-    """One line for what bad input, or a full machine, can cause, whatever library met it; None for a bug."""
+    """Returns one line about an error that bad input or a full machine causes, in any library; None for a bug."""
     if isinstance(error, LlamaJaxError):
         return str(error)
     if problem := disk_problem(error):
@@ -156,30 +156,31 @@ def explained(error: BaseException) -> str | None:
 def keep_compiled_programs() -> None:
     """Lets JAX keep what it compiles in the user's cache folder, so that a second start does not compile again.
 
-    JAX's own settings win: JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false turns it
-    off. A folder is for one kind of processor and number of threads: JAX does not tell apart programs for different
-    instruction sets, nor those cut up for more or fewer threads. It is used only if nobody else can write to it, and
-    the oldest files of it go where they become too many.
+    JAX's own settings take precedence: JAX_COMPILATION_CACHE_DIR names another folder,
+    JAX_ENABLE_COMPILATION_CACHE=false turns the cache off. Each folder serves one kind of processor and one number of
+    threads, because JAX's cache keys do not distinguish programs by instruction set or by number of threads. The
+    folder is used only if nobody else can write to it. When it holds too many files, the oldest are deleted.
     """
     if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     made_for = f"{processor_features()} {thread_count()}"
     folder = user_caches() / f"xla-{hashlib.sha256(made_for.encode()).hexdigest()[:12]}"
-    if not is_private(folder):  # Everything works without.
+    if not is_private(folder):  # Commands work without the cache.
         return
     drop_oldest(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    # The smallest too, as of an empty cache or a key: together they take a tenth of a second to compile, less to load.
+    # Keep small programs too, such as those for an empty KV cache or a PRNG key: together they take 0.1 s to compile
+    # and less to load.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def user_caches() -> Path:
-    """The folder for what can be made or fetched again, of the user: by XDG_CACHE_HOME, else in ~/.cache."""
+    """The user's folder for files that can be made or fetched again: in XDG_CACHE_HOME, or else in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "llamajax"
 
 
 def user_state() -> Path:
-    """The folder for what a command remembers for its next run, of the user: by XDG_STATE_HOME, else ~/.local/state."""
+    """The user's folder for what commands keep between runs: in XDG_STATE_HOME, or else in ~/.local/state."""
     return Path(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")) / "llamajax"
 
 
@@ -190,7 +191,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _summary(command: Command) -> str:
-    """One line; of a command that cannot be used, why: the others can."""
+    """The command's summary, one line; if the command cannot be loaded, the reason: the others still work."""
     try:
         return _load(command).SUMMARY
     except LlamaJaxError as error:

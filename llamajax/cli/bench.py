@@ -1,4 +1,4 @@
-"""`llamajax bench`: how fast a model runs here, and how near that is to what the machine can do."""
+"""`llamajax bench`: measures how fast a model runs on this machine, and compares that with the machine's limits."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -94,8 +94,8 @@ def define(values: flags.FlagValues) -> None:
         flags.DEFINE_boolean(
             "prepare",
             True,
-            "Lays quantized weights out for this backend first, as generate does. --noprepare multiplies the stored "
-            "form.",
+            "Converts quantized weights to this backend's layout first, as generate does. --noprepare multiplies them "
+            "in the stored layout.",
             flag_values=values,
         )
     define_threads(values)
@@ -131,7 +131,7 @@ def _define_measurements(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> None:
-    """Measures, prints a table, or JSON; draws."""
+    """Measures, prints a table or JSON, and draws a picture if asked."""
     lengths, contexts, batches = (_numbers(values, name) for name in ("prefill", "context", "batch"))
     _check(values, lengths, contexts, batches)
     model, name, weights = _model(values)
@@ -183,7 +183,7 @@ def run(values: flags.FlagValues) -> None:
 
 
 def _numbers(values: flags.FlagValues, name: str) -> list[int]:
-    """A list of whole numbers from the command line."""
+    """The value of a list flag as whole numbers."""
     given = getattr(values, name)
     numbers = [int(text) for text in given if text.isdecimal()]
     if len(numbers) < len(given) or 0 in numbers:
@@ -192,13 +192,13 @@ def _numbers(values: flags.FlagValues, name: str) -> list[int]:
 
 
 def _check(values: flags.FlagValues, lengths: list[int], contexts: list[int], batches: list[int]) -> None:
-    """Refuses what needs no model to be refused."""
+    """Checks the flags, as far as that needs no model."""
     if values.model and values.shape:
         raise LlamaJaxError("--model and --shape are both given: expected one of them")
     if values.recipe and not values.shape:
         raise LlamaJaxError(
-            "--recipe is given without --shape: it chooses the type of random weights; llamajax quantize quantizes a "
-            "model"
+            "--recipe is given without --shape: it chooses the type of random weights: add --shape, or quantize a "
+            "model with llamajax quantize"
         )
     if values.recipe in FLOATS and values.dtype != "auto":
         raise LlamaJaxError(
@@ -213,7 +213,7 @@ def _check(values: flags.FlagValues, lengths: list[int], contexts: list[int], ba
 
 
 def _model(values: flags.FlagValues) -> tuple[Llama, str, str]:
-    """The model, its name, and what its weights are."""
+    """The model, its name, and a description of its weights."""
     if values.shape:
         recipe, config = values.recipe or _RECIPE, preset(values.shape)
         with spinner("making random weights"):
@@ -234,7 +234,7 @@ def _work(
     batches: list[int],
     cache_dtype: Any,
 ) -> Iterator[Callable[[], Measurement]]:
-    """What there is to measure, in the order of the table."""
+    """The measurements to make, in the order of the table."""
     both = {"cache_dtype": cache_dtype, "repeats": values.repeats}
     for length in lengths:
         yield functools.partial(measure_prefill, model, length, **both)
@@ -263,7 +263,7 @@ def _figure(each: Measurement, bandwidth: float, flops: float) -> dict[str, Any]
 
 
 def _print(result: dict[str, Any]) -> None:
-    """A row a figure; below, what the machine can do."""
+    """Prints one table row per measurement, then the limits of the machine."""
     weights = f"{result['weights']}{'' if result['prepared'] else ', not prepared'}"
     title = f"{result['model']}, {weights}: {result['parameters']:,} weights, {readable_bytes(result['bytes'])}; "
     title += f"cache {result['cache_dtype']}; {result['backend']}"

@@ -1,4 +1,4 @@
-"""`llamajax chat`: a conversation, typed at a terminal, or a line of input at a time."""
+"""`llamajax chat`: a conversation at a terminal, or an answer to each line of standard input."""
 
 import dataclasses
 import sys
@@ -30,7 +30,7 @@ EXAMPLES = (
     "llamajax chat --model=path/to/model.gguf --system='Answer in one sentence.'",
 )
 
-# The name of the model that is fetched.
+# The value of --model for the model that is fetched.
 SMOLLM2 = "smollm2"
 _LONGEST_LINE = 1 << 20
 
@@ -52,8 +52,8 @@ def define(values: flags.FlagValues) -> None:
         flags.DEFINE_integer(
             "max_new_tokens",
             None,
-            "Generates at most `N` tokens for an answer. Without this flag the limit is 512, eight times as many for a "
-            "model that thinks, and at most a quarter of the context.",
+            "Generates at most `N` tokens for an answer. Without this flag the limit is 512 tokens, or 4096 for a "
+            "model that thinks, but at most a quarter of the context.",
             lower_bound=1,
             flag_values=values,
         )
@@ -92,10 +92,10 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> None:
-    """A conversation with a person at a terminal; of a pipe, lines of standard input and answers on standard output.
+    """Runs a conversation at a terminal; in a pipe, answers each line of standard input on standard output.
 
     Raises:
-        LlamaJaxError: for a model that carries no chat template, or a line that is not UTF-8 or does not fit.
+        LlamaJaxError: for a model that has no chat template, or a line that is not UTF-8 or too long.
     """
     check_sampling(values)
     if sys.stdin is None or sys.stdin.closed:
@@ -103,7 +103,7 @@ def run(values: flags.FlagValues) -> None:
     name = str(smollm2.fetch(_say_fetching)) if values.model == SMOLLM2 else values.model
     conversation = Conversation(values, name)
     if is_terminal(sys.stdin) and is_terminal(sys.stdout) and not values.json:
-        # Imported here: a pipe needs none of the libraries that edit lines and draw.
+        # Imported here, because a pipe needs none of the libraries for line editing and drawing.
         from llamajax.cli.chat_terminal import Session
 
         Session(conversation, values.markdown, user_state() / "chat_history" if values.history else None).run()
@@ -125,7 +125,7 @@ def _say_fetching() -> None:
 
 
 def _write(answer: Answer) -> None:
-    """Writes what is said, not what is thought, as it comes: exactly, but for what would steer a terminal."""
+    """Streams an answer's content, not its thinking; on a terminal with control characters escaped."""
     shown = harmless if is_terminal(sys.stdout) else str
     for piece in answer:
         if piece.kind == CONTENT:
@@ -134,7 +134,7 @@ def _write(answer: Answer) -> None:
 
 
 def _described(answer: Answer) -> dict[str, Any]:
-    """An answer for machines, when it has ended."""
+    """Waits for the end of an answer and returns it as a JSON object."""
     for _ in answer:
         pass
     message, completion, speed = answer.message, answer.completion, answer.speed
@@ -154,7 +154,7 @@ def _described(answer: Answer) -> dict[str, Any]:
 
 
 def _lines() -> Iterator[str]:
-    """Lines of standard input that hold something."""
+    """Yields the lines of standard input that are not blank."""
     if is_terminal(sys.stdin):
         say("type a message and press Enter; Ctrl-D ends")
     number = 0

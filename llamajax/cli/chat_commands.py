@@ -1,4 +1,4 @@
-"""What a person may ask of a conversation, besides an answer: `/help` and the other commands, in one table."""
+"""The commands of a conversation at a terminal, such as `/help`, in one table."""
 
 import dataclasses
 import difflib
@@ -31,10 +31,10 @@ class Command:
     """One command.
 
     Attributes:
-        argument: what stands behind its name, as /help shows it; in brackets what may be left out.
-        summary: what it does.
-        run: does it, with a session and the argument.
-        choices: what the argument may be, where that is little; None for anything.
+        argument: the command's argument as /help shows it; in brackets if it is optional.
+        summary: what the command does, for /help.
+        run: runs the command, given the session and the argument.
+        choices: the values that the argument may have; None for any value.
     """
 
     argument: str
@@ -44,10 +44,10 @@ class Command:
 
 
 def run_command(session: "Session", line: str) -> None:
-    """Does what a line that begins with a slash asks.
+    """Runs the command in a line that begins with a slash.
 
     Raises:
-        LlamaJaxError: for an unknown command, or an argument that it does not take.
+        LlamaJaxError: for an unknown command, or an argument that the command does not take.
         OSError: for a file that cannot be read or written.
     """
     name, *rest = line.split(maxsplit=1)
@@ -118,7 +118,7 @@ def _most(session: "Session", argument: str) -> None:
 
 
 def _knob(knob: str, kind: type) -> Callable[["Session", str], None]:
-    """The command that shows and sets one of the knobs of sampling."""
+    """Returns the function of the command that shows or sets one sampling parameter."""
 
     def run(session: "Session", argument: str) -> None:
         if argument:
@@ -164,7 +164,7 @@ COMMANDS: dict[str, Command] = {
     "/load": Command("FILE", "continues a saved conversation", _load),
     "/exit": Command("", "ends the program, as Ctrl-D does", lambda session, _: session.end()),
 }
-# As other programs name them.
+# Names that other programs use for these commands.
 _OTHER_NAMES = {
     "/quit": "/exit",
     "/bye": "/exit",

@@ -1,7 +1,7 @@
-"""What a person types into a conversation: lines that can be edited and called back, of which several make a message.
+"""Reads a user's messages at a terminal, with line editing and history; a message may have several lines.
 
-Behind a line that ends in a backslash, or in a message that opens with three quotes and has not closed them, Enter
-begins another line. Alt-Enter does anywhere, and a paste may hold any number.
+Enter begins a new line after a backslash, and in a message that begins with three quotes until three quotes end it.
+Alt-Enter always begins a new line. Pasted text may hold any number of lines.
 """
 
 import contextlib
@@ -27,20 +27,20 @@ from llamajax.files import new_file, parse_json, read_bytes
 
 PROMPT = "> "
 QUOTES = '"""'
-# Of the history: what is longer is seldom typed again, and the oldest go.
+# Limits of the history: longer messages are seldom typed again, and the oldest messages are dropped.
 _LONGEST_REMEMBERED = 10_000
 _MOST_REMEMBERED = 1000
 
 
 class Typed:
-    """What a person types at a terminal, a message at a time."""
+    """Reads messages from a terminal, one at a time."""
 
     def __init__(self, completer: Completer, history: Path | None):
-        """Nothing read yet.
+        """Sets up line editing; reads nothing yet.
 
         Args:
-            completer: of what the Tab key completes.
-            history: the file of what was typed in other conversations; None to begin with nothing and keep nothing.
+            completer: completions for the Tab key.
+            history: file of messages from earlier conversations; None to begin without history and keep none.
         """
         self._session: PromptSession[str] = PromptSession(
             PROMPT,
@@ -55,7 +55,7 @@ class Typed:
         )
 
     def read(self) -> str:
-        """The next message as it was typed.
+        """Reads the next message, exactly as typed.
 
         Raises:
             EOFError: at the end of input, which is Ctrl-D on an empty line.
@@ -65,7 +65,7 @@ class Typed:
             return self._session.prompt()
 
     def _leave(self) -> None:
-        """Ends `read`, which may have begun or ended only just now."""
+        """Ends `read`, which may be just starting or just ending."""
         loop = self._session.app.loop
         if loop is None:
             raise KeyboardInterrupt
@@ -77,10 +77,10 @@ class Typed:
 
 
 class PlainlyTyped:
-    """The same on a terminal that cannot move its cursor: lines as the system's own line editing gives them."""
+    """`Typed` for a terminal that cannot move its cursor: uses the system's own line editing."""
 
     def read(self) -> str:
-        """As `Typed.read`; Ctrl-C drops the line without an exception.
+        """Reads a message, as `Typed.read` does; Ctrl-C drops the line without an exception.
 
         Raises:
             EOFError: at the end of input.
@@ -101,12 +101,12 @@ class PlainlyTyped:
 
 
 def _goes_on(text: str) -> bool:
-    """Whether another line belongs to what was typed so far."""
+    """Whether the message that was typed so far goes on with another line."""
     return text.endswith("\\") or (text.lstrip().startswith(QUOTES) and text.count(QUOTES) == 1)
 
 
 def message_of(typed: str) -> str:
-    """The message that was typed, without quotes around it.
+    """Returns the message that was typed, without the three quotes around it.
 
     Raises:
         LlamaJaxError: for bytes that are not UTF-8.
@@ -122,7 +122,7 @@ def message_of(typed: str) -> str:
 
 
 def _output() -> Output | None:
-    """Standard output, which is not asked where its cursor is: the reply would come among the keys."""
+    """Standard output without cursor position requests: the terminal's replies would mix with typed keys."""
     if os.name != "posix":
         return None
     from prompt_toolkit.output.vt100 import Vt100_Output
@@ -154,18 +154,18 @@ def _keys() -> KeyBindings:
 
 
 class FileOfLines(History):
-    """What was typed, in a file that only its user can read: JSON texts, a line each, the oldest first.
+    """A history in a file that only its user can read: one JSON string per line, the oldest first.
 
-    A file that cannot be read or written is no reason to stop a conversation: then nothing is remembered.
+    If the file cannot be read or written, the conversation goes on without history.
     """
 
     def __init__(self, path: Path):
-        """Nothing read yet."""
+        """Stores the path; reads nothing yet."""
         super().__init__()
         self._path = path
 
     def load_history_strings(self) -> Iterable[str]:
-        """What the file holds, the newest first."""
+        """Returns the messages in the file, the newest first; shortens a file that has grown too long."""
         found = []
         with contextlib.suppress(OSError, LlamaJaxError):
             lines = read_bytes(self._path).splitlines()
@@ -178,7 +178,7 @@ class FileOfLines(History):
         return reversed(found)
 
     def store_string(self, string: str) -> None:
-        """Adds a message."""
+        """Appends a message to the file."""
         if len(string) <= _LONGEST_REMEMBERED:
             with contextlib.suppress(OSError):
                 self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -192,14 +192,14 @@ class FileOfLines(History):
 
 
 class Words(Completer):
-    """Completes names at the beginning of a message, and what may stand behind each."""
+    """Completes the command name at the beginning of a message, and the command's argument."""
 
     def __init__(self, completers: dict[str, Completer | None]):
-        """Names, each with the completer of what stands behind it."""
+        """Takes command names, each with the completer of its argument."""
         self._completers = completers
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
-        """As prompt_toolkit asks."""
+        """Yields completions, as prompt_toolkit requires."""
         name, space, rest = document.text_before_cursor.partition(" ")
         if not space:
             names = (each for each in self._completers if name and each.startswith(name))

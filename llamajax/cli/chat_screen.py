@@ -1,8 +1,8 @@
-"""What a conversation looks like at a terminal: Markdown as it streams, thinking dim, quiet lines about it.
+"""Shows an answer at a terminal while it streams: content as Markdown, thinking dim.
 
-A block of Markdown (a paragraph, a list, code, a table) that is finished is printed for good, and scrolls as any text
-does. The one that still grows is drawn anew in place, up to ten times a second, at most a screen of it. Nothing that
-the model writes steers the terminal: control characters are escaped before anything else looks at the text.
+A finished block of Markdown (a paragraph, a list, code, a table) is printed once and scrolls like any text. The block
+that is still growing is redrawn in place, up to ten times a second, and at most its last screenful is shown. The
+model's text cannot control the terminal: control characters are escaped first.
 """
 
 import io
@@ -19,38 +19,39 @@ from rich.text import Text
 from llamajax.cli.terminal import harmless, write
 
 _REFRESH_SECONDS = 0.1
-# Drawing takes at most this part of the time, in which the model has one thread less; but nobody waits for a second.
+# Drawing takes at most this share of the time, because it takes a thread from the model. The wait between two drawings
+# is nevertheless at most _LONGEST_WAIT seconds.
 _DRAWING_SHARE = 0.1
 _LONGEST_WAIT = 1.0
 _NARROWEST = 20
 
 
 class Screen:
-    """Standard output, a terminal, while an answer is written; one object an answer.
+    """Writes one answer to standard output, which is a terminal.
 
     Attributes:
-        console: of standard output.
+        console: the rich console of standard output.
     """
 
     def __init__(self, markdown: bool = True):
-        """Nothing written yet.
+        """Sets up the console; writes nothing yet.
 
         Args:
-            markdown: whether to read the text as Markdown, if the terminal can draw over what it shows.
+            markdown: whether to show the text as Markdown, if the terminal can redraw text in place.
         """
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(encoding="utf-8")  # lines of tables are characters that ASCII does not have
+            sys.stdout.reconfigure(encoding="utf-8")  # table borders are not ASCII
         self.console = Console(markup=False, emoji=False, highlight=False)
         moves = not self.console.is_dumb_terminal and not self.console.legacy_windows
         self._markdown = markdown and moves and self.console.is_terminal
-        self._text = ""  # of the content, what is not printed for good
+        self._text = ""  # the part of the content that is not yet printed for good
         self._kind: str | None = None
         self._tail = _Tail(self.console)
         self._next = 0.0
         self._ends_line = True
 
     def show(self, kind: str, text: str) -> None:
-        """Adds a piece of the answer: of its "content", or of its "thinking"."""
+        """Adds a piece of the answer's "content" or "thinking"."""
         text = harmless(text)
         if kind != self._kind and self._kind is not None:
             self._finish_part()
@@ -64,7 +65,7 @@ class Screen:
             self._write_plain(text, "dim" if kind == "thinking" else "")
 
     def finish(self) -> None:
-        """Prints what is left, and ends the line."""
+        """Prints the remaining text and ends the line."""
         if self._kind is not None:
             self._finish_part()
 
@@ -77,12 +78,12 @@ class Screen:
         self._ends_line = True
 
     def _write_plain(self, text: str, style: str) -> None:
-        with self.console.capture() as capture:  # soft_wrap: the terminal breaks lines, where it knows the column
+        with self.console.capture() as capture:  # soft_wrap: the terminal itself breaks lines
             self.console.print(Text(text, style=style), end="", soft_wrap=True)
         write(capture.get(), end="")
 
     def _draw(self) -> None:
-        """Prints blocks that are finished, and draws the other where it is time to."""
+        """Prints finished blocks and redraws the growing block, unless the last drawing is too recent."""
         if time.monotonic() < self._next:
             return
         begun = time.thread_time()
@@ -94,12 +95,12 @@ class Screen:
         self._next = time.monotonic() + min(max(_REFRESH_SECONDS, wanted), _LONGEST_WAIT)
 
     def _print(self, text: str) -> None:
-        """Prints blocks for good, in the place of the tail."""
+        """Prints blocks for good, replacing the tail."""
         self._tail.end(self._rendered(text))
 
     def _rendered(self, text: str) -> list[str]:
-        """Lines, with the codes of their styles."""
-        # The last column stays free: terminals disagree on what is behind it, and on the width of some characters.
+        """The text rendered as lines, with escape codes for styles."""
+        # The last column stays free: terminals differ in how they wrap there, and in the width of some characters.
         width = max(self.console.width - 1, _NARROWEST)
         with self.console.capture() as capture:
             self.console.print(_Markdown(text), width=width)
@@ -107,20 +108,20 @@ class Screen:
 
 
 class _Tail:
-    """The last lines on the screen, which can be drawn anew. The cursor stands behind the last of them."""
+    """The last lines on the screen, which can be redrawn. The cursor is at the end of the last line."""
 
     def __init__(self, console: Console):
         self._console = console
         self._lines: list[str] = []
         self._width = 0
-        self._blocks = 0  # printed for good
+        self._blocks = 0  # number of blocks printed for good
 
     def draw(self, lines: list[str]) -> None:
-        """Draws lines in the place of those before; of many the last, as many as the screen has room for."""
+        """Replaces the lines drawn before; if the screen is too small for all lines, draws the last ones."""
         self._replace(self._spaced(lines)[-max(self._console.height - 1, 1) :])
 
     def end(self, lines: list[str]) -> None:
-        """Draws all lines, which stay; the cursor goes to the next line."""
+        """Draws all lines for good and moves the cursor to the next line."""
         if not lines:
             return
         self._replace(self._spaced(lines))
@@ -131,9 +132,9 @@ class _Tail:
         return ["", *lines] if lines and self._blocks else lines
 
     def _replace(self, lines: list[str]) -> None:
-        """Writes from the first line that differs, at once, so that nothing flickers."""
+        """Rewrites the lines from the first that differs, in one write, so that nothing flickers."""
         before, width = self._lines, self._console.width
-        if before and width != self._width:  # the terminal broke its lines anew: where they stand, nobody knows
+        if before and width != self._width:  # the terminal rewrapped its lines: their position is unknown
             write("")
             before = []
         self._lines, self._width = lines, width
@@ -150,12 +151,12 @@ class _Tail:
 
 # ---- Markdown --------------------------------------------------------------------------------------------------------
 
-# What rich would leave out is text here: HTML, definitions of links, images.
+# HTML, link definitions and images are shown as text; rich would leave them out.
 _PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable(["reference", "image"])
 
 
 def finished(text: str) -> int:
-    """How many of a growing text's first characters are Markdown blocks to which no more text can belong."""
+    """Number of leading characters of a growing text that form finished Markdown blocks."""
     complete = text[: text.rfind("\n") + 1]
     begins = [
         token.map[0] for token in _PARSER.parse(complete) if token.level == 0 and token.map and token.nesting >= 0
@@ -166,7 +167,7 @@ def finished(text: str) -> int:
 
 
 class _LeftHeading(Heading):
-    """A heading at the left, as in a text; rich centers the first level."""
+    """A left-aligned heading; rich centers the first level."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         self.text.justify = "left"
@@ -174,7 +175,7 @@ class _LeftHeading(Heading):
 
 
 class _Code(CodeBlock):
-    """Code between dim fences, not indented and not filled up: a terminal is for copying from, too."""
+    """Code between dim fences, neither indented nor padded, so that it can be copied from the terminal."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         code = str(self.text).rstrip("\n")
@@ -186,7 +187,7 @@ class _Code(CodeBlock):
 
 
 class _Markdown(Markdown):
-    """Markdown of a model: lines end where it ended them, and links show where they lead."""
+    """Markdown that a model wrote: its line breaks are kept, and links show their targets."""
 
     elements = {**Markdown.elements, "heading_open": _LeftHeading, "fence": _Code, "code_block": _Code}
 
@@ -199,6 +200,6 @@ class _Markdown(Markdown):
 
 
 def _keep_line(token: Token) -> None:
-    """The end of a line within a paragraph is one."""
+    """Turns a line break within a paragraph into a hard break."""
     if token.type == "softbreak":
         token.type = "hardbreak"

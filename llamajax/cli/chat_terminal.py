@@ -1,4 +1,4 @@
-"""A conversation at a terminal: what is typed is answered, or is a command; Ctrl-C stops an answer, not the program."""
+"""A conversation at a terminal: each input is a message or a command; Ctrl-C stops an answer, not the program."""
 
 import itertools
 from collections.abc import Iterator
@@ -20,19 +20,19 @@ from llamajax.errors import LlamaJaxError
 
 
 class Session:
-    """One conversation, until the person who types ends it.
+    """One conversation, until the user ends it.
 
     Attributes:
-        chat: the messages so far and how they are answered.
+        chat: the messages so far, and the settings for answers.
     """
 
     def __init__(self, conversation: Conversation, markdown: bool, history: Path | None):
-        """Nothing typed yet.
+        """Sets up the session; reads nothing yet.
 
         Args:
-            conversation: with what was said before, if anything.
-            markdown: whether answers are read as Markdown.
-            history: the file of what is typed, or None for none.
+            conversation: the conversation, with earlier messages if it was loaded.
+            markdown: whether answers are shown as Markdown.
+            history: file for the history of typed messages, or None to keep none.
         """
         self.chat: Chat = conversation.chat
         self.chat.on_note = _say
@@ -42,7 +42,7 @@ class Session:
         self._stopping = self._ended = False
 
     def run(self) -> None:
-        """Answers until the end of input."""
+        """Answers messages until the end of input."""
         self._conversation.read_weights()
         self.say(f"{self._conversation.described()}. /help lists the commands, Ctrl-D ends.")
         with process.interrupt_calls(self._stop):
@@ -50,11 +50,11 @@ class Session:
                 self._turn()
 
     def say(self, text: str) -> None:
-        """Tells the person who types what a command did."""
+        """Tells the user what a command did."""
         tell(text, "dim")
 
     def end(self) -> None:
-        """Ends the conversation behind this turn."""
+        """Ends the conversation after this turn."""
         self._ended = True
 
     def reset(self) -> None:
@@ -62,7 +62,7 @@ class Session:
         self.chat.reset()
 
     def load(self, path: Path) -> None:
-        """Goes on with the conversation of a file."""
+        """Continues the conversation in a file."""
         messages = load_conversation(path)
         self.reset()
         self.chat.messages = messages
@@ -107,7 +107,7 @@ class Session:
             _say(str(explained(error)))
 
     def _take(self, typed: str) -> None:
-        """Answers what was typed, or does it."""
+        """Answers the message that was typed, or runs the command."""
         text = message_of(typed)
         if typed.startswith("/") and not typed.startswith("//"):
             run_command(self, text)
@@ -115,14 +115,14 @@ class Session:
             self._show(self._conversation.stream(text[1:] if typed.startswith("//") else text))
 
     def _show(self, answer: Answer) -> None:
-        """Writes an answer as it comes, and what it took."""
+        """Streams an answer to the screen, then says how many tokens it took and how fast."""
         screen = Screen(self._markdown)
         self._answer = answer
         if self._stopping:
             answer.stop()
         try:
             with keys_unseen():
-                with spinner("answering"):  # a long text is read first, or several samples are made
+                with spinner("answering"):  # the first piece can take long: a long prompt, several samples
                     first = list(itertools.islice(answer, 1))
                 for piece in itertools.chain(first, answer):
                     screen.show(piece.kind, piece.text)
@@ -132,19 +132,19 @@ class Session:
         self.say(self._conversation.took(answer))
 
     def _stop(self) -> None:
-        """What Ctrl-C does, at any time but at the prompt."""
+        """Stops the answer: what Ctrl-C does, except at the prompt."""
         self._stopping = True
         if self._answer is not None:
             self._answer.stop()
 
 
 def _say(text: str) -> None:
-    """What a person should know, under our name."""
+    """Tells the user something, after the program's name."""
     tell(f"llamajax: {text}")
 
 
 def _completers() -> Iterator[tuple[str, Completer | None]]:
-    """What stands behind each command."""
+    """Yields each command with the completer of its argument."""
     for name, command in COMMANDS.items():
         if command.argument == "FILE":
             yield name, PathCompleter(expanduser=True)

@@ -1,4 +1,4 @@
-"""A command's arguments: parsed into its flags, or refused in one line that names the nearest spelling."""
+"""Parses a command's arguments into its flags, or refuses them in one line that names the nearest spelling."""
 
 import difflib
 import re
@@ -21,18 +21,18 @@ def parse(argv: Sequence[str], command: ModuleType, values: flags.FlagValues) ->
     """Sets the flags of a command.
 
     Args:
-        argv: the command's name, and its arguments.
-        command: its module.
-        values: the flags that it defined.
+        argv: the command's name and its arguments.
+        command: the command's module.
+        values: the flags that the command defined.
 
     Raises:
-        WrongCommandLineError: for an unknown flag, a value that a flag does not take, or an argument too many.
+        WrongCommandLineError: for an unknown flag, a value that a flag does not take, or a surplus argument.
     """
     try:
         surplus = values(argv)[1:]
     except flags.UnrecognizedFlagError as error:
         raise WrongCommandLineError(_unknown_flag(error.flagname, values)) from None
-    except (flags.Error, ValueError) as error:  # absl's own ValueError: --noecho=3
+    except (flags.Error, ValueError) as error:  # absl raises ValueError for --noecho=3
         raise WrongCommandLineError(_wrong_value(str(error), values)) from None
     positional = getattr(command, "POSITIONAL", None)
     if surplus and positional and values[positional].value is None and not values.help:
@@ -42,7 +42,7 @@ def parse(argv: Sequence[str], command: ModuleType, values: flags.FlagValues) ->
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
-    """The candidate that is spelt most like a word, or the only one that begins with it; None where none is near."""
+    """The only candidate that begins with a word, or else the one spelt most like it; None if none is similar."""
     there = list(candidates)
     begun = [candidate for candidate in there if candidate.startswith(word)]
     if len(begun) == 1:
@@ -51,7 +51,7 @@ def nearest(word: str, candidates: Iterable[str]) -> str | None:
 
 
 def in_words(values: Sequence[str]) -> str:
-    """Values as a sentence names them: a, b or c."""
+    """Joins values as in a sentence: a, b or c."""
     return values[0] if len(values) == 1 else f"{', '.join(values[:-1])} or {values[-1]}"
 
 
@@ -63,7 +63,7 @@ def _unknown_flag(name: str, values: flags.FlagValues) -> str:
 
 
 def _wrong_value(message: str, values: flags.FlagValues) -> str:
-    """What absl says of a value, with what the flag expects instead."""
+    """Converts absl's message about a wrong value to one that says what the flag expects."""
     if found := _MISSING.fullmatch(message):
         return f"--{found[1]}: no value is given: expected --{found[1]}=VALUE"
     if not (found := _ILLEGAL.fullmatch(message)):

@@ -1,12 +1,12 @@
-"""Which commands there are: entry points of the group `llamajax.commands`, by name, not imported before they are used.
+"""Finds the commands: entry points of the group `llamajax.commands`, which are imported only when they are used.
 
     [project.entry-points."llamajax.commands"]
     translate = "their_package.cli.translate"
 
-in the pyproject.toml of any installed distribution makes `llamajax translate` a command; what a command's module holds
-is described in `llamajax.cli`. In a checkout of this project its own pyproject.toml says which commands are its own,
-whatever was installed, from where and when: so they work with the checkout on PYTHONPATH alone. A package without both,
-a checkout's file and installed metadata, has none.
+These lines in the pyproject.toml of any installed distribution make `llamajax translate` a command. `llamajax.cli`
+describes what a command's module holds. In a checkout of this project, the checkout's pyproject.toml declares this
+project's commands, and installed metadata of the project is ignored: so the commands work with only the checkout on
+PYTHONPATH. Without the checkout's file and without installed metadata there are no commands.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from llamajax.files import read_toml
 
 GROUP = "llamajax.commands"
 _OURS = "llamajax"  # our distribution's name
-# In the overview these stand first, in the order in which a user meets them; others behind them, by name.
+# The overview lists these first, in the order in which a user needs them, then all others by name.
 _ORDER = (
     *("generate", "chat", "inspect", "tokenize", "convert", "quantize", "eval", "bench", "plan", "train"),
     *("export", "verify", "run"),
@@ -28,11 +28,11 @@ _ORDER = (
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What one or more distributions declare under a name.
+    """A command that one or more distributions declare.
 
     Attributes:
-        name: as it is typed.
-        modules: the module of each distribution that declares it, by the distribution's name; more than one is an error
+        name: the word that the user types.
+        modules: the module of the command by the name of the distribution that declares it. More than one is an error
             when the command is used.
     """
 
@@ -46,7 +46,7 @@ class Command:
 
     @property
     def distribution(self) -> str:
-        """The first that declares it: where to look for what is wrong with it."""
+        """The first distribution that declares the command, for error messages."""
         return next(iter(self.modules))
 
 
@@ -54,7 +54,7 @@ def find_commands(checkout: Path = Path(__file__).parents[2]) -> dict[str, Comma
     """All commands by name, in the overview's order.
 
     Args:
-        checkout: the folder whose pyproject.toml, if it is this project's, says what our own commands are.
+        checkout: the folder whose pyproject.toml, if it is this project's, declares this project's commands.
     """
     ours = _of_checkout(checkout)
     declared = [] if ours is None else [(name, _OURS, module) for name, module in ours.items()]
@@ -73,19 +73,19 @@ def _position(entry: tuple[str, str, str]) -> tuple[int, str, bool, str]:
 
 
 def _of_checkout(checkout: Path) -> dict[str, str] | None:
-    """Name and module of each command in this project's pyproject.toml; None where it is not beside the package."""
+    """Name and module of each command in this project's pyproject.toml; None if `checkout` does not hold that file."""
     try:
         project = read_toml(checkout / "pyproject.toml").get("project", {})
-    except (OSError, LlamaJaxError):  # none, or not ours: a distribution may have left one beside installed packages
+    except (OSError, LlamaJaxError):  # missing, or not ours: another distribution may have left one beside the packages
         return None
     return project.get("entry-points", {}).get(GROUP) if project.get("name") == _OURS else None
 
 
 def _installed() -> Iterator[tuple[str, str, str]]:
-    """Name, distribution and module of each entry point of the group; of two copies the one found first counts."""
+    """Name, distribution and module of each entry point of the group; of two copies of a distribution, the first."""
     seen = set()
     for distribution in importlib.metadata.distributions():
-        # Of a few hundred distributions few declare a command: only those are parsed, and only they can fail here.
+        # Only the few distributions that declare a command are parsed, so only these can fail here.
         if f"[{GROUP}]" not in (distribution.read_text("entry_points.txt") or "") or distribution.name in seen:
             continue
         seen.add(distribution.name)

@@ -1,4 +1,4 @@
-"""The conversation that the flags of `llamajax chat` ask for, at a terminal or in a pipe."""
+"""The conversation that the flags of `llamajax chat` describe, at a terminal or in a pipe."""
 
 import dataclasses
 import os
@@ -22,10 +22,10 @@ _LARGEST_TEMPLATE = 1 << 20
 
 
 class Conversation:
-    """A `Chat`, and the weights that it is still without.
+    """A `Chat` whose weights are read when they are first needed.
 
     Attributes:
-        chat: the messages so far and how they are answered.
+        chat: the messages so far, and the settings for answers.
     """
 
     def __init__(self, values: flags.FlagValues, name: str):
@@ -33,10 +33,10 @@ class Conversation:
 
         Args:
             values: the flags of the command.
-            name: of the checkpoint.
+            name: name or path of the checkpoint.
 
         Raises:
-            LlamaJaxError: as `Chat` and `open_checkpoint`.
+            LlamaJaxError: for the reasons of `Chat` and `open_checkpoint`.
         """
         self._opened = open_named(values, name)
         self._name = name
@@ -63,27 +63,27 @@ class Conversation:
             self.chat.messages = load_conversation(values.load)
 
     def stream(self, text: str) -> Answer:
-        """The answer to a message."""
+        """Returns the answer to a message."""
         self.read_weights()
         return self.chat.stream(text)
 
     def retry(self) -> Answer:
-        """Another answer to the last message."""
+        """Returns another answer to the last message."""
         self.read_weights()
         return self.chat.retry()
 
     def read_weights(self) -> None:
-        """Reads the weights while programs are compiled, once."""
+        """Reads the weights, unless they are read already, while programs are compiled."""
         if not self._has_weights:
             self.chat.compile_while(lambda: read_model(self._opened, self._dtype, **self._options))
             self._has_weights = True
 
     def described(self) -> str:
-        """The model, and how long the conversation may be."""
+        """The model's name and its context length, as text."""
         return f"{self._name.rpartition('/')[2]}, {self.chat.context_length:,} tokens of context"
 
     def took(self, answer: Answer) -> str:
-        """What an answer took, and why it ended where the model did not end it."""
+        """Tokens, speed and context use of an answer, and why it ended unless the model ended it, as text."""
         made, rate = len(answer.completion.tokens), answer.speed.decode_tokens_per_second
         used = f"{self.chat.context_used:,} of {self.chat.context_length:,} tokens of context"
         reasons = {
@@ -95,7 +95,7 @@ class Conversation:
 
 
 def _with_template(tokenizer: Tokenizer, wanted: str | None) -> tuple[Tokenizer, str | None]:
-    """The tokenizer, with the chat template of a file if that is what is wanted, and the name of a template."""
+    """The tokenizer and the name of a template; if `wanted` is a file, a tokenizer with that chat template and None."""
     if wanted is None or wanted in (*BUILT_IN, *tokenizer.words.chat_templates) or not os.path.exists(wanted):
         return tokenizer, wanted
     files = {**tokenizer.words.files, CHAT_TEMPLATE: read_text(wanted, _LARGEST_TEMPLATE).encode()}

@@ -1,4 +1,4 @@
-"""`llamajax convert`: a checkpoint in another format, or another dtype."""
+"""`llamajax convert`: writes a checkpoint in another format or another dtype."""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> None:
-    """Reads, converts, writes; the folder, or file, appears whole or not at all."""
+    """Reads, converts and writes a model; the folder or file appears whole or not at all."""
     if not values.model or not values.output:
         raise LlamaJaxError("--model or --output is missing: expected both (see llamajax convert --help)")
     output = Path(values.output)
@@ -55,8 +55,8 @@ def run(values: flags.FlagValues) -> None:
     tokenizer = tokenizer_if_any(values, opened) or opened.tokenizer_bytes
     if values.dtype and values.to != "gguf" and quantized(opened.abstract):
         raise LlamaJaxError(
-            f"--dtype={values.dtype}: the weights of {values.model} are quantized, and --to={values.to} keeps them so: "
-            "leave --dtype out, or write floats with --to=gguf --dtype=float32"
+            f"--dtype={values.dtype}: the weights of {values.model} are quantized, and --to={values.to} keeps them "
+            "quantized: leave --dtype out, or write floats with --to=gguf --dtype=float32"
         )
     dtype, written = (None, values.dtype) if values.to == "gguf" else (values.dtype, None)
     model = read_model(opened, dtype, shardings="host")

@@ -1,4 +1,4 @@
-"""`llamajax eval`: how well models predict a text, or answer questions, and how far they are from a reference."""
+"""`llamajax eval`: measures how well models predict a text or answer questions, and their distance to a reference."""
 
 import math
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ EXAMPLES = (
     "llamajax eval --model=any-llama.gguf --text=wiki.test.raw --convention=llama.cpp",
     "llamajax eval --model=any-llama.gguf --task=copa.jsonl,openbook_qa.jsonl",
 )
-_LARGEST_LOSS = 700.0  # of which the exponential is a float
+_LARGEST_LOSS = 700.0  # its exponential is still a finite float
 _DIFFERENT = "the architectures differ, so their layers cannot be compared"
 
 
@@ -99,14 +99,14 @@ def define(values: flags.FlagValues) -> None:
         flags.DEFINE_boolean(
             "reference_products",
             False,
-            "Dequantizes each weight to float32 before it is multiplied. Without this flag the weights are laid out "
-            "as generate uses them, and the results contain the rounding of that layout.",
+            "Dequantizes each weight to float32 before it is multiplied. Without this flag the weights have the layout "
+            "that generate uses, and the results include the rounding of that layout.",
             flag_values=values,
         )
 
 
 def run(values: flags.FlagValues) -> None:
-    """Prints tables, or JSON; draws."""
+    """Measures, prints tables or JSON, and draws a picture if asked."""
     _check(values)
     if values.task:
         evaluate_tasks.run(values)
@@ -125,7 +125,7 @@ def run(values: flags.FlagValues) -> None:
             results.append(result)
             if values.json:
                 write(as_json(without_infinities(result)))
-    finally:  # an error in one model does not cost what was found of those before it
+    finally:  # an error in one model does not lose the results of the models before it
         if results and not values.json:
             _print(results)
     if values.plot:
@@ -139,7 +139,7 @@ def _results(
     reference: Opened | None,
     reference_model: Llama | None,
 ) -> Iterator[dict[str, Any]]:
-    """What there is to say about each model."""
+    """Yields the result of each model."""
     for name, checkpoint in zip(values.model, checkpoints, strict=True):
         result = {
             "model": name,
@@ -167,7 +167,7 @@ def _results(
 
 
 def _check(values: flags.FlagValues) -> None:
-    """Refuses what needs no file to be refused."""
+    """Checks the flags, as far as that needs no file."""
     if values.context < 1 or values.batch < 1:
         raise LlamaJaxError(f"--context={values.context}, --batch={values.batch}: expected at least 1 for each")
     check_named(values)
@@ -181,7 +181,7 @@ def _check(values: flags.FlagValues) -> None:
 
 
 def _windows(values: flags.FlagValues, checkpoints: list[Opened]) -> Windows:
-    """The text, cut; models must agree on its tokens, or what is measured of them would not compare."""
+    """The text in windows; all models must encode it to the same tokens, so that their results are comparable."""
     if values.text == "stories":
         text = (DOCUMENT_SEPARATOR if values.convention == "documents" else "\n\n").join(heldout_stories())
     else:
@@ -215,7 +215,7 @@ def _windows(values: flags.FlagValues, checkpoints: list[Opened]) -> Windows:
 def _compare(
     model: Llama, reference: Llama, windows: Windows, batch: int, name: str
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """What there is to say about a model beside a reference, and the reference's losses."""
+    """The result of a model compared with a reference, and the reference's losses."""
     with progress(f"comparing {name}") as on_batch:
         each = compare_each(model, reference, windows, batch=batch, on_batch=on_batch)
     divergence, agreement, losses, reference_losses = each
@@ -251,7 +251,7 @@ def _score(losses: np.ndarray) -> dict[str, Any]:
 
 
 def _print(results: list[dict[str, Any]]) -> None:
-    """A row a model, the reference first; of a single model the layers, too."""
+    """Prints one row per model, the reference first; for a single model also a table of its layers."""
     first = results[0]
     reference = first.get("reference")
     cut = f"{first['windows']:,} windows of {first['context']:,} tokens, {first['predictions']:,} predictions"
@@ -281,7 +281,7 @@ def _print(results: list[dict[str, Any]]) -> None:
 
 
 def _layer_table(noise: dict[str, Any]) -> Table:
-    """Signal-to-noise ratios in dB; a column for each weight of the layers that is not the reference's own."""
+    """Table of signal-to-noise ratios in dB; a column for each weight of the layers that differs from the reference."""
     weights = {name: values for name, values in noise["weights"].items() if any(map(math.isfinite, values))}
     inside = {name.removeprefix("layers."): v for name, v in weights.items() if name.startswith("layers.")}
     outside = [f"{name} {_decibels(v[0])}" for name, v in weights.items() if not name.startswith("layers.")]

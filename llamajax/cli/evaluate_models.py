@@ -1,4 +1,4 @@
-"""The models that `llamajax eval` measures: the layout they are measured in, their sizes, and errors about them."""
+"""Helpers of `llamajax eval` for the models that it measures: weight layout, sizes, and errors."""
 
 import contextlib
 import math
@@ -14,19 +14,19 @@ from llamajax.errors import LlamaJaxError
 
 
 def layout(values: flags.FlagValues) -> str | None:
-    """Whose layout weights are measured in; None for the reference products of the format at rest."""
+    """The backend whose weight layout is measured; None for reference products with the stored layout."""
     return None if values.reference_products else jax.default_backend()
 
 
 def products(values: flags.FlagValues) -> str:
-    """The same in words."""
+    """The layout that `layout` chooses, in words."""
     backend = layout(values)
     return f"prepared for {backend}" if backend else "reference"
 
 
 @contextlib.contextmanager
 def about(name: str) -> Iterator[None]:
-    """Says of which model an error is."""
+    """Puts the model's name before the message of any error inside the block."""
     try:
         yield
     except LlamaJaxError as error:
@@ -34,13 +34,13 @@ def about(name: str) -> Iterator[None]:
 
 
 def check_named(values: flags.FlagValues) -> None:
-    """Refuses a list of models with a hole in it, and a batch of nothing."""
+    """Refuses a list of models that is empty or has an empty name in it."""
     if not values.model or not all(values.model):
         raise LlamaJaxError(f"--model={','.join(values.model)}: expected a model, or several separated by commas")
 
 
 def size_of(checkpoint: Opened) -> dict[str, Any]:
-    """Of the weights as the checkpoint holds them, whatever dtype they were measured in."""
+    """Sizes of the weights as the checkpoint stores them, whatever dtype they were measured in."""
     size = memory_bytes(checkpoint.abstract)
     return {
         "bits_per_weight": 8 * size / checkpoint.config.num_parameters,
@@ -50,7 +50,7 @@ def size_of(checkpoint: Opened) -> dict[str, Any]:
 
 
 def size_cells(result: dict[str, Any]) -> list[str]:
-    """What `size_of` says, in the cells of a table."""
+    """The sizes that `size_of` returns, as table cells."""
     return [
         f"{result['bits_per_weight']:.2f}",
         readable_bytes(result["bytes_in_memory"]),
@@ -59,7 +59,7 @@ def size_cells(result: dict[str, Any]) -> list[str]:
 
 
 def without_infinities(value: Any) -> Any:
-    """For JSON, which has none: null stands for the infinite ratio of what has no error, or no signal."""
+    """Replaces infinities by None, because JSON has none: a ratio is infinite without error or without signal."""
     if isinstance(value, dict):
         return {key: without_infinities(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""`llamajax eval --task`: how often models answer the questions of public suites rightly."""
+"""`llamajax eval --task`: measures how often models answer the questions of public suites correctly."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,15 +19,15 @@ from llamajax.files import check_absent, new_file
 from llamajax.model import Llama
 from llamajax.tokenizer import Tokenizer
 
-# What goes with questions alone, and with a text alone.
+# Flags that go with questions only, and flags that go with a text only.
 _OF_TASKS = ("limit", "fewshot", "prefix", "delimiter", "stop", "max_new_tokens", "output")
 _OF_TEXTS = ("text", "convention", "context", "plot")
-# What a table shows, of what there is.
+# The measures that a table shows, where a task has them.
 _SHOWN = ("acc", "acc_norm", "perplexity", "exact_match", "number_match")
 
 
 def define(values: flags.FlagValues) -> None:
-    """Flags of questions."""
+    """Flags of `--task`."""
     with group(values, "Questions"):
         flags.DEFINE_list(
             "task",
@@ -35,7 +35,7 @@ def define(values: flags.FlagValues) -> None:
             "Asks the questions in `FILES`, separated by commas, instead of measuring --text. Each line is a JSON "
             "object: query, choices and gold for multiple choice; context and continuation for cloze; question or "
             "context, and answer, for a short generated answer. The conventions are those of lm-evaluation-harness "
-            "(docs/tasks.md). With --reference the difference to it is printed too.",
+            "(docs/tasks.md). With --reference the difference from the reference is printed too.",
             flag_values=values,
         )
         flags.DEFINE_integer("limit", None, "Asks only the first `N` questions of each file.", flag_values=values)
@@ -75,7 +75,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def check(values: flags.FlagValues) -> None:
-    """Refuses flags that do not go with questions, or with a text."""
+    """Refuses flags that do not go with questions, or that do not go with a text."""
     wrong = [name for name in (_OF_TEXTS if values.task else _OF_TASKS) if values[name].present]
     if wrong:
         goes = (
@@ -87,12 +87,12 @@ def check(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> None:
-    """Asks; prints tables, or JSON; writes what was said."""
+    """Asks the questions, prints tables or JSON, and writes the answers to --output."""
     output = None if values.output is None else Path(values.output)
     if output is not None:
         check_absent(output)
     for task in values.task:
-        read_questions(task)  # an error in one is met before hours of work
+        read_questions(task)  # finds an error in a file before hours of work
     names = [*([values.reference] if values.reference else []), *values.model]
     opened = [open_named(values, name) for name in names]
     tokenizers = [need_tokenizer(checkpoint, values.tokenizer) for checkpoint in opened]
@@ -105,7 +105,7 @@ def run(values: flags.FlagValues) -> None:
             said += outcomes
             if values.json:
                 write(as_json(result))
-    finally:  # an error in one model does not cost what was found of those before it
+    finally:  # an error in one model does not lose the results of the models before it
         if results and not values.json:
             _print(values, results)
     if output is not None and work is not None:
@@ -117,7 +117,7 @@ def run(values: flags.FlagValues) -> None:
 def _results(
     values: flags.FlagValues, models: list[tuple[str, Opened, Tokenizer]], work: Path | None
 ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Of each model and task what is printed, and what was said; the reference's are the first."""
+    """Yields, for each model and task, the result to print and the answers; the reference comes first."""
     references: dict[str, TaskResult] = {}
     for number, (name, checkpoint, tokenizer) in enumerate(models):
         is_reference = bool(values.reference) and number == 0
@@ -164,7 +164,7 @@ def _described(
     result: TaskResult,
     reference: TaskResult | None,
 ) -> dict[str, Any]:
-    """One line of JSON."""
+    """The JSON object of one model and task."""
     return {
         "model": name,
         "task": task,
@@ -198,7 +198,7 @@ def _remove(work: Path) -> None:
 
 
 def _print(values: flags.FlagValues, results: list[dict[str, Any]]) -> None:
-    """A table for each task, a row a model."""
+    """Prints a table for each task, with one row per model."""
     for task in values.task:
         rows = [result for result in results if result["task"] == task]
         if rows:
@@ -224,7 +224,7 @@ def _table(values: flags.FlagValues, task: str, rows: list[dict[str, Any]]) -> T
 
 
 def _cell(name: str, of: Mapping[str, Any], sign: str = "") -> str:
-    """A value and its standard error; accuracies in per cent, and their differences in points."""
+    """A value and its standard error; accuracies in per cent, differences of accuracies in percentage points."""
     value, error = of[name], of[f"{name}_standard_error"]
     if value is None:
         return "overflows"

@@ -3,7 +3,7 @@
     with group(values, COMMON):
         flags.DEFINE_string("prompt", "", "Continues `TEXT`.", flag_values=values)
 
-A word in backquotes is what stands for the flag's value in `--help`: `--prompt=TEXT`.
+The word in backquotes is the placeholder for the flag's value in `--help`: `--prompt=TEXT`.
 """
 
 import contextlib
@@ -15,17 +15,17 @@ COMMON = "Common"
 MODEL = "Reading the model"
 SPEED = "Speed and memory"
 OUTPUT = "Output"
-# Of flags that are defined outside of a group.
+# The heading of flags that are defined outside of a group.
 _OTHER = "Other"
-# Behind the groups of the command itself.
+# These groups come after the groups of the command itself.
 _LAST = (MODEL, SPEED, OUTPUT, _OTHER)
-# What absl and the command line itself define for every command.
+# The flags that absl and `llamajax.cli` define for every command.
 _EVERYWHERE = ("flagfile", "undefok", "help", "h")
 
 
 @contextlib.contextmanager
 def group(values: flags.FlagValues, heading: str) -> Iterator[None]:
-    """Puts the flags that are defined inside under a heading, which several blocks may share."""
+    """Puts the flags that are defined inside the block under a heading; several blocks may share a heading."""
     before = set(values)
     yield
     for name in set(values) - before:
@@ -33,7 +33,7 @@ def group(values: flags.FlagValues, heading: str) -> Iterator[None]:
 
 
 def grouped(values: flags.FlagValues) -> dict[str, list[flags.Flag]]:
-    """The flags of a command by heading, in the order of their definition: common ones first, aliases left out."""
+    """The flags of a command by heading, in the order of their definition: common flags first, without aliases."""
     found: dict[str, list[flags.Flag]] = {COMMON: []}
     last: dict[str, list[flags.Flag]] = {heading: [] for heading in _LAST}
     for flag in flags_of(values):
@@ -43,7 +43,7 @@ def grouped(values: flags.FlagValues) -> dict[str, list[flags.Flag]]:
 
 
 def flags_of(values: flags.FlagValues) -> list[flags.Flag]:
-    """The flags that the command defines, in this order; an alias is no flag of its own."""
+    """The flags that the command defines, in the order of their definition, without aliases."""
     found = [values[name] for name in values if name not in _EVERYWHERE]
     return [flag for flag in found if not _is_alias(flag)]
 

@@ -1,4 +1,4 @@
-"""`llamajax generate`: text from a prompt."""
+"""`llamajax generate`: continues a prompt, or several at once."""
 
 import contextlib
 import dataclasses
@@ -48,7 +48,7 @@ EXAMPLES = (
     "llamajax generate --model=any-llama.gguf --prompt='The capital of France is' --temperature=0",
     "llamajax generate --prompt='One day' --prompt='At night' --seed=7 --stop='The end' --json",
 )
-# Of --prompt_file: standard input.
+# The value of --prompt_file that means standard input.
 _STANDARD_INPUT = "-"
 
 
@@ -62,8 +62,8 @@ def define(values: flags.FlagValues) -> None:
         flags.DEFINE_integer(
             "max_new_tokens",
             None,
-            "Generates at most `N` tokens. Without this flag the limit is 512, or what the model's context has room "
-            "for.",
+            "Generates at most `N` tokens. Without this flag the limit is 512, or less if the model's context has less "
+            "room.",
             flag_values=values,
         )
     define_sampling(values)
@@ -102,7 +102,7 @@ def define(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     """Streams text to stdout and ends with the speed on stderr."""
-    # Checked before the weights are read: a slip should not cost a minute.
+    # Checked before the weights are read, so that a wrong flag does not cost a minute.
     check_sampling(values)
     check_speculate(values.speculate)
     prompts = _prompts(values)
@@ -138,7 +138,7 @@ def run(values: flags.FlagValues) -> None:
 
 
 def _prompts(values: flags.FlagValues) -> list[str]:
-    """What is to be continued.
+    """The prompts to continue.
 
     Raises:
         LlamaJaxError: for flags that contradict each other, or a file that cannot be read as text.
@@ -155,9 +155,9 @@ def _prompts(values: flags.FlagValues) -> list[str]:
 
 
 def _given(values: flags.FlagValues, tokenizer: Tokenizer, prompts: list[str]) -> tuple[list[Any], Tokenizer]:
-    """The prompts as the request takes them, and the tokenizer for its answers.
+    """The prompts as the request takes them, and the tokenizer that decodes the answers.
 
-    Texts; or ids, where control tokens are read in texts or something is to be filled in.
+    The prompts are texts; with --parse_special or --suffix they are token ids.
     """
     if values.suffix is not None:
         made = [infill(tokenizer, prompt, values.suffix) for prompt in prompts]
@@ -168,7 +168,7 @@ def _given(values: flags.FlagValues, tokenizer: Tokenizer, prompts: list[str]) -
 
 
 def _write_samples(values: flags.FlagValues, prompt: str, samples: list[Completion], alone: bool) -> None:
-    """Writes what there is for one prompt: its only text, or the one that is chosen, and on stderr why it is."""
+    """Writes the only or the chosen sample of one prompt, or all as JSON; the reason for the choice goes to stderr."""
     choice = (vote if values.vote else best_of)(samples) if len(samples) > 1 else None
     chosen = samples[choice.index if choice else 0]
     if values.json:
@@ -183,9 +183,9 @@ def _write_samples(values: flags.FlagValues, prompt: str, samples: list[Completi
 
 
 def _write_stream(stream: TextStream, before: str, behind: str) -> None:
-    """Text as it comes, between what is to be shown of its prompt.
+    """Streams the text, with the prompt `before` it and the suffix `behind` it.
 
-    The newline at its end goes to a terminal, or to the log: a pipe gets the text alone.
+    The final newline goes to stdout if that is a terminal, otherwise to stderr, so that a pipe gets only the text.
     """
     write(before, end="")
     for piece in stream:
@@ -206,7 +206,7 @@ def _as_json(prompt: str, completion: Completion) -> str:
 
 
 def _samples_as_json(prompt: str, samples: list[Completion], choice: Choice) -> str:
-    """The samples, each with its score (null for one of no tokens) and answer, and which of them was chosen."""
+    """The samples, each with its score (null for a sample without tokens) and answer, and the index of the chosen."""
     rows = [
         {
             **dataclasses.asdict(sample),
@@ -220,7 +220,7 @@ def _samples_as_json(prompt: str, samples: list[Completion], choice: Choice) -> 
 
 
 def describe_speed(speed: Speed) -> str:
-    """Three aligned lines: prefill, decode, compilation. With speculation, what a forward pass made behind decode."""
+    """Three aligned lines: prefill, decode, compilation. With speculation, decode includes tokens per forward pass."""
     rows = (
         ("prefill", speed.prefill_tokens, speed.prefill_tokens_per_second, speed.prefill_gigabytes_per_second),
         ("decode", speed.decode_tokens, speed.decode_tokens_per_second, speed.decode_gigabytes_per_second),

@@ -1,4 +1,4 @@
-"""What `llamajax`, `llamajax --help` and `llamajax COMMAND --help` print."""
+"""The pages that `llamajax`, `llamajax --help` and `llamajax COMMAND --help` print."""
 
 import re
 import shutil
@@ -13,7 +13,7 @@ from llamajax.cli.flag_groups import grouped
 from llamajax.cli.terminal import bold, is_terminal, printable
 
 _NARROWEST, _WIDEST = 60, 100
-_LONGEST_NAME = 26  # of a flag with its value; the text of a longer one begins on the next line
+_LONGEST_NAME = 26  # of a flag with its placeholder; the text of a longer flag begins on the next line
 _FIRST_STEPS = (
     ("llamajax generate --prompt='Once upon a time'", "writes a story with the small model that is included"),
     ("llamajax chat", "answers what you type; fetches a model of 98 MB once"),
@@ -22,7 +22,7 @@ _FIRST_STEPS = (
 
 
 def first_steps() -> str:
-    """What to try first: the page of `llamajax` without a command."""
+    """The page of `llamajax` without a command: what to try first."""
     lines = ["llamajax runs, quantizes and exports LLaMA models.", "", bold("Try first:")]
     for command, text in _FIRST_STEPS:
         lines += [f"  {command}", *_wrapped(text, "      ")]
@@ -30,7 +30,7 @@ def first_steps() -> str:
 
 
 def overview(summaries: Mapping[str, str]) -> str:
-    """All commands, each with its summary: the page of `llamajax --help`."""
+    """The page of `llamajax --help`: all commands with their summaries."""
     width = max(map(len, summaries), default=0)
     lines = ["llamajax runs, quantizes and exports LLaMA models.", ""]
     lines += [f"{bold('Usage:')} llamajax COMMAND [--flag=value …]", "", bold("Commands:")]
@@ -41,7 +41,7 @@ def overview(summaries: Mapping[str, str]) -> str:
 
 
 def page(name: str, command: ModuleType, values: flags.FlagValues) -> str:
-    """What a command does, examples, and its flags by group: the page of `llamajax COMMAND --help`."""
+    """The page of `llamajax COMMAND --help`: what the command does, examples, and its flags by group."""
     positional = getattr(command, "POSITIONAL", None)
     argument = f"{_placeholder(values[positional])} " if positional else ""
     lines = _wrapped(f"llamajax {name}: {command.SUMMARY}", "")
@@ -58,7 +58,7 @@ def page(name: str, command: ModuleType, values: flags.FlagValues) -> str:
 
 
 def _entry(flag: flags.Flag, column: int) -> list[str]:
-    """Name and text of a flag, the text in the second column."""
+    """The lines of a flag: its name, and its text in the second column."""
     name = f"  {_shown_name(flag)}"
     text = f"{_text(flag).replace('`', '')}{_choices_and_default(flag)}"
     lines = _wrapped(text, " " * column)
@@ -74,14 +74,14 @@ def _shown_name(flag: flags.Flag) -> str:
 
 
 def _placeholder(flag: flags.Flag) -> str:
-    """What stands for the value: the word in backquotes of the flag's text, else one by its type."""
+    """The placeholder for the value: the word in backquotes in the flag's text, or else a word for the flag's type."""
     if named := re.search(r"`([^`]+)`", _text(flag)):
         return named[1]
     return {"int": "N", "float": "X"}.get(flag.flag_type(), "VALUE")
 
 
 def _text(flag: flags.Flag) -> str:
-    """The flag's text without what absl says beside it: the values of an enumeration, how to repeat a flag."""
+    """The flag's text without what absl adds: the values of an enumeration, and how to repeat a flag."""
     return re.sub(r"^<[^>]*>: ", "", flag.help.split(";\n")[0])
 
 
@@ -99,7 +99,7 @@ def _choices_and_default(flag: flags.Flag) -> str:
 
 
 def _wrapped(text: str, indent: str) -> list[str]:
-    """Lines no wider than the terminal, or 100 columns: a word that is longer, such as a path, stays whole."""
+    """Lines at most as wide as the terminal, or 100 columns; a longer word, such as a path, stays whole."""
     return textwrap.wrap(
         text,
         _width(),

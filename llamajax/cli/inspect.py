@@ -1,4 +1,4 @@
-"""`llamajax inspect`: what a checkpoint holds, from its header alone."""
+"""`llamajax inspect`: shows what a checkpoint holds; reads only its header."""
 
 from collections import Counter
 from typing import Any
@@ -17,7 +17,7 @@ from llamajax.files import shortened
 from llamajax.parameters import leaves, named_weights
 from quant import BACKENDS, is_weight, kinds, lowerings
 
-_FIRST, _LONGEST = 3, 90  # elements of an array, characters of a value that are shown
+_FIRST, _LONGEST = 3, 90  # numbers of shown array elements, and of shown characters of a value
 
 SUMMARY = "show a checkpoint's architecture, tensors, dtypes, bytes and source format"
 EXAMPLES = (
@@ -43,7 +43,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> None:
-    """Prints tables, or JSON."""
+    """Prints tables or JSON."""
     opened = open_named(values, values.model)
     tokenizer = read_tokenizer(opened, values.tokenizer)
     tensors = _tensors(opened, values.backend)
@@ -70,7 +70,7 @@ def run(values: flags.FlagValues) -> None:
 
 
 def _tensors(opened: Opened, backend: str | None) -> list[dict[str, Any]]:
-    """What is said of each leaf of the model; what it is in the file, where that is another thing."""
+    """Describes each leaf of the model, and its form in the file where that may differ."""
     made = []
     stored = opened.source.stored
     for name, weight in named_weights(opened.abstract).items():
@@ -94,7 +94,7 @@ def _tensors(opened: Opened, backend: str | None) -> list[dict[str, Any]]:
 
 
 def _of_file(opened: Opened) -> dict[str, Any]:
-    """What a file of another form of weights says beside them: bytes and bits there, how many stay packed, metadata."""
+    """For a file that stores weights in another form: bytes and bits in the file, how many stay packed, metadata."""
     stored = opened.source.stored
     if not stored:
         return {}
@@ -110,7 +110,7 @@ def _of_file(opened: Opened) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value of metadata as JSON has it; of arrays how many elements there are, and the first."""
+    """A metadata value for JSON; for an array its type, its number of elements and the first elements."""
     if not isinstance(value, list | np.ndarray):
         return value
     kind = value.dtype.name if isinstance(value, np.ndarray) else type(value[0]).__name__ if value else "nothing"
@@ -122,7 +122,7 @@ def _items(values: Any) -> list[Any]:
 
 
 def _tokenizer(summary: dict[str, Any]) -> str:
-    """What there is of a tokenizer, for people."""
+    """Describes the tokenizer in words."""
     if summary["tokenizer_problem"]:
         return f"cannot be read: {summary['tokenizer_problem']}"
     if not summary["tokenizer"]:
@@ -165,18 +165,18 @@ def _print_tables(opened: Opened, summary: dict[str, Any]) -> None:
 
 
 def _packed(summary: dict[str, Any]) -> str:
-    """How many weights stay as they are in the file."""
+    """Says how many weights keep the packed form that they have in the file."""
     rest = f"; {summary['expanded']} are read as floats" if summary["expanded"] else ""
     return f"{summary['packed']} of {summary['weights']} weights, as in the file{rest}; the others are floats there"
 
 
 def _counted(types: dict[str, int]) -> str:
-    """Types of a stack, with how many layers are of each where they differ."""
+    """The types of a stack of layers; if they differ, with the number of layers of each type."""
     return ", ".join(f"{count} {kind}" if len(types) > 1 else kind for kind, count in types.items())
 
 
 def _print_metadata(metadata: dict[str, Any]) -> None:
-    """A table of what the file says, long values shortened."""
+    """Prints a table of the file's metadata, with long values shortened."""
     table = Table(title="metadata", title_justify="left")
     table.add_column("key")
     table.add_column("value")

@@ -1,4 +1,4 @@
-"""The flags of a model that is read or run, and what they ask for."""
+"""The flags of a command that reads or runs a model, and functions that turn them into library arguments."""
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,14 @@ from llamajax.model import Llama
 from llamajax.prepare import ACTIVATIONS
 from llamajax.tokenizer import Tokenizer
 
-# What --model takes, for the texts of flags.
+# What --model takes, for help texts.
 A_MODEL = "a llamajax or Hugging Face folder, a GGUF or llama2.c file, or box, the small model that is included"
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def define_model(values: flags.FlagValues, default: str | None = "box", several: bool = False) -> None:
-    """--model, which may be several with commas between, --tokenizer and --ignore_key."""
+    """--model, which may be a list separated by commas, --tokenizer and --ignore_key."""
     with group(values, COMMON):
         if several:
             text = f"`MODELS` to measure, separated by commas. Each is {A_MODEL}."
@@ -100,18 +100,18 @@ def define_threads(values: flags.FlagValues) -> None:
 
 
 def chosen_activations(values: flags.FlagValues) -> str | None:
-    """What --activations asks for; None for what the checkpoint says."""
+    """The value of --activations; None if the checkpoint decides."""
     return None if values.activations == "auto" else values.activations
 
 
 def open_model(values: flags.FlagValues) -> tuple[Opened, Tokenizer]:
-    """The checkpoint and the tokenizer that the flags name; no weight is read yet."""
+    """Opens the checkpoint and the tokenizer that the flags name; no weight is read yet."""
     opened = open_named(values, values.model)
     return opened, need_tokenizer(opened, values.tokenizer)
 
 
 def open_named(values: flags.FlagValues, name: str) -> Opened:
-    """A checkpoint as the flags say; what of its files is not used goes to stderr, a line each."""
+    """Opens a checkpoint by name; prints one line to stderr for each thing in its files that is not used."""
     opened = open_checkpoint(name, ignore_keys=values.ignore_key)
     for sentence in opened.notes:
         say(sentence)
@@ -119,7 +119,7 @@ def open_named(values: flags.FlagValues, name: str) -> Opened:
 
 
 def tokenizer_if_any(values: flags.FlagValues, opened: Opened) -> Tokenizer | None:
-    """The tokenizer, for what can do without; one that came and cannot be read is said on stderr."""
+    """The tokenizer, for commands that work without one; if it exists but cannot be read, a line on stderr says so."""
     tokenizer = read_tokenizer(opened, values.tokenizer)
     if tokenizer is None and opened.tokenizer_problem:
         say(f"{opened.tokenizer_problem}: continuing without a tokenizer")
@@ -127,18 +127,18 @@ def tokenizer_if_any(values: flags.FlagValues, opened: Opened) -> Tokenizer | No
 
 
 def say(text: str) -> None:
-    """A line on standard error, under our name."""
+    """Writes a line to standard error, after the program's name."""
     note(f"llamajax: {' '.join(text.split())}")
 
 
 def chosen_dtype(values: flags.FlagValues, backend: str | None = None) -> jax.typing.DTypeLike | None:
-    """What --dtype asks for on a backend, the one here unless given; None for what the checkpoint is stored in."""
+    """The dtype to compute in on `backend`, by default this machine's; None for the dtype of the checkpoint."""
     if values.dtype == "auto":
         return jnp.float32 if (backend or jax.default_backend()) == "cpu" else None
     return values.dtype
 
 
 def read_model(opened: Opened, dtype: jax.typing.DTypeLike | None, **options: str | None) -> Llama:
-    """Reads the weights behind a progress bar; options as of `Opened.read`."""
+    """Reads the weights with a progress bar; options are those of `Opened.read`."""
     with large_blocks_apart(), progress("reading weights") as on_weight:
         return opened.read(dtype, on_weight=on_weight, **options)

@@ -1,4 +1,4 @@
-"""`llamajax plan`: what a model will take of memory, and what would fit, before anything is fetched or read."""
+"""`llamajax plan`: estimates the memory that a model needs, and what would fit, before weights are fetched or read."""
 
 import dataclasses
 import re
@@ -41,7 +41,7 @@ EXAMPLES = (
 )
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B|)", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-_MOST_RECIPES = 4  # that are shown
+_MOST_RECIPES = 4  # number of recipes that are shown
 
 
 def define(values: flags.FlagValues) -> None:
@@ -86,7 +86,7 @@ def define(values: flags.FlagValues) -> None:
         flags.DEFINE_integer(
             "context",
             None,
-            f"Tokens of a row, prompt and new tokens together. Without this flag it is {DEFAULT_CONTEXT:,}, or the "
+            f"Tokens per row, prompt and new tokens together. Without this flag it is {DEFAULT_CONTEXT:,}, or the "
             "model's context if that is less.",
             flag_values=values,
         )
@@ -106,7 +106,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> None:
-    """Prints tables, or JSON."""
+    """Prints a table or JSON."""
     if values.model and values.shape:
         raise LlamaJaxError("--model and --shape are both given: expected one of them")
     given = None if values.memory is None else parse_memory(values.memory)
@@ -141,13 +141,13 @@ def run(values: flags.FlagValues) -> None:
 
 
 def parse_memory(text: str) -> int:
-    """Bytes from a number and a unit.
+    """Returns the bytes of a size that is written as a number and a unit.
 
     >>> parse_memory("1.5G"), parse_memory("2GB"), parse_memory("512MiB")
     (1610612736, 2000000000, 536870912)
 
     Raises:
-        LlamaJaxError: for anything else.
+        LlamaJaxError: if the text is not such a size, or less than a byte.
     """
     found = _MEMORY.fullmatch(text.strip())
     size = 0
@@ -163,7 +163,7 @@ def parse_memory(text: str) -> int:
 
 
 def _architecture(values: flags.FlagValues) -> Config:
-    """What --shape names."""
+    """The architecture that --shape names."""
     if values.shape in preset_names():
         return preset(values.shape)
     path = Path(values.shape)
@@ -178,7 +178,7 @@ def _architecture(values: flags.FlagValues) -> Config:
 
 
 def _memory_here(backend: str) -> int | None:
-    """Bytes that are available to this backend on this machine; None where nothing says."""
+    """Bytes that are available to a backend on this machine; None if that is not known."""
     if backend != jax.default_backend():
         return None
     if backend == "cpu":
@@ -187,12 +187,12 @@ def _memory_here(backend: str) -> int | None:
 
 
 def _process(made: Plan) -> int:
-    """What Python and JAX take of the same memory."""
+    """Bytes that Python and JAX themselves take of the same memory."""
     return PROCESS if made.backend == "cpu" else 0
 
 
 def _result(name: str, made: Plan, memory: int | None, is_given: bool) -> dict[str, Any]:
-    """What is printed, but for what would fit."""
+    """The result to print, without the alternatives that would fit."""
     process = _process(made)
     named = {field.name: getattr(made, field.name) for field in dataclasses.fields(made) if field.name != "config"}
     return {
@@ -212,13 +212,13 @@ def _result(name: str, made: Plan, memory: int | None, is_given: bool) -> dict[s
 
 
 def _caches(weights: Weights, made: Plan, room: int) -> dict[str, int]:
-    """Types of a cache with which all else fits, and the total then."""
+    """KV cache types with which everything else fits, each with the total in bytes."""
     totals = {dtype: weights.plan(made.context, made.batch, dtype).most for dtype in ("int8", "int4")}
     return {dtype: total for dtype, total in totals.items() if total <= room}
 
 
 def _largest_batch(weights: Weights, made: Plan, room: int) -> int:
-    """Rows with which all else fits; 0 if not even one."""
+    """The largest number of rows with which everything else fits; 0 if not even one row does."""
     low, high = 0, made.batch - 1
     while low < high:
         middle = (low + high + 1) // 2
@@ -228,7 +228,7 @@ def _largest_batch(weights: Weights, made: Plan, room: int) -> int:
 
 
 def _recipes(model: Any, made: Plan, room: int, options: dict[str, Any]) -> dict[str, int]:
-    """Recipes with which all else fits, and the total then, the largest first."""
+    """Recipes with which everything else fits, each with the total in bytes, the largest first."""
     totals = dict(_totals(model, made, options))
     fitting = sorted((name for name, total in totals.items() if total <= room), key=lambda name: -totals[name])
     return {name: totals[name] for name in fitting}
@@ -237,10 +237,10 @@ def _recipes(model: Any, made: Plan, room: int, options: dict[str, Any]) -> dict
 def _totals(model: Any, made: Plan, options: dict[str, Any]) -> Iterator[tuple[str, int]]:
     for name in recipe_names():
         if any(rule.scheme == "ternary" for rule in read_recipe(name).rules):
-            continue  # for models that were trained for it
+            continue  # ternary recipes are for models that were trained for them
         try:
             weights = plan_weights(model, name, **options)
-        except LlamaJaxError:  # it depends on a text, or is for other shapes
+        except LlamaJaxError:  # the recipe depends on a text, or is for other shapes
             continue
         yield name, weights.plan(made.context, made.batch, made.cache_dtype).most
 
@@ -273,7 +273,7 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def _verdict(result: dict[str, Any]) -> Iterator[str]:
-    """Lines on what fits."""
+    """Yields lines that say whether the model fits, and if not, what would."""
     memory = result["memory"]
     if memory is None:
         yield "what fits is not known: give --memory"

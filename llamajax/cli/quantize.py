@@ -1,4 +1,4 @@
-"""`llamajax quantize`: a checkpoint with packed weights."""
+"""`llamajax quantize`: writes a checkpoint with packed weights."""
 
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,9 @@ EXAMPLES = (
     "llamajax quantize --model=path/to/Llama-3.2-1B --calibration=my.txt --bits=3.5 --output=llama-3.5",
     "llamajax quantize --model=box --recipe=int4-g32 --output=box-int4",
 )
-# Of our story generator, for the model in the box; those that it is measured on are others.
+# Number of generated stories for `--calibration=stories`; they are not the stories that `llamajax eval` measures on.
 _CALIBRATION_STORIES = 1000
-# What is taken where no recipe is named, without a calibration text and with one.
+# The default recipes without and with a calibration text.
 _DEFAULTS = "uncalibrated", "calibrated"
 
 
@@ -57,8 +57,8 @@ def define(values: flags.FlagValues) -> None:
             "bits",
             None,
             "Average bits per weight of the whole model, scales included, such as 4.5 or 3. Each weight gets the bits "
-            "that reduce the error most, below 4.5 also 2 and 3, which decode at fewer bytes a second. Without this "
-            "flag the recipe decides.",
+            "that reduce the error most. Below 4.5 these include 2 and 3, which decode fewer bytes per second. Without "
+            "this flag the recipe decides.",
             flag_values=values,
         )
         flags.DEFINE_alias("target_bpw", "bits", flag_values=values)
@@ -74,11 +74,11 @@ def define(values: flags.FlagValues) -> None:
         flags.DEFINE_integer(
             "calibration_tokens",
             16384,
-            "Uses `N` tokens of that text. Half as many take two "
-            "thirds of the time; the KL divergence is then about 1.3 times as large.",
+            "Uses `N` tokens of that text. Half as many take two thirds of the time, and the KL divergence is then "
+            "about 1.3 times as large.",
             flag_values=values,
         )
-        flags.DEFINE_integer("context", 512, "Runs the model on `N` tokens of it at a time.", flag_values=values)
+        flags.DEFINE_integer("context", 512, "Runs the model on `N` tokens of that text at a time.", flag_values=values)
     define_threads(values)
     with group(values, OUTPUT):
         flags.DEFINE_enum(
@@ -92,7 +92,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> None:
-    """Reads, quantizes, writes; the folder appears whole or not at all."""
+    """Reads, quantizes and writes a model; the folder appears whole or not at all."""
     if not values.model or not values.output:
         raise LlamaJaxError("--model or --output is missing: expected both (see llamajax quantize --help)")
     output = Path(values.output)
@@ -136,7 +136,7 @@ def _with_target(recipe: Recipe, target_bpw: float | None) -> Recipe:
 
 
 def _calibration_tokens(values: flags.FlagValues, opened: Opened, tokenizer: Tokenizer) -> np.ndarray:
-    """The beginning of the calibration text, in ids."""
+    """The beginning of the calibration text as token ids."""
     if values.calibration_tokens < 1:
         raise LlamaJaxError(f"--calibration_tokens={values.calibration_tokens}: expected at least 1")
     if values.calibration == "self":
@@ -151,7 +151,7 @@ def _calibration_tokens(values: flags.FlagValues, opened: Opened, tokenizer: Tok
 
 
 def _report_other_groups(model: Llama, recipe: Recipe) -> None:
-    """Says which weights the recipe's `indivisible` was for: a size that nobody expected is not silent."""
+    """Notes each weight whose group size differs from the recipe's, because of a rule's `indivisible`."""
     sizes = {rule.group_size for rule in recipe.rules if rule.indivisible}
     for name, weight in named_weights(model).items():
         for part in quantized(weight):

@@ -1,4 +1,4 @@
-"""The flags that say how tokens are chosen, and what a checkpoint asks for where they are not given."""
+"""The flags that set how tokens are chosen, and the checkpoint's settings for flags that are not given."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from llamajax.words import SAMPLING
 
 
 def define_sampling(values: flags.FlagValues, temperature: float = 0.8, top_p: float = 0.95) -> None:
-    """--temperature, --top_k, --top_p, --min_p, --repetition_penalty and --seed, with our defaults for two of them."""
+    """--temperature, --top_k, --top_p, --min_p, --repetition_penalty and --seed, with defaults for two of them."""
     with group(values, COMMON):
         flags.DEFINE_float(
             "temperature",
@@ -62,7 +62,7 @@ def define_kv_cache(values: flags.FlagValues) -> None:
 
 
 def chosen_cache_dtype(values: flags.FlagValues) -> str | None:
-    """What --kv_cache asks for; None for the dtype that the model computes in."""
+    """The value of --kv_cache; None for the dtype that the model computes in."""
     return None if values.kv_cache == "auto" else values.kv_cache
 
 
@@ -72,8 +72,8 @@ def define_speculate(values: flags.FlagValues) -> None:
         flags.DEFINE_integer(
             "speculate",
             0,
-            "Drafts `N` tokens from earlier text and checks them in one step, such as 4. The text stays the same; it "
-            "comes sooner where it repeats itself or the prompt.",
+            "Drafts `N` tokens, such as 4, from earlier text and checks them in one step. The text stays the same, and "
+            "is generated faster where it repeats itself or the prompt.",
             flag_values=values,
         )
 
@@ -105,10 +105,10 @@ def define_samples(values: flags.FlagValues) -> None:
 
 
 def check_sampling(values: flags.FlagValues) -> None:
-    """Refuses flags that are out of range, before anything is read.
+    """Checks the ranges of sampling flags, before anything is read.
 
     Raises:
-        LlamaJaxError: naming the knob, or for a vote of one sample.
+        LlamaJaxError: for a value out of range, by its name, or for a vote of one sample.
     """
     if values.vote and values.samples < 2:
         raise LlamaJaxError("--vote is given for one sample: expected several, such as --samples=8")
@@ -117,13 +117,13 @@ def check_sampling(values: flags.FlagValues) -> None:
 
 
 def chosen_sampling(values: flags.FlagValues, opened: Opened) -> dict[str, Any]:
-    """How tokens are chosen: as the flags say; where none was given, as the checkpoint says, else by our defaults.
+    """The sampling parameters: from the flags that are given, else from the checkpoint, else the defaults.
 
     Raises:
-        LlamaJaxError: for several samples of greedy choice.
+        LlamaJaxError: for several samples at temperature 0, which would all be equal.
     """
     given = {name for name in SAMPLING if values[name].present}
-    # What greedy choice ignores is not worth a line.
+    # Settings that have no effect at temperature 0 are not reported.
     greedy = "temperature" in given and values.temperature == 0
     used = {
         name: value

@@ -9,18 +9,18 @@ import numpy as np
 
 
 def stored_bytes(path: Path) -> int:
-    """What a file, or the files of a folder, take on disk."""
+    """Bytes on disk of a file, or of all files in a folder."""
     files = [path] if path.is_file() else path.rglob("*")
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def memory_bytes(tree: Any) -> int:
-    """What the arrays of a model take in memory; they may be abstract."""
+    """Bytes in memory of the arrays of a model; they may be abstract."""
     return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
 def readable_bytes(size: int) -> str:
-    """Bytes for people: 1.23 MiB, 4.56 GiB."""
+    """A size in a readable unit: 1.23 MiB, 4.56 GiB."""
     for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if size >= scale:
             return f"{size / scale:.2f} {unit}"

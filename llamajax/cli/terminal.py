@@ -1,7 +1,7 @@
-"""What commands print: results to standard output, lines for people to standard error, tables, progress bars.
+"""Output of commands: results on standard output; messages and progress bars on standard error.
 
-Text goes out as UTF-8, whatever the terminal's language. Names come from files and command lines: they are no markup,
-and what would steer a terminal is escaped.
+Text is written as UTF-8, whatever the terminal's locale. Names from files and command lines are not read as markup,
+and their control characters are escaped.
 """
 
 import contextlib
@@ -29,29 +29,29 @@ try:
 except ImportError:  # Windows
     termios = None  # type: ignore[assignment]
 
-# Tables of narrower terminals are this wide: the terminal breaks their lines, and nothing is left out.
+# Least width of a table: a narrower terminal breaks its lines, and nothing is left out.
 _NARROWEST = 60
 _PIPE_WIDTH = 160
-# What an error that concerns it names as its file.
+# The file name in errors about standard output.
 OUTPUT = "standard output"
 
 
 class ReaderLeftError(Exception):
-    """Nobody reads standard output any more, as behind `| head`: the command can stop, and nothing is wrong."""
+    """The reader of standard output has gone, as with `| head`: the command stops, which is no failure."""
 
 
 def write(text: str, end: str = "\n") -> None:
-    """Writes a result to standard output, at once. Bytes of a command line that are not UTF-8 go out as they came.
+    """Writes a result to standard output and flushes it. Bytes of a command line that are not UTF-8 stay as they are.
 
     Raises:
-        ReaderLeftError: if the reader has left.
-        OSError: if it cannot be written.
+        ReaderLeftError: if the reader of standard output has gone.
+        OSError: if standard output cannot be written.
     """
     write_bytes((text + end).encode("utf-8", "surrogateescape"))
 
 
 def write_bytes(data: bytes) -> None:
-    """`write`, of text that is encoded already; it may end within a character."""
+    """Writes encoded text, as `write` does; the text may end within a character."""
     try:
         if sys.stdout is None or sys.stdout.closed:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
@@ -63,14 +63,14 @@ def write_bytes(data: bytes) -> None:
 
 
 def note(text: str) -> None:
-    """Writes a line for people to standard error. Work does not end because nobody reads about it."""
+    """Writes a message to standard error. A failure to write it is ignored, so that the work goes on."""
     with contextlib.suppress(OSError, ValueError):
         if sys.stderr is not None:
             _put(sys.stderr, (printable(text, keep="\n") + "\n").encode())
 
 
 def tell(text: str, style: str = "") -> None:
-    """A `note` in a style, as "dim", with lines broken between words where standard error is a terminal that can."""
+    """Writes a `note` in a style such as "dim", broken between words, if standard error is a capable terminal."""
     console = _error_console()
     if _moves(console):
         with contextlib.suppress(OSError, ValueError):
@@ -80,15 +80,14 @@ def tell(text: str, style: str = "") -> None:
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Text with control characters escaped, but for those to keep."""
+    """Text with characters that are not printable escaped, except those in `keep`."""
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 def harmless(text: str) -> str:
-    r"""Text in which what would steer a terminal is escaped: control characters but \n and \t, marks that turn lines.
+    r"""Text with characters that control a terminal escaped: controls except \n and \t, and marks of direction.
 
-    Other than `printable` it keeps what texts of all languages are made of, as spaces that do not break and
-    joiners of emojis.
+    Unlike `printable` it keeps the other characters of all languages, such as no-break spaces and joiners of emojis.
     """
     return "".join(c if _is_harmless(c) else c.encode("unicode_escape").decode() for c in text)
 
@@ -104,13 +103,13 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 def drop_output() -> None:
-    """Leads standard output nowhere: what could not be written would be tried again, and complained of, at exit."""
+    """Redirects standard output to the null device: otherwise Python would try the failed write again at exit."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def as_json(value: Any, indent: int | None = None) -> str:
-    """A value as JSON, in one line unless `indent` is given.
+    """Returns a value as JSON, in one line unless `indent` is given.
 
     Raises:
         LlamaJaxError: for a number that is not finite, which JSON does not have.
@@ -118,13 +117,13 @@ def as_json(value: Any, indent: int | None = None) -> str:
     if found := next(_not_finite(value, ""), None):
         raise LlamaJaxError(f"{found}: expected a finite number: the model overflows: try --dtype=float32")
     text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
-    return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)  # which UTF-8 does not have
+    return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)  # UTF-8 has no surrogates
 
 
 def show(table: Table | str) -> None:
-    """Prints a table: as wide as the terminal, or as it needs where standard output is a file or a pipe.
+    """Prints a table: as wide as the terminal, or as wide as it needs if standard output is a file or a pipe.
 
-    What a column has no room for is broken, not cut.
+    Text that is too wide for its column is broken into lines, not cut.
     """
     for column in table.columns if isinstance(table, Table) else ():
         column.overflow = "fold"
@@ -137,7 +136,7 @@ def show(table: Table | str) -> None:
     else:
         console.width = max(_PIPE_WIDTH, Measurement.get(console, console.options, table).maximum)
     if isinstance(table, Table) and table.title:
-        # By itself: above its table it would be broken at the table's width, names and all.
+        # Printed separately: as part of the table it would be broken at the table's width, even within names.
         console.print(Text(str(table.title), style="table.title"), soft_wrap=not terminal)
         table.title = None
     console.print(table)
@@ -145,20 +144,20 @@ def show(table: Table | str) -> None:
 
 
 def bold(text: str) -> str:
-    """Text in bold where standard output is a terminal that can, and the user has not set NO_COLOR."""
+    """Text in bold, if standard output is a terminal that has bold and NO_COLOR is not set."""
     console = Console()
     plain = not is_terminal(sys.stdout) or console.is_dumb_terminal or console.no_color
     return text if plain else f"\x1b[1m{text}\x1b[0m"
 
 
 def is_dumb() -> bool:
-    """Whether the terminal cannot move its cursor, by TERM."""
+    """Whether the terminal cannot move its cursor, according to TERM."""
     return Console().is_dumb_terminal
 
 
 @contextlib.contextmanager
 def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr: call what it yields with (done, total). Silent where stderr is not a terminal."""
+    """Shows a progress bar on stderr; yields a function to call with (done, total). Silent without a terminal."""
     columns = (
         TextColumn("{task.description}", markup=False),
         *(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
@@ -171,7 +170,7 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextlib.contextmanager
 def spinner(label: str) -> Iterator[None]:
-    """A sign of life on stderr for work that does not say how far it is. Silent where stderr is not a terminal."""
+    """Shows a spinner on stderr during work that does not report its progress. Silent without a terminal."""
     console = _error_console()
     with console.status(Text(printable(label))) if _moves(console) else contextlib.nullcontext():
         yield
@@ -182,7 +181,7 @@ _keys_before: list[Any] | None = None
 
 @contextlib.contextmanager
 def keys_restored() -> Iterator[None]:
-    """Keys are as they were behind the block, and where the process ends within it."""
+    """Restores the terminal's key settings after the block, also if the process ends within it."""
     global _keys_before
     if termios is not None and is_terminal(sys.stdin):
         _keys_before = termios.tcgetattr(sys.stdin)
@@ -194,9 +193,9 @@ def keys_restored() -> Iterator[None]:
 
 @contextlib.contextmanager
 def keys_unseen() -> Iterator[None]:
-    """Inside, a terminal does not show keys, in the middle of what is drawn; who reads standard input next gets them.
+    """Turns off the echo of keys inside the block, so that they do not mix with output; they stay in standard input.
 
-    Ctrl-C and Ctrl-Z do what they always do.
+    Ctrl-C and Ctrl-Z work as usual.
     """
     with keys_restored():
         if termios is not None and is_terminal(sys.stdin):
@@ -207,7 +206,7 @@ def keys_unseen() -> Iterator[None]:
 
 
 def restore_keys() -> None:
-    """Ends `keys_restored`; also for a process that is about to end within."""
+    """Restores the key settings that `keys_restored` saved; also called when the process is about to end."""
     global _keys_before
     before, _keys_before = _keys_before, None
     if before is not None:
@@ -217,7 +216,7 @@ def restore_keys() -> None:
 
 def _put(stream: TextIO, data: bytes) -> None:
     buffer = getattr(stream, "buffer", None)
-    if buffer is None:  # a stream of text alone, as in a notebook
+    if buffer is None:  # a text stream without bytes, as in a notebook
         stream.write(data.decode(errors="replace"))
     else:
         buffer.write(data)
@@ -226,17 +225,17 @@ def _put(stream: TextIO, data: bytes) -> None:
 
 def _error_console() -> Console:
     if isinstance(sys.stderr, io.TextIOWrapper) and not sys.stderr.closed:
-        sys.stderr.reconfigure(encoding="utf-8")  # bars are drawn with characters that ASCII does not have
+        sys.stderr.reconfigure(encoding="utf-8")  # bars are not ASCII
     return Console(stderr=True)
 
 
 def _moves(console: Console) -> bool:
-    """Whether something can be drawn over what was drawn before."""
+    """Whether standard error is a terminal that can redraw text in place."""
     return is_terminal(sys.stderr) and not console.is_dumb_terminal
 
 
 def _not_finite(value: Any, name: str) -> Iterator[str]:
-    """Names and values of the numbers in a JSON value that are not finite."""
+    """Yields the name and value of each number in a JSON value that is not finite."""
     if isinstance(value, float) and not math.isfinite(value):
         yield f"{name or 'the result'} is {value}"
     elif isinstance(value, dict):

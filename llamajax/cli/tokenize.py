@@ -1,4 +1,4 @@
-"""`llamajax tokenize`: the ids of a text and what each is called, or the text of ids."""
+"""`llamajax tokenize`: shows the token ids and pieces of a text, or the text of token ids."""
 
 from absl import flags
 
@@ -35,7 +35,7 @@ def define(values: flags.FlagValues) -> None:
         flags.DEFINE_boolean(
             "bos",
             None,
-            "Begins with the BOS token, or does not. Without this flag the model's files decide.",
+            "Begins with the BOS token; --nobos begins without. Without either flag the model's files decide.",
             flag_values=values,
         )
         define_parse_special(values)
@@ -43,10 +43,10 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> None:
-    """Prints an id and its piece a line, or the text of ids.
+    """Prints an id and its piece per line, or the text of ids.
 
     Raises:
-        LlamaJaxError: if there is no tokenizer, or what is given is no text, or no ids of it.
+        LlamaJaxError: if there is no tokenizer, the text is not UTF-8, or --ids is not a list of its token ids.
     """
     tokenizer = _tokenizer(values)
     if values.ids is None:
@@ -68,7 +68,7 @@ def run(values: flags.FlagValues) -> None:
 
 
 def _tokenizer(values: flags.FlagValues) -> Tokenizer:
-    """The model's; without --model, that of --tokenizer alone."""
+    """The tokenizer of the model; if --tokenizer is given without --model, the tokenizer in that file."""
     if values.tokenizer is not None and not values["model"].present:
         return Tokenizer.from_file(values.tokenizer)
     return open_model(values)[1]

@@ -1,4 +1,4 @@
-"""`llamajax train`: a small LLaMA from scratch."""
+"""`llamajax train`: trains a small LLaMA from scratch."""
 
 import dataclasses
 from pathlib import Path
@@ -27,9 +27,9 @@ _DEFAULTS: dict[str, Any] = dataclasses.asdict(TrainOptions())
 _OPTION_HELP = {
     COMMON: {
         "steps": "Number of optimizer steps.",
-        "batch": "Rows of a step.",
-        "sequence_length": "Tokens of a row.",
-        "seed": "Decides the first weights and the order of the data.",
+        "batch": "Rows per step.",
+        "sequence_length": "Tokens per row.",
+        "seed": "Determines the initial weights and the order of the data.",
     },
     "Optimizer": {
         "learning_rate": "Highest learning rate.",
@@ -100,7 +100,7 @@ def run(values: flags.FlagValues) -> None:
         model = train.train(config, tokens, heldout, options, folder, on_step, tokenizer=tokenizer, on_note=note)
     with writing(folder / "loss.svg"):
         _draw(folder)
-    # Last: where there is a model, all is done.
+    # The model is written last: its presence means that everything is done.
     save_checkpoint(model, folder / "model", tokenizer=tokenizer, source=f"llamajax train on {values.data}")
     note(f"{folder / 'model'} is trained: try llamajax generate --model={folder / 'model'}")
 
@@ -115,7 +115,7 @@ def _config(name: str) -> Config:
 
 
 def _draw(folder: Path) -> None:
-    """The loss curve as SVG, where matplotlib is installed."""
+    """Draws the loss curve as SVG, if matplotlib is installed."""
     from llamajax.train import draw_loss
 
     try:

@@ -1,1 +1,1 @@
-"""How well a model predicts a text, how near it is to another, and how fast it runs."""
+"""Measures how well a model predicts a text, how near it is to another model, and how fast it runs."""

@@ -1,8 +1,8 @@
-"""How well a model predicts a text, and how near its predictions are to another's.
+"""Measures how well a model predicts a text, and how near its predictions are to those of another model.
 
-What is measured is the model that is given, multiplied as its weights are held: laid out by `llamajax.prepare`, as they
-run on a backend, with the rounding that its layout adds for `activations="bfloat16"`; else by the reference product,
-which dequantizes each weight whole. The command `llamajax eval` prepares them.
+The functions measure a model in the layout that its weights have. A model from `llamajax.prepare` is measured as it
+runs on that backend, with the rounding that the layout adds for `activations="bfloat16"`. Other models are measured
+with the reference product, which dequantizes each weight whole. The command `llamajax eval` prepares its models.
 """
 
 import functools
@@ -30,14 +30,14 @@ from llamajax.model import Llama
 from llamajax.tokenizer import Tokenizer
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
-_LARGEST_TEXT = 1 << 32  # TinyStories, the largest that we know of, has 2.2 GB
+_LARGEST_TEXT = 1 << 32  # TinyStories, the largest text file that we know of, has 2.2 GB
 
 
 # ---- Texts -----------------------------------------------------------------------------------------------------------
 
 
 def read_text(path: str | Path) -> str:
-    """A text file as it is, its newlines included.
+    """Reads a text file without changing its newlines.
 
     Raises:
         LlamaJaxError: if the file is missing or not UTF-8.
@@ -53,13 +53,13 @@ def read_text(path: str | Path) -> str:
 
 
 def split_documents(text: str) -> list[str]:
-    """The documents of a text: separated by `<|endoftext|>`, stripped, empty ones left out."""
+    """Splits a text at `<|endoftext|>` into its documents, strips them, and leaves out empty ones."""
     documents = [document.strip() for document in text.split(DOCUMENT_SEPARATOR)]
     return [document for document in documents if document]
 
 
 def read_documents(path: str | Path) -> list[str]:
-    """The documents of a text file (see `split_documents`).
+    """Reads the documents of a text file (see `split_documents`).
 
     Raises:
         LlamaJaxError: if the file is missing, not UTF-8 or empty.
@@ -71,26 +71,26 @@ def read_documents(path: str | Path) -> list[str]:
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> np.ndarray:
-    """All documents in one row of int32 ids, each encoded by itself, with a BOS before it if the tokenizer adds one."""
+    """Encodes each document by itself, with BOS if the tokenizer adds one, and joins them in one array of int32 ids."""
     rows = [np.asarray(tokenizer.encode(document), np.int32) for document in documents]
     return np.concatenate(rows) if rows else np.zeros(0, np.int32)
 
 
 def dataset_text(text: str) -> str:
-    r"""A file such as `wiki.test.raw` as `"\n\n".join(dataset["text"])` gives it: what the GPTQ family measures on.
+    r"""Turns a file such as `wiki.test.raw` into `"\n\n".join(dataset["text"])`, the text of the GPTQ convention.
 
-    The rows of Hugging Face's wikitext-2-raw-v1 are the lines of that file, each with its newline, but a line of
-    white space only is an empty row (`_generate_examples` of datasets/wikitext/wikitext.py in huggingface/datasets).
+    The rows of Hugging Face's wikitext-2-raw-v1 are the lines of that file, each with its newline, except that a line
+    of white space only is an empty row (`_generate_examples` of datasets/wikitext/wikitext.py in huggingface/datasets).
     """
     rows = io.StringIO(text, newline=None)
     return "\n\n".join(row if row.strip() else "" for row in rows)
 
 
 def text_windows(text: str, tokenizer: Tokenizer, window: int = 512, convention: str = "documents") -> Windows:
-    """A text cut by one of the conventions that `llamajax.evaluation.windows` describes.
+    """Cuts a text into windows by one of the conventions that `llamajax.evaluation.windows` describes.
 
-    "documents" splits it at `<|endoftext|>`; the others take it whole: "llama.cpp" less one final newline (which that
-    program drops from a file it reads), "gptq" as `dataset_text`.
+    "documents" splits the text at `<|endoftext|>`; the others encode it as a whole: "llama.cpp" without one final
+    newline (which that program drops from a file it reads), "gptq" after `dataset_text`.
 
     Raises:
         LlamaJaxError: if the text is too short, or there is no such convention.
@@ -111,7 +111,7 @@ def text_windows(text: str, tokenizer: Tokenizer, window: int = 512, convention:
 def next_token_losses(model: Llama, tokens_BT: jax.Array, **options: Any) -> jax.Array:
     """Negative log-likelihood of each token after the first of its row, in nats, float32 [B, T-1]. Differentiable.
 
-    Options are `hooks` and `remat`, as of `Llama.blocks`.
+    Options are `hooks` and `remat` of `Llama.blocks`.
     """
     return _losses(model(tokens_BT[:, :-1], **options)[0], tokens_BT[:, 1:])
 
@@ -127,9 +127,10 @@ def token_losses(
     """Negative log-likelihood of every token that counts, in nats, float32 [predictions], in the text's order.
 
     Args:
-        model: the model, prepared (`llamajax.prepare`) for what it gives where it runs, or not, for the reference.
-        tokens: ids of the whole text, [n], which `document_windows` cuts, or windows cut otherwise.
-        window: inputs per window, where tokens are given.
+        model: the model; prepared (`llamajax.prepare`) to measure it as it runs on a backend, or not prepared to
+            measure it with the reference product.
+        tokens: ids of the whole text, [n], which `document_windows` cuts; or windows of any convention.
+        window: inputs per window, if `tokens` are ids.
         batch: windows evaluated at once.
         on_batch: called with (windows done, windows in all).
 
@@ -153,27 +154,27 @@ def cross_entropy(
     batch: int = 8,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> float:
-    """Mean cross-entropy in nats a token: the mean of `token_losses`, whose arguments and errors it has.
+    """Mean cross-entropy in nats per token: the mean of `token_losses`, with the same arguments and errors.
 
-    Perplexity is its exponential.
+    Its exponential is the perplexity.
     """
     losses = token_losses(model, tokens, window=window, batch=batch, on_batch=on_batch)
     return float(np.mean(losses, dtype=np.float64))
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Of the mean of `values` taken for independent, as llama.cpp's `±`: tokens of one text are not quite."""
+    """Standard error of the mean of `values`, as llama.cpp's `±`. Tokens of a text are not quite independent."""
     return math.sqrt(np.var(values, dtype=np.float64) / max(1, len(values) - 1))
 
 
 class Comparison(NamedTuple):
-    """How a model's predictions differ from a reference's on the same text, in the mean over all that count.
+    """How a model's predictions differ from a reference's on the same text: means over all predictions that count.
 
     Attributes:
         kl_divergence: KL(reference || model), in nats.
-        top1_agreement: fraction of positions at which both find the same token likeliest.
-        cross_entropy: of the model, in nats a token.
-        reference_cross_entropy: of the reference.
+        top1_agreement: fraction of positions at which the same token is likeliest in both.
+        cross_entropy: cross-entropy of the model, in nats per token.
+        reference_cross_entropy: cross-entropy of the reference, in nats per token.
     """
 
     kl_divergence: float
@@ -191,9 +192,9 @@ def compare(
     batch: int = 4,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> Comparison:
-    """Compares a model (quantized, say) with the one that it was made from: the means of `compare_each`.
+    """Compares a model, such as a quantized one, with the one that it was made from: the means of `compare_each`.
 
-    Either may be prepared for a backend: each is multiplied as its weights are held.
+    Either model may be prepared for a backend: weights are multiplied in the layout that they have.
     """
     values = compare_each(model, reference, tokens, window=window, batch=batch, on_batch=on_batch)
     return Comparison(*(float(mean) for mean in values.mean(axis=1, dtype=np.float64)))
@@ -213,7 +214,7 @@ def compare_each(
     Arguments are those of `token_losses`.
 
     Raises:
-        LlamaJaxError: as `token_losses`, for both models, or if the vocabularies differ.
+        LlamaJaxError: for the reasons of `token_losses`, for both models, or if the vocabularies differ.
     """
     check_vocabularies(model, reference)
     windows = as_windows(tokens, window)
@@ -227,7 +228,7 @@ def compare_each(
 
 
 def _check_finite(values_BT: np.ndarray, name: str, first_window: int, windows: Windows) -> None:
-    """Refuses what a model said of a text if it is not finite: a mean of it would be no number, or a wrong one."""
+    """Raises an error if a value is not finite: the mean over the text would be NaN or wrong."""
     if np.isfinite(values_BT).all():
         return
     row, position = np.argwhere(~np.isfinite(values_BT))[0]
@@ -238,7 +239,7 @@ def _check_finite(values_BT: np.ndarray, name: str, first_window: int, windows: 
 
 
 def check_vocabularies(model: Llama, reference: Llama) -> None:
-    """Refuses to compare models whose predictions are over different tokens."""
+    """Raises an error if two models have vocabularies of different sizes."""
     if model.config.vocab_size != reference.config.vocab_size:
         raise LlamaJaxError(
             f"the model has {model.config.vocab_size} tokens, the reference {reference.config.vocab_size}: "
@@ -247,13 +248,13 @@ def check_vocabularies(model: Llama, reference: Llama) -> None:
 
 
 def _scored_logits(model: Llama, tokens_BT: jax.Array, first: int) -> jax.Array:
-    """Logits of the predictions that count: the head, the widest matrix, meets no others."""
+    """Logits of the predictions that count; the head, the widest matrix, is not multiplied with other positions."""
     x_BTD, _ = model.blocks(model.embed(tokens_BT[:, :-1]))
     return model.head(x_BTD[:, first:])
 
 
 def _finite(logits_BTV: jax.Array) -> jax.Array:
-    """The logits; NaN for all tokens of a position where one is not finite, which a loss may not show."""
+    """Logits, with all set to NaN at a position where one is not finite: otherwise the loss could hide it."""
     return jnp.where(jnp.isfinite(logits_BTV).all(axis=-1, keepdims=True), logits_BTV, jnp.nan)
 
 

@@ -1,7 +1,7 @@
 """Signal-to-noise ratio of a model against the one that it was made from: layer by layer, and weight by weight.
 
-In decibels, 10 log10(sum of reference**2 / sum of (reference - model)**2): 20 dB is an error of a tenth, 40 dB of a
-hundredth, infinity is equality. Quantizers of b bits gain about 6 dB with each (Bennett 1948).
+The ratio in decibels is 10 log10(sum of reference**2 / sum of (reference - model)**2): 20 dB means an error of a tenth,
+40 dB of a hundredth, infinity means equality. A quantizer gains about 6 dB with each bit (Bennett 1948).
 """
 
 import math
@@ -24,13 +24,13 @@ from quant import values
 class LayerNoise(NamedTuple):
     """Signal-to-noise ratios along a model, in dB.
 
-    The sums are over all inputs of all windows, so that positions with huge activations (in trained models often the
-    first: Sun et al. 2024, arXiv:2402.17762) weigh most in the residual stream.
+    The sums run over all inputs of all windows. Positions with huge activations (in trained models often the first
+    position: Sun et al. 2024, arXiv:2402.17762) therefore weigh most in the residual stream.
 
     Attributes:
-        embedding: of what the first layer gets.
-        layers: of the residual stream behind each layer.
-        logits: of the logits.
+        embedding: ratio of the input of the first layer.
+        layers: ratio of the residual stream after each layer.
+        logits: ratio of the logits.
     """
 
     embedding: float
@@ -47,10 +47,10 @@ def layer_noise(
     batch: int = 4,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> LayerNoise:
-    """Runs both models over a text side by side and compares them behind each layer.
+    """Runs both models over a text side by side and compares them after each layer.
 
-    Holds the activations of one batch and one layer. Arguments are those of `evaluate.token_losses`; as there, each
-    model is multiplied as its weights are held.
+    Only the activations of one batch and one layer are in memory. The arguments are those of `evaluate.token_losses`.
+    As there, weights are multiplied in the layout that they have.
 
     Raises:
         LlamaJaxError: if the text is too short, the models differ in vocabulary, width or layers, or activations are
@@ -76,11 +76,11 @@ def layer_noise(
 
 
 def weight_noise(model: Llama, reference: Llama) -> dict[str, list[float]]:
-    """Signal-to-noise ratio of every weight by name, in dB: one a layer for those of the layers, else one.
+    """Signal-to-noise ratio of every weight by name, in dB: one per layer for weights of the layers, else one.
 
-    Of the values that weights stand for, which a backend's layout does not change. A recipe that moves scales from one
-    weight to the next (AWQ, SmoothQuant) makes weights differ that the model's outputs do not feel: there only
-    `layer_noise` says something.
+    The ratio is that of the dequantized values, which a backend's layout does not change. A recipe that moves scales
+    from one weight to the next (AWQ, SmoothQuant) changes weights without changing the model's outputs; only
+    `layer_noise` is meaningful then.
 
     Raises:
         LlamaJaxError: if the models' weights differ in name or shape, or are not finite.
@@ -117,7 +117,7 @@ def _powers(name: str, ours: Any, theirs: Any, used: int | None = None) -> np.nd
     Summed in float32 along the last axis only: millions of squares in float32 would lose digits.
 
     Raises:
-        LlamaJaxError: if it is not finite, by the name of what it is the power of.
+        LlamaJaxError: if a power is not finite; the message contains `name`.
     """
     powers = np.asarray(_row_powers(ours, theirs))
     powers = (powers if used is None else powers[:, :used]).reshape(2, -1).sum(axis=1, dtype=np.float64)

@@ -1,6 +1,6 @@
-"""Pictures of measurements, as SVG or PNG by the file's suffix. Needs matplotlib: the extra `plot`.
+"""Draws measurements as SVG or PNG, according to the file's suffix. Needs matplotlib: the extra `plot`.
 
-The same figures give the same file, text in an SVG stays text, and a file appears whole or not at all.
+The same numbers give the same file, text in an SVG stays text, and a file appears whole or not at all.
 """
 
 import importlib.util
@@ -21,8 +21,8 @@ class Point(NamedTuple):
     Attributes:
         family: points of one family share a colour and a line.
         label: written beside the point.
-        bits_per_weight: of everything that is stored.
-        kl_divergence: from the reference, in nats a token.
+        bits_per_weight: size of everything that is stored, per weight.
+        kl_divergence: KL divergence from the reference, in nats per token.
     """
 
     family: str
@@ -32,11 +32,11 @@ class Point(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """What was measured of one kind of work.
+    """The measured speed of one kind of work.
 
     Attributes:
         label: written beside the bar.
-        tokens_per_second: its length.
+        tokens_per_second: the length of the bar.
         limit: tokens per second that the machine allows.
     """
 
@@ -46,10 +46,10 @@ class Speed(NamedTuple):
 
 
 def check_picture(path: str | Path) -> None:
-    """Refuses, before any work, a picture that could not be drawn.
+    """Checks, before any work, that a picture can be drawn.
 
     Raises:
-        LlamaJaxError: for another suffix than .svg or .png, a folder that does not exist, or without matplotlib.
+        LlamaJaxError: for a suffix other than .svg or .png, a folder that does not exist, or without matplotlib.
     """
     path = Path(path)
     if path.suffix not in _SUFFIXES:
@@ -61,10 +61,10 @@ def check_picture(path: str | Path) -> None:
 
 
 def quality_curve(points: Iterable[Point], path: str | Path) -> None:
-    """Draws KL divergence, logarithmic, against bits a weight, each point with its label.
+    """Draws KL divergence on a logarithmic axis against bits per weight; each point has its label.
 
-    A family's line joins those of its points that no other of them beats in both. A point without divergence has no
-    place on the axis: the legend names it.
+    A family's line joins its Pareto-optimal points. A point without divergence has no place on the logarithmic axis
+    and is listed in the legend.
 
     Raises:
         LlamaJaxError: as `check_picture`.
@@ -77,7 +77,7 @@ def quality_curve(points: Iterable[Point], path: str | Path) -> None:
 
 
 def quality_panels(panels: Mapping[str, Iterable[Point]], path: str | Path) -> None:
-    """`quality_curve` of several models side by side, each under its name; a family has one colour in all.
+    """Draws the `quality_curve` of several models side by side, under their names; a family has one colour in all.
 
     Raises:
         LlamaJaxError: as `check_picture`.
@@ -96,12 +96,12 @@ def quality_panels(panels: Mapping[str, Iterable[Point]], path: str | Path) -> N
 
 
 def _families(points: Sequence[Point]) -> tuple[str, ...]:
-    """In the order of their first points, which decides their colours."""
+    """The families in the order of their first points, which determines their colours."""
     return tuple(dict.fromkeys(point.family for point in points))
 
 
 def _draw_curve(axes: Any, points: Sequence[Point], families: Sequence[str]) -> None:
-    """What `quality_curve` draws."""
+    """Draws what `quality_curve` describes on `axes`."""
     for i, family in enumerate(families):
         members = sorted(point[2:] for point in points if point.family == family and point.kl_divergence > 0)
         if members:
@@ -122,13 +122,13 @@ def error_by_layer(
 ) -> None:
     """Draws signal-to-noise ratios by layer: of the residual stream, and of the layers' weights.
 
-    What is without error, infinitely many dB, is not drawn.
+    A weight without error in any layer (infinite dB) is not drawn.
 
     Args:
-        layers: of the residual stream behind each layer, in dB.
-        logits: of the logits, drawn behind the last layer.
-        weights: a line each: one value a layer.
-        path: of the picture.
+        layers: ratio of the residual stream after each layer, in dB.
+        logits: ratio of the logits, drawn after the last layer.
+        weights: ratios of each weight by name, one per layer; each weight is a line.
+        path: file of the picture.
 
     Raises:
         LlamaJaxError: as `check_picture`.
@@ -149,7 +149,7 @@ def error_by_layer(
 
 
 def speed_bars(title: str, speeds: Sequence[Speed], path: str | Path) -> None:
-    """Draws a bar for each kind of work, the first on top, with a mark where the machine's limit is.
+    """Draws a bar for each kind of work, the first at the top, with a mark at the machine's limit.
 
     Raises:
         LlamaJaxError: as `check_picture`.
@@ -170,7 +170,7 @@ def speed_bars(title: str, speeds: Sequence[Speed], path: str | Path) -> None:
 
 
 def _literal(name: str) -> str:
-    """A name as matplotlib shows it unchanged: dollars are no formula, and a first underscore does not hide it."""
+    """Escapes a name for matplotlib: $ would begin a formula, and a leading underscore would hide it in legends."""
     name = name.replace("$", r"\$")
     return f"\u200b{name}" if name.startswith("_") else name
 
@@ -184,7 +184,7 @@ def _axes() -> Any:
 
 
 def _write_labels(axes: Any, points: Sequence[Point]) -> None:
-    """Writes each label in the first place around its point where it covers no point and no other label."""
+    """Writes each label at the first place around its point where it covers no point and no other label."""
     axes.figure.draw_without_rendering()
     legend = axes.get_legend()
     taken = [legend.get_window_extent()] if legend else []
@@ -204,7 +204,7 @@ def _write_labels(axes: Any, points: Sequence[Point]) -> None:
 
 
 def _save(figure: Any, path: str | Path) -> None:
-    """Writes beside the file, then renames."""
+    """Saves a figure: writes a temporary file, then renames it."""
     import matplotlib
 
     path = Path(path)

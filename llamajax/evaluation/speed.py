@@ -1,10 +1,10 @@
-"""How fast a model runs, and how near that is to what the machine can do: measured in one process, as medians.
+"""Measures how fast a model runs and the limits of the machine, in one process; speeds are medians.
 
     model = prepare(random_model(preset("tinyllama-1.1b")), donate=True)
     print(measure_decode(model, context=128).tokens_per_second)
 
-The programs are those that `generate` runs. Speed does not depend on the values of weights, but for the context, which
-is given: so the model may be one of a preset's shape with random weights, which takes no more memory than it has.
+The programs are those that `generate` runs. Speed does not depend on the values of weights, and the context length is
+given, so a model of a preset's shape with random weights is sufficient. Making one takes no more memory than the model.
 """
 
 import dataclasses
@@ -32,24 +32,25 @@ from llamajax.quantization.foreseen import FLOATS, quantized_shape, rules_of
 from llamajax.threads import thread_count
 from quant import QTensor, Rule
 
-_DEVIATION = 0.02  # standard deviation of random weights: that which training starts from
+_DEVIATION = 0.02  # standard deviation of random weights, as at the start of training
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """What one kind of work took.
+    """Time, work and memory of one kind of work.
 
     Attributes:
         phase: "prefill" or "decode".
-        batch: rows.
-        length: of the prompt in tokens, or of the context that a step finds in the cache.
-        tokens: that `seconds` put into the cache, or made, of all rows.
-        seconds: of the whole prefill, or of one decode step; the median of the repeats, without compiling.
-        bytes_read: that the work has to read: its weights, once a forward pass, and the cache of the context.
-        operations: floating point operations that it cannot do without: products with weights, scores and mixtures.
-        programs: compiled for it, or loaded where an earlier run had kept them.
-        compile_seconds: that took.
-        resident_bytes: of this process afterwards, or None where the system does not say.
+        batch: number of rows.
+        length: tokens in the prompt, or in the cache before a decode step.
+        tokens: tokens of all rows that were prefilled or generated in `seconds`.
+        seconds: duration of the whole prefill, or of one decode step: the median of the repeats, without compilation.
+        bytes_read: bytes that the work must read: the weights once per forward pass, and the cache of the context.
+        operations: floating point operations that the work requires: products with weights, and attention scores and
+            mixtures.
+        programs: programs compiled for the work, or loaded from the compilation cache of an earlier run.
+        compile_seconds: time that compiling or loading these programs took.
+        resident_bytes: memory of this process afterwards, or None if the system does not report it.
     """
 
     phase: str
@@ -65,25 +66,25 @@ class Measurement:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all rows together."""
+        """Tokens per second of all rows together."""
         return self.tokens / self.seconds
 
     @property
     def gigabytes_per_second(self) -> float:
-        """In 1e9 bytes."""
+        """Bytes read per second, in units of 1e9."""
         return self.bytes_read / self.seconds / 1e9
 
     @property
     def gigaflops_per_second(self) -> float:
-        """In 1e9 operations."""
+        """Floating point operations per second, in units of 1e9."""
         return self.operations / self.seconds / 1e9
 
     def limit(self, bandwidth: float, flops: float) -> float:
-        """Tokens per second that reading, and multiplying in floats, allow; whichever takes longer.
+        """Tokens per second that the machine allows: limited by reading or by products in floats, whichever is slower.
 
         Args:
-            bandwidth: of memory, bytes per second.
-            flops: of products, operations per second.
+            bandwidth: bytes read from memory per second.
+            flops: operations of products per second.
         """
         return self.tokens / max(self.bytes_read / bandwidth, self.operations / flops)
 
@@ -94,19 +95,20 @@ class Measurement:
 def random_model(
     config: Config, weights: str | Path = "int4-g32", *, dtype: jax.typing.DTypeLike = jnp.float32, seed: int = 0
 ) -> Llama:
-    """A model of random weights, made as it is stored: memory holds the result and one weight, and no model in floats.
+    """Makes a model of random weights directly in its stored form: memory holds the result and one more weight.
 
-    Codes are random bytes, scales one number a weight: as large as weights are, so that nothing overflows.
+    Codes are random bytes. All scales of a weight are equal, and give values of the usual size, so that nothing
+    overflows.
 
     Args:
         config: the architecture.
-        weights: a recipe, as `quantize` takes it, or one of float32, bfloat16, float16. Of a recipe the schemes count,
-            not how it chooses codes.
-        dtype: of activations, and of weights that the recipe keeps. With a float type for weights it is that type.
+        weights: a recipe, as for `quantize`, or one of float32, bfloat16, float16. Only the recipe's schemes matter,
+            not its way of choosing codes.
+        dtype: dtype of activations and of weights that the recipe keeps; overridden if `weights` is a float type.
         seed: the same seed gives the same weights.
 
     Raises:
-        LlamaJaxError: for a recipe that there is not, that does not fit, or whose schemes depend on a text.
+        LlamaJaxError: for a recipe that does not exist, that does not fit, or whose schemes depend on a text.
     """
     if str(weights) in FLOATS:
         dtype = str(weights)
@@ -121,12 +123,12 @@ def random_model(
 def _random_weight(
     place: Place, weight: jax.ShapeDtypeStruct, rule: Rule, spec: Spec, generator: np.random.Generator
 ) -> Any:
-    """One weight by its rule, of NumPy arrays; norms are ones."""
+    """Makes one weight by its rule, in NumPy arrays; norms are ones."""
     shape = weight.shape
     if not spec.is_matrix:
         return np.full(shape, float(spec.init == "ones"), weight.dtype)
     if rule.keep:
-        # Even, which takes a third of the time of normal.
+        # Uniform numbers take a third of the time of normal ones.
         even = generator.random(shape, np.float32) - np.float32(0.5)
         even *= np.float32(_DEVIATION * math.sqrt(12))
         return even.astype(weight.dtype)
@@ -134,19 +136,19 @@ def _random_weight(
 
 
 def _filled(abstract: Any, generator: np.random.Generator, deviation: float) -> QTensor:
-    """A quantized weight of those shapes with random codes, or a level of its scales."""
+    """Fills a quantized weight, or a quantized plane of its scales, with random codes and constant scales."""
     scheme = abstract.scheme
     middle = 2 ** (scheme.bits - 1)
     step: Any = deviation / float(jnp.std(scheme.decode(jnp.arange(2**scheme.bits, dtype=jnp.uint8))))
     if scheme.scale_code == "e8m0":
         step = round(math.log2(step)) + 127  # an exponent
     elif scheme.scale_code == "ue4m3":
-        step = 8  # of 2**-6, its smallest normal number
+        step = 8  # the code of 2**-6, the smallest normal number
 
     def codes(plane: Any) -> np.ndarray:
         drawn = np.frombuffer(generator.bytes(math.prod(plane.shape)), np.uint8).reshape(plane.shape)
         if scheme.kind == "ternary":
-            return drawn & ~((drawn >> 1) & drawn & 0x55)  # 2 where a code is 3, which there is not
+            return drawn & ~((drawn >> 1) & drawn & 0x55)  # code 3 does not exist: use 2 instead
         return drawn
 
     def numbers(plane: Any, value: float) -> Any:
@@ -167,14 +169,14 @@ def _filled(abstract: Any, generator: np.random.Generator, deviation: float) -> 
 
 
 def memory_bandwidth(size: int = 1 << 29, repeats: int = 8) -> float:
-    """Bytes per second that can be read from memory: the most that one of the repeats reached, for it is a limit.
+    """Bytes per second that can be read from memory: the fastest of the repeats, because it is a limit.
 
-    On a CPU as many threads as XLA has look for the largest of their shares of a buffer of int32, in NumPy: of what
-    Python offers that reads fastest, as fast as a loop in C that does nothing else. Elsewhere XLA looks for it.
+    On a CPU, as many threads as XLA uses compute the maximum of their parts of an int32 buffer with NumPy. Nothing in
+    Python reads faster; it is as fast as a C loop that only reads. On other devices XLA computes the maximum.
 
     Args:
-        size: of the buffer in bytes; several times what the caches hold.
-        repeats: how often it is read.
+        size: bytes of the buffer; several times the size of the processor's caches.
+        repeats: how often the buffer is read.
     """
     if jax.default_backend() != "cpu":
         buffer = jnp.ones(size // 4, jnp.int32)
@@ -187,13 +189,13 @@ def memory_bandwidth(size: int = 1 << 29, repeats: int = 8) -> float:
 
 
 def product_rate(config: Config, dtype: jax.typing.DTypeLike = jnp.float32, rows: int = 256, repeats: int = 8) -> float:
-    """Operations per second of `jnp.matmul` with a matrix of the model's size; the most that one repeat reached.
+    """Operations per second of `jnp.matmul` with a matrix of the model's size: the fastest of the repeats.
 
     Args:
-        config: the model's. The product is [rows, D] with [D, F].
-        dtype: of both factors.
+        config: the model's config. The product is [rows, D] with [D, F].
+        dtype: dtype of both factors.
         rows: tokens at once.
-        repeats: how often it is computed.
+        repeats: how often the product is computed.
     """
     x_RD = jnp.full((rows, config.width), 0.5, dtype)
     weight_DF = jnp.full((config.width, config.ffn_width), 0.5, dtype)
@@ -203,14 +205,14 @@ def product_rate(config: Config, dtype: jax.typing.DTypeLike = jnp.float32, rows
 
 
 def resident_bytes() -> int | None:
-    """Memory of this process that is not swapped out, mapped files included; None where the system has no /proc."""
+    """Resident memory of this process, mapped files included; None if the system has no /proc."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), None)
 
 
 def _times(work: Callable[[], Any], repeats: int) -> list[float]:
-    """Seconds of each repeat, behind one that does not count."""
+    """Seconds of each repeat, after one that does not count."""
     work()
     seconds = []
     for _ in range(repeats):
@@ -231,14 +233,14 @@ def measure_prefill(
     cache_dtype: jax.typing.DTypeLike | None = None,
     repeats: int = 5,
 ) -> Measurement:
-    """Putting prompts of `length` tokens into the cache, in the chunks that `generate` cuts them into.
+    """Measures the prefill of prompts of `length` tokens, in the chunks that `generate` cuts them into.
 
     Args:
-        model: prepared or not.
-        length: at least 1, at most the model's context.
+        model: the model, prepared or not.
+        length: tokens per prompt, from 1 to the model's context length.
         batch: rows, at least 1.
-        cache_dtype: one of `cache.CACHE_DTYPES`; the model's unless given.
-        repeats: at least 1.
+        cache_dtype: one of `cache.CACHE_DTYPES`; the model's dtype unless given.
+        repeats: number of measurements, at least 1.
 
     Raises:
         LlamaJaxError: for a value out of range.
@@ -248,7 +250,7 @@ def measure_prefill(
     engine = Engine(model, batch, length, cache_dtype=cache_dtype, counted=counted)
     state, rows = engine.empty(), range(batch)
     token_BT = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, length + 1), np.int32)
-    # One more than is prefilled: the last token of a text is the first that a step takes.
+    # One token more than is prefilled: the last token of a prompt is the input of the first decode step.
     chunks = engine.plan(state, rows, token_BT.tolist(), [0] * batch)
 
     def once() -> float:
@@ -280,23 +282,23 @@ def measure_decode(
     steps: int = 8,
     repeats: int = 5,
 ) -> Measurement:
-    """A step of greedy decoding behind a context of `context` tokens in each row.
+    """Measures a step of greedy decoding after a context of `context` tokens in each row.
 
     Args:
-        model: prepared or not.
-        context: at least 1, at most the model's.
+        model: the model, prepared or not.
+        context: tokens in the cache, from 1 to the model's context length.
         batch: rows, at least 1.
-        cache_dtype: one of `cache.CACHE_DTYPES`; the model's unless given.
-        steps: that one call makes, and a repeat is one call: 1 to `programs.DECODE_BLOCK`. They lengthen the context,
-            which begins anew with each repeat.
-        repeats: at least 1.
+        cache_dtype: one of `cache.CACHE_DTYPES`; the model's dtype unless given.
+        steps: decode steps per repeat, which is one call of the program: 1 to `programs.DECODE_BLOCK`. The context
+            grows with each step and is reset for each repeat.
+        repeats: number of measurements, at least 1.
 
     Raises:
         LlamaJaxError: for a value out of range.
     """
     _check(model.config, {"context": context, "batch": batch, "steps": steps, "repeats": repeats}, context)
     if steps > DECODE_BLOCK:
-        raise LlamaJaxError(f"steps is {steps}: expected at most {DECODE_BLOCK}, what one call of the program makes")
+        raise LlamaJaxError(f"steps is {steps}: expected at most {DECODE_BLOCK}, the steps of one call of the program")
     counted = Compilations()
     engine = Engine(model, batch, context + steps, cache_dtype=cache_dtype, counted=counted)
     state = engine.empty()
@@ -311,7 +313,7 @@ def measure_decode(
         if not np.isfinite(made.log_probability_BM[:, :steps]).all():
             raise LlamaJaxError(
                 f"the logits behind {context} tokens are not finite: the weights hold NaN or infinity, or values "
-                f"overflow {model.dtype}: expected a model that computes numbers"
+                f"overflow {model.dtype}: expected a model with finite logits"
             )
         return seconds / steps
 
@@ -325,7 +327,7 @@ def measure_decode(
 
 
 def _at_length(state: EngineState, context: int, steps: int) -> EngineState:
-    """The same cache, as if it held so many tokens: what is behind them is not looked at. Greedy rows make `steps`."""
+    """The state with `context` tokens in its cache (of any content), for `steps` greedy steps in each row."""
     length_B = jnp.full(state.rows, context, jnp.int32)
     asked = dataclasses.replace(
         state.asked,
@@ -336,7 +338,7 @@ def _at_length(state: EngineState, context: int, steps: int) -> EngineState:
 
 
 def _median(once: Callable[[], float], repeats: int) -> float:
-    """Median seconds, behind a first time that compiles."""
+    """Median seconds of the repeats, after a first call that compiles."""
     once()
     return statistics.median(once() for _ in range(repeats))
 
@@ -344,7 +346,7 @@ def _median(once: Callable[[], float], repeats: int) -> float:
 def _measurement(
     phase: str, batch: int, length: int, tokens: int, seconds: float, read: int, operations: int, counted: Compilations
 ) -> Measurement:
-    """With what was compiled, and the memory now."""
+    """Makes a `Measurement`, with the counts of compilations and the memory in use now."""
     programs, compile_seconds = counted.compilations + counted.loads, counted.compile_seconds
     return Measurement(
         phase, batch, length, tokens, seconds, read, operations, programs, compile_seconds, resident_bytes()
@@ -356,4 +358,4 @@ def _check(config: Config, numbers: Mapping[str, int], length: int) -> None:
         if number < 1:
             raise LlamaJaxError(f"{name} is {number}: expected at least 1")
     if length > config.context_length:
-        raise LlamaJaxError(f"{length} tokens: expected at most {config.context_length}, what the model is made for")
+        raise LlamaJaxError(f"{length} tokens: expected at most {config.context_length}, the model's context length")

@@ -1,11 +1,11 @@
-"""What a model can do: multiple choice, cloze and short answers, by the conventions of lm-evaluation-harness.
+"""Evaluates a model on multiple choice, cloze and short answers, by the conventions of lm-evaluation-harness.
 
     result = evaluate_task(model, tokenizer, "openbook_qa.jsonl")
     print(result.measures["acc_norm"])              # Measure(value=0.336, standard_error=0.0211)
 
-What is measured is the model that is given, multiplied as its weights are held (see `evaluate.py`). `tasks_read.py`
-says what a file holds, `tasks_score.py` how texts become ids, `tasks_answers.py` when a generated answer is right, and
-`docs/tasks.md` all of it, and where the harness and llm-foundry differ.
+The model is measured in the layout that its weights have (see `evaluate.py`). `tasks_read.py` specifies the files,
+`tasks_score.py` how texts become ids, and `tasks_answers.py` when a generated answer is right. `docs/tasks.md`
+describes all of this, and how the harness and llm-foundry differ.
 """
 
 import dataclasses
@@ -28,22 +28,22 @@ from llamajax.fields import check_whole
 from llamajax.model import Llama
 from llamajax.tokenizer import Tokenizer
 
-# Between a question and what is behind it, and before a question: as in the harness's tasks, and as in llm-foundry's.
+# The text between a question and its continuation, and the text before a question, as in the harness and llm-foundry.
 DELIMITERS: Mapping[Shape, str] = {"choices": " ", "continuation": " ", "answer": "\nAnswer:"}
 PREFIXES: Mapping[Shape, str] = {"choices": "", "continuation": "", "answer": "Question: "}
 STOP = ("\n",)
 MAX_NEW_TOKENS = 64
-_BETWEEN = "\n\n"  # examples, and the question behind them
-_LARGEST_LOSS = 700.0  # of which the exponential is a float
+_BETWEEN = "\n\n"  # between examples, and between the last one and the question
+_LARGEST_LOSS = 700.0  # its exponential is still a finite float
 
 
 class Measure(NamedTuple):
     """A mean over questions.
 
     Attributes:
-        value: None for a perplexity too large for a float.
-        standard_error: the questions' sample standard deviation over the root of their number, as in the harness; of
-            a perplexity, what that of its logarithm makes of it. None for one question.
+        value: the mean; None for a perplexity too large for a float.
+        standard_error: the questions' sample standard deviation over the root of their number, as in the harness; for
+            a perplexity, the perplexity times the standard error of its logarithm. None for one question.
     """
 
     value: float | None
@@ -52,14 +52,14 @@ class Measure(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TaskResult:
-    """What a model did with the questions of a task.
+    """The results of a model on a task.
 
     Attributes:
         shape: "choices", "continuation" or "answer".
-        measures: by name; of choices "acc", "acc_norm" and "acc_bytes"; of continuations "acc", "perplexity" and
-            "log_likelihood"; of answers "exact_match", and "number_match" where all of them are numbers.
-        outcomes: of each question, in their order: what the model said (JSON values) and, by the measures' names,
-            whether that is right.
+        measures: the measures by name: for choices "acc", "acc_norm" and "acc_bytes"; for continuations "acc",
+            "perplexity" and "log_likelihood"; for answers "exact_match", and "number_match" if all are numbers.
+        outcomes: for each question, in order: the model's output (JSON values) and, by the measures' names, whether it
+            is right.
     """
 
     shape: Shape
@@ -69,14 +69,14 @@ class TaskResult:
 
 @dataclasses.dataclass(frozen=True)
 class Asking:
-    """How questions are put.
+    """How questions are presented to the model.
 
     Attributes:
-        prefix: before each question.
-        delimiter: between a question and its continuation.
-        fewshot: examples before each question.
+        prefix: text before each question.
+        delimiter: text between a question and its continuation.
+        fewshot: number of examples before each question.
         stop: strings at which an answer ends.
-        max_new_tokens: most tokens of an answer.
+        max_new_tokens: maximum number of tokens of an answer.
     """
 
     prefix: str
@@ -86,11 +86,11 @@ class Asking:
     max_new_tokens: int
 
     def text(self, question: Question) -> str:
-        """A question as the model sees it, without what is behind it."""
+        """The prefix and the text of a question, without delimiter and continuation."""
         return self.prefix + question.text
 
     def context(self, question: Question, among: Sequence[Question]) -> str:
-        """All that stands before the question's continuation, less the delimiter: the examples, and the question."""
+        """Everything before the delimiter and the question's continuation: the examples and the question."""
         examples = [each for each in among[: self.fewshot + 1] if each is not question][: self.fewshot]
         return "".join(self._example(each) + _BETWEEN for each in examples) + self.text(question)
 
@@ -100,7 +100,7 @@ class Asking:
         return before + (" " if question.shape == "answer" and not before[-1:].isspace() else "") + right
 
     def behind(self, text: str, continuation: str) -> str:
-        """The delimiter; nothing where it is white space, and the texts have some between them."""
+        """The delimiter; empty if it is white space and the text ends, or the continuation begins, with white space."""
         spaced = text[-1:].isspace() or continuation[:1].isspace()
         return "" if self.delimiter.isspace() and spaced else self.delimiter
 
@@ -120,28 +120,29 @@ def evaluate_task(
     work: Path | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> TaskResult:
-    """Asks a model the questions of a task: accuracies with their standard errors, and what it said to each.
+    """Asks a model the questions of a task; returns measures with standard errors, and the output for each question.
 
     Args:
-        model: the model, prepared (`llamajax.prepare`) for what it says where it runs, or not, for the reference.
-        tokenizer: its tokenizer.
-        questions: a file of JSON lines, or the objects that stand in one: {"query", "choices", "gold"}, {"context",
+        model: prepared (`llamajax.prepare`) to measure it as it runs on a backend, or not, for the reference product.
+        tokenizer: the model's tokenizer.
+        questions: a file of JSON lines, or the objects of such lines: {"query", "choices", "gold"}, {"context",
             "continuation"} or {"question" (or "context"), "answer"}.
-        prefix: text before each question; none, or "Question: " before questions to be answered, unless given.
-        delimiter: between a question and what is behind it; a space, or a new line and "Answer:", unless
-            given.
-        fewshot: so many questions, the first of the file but for the one asked, stand before it with what is right.
-        limit: how many questions are asked, from the first on; all unless given.
+        prefix: text before each question; by default "Question: " for questions of shape "answer", else none.
+        delimiter: text between a question and its continuation; by default a new line and "Answer:" for questions of
+            shape "answer", else a space.
+        fewshot: number of examples before each question: the first questions of the file other than the one asked,
+            each with its right answer.
+        limit: number of questions that are asked, from the first on; all unless given.
         stop: strings at which a generated answer ends.
-        max_new_tokens: most tokens of a generated answer.
+        max_new_tokens: maximum number of tokens of a generated answer.
         batch: continuations, or answers, at once.
-        work: folder for finished batches, so that the same call goes on where it was stopped. It is refused for
-            another model, file or option, and stays when all is done.
+        work: folder for finished batches, so that the same call continues where it was stopped. A folder of another
+            model, file or option is refused. The folder is kept when everything is done.
         on_batch: called with (done, in all) of continuations or answers.
 
     Raises:
         LlamaJaxError: for a file or an object that is no question (naming the line), an option out of range, a text
-            that the model's context has no room for, logits that are not finite, or a folder of other work.
+            that is too long for the model's context, logits that are not finite, or a folder of other work.
     """
     is_path = isinstance(questions, str | Path)
     found = read_questions(questions) if is_path else as_questions(questions)  # type: ignore[arg-type]
@@ -179,9 +180,9 @@ def evaluate_task(
 
 
 def _chosen(question: Question, scored: Sequence[Scored]) -> dict[str, Any]:
-    """What is likeliest of the choices; likeliest a character, and a byte of UTF-8. Of equals the first, as in NumPy.
+    """The likeliest choice: in total, per character, and per byte of UTF-8. Of equal choices the first is taken.
 
-    The delimiter does not count for the length, as in the harness.
+    As in the harness, the delimiter does not count for the length.
     """
     values = np.array([each.log_likelihood for each in scored])
     characters = np.array([len(option) for option in question.options])
@@ -210,7 +211,7 @@ _OUTCOMES: Mapping[Shape, Callable[[Question, Sequence[Scored]], dict[str, Any]]
 def _answered(
     model: Llama, tokenizer: Tokenizer, asked: Sequence[Question], contexts: Sequence[str], asking: Asking, **run: Any
 ) -> list[dict[str, Any]]:
-    """What was generated; numbers are looked for where all answers are some."""
+    """Generates the answers and compares them; "number_match" is included if all right answers are numbers."""
     prompts = [
         (tokenizer.encode(text + asking.behind(text, ""), eos=False), question.source)
         for text, question in zip(contexts, asked, strict=True)
@@ -247,19 +248,19 @@ def mean_of(values: Sequence[float]) -> Measure:
 
 
 def differences(result: TaskResult, reference: TaskResult) -> dict[str, Measure]:
-    """What a model is better by than another at the same questions, for each rate.
+    """Differences of a model's rates from a reference's on the same questions; positive if the model is better.
 
-    The standard error is that of the mean of the differences, question by question: where both models mostly say the
-    same, it is much smaller than that of either rate.
+    The standard error is that of the mean of the differences, question by question. If both models mostly give the
+    same answers, it is much smaller than the standard error of either rate.
 
     Raises:
-        LlamaJaxError: if they were asked other questions.
+        LlamaJaxError: if the models were not asked the same questions.
     """
     ours, theirs = result.outcomes, reference.outcomes
     if result.shape != reference.shape or len(ours) != len(theirs):
         raise LlamaJaxError(
-            f"{len(ours)} questions of shape {result.shape}, the reference {len(theirs)} of {reference.shape}: "
-            "expected the same questions"
+            f"the model has {len(ours)} questions of shape {result.shape}, the reference {len(theirs)} of "
+            f"{reference.shape}: expected the same questions"
         )
     rates = [name for name, value in ours[0].items() if isinstance(value, bool)]
     return {
@@ -280,8 +281,8 @@ def _parts(
     asking: Asking,
     batch: int,
 ) -> Parts:
-    """The folder of finished batches, for this work alone: whatever the result depends on is named in `work.json`."""
-    from llamajax.quantization.resume import PartsOnDisk  # here: it needs safetensors
+    """The folder of finished batches of this work; its `work.json` records everything that the result depends on."""
+    from llamajax.quantization.resume import PartsOnDisk  # imported here, because it needs safetensors
 
     shown = [[text, question.options, question.gold] for text, question in zip(contexts, asked, strict=True)]
     key = {
@@ -304,7 +305,7 @@ def _sha256(*values: str | bytes) -> str:
 
 
 def _model_sha256(model: Llama) -> str:
-    """Of its arrays as they are held, and of how they are multiplied."""
+    """SHA-256 of a model's arrays in their layout, and of its structure, which says how they are multiplied."""
     digest = hashlib.sha256(str(jax.tree.structure(model)).encode())
     for leaf in jax.tree.leaves(model):
         digest.update(f"\n{leaf.dtype} {leaf.shape}\n".encode())

@@ -1,9 +1,9 @@
-r"""Whether a generated text is the answer, by the rules of lm-evaluation-harness.
+r"""Decides whether a generated text is the right answer, by the rules of lm-evaluation-harness.
 
-Words are compared as its `exact_match` does for TriviaQA: without case, punctuation and white space around; articles do
-not count, as in its Natural Questions. Numbers by the rules of its gsm8k: "," and "$" and a final "." do not count;
-`number_match` takes the last number of the text (its filter "flexible-extract"), wherever it stands. Other than there,
-numbers are compared by value: 17.0 is 17.
+Words are compared as the harness's `exact_match` does for TriviaQA, without case, punctuation and white space around
+them; articles are ignored, as in its Natural Questions. Numbers are compared by the rules of its gsm8k: "," and "$" and
+a final "." are ignored, and `number_match` takes the last number anywhere in the text (the filter "flexible-extract").
+Unlike in the harness, numbers are compared by value: 17.0 equals 17.
 
 >>> exact_match("The Eiffel Tower.", ("eiffel tower",)), exact_match(" $1,000.", ("1000",)), exact_match("-5", ("5",))
 (True, True, False)
@@ -23,7 +23,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def exact_match(text: str, answers: Iterable[str]) -> bool:
-    """Whether a text as a whole is one of the answers."""
+    """Whether the whole text is one of the answers."""
     for answer in answers:
         value = as_number(answer)
         if (value is not None and as_number(text) == value) or (value is None and _words(text) == _words(answer)):
@@ -45,7 +45,7 @@ def as_number(text: str) -> Decimal | None:
         return None
     try:
         return Decimal(digits)
-    except InvalidOperation:  # of more digits than it computes with
+    except InvalidOperation:  # more digits than Decimal supports
         return None
 
 

@@ -1,11 +1,11 @@
-"""Questions of public suites, read from JSON lines: one object a line, of one of three shapes.
+"""Reads questions of public suites from JSON lines: one object per line, of one of three shapes.
 
-    choices        query, choices, gold           which of some continuations is likeliest
-    continuation   context, continuation          whether greedy decoding continues as the text does (LAMBADA's cloze)
-    answer         question or context, answer    what is answered, in few words or with a number
+    choices        query, choices, gold           which of several continuations is likeliest
+    continuation   context, continuation          whether greedy decoding gives the continuation (LAMBADA's cloze)
+    answer         question or context, answer    a generated answer of a few words or a number
 
-These are the keys of llm-foundry's files (`query`, `gold`, `context`, `continuation`, `answer`, `aliases`). Other keys,
-as `category` or `chain_of_thought`, are not looked at. `aliases` are other right answers. All lines have one shape.
+These are the keys of llm-foundry's files (`query`, `gold`, `context`, `continuation`, `answer`, `aliases`). `aliases`
+are other right answers. Other keys, such as `category` or `chain_of_thought`, are ignored. All lines have one shape.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ from llamajax.errors import LlamaJaxError
 from llamajax.files import read_bytes, shortened
 
 Shape = Literal["choices", "continuation", "answer"]
-# The key by which a line's shape is known.
+# Each shape is recognised by the key of its name.
 SHAPES: tuple[Shape, ...] = ("choices", "continuation", "answer")
 _EXPECTED = (
     'expected the keys "query", "choices" and "gold", or "context" and "continuation", or "question" (or "context") '
     'and "answer"'
 )
-# HellaSwag, the largest file of a suite that we know of, has 12 MB; MMLU's longest line 13 kB.
+# The largest file that we know of, HellaSwag's, has 12 MB; the longest line of MMLU has 13 kB.
 _LARGEST_FILE = 256 << 20
 _LARGEST_LINE = 1 << 20
 
@@ -34,12 +34,12 @@ class Question:
     """One question.
 
     Attributes:
-        shape: what is asked for.
-        text: what the model is shown.
-        options: the choices; or the one continuation; or the answers that are right, the first of which is shown where
-            the question is an example.
-        gold: which of the choices is right; 0 of the other shapes.
-        source: where it stands, for error messages.
+        shape: the kind of the question.
+        text: the text that the model is shown.
+        options: the choices, or the one continuation, or the right answers; the first right answer is shown if the
+            question is an example.
+        gold: index of the right choice; 0 for the other shapes.
+        source: file and line of the question, for error messages.
     """
 
     shape: Shape
@@ -50,16 +50,16 @@ class Question:
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """The questions of a file.
+    """Reads the questions of a file.
 
     Raises:
-        LlamaJaxError: if it is missing, empty, too large or not UTF-8, or a line is no question, or one of another
+        LlamaJaxError: if the file is missing, empty, too large or not UTF-8, or a line is no question or has another
             shape than the first; the message names file and line.
     """
     try:
         data = read_bytes(path, _LARGEST_FILE)
     except FileNotFoundError:
-        raise LlamaJaxError(f"{path}: no such file: expected questions, a JSON object a line: {_EXPECTED}") from None
+        raise LlamaJaxError(f"{path}: no such file: expected one JSON object per line: {_EXPECTED}") from None
     lines = data.split(b"\n")
     if lines[-1] == b"":
         lines.pop()
@@ -68,7 +68,7 @@ def read_questions(path: str | Path) -> list[Question]:
 
 
 def as_questions(examples: Iterable[Mapping[str, Any]]) -> list[Question]:
-    """Questions of objects such as the lines of a file hold.
+    """Makes questions from objects like the lines of a file.
 
     Raises:
         LlamaJaxError: as `read_questions`.
@@ -77,7 +77,7 @@ def as_questions(examples: Iterable[Mapping[str, Any]]) -> list[Question]:
 
 
 def _questions(found: Iterable[tuple[Any, str]], name: str) -> list[Question]:
-    """Questions, once it is sure that there are some, and that all are of one shape."""
+    """Makes questions; checks that there is at least one, and that all have one shape."""
     questions: list[Question] = []
     for value, source in found:
         question = _question(value, source)
@@ -85,12 +85,12 @@ def _questions(found: Iterable[tuple[Any, str]], name: str) -> list[Question]:
             _refuse(source, f'has "{question.shape}"', f'expected "{questions[0].shape}", as {questions[0].source} has')
         questions.append(question)
     if not questions:
-        raise LlamaJaxError(f"{name}: no question: expected at least one JSON object a line: {_EXPECTED}")
+        raise LlamaJaxError(f"{name}: no question: expected at least one, one JSON object per line: {_EXPECTED}")
     return questions
 
 
 def _object(line: bytes, source: str) -> Any:
-    """The JSON value of a line; of keys that stand twice, nobody knows which counts."""
+    """The JSON value of a line; a key that occurs twice is an error."""
     if len(line) > _LARGEST_LINE:
         _refuse(source, f"{len(line)} bytes", f"expected at most {_LARGEST_LINE}")
     if not line.strip():
@@ -113,7 +113,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _question(value: Any, source: str) -> Question:
-    """One question of what a line holds."""
+    """Makes a question from the JSON value of a line."""
     if not isinstance(value, Mapping):
         _refuse(source, shortened(value), f"expected a JSON object: {_EXPECTED}")
     shapes = [shape for shape in SHAPES if shape in value]
@@ -142,7 +142,7 @@ def _question(value: Any, source: str) -> Question:
 
 
 def _context(value: Mapping[str, Any], source: str, key: str) -> str:
-    """What the model is shown; it may be empty."""
+    """The text that the model is shown; it may be empty."""
     if key not in value:
         _refuse(source, f'no key "{key}"', _EXPECTED)
     return _text(value[key], f'"{key}"', source, empty=True)
@@ -159,7 +159,7 @@ def _text(value: Any, name: str, source: str, empty: bool = False) -> str:
 
 
 def _gold(value: Mapping[str, Any], choices: int, source: str) -> int:
-    """Which choice is right, counted from 0."""
+    """Index of the right choice, counted from 0."""
     if "gold" not in value:
         _refuse(source, 'no key "gold"', f"expected the number of the right choice, 0 to {choices - 1}")
     gold = value["gold"]

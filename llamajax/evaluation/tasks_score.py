@@ -1,7 +1,7 @@
-"""What a model says to rows of tokens: log likelihoods of continuations, and greedy continuations.
+"""Runs a model on rows of tokens: log likelihoods of continuations, and greedy continuations.
 
-Rows are sorted by length and padded behind their end to one of a few lengths, so that a task compiles a constant number
-of programs. Each finished batch can be kept on disk (`PartsOnDisk`), where the same call then finds it.
+Rows are sorted by length and padded at their end to one of a few lengths, so that a task compiles a constant number of
+programs. Each finished batch can be stored on disk (`PartsOnDisk`), so that the same call need not repeat it.
 """
 
 import functools
@@ -18,13 +18,14 @@ from llamajax.generation.stream import generate
 from llamajax.model import Llama
 from llamajax.tokenizer import Tokenizer
 
-# Inputs of a row, doubled until they suffice; a row has as many scored positions, or the fewest of these that suffice.
+# A row is padded to _SHORTEST inputs, doubled until they suffice. The number of its scored positions is the smallest of
+# _SCORED that suffices, or else the number of its inputs.
 _SHORTEST = 16
 _SCORED = (8, 32, 128)
 
 
 class Row(NamedTuple):
-    """A continuation and what stands before it, in ids."""
+    """The ids of a continuation and of the context before it, and their source for error messages."""
 
     context: list[int]
     continuation: list[int]
@@ -32,43 +33,45 @@ class Row(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """Of a continuation: its log likelihood in nats, and whether each of its tokens is the likeliest."""
+    """The log likelihood of a continuation in nats, and whether each of its tokens is the likeliest."""
 
     log_likelihood: float
     greedy: bool
 
 
 class Parts(Protocol):
-    """Where finished batches are kept: `llamajax.quantization.resume.PartsOnDisk`."""
+    """Storage of finished batches, such as `llamajax.quantization.resume.PartsOnDisk`."""
 
     def load_arrays(self, part: str) -> tuple[dict[str, np.ndarray], str] | None:
-        """The arrays of a part and its description; None if it is not there."""
+        """The arrays of a part and its description; None if the part is not stored."""
 
     def store_arrays(self, part: str, arrays: Mapping[str, Any], description: str = "") -> None:
-        """Keeps a part."""
+        """Stores a part."""
 
 
 class NoParts:
-    """Keeps nothing."""
+    """`Parts` that stores nothing."""
 
     def load_arrays(self, part: str) -> None:
-        """Nothing is there."""
+        """Returns None."""
 
     def store_arrays(self, part: str, arrays: Mapping[str, Any], description: str = "") -> None:
-        """Nothing is kept."""
+        """Does nothing."""
 
 
 # ---- Ids -------------------------------------------------------------------------------------------------------------
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, source: str) -> Row:
-    """Ids of a context and of its continuation, as `TemplateLM._encode_pair` of lm-evaluation-harness makes them.
+    """Encodes a context and its continuation, as `TemplateLM._encode_pair` of lm-evaluation-harness does.
 
-    White space at the context's end belongs to the continuation. Of the ids of both together those behind as many as
-    the context alone has are the continuation's. An empty context is BOS, or EOS of a tokenizer that has none.
+    White space at the end of the context belongs to the continuation. If the context alone has n ids, the
+    continuation's ids are those after the first n of both texts encoded together. An empty context is encoded as BOS,
+    or as EOS if the tokenizer has no BOS.
 
     Raises:
-        LlamaJaxError: if the continuation adds no token, or an empty context has no id to stand for it.
+        LlamaJaxError: if the continuation adds no token, or the context is empty and the tokenizer has neither BOS nor
+            EOS.
     """
     kept = context.rstrip()
     continuation = context[len(kept) :] + continuation
@@ -78,7 +81,7 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, source: s
     else:
         begin = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
         if begin is None:
-            raise LlamaJaxError(f"{source}: nothing before the answer, and the tokenizer has no BOS: expected a text")
+            raise LlamaJaxError(f"{source}: no text before the answer, and the tokenizer has no BOS: expected a text")
         context_ids, ids = [begin], tokenizer.encode(continuation, bos=False, eos=False)
     if not ids:
         raise LlamaJaxError(f"{source}: {continuation!r} adds no token to the text before it: expected at least one")
@@ -95,16 +98,16 @@ def log_likelihoods(
     on_batch: Callable[[int, int], None],
     parts: Parts,
 ) -> list[Scored]:
-    """Of each row's continuation, given its context.
+    """Log likelihood of each row's continuation, given its context.
 
     A row longer than the model's context loses tokens at its beginning, as in the harness.
 
     Args:
-        model: prepared or not.
+        model: the model, prepared or not.
         rows: contexts and continuations.
         batch: rows at once.
         on_batch: called with (rows done, rows in all).
-        parts: where finished batches are.
+        parts: storage of finished batches.
 
     Raises:
         LlamaJaxError: for a continuation longer than the model's context, an id outside the vocabulary, or logits that
@@ -128,7 +131,7 @@ def log_likelihoods(
 
 
 def _check(row: Row, model: Llama) -> None:
-    """Refuses a row that the model cannot see whole, or not at all."""
+    """Refuses a row whose continuation is longer than the model's context, or with ids outside the vocabulary."""
     config = model.config
     if len(row.continuation) > config.context_length:
         raise LlamaJaxError(
@@ -137,12 +140,12 @@ def _check(row: Row, model: Llama) -> None:
         )
     if max(*row.context, *row.continuation) >= config.vocab_size:
         raise LlamaJaxError(
-            f"{row.source}: has token {max(*row.context, *row.continuation)}: expected less than {config.vocab_size}"
+            f"{row.source}: token {max(*row.context, *row.continuation)}: expected ids below {config.vocab_size}"
         )
 
 
 def _padded(row: Row, context_length: int) -> tuple[int, int]:
-    """Inputs that a row is padded to, and positions of it that are scored."""
+    """The number of inputs that a row is padded to, and the number of its scored positions."""
     inputs = min(len(row.context) + len(row.continuation) - 1, context_length)
     padded = _SHORTEST
     while padded < inputs:
@@ -152,7 +155,7 @@ def _padded(row: Row, context_length: int) -> tuple[int, int]:
 
 
 def _batches(lengths: Sequence[tuple[int, int]], batch: int) -> Iterator[list[int]]:
-    """Numbers of rows of equal length, the shortest first."""
+    """Yields batches of indices of rows with equal padded lengths, the shortest first."""
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     for length in sorted(set(lengths)):
         equal = [i for i in order if lengths[i] == length]
@@ -160,9 +163,9 @@ def _batches(lengths: Sequence[tuple[int, int]], batch: int) -> Iterator[list[in
 
 
 def _score(model: Llama, rows: Sequence[Row], inputs: int, scored: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Log likelihoods, float64 [b], and whether each is greedy, bool [b]; rows missing from a batch are the last one's.
+    """Log likelihoods, float64 [b], and whether each is greedy, bool [b]; the last row is repeated to fill the batch.
 
-    The sum of the tokens' log likelihoods is made in float64.
+    The tokens' log likelihoods are summed in float64.
     """
     tokens_BT = np.zeros((batch, inputs + 1), np.int32)
     count_B = np.zeros(batch, np.int32)
@@ -187,10 +190,10 @@ def _score(model: Llama, rows: Sequence[Row], inputs: int, scored: int, batch: i
 
 @functools.partial(jax.jit, static_argnames="scored")
 def _target_scores(model: Llama, tokens_BT: jax.Array, count_B: jax.Array, scored: int) -> tuple[jax.Array, jax.Array]:
-    """Of the last C targets of rows with `count_B` inputs: log likelihood [B, C], and whether they are the likeliest.
+    """For the last C targets of rows with `count_B` inputs: log likelihood [B, C], and whether they are the likeliest.
 
-    The head, the widest matrix, meets the hidden states of these alone. Where a row has fewer than C targets, the first
-    ones mean nothing. NaN where a logit is not finite, which the target's own may not show.
+    The head, the widest matrix, is multiplied with the hidden states of these positions only. If a row has fewer than C
+    targets, its first values have no meaning. A log likelihood is NaN if any logit of its position is not finite.
     """
     x_BTD, _ = model.blocks(model.embed(tokens_BT[:, :-1]))
     position_BC = jnp.maximum(count_B[:, None] - scored + jnp.arange(scored, dtype=jnp.int32), 0)
@@ -215,19 +218,19 @@ def answers(
     on_batch: Callable[[int, int], None],
     parts: Parts,
 ) -> list[str]:
-    """Greedy continuations of prompts, up to a stop string, a stop token or `max_new_tokens`.
+    """Continues prompts greedily, up to a stop string, a stop token or `max_new_tokens`.
 
     A prompt that leaves no room for so many tokens loses its beginning, as in the harness.
 
     Args:
-        model: prepared or not.
-        tokenizer: of the ids.
-        prompts: ids, and where each comes from.
-        stop: strings that end an answer, and are no part of it.
-        max_new_tokens: most tokens of an answer.
+        model: the model, prepared or not.
+        tokenizer: tokenizer of the ids.
+        prompts: the ids of each prompt, and their source for error messages.
+        stop: strings that end an answer and are no part of it.
+        max_new_tokens: maximum number of tokens of an answer.
         batch: prompts at once.
         on_batch: called with (prompts done, prompts in all).
-        parts: where finished batches are.
+        parts: storage of finished batches.
 
     Raises:
         LlamaJaxError: if the model's context has no room for an answer, or as `generate`.

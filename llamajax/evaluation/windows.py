@@ -1,15 +1,16 @@
 """Windows: the pieces of a text that a model is shown, and which of its predictions count.
 
-Perplexities compare only where a text is cut alike. Three conventions are in use:
+Perplexities are comparable only if the text is cut in the same way. Three conventions are in use:
 
     documents   Windows of n inputs that do not overlap, each with the n targets that follow its inputs. Every token of
-                the text but the first is predicted once. Documents are encoded one by one, BOS before each, and joined.
-    llama.cpp   As its tools/perplexity/perplexity.cpp: the whole file is encoded at once behind a BOS and cut into
-                chunks of n tokens, in each of which the first gives way to BOS; positions n/2 to n - 2 are scored, that
-                is n - 1 - n/2 predictions a chunk. Published at n = 512.
-    gptq        As llama.py of IST-DASLab/gptq, and after it AWQ, OmniQuant, QuIP# and AQLM: the whole text is encoded
-                at once behind a BOS and cut into windows of n tokens, the n - 1 after the first of each are predicted.
-                Published at n = 2048; by AQLM at 4096 (Llama 2) and 8192 (Llama 3).
+                the text except the first is predicted once. Each document is encoded by itself, with BOS before it, and
+                the results are joined.
+    llama.cpp   As in tools/perplexity/perplexity.cpp of llama.cpp: the whole file is encoded at once after a BOS and
+                cut into chunks of n tokens. BOS replaces the first token of each chunk. Positions n/2 to n - 2 are
+                scored, n - 1 - n/2 predictions per chunk. Published results use n = 512.
+    gptq        As in llama.py of IST-DASLab/gptq, and later AWQ, OmniQuant, QuIP# and AQLM: the whole text is encoded
+                at once after a BOS and cut into windows of n tokens; the n - 1 after the first of each are predicted.
+                Published results use n = 2048; AQLM's use 4096 (Llama 2) and 8192 (Llama 3).
 
 `evaluate.text_windows` prepares a text for each.
 """
@@ -26,11 +27,11 @@ CONVENTIONS = ("documents", "llama.cpp", "gptq")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Windows:
-    """A text as it is shown to a model: rows that do not know of each other, and which predictions count.
+    """A text as independent rows for a model, and which of its predictions count.
 
     Attributes:
-        rows: int32 [n, T+1]: T inputs, and the targets one further.
-        first: position of the first input of a row whose prediction counts; those from there to T - 1 do.
+        rows: int32 [n, T+1]: the inputs are the first T tokens of a row, the targets the last T.
+        first: the predictions of inputs `first` to T - 1 of each row count.
     """
 
     rows: np.ndarray
@@ -42,9 +43,10 @@ class Windows:
         return len(self.rows) * (self.rows.shape[1] - 1 - self.first)
 
     def batches(self, batch: int, on_batch: Callable[[int, int], None]) -> Iterator[tuple[np.ndarray, int]]:
-        """Yields [batch, T+1] rows and how many of them count: the last row is repeated to fill the last batch.
+        """Yields [batch, T+1] rows and how many of them count.
 
-        So the last batch needs no program of its own. Calls `on_batch` with (rows done, rows in all) behind each.
+        The last row is repeated to fill the last batch, so that it needs no program of its own. After each batch
+        `on_batch` is called with (rows done, rows in all).
         """
         if batch < 1:
             raise LlamaJaxError(f"batch is {batch}: expected at least 1")
@@ -55,9 +57,9 @@ class Windows:
 
 
 def document_windows(tokens: Sequence[int] | np.ndarray, window: int) -> Windows:
-    """Windows of `window` inputs: all tokens but the very first are predicted, each once.
+    """Cuts ids into windows of `window` inputs: all tokens except the very first are predicted, each once.
 
-    What does not fill a last window is left out.
+    Tokens that do not fill a last window are left out.
 
     Raises:
         LlamaJaxError: if the text is shorter than one window and its last target.
@@ -67,15 +69,15 @@ def document_windows(tokens: Sequence[int] | np.ndarray, window: int) -> Windows
 
 
 def llama_cpp_windows(tokens: Sequence[int] | np.ndarray, window: int, bos_id: int | None) -> Windows:
-    """llama.cpp's chunks of `window` tokens, of which the second half is scored.
+    """Cuts ids into llama.cpp's chunks of `window` tokens, of which the second half is scored.
 
     Args:
-        tokens: ids of the whole text, [n], BOS in front.
-        window: n_ctx, tokens a chunk.
-        bos_id: takes the place of each chunk's first token; None for a model that wants no BOS.
+        tokens: ids of the whole text, [n], beginning with BOS.
+        window: n_ctx, tokens per chunk.
+        bos_id: replaces the first token of each chunk; None for a model without BOS.
 
     Raises:
-        LlamaJaxError: if the text is shorter than one chunk. (llama.cpp wants two.)
+        LlamaJaxError: if the text is shorter than one chunk. (llama.cpp requires two.)
     """
     tokens, count = _checked(tokens, window, least=3)
     rows = tokens[: count * window].reshape(count, window).copy()
@@ -85,7 +87,7 @@ def llama_cpp_windows(tokens: Sequence[int] | np.ndarray, window: int, bos_id: i
 
 
 def gptq_windows(tokens: Sequence[int] | np.ndarray, window: int) -> Windows:
-    """The GPTQ family's windows of `window` tokens: each predicts the `window - 1` behind its first.
+    """Cuts ids into the GPTQ convention's windows of `window` tokens: the `window - 1` after the first are predicted.
 
     Raises:
         LlamaJaxError: if the text is shorter than one window.
@@ -95,14 +97,14 @@ def gptq_windows(tokens: Sequence[int] | np.ndarray, window: int) -> Windows:
 
 
 def as_windows(tokens: Sequence[int] | np.ndarray | Windows, window: int) -> Windows:
-    """Windows as they are; ids cut by `document_windows`."""
+    """Returns windows unchanged, and cuts ids by `document_windows`."""
     return tokens if isinstance(tokens, Windows) else document_windows(tokens, window)
 
 
 def _checked(
     tokens: Sequence[int] | np.ndarray, window: int, *, least: int, overlap: int = 0
 ) -> tuple[np.ndarray, int]:
-    """Ids as int32, and how many windows they fill, a window sharing `overlap` tokens with the next."""
+    """Returns the ids as int32, and how many windows they fill if each shares `overlap` tokens with the next."""
     if window < least:
         raise LlamaJaxError(f"window is {window}: expected at least {least}")
     tokens = np.asarray(tokens, np.int32)

@@ -1,5 +1,5 @@
-// What runners/runner.py and run_onnx.py do, for the browser: checks a bundle, turns text into ids and back, prefills,
-// decodes. Bytes are kept as strings of characters 0 to 255 where they are keys.
+// runners/runner.py and run_onnx.py for the browser: checks a bundle, converts text to ids and back, prefills, decodes.
+// Bytes that are keys are strings of characters 0 to 255.
 
 const latin1 = (bytes) => Array.from(bytes, (byte) => String.fromCharCode(byte)).join("");
 
@@ -12,11 +12,11 @@ const int32 = (text) => {
   const view = new DataView(unBase64(text).buffer);
   return Array.from({ length: view.byteLength / 4 }, (_, i) => view.getInt32(4 * i, true));
 };
-// The character of one or two units at a place, and the one that ends before it; "" outside of the text.
+// The character (of one or two UTF-16 units) at a place, and the one that ends before it; "" outside of the text.
 const characterAt = (text, place) => (place < text.length ? String.fromCodePoint(text.codePointAt(place)) : "");
 const characterBefore = (text, place) => [...text.slice(Math.max(0, place - 2), place)].at(-1) ?? "";
 
-// Finds the longest of some texts that begins at a place.
+// Finds the longest of several texts that begins at a place.
 class Longest {
   constructor(texts) {
     this.texts = texts; // a Map
@@ -37,7 +37,7 @@ class Longest {
     return "";
   }
 
-  // A text in parts: those that are found, and single characters, each with its place.
+  // Yields a text in parts: texts found, and single characters between them, each with its place.
   *cut(text) {
     for (let place = 0; place < text.length; ) {
       const found = this.at(text, place), part = found || characterAt(text, place);
@@ -47,7 +47,7 @@ class Longest {
   }
 }
 
-// What sentencepiece's normalizers replace: a trie as a double array (darts.h of darts-clone), and texts.
+// The replacements of sentencepiece's normalizers: a double-array trie (darts.h of darts-clone), and texts.
 class Replacements {
   constructor(blob) {
     const view = new DataView(blob.buffer), size = blob.length ? view.getUint32(0, true) : 0;
@@ -55,7 +55,7 @@ class Replacements {
     this.texts = latin1(blob.slice(4 + size));
   }
 
-  // How many bytes at a place are replaced, the most that may be, and by what. Bytes are characters here.
+  // The longest replacement at a place: the number of bytes replaced, and the bytes to put there. Bytes are characters.
   at(data, place) {
     const { units, texts } = this, jump = (unit) => (unit >>> 10) << ((unit & 512) >> 6);
     let found = { size: 0, instead: "" }, node = units.length ? jump(units[0]) : 0;
@@ -73,7 +73,7 @@ class Replacements {
   }
 }
 
-// Text to ids and back by the tables of vocabulary.json: what runners/text.py does.
+// Converts text to ids and back by the tables of vocabulary.json, as runners/text.py does.
 export class Text {
   constructor(vocabulary) {
     if (vocabulary.version === undefined) vocabulary = ofFirstReleases(vocabulary);
@@ -94,13 +94,13 @@ export class Text {
     else this.readUnigram();
   }
 
-  // Added tokens of a table. A special token that is not asked for may still hide others that begin inside it.
+  // Added tokens of a table. A special token that is not to be encoded may still hide others that begin inside it.
   kept({ special_hides: hides, ...tables }, name, special) {
     const some = tables[name].filter(([, , bits]) => special || hides || !(bits & SPECIAL));
     return new Longest(new Map(some.map(([id, text, bits]) => [text, { id, bits }])));
   }
 
-  // The bytes that an id stands for; those of U+FFFD where it stands for nothing.
+  // The bytes of an id; those of U+FFFD for an id without a text.
   bytesOf(id) {
     if (this.texts[id] !== undefined) return bytesOf(this.texts[id]);
     if (!(id < this.pieces.length)) return new TextEncoder().encode("\ufffd");
@@ -108,8 +108,8 @@ export class Text {
     return this.pieces_are_bytes ? bytesOf(piece) : new TextEncoder().encode(piece.replaceAll(SPACE, " "));
   }
 
-  // A function that gives the bytes of one id after another behind `ids`, whole characters alone; of null, what is
-  // left. The first piece of a text lacks the space that encoding puts there.
+  // A function that converts the ids after `ids`, one at a time, to bytes of complete characters; null gives the rest.
+  // The space that encoding adds before a text is removed from the first piece.
   decoder(ids) {
     let started = ids.some((id) => this.bytesOf(id).length), held = new Uint8Array();
     return (id) => {
@@ -131,7 +131,7 @@ export class Text {
     return this.eos === null ? ids : [...ids, this.eos];
   }
 
-  // Ids of ids and texts. Texts beside each other are one; special and control tokens in them are text.
+  // Ids of a list of ids and texts. Adjacent texts are joined; special and control tokens in them are text.
   encodePieces(pieces, control) {
     const ids = [], isBlank = (character) => character !== undefined && this.blank.includes(character);
     let run = "";
@@ -171,7 +171,7 @@ export class Text {
     }
   }
 
-  // A text in parts, each with its place: ids of added tokens, and the text between them.
+  // Yields the parts of a text, each with its place: ids of added tokens, and the text between them.
   *aroundAdded(added, text, special, control = []) {
     let done = 0;
     for (const { place, part, found } of added.lengths.size ? added.cut(text) : []) {
@@ -191,7 +191,7 @@ export class Text {
     if (done < text.length) yield { place: done, part: text.slice(done) };
   }
 
-  // A regular expression, in which numbers stand for classes of characters.
+  // The regular expression of a pattern, in which numbers are classes of characters.
   patternText(pattern) {
     const code = (number) => `\\u{${number.toString(16)}}`;
     const classText = (ends) => {
@@ -206,7 +206,7 @@ export class Text {
     return new RegExp(this.patternText(parts), "gu");
   }
 
-  // A function of words, and whether the first of them begins the text.
+  // A function of words, and of whether the first of them begins the text.
   step({ do: name, ...values }) {
     if (name === "bytes") return (words) => words.map(utf8);
     if (name === "replace") {
@@ -257,7 +257,7 @@ export class Text {
     return (words) => words.flatMap(joined);
   }
 
-  // Sentencepiece's normalizer. `prefix`: before which parts of a text a space is put.
+  // Sentencepiece's normalizer. `prefix`: before which parts of a text a space is added.
   sentencepiece({ prefix, collapse, escape, suffix, charsmap, whole }) {
     const kept = new Longest(new Map(whole.map((piece) => [utf8(piece), piece]))), space = escape ? SPACE : " ";
     const replaced = new Replacements(unBase64(charsmap)), decoder = new TextDecoder("utf-8", { ignoreBOM: true });
@@ -318,7 +318,7 @@ export class Text {
     const { ignore_merges: ignore, unknown, byte_fallback: fallback, fuse_unknown: fuse } = this.model;
     if (ignore && this.ids.has(word)) return [this.ids.get(word)];
     const symbols = [];
-    let waiting = false; // one for all unknown characters in a row, if they are fused
+    let waiting = false; // if fused, consecutive unknown characters are one id
     for (const character of word) {
       const id = this.ids.get(character);
       if (id !== undefined) {
@@ -343,7 +343,7 @@ export class Text {
     });
   }
 
-  // Byte-pair encoding by scores of pieces: sentencepiece's.
+  // Sentencepiece's byte-pair encoding, by scores of pieces.
   readScores() {
     const { kinds, scores } = this.model;
     this.scored = new Map();
@@ -377,7 +377,7 @@ export class Text {
     return this.known(made.map((piece) => [piece, idOf(piece) ?? this.model.unknown]));
   }
 
-  // Ids of pieces: of their bytes where they are unknown, or one id for all the unknown in a row.
+  // Ids of pieces; an unknown piece gives the ids of its bytes, or consecutive unknown pieces give one id.
   known(pieces) {
     const ids = [], { unknown } = this.model;
     let before = false;
@@ -392,12 +392,12 @@ export class Text {
     return ids;
   }
 
-  // The likeliest pieces: sentencepiece's unigram models.
+  // Sentencepiece's unigram models: the likeliest sequence of pieces.
   readUnigram() {
     this.readScores();
     const { kinds, scores } = this.model, normal = scores.filter((_, id) => kinds[id] === "n");
     const least = normal.reduce((a, b) => Math.min(a, b), Infinity), tiny = 2 ** -126;
-    const most = Math.fround(normal.reduce((a, b) => Math.max(a, b), tiny)); // sentencepiece begins at it
+    const most = Math.fround(normal.reduce((a, b) => Math.max(a, b), tiny)); // sentencepiece starts with this
     this.unlikely = Math.fround(Math.fround(least) - 10);
     this.likely = new Map();
     for (const [piece, { id }] of this.scored) {
@@ -436,7 +436,7 @@ export class Text {
   }
 }
 
-// Joins neighbours, the best pair first, of equal ones the first. `pair(left, right)`: {order, joined} or null.
+// Joins neighbours, the best pair first; of equal pairs the first. `pair(left, right)`: {order, joined} or null.
 function merged(symbols, pair, frozen = new Set()) {
   const heap = new Heap((a, b) => a.order < b.order || (a.order === b.order && a.left < b.left));
   const parts = [...symbols], leftOf = parts.map((_, i) => i - 1), rightOf = parts.map((_, i) => i + 1);
@@ -449,7 +449,7 @@ function merged(symbols, pair, frozen = new Set()) {
   for (let best; (best = heap.pop()); ) {
     const { left, joined } = best, right = rightOf[left];
     if (parts[left] === null || right >= parts.length) continue;
-    if (pair(parts[left], parts[right])?.joined !== joined) continue; // one of the two was joined meanwhile
+    if (pair(parts[left], parts[right])?.joined !== joined) continue; // one of the two has been joined since
     parts[left] = joined;
     parts[right] = null;
     rightOf[left] = rightOf[right];
@@ -460,7 +460,7 @@ function merged(symbols, pair, frozen = new Set()) {
   return parts.filter((part) => part !== null);
 }
 
-// How many bytes there are before a UTF-8 character that the end cuts off.
+// The number of bytes before an incomplete UTF-8 character at the end.
 function wholeCharacters(data) {
   for (let back = 1; back < 4 && back <= data.length; back++) {
     const byte = data[data.length - back];
@@ -471,7 +471,7 @@ function wholeCharacters(data) {
   return data.length;
 }
 
-// A vocabulary of version 2 from one of bundles of the first releases: sentencepiece's byte-pair encoding.
+// Converts a vocabulary of the first releases (sentencepiece's byte-pair encoding) to version 2.
 function ofFirstReleases(old) {
   const data = old.pieces.map((piece) => atob(piece)), decoder = new TextDecoder("utf-8", { ignoreBOM: true });
   const kinds = data.map((_, id) => (old.merges[id] ? "n" : "c")), texts = {};
@@ -498,7 +498,7 @@ function ofFirstReleases(old) {
   };
 }
 
-// A binary heap: `pop` gives the first by `before`, or undefined.
+// A binary heap: `pop` returns the first element by `before`, or undefined.
 class Heap {
   constructor(before) {
     this.before = before;
@@ -527,8 +527,8 @@ class Heap {
   }
 }
 
-// Which tokens may be drawn: the k likeliest and those as likely as the k-th; of these the fewest that together have the
-// probability p, of equally likely ones those of lower ids first. Logits are behind the temperature.
+// Which tokens may be drawn: of the k likeliest, and those as likely as the k-th, the fewest that together have the
+// probability p; of equally likely tokens the lower ids come first. Logits are divided by the temperature already.
 export function kept(logits, topK, topP) {
   const order = Array.from(logits, (_, id) => id).sort((a, b) => logits[b] - logits[a] || a - b);
   const least = logits[order[Math.min(topK || order.length, order.length) - 1]], highest = logits[order[0]];
@@ -542,7 +542,7 @@ export function kept(logits, topK, topP) {
   }));
 }
 
-// Greedy for temperature 0, else a draw.
+// Returns a function that chooses a token: greedily at temperature 0, else at random.
 export function chooser(temperature, topK = 0, topP = 1, random = Math.random) {
   return (logits) => {
     const divisor = Math.fround(temperature), filters = temperature && (topK || topP < 1);
@@ -556,13 +556,13 @@ export function chooser(temperature, topK = 0, topP = 1, random = Math.random) {
   };
 }
 
-// A text as it comes, up to the first stop text; what may become one is held back.
+// Passes on a growing text up to the first stop text; a possible beginning of a stop text is held back.
 export class Until {
   constructor(stops) {
     Object.assign(this, { stops, text: "", shown: 0, ended: false });
   }
 
-  // What may be shown of what there is now. `last`: nothing comes behind it.
+  // Adds text, and returns what may be shown now. `last`: no more text follows.
   add(piece, last = false) {
     this.text += piece;
     const hits = this.stops.map((stop) => this.text.indexOf(stop, this.shown)).filter((place) => place >= 0);
@@ -578,13 +578,13 @@ export class Until {
   }
 }
 
-// White space at both ends, as Python's `strip` takes it away.
+// White space at both ends, as Python's `strip` removes it.
 const strip = (text) => {
   const blank = "[\\t-\\r\\x1c-\\x20\\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]+";
   return text.replace(new RegExp(`^${blank}|${blank}$`, "g"), "");
 };
 
-// Ids of a conversation. Messages are [role, text], the last one a user's; no text in them is a control token.
+// Ids of a conversation. Messages are [role, text], the last is a user's; their text gives no control tokens.
 export function conversation(text, form, messages) {
   const made = [];
   let before = messages[0][0] === "system" ? form.system : form.begin;
@@ -600,7 +600,7 @@ export function conversation(text, form, messages) {
   return [...form.bos, ...text.encodePieces([...made, ...form.reply], form.control)];
 }
 
-// A conversation with a model. Of its cache all is kept that the next turn begins with.
+// A conversation with a model. The cache keeps the longest prefix that the next turn shares.
 export class Chat {
   constructor(model, system = "") {
     Object.assign(this, { model, first: strip(system) ? [["system", system]] : [], said: [], held: [], fewest: 0 });
@@ -611,7 +611,7 @@ export class Chat {
     return this.model.manifest.chat;
   }
 
-  // Answers a message: yields texts as they come. `note` is called with a line for each thing to know.
+  // Answers a message: yields pieces of text. `note` is called with lines for the user.
   async *answer(message, limit, choose, stops = [], note = () => {}) {
     const { model, form, said } = this, { slots, spare = Infinity } = model.manifest.cache;
     const whole = said.push(["user", message]);
@@ -628,7 +628,7 @@ export class Chat {
     if (said.length < whole) note(`the window is full: the oldest ${whole - said.length} messages are forgotten`);
     let keep = 0;
     while (keep < ids.length - 1 && ids[keep] === this.held[keep]) keep++;
-    if (keep < this.fewest) keep = 0; // what a shorter text needs may have given way to newer tokens
+    if (keep < this.fewest) keep = 0; // newer tokens may have replaced what a shorter text needs
     const made = [], until = new Until(stops), bytesOf = model.text.decoder([]), decoder = new TextDecoder();
     let ended = false;
     try {
@@ -641,7 +641,7 @@ export class Chat {
       }
       if (!until.ended) yield until.add(decoder.decode(bytesOf(null)), true);
     } finally {
-      this.held = made.length ? [...ids, ...made.slice(0, -1)] : []; // without a token it is not known
+      this.held = made.length ? [...ids, ...made.slice(0, -1)] : []; // unknown if no token was made
       this.fewest = Math.max(Math.min(this.fewest, keep), ids.length + made.length - 1 - spare);
       said.push(["assistant", until.text]);
     }
@@ -650,11 +650,11 @@ export class Chat {
   }
 }
 
-// Arrays of each dtype that a state may have here; of float16 onnxruntime takes the bits.
+// Arrays for each dtype that the state may have here; onnxruntime takes float16 as bits.
 const ZEROS = { float32: Float32Array, float16: Uint16Array, int32: Int32Array, uint8: Uint8Array, uint32: Uint32Array };
 
 export class Model {
-  // `bundle` and `ort` are addresses that end in a slash: of the bundle, and of onnxruntime-web's files.
+  // `bundle` and `ort` are the URLs of the bundle and of onnxruntime-web's files; both end in a slash.
   static async open(bundle, ort) {
     const model = new Model();
     model.bundle = bundle;
@@ -682,7 +682,7 @@ export class Model {
     return model;
   }
 
-  // The arrays that each program hands to the next. Bundles of the first releases do not say what they are.
+  // The arrays of the state, which each program returns for the next. Manifests of the first releases lack them.
   get declared() {
     const { cache, programs } = this.manifest;
     return cache.state ?? programs.decode.inputs.filter(({ name }) => name === "key" || name === "value");
@@ -692,7 +692,7 @@ export class Model {
     return this.manifest.targets.onnx.files.find((file) => file.endsWith("/" + name));
   }
 
-  // A file's bytes. The manifest holds its SHA-256; browsers compute it for secure origins alone.
+  // Reads a file and checks its SHA-256 from the manifest, which browsers compute only for secure origins.
   async file(name) {
     const entry = this.manifest?.files[name];
     if (this.manifest && !entry) throw new Error(`${name}: the manifest has no such file`);
@@ -707,12 +707,12 @@ export class Model {
     return bytes;
   }
 
-  // Runs a program: the state goes in and comes back. Its session is made when it is first wanted.
+  // Runs a program on the state and keeps the new state. The program's session is made at its first run.
   async run(name, inputs) {
     this.sessions[name] ??= await this.ort.InferenceSession.create(await this.file(this.onnx(`${name}.onnx`)), {
       executionProviders: ["wasm"],
       externalData: [{ path: "weights.bin", data: this.weights }],
-      // Folding would unpack those weights that the program dequantizes itself.
+      // Constant folding would unpack the weights that the program itself dequantizes.
       extra: { optimization: { disable_specified_optimizers: "ConstantFolding" } },
     });
     const feeds = { ...this.state };
@@ -724,7 +724,7 @@ export class Model {
     return results.logits.data;
   }
 
-  // Prefills `ids`, of which the cache holds the first `keep` already, then yields tokens, at most `limit`.
+  // Prefills `ids`, of which the cache holds the first `keep` already, then yields at most `limit` tokens.
   async *steps(ids, limit, choose, keep = 0) {
     const { cache, buckets } = this.manifest;
     if (!(ids.length > 0 && ids.length < cache.slots)) {
@@ -742,7 +742,7 @@ export class Model {
     }
     let length = keep, logits;
     while (length < ids.length) {
-      // The padding of a bucket must fit the cache too; what fits none is decoded token by token.
+      // The padding of a bucket must fit the cache too; if no bucket fits, the ids are decoded token by token.
       const fitting = buckets.filter((bucket) => length + bucket <= cache.slots);
       const bucket = fitting.find((bucket) => bucket >= ids.length - length) ?? fitting.at(-1) ?? 1;
       const part = ids.slice(length, length + bucket);
