@@ -32,7 +32,7 @@ _FORBIDDEN = (
     "pickle.find_class",
     "socket.connect",
 )
-_MOST_SECONDS = 1.0
+_MOST_SECONDS = 3.0
 _MOST_MEBIBYTES = 200
 
 

@@ -3,8 +3,8 @@
 import json
 import os
 import random
+import resource
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -362,18 +362,25 @@ HOSTILES = {
 }
 
 
+def _seconds_of_ended_processes() -> float:
+    """Processor time of all child processes that have ended: of the one that renders, if a limit ended it."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 @pytest.mark.parametrize("name", HOSTILES)
-def test_hostile_templates_end_in_an_error_within_two_seconds(name: str) -> None:
+def test_hostile_templates_end_in_an_error_within_two_seconds_of_a_processor(name: str) -> None:
     template, message = HOSTILES[name]
     tokenizer, form = TOKENIZER, Template.of(tokenizer_with(SMOLLM2))
+    jinja_process._worker.end()  # what it has computed for other tests does not count
+    before = _seconds_of_ended_processes()
     assert form.render([user("the process has started")])
     hostile = Template.of(
         Tokenizer(tokenizer.model_bytes, words=Words(files={"chat_template.jinja": template.encode()}))
     )
-    start = time.monotonic()
     with pytest.raises(LlamaJaxError, match=f"the checkpoint: its chat template .*{message}") as caught:
         hostile.render([user("x")])
-    assert time.monotonic() - start < 2 and "\n" not in str(caught.value)
+    assert _seconds_of_ended_processes() - before < 2 and "\n" not in str(caught.value)
     assert "<|im_start|>user\nand another follows" in form.render([user("and another follows")])
 
 

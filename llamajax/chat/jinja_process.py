@@ -26,8 +26,9 @@ from llamajax.files import shortened
 
 _WORKER = Path(__file__).with_name("jinja_worker.py")
 # Limits of a rendering, which takes milliseconds: processor time, if the system can limit it, and wall time; both are
-# extended by as much again for each MiB of the request. Starting an interpreter may take long on a busy machine.
-_CPU_SECONDS, _CLOCK_SECONDS, _START_SECONDS = 1.0, 1.4, 60.0
+# extended by as much again for each MiB of the request. Where processor time is limited, the limit of wall time leaves
+# room for a machine that is busy with other work. So does the limit for starting an interpreter.
+_CPU_SECONDS, _CLOCK_SECONDS, _START_SECONDS = 1.0, 1.4 if sys.platform == "win32" else 20.0, 60.0
 _MEMORY_NBYTES = 512 << 20
 _REQUEST_NBYTES, _ANSWER_NBYTES = 8 << 20, 1 << 30
 _OTHERWISE = "expected one that renders a conversation: choose a built-in format instead, such as chatml"

@@ -310,7 +310,6 @@ def drop_oldest(folder: Path, limit: int = FOLDER_BYTES) -> None:
 
 
 @functools.cache
-@functools.cache
 def processor_features() -> str:
     """A text that differs between processors that need different machine code."""
     cpuinfo = Path("/proc/cpuinfo")
