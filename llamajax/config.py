@@ -32,7 +32,7 @@ Activation = Literal["silu", "gelu_tanh", "relu_squared"]
 class Config:
     """The architecture of one LLaMA. Hashable, so that it can be static under `jax.jit`.
 
-    Every switch is a field, off unless given; `families/` maps the names in each family's files to these fields.
+    Every switch is a field, off by default; `families/` maps the names in each family's files to these fields.
 
     Attributes:
         vocab_size: V, rows of the embedding.
@@ -64,7 +64,7 @@ class Config:
         sinks: an extra logit in the softmax of each query head (gpt-oss).
         score_cap: c in c tanh(score / c), which caps attention scores (Gemma 2).
         logit_cap: c in the same cap of logits (Gemma 2).
-        query_scale: factor of the scores; 1 / sqrt(H) unless given (Gemma, Granite).
+        query_scale: factor of the scores (Gemma, Granite); None for 1 / sqrt(H).
         query_temperature: factor of the queries, by position (Ministral 3, Llama 4).
         norms: position of the norms: "before" attention and feed-forward, "after" (OLMo 2) or "both" (Gemma 2).
         norm_offset: added to a norm's weights: 1 for those that begin at 0 (Gemma).
@@ -210,13 +210,13 @@ class Config:
         return Rope(theta=self.rope_theta, scaling=self.rope_scaling)
 
     def rope_choice(self, reach: int) -> tuple[Hashable, ...]:
-        """The variant of RoPE that a request's largest position selects; keys of another variant cannot be reused."""
+        """Returns the RoPE variant that a request's positions select; keys of another variant cannot be reused."""
         ropes = [self.rope(kind) for kind in self.layer_kinds]
         return tuple(None if rope is None else rope.choice(reach) for rope in ropes)
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
-        """The layers as repeating patterns, and the incomplete pattern at the end as a stack of its own."""
+        """The layers as repeating patterns; an incomplete pattern at the end is a separate stack."""
         return planned(tuple(self.kind(layer) for layer in range(self.num_layers)))
 
     def numbers(self, layer: int) -> Mapping[str, float]:
@@ -229,7 +229,7 @@ class Config:
         return num_parameters(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values, switches only where they are on; `from_dict` reads them back."""
+        """Returns the fields as plain JSON values, switches only if they are on; `from_dict` reads them back."""
         plain: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -286,7 +286,7 @@ _MOST_POSITIONS = 12  # of a pattern; the size of a program grows with them
 
 
 def planned(kinds: tuple[str, ...]) -> tuple[Stack, ...]:
-    """Layers of the given kinds as stacks: the shortest repeating pattern, or runs of equal layers."""
+    """Divides layers of the given kinds into stacks: the shortest repeating pattern, or runs of equal layers."""
     count = len(kinds)
     for size in range(1, min(_MOST_POSITIONS, count // 2) + 1):
         repeats = count // size
@@ -298,7 +298,7 @@ def planned(kinds: tuple[str, ...]) -> tuple[Stack, ...]:
 
 
 def _runs(kinds: tuple[str, ...], first: int) -> tuple[Stack, ...]:
-    """A stack for each run of layers that are alike."""
+    """Makes a stack for each run of equal layers."""
     stacks: list[Stack] = []
     for number, kind in enumerate(kinds, first):
         if stacks and stacks[-1].pattern == (kind,):
@@ -320,18 +320,18 @@ def _of_family(cls: type[Config], fields: Any) -> type[Config]:
 
 
 def preset_folder() -> Path:
-    """The folder of the preset files: inside an installed package, or beside the package in a checkout."""
+    """Returns the folder of the preset files: inside an installed package, or beside the package in a checkout."""
     installed = Path(str(importlib.resources.files("llamajax"))) / "configs"
     return installed if installed.is_dir() else installed.parent.parent / "configs"
 
 
 def preset_names() -> list[str]:
-    """Names that `preset` knows, sorted."""
+    """Returns the names that `preset` knows, sorted."""
     return sorted(path.stem for path in preset_folder().glob("*.toml"))
 
 
 def preset(name: str) -> Config:
-    """The architecture of a published LLaMA, for example `preset("llama3.2-1b")`; no weights.
+    """Returns the architecture of a published LLaMA without weights, for example `preset("llama3.2-1b")`.
 
     Raises:
         LlamaJaxError: for a name that is not in `preset_names()`.

@@ -1,4 +1,4 @@
-"""Names of pytree types, which `jax.export` needs to serialize functions of a model.
+"""Registers names of pytree types, which `jax.export` needs to serialize functions of a model.
 
     exported = jax.export.export(jax.jit(lambda model, tokens_BT: model(tokens_BT)[0]))(model, tokens_BT)
     data = exported.serialize()

@@ -1,7 +1,7 @@
-"""File access: files are bounded and regular before a byte is read, and complete or absent when written.
+"""File access: a file is read only if it is regular and of limited size; a written file is complete or absent.
 
     data = read_bytes(path, limit=1 << 20)        # a FIFO, a device or a larger file is an error, not a hang
-    with new_file(path) as partial:               # appears at once when the block ends well
+    with new_file(path) as partial:               # appears, complete, when the block ends without an error
         partial.write_bytes(data)
     with new_folder(path) as partial:             # the same for a folder
         (partial / "part").write_bytes(data)
@@ -35,7 +35,7 @@ LARGEST_TEXT = 64 << 20
 
 
 def shortened(value: object, length: int = 100) -> str:
-    """`repr` of a value from a file, for an error message: control characters escaped, at most `length` characters."""
+    """Returns the `repr` of a value for an error message, with escaped control characters and a limited length."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of more digits than Python converts; deep nesting

@@ -1,4 +1,4 @@
-"""LLaMA, written once: the model as data (`flax.nnx` modules are pytrees) and pure calls.
+"""The LLaMA model as data (`flax.nnx` modules are pytrees) with pure calls.
 
     model = Llama(config, key=jax.random.key(0))
     logits_BTV, cache = model(tokens_BT, cache)
@@ -45,7 +45,7 @@ NO_CACHE = NoCache()
 
 
 def matmul(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:
-    """Activations times a weight [in, out], quantized or not, and a bias, in their dtype."""
+    """Multiplies activations with a weight [in, out], quantized or not, and adds a bias, in the activations' dtype."""
     made = product(x, weight.get_value())
     return made if bias is None else made + bias[...].astype(made.dtype)
 
@@ -72,7 +72,7 @@ class Attention(nnx.Module):
         optional(self, "attention", config, dtype)
 
     def __call__(self, x_BTD: jax.Array, where: Where, cache: Any, at: Layer) -> tuple[jax.Array, Any]:
-        """Attends over the new tokens and over what the cache holds of this layer."""
+        """Attends over the new tokens and over this layer's keys and values in the cache."""
         c, (B, T, _) = self.config, x_BTD.shape
         query_BTQ = matmul(x_BTD, self.query_DQ, self.query_bias_Q)
         key_BTM = matmul(x_BTD, self.key_DM, self.key_bias_M)
@@ -248,14 +248,14 @@ class Llama(nnx.Module):
     def __call__(
         self, tokens_BT: jax.Array, cache: Any = NO_CACHE, count_B: jax.Array | None = None, **options: Any
     ) -> Any:
-        """The logits after each given token.
+        """Returns the logits after each given token.
 
         Args:
-            tokens_BT: int token ids in [0, V), padding included. Another id gives NaN logits, not another token's.
+            tokens_BT: int token ids in [0, V), including padding. An id outside this range gives NaN logits.
             cache: earlier tokens; `NoCache()` for a sequence that starts here and is not continued.
-            count_B: the number of real tokens of each row, which precede padding; T unless given. The cache advances by
+            count_B: the number of real tokens of each row, which precede padding; T by default. The cache advances by
                 it. Logits of padding are undefined.
-            **options: capture, hooks and remat, as of `blocks`.
+            **options: capture, hooks and remat, as in `blocks`.
 
         Returns:
             logits_BTV in float32, and the cache with the tokens in it; with `capture` also the captured values.
@@ -345,7 +345,8 @@ class Llama(nnx.Module):
             kept.append(kept_here)
         check_shown(shown, capture, hooks, self.config.num_layers)
         x_BTD, cache = carry
-        # A row that did not fit wrote over its older tokens (XLA moves an update that sticks out): NaN, for good.
+        # A row that did not fit overwrote its older tokens, because XLA moves updates that exceed the array. Its values
+        # are NaN from now on.
         x_BTD, cache = where.checked(x_BTD), cache.end(where)
         return (x_BTD, cache, {name: in_order(kept, name) for name in capture}) if capture else (x_BTD, cache)
 
@@ -362,7 +363,7 @@ class Llama(nnx.Module):
         return logits_BTV if c.logit_cap is None else c.logit_cap * jnp.tanh(logits_BTV / c.logit_cap)
 
     def layer(self, number: int) -> Any:
-        """One layer by itself, a `Block`: `block(x_BTD, where, cache, Layer(number))`.
+        """Returns one layer, a `Block`, which is called as `block(x_BTD, where, cache, Layer(number))`.
 
         Weights in a backend's layout stay in their stack, and the layer is a view of it.
         """
@@ -371,7 +372,7 @@ class Llama(nnx.Module):
         return jax.tree.map(lambda weight: view(weight, at), blocks[position], is_leaf=is_weight)
 
     def with_layer(self, number: int, block: Any) -> "Llama":
-        """The same model with one layer replaced; weights of another type make mixed stacks (`quant.Mixed`).
+        """Returns the same model with one layer replaced; weights of another type make mixed stacks (`quant.Mixed`).
 
         Raises:
             LlamaJaxError: for a layer that does not exist, or a block of another kind or another config.
@@ -395,7 +396,7 @@ class Llama(nnx.Module):
         return model
 
     def _at(self, number: int) -> tuple[Any, int, int]:
-        """The blocks of a layer's stack, its position in the pattern and its place along the stack."""
+        """Returns the blocks of a layer's stack, its position in the pattern and its place along the stack."""
         stack, position, place = locate(self.plan, number)
         return self.stacks[self.plan.index(stack)], position, place
 

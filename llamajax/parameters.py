@@ -87,12 +87,12 @@ class Spec:
 
 
 def foreign(huggingface: str, gguf: str) -> Mapping[str, str]:
-    """Names for `Spec.foreign`."""
+    """Makes the names for `Spec.foreign`."""
     return MappingProxyType({"huggingface": huggingface, "gguf": gguf})
 
 
 def norm(huggingface: str, gguf: str) -> Spec:
-    """The weights of an RMSNorm over the width."""
+    """Declares the weights of an RMSNorm over the width."""
     return Spec(axes="D", roles=("norm",), init="ones", foreign=foreign(f"{huggingface}.weight", f"{gguf}.weight"))
 
 
@@ -114,7 +114,7 @@ _FINAL_NORM = norm("model.norm", "output_norm")
 
 
 def whole_specs(config: "Config") -> dict[str, Spec]:
-    """The weights outside of layers."""
+    """Returns the specs of the weights outside of layers."""
     final = with_offset(_FINAL_NORM, config)
     if config.tied_embeddings:
         tied = dataclasses.replace(_EMBED, roles=("table", "head"), input="head")
@@ -139,7 +139,7 @@ class Kind(NamedTuple):
     cache: str = "full"
 
 
-# Every kind of layer by name; `model.py` adds the LLaMA's, other code its own.
+# Every kind of layer by name; `model.py` adds a LLaMA's kinds, other code adds its own.
 KINDS: dict[str, Kind] = {}
 
 
@@ -164,7 +164,7 @@ class Stack:
 
 
 def unrolled(stacks: tuple[Stack, ...]) -> tuple[Stack, ...]:
-    """The same layers with a stack for each, for programs without loops."""
+    """Returns the same layers with a separate stack for each, for programs without loops."""
     kinds = {
         layer: stack.pattern[p] for stack in stacks for p in range(len(stack.pattern)) for layer in stack.layers(p)
     }
@@ -307,7 +307,7 @@ def new(names: tuple[str, ...], kind: str, config: "Config", key: jax.Array, dty
 
 
 def begin(spec: Spec, config: "Config", key: jax.Array, dtype: Any) -> jax.Array:
-    """The initial value of a weight."""
+    """Makes the initial value of a weight."""
     shape = spec.shape(config)
     if spec.init in ("ones", "zeros"):
         return jnp.full(shape, float(spec.init == "ones"), dtype)
@@ -323,7 +323,7 @@ def named_weights(model: Any) -> dict[str, Any]:
 
 
 def weights_of(model: Any) -> dict[Place, Any]:
-    """Every single weight of a model; the weights of layers are taken out of their stacks."""
+    """Returns every single weight of a model; the weights of layers are taken out of their stacks."""
     named = named_weights(model)
     found = {
         place: named[name] if leaf.layers is None else (name, number)
@@ -382,7 +382,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def step_bytes(model: Any, head: bool = True) -> int:
-    """Bytes of weights that a forward pass of one token reads: all except tables that are only looked up."""
+    """Returns the bytes of weights that a forward pass of one token reads: all but tables that are only looked up."""
     spec_of = {name: leaf.spec for name, leaf in leaves(model.config, model.plan).items()}
     return sum(
         nbytes(weight)

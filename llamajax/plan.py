@@ -1,8 +1,8 @@
-"""The memory that running a model takes, from shapes alone: no weight is read, and nothing is allocated.
+"""Computes the memory that running a model takes, from shapes alone: no weight is read, and nothing is allocated.
 
     print(plan(preset("llama3-8b"), "int4-g32", context=8192, backend="cpu").total)
 
-Weights and cache are exact, from abstract trees. The rest was measured on a CPU; the constants below say how.
+Weights and cache are exact, from abstract trees. The other numbers were measured on a CPU, as described below.
 """
 
 import dataclasses
@@ -212,7 +212,7 @@ def longest_context(weights: Weights, memory: int, batch: int, cache_dtype: Any 
 
 
 def _temporaries(model: Llama, batch: int, context: int, slots: int) -> int:
-    """The largest temporaries of a prefill's chunk and of a decode step."""
+    """Returns the bytes of the largest temporaries of a prefill's chunk or of a decode step."""
     c = model.config
     tokens = batch * max(plan_chunks(context - 1), default=1)
     floats = _WIDTHS * c.width + _FFN_WIDTHS * c.ffn_width + _SCORES * c.num_heads * _SLAB_SLOTS

@@ -2,7 +2,7 @@
 
     process.begin()                  # first of all: before the libraries are imported, which takes a second
     with process.interruptible():
-        work()                       # a signal raises KeyboardInterrupt here, so that what is unfinished is removed
+        work()                       # a signal raises KeyboardInterrupt here, so that unfinished files are removed
 
 Outside of `interruptible` there is nothing to remove, and a signal ends the process at once. So does a second signal,
 half a second or more after the first, and a first one while the main thread is in native code that does not return.
@@ -48,7 +48,7 @@ _ending = threading.Lock()
 
 
 def begin() -> None:
-    """Prepares the process; once, from the main thread."""
+    """Prepares the process: streams, signals and error reports. Has an effect only once, in the main thread."""
     global _begun, _to_watcher
     if _begun or threading.current_thread() is not threading.main_thread():
         return
@@ -57,7 +57,7 @@ def begin() -> None:
     sys.excepthook = _report_uncaught
     _taken[:] = [
         number for number in _MESSAGES if signal.getsignal(number) is not signal.SIG_IGN
-    ]  # as `nohup`, `&` ask
+    ]  # `nohup` and `&` ask to ignore signals
     if os.name != "posix" or not _taken:  # elsewhere the main thread alone takes signals
         _take()
         return
@@ -79,12 +79,12 @@ def begin() -> None:
 
 
 def interrupted() -> tuple[str, int] | None:
-    """The name of a signal that arrived, and its exit code: "interrupted", 130. None if there was none."""
+    """Returns the name and exit code of a signal that arrived, for example ("interrupted", 130); None if none did."""
     return None if _received is None else (_MESSAGES[signal.Signals(_received)], 128 + _received)
 
 
 def few_addresses() -> str | None:
-    """A warning about a limit (`ulimit -v`) under which native libraries end the process with messages of their own."""
+    """Returns a warning if `ulimit -v` is so low that native libraries end the process with their own messages."""
     if resource is None or not hasattr(resource, "RLIMIT_AS"):
         return None
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]

@@ -38,8 +38,8 @@ class RopeScaling:
     the number of positions of a request beyond the original context (NTK-aware interpolation, of Reddit's bloc97 and
     emozilla). `llama3` leaves short wavelengths alone, divides long ones by `factor` and blends in between (Llama 3.1;
     reference: `apply_scaling` in meta-llama/llama-models). `yarn` does so along the pairs instead, and sharpens
-    attention (Peng et al. 2023, arXiv:2309.00071). `longrope` divides each frequency by a number of its own, one of two
-    sets, by whether a request reaches beyond the original context (Ding et al. 2024, arXiv:2402.13753).
+    attention (Peng et al. 2023, arXiv:2309.00071). `longrope` divides each frequency by a separate number from one of
+    two sets, by whether a request reaches beyond the original context (Ding et al. 2024, arXiv:2402.13753).
 
     Attributes:
         kind: one of the above. All fields except `factor` belong to some kinds only and keep their defaults in others.
@@ -113,7 +113,7 @@ class RopeScaling:
                 raise LlamaJaxError("original_context_length is 1: expected more, as longrope divides by its logarithm")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields of the kind as plain JSON values; optional fields only if they have a value."""
+        """Returns the kind's fields as plain JSON values; optional fields only if they have a value."""
         fields = {name: getattr(self, name) for name in ("kind", "factor", *_OF_KIND[self.kind])}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
         return {name: value for name, value in plain.items() if value is not None}
@@ -136,7 +136,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
-    """The speed of rotation of each pair.
+    """A rotary position embedding: how fast each pair rotates.
 
     Attributes:
         theta: base of the frequencies.

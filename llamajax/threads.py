@@ -1,8 +1,8 @@
-"""The number of threads that XLA computes with on a CPU.
+"""Gets and sets the number of threads that XLA computes with on a CPU.
 
-The pool is made when the backend starts, and XLA divides compiled work for that number. JAX has no setting for it: XLA
-reads PJRT_NPROC, else NPROC, from the environment (`DefaultThreadPoolSize` in xla/pjrt/utils.cc), else it takes the
-number of processors that the process may use.
+XLA makes its pool of threads when the backend starts, and divides compiled work for that number. JAX has no setting for
+it: XLA reads PJRT_NPROC, else NPROC, from the environment (`DefaultThreadPoolSize` in xla/pjrt/utils.cc), else it takes
+the number of processors that the process may use.
 """
 
 import os

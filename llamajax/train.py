@@ -130,7 +130,7 @@ def schedule(options: TrainOptions) -> optax.Schedule:
 
 
 def make_optimizer(options: TrainOptions) -> optax.GradientTransformation:
-    """AdamW after clipping; only matrices are decayed, because pulling a gain to zero regularizes nothing."""
+    """Makes AdamW after clipping; only matrices decay, because decay of a norm's gain to zero regularizes nothing."""
 
     def decayed(model):
         return model_from({name: leaf.spec.is_matrix for name, leaf in leaves(model.config).items()}, model.config)
@@ -174,12 +174,12 @@ def train(
         options: run-time choices.
         folder: for checkpoints and the loss curve.
         on_step: called after every step.
-        tokenizer: the tokenizer of the texts, if a resumed run must have the same.
-        on_note: called with a line about a damaged checkpoint, for which an older one is used.
+        tokenizer: the tokenizer of the texts, if a resumed run must use the same one.
+        on_note: called with a line about a damaged checkpoint if an older one is used instead.
 
     Raises:
-        LlamaJaxError: if a text is shorter than a row, the loss becomes infinite or NaN, or the folder is damaged or of
-            a run with other settings.
+        LlamaJaxError: if a text is shorter than a row, the loss becomes infinite or NaN, or the folder is damaged or
+            belongs to a run with other settings.
     """
     for name, text in (("training", tokens), ("held-out", heldout)):
         if len(text) < options.sequence_length + 2:

@@ -1,4 +1,4 @@
-"""Selects the arrays of a model to train, because `jax.grad` of a packed model fails at its bytes."""
+"""Selects the arrays of a model to train, because `jax.grad` fails at the integer arrays of a packed model."""
 
 import fnmatch
 from collections.abc import Callable, Mapping

@@ -123,7 +123,7 @@ class Words:
 
     @functools.cached_property
     def chat_templates(self) -> Mapping[str, str]:
-        """The chat templates by name, "default" first: from their own files, else from a file of the tokenizer.
+        """The chat templates by name, "default" first: from template files, else from a file of the tokenizer.
 
         Raises:
             LlamaJaxError: for a file that is not JSON.
@@ -148,7 +148,7 @@ class Words:
         return dataclasses.replace(self, files=files)
 
     def to_dict(self) -> dict[str, Any]:
-        """The given fields as plain JSON values, files by their SHA-256; `from_dict` reads them back."""
+        """Returns the given fields as plain JSON values, with files as SHA-256; `from_dict` reads them back."""
         said = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         said = {name: value for name, value in said.items() if value is not None and value not in ((), {})}
         if self.stop_ids is not None:
@@ -161,7 +161,7 @@ class Words:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], files: Mapping[str, bytes]) -> "Words":
-        """The inverse of `to_dict`, given the files.
+        """Builds the words from `to_dict`'s form and the files.
 
         Raises:
             LlamaJaxError: for values that `to_dict` does not write, or files of another SHA-256.

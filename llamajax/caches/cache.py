@@ -54,8 +54,9 @@ class Where:
 class Part:
     """Keys and values of some layers, a pytree of arrays [L, B, …]; each kind of cache defines one.
 
-    `slots` is the most tokens that a row can hold, None if new tokens replace old ones (a ring). A ring has more slots
-    than a query sees, as many more as one step may write: `spare` is their number. A row may be shortened by it.
+    `slots` is the largest number of tokens that a row can hold, or None if new tokens replace old ones (a ring). A ring
+    has `spare` slots beyond the earlier positions that a query sees: one step may write up to `spare` tokens, and a row
+    may be shortened by as many.
     """
 
     slots: int | None
@@ -67,11 +68,11 @@ class Part:
         return self
 
     def storing(self, part: Any) -> "Part":
-        """This part with another `stored`."""
+        """Returns this part with another `stored`."""
         return part
 
     def fewest(self, where: Where) -> jax.Array:
-        """The fewest tokens that each row can be shortened to after the tokens of this call; int32 [B]."""
+        """Returns the fewest tokens that each row can be shortened to after the tokens of this call; int32 [B]."""
         if self.slots is not None:
             return jnp.zeros_like(where.start_B)
         return where.start_B + where.position_BT.shape[1] - self.spare
@@ -322,7 +323,7 @@ class KVCache:
         return dataclasses.replace(self, parts=jax.tree.map(mend, self.parts))
 
     def grow(self, larger: "KVCache") -> "KVCache":
-        """Copies the rows of this cache into the arrays of one with as many rows, more slots, and otherwise equal."""
+        """Copies the rows into the arrays of a larger cache, which differs only in having more slots."""
         parts = [part.grow(other) for part, other in zip(self.parts, larger.parts, strict=True)]
         # A cache without rings has lost no tokens.
         fewest_B = larger.fewest_B if self.fewest_B is None else self.fewest_B

@@ -1,4 +1,4 @@
-"""Keys and values of a float type, unconverted: the cache of every backend and every exported program.
+"""KV cache of a float type, without codes: it works on every backend and in every exported program.
 
 Slot `s` of a row holds the key and value of that row's token at position `s`. K and V stay separate arrays, and are
 written with `dynamic_update_slice` rather than a scatter: under donation XLA then updates them in place, and other
@@ -19,7 +19,7 @@ from llamajax.config import Config
 from quant import start_indices
 
 Writes = Literal["dense", "straight", "scatter"]
-# Tokens up to which a ring is written token by token: those of a step with drafts.
+# A ring is written token by token for up to this many tokens, as in a step with drafts.
 FEW = 8
 
 
@@ -41,7 +41,7 @@ class DensePart(Part):
 
     @classmethod
     def empty(cls, config: Config, layers: int, batch: int, slots: int, dtype: str, layout: Writes) -> Self:
-        """A part of zeros."""
+        """Makes a part of zeros."""
         shape = (layers, batch, config.num_kv_heads, slots, config.head_size)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), layout)
 

@@ -28,7 +28,7 @@ from quant import bitnet
 
 __all__ = ["open_source", "read_config", "recognise", "refusal", "save"]
 
-_LARGEST_HEADER = 16 << 20  # of a safetensors file: a hundred bytes for each tensor
+_LARGEST_HEADER = 16 << 20  # of a safetensors file; it has about a hundred bytes for each tensor
 
 _HEAD = "lm_head.weight"
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}

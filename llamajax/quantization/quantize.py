@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from llamajax.quantization.resume import PartsOnDisk
 
 _WORKERS = 3  # weights in work at a time
-_FORM = ("scheme", "group_size", "scale_scheme", "scale_group", "offset")  # what a search for bits chooses
+_FORM = ("scheme", "group_size", "scale_scheme", "scale_group", "offset")  # fields that a search for bits sets
 
 Rules = Mapping[Place, Rule]
 

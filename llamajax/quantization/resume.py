@@ -100,7 +100,7 @@ class PartsOnDisk:
         except (SafetensorError, OSError, ValueError, TypeError) as error:
             raise self._damaged(part, error) from None
         if metadata.get("sha256") != _digest(arrays, metadata.get("description", "")):
-            raise self._damaged(part, "its content is not what was written")
+            raise self._damaged(part, "its content has changed since it was written")
         return arrays, metadata["description"]
 
     def store_arrays(self, part: str, arrays: Mapping[str, Any], description: str = "") -> None:

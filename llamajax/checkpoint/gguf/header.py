@@ -22,7 +22,7 @@ VERSIONS = (2, 3)
 _MOST_STRINGS = 1 << 21
 _LARGEST_METADATA = 1 << 26  # a character may take 4 bytes in memory
 _LONGEST_NAME = 1024  # ggml's own limit is 63
-_MOST_TENSORS = 1 << 16  # and as many keys
+_MOST_TENSORS = 1 << 16  # the limit for keys as well
 _LARGEST_ALIGNMENT = 1 << 16
 _DEEPEST_ARRAY = 4
 
