@@ -282,8 +282,8 @@ def save_checkpoint(
         source: where the weights came from; kept in the manifest.
         form: "llamajax" (Orbax), "huggingface" (config.json and safetensors, as transformers reads it) or "gguf" (one
             file, as llama.cpp reads it).
-        dtype: for "gguf" only: dtype of all weights. Packed weights become floats of this dtype, too; without it they
-            are written as ggml types.
+        dtype: for "gguf" only: dtype of all matrices; vectors are float32 in any case. Packed weights become floats of
+            this dtype, too; without it they are written as ggml types.
 
     Raises:
         LlamaJaxError: if `path` exists or cannot be created, if transformers would refuse the model, if no ggml type

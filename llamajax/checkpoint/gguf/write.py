@@ -68,7 +68,7 @@ def save(model: Llama, path: Path, tokenizer: Tokenizer | None, words: Words | N
         path: path of the file; must not exist.
         tokenizer: written into the file, with its chat template.
         words: default sampling parameters are written into the file.
-        dtype: dtype of all weights; packed weights become floats of it, too. By default, weights stay as they are.
+        dtype: dtype of all matrices, packed ones included; by default, matrices stay as they are. Vectors are float32.
 
     Raises:
         LlamaJaxError: for a weight that no ggml type holds (the message names it and the nearest type), a family
