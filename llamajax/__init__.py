@@ -13,8 +13,8 @@ import os
 import sys
 
 if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0]) in ("llamajax", "llamajax.exe"):
-    # The process of a command, `python -m llamajax` or `llamajax`: there an interrupt is one line, and importing what
-    # stands below is most of many a command's time.
+    # For the process of a command, `python -m llamajax` or `llamajax`: an interrupt prints one line, also during the
+    # imports below, which take most of the time of many commands.
     from llamajax import process
 
     process.begin()

@@ -15,17 +15,17 @@ def run() -> None:
     process.begin()
     threading.excepthook = _report_thread
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what its threads raise, as its callers do
-    # What Orbax had begun and an interrupt ended: Python and asyncio say so while they clean up, behind our line.
+    # If an interrupt ends Orbax's work, Python and asyncio would warn during cleanup, after our own message.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     code = main()
     if code:
-        os._exit(code)  # threads that still read, write or compile would be waited for
+        os._exit(code)  # `sys.exit` would wait for threads that still read, write or compile
     sys.exit()
 
 
 def _report_thread(args: threading.ExceptHookArgs) -> None:
-    """A traceback of a library's thread, but for what the main thread, which gets it too, says in one line."""
+    """Prints a traceback of a library's thread, unless the main thread gets the same error and prints one line."""
     if not (process.interrupted() or (args.exc_value and explained(args.exc_value))):
         threading.__excepthook__(args)
 

@@ -13,12 +13,12 @@ from typing import Any
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, as malloc.h names them
 _APART = 1 << 20
-_LARGEST = 32 << 20  # what glibc's own threshold grows to
+_LARGEST = 32 << 20  # the limit to which glibc's own threshold grows
 
 
 @contextlib.contextmanager
 def large_blocks_apart() -> Iterator[None]:
-    """Inside, blocks of 1 MiB and more are mappings of their own, in all threads; at the end, free memory is returned.
+    """Maps blocks of 1 MiB and more separately inside the block, in all threads; then returns free memory.
 
     Afterwards the threshold is glibc's own maximum, so that temporaries of programs are not mapped for each call.
     """
@@ -43,7 +43,7 @@ def give_back() -> None:
 
 @functools.cache
 def _glibc() -> Any:
-    """The C library, if it is glibc."""
+    """Returns the C library if it is glibc, else None."""
     try:
         library = ctypes.CDLL(None)
         if not hasattr(library, "gnu_get_libc_version"):

@@ -32,7 +32,7 @@ Activation = Literal["silu", "gelu_tanh", "relu_squared"]
 class Config:
     """The architecture of one LLaMA. Hashable, so that it can be static under `jax.jit`.
 
-    Every switch is a field, off unless given; `families/` maps the names in each family's files to these fields.
+    Every switch is a field, off by default; `families/` maps the names in each family's files to these fields.
 
     Attributes:
         vocab_size: V, rows of the embedding.
@@ -43,14 +43,15 @@ class Config:
         num_kv_heads: K, key/value heads; divides N. N = K is multi-head, K = 1 multi-query attention.
         head_size: H; even, for RoPE pairs. D / N unless said otherwise.
         context_length: the longest sequence that the model was trained for, in tokens.
-        norm_eps: epsilon inside the square root of RMSNorm.
+        norm_eps: epsilon, added inside the square root of RMSNorm.
         rope_theta: base of the RoPE frequencies.
         rope_scaling: stretching of the RoPE frequencies, or None.
         tied_embeddings: whether the head shares the embedding's weights.
         family: the names in files of such a model (`families.FAMILIES`); it has no effect on the forward pass.
-        layer_kinds: kinds of the layers, a repeating pattern: "full" sees all earlier positions, "window" the last
-            `window` (Mistral 7B, Jiang et al. 2023, arXiv:2310.06825), "chunk" those from the last multiple of `chunk`
-            on (Llama 4); "nope" sees all, without RoPE (SmolLM3; Yang et al. 2025, arXiv:2501.18795).
+        layer_kinds: kinds of the layers, a repeating pattern. "full" layers see all earlier positions, "window" layers
+            the last `window` (Mistral 7B, Jiang et al. 2023, arXiv:2310.06825), "chunk" layers those from the last
+            multiple of `chunk` on (Llama 4); "nope" layers see all, without RoPE (SmolLM3; Yang et al. 2025,
+            arXiv:2501.18795).
         window: positions that a query of a "window" layer sees, its own included.
         chunk: length of the chunks of "chunk" layers.
         rope_fraction: the fraction of each head that RoPE rotates, its first coordinates (Phi-4 mini: 0.75).
@@ -61,15 +62,15 @@ class Config:
         query_key_norm: RMSNorm of queries and keys: of each "head" before RoPE (Qwen3), over the full "width" before
             RoPE (OLMo 2), or "l2", of each head after RoPE and without weights (Llama 4).
         sinks: an extra logit in the softmax of each query head (gpt-oss).
-        score_cap: c tanh(score / c) of attention scores (Gemma 2).
-        logit_cap: the same of logits (Gemma 2).
-        query_scale: factor of the scores; 1 / sqrt(H) unless given (Gemma, Granite).
+        score_cap: c in c tanh(score / c), which caps attention scores (Gemma 2).
+        logit_cap: c in the same cap of logits (Gemma 2).
+        query_scale: factor of the scores (Gemma, Granite); None for 1 / sqrt(H).
         query_temperature: factor of the queries, by position (Ministral 3, Llama 4).
         norms: position of the norms: "before" attention and feed-forward, "after" (OLMo 2) or "both" (Gemma 2).
         norm_offset: added to a norm's weights: 1 for those that begin at 0 (Gemma).
         sub_norms: norms before the output and the down projection (BitNet b1.58).
-        activation: of the gate: "silu", "gelu_tanh" (Gemma), "relu_squared" (BitNet b1.58; So et al. 2021,
-            arXiv:2109.08668).
+        activation: activation function of the gate: "silu", "gelu_tanh" (Gemma), "relu_squared" (BitNet b1.58; So et
+            al. 2021, arXiv:2109.08668).
         embedding_scale: factor of the embeddings (Gemma: sqrt(D); Granite).
         residual_scale: factor of the outputs of attention and feed-forward before they are added (Granite).
         logit_scale: factor of the logits (Granite: 1 / logits_scaling).
@@ -129,7 +130,7 @@ class Config:
         self._check_switches()
 
     def _check_switches(self) -> None:
-        """Refuse switches that ask for nothing that there is."""
+        """Refuse invalid values of switches."""
         for name in ("qkv_bias", "out_bias", "ffn_bias", "sinks", "sub_norms"):
             check_flag(name, getattr(self, name))
         for name, choices in _CHOICES.items():
@@ -143,7 +144,7 @@ class Config:
         check_number("rope_fraction", self.rope_fraction, low=0.0, above=True)
         if self.rope_fraction > 1 or self.rotated_size % 2 or not self.rotated_size:
             raise LlamaJaxError(
-                f"rope_fraction is {self.rope_fraction}: expected a part of a head of {self.head_size} that is even"
+                f"rope_fraction is {self.rope_fraction}: expected an even part of a head of {self.head_size}"
             )
         if not isinstance(self.layer_kinds, tuple) or not 1 <= len(self.layer_kinds) <= MOST_LAYERS:
             raise LlamaJaxError(f"layer_kinds is {shortened(self.layer_kinds)}: expected kinds of layers")
@@ -164,11 +165,11 @@ class Config:
             if rope is not None:
                 rope.check(self.rotated_size)
 
-    # The class of configs of each family, by its name: `Config`, but for one that has a class of its own.
+    # The config class of each family that has its own, by the family's name; `Config` for the default family.
     classes: ClassVar[dict[str, type["Config"]]] = {}
 
     def __init_subclass__(cls, **options: Any):
-        """A family of its own: a frozen dataclass with a `family`, and what it has otherwise of the below."""
+        """Registers a family's own config class: a frozen dataclass with a `family`, which may override the methods."""
         super().__init_subclass__(**options)
         Config.classes[cls.family] = cls
 
@@ -209,13 +210,13 @@ class Config:
         return Rope(theta=self.rope_theta, scaling=self.rope_scaling)
 
     def rope_choice(self, reach: int) -> tuple[Hashable, ...]:
-        """The variant of RoPE that a request's largest position selects; keys of another variant cannot be reused."""
+        """Returns the RoPE variant that a request's positions select; keys of another variant cannot be reused."""
         ropes = [self.rope(kind) for kind in self.layer_kinds]
         return tuple(None if rope is None else rope.choice(reach) for rope in ropes)
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
-        """The layers as repeating patterns, and the incomplete pattern at the end as a stack of its own."""
+        """The layers as repeating patterns; an incomplete pattern at the end is a separate stack."""
         return planned(tuple(self.kind(layer) for layer in range(self.num_layers)))
 
     def numbers(self, layer: int) -> Mapping[str, float]:
@@ -228,7 +229,7 @@ class Config:
         return num_parameters(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values, switches only where they are on; `from_dict` reads them back."""
+        """Returns the fields as plain JSON values, switches only if they are on; `from_dict` reads them back."""
         plain: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -277,15 +278,15 @@ _WHOLE_FIELDS = (
 )
 _CHOICES = {"query_key_norm": QueryKeyNorm, "norms": Norms, "activation": Activation}
 _NESTED: dict[str, Any] = {"rope_scaling": RopeScaling, "window_rope": Rope}
-# Fields that a manifest leaves out where they are as in a LLaMA.
+# Fields outside of `_ALWAYS` are switches; a manifest leaves them out at their defaults, a LLaMA's.
 _ALWAYS = (*_WHOLE_FIELDS, "norm_eps", "rope_theta", "rope_scaling", "tied_embeddings")
 _SWITCHES = {field.name: field.default for field in dataclasses.fields(Config) if field.name not in _ALWAYS}
-MOST_LAYERS = 1 << 12  # and each has a name
-_MOST_POSITIONS = 12  # of a pattern: a program grows with them
+MOST_LAYERS = 1 << 12  # limited because each layer has a name
+_MOST_POSITIONS = 12  # of a pattern; the size of a program grows with them
 
 
 def planned(kinds: tuple[str, ...]) -> tuple[Stack, ...]:
-    """Layers of the given kinds as stacks: the shortest repeating pattern, or runs of equal layers."""
+    """Divides layers of the given kinds into stacks: the shortest repeating pattern, or runs of equal layers."""
     count = len(kinds)
     for size in range(1, min(_MOST_POSITIONS, count // 2) + 1):
         repeats = count // size
@@ -297,7 +298,7 @@ def planned(kinds: tuple[str, ...]) -> tuple[Stack, ...]:
 
 
 def _runs(kinds: tuple[str, ...], first: int) -> tuple[Stack, ...]:
-    """A stack for each run of layers that are alike."""
+    """Makes a stack for each run of equal layers."""
     stacks: list[Stack] = []
     for number, kind in enumerate(kinds, first):
         if stacks and stacks[-1].pattern == (kind,):
@@ -308,7 +309,7 @@ def _runs(kinds: tuple[str, ...], first: int) -> tuple[Stack, ...]:
 
 
 def _of_family(cls: type[Config], fields: Any) -> type[Config]:
-    """The class that `fields` are of."""
+    """Returns the config class of the family that `fields` name."""
     if not isinstance(fields, Mapping) or "family" not in fields:
         return cls
     check_choice("family", fields["family"], Config.classes)
@@ -319,18 +320,18 @@ def _of_family(cls: type[Config], fields: Any) -> type[Config]:
 
 
 def preset_folder() -> Path:
-    """The folder of the preset files: inside an installed package, or beside the package in a checkout."""
+    """Returns the folder of the preset files: inside an installed package, or beside the package in a checkout."""
     installed = Path(str(importlib.resources.files("llamajax"))) / "configs"
     return installed if installed.is_dir() else installed.parent.parent / "configs"
 
 
 def preset_names() -> list[str]:
-    """Names that `preset` knows, sorted."""
+    """Returns the names that `preset` knows, sorted."""
     return sorted(path.stem for path in preset_folder().glob("*.toml"))
 
 
 def preset(name: str) -> Config:
-    """The architecture of a published LLaMA, for example `preset("llama3.2-1b")`; no weights.
+    """Returns the architecture of a published LLaMA without weights, for example `preset("llama3.2-1b")`.
 
     Raises:
         LlamaJaxError: for a name that is not in `preset_names()`.

@@ -1,4 +1,4 @@
-"""Names of pytree types, which `jax.export` needs to serialize functions of a model.
+"""Registers names of pytree types, which `jax.export` needs to serialize functions of a model.
 
     exported = jax.export.export(jax.jit(lambda model, tokens_BT: model(tokens_BT)[0]))(model, tokens_BT)
     data = exported.serialize()
@@ -40,7 +40,7 @@ def register_export_types() -> None:
                 cls, serialized_name=name, serialize_auxdata=_encode, deserialize_auxdata=_decode
             )
         except ValueError:
-            if cls not in _FLAX:  # somebody else may have named those
+            if cls not in _FLAX:  # another package may have registered Flax's types
                 raise
 
 
@@ -53,7 +53,7 @@ def _decode(data: bytes) -> Any:
 
 
 def _to_json(value: Any) -> Any:
-    """Tuples, Flax's mappings, dtypes and our frozen dataclasses as objects of one key that says what they are."""
+    """Converts to JSON; tuples, Flax's mappings, dtypes and our frozen dataclasses become objects with one key each."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, tuple):

@@ -8,7 +8,7 @@ from typing import Any
 from llamajax.errors import LlamaJaxError
 from llamajax.files import shortened
 
-# No LLaMA comes near this. A header that claims more is damaged or hostile: refused before anything is allocated.
+# Far above any LLaMA's dimensions. A header with more is damaged or hostile, and refused before anything is allocated.
 LARGEST_DIMENSION = 1 << 27
 
 

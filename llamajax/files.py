@@ -1,7 +1,7 @@
-"""File access: files are bounded and regular before a byte is read, and complete or absent when written.
+"""File access: a file is read only if it is regular and of limited size; a written file is complete or absent.
 
     data = read_bytes(path, limit=1 << 20)        # a FIFO, a device or a larger file is an error, not a hang
-    with new_file(path) as partial:               # appears at once when the block ends well
+    with new_file(path) as partial:               # appears, complete, when the block ends without an error
         partial.write_bytes(data)
     with new_folder(path) as partial:             # the same for a folder
         (partial / "part").write_bytes(data)
@@ -30,12 +30,12 @@ try:
 except ImportError:  # Windows: abandoned folders are left where they are
     fcntl = None  # type: ignore[assignment]
 
-# JSON and TOML that describe models: the largest in use, the tokenizer.json of 256,000 pieces, has 33 MB.
+# Limit for JSON and TOML files of models. The largest in use, the tokenizer.json with 256,000 pieces, has 33 MB.
 LARGEST_TEXT = 64 << 20
 
 
 def shortened(value: object, length: int = 100) -> str:
-    """`repr` of a value from a file, for an error message: control characters escaped, at most `length` characters."""
+    """Returns the `repr` of a value for an error message, with escaped control characters and a limited length."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of more digits than Python converts; deep nesting
@@ -54,7 +54,7 @@ def open_regular(path: str | Path, limit: int | None = None) -> Iterator[BinaryI
         LlamaJaxError: for anything but a regular file, or a larger one.
         OSError: if there is none, or it may not be read.
     """
-    # O_NONBLOCK changes nothing for regular files. What was opened is looked at, not what the name meant before.
+    # O_NONBLOCK changes nothing for regular files. The opened file is checked, because its name may change meanwhile.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     status = os.fstat(descriptor)
     problem = None
@@ -76,13 +76,13 @@ def _kind(mode: int) -> str:
 
 
 def read_bytes(path: str | Path, limit: int = LARGEST_TEXT) -> bytes:
-    """All bytes of a regular file of at most `limit` bytes.
+    """Reads all bytes of a regular file of at most `limit` bytes.
 
     Raises:
-        LlamaJaxError, OSError: as `open_regular`; the first also for a file that grows while it is read.
+        LlamaJaxError, OSError: as `open_regular`; LlamaJaxError also for a file that grows while it is read.
     """
     with open_regular(path, limit) as file:
-        size = os.fstat(file.fileno()).st_size  # as much memory is asked for, not the limit
+        size = os.fstat(file.fileno()).st_size  # so that `read` allocates no more than this
         data = file.read(size + 1)
     if len(data) > size:
         raise LlamaJaxError(f"{path} has grown beyond {size} bytes while it was read: try again when it is complete")
@@ -90,10 +90,10 @@ def read_bytes(path: str | Path, limit: int = LARGEST_TEXT) -> bytes:
 
 
 def read_text(path: str | Path, limit: int = LARGEST_TEXT) -> str:
-    """The text of a UTF-8 file.
+    """Reads the text of a UTF-8 file.
 
     Raises:
-        LlamaJaxError, OSError: as `read_bytes`; the first also for other bytes than UTF-8.
+        LlamaJaxError, OSError: as `read_bytes`; LlamaJaxError also for bytes that are not UTF-8.
     """
     try:
         return read_bytes(path, limit).decode("utf-8")
@@ -102,19 +102,19 @@ def read_text(path: str | Path, limit: int = LARGEST_TEXT) -> str:
 
 
 def read_json(path: str | Path, limit: int = LARGEST_TEXT) -> Any:
-    """The value of a JSON file.
+    """Reads the value of a JSON file.
 
     Raises:
-        LlamaJaxError, OSError: as `read_bytes`; the first also for what is not JSON, or nested too deeply to be read.
+        LlamaJaxError, OSError: as `read_bytes`; LlamaJaxError also for text that is not JSON or is nested too deeply.
     """
     return parse_json(read_bytes(path, limit), str(path))
 
 
 def parse_json(data: bytes | str, source: str) -> Any:
-    """The value of a JSON text.
+    """Parses a JSON text.
 
     Raises:
-        LlamaJaxError: for what is not JSON, or nested too deeply; the message begins with `source`.
+        LlamaJaxError: for text that is not JSON or is nested too deeply; the message begins with `source`.
     """
     try:
         return json.loads(data)
@@ -123,10 +123,10 @@ def parse_json(data: bytes | str, source: str) -> Any:
 
 
 def read_toml(path: str | Path, limit: int = 1 << 20) -> dict[str, Any]:
-    """The table of a TOML file.
+    """Reads the table of a TOML file.
 
     Raises:
-        LlamaJaxError, OSError: as `read_text`; the first also for what is not TOML, or nested too deeply.
+        LlamaJaxError, OSError: as `read_text`; LlamaJaxError also for text that is not TOML or is nested too deeply.
     """
     text = read_text(path, limit)
     try:
@@ -145,8 +145,8 @@ def check_absent(path: Path) -> None:
         raise LlamaJaxError(f"{path}: exists already: remove it or choose another path")
 
 
-# A disk that is full or fails, a quota, a limit on the size of files: libraries say it in errors of their own, in the
-# system's words.
+# Errors of a disk that is full or fails, of a quota, and of a limit on file sizes. Libraries raise errors of their own
+# types for them, which contain the system's message.
 _DISK_ERRORS = tuple(
     getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO") if hasattr(errno, name)
 )
@@ -155,7 +155,7 @@ _unfinished: set[Path] = set()
 
 
 def disk_problem(error: BaseException) -> str | None:
-    """The system's message about a disk, if an error or one of its causes is such a message; else None."""
+    """Returns the system's message about a disk, if an error or one of its causes contains one; else None."""
     for seen in causes(error):
         if isinstance(seen, OSError) and seen.errno in _DISK_ERRORS:
             return os.strerror(seen.errno or 0)
@@ -166,7 +166,7 @@ def disk_problem(error: BaseException) -> str | None:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and its causes, at most 20, because an error can be its own cause."""
+    """Yields an error and its causes, at most 20, because an error can be its own cause."""
     seen: BaseException | None = error
     for _ in range(20):
         if seen is None:
@@ -182,7 +182,7 @@ def writing(path: Path) -> Iterator[None]:
     For a file inside an unfinished folder, the error names the path of that folder, which the user knows.
 
     Raises:
-        LlamaJaxError: in the place of that library's error.
+        LlamaJaxError: instead of the library's error.
     """
     try:
         yield
@@ -203,7 +203,7 @@ def remove_unfinished() -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a folder; more than once, because threads of a writer that was interrupted may put files into it."""
+    """Removes a folder, with repeated attempts, because threads of an interrupted writer may still add files."""
     for _ in range(10):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
@@ -213,12 +213,12 @@ def _remove(folder: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path, beside: Path | None = None) -> Iterator[Path]:
-    """A new folder that becomes `path` when the block ends well, and is removed when it does not.
+    """Makes a new folder that becomes `path` if the block ends without an error, and is removed otherwise.
 
     Args:
-        path: must not exist.
-        beside: the path beside which the unfinished folder is; `path` unless given. For a folder inside another whose
-            content is checked.
+        path: path of the final folder, which must not exist.
+        beside: the path beside which the unfinished folder is made; `path` by default. Use it for a folder inside
+            another folder whose content is checked.
 
     Raises:
         LlamaJaxError: if `path` exists or cannot be created, or the disk is full.
@@ -233,11 +233,11 @@ def new_folder(path: Path, beside: Path | None = None) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_file(path: Path, beside: Path | None = None) -> Iterator[Path]:
-    """The name of a file, of `path`'s suffix, that replaces `path` when the block ends well; removed when it does not.
+    """Yields the path of a temporary file, which replaces `path` if the block ends without an error, else is removed.
 
     Args:
-        path: a file, or nothing yet.
-        beside: as of `new_folder`.
+        path: path of the final file, which may exist; the temporary file has the same suffix.
+        beside: as in `new_folder`.
 
     Raises:
         LlamaJaxError: if nothing can be created beside `path`, or the disk is full.
@@ -250,7 +250,7 @@ def new_file(path: Path, beside: Path | None = None) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _partial(path: Path) -> Iterator[Path]:
-    """A locked folder beside `path`, removed at the end with all that is then in it."""
+    """Makes a locked folder beside `path`, which is removed at the end with everything in it."""
     clear_leftovers(path)
     while True:
         partial = path.absolute().with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
@@ -261,7 +261,7 @@ def _partial(path: Path) -> Iterator[Path]:
         descriptor = _lock(partial)
         if partial.is_dir():
             break
-        if descriptor is not None:  # another process took it for abandoned before it was locked
+        if descriptor is not None:  # another process removed it as abandoned before it was locked
             os.close(descriptor)
     _unfinished.add(partial)
     try:
@@ -276,12 +276,12 @@ def _partial(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes that ask for the same lock out of a folder, until the block or this process ends.
+    """Locks a folder against other processes that use this function, until the block or this process ends.
 
-    Where there is no such folder, or the system has no locks, nothing is locked.
+    Nothing is locked if there is no such folder or the system has no locks.
 
     Raises:
-        LlamaJaxError: if another process has it.
+        LlamaJaxError: if another process holds the lock.
     """
     descriptor = None
     try:
@@ -305,7 +305,7 @@ def clear_leftovers(path: Path) -> None:
     parent, prefix = path.absolute().parent, f".{path.name}.partial-"
     try:
         names = [name for name in os.listdir(parent) if name.startswith(prefix)]
-    except OSError:  # the parent is not there yet, or may not be looked into
+    except OSError:  # the parent does not exist yet, or cannot be read
         return
     for leftover in (parent / name for name in names):
         descriptor = _lock(leftover)
@@ -320,7 +320,7 @@ def clear_leftovers(path: Path) -> None:
 
 
 def _lock(path: Path) -> int | None:
-    """A descriptor that holds the lock of a file or folder until it is closed; None if it cannot be had."""
+    """Returns a descriptor that holds the lock of a file or folder until it is closed; None if it cannot be locked."""
     if fcntl is None:
         return None
     try:

@@ -13,7 +13,7 @@ from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
 from llamajax.parameters import Stack, locate
 
-# What is to stand in place of a value, by its name and the number of the layer: an array, or a function of the value.
+# Replacements of values, by the value's name and the number of the layer: an array, or a function of the value.
 Hooks = Mapping[tuple[str, int], jax.Array | Callable[[jax.Array], jax.Array]]
 NO_HOOKS: Hooks = MappingProxyType({})
 
@@ -51,7 +51,7 @@ class Layer:
         where: Where,
         scores: Scores | None = None,
     ) -> tuple[jax.Array, Any]:
-        """As `KVCache.attend`, for this layer; the attention weights can be captured as "attention"."""
+        """Does what `KVCache.attend` does, for this layer; attention weights can be captured as "attention"."""
         scores = scores or Scores()
         self.shown.add("attention")
         if "attention" in self.capture or any(name == "attention" for name, _ in self.hooks):
@@ -71,7 +71,7 @@ class Layer:
 
 
 def layers_of(config: Config, stack: Stack, position: int) -> Callable[..., Layer]:
-    """A function that makes the `Layer` of one step of a scan from its index, its numbers, captures and hooks."""
+    """Returns a function that makes the `Layer` of a scan's step from its index, its numbers, captures and hooks."""
     layers = stack.layers(position)
     found = [locate(config.stacks, layer) for layer in layers]
     (part,) = {_part(config.stacks, whole, at) for whole, at, _ in found}
@@ -89,18 +89,18 @@ def layers_of(config: Config, stack: Stack, position: int) -> Callable[..., Laye
 
 
 def _part(stacks: tuple[Stack, ...], stack: Stack, position: int) -> int:
-    """The number of the part of a cache that a position of a stack's pattern has."""
+    """Returns the number of a cache's part for a position of a stack's pattern."""
     return sum(len(before.pattern) for before in stacks[: stacks.index(stack)]) + position
 
 
 def _numbers(config: Config, layers: range) -> dict[str, list[float]]:
-    """The numbers of some layers, by their names."""
+    """Returns the numbers (`Config.numbers`) of some layers, by name."""
     each = [config.numbers(layer) for layer in layers]
     return {name: [numbers[name] for numbers in each] for name in each[0]}
 
 
 def varying(config: Config, stack: Stack, position: int) -> dict[str, jax.Array]:
-    """Numbers that differ between the layers of a position, [R]: scanned beside the weights."""
+    """Returns the numbers that differ between the layers of a position, [R], which are scanned beside the weights."""
     numbers = _numbers(config, stack.layers(position))
     return {name: jnp.asarray(values) for name, values in numbers.items() if len(set(values)) > 1}
 
@@ -117,6 +117,6 @@ def check_shown(shown: list[set[str]], capture: tuple[str, ...], hooks: Hooks, n
 
 
 def in_order(kept: list[Any], name: str) -> jax.Array:
-    """Captured values of stacks, [R, …] at each position of the pattern, in the order of layers, [L, …]."""
+    """Merges captured values of stacks, [R, …] at each position of the pattern, in the order of layers, [L, …]."""
     stacks = [jnp.stack([position[name] for position in positions], axis=1) for positions in kept]
     return jnp.concatenate([stack.reshape(-1, *stack.shape[2:]) for stack in stacks])

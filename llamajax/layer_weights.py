@@ -1,4 +1,4 @@
-"""The weights of a layer: a LLaMA's, and those that a config's switches add, move or remove."""
+"""Declares the weights of a layer: those of a LLaMA, and those that a config's switches add, move or remove."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ def _product(axes: str, input: str, maker: str, huggingface: str, gguf: str, ini
 
 
 def _vector(axes: str, role: Role, huggingface: str, gguf: str) -> Spec:
-    """A norm or a bias of a layer that families have; it begins at 0 or, as a norm, at 1."""
+    """Declares a norm or a bias of a layer that some families have; norms begin at 1, biases at 0."""
     return Spec(
         axes=axes,
         roles=(role,),
@@ -35,7 +35,7 @@ def _vector(axes: str, role: Role, huggingface: str, gguf: str) -> Spec:
     )
 
 
-# Of a layer of a LLaMA, in the order of their use.
+# The weights of a LLaMA's layer, in the order of their use.
 LAYER: Mapping[str, Spec] = MappingProxyType(
     {
         "attention_norm.weight_D": norm("model.layers.{}.input_layernorm", "blk.{}.attn_norm"),
@@ -50,7 +50,7 @@ LAYER: Mapping[str, Spec] = MappingProxyType(
     }
 )
 
-# What families have beside them, or instead of a norm before.
+# Weights that families have in addition, or instead of the norms before.
 _BIASES_QKV = {
     "attention.query_bias_Q": _vector("Q", "bias", "self_attn.q_proj.bias", "attn_q.bias"),
     "attention.key_bias_M": _vector("M", "bias", "self_attn.k_proj.bias", "attn_k.bias"),
@@ -92,13 +92,13 @@ _BIAS_OF = {
     "ffn.up_DF": "ffn.up_bias_F",
     "ffn.down_FD": "ffn.down_bias_D",
 }
-# The weights whose input a switch puts something before, and what then makes it channel by channel.
+# With `sub_norms`, the norms that make the input of these weights.
 _MAKERS_OF_SUB_NORMS = {"attention.out_QD": "attention.sub_norm_Q", "ffn.down_FD": "ffn.sub_norm_F"}
 
 
 @functools.lru_cache(maxsize=64)
 def layer_specs(config: Config) -> Mapping[str, Spec]:
-    """The weights of a layer, by their path in its `Block`: a LLaMA's, as the config's switches change them."""
+    """Returns the weights of a layer by their path in its `Block`: a LLaMA's, changed by the config's switches."""
     specs = dict(LAYER)
     if config.norms == "after":
         del specs["attention_norm.weight_D"], specs["ffn_norm.weight_D"]
@@ -124,7 +124,7 @@ def layer_specs(config: Config) -> Mapping[str, Spec]:
 
 
 def _maker(name: str, spec: Spec, config: Config) -> str:
-    """What makes the input of a weight channel by channel; nothing where that is the residual stream itself."""
+    """Returns the weight that makes a weight's input channel by channel; "" if the input is the residual stream."""
     if config.sub_norms and name in _MAKERS_OF_SUB_NORMS:
         return _MAKERS_OF_SUB_NORMS[name]
     without_norm = config.norms == "after" and spec.maker in ("attention_norm.weight_D", "ffn_norm.weight_D")
@@ -132,7 +132,7 @@ def _maker(name: str, spec: Spec, config: Config) -> str:
 
 
 def params(prefix: str, names: tuple[str, ...], config: Config, key: jax.Array, dtype: Any, kind: str = "full") -> Any:
-    """Parameters of a module with their initial values by its specs; `prefix` is the module's path in its block."""
+    """Makes a module's parameters with initial values by its specs; `prefix` is the module's path in its block."""
     full = tuple(f"{prefix}.{name}" if prefix else name for name in names)
     return (nnx.Param(array) for array in new(full, kind, config, key, dtype))
 

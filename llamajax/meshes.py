@@ -1,4 +1,4 @@
-"""Meshes whose axes are Explicit, as those of `jax.make_mesh` are unless told otherwise.
+"""Supports meshes with Explicit axes, which are the default of `jax.make_mesh`, and computes shardings of models.
 
 With such axes the sharding of every intermediate array is part of its type, and each operation whose result could be
 sharded in several ways must say how. The model leaves that to XLA (Auto axes). Arguments with Explicit axes are
@@ -21,9 +21,9 @@ def on_auto_axes(function: Callable[..., Any], out: Callable[..., Any], *args: A
     """Computes `function(*args)` on Auto axes if an argument is sharded over Explicit ones.
 
     Args:
-        function: of pytrees of arrays.
-        out: makes the shardings of the results, a pytree like theirs. It is called with a function that gives the
-            sharding of an array, or of as many of its first axes as a number says.
+        function: takes and returns pytrees of arrays.
+        out: makes the shardings of the results, a pytree like theirs. It is called with a function that returns the
+            sharding of an array or, given a number, of that many of its first axes.
         *args: arrays, which may be traced.
     """
     meshes = [mesh for leaf in jax.tree.leaves(args) if (mesh := _explicit_mesh(leaf)) is not None]
@@ -40,7 +40,7 @@ def on_auto_axes(function: Callable[..., Any], out: Callable[..., Any], *args: A
 
 
 def with_auto_axes(tree: Any) -> Any:
-    """The same arrays without a copy; shardings over Explicit axes are described by Auto ones."""
+    """Returns the same arrays without a copy, with Auto axes in place of the Explicit axes of their shardings."""
 
     def one(leaf: Any) -> Any:
         mesh = _explicit_mesh(leaf)
@@ -51,7 +51,7 @@ def with_auto_axes(tree: Any) -> Any:
 
 @contextlib.contextmanager
 def auto_mesh() -> Iterator[None]:
-    """Inside, the mesh of `jax.set_mesh` has Auto axes instead of Explicit ones; not for use in `jax.jit`."""
+    """Gives the mesh of `jax.set_mesh` Auto axes instead of Explicit ones inside the block; not for `jax.jit`."""
     mesh = jax.sharding.get_mesh()
     if AxisType.Explicit not in mesh.axis_types:
         yield
@@ -61,7 +61,7 @@ def auto_mesh() -> Iterator[None]:
 
 
 def _explicit_mesh(leaf: Any) -> Any:
-    """The mesh over whose Explicit axes an array is spread; None if there is none."""
+    """Returns the mesh over whose Explicit axes an array is sharded; None if there is none."""
     if isinstance(leaf, jax.core.Tracer):
         mesh = jax.typeof(leaf).sharding.mesh
     else:
@@ -73,17 +73,17 @@ def _as_auto(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names)
 
 
-# ---- How a model is spread -------------------------------------------------------------------------------------------
+# ---- Shardings of a model --------------------------------------------------------------------------------------------
 
 
 def shardings(model: Any, mesh: Mesh, rules: Mapping[str, str | None]) -> Any:
-    """The sharding of each array of a model over a mesh, as a pytree of the model's structure.
+    """Returns the sharding of each array of a model over a mesh, as a pytree of the model's structure.
 
     Args:
         model: arrays or quantized weights; leaves may be abstract.
-        mesh: of devices.
-        rules: the axis of the mesh for a letter: `{"F": "model", "Q": "model", "M": "model", "V": "model"}` is tensor
-            parallelism as Megatron has it (Shoeybi et al. 2019, arXiv:1909.08053). Other axes stay whole.
+        mesh: the mesh of devices.
+        rules: the mesh axis for each letter of an array's axes. `{"F": "model", "Q": "model", "M": "model", "V":
+            "model"}` is Megatron's tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053). Other axes stay whole.
 
     Returns:
         Each array of a quantized weight is sharded like the weight, except along axes that the mesh does not divide (a

@@ -1,4 +1,4 @@
-"""LLaMA, written once: the model as data (`flax.nnx` modules are pytrees) and pure calls.
+"""The LLaMA model as data (`flax.nnx` modules are pytrees) with pure calls.
 
     model = Llama(config, key=jax.random.key(0))
     logits_BTV, cache = model(tokens_BT, cache)
@@ -45,7 +45,7 @@ NO_CACHE = NoCache()
 
 
 def matmul(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:
-    """Activations times a weight [in, out], quantized or not, and a bias, in their dtype."""
+    """Multiplies activations with a weight [in, out], quantized or not, and adds a bias, in the activations' dtype."""
     made = product(x, weight.get_value())
     return made if bias is None else made + bias[...].astype(made.dtype)
 
@@ -72,7 +72,7 @@ class Attention(nnx.Module):
         optional(self, "attention", config, dtype)
 
     def __call__(self, x_BTD: jax.Array, where: Where, cache: Any, at: Layer) -> tuple[jax.Array, Any]:
-        """Attends over the new tokens and over what the cache holds of this layer."""
+        """Attends over the new tokens and over this layer's keys and values in the cache."""
         c, (B, T, _) = self.config, x_BTD.shape
         query_BTQ = matmul(x_BTD, self.query_DQ, self.query_bias_Q)
         key_BTM = matmul(x_BTD, self.key_DM, self.key_bias_M)
@@ -95,7 +95,7 @@ class Attention(nnx.Module):
         return rms_norm(x, self.config.norm_eps, None if weight is None else weight[...], self.config.norm_offset)
 
     def _turned(self, query_BTNH: jax.Array, key_BTKH: jax.Array, where: Where) -> tuple[jax.Array, jax.Array]:
-        """Queries, scaled, and keys with their positions in them."""
+        """Returns scaled queries and keys, both rotated by their positions."""
         c, rope = self.config, self.config.rope(self.kind)
         scale: jax.Array | float = c.score_scale
         if c.query_temperature is not None and (self.kind == "nope" or not c.query_temperature.only_nope):
@@ -114,7 +114,7 @@ class Attention(nnx.Module):
         return query_BTNH, key_BTKH
 
     def _scores(self) -> Scores | None:
-        """What is not as in a LLaMA between queries and keys."""
+        """Returns the settings of attention scores; None if they are a LLaMA's."""
         c = self.config
         window = c.window if self.kind == "window" else None
         chunk = c.chunk if self.kind == "chunk" else None
@@ -124,12 +124,12 @@ class Attention(nnx.Module):
         return Scores(window=window, chunk=chunk, soft_cap=c.score_cap, sinks_N=sinks_N)
 
 
-# Of the gate: SiLU (Shazeer 2020, arXiv:2002.05202), GELU by tanh (Hendrycks & Gimpel 2016, arXiv:1606.08415), and the
-# square of ReLU (So et al. 2021, arXiv:2109.08668).
+# Activations of the gate: SiLU (Shazeer 2020, arXiv:2002.05202), GELU by tanh (Hendrycks & Gimpel 2016,
+# arXiv:1606.08415), and the square of ReLU (So et al. 2021, arXiv:2109.08668).
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu_squared": lambda x: jax.nn.relu(x) * jax.nn.relu(x),  # no `square`, an operation that runtimes lack
+    "relu_squared": lambda x: jax.nn.relu(x) * jax.nn.relu(x),  # some runtimes lack the operation `square`
 }
 
 
@@ -181,7 +181,7 @@ class Block(nnx.Module):
         return x_BTD + at.see("ffn_out", self._out(self.ffn_after_norm, ffn_BTD)), cache
 
     def _out(self, norm: RMSNorm | None, x_BTD: jax.Array) -> jax.Array:
-        """What a half of the layer adds to the residual stream."""
+        """Returns what attention or feed-forward adds to the residual stream."""
         x_BTD = _maybe(norm, x_BTD)
         return x_BTD if self.residual_scale == 1 else x_BTD * jnp.asarray(self.residual_scale, x_BTD.dtype)
 
@@ -190,7 +190,7 @@ def _maybe(norm: RMSNorm | None, x_BTD: jax.Array) -> jax.Array:
     return x_BTD if norm is None else norm(x_BTD)
 
 
-# The kind of its part of a cache, for each kind of layer.
+# The kind of the cache's part for each kind of layer.
 _CACHES: Mapping[LayerKind, str] = {"full": "full", "window": "window", "chunk": "chunk", "nope": "full"}
 for _kind, _cache in _CACHES.items():
     KINDS[_kind] = Kind(functools.partial(Block, kind=_kind), layer_specs, _cache)
@@ -248,14 +248,14 @@ class Llama(nnx.Module):
     def __call__(
         self, tokens_BT: jax.Array, cache: Any = NO_CACHE, count_B: jax.Array | None = None, **options: Any
     ) -> Any:
-        """The logits after each given token.
+        """Returns the logits after each given token.
 
         Args:
-            tokens_BT: int token ids in [0, V), padding included. Another id gives NaN logits, not another token's.
+            tokens_BT: int token ids in [0, V), including padding. An id outside this range gives NaN logits.
             cache: earlier tokens; `NoCache()` for a sequence that starts here and is not continued.
-            count_B: the number of real tokens of each row, which precede padding; T unless given. The cache advances by
+            count_B: the number of real tokens of each row, which precede padding; T by default. The cache advances by
                 it. Logits of padding are undefined.
-            **options: capture, hooks and remat, as of `blocks`.
+            **options: capture, hooks and remat, as in `blocks`.
 
         Returns:
             logits_BTV in float32, and the cache with the tokens in it; with `capture` also the captured values.
@@ -293,9 +293,9 @@ class Llama(nnx.Module):
         On a mesh of Explicit axes it is sharded like the first axis of `x_BTD`, and the cache keeps its sharding.
 
         Args:
-            x_BTD: of `embed`.
-            cache: as of `__call__`.
-            count_B: as of `__call__`.
+            x_BTD: the result of `embed`.
+            cache: as in `__call__`.
+            count_B: as in `__call__`.
             capture: names of values to return as well: "hidden", the residual stream after each layer [L, B, T, D];
                 "attention", its weights [L, B, N, T, S]; "attention_out" and "ffn_out", which a layer adds to it.
             hooks: the replacement of such a value, by (name, number of the layer): an array that broadcasts to it, or a
@@ -345,7 +345,8 @@ class Llama(nnx.Module):
             kept.append(kept_here)
         check_shown(shown, capture, hooks, self.config.num_layers)
         x_BTD, cache = carry
-        # A row that did not fit wrote over its older tokens (XLA moves an update that sticks out): NaN, for good.
+        # A row that did not fit overwrote its older tokens, because XLA moves updates that exceed the array. Its values
+        # are NaN from now on.
         x_BTD, cache = where.checked(x_BTD), cache.end(where)
         return (x_BTD, cache, {name: in_order(kept, name) for name in capture}) if capture else (x_BTD, cache)
 
@@ -362,7 +363,7 @@ class Llama(nnx.Module):
         return logits_BTV if c.logit_cap is None else c.logit_cap * jnp.tanh(logits_BTV / c.logit_cap)
 
     def layer(self, number: int) -> Any:
-        """One layer by itself, a `Block`: `block(x_BTD, where, cache, Layer(number))`.
+        """Returns one layer, a `Block`, which is called as `block(x_BTD, where, cache, Layer(number))`.
 
         Weights in a backend's layout stay in their stack, and the layer is a view of it.
         """
@@ -371,7 +372,7 @@ class Llama(nnx.Module):
         return jax.tree.map(lambda weight: view(weight, at), blocks[position], is_leaf=is_weight)
 
     def with_layer(self, number: int, block: Any) -> "Llama":
-        """The same model with one layer replaced; weights of another type make mixed stacks (`quant.Mixed`).
+        """Returns the same model with one layer replaced; weights of another type make mixed stacks (`quant.Mixed`).
 
         Raises:
             LlamaJaxError: for a layer that does not exist, or a block of another kind or another config.
@@ -395,12 +396,12 @@ class Llama(nnx.Module):
         return model
 
     def _at(self, number: int) -> tuple[Any, int, int]:
-        """The blocks of a layer's stack, its position in the pattern and its place along the stack."""
+        """Returns the blocks of a layer's stack, its position in the pattern and its place along the stack."""
         stack, position, place = locate(self.plan, number)
         return self.stacks[self.plan.index(stack)], position, place
 
     def __repr__(self) -> str:
-        """A line for each weight: its name, shape, and what it is made of."""
+        """Returns a line for each weight: its name, shape, and dtype or quantization scheme."""
         named = named_weights(self)
         lines = [f"  {name:34} {_shown(weight)}" for name, weight in named.items()]
         return "\n".join(
@@ -412,7 +413,7 @@ Llama.__str__ = Llama.__repr__  # type: ignore[method-assign, assignment]
 
 
 def _shown(weight: Any) -> str:
-    """Of a leaf, whatever a pytree shaped like a model has there."""
+    """Describes a leaf, which may be of any type in a pytree shaped like a model."""
     shape = getattr(weight, "shape", None)
     return repr(weight) if shape is None else f"{' x '.join(map(str, shape)):20} {', '.join(schemes(weight))}"
 
@@ -432,6 +433,6 @@ def model_from(weights: Mapping[str, Any], config: Config, plan: tuple[Stack, ..
 
 @functools.lru_cache(maxsize=16)
 def _tree(config: Config, plan: tuple[Stack, ...] | None) -> tuple[Any, tuple[str, ...]]:
-    """How a model is made of its weights, and their names in the order of its tree."""
+    """Returns the tree structure of a model, and the names of its weights in the order of its leaves."""
     abstract = abstract_model(config, plan=plan)
     return jax.tree.structure(abstract), tuple(names_in_tree_order(abstract))

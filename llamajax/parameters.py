@@ -38,12 +38,13 @@ class Spec:
         over: the letter that a product contracts; "" for a weight without a product.
         roles: its uses: "product" with activations; "table", whose rows are looked up; "head", the product that gives
             logits; "norm"; "bias". A tied embedding is both table and head.
-        input: a name for the activations that it is multiplied with; weights of a layer with the same name share them.
+        input: a name for the activations that the weight is multiplied with; weights of a layer with the same name
+            share them.
         maker: the weight of the layer that makes these activations channel by channel, so that a channel can be scaled
             down there and scaled up in all weights that share it; "" if there is none.
         init: "normal"; "residual", normal and smaller, for weights whose outputs are added to the residual stream;
             "ones"; "zeros".
-        offset: added to it wherever it is used.
+        offset: added to the weight wherever it is used.
         bias: the weight of the layer that is added to the product, "" for none.
         foreign: its name in each foreign format, unless the family has another; `{}` is the layer. A matrix contracted
             over its first axis is stored transposed there, [out, in].
@@ -71,7 +72,7 @@ class Spec:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether a quantizer takes it."""
+        """Whether it is a matrix, which can be quantized."""
         return bool(self.over)
 
     @property
@@ -86,17 +87,17 @@ class Spec:
 
 
 def foreign(huggingface: str, gguf: str) -> Mapping[str, str]:
-    """Names for `Spec.foreign`."""
+    """Makes the names for `Spec.foreign`."""
     return MappingProxyType({"huggingface": huggingface, "gguf": gguf})
 
 
 def norm(huggingface: str, gguf: str) -> Spec:
-    """The weights of an RMSNorm over the width."""
+    """Declares the weights of an RMSNorm over the width."""
     return Spec(axes="D", roles=("norm",), init="ones", foreign=foreign(f"{huggingface}.weight", f"{gguf}.weight"))
 
 
 def with_offset(spec: Spec, config: "Config") -> Spec:
-    """A norm's weights with an offset that is added to them: initially, the sum is 1."""
+    """Returns the spec of a norm with the config's offset, so that weight and offset are 1 in all initially."""
     if not config.norm_offset or "norm" not in spec.roles:
         return spec
     return dataclasses.replace(spec, offset=config.norm_offset, init="zeros")
@@ -113,7 +114,7 @@ _FINAL_NORM = norm("model.norm", "output_norm")
 
 
 def whole_specs(config: "Config") -> dict[str, Spec]:
-    """The weights outside of layers."""
+    """Returns the specs of the weights outside of layers."""
     final = with_offset(_FINAL_NORM, config)
     if config.tied_embeddings:
         tied = dataclasses.replace(_EMBED, roles=("table", "head"), input="head")
@@ -138,7 +139,7 @@ class Kind(NamedTuple):
     cache: str = "full"
 
 
-# Every kind of layer by name; `model.py` adds the LLaMA's, other code its own.
+# Every kind of layer by name; `model.py` adds a LLaMA's kinds, other code adds its own.
 KINDS: dict[str, Kind] = {}
 
 
@@ -163,7 +164,7 @@ class Stack:
 
 
 def unrolled(stacks: tuple[Stack, ...]) -> tuple[Stack, ...]:
-    """The same layers with a stack for each, for programs without loops."""
+    """Returns the same layers with a separate stack for each, for programs without loops."""
     kinds = {
         layer: stack.pattern[p] for stack in stacks for p in range(len(stack.pattern)) for layer in stack.layers(p)
     }
@@ -171,11 +172,11 @@ def unrolled(stacks: tuple[Stack, ...]) -> tuple[Stack, ...]:
 
 
 class Place(NamedTuple):
-    """One single weight of a model; a weight of layers in one layer.
+    """Identifies one weight of a model: a weight of one layer, or a weight outside of layers.
 
     Attributes:
         name: as in the specs: `embed_VD`, `ffn.up_DF`.
-        layer: its number, or None.
+        layer: number of the layer, or None.
     """
 
     name: str
@@ -192,7 +193,7 @@ class Leaf(NamedTuple):
     Attributes:
         name: as `Place.name`.
         layers: numbers of the layers, in the order of the stack; None outside of layers.
-        spec: what it is.
+        spec: the spec of its weights.
     """
 
     name: str
@@ -228,7 +229,7 @@ def leaves(config: "Config", stacks: tuple[Stack, ...] | None = None) -> Mapping
 
 
 def _numbers(layers: range, config: "Config") -> str:
-    """`*` for all, `3` for one, else a slice."""
+    """Returns `*` for all layers, `3` for one, else a slice."""
     if len(layers) == config.num_layers and len(layers) > 1:
         return "*"
     if len(layers) == 1:
@@ -238,7 +239,7 @@ def _numbers(layers: range, config: "Config") -> str:
 
 @functools.lru_cache(maxsize=64)
 def specs(config: "Config") -> Mapping[Place, Spec]:
-    """The spec of every weight of the model: the embeddings, one layer after the other, the rest."""
+    """Returns the spec of every weight of the model, in the order embedding, layers, other weights."""
     whole = whole_specs(config)
     made = {Place("embed_VD"): whole.pop("embed_VD")}
     for layer in range(config.num_layers):
@@ -274,12 +275,12 @@ def inputs(config: "Config", layer: int) -> dict[str, tuple[str, ...]]:
 
 
 def num_parameters(config: "Config") -> int:
-    """Weights of a model, a tied head counted once."""
+    """Returns the number of weights of a model; a tied head counts once."""
     return sum(math.prod(spec.shape(config)) for spec in specs(config).values())
 
 
 def product_weights(config: "Config", head: bool = True) -> int:
-    """Weights that the activations of a token are multiplied with."""
+    """Returns the number of weights that the activations of a token are multiplied with."""
     wanted = ("product", "head") if head else ("product",)
     return sum(
         math.prod(spec.shape(config)) for spec in specs(config).values() if any(role in wanted for role in spec.roles)
@@ -290,23 +291,23 @@ def product_weights(config: "Config", head: bool = True) -> int:
 
 
 def new(names: tuple[str, ...], kind: str, config: "Config", key: jax.Array, dtype: Any) -> Iterator[jax.Array]:
-    """Initial weights of a layer, each with its own random key.
+    """Yields initial weights of a layer, each with its own random key.
 
-    "normal" has standard deviation 0.02, "residual" that over sqrt(2 L), as GPT-2 (Radford et al. 2019).
+    "normal" has standard deviation 0.02, "residual" 0.02 / sqrt(2 L), as in GPT-2 (Radford et al. 2019).
 
     Args:
-        names: of specs.
+        names: names of the specs.
         kind: the kind of the layer.
         config: the architecture.
         key: split into one key for each name.
-        dtype: of the weights.
+        dtype: dtype of the weights.
     """
     for name, one in zip(names, jax.random.split(key, len(names)), strict=True):
         yield begin(KINDS[kind].specs(config)[name], config, one, dtype)
 
 
 def begin(spec: Spec, config: "Config", key: jax.Array, dtype: Any) -> jax.Array:
-    """The initial value of a weight."""
+    """Makes the initial value of a weight."""
     shape = spec.shape(config)
     if spec.init in ("ones", "zeros"):
         return jnp.full(shape, float(spec.init == "ones"), dtype)
@@ -322,7 +323,7 @@ def named_weights(model: Any) -> dict[str, Any]:
 
 
 def weights_of(model: Any) -> dict[Place, Any]:
-    """Every single weight of a model; the weights of layers are taken out of their stacks."""
+    """Returns every single weight of a model; the weights of layers are taken out of their stacks."""
     named = named_weights(model)
     found = {
         place: named[name] if leaf.layers is None else (name, number)
@@ -381,7 +382,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def step_bytes(model: Any, head: bool = True) -> int:
-    """Bytes of weights that a forward pass of one token reads: all except tables that are only looked up."""
+    """Returns the bytes of weights that a forward pass of one token reads: all but tables that are only looked up."""
     spec_of = {name: leaf.spec for name, leaf in leaves(model.config, model.plan).items()}
     return sum(
         nbytes(weight)

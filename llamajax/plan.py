@@ -1,8 +1,8 @@
-"""The memory that running a model takes, from shapes alone: no weight is read, and nothing is allocated.
+"""Computes the memory that running a model takes, from shapes alone: no weight is read, and nothing is allocated.
 
     print(plan(preset("llama3-8b"), "int4-g32", context=8192, backend="cpu").total)
 
-Weights and cache are exact, from abstract trees. The rest was measured on a CPU; the constants below say how.
+Weights and cache are exact, from abstract trees. The other numbers were measured on a CPU, as described below.
 """
 
 import dataclasses
@@ -25,23 +25,24 @@ from llamajax.parameters import named_weights
 from llamajax.quantization.foreseen import foreseen_weights
 from quant import nbytes, quantized
 
-# Of a context that nobody asked for: what most conversations stay below.
+# The context to plan for by default; most conversations are shorter.
 DEFAULT_CONTEXT = 4096
 _MIB = 1 << 20
 # Measured on a CPU by `benchmarks/plan.py`. PROCESS: Python with JAX, this package and a backend that has started,
-# before anything is loaded; half of it are files. Programs: what is held beside weights, cache and temporaries where
-# an earlier run kept the programs: their code, what JAX keeps of them, what the allocator does not give back; of the
-# box in floats, and of TinyLlama 1.1B in int4-g32. COMPILED: what more is left where they are compiled in the same
-# process, of both. COMPILING: what compiling takes meanwhile, of TinyLlama; of the box 230.
+# before anything is loaded; half of it are mapped files. PROGRAMS_…: memory beside weights, cache and temporaries when
+# compiled programs come from an earlier run: their code, JAX's data about them, and memory that the allocator does not
+# return; for the built-in model in floats, and for TinyLlama 1.1B in int4-g32. COMPILED: what remains in addition if
+# programs are compiled in the same process, for both models. COMPILING: additional memory during compilation, for
+# TinyLlama; for the built-in model it is 230 MiB.
 PROCESS = 230 * _MIB
 PROGRAMS_OF_FLOATS, PROGRAMS_OF_PACKED = 60 * _MIB, 130 * _MIB
 COMPILED = 50 * _MIB
 COMPILING = 350 * _MIB
-# Temporaries on a CPU, in float32 numbers. Of a prefill's chunk for each token: so many times the model's width, that
-# of its feed-forward, and its scores with a slab of slots; beside them a layer's keys and values. Of a step for each
-# row: so many times its logits; beside them sums of products. By `memory_analysis()` of programs of TinyLlama 1.1B (a
-# chunk with 1 and 8 rows, 512 and 2,048 slots; a step with 1 and 8 rows, 512 slots) and Llama 2 7B (a chunk, 1 row,
-# 1,024 slots) in int4-g32, which these meet within 6%.
+# Temporaries on a CPU, in float32 numbers. A prefill's chunk takes, per token, these multiples of the model's width, of
+# its feed-forward width, and of its scores for a slab of slots, and a layer's keys and values in addition. A decode
+# step takes, per row, this multiple of its logits, and sums of products in addition. The numbers were fitted to
+# `memory_analysis()` of programs of TinyLlama 1.1B (a chunk with 1 and 8 rows, 512 and 2,048 slots; a step with 1 and 8
+# rows, 512 slots) and Llama 2 7B (a chunk, 1 row, 1,024 slots) in int4-g32, and agree with it within 6%.
 _WIDTHS, _FFN_WIDTHS, _SCORES = 4.0, 3.2, 1.7
 _SLAB_SLOTS = 256
 _LOGITS, _SUMS = 5, 3 << 17
@@ -55,9 +56,9 @@ class Plan:
         config: the architecture.
         recipe: the form of the weights: a recipe, or "as stored".
         backend: the backend whose layout the weights have.
-        context: tokens of a row, prompt and new ones.
-        batch: rows.
-        cache_dtype: of keys and values.
+        context: number of tokens of a row, prompt and new ones.
+        batch: number of rows.
+        cache_dtype: dtype of keys and values.
         dtype: the dtype that the model computes in.
         stored: weights at rest, in llamajax's own checkpoint or in the file.
         weights: in memory, in the backend's layout.
@@ -101,10 +102,10 @@ class Weights:
     """The weights of a plan, which several contexts share.
 
     Attributes:
-        model: in the backend's layout, of `jax.ShapeDtypeStruct`s.
-        recipe: as of `Plan`.
-        backend: likewise.
-        stored: likewise.
+        model: the model in the backend's layout, of `jax.ShapeDtypeStruct`s.
+        recipe: as in `Plan`.
+        backend: as in `Plan`.
+        stored: as in `Plan`.
     """
 
     model: Llama
@@ -115,13 +116,13 @@ class Weights:
     def plan(
         self, context: int, batch: int = 1, cache_dtype: jax.typing.DTypeLike | None = None, drafts: int = 0
     ) -> Plan:
-        """The plan for generating with them; arguments and errors as of the function `plan`."""
+        """Returns the plan for generating with these weights; arguments and errors as in the function `plan`."""
         config = self.model.config
         for name, number, most in (("context", context, config.context_length), ("batch", batch, None)):
             if number < 1:
                 raise LlamaJaxError(f"{name} is {number}: expected at least 1")
             if most is not None and number > most:
-                raise LlamaJaxError(f"{name} is {number} tokens: expected at most {most}, what the model is made for")
+                raise LlamaJaxError(f"{name} is {number} tokens: expected at most {most}, the model's context length")
         engine = Engine(self.model, batch, max(1, context - 1 + drafts), cache_dtype=cache_dtype, drafts=drafts)
         return Plan(
             config=config,
@@ -157,14 +158,15 @@ def plan(
 
     Args:
         model: a checkpoint with its header read (`open_checkpoint`), or an architecture.
-        recipe: the recipe for its weights, a name or a file, or "float32", "bfloat16", "float16". Unless given, as a
-            checkpoint stores them, and bfloat16 for an architecture.
-        context: tokens of a row, prompt and new ones; `DEFAULT_CONTEXT`, or the model's if that is less, unless given.
-        batch: rows.
-        cache_dtype: of keys and values, one of `caches.CACHE_DTYPES`; the model's unless given.
-        dtype: the dtype that it computes in; as stored unless given.
-        activations: the rounding of activations at quantized weights, as of `with_activations`.
-        backend: the backend whose layout the weights get; `jax.default_backend()` unless given.
+        recipe: the recipe for its weights, a name or a file, or "float32", "bfloat16", "float16". By default, weights
+            are as a checkpoint stores them, and bfloat16 for an architecture.
+        context: number of tokens of a row, prompt and new ones; by default `DEFAULT_CONTEXT`, or the model's context
+            length if that is less.
+        batch: number of rows.
+        cache_dtype: dtype of keys and values, one of `caches.CACHE_DTYPES`; the model's by default.
+        dtype: the dtype that the model computes in; as stored by default.
+        activations: the rounding of activations at quantized weights, as in `with_activations`.
+        backend: the backend whose layout the weights get; `jax.default_backend()` by default.
 
     Raises:
         LlamaJaxError: for an argument out of range, or a recipe that does not fit or depends on a text.
@@ -181,7 +183,7 @@ def plan_weights(
     activations: str | None = None,
     backend: str | None = None,
 ) -> Weights:
-    """The part of `plan` that takes longest, a second or two; arguments and errors as there."""
+    """Computes the weights of a plan, which takes a second or two, most of `plan`'s time; arguments as in `plan`."""
     backend = backend or jax.default_backend()
     finish = Finish(dtype, activations, backend)
     if recipe is None and isinstance(model, Opened):
@@ -200,7 +202,7 @@ def default_context(config: Config) -> int:
 
 
 def longest_context(weights: Weights, memory: int, batch: int, cache_dtype: Any = None) -> int:
-    """The most tokens of each row with which a process takes at most `memory` bytes; 0 if none do."""
+    """Returns the largest number of tokens per row for which a process takes at most `memory` bytes; 0 if none fits."""
     low, high = 0, weights.model.config.context_length
     while low < high:
         middle = (low + high + 1) // 2
@@ -210,7 +212,7 @@ def longest_context(weights: Weights, memory: int, batch: int, cache_dtype: Any 
 
 
 def _temporaries(model: Llama, batch: int, context: int, slots: int) -> int:
-    """The largest temporaries of a prefill's chunk and of a decode step."""
+    """Returns the bytes of the largest temporaries of a prefill's chunk or of a decode step."""
     c = model.config
     tokens = batch * max(plan_chunks(context - 1), default=1)
     floats = _WIDTHS * c.width + _FFN_WIDTHS * c.ffn_width + _SCORES * c.num_heads * _SLAB_SLOTS
@@ -221,7 +223,7 @@ def _temporaries(model: Llama, batch: int, context: int, slots: int) -> int:
 
 
 def _most_slots(config: Config, slots: int) -> int:
-    """Slots of the layers that have the most: those that see a part of the text only have a ring."""
+    """Returns the largest number of slots of any layer: layers that see only a part of the text have a ring."""
     rings = ("window", "chunk")
     return min(slots, max(ring_slots(getattr(config, kind)) if kind in rings else slots for kind in config.layer_kinds))
 

@@ -1,4 +1,4 @@
-"""Between loading and generating: weights in the layout of a backend, and the rounding of their activations."""
+"""Prepares a loaded model for generating: lays out weights for a backend, and sets the rounding of activations."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ ACTIVATIONS = ("float32", "bfloat16", "int8")
 
 
 def prepare(model: Llama, backend: str | None = None, *, donate: bool = False) -> Llama:
-    """The same model, with its quantized weights in the layout of one backend.
+    """Returns the same model with its quantized weights in the layout of one backend.
 
-    Do not save, export or shard the result: QTensors are the format at rest. A model without quantized weights is
-    returned unchanged. So is an embedding table that is not also the head, because it is only looked up.
+    Do not save, export or shard the result: QTensors are the format for storage. A model without quantized weights is
+    returned unchanged. An embedding table that is not also the head stays unchanged, because it is only looked up.
 
     Args:
         model: a model of QTensors or arrays.
-        backend: as `jax.default_backend` names it, which it is unless given.
+        backend: name of a backend, as `jax.default_backend()` returns it, which is also the default.
         donate: whether each weight may be freed as soon as its layout is made; then `model` must not be used
             afterwards, and memory never holds more than the model and one weight.
 
@@ -39,7 +39,7 @@ def prepare(model: Llama, backend: str | None = None, *, donate: bool = False) -
 
 
 def with_activations(model: Llama, kind: str) -> Llama:
-    """The same model, with other rounding of the activations that quantized weights are multiplied with.
+    """Returns the same model with another rounding of the activations that quantized weights are multiplied with.
 
     On a CPU "bfloat16" makes prefill faster, because products of 16-bit floats are faster; "int8" speeds up nothing.
 

@@ -2,7 +2,7 @@
 
     process.begin()                  # first of all: before the libraries are imported, which takes a second
     with process.interruptible():
-        work()                       # a signal raises KeyboardInterrupt here, so that what is unfinished is removed
+        work()                       # a signal raises KeyboardInterrupt here, so that unfinished files are removed
 
 Outside of `interruptible` there is nothing to remove, and a signal ends the process at once. So does a second signal,
 half a second or more after the first, and a first one while the main thread is in native code that does not return.
@@ -28,13 +28,13 @@ except ImportError:  # Windows has no such limits
     resource = None  # type: ignore[assignment]
 
 _MESSAGES = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
-# The main thread sees a signal between two instructions of Python. Native code (XLA that compiles, say) may take long.
+# The main thread handles a signal between two instructions of Python. Native code (XLA compiling, say) may take longer.
 _PATIENCE_SECONDS = 1.0
-# `timeout`, `make` and terminals send one signal twice; that is not a user who asks again.
+# `timeout`, `make` and terminals may send one signal twice; a repeat within this time is not a second request.
 _REPEAT_SECONDS = 0.5
-# Of addresses, which the libraries' threads need most of. With less, they end the process by themselves.
+# Address space in bytes; the libraries' threads need most of it. With less, the libraries end the process themselves.
 _FEW_ADDRESSES = 1750 << 20
-_AGAIN = b"\0"  # to the watcher: the exception was lost
+_AGAIN = b"\0"  # tells the watcher that the exception was lost
 
 _begun = False
 _taken: list[signal.Signals] = []
@@ -48,7 +48,7 @@ _ending = threading.Lock()
 
 
 def begin() -> None:
-    """Prepares the process; once, from the main thread."""
+    """Prepares the process: streams, signals and error reports. Has an effect only once, in the main thread."""
     global _begun, _to_watcher
     if _begun or threading.current_thread() is not threading.main_thread():
         return
@@ -57,7 +57,7 @@ def begin() -> None:
     sys.excepthook = _report_uncaught
     _taken[:] = [
         number for number in _MESSAGES if signal.getsignal(number) is not signal.SIG_IGN
-    ]  # as `nohup`, `&` ask
+    ]  # `nohup` and `&` ask to ignore signals
     if os.name != "posix" or not _taken:  # elsewhere the main thread alone takes signals
         _take()
         return
@@ -68,9 +68,9 @@ def begin() -> None:
     _take()
 
     def lost(unraisable: Any) -> None:
-        """Python drops what is raised in a finalizer or a callback of its garbage collector, where JAX has one.
+        """Reports an interrupt that was lost: Python drops exceptions in finalizers and garbage collector callbacks.
 
-        An interrupt must not be lost; what else libraries could tell nobody is not for the user of a command.
+        JAX has such a callback. Other dropped exceptions are not reported to the user of a command.
         """
         if _received is not None and issubclass(unraisable.exc_type, KeyboardInterrupt):
             os.write(writing, _AGAIN)
@@ -79,12 +79,12 @@ def begin() -> None:
 
 
 def interrupted() -> tuple[str, int] | None:
-    """The name of a signal that arrived, and its exit code: "interrupted", 130. None if there was none."""
+    """Returns the name and exit code of a signal that arrived, for example ("interrupted", 130); None if none did."""
     return None if _received is None else (_MESSAGES[signal.Signals(_received)], 128 + _received)
 
 
 def few_addresses() -> str | None:
-    """A warning about a limit (`ulimit -v`) under which native libraries end the process with messages of their own."""
+    """Returns a warning if `ulimit -v` is so low that native libraries end the process with their own messages."""
     if resource is None or not hasattr(resource, "RLIMIT_AS"):
         return None
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
@@ -95,7 +95,7 @@ def few_addresses() -> str | None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside, a signal raises KeyboardInterrupt in the main thread, if `begin` was called."""
+    """Makes signals raise KeyboardInterrupt in the main thread inside the block, if `begin` was called."""
     global _working
     _working = True
     try:
@@ -106,7 +106,7 @@ def interruptible() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interrupt_calls(function: Callable[[], None] | None) -> Iterator[None]:
-    """Inside, SIGINT calls a function in the main thread, and raises and ends nothing; it may come any number of times.
+    """Makes each SIGINT call a function in the main thread inside the block; it raises and ends nothing.
 
     Args:
         function: called between two instructions of the running code; None within such a block restores the handling of
@@ -122,11 +122,12 @@ def interrupt_calls(function: Callable[[], None] | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lend_signals(end: Callable[[], None]) -> Iterator[None]:
-    """Inside, a library such as asyncio may handle signals itself; afterwards this module handles them again.
+    """Lets a library such as asyncio handle signals inside the block; afterwards this module handles them again.
 
     Args:
-        end: asked, in the main thread, to leave the block soon because a signal came that the library did not take. An
-            exception would be raised within the library, at any place. A second such signal ends the process.
+        end: called in the main thread if a signal comes that the library did not handle; it should make the block end
+            soon. An exception instead would be raised anywhere within the library. A second such signal ends the
+            process.
 
     Raises:
         KeyboardInterrupt: after the block, for that signal.
@@ -144,7 +145,7 @@ def lend_signals(end: Callable[[], None]) -> Iterator[None]:
 
 
 def _take() -> None:
-    """Lets signals come to `_on_signal` and, where there is one, to the watcher."""
+    """Directs signals to `_on_signal` and, if there is one, to the watcher."""
     for number in _taken:
         signal.signal(number, _on_signal)
     if _to_watcher is not None:
@@ -152,9 +153,10 @@ def _take() -> None:
 
 
 def _open_missing_streams() -> None:
-    """Puts something in the place of standard streams that were closed, before other files get their numbers.
+    """Replaces closed standard streams before other files get their numbers.
 
-    Nothing can be written to that of standard output: who closed it is told. That of standard error swallows.
+    Writing to the replacement of standard output fails, so that the user sees an error; that of standard error discards
+    what is written.
     """
     for number, mode in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
         try:
@@ -168,7 +170,7 @@ def _open_missing_streams() -> None:
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    """In the main thread."""
+    """Handles a signal, in the main thread."""
     global _handled, _received
     if number == signal.SIGINT and _instead is not None:
         _instead()
@@ -182,9 +184,9 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 
 
 def _watch(reading: int) -> None:
-    """In a thread of its own: sees each signal as it arrives, whatever the main thread is doing."""
+    """Receives each signal as it arrives, in a separate thread, whatever the main thread is doing."""
     global _received
-    signal.pthread_sigmask(signal.SIG_BLOCK, _MESSAGES)  # for the main thread, which may sleep
+    signal.pthread_sigmask(signal.SIG_BLOCK, _MESSAGES)  # so that the main thread, which may sleep, gets them
     main = threading.main_thread().ident or 0
     resent, first = 0, 0.0
     while True:
@@ -206,7 +208,7 @@ def _watch(reading: int) -> None:
                 time.sleep(0.02)
                 if _handled:
                     break
-                if attempt == 5:  # a thread of a library got it, and the main thread waits on in a system call
+                if attempt == 5:  # a library's thread got the signal, and the main thread still waits in a system call
                     resent += 1
                     signal.pthread_kill(main, number)
                 if time.monotonic() - first > _PATIENCE_SECONDS:
@@ -214,22 +216,23 @@ def _watch(reading: int) -> None:
 
 
 def _end(number: int) -> None:
-    """Ends the process, from any thread, without waiting for any."""
+    """Ends the process, from any thread, without waiting for other threads."""
     if not _ending.acquire(blocking=False):
         return
     for module, leave in (("llamajax.files", "remove_unfinished"), ("llamajax.cli.terminal", "restore_keys")):
-        with contextlib.suppress(AttributeError):  # which it has not where it is being imported
+        with contextlib.suppress(AttributeError):  # the module may not be imported completely
             getattr(sys.modules.get(module), leave)()
     with contextlib.suppress(OSError):
-        cursor = "\x1b[?25h" if os.isatty(2) else ""  # which a progress bar hides
+        cursor = "\x1b[?25h" if os.isatty(2) else ""  # shows the cursor, which a progress bar hides
         os.write(2, f"{cursor}llamajax: {_MESSAGES[signal.Signals(number)]}\n".encode())
     os._exit(128 + number)
 
 
 def _report_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """One line for a library that cannot be imported because memory ran out; a traceback for the rest.
+    """Prints one line if a library cannot be imported because memory ran out, and a traceback for other errors.
 
-    Native libraries report here, too, that a callback of theirs failed; of what matters the main thread hears itself.
+    Native libraries report failed callbacks here, too; these are ignored, because the main thread gets the errors that
+    matter.
     """
     if _working or threading.current_thread() is not threading.main_thread():
         return

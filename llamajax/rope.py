@@ -17,7 +17,7 @@ from llamajax.fields import check_choice, check_flag, check_number, check_whole,
 from llamajax.files import shortened
 
 RopeKind = Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
-# What a kind has beside its factor.
+# The fields of each kind beside its factor.
 _OF_KIND: dict[str, tuple[str, ...]] = {
     "linear": (),
     "dynamic": ("original_context_length",),
@@ -38,21 +38,21 @@ class RopeScaling:
     the number of positions of a request beyond the original context (NTK-aware interpolation, of Reddit's bloc97 and
     emozilla). `llama3` leaves short wavelengths alone, divides long ones by `factor` and blends in between (Llama 3.1;
     reference: `apply_scaling` in meta-llama/llama-models). `yarn` does so along the pairs instead, and sharpens
-    attention (Peng et al. 2023, arXiv:2309.00071). `longrope` divides each frequency by a number of its own, one of two
-    sets, by whether a request reaches beyond the original context (Ding et al. 2024, arXiv:2402.13753).
+    attention (Peng et al. 2023, arXiv:2309.00071). `longrope` divides each frequency by a separate number from one of
+    two sets, by whether a request reaches beyond the original context (Ding et al. 2024, arXiv:2402.13753).
 
     Attributes:
         kind: one of the above. All fields except `factor` belong to some kinds only and keep their defaults in others.
         factor: the supported context over the original one; for `longrope` it determines the attention factor.
-        low_freq_factor: `llama3`: frequencies with up to so many turns in the original context are divided.
-        high_freq_factor: `llama3`: those with at least so many turns are kept.
+        low_freq_factor: `llama3`: frequencies with at most this many turns in the original context are divided.
+        high_freq_factor: `llama3`: frequencies with at least this many turns are kept.
         original_context_length: the trained context length before scaling, in tokens.
-        beta_fast: `yarn`: frequencies with at least so many turns in the original context are kept.
-        beta_slow: `yarn`: those with up to so many turns are divided.
+        beta_fast: `yarn`: frequencies with at least this many turns in the original context are kept.
+        beta_slow: `yarn`: frequencies with at most this many turns are divided.
         truncate: `yarn`: whether the bounds of the blended pairs are whole numbers (gpt-oss: not).
         attention_factor: `yarn`, `longrope`: factor of cosines and sines; None for the paper's value.
-        mscale: `yarn`: of that, where both are given (DeepSeek): (0.1 mscale log factor + 1) / (0.1 mscale_all_dim log
-            factor + 1).
+        mscale: `yarn`: if `mscale` and `mscale_all_dim` are both given (DeepSeek), the attention factor is
+            (0.1 mscale log factor + 1) / (0.1 mscale_all_dim log factor + 1).
         mscale_all_dim: see `mscale`.
         short_factors: `longrope`: divisors within the original context, one for each pair.
         long_factors: `longrope`: divisors of requests that reach beyond it.
@@ -88,13 +88,13 @@ class RopeScaling:
         self._check_kind()
 
     def _check_kind(self) -> None:
-        """Refuse what only another kind has, and what this kind cannot do with."""
+        """Refuse fields of other kinds, and values that this kind does not support."""
         of_kind = _OF_KIND[self.kind]
         for field in dataclasses.fields(self):
             known = field.name in of_kind or field.default is dataclasses.MISSING
             if not known and getattr(self, field.name) != field.default:
                 raise LlamaJaxError(
-                    f"{field.name} is {shortened(getattr(self, field.name))}: expected none of rope scaling "
+                    f"{field.name} is {shortened(getattr(self, field.name))}: expected only fields of rope scaling "
                     f"{self.kind!r}, which has {', '.join(('factor', *of_kind))}"
                 )
         if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
@@ -110,20 +110,20 @@ class RopeScaling:
                 for number in factors:
                     check_number(name, number, low=0.0, above=True)
             if self.original_context_length == 1:
-                raise LlamaJaxError("original_context_length is 1: expected more of longrope, which divides by its log")
+                raise LlamaJaxError("original_context_length is 1: expected more, as longrope divides by its logarithm")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields of the kind as plain JSON values; optional fields only if they have a value."""
+        """Returns the kind's fields as plain JSON values; optional fields only if they have a value."""
         fields = {name: getattr(self, name) for name in ("kind", "factor", *_OF_KIND[self.kind])}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
         return {name: value for name, value in plain.items() if value is not None}
 
     @classmethod
     def from_dict(cls, fields: Any) -> "RopeScaling":
-        """Of `to_dict`'s form.
+        """Builds a scaling from `to_dict`'s form.
 
         Raises:
-            LlamaJaxError: for a value that is no scaling, or lacks the original context.
+            LlamaJaxError: for a value that is no scaling, or lacks the original context length.
         """
         fields = only_known(cls, fields)
         if fields["kind"] in ("dynamic", "yarn", "longrope") and "original_context_length" not in fields:
@@ -136,7 +136,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
-    """The speed of rotation of each pair.
+    """A rotary position embedding: how fast each pair rotates.
 
     Attributes:
         theta: base of the frequencies.
@@ -161,14 +161,14 @@ class Rope:
                 if count != rotated // 2:
                     raise LlamaJaxError(f"{name} holds {count} numbers: expected {rotated // 2}, one for each pair")
         if scaling.kind == "dynamic" and rotated == 2:
-            raise LlamaJaxError("rope scaling 'dynamic' of one pair: expected two pairs at least, of whose it is made")
+            raise LlamaJaxError("rope scaling 'dynamic' has 2 rotated coordinates: expected at least two pairs, 4")
         if scaling.kind == "yarn" and self.theta == 1:
-            raise LlamaJaxError("rope_theta is 1: expected more of rope scaling 'yarn', which divides by its log")
+            raise LlamaJaxError("rope_theta is 1: expected more, as rope scaling 'yarn' divides by its logarithm")
 
     def choice(self, reach: int | None) -> Hashable:
-        """The variant of the frequencies that `reach` selects: keys of another variant cannot be reused.
+        """Returns the variant of the frequencies that `reach` selects: keys of another variant cannot be reused.
 
-        None for a RoPE that does not depend on the reach.
+        The result is None for a RoPE that does not depend on the reach.
         """
         scaling = self.scaling
         if scaling is None or scaling.kind not in ("dynamic", "longrope"):
@@ -183,23 +183,24 @@ class Rope:
 
     @classmethod
     def from_dict(cls, fields: Any) -> "Rope":
-        """Of `to_dict`'s form."""
+        """Builds a RoPE from `to_dict`'s form."""
         fields = only_known(cls, fields)
         scaling: Mapping[str, Any] | None = fields.get("scaling")
         return cls(theta=fields["theta"], scaling=None if scaling is None else RopeScaling.from_dict(scaling))
 
 
 def rope_frequencies(rope: Rope, rotated: int, reach: int | None = None) -> jax.Array:
-    """Angular frequency of each RoPE pair, radians a token, float32 [rotated/2].
+    """Returns the angular frequency of each RoPE pair in radians per token, float32 [rotated/2].
 
-    A constant of the program, computed in float64: rounding the exponent to float32 would change it by 1e-6.
+    It is computed in float64, because rounding the exponent to float32 would change it by 1e-6. Unless `reach` is
+    symbolic, it is a constant of the program.
 
     Args:
         rope: theta and scaling.
         rotated: the number of rotated coordinates of a head.
         reach: the number of positions of a request: slots of its cache, or tokens without a cache. `dynamic` and
-            `longrope` select by it, once for each request as in llama.cpp; transformers selects at each call. In
-            exported programs it may be a symbolic size.
+            `longrope` use it to select frequencies once per request, as in llama.cpp; transformers selects at each
+            call. In exported programs it may be a symbolic size.
     """
     with np.errstate(over="ignore", under="ignore"):
         if rope.choice(None) is None or isinstance(reach, int | None):
@@ -208,7 +209,7 @@ def rope_frequencies(rope: Rope, rotated: int, reach: int | None = None) -> jax.
 
 
 def _frequencies_of_size(rope: Rope, rotated: int, reach: Any) -> jax.Array:
-    """As `rope_frequencies`, of a `reach` that only the caller of a program knows."""
+    """Computes `rope_frequencies` for a `reach` that is known only when the program is called."""
     scaling, size = rope.scaling, jnp.asarray(reach)
     assert scaling is not None
     original = scaling.original_context_length
@@ -221,7 +222,7 @@ def _frequencies_of_size(rope: Rope, rotated: int, reach: Any) -> jax.Array:
 
 
 def _frequencies(rope: Rope, rotated: int, reach: int | None) -> np.ndarray:
-    """As `rope_frequencies`, float64."""
+    """Computes `rope_frequencies` in float64."""
     exponent, scaling = -2.0 * np.arange(rotated // 2) / rotated, rope.scaling
     frequency = np.float64(rope.theta) ** exponent
     if scaling is None:
@@ -246,13 +247,13 @@ def _frequencies(rope: Rope, rotated: int, reach: int | None) -> np.ndarray:
 
 
 def _ramp(scaling: RopeScaling, theta: float, rotated: int) -> np.ndarray:
-    """YaRN: how much of each pair's frequency is divided, from 0 to 1, float64 [rotated/2].
+    """Returns, for YaRN, the fraction of each pair's frequency that is divided, from 0 to 1, float64 [rotated/2].
 
-    As transformers' `find_correction_range` and `linear_ramp_factor`, of the pairs that turn `beta_fast` and
-    `beta_slow` times within the original context.
+    The ramp extends between the pairs that turn `beta_fast` and `beta_slow` times within the original context, as in
+    transformers' `find_correction_range` and `linear_ramp_factor`.
     """
     original, span = scaling.original_context_length / (2 * math.pi), 2 * math.log(theta)
-    # Differences of logarithms: the quotient is beyond floats for turns that a config may claim.
+    # Differences of logarithms, because the quotient may overflow for turns that a config may hold.
     low, high = (
         rotated * (math.log(original) - math.log(turns)) / span for turns in (scaling.beta_fast, scaling.beta_slow)
     )
@@ -265,9 +266,9 @@ def _ramp(scaling: RopeScaling, theta: float, rotated: int) -> np.ndarray:
 
 
 def rope_attention_factor(rope: Rope) -> float:
-    """The factor of cosines and sines, for queries and keys; 1 except for YaRN and longrope.
+    """Returns the factor of cosines and sines, for queries and keys; 1 except for YaRN and longrope.
 
-    Longrope's is the same within and beyond the original context.
+    Longrope's factor is the same within and beyond the original context.
     """
     scaling = rope.scaling
     if scaling is None or scaling.kind not in ("yarn", "longrope"):
@@ -298,8 +299,8 @@ def apply_rope(
 
     Args:
         x_BTNH: queries or keys.
-        position_BT: of the tokens.
-        frequency: radians a token, float32 [R/2].
+        position_BT: positions of the tokens.
+        frequency: radians per token, float32 [R/2].
         scale: factor of the result; a number, or [B, T, 1, 1].
         factor: additional factor of the rotated coordinates.
     """

@@ -1,17 +1,17 @@
-"""The number of threads that XLA computes with on a CPU.
+"""Gets and sets the number of threads that XLA computes with on a CPU.
 
-The pool is made when the backend starts, and XLA divides compiled work for that number. JAX has no setting for it: XLA
-reads PJRT_NPROC, else NPROC, from the environment (`DefaultThreadPoolSize` in xla/pjrt/utils.cc), else it takes the
-number of processors that the process may use.
+XLA makes its pool of threads when the backend starts, and divides compiled work for that number. JAX has no setting for
+it: XLA reads PJRT_NPROC, else NPROC, from the environment (`DefaultThreadPoolSize` in xla/pjrt/utils.cc), else it takes
+the number of processors that the process may use.
 """
 
 import os
 
-from jax._src import xla_bridge  # nothing public says whether a backend has started
+from jax._src import xla_bridge  # JAX's public functions do not tell whether a backend has started
 
 from llamajax.errors import LlamaJaxError
 
-_VARIABLES = ("PJRT_NPROC", "NPROC")  # the first that is a number counts
+_VARIABLES = ("PJRT_NPROC", "NPROC")  # the first one that holds a number is used
 
 
 def processors() -> int:
@@ -35,10 +35,10 @@ def use_threads(count: int) -> None:
     Reading files, compiling and other libraries use threads of their own.
 
     Args:
-        count: from 1 to `processors`: more only wait for each other.
+        count: from 1 to `processors()`; more threads would only wait for each other.
 
     Raises:
-        LlamaJaxError: for a number out of range, or if a backend has started with another.
+        LlamaJaxError: for a number out of range, or if a backend has started with another number.
     """
     if not 1 <= count <= processors():
         raise LlamaJaxError(
@@ -46,7 +46,7 @@ def use_threads(count: int) -> None:
         )
     if xla_bridge.backends_are_initialized() and count != thread_count():
         raise LlamaJaxError(
-            f"threads is {count}, but JAX computes with {thread_count()} in this process already: choose before "
-            "anything runs, or in a process of its own"
+            f"threads is {count}, but JAX already computes with {thread_count()} in this process: set it before "
+            "anything runs, or in a new process"
         )
     os.environ[_VARIABLES[0]] = str(count)

@@ -1,4 +1,4 @@
-"""Trains a small LLaMA from scratch: AdamW, cosine schedule, resumable. It trained the model in the box."""
+"""Trains a small LLaMA from scratch: AdamW, cosine schedule, resumable. The built-in model was trained with it."""
 
 import csv
 import dataclasses
@@ -30,14 +30,14 @@ class TrainOptions:
     """Run-time choices of a training run.
 
     Attributes:
-        steps: optimizer steps in all.
+        steps: number of optimizer steps in all.
         batch: rows per step.
         sequence_length: T, tokens per row that are predicted.
-        learning_rate: at its peak; it rises linearly over `warmup` steps and falls along a cosine to a tenth.
-        warmup: steps.
-        weight_decay: of AdamW, on matrices only.
+        learning_rate: peak learning rate; it rises linearly over `warmup` steps and falls along a cosine to a tenth.
+        warmup: number of warmup steps.
+        weight_decay: AdamW's weight decay, on matrices only.
         clip: largest norm of the gradient.
-        seed: of the first weights and of the order of the data.
+        seed: seed of the initial weights and of the order of the data.
         eval_every: steps between measurements of the held-out loss; a checkpoint is saved at each.
     """
 
@@ -81,22 +81,22 @@ _TOKENIZER_DOCUMENTS = 20_000
 
 
 def story_texts(count: int) -> Texts:
-    """`count` stories of the generator for training and 200 others for measuring."""
+    """Returns `count` generated stories for training, and 200 others for measuring."""
     if not 1 <= count <= HELDOUT_SEED:
         raise LlamaJaxError(f"stories is {count}: expected 1 to {HELDOUT_SEED}")
     return Texts(list(corpus(0, count)), heldout_stories())
 
 
 def heldout_stories() -> list[str]:
-    """The 200 stories that the loss of the box is measured on."""
+    """Returns the 200 stories on which the loss of the built-in model is measured."""
     return list(corpus(HELDOUT_SEED, _HELDOUT_STORIES))
 
 
 def file_texts(path: str | Path) -> Texts:
-    """The documents of a text file (see `evaluate.read_documents`), every hundredth of them held out.
+    """Returns the documents of a text file (see `evaluate.read_documents`), with every hundredth held out.
 
     Raises:
-        LlamaJaxError: if the file holds fewer than 100 documents, besides `read_documents`' reasons.
+        LlamaJaxError: as `read_documents`, and if the file holds fewer than 100 documents.
     """
     documents = read_documents(path)
     if len(documents) < 100:
@@ -105,7 +105,7 @@ def file_texts(path: str | Path) -> Texts:
 
 
 def tokenizer_for(texts: Texts, vocab_size: int) -> Tokenizer:
-    """A tokenizer learnt from (the first 20,000 of) the training documents."""
+    """Trains a tokenizer on the training documents, of which at most the first 20,000 are used."""
     return train_tokenizer(texts.training[:_TOKENIZER_DOCUMENTS], vocab_size)
 
 
@@ -119,7 +119,7 @@ class Progress(NamedTuple):
 
 
 def schedule(options: TrainOptions) -> optax.Schedule:
-    """Learning rate by step."""
+    """Returns the learning rate by step."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=options.learning_rate,
@@ -130,7 +130,7 @@ def schedule(options: TrainOptions) -> optax.Schedule:
 
 
 def make_optimizer(options: TrainOptions) -> optax.GradientTransformation:
-    """AdamW after clipping; only matrices are decayed, because pulling a gain to zero regularizes nothing."""
+    """Makes AdamW after clipping; only matrices decay, because decay of a norm's gain to zero regularizes nothing."""
 
     def decayed(model):
         return model_from({name: leaf.spec.is_matrix for name, leaf in leaves(model.config).items()}, model.config)
@@ -142,7 +142,7 @@ def make_optimizer(options: TrainOptions) -> optax.GradientTransformation:
 
 
 def sample_batch(tokens: np.ndarray, step: int, options: TrainOptions) -> np.ndarray:
-    """Rows of T + 1 consecutive tokens from random places, int32 [B, T+1]; a function of the seed and step alone.
+    """Returns rows of T + 1 consecutive tokens from random places, int32 [B, T+1], by the seed and step alone.
 
     A resumed run therefore gets the same batches.
     """
@@ -174,12 +174,12 @@ def train(
         options: run-time choices.
         folder: for checkpoints and the loss curve.
         on_step: called after every step.
-        tokenizer: the tokenizer of the texts, if a resumed run must have the same.
-        on_note: called with a line about a damaged checkpoint, for which an older one is used.
+        tokenizer: the tokenizer of the texts, if a resumed run must use the same one.
+        on_note: called with a line about a damaged checkpoint if an older one is used instead.
 
     Raises:
-        LlamaJaxError: if a text is shorter than a row, the loss becomes infinite or NaN, or the folder is damaged or of
-            a run with other settings.
+        LlamaJaxError: if a text is shorter than a row, the loss becomes infinite or NaN, or the folder is damaged or
+            belongs to a run with other settings.
     """
     for name, text in (("training", tokens), ("held-out", heldout)):
         if len(text) < options.sequence_length + 2:
@@ -201,14 +201,14 @@ def train(
             heldout_loss = cross_entropy(state["model"], heldout, window=options.sequence_length)
         progress = Progress(step, loss, heldout_loss, float(schedule(options)(jnp.float32(step))))
         _append(folder / "loss.csv", progress)
-        if heldout_loss is not None:  # After its row: what is logged beyond a checkpoint is cut, not made up for.
+        if heldout_loss is not None:  # after its row is logged: `_cut_log` cuts surplus rows, but restores none
             _store(checkpoints, step, state)
         on_step(progress)
     return state["model"]
 
 
 def _step(optimizer: optax.GradientTransformation, state: dict[str, Any], tokens_BT: jax.Array):
-    """One update. Pure: the state before -> the state after, and the loss before."""
+    """Computes one update: the state before -> the state after, and the loss before. A pure function."""
     loss, gradient = jax.value_and_grad(lambda model: next_token_losses(model, tokens_BT).mean())(state["model"])
     with jax.numpy_dtype_promotion("standard"):  # optax counts steps in int32 and multiplies them with floats
         updates, optimizer_state = optimizer.update(gradient, state["optimizer"], state["model"])
@@ -218,7 +218,7 @@ def _step(optimizer: optax.GradientTransformation, state: dict[str, Any], tokens
 def _run_key(
     config: Config, tokens: np.ndarray, heldout: np.ndarray, options: TrainOptions, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
-    """What a run depends on: named in an error where it differs from what a folder was begun with."""
+    """Returns everything that a run depends on, by name; an error names an entry that differs in a folder."""
     digest = lambda data: hashlib.sha256(data).hexdigest()  # noqa: E731
     return {
         "config": config.to_dict(),
@@ -236,7 +236,7 @@ def _restore_or_start(
     checkpoints: PartsOnDisk,
     on_note: Callable[[str], None],
 ) -> tuple[dict[str, Any], int]:
-    """State and number of steps already done."""
+    """Returns the state, restored or new, and the number of steps already done."""
 
     def start():
         model = Llama(config, key=jax.random.key(options.seed))
@@ -250,7 +250,7 @@ def _restore_or_start(
         except LlamaJaxError as error:
             if tried + 1 == len(steps):
                 raise
-            on_note(f"{error}; going on from step {steps[-2 - tried]}")
+            on_note(f"{error}; continuing from step {steps[-2 - tried]}")
             continue
         for damaged in steps[len(steps) - tried :]:
             checkpoints.discard(_part(damaged))
@@ -266,33 +266,33 @@ def _part(step: int) -> str:
 
 
 def _steps(checkpoints: PartsOnDisk) -> list[int]:
-    """Of the checkpoints, ascending."""
+    """Returns the steps of the checkpoints, ascending."""
     numbers = (name.removeprefix("step-") for name in checkpoints.names())
     return [int(number) for number in numbers if number.isdecimal() and number.isascii()]
 
 
 def _store(checkpoints: PartsOnDisk, step: int, state: dict[str, Any]) -> None:
-    """Writes a checkpoint; then the oldest may go."""
+    """Writes a checkpoint, then removes all but the newest two."""
     checkpoints.store_arrays(_part(step), {name: np.asarray(leaf) for name, leaf in _arrays(state).items()})
     for old in _steps(checkpoints)[:-_KEPT_CHECKPOINTS]:
         checkpoints.discard(_part(old))
 
 
 def _load(checkpoints: PartsOnDisk, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
-    """The state of a checkpoint."""
+    """Loads the state of a checkpoint."""
     loaded = checkpoints.load_arrays(_part(step))
     arrays, expected = ({} if loaded is None else loaded[0]), _arrays(abstract)
     kinds = [{name: (leaf.shape, leaf.dtype) for name, leaf in leaves.items()} for leaves in (arrays, expected)]
     if kinds[0] != kinds[1]:
-        raise LlamaJaxError(f"the checkpoint of step {step} holds other arrays than the model's: remove it")
+        raise LlamaJaxError(f"the checkpoint of step {step} does not hold the model's arrays: remove it")
     return jax.tree.unflatten(jax.tree.structure(abstract), [jnp.asarray(arrays[name]) for name in expected])
 
 
 def _read_log(path: Path) -> list[Progress]:
-    """The rows of `loss.csv`.
+    """Reads the rows of `loss.csv`; an incomplete last row is left out.
 
     Raises:
-        LlamaJaxError: for anything else; but a last row that was being written is left out.
+        LlamaJaxError: if the file cannot be read or holds anything else.
     """
     try:
         lines = read_text(path).splitlines(keepends=True)
@@ -312,15 +312,15 @@ def _read_log(path: Path) -> list[Progress]:
             row = None
         if number == 1 or row is None or row.step <= (rows[-1].step if rows else 0):
             raise LlamaJaxError(
-                f"{path}: line {number} is {shortened(line)}: expected {','.join(Progress._fields)}, step after step: "
-                "mend the line or remove the file"
+                f"{path}: line {number} is {shortened(line)}: expected {','.join(Progress._fields)}, with increasing "
+                "steps: correct the line or remove the file"
             )
         rows.append(row)
     return rows
 
 
 def _cut_log(path: Path, last_step: int) -> None:
-    """Leaves the header and the rows up to `last_step`: what came after the checkpoint is about to be done again."""
+    """Cuts the log to the header and the rows up to `last_step`, because later steps are about to be repeated."""
     rows = _read_log(path) if path.exists() else []
     with new_file(path) as partial, partial.open("w", newline="") as file:
         csv.writer(file).writerows([Progress._fields, *(row for row in rows if row.step <= last_step)])
@@ -333,7 +333,7 @@ def _append(path: Path, progress: Progress) -> None:
             csv.writer(file).writerow(progress)
     except OSError as error:
         raise LlamaJaxError(
-            f"{path}: cannot be written ({error.strerror}): make room and run the same again, which goes on from the "
+            f"{path}: cannot be written ({error.strerror}): make room and run the same again, which continues from the "
             "last checkpoint"
         ) from None
 
@@ -359,6 +359,6 @@ def draw_loss(log: Path, picture: Path) -> None:
 
 
 def _arrays(state: Any) -> dict[str, Any]:
-    """The arrays of a state by the names that they are stored under: `layers.…` in a single stack of layers."""
+    """Returns the arrays of a state by their names in storage: `layers.…` if there is a single stack of layers."""
     flat = jax.tree_util.tree_flatten_with_path(state)[0]
     return {path_name(path).replace("stacks.0.0.", "layers."): leaf for path, leaf in flat}

@@ -1,4 +1,4 @@
-"""Selects the arrays of a model to train, because `jax.grad` of a packed model fails at its bytes."""
+"""Selects the arrays of a model to train, because `jax.grad` fails at the integer arrays of a packed model."""
 
 import fnmatch
 from collections.abc import Callable, Mapping
@@ -45,7 +45,7 @@ def trainable(
     if not train:
         roles = dict.fromkeys(role for leaf in of.values() for role in leaf.spec.roles)
         raise LlamaJaxError(
-            f"trainable {which!r}: no weight with floats is meant: expected one of {', '.join(roles)}, or a glob on "
+            f"trainable {which!r} selects no weight with floats: expected one of {', '.join(roles)}, or a glob on "
             f"{', '.join(named)}"
         )
     abstract = {name: jax.eval_shape(lambda weight=weight: weight) for name, weight in named.items()}

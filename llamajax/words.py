@@ -15,11 +15,12 @@ from typing import Any
 from llamajax.errors import LlamaJaxError
 from llamajax.files import parse_json, shortened
 
-# The knobs of `sampling.Sampler` that a checkpoint may bring defaults for.
+# The sampling parameters of `sampling.Sampler` for which a checkpoint may have defaults.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-# Where a space is put before text that begins without one: before the whole, before each part between added tokens too.
+# Where a space is put before text that begins without one: "first" before the whole text only, "always" also before
+# each part between added tokens.
 SPACES = ("first", "always", "never")
-# Files that belong to one tokenizer, and do not hold for another.
+# Files that belong to one tokenizer, and do not apply to another.
 _TOKENIZER_FILES = frozenset(
     "added_tokens.json chat_template.jinja chat_template.json special_tokens_map.json tokenizer.json tokenizer.model "
     "tokenizer_config.json".split()
@@ -40,9 +41,9 @@ class AddedToken:
         text: its text.
         special: whether it has no text of its own when ids are decoded.
         lstrip: whether white space before it belongs to it when text is encoded.
-        rstrip: whether white space after it does.
+        rstrip: whether white space after it belongs to it.
         single_word: whether it is recognised only if no letter, digit or underscore touches it.
-        normalized: whether it is searched in the normalized text, after the tokens that are not.
+        normalized: whether it is searched in the normalized text, after the tokens that are searched in the raw text.
     """
 
     id: int
@@ -54,7 +55,7 @@ class AddedToken:
     normalized: bool = False
 
     def __post_init__(self):
-        """Refuses what is no token."""
+        """Refuses invalid values."""
         _check_id("added token", self.id)
         _check_text(f"added token {self.id}", self.text)
         for name in ("special", "lstrip", "rstrip", "single_word", "normalized"):
@@ -70,12 +71,12 @@ class Words:
         stop_ids: the ids at which generation ends; if given, only these.
         pad_id: the id for padding; stored, not used.
         bos_token: text of the token that `Tokenizer.encode` begins with.
-        eos_token: text of the token that it ends with, if it does.
-        add_bos: whether it begins with one (by default yes).
-        add_eos: whether it ends with one (by default no).
+        eos_token: text of the token that `Tokenizer.encode` ends with if `add_eos` is true.
+        add_bos: whether `Tokenizer.encode` begins with a BOS token (by default yes).
+        add_eos: whether `Tokenizer.encode` ends with an EOS token (by default no).
         space: where a space is added before text: one of `SPACES` (by default "first").
         added: tokens in addition to the tokenizer's pieces, by id.
-        sampling: defaults for the knobs named in `SAMPLING`; temperature 0 is greedy choice.
+        sampling: defaults for the parameters named in `SAMPLING`; temperature 0 means greedy decoding.
         files: files of the source by name (`is_carried`), unchanged.
 
     Raises:
@@ -95,7 +96,7 @@ class Words:
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        """Refuses what no checkpoint can mean."""
+        """Refuses values that no checkpoint can have."""
         for name in ("bos_id", "pad_id"):
             if getattr(self, name) is not None:
                 _check_id(name, getattr(self, name))
@@ -122,7 +123,7 @@ class Words:
 
     @functools.cached_property
     def chat_templates(self) -> Mapping[str, str]:
-        """The chat templates by name, "default" first: from their own files, else from a file of the tokenizer.
+        """The chat templates by name, "default" first: from template files, else from a file of the tokenizer.
 
         Raises:
             LlamaJaxError: for a file that is not JSON.
@@ -142,12 +143,12 @@ class Words:
         return {name: found[name] for name in sorted(found, key=lambda name: (name != "default", name))}
 
     def for_another_tokenizer(self) -> "Words":
-        """The same without the files that belong to the original tokenizer."""
+        """Returns the same words without the files that belong to the original tokenizer."""
         files = {name: data for name, data in self.files.items() if name == "generation_config.json"}
         return dataclasses.replace(self, files=files)
 
     def to_dict(self) -> dict[str, Any]:
-        """The given fields as plain JSON values, files by their SHA-256; `from_dict` reads them back."""
+        """Returns the given fields as plain JSON values, with files as SHA-256; `from_dict` reads them back."""
         said = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         said = {name: value for name, value in said.items() if value is not None and value not in ((), {})}
         if self.stop_ids is not None:
@@ -160,7 +161,7 @@ class Words:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], files: Mapping[str, bytes]) -> "Words":
-        """The inverse of `to_dict`, given the files.
+        """Builds the words from `to_dict`'s form and the files.
 
         Raises:
             LlamaJaxError: for values that `to_dict` does not write, or files of another SHA-256.
@@ -174,7 +175,7 @@ class Words:
             words = cls(**fields, files=files)
             found = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
         except (TypeError, ValueError, AttributeError) as error:
-            raise LlamaJaxError(f"words: {str(error)[:200]}: expected what a checkpoint says of words") from None
+            raise LlamaJaxError(f"words: {str(error)[:200]}: expected the fields of a checkpoint's words") from None
         if found != digests:
             raise LlamaJaxError("words: the files are not those of the manifest (SHA-256 differs)")
         return words
@@ -195,7 +196,7 @@ def sampling_in_range(name: str, value: float) -> bool:
 
 
 def _check_text(name: str, value: Any) -> None:
-    # JSON can spell halves of a character (surrogates), which are no text.
+    # JSON can hold single surrogates, halves of a character, which are no valid text.
     if not isinstance(value, str) or not value or any("\ud800" <= character <= "\udfff" for character in value):
         raise LlamaJaxError(f"{name} is {shortened(value)}: expected a text")
 

@@ -1,4 +1,4 @@
-"""Threads beside the main one, which do not delay it when it is interrupted."""
+"""Pools of threads that do not delay the main thread when it is interrupted."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 @contextlib.contextmanager
 def workers(count: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool of threads. The end of the block waits for their work, unless an exception ends it.
+    """Makes a pool of threads. The end of the block waits for their work, unless an exception ends the block.
 
     In that case running work continues in its thread without effect, and pending work does not begin.
     """

@@ -85,7 +85,7 @@ def test_layers_of_different_rules(tmp_path) -> None:
     ("weights", "message"),
     [
         ("int5-g32", "recipe is 'int5-g32': expected a .toml file or one of"),
-        ("mixed-4.5bpw", "depend on a text, or on the weights: expected one that says all"),
+        ("mixed-4.5bpw", "depend on a text or on the weights: expected a recipe that fixes"),
     ],
 )
 def test_recipes_without_random_weights(weights: str, message: str) -> None:

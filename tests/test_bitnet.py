@@ -194,7 +194,7 @@ def test_own_form_keeps_it(ternary: Llama, tmp_path: Path) -> None:
 
 
 def test_other_ternary_weights_are_not_bitnets(masters: Llama, tmp_path: Path) -> None:
-    with pytest.raises(LlamaJaxError, match="embed_VD is not as in BitNet, the one quantized form"):
+    with pytest.raises(LlamaJaxError, match="embed_VD is not in BitNet's form, the only quantized form"):
         save_checkpoint(quantize(masters, "ternary"), tmp_path / "hf", form="huggingface")
 
 
@@ -210,7 +210,7 @@ def test_other_ternary_weights_are_not_bitnets(masters: Llama, tmp_path: Path) -
             r"modules_to_not_convert is \['model.layers.0'\], which is not",
         ),
         ({"linear_klass": "bitlinear"}, r"unknown key 'linear_klass' \(did you mean 'linear_class'"),
-        ({"quantization_mode": "online"}, "_proj.weight_scale' belongs to nothing in the model .14 such"),
+        ({"quantization_mode": "online"}, "_proj.weight_scale' does not belong to the model .14 such"),
     ],
 )
 def test_keys_of_the_quantization_are_read_or_refused(folder: Path, tmp_path: Path, change, message: str) -> None:

@@ -422,7 +422,7 @@ def test_numbers_that_the_asked_dtype_cannot_hold(form: Any, tiny_model: llamaja
     weights["layers.*.ffn.up_DF"] = weights["layers.*.ffn.up_DF"].at[1, 2, 3].set(-1e5)
     model = model_from(weights, model.config)
     save_checkpoint(model, tmp_path / "large", form=form)
-    message = r"large: layers.1.ffn.up_DF holds 99840: float16 has numbers up to 65504: expected a dtype"
+    message = r"large: layers.1.ffn.up_DF holds 99840: the largest float16 number is 65504: expected a dtype"
     for shardings in (None, "host"):
         with pytest.raises(LlamaJaxError, match=message):
             llamajax.load(tmp_path / "large", dtype="float16", shardings=shardings)

@@ -143,7 +143,7 @@ def test_rope_spellings_of_transformers_4_and_5(copy: Path) -> None:
     [
         (
             lambda t: t.update({"model.extra": np.ones(2)}),
-            "tensor 'model.extra' belongs to nothing in the model .1 such",
+            "tensor 'model.extra' does not belong to the model .1 such",
         ),
         (lambda t: t.pop(QUERY), "tensor '" + QUERY.replace(".", "[.]") + "' is missing .1 such"),
         (lambda t: t.pop(HEAD), "'lm_head.weight' is missing .1 such.: is tie_word_embeddings missing in config.json"),
@@ -218,9 +218,7 @@ def test_files_of_another_kind_beside_the_weights(sharded: bool, copy: Path, tin
     save_file({"lora_A": np.ones(3, np.float32)}, copy / "adapter_model.safetensors")
     (copy / "consolidated.safetensors").write_bytes(b"")
     (note,) = open_checkpoint(copy).notes
-    assert note.endswith(
-        "'adapter_model.safetensors', 'consolidated.safetensors': beside the model's weights, not read"
-    )
+    assert note.endswith("'adapter_model.safetensors', 'consolidated.safetensors': not part of the model, not read")
     for ours, theirs in zip(jax.tree.leaves(open_checkpoint(copy).read()), jax.tree.leaves(tiny_model), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 

@@ -278,7 +278,7 @@ def test_parts_that_do_not_belong_together(tmp_path: Path) -> None:
             "00002-of-00003.gguf: no such file: m-00001-of-00003.gguf is one of 3 parts",
         ),
         (lambda: parts[1].write_bytes(whole[parts[2]]), parts[0], r"metadata says part \(2, 3\): expected \(1, 3\)"),
-        (lambda: parts[1].write_bytes(b"0" * 99), parts[0], "not a GGUF file: expected a part of a split one"),
+        (lambda: parts[1].write_bytes(b"0" * 99), parts[0], "not a GGUF file: expected a part of a split GGUF file"),
         (lambda: None, tmp_path / "renamed.gguf", "one of 3 parts, .* a name such as model-00001-of-00003.gguf"),
     ]
     for change, path, message in changes:
@@ -300,11 +300,11 @@ def test_parts_that_do_not_belong_together(tmp_path: Path) -> None:
         ({"general.type": "adapter", "adapter.type": "lora"}, r"is an adapter \('lora'\) for a model"),
         ({"general.type": "imatrix"}, "is an importance matrix"),
         ({"general.type": "soup"}, "is of general.type 'soup', not a language model"),
-        ({"general.architecture": "mamba"}, "architecture 'mamba' is not read: expected .* one of llama"),
+        ({"general.architecture": "mamba"}, "architecture 'mamba' is not supported: expected .* one of llama"),
         ({"llama.block_count": None}, "missing key 'llama.block_count'"),
         ({"llama.attention.layer_norm_rms_epsilon": None}, "missing key 'llama.attention.layer_norm_rms_epsilon'"),
         ({"llama.block_count": np.uint32(3)}, "tensor 'blk.2.attn_k.weight' is missing"),
-        ({"llama.block_count": np.uint32(1)}, "tensor 'blk.1.attn_k.weight' belongs to nothing in the model"),
+        ({"llama.block_count": np.uint32(1)}, "tensor 'blk.1.attn_k.weight' does not belong to the model"),
         ({"llama.block_count": np.uint32(4000)}, "4000 layers by its metadata, but 20 tensors"),
         ({"llama.feed_forward_length": np.uint32(128)}, "expected .* by the metadata"),
         ({"llama.attention.head_count_kv": np.uint32(3)}, "num_heads is 4: expected a multiple of num_kv_heads, 3"),
@@ -363,8 +363,8 @@ def test_linear_scaling_defaults_and_notes(tmp_path: Path) -> None:
     opened = open_checkpoint(write(tmp_path / "m.gguf", config=config, metadata=changes).path)
     assert opened.config == config
     assert opened.notes == (
-        f"{tmp_path}/m.gguf: llama.vocab_size is 300, but the embedding has 320 rows: the latter is used",
-        f"{tmp_path}/m.gguf: keys that nothing here reads: 'publisher.motto'",
+        f"{tmp_path}/m.gguf: llama.vocab_size is 300, but the embedding has 320 rows: the number of rows is used",
+        f"{tmp_path}/m.gguf: unknown keys, not read: 'publisher.motto'",
     )
 
 
@@ -402,9 +402,9 @@ def test_sampling_that_is_not_followed_is_said(tmp_path: Path) -> None:
     opened = open_checkpoint(path)
     assert dict(opened.words.sampling) == {"temperature": 0, "repetition_penalty": 1.2}
     assert opened.notes == (
-        f"{path}: general.sampling.top_p is 'most': left out",
-        f"{path}: general.sampling.mirostat is 2, which is not done",
-        f"{path}: general.sampling.penalty_last_n is 64, which is not done",
+        f"{path}: general.sampling.top_p is 'most', which is invalid: ignored",
+        f"{path}: general.sampling.mirostat is 2, which is not supported: ignored",
+        f"{path}: general.sampling.penalty_last_n is 64, which is not supported: ignored",
     )
 
 
@@ -476,7 +476,7 @@ def test_tensors_of_no_effect_are_said(tmp_path: Path) -> None:
     extra = {f"blk.{i}.attn_rot_embd.weight": np.ones(32, np.float32) for i in range(2)}
     opened = open_checkpoint(write(tmp_path / "m.gguf", extra=extra).path)
     assert opened.notes == (
-        f"{tmp_path}/m.gguf: tensors of no effect, not read: blk.0.attn_rot_embd.weight, blk.1.attn_rot_embd.weight",
+        f"{tmp_path}/m.gguf: tensors without effect, not read: blk.0.attn_rot_embd.weight, blk.1.attn_rot_embd.weight",
     )
 
 
@@ -527,7 +527,7 @@ def test_floats_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.
     made = write(tmp_path / "m.gguf", Kind.IQ3_S)
     monkeypatch.setattr(checks, "available_memory", lambda: 1 << 20)
     with pytest.raises(
-        LlamaJaxError, match="15 weights of type IQ3_S are floats in memory: .* llamajax quantize --model="
+        LlamaJaxError, match="15 weights of type IQ3_S become floats in memory: .* llamajax quantize --model="
     ):
         open_checkpoint(made.path).read()
     assert isinstance(checks.available_memory(), int)

@@ -70,7 +70,7 @@ def test_what_is_written_is_read(name: str, tmp_path: Path) -> None:
 def test_scalings_that_no_key_says(tmp_path: Path) -> None:
     for scaling, what in (
         (RopeScaling(kind="dynamic", factor=2.0), "dynamic NTK"),
-        (dataclasses.replace(YARN, truncate=False), "YaRN that is not truncated"),
+        (dataclasses.replace(YARN, truncate=False), "YaRN without truncation"),
     ):
         with pytest.raises(LlamaJaxError, match=f"rope_scaling is {what}, for which GGUF has no key"):
             _saved(tmp_path, dataclasses.replace(CONFIG, rope_scaling=scaling))

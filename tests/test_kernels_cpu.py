@@ -238,7 +238,7 @@ def test_a_prepared_model_says_the_same(packed: llamajax.Llama) -> None:
 
 
 def test_a_prepared_model_is_not_saved(packed: llamajax.Llama, tmp_path: Path) -> None:
-    with pytest.raises(llamajax.LlamaJaxError, match="in the layout of a backend: save the model from before"):
+    with pytest.raises(llamajax.LlamaJaxError, match="in the layout of a backend: save the model as it was before"):
         llamajax.save_checkpoint(llamajax.prepare(packed, "cpu"), tmp_path / "prepared")
     assert not any(tmp_path.iterdir())
 

@@ -294,7 +294,7 @@ def test_rules_and_weights_must_cover_each_other(rules, message: str) -> None:
 def test_a_recipe_that_quantizes_norms_is_named(recipe, name: str) -> None:
     """The error is raised before any work is done."""
     with pytest.raises(
-        LlamaJaxError, match=rf"^{name}: the rule for '\*' would quantize what is no matrix.* rule that keeps norms"
+        LlamaJaxError, match=rf"^{name}: the rule for '\*' would quantize a weight that is no matrix.* keeps norms"
     ):
         quantize(random_model(CONFIG), recipe, calibration=np.arange(64) % CONFIG.vocab_size)
 

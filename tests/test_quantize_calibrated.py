@@ -278,14 +278,14 @@ def test_gptq_of_all_weights_is_of_the_head_too(tied: bool) -> None:
     notes: list[str] = []
     every = Rule(weights="*", scheme="int3", group_size=32, method="gptq")
     made = quantize(model, (KEEP_NORMS, every), calibration=TOKENS, window=32, on_note=notes.append)
-    assert notes == ([] if tied else ["embed_VD: rounded to nearest: nothing is multiplied with it"])
+    assert notes == ([] if tied else ["embed_VD: rounded to nearest: only looked up, never multiplied"])
     beside = quantize(model, (KEEP_NORMS, dataclasses.replace(every, method="rtn")))
     x_BTD = model(jnp.asarray(UNSEEN), capture=("hidden",))[2]["hidden"][-1]
     seen_TD = np.asarray(model.norm(x_BTD)).reshape(-1, 64)
     head = Place("embed_VD" if tied else "head_VD")
     wanted, ours, theirs = (np.asarray(values(single_weights(each)[head])) for each in (model, made, beside))
     assert np.mean((seen_TD @ (wanted - ours).T) ** 2) < 0.95 * np.mean((seen_TD @ (wanted - theirs).T) ** 2)
-    with pytest.raises(LlamaJaxError, match="a rule that needs calibration, for a weight that is looked up"):
+    with pytest.raises(LlamaJaxError, match="the rule needs calibration, but the weight is looked up"):
         alone = (KEEP_NORMS, dataclasses.replace(every, weights="embed_VD"), KEEP)
         quantize(random_model(CONFIG), alone, calibration=TOKENS, window=32)
 

@@ -120,6 +120,6 @@ def test_beams_are_the_likeliest_texts(found: dict, box: tuple) -> None:
 
 def test_nothing_to_train_is_an_error(found: dict) -> None:
     with pytest.raises(
-        llamajax.LlamaJaxError, match=r"trainable 'bias': no weight with floats is meant: expected one of"
+        llamajax.LlamaJaxError, match=r"trainable 'bias' selects no weight with floats: expected one of"
     ):
         llamajax.trainable(found[""]["model"], "bias")

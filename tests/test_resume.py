@@ -46,7 +46,7 @@ def test_what_was_stored_comes_back(tmp_path: Path) -> None:
 )
 def test_other_work_is_refused_by_the_first_thing_that_differs(tmp_path: Path, work: dict, message: str) -> None:
     PartsOnDisk(tmp_path, WORK).store("a", _weights())
-    with pytest.raises(LlamaJaxError, match=f"holds parts of other work: {message}: give what it was begun with, or"):
+    with pytest.raises(LlamaJaxError, match=f"holds parts of other work: {message}: use the value"):
         PartsOnDisk(tmp_path, work)
 
 
@@ -97,7 +97,7 @@ def test_a_part_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, mon
 
     monkeypatch.setattr("llamajax.quantization.resume.save_file", full)
     for name in ("a", "b"):
-        message = f"{name}.safetensors: cannot be written .*make room .*the same command goes on"
+        message = f"{name}.safetensors: cannot be written .*make room .*the same command continues"
         with pytest.raises(LlamaJaxError, match=message):
             parts.store(name, _weights())
     assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "work.json"] and parts.load("a") is not None

@@ -92,11 +92,11 @@ def test_manifests_of_earlier_releases() -> None:
         ({"kind": "yarn", "factor": 2.0}, "missing key 'original_context_length': rope scaling 'yarn' needs it"),
         (
             {"kind": "linear", "factor": 2.0, "beta_fast": 8.0},
-            "beta_fast is 8.0: expected none of rope scaling 'linear'",
+            "beta_fast is 8.0: expected only fields of rope scaling 'linear'",
         ),
         (
             YARN.to_dict() | {"short_factors": [1.0]},
-            r"short_factors is .*: expected none of rope scaling 'yarn', which has",
+            r"short_factors is .*: expected only fields of rope scaling 'yarn', which has",
         ),
         (YARN.to_dict() | {"beta_slow": 0}, "beta_slow is 0: expected a finite number, above 0.0"),
         (YARN.to_dict() | {"beta_fast": 0.5}, "beta_fast is 0.5: expected a finite number, at least 1.0"),
@@ -109,7 +109,7 @@ def test_manifests_of_earlier_releases() -> None:
         (LONGROPE.to_dict() | {"short_factors": [1.0] * 7}, "short_factors holds 7 numbers: expected 8, one for each"),
         (
             LONGROPE.to_dict() | {"original_context_length": 1},
-            "original_context_length is 1: expected more of longrope",
+            "original_context_length is 1: expected more, as longrope",
         ),
         (DYNAMIC.to_dict() | {"original_context_length": 0}, "original_context_length is 0: expected a whole number"),
     ],
@@ -120,9 +120,9 @@ def test_refused_scalings(change: dict[str, Any], message: str) -> None:
 
 
 def test_refused_beside_a_config() -> None:
-    with pytest.raises(LlamaJaxError, match="rope scaling 'dynamic' of one pair: expected two pairs at least"):
+    with pytest.raises(LlamaJaxError, match="rope scaling 'dynamic' has 2 rotated coordinates: expected at least"):
         Config(**SIZES | {"head_size": 2}, rope_scaling=DYNAMIC)
-    with pytest.raises(LlamaJaxError, match="rope_theta is 1: expected more of rope scaling 'yarn'"):
+    with pytest.raises(LlamaJaxError, match="rope_theta is 1: expected more, as rope scaling 'yarn'"):
         Config(**SIZES, rope_theta=1, rope_scaling=YARN)
     with pytest.raises(LlamaJaxError, match="short_factors holds 8 numbers: expected 6, one for each pair"):
         Config(**SIZES, rope_fraction=0.75, rope_scaling=LONGROPE)

@@ -408,7 +408,7 @@ def test_the_same_call_goes_on(tiny_model: Llama, tiny_tokenizer: Tokenizer, tmp
             evaluate_task(model, tiny_tokenizer, CHOICES, **{"batch": 4, **options}, work=tmp_path / "w")
     part = next((tmp_path / "w").glob("*.safetensors"))
     part.write_bytes(part.read_bytes()[:-1] + b"x")
-    with pytest.raises(LlamaJaxError, match=f"{part.name}: damaged .*: remove it to make it anew"):
+    with pytest.raises(LlamaJaxError, match=f"{part.name}: damaged .*: remove it to compute it again"):
         evaluate_task(tiny_model, tiny_tokenizer, CHOICES, batch=4, work=tmp_path / "w")
     part.unlink()
     assert evaluate_task(tiny_model, tiny_tokenizer, CHOICES, batch=4, work=tmp_path / "w") == whole

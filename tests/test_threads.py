@@ -78,7 +78,7 @@ def test_more_than_there_are_is_refused(capsys: pytest.CaptureFixture[str]) -> N
 def test_a_backend_that_runs_keeps_its_threads(monkeypatch: pytest.MonkeyPatch, tiny_model: object) -> None:
     monkeypatch.delenv("PJRT_NPROC", raising=False)
     monkeypatch.setenv("NPROC", "2")
-    with pytest.raises(LlamaJaxError, match="threads is 1, but JAX computes with 2 in this process already"):
+    with pytest.raises(LlamaJaxError, match="threads is 1, but JAX already computes with 2 in this process"):
         use_threads(1)
     use_threads(2)  # the number already in use
 

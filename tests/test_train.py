@@ -175,7 +175,7 @@ def test_an_older_intact_checkpoint_is_tried_with_a_line_said(
     expected, seen, folder = whole
     shutil.copytree(folder, tmp_path / "run")
     damaged = _damage(tmp_path / "run", 0)
-    with pytest.warns(UserWarning, match="step-000000048.safetensors: damaged .*; going on from step 32"):
+    with pytest.warns(UserWarning, match="step-000000048.safetensors: damaged .*; continuing from step 32"):
         model, again = _run(tmp_path / "run")
     assert again == seen[32:] and damaged.exists(), "the damaged checkpoint must be made again"
     for name, leaf in named_arrays(expected).items():
@@ -184,7 +184,7 @@ def test_an_older_intact_checkpoint_is_tried_with_a_line_said(
     for number in range(2):
         _damage(tmp_path / "run", number)
     with (
-        pytest.warns(UserWarning, match="going on from step 32"),
+        pytest.warns(UserWarning, match="continuing from step 32"),
         pytest.raises(LlamaJaxError, match="step-000000032.safetensors: damaged"),
     ):
         _run(tmp_path / "run")
@@ -237,7 +237,7 @@ def test_folders_of_others(tmp_path: Path) -> None:
         ("step,loss,heldout_loss,learning_rate\n٢\n", "line 2"),
     ):
         (tmp_path / "b" / "loss.csv").write_text(text, encoding="utf-8")
-        with pytest.raises(LlamaJaxError, match=f"loss.csv: {where}.*mend the line or remove the file"):
+        with pytest.raises(LlamaJaxError, match=f"loss.csv: {where}.*correct the line or remove the file"):
             draw_loss(tmp_path / "b" / "loss.csv", tmp_path / "b" / "loss.svg")
     with pytest.raises(LlamaJaxError, match="loss.csv: line 2"):
         _run(tmp_path / "b")

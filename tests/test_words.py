@@ -395,12 +395,12 @@ def test_spellings_of_sampling(said: dict[str, Any], sampling: dict[str, float],
 @pytest.mark.parametrize(
     ("config", "files", "note"),
     [
-        ({"eos_token_id": [2, 328]}, {}, "config.json: eos_token_id 328 is no id of the model's 328: left out"),
-        ({}, {"added_tokens": {"[PAD]": 328}}, r"added token '\[PAD\]' has id 328, for which the model, of 328"),
-        ({}, {"generation_config": {"no_repeat_ngram_size": 3}}, "no_repeat_ngram_size is 3, which is not done"),
-        ({}, {"generation_config": {"temperature": "hot"}}, "generation_config.json: temperature is 'hot': left out"),
-        ({}, {"generation_config": {"top_k": 2.5}}, "generation_config.json: top_k is 2.5: left out"),
-        ({}, {"generation_config": {"top_p": 1.5}}, "generation_config.json: top_p is 1.5: left out"),
+        ({"eos_token_id": [2, 328]}, {}, "config.json: eos_token_id 328 is no id of the model's 328: ignored"),
+        ({}, {"added_tokens": {"[PAD]": 328}}, r"added token '\[PAD\]' has id 328, but the model has 328"),
+        ({}, {"generation_config": {"no_repeat_ngram_size": 3}}, "no_repeat_ngram_size is 3, which is not supported"),
+        ({}, {"generation_config": {"temperature": "hot"}}, "config.json: temperature is 'hot', which is invalid"),
+        ({}, {"generation_config": {"top_k": 2.5}}, "generation_config.json: top_k is 2.5, which is invalid"),
+        ({}, {"generation_config": {"top_p": 1.5}}, "generation_config.json: top_p is 1.5, which is invalid"),
         (
             {"eos_token_id": 2},
             {"tokenizer_config": {"eos_token": "<|im_end|>", "added_tokens_decoder": CHAT}},

@@ -1,4 +1,4 @@
-"""Caches of keys and values, each of which implements its attention: `cache.py` defines the protocol."""
+"""KV caches, each of which implements its own attention; `cache.py` defines the protocol."""
 
 import functools
 
@@ -39,7 +39,7 @@ __all__ = [
 
 
 def _full(config: Config, layers: int, batch: int, slots: int, dtype: str, layout: str) -> Part:
-    """A part that keeps every token."""
+    """Makes a part that keeps every token."""
     if layout not in ("dense", "straight", "scatter", "tiled"):
         raise ValueError(f"layout {layout!r} of a cache: expected dense, straight, scatter or tiled")
     if layout == "tiled" and dtype in SCHEME_OF:
@@ -49,10 +49,10 @@ def _full(config: Config, layers: int, batch: int, slots: int, dtype: str, layou
 
 
 def _seen(name: str, config: Config, layers: int, batch: int, slots: int, dtype: str, layout: str) -> Part:
-    """A part that keeps what queries see, a number of positions that the config has by this name.
+    """Makes a part that keeps only the positions that queries see; their number is the config's field `name`.
 
-    Of no more slots than that takes, or of a symbol's, it is one that keeps every token: it takes no more, loses none,
-    and no slot's position is to be found out.
+    If a ring for them would need at least `slots` slots, or `slots` is symbolic, the part keeps every token: it takes
+    no more memory than the ring, loses no token, and needs no computation of the position in each slot.
     """
     seen = getattr(config, name)
     needed = ring_slots(seen)

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 MASKED = -1e30
 # The position of slots that hold nothing: behind every query.
 NOWHERE = 1 << 30
-# Slots whose scores are held at a time, and queries from which on that is worth a loop: for fewer the scores are small.
+# `attend_blocks` holds the scores of SLOT_BLOCK slots at a time. Its loop pays from BLOCK_QUERIES queries on, because
+# the scores of fewer queries are small.
 SLOT_BLOCK = 256
 BLOCK_QUERIES = 64
 
@@ -46,23 +47,23 @@ class Scores:
         return min(limits, default=None)
 
     def seen(self, position: jax.Array, slot: jax.Array, last: jax.Array | None = None) -> jax.Array:
-        """Which slots a query at `position` sees, or one of the queries from there to `last`; arrays that broadcast."""
+        """Returns which slots a query at `position`, or any query from `position` to `last`, sees; arrays broadcast."""
         visible = slot <= (position if last is None else last)
         if self.window is not None:
             visible &= slot > position - self.window
         if self.chunk is not None:
-            # Of positions, which are not negative: a remainder is no operation that every runtime has.
+            # A division suffices, because positions are not negative; not every runtime has a remainder operation.
             visible &= slot >= jax.lax.div(position, jnp.full_like(position, self.chunk)) * self.chunk
         return visible
 
     def masked(self, score: jax.Array, position: jax.Array, slot: jax.Array) -> jax.Array:
-        """Scores, capped and masked to what queries at `position` see; arrays that broadcast to each other."""
+        """Returns the scores, capped and masked to what queries at `position` see; arrays broadcast to each other."""
         if self.soft_cap is not None:
             score = self.soft_cap * jnp.tanh(score / self.soft_cap)
         return jnp.where(self.seen(position, slot), score, MASKED)
 
     def weights(self, score: jax.Array, sinks: jax.Array | None, axes: int | tuple[int, ...] = -1) -> jax.Array:
-        """Softmax over some axes of the scores and the sinks, which have the shape of `by_head`."""
+        """Computes the softmax over some axes of the scores and over the sinks, which have the shape of `by_head`."""
         if sinks is None:
             return jax.nn.softmax(score, axis=axes)
         peak = jnp.maximum(jnp.max(score, axis=axes, keepdims=True), sinks)
@@ -70,7 +71,7 @@ class Scores:
         return part / (jnp.sum(part, axis=axes, keepdims=True) + jnp.exp(sinks - peak))
 
     def by_head(self, K: int) -> jax.Array | None:
-        """The sinks as [K, G, 1, 1], float32."""
+        """Returns the sinks as [K, G, 1, 1], float32."""
         return None if self.sinks_N is None else self.sinks_N.astype(jnp.float32).reshape(K, -1, 1, 1)
 
 
@@ -78,7 +79,7 @@ PLAIN = Scores()
 
 
 def _einsum(equation: str, x: jax.Array, y: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Summed in float32 whatever the inputs are; float32 inputs are multiplied in float32 on every backend."""
+    """Does what `jnp.einsum` does, with float32 sums for all inputs, and float32 products of float32 inputs."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32).astype(dtype)
 
@@ -91,17 +92,17 @@ def attend(
     scores: Scores = PLAIN,
     slot_S: jax.Array | None = None,
 ) -> jax.Array:
-    """Softmax attention of each query over slots of positions up to its own.
+    """Computes softmax attention of each query over the slots with positions up to its own.
 
-    Scores and softmax in float32: exponentials of bfloat16 scores would be wrong by percents.
+    Scores and softmax are float32: exponentials of bfloat16 scores would be wrong by percents.
 
     Args:
-        query_BTNH: scaled, after RoPE.
-        key_BKSH: of each slot.
-        value_BKSH: likewise.
+        query_BTNH: queries, scaled, after RoPE.
+        key_BKSH: the key in each slot.
+        value_BKSH: the value in each slot.
         position_BT: the position of each query; B may be 1 for equal rows.
         scores: family-specific settings.
-        slot_S: the position of each slot, or [B, S]; position s in slot s unless given.
+        slot_S: the position of each slot, [S] or [B, S]; by default, slot s holds position s.
 
     Returns:
         [B, T, N, H] in the query's dtype.
@@ -116,7 +117,7 @@ def attend(
     weight_BKGTS = scores.weights(score_BKGTS, scores.by_head(K))
     if scores.see is not None:
         weight_BKGTS = scores.see(weight_BKGTS.reshape(B, N, T, S)).reshape(weight_BKGTS.shape)
-    # Heads first, then moved: XLA on CPU has no bfloat16 product with its batch axes in another place.
+    # The product has heads first, and its result is moved: XLA on CPU has no bfloat16 product with other batch axes.
     value_BKSH = value_BKSH.astype(query_BTNH.dtype)
     mixed_BKGTH = _einsum("BKGTS,BKSH->BKGTH", weight_BKGTS.astype(query_BTNH.dtype), value_BKSH, query_BTNH.dtype)
     return jnp.moveaxis(mixed_BKGTH, 3, 1).reshape(B, T, N, -1)
@@ -130,11 +131,11 @@ def attend_blocks(
     scores: Scores = PLAIN,
     slot_S: jax.Array | None = None,
 ) -> jax.Array:
-    """`attend` over one block of slots after the other: scores of T x 256 at a time instead of T x S, for long prompts.
+    """Does what `attend` does, block by block: it holds T x 256 scores instead of T x S, for long prompts.
 
     The softmax is accumulated: exponentials of a block are relative to the largest score so far, and earlier sums are
     rescaled (Milakov & Gimelshein 2018, arXiv:1805.02867; FlashAttention, Dao et al. 2022). Blocks that no query sees
-    are skipped, those before a window among them. There are at least 256 slots.
+    are skipped, including those before a window. S must be at least 256.
     """
     B, T, N, H = query_BTNH.shape
     K, S = key_BKSH.shape[1:3]
@@ -144,7 +145,7 @@ def attend_blocks(
     first_position, last_position = jnp.min(position_BT), jnp.max(position_BT)
 
     def one(carry, first):
-        # The last block begins earlier where the slots are no multiple of it; what was seen before is not seen again.
+        # The last block begins earlier if S is no multiple of 256; slots of the block before it are then masked.
         start = jnp.minimum(first, S - SLOT_BLOCK)
         slot_bs = jax.lax.dynamic_slice_in_dim(slot_bS, start, SLOT_BLOCK, 1)
         is_new_s = start + jnp.arange(SLOT_BLOCK, dtype=jnp.int32) >= first
@@ -173,7 +174,7 @@ def attend_blocks(
         peak_BKGT1, total_BKGT1 = empty_BKGT1 + sinks, empty_BKGT1 + 1
     carry = (peak_BKGT1, total_BKGT1, jnp.zeros((B, K, N // K, T, value_BKSH.shape[-1]), jnp.float32))
     (_, total_BKGT1, mixed_BKGTH), _ = jax.lax.scan(one, carry, jnp.arange(0, S, SLOT_BLOCK, dtype=jnp.int32))
-    total_BKGT1 = jnp.where(total_BKGT1 > 0, total_BKGT1, 1)  # of padding alone, which may see no block
+    total_BKGT1 = jnp.where(total_BKGT1 > 0, total_BKGT1, 1)  # 0 only for padding, which may see no block
     return jnp.moveaxis(mixed_BKGTH / total_BKGT1, 3, 1).reshape(B, T, N, -1).astype(query_BTNH.dtype)
 
 
@@ -200,18 +201,18 @@ def attend_causal(
     before: Before | None = None,
     loops: bool = False,
 ) -> jax.Array:
-    """`attend` for a sequence that attends only to itself, as in training, and to some slots before it.
+    """Does what `attend` does for a sequence that attends to itself, as in training, and to some slots before it.
 
-    Queries go in at most 8 blocks (compile time stays bounded), each with just the keys that it can see: nearly half
-    the scores are never computed, with a window most of them, and those of a block stay in the processor's cache.
-    Training on 2 CPU cores gained a quarter.
+    Queries are divided into at most 8 blocks (so that compile time is bounded), each with only the keys that it can
+    see. Nearly half the scores are never computed, with a window most of them, and the scores of a block stay in the
+    processor's cache. This made training on 2 CPU cores a quarter faster.
 
     Args:
-        query_BTNH: as of `attend`, and so the next three.
-        key_BKTH: of the sequence, a slot for each query.
-        value_BKTH: likewise.
-        position_BT: of queries and slots alike.
-        scores: what families change.
+        query_BTNH: queries, scaled, after RoPE.
+        key_BKTH: keys of the sequence, a slot for each query.
+        value_BKTH: values of the sequence.
+        position_BT: positions of both queries and slots.
+        scores: family-specific settings.
         before: slots before the sequence; a mask must hide the invalid ones.
         loops: whether `attend_blocks` may be used.
     """
@@ -237,6 +238,6 @@ def attend_causal(
 
 
 def _by_shared_head(query_BTNH: jax.Array, K: int) -> jax.Array:
-    """Queries as [B, K, G, T, H]: moved before the product, not scores behind it, which XLA would gather one by one."""
+    """Returns queries as [B, K, G, T, H]. Moving scores after the product would make XLA gather them one by one."""
     B, T, N, H = query_BTNH.shape
     return jnp.moveaxis(query_BTNH.reshape(B, T, K, N // K, H), 1, 3)

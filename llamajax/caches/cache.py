@@ -3,10 +3,10 @@
     cache = KVCache.empty(config, batch=2, slots=512)
     logits_BTV, cache = model(tokens_BT, cache)
 
-It implements attention. `begin` computes the slots of new tokens and which rows are full, `attend` writes the tokens of
-a layer and computes attention, `end` counts them. All layers share `length_B`; the layers at each position of a stack's
-pattern have a part, whose kind `Kind.cache` names in `PARTS`. Rows of different lengths share a batch, and the lengths
-suffice for masking: a query at position p sees positions up to p.
+A cache implements attention. `begin` computes the slots of new tokens and which rows are full, `attend` writes those of
+a layer and computes attention, `end` counts the new tokens. All layers share `length_B`. The layers at each position of
+a stack's pattern have a part, whose kind `Kind.cache` names in `PARTS`. Rows of different lengths share a batch, and
+the lengths suffice for masking: a query at position p sees positions up to p.
 """
 
 import dataclasses
@@ -54,8 +54,9 @@ class Where:
 class Part:
     """Keys and values of some layers, a pytree of arrays [L, B, …]; each kind of cache defines one.
 
-    `slots` is the most tokens that a row can hold, None if new tokens replace old ones (a ring). A ring has more slots
-    than a query sees, as many more as one step may write: `spare` is their number. A row may be shortened by it.
+    `slots` is the largest number of tokens that a row can hold, or None if new tokens replace old ones (a ring). A ring
+    has `spare` slots beyond the earlier positions that a query sees: one step may write up to `spare` tokens, and a row
+    may be shortened by as many.
     """
 
     slots: int | None
@@ -67,11 +68,11 @@ class Part:
         return self
 
     def storing(self, part: Any) -> "Part":
-        """This part with another `stored`."""
+        """Returns this part with another `stored`."""
         return part
 
     def fewest(self, where: Where) -> jax.Array:
-        """The fewest tokens that each row can be shortened to after the tokens of this call; int32 [B]."""
+        """Returns the fewest tokens that each row can be shortened to after the tokens of this call; int32 [B]."""
         if self.slots is not None:
             return jnp.zeros_like(where.start_B)
         return where.start_B + where.position_BT.shape[1] - self.spare
@@ -85,11 +86,11 @@ class Part:
         where: Where,
         scores: Scores,
     ) -> tuple[jax.Array, Self]:
-        """As `KVCache.attend`; `layer` is the place of the layer within this part."""
+        """Does what `KVCache.attend` does; `layer` is the place of the layer within this part."""
         raise NotImplementedError
 
     def grow(self, larger: "Part") -> "Part":
-        """As `KVCache.grow`. This version is for parts that keep the slots of a row in order, in any arrangement.
+        """Does what `KVCache.grow` does, for parts that keep the slots of a row in order, in any arrangement.
 
         A ring that replaces a smaller part has at least as many slots, so each token keeps its slot.
         """
@@ -105,7 +106,7 @@ class NoCache:
     slots = None
 
     def begin(self, T: int, count_B: jax.Array | None = None) -> Where:
-        """As `KVCache.begin`: every row starts at 0."""
+        """Does what `KVCache.begin` does; every row starts at 0."""
         return Where(jnp.arange(T, dtype=jnp.int32)[None], count_B, reach=T)
 
     def attend(
@@ -118,12 +119,12 @@ class NoCache:
         where: Where,
         scores: Scores = PLAIN,
     ) -> tuple[jax.Array, "NoCache"]:
-        """As `KVCache.attend`, over the tokens themselves."""
+        """Does what `KVCache.attend` does, over the tokens of the call alone."""
         key_BKTH, value_BKTH = jnp.swapaxes(key_BTKH, 1, 2), jnp.swapaxes(value_BTKH, 1, 2)
         return attend_causal(query_BTNH, key_BKTH, value_BKTH, where.position_BT, scores), self
 
     def end(self, where: Where) -> "NoCache":
-        """As `KVCache.end`."""
+        """Returns the cache unchanged."""
         return self
 
 
@@ -157,21 +158,21 @@ class KVCache:
         layout: str = "dense",
         reach: int | None = None,
     ) -> "KVCache":
-        """A cache for `batch` rows of up to `slots` tokens.
+        """Makes an empty cache for `batch` rows of up to `slots` tokens.
 
         Args:
-            config: of the model.
+            config: the model's architecture.
             batch: B.
             slots: S. Layers that see only a part of the text take slots for that part and `ring.AHEAD` tokens.
-            dtype: one of `CACHE_DTYPES`. Of a float type the cache takes 2 L B K S H elements; of "int8" and "int4"
-                2 L B K S (H + 5) and 2 L B K S (H/2 + 5) bytes, and values are read with an error of at most scale / 2,
-                where scale is the range of the H values of a head and token, widened to include 0, over 255 or 15.
+            dtype: one of `CACHE_DTYPES`. A float cache takes 2 L B K S H elements; "int8" takes 2 L B K S (H + 5) and
+                "int4" 2 L B K S (H/2 + 5) bytes, with errors of at most scale / 2, where scale is the range of the H
+                values of a head and token, widened to include 0, divided by 255 or 15.
             layout: the form of its programs: "dense"; "straight", without loops; "scatter", which writes all rows at
                 once; "tiled", the fastest for CPUs (`llamajax.caches.tiled`).
             reach: the cache's reach if S is symbolic; it determines which layers have rings.
 
         Raises:
-            LlamaJaxError: for another dtype.
+            LlamaJaxError: for an unsupported dtype.
             ValueError: for an unknown layout, or one that does not support these slots or this dtype.
         """
         name = check_cache_dtype(dtype)
@@ -190,7 +191,7 @@ class KVCache:
         ]
         length_B = jnp.zeros(batch, jnp.int32)
         loses, all_do = (some(part.slots is None for part in parts) for some in (any, all))
-        # A program that may be called with any S chooses its RoPE by that, as long as an array says it.
+        # A program for any S selects its RoPE by S, as long as some part's arrays have S slots.
         return cls(tuple(parts), length_B, jnp.zeros_like(length_B) if loses else None, reach if all_do else slots)
 
     @property
@@ -201,11 +202,11 @@ class KVCache:
 
     @property
     def spare(self) -> int | None:
-        """Tokens that rows can be shortened by, at least, from their longest; None without a limit."""
+        """The number of tokens by which rows can always be shortened from their longest; None without a limit."""
         return min((part.spare for part in self.parts if part.slots is None), default=None)
 
     def bytes_of(self, tokens: int) -> int:
-        """Bytes read for the given number of tokens of each row: at most a ring's slots."""
+        """Returns the bytes read for a number of tokens of each row; a ring reads at most its slots."""
         total = 0
         for part in self.parts:
             stored = part.stored
@@ -214,11 +215,11 @@ class KVCache:
         return total
 
     def begin(self, T: int, count_B: jax.Array | None = None) -> Where:
-        """The positions of T new tokens of each row: from `length_B` on.
+        """Returns the positions of T new tokens of each row, which begin at `length_B`.
 
         Args:
-            T: tokens of each row, padding included.
-            count_B: how many of them are real; all unless given.
+            T: tokens of each row, including padding.
+            count_B: the number of real tokens of each row; T by default.
 
         Raises:
             ValueError: if T exceeds the slots.
@@ -244,39 +245,39 @@ class KVCache:
 
         Args:
             part: number of the part.
-            layer: place of the layer within it, which may be known at run time only.
-            query_BTNH: after RoPE, scaled.
-            key_BTKH: after RoPE.
-            value_BTKH: likewise.
-            where: of `begin`.
+            layer: place of the layer within the part, which may be known at run time only.
+            query_BTNH: queries, scaled, after RoPE.
+            key_BTKH: keys after RoPE.
+            value_BTKH: values.
+            where: the result of `begin`.
             scores: the family's settings.
 
         Returns:
-            mixed_BTNH in the queries' dtype, and the cache with the tokens in that layer; `end` counts them.
+            mixed_BTNH in the queries' dtype, and the cache with the tokens in this layer; `end` counts them.
         """
         mixed_BTNH, new = self.parts[part].attend(layer, query_BTNH, key_BTKH, value_BTKH, where, scores)
         return mixed_BTNH, dataclasses.replace(self, parts=(*self.parts[:part], new, *self.parts[part + 1 :]))
 
     def end(self, where: Where) -> "KVCache":
-        """The cache after all layers, with the real tokens counted; a row that did not fit stays too long."""
+        """Counts the real tokens after all layers; a row that did not fit keeps a length above `slots`."""
         T = where.position_BT.shape[1]
         count_B = T if where.count_B is None else where.count_B
         if where.fits_B is not None and self.slots is not None:
             count_B = jnp.where(where.fits_B, count_B, self.slots + 1)
         fewest_B = self.fewest_B
         if fewest_B is not None:
-            fewest_B = jnp.minimum(fewest_B, where.start_B)  # what comes behind a shorter text is new
+            fewest_B = jnp.minimum(fewest_B, where.start_B)  # tokens behind a shorter text are new
             for part in self.parts:
                 fewest_B = jnp.maximum(fewest_B, part.fewest(where))
         length_B = self.length_B + jnp.asarray(count_B, jnp.int32)
         return dataclasses.replace(self, length_B=length_B, fewest_B=fewest_B)
 
     def rewind(self, length_B: jax.Array, at_most: int | None = None) -> "KVCache | None":
-        """The cache with rows shortened to fewer tokens.
+        """Shortens rows to fewer tokens.
 
         Args:
             length_B: int32, new lengths, none larger than before.
-            at_most: the most tokens that a row is shortened by, if known.
+            at_most: the largest number of tokens by which a row is shortened, if known.
 
         Returns:
             The shorter cache, or None if a part may have overwritten tokens that it would need.
@@ -286,7 +287,7 @@ class KVCache:
         return dataclasses.replace(self, length_B=length_B)
 
     def idle(self, idle_B: jax.Array, T: int) -> "KVCache":
-        """The cache for a call of T tokens in which some rows, bool [B], only wait and do not run out of slots.
+        """Returns the cache for a call of T tokens in which some rows, bool [B], wait without running out of slots.
 
         A waiting row is written too, after its tokens or in its last T slots; the caller restores its length.
         """
@@ -296,18 +297,18 @@ class KVCache:
         return dataclasses.replace(self, length_B=jnp.where(idle_B, waiting_B, self.length_B))
 
     def take(self, rows: jax.Array) -> "KVCache":
-        """The cache of the listed rows, int32 [b], in that order and with repetitions."""
+        """Returns a cache of the listed rows, int32 [b], in this order and with repetitions."""
         rows = jnp.asarray(rows)
         parts = jax.tree.map(lambda array: jnp.take(array, rows, axis=1), self.parts)
         return self._with(parts, lambda one_B: one_B[rows])
 
     def put(self, rows: jax.Array, cache: "KVCache") -> "KVCache":
-        """This cache with rows, int32 [b], distinct, replaced by those of another cache of the same slots."""
+        """Replaces the listed rows, int32 [b], distinct, by the rows of another cache of the same slots."""
         parts = jax.tree.map(lambda whole, new: whole.at[:, rows].set(new), self.parts, cache.parts)
         return self._with(parts, lambda one_B, new_b: one_B.at[rows].set(new_b), cache)
 
     def copy(self, row: jax.Array, to: jax.Array) -> "KVCache":
-        """This cache with one row, an int32 scalar, copied to others, int32 [b]."""
+        """Copies one row, an int32 scalar, to other rows, int32 [b]."""
 
         def one(array: jax.Array) -> jax.Array:
             copied = jax.lax.dynamic_slice_in_dim(array, row, 1, axis=1)
@@ -317,25 +318,25 @@ class KVCache:
         return self._with(jax.tree.map(one, self.parts), lambda one_B: one_B.at[to].set(one_B[row]))
 
     def finite(self) -> "KVCache":
-        """This cache with 0 for NaN and infinity: slots after a row's tokens are read with weight zero."""
+        """Replaces NaN and infinity by 0: slots after a row's tokens are read with weight zero."""
         mend = lambda x: jnp.where(jnp.isfinite(x), x, 0) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
         return dataclasses.replace(self, parts=jax.tree.map(mend, self.parts))
 
     def grow(self, larger: "KVCache") -> "KVCache":
-        """Copies the rows of this cache into the arrays of one with as many rows, more slots, and otherwise equal."""
+        """Copies the rows into the arrays of a larger cache, which differs only in having more slots."""
         parts = [part.grow(other) for part, other in zip(self.parts, larger.parts, strict=True)]
-        # Before there was a ring nothing was lost.
+        # A cache without rings has lost no tokens.
         fewest_B = larger.fewest_B if self.fewest_B is None else self.fewest_B
         return KVCache(tuple(parts), self.length_B, fewest_B, larger.reach)
 
     def _with(self, parts: Any, numbers: Callable[..., jax.Array], *others: "KVCache") -> "KVCache":
-        """This cache with other parts, and a function of the numbers of each row, and of those of other caches."""
+        """Returns a cache with other parts; `numbers` maps the lengths of this and other caches to the new lengths."""
         every = [(cache.length_B, cache.fewest_B) for cache in (self, *others)]
         return dataclasses.replace(self, parts=parts, **dict(zip(_NUMBERS, jax.tree.map(numbers, *every), strict=True)))
 
     @property
     def state(self) -> dict[str, jax.Array]:
-        """The arrays beside the lengths, by the names that a bundle's manifest gives them: key, value."""
+        """The arrays without the lengths, by the names that a bundle's manifest gives them: key, value."""
         named = {}
         for number, part in enumerate(self.parts):
             end = f"_{number}" if len(self.parts) > 1 else ""
@@ -345,7 +346,7 @@ class KVCache:
         return named
 
     def with_state(self, arrays: Sequence[jax.Array], length_B: jax.Array) -> "KVCache":
-        """This cache with other arrays, in the order of `state`, and lengths."""
+        """Returns a cache with other arrays, in the order of `state`, and other lengths."""
         parts = jax.tree.unflatten(jax.tree.structure(self.parts), list(arrays))
         fewest_B = None if self.fewest_B is None else jnp.zeros_like(length_B)
         return dataclasses.replace(self, parts=parts, length_B=length_B, fewest_B=fewest_B)
@@ -358,10 +359,10 @@ PARTS: dict[str, Callable[[Config, int, int, int, str, str], Any]] = {}
 
 
 def check_cache_dtype(dtype: jax.typing.DTypeLike) -> str:
-    """The name of a dtype that a cache can have, one of `CACHE_DTYPES`.
+    """Returns the name of a cache's dtype, one of `CACHE_DTYPES`.
 
     Raises:
-        LlamaJaxError: for any other.
+        LlamaJaxError: for any other dtype.
     """
     try:
         name = jnp.dtype(dtype).name
@@ -373,10 +374,10 @@ def check_cache_dtype(dtype: jax.typing.DTypeLike) -> str:
 
 
 def empty_cache(config: Config, batch: int, slots: int, dtype: jax.typing.DTypeLike) -> KVCache:
-    """The cache that the default backend reads fastest; arguments and errors as of `KVCache.empty`.
+    """Makes an empty cache that the default backend reads fastest; arguments and errors as in `KVCache.empty`.
 
-    On a CPU it is tiled, except for bfloat16, where XLA converts a whole array to update a slice. On a GPU all rows are
-    written at once: a loop over them takes two launches for each row and layer, 13 us on an H200.
+    On a CPU the cache is tiled, except for bfloat16, where XLA converts a whole array to update a slice. On a GPU all
+    rows are written at once: a loop over them takes two launches for each row and layer, 13 us on an H200.
     """
     backend = jax.default_backend()
     tiled = backend == "cpu" and check_cache_dtype(dtype) in ("float32", "float16") and slots % STEP_SLOTS == 0
@@ -384,5 +385,5 @@ def empty_cache(config: Config, batch: int, slots: int, dtype: jax.typing.DTypeL
     return KVCache.empty(config, batch, slots, dtype, layout=layout)
 
 
-# Slots of which one step of a tiled cache adds the values; its slots are a multiple of it.
+# The number of slots whose values one step of a tiled cache adds; its slots are a multiple of it.
 STEP_SLOTS = 64

@@ -1,4 +1,4 @@
-"""Keys and values of a float type, unconverted: the cache of every backend and every exported program.
+"""KV cache of a float type, without codes: it works on every backend and in every exported program.
 
 Slot `s` of a row holds the key and value of that row's token at position `s`. K and V stay separate arrays, and are
 written with `dynamic_update_slice` rather than a scatter: under donation XLA then updates them in place, and other
@@ -19,7 +19,7 @@ from llamajax.config import Config
 from quant import start_indices
 
 Writes = Literal["dense", "straight", "scatter"]
-# Tokens up to which a ring is written token by token: those of a step with drafts.
+# A ring is written token by token for up to this many tokens, as in a step with drafts.
 FEW = 8
 
 
@@ -41,7 +41,7 @@ class DensePart(Part):
 
     @classmethod
     def empty(cls, config: Config, layers: int, batch: int, slots: int, dtype: str, layout: Writes) -> Self:
-        """A part of zeros."""
+        """Makes a part of zeros."""
         shape = (layers, batch, config.num_kv_heads, slots, config.head_size)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), layout)
 
@@ -59,16 +59,16 @@ class DensePart(Part):
         where: Where,
         scores: Scores,
     ) -> tuple[jax.Array, Self]:
-        """As of every `Part`."""
+        """Does what `Part.attend` does."""
         part = self.write(layer, key_BTKH, value_BTKH, where.start_B)
         return part.mix(layer, query_BTNH, where.position_BT, scores), part
 
     def encode(self, x_BTKH: jax.Array) -> Any:
-        """Keys or values in their stored form, with the same axes."""
+        """Converts keys or values to their stored form, with the same axes."""
         return x_BTKH.astype(self.key_LBKSH.dtype)
 
     def decode(self, stored: Any) -> jax.Array:
-        """The inverse of `encode`, for reading."""
+        """Converts stored keys or values back, for reading: the inverse of `encode`."""
         return stored
 
     def write(self, layer: Any, key_BTKH: jax.Array, value_BTKH: jax.Array, start_B: jax.Array) -> Self:
@@ -106,12 +106,12 @@ class DensePart(Part):
         scores: Scores,
         slot_BS: jax.Array | None = None,
     ) -> jax.Array:
-        """Attention over one layer; slot s holds position s, unless `slot_BS` says which."""
+        """Computes attention over one layer. Slot s holds position s, unless `slot_BS` gives the positions."""
         in_blocks = self.layout != "straight" and by_blocks(query_BTNH.shape[1], self.slots, scores)
         return (attend_blocks if in_blocks else attend)(query_BTNH, *self.read(layer), position_BT, scores, slot_BS)
 
     def read(self, layer: Any) -> tuple[jax.Array, jax.Array]:
-        """Keys and values of one layer: key_BKSH, value_BKSH, in the cache's dtype."""
+        """Returns keys and values of one layer: key_BKSH, value_BKSH, in the cache's dtype."""
         take = lambda plane: jax.lax.dynamic_index_in_dim(plane, layer, axis=0, keepdims=False)  # noqa: E731
         return self.decode(jax.tree.map(take, self.key_LBKSH)), self.decode(jax.tree.map(take, self.value_LBKSH))
 
@@ -119,12 +119,12 @@ class DensePart(Part):
 def write_rows(slots: Any, new: Any, *, layer: Any, start_B: jax.Array, layout: Writes) -> Any:
     """Writes [B, T, K, X] into one layer of [L, B, K, S, X], row b from slot `start_B[b]` on; or pytrees of such.
 
-    One contiguous update for each row and plane, or one scatter for all rows.
+    There is one contiguous update for each row and array, or one scatter for all rows.
     """
     B, T = jax.tree.leaves(new)[0].shape[:2]
     if layout == "scatter" and isinstance(B, int):
         S = jax.tree.leaves(slots)[0].shape[3]
-        # As an update would be: moved back where it would stick out.
+        # The slots are moved back if they would exceed S, as `dynamic_update_slice` does.
         slot_BT = jnp.clip(start_B, 0, S - T)[:, None] + jnp.arange(T, dtype=jnp.int32)
         row_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
         at = functools.partial(_scattered, layer=layer, row_B1=row_B1, slot_BT=slot_BT)
@@ -141,10 +141,10 @@ def write_rows(slots: Any, new: Any, *, layer: Any, start_B: jax.Array, layout: 
 
 
 def write_around(slots: Any, new: Any, *, layer: Any, start_B: jax.Array, count_B: jax.Array, layout: Writes) -> Any:
-    """`DensePart.write_around` of [B, T, K, X] into one layer of [L, B, K, S, X], or of pytrees of such.
+    """Does what `DensePart.write_around` does, for [B, T, K, X] and one layer of [L, B, K, S, X], or pytrees of such.
 
-    Few tokens are written one by one. For more, a row's layer is made anew, each slot with its newest token or its old
-    content: one update for each row and plane, for any T; or one scatter for all rows.
+    Few tokens are written one by one. For more, all slots of a row's layer are written, each with its newest token or
+    its old content: one update for each row and array, for any T. The layout "scatter" has one scatter for all rows.
     """
     B, T = jax.tree.leaves(new)[0].shape[:2]
     S = jax.tree.leaves(slots)[0].shape[3]
@@ -160,7 +160,7 @@ def write_around(slots: Any, new: Any, *, layer: Any, start_B: jax.Array, count_
             one = jax.tree.map(lambda x_BTKX, token=token: x_BTKX[:, token : token + 1], new)
             slots = write_rows(slots, one, layer=layer, start_B=rest(start_B + token, S), layout=layout)
         return slots
-    # The number of the token that each slot then has; negative where it keeps what it holds.
+    # The index of the token that each slot gets; negative for a slot that keeps its content.
     token_BS = newest(start_B + count_B, S) - start_B[:, None]
 
     def write_row(row: Any, slots: Any) -> Any:
@@ -180,7 +180,7 @@ def write_around(slots: Any, new: Any, *, layer: Any, start_B: jax.Array, count_
 
 
 def _each_row(B: Any, layout: Writes, write_row: Callable[[Any, Any], Any], slots: Any) -> Any:
-    """`write_row` of each row and what the one before made: in a loop, but for one row and where there are no loops."""
+    """Applies `write_row` row by row, in a loop; for one row, or in the layout "straight", without a loop."""
     if not isinstance(B, int) or (layout != "straight" and B != 1):  # a symbolic B, of an exported program, is no int
         return jax.lax.fori_loop(0, B, write_row, slots)
     for row in range(B):
@@ -189,12 +189,12 @@ def _each_row(B: Any, layout: Writes, write_row: Callable[[Any, Any], Any], slot
 
 
 def rest(x: jax.Array, by: int) -> jax.Array:
-    """The remainder of dividing a non-negative int32, by operations that every runtime has."""
+    """Returns the remainder of dividing a non-negative int32, by operations that every runtime has."""
     return x - jax.lax.div(x, jnp.full_like(x, by)) * by
 
 
 def newest(end_B: jax.Array, S: int) -> jax.Array:
-    """The newest position before `end_B` that each of S slots may hold, int32 [B, S]; negative for none."""
+    """Returns the newest position before `end_B` that each of S slots may hold, int32 [B, S]; negative for none."""
     last_B1 = end_B[:, None] - 1
     turned_B1 = rest(jnp.maximum(last_B1, 0), S)
     slot_S = jnp.arange(S, dtype=jnp.int32)

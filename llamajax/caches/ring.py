@@ -1,11 +1,11 @@
-"""A cache of constant size, for layers whose queries see only a part of the text: new tokens replace old ones.
+"""A KV cache of constant size, for layers whose queries see only a part of the text: new tokens replace old ones.
 
     config = Config(…, layer_kinds=("window", "full"), window=512)
     cache = KVCache.empty(config, batch=1, slots=32768)  # 576 slots in layers with a window
 
-A ring uses a part that keeps every token, with its layouts, dtypes and attention, and writes the token at position p to
-slot p modulo the slots. The position in a slot follows from the number of tokens, so that nothing is stored beside keys
-and values.
+A ring of R slots uses a part that keeps every token, with its layouts, dtypes and attention, and writes the token at
+position p to slot p modulo R. The position in a slot follows from the number of tokens, so that only keys and values
+are stored.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ from llamajax.caches.attention import NOWHERE, Before, Scores, attend_causal
 from llamajax.caches.cache import STEP_SLOTS, Part, Where
 from llamajax.caches.dense import FEW, newest
 
-# Slots beyond what a query sees, rounded up to whole steps of a tiled cache: a step may write as many, drafts that turn
-# out wrong among them, and a conversation go back by them.
+# Slots beyond the positions that a query sees; the sum is rounded up to whole steps of a tiled cache. One call may
+# write this many tokens, including drafts that are rejected, and a conversation can be shortened by as many.
 AHEAD = 64
 
 
@@ -40,7 +40,7 @@ class RingPart(Part):
 
     @property
     def stored(self) -> Part:
-        """As of every `Part`."""
+        """The part that holds the arrays."""
         return self.held
 
     @property
@@ -49,16 +49,16 @@ class RingPart(Part):
         return self.held.slots - (self.seen - 1)
 
     def storing(self, part: Any) -> Self:
-        """As of every `Part`."""
+        """Returns this ring with another `held`."""
         return dataclasses.replace(self, held=part)
 
     def fewest(self, where: Where) -> jax.Array:
-        """As of every `Part`; any number until slots are overwritten."""
+        """Does what `Part.fewest` does; the result is 0 until slots are overwritten."""
         end_B = where.start_B + self._written(where)
         return jnp.where(end_B > self.held.slots, end_B - self.spare, 0)
 
     def _written(self, where: Where) -> jax.Array:
-        """How many of the tokens of a call are written, int32 [B]: padding is not, but for a few tokens."""
+        """Returns the number of tokens that a call writes, int32 [B]; it writes padding only if T is at most `FEW`."""
         T = where.position_BT.shape[1]
         every = where.count_B is None or (isinstance(T, int) and T <= FEW)
         return jnp.full_like(where.start_B, T) if every else jnp.asarray(where.count_B, jnp.int32)
@@ -72,10 +72,10 @@ class RingPart(Part):
         where: Where,
         scores: Scores,
     ) -> tuple[jax.Array, Self]:
-        """As of every `Part`, of any number of tokens.
+        """Does what `Part.attend` does, for any number of tokens.
 
-        Up to `spare` tokens overwrite nothing that a query sees, so queries read only the slots. The queries of more
-        tokens read the slots before the write, and each other's keys and values.
+        Up to `spare` tokens overwrite nothing that a query sees, so queries read only the slots. For more tokens,
+        queries read the slots as they were before the write, and the keys and values of the call itself.
         """
         T, count_B = query_BTNH.shape[1], self._written(where)
         held = self.held.write_around(layer, key_BTKH, value_BTKH, where.start_B, count_B)
@@ -92,11 +92,11 @@ class RingPart(Part):
         return causal(query_BTNH, key_BKTH, value_BKTH, where.position_BT, scores), part
 
     def _positions(self, end_B: jax.Array) -> jax.Array:
-        """The position that each slot holds where there are `end_B` tokens, int32 [B, R]."""
+        """Returns the position that each slot holds after `end_B` tokens, int32 [B, R]."""
         newest_BR = newest(end_B, self.held.slots)
         return jnp.where(newest_BR < 0, NOWHERE, newest_BR)
 
 
 def ring_slots(seen: int) -> int:
-    """The number of slots of a ring whose queries see `seen` positions."""
+    """Returns the number of slots of a ring whose queries see `seen` positions."""
     return -(-(seen + AHEAD) // STEP_SLOTS) * STEP_SLOTS

@@ -22,8 +22,8 @@ from llamajax.config import Config
 from quant import start_indices, sum_steps
 
 TILE = 16
-# Queries of a key up to which a cache is attended to like this. With more, each key that `dot` is given serves enough
-# of them to be worth its copy.
+# The largest number of queries per key for which unrolled sums are used. With more, each key serves enough queries for
+# `dot` to be worth its copy.
 MAX_QUERIES = 64
 
 
@@ -39,10 +39,10 @@ class TiledPart(DensePart):
 
     @classmethod
     def empty(cls, config: Config, layers: int, batch: int, slots: int, dtype: str, layout: Writes) -> Self:
-        """Of zeros.
+        """Makes a part of zeros.
 
         Raises:
-            ValueError: for a number of slots that is no multiple of its tiles.
+            ValueError: if the number of slots is no multiple of `STEP_SLOTS`.
         """
         if slots % STEP_SLOTS:
             raise ValueError(f"a tiled cache of {slots} slots: expected a multiple of {STEP_SLOTS}, or a dense cache")
@@ -56,9 +56,9 @@ class TiledPart(DensePart):
         return self.value_LBKSH.shape[3] * STEP_SLOTS
 
     def write(self, layer: Any, key_BTKH: jax.Array, value_BTKH: jax.Array, start_B: jax.Array) -> Self:
-        """As of `DensePart`, token by token: a run of them may begin and end inside a tile."""
+        """Does what `DensePart.write` does, token by token, because a run of tokens may begin and end inside a tile."""
         B, T = key_BTKH.shape[:2]
-        # As one update of all tokens would be: moved back where it would stick out.
+        # The slots are moved back if they would exceed S, as one `dynamic_update_slice` of all tokens would do.
         first_B = jnp.clip(start_B, 0, self.slots - T)
 
         def write_token(i: jax.Array | int, planes: Any) -> Any:
@@ -71,7 +71,7 @@ class TiledPart(DensePart):
     def write_around(
         self, layer: Any, key_BTKH: jax.Array, value_BTKH: jax.Array, start_B: jax.Array, count_B: jax.Array
     ) -> Self:
-        """As of `DensePart`, token by token."""
+        """Does what `DensePart.write_around` does, token by token."""
         B, T = key_BTKH.shape[:2]
         if T == 1:
             return self.write(layer, key_BTKH, value_BTKH, rest(start_B, self.slots))
@@ -90,7 +90,7 @@ class TiledPart(DensePart):
     def _written(
         self, planes: Any, layer: Any, row: Any, token: Any, slot: Any, key_BTKH: jax.Array, value_BTKH: jax.Array
     ) -> Any:
-        """Keys and values, as of the attributes, with one token of a row in its slot."""
+        """Returns the arrays of keys and values with one token of a row written into its slot."""
         key_K, value_K = (x[row, token].astype(planes[0].dtype)[None, None, :, None] for x in (key_BTKH, value_BTKH))
         at = (layer, row, 0)
         key_at = start_indices(*at, slot // TILE, 0, slot % TILE)
@@ -101,7 +101,7 @@ class TiledPart(DensePart):
         )
 
     def read(self, layer: Any) -> tuple[jax.Array, jax.Array]:
-        """As of `DensePart`: a copy of one layer."""
+        """Does what `DensePart.read` does; the result is a copy of one layer."""
         key_BKUHs = jax.lax.dynamic_index_in_dim(self.key_LBKSH, layer, keepdims=False)
         value_BKnjH = jax.lax.dynamic_index_in_dim(self.value_LBKSH, layer, keepdims=False)
         shape = (*value_BKnjH.shape[:2], self.slots, value_BKnjH.shape[-1])
@@ -115,13 +115,13 @@ class TiledPart(DensePart):
         scores: Scores,
         slot_BS: jax.Array | None = None,
     ) -> jax.Array:
-        """Attention over one layer; of a few queries over the cache itself. Scores, softmax and sums in float32."""
+        """Computes attention over one layer; for few queries without a copy, and with float32 scores and sums."""
         if query_BTNH.shape[1] * query_BTNH.shape[2] > MAX_QUERIES * self.key_LBKSH.shape[2] or scores.see is not None:
             return super().mix(layer, query_BTNH, position_BT, scores, slot_BS)
         B, T, N, H = query_BTNH.shape
         K, S = self.key_LBKSH.shape[2], self.slots
         query_BKRH = query_BTNH.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B, K, T * (N // K), H)
-        # Tiles stay an axis of their own until the softmax is done: slot numbers would have to be divided in its loops.
+        # Tiles stay a separate axis until the softmax is done; otherwise its loops would have to divide slot numbers.
         score_BKRUs = self._scores(layer, query_BKRH.astype(jnp.float32))
         position_BR = jnp.repeat(position_BT, N // K, axis=1)
         slot_BS = jnp.arange(S, dtype=jnp.int32)[None] if slot_BS is None else slot_BS
@@ -135,7 +135,7 @@ class TiledPart(DensePart):
         return mixed_BTNH.astype(query_BTNH.dtype)
 
     def _scores(self, layer: Any, query_BKRH: jax.Array) -> jax.Array:
-        """Products of queries with the keys of all slots, float32 [B, K, R, U, s]."""
+        """Multiplies queries with the keys of all slots, float32 [B, K, R, U, s]."""
         _, B, K, U, H, s = self.key_LBKSH.shape
         sums = [jnp.zeros((), jnp.float32)] * 4
         for h in range(H):
@@ -146,7 +146,7 @@ class TiledPart(DensePart):
         return (sums[0] + sums[1]) + (sums[2] + sums[3])
 
     def _mix(self, layer: Any, weight_BKRUs: jax.Array) -> jax.Array:
-        """Sums of values over all slots, float32 [B, K, R, H]."""
+        """Computes weighted sums of the values of all slots, float32 [B, K, R, H]."""
         _, B, K, n, _, H = self.value_LBKSH.shape
         weight_BKRnj = weight_BKRUs.reshape(B, K, -1, n, STEP_SLOTS)
         sums = [jnp.zeros((), jnp.float32)] * 4

@@ -1,4 +1,4 @@
-"""Weights in and out: formats are recognised by their content and read tensor by tensor.
+"""Reads and writes checkpoints. Formats are recognised by their content, and weights are read tensor by tensor.
 
     opened = open_checkpoint(path)     # header only: config, shapes, source format
     model = opened.read(dtype)         # peak memory: the result and one tensor
@@ -39,8 +39,8 @@ class Opened:
 
     Attributes:
         path: the file or folder.
-        source: what its reader says of it.
-        tokenizer_bytes: the tokenizer that came with it, or None; `tokenizer_problem` says whether it is read.
+        source: the reader's description of it.
+        tokenizer_bytes: the tokenizer that came with it, or None; `tokenizer_problem` says whether it can be used.
     """
 
     path: Path
@@ -49,7 +49,7 @@ class Opened:
 
     @property
     def description(self) -> str:
-        """Source format, for people."""
+        """The source format, as text for users."""
         return self.source.description
 
     @property
@@ -59,17 +59,17 @@ class Opened:
 
     @property
     def words(self) -> Words:
-        """What it says of words beside the tokenizer: ids, added tokens, defaults for sampling."""
+        """Settings for text beside the tokenizer: special ids, added tokens, default sampling parameters."""
         return self.source.words
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What of its files is not used, and why: a sentence each."""
+        """One sentence for each part of its files that is not used, with the reason."""
         return self.source.notes
 
     @functools.cached_property
     def abstract(self) -> Llama:
-        """`Llama` with `jax.ShapeDtypeStruct` leaves, as stored."""
+        """The model as stored, with `jax.ShapeDtypeStruct` leaves."""
         return outcome(self.source)
 
     def read(
@@ -83,15 +83,15 @@ class Opened:
         """Reads the weights.
 
         Args:
-            dtype: of floats, converted while reading.
-            shardings: one `jax.sharding.Sharding` or a tree of them shaped like the model, the first device unless
-                given, or "host" for leaves that stay NumPy arrays.
-            on_weight: called with (weights read, weights in all), a layer's counting singly.
-            backend: as of `load`.
-            activations: as of `load`.
+            dtype: dtype of float weights, which are converted while reading; as stored by default.
+            shardings: one `jax.sharding.Sharding`, or a tree of them shaped like the model; "host" for leaves that stay
+                NumPy arrays. The first device by default.
+            on_weight: called with (weights read, weights in all); the weights of each layer count separately.
+            backend: as in `load`.
+            activations: as in `load`.
 
         Raises:
-            LlamaJaxError: for damaged weights, and what the arguments ask for in vain.
+            LlamaJaxError: if weights are damaged, or the arguments do not fit the model.
         """
         return assemble(self.path, self.source, Finish(dtype, activations, backend), shardings, on_weight)
 
@@ -101,23 +101,23 @@ class Opened:
         backend: str | None = None,
         activations: str | None = None,
     ) -> Llama:
-        """What `read` will give for these arguments, with `jax.ShapeDtypeStruct` leaves: to compile for meanwhile."""
+        """Returns the result of `read` with `jax.ShapeDtypeStruct` leaves, to compile for it while weights are read."""
         return outcome(self.source, Finish(dtype, activations, backend))
 
     def read_weight(self, place: Place) -> Any:
-        """One weight, of one layer, of NumPy arrays as stored; checked."""
+        """Reads and checks one weight of one layer, as stored, with NumPy arrays."""
         weight = self.source.read(place)
         check_weight(self.path, self.source, place, weight)
         return weight
 
     @property
     def tokenizer_problem(self) -> str | None:
-        """Why the tokenizer that came with it cannot be used; None if it can, or if none came."""
+        """Why the tokenizer that came with the checkpoint cannot be used; None if it can, or if there is none."""
         return self.source.tokenizer_problem or self._own_tokenizer[1]
 
     @functools.cached_property
     def _own_tokenizer(self) -> tuple[Tokenizer | None, str | None]:
-        """The tokenizer that came with it, or why there is none."""
+        """The tokenizer that came with the checkpoint, or None; and why it cannot be used, or None."""
         if self.tokenizer_bytes is None:
             return None, None
         try:
@@ -128,7 +128,7 @@ class Opened:
 
 
 def resolve(name: str | Path) -> Path:
-    """The folder of the model in the box for "box", else the path itself.
+    """Returns the folder of the built-in model for "box", else the path itself.
 
     Raises:
         LlamaJaxError: if nothing is there.
@@ -151,11 +151,11 @@ def open_checkpoint(name: str | Path, *, ignore_keys: Collection[str] = ()) -> O
 
     Args:
         name: path of a checkpoint, or "box".
-        ignore_keys: keys of a Hugging Face config.json, or of a GGUF file's metadata, to read over: those that we do
-            not know and that change no forward pass.
+        ignore_keys: keys of a Hugging Face config.json, or of a GGUF file's metadata, to ignore: keys that llamajax
+            does not know and that do not change the forward pass.
 
     Raises:
-        LlamaJaxError: if there is none, if it is of no format that we read, or if its header is damaged.
+        LlamaJaxError: if there is no checkpoint, if its format is unknown, or if its header is damaged.
     """
     path = resolve(name)
     for recognise, open_source in READERS:
@@ -191,27 +191,28 @@ def load(
 ) -> tuple[Llama, Tokenizer | None]:
     """Loads a model and its tokenizer.
 
-    What of its files is not used, and why its tokenizer cannot be read if it cannot, is a warning (`Opened.notes`,
+    Warns about each part of the files that is not used, and about a tokenizer that cannot be used (`Opened.notes`,
     `Opened.tokenizer_problem`).
 
     Args:
         name: path of a checkpoint (llamajax, Hugging Face, GGUF or llama2.c), or "box" for the model in the package.
-        tokenizer: path of a `tokenizer.model`, `tokenizer.json` or `tokenizer.bin`; the one that came with the
-            checkpoint unless given.
-        dtype: of the weights, for example `jax.numpy.float32`; as stored unless given.
-        shardings: where the weights go: one `jax.sharding.Sharding` or a tree of them shaped like the model; the first
-            device unless given.
-        backend: lays quantized weights out for this backend, such as `jax.default_backend()`, each as soon as it has
-            been read: the same as `prepare` of the loaded model, sooner, and with less memory on the way.
-        activations: what quantized weights are multiplied with, as of `with_activations`; as stored unless given.
-        ignore_keys: as of `open_checkpoint`.
+        tokenizer: path of a `tokenizer.model`, `tokenizer.json` or `tokenizer.bin`; by default, the one that came with
+            the checkpoint.
+        dtype: dtype of float weights, for example `jax.numpy.float32`; as stored by default.
+        shardings: where the weights go: one `jax.sharding.Sharding`, or a tree of them shaped like the model; the first
+            device by default.
+        backend: lays out each quantized weight for this backend, such as `jax.default_backend()`, as soon as it has
+            been read. The result equals `prepare` of the loaded model, but it is ready sooner and peak memory is lower.
+        activations: the dtype that activations are rounded to before they are multiplied with quantized weights, as in
+            `with_activations`; as stored by default.
+        ignore_keys: as in `open_checkpoint`.
 
     Returns:
-        The model, and the tokenizer, which is None if none was named and none came with the checkpoint, or one that
-        is not read.
+        The model, and its tokenizer. The tokenizer is None if none was named and the checkpoint came with none, or
+        with one that cannot be used.
 
     Raises:
-        LlamaJaxError: for anything wrong with the files.
+        LlamaJaxError: if anything is wrong with the files.
     """
     opened = open_checkpoint(name, ignore_keys=ignore_keys)
     own = read_tokenizer(opened, tokenizer)
@@ -221,13 +222,13 @@ def load(
 
 
 def read_tokenizer(opened: Opened, path: str | Path | None = None) -> Tokenizer | None:
-    """The tokenizer at `path`, or the one that came with the checkpoint, or None.
+    """Returns the tokenizer at `path`, else the one that came with the checkpoint, else None.
 
-    None also if the one that came cannot be used: `opened.tokenizer_problem` says why. What the checkpoint says of
-    words goes for a named tokenizer too.
+    The result is also None if the checkpoint's tokenizer cannot be used: `opened.tokenizer_problem` says why. The
+    checkpoint's `words` apply to a tokenizer at `path`, too.
 
     Raises:
-        LlamaJaxError: if the one at `path` is damaged, or has more ids than the model has embeddings.
+        LlamaJaxError: if the tokenizer at `path` is damaged, or has more ids than the model has embeddings.
     """
     if path is None:
         return opened._own_tokenizer[0]
@@ -239,10 +240,10 @@ def read_tokenizer(opened: Opened, path: str | Path | None = None) -> Tokenizer 
 
 
 def need_tokenizer(opened: Opened, path: str | Path | None = None) -> Tokenizer:
-    """`read_tokenizer`, for what cannot do without.
+    """Returns the result of `read_tokenizer`, for callers that need a tokenizer.
 
     Raises:
-        LlamaJaxError: as `read_tokenizer`, and if there is none: says why, and what to do.
+        LlamaJaxError: as in `read_tokenizer`; and if there is no tokenizer, with the reason and a remedy.
     """
     tokenizer = read_tokenizer(opened, path)
     if tokenizer is None:
@@ -252,7 +253,7 @@ def need_tokenizer(opened: Opened, path: str | Path | None = None) -> Tokenizer:
 
 
 def _of_model(tokenizer: Tokenizer, config: Config) -> Tokenizer:
-    """The tokenizer, once it is sure that the model has an embedding for each of its ids."""
+    """Returns the tokenizer after checking that the model has an embedding for each of its ids."""
     if tokenizer.vocab_size > config.vocab_size:
         raise LlamaJaxError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size} embeddings: "
@@ -271,24 +272,25 @@ def save_checkpoint(
     form: Literal["llamajax", "huggingface", "gguf"] = "llamajax",
     dtype: jax.typing.DTypeLike | None = None,
 ) -> None:
-    """Writes a checkpoint, atomically: it appears whole, or not at all.
+    """Writes a checkpoint atomically: it appears whole, or not at all.
 
     Args:
         model: the model; leaves may be NumPy arrays.
-        path: of the folder, or of the file for "gguf", which is to end in .gguf; must not exist.
-        tokenizer: saved with the weights; as bytes, whatever they are.
-        words: what is known of words, saved too; those of a `Tokenizer` are its own.
+        path: path of the folder; for "gguf", path of the file, which must end in .gguf. Must not exist.
+        tokenizer: saved with the weights. Bytes are saved as they are, even if they are no valid tokenizer.
+        words: settings for text that are saved as well; a `Tokenizer` has its own, which are used instead.
         source: where the weights came from; kept in the manifest.
         form: "llamajax" (Orbax), "huggingface" (config.json and safetensors, as transformers reads it) or "gguf" (one
             file, as llama.cpp reads it).
-        dtype: for "gguf": of floats; packed weights, which are ggml's types otherwise, become floats of it too.
+        dtype: for "gguf" only: dtype of all matrices; vectors are float32 in any case. Packed weights become floats of
+            this dtype, too; without it they are written as ggml types.
 
     Raises:
         LlamaJaxError: if `path` exists or cannot be created, if transformers would refuse the model, if no ggml type
             holds a weight, or if weights are not finite or are laid out for a backend.
     """
     if is_laid_out(model):
-        raise LlamaJaxError("the weights are in the layout of a backend: save the model from before `prepare`")
+        raise LlamaJaxError("the weights are in the layout of a backend: save the model as it was before `prepare`")
     if form == "huggingface" and (reason := huggingface.refusal(model)):
         raise LlamaJaxError(
             f"transformers cannot read the quantized weights ({reason}): write llamajax's format or GGUF; for floats, "
@@ -320,7 +322,7 @@ def save_checkpoint(
 
 
 def _readable(data: bytes | None, words: Words | None) -> Tokenizer | None:
-    """The tokenizer that bytes are, if they are one."""
+    """Returns the tokenizer that bytes hold, or None if they hold none."""
     try:
         return None if data is None else Tokenizer(data, words=words)
     except LlamaJaxError:
@@ -328,14 +330,14 @@ def _readable(data: bytes | None, words: Words | None) -> Tokenizer | None:
 
 
 def _tokenizer_beside(path: Path) -> bytes | None:
-    """A tokenizer in the folder of a single-file checkpoint, by the names that are usual."""
+    """Reads a tokenizer beside a single-file checkpoint, if there is one with a usual name."""
     files = [path.parent / name for name in ("tokenizer.model", "tokenizer.json", "tokenizer.bin")]
     found = next((file for file in files if os.path.lexists(file)), None)
     return read_bytes(found, LARGEST_TOKENIZER) if path.is_file() and found is not None else None
 
 
 def _first_look(path: Path) -> str:
-    """What an unknown thing seems to be."""
+    """Describes a file or folder of unknown format."""
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir())[:5]
         return f"a folder with {', '.join(names)}" if names else "an empty folder"

@@ -1,7 +1,7 @@
-"""The one way from weights that come one by one to a model: stacked, converted, laid out, placed.
+"""Assembles a model from weights that are read one by one: stacks, converts, lays out and places them.
 
-`Finish.stack` says what becomes of a weight; it is pure, and by `jax.eval_shape` it says before anything is read what a
-load will give (`outcome`). Memory holds the result and what is being read.
+`Finish.stack` defines how a weight is transformed. It is pure, so `jax.eval_shape` of it gives the result of a load
+before anything is read (`outcome`). Memory holds the result and the weight that is being read.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ from quant import Mixed, aligned_empty, has_nan_scales, is_weight, kind_of, nbyt
 
 @dataclasses.dataclass(frozen=True)
 class Finish:
-    """What is made of weights as they were stored.
+    """The transformation of stored weights into the model's.
 
     Attributes:
-        dtype: of floats; as stored unless given. What is quantized stays as it is.
-        activations: what quantized weights are multiplied with, as of `llamajax.with_activations`.
-        backend: whose layout quantized weights get.
+        dtype: dtype of float weights; as stored by default. Quantized weights stay as they are.
+        activations: what activations are rounded to, as in `llamajax.with_activations`.
+        backend: the backend whose layout quantized weights get.
     """
 
     dtype: jax.typing.DTypeLike | None = None
@@ -36,7 +36,7 @@ class Finish:
     backend: str | None = None
 
     def one(self, weight: Any) -> Any:
-        """A weight by itself: its dtype. Of abstract, NumPy or JAX arrays."""
+        """Converts the dtype of a single weight, of abstract, NumPy or JAX arrays."""
         if self.dtype is None or is_weight(weight):
             return weight
         if isinstance(weight, jax.ShapeDtypeStruct):
@@ -45,7 +45,7 @@ class Finish:
             return weight.astype(self.dtype)
 
     def stack(self, leaf: Leaf, weight: Any) -> Any:
-        """A leaf of the model, once its weights are stacked: what it is multiplied with, and its layout."""
+        """Sets the activations' dtype and the layout of a leaf of the model, whose weights are already stacked."""
         if self.activations is not None:
             weight = with_activations(weight, self.activations)
         if self.backend is None or leaf.spec.is_only_looked_up:
@@ -54,10 +54,10 @@ class Finish:
 
 
 def outcome(source: Source, finish: Finish = Finish()) -> Llama:
-    """What `assemble` will give, with `jax.ShapeDtypeStruct` leaves.
+    """Returns what `assemble` will return, with `jax.ShapeDtypeStruct` leaves.
 
     Raises:
-        LlamaJaxError: if `finish` asks for what this source does not have.
+        LlamaJaxError: if `finish` does not fit the weights of this source.
     """
     stacked: dict[str, Any] = {}
     for name, leaf in leaves(source.config).items():
@@ -81,12 +81,12 @@ def assemble(
     """Reads a model.
 
     Args:
-        path: where it is, for messages.
-        source: what a reader says of it.
-        finish: what is made of the weights.
+        path: path of the checkpoint, for messages.
+        source: the reader's description of it.
+        finish: the transformation of the weights.
         shardings: a pytree of `jax.sharding.Sharding` shaped like the model as it is stored, or one for every array;
-            the first device unless given; "host" for NumPy arrays.
-        on_weight: called with (weights read, weights in all), a layer's counting singly.
+            "host" for NumPy arrays. The first device by default.
+        on_weight: called with (weights read, weights in all); the weights of each layer count separately.
 
     Raises:
         LlamaJaxError: for damaged or missing weights, NaN or infinity, or a dtype that cannot hold them.
@@ -118,7 +118,7 @@ def assemble(
 
 
 def _together(source: Source) -> Iterator[Sequence[Place]]:
-    """Weights in the order of the source; those of a leaf at once where the reader can fill them."""
+    """Yields weights one by one in the order of the source; all weights of a leaf together if the reader has `fill`."""
     if source.fill is None:
         yield from ((place,) for place in source.order)
     else:
@@ -126,14 +126,14 @@ def _together(source: Source) -> Iterator[Sequence[Place]]:
 
 
 def _converts(source: Source, finish: Finish, places: Sequence[Place]) -> bool:
-    """Whether a weight gets another dtype, and so is no view of the stack while it is read."""
+    """Whether a weight gets another dtype, so that it cannot be read into a view of the stack."""
     if finish.dtype is None:
         return False
     return any(kind_of(finish.one(source.abstract[place])) != kind_of(source.abstract[place]) for place in places)
 
 
 def _finished(stacks: "Stacks", name: str, finish: Finish, where: Mapping[str, Any]) -> Any:
-    """A leaf of the model, where it belongs."""
+    """Takes a finished stack, moves it to its devices, and applies `Finish.stack`."""
     weight = stacks.take(name)
     flat = [
         array if isinstance(target, str) else jax.device_put(array, target)
@@ -143,7 +143,7 @@ def _finished(stacks: "Stacks", name: str, finish: Finish, where: Mapping[str, A
 
 
 def check_weight(path: Any, source: Source, place: Place, weight: Any) -> None:
-    """Refuses a weight that is not of the shape that the model expects, or not finite."""
+    """Refuses a weight that has not the shape that the model expects, or is not finite."""
     expected = source.abstract[place].shape
     if tuple(weight.shape) != tuple(expected):
         raise LlamaJaxError(f"{path}: {place} has shape {weight.shape}: expected {tuple(expected)}")
@@ -152,7 +152,7 @@ def check_weight(path: Any, source: Source, place: Place, weight: Any) -> None:
 
 
 def _placements(abstract: Any, shardings: Any) -> dict[str, dict[str, Any]]:
-    """Where each array of each leaf goes: a sharding, None for the default device, "host" to stay in NumPy."""
+    """Returns where each array of each leaf goes: a sharding, None for the default device, "host" to stay in NumPy."""
     named = named_weights(abstract)
     if shardings is None or isinstance(shardings, str | jax.sharding.Sharding):
         return {name: dict.fromkeys(parts_of(weight), shardings) for name, weight in named.items()}
@@ -163,10 +163,10 @@ def _placements(abstract: Any, shardings: Any) -> dict[str, dict[str, Any]]:
 
 
 class Stacks:
-    """Takes weights of single layers and writes them into stacked arrays: no weight is held twice."""
+    """Writes weights of single layers into stacked arrays, so that no weight is held twice."""
 
     def __init__(self, config: Config, kind: Callable[[Place], Hashable]):
-        """Begins with nothing; `kind` says of each weight of a layer which others it shares a stack with."""
+        """Begins with empty stacks; weights of the same name for which `kind` is equal share one stack."""
         self.config = config
         self.leaves = leaves(config)
         self.leaf_of = {place: name for name, leaf in self.leaves.items() for place in leaf.places}
@@ -177,7 +177,7 @@ class Stacks:
         self._buffers: dict[str, list[Any]] = {}
 
     def view(self, place: Place, like: Any) -> Any:
-        """Where one weight goes, as NumPy arrays of its shapes to be written to; `like` gives shapes and dtypes."""
+        """Returns writable views, NumPy arrays, of one weight's place in its stack; `like` gives shapes and dtypes."""
         name = self.leaf_of[place]
         leaf, kinds = self.leaves[name], self._kinds[name]
         found = list(dict.fromkeys(kinds))
@@ -195,13 +195,13 @@ class Stacks:
         return jax.tree.map(lambda array: array[at], buffers[which])
 
     def put(self, place: Place, weight: Any, like: Any = None, what: str | None = None) -> None:
-        """Takes one weight, of NumPy or JAX arrays.
+        """Copies one weight, of NumPy or JAX arrays, into its stack.
 
         Args:
-            place: of the weight.
+            place: the weight's place.
             weight: the weight.
-            like: of the dtypes that it is to have; its own unless given.
-            what: it is, for messages.
+            like: a weight with the dtypes to convert to; the weight's own by default.
+            what: description of the weight for messages.
 
         Raises:
             LlamaJaxError: if a dtype cannot hold its numbers.
@@ -214,7 +214,7 @@ class Stacks:
                 check_fits(what, array, into)
 
     def take(self, name: str) -> Any:
-        """A leaf of the model, of NumPy arrays; it is not held here any more."""
+        """Removes a finished leaf of the model from the stacks and returns it, with NumPy arrays."""
         leaf, kinds = self.leaves[name], self._kinds[name]
         stacks = self._buffers.pop(name)
         if leaf.layers is None:
@@ -222,7 +222,7 @@ class Stacks:
         found = list(dict.fromkeys(kinds))
         types = [found.index(kind) for kind in kinds]
         if len(stacks) > 1 and len({kind_of(jax.tree.map(lambda a: a[0], stack)) for stack in stacks}) < len(stacks):
-            # Made differently, but of one type after all: brought together.
+            # Stacks of different kinds turned out to have one type: they are merged.
             places = [types[:number].count(which) for number, which in enumerate(types)]
             single = [
                 jax.tree.map(lambda a, at=at: a[at], stacks[which]) for which, at in zip(types, places, strict=True)
@@ -231,5 +231,5 @@ class Stacks:
         return stacks[0] if len(stacks) == 1 else Mixed(tuple(stacks), types=tuple(types), axis=leaf.spec.axis)
 
     def model(self) -> Llama:
-        """The whole, on the default device."""
+        """Returns the whole model, on the default device."""
         return model_from({name: jax.tree.map(jax.device_put, self.take(name)) for name in self.leaves}, self.config)

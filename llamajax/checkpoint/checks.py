@@ -1,4 +1,4 @@
-"""Whether weights are those that were written, whether they are finite, and whether another dtype holds them."""
+"""Checks of weights: checksums, finiteness, range of a dtype, and available memory."""
 
 import hashlib
 from pathlib import Path
@@ -12,16 +12,16 @@ import numpy as np
 from llamajax.errors import LlamaJaxError
 
 _PIECE = 1 << 17  # elements
-# A prime: neither sectors, pages nor chunks of files are a multiple of a row, so that exchanging two changes the sums.
+# A prime: the size of sectors, pages and chunks of files is no multiple of a row's, so exchanging two changes the sums.
 _ROW = 509
 
 
 def checksum(array: np.ndarray) -> str:
-    """32 hexadecimal digits that detect damage to an array's bytes; not forgery.
+    """Returns 32 hexadecimal digits that detect damage to an array's bytes, but not forgery.
 
-    SHA-256 of the sums, modulo 2**64, of the columns of the bytes taken as rows of 509 little-endian 64-bit words,
-    followed by the bytes behind the last whole row. Sums run at the speed of memory, ten times that of a CRC: reading
-    a checkpoint takes no longer with them.
+    The bytes are taken as rows of 509 little-endian 64-bit words. The checksum is the SHA-256 of the sums of the
+    columns, modulo 2**64, followed by the bytes behind the last whole row. The sums run at the speed of memory, ten
+    times that of a CRC, so that a checkpoint is read as fast as without them.
     """
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     whole = len(data) - len(data) % (8 * _ROW)
@@ -30,7 +30,7 @@ def checksum(array: np.ndarray) -> str:
 
 
 def is_finite(leaf: jax.Array | np.ndarray) -> bool:
-    """Whether no element is NaN or infinite; where the array is, without compiling anything for a CPU."""
+    """Whether no element is NaN or infinite; computed on the array's device, on a CPU without compiling anything."""
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return True
     if isinstance(leaf, np.ndarray) or all(device.platform == "cpu" for device in leaf.devices()):
@@ -39,22 +39,22 @@ def is_finite(leaf: jax.Array | np.ndarray) -> bool:
 
 
 def _all_finite(array: np.ndarray) -> bool:
-    """By exponent bits: NumPy has no fast isfinite for bfloat16."""
+    """Does what `is_finite` does, by exponent bits: NumPy has no fast isfinite for bfloat16."""
     bits, mask = {"float32": (np.uint32, 0x7F800000), "float16": (np.uint16, 0x7C00), "bfloat16": (np.uint16, 0x7F80)}[
         str(array.dtype)
     ]
     flat = array.ravel(order="K").view(bits)
-    # In pieces that stay in a processor's cache: five times as fast.
+    # In pieces that stay in a processor's cache, which is five times as fast.
     pieces = (flat[i : i + _PIECE] for i in range(0, len(flat), _PIECE))
     return not any((piece & bits(mask)).max() == mask for piece in pieces)
 
 
 def check_fits(name: str, before: Any, after: Any) -> None:
-    """Refuses a cast of finite numbers that made infinities of some.
+    """Refuses a cast that turned finite numbers into infinities.
 
     Args:
-        name: of the weight, for the message.
-        before: the array.
+        name: name of the weight, for the message.
+        before: the array before the cast.
         after: the same numbers in another dtype.
 
     Raises:
@@ -64,15 +64,15 @@ def check_fits(name: str, before: Any, after: Any) -> None:
         return
     value = float(jnp.abs(before).max())
     raise LlamaJaxError(
-        f"{name} holds {value:g}: {after.dtype} has numbers up to {_largest(after.dtype):g}: expected a dtype of a "
-        "wider range, bfloat16 or float32"
+        f"{name} holds {value:g}: the largest {after.dtype} number is {_largest(after.dtype):g}: expected a dtype with "
+        "a wider range, bfloat16 or float32"
     )
 
 
 def available_memory() -> int | None:
-    """Bytes that can be taken without others losing theirs; None where the system does not say.
+    """Returns the bytes of memory that can be used without swapping; None if the system does not tell.
 
-    Linux's own estimate, and the limit of the container where there is one.
+    It is the lesser of Linux's own estimate (MemAvailable) and the rest of the container's limit, if there is one.
     """
     found = []
     try:
@@ -87,22 +87,22 @@ def available_memory() -> int | None:
 
 
 def check_memory(path: Any, what: str, needed: int) -> None:
-    """Refuses weights that are floats in memory only, where they do not fit.
+    """Refuses a model with weights that are floats only in memory, if the model does not fit.
 
     Args:
-        path: of the file, for the message.
-        what: says which weights these are.
-        needed: bytes of all weights.
+        path: path of the file, for the message.
+        what: says which weights these are; "" for none.
+        needed: bytes of all weights of the model.
 
     Raises:
-        LlamaJaxError: if more is needed than there is.
+        LlamaJaxError: if more memory is needed than is available.
     """
     available = available_memory()
     if what and available is not None and needed > available:
         raise LlamaJaxError(
-            f"{path}: {what} are floats in memory: {needed / (1 << 30):.1f} GiB in all, "
-            f"{available / (1 << 30):.1f} GiB are available: pack them first, weight by weight: llamajax quantize "
-            f"--model={path} --output=…"
+            f"{path}: {what} become floats in memory, so the model needs {needed / (1 << 30):.1f} GiB, but "
+            f"{available / (1 << 30):.1f} GiB are available: pack these weights first, one at a time: llamajax "
+            f"quantize --model={path} --output=…"
         )
 
 

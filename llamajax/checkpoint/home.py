@@ -1,13 +1,13 @@
-"""Our own checkpoint: a folder with `manifest.json`, `weights/` (Orbax), a tokenizer and `words/`.
+"""llamajax's own checkpoint format: a folder with `manifest.json`, `weights/` (Orbax), a tokenizer and `words/`.
 
 The manifest holds the format's version, the config and the name, shape and dtype (or quantization scheme) of every
-weight, so that a checkpoint can be described, and planned for, without reading a weight. A weight of a layer is stored
-by itself, `layers.7.ffn.up_DF`. Where its `words` say something (`llamajax.words`), the manifest holds it, and `words/`
-the files that came with it; without, the tokenizer's own applies. The tokenizer is a `tokenizer.model` (sentencepiece)
-unless the manifest's `tokenizer_file` says `tokenizer.json`.
+weight, so that a checkpoint can be described, and planned for, without reading a weight. Each weight of each layer is
+stored by itself, as `layers.7.ffn.up_DF`. If the checkpoint has settings for text (`llamajax.words`), the manifest
+holds them and `words/` holds the files that came with them; otherwise the tokenizer's own settings apply. The tokenizer
+is a `tokenizer.model` (sentencepiece) unless the manifest's `tokenizer_file` says `tokenizer.json`.
 
 Damage is detected: the manifest holds a checksum of each stored array (`checks.checksum`), of the tokenizer and of
-itself. All are checked by whoever reads; checkpoints of earlier releases have none and are read without.
+itself, and readers check them all. Checkpoints of earlier releases have no checksums and are read without.
 """
 
 import contextlib
@@ -39,11 +39,11 @@ from quant import abstract_weight, aligned_empty, describe
 
 FORMAT = "llamajax"
 VERSION = 2
-VERSIONS = (1, 2)  # in the first, layers are described as stacks
-# TensorStore's parser recurses: what Orbax writes into a zarr.json has 600 bytes and 16 brackets.
+VERSIONS = (1, 2)  # version 1 describes layers as stacks
+# Limits, because TensorStore's parser recurses. A zarr.json that Orbax writes has 600 bytes and 16 brackets.
 _LARGEST_ZARR_JSON = 1 << 16
 _MOST_BRACKETS = 100
-_CODECS = {"sharding_indexed", "bytes", "crc32c"}  # those of Orbax without compression: none makes more of little
+_CODECS = {"sharding_indexed", "bytes", "crc32c"}  # Orbax's without compression: none can expand a small file
 _KEY_ENCODINGS = ({"name": "default"}, {"name": "default", "configuration": {"separator": "/"}})
 _SMALLEST_CHUNK = 1 << 16
 _CHUNK_BYTES = 16 << 20
@@ -52,7 +52,7 @@ _TOKENIZER = FILE_NAMES["sentencepiece"]
 
 
 def recognise(path: Path) -> bool:
-    """Whether a folder holds a manifest of ours, of whatever version."""
+    """Whether a folder holds a llamajax manifest, of any version."""
     if not (path / "manifest.json").exists():
         return False
     with open_regular(path / "manifest.json") as file:
@@ -60,7 +60,7 @@ def recognise(path: Path) -> bool:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest, checked.
+    """Reads and checks the manifest.
 
     Raises:
         LlamaJaxError: if it is damaged, of a newer version, or does not describe the model of its own config.
@@ -87,7 +87,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _manifest_sha256(manifest: Mapping[str, Any]) -> str:
-    """Of all values but that one, however the file sets them."""
+    """Returns a hash of all values but "sha256"; the file's whitespace and order of keys do not matter."""
     values = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -145,12 +145,12 @@ def open_source(path: Path) -> Source:
 
 
 class _Entry(NamedTuple):
-    """What a manifest says of one weight.
+    """A manifest's entry for one weight.
 
     Attributes:
-        description: as `quant.describe` writes it, of one layer; or of a stack of layers.
-        stored: what the names of its arrays begin with.
-        is_stack: whether shapes begin with the number of layers, as version 1 has them.
+        description: as `quant.describe` writes it, for one layer or for a stack of layers.
+        stored: prefix of the names of its arrays.
+        is_stack: whether shapes begin with the number of layers, as in version 1.
     """
 
     description: Mapping[str, Any]
@@ -158,7 +158,7 @@ class _Entry(NamedTuple):
     is_stack: bool = False
 
     def weight(self) -> Any:
-        """The abstract weight, of one layer.
+        """Returns the abstract weight of one layer.
 
         Raises:
             ValueError, TypeError, KeyError, AttributeError, OverflowError: for a damaged description.
@@ -170,10 +170,10 @@ class _Entry(NamedTuple):
 
 
 def _entries(path: Path, config: Config, described: Any, version: int) -> dict[Place, _Entry]:
-    """What the manifest says of each weight: of each layer's, or of `layers.*` for all.
+    """Returns the manifest's entry for each weight; an entry named `layers.*` stands for all layers.
 
     Raises:
-        LlamaJaxError: if these are not the weights of the config.
+        LlamaJaxError: if the entries are not those of the config's weights.
     """
     damaged = LlamaJaxError(f"{path}/manifest.json: the weights listed are not those of its config: it is damaged")
     if not isinstance(described, Mapping):
@@ -196,7 +196,7 @@ def _entries(path: Path, config: Config, described: Any, version: int) -> dict[P
 
 
 def _entry_of_runs(described: Any, place: Place, config: Config) -> _Entry:
-    """Of a stack in version 1: all layers alike, or in runs of neighbours that are, each stored from layer 0 on."""
+    """Returns an entry of version 1: a stack of all layers, or runs of like neighbours, each counted from layer 0."""
     if not isinstance(described, Mapping) or "runs" not in described:
         return _Entry(described, str(place), is_stack=True)
     first = 0
@@ -206,14 +206,14 @@ def _entry_of_runs(described: Any, place: Place, config: Config) -> _Entry:
         if place.layer is not None and first <= place.layer < first + length:
             return _Entry(run, f"{Place(place.name, place.layer - first)}.parts.{number}", is_stack=True)
         first += length
-    return _Entry({}, "")  # which is no description
+    return _Entry({}, "")  # an invalid description, which `weight` refuses
 
 
 def stored_checksums(path: Path, manifest: Mapping[str, Any]) -> dict[str, str] | None:
-    """The checksum of each stored array by its name; None for a checkpoint of a release that wrote none.
+    """Returns the checksum of each stored array by name; None for a checkpoint of a release that wrote none.
 
     Raises:
-        LlamaJaxError: for anything else.
+        LlamaJaxError: if the manifest's checksums are no table.
     """
     checksums = manifest.get("checksums")
     if checksums is not None and not isinstance(checksums, dict):
@@ -222,9 +222,9 @@ def stored_checksums(path: Path, manifest: Mapping[str, Any]) -> dict[str, str] 
 
 
 def _fill(path: Path, arrays: Mapping[str, np.ndarray], checksums: Mapping[str, str] | None) -> None:
-    """Reads arrays by the names that they are stored under, all at once.
+    """Reads stored arrays by name, all at once.
 
-    By TensorStore, which Orbax reads with too: Orbax makes arrays of its own, to be copied once more.
+    It uses TensorStore directly, as Orbax does: Orbax would make arrays of its own, which must be copied again.
     """
     try:
         opening = []
@@ -238,23 +238,23 @@ def _fill(path: Path, arrays: Mapping[str, np.ndarray], checksums: Mapping[str, 
         for (name, array), source in zip(arrays.items(), sources, strict=True):
             if source.shape != array.shape or source.dtype != array.dtype:
                 raise ValueError(
-                    f"{name} has shape {source.shape} and dtype {source.dtype.name}; in the manifest {array.shape}, "
-                    f"{array.dtype}"
+                    f"{name} has shape {source.shape} and dtype {source.dtype.name}: expected {array.shape} and "
+                    f"{array.dtype} by the manifest"
                 )
         reading = [
             tensorstore.array(array).write(source) for array, source in zip(arrays.values(), sources, strict=True)
         ]
         for (name, array), future in zip(arrays.items(), reading, strict=True):
             future.result()
-            # Each while it is in a processor's cache, and TensorStore's threads read the next.
+            # Each array is checked while it is in a processor's cache, and TensorStore's threads read the next.
             if checksums is not None and checksums.get(name) != checksum(array):
                 raise ValueError(f"{name} has changed since it was written: its checksum differs")
-    except Exception as error:  # TensorStore raises many types for damaged files; all mean the same here.
+    except Exception as error:  # TensorStore raises many types for damaged files; they are all handled alike
         raise _cannot_restore(path, _first_line(error)) from error
 
 
 def _checked_header(folder: str, shape: tuple[int, ...], itemsize: int) -> dict[str, Any]:
-    """An array's `zarr.json`, once it is sure that TensorStore may be given it: it trusts what a header says.
+    """Reads and checks an array's `zarr.json`, because TensorStore trusts whatever a header says.
 
     Raises:
         ValueError, TypeError, KeyError: for a header that nests deeply, names other codecs than Orbax writes, or cuts
@@ -271,7 +271,7 @@ def _checked_header(folder: str, shape: tuple[int, ...], itemsize: int) -> dict[
     if header["chunk_key_encoding"] not in _KEY_ENCODINGS:
         raise ValueError(f"{file}: chunk_key_encoding {shortened(header['chunk_key_encoding'])}: expected the default")
     codecs = list(header["codecs"])
-    for codec in codecs:  # grows: those of a sharding codec are as much the file's as its own
+    for codec in codecs:  # the list grows: codecs within a sharding codec are checked as well
         if codec["name"] not in _CODECS:
             raise ValueError(f"{file}: codec {shortened(codec['name'])}: expected {', '.join(sorted(_CODECS))}")
         if codec["name"] == "sharding_indexed":
@@ -287,7 +287,7 @@ def _checked_header(folder: str, shape: tuple[int, ...], itemsize: int) -> dict[
 
 
 def _check_chunks(chunk: Any, shape: tuple[int, ...], size: int) -> list[int]:
-    """How many chunks there are along each axis."""
+    """Returns the number of chunks along each axis, after checking their shape."""
     if len(chunk) != len(shape) or not all(isinstance(side, int) and side > 0 for side in chunk):
         raise ValueError(f"chunks of {shortened(chunk)} for an array of {shape}: expected whole numbers above 0")
     if any(side > most for side, most in zip(chunk, shape, strict=True)):
@@ -303,10 +303,10 @@ def _cannot_restore(path: Path, why: str) -> LlamaJaxError:
 
 
 def save(model: Llama, path: Path, tokenizer_bytes: bytes | None, source: str, words: Words | None = None) -> None:
-    """Writes a checkpoint into `path`, which must exist, empty. The manifest comes last: without it nothing loads."""
-    import orbax.checkpoint as ocp  # here, because it takes 0.3 s, and reading does without
+    """Writes a checkpoint into `path`, an empty folder. The manifest is written last: without it nothing loads."""
+    import orbax.checkpoint as ocp  # imported here, because it takes 0.3 s and reading does not need it
 
-    # NumPy arrays would be copied by Orbax; as arrays on the CPU they are used where they are.
+    # Orbax would copy NumPy arrays; it uses JAX arrays on the CPU without a copy.
     host = jax.local_devices(backend="cpu")[0]
     arrays, checksums = {}, {}
     weights = weights_of(jax.tree.map(np.asarray, model))
@@ -317,8 +317,8 @@ def save(model: Llama, path: Path, tokenizer_bytes: bytes | None, source: str, w
     arguments = ocp.args.PyTreeSave(
         arrays, save_args={name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in arrays}
     )
-    # Plain Zarr files in chunks: Orbax's default (OCDBT) holds all that it writes in memory until the end. What is
-    # being written at once is bounded, but must be more than the largest leaf has.
+    # Plain Zarr files in chunks: Orbax's default (OCDBT) holds everything that it writes in memory until the end. The
+    # number of bytes written at once is bounded, but the bound must exceed the largest leaf.
     handler = ocp.PyTreeCheckpointHandler(
         use_ocdbt=False,
         use_zarr3=True,
@@ -346,7 +346,7 @@ def save(model: Llama, path: Path, tokenizer_bytes: bytes | None, source: str, w
 
 
 def _described(weights: Mapping[Place, Any], config: Config) -> dict[str, Any]:
-    """What the manifest says of the weights: of all layers at once where they are alike, else of each."""
+    """Returns the manifest's entries for the weights: one for all layers if they are alike, else one for each."""
     each = {place: describe(weight) for place, weight in weights.items()}
     of_layers: dict[str, list[Any]] = {}
     for place, one in each.items():
@@ -360,9 +360,9 @@ def _described(weights: Mapping[Place, Any], config: Config) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Orbax's warning that there is nothing for OCDBT to merge, and the errors of its threads.
+    """Silences Orbax's warning that there is nothing for OCDBT to merge, and the error messages of its threads.
 
-    The first is as it should be; the others are raised here, too.
+    The warning is expected without OCDBT; errors of threads are also raised to the caller.
     """
     logger = logging.getLogger("absl")
     level = logger.level
@@ -374,10 +374,10 @@ def _quiet() -> Iterator[None]:
 
 
 def read_tokenizer(path: Path, manifest: Mapping[str, Any]) -> bytes | None:
-    """The tokenizer saved with the weights, if there was one.
+    """Reads the tokenizer saved with the weights, if there is one.
 
     Raises:
-        LlamaJaxError: if it is missing or another than the manifest names.
+        LlamaJaxError: if it is missing, or not the file that the manifest names.
     """
     if manifest["tokenizer_sha256"] is None:
         return None
@@ -394,7 +394,7 @@ def read_tokenizer(path: Path, manifest: Mapping[str, Any]) -> bytes | None:
 
 
 def _save_words(path: Path, words: Words) -> dict[str, Any]:
-    """Writes the files of the words, and gives what the manifest says of them: nothing, where they say nothing."""
+    """Writes the files of `words`, and returns their entry for the manifest; it is empty if `words` are."""
     said = words.to_dict()
     for name, data in words.files.items():
         (path / _WORDS).mkdir(exist_ok=True)
@@ -403,10 +403,10 @@ def _save_words(path: Path, words: Words) -> dict[str, Any]:
 
 
 def read_words(path: Path, manifest: Mapping[str, Any]) -> Words:
-    """What was saved of words; nothing in checkpoints that were written before there was a place for it.
+    """Reads the saved `Words`; they are empty in checkpoints of releases that did not save them.
 
     Raises:
-        LlamaJaxError: for a damaged manifest, or files that are missing or others than it names.
+        LlamaJaxError: if the manifest is damaged, or a file is missing or not the one that it names.
     """
     said = manifest.get("words", {})
     try:

@@ -1,8 +1,9 @@
 """Reads Hugging Face folders: `config.json` and safetensors, in one file or sharded.
 
-Every tensor of the files must be one that the model has, and the other way round; nothing is skipped but RoPE tables
-(`rotary_emb.inv_freq`), which old conversions saved and which follow from the config. Weights are floats, or ternary
-projections as in BitNet: packed codes with their scale, or floats that are rounded when they are read.
+Every tensor in the files must belong to the model, and every tensor of the model must be in the files. Only RoPE tables
+(`rotary_emb.inv_freq`) are skipped, which old conversions saved and which follow from the config, and tensors for
+images. Weights are floats, or ternary projections as in BitNet: packed codes with their scale, or floats that are
+rounded when they are read.
 """
 
 import os
@@ -27,7 +28,7 @@ from quant import bitnet
 
 __all__ = ["open_source", "read_config", "recognise", "refusal", "save"]
 
-_LARGEST_HEADER = 16 << 20  # of a safetensors file: a hundred bytes for each tensor
+_LARGEST_HEADER = 16 << 20  # of a safetensors file; it has about a hundred bytes for each tensor
 
 _HEAD = "lm_head.weight"
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -40,19 +41,19 @@ def recognise(path: Path) -> bool:
 
 
 def read_config(file: Path, ignore_keys: Collection[str] = ()) -> Config:
-    """The architecture that a config.json by itself describes; arguments and errors as of `open_source`."""
+    """Reads the architecture that a config.json describes; arguments and errors as in `open_source`."""
     return config_from_hf(_read_json(file), str(file), ignore_keys)
 
 
 def open_source(path: Path, ignore_keys: Collection[str] = ()) -> Source:
-    """Reads the config and the headers of all files, and checks that they hold just the tensors of the model.
+    """Reads the config and the headers of all files, and checks that they hold exactly the tensors of the model.
 
     Args:
         path: the folder.
-        ignore_keys: of config.json, as of `config_from_hf`.
+        ignore_keys: keys of config.json to ignore, as in `config_from_hf`.
 
     Raises:
-        LlamaJaxError: for a config we cannot read, or a missing, surplus or damaged file or tensor.
+        LlamaJaxError: for a config that is not supported, or a missing, surplus or damaged file or tensor.
     """
     fields, source = _read_json(path / "config.json"), str(path / "config.json")
     config = config_from_hf(fields, source, ignore_keys)
@@ -79,7 +80,7 @@ def open_source(path: Path, ignore_keys: Collection[str] = ()) -> Source:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; a clear error for anything else."""
+    """Reads a JSON object from a file; any other value is an error."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise LlamaJaxError(f"{path}: expected a JSON object, got {type(value).__name__}")
@@ -87,8 +88,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _tensor_files(path: Path) -> tuple[dict[str, Path], list[str]]:
-    """Which file holds each tensor, and a note on those that are of another kind."""
-    # macOS keeps a file's attributes in one beside it, `._` and its name, on disks that have no place for them.
+    """Returns the file that holds each tensor, and notes on files and tensors that are not read."""
+    # On disks that cannot store a file's attributes, macOS stores them beside it, in a file named `._` and its name.
     found = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("._"))
     index = path / "model.safetensors.index.json"
     if os.path.lexists(index):
@@ -110,15 +111,15 @@ def _tensor_files(path: Path) -> tuple[dict[str, Path], list[str]]:
         with _open(single[0]) as opened:
             files, images = dict.fromkeys(opened.keys(), single[0]), opened.images
     others = [file.name for file in found if file not in files.values()]
-    notes = [f"{path}: {', '.join(map(shortened, others[:5]))}: beside the model's weights, not read"] if others else []
+    notes = [f"{path}: {', '.join(map(shortened, others[:5]))}: not part of the model, not read"] if others else []
     if images:
         notes.append(f"{path}: {images} tensors are for images only, not read")
     return files, notes
 
 
 def _open(path: Path) -> TextTensors:
-    """Opens a safetensors file; `pread` rather than `mmap`, whose touched pages would count as our memory."""
-    # Here, because a machine for measuring may be without (benchmarks/device.py).
+    """Opens a safetensors file, with `pread` because pages of a mapped file would count as memory of the process."""
+    # Imported here, because machines for measurements may not have it (benchmarks/device.py).
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -137,16 +138,16 @@ def _open(path: Path) -> TextTensors:
 
 
 def _shown(path: Path) -> Path:
-    """A path whose last part is from an index, for a message."""
+    """Makes a path whose last part comes from an index safe for a message."""
     return path.with_name(shortened(path.name)[1:-1])
 
 
 class _Expected(NamedTuple):
-    """What a tensor of the files is to be.
+    """The expected form of a tensor in the files.
 
     Attributes:
-        shape: of it.
-        dtypes: any of them.
+        shape: the expected shape.
+        dtypes: the allowed dtypes.
     """
 
     shape: tuple[int, ...]
@@ -154,7 +155,7 @@ class _Expected(NamedTuple):
 
 
 def _expected(path: Path, config: Config, quantization: Ternary | None) -> Callable[[], dict[str, _Expected]]:
-    """Every tensor of the model, by its name in the files; listed when it is known that there are so many."""
+    """Returns a function that lists every tensor of the model by name, called once the number of layers is checked."""
 
     def listed() -> dict[str, _Expected]:
         found, of = {}, specs(config)
@@ -175,20 +176,20 @@ def _expected(path: Path, config: Config, quantization: Ternary | None) -> Calla
 def _check_tensors(
     path: Path, config: Config, files: dict[str, Path], listed: Callable[[], dict[str, _Expected]]
 ) -> dict[str, np.dtype]:
-    """That names and files match the model; returns the dtype of each tensor."""
-    if config.num_layers > len(files):  # Before the names of so many layers are listed.
+    """Checks that names and files match the model; returns the dtype of each tensor."""
+    if config.num_layers > len(files):  # checked before the names of so many layers are listed
         raise LlamaJaxError(
             f"{path}: config.json says {config.num_layers} layers, but the files hold {len(files)} tensors: "
             "some are missing"
         )
     expected = listed()
     surplus = sorted(name for name in files if name not in expected and not name.endswith("rotary_emb.inv_freq"))
-    # A tied model may come with a copy of the embedding as its head: it is checked to be one when it is read.
+    # A tied model may come with a copy of the embedding as its head; `_read` checks that they are equal.
     surplus = [name for name in surplus if not (name == _HEAD and config.tied_embeddings)]
     missing = sorted(set(expected) - set(files))
     if surplus:
         raise LlamaJaxError(
-            f"{path}: tensor {shortened(surplus[0])} belongs to nothing in the model ({len(surplus)} such)"
+            f"{path}: tensor {shortened(surplus[0])} does not belong to the model ({len(surplus)} such)"
         )
     if missing:
         hint = ": is tie_word_embeddings missing in config.json?" if missing == [_HEAD] else ""
@@ -209,7 +210,7 @@ def _check_tensors(
                 if kind not in wanted.dtypes:
                     raise LlamaJaxError(f"{file}: {name} has dtype {kind}: expected one of {', '.join(wanted.dtypes)}")
                 dtypes[name] = np.dtype(_DTYPES.get(kind, np.uint8))
-                if shape != wanted.shape:  # before memory is taken by what the config says
+                if shape != wanted.shape:  # checked before memory is allocated for the config's sizes
                     raise LlamaJaxError(f"{file}: {name} has shape {shape}: expected {wanted.shape} by config.json")
     return dtypes
 
@@ -217,7 +218,7 @@ def _check_tensors(
 def _abstract(
     config: Config, quantization: Ternary | None, dtype: np.dtype, dtypes: Mapping[str, np.dtype]
 ) -> dict[Place, Any]:
-    """Every weight as it will be."""
+    """Returns every weight as it will be in memory, of `jax.ShapeDtypeStruct`s."""
     found: dict[Place, Any] = dict(float_weights(config, dtype))
     for place, spec in specs(config).items():
         if quantization is not None and is_converted(spec):
@@ -229,7 +230,7 @@ def _abstract(
 
 
 def _order(config: Config, files: dict[str, Path]) -> Iterator[Place]:
-    """File by file, each from its beginning to its end."""
+    """Yields weights file by file, each file from its beginning to its end."""
     places = tensors(config, "huggingface")
     for file in sorted(set(files.values())):
         with _open(file) as opened:
@@ -238,7 +239,7 @@ def _order(config: Config, files: dict[str, Path]) -> Iterator[Place]:
 
 
 def _read(files: dict[str, Path], place: Place, config: Config, quantization: Ternary | None, dtype: np.dtype) -> Any:
-    """One tensor in our orientation; of a tied model that came with a head, too, checks that it is the embedding."""
+    """Reads one weight in our orientation; if a tied model came with a head, checks that it equals the embedding."""
     piece, spec = pieces(config, "huggingface")[place], specs(config)[place]
     array = _get(files, piece.tensor, piece.rows)
     if place.name == "embed_VD" and config.tied_embeddings and _HEAD in files:

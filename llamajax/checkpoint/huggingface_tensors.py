@@ -1,4 +1,4 @@
-"""The tensors of a safetensors file, by the names that a text's have where a model does not see images as well.
+"""Reads safetensors files of models for text and images under the tensor names of models for text alone.
 
 Reference: the mapping "llava" of transformers' `conversion_mapping.py`, which Gemma 3 and Mistral 3 follow.
 """
@@ -9,7 +9,7 @@ from typing import Any
 from llamajax.errors import LlamaJaxError
 from llamajax.files import shortened
 
-# What stands before names of a text, in files of transformers 4 and of 5, and what stands there without images.
+# Prefixes of the text model's names, in files of transformers 4 and 5, and their replacement in a model without images.
 _TEXT = {
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
@@ -19,10 +19,10 @@ _IMAGES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "mo
 
 
 def text_names(names: Iterable[str], source: str) -> Mapping[str, str]:
-    """Names in a file by those of the text alone; tensors that only images need are left out.
+    """Returns the names in a file by the names in a model for text alone; tensors only for images are left out.
 
     Raises:
-        LlamaJaxError: if two tensors have one name.
+        LlamaJaxError: if two tensors get the same name.
     """
     found: dict[str, str] = {}
     for name in names:
@@ -43,17 +43,17 @@ class TextTensors:
     """An opened safetensors file, with the names of `text_names`.
 
     Attributes:
-        images: tensors that were left out.
+        images: number of tensors that were left out.
     """
 
     def __init__(self, opened: Any, source: str):
-        """`opened` is what `safetensors.safe_open` gives."""
+        """Wraps the result of `safetensors.safe_open`."""
         held = opened.keys()
         self._opened, self._names = opened, text_names(held, source)
         self.images = len(held) - len(self._names)
 
     def __enter__(self) -> "TextTensors":
-        """Nothing yet."""
+        """Opens the file."""
         self._opened.__enter__()
         return self
 
@@ -62,18 +62,18 @@ class TextTensors:
         self._opened.__exit__(*error)
 
     def keys(self) -> list[str]:
-        """All names."""
+        """Returns all names."""
         return list(self._names)
 
     def offset_keys(self) -> list[str]:
-        """All names, in the order of the tensors in the file."""
+        """Returns all names, in the order of the tensors in the file."""
         plain = {theirs: name for name, theirs in self._names.items()}
         return [plain[name] for name in self._opened.offset_keys() if name in plain]
 
     def get_slice(self, name: str) -> Any:
-        """A tensor that is read when it is indexed."""
+        """Returns a tensor that is read when it is indexed."""
         return self._opened.get_slice(self._names[name])
 
     def get_tensor(self, name: str) -> Any:
-        """A tensor."""
+        """Reads a tensor."""
         return self._opened.get_tensor(self._names[name])

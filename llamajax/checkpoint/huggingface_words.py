@@ -1,7 +1,7 @@
-"""The words of a Hugging Face folder: config.json, generation_config.json and the tokenizer's files <-> `Words`.
+"""Converts between a Hugging Face folder's settings for text (config, generation config, tokenizer files) and `Words`.
 
-Where files disagree, transformers decides: generation_config.json goes before config.json; tokenizer_config.json before
-special_tokens_map.json and added_tokens.json. What is in them and not done is said in a note.
+Where files disagree, the order is that of transformers: generation_config.json goes before config.json, and
+tokenizer_config.json before special_tokens_map.json and added_tokens.json. A note names each setting that is ignored.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from llamajax.files import parse_json, read_bytes, shortened
 from llamajax.tokenizer import LARGEST_TOKENIZER, Tokenizer, file_name, is_sentencepiece
 from llamajax.words import CARRIED_FILES, SAMPLING, AddedToken, Words, is_carried, sampling_in_range
 
-# What generation_config.json may ask for that is not done, and the values that ask for nothing.
+# Settings of generation_config.json that are not supported, with the values at which they have no effect.
 _NOT_DONE: dict[str, tuple[Any, ...]] = {
     "bad_words_ids": (),
     "begin_suppress_tokens": (),
@@ -43,7 +43,7 @@ _NOT_DONE: dict[str, tuple[Any, ...]] = {
     "watermarking_config": (),
 }
 _MODEL, _JSON = "tokenizer.model", "tokenizer.json"
-# Where transformers has the chat templates that are not the only one.
+# The folder in which transformers keeps chat templates beside the default one.
 _TEMPLATES = "additional_chat_templates"
 _MOST_TEMPLATES = 100
 _NAMED_TEMPLATE = re.compile(r"chat_template\.(.+)\.jinja")
@@ -52,24 +52,24 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def read_words(path: Path, config: dict[str, Any], vocab_size: int) -> tuple[Words, tuple[str, ...]]:
-    """Reads what a folder says of words.
+    """Reads a folder's settings for text.
 
     Args:
         path: the folder.
         config: its config.json.
-        vocab_size: V, the ids that the model has embeddings for.
+        vocab_size: V, the number of ids that the model has embeddings for.
 
     Returns:
-        The words, and a note on each thing that the files ask for and that is not done.
+        The words, and a note on each setting of the files that is not followed.
 
     Raises:
-        LlamaJaxError: for a file that is not JSON, or says something of another type than expected.
+        LlamaJaxError: for a file that is not JSON, or a value that is not of the expected type.
     """
     here = [name for name in CARRIED_FILES if name != _MODEL and os.path.lexists(path / name)]
     files = {name: read_bytes(path / name) for name in here} | _named_templates(path)
     notes: list[str] = []
     generation = _object(files, "generation_config.json", path)
-    # transformers asks config.json for them only where there is no generation_config.json.
+    # transformers reads generation settings from config.json only if there is no generation_config.json.
     asked = (path / "generation_config.json", generation) if generation else (path / "config.json", config)
     tokenizer, special_map = (
         _object(files, f"{name}.json", path) for name in ("tokenizer_config", "special_tokens_map")
@@ -82,7 +82,7 @@ def read_words(path: Path, config: dict[str, Any], vocab_size: int) -> tuple[Wor
             pad_id=_id(path, "pad_token_id", generation, config, vocab_size, notes),
             bos_token=names["bos_token"],
             eos_token=names["eos_token"],
-            # A tokenizer whose BOS is null begins with none.
+            # If the tokenizer's BOS is null, texts begin without one.
             add_bos=False if tokenizer.get("bos_token", "") is None else tokenizer.get("add_bos_token"),
             add_eos=tokenizer.get("add_eos_token"),
             space=_space(tokenizer),
@@ -96,14 +96,14 @@ def read_words(path: Path, config: dict[str, Any], vocab_size: int) -> tuple[Wor
 
 
 def choose_tokenizer(path: Path, words: Words) -> tuple[bytes | None, Words]:
-    """The tokenizer's file that transformers would go by, and the words that go with it.
+    """Returns the tokenizer file that transformers would use, and the words that go with it.
 
-    That is tokenizer.json, but for the class LlamaTokenizer, which takes pieces and merges alone from it and has its
-    own rules for spaces: those that `Words.space` says, and that hold for a sentencepiece model.
+    This is tokenizer.json, except for the class LlamaTokenizer: it takes only pieces and merges from tokenizer.json and
+    has its own rules for spaces, which `Words.space` holds and which apply to a sentencepiece model.
 
     Args:
         path: the folder.
-        words: as `read_words` gives them; the other of two files stays among theirs.
+        words: the result of `read_words`; of two tokenizer files, the one that is not used stays among their files.
     """
     model = None
     if os.path.lexists(path / _MODEL):
@@ -122,7 +122,7 @@ def choose_tokenizer(path: Path, words: Words) -> tuple[bytes | None, Words]:
 
 
 def _with_tokenizers_end(words: Words, path: Path, vocab_size: int, notes: list[str]) -> Words:
-    """Stops at the tokenizer's end where no config lists one; where it is not among those listed, says so."""
+    """Stops at the tokenizer's end if no config lists stop ids; adds a note if the configs list other ids only."""
     end = next((token.id for token in words.added if token.text == words.eos_token), None)
     if end is None or end in (words.stop_ids or ()):
         return words
@@ -137,7 +137,7 @@ def _with_tokenizers_end(words: Words, path: Path, vocab_size: int, notes: list[
 
 
 def _named_templates(path: Path) -> dict[str, bytes]:
-    """The folder's chat templates beside the default one, as `Words` calls them."""
+    """Reads the folder's chat templates beside the default one, by the names that `Words` uses."""
     folder = path / _TEMPLATES
     found = sorted(folder.glob("*.jinja"))[:_MOST_TEMPLATES] if folder.is_dir() else []
     files = {f"chat_template.{file.stem}.jinja": file for file in found}
@@ -145,7 +145,7 @@ def _named_templates(path: Path) -> dict[str, bytes]:
 
 
 def _object(files: Mapping[str, bytes], name: str, path: Path) -> dict[str, Any]:
-    """One of the files as a JSON object; empty if it is not there."""
+    """Parses one of the files as a JSON object; empty if there is no such file."""
     value = parse_json(files[name], str(path / name)) if name in files else {}
     if not isinstance(value, dict):
         raise LlamaJaxError(f"{path / name}: expected a JSON object, got {type(value).__name__}")
@@ -153,7 +153,7 @@ def _object(files: Mapping[str, bytes], name: str, path: Path) -> dict[str, Any]
 
 
 def _content(token: Any, path: Path, name: str) -> str | None:
-    """The text of a token that is written as one, or as an object of its settings; None also for an empty one."""
+    """Returns the text of a token that is written as text or as an object of its settings; None for an empty text."""
     text = token.get("content") if isinstance(token, Mapping) else token
     if text is not None and not isinstance(text, str):
         raise LlamaJaxError(f"{path}: {name} is {shortened(token)}: expected a text, or an object with its content")
@@ -168,7 +168,7 @@ def _ids(
     vocab_size: int,
     notes: list[str],
 ) -> tuple[int, ...] | None:
-    """The ids under a key of generation_config.json, else of config.json; None if neither says any."""
+    """Returns the ids under a key of generation_config.json, else of config.json; None if neither has any."""
     file, value = next(
         (
             (name, said)
@@ -183,8 +183,8 @@ def _ids(
     if any(isinstance(index, bool) or not isinstance(index, int) for index in listed):
         raise LlamaJaxError(f"{file}: {key} is {shortened(value)}: expected a token's id, or a list of them")
     outside = [index for index in listed if not 0 <= index < vocab_size]
-    if outside and key != "pad_token_id":  # -1 there is an old spelling of none
-        notes.append(f"{path / file}: {key} {shortened(outside[0])} is no id of the model's {vocab_size}: left out")
+    if outside and key != "pad_token_id":  # -1 there is an old way to say "none"
+        notes.append(f"{path / file}: {key} {shortened(outside[0])} is no id of the model's {vocab_size}: ignored")
     return tuple(dict.fromkeys(index for index in listed if 0 <= index < vocab_size)) or None
 
 
@@ -194,7 +194,7 @@ def _id(path: Path, key: str, generation: Any, config: Any, vocab_size: int, not
 
 
 def _space(tokenizer: Mapping[str, Any]) -> str | None:
-    """Where a space is put before text: transformers' `add_prefix_space` and `legacy`."""
+    """Returns where a space is put before text, by transformers' `add_prefix_space` and `legacy`."""
     if tokenizer.get("add_prefix_space") is False:
         return "never"
     return "always" if tokenizer.get("legacy") is True else None
@@ -209,7 +209,7 @@ def _added_tokens(
     vocab_size: int,
     notes: list[str],
 ) -> tuple[AddedToken, ...]:
-    """The tokens that the files list as added, by id; special also if they are named as one with a part to play."""
+    """Returns added tokens, sorted by id. Tokens with a role (BOS, …) or listed as special elsewhere are special."""
     special = {text for text in names.values() if text}
     for source in (tokenizer, special_map):
         more = source.get("additional_special_tokens") or source.get("extra_special_tokens") or []
@@ -226,8 +226,8 @@ def _added_tokens(
             tokens.append(token)
         else:
             notes.append(
-                f"{path}: added token {shortened(text)} has id {index}, for which the model, of {vocab_size} "
-                "embeddings, has none: left out"
+                f"{path}: added token {shortened(text)} has id {index}, but the model has {vocab_size} embeddings: "
+                "ignored"
             )
     return tuple(sorted(tokens, key=lambda token: token.id))
 
@@ -235,7 +235,7 @@ def _added_tokens(
 def _listed_tokens(
     files: Mapping[str, bytes], tokenizer: Mapping[str, Any], path: Path
 ) -> list[tuple[int, Mapping[str, Any]]]:
-    """Id and settings of the tokens of `added_tokens_decoder` and added_tokens.json; with neither, tokenizer.json."""
+    """Returns id and settings of each token in `added_tokens_decoder` and added_tokens.json, else in tokenizer.json."""
     decoder = tokenizer.get("added_tokens_decoder")
     if isinstance(decoder, Mapping) and all(
         index.isascii() and index.isdigit() and len(index) < 10 and isinstance(settings, Mapping)
@@ -243,7 +243,7 @@ def _listed_tokens(
     ):
         listed = {int(index): settings for index, settings in decoder.items()}
     elif decoder is not None:
-        raise LlamaJaxError(f"added_tokens_decoder is {shortened(decoder)}: expected ids, and settings of each")
+        raise LlamaJaxError(f"added_tokens_decoder is {shortened(decoder)}: expected ids, each with its settings")
     else:
         listed = {}
     texts = {settings.get("content") for settings in listed.values() if isinstance(settings.get("content"), str)}
@@ -261,21 +261,21 @@ def _listed_tokens(
 
 
 def _sampling(file: Path, asked: dict[str, Any], notes: list[str]) -> dict[str, float]:
-    """The defaults for our knobs that a file brings; `do_sample: false` is greedy choice."""
+    """Returns a file's defaults for our sampling parameters; `do_sample: false` means greedy decoding."""
     sampling: dict[str, float] = {}
     greedy = {"temperature": 0} if asked.get("do_sample") is False else {}
     for name in SAMPLING:
         value = (asked | greedy).get(name)
-        if value is None or (name in ("top_k", "min_p") and value == 0):  # transformers' spelling of off
+        if value is None or (name in ("top_k", "min_p") and value == 0):  # in transformers, 0 means off
             continue
         whole = isinstance(value, int) and not isinstance(value, bool)
         finite = isinstance(value, float) and math.isfinite(value)
         if not (whole or (finite and name != "top_k")) or not sampling_in_range(name, value):
-            notes.append(f"{file}: {name} is {shortened(value)}: left out")
+            notes.append(f"{file}: {name} is {shortened(value)}, which is invalid: ignored")
             continue
         sampling[name] = value
     notes += [
-        f"{file}: {name} is {shortened(asked[name])}, which is not done"
+        f"{file}: {name} is {shortened(asked[name])}, which is not supported: ignored"
         for name, neutral in _NOT_DONE.items()
         if asked.get(name) not in (None, *neutral, [], {})
     ]
@@ -286,11 +286,11 @@ def _sampling(file: Path, asked: dict[str, Any], notes: list[str]) -> dict[str, 
 
 
 def config_ids(words: Words, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """The ids that config.json names; none where nothing says any."""
+    """Returns the special ids for config.json; keys without a known id are left out."""
     stops = words.stop_ids
     bos_id = words.bos_id
     if tokenizer is not None:
-        # The end first: readers that take one id only take the first.
+        # The end of text comes first: readers that take only one id take the first.
         stops = (
             tuple(sorted(tokenizer.stop_ids, key=lambda index: index != tokenizer.eos_id)) if stops is None else stops
         )
@@ -302,13 +302,13 @@ def config_ids(words: Words, tokenizer: Tokenizer | None) -> dict[str, Any]:
 
 
 def write_words(path: Path, words: Words, tokenizer_bytes: bytes | None, tokenizer: Tokenizer | None) -> None:
-    """Writes the files beside config.json: those that came with the source, what they leave unsaid, the tokenizer.
+    """Writes the files beside config.json: those that came with the source, generated ones for others, the tokenizer.
 
     Args:
         path: the folder.
-        words: what is known.
-        tokenizer_bytes: become its tokenizer.json or tokenizer.model.
-        tokenizer: what these are, if they can be read.
+        words: the settings for text.
+        tokenizer_bytes: written as tokenizer.json or tokenizer.model.
+        tokenizer: the tokenizer in these bytes, if they can be read.
     """
     files = _word_files(words, tokenizer) | (
         {} if tokenizer_bytes is None else {file_name(tokenizer_bytes): tokenizer_bytes}
@@ -322,7 +322,7 @@ def write_words(path: Path, words: Words, tokenizer_bytes: bytes | None, tokeniz
 
 
 def _word_files(words: Words, tokenizer: Tokenizer | None) -> dict[str, bytes]:
-    """The files that came with the source, and what they leave unsaid."""
+    """Returns the files that came with the source; makes generation_config.json and tokenizer_config.json if absent."""
     files = dict(words.files)
     if "generation_config.json" not in files:
         generation = config_ids(words, tokenizer) | dict(words.sampling)

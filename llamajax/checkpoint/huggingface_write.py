@@ -1,4 +1,4 @@
-"""Writes Hugging Face folders: `config.json` and safetensors, of floats or of ternary projections as in BitNet."""
+"""Writes Hugging Face folders: `config.json` and safetensors with floats, or with ternary projections as in BitNet."""
 
 import functools
 import json
@@ -26,13 +26,13 @@ _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"
 
 
 def refusal(model: Llama) -> str | None:
-    """Why transformers would not read a model's weights, or None if it would."""
+    """Returns why transformers could not read a model's weights, or None if it can."""
     weights = weights_of(model)
     if not any(quantized(weight) for weight in weights.values()):
         return None
     for place, spec in specs(model.config).items():
         if is_converted(spec) != bitnet.holds(weights[place]) or (quantized(weights[place]) and not is_converted(spec)):
-            return f"{place} is not as in BitNet, the one quantized form that transformers reads"
+            return f"{place} is not in BitNet's form, the only quantized form that llamajax writes for transformers"
     return None
 
 
@@ -43,11 +43,11 @@ def save(
     words: Words | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> None:
-    """Writes a folder that `open_source` and transformers read; `path` must exist, empty; `refusal` gives None.
+    """Writes a folder that `open_source` and transformers read, into `path`, an empty folder.
 
-    `tokenizer_bytes` become its tokenizer.json or tokenizer.model, whatever they are; `tokenizer` is what they say, if
-    they can be read.
-    Beyond 1 GiB in shards with their index. No more than one tensor is held in a transposed copy.
+    `refusal(model)` must be None. `tokenizer_bytes` are written as tokenizer.json or tokenizer.model, even if they are
+    no valid tokenizer; `tokenizer` is the tokenizer in them, if they can be read. Weights beyond 1 GiB are written in
+    shards with an index. Memory holds a transposed copy of at most one tensor.
     """
     weights = weights_of(jax.tree.map(np.asarray, model))
     shards = _plan_shards(list(_to_write(model.config, weights)))
@@ -71,10 +71,10 @@ class _Tensor(NamedTuple):
     """A tensor to be written.
 
     Attributes:
-        name: in the files.
-        dtype: of its elements.
-        shape: of it.
-        parts: make it, its rows one behind the other.
+        name: name in the files.
+        dtype: dtype of its elements.
+        shape: its shape.
+        parts: functions that make its parts, which are concatenated along the rows.
     """
 
     name: str
@@ -84,12 +84,12 @@ class _Tensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Of all elements."""
+        """Number of bytes of all elements."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def _to_write(config: Config, weights: Mapping[Place, Any]) -> Iterator[_Tensor]:
-    """The tensors of a model, in its order."""
+    """Yields the tensors of a model, in its order."""
     for name, places in tensors(config, "huggingface").items():
         first, shape = weights[places[0]], shape_of(config, places)
         if not bitnet.holds(first):
@@ -115,10 +115,10 @@ def _codes(weight: Any) -> np.ndarray:
 
 
 def _write_shard(path: Path, held: list[_Tensor]) -> None:
-    """Writes a safetensors file tensor by tensor; the library's own function wants to be given all of them at once.
+    """Writes a safetensors file tensor by tensor, because the library's own function needs all tensors at once.
 
-    The format: the header's length in 8 bytes, the header in JSON (dtype, shape and place of each tensor), the tensors
-    one behind the other (github.com/huggingface/safetensors, "Format").
+    The format is the header's length in 8 bytes, the header in JSON (dtype, shape and place of each tensor), and the
+    data of all tensors without gaps (github.com/huggingface/safetensors, "Format").
     """
     ordered = sorted(held, key=lambda tensor: -tensor.dtype.itemsize)  # so that each is aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -136,7 +136,7 @@ def _write_shard(path: Path, held: list[_Tensor]) -> None:
 
 
 def _plan_shards(held: list[_Tensor]) -> list[list[_Tensor]]:
-    """Tensors in groups of at most 1 GiB (or one tensor)."""
+    """Groups tensors into shards of at most 1 GiB, or of one tensor that is larger."""
     shards: list[list[_Tensor]] = [[]]
     size = 0
     for tensor in held:

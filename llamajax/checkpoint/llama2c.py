@@ -9,11 +9,11 @@ Layouts, from `export.py` and `run.c`/`runq.c` there (little endian):
                 to byte 256. Then float32: attention norms, ffn norms, final norm, embedding, wq, wk, wv, wo, w1, w2,
                 w3, the head if not tied.
     version 2   as 1, and an int32 group_size behind `tied`. float32 norms as in version 1; then embedding, wq, wk, wv,
-                wo, w1, w2, w3, the head if not tied: per tensor (one a layer) int8 codes and float32 scales, one a
+                wo, w1, w2, w3, the head if not tied: per tensor (one per layer) int8 codes and float32 scales, one per
                 group; weight = code * scale.
 
-None of them says epsilon or theta: llama2.c fixes them at 1e-5 and 10,000. RoPE pairs are neighbours, ours are halves:
-query and key projections are permuted.
+No version holds epsilon or theta: llama2.c fixes them at 1e-5 and 10,000. llama2.c rotates pairs of neighbours,
+llamajax rotates halves, so that query and key projections are permuted.
 """
 
 import dataclasses
@@ -51,17 +51,17 @@ def recognise(path: Path) -> bool:
         return False
     if struct.unpack_from("<I", head)[0] == _MAGIC:
         return True
-    # Version 0 has no magic: seven plausible sizes must do, and the file's length confirms them when it is opened.
+    # Version 0 has no magic number: seven plausible sizes are required here; `open_source` checks the file's length.
     dim, hidden, layers, heads, kv_heads, vocab, context = struct.unpack_from("<7i", head)
     small = all(0 < value < 1 << 20 for value in (dim, hidden, layers, heads, kv_heads, abs(vocab), context))
     return small and dim % heads == 0 and heads % kv_heads == 0 and layers < 1 << 12
 
 
 def open_source(path: Path) -> Source:
-    """Reads the header and checks that the file is as long as it promises.
+    """Reads the header and checks that the file has the length that the header implies.
 
     Raises:
-        LlamaJaxError: for a version that is not 0, 1 or 2, sizes that no model has, or a file of another length.
+        LlamaJaxError: for a version other than 0, 1 or 2, invalid sizes, or a file of another length.
     """
     header = _read_header(path)
     expected = header.start + sum(size for _, size in _layout(header))
@@ -135,7 +135,7 @@ def _check_groups(path: Path, config: Config, group_size: int) -> None:
             )
 
 
-# The order of the matrices of layers, each kind for all layers: wq, wk, wv, wo, w1, w2, w3.
+# The order of the layers' matrices, each for all layers: wq, wk, wv, wo, w1, w2, w3.
 _MATRICES = (
     *("attention.query_DQ", "attention.key_DM", "attention.value_DM", "attention.out_QD"),
     *("ffn.gate_DF", "ffn.down_FD", "ffn.up_DF"),
@@ -143,7 +143,7 @@ _MATRICES = (
 
 
 def _matrix_shapes(config: Config) -> dict[str, tuple[int, int]]:
-    """[out, in] of each matrix, as the files hold them, under our names."""
+    """Returns the shape [out, in] of each matrix in the files, by our names."""
     specs = whole_specs(config) | {name: LAYER[name] for name in _MATRICES}
     ours = {name: spec.shape(config) for name, spec in specs.items() if spec.is_matrix}
     return {
@@ -152,7 +152,7 @@ def _matrix_shapes(config: Config) -> dict[str, tuple[int, int]]:
 
 
 def _order(header: _Header) -> list[str]:
-    """Names in file order; a layer's tensor stands for all L of them. `rope` is the pair of unused tables."""
+    """Returns names in file order; a layer's weight stands for those of all layers, `rope` for two unused tables."""
     norms = ["attention_norm.weight_D", "ffn_norm.weight_D"]
     if header.version == 0:
         order = ["embed_VD", norms[0], *_MATRICES[:4], norms[1], *_MATRICES[4:], "norm.weight_D", "rope"]
@@ -162,7 +162,7 @@ def _order(header: _Header) -> list[str]:
 
 
 def _layout(header: _Header) -> Iterator[tuple[str, int]]:
-    """Each name in file order with its bytes (of all layers)."""
+    """Yields each name in file order with its number of bytes (for all layers)."""
     config, shapes = header.config, _matrix_shapes(header.config)
     for name in _order(header):
         layers = config.num_layers if name in LAYER else 1
@@ -178,7 +178,7 @@ def _layout(header: _Header) -> Iterator[tuple[str, int]]:
 
 
 def _offsets(header: _Header) -> dict[Place, tuple[int, int]]:
-    """Where each tensor begins and how many bytes it has, in file order."""
+    """Returns the offset and the number of bytes of each weight, in file order."""
     places, offset = {}, header.start
     for name, size in _layout(header):
         stacked = name in LAYER
@@ -201,7 +201,7 @@ def _read(path: Path, header: _Header, place: Place, offset: int, size: int) -> 
 
 
 def _decode(data: bytes, shape: tuple[int, int] | None, group_size: int | None) -> np.ndarray:
-    """One tensor as float32: a norm if it has no matrix shape, Q8_0 if there is a group size."""
+    """Decodes one tensor as float32: a norm if it has no matrix shape, Q8_0 if there is a group size."""
     if shape is None:
         return np.frombuffer(data, "<f4")
     if group_size is None:
@@ -213,7 +213,7 @@ def _decode(data: bytes, shape: tuple[int, int] | None, group_size: int | None) 
 
 
 def _ours(name: str, array: np.ndarray, header: _Header) -> np.ndarray:
-    """[out, in] with pairs as neighbours -> [in, out] with pairs as halves; embeddings stay [V, D]."""
+    """Converts [out, in] with pairs as neighbours to [in, out] with pairs as halves; embeddings stay [V, D]."""
     if name in ("attention.query_DQ", "attention.key_DM"):
         array = halves_from_pairs(array, header.config.head_size)
     return array.T if name in LAYER and LAYER[name].transposed else array

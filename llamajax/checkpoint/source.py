@@ -1,6 +1,7 @@
-"""What every reader says of a checkpoint: which weights it holds, in which order, and how one is read.
+"""Defines `Source`, a reader's description of a checkpoint: its weights, their order in the files, and how to read one.
 
-Readers speak of weights as `parameters.Place`s, one layer's at a time, in our orientation and RoPE layout.
+Readers identify each weight of each layer by a `parameters.Place`, and return it in llamajax's orientation and RoPE
+layout.
 """
 
 import dataclasses
@@ -16,11 +17,11 @@ from llamajax.words import Words
 
 
 class Stored(NamedTuple):
-    """What a weight is in a file.
+    """The form of a weight in a file.
 
     Attributes:
-        type: by the format's name.
-        nbytes: that it takes there.
+        type: the format's name of its type.
+        nbytes: number of bytes in the file.
     """
 
     type: str
@@ -32,21 +33,21 @@ class Source:
     """A checkpoint that was recognised and whose header was checked; no weight has been read yet.
 
     Attributes:
-        description: format and version, for people.
+        description: format and version, as text for users.
         config: the architecture.
         abstract: every weight with `jax.ShapeDtypeStruct`s for arrays: a float array, or packed as it is stored.
         order: every weight once, in the order in which the files hold them.
-        read: reads one weight, of NumPy arrays, which may be views; a float array may be of another type than in
-            `abstract`, and is converted.
-        fill: reads several weights at once into NumPy arrays of their shapes and dtypes, if the reader can.
-        is_checked: whether what was read is known to be what was saved, and so to be finite.
-        tokenizer_bytes: the tokenizer that came with it, if one did, of whatever form; it may be none that is read.
-        words: what it says of words beside that.
-        notes: what of the files is not used, and why, for people.
-        tokenizer_problem: why a tokenizer that came with it cannot be read; None if it can, or if none came.
-        expanded: which weights are floats in memory, but are not in the files, for people; "" for none.
-        stored: what each weight is in the files, where that is another thing than in memory.
-        metadata: what else the files say, by key, for people.
+        read: reads one weight, with NumPy arrays, which may be views. A float array may have another dtype than in
+            `abstract`; the caller converts it.
+        fill: reads several weights at once into NumPy arrays of their shapes and dtypes; None if the reader cannot.
+        is_checked: whether checksums guarantee that weights are as they were saved, and so finite.
+        tokenizer_bytes: the tokenizer that came with the checkpoint, or None; its form may be one that cannot be read.
+        words: settings for text beside the tokenizer.
+        notes: parts of the files that are not used, with reasons, as text for users.
+        tokenizer_problem: why a tokenizer that came with it cannot be read; None if it can, or if there is none.
+        expanded: which weights are floats in memory but packed in the files, as text for users; "" for none.
+        stored: the form of each weight in the files, where it differs from that in memory.
+        metadata: everything else in the files, by key, to be shown to users.
     """
 
     description: str
@@ -66,12 +67,12 @@ class Source:
 
 
 def float_weights(config: Config, dtype: Any) -> dict[Place, jax.ShapeDtypeStruct]:
-    """Every weight of a model as an abstract array of one float type."""
+    """Returns every weight of a model as an abstract array of one float type."""
     return {place: jax.ShapeDtypeStruct(spec.shape(config), np.dtype(dtype)) for place, spec in specs(config).items()}
 
 
 def halves_order(rows: int, head_size: int) -> np.ndarray:
-    """Which row of a query or key projection in Meta's RoPE layout is each row of ours, int [heads * H].
+    """Returns, for each row of a query or key projection in our layout, its row in Meta's RoPE layout: int [heads * H].
 
     Meta rotates neighbours (2i, 2i + 1), we rotate (i, i + H/2): row 2i goes to i, row 2i + 1 to i + H/2.
     """

@@ -1,1 +1,1 @@
-"""A recipe applied to a model: which weight is quantized how, calibrated and resumed."""
+"""Applies a recipe to a model: chooses a rule for each weight, calibrates, quantizes, and resumes interrupted work."""

@@ -1,10 +1,10 @@
-"""How many bits each weight gets, given how many the whole model may have: by what its rounding costs in KL divergence.
+"""Chooses the number of bits of each weight within a budget for the whole model, by the KL divergence of rounding.
 
-For each weight and each number of bits the cost is half of the sum of squared rounding errors times the diagonal of the
-Fisher information (`sensitivity`): the divergence that follows, in nats a token, to second order. Costs of different
-weights add up (the "linearity theorem" of HIGGS, Malinovskii et al. 2024, arXiv:2411.17525), so that the best choice
-within a budget is a walk along convex hulls (`quant.allocate`). Without a text the Fisher information of another model
-stands in for this one's, by the names of weights.
+The cost of a weight at a number of bits is half the sum of its squared rounding errors, each times its entry in the
+diagonal of the Fisher information (`sensitivity`): to second order, the KL divergence in nats per token. Costs of
+different weights add up (the "linearity theorem" of HIGGS, Malinovskii et al. 2024, arXiv:2411.17525), so the best
+choice within a budget is found by a walk along convex hulls (`quant.allocate`). Without a calibration text, the Fisher
+information of another model, by weight name and layer, replaces this model's (`role_cost`).
 """
 
 import dataclasses
@@ -25,11 +25,12 @@ from llamajax.quantization.sensitivity import gradients
 from quant import Rule, Scheme, allocate, values
 
 _BITS = (2, 3, 4, 5, 6, 8)
-# The error of a candidate is measured on so many weights of a matrix, as columns of so many rows: few, which divide
-# most lengths, so that one program serves; or as many as share a float of ggml's scales of two levels.
+# The error of a candidate is measured on a sample of so many weights of a matrix, as columns of so many rows. 64 rows
+# divide most lengths, so that one compiled program serves; columns are longer where more weights share one float of
+# ggml's two-level scales.
 _MEASURED_WEIGHTS, _MEASURED_ROWS = 2**18, 64
-# Of the text, for the Fisher information: sums over a matrix need fewer tokens than its Hessian, and each costs as much
-# as five forward passes.
+# Tokens of the text used for the Fisher information. Its sums over a matrix need fewer tokens than a Hessian does, and
+# each token costs as much as five forward passes.
 _FISHER_TOKENS = 2048
 
 Rules = Mapping[Place, Rule]
@@ -45,23 +46,24 @@ def choose_bits(
     candidates: Callable[[Place, Rule], list[Rule]] | None = None,
     least_bits: int = 2,
 ) -> dict[Place, Rule]:
-    """The rules with the bits of each `int` and `uint` scheme chosen.
+    """Chooses the bits of each `int` and `uint` scheme and returns the rules with these bits.
 
-    Bits are tried by round-to-nearest with clipping, whatever the rule's method: what matters is how weights compare.
+    Candidates are measured by round-to-nearest with clipping, whatever the rule's method is: only the comparison
+    between weights matters.
 
     Args:
-        read: one weight at a time, floats.
-        rules: of every weight.
+        read: returns one weight, as floats.
+        rules: the rule for each weight.
         target_bpw: bits per weight of the whole model, everything counted.
         windows_WT: calibration text.
         config: the architecture.
-        on_weights: called with how many weights more have been measured.
-        candidates: what may be chosen for a weight by its rule; the same rule with other numbers of bits unless given.
-        least_bits: of them, those with fewer bits are left out.
+        on_weights: called with the number of weights measured since the last call.
+        candidates: returns the rules that may be chosen for a weight; by default, its rule with other numbers of bits.
+        least_bits: candidates with fewer bits are left out.
 
     Raises:
-        LlamaJaxError: if no weight's bits are free, not even the fewest fit, a weight cannot be quantized, or what it
-            makes of the text is not finite.
+        LlamaJaxError: if no weight's bits are free, if even the smallest candidates exceed the target, if a weight
+            cannot be quantized, or if a cost is not finite.
     """
     options = _options(rules, candidates, least_bits)
     errors = {place: [0.0] * len(each) for place, each in options.items()}
@@ -76,7 +78,7 @@ def choose_bits(
 
 
 def some_of(windows_WT: np.ndarray) -> np.ndarray:
-    """Windows from all over the text, as many as `_FISHER_TOKENS` fill, at least one."""
+    """Returns windows spread evenly over the text: enough for `_FISHER_TOKENS` tokens, and at least one."""
     count = min(len(windows_WT), -(-_FISHER_TOKENS // windows_WT.shape[1]))
     return windows_WT[np.linspace(0, len(windows_WT) - 1, count).round().astype(int)]
 
@@ -90,19 +92,19 @@ def choose_bits_by_roles(
     candidates: Callable[[Place, Rule], list[Rule]] | None = None,
     least_bits: int = 2,
 ) -> dict[Place, Rule]:
-    """As `choose_bits`, without a text: what matters is taken from another model (`role_cost`), errors from this one.
+    """Does what `choose_bits` does, without a text: sensitivities are another model's (`role_cost`), errors this one's.
 
     Args:
-        read: one weight at a time, floats.
-        rules: of every weight.
+        read: returns one weight, as floats.
+        rules: the rule for each weight.
         target_bpw: bits per weight of the whole model, everything counted.
         config: the architecture.
-        on_weights: called with how many weights more have been measured.
-        candidates: as of `choose_bits`.
-        least_bits: likewise.
+        on_weights: called with the number of weights measured since the last call.
+        candidates: as in `choose_bits`.
+        least_bits: as in `choose_bits`.
 
     Raises:
-        LlamaJaxError: as `choose_bits`.
+        LlamaJaxError: as in `choose_bits`.
     """
     options = _options(rules, candidates, least_bits)
     errors = {place: [0.0] * len(each) for place, each in options.items()}
@@ -117,9 +119,9 @@ def choose_bits_by_roles(
     return share_out(options, errors, target_bpw, config, read(Place("norm.weight_D")).dtype.itemsize)
 
 
-# Cost of squared errors as large as a matrix's mean square, a weight of it, in microunits of nats: of
-# SmolLM2-135M-Instruct on 2,048 tokens of WikiText-2 (`gradients`, mean of half of F w^2 with and without the spread of
-# both over the matrix). What stands under other names is taken for the mean.
+# Cost per weight, in millionths of a nat, of squared errors as large as the matrix's mean square. Measured on
+# SmolLM2-135M-Instruct with 2,048 tokens of WikiText-2 (`gradients`; mean of half of F w^2 with and without the spread
+# of both over the matrix). Weights with other names get `_OTHER_COST`.
 _ROLE_COSTS = {
     "attention.query_DQ": 0.21,
     "attention.key_DM": 0.96,
@@ -132,15 +134,16 @@ _ROLE_COSTS = {
     "head_VD": 0.72,
 }
 _OTHER_COST = 0.3
-# The first and the last layers cost more: (layers from the end, factor), of the same measurement.
+# Errors in the first and the last layers cost more. Factors by the distance from the first layer, and from the last;
+# from the same measurement.
 _OUTER_LAYERS = {0: 3.0, 1: 1.5, 2: 1.2}, {0: 7.0, 1: 2.5, 2: 1.3}
 
 
 def role_cost(place: Place, config: Config) -> float:
-    """How much an error of a weight relative to its size costs in comparison with others, by name and layer alone."""
+    """Returns the relative cost of an error of a weight, relative to the weight's size, by its name and layer alone."""
     of_name = _ROLE_COSTS.get(place.name, _OTHER_COST)
     if place.layer is None:
-        # A table that is only looked up has no part in the logits.
+        # A table that is only looked up is not used to compute the logits.
         return of_name / 4 if specs(config)[place].is_only_looked_up else of_name
     first, last = _OUTER_LAYERS
     from_end = config.num_layers - 1 - place.layer
@@ -154,17 +157,17 @@ def share_out(
     config: Config,
     float_bytes: int,
 ) -> dict[Place, Rule]:
-    """The candidates whose errors add up to least within so many bits a weight.
+    """Chooses one candidate per weight so that the sum of errors is least within a number of bits per weight.
 
     Args:
-        options: candidates of every weight.
-        errors: of each of them.
+        options: the candidates of each weight.
+        errors: the error of each candidate.
         target_bpw: bits per weight of the whole model, everything counted.
         config: the architecture.
-        float_bytes: of a weight that is kept.
+        float_bytes: bytes of one number in a weight that is not quantized.
 
     Raises:
-        LlamaJaxError: if not even the smallest candidates fit.
+        LlamaJaxError: if even the smallest candidates exceed the target.
     """
     costs = [[_bytes(rule, place, config, float_bytes) for rule in each] for place, each in options.items()]
     try:
@@ -177,7 +180,7 @@ def share_out(
 def _options(
     rules: Rules, candidates: Callable[[Place, Rule], list[Rule]] | None, least_bits: int
 ) -> dict[Place, list[Rule]]:
-    """What may be chosen for each weight."""
+    """Returns the candidates of each weight."""
     candidates = candidates or (lambda place, rule: _candidates(rule))
     options = {}
     for place, rule in rules.items():
@@ -192,16 +195,16 @@ def _options(
 
 
 def bits_are_free(rule: Rule) -> bool:
-    """Whether the bits of a rule's scheme are a starting point only."""
+    """Whether the search may change the number of bits of a rule's scheme."""
     if rule.scheme is None or not isinstance(rule.group_size, int):
         return False
-    if rule.scale_scheme is not None and rule.scale_group != "channel":  # a type of ggml's, with one number of bits
+    if rule.scale_scheme is not None and rule.scale_group != "channel":  # the form of a ggml type, whose bits are fixed
         return False
     return Scheme.named(rule.scheme).kind in ("int", "uint")
 
 
 def _candidates(rule: Rule) -> list[Rule]:
-    """The rule with each number of bits; itself alone where nothing is free."""
+    """Returns the rule with each number of bits, or the rule alone if its bits are not free."""
     if not bits_are_free(rule):
         return [rule]
     scheme = Scheme.named(str(rule.scheme))
@@ -209,24 +212,25 @@ def _candidates(rule: Rule) -> list[Rule]:
 
 
 def _rows(options: list[Rule]) -> int:
-    """Most rows of the columns that candidates are measured on."""
+    """Returns the largest number of rows of the columns that candidates are measured on."""
     shared = [rule.scale_group for rule in options if rule.scale_scheme is not None]
     return max([_MEASURED_ROWS, *(size for size in shared if isinstance(size, int))])
 
 
 def sampled(weight: jax.Array, fisher: jax.Array, axis: int, most_rows: int) -> tuple[jax.Array, jax.Array]:
-    """Some of a matrix's weights, as columns of neighbours along its contraction axis, and what is known of them.
+    """Samples columns of neighbouring weights along a matrix's contraction axis, with their Fisher information.
 
-    Columns of all matrices have few different shapes, so that few programs measure all.
+    The samples of all matrices have few different shapes, so that few compiled programs measure them all.
 
     Args:
         weight: float32 [K, M] (`axis=-2`) or [M, K].
-        fisher: likewise.
+        fisher: the Fisher information, of the same shape.
         axis: the contraction axis.
-        most_rows: of the columns.
+        most_rows: the largest number of rows of a column.
 
     Returns:
-        Both as [k, n]: k the largest divisor of K that is at most `most_rows` and, if there is one, a multiple of 32.
+        Samples of both, [k, n]: k is the largest divisor of K that is at most `most_rows`, and a multiple of 32 if
+        there is one.
     """
     pair = (weight, fisher) if axis == -2 else (weight.T, fisher.T)
     length, outputs = pair[0].shape
@@ -241,19 +245,19 @@ def sampled(weight: jax.Array, fisher: jax.Array, axis: int, most_rows: int) -> 
 def _columns(
     weight_KM: jax.Array, fisher_KM: jax.Array, output_n: jax.Array, part_n: jax.Array, rows: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Rows `part * rows` and on of some outputs, [rows, n]."""
+    """Gathers rows `part * rows` to `(part + 1) * rows - 1` of some outputs, [rows, n]."""
     at_rn = part_n * rows + jnp.arange(rows)[:, None]
     return weight_KM[at_rn, output_n], fisher_KM[at_rn, output_n]
 
 
 def cost(place: Place, rule: Rule, sample: tuple[jax.Array, jax.Array], size: int) -> float:
-    """What rounding by a rule costs, in nats a token.
+    """Returns the cost of rounding a weight by a rule, in nats per token.
 
     Args:
-        place: of the weight.
+        place: the weight's place.
         rule: the candidate.
-        sample: of `sampled`.
-        size: of the whole weight.
+        sample: the result of `sampled`.
+        size: number of elements of the whole weight.
 
     Raises:
         LlamaJaxError: if the rule does not fit the weight, or the cost is not finite.
@@ -263,7 +267,7 @@ def cost(place: Place, rule: Rule, sample: tuple[jax.Array, jax.Array], size: in
         error = float(_cost(weight_kn, fisher_kn, _quick(rule, len(weight_kn)))) * size / weight_kn.size
     if not math.isfinite(error):
         raise LlamaJaxError(
-            f"{place} as {rule.scheme}: what it makes of the calibration text is not finite: expected weights and "
+            f"{place} as {rule.scheme}: the cost of its rounding errors is not finite: expected weights and "
             "activations whose squares float32 can hold"
         )
     return error
@@ -275,7 +279,7 @@ def _cost(weight_kn: jax.Array, fisher_kn: jax.Array, rule: Rule) -> jax.Array:
 
 
 def _quick(rule: Rule, length: int) -> Rule:
-    """The rule for a sample of so many rows, by round-to-nearest."""
+    """Returns the rule for inputs of a length, with round-to-nearest as its method."""
     rule = rule.for_inputs(length)
     return Rule(
         weights="*",
@@ -290,7 +294,7 @@ def _quick(rule: Rule, length: int) -> Rule:
 
 
 def _bytes(rule: Rule, place: Place, config: Config, float_bytes: int) -> int:
-    """What a weight takes by that rule."""
+    """Returns the number of bytes that a weight takes when it is quantized by a rule."""
     spec = specs(config)[place]
     shape = spec.shape(config)
     if rule.scheme is None:
@@ -304,6 +308,6 @@ def _bytes(rule: Rule, place: Place, config: Config, float_bytes: int) -> int:
 
 @functools.lru_cache(maxsize=256)
 def _shape(rule: Rule, shape: tuple[int, ...], axis: int) -> Any:
-    """What a rule makes of a weight, of `jax.ShapeDtypeStruct`s. How scales are searched for changes none of it."""
+    """Returns the quantized weight as `jax.ShapeDtypeStruct`s. The search for scales does not change the shapes."""
     rule = dataclasses.replace(rule, clip=None)
     return jax.eval_shape(lambda weight: by_rounding(weight, rule, axis), jax.ShapeDtypeStruct(shape, jnp.float32))

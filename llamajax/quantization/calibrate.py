@@ -1,7 +1,7 @@
-"""What a layer's weights are multiplied with, on a text: statistics for quantizers, one layer at a time.
+"""Collects statistics of the inputs of a layer's weights on a calibration text, one layer at a time.
 
-Activations stay on the host, [W, T, D] for W windows of T tokens; in memory are a layer's weights and its statistics.
-Dimension key as in `config.py`; `K` is the contraction axis of any weight.
+Activations stay on the host, [W, T, D] for W windows of T tokens. Device memory holds the weights and the statistics of
+one layer. Dimension key as in `config.py`; `K` is the contraction axis of any weight.
 """
 
 import functools
@@ -19,7 +19,7 @@ from llamajax.model import NO_CACHE, Llama, model_from
 from llamajax.parameters import KINDS, Place, Spec, block_weights, kind_of_layer, leaves, specs
 from quant import Probe, Rule, add_to_hessian, quantize_rtn, search_scale, smoothing_scale, values
 
-# Tokens that a search for scales measures its error on.
+# Number of tokens on which the search for input scales measures its error.
 _SAMPLES = 1024
 _BATCH_TOKENS = 4096
 
@@ -27,16 +27,16 @@ _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class Statistics(NamedTuple):
-    """What is known of one input, over all tokens of the calibration text.
+    """Statistics of one input x over all tokens of the calibration text.
 
     Attributes:
-        mean_square_K: float32, of each channel.
-        mean_abs_K: float32, mean magnitude.
-        max_abs_K: float32, largest magnitude.
-        hessian_KK: float32, mean of x x', or None where it was not asked for.
-        sample_TK: float32, about 1,000 tokens' inputs.
-        missing: None, or float32 [K, K] or [K, D]: mean of x e', where e is what the inputs of the float layer are more
-            than x, or what its output is more than this layer's.
+        mean_square_K: float32, mean square of each channel.
+        mean_abs_K: float32, mean magnitude of each channel.
+        max_abs_K: float32, largest magnitude of each channel.
+        hessian_KK: float32, mean of x x', or None if it was not requested.
+        sample_TK: float32, inputs of about 1,000 tokens.
+        missing: None, or float32 [K, K] or [K, D]: mean of x e', where e is the float layer's input minus x, or the
+            float layer's output minus this layer's.
     """
 
     mean_square_K: jax.Array
@@ -48,10 +48,10 @@ class Statistics(NamedTuple):
 
 
 def calibration_windows(tokens: np.ndarray, config: Config, window: int) -> np.ndarray:
-    """A text as windows that do not overlap, [W, T]; what does not fill the last one is left out.
+    """Splits a text into windows that do not overlap, [W, T]; tokens that do not fill a last window are dropped.
 
     Raises:
-        LlamaJaxError: if it does not fill one, or holds ids that the model does not have.
+        LlamaJaxError: if the text is shorter than one window, or holds ids that the model does not have.
     """
     tokens = np.asarray(tokens, np.int32)
     if window < 1 or window > config.context_length:
@@ -60,32 +60,32 @@ def calibration_windows(tokens: np.ndarray, config: Config, window: int) -> np.n
     if not count:
         raise LlamaJaxError(f"the calibration text has {len(tokens)} tokens: expected at least {window}, one window")
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
-        raise LlamaJaxError(f"the calibration text holds an id outside of the model's {config.vocab_size}")
+        raise LlamaJaxError(f"the calibration text holds an id outside of the model's {config.vocab_size} ids")
     return tokens[: count * window].reshape(count, window)
 
 
 def block_of(weights: Mapping[str, Any], config: Config, layer: int) -> Any:
-    """One layer from its weights by the names of its specs; as the model, a pytree."""
+    """Builds one layer, a pytree like the model, from its weights by the names of their specs."""
     structure, names = _block_tree(config, kind_of_layer(config, layer))
     return jax.tree.unflatten(structure, [weights[name] for name in names])
 
 
 @functools.lru_cache(maxsize=8)
 def _block_tree(config: Config, kind: str) -> tuple[Any, tuple[str, ...]]:
-    """How a layer is made of its weights, and their names in the order of its tree."""
+    """Returns the tree structure of a layer, and the names of its weights in the order of its leaves."""
     block = jax.eval_shape(lambda: KINDS[kind].block(config, key=jax.random.key(0), dtype=jnp.float32))
     return jax.tree.structure(block), tuple(block_weights(block))
 
 
 def advance(block: Any, x_WTD: np.ndarray, numbers: Mapping[str, float]) -> np.ndarray:
-    """What a layer makes of the activations; in place of them."""
+    """Replaces the activations before a layer by those behind it, in place."""
     for rows in _batches(x_WTD):
         x_WTD[rows] = run_block(block, jnp.asarray(x_WTD[rows]), dict(numbers))
     return x_WTD
 
 
 def forward(block: Any, x_BTD: jax.Array, numbers: Mapping[str, Any]) -> jax.Array:
-    """A layer applied to whole sequences, without a cache; `numbers` are its `Config.numbers`."""
+    """Applies a layer to whole sequences, without a KV cache; `numbers` are the layer's `Config.numbers`."""
     where = NO_CACHE.begin(x_BTD.shape[1])
     return block(x_BTD, where, NO_CACHE, Layer(0, numbers=numbers))[0]
 
@@ -94,22 +94,22 @@ run_block = jax.jit(forward)
 
 
 def embedded(outside: Mapping[str, Any], windows_WT: np.ndarray, config: Config) -> np.ndarray:
-    """What the first layer gets, float32, from the weights outside of layers by their names."""
+    """Returns the input of the first layer, float32; `outside` holds the weights outside of layers by name."""
     return np.array(jax.jit(Llama.embed)(outside_model(outside, config), windows_WT).astype(jnp.float32))
 
 
 def outside_model(outside: Mapping[str, Any], config: Config) -> Llama:
-    """A model of some weights outside of its layers: enough for `embed`, the final norm or `head`."""
+    """Builds a model that has only weights outside of layers: enough for `embed`, the final norm or `head`."""
     return model_from(dict.fromkeys(leaves(config)) | dict(outside), config)
 
 
 def float_block(read: Callable[[Place], Any], layer: int, config: Config) -> Any:
-    """One layer of the float model."""
+    """Reads one layer of the float model."""
     return block_of({place.name: values(read(place)) for place in specs(config) if place.layer == layer}, config, layer)
 
 
 def behind_layers(read: Callable[[Place], Any], x_WTD: np.ndarray, config: Config) -> np.ndarray:
-    """What the float model's layers make of the residual stream before the first, in its place."""
+    """Applies all layers of the float model to the residual stream, in place."""
     for layer in range(config.num_layers):
         x_WTD = advance(float_block(read, layer, config), x_WTD, config.numbers(layer))
     return x_WTD
@@ -123,15 +123,15 @@ def observe(
     numbers: Mapping[str, float],
     wanted: "Wanted | None" = None,
 ) -> dict[str, Statistics]:
-    """Statistics of some of a layer's inputs, with that layer's weights as they are.
+    """Collects statistics of some inputs within a layer, computed with the layer's current weights.
 
     Args:
-        block: the layer, weights as arrays.
-        x_WTD: activations before it, float32.
-        groups: names of inputs (`Spec.input`), and for each a weight that has it.
-        hessians: whether to make Hessians, which are by far the largest part.
-        numbers: of the layer.
-        wanted: what one of the inputs, or the layer's output, is in the float model: for `Statistics.missing`.
+        block: the layer, with arrays as weights.
+        x_WTD: activations before the layer, float32.
+        groups: names of inputs (`Spec.input`), each with the name of a weight that has this input.
+        hessians: whether to compute Hessians, which are by far the largest part.
+        numbers: the layer's `Config.numbers`.
+        wanted: the float model's values of the input, or of the layer's output, for `Statistics.missing`.
     """
     batches = list(_batches(x_WTD))
     stride = max(1, x_WTD.shape[0] * x_WTD.shape[1] // _SAMPLES)
@@ -158,11 +158,11 @@ def observe(
 
 
 class Wanted(NamedTuple):
-    """What the float model has where a quantized layer's statistics are made.
+    """The float model's activations, to be compared with those of a quantized layer.
 
     Attributes:
-        values_WTn: float32, the input that is observed [W, T, K], or the layer's output [W, T, D].
-        is_output: which of the two.
+        values_WTn: float32, the observed input [W, T, K], or the layer's output [W, T, D].
+        is_output: whether they are the layer's output.
     """
 
     values_WTn: np.ndarray
@@ -172,7 +172,7 @@ class Wanted(NamedTuple):
 def inputs_and_output(
     block: Any, x_WTD: np.ndarray, groups: Mapping[str, str], numbers: Mapping[str, float]
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Inputs of a layer's weights by the name of the input, [W, T, K], and what the layer gives, [W, T, D]."""
+    """Returns the inputs of a layer's weights by input name, [W, T, K], and the layer's output, [W, T, D]."""
     made: dict[str, np.ndarray] = {}
     output_WTD = np.empty_like(x_WTD)
     for rows in _batches(x_WTD):
@@ -183,7 +183,7 @@ def inputs_and_output(
 
 
 def observe_array(x_WTK: np.ndarray, hessian: bool) -> Statistics:
-    """Statistics of activations that are at hand, [W, T, K]."""
+    """Collects the statistics of given activations, [W, T, K]."""
     total = None
     for rows in _batches(x_WTK):
         total = _add_batch(total, jnp.asarray(x_WTK[rows]), hessian)
@@ -209,7 +209,7 @@ def _observe(
     stride: int,
     is_output: bool,
 ) -> tuple[dict[str, tuple[jax.Array, Statistics]], dict[str, jax.Array]]:
-    """Adds a batch to (tokens so far, statistics so far) of each input; also a sample of each. None begins."""
+    """Adds a batch to the (tokens, statistics) of each input, None for the first batch; also samples each input."""
     seen, output_BTD = _inputs(block, x_BTD, numbers, groups)
     added, samples = {}, {}
     for group, _ in groups:
@@ -226,7 +226,7 @@ def _observe(
 def _inputs(
     block: Any, x_BTD: jax.Array, numbers: Mapping[str, Any], groups: tuple[tuple[str, str], ...]
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Inputs of a layer by their names, float32, and its output."""
+    """Returns the inputs within a layer by name, float32, and the layer's output."""
     seen: dict[str, jax.Array] = {}
     first = {weight: group for group, weight in groups}
     probed = [
@@ -239,7 +239,7 @@ def _inputs(
 def _add(
     total: Any, x_TK: jax.Array, hessian: bool, missing_Tn: jax.Array | None = None
 ) -> tuple[jax.Array, Statistics]:
-    """Running means and maxima with some tokens more."""
+    """Adds some tokens to running means and maxima."""
     tokens, width = x_TK.shape
     if total is None:
         zeros_K = jnp.zeros(width, jnp.float32)
@@ -263,7 +263,7 @@ def _add(
 
 
 def _batches(x_WTD: np.ndarray) -> Iterable[slice]:
-    """Slices of as many windows as have about 4,096 tokens; all of one length, so that one program serves."""
+    """Yields slices of windows of up to about 4,096 tokens, all of one length, so that one compiled program serves."""
     count, length = x_WTD.shape[:2]
     most = max(1, _BATCH_TOKENS // length)
     size = max(size for size in range(1, min(most, count) + 1) if count % size == 0)
@@ -271,15 +271,16 @@ def _batches(x_WTD: np.ndarray) -> Iterable[slice]:
 
 
 def input_scale(rule: Rule, weights: list[jax.Array], seen: Statistics, config: Config, made: int) -> jax.Array:
-    """By how much to scale up the input channels of weights [K, M] that share an input: float32 [K].
+    """Returns the factors by which to scale up the input channels of weights [K, M] that share an input: float32 [K].
 
     Args:
-        rule: of the weights.
+        rule: the weights' rule.
         weights: float32.
-        seen: of their input.
+        seen: statistics of their input.
         config: the architecture.
-        made: channels of what makes the input. Of the attention's output they are fewer: query heads that share a value
-            head share their scales, because there is one channel to fold them into.
+        made: number of output channels of the weight that makes the input. The attention's output projection gets its
+            input from the value projection, which has fewer: query heads that share a value head share their scales,
+            because there is only one value channel to fold them into.
     """
 
     def shared(x_K: jax.Array) -> jax.Array:
@@ -301,15 +302,16 @@ def input_scale(rule: Rule, weights: list[jax.Array], seen: Statistics, config: 
 def fold(
     weights: dict[str, Any], of: Mapping[str, Spec], group: str, scale_K: jax.Array, config: Config, norm_dtype: Any
 ) -> None:
-    """Scales the input channels of some weights of a layer up, and what makes that input down.
+    """Scales up the input channels of some weights of a layer, and scales down the weight that makes this input.
 
     Args:
-        weights: of the layer, by name, float32; changed.
-        of: specs of them.
+        weights: the layer's weights by name, float32; changed in place.
+        of: their specs.
         group: name of the input.
-        scale_K: positive.
+        scale_K: positive factors.
         config: the architecture.
-        norm_dtype: in which norms are stored: the scale is what is left after rounding the folded norm to that.
+        norm_dtype: dtype in which norms are stored. The folded norm is rounded to it, and the weights are scaled by the
+            ratio of the norm to its rounded, folded form.
     """
     members = [name for name, spec in of.items() if spec.input == group]
     producer = of[members[0]].maker
@@ -331,5 +333,5 @@ def fold(
 
 
 def _by_head(config: Config) -> tuple[int, int, int]:
-    """(K, G, H): query channels by the key/value head that they share."""
+    """Returns the shape (K, G, H) that groups query channels by the key/value head that they share."""
     return config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_size

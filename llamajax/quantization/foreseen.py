@@ -1,4 +1,4 @@
-"""What a recipe will make of weights, from shapes alone."""
+"""Predicts the shapes and dtypes of quantized weights from a recipe and an architecture, without any weights."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,34 +19,34 @@ FLOATS = ("float32", "bfloat16", "float16")
 
 
 def rules_of(recipe: str | Path, config: Config) -> Mapping[Place, Rule]:
-    """The rule for each weight of each layer.
+    """Returns the rule for each weight of each layer.
 
     Args:
-        recipe: a recipe's name or file, or one of `FLOATS`, which keeps every weight.
+        recipe: a recipe's name or file, or one of `FLOATS`, which quantizes no weight.
         config: the architecture.
 
     Raises:
-        LlamaJaxError: for a recipe that there is not, that does not fit, or whose schemes depend on a text or on the
-            weights.
+        LlamaJaxError: if there is no such recipe, if it does not fit the architecture, or if the result depends on a
+            calibration text or on the weights.
     """
     if str(recipe) in FLOATS:
         return assigned((Rule(weights="*", keep=True),), config)
     found = read_recipe(recipe)
     if found.target_bpw is not None or any(rule.outliers or rule.act_order for rule in found.rules):
         raise LlamaJaxError(
-            f"recipe is {str(recipe)!r}, whose bits, outliers or order depend on a text, or on the weights: expected "
-            "one that says all by itself, as int4-g32"
+            f"recipe is {str(recipe)!r}, whose bits, outliers or channel order depend on a text or on the weights: "
+            "expected a recipe that fixes them, such as int4-g32"
         )
     return assigned(found.rules, config)
 
 
 def quantized_shape(place: Place, weight: jax.ShapeDtypeStruct, rule: Rule, spec: Spec) -> Any:
-    """The quantized weight that a rule makes of a matrix, of `jax.ShapeDtypeStruct`s.
+    """Returns the quantized weight that a rule makes of a matrix, as `jax.ShapeDtypeStruct`s.
 
     Raises:
         LlamaJaxError: if the rule does not fit the weight.
     """
-    # How scales are searched for changes no shape, and takes seconds to trace.
+    # The search for scales changes no shape, and takes seconds to trace.
     rule = dataclasses.replace(rule.for_inputs(weight.shape[spec.axis]), clip=None, importance=False)
     assert rule.scheme is not None  # a rule that quantizes
     try:
@@ -57,15 +57,15 @@ def quantized_shape(place: Place, weight: jax.ShapeDtypeStruct, rule: Rule, spec
 
 
 def foreseen_weights(config: Config, recipe: str | Path, dtype: jax.typing.DTypeLike) -> dict[Place, Any]:
-    """Every weight as a recipe stores it, of `jax.ShapeDtypeStruct`s.
+    """Returns every weight as a recipe stores it, as `jax.ShapeDtypeStruct`s.
 
     Args:
         config: the architecture.
-        recipe: as of `rules_of`.
-        dtype: of weights that the recipe keeps; with a float type for weights it is that type.
+        recipe: as in `rules_of`.
+        dtype: dtype of weights that the recipe does not quantize; ignored if `recipe` is one of `FLOATS`.
 
     Raises:
-        LlamaJaxError: as `rules_of`.
+        LlamaJaxError: as in `rules_of`.
     """
     rules = rules_of(recipe, config)
     floats = float_weights(config, str(recipe) if str(recipe) in FLOATS else dtype)

@@ -1,4 +1,4 @@
-"""Rules that make only what a type of ggml's holds without loss, so that llama.cpp runs it bit for bit."""
+"""Adapts rules so that a ggml type holds each quantized weight without loss, and llama.cpp runs it bit for bit."""
 
 import dataclasses
 import functools
@@ -14,8 +14,8 @@ from llamajax.quantization.bit_search import bits_are_free
 from llamajax.quantization.quantize_weight import by_rounding, naming
 from quant import Rule, ggml
 
-# What the search for bits chooses from, as (scheme, group_size, scale_scheme): Q2_K, Q3_K, Q4_K, Q5_K, Q6_K and Q8_0;
-# of rows that are no multiple of 256, Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0.
+# Forms that the search for bits chooses from, as (scheme, group_size, scale_scheme): Q2_K, Q3_K, Q4_K, Q5_K, Q6_K and
+# Q8_0; for rows whose length is no multiple of 256, Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0.
 _Form = tuple[str, int, str | None]
 _SUPERBLOCK = 256
 _FORMS: tuple[_Form, ...] = (
@@ -28,15 +28,15 @@ _FORMS_OF_32: tuple[_Form, ...] = (
 
 
 def for_ggml(rules: Mapping[Place, Rule], config: Config, search: bool) -> dict[Place, Rule]:
-    """The rules with what ggml has but one form of: scales in float16, offsets instead of zero points.
+    """Returns the rules in ggml's forms: scales in float16, offsets instead of zero points.
 
     Args:
-        rules: of every weight.
+        rules: the rule for each weight.
         config: the architecture.
-        search: whether `candidates` will be chosen from, where the bits of a rule are free.
+        search: whether a search will choose among `candidates` where the bits of a rule are free.
 
     Raises:
-        LlamaJaxError: naming the weight and what comes nearest, for a rule that makes what no type holds.
+        LlamaJaxError: if no ggml type holds the result of a rule; names the weight and the nearest type.
     """
     made = {}
     for place, rule in rules.items():
@@ -50,7 +50,10 @@ def for_ggml(rules: Mapping[Place, Rule], config: Config, search: bool) -> dict[
 
 
 def candidates(place: Place, rule: Rule, config: Config) -> list[Rule]:
-    """What a search for bits may choose for a weight: the rule in the forms of ggml's types, itself if it says one."""
+    """Returns what a search for bits may choose: the rule in each ggml type's form, or the rule if its bits are fixed.
+
+    The list is empty for a weight that none of these types holds.
+    """
     if not bits_are_free(rule):
         return [rule]
     spec = specs(config)[place]
@@ -69,17 +72,17 @@ def candidates(place: Place, rule: Rule, config: Config) -> list[Rule]:
 
 
 def _in_float16(rule: Rule) -> Rule:
-    """With scales as ggml's types have them, unless the rule asks for float32; bfloat16 is what it says by default."""
+    """Returns the rule with float16 scales, as in ggml's types, in place of bfloat16, which is the default of rules."""
     scale_dtype = "float16" if rule.scale_dtype == "bfloat16" else rule.scale_dtype
     offset = rule.scale_scheme is None and str(rule.scheme).startswith("uint")
     return dataclasses.replace(rule, scale_dtype=scale_dtype, offset=offset)
 
 
 def _check_held(rule: Rule, place: Place, config: Config) -> None:
-    """Refuses a rule that makes what no type holds.
+    """Refuses a rule whose result no ggml type holds.
 
     Raises:
-        ValueError: saying what that is, and what comes nearest.
+        ValueError: with a description of the result, and the nearest type.
     """
     weight = _made_by(rule, place, config)
     if not rule.outliers and not rule.act_order and ggml.type_of(weight) is not None:
@@ -89,12 +92,12 @@ def _check_held(rule: Rule, place: Place, config: Config) -> None:
     said += ["act_order"] if rule.act_order else []
     raise ValueError(
         f"{', '.join(said)}: no ggml type holds it, the nearest is {ggml.explained(ggml.nearest(weight))}: change the "
-        "rule, or let it keep the weight (keep = true)"
+        "rule, or leave the weight unquantized (keep = true)"
     )
 
 
 def _made_by(rule: Rule, place: Place, config: Config) -> Any:
-    """What a rule makes of a weight, with `jax.ShapeDtypeStruct` for arrays; without outliers and order."""
+    """Returns the weight quantized by a rule, as `jax.ShapeDtypeStruct`s; without outliers and channel order."""
     spec = specs(config)[place]
     shape = spec.shape(config)
     rule = rule.for_inputs(shape[spec.axis])

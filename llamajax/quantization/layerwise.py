@@ -1,4 +1,4 @@
-"""A recipe applied layer by layer, each layer with what the quantized layers before it make of the calibration text."""
+"""Quantizes layer by layer, each layer calibrated on activations that the quantized layers before it compute."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -32,16 +32,16 @@ def calibrated(
     parts: "PartsOnDisk | None",
     on_weights: Callable[[int], None],
 ) -> Llama:
-    """Every weight quantized by its rule, behind quantized layers.
+    """Quantizes every weight by its rule, calibrated on the activations of the quantized layers before it.
 
     Args:
-        read: one weight at a time, floats.
-        rules: of every weight.
+        read: returns one weight, as floats.
+        rules: the rule for each weight.
         windows_WT: calibration text.
         config: the architecture.
-        propagation: as `Recipe.propagation`. With it the float model's activations go through the layers beside.
+        propagation: as `Recipe.propagation`. If it is not 0, the float model's activations are computed as well.
         parts: where finished layers are kept, or None.
-        on_weights: called with how many weights more are done.
+        on_weights: called with the number of weights finished since the last call.
     """
     of = specs(config)
     stacks = Stacks(config, rules.__getitem__)
@@ -83,12 +83,12 @@ def calibrated(
 
 @dataclasses.dataclass
 class _Before:
-    """What a layer gets.
+    """Activations before a layer.
 
     Attributes:
         x_WTD: from the quantized layers before it, float32.
-        float_WTD: from the float model's, or None; `_calibrated_layer` moves it to behind the layer.
-        propagation: how far weights are moved to make up for the difference.
+        float_WTD: from the float model's layers, or None; `_calibrated_layer` replaces them by those behind the layer.
+        propagation: how far weights are moved to compensate for the difference.
     """
 
     x_WTD: np.ndarray
@@ -97,7 +97,7 @@ class _Before:
 
 
 def _seen_by_head(outside: Mapping[str, Any], x_WTD: np.ndarray, rule: Rule, config: Config) -> calibrate.Statistics:
-    """Statistics of what the head is multiplied with."""
+    """Collects statistics of the head's input."""
     model = calibrate.outside_model(outside, config)
     hidden_WTD = np.array(jax.jit(lambda model, x_WTD: model.norm(x_WTD))(model, x_WTD))
     return calibrate.observe_array(hidden_WTD, rule.method == "gptq")
@@ -106,10 +106,10 @@ def _seen_by_head(outside: Mapping[str, Any], x_WTD: np.ndarray, rule: Rule, con
 def _calibrated_layer(
     read: Callable[[Place], Any], rules: Rules, layer: int, before: _Before, config: Config
 ) -> dict[str, Any]:
-    """One layer: first its inputs are scaled where rules say so, then its weights quantized in the order of their use.
+    """Quantizes one layer: scales inputs where rules say so, then quantizes the weights in the order of their use.
 
-    The statistics behind each group of weights are those with the groups before it quantized already ("true
-    sequential" in GPTQ's reference implementation).
+    The statistics for each group of weights are computed with the groups before it already quantized ("true sequential"
+    in GPTQ's reference implementation).
     """
     of = {place.name: spec for place, spec in specs(config).items() if place.layer == layer}
     rule_of = {name: rules[Place(name, layer)] for name in of}
@@ -144,10 +144,10 @@ def _calibrated_layer(
 def _wanted(
     dense: Mapping[str, Any], before: _Before, rule_of: Mapping[str, Rule], layer: int, config: Config
 ) -> dict[str, calibrate.Wanted]:
-    """What the float model has where the weights by GPTQ will get something else, by the names of their inputs.
+    """Returns, by input name, the float model's activations that weights quantized by GPTQ should reproduce.
 
-    Of the weights that add to the residual stream last it is the layer's output: then they also make up for what the
-    stream itself has lost. `before.float_WTD` is moved to behind the layer.
+    For the weights that add to the residual stream last this is the layer's output, so that they also compensate for
+    the error in the residual stream. Replaces `before.float_WTD` by the activations behind the layer.
     """
     if before.float_WTD is None:
         return {}
@@ -170,7 +170,7 @@ def _make_up(
     wanted: calibrate.Wanted | None,
     propagation: float,
 ) -> None:
-    """Moves weights that share an input towards what its errors ask for, `dense` being changed."""
+    """Moves weights that share an input so that they compensate for its errors; changes `dense` in place."""
     if wanted is None or seen.missing is None or seen.hessian_KK is None:
         return
     for name in members:
@@ -186,14 +186,14 @@ def _scale_inputs(
     dtypes: Mapping[str, Any],
     layer: int,
 ) -> None:
-    """Finds and folds the scales of a layer's inputs, `dense` being changed; the layer computes what it did."""
+    """Finds and folds the scales of a layer's inputs; changes `dense` in place. The layer's output stays the same."""
     shared, of = inputs(config, layer), {p.name: spec for p, spec in specs(config).items() if p.layer == layer}
     groups = {group: members[0] for group, members in shared.items() if rule_of[members[0]].scaling is not None}
     if not groups:
         return
     block = calibrate.block_of(dense, config, layer)
     seen = calibrate.observe(block, x_WTD, groups, hessians=False, numbers=config.numbers(layer))
-    # From the last input to the first: what is folded into `up` and `value` is then scaled as their own rows are.
+    # From the last input to the first: scales folded into `up` and `value` then count when their own inputs are scaled.
     for group in reversed(groups):
         members = shared[group]
         rule, producer = rule_of[members[0]], of[members[0]].maker

@@ -1,4 +1,4 @@
-"""A calibration text for those who have none: what the model itself says.
+"""Samples a calibration text from the model itself, for use when no other text is available.
 
 Liu et al. 2023, "LLM-QAT: Data-Free Quantization Aware Training for Large Language Models", arXiv:2305.17888: samples
 from the model's own distribution have its vocabulary and its habits.
@@ -12,7 +12,7 @@ from llamajax.generation.stream import generate
 from llamajax.model import Llama
 from llamajax.tokenizer import Tokenizer
 
-# Texts that are sampled together.
+# Number of texts that are sampled together.
 _ROWS = 16
 
 
@@ -25,14 +25,14 @@ def own_text(
     seed: int = 0,
     on_tokens: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
-    """Texts sampled from a model at temperature 1, one behind the other.
+    """Samples texts from a model at temperature 1 and concatenates them.
 
     Args:
-        model: with floats for weights.
-        tokenizer: whose BOS begins each text; a token that the seed draws where there is no BOS.
-        tokens: how many.
-        length: most tokens of one text.
-        seed: of the draws.
+        model: a model with float weights.
+        tokenizer: its BOS token begins each text; a randomly drawn token does if it has no BOS.
+        tokens: number of tokens to return.
+        length: the largest number of tokens of one text.
+        seed: seed of the draws.
         on_tokens: called with (tokens done, tokens in all).
 
     Returns:

@@ -1,8 +1,8 @@
-"""Quantizes a model by a recipe: the same tree, with a `QTensor` where a weight array stood.
+"""Quantizes a model by a recipe: the result is the same tree, with a `QTensor` in place of each quantized array.
 
-Weights are read, quantized and put away one by one, so that memory is that of the result, and of one layer's floats
-where a recipe needs calibration: then each layer is quantized with the activations that the quantized layers before it
-make of a text.
+Weights are read, quantized and stored one by one, so that memory holds the result and little else. A recipe that needs
+calibration also needs memory for the floats of one layer: each layer is quantized with the activations that the
+quantized layers before it compute from a text.
 """
 
 import collections
@@ -37,21 +37,21 @@ if TYPE_CHECKING:
     from llamajax.quantization.resume import PartsOnDisk
 
 _WORKERS = 3  # weights in work at a time
-_FORM = ("scheme", "group_size", "scale_scheme", "scale_group", "offset")  # what a search for bits chooses
+_FORM = ("scheme", "group_size", "scale_scheme", "scale_group", "offset")  # fields that a search for bits sets
 
 Rules = Mapping[Place, Rule]
 
 
 def recipe_names() -> list[str]:
-    """Names of the ready recipes, sorted."""
+    """Returns the names of the built-in recipes, sorted."""
     return sorted(path.stem for path in (preset_folder() / "recipes").glob("*.toml"))
 
 
 def read_recipe(name: str | Path) -> Recipe:
-    """A ready recipe by name, or one from a .toml file.
+    """Reads a built-in recipe by name, or a recipe from a .toml file.
 
     Raises:
-        LlamaJaxError: if there is none, or it is not a recipe.
+        LlamaJaxError: if there is no such recipe, or the file does not hold one.
     """
     path = preset_folder() / "recipes" / f"{name}.toml" if name in recipe_names() else Path(name)
     try:
@@ -64,13 +64,13 @@ def read_recipe(name: str | Path) -> Recipe:
 
 
 def assigned(rules: Sequence[Rule], config: Config) -> dict[Place, Rule]:
-    """The rule of each weight of each layer.
+    """Returns the rule for each weight of each layer.
 
-    Biases and sinks, which some families have and no rule can quantize, stay as they are beside the matrices that a
-    rule is for; a rule for them alone keeps them, or is refused.
+    Some families have biases and sinks, which cannot be quantized. They stay as they are where a rule also matches
+    matrices; a rule that matches only them must have keep = true, otherwise it is refused.
 
     Raises:
-        LlamaJaxError: if rules and weights do not cover each other, or a norm would be quantized.
+        LlamaJaxError: if a weight has no rule, a rule matches no weight, or a norm would be quantized.
     """
     layers: dict[str, list[int] | None] = {}
     for place in specs(config):
@@ -92,22 +92,23 @@ def assigned(rules: Sequence[Rule], config: Config) -> dict[Place, Rule]:
             made[place] = rule if rule.keep else Rule(weights=rule.weights, layers=rule.layers, keep=True)
         elif not specced[place].is_matrix and not rule.keep:
             raise LlamaJaxError(
-                f"{place}: the rule for {rule.weights!r} would quantize what is no matrix: begin the recipe with a "
-                "rule that keeps norms (weights = '*norm*', keep = true)"
+                f"{place}: the rule for {rule.weights!r} would quantize a weight that is no matrix: begin the recipe "
+                "with a rule that keeps norms (weights = '*norm*', keep = true)"
             )
     return {place: made[place] for place in specced}
 
 
 def without_makers(rules: Rules, config: Config) -> tuple[dict[Place, Rule], list[str]]:
-    """The rules without scaling where nothing makes a weight's inputs channel by channel, so that it could undo it.
+    """Removes scaling from the rules of weights whose inputs no preceding weight makes channel by channel.
 
-    So it is where a family has no norm before a layer's halves (OLMo 2): the residual stream is the input.
+    Such a preceding weight must undo the scaling. It does not exist in families that have no norm before attention and
+    feed-forward network (OLMo 2): there the residual stream is the input.
 
     Returns:
-        The rules, and the names of the weights, of all layers together, that are quantized without scaling.
+        The rules, and the names (without layer numbers) of the weights that are quantized without scaling.
 
     Raises:
-        LlamaJaxError: for a weight outside of layers, which has no maker in any family.
+        LlamaJaxError: if a rule scales the inputs of a weight outside of layers, which has no maker in any family.
     """
     of, made = specs(config), dict(rules)
     skipped: dict[str, None] = {}
@@ -116,8 +117,8 @@ def without_makers(rules: Rules, config: Config) -> tuple[dict[Place, Rule], lis
             continue
         if place.layer is None:
             raise LlamaJaxError(
-                f"{place}: scaling of its inputs is not supported, as nothing that makes them could undo it: expected "
-                "a rule without scaling"
+                f"{place}: scaling of its inputs is not supported, as no weight before it could undo the scales: "
+                "expected a rule without scaling"
             )
         made[place] = dataclasses.replace(rule, scaling=None)
         skipped[place.name] = None
@@ -125,12 +126,12 @@ def without_makers(rules: Rules, config: Config) -> tuple[dict[Place, Rule], lis
 
 
 def without_inputs(rules: Rules, config: Config) -> tuple[dict[Place, Rule], list[Place]]:
-    """The rules with round-to-nearest where a rule for several weights asks for GPTQ of one that is only looked up.
+    """Replaces GPTQ by round-to-nearest for weights that are only looked up, where a rule matches several weights.
 
-    A rule for such a weight alone stays as it is, and is refused when it is followed.
+    A rule that matches only such a weight stays as it is; quantizing the weight then raises an error.
 
     Returns:
-        The rules, and the weights that are rounded to nearest.
+        The rules, and the places of the weights that are rounded to nearest.
     """
     of, made, changed = specs(config), dict(rules), []
     shared = collections.Counter(id(rule) for rule in rules.values())
@@ -152,28 +153,30 @@ def quantize(
     types: Literal["ggml"] | None = None,
     on_note: Callable[[str], None] = warnings.warn,
 ) -> Llama:
-    """The model with its weights quantized as a recipe says.
+    """Returns the model with its weights quantized by a recipe.
 
-    Embeddings are grouped along their rows (looked up and, as a head, contracted), matrices along their inputs.
+    Groups run along the rows of embeddings (a row is looked up or, in a head, contracted), and along the inputs of
+    matrices.
 
     Args:
-        model: with arrays for weights; or a checkpoint that was opened, whose weights are then read one by one and
-            never held together.
+        model: a model with arrays as weights, or an opened checkpoint, whose weights are read one by one and never held
+            in memory together.
         recipe: name, path, recipe or rules.
-        calibration: token ids of a text like those that the model is for, [n]; for recipes that need one.
-        window: tokens of that text that are seen together.
-        work: folder for finished layers of a calibrated recipe, so that the same call goes on where it was stopped. It
-            stays: remove it, by `resume.remove_parts`, once the model has been saved.
-        on_weight: called with (weights done, weights in all), a layer's counting singly.
-        types: "ggml": only what a type of ggml's holds without loss, so that `save_checkpoint` writes it as GGUF bit
-            for bit. Scales are float16 then, zero points of uint schemes offsets, and a target of bits a weight is met
-            with types of 2 to 8 bits, whatever groups the rules have.
-        on_note: called with what a recipe asks for and the family cannot have: scales of inputs that nothing makes.
+        calibration: token ids, [n], of a text like those that the model is used for; only for recipes that need one.
+        window: number of tokens per calibration sequence.
+        work: folder for finished layers of a calibrated recipe, so that the same call continues where it was stopped.
+            The folder stays: remove it with `resume.remove_parts` once the model has been saved.
+        on_weight: called with (weights done, weights in all); the weights of each layer count separately.
+        types: "ggml" makes only weights that a ggml type holds without loss, so that `save_checkpoint` writes them to
+            GGUF bit for bit. Then scales are float16, uint schemes have offsets instead of zero points, and a target of
+            bits per weight is met with types of 2 to 8 bits, whatever group sizes the rules have.
+        on_note: called with a message for each request of the recipe that is not followed: GPTQ of a weight that is
+            only looked up, and scaling of inputs that no weight makes.
 
     Raises:
-        LlamaJaxError: if the model is quantized already (but a file's that also holds what only floats are made of: its
-            packed weights stay as they are), a rule does not fit its weight, rules and weights do not cover
-            each other, a norm would be quantized, or the recipe needs a calibration text and none is given.
+        LlamaJaxError: if the model is already quantized, a rule does not fit its weight, a weight has no rule, a rule
+            matches no weight, a norm would be quantized, or the recipe needs a calibration text and none is given. A
+            file in which some types can be read only as floats may be quantized: its packed weights stay as they are.
     """
     recipe = _checked_recipe(recipe, calibration)
     config = model.config
@@ -187,7 +190,7 @@ def quantize(
     parts = None
     if work is not None:
         from llamajax.quantization.resume import (
-            PartsOnDisk,  # here: it needs safetensors, without which random models can be made
+            PartsOnDisk,  # imported here: it needs safetensors, which is not needed to make random models
         )
 
         parts = PartsOnDisk(work, _work_key(rules, recipe, windows, config, read, types))
@@ -209,7 +212,7 @@ def _uncalibrated(
     types: str | None,
     on_weight: Callable[[int, int], None],
 ) -> Llama:
-    """Every weight by itself; `packed` are those that stay as they are, and what they are made of."""
+    """Quantizes every weight by itself; weights in `packed` (each with its `kind_of`) stay as they are."""
     steps = _Steps(on_weight, len(rules) * (2 if recipe.target_bpw else 1))
     if recipe.target_bpw is not None:
         rules = _bits_by_roles(read, rules, recipe, config, steps, types)
@@ -233,12 +236,12 @@ def _bits_by_roles(
 
 
 def _of_types(types: str | None, config: Config) -> Callable[[Place, Rule], list[Rule]] | None:
-    """What bits are chosen from, where only some types may be made."""
+    """Returns a function that gives a weight's candidates if only ggml's types are allowed, else None."""
     return (lambda place, rule: candidates(place, rule, config)) if types else None
 
 
 def _rules(recipe: Recipe, config: Config, types: str | None, on_note: Callable[[str], None]) -> Rules:
-    """The rule of each weight, once it is sure that they can be followed; arguments and errors as of `quantize`."""
+    """Returns the rule for each weight, after checking that all can be followed; arguments and errors as `quantize`."""
     rules = assigned(recipe.rules, config)
     if types not in (None, "ggml"):
         raise LlamaJaxError(f"types is {types!r}: expected None or 'ggml'")
@@ -246,21 +249,21 @@ def _rules(recipe: Recipe, config: Config, types: str | None, on_note: Callable[
         rules = for_ggml(rules, config, recipe.target_bpw is not None)
     rules, only_looked_up = without_inputs(rules, config)
     if only_looked_up:
-        on_note(f"{', '.join(map(str, only_looked_up))}: rounded to nearest: nothing is multiplied with it")
+        on_note(f"{', '.join(map(str, only_looked_up))}: rounded to nearest: only looked up, never multiplied")
     _check_shared_inputs(rules, config)
     rules, unscaled = without_makers(rules, config)
     if unscaled:
         on_note(
-            f"{', '.join(unscaled)}: quantized without scaling of their inputs, which is the residual stream itself in "
-            f"the family {config.family!r}: nothing that makes it could undo the scales"
+            f"{', '.join(unscaled)}: quantized without scaling of their inputs: in the family {config.family!r} the "
+            "input is the residual stream itself, and no weight before it could undo the scales"
         )
     return rules
 
 
 def _packed(model: Llama | Opened, recipe: Recipe) -> dict[Place, Any]:
-    """The weights that stay packed as they are, each with what its layers must share to be one stack.
+    """Returns the weights that stay packed as they are, each with its `kind_of`, which layers of one stack share.
 
-    Those of a file most of whose weights have no packed form here (`Source.expanded`); otherwise there may be none.
+    Packed weights are allowed only in a file that also has weights without a packed form here (`Source.expanded`).
     """
     if not quantized(model if isinstance(model, Llama) else model.abstract):
         return {}
@@ -280,19 +283,19 @@ def _checked_recipe(recipe: str | Path | Recipe | tuple[Rule, ...], calibration:
     elif not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe)
     if recipe.needs_calibration and calibration is None:
-        raise LlamaJaxError("the recipe needs a calibration text, to know what weights are multiplied with: give one")
+        raise LlamaJaxError("the recipe needs a calibration text, to compute the inputs of the weights: give one")
     return recipe
 
 
 def _reader(model: Llama | Opened) -> Callable[[Place], Any]:
-    """One weight at a time, from memory or from a file."""
+    """Returns a function that reads one weight, from memory or from a file."""
     if isinstance(model, Opened):
         return model.read_weight
     return weights_of(jax.tree.map(np.asarray, model)).__getitem__
 
 
 def _side_by_side(work: Callable[[Place], Any], places: Sequence[Place]) -> Iterator[tuple[Place, Any]]:
-    """Results in order, while the next ones are being made: a thread that waits for a file leaves the others a core."""
+    """Yields results in order while threads make the next ones: while one waits for a file, others use the cores."""
     with workers(_WORKERS) as pool:
         coming = collections.deque(pool.submit(work, place) for place in places[:_WORKERS])
         for i, place in enumerate(places):
@@ -303,7 +306,7 @@ def _side_by_side(work: Callable[[Place], Any], places: Sequence[Place]) -> Iter
 
 
 def _check_shared_inputs(rules: Rules, config: Config) -> None:
-    """That weights with a common input agree on how it is scaled."""
+    """Checks that weights with a common input agree on its scaling."""
     for layer in range(config.num_layers):
         for names in inputs(config, layer).values():
             scalings = {rules[Place(name, layer)].scaling for name in names}
@@ -335,7 +338,7 @@ def _chosen_bits(
     steps: _Steps,
     of_types: Callable[[Place, Rule], list[Rule]] | None,
 ) -> dict[Place, Rule]:
-    """`choose_bits`, or what it chose before the work was stopped."""
+    """Returns the result of `choose_bits`, or the stored one if earlier work was interrupted after it."""
     stored = parts.load_arrays("bits") if parts else None
     if stored is not None:
         steps.add(len(rules))
@@ -360,7 +363,7 @@ def _work_key(
     read: Callable[[Place], Any],
     types: str | None,
 ) -> dict[str, Any]:
-    """What the result depends on: named in an error where it differs from what a folder was begun with."""
+    """Returns everything that the result depends on, by name; an error names an entry that differs in a work folder."""
     weights = hashlib.sha256()
     for place in specs(config):
         weights.update(np.ascontiguousarray(read(place)).view(np.uint8).data)

@@ -1,4 +1,4 @@
-"""One weight quantized as one rule says."""
+"""Quantizes one weight by one rule."""
 
 import contextlib
 import dataclasses
@@ -24,18 +24,19 @@ from quant import (
     with_offset,
 )
 
-# Quantized at a time. Three weights are in work, each with several copies of such a part in float32: of 420M weights
-# in bfloat16, beside the result and a process that has compiled anything, 36 MiB; with four times as many 106.
+# Number of weights quantized at a time. Three tensors are in work, each with several copies of such a part in float32.
+# For 420M weights in bfloat16 this takes 36 MiB beside the result and a process that has compiled anything; with parts
+# four times as large, 106 MiB.
 _PART_WEIGHTS = 2**19
 
 
 def quantize_weight(
     place: Place, weight: Any, rule: Rule, spec: Spec, seen: Statistics | None = None
 ) -> jax.Array | QTensor:
-    """One weight, of any number of leading axes, by its rule, with statistics of its input where the rule needs them.
+    """Quantizes one weight, with any number of leading axes, by its rule; `seen` are statistics of its input.
 
     Raises:
-        LlamaJaxError: naming the weight, if the rule does not fit it, or it is not finite.
+        LlamaJaxError: with the name of the weight, if the rule does not fit it, or it is not finite.
     """
     if rule.keep or rule.scheme is None:
         if not jnp.isfinite(weight).all():
@@ -47,7 +48,7 @@ def quantize_weight(
     assert rule.scheme is not None  # a rule that quantizes
     with naming(f"{place} of shape {shape}"):
         if seen is None and rule.needs_calibration:
-            raise ValueError("a rule that needs calibration, for a weight that is looked up: its inputs are token ids")
+            raise ValueError("the rule needs calibration, but the weight is looked up: its inputs are token ids")
         if rule.outliers:
             assert seen is not None
             index = outlier_channels(seen.max_abs_K, rule.outliers)
@@ -61,7 +62,7 @@ def quantize_weight(
 
 @contextlib.contextmanager
 def naming(what: str) -> Iterator[None]:
-    """Makes errors of `quant` about a weight, which do not know its name, errors that begin with `what`."""
+    """Turns errors of `quant`, which does not know the name of a weight, into errors that begin with `what`."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -69,10 +70,10 @@ def naming(what: str) -> Iterator[None]:
 
 
 def in_dtype(place: Place, weight: jax.Array, dtype: Any) -> jax.Array:
-    """A float32 weight in the dtype that it is kept in.
+    """Converts a float32 weight to the dtype in which it is stored.
 
     Raises:
-        LlamaJaxError: naming the weight, if a value of it is above the dtype's range.
+        LlamaJaxError: with the name of the weight, if a value is above the dtype's range.
     """
     cast = weight.astype(dtype)
     if not jnp.isfinite(cast).all():
@@ -85,7 +86,7 @@ def in_dtype(place: Place, weight: jax.Array, dtype: Any) -> jax.Array:
 
 
 def by_rounding(weight: Any, rule: Rule, axis: int, importance: Any = None) -> QTensor:
-    """A weight by round-to-nearest, in the form that a rule, for inputs of its length, asks for.
+    """Quantizes a weight by round-to-nearest, in the form of a rule that was resolved for its length.
 
     Raises:
         ValueError: if the rule does not fit the weight.
@@ -101,7 +102,7 @@ def by_rounding(weight: Any, rule: Rule, axis: int, importance: Any = None) -> Q
 
 
 def _quantizer(rule: Rule, axis: int, seen: Statistics | None) -> Callable[[jax.Array], QTensor]:
-    """The method of a rule, as a function of the weight."""
+    """Returns the method of a rule, as a function of the weight."""
     scheme = rule.scheme
     assert scheme is not None  # a rule that quantizes
     if rule.method == "rtn":
@@ -115,7 +116,7 @@ def _quantizer(rule: Rule, axis: int, seen: Statistics | None) -> Callable[[jax.
     hessian_KK = seen.hessian_KK
     options |= {"damping": rule.damping, "descent": rule.descent}
     if rule.scale_scheme is not None and rule.scale_group != "channel":
-        # Scales of several groups hang together, and cannot wait until GPTQ reaches the last of them.
+        # Scales of several groups depend on each other, so they are chosen before GPTQ reaches the last group.
         importance = jnp.diagonal(hessian_KK) if rule.clip else None
         scales = lambda weight: by_rounding(weight, rule, axis, importance)  # noqa: E731
         return lambda weight: quantize_gptq(weight, hessian_KK, scheme, scales=scales(weight), **options)
@@ -124,15 +125,15 @@ def _quantizer(rule: Rule, axis: int, seen: Statistics | None) -> Callable[[jax.
 
 
 def _in_parts(quantizer: Callable[[jax.Array], QTensor], weight: Any, rule: Rule, axis: int) -> QTensor:
-    """A weight by parts of its outputs, where these do not depend on each other.
+    """Quantizes a weight in parts along its outputs, if these do not depend on each other.
 
-    Whole, it would be copied into float32 several times; parts stay in a processor's cache.
+    The whole weight would be copied into float32 several times; parts stay in a processor's cache.
     """
     if rule.method == "gptq" or rule.group_size == "tensor" or weight.size <= _PART_WEIGHTS:
         return quantizer(jnp.asarray(weight))
     across = -1 if axis == -2 else -2
     count = weight.shape[across]
-    # All of one size, if there is a divisor, so that one program serves.
+    # All parts have one size, if there is a suitable divisor, so that one compiled program serves.
     most = max(1, _PART_WEIGHTS * count // weight.size)
     size = max(size for size in range(1, most + 1) if count % size == 0)
     size = most if size < most // 4 else size
@@ -143,7 +144,7 @@ def _in_parts(quantizer: Callable[[jax.Array], QTensor], weight: Any, rule: Rule
 
 
 def _without(seen: Statistics, index: jax.Array) -> Statistics:
-    """The statistics for GPTQ as if those channels had no inputs: their weights are kept beside the codes."""
+    """Returns statistics for GPTQ in which the outlier channels are zero: their weights are stored beside the codes."""
     if seen.hessian_KK is None:
         return seen
     return seen._replace(hessian_KK=seen.hessian_KK.at[index].set(0).at[:, index].set(0))

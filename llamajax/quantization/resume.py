@@ -1,4 +1,4 @@
-"""Finished parts of a long piece of work on disk, so that it goes on where it was stopped."""
+"""Stores finished parts of a long computation on disk, so that it continues where it was stopped."""
 
 import contextlib
 import hashlib
@@ -21,21 +21,21 @@ _SUFFIX = ".safetensors"
 
 
 class PartsOnDisk:
-    """A folder with one safetensors file for each finished part, and `work.json`, which says what work it is of.
+    """A folder with one safetensors file for each finished part, and `work.json`, which identifies the work.
 
-    Every file is written beside its name and renamed, and holds a hash of its content: one that is read is what was
-    written. The folder is refused for any other work.
+    Every file is written under a temporary name and renamed. Part files hold a hash of their content, which is checked
+    when they are read. The folder is refused for any other work.
     """
 
     def __init__(self, folder: Path, work: Mapping[str, Any]):
-        """Opens the folder, or makes it; what a killed process left unfinished is removed.
+        """Opens or creates the folder, and removes unfinished files of a killed process.
 
         Args:
-            folder: where.
-            work: whatever the result depends on, by name; JSON values.
+            folder: path of the folder.
+            work: everything that the result depends on, by name; JSON values.
 
         Raises:
-            LlamaJaxError: if the folder cannot be made, or holds parts of other work, or anything else.
+            LlamaJaxError: if the folder cannot be created, holds parts of other work, or holds other files.
         """
         self._folder = folder
         try:
@@ -49,20 +49,20 @@ class PartsOnDisk:
         if any(entry != file for entry in folder.iterdir()):
             if not file.exists():
                 raise LlamaJaxError(
-                    f"{folder}: is not empty, and no {_KEY} in it says what work it is of: remove it or choose another "
-                    "path"
+                    f"{folder}: is not empty, and no {_KEY} in it says which work it belongs to: remove it or choose "
+                    "another path"
                 )
             _check_same(folder, _read_key(file), work)
-        else:  # no part is finished: whatever work it was for
+        else:  # no part is finished, so that the folder may be used for any work
             with _written(file) as partial:
                 partial.write_text(json.dumps(work, indent=2) + "\n", encoding="utf-8")
 
     def names(self) -> list[str]:
-        """Of the finished parts, sorted."""
+        """Returns the names of the finished parts, sorted."""
         return sorted(file.name.removesuffix(_SUFFIX) for file in self._folder.glob(f"*{_SUFFIX}"))
 
     def load(self, part: str) -> dict[str, Any] | None:
-        """The weights of a part, as NumPy arrays and `QTensor`s of them; None if it is not there.
+        """Loads the weights of a part, as NumPy arrays and `QTensor`s of them; None if there is no such part.
 
         Raises:
             LlamaJaxError: if the file is damaged.
@@ -85,7 +85,7 @@ class PartsOnDisk:
         self.store_arrays(part, arrays, json.dumps({name: describe(weight) for name, weight in weights.items()}))
 
     def load_arrays(self, part: str) -> tuple[dict[str, np.ndarray], str] | None:
-        """The arrays of a part and its description; None if it is not there.
+        """Loads the arrays of a part and its description; None if there is no such part.
 
         Raises:
             LlamaJaxError: if the file is damaged.
@@ -100,14 +100,14 @@ class PartsOnDisk:
         except (SafetensorError, OSError, ValueError, TypeError) as error:
             raise self._damaged(part, error) from None
         if metadata.get("sha256") != _digest(arrays, metadata.get("description", "")):
-            raise self._damaged(part, "its content is not what was written")
+            raise self._damaged(part, "its content has changed since it was written")
         return arrays, metadata["description"]
 
     def store_arrays(self, part: str, arrays: Mapping[str, Any], description: str = "") -> None:
-        """Writes a part, in place of one of that name.
+        """Writes a part; replaces a part of the same name.
 
         Raises:
-            LlamaJaxError: if it cannot be written; the parts before it stay.
+            LlamaJaxError: if it cannot be written; earlier parts stay.
         """
         file = self._folder / f"{part}{_SUFFIX}"
         contiguous = {name: np.ascontiguousarray(array).reshape(np.shape(array)) for name, array in arrays.items()}
@@ -121,12 +121,12 @@ class PartsOnDisk:
 
     def _damaged(self, part: str, why: object) -> LlamaJaxError:
         return LlamaJaxError(
-            f"{self._folder / part}{_SUFFIX}: damaged ({shortened(str(why))}): remove it to make it anew"
+            f"{self._folder / part}{_SUFFIX}: damaged ({shortened(str(why))}): remove it to compute it again"
         )
 
 
 def remove_parts(folder: Path) -> None:
-    """Removes a folder of `PartsOnDisk`, once the work is done and saved; what else is in it stays."""
+    """Removes a folder of `PartsOnDisk` once the work is done and saved; other files in it stay."""
     for file in (*folder.glob(f"*{_SUFFIX}"), folder / _KEY):
         clear_leftovers(file)
         file.unlink(missing_ok=True)
@@ -136,31 +136,31 @@ def remove_parts(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _written(file: Path) -> Iterator[Path]:
-    """`new_file`, with an error that says how to go on."""
+    """Does what `new_file` does, with an error that says how to continue."""
     try:
         with new_file(file) as partial:
             yield partial
-    except LlamaJaxError as error:  # a full disk, most of all
-        raise LlamaJaxError(f"{error}; the same command goes on where it was stopped") from None
+    except LlamaJaxError as error:  # most often, a full disk
+        raise LlamaJaxError(f"{error}; the same command continues where it was stopped") from None
     except (SafetensorError, OSError) as error:
         raise LlamaJaxError(
-            f"{file}: cannot be written ({shortened(str(error))}); the same command goes on where it was stopped"
+            f"{file}: cannot be written ({shortened(str(error))}); the same command continues where it was stopped"
         ) from None
 
 
 def _read_key(file: Path) -> dict[str, Any]:
-    """What `work.json` says."""
+    """Reads `work.json`."""
     try:
         work = read_json(file)
         if not isinstance(work, dict):
             raise LlamaJaxError(f"{file}: {shortened(work)}: expected an object")
         return work
     except (LlamaJaxError, OSError) as error:
-        raise LlamaJaxError(f"{error}: remove {file.parent} to begin anew") from None
+        raise LlamaJaxError(f"{error}: remove {file.parent} to start again") from None
 
 
 def _check_same(folder: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Refuses a folder of other work, by the first thing that differs."""
+    """Refuses a folder of other work; the error names the first entry that differs."""
     name = ""
     there: Any = dict(theirs)
     here: Any = dict(ours)
@@ -170,13 +170,13 @@ def _check_same(folder: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]
         there, here = there.get(name), here.get(name)
     if there != here:
         raise LlamaJaxError(
-            f"{folder}: holds parts of other work: {name} is {shortened(there)} there, {shortened(here)} here: give "
-            "what it was begun with, or remove it to begin anew"
+            f"{folder}: holds parts of other work: {name} is {shortened(there)} there, {shortened(here)} here: use the "
+            "value that the work was started with, or remove the folder to start again"
         )
 
 
 def _digest(arrays: Mapping[str, np.ndarray], description: str) -> str:
-    """Of names, dtypes, shapes, bytes and the description."""
+    """Returns a hash of names, dtypes, shapes, bytes and the description."""
     digest = hashlib.sha256(description.encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"\n{name} {array.dtype} {array.shape}\n".encode())
@@ -185,12 +185,12 @@ def _digest(arrays: Mapping[str, np.ndarray], description: str) -> str:
 
 
 def _keys(name: str, weight: Any) -> list[str]:
-    """A name for each array of a weight."""
+    """Returns a name for each array of a weight."""
     return [f"{name}/{i}" for i in range(len(jax.tree.leaves(weight)))]
 
 
 def _assembled(arrays: Mapping[str, np.ndarray], name: str, abstract: Any) -> Any:
-    """One weight, of the shapes and dtypes that it is said to have."""
+    """Assembles one weight, and checks its arrays against the shapes and dtypes of its description."""
     leaves = [arrays[key] for key in _keys(name, abstract)]
     for array, leaf in zip(leaves, jax.tree.leaves(abstract), strict=True):
         if (array.shape, array.dtype) != (leaf.shape, leaf.dtype):

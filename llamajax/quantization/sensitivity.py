@@ -1,14 +1,14 @@
-"""How much a change of each weight costs in KL divergence: the diagonal of the Fisher information, layer by layer.
+"""Computes the diagonal of the Fisher information layer by layer: the KL divergence that a change of a weight costs.
 
-The divergence of a changed model from the model itself is, to second order, half the square of the change under the
-Fisher information: KL = 1/2 d' F d. F is the mean of g g' for gradients g of -log p of tokens that the model itself
-draws (Martens 2014, arXiv:1412.1193), so no true next token enters. Of F only the diagonal is kept, and of each
-position's gradient x g' of a weight only the product of squares: `fisher_KM` is the mean over tokens of x_k^2 g_m^2.
-Rounding errors of different weights have independent signs, for which the diagonal is what counts.
+To second order, the KL divergence of a changed model from the original is half the square of the change d under the
+Fisher information F: KL = 1/2 d' F d. F is the mean of g g' for gradients g of -log p of tokens that the model itself
+draws (Martens 2014, arXiv:1412.1193), so the text's true next tokens do not enter. Only the diagonal of F is computed:
+a position's gradient for a weight is x g', and `fisher_KM` is the mean over tokens of x_k^2 g_m^2. The diagonal
+suffices because rounding errors of different weights have independent signs.
 
-One forward and one backward pass over the text, with the weights of one layer in memory; the residual stream before
-each layer is kept on the host, in bfloat16. Dimension key as in `config.py`; `K` is the contraction axis of any weight,
-`M` its outputs.
+The computation takes one forward and one backward pass over the text, with the weights of one layer in memory. The
+residual stream before each layer is kept on the host, in bfloat16. Dimension key as in `config.py`; `K` is the
+contraction axis of any weight, `M` its outputs.
 """
 
 import functools
@@ -26,9 +26,9 @@ from llamajax.parameters import Place, block_weights, specs
 from llamajax.quantization import calibrate
 from quant import Probe, values
 
-# Tokens whose gradients are in memory together: of a layer, inputs and outputs of all its weights.
+# Tokens per batch in a layer: memory holds the inputs and output gradients of all its weights for them.
 _BATCH_TOKENS = 1024
-# Of the head: logits of a large vocabulary, and their gradient.
+# Tokens per batch in the head: memory holds logits of a large vocabulary, and their gradient.
 _HEAD_TOKENS = 512
 
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -41,17 +41,17 @@ def gradients(
     *,
     seed: int = 0,
 ) -> Iterator[tuple[Place, jax.Array, jax.Array]]:
-    """The Fisher information of every matrix: the head's, the layers' from the last to the first, the embeddings'.
+    """Yields the Fisher information of every matrix: the head, the layers from last to first, the embedding.
 
     Args:
-        read: one weight at a time.
+        read: returns one weight.
         config: the architecture.
-        windows_WT: text, whose tokens the model's own draws take the place of as targets.
-        seed: of these draws.
+        windows_WT: text; its tokens are inputs only, targets are drawn from the model.
+        seed: seed of these draws.
 
     Yields:
-        A place, its weight in float32, and a token's mean of the diagonal, of the weight's shape. A tied embedding
-        comes once, as what is looked up and as the head together.
+        A place, its weight in float32, and the diagonal of the Fisher information per token, of the weight's shape. A
+        tied embedding comes once, with the sum of its information as embedding and as head.
     """
     outside = [place for place in specs(config) if place.layer is None]
     whole = {place.name: values(read(place)) for place in outside}
@@ -75,7 +75,7 @@ def gradients(
 
 
 def _rows(shape: tuple[int, ...], most_tokens: int) -> Iterator[slice]:
-    """Slices of windows, all of one length, of about so many tokens."""
+    """Yields slices of windows, all of one length, of up to about `most_tokens` tokens."""
     count, length = shape[:2]
     most = max(1, most_tokens // length)
     size = max(size for size in range(1, min(most, count) + 1) if count % size == 0)
@@ -88,7 +88,7 @@ def _rows(shape: tuple[int, ...], most_tokens: int) -> Iterator[slice]:
 def _through_head(
     whole: Mapping[str, Any], config: Config, x_WTD: np.ndarray, seed: int
 ) -> tuple[np.ndarray, jax.Array]:
-    """The gradient behind the last layer [W, T, D], and the head's Fisher information."""
+    """Returns the gradient behind the last layer [W, T, D], and the head's Fisher information."""
     g_WTD, total, key = np.empty_like(x_WTD), None, jax.random.key(seed)
     for number, rows in enumerate(_rows(x_WTD.shape, _HEAD_TOKENS)):
         one = jax.random.fold_in(key, number)
@@ -101,7 +101,7 @@ def _through_head(
 def _head_gradient(
     whole: Mapping[str, Any], x_BTD: jax.Array, key: jax.Array, total: Any, config: Config
 ) -> tuple[jax.Array, Any]:
-    """The gradient of -log p of drawn tokens before the final norm, and the sum of the squares' products."""
+    """Returns the gradient of -log p of drawn tokens before the final norm, and the sum of x_k^2 g_m^2 over tokens."""
     name = "head_VD" if "head_VD" in whole else "embed_VD"
 
     def logits(x_BTD: jax.Array, added_BTV: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -128,7 +128,7 @@ def _flat(x: jax.Array) -> jax.Array:
 def _through_layer(
     block: Any, x_WTD: np.ndarray, g_WTD: np.ndarray, config: Config, layer: int
 ) -> tuple[np.ndarray, dict[str, jax.Array]]:
-    """The gradient before a layer, in place of that behind it; and the Fisher information of its matrices."""
+    """Replaces the gradient behind a layer by that before it; also returns the Fisher information of its matrices."""
     matrices = tuple(place.name for place, spec in specs(config).items() if place.layer == layer and spec.is_matrix)
     numbers = dict(config.numbers(layer))
     total = None
@@ -144,7 +144,7 @@ def _through_layer(
 def _layer_gradient(
     block: Any, x_BTD: jax.Array, g_BTD: jax.Array, numbers: Mapping[str, Any], total: Any, matrices: tuple[str, ...]
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The gradient before a layer, and the sums of the squares' products with a batch more."""
+    """Returns the gradient before a layer, and the sums of x_k^2 g_m^2 with this batch added."""
     of = block_weights(block)
 
     def run(x_BTD: jax.Array, added: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -160,7 +160,7 @@ def _layer_gradient(
 
 
 def _table_fisher(tokens_WT: np.ndarray, g_WTD: np.ndarray, height: int) -> jax.Array:
-    """Of the table that tokens are looked up in: of a token's row the squares of all gradients where it stands."""
+    """Returns the Fisher information of the embedding: each token's row sums the squared gradients at its positions."""
     sums_VD = np.zeros((height, g_WTD.shape[-1]), np.float32)
     np.add.at(sums_VD, tokens_WT.reshape(-1), (g_WTD**2).reshape(-1, g_WTD.shape[-1]))
     return jnp.asarray(sums_VD / tokens_WT.size)

@@ -1,9 +1,9 @@
-"""Scales and norms of a quantized model, tuned by how its predictions differ from those of the model it was made from.
+"""Tunes scales and norms of a quantized model so that its predictions come nearer to the float model's.
 
-Codes stay. A factor near 1 is learnt for each scale and each weight of a norm, by Adam (Kingma & Ba 2014,
-arXiv:1412.6980). This is the end-to-end phase of EfficientQAT (Chen et al. 2024, arXiv:2407.11062) with another loss:
-the KL divergence from the float model's predictions instead of the text's next tokens. A short text has few tokens, but
-a whole distribution at each position.
+Codes do not change. Adam (Kingma & Ba 2014, arXiv:1412.6980) learns a factor near 1 for each scale and each norm
+weight. This is the end-to-end phase of EfficientQAT (Chen et al. 2024, arXiv:2407.11062) with another loss: the KL
+divergence from the float model's predictions, instead of the cross-entropy of the text's next tokens. A short text has
+few tokens, but the float model gives a whole distribution at each position.
 """
 
 import functools
@@ -22,7 +22,7 @@ from llamajax.quantization.calibrate import behind_layers, embedded, outside_mod
 from llamajax.trainable import trainable
 from quant import with_float_scales, with_scales_of
 
-# Of scales. With 3e-3 one pass over 8,192 tokens made SmolLM2-135M at 4.5 bits worse on other text.
+# Of the factors. With 3e-3, one pass over 8,192 tokens made SmolLM2-135M at 4.5 bits worse on other text.
 _LEARNING_RATE = 1e-3
 _DECAY = 0.9, 0.95
 
@@ -37,24 +37,24 @@ def tune(
     seed: int = 0,
     on_step: Callable[[int], None] = lambda count: None,
 ) -> Llama:
-    """The model with scales and norms that bring its predictions nearer to the float model's on a text.
+    """Returns the model with scales and norms that bring its predictions nearer to the float model's on a text.
 
-    A window at a time, in an order drawn anew for each pass; the learning rate falls to 0 as a cosine.
+    Each step uses one window, in an order that is drawn again for each pass. The learning rate falls to 0 as a cosine.
 
     Args:
-        model: quantized.
-        read: one weight of the float model at a time.
+        model: the quantized model.
+        read: returns one weight of the float model.
         windows_WT: calibration text.
-        passes: over the text.
+        passes: number of passes over the text.
         learning_rate: relative to the scales.
-        seed: of the order of windows.
-        on_step: called with how many windows more have been seen.
+        seed: seed of the order of windows.
+        on_step: called with the number of windows used since the last call.
     """
     config = model.config
     outside = {place.name: read(place) for place in specs(config) if place.layer is None}
     hidden_WTD = behind_layers(read, embedded(outside, windows_WT, config), config).astype(ml_dtypes.bfloat16)
     teacher = outside_model(outside, config)
-    # Scales in codes are floats meanwhile: one factor for all groups of an output would leave little to learn.
+    # Quantized scales are floats while tuning: with one factor for all groups of an output, little could be learnt.
     train, rest, merge = trainable(with_float_scales(model))
     steps = passes * len(windows_WT)
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps), *_DECAY)
@@ -87,5 +87,5 @@ def tune(
 
 
 def _changed(train: Mapping[str, Any], change: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Arrays by their factors 1 + change, float32."""
+    """Returns the arrays times their factors 1 + change, float32."""
     return {name: jnp.asarray(array).astype(jnp.float32) * (1 + change[name]) for name, array in train.items()}

@@ -1,7 +1,7 @@
-"""GGUF: the files of llama.cpp, read where they are, packed as they are.
+"""Reads and writes GGUF, the files of llama.cpp; packed weights stay packed as they are in the file.
 
-`container` knows files: metadata, and tensors as blocks of bytes. `names`, `config`, `rope` and `words` know what a
-model's mean; `source` reads it; `write` writes it, with `encode` for the bytes.
+`container` reads files: metadata, and tensors as blocks of bytes. `names`, `config`, `rope` and `words` interpret the
+metadata of a model; `source` reads a model; `write` writes one, with `encode` for the bytes.
 """
 
 from llamajax.checkpoint.gguf.source import open_source, recognise

@@ -1,4 +1,4 @@
-"""Tensors of GGUF files: blocks of bytes of a type of ggml's, and their bytes in the other order."""
+"""Describes tensors of GGUF files, which are blocks of bytes of a ggml type, and swaps the byte order of blocks."""
 
 import dataclasses
 import math
@@ -7,9 +7,10 @@ import numpy as np
 
 from quant import ggml
 
-# Which bytes of a block are one number, (offset, size) by the type's name: those that a big-endian file turns round
-# (ggml-common.h). Fifth bits of Q5_0 and Q5_1 are written as one 32-bit number. What is not here, IQ1, IQ2 and IQ3,
-# ggml reads partly as bytes, partly as 16- and 32-bit numbers over them: not the same on both kinds of machine.
+# (offset, size) of each number of several bytes within a block, by the type's name: a big-endian file has their bytes
+# in reverse order (ggml-common.h). Fifth bits of Q5_0 and Q5_1 are written as one 32-bit number. IQ1, IQ2 and IQ3 are
+# not listed: ggml reads the same bytes partly as bytes, partly as 16- and 32-bit numbers, so that they mean different
+# things on machines of different byte order.
 _NUMBERS: dict[str, tuple[tuple[int, int], ...]] = {
     **{"F32": ((0, 4),), "F16": ((0, 2),), "BF16": ((0, 2),)},
     **{"F64": ((0, 8),), "I64": ((0, 8),), "I32": ((0, 4),), "I16": ((0, 2),), "I8": ()},
@@ -24,14 +25,14 @@ _NUMBERS: dict[str, tuple[tuple[int, int], ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """What a file says of a tensor.
+    """A file's description of a tensor.
 
     Attributes:
-        name: of the tensor.
+        name: name of the tensor.
         kind: its type.
-        shape: rows first, [out, in] of a matrix; the last axis is the one whose weights stand one behind the other.
+        shape: rows first, [out, in] for a matrix; weights are contiguous along the last axis.
         file: number of the part that holds it.
-        start: the byte at which it begins there.
+        start: byte offset at which it begins in that part.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Tensor:
 
 
 def turned(blocks: np.ndarray, kind: ggml.Type) -> np.ndarray | None:
-    """Blocks of the other byte order, uint8 [rows, bytes]: a copy; None where nobody says what it is."""
+    """Returns a copy of blocks, uint8 [rows, bytes], in the other byte order; None if the type has no such order."""
     if kind.name not in _NUMBERS:
         return None
     order = np.arange(kind.nbytes)

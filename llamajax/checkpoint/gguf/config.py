@@ -1,7 +1,7 @@
-"""The metadata of a GGUF file as a `Config`: each key of the architecture is read, known to do nothing, or an error.
+"""Reads a `Config` from a GGUF file's metadata. Each key of the architecture is read, has no effect, or is an error.
 
-What all architectures have is here, what a family has beside it in `families/`. Meanings and defaults are those of
-llama.cpp: `load_hparams` in src/llama-model.cpp, and of each architecture in src/models/.
+Keys of all architectures are read here, keys of one family in `families/`. Meanings and defaults are those of
+llama.cpp: `load_hparams` in src/llama-model.cpp, and each architecture's in src/models/.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from llamajax.files import shortened
 from llamajax.rope import Rope
 from llamajax.words import SAMPLING, sampling_in_range
 
-QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml.h: how blocks are laid out
-# Our field for each key that says one.
+QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION of ggml.h: the layout of blocks
+# Our field for each key that sets one.
 FIELDS = {
     "embedding_length": "width",
     "feed_forward_length": "ffn_width",
@@ -37,9 +37,9 @@ _REQUIRED = (
     *("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count"),
     "attention.layer_norm_rms_epsilon",
 )
-# One number for all layers, or one for each.
+# Keys that hold one number for all layers, or an array with one for each.
 _OF_LAYERS = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
-# A family's, that may be an array.
+# Keys of a family that may hold an array.
 _ARRAYS = ("attention.sliding_window_pattern",)
 # Keys that would change the forward pass: allowed only at the values at which they do nothing, unless a family reads
 # them.
@@ -63,9 +63,9 @@ _ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "rope.scaling.attn_factor": (0, 1, 0.0, 1.0),
     "rope.scaling.alpha": (0, 0.0),
 }
-# Those that must be the size of a head, unless a family reads them.
+# Keys that must equal the size of a head, unless a family reads them.
 _OF_HEADS = ("attention.value_length", "rope.dimension_count")
-# Of no effect where RoPE is not scaled by YaRN, where no layer has a window, or on what llama.cpp computes at all.
+# Keys without effect if RoPE is not scaled by YaRN, if no layer has a window, or if llama.cpp never uses them.
 _NO_EFFECT = frozenset(
     (
         *("rope.scaling.original_context_length", "rope.scaling.finetuned", "rope.scaling.yarn_log_multiplier"),
@@ -74,7 +74,7 @@ _NO_EFFECT = frozenset(
         *("attention.sliding_window_pattern", "rope.freq_base_swa", "attention.temperature_length"),
     )
 )
-# The switch that is on where a file has a tensor: no key says so.
+# Switches of `Config` that are on if a file has the tensor; no key says so.
 _BIASES = {
     "qkv_bias": "blk.0.attn_q.bias",
     "out_bias": "blk.0.attn_output.bias",
@@ -82,7 +82,7 @@ _BIASES = {
 }
 HEAD = "output.weight"
 
-# gguf-py's `Keys.General`; what of it decides how tokens are drawn, under our names.
+# The sampling parameters among gguf-py's `Keys.General`, with our names.
 SAMPLING_KEYS = {
     "general.sampling.temp": "temperature",
     "general.sampling.top_k": "top_k",
@@ -90,8 +90,8 @@ SAMPLING_KEYS = {
     "general.sampling.min_p": "min_p",
     "general.sampling.penalty_repeat": "repetition_penalty",
 }
-_OFF = ("top_k", "min_p")  # by 0 or less
-# Where other keys that are known begin: descriptions, how a file was made.
+_OFF = ("top_k", "min_p")  # values of 0 or less turn them off
+# Prefixes of other known keys: descriptions of the model, and of how the file was made.
 _DESCRIPTIONS = ("general.", "quantize.", "split.", "imatrix.", "training.")
 
 
@@ -103,22 +103,22 @@ def config_of(
     tensors: Collection[str],
     ignore_keys: Collection[str] = (),
 ) -> tuple[Config, Keys, list[str]]:
-    """A model's sizes and switches, without RoPE factors that come as a tensor.
+    """Reads a model's config, without RoPE factors that are stored as a tensor.
 
     Args:
-        path: of the file, for messages.
-        architecture: its name, which keys begin with.
-        metadata: of the file.
-        vocab_size: rows of the embedding.
-        tensors: names of the file's.
-        ignore_keys: keys to be read over.
+        path: path of the file, for messages.
+        architecture: its name, the prefix of its keys.
+        metadata: the file's metadata.
+        vocab_size: number of rows of the embedding.
+        tensors: names of the file's tensors.
+        ignore_keys: keys to ignore.
 
     Returns:
         The config; the keys of the architecture; and notes.
 
     Raises:
-        LlamaJaxError: for a key of the architecture that is missing, unknown, or asks for something that we do not do;
-            for one that is to be ignored and that the model is made by.
+        LlamaJaxError: if a key of the architecture is missing, unknown, or has an unsupported value, or if a key to be
+            ignored is needed for the config.
     """
     prefix = f"{architecture}."
     said = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
@@ -133,7 +133,7 @@ def config_of(
                 f"{path}: {prefix}{key}", keys.take(key), MOST_LAYERS if field == "num_layers" else LARGEST_DIMENSION
             )
     layers = keys.take("block_count")
-    if layers > len(tensors):  # before anything is made for so many layers
+    if layers > len(tensors):  # checked before anything is allocated for so many layers
         raise LlamaJaxError(f"{path}: {layers} layers by its metadata, but {len(tensors)} tensors: some are missing")
     family = _family(architecture, keys)
     assert family.gguf is not None
@@ -155,13 +155,13 @@ def config_of(
     if rows != vocab_size:
         notes.append(
             f"{path}: {prefix}vocab_size is {shortened(rows)}, but the embedding has {vocab_size} rows: "
-            "the latter is used"
+            "the number of rows is used"
         )
     return config, keys, notes
 
 
 def _one_value(path: Any, prefix: str, key: str, value: Any) -> Any:
-    """A value; of an array with a number for each layer, the one that all have."""
+    """Returns a value; for an array with a number for each layer, the number that all layers share."""
     if key in _ARRAYS or not isinstance(value, np.ndarray | list):
         return value
     values = np.asarray(value)
@@ -175,7 +175,7 @@ def _one_value(path: Any, prefix: str, key: str, value: Any) -> Any:
 
 
 def _sizes(keys: Keys) -> dict[str, Any]:
-    """What every architecture says."""
+    """Reads the fields that every architecture has."""
     ours = {name: keys.take(key) for key, name in FIELDS.items() if key in keys}
     ours["norm_eps"] = keys.number("attention.layer_norm_rms_epsilon")
     ours.setdefault("num_kv_heads", ours["num_heads"])
@@ -184,7 +184,7 @@ def _sizes(keys: Keys) -> dict[str, Any]:
 
 
 def _family(architecture: str, keys: Keys) -> Family:
-    """The family of a file: of those that have its architecture, the one whose keys it has."""
+    """Returns the family of a file: among families of its architecture, the one that applies to its keys."""
     forms = [(family, family.gguf) for family in FAMILIES.values() if family.gguf and architecture in family.gguf.kinds]
     for family, form in forms:
         if form.applies is not None and form.applies(keys):
@@ -193,7 +193,7 @@ def _family(architecture: str, keys: Keys) -> Family:
 
 
 def _check_values(keys: Keys, config: Config, ignored: Collection[str]) -> None:
-    """That keys which we do not compute by have the values at which they do nothing."""
+    """Checks that keys which are not supported have the values at which they have no effect."""
     allowed = _ONLY_VALUE | dict.fromkeys(_OF_HEADS, (config.head_size,))
     scale = keys.peek("attention.scale")
     if isinstance(scale, float) and math.isclose(scale, config.score_scale, rel_tol=1e-6):
@@ -204,7 +204,7 @@ def _check_values(keys: Keys, config: Config, ignored: Collection[str]) -> None:
 
 
 def check_quantization(path: Any, metadata: Mapping[str, Any]) -> None:
-    """That blocks are laid out as they have been since GGUF is."""
+    """Checks that blocks have the layout that all GGUF files have so far."""
     version = metadata.get("general.quantization_version", QUANTIZATION_VERSION)
     if not is_whole(version) or version != QUANTIZATION_VERSION:
         raise LlamaJaxError(
@@ -214,7 +214,7 @@ def check_quantization(path: Any, metadata: Mapping[str, Any]) -> None:
 
 
 def sampling_of(path: Any, metadata: Mapping[str, Any]) -> tuple[dict[str, float], list[str]]:
-    """Defaults of sampling, and a note on each that is asked for and not followed."""
+    """Returns default sampling parameters, and a note on each setting that is not followed."""
     found, notes = {}, []
     for key, name in SAMPLING_KEYS.items():
         value = metadata.get(key)
@@ -222,11 +222,11 @@ def sampling_of(path: Any, metadata: Mapping[str, Any]) -> tuple[dict[str, float
             continue
         number = is_whole(value) or (isinstance(value, float) and math.isfinite(value) and name != "top_k")
         if not number or not sampling_in_range(name, max(value, 0) if name == "temperature" else value):
-            notes.append(f"{path}: {key} is {shortened(value)}: left out")
+            notes.append(f"{path}: {key} is {shortened(value)}, which is invalid: ignored")
             continue
         found[name] = max(value, 0) if name == "temperature" else value
     notes += [
-        f"{path}: {key} is {shortened(metadata[key])}, which is not done"
+        f"{path}: {key} is {shortened(metadata[key])}, which is not supported: ignored"
         for key in sorted(metadata)
         if key.startswith("general.sampling.") and key not in SAMPLING_KEYS and not _asks_nothing(key, metadata)
     ]
@@ -234,7 +234,7 @@ def sampling_of(path: Any, metadata: Mapping[str, Any]) -> tuple[dict[str, float
 
 
 def _asks_nothing(key: str, metadata: Mapping[str, Any]) -> bool:
-    """Whether a setting of sampling that is not done changes nothing beside the others."""
+    """Whether an unsupported sampling setting has no effect, given the other settings."""
     name = key.removeprefix("general.sampling.")
     needs = {"penalty_last_n": ("penalty_repeat", 1), "xtc_threshold": ("xtc_probability", 0)}
     needs |= {"mirostat_tau": ("mirostat", 0), "mirostat_eta": ("mirostat", 0)}
@@ -244,6 +244,6 @@ def _asks_nothing(key: str, metadata: Mapping[str, Any]) -> bool:
 
 
 def unknown_keys(metadata: Mapping[str, Any], architecture: str, consumed: Collection[str]) -> list[str]:
-    """Keys that are of nothing that we know."""
+    """Returns keys that are neither read nor known."""
     known = (f"{architecture}.", *_DESCRIPTIONS)
     return sorted(key for key in metadata if not key.startswith(known) and key not in consumed)

@@ -1,13 +1,13 @@
-"""GGUF files, version 2 and 3, of either byte order, whole or split: metadata, and tensors as blocks of bytes.
+"""Opens GGUF files, version 2 and 3, of either byte order, whole or split: metadata, and tensors as blocks of bytes.
 
     file = open_gguf(path)
     file.metadata["llama.block_count"]                 # 30
     file.tensors["blk.0.attn_q.weight"].kind.name      # Q4_1
     file.blocks("blk.0.attn_q.weight")                 # uint8 [576, 360], in the file's own memory
 
-Format: `docs/gguf.md` of ggml, and what llama.cpp's `gguf.cpp` and `gguf-split` make of it. Every length and place in
-the file is checked against the file before anything is made by it. Files are mapped, which makes opening them fast; one
-that is cut short by somebody else while it is being read ends the process, as with every mapped file.
+Format: `docs/gguf.md` of ggml, as llama.cpp's `gguf.cpp` and `gguf-split` interpret it. Every length and offset in the
+file is checked against the file's size before it is used. Files are mapped, so they open fast. As with every mapped
+file, the process dies if another process truncates the file while it is being read.
 """
 
 import dataclasses
@@ -30,14 +30,14 @@ _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 @dataclasses.dataclass(frozen=True)
 class Gguf:
-    """A file, or the parts of one, whose header was read and checked.
+    """A file, or all parts of a split file, whose header was read and checked.
 
     Attributes:
-        path: of the file, the first part of several.
-        version: of the format.
+        path: path of the file; of the first part, if it is split.
+        version: version of the format.
         byteorder: "little" or "big".
-        metadata: every key but those of splitting: int, float, bool, str, a NumPy array of numbers or bools, a list of
-            str, or a list of such.
+        metadata: every key except those of splitting. Values are int, float, bool, str, a NumPy array of numbers or
+            bools, a list of str, or a list of arrays and lists.
         tensors: by name, in the order of the file.
         maps: each part, mapped.
     """
@@ -50,12 +50,12 @@ class Gguf:
     maps: tuple[mmap.mmap, ...]
 
     def blocks(self, name: str) -> np.ndarray:
-        """The bytes of a tensor, uint8 [rows, bytes of a row]; numbers in them are little-endian whatever the file is.
+        """Returns the bytes of a tensor, uint8 [rows, bytes of a row]; numbers in them are always little-endian.
 
-        A view of the mapped file, but for big-endian files.
+        The result is a view of the mapped file, or a copy if the file is big-endian.
 
         Raises:
-            LlamaJaxError: for a type of which nobody says what a big-endian file holds.
+            LlamaJaxError: for a type whose big-endian form is undefined.
         """
         tensor = self.tensors[name]
         data = np.frombuffer(self.maps[tensor.file], np.uint8, tensor.nbytes, tensor.start)
@@ -71,7 +71,7 @@ class Gguf:
         return made
 
     def release(self, name: str) -> None:
-        """Gives back the memory that a tensor's bytes are in, which have been read; they may be read again."""
+        """Releases the memory of the pages that hold a tensor's bytes; the bytes may be read again."""
         tensor = self.tensors[name]
         start = -(-tensor.start // mmap.PAGESIZE) * mmap.PAGESIZE
         length = (tensor.start + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
@@ -80,7 +80,7 @@ class Gguf:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file begins as GGUF files do."""
+    """Whether a file begins with the magic number of GGUF."""
     if not path.is_file():
         return False
     with open_regular(path) as file:
@@ -88,11 +88,10 @@ def is_gguf(path: Path) -> bool:
 
 
 def open_gguf(path: str | Path) -> Gguf:
-    """Reads the header of a file, and of the others beside it if it is a part of several.
+    """Reads the header of a file; if it is a part of a split file, reads the headers of all parts.
 
     Raises:
-        LlamaJaxError: for a damaged file, a version or type of tensor that we do not know, or parts that do not belong
-            together.
+        LlamaJaxError: for a damaged file, an unknown version or tensor type, or parts that do not belong together.
     """
     path = Path(path)
     part = HeaderReader(path).read()
@@ -114,20 +113,20 @@ def open_gguf(path: str | Path) -> Gguf:
 
 
 def _check_whole(path: Path, part: Header) -> None:
-    """That a file which says that it is the only part says so by all keys."""
+    """Checks that a file that is not split has part number 0."""
     if part.metadata.get("split.no", 0) != 0:
         raise LlamaJaxError(f"{path}: split.no is {shortened(part.metadata['split.no'])} in the only part: expected 0")
 
 
 def _paths_of_parts(path: Path, count: Any) -> list[Path]:
-    """All parts of a split file, by the name of one."""
+    """Returns the paths of all parts of a split file, by the name of one part."""
     if not is_whole(count) or not 1 < count <= _MOST_PARTS:
         raise LlamaJaxError(f"{path}: split.count is {shortened(count)}: expected a number from 1 to {_MOST_PARTS}")
     match = _PART.fullmatch(path.name)
     if match is None or int(match[3]) != count:
         raise LlamaJaxError(
-            f"{path}: one of {count} parts, which are found by their names: expected a name such as "
-            f"model-00001-of-{count:05}.gguf: restore the name that it was published with"
+            f"{path}: one of {count} parts, which are found by name: expected a name such as "
+            f"model-00001-of-{count:05}.gguf: restore the name under which it was published"
         )
     paths = [path.with_name(f"{match[1]}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
     missing = [each for each in paths if not each.is_file()]
@@ -141,12 +140,12 @@ def _paths_of_parts(path: Path, count: Any) -> list[Path]:
 
 def _part(path: Path) -> Header:
     if not is_gguf(path):
-        raise LlamaJaxError(f"{path}: not a GGUF file: expected a part of a split one")
+        raise LlamaJaxError(f"{path}: not a GGUF file: expected a part of a split GGUF file")
     return HeaderReader(path).read()
 
 
 def _joined(parts: list[Header]) -> Gguf:
-    """The parts as one: the metadata of the first, the tensors of all."""
+    """Joins parts to one file: the metadata of the first part, the tensors of all."""
     tensors: dict[str, Tensor] = {}
     for number, part in enumerate(parts):
         for name, tensor in part.tensors.items():

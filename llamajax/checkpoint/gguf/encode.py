@@ -1,4 +1,4 @@
-"""The bytes of a GGUF file, version 3, little-endian: what comes before the tensors, and where each of them goes.
+"""Encodes the header of a GGUF file, version 3, little-endian, and computes the offset of each tensor.
 
 Format: `docs/gguf.md` of ggml.
 """
@@ -13,18 +13,18 @@ import numpy as np
 from llamajax.checkpoint.gguf.header import ALIGNMENT, ARRAY, BOOL, NUMBERS, STRING
 
 _VERSION = 3
-# Number and format of what is a number, by NumPy's name.
+# The type's number and `struct` format of each numeric type, by NumPy's name.
 _NUMBERS = {np.dtype(name).name: (number, letter) for number, (letter, name) in NUMBERS.items()} | {"bool": (BOOL, "?")}
 
 
 class Entry(NamedTuple):
-    """A tensor, as the header names it.
+    """A tensor's entry in the header.
 
     Attributes:
-        name: in the file.
-        number: of its type.
-        shape: rows first, as NumPy has it; in the file it is the other way round.
-        nbytes: of its data.
+        name: name in the file.
+        number: number of its type.
+        shape: rows first, as in NumPy; the file has the axes in reverse order.
+        nbytes: number of bytes of its data.
     """
 
     name: str
@@ -34,12 +34,12 @@ class Entry(NamedTuple):
 
 
 def header(metadata: Mapping[str, Any], entries: Sequence[Entry]) -> bytes:
-    """Everything before the data of the first tensor, padding and all.
+    """Encodes everything before the data of the first tensor, including the padding.
 
     Args:
-        metadata: values are bool, int, float, str, NumPy arrays of numbers, and lists or tuples of one of these.
-            Whole numbers become 32 bits wide, unsigned unless one is negative or they are in a list, as llama.cpp asks
-            for them; others float32.
+        metadata: values are bool, int, float, str, NumPy arrays of numbers, and lists or tuples of one of these types.
+            As llama.cpp expects, an int becomes uint32 (uint64 if it is too large, int32 if it is negative), ints in a
+            list become int32, and floats become float32.
         entries: in the order of their data.
 
     Raises:
@@ -56,7 +56,7 @@ def header(metadata: Mapping[str, Any], entries: Sequence[Entry]) -> bytes:
 
 
 def offsets(entries: Iterable[Entry]) -> list[int]:
-    """Where each tensor's data begin, from the first's."""
+    """Returns the offset of each tensor's data from that of the first."""
     found, at = [], 0
     for entry in entries:
         found.append(at)
@@ -65,7 +65,7 @@ def offsets(entries: Iterable[Entry]) -> list[int]:
 
 
 def padding(size: int) -> int:
-    """How many bytes there are between something of that size and what comes next."""
+    """Returns the number of padding bytes behind data of a size."""
     return -size % ALIGNMENT
 
 
@@ -75,7 +75,7 @@ def _text(text: str | bytes) -> bytes:
 
 
 def _value(key: str, value: Any) -> bytes:
-    """A value with its type in front."""
+    """Encodes a value, with its type in front."""
     try:
         if isinstance(value, np.ndarray | list | tuple):
             return struct.pack("<I", ARRAY) + _elements(value)
@@ -84,7 +84,7 @@ def _value(key: str, value: Any) -> bytes:
         number, form = _NUMBERS[_scalar_type(value)]
         return struct.pack(f"<I{form}", number, value)
     except (KeyError, struct.error, OverflowError, UnicodeEncodeError) as error:
-        raise ValueError(f"{key}: {str(error)[:100]}: expected what GGUF can hold") from None
+        raise ValueError(f"{key}: {str(error)[:100]}: expected a value that GGUF can hold") from None
 
 
 def _scalar_type(value: Any) -> str:
@@ -102,7 +102,7 @@ def _scalar_type(value: Any) -> str:
 
 
 def _elements(values: Any) -> bytes:
-    """The elements of an array, with their type and number in front."""
+    """Encodes the elements of an array, with their type and number in front."""
     if isinstance(values, np.ndarray):
         number, _ = _NUMBERS[values.dtype.name]
         return struct.pack("<IQ", number, values.size) + values.astype(values.dtype.newbyteorder("<")).tobytes()

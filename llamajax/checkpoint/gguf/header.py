@@ -1,4 +1,4 @@
-"""The header of one GGUF file: each length and place in it is checked before anything is made by it."""
+"""Reads the header of one GGUF file. Each length and offset in it is checked before it is used."""
 
 import dataclasses
 import mmap
@@ -14,19 +14,19 @@ from llamajax.errors import LlamaJaxError
 from llamajax.files import open_regular, shortened
 from quant import ggml
 
-# "FUGG" is what gguf-py's converter of byte orders began to write at the head of big-endian files; others keep "GGUF".
+# gguf-py's converter of byte orders writes "FUGG" at the head of big-endian files; other big-endian files have "GGUF".
 MAGICS = (b"GGUF", b"FUGG")
 VERSIONS = (2, 3)
 
-# The vocabulary of Gemma 3, the largest in use, has 777,000 strings, of 9 MB. Strings take more memory than bytes.
+# Gemma 3 has the largest vocabulary in use: 777,000 strings, 9 MB. A string takes more memory than its bytes.
 _MOST_STRINGS = 1 << 21
 _LARGEST_METADATA = 1 << 26  # a character may take 4 bytes in memory
 _LONGEST_NAME = 1024  # ggml's own limit is 63
-_MOST_TENSORS = 1 << 16  # and as many keys
+_MOST_TENSORS = 1 << 16  # the limit for keys as well
 _LARGEST_ALIGNMENT = 1 << 16
 _DEEPEST_ARRAY = 4
 
-# By the number of a type of value: `struct`'s letter, NumPy's name without its byte order.
+# By the number of a value's type: `struct`'s letter, and NumPy's name without byte order.
 NUMBERS = {
     **{0: ("B", "u1"), 1: ("b", "i1"), 2: ("H", "u2"), 3: ("h", "i2"), 4: ("I", "u4"), 5: ("i", "i4")},
     **{6: ("f", "f4"), 10: ("Q", "u8"), 11: ("q", "i8"), 12: ("d", "f8")},
@@ -37,13 +37,14 @@ ALIGNMENT = 32  # unless `general.alignment` says another
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What one file says.
+    """The header of one file.
 
     Attributes:
-        path: of the file.
-        version: of the format.
+        path: path of the file.
+        version: version of the format.
         byteorder: "little" or "big".
-        metadata: every key: int, float, bool, str, a NumPy array of numbers or bools, a list of str, or of such arrays.
+        metadata: every key. Values are int, float, bool, str, a NumPy array of numbers or bools, a list of str, or a
+            list of arrays and lists.
         tensors: by name, in the order of the file.
         map: the whole file, mapped.
     """
@@ -57,10 +58,10 @@ class Header:
 
 
 class HeaderReader:
-    """Reads one file from its beginning on."""
+    """Reads one file sequentially from its beginning."""
 
     def __init__(self, path: Path):
-        """Maps the file; checks magic and version."""
+        """Maps the file; checks magic number and version."""
         self.path = path
         with open_regular(path) as file:
             head = file.read(24)
@@ -68,12 +69,12 @@ class HeaderReader:
                 raise LlamaJaxError(f"{path}: {len(head)} bytes: expected a GGUF file, of at least 24 bytes")
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.size = len(self.map)
-        # Of the two byte orders the one that makes the version a small number.
+        # The byte order is the one in which the version is a small number.
         self.order = "<" if head[4:6] != b"\0\0" else ">"
         (self.version,) = struct.unpack_from(f"{self.order}I", head, 4)
         if self.version not in VERSIONS:
             known = " and ".join(map(str, VERSIONS))
-            remedy = ": convert it with llama.cpp of 2023, or take a newer file" if self.version == 1 else ""
+            remedy = ": convert it with llama.cpp of 2023, or use a newer file" if self.version == 1 else ""
             raise LlamaJaxError(
                 f"{path}: GGUF version {self.version}, which is not supported: expected version {known}{remedy}"
             )
@@ -83,10 +84,10 @@ class HeaderReader:
         self.window = memoryview(self.map)[: min(self.size, _LARGEST_METADATA)]
 
     def read(self) -> Header:
-        """The header, and where the tensors are.
+        """Reads the header, including the offsets of tensors.
 
         Raises:
-            LlamaJaxError: for anything that is not as the format says.
+            LlamaJaxError: for anything that violates the format.
         """
         try:
             return self._read()
@@ -104,7 +105,7 @@ class HeaderReader:
         for _ in range(num_keys):
             key = self.name("key")
             if key in metadata:
-                self.fail(f"key {shortened(key)} is there twice: expected it once")
+                self.fail(f"key {shortened(key)} occurs twice: expected it once")
             metadata[key] = self.value(key, self.number("I"))
         alignment = metadata.get("general.alignment", ALIGNMENT)
         if not is_whole(alignment) or not 0 < alignment <= _LARGEST_ALIGNMENT or alignment & (alignment - 1):
@@ -118,34 +119,34 @@ class HeaderReader:
         return Header(self.path, self.version, order, metadata, tensors, self.map)
 
     def fail(self, what: str) -> NoReturn:
-        """Raises our error."""
+        """Raises an error that names the file."""
         raise LlamaJaxError(f"{self.path}: {what}")
 
     # ---- Values ------------------------------------------------------------------------------------------------------
 
     def number(self, letter: str) -> Any:
-        """The next number, of one of `struct`'s letters."""
+        """Reads a number, of the type of one of `struct`'s letters."""
         kind = f"{self.order}{letter}"
         (value,) = struct.unpack_from(kind, self.window, self.at)
         self.at += struct.calcsize(kind)
-        # 1e-05 rather than 9.999999747378752e-06, which is the same in float32.
+        # Gives 1e-05 rather than 9.999999747378752e-06, which is the same in float32.
         return float(str(np.float32(value))) if letter == "f" else value
 
     def long_number(self) -> int:
-        """The next length or count."""
+        """Reads a length or count."""
         (value,) = self.long.unpack_from(self.window, self.at)
         self.at += 8
         return value
 
     def raw(self, length: int, what: str) -> bytes:
-        """The next bytes."""
+        """Reads bytes."""
         if length > len(self.window) - self.at:
             self.fail(f"{what} has {length} bytes, {len(self.window) - self.at} are left: truncated or damaged")
         self.at += length
         return bytes(self.window[self.at - length : self.at])
 
     def name(self, what: str) -> str:
-        """The next name, of a key or tensor."""
+        """Reads the name of a key or tensor."""
         length = self.long_number()
         if not 0 < length <= _LONGEST_NAME:
             self.fail(f"a {what}'s name has {length} bytes: expected 1 to {_LONGEST_NAME}: it is damaged")
@@ -156,7 +157,7 @@ class HeaderReader:
             self.fail(f"{what} {shortened(data)}: expected UTF-8 text: it is damaged")
 
     def value(self, key: str, kind: int, depth: int = 0) -> Any:
-        """The next value, of the type of a number."""
+        """Reads a value, whose type is given by its number."""
         if kind in NUMBERS:
             return self.number(NUMBERS[kind][0])
         if kind == BOOL:
@@ -171,14 +172,14 @@ class HeaderReader:
         self.fail(f"{shortened(key)} is of type {kind}: expected one from 0 to 12: it is damaged")
 
     def text(self, key: str, data: bytes) -> str:
-        """A string. What is no UTF-8 may stand in a description, not in what decides words."""
+        """Decodes a string. Bytes that are not UTF-8 are an error in the tokenizer's keys, and replaced elsewhere."""
         try:
             return data.decode("utf-8", "strict" if key.startswith("tokenizer.") else "replace")
         except UnicodeDecodeError as error:
             self.fail(f"{shortened(key)} is {shortened(data)}: expected UTF-8 text ({error.reason} at {error.start})")
 
     def array(self, key: str, depth: int) -> Any:
-        """The next array."""
+        """Reads an array."""
         kind, count = self.number("I"), self.long_number()
         left = len(self.window) - self.at
         if depth > _DEEPEST_ARRAY:
@@ -189,7 +190,7 @@ class HeaderReader:
         if kind == STRING:
             return self.texts(key, count)
         if kind == ARRAY:
-            self.count_strings(key, count)  # each takes as much memory as a string does
+            self.count_strings(key, count)  # an inner array takes as much memory as a string
             return [self.array(key, depth + 1) for _ in range(count)]
         if kind != BOOL and kind not in NUMBERS:
             self.fail(f"{shortened(key)} has elements of type {kind}: expected one from 0 to 12: it is damaged")
@@ -208,7 +209,7 @@ class HeaderReader:
             self.fail(f"{shortened(key)}: {self.strings} strings: expected at most {_MOST_STRINGS}")
 
     def texts(self, key: str, count: int) -> list[str]:
-        """The next strings: most of what is read of a header, so that the loop does little."""
+        """Reads strings. They are most of a header, so that the loop does as little as possible."""
         self.count_strings(key, count)
         window, unpack, at = self.window, self.long.unpack_from, self.at
         found: list[str] = []
@@ -232,7 +233,7 @@ class HeaderReader:
     # ---- Tensors -----------------------------------------------------------------------------------------------------
 
     def tensor(self) -> Tensor:
-        """What is said of the next tensor; `start` from where tensors begin."""
+        """Reads a tensor's description, with `start` relative to the first byte of all tensors."""
         name = self.name("tensor")
         rank = self.number("I")
         if not 1 <= rank <= 4:
@@ -246,12 +247,12 @@ class HeaderReader:
             self.fail(f"tensor {shortened(name)}: {error}")
 
     def placed(self, tensors: list[Tensor], start: int, alignment: int) -> dict[str, Tensor]:
-        """The tensors by name, once it is sure that each is inside the file, and over no other."""
+        """Returns the tensors by name, after checking that each lies inside the file and does not overlap another."""
         found: dict[str, Tensor] = {}
         for tensor in tensors:
             name, kind = shortened(tensor.name), tensor.kind
             if tensor.name in found:
-                self.fail(f"tensor {name} is there twice: expected it once")
+                self.fail(f"tensor {name} occurs twice: expected it once")
             if tensor.shape[-1] % kind.block:
                 self.fail(
                     f"tensor {name} has rows of {tensor.shape[-1]} in {kind.name}: expected a multiple of {kind.block}"
@@ -270,5 +271,5 @@ class HeaderReader:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether a value of the metadata is a whole number."""
+    """Whether a metadata value is a whole number."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""What GGUF calls models and their weights."""
+"""Architecture names of GGUF files, and the order of rows in their tensors."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -12,10 +12,11 @@ from llamajax.families import FAMILIES
 from llamajax.families.family import format_of
 from llamajax.files import shortened
 
-# Inverse frequencies as Meta's own files have them: old converters wrote them, and nothing reads them (llama.cpp's
+# Tensors that no program reads: inverse frequencies as in Meta's own files, which old converters wrote (llama.cpp's
 # MODEL_TENSOR_SKIP, gguf-py/gguf/constants.py).
 UNUSED = ("attn_rot_embd.weight",)
-# The weights that RoPE turns, with how many heads each: a field of `Config`, "" for one that all heads have.
+# Weights whose outputs RoPE rotates. The value is the field of `Config` with the number of heads, or "" for a weight
+# that all heads share.
 _ROTATED = {
     "attention.query_DQ": "num_heads",
     "attention.query_bias_Q": "num_heads",
@@ -29,11 +30,11 @@ _ROTATED = {
 
 
 def row_orders(config: Config) -> Mapping[str, np.ndarray]:
-    """Which row of a file's tensor is each row of ours, by the name of the weight; nothing where they are the same.
+    """Returns, by weight name, the file's row for each row of ours; weights with equal orders are left out.
 
-    RoPE's two coordinates are neighbours (2i, 2i + 1) in files of some architectures, by `Names.pairs`, where llama.cpp
-    says so by the name alone: `llama_model_rope_type` in src/llama-model.cpp, LLAMA_ROPE_TYPE_NORM. Its converter
-    reorders the rows of a Hugging Face model for them (`permute`).
+    In files of some architectures (`Names.pairs`), the two coordinates that RoPE rotates are neighbours (2i, 2i + 1).
+    llama.cpp decides this by the architecture's name alone: `llama_model_rope_type` in src/llama-model.cpp,
+    LLAMA_ROPE_TYPE_NORM. Its converter reorders the rows of a Hugging Face model for them (`permute`).
     """
     if not format_of(config, "gguf").names.pairs:
         return MappingProxyType({})
@@ -46,10 +47,10 @@ def row_orders(config: Config) -> Mapping[str, np.ndarray]:
 
 
 def architecture_of(path: object, metadata: Mapping[str, object]) -> str:
-    """The architecture of a file that holds a model.
+    """Returns the architecture of a file that holds a language model.
 
     Raises:
-        LlamaJaxError: for a file that holds something else, and says what it is; and an architecture that is not read.
+        LlamaJaxError: for a file that holds something else, which the message names, or an unsupported architecture.
     """
     name, kind = metadata.get("general.architecture"), metadata.get("general.type")
     others = {
@@ -66,7 +67,7 @@ def architecture_of(path: object, metadata: Mapping[str, object]) -> str:
         raise LlamaJaxError(f"{path}: is {found}, not a language model: give the file of the model itself")
     known = [kind for family in FAMILIES.values() if family.gguf is not None for kind in family.gguf.kinds]
     if not isinstance(name, str) or name not in known:
-        what = f"architecture {shortened(name)} is not read" if name is not None else "names no architecture"
+        what = f"architecture {shortened(name)} is not supported" if name is not None else "names no architecture"
         expected = ", ".join(dict.fromkeys(known))
         raise LlamaJaxError(f"{path}: {what}: expected general.architecture to be one of {expected}")
     return name

@@ -1,9 +1,10 @@
-"""RoPE in GGUF files: keys, and tensors of numbers that each frequency is divided by.
+"""Reads and writes RoPE in GGUF files: metadata keys, and tensors with the divisor of each frequency.
 
 Meanings and defaults are those of llama.cpp: `load_hparams` in src/llama-model.cpp, and the constructor of
-`llama_context` for what YaRN multiplies by. It has no dynamic NTK, and YaRN between whole pairs only. Its converter
-writes the scaling of Llama 3.1 as a tensor (`generate_extra_tensors` of `LlamaModel`, conversion/llama.py), and leaves
-out the four numbers that it follows from. They are found again here, and must give the same divisors.
+`llama_context` for YaRN's attention factor. llama.cpp has no dynamic NTK, and only YaRN whose range is truncated to
+whole pairs. Its converter writes the scaling of Llama 3.1 as a tensor (`generate_extra_tensors` of `LlamaModel`,
+conversion/llama.py), without the four parameters that define it. They are reconstructed here, and must give the same
+divisors.
 """
 
 import dataclasses
@@ -24,21 +25,21 @@ from llamajax.rope import Rope, rope_attention_factor
 _CLOSE = 2e-6  # relative; the converter computes in float32
 FACTORS = "rope_freqs.weight"
 _SHORT, _LONG = "rope_factors_short.weight", "rope_factors_long.weight"
-# Tensors that hold numbers of RoPE, and no weights.
+# Tensors that hold RoPE divisors, not weights.
 TENSORS = (FACTORS, _SHORT, _LONG)
 _ORIGINAL = "rope.scaling.original_context_length"
 _ATTENTION = "rope.scaling.attn_factor"
 
 
 def read_rope(keys: Keys, tensors: Collection[str]) -> dict[str, Any]:
-    """Fields of `Config` that keys say: theta, and a scaling unless that is in tensors.
+    """Reads fields of `Config` from keys: theta, and the scaling unless it is stored in tensors.
 
     Args:
-        keys: of the file.
-        tensors: names of the file's.
+        keys: the file's keys.
+        tensors: names of the file's tensors.
 
     Raises:
-        LlamaJaxError: for a scaling that is not known.
+        LlamaJaxError: for an unsupported scaling.
     """
     ours: dict[str, Any] = {"rope_theta": keys.number("rope.freq_base")} if "rope.freq_base" in keys else {}
     kind = keys.take("rope.scaling.type", "linear")
@@ -53,17 +54,17 @@ def read_rope(keys: Keys, tensors: Collection[str]) -> dict[str, Any]:
     elif kind == "longrope" or _SHORT in tensors or _LONG in tensors:
         keys.only("rope.scaling.factor", 0, 1, 0.0, 1.0)
         keys.only("rope.scale_linear", 0, 1, 0.0, 1.0)
-        keys.number(_ATTENTION, 1.0)  # by `read_tensors`
+        keys.number(_ATTENTION, 1.0)  # used by `read_tensors`
     elif kind == "linear" and factor != 1:
         ours["rope_scaling"] = {"kind": "linear", "factor": factor}
     return ours
 
 
 def _yarn(keys: Keys, factor: float) -> dict[str, Any]:
-    """YaRN.
+    """Reads YaRN's parameters.
 
-    llama.cpp multiplies by the paper's number times `attn_factor`; `yarn_attn_factor` has no effect there. Of most
-    architectures it does not read the two betas either, and takes the paper's, for which the model was not made.
+    llama.cpp multiplies by the paper's attention factor times `attn_factor`; it ignores `yarn_attn_factor`. For most
+    architectures it also ignores the two betas and uses the paper's instead, for which the model was not made.
     """
     keys.only("rope.scaling.yarn_ext_factor", 1, 1.0)
     scaling: dict[str, Any] = {
@@ -86,10 +87,10 @@ def _yarn(keys: Keys, factor: float) -> dict[str, Any]:
 
 
 def read_tensors(path: Any, config: Config, keys: Keys, tensors: Mapping[str, np.ndarray]) -> Config:
-    """A config with what the file's tensors of `TENSORS` say, float32 each.
+    """Returns the config with the scaling that the file's tensors of `TENSORS` define, float32 each.
 
     Raises:
-        LlamaJaxError: for tensors that go with no scaling, or a scaling without its tensors.
+        LlamaJaxError: if tensors fit no scaling, or the tensors of a scaling are missing.
     """
     if keys.peek("rope.scaling.type") == "longrope" or _SHORT in tensors or _LONG in tensors:
         return _with_longrope(path, config, keys, tensors)
@@ -99,7 +100,7 @@ def read_tensors(path: Any, config: Config, keys: Keys, tensors: Mapping[str, np
 
 
 def _with_longrope(path: Any, config: Config, keys: Keys, tensors: Mapping[str, np.ndarray]) -> Config:
-    """A config whose frequencies are divided by one of two tensors."""
+    """Returns the config with longrope: frequencies are divided by one of two tensors, by the context's length."""
     for name in (_SHORT, _LONG):
         if name not in tensors:
             raise LlamaJaxError(f"{path}: tensor {name!r} is missing: longrope needs it")
@@ -125,22 +126,22 @@ def _with_longrope(path: Any, config: Config, keys: Keys, tensors: Mapping[str, 
 
 
 def write_rope(config: Config) -> dict[str, Any]:
-    """The keys that say a config's RoPE.
+    """Returns the keys that describe a config's RoPE.
 
     Raises:
-        LlamaJaxError: for a scaling that llama.cpp does not have.
+        LlamaJaxError: for a scaling that llama.cpp does not support.
     """
     said: dict[str, Any] = {"rope.freq_base": float(config.rope_theta)}
     scaling = config.rope_scaling
     if scaling is None:
         return said
     if scaling.kind == "dynamic" or not scaling.truncate:
-        what = "dynamic NTK" if scaling.kind == "dynamic" else "YaRN that is not truncated"
+        what = "dynamic NTK" if scaling.kind == "dynamic" else "YaRN without truncation"
         raise LlamaJaxError(f"rope_scaling is {what}, for which GGUF has no key: expected another scaling")
     factor = rope_attention_factor(Rope(theta=config.rope_theta, scaling=scaling))
     if scaling.kind == "linear":
         return said | {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling.factor)}
-    # Of Llama 3.1's, which a tensor says, without effect in llama.cpp; it makes certain what made that.
+    # For Llama 3.1's scaling, which is stored as a tensor, llama.cpp ignores this key; `_candidates` tries it first.
     said[_ORIGINAL] = scaling.original_context_length
     if scaling.kind == "yarn":
         said |= {"rope.scaling.type": "yarn", "rope.scaling.factor": float(scaling.factor)}
@@ -155,7 +156,7 @@ def write_rope(config: Config) -> dict[str, Any]:
 
 
 def write_tensors(config: Config) -> dict[str, np.ndarray]:
-    """The tensors that say a config's RoPE, float32."""
+    """Returns the tensors that describe a config's RoPE, float32."""
     scaling = config.rope_scaling
     made: dict[str, Any] = {}
     if scaling is not None and scaling.kind == "llama3":
@@ -166,7 +167,7 @@ def write_tensors(config: Config) -> dict[str, np.ndarray]:
 
 
 def _checked(path: Any, name: str, config: Config, divisors: np.ndarray) -> np.ndarray:
-    """A tensor's numbers, float64 [R/2]."""
+    """Checks a tensor's divisors and returns them, float64 [R/2]."""
     half = config.rotated_size // 2
     if divisors.shape != (half,):
         raise LlamaJaxError(
@@ -178,16 +179,16 @@ def _checked(path: Any, name: str, config: Config, divisors: np.ndarray) -> np.n
 
 
 def with_factors(path: Any, config: Config, divisors: np.ndarray, original: Any = None) -> Config:
-    """A config whose RoPE frequencies are divided by the numbers of a tensor.
+    """Returns the config with RoPE frequencies divided by the numbers of a tensor.
 
     Args:
-        path: for messages.
-        config: without that scaling.
-        divisors: float32 [R/2], R the coordinates of a head that turn.
-        original: the original context length, if the metadata say one.
+        path: path of the file, for messages.
+        config: the config without this scaling.
+        divisors: float32 [R/2], where R is the number of rotated coordinates of a head.
+        original: the original context length, if the metadata have one.
 
     Raises:
-        LlamaJaxError: for divisors that Llama 3.1's scaling does not give, or that come beside another scaling.
+        LlamaJaxError: if Llama 3.1's scaling does not give the divisors, or the config has another scaling as well.
     """
     name = f"{path}: {FACTORS}"
     divisors = _checked(path, FACTORS, config, divisors)
@@ -205,13 +206,13 @@ def with_factors(path: Any, config: Config, divisors: np.ndarray, original: Any 
 
 
 def _turns(config: Config) -> np.ndarray:
-    """The reciprocal wavelengths, turns a token, [R/2]."""
+    """Returns the reciprocal wavelengths, in turns per token, [R/2]."""
     pair = np.arange(config.rotated_size // 2, dtype=np.float64)
     return config.rope_theta ** (-2 * pair / config.rotated_size) / (2 * math.pi)
 
 
 def divisors_of(config: Config, scaling: RopeScaling) -> np.ndarray:
-    """What frequencies are divided by, [R/2]: the arithmetic of `rope.rope_frequencies`."""
+    """Returns the divisors of frequencies, [R/2], with the arithmetic of `rope.rope_frequencies`."""
     turns = scaling.original_context_length * _turns(config)
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = np.clip(keep, 0, 1)
@@ -219,10 +220,10 @@ def divisors_of(config: Config, scaling: RopeScaling) -> np.ndarray:
 
 
 def _candidates(config: Config, divisors: np.ndarray, original: Any) -> list[RopeScaling]:
-    """Scalings that may have made the divisors, published numbers first.
+    """Returns scalings that may have made the divisors; scalings with published parameters come first.
 
-    Between the two bounds 1 / divisor is a line in the wavelength's reciprocal. Lengths and the two factors matter by
-    their ratios only, so that one of the three is free.
+    Between the two bounds, 1 / divisor is linear in the reciprocal wavelength. Only ratios of the length and the two
+    factors matter, so that one of the three is free.
     """
     factor = float(divisors.max())
     if factor <= 1:
@@ -248,7 +249,7 @@ def _candidates(config: Config, divisors: np.ndarray, original: Any) -> list[Rop
     between = (keep > 1e-6) & (keep < 1 - 1e-6)
     if between.sum() > 1:
         slope, start = np.polyfit(_turns(config)[between], keep[between], 1)
-        low, high = -start / slope, (1 - start) / slope  # turns a token at which nothing, and all, is kept
+        low, high = -start / slope, (1 - start) / slope  # turns per token at which nothing, and everything, is kept
         if 0 < low < high:
             add(1 / low, 1.0, float(high / low))
             add(8192, float(low * 8192), float(high * 8192))

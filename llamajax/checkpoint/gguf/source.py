@@ -1,6 +1,7 @@
-"""A GGUF file as a `Source`: what quant/FORMAT.md holds stays packed as it is in the file, codes and scales unchanged.
+"""Reads a GGUF file as a `Source`: types that quant/FORMAT.md covers stay packed, with codes and scales unchanged.
 
-Rows of q and k that stand in pairs are reordered, packed or not: blocks never go over several rows.
+Rows of query and key projections whose RoPE coordinates are neighbours are reordered, packed or not: no block extends
+over several rows.
 """
 
 import math
@@ -41,12 +42,12 @@ def open_source(path: Path, ignore_keys: Collection[str] = ()) -> Source:
     """Reads the header of a model.
 
     Args:
-        path: the file, or one of the parts of a split one.
-        ignore_keys: of the metadata, to be read over.
+        path: the file, or one part of a split file.
+        ignore_keys: metadata keys to ignore.
 
     Raises:
-        LlamaJaxError: for a damaged file, one that holds no language model that we know, metadata that ask for
-            something else, or tensors that are not those of the model.
+        LlamaJaxError: for a damaged file, a file without a supported language model, unsupported metadata, or tensors
+            that are not those of the model.
     """
     file = open_gguf(path)
     metadata = {key: value for key, value in file.metadata.items() if key not in ignore_keys}
@@ -62,11 +63,9 @@ def open_source(path: Path, ignore_keys: Collection[str] = ()) -> Source:
     notes += not_done
     unknown = unknown_keys(metadata, architecture, words.consumed)
     if unknown:
-        notes.append(
-            f"{path}: keys that nothing here reads: {', '.join(map(shortened, unknown[:8]))}{_more(unknown, 8)}"
-        )
+        notes.append(f"{path}: unknown keys, not read: {', '.join(map(shortened, unknown[:8]))}{_more(unknown, 8)}")
     if unused:
-        notes.append(f"{path}: tensors of no effect, not read: {', '.join(unused[:3])}{_more(unused, 3)}")
+        notes.append(f"{path}: tensors without effect, not read: {', '.join(unused[:3])}{_more(unused, 3)}")
     expanded = reader.expanded()
     if expanded:
         notes.append(f"{path}: {expanded} are read as floats: llamajax quantize packs them")
@@ -92,7 +91,7 @@ def _more(names: Sequence[str], shown: int) -> str:
 
 
 def _description(file: Gguf, config: Config) -> str:
-    """Version and types, the most frequent first."""
+    """Describes version and types, the most frequent type first."""
     types = [file.tensors[name].kind.name for name in tensors(config, "gguf")]
     counts = sorted({name: types.count(name) for name in types}.items(), key=lambda item: -item[1])
     parts = f", {len(file.maps)} parts" if len(file.maps) > 1 else ""
@@ -101,7 +100,7 @@ def _description(file: Gguf, config: Config) -> str:
 
 
 def _config(path: Path, file: Gguf, architecture: str, ignore_keys: Collection[str]) -> tuple[Config, list[str]]:
-    """The config, by metadata and tensors."""
+    """Reads the config from metadata and RoPE tensors; also returns notes."""
     if not file.tensors:
         raise LlamaJaxError(f"{path}: holds a vocabulary and no tensors: give the file of the model itself")
     embedding = file.tensors.get(EMBEDDING)
@@ -121,18 +120,18 @@ def _config(path: Path, file: Gguf, architecture: str, ignore_keys: Collection[s
 
 
 def _check_tensors(path: Path, file: Gguf, config: Config) -> list[str]:
-    """Refuses a file whose tensors are not those of the model; returns those that are of no effect.
+    """Refuses a file whose tensors are not those of the model; returns the names of tensors without effect.
 
     Raises:
-        LlamaJaxError: if a weight is missing or of another shape, or a tensor is of nothing.
+        LlamaJaxError: if a weight is missing or has another shape, or a tensor does not belong to the model.
     """
     expected = tensors(config, "gguf")
     unused = [name for name in file.tensors if name.endswith(UNUSED)]
     surplus = sorted(set(file.tensors) - set(expected) - set(unused) - set(TENSORS))
     if surplus:
         raise LlamaJaxError(
-            f"{path}: tensor {shortened(surplus[0])} belongs to nothing in the model ({len(surplus)} such): this "
-            "release does not support it"
+            f"{path}: tensor {shortened(surplus[0])} does not belong to the model ({len(surplus)} such): this release "
+            "does not support it"
         )
     missing = [name for name in expected if name not in file.tensors]
     if missing:
@@ -150,12 +149,12 @@ def _check_tensors(path: Path, file: Gguf, config: Config) -> list[str]:
 
 
 class _Part(NamedTuple):
-    """What of a tensor is a weight.
+    """The part of a tensor that is one weight.
 
     Attributes:
-        tensor: in the file.
-        rows: which of its rows, None for all.
-        shape: of what is the weight, rows first.
+        tensor: the tensor in the file.
+        rows: the rows that are the weight, None for all.
+        shape: shape of the weight, rows first.
     """
 
     tensor: Tensor
@@ -174,7 +173,7 @@ class _Part(NamedTuple):
 
     @property
     def start(self) -> tuple[int, int]:
-        """The part of a split file, and the byte at which it begins there."""
+        """The number of the split file's part, and the byte offset of the weight in it."""
         first = self.rows.start if self.rows is not None else 0
         return self.tensor.file, self.tensor.start + first * self.tensor.row_bytes
 
@@ -183,7 +182,7 @@ class _Reader:
     """Reads the weights of one file."""
 
     def __init__(self, path: Path, file: Gguf, config: Config):
-        """Foresees what each weight will be."""
+        """Determines the form of each weight in memory."""
         self.path, self.file = path, file
         self.specs = specs(config)
         self.parts = {
@@ -196,14 +195,14 @@ class _Reader:
         self.abstract = {place: self._abstract(place) for place in self.specs}
 
     def expanded(self) -> str:
-        """Which weights take more memory than in the file, being floats there; "" for none."""
+        """Describes weights that are packed in the file but floats in memory; "" for none."""
         names = [part.kind.name for part in self.parts.values() if part.kind.dequantized]
         return ", ".join(f"{names.count(name)} weights of type {name}" for name in dict.fromkeys(names))
 
     def _dtype(self) -> np.dtype:
-        """Of floats that meet activations: 16 bits where all of them are of one such type, or are without loss.
+        """Returns the dtype of floats: a 16-bit type if all matrices have it and it holds all vectors without loss.
 
-        A model computes in one dtype. Norms are float32 in files whose matrices have 16 bits; converters widened them.
+        A model computes in one dtype. In files whose matrices have 16 bits, norms are float32: converters widened them.
         """
         kinds = {part.kind.dtype for place, part in self.parts.items() if self.specs[place].is_matrix}
         one = kinds.pop() if len(kinds) == 1 else None
@@ -218,7 +217,7 @@ class _Reader:
         return dtype
 
     def _abstract(self, place: Place) -> Any:
-        """A weight as it will be, of `jax.ShapeDtypeStruct`s."""
+        """Returns a weight as it will be in memory, of `jax.ShapeDtypeStruct`s."""
         part, spec = self.parts[place], self.specs[place]
         kind = part.kind
         if kind.packed is not None:
@@ -228,7 +227,7 @@ class _Reader:
         return jax.ShapeDtypeStruct(part.shape[::-1] if spec.transposed else part.shape, np.dtype(dtype))
 
     def _blocks(self, place: Place) -> np.ndarray:
-        """Blocks by row, the rows in our order; those of a vector are one row, as it stands."""
+        """Returns blocks by row, with the rows in our order; a vector is one row, in the file's order."""
         part = self.parts[place]
         blocks = self.file.blocks(part.tensor.name)
         if part.rows is not None:
@@ -237,7 +236,7 @@ class _Reader:
         return blocks if order is None else blocks[order]
 
     def _floats(self, place: Place) -> np.ndarray:
-        """A weight that is floats, in the file's orientation."""
+        """Reads a weight as floats, in the file's orientation."""
         part, spec = self.parts[place], self.specs[place]
         try:
             array = ggml.floats(part.kind.name, self._blocks(place)).reshape(part.shape)
@@ -245,15 +244,15 @@ class _Reader:
             raise LlamaJaxError(f"{self.path}: {part.tensor.name}: {error}") from None
         if not spec.is_matrix and place.name in self.orders:
             array = array[self.orders[place.name]]
-        # llama.cpp adds nothing where it multiplies by a norm's weights: its files have the sum.
+        # llama.cpp's files hold the sum of a norm's weights and the offset, because it adds none when it multiplies.
         return array.astype(np.float32) - np.float32(spec.offset) if spec.offset else array
 
     def _as_multiplied(self, weight: Any) -> Any:
-        """A packed weight with what its family rounds activations to."""
+        """Sets what the family rounds activations to before they are multiplied with a packed weight."""
         return bitnet.with_int8_tokens(weight) if self.int8_tokens else weight
 
     def read(self, place: Place) -> Any:
-        """One weight, as of `Source`."""
+        """Reads one weight, as `Source.read`."""
         part, spec = self.parts[place], self.specs[place]
         if part.kind.packed is None:
             array = self._floats(place)
@@ -263,12 +262,12 @@ class _Reader:
         return ggml.transposed(weight) if spec.transposed else weight
 
     def fill(self, places: Sequence[Place], weights: Sequence[Any]) -> None:
-        """Several weights at once, as of `Source`, in threads: NumPy lets go of Python while it copies."""
+        """Reads several weights, as `Source.fill`, in threads: NumPy releases the GIL while it copies."""
 
         def one(place: Place, into: Any) -> None:
             for target, array in zip(jax.tree.leaves(into), jax.tree.leaves(self.read(place)), strict=True):
                 np.copyto(target, array, casting="same_kind")
-            self.file.release(self.parts[place].tensor.name)  # floats were a view
+            self.file.release(self.parts[place].tensor.name)  # the floats were a view of the file
 
         with workers(min(_MOST_THREADS, len(places), os.cpu_count() or 1)) as pool:
             for done in [pool.submit(one, place, into) for place, into in zip(places, weights, strict=True)]:

@@ -1,4 +1,4 @@
-"""What the metadata of a GGUF file say of words: its tokenizer, ends, templates, defaults of sampling."""
+"""Reads a GGUF file's settings for text: tokenizer, stop ids, chat templates, default sampling parameters."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ from llamajax.words import Words
 
 
 class Said(NamedTuple):
-    """What was found.
+    """The settings for text that were found.
 
     Attributes:
-        tokenizer_bytes: of the tokenizer at rest, or None.
-        words: all beside it.
-        problem: why a tokenizer that is there cannot be used, or None.
-        consumed: keys that were read.
+        tokenizer_bytes: the serialized tokenizer, or None.
+        words: all other settings.
+        problem: why the file's tokenizer cannot be used, or None.
+        consumed: metadata keys that were read.
     """
 
     tokenizer_bytes: bytes | None
@@ -26,7 +26,7 @@ class Said(NamedTuple):
 
 
 def words_of(path: Any, metadata: Mapping[str, Any], vocab_size: int, sampling: Mapping[str, float]) -> Said:
-    """Reads them; a vocabulary that cannot be used is a problem of whoever needs it, not of the weights."""
+    """Reads the settings for text. A vocabulary that cannot be used is reported in `problem`; it is no error here."""
     words = Words(sampling=dict(sampling))
     try:
         data, found, consumed = from_metadata(metadata)

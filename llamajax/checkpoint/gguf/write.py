@@ -1,7 +1,8 @@
-"""Writes a model as a GGUF file that llama.cpp loads: packed weights as the ggml types that they are, bit for bit.
+"""Writes a model as a GGUF file that llama.cpp loads; packed weights become ggml types bit for bit.
 
-What no ggml type holds is an error, before anything is written. Metadata are those of llama.cpp's converter for the
-architecture, rows of q and k go from halves to pairs where it has them so, and norms have 1 added where it adds it.
+A weight that no ggml type holds is an error, before anything is written. The metadata are those of llama.cpp's
+converter for the architecture. Rows of query and key projections go from halves to pairs, and 1 is added to norms,
+where the converter does the same.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ from llamajax.tokenizer.gguf import to_metadata
 from llamajax.words import Words
 from quant import ggml, is_weight, values
 
-# `enum llama_ftype` in llama.h, by the type that most weights have.
+# `enum llama_ftype` in llama.h, by the type of most of the matrices' bytes.
 _FILE_TYPES = {
     **{"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 15},
     **{"Q5_K": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32, "TQ2_0": 37, "MXFP4": 38, "NVFP4": 39},
@@ -43,9 +44,9 @@ class _Tensor(NamedTuple):
     """A tensor to be written.
 
     Attributes:
-        entry: what the header says of it.
+        entry: its entry in the header.
         kind: its type.
-        data: makes its bytes, an array.
+        data: returns its bytes, as an array.
     """
 
     entry: Entry
@@ -54,24 +55,24 @@ class _Tensor(NamedTuple):
 
 
 def check_name(path: Path) -> None:
-    """Refuses a path that no GGUF file has, before any work is done for it."""
+    """Refuses a path that does not end in .gguf, so that callers can check it before other work."""
     if path.suffix != ".gguf":
         raise LlamaJaxError(f"{path}: GGUF is one file: expected a name that ends in .gguf")
 
 
 def save(model: Llama, path: Path, tokenizer: Tokenizer | None, words: Words | None, dtype: Any = None) -> None:
-    """Writes the file, tensor by tensor: in memory is one at a time beside the model. It appears whole, or not at all.
+    """Writes the file tensor by tensor, with one tensor in memory beside the model; it appears whole, or not at all.
 
     Args:
-        model: leaves may be NumPy arrays.
-        path: of the file; must not exist.
-        tokenizer: goes into the file, with its chat template.
-        words: defaults of sampling go into it.
-        dtype: of floats; packed weights become floats in it too. As they are unless given.
+        model: the model; leaves may be NumPy arrays.
+        path: path of the file; must not exist.
+        tokenizer: written into the file, with its chat template.
+        words: default sampling parameters are written into the file.
+        dtype: dtype of all matrices, packed ones included; by default, matrices stay as they are. Vectors are float32.
 
     Raises:
-        LlamaJaxError: for a weight in a form that no ggml type holds, naming it and the nearest one that holds
-            something like it; for a model of another family, a path of another suffix or one that exists.
+        LlamaJaxError: for a weight that no ggml type holds (the message names it and the nearest type), a family
+            without GGUF, a path that does not end in .gguf, or a path that exists.
     """
     config = model.config
     of_model = keys_of(config)
@@ -96,10 +97,10 @@ def save(model: Llama, path: Path, tokenizer: Tokenizer | None, words: Words | N
 
 
 def keys_of(config: Config) -> dict[str, Any]:
-    """What says a model's architecture.
+    """Returns the metadata that describe a model's architecture.
 
     Raises:
-        LlamaJaxError: if the family has no GGUF, or its GGUF cannot say one of the config's switches.
+        LlamaJaxError: if the family has no GGUF form, or GGUF cannot express one of the config's fields.
     """
     form = format_of(config, "gguf")
     architecture = form.kinds[0]
@@ -113,7 +114,7 @@ def keys_of(config: Config) -> dict[str, Any]:
         **form.write(config),
     }
     said = {f"{architecture}.{key}": value for key, value in of_model.items()}
-    # Scalings that a tensor says are not read here: `write_tensors` writes them or refuses.
+    # RoPE scalings stored as tensors are not compared: `write_tensors` writes them.
     read, _, _ = config_of("GGUF", architecture, said, config.vocab_size, tensors(config, "gguf"))
     for field in dataclasses.fields(config):
         ours, theirs = getattr(config, field.name), getattr(read, field.name)
@@ -128,7 +129,7 @@ def keys_of(config: Config) -> dict[str, Any]:
 
 
 def _metadata(config: Config, name: str, made: list[_Tensor]) -> dict[str, Any]:
-    """What describes the file."""
+    """Returns the metadata that describe the file."""
     sizes: dict[str, int] = {}
     for tensor in made:
         if len(tensor.entry.shape) > 1:
@@ -144,14 +145,14 @@ def _metadata(config: Config, name: str, made: list[_Tensor]) -> dict[str, Any]:
 
 
 def _tokenizer_metadata(tokenizer: Tokenizer | None, config: Config) -> dict[str, Any]:
-    """What is said of the vocabulary: a token for each row of the embedding."""
+    """Returns the metadata of the vocabulary, with a token for each row of the embedding."""
     if tokenizer is None:
         return {"tokenizer.ggml.model": "none"}
     return dict(to_metadata(tokenizer, config.vocab_size))
 
 
 def _tensors(weights: Mapping[Place, Any], config: Config, dtype: Any) -> Iterator[_Tensor]:
-    """The tensors in the order of the file: RoPE's numbers if there are any, then that of `specs`."""
+    """Yields the tensors in the order of the file: RoPE's divisors if there are any, then weights as in `specs`."""
     for name, numbers in write_tensors(config).items():
         yield _tensor(name, ggml.named("F32"), numbers.shape, functools.partial(np.asarray, numbers))
     orders = row_orders(config)
@@ -171,7 +172,7 @@ def _tensors(weights: Mapping[Place, Any], config: Config, dtype: Any) -> Iterat
 
 
 def _joined(parts: Sequence[Callable[[], np.ndarray]]) -> np.ndarray:
-    """The bytes of several weights, their rows one behind the other."""
+    """Returns the bytes of several weights, concatenated along the rows."""
     return np.concatenate([part() for part in parts]) if len(parts) > 1 else parts[0]()
 
 
@@ -181,7 +182,7 @@ def _tensor(name: str, kind: ggml.Type, shape: tuple[int, ...], data: Callable[[
 
 
 def _type(name: str, weights: Mapping[Place, Any]) -> ggml.Type:
-    """The type that a tensor is in the file."""
+    """Returns the type of a tensor in the file."""
     types = {}
     for place, weight in weights.items():
         found = ggml.type_of(weight)
@@ -202,7 +203,7 @@ def _type(name: str, weights: Mapping[Place, Any]) -> ggml.Type:
 
 
 def _data(place: Place, spec: Spec, weight: Any, dtype: np.dtype | None, order: np.ndarray | None) -> np.ndarray:
-    """A weight's bytes in a tensor, rows first, the rows in the order of the file; a vector is one row."""
+    """Returns a weight's bytes in a tensor, rows first and in the order of the file; a vector is one row."""
     if dtype is not None:
         floats = np.asarray(values(weight)) if is_weight(weight) else np.asarray(weight)
         if spec.offset:
