@@ -83,5 +83,5 @@ def test_channels_without_inputs_and_scales_in_codes() -> None:
 )
 def test_what_cannot_be_descended_is_refused(scheme: str, group_size: Any, sweeps: int) -> None:
     floats = weight(shape=(64, 8))
-    with pytest.raises(ValueError, match=f"descent {sweeps} of {scheme}"):
+    with pytest.raises(ValueError, match=f"descent {sweeps} for {scheme}"):
         quant.quantize_gptq(floats, jnp.eye(64), scheme, group_size=group_size, descent=sweeps)
