@@ -299,7 +299,7 @@ def test_runners_open_nothing_that_has_no_hash(copy: Path) -> None:
 def tabled(copy: Path) -> Path:
     """A bundle whose run_jax.py needs only NumPy."""
     text = standalone_runner("run_jax.py")
-    shared = text[: text.index('"""Runs a bundle with nothing but jax')]
+    shared = text[: text.index('"""Runs a bundle with jax alone')]
     (copy / "run_jax.py").write_text(shared + SESSION + "\n\nmain(Session, None)\n")
     changed(copy, lambda manifest: None)
     return copy

@@ -527,7 +527,7 @@ def test_floats_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.
     made = write(tmp_path / "m.gguf", Kind.IQ3_S)
     monkeypatch.setattr(checks, "available_memory", lambda: 1 << 20)
     with pytest.raises(
-        LlamaJaxError, match="15 weights of type IQ3_S become floats in memory: .* llamajax quantize --model="
+        LlamaJaxError, match="15 weights of type IQ3_S become floats in memory, .* llamajax quantize --model="
     ):
         open_checkpoint(made.path).read()
     assert isinstance(checks.available_memory(), int)

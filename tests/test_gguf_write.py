@@ -514,7 +514,7 @@ def test_what_other_methods_make_is_held_too(rule: dict[str, Any], tmp_path: Pat
         ({"scheme": "int4", "method": "gptq", "act_order": True}, "act_order: no ggml type holds it"),
         ({"scheme": "int4", "scale_dtype": "float32"}, "scales in float32: .* Q4_0 .*leave the weight unquantized"),
         ({"scheme": "int6"}, r"the nearest is Q8_0 \(int8, groups of 32"),
-        ({"scheme": "int6", "group_size": 16, "scale_scheme": "int8"}, "two levels of scales, .* multiple of 256"),
+        ({"scheme": "int6", "group_size": 16, "scale_scheme": "int8"}, "two levels of scales .* multiple of 256"),
         ({"scheme": "int4", "group_size": 24}, "groups of 24 do not divide an axis of 64"),
     ],
 )

@@ -199,7 +199,7 @@ def _template(*single: Any, ids: Any) -> dict[str, Any]:
             "names .*'q'.*: expected a token|that the library tokenizers cannot read",
         ),
         ({"post_processor": _template(_TOKEN, _TEXT, ids=[1, 2])}, "puts 2 tokens before every text: expected at most"),
-        ({"post_processor": _template(_TEXT, _TOKEN, ids=[9999])}, "puts 9999 behind every text: expected one of"),
+        ({"post_processor": _template(_TEXT, _TOKEN, ids=[9999])}, "puts id 9999 behind every text: expected one of"),
         ({"model": {"vocab": {"a": 0, "b": 2**32 - 1}, "merges": []}}, "whose ids end at 4294967295: expected 0 to"),
         ({"model": {"merges": ["no such"]}}, "that the library tokenizers cannot read"),
         ({"model": {"type": "Unigram", "vocab": [], "unk_id": 0}}, "that the library tokenizers cannot read"),
