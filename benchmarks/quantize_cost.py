@@ -1,0 +1,130 @@
+"""The time to quantize with a calibration text, beside forward passes of the float model over the same text.
+
+    python benchmarks/quantize_cost.py --shape=tinyllama-1.1b --tokens=8192
+    python benchmarks/quantize_cost.py --shape=tinyllama-1.1b --layers=2,4 --json
+
+Weights and text are random: the time of every step but the search for bits depends on shapes alone. A forward pass runs
+the float32 model, head included, over the text in windows of 512 tokens, as the calibration does. The recipe's time
+includes its own compilation; that of the forward pass does not. With several numbers of layers, the script also prints
+the time per layer and the time that the whole shape would take, by a straight line through the first and the last.
+"""
+
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from yardstick_inputs import commit, machine
+
+import llamajax
+from llamajax.evaluation.speed import random_model
+from llamajax.quantization.quantize import read_recipe
+
+_WINDOW = 512
+
+
+def forward_seconds(model: llamajax.Llama, tokens_WT: np.ndarray, rounds: int) -> float:
+    """Median time of the float model's logits for all windows, compiled before."""
+    logits = jax.jit(lambda model, tokens_BT: model(tokens_BT)[0])
+    laid_out = llamajax.prepare(model)
+    jax.block_until_ready(logits(laid_out, jnp.asarray(tokens_WT[:1])))
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for row in tokens_WT:
+            jax.block_until_ready(logits(laid_out, jnp.asarray(row[None])))
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def measured(config: llamajax.Config, values: flags.FlagValues) -> dict[str, Any]:
+    """The figures of one model."""
+    model = random_model(config, "float32", seed=values.seed)
+    tokens = np.random.default_rng(values.seed).integers(0, config.vocab_size, values.tokens, np.int32)
+    forward = forward_seconds(model, tokens[: len(tokens) // _WINDOW * _WINDOW].reshape(-1, _WINDOW), values.rounds)
+    say(f"{config.num_layers} layers: a forward pass takes {forward:.1f} s")
+    recipe = read_recipe(values.recipe)
+    if values.bits is not None:
+        recipe = recipe.with_target(values.bits)
+    start = time.perf_counter()
+    packed = llamajax.quantize(model, recipe, calibration=tokens, window=_WINDOW)
+    jax.block_until_ready(jax.tree.leaves(packed))
+    seconds = time.perf_counter() - start
+    say(f"{config.num_layers} layers: {values.recipe} takes {seconds:.1f} s, {seconds / forward:.1f} passes")
+    return {
+        "layers": config.num_layers,
+        "parameters": config.num_parameters,
+        "forward_seconds": forward,
+        "quantization_seconds": seconds,
+        "passes": seconds / forward,
+    }
+
+
+def along(rows: list[dict[str, Any]], layers: int) -> dict[str, Any]:
+    """What the line through the first and the last row says for a number of layers."""
+    first, last = rows[0], rows[-1]
+    made: dict[str, Any] = {"layers": layers}
+    for key in ("parameters", "forward_seconds", "quantization_seconds"):
+        slope = (last[key] - first[key]) / (last["layers"] - first["layers"])
+        made[key] = first[key] + slope * (layers - first["layers"])
+    return made | {"passes": made["quantization_seconds"] / made["forward_seconds"], "by_a_line": True}
+
+
+def say(text: str) -> None:
+    """Prints a line of progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def run(values: flags.FlagValues) -> None:
+    """Measures and prints.
+
+    Raises:
+        LlamaJaxError: for a number of layers that the shape does not have, or too few tokens.
+    """
+    config = llamajax.preset(values.shape)
+    counts = [int(text) for text in values.layers] or [config.num_layers]
+    if not all(1 <= count <= config.num_layers for count in counts) or len(set(counts)) != len(counts):
+        raise llamajax.LlamaJaxError(
+            f"--layers={','.join(values.layers)}: expected different numbers from 1 to {config.num_layers}"
+        )
+    rows = [measured(dataclasses.replace(config, num_layers=count), values) for count in counts]
+    if len(rows) > 1:
+        rows.append(along(rows, config.num_layers))
+    if values.json:
+        print(json.dumps({"rows": rows, "tokens": values.tokens, "machine": machine(), "commit": commit()}, indent=1))
+        return
+    print(f"{values.shape}, {values.recipe}, {values.tokens} tokens, {machine()['processor']}\n")
+    print("| layers | parameters | forward pass | quantizing | passes |\n|---|---|---|---|---|")
+    for row in rows:
+        note = " (by a line)" if row.get("by_a_line") else ""
+        print(
+            f"| {row['layers']}{note} | {row['parameters'] / 1e6:.0f}M | {row['forward_seconds']:.1f} s | "
+            f"{row['quantization_seconds']:.1f} s | {row['passes']:.1f} |"
+        )
+
+
+def main(argv: list[str]) -> None:
+    """Runs; wrong input is an error of one line."""
+    del argv
+    try:
+        run(flags.FLAGS)
+    except (llamajax.LlamaJaxError, ValueError) as error:
+        sys.exit(f"quantize_cost: {error}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("shape", "tinyllama-1.1b", "preset of the shape")
+    flags.DEFINE_list("layers", [], "numbers of layers to measure instead of the shape's own")
+    flags.DEFINE_string("recipe", "calibrated", "recipe, by name or file")
+    flags.DEFINE_float("bits", None, "bits per weight instead of the recipe's")
+    flags.DEFINE_integer("tokens", 8192, "of the text", lower_bound=_WINDOW)
+    flags.DEFINE_integer("rounds", 1, "forward passes to take the median of", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "of weights and text")
+    flags.DEFINE_boolean("json", False, "print JSON")
+    app.run(main)
