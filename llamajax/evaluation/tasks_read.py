@@ -20,9 +20,8 @@ from llamajax.files import read_bytes, shortened
 Shape = Literal["choices", "continuation", "answer"]
 # Each shape is recognised by the key of its name.
 SHAPES: tuple[Shape, ...] = ("choices", "continuation", "answer")
-_EXPECTED = (
-    'expected the keys "query", "choices" and "gold", or "context" and "continuation", or "question" (or "context") '
-    'and "answer"'
+_KEYS = (
+    'the keys "query", "choices" and "gold", or "context" and "continuation", or "question" (or "context") and "answer"'
 )
 # The largest file that we know of, HellaSwag's, has 12 MB; the longest line of MMLU has 13 kB.
 _LARGEST_FILE = 256 << 20
@@ -59,7 +58,7 @@ def read_questions(path: str | Path) -> list[Question]:
     try:
         data = read_bytes(path, _LARGEST_FILE)
     except FileNotFoundError:
-        raise LlamaJaxError(f"{path}: no such file: expected one JSON object per line: {_EXPECTED}") from None
+        raise LlamaJaxError(f"{path}: no such file: expected one JSON object per line with {_KEYS}") from None
     lines = data.split(b"\n")
     if lines[-1] == b"":
         lines.pop()
@@ -85,7 +84,7 @@ def _questions(found: Iterable[tuple[Any, str]], name: str) -> list[Question]:
             _refuse(source, f'has "{question.shape}"', f'expected "{questions[0].shape}", as {questions[0].source} has')
         questions.append(question)
     if not questions:
-        raise LlamaJaxError(f"{name}: no question: expected at least one, one JSON object per line: {_EXPECTED}")
+        raise LlamaJaxError(f"{name}: no question: expected at least one, one JSON object per line with {_KEYS}")
     return questions
 
 
@@ -115,11 +114,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _question(value: Any, source: str) -> Question:
     """Makes a question from the JSON value of a line."""
     if not isinstance(value, Mapping):
-        _refuse(source, shortened(value), f"expected a JSON object: {_EXPECTED}")
+        _refuse(source, shortened(value), f"expected a JSON object with {_KEYS}")
     shapes = [shape for shape in SHAPES if shape in value]
     if len(shapes) != 1:
         keys = ", ".join(shortened(key) for key in list(value)[:10]) or "none"
-        _refuse(source, f"keys {keys}", _EXPECTED)
+        _refuse(source, f"keys {keys}", f"expected {_KEYS}")
     shape = shapes[0]
     if shape == "choices":
         choices = value["choices"]
@@ -144,7 +143,7 @@ def _question(value: Any, source: str) -> Question:
 def _context(value: Mapping[str, Any], source: str, key: str) -> str:
     """The text that the model is shown; it may be empty."""
     if key not in value:
-        _refuse(source, f'no key "{key}"', _EXPECTED)
+        _refuse(source, f'no key "{key}"', f"expected {_KEYS}")
     return _text(value[key], f'"{key}"', source, empty=True)
 
 
