@@ -138,7 +138,7 @@ def divergence(student: llamajax.Llama, teacher: llamajax.Llama, tokens_BT: jax.
 
 
 class Distillation:
-    """What one run works with: the teacher, the student's matrices, the optimizer's state, on a text."""
+    """The state of one run: the teacher, the student's matrices and the optimizer's state."""
 
     def __init__(self, student: llamajax.Llama, teacher: llamajax.Llama, options: TrainOptions):
         """Begins a run."""
@@ -188,7 +188,7 @@ class Distillation:
 def begin(
     student: llamajax.Llama, teacher: llamajax.Llama, tokens: np.ndarray, kept: float, parts: PartsOnDisk
 ) -> tuple[llamajax.Llama, float]:
-    """The student by regression, or as an earlier start of the same run stored it, and what is left of its noise."""
+    """Returns the student after regression, computed or as an earlier start stored it, and the share of noise left."""
     if kept >= 1:
         return student, 1.0
     if loaded := parts.load_arrays(_REGRESSED):

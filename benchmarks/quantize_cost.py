@@ -1,4 +1,4 @@
-"""The time to quantize with a calibration text, beside forward passes of the float model over the same text.
+"""Measures the time to quantize with a calibration text, beside forward passes of the float model over the same text.
 
     python benchmarks/quantize_cost.py --shape=tinyllama-1.1b --tokens=8192
     python benchmarks/quantize_cost.py --shape=tinyllama-1.1b --layers=2,4 --json
@@ -30,7 +30,7 @@ _WINDOW = 512
 
 
 def forward_seconds(model: llamajax.Llama, tokens_WT: np.ndarray, rounds: int) -> float:
-    """Median time of the float model's logits for all windows, compiled before."""
+    """Returns the median time in which the float model computes the logits of all windows, without compilation."""
     logits = jax.jit(lambda model, tokens_BT: model(tokens_BT)[0])
     laid_out = llamajax.prepare(model)
     jax.block_until_ready(logits(laid_out, jnp.asarray(tokens_WT[:1])))
@@ -44,7 +44,7 @@ def forward_seconds(model: llamajax.Llama, tokens_WT: np.ndarray, rounds: int) -
 
 
 def measured(config: llamajax.Config, values: flags.FlagValues) -> dict[str, Any]:
-    """The figures of one model."""
+    """Returns the figures of a model of random weights."""
     model = random_model(config, "float32", seed=values.seed)
     tokens = np.random.default_rng(values.seed).integers(0, config.vocab_size, values.tokens, np.int32)
     forward = forward_seconds(model, tokens[: len(tokens) // _WINDOW * _WINDOW].reshape(-1, _WINDOW), values.rounds)
@@ -67,7 +67,7 @@ def measured(config: llamajax.Config, values: flags.FlagValues) -> dict[str, Any
 
 
 def along(rows: list[dict[str, Any]], layers: int) -> dict[str, Any]:
-    """What the line through the first and the last row says for a number of layers."""
+    """Returns the figures for a number of layers, by a straight line through the first and the last row."""
     first, last = rows[0], rows[-1]
     made: dict[str, Any] = {"layers": layers}
     for key in ("parameters", "forward_seconds", "quantization_seconds"):
