@@ -23,7 +23,6 @@ import hashlib
 import json
 import math
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -31,8 +30,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
-from yardstick_inputs import DISTILLED, distilled, in_floats, machine, original, weights_sha256, wikitext
+from absl import flags
+from yardstick_inputs import (
+    DISTILLED,
+    distilled,
+    in_floats,
+    machine,
+    original_file,
+    run_script,
+    say,
+    weights_sha256,
+    wikitext,
+)
 
 import llamajax
 import quant
@@ -252,11 +261,6 @@ def measure(run: Distillation, heldout: Windows, step: int) -> Comparison:
     return result
 
 
-def say(text: str) -> None:
-    """A line of progress."""
-    print(f"{datetime.datetime.now():%H:%M:%S} {text}", file=sys.stderr, flush=True)
-
-
 def run(values: flags.FlagValues) -> None:
     """Distils, and saves the result.
 
@@ -275,7 +279,7 @@ def run(values: flags.FlagValues) -> None:
         seed=values.seed,
         eval_every=values.eval_every,
     )
-    path = original(values.model)
+    path = original_file(values.model)
     packed, tokenizer = llamajax.load(path)
     assert tokenizer is not None  # both files have one
     seen = wikitext(tokenizer).seen
@@ -312,15 +316,6 @@ def run(values: flags.FlagValues) -> None:
     print(json.dumps(record))
 
 
-def main(argv: list[str]) -> None:
-    """Runs; input that is wrong is an error of one line."""
-    del argv
-    try:
-        run(flags.FLAGS)
-    except llamajax.LlamaJaxError as error:
-        sys.exit(f"distil: {error}")
-
-
 if __name__ == "__main__":
     flags.DEFINE_enum("model", "smollm2", sorted(DISTILLED), "whose weights")
     flags.DEFINE_string(
@@ -336,4 +331,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("seed", 0, "of the noise and of the order of the text")
     flags.DEFINE_integer("eval_every", 8, "steps between measurements; a checkpoint is stored at each")
     flags.DEFINE_integer("heldout", 8, "windows of 512 tokens at the end of the half that are not learnt from")
-    app.run(main)
+    run_script(run)

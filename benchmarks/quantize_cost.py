@@ -12,17 +12,17 @@ the time per layer and the time that the whole shape would take, by a straight l
 import dataclasses
 import json
 import statistics
-import sys
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
-from yardstick_inputs import commit, machine
+from absl import flags
+from yardstick_inputs import commit, machine, run_script, say
 
 import llamajax
+import quant
 from llamajax.evaluation.speed import random_model
 from llamajax.quantization.quantize import read_recipe
 
@@ -43,15 +43,12 @@ def forward_seconds(model: llamajax.Llama, tokens_WT: np.ndarray, rounds: int) -
     return statistics.median(seconds)
 
 
-def measured(config: llamajax.Config, values: flags.FlagValues) -> dict[str, Any]:
+def measured(config: llamajax.Config, recipe: quant.Recipe, values: flags.FlagValues) -> dict[str, Any]:
     """Returns the figures of a model of random weights."""
     model = random_model(config, "float32", seed=values.seed)
     tokens = np.random.default_rng(values.seed).integers(0, config.vocab_size, values.tokens, np.int32)
     forward = forward_seconds(model, tokens[: len(tokens) // _WINDOW * _WINDOW].reshape(-1, _WINDOW), values.rounds)
     say(f"{config.num_layers} layers: a forward pass takes {forward:.1f} s")
-    recipe = read_recipe(values.recipe)
-    if values.bits is not None:
-        recipe = recipe.with_target(values.bits)
     start = time.perf_counter()
     packed = llamajax.quantize(model, recipe, calibration=tokens, window=_WINDOW)
     jax.block_until_ready(jax.tree.leaves(packed))
@@ -76,11 +73,6 @@ def along(rows: list[dict[str, Any]], layers: int) -> dict[str, Any]:
     return made | {"passes": made["quantization_seconds"] / made["forward_seconds"], "by_a_line": True}
 
 
-def say(text: str) -> None:
-    """Prints a line of progress."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def run(values: flags.FlagValues) -> None:
     """Measures and prints.
 
@@ -88,12 +80,17 @@ def run(values: flags.FlagValues) -> None:
         LlamaJaxError: for a number of layers that the shape does not have, or too few tokens.
     """
     config = llamajax.preset(values.shape)
-    counts = [int(text) for text in values.layers] or [config.num_layers]
+    recipe = read_recipe(values.recipe)
+    try:
+        recipe = recipe if values.bits is None else recipe.with_target(values.bits)
+    except ValueError as error:
+        raise llamajax.LlamaJaxError(str(error)) from None
+    counts = [int(text) if text.isdecimal() else 0 for text in values.layers] or [config.num_layers]
     if not all(1 <= count <= config.num_layers for count in counts) or len(set(counts)) != len(counts):
         raise llamajax.LlamaJaxError(
             f"--layers={','.join(values.layers)}: expected different numbers from 1 to {config.num_layers}"
         )
-    rows = [measured(dataclasses.replace(config, num_layers=count), values) for count in counts]
+    rows = [measured(dataclasses.replace(config, num_layers=count), recipe, values) for count in counts]
     if len(rows) > 1:
         rows.append(along(rows, config.num_layers))
     if values.json:
@@ -109,15 +106,6 @@ def run(values: flags.FlagValues) -> None:
         )
 
 
-def main(argv: list[str]) -> None:
-    """Runs; wrong input is an error of one line."""
-    del argv
-    try:
-        run(flags.FLAGS)
-    except (llamajax.LlamaJaxError, ValueError) as error:
-        sys.exit(f"quantize_cost: {error}")
-
-
 if __name__ == "__main__":
     flags.DEFINE_string("shape", "tinyllama-1.1b", "preset of the shape")
     flags.DEFINE_list("layers", [], "numbers of layers to measure instead of the shape's own")
@@ -127,4 +115,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("rounds", 1, "forward passes to take the median of", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "of weights and text")
     flags.DEFINE_boolean("json", False, "print JSON")
-    app.run(main)
+    run_script(run)

@@ -31,7 +31,6 @@ import hashlib
 import inspect
 import json
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -41,8 +40,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
-from yardstick_inputs import MODELS, Halves, Subject, commit, machine, subject, weights_sha256
+from absl import flags
+from yardstick_inputs import MODELS, Halves, Subject, commit, machine, run_script, say, subject, weights_sha256
 from yardstick_llamacpp import TYPES, check_types, importance_matrix, quantize_file
 
 import llamajax
@@ -390,11 +389,6 @@ def measure(bench: Bench, rows: list["Ours | str"], settings: list[Setting], rec
 # ---- What is shown --------------------------------------------------------------------------------------------------
 
 
-def say(text: str) -> None:
-    """A line of progress."""
-    print(f"{datetime.datetime.now():%H:%M:%S} {text}", file=sys.stderr, flush=True)
-
-
 def _said(setting: Setting) -> str:
     return "" if setting == PLAIN else f" ({setting.context} tokens, {setting.activations}, cache {setting.cache})"
 
@@ -525,15 +519,6 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("plot", None, "picture to draw, .svg or .png", flag_values=values)
 
 
-def main(argv: list[str]) -> None:
-    """A line on stderr for what is wrong with the input."""
-    del argv
-    try:
-        run(flags.FLAGS)
-    except llamajax.LlamaJaxError as error:
-        sys.exit(f"yardstick: {error}")
-
-
 if __name__ == "__main__":
     define(flags.FLAGS)
-    app.run(main)
+    run_script(run)

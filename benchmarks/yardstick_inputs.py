@@ -4,16 +4,20 @@ WikiText-2's test text is encoded whole. Its first half of tokens is for calibra
 figures: nothing that a figure is of was seen by what made the weights.
 """
 
+import datetime
 import hashlib
 import os
 import platform
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import app, flags
 
 import llamajax
 import quant
@@ -30,6 +34,23 @@ DISTILLED = {"smollm2": "smollm2-135m", "gemma3": "gemma-3-270m"}
 _GEMMA = "gemma-3-270m-q4_k_m.gguf"
 _MADE = "-distilled"
 MODELS = ("box", *DISTILLED, *(f"{name}{_MADE}" for name in DISTILLED))
+
+
+def say(text: str) -> None:
+    """Prints a line of progress with the time of day."""
+    print(f"{datetime.datetime.now():%H:%M:%S} {text}", file=sys.stderr, flush=True)
+
+
+def run_script(run: Callable[[flags.FlagValues], None]) -> None:
+    """Parses the flags and calls `run` with them; wrong input ends the script with one line on stderr."""
+
+    def main(argv: list[str]) -> None:
+        try:
+            run(flags.FLAGS)
+        except llamajax.LlamaJaxError as error:
+            sys.exit(f"{Path(argv[0]).stem}: {error}")
+
+    app.run(main)
 
 
 class Halves(NamedTuple):
@@ -95,7 +116,7 @@ def subject(name: str, text: str | None = None) -> Subject:
     made_of = name.removesuffix(_MADE)
     path = Path(name)
     if made_of in DISTILLED:
-        path = original(name) if made_of == name else distilled(made_of)
+        path = original_file(name) if made_of == name else distilled(made_of)
     model, tokenizer = llamajax.load("box" if name == "box" else path)
     if tokenizer is None:
         raise llamajax.LlamaJaxError(f"{name}: has no tokenizer: expected a checkpoint that has one")
@@ -108,7 +129,7 @@ def subject(name: str, text: str | None = None) -> Subject:
     return Subject(name, in_floats(model), tokenizer, ids, made)
 
 
-def original(name: str) -> Path:
+def original_file(name: str) -> Path:
     """The GGUF file of one of DISTILLED; SmolLM2's is fetched where it is not there.
 
     Raises:
