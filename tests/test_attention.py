@@ -111,7 +111,7 @@ def part_of(layout: str, dtype: str, K: int, G: int, H: int, key_BKSH: np.ndarra
         context_length=512,
     )
     B, _, S, _ = key_BKSH.shape
-    (part,) = KVCache.empty(config, B, S, dtype, layout=layout).parts
+    part = KVCache.empty(config, B, S, dtype, layout=layout).parts[0].stored
     part = part.write(1, *(jnp.asarray(x.swapaxes(1, 2)) for x in (key_BKSH, value_BKSH)), jnp.zeros(B, jnp.int32))
     return part, [np.asarray(x, np.float32) for x in part.read(1)]
 

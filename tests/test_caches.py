@@ -25,9 +25,9 @@ CONFIG = Config(
     context_length=512,
 )
 SLOTS = 64
-KINDS = [("dense", "float32"), ("tiled", "float32"), ("dense", "int8"), ("scatter", "int4")]
+KINDS = [("dense", "float32"), ("tiled", "float32"), ("dense", "int8"), ("scatter", "int4"), ("dense", "int3")]
 # Logits are of order 1. Quantized: a value in the middle of two codes may get either in programs of other shapes.
-ROOM = {"float32": 1e-4, "int8": 0.02, "int4": 0.3}
+ROOM = {"float32": 1e-4, "int8": 0.02, "int4": 0.3, "int3": 0.6}
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_a_ring_goes_back_by_what_it_has_spare(model: Llama) -> None:
 
 
 @pytest.mark.parametrize("T", [1, 5])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4", "int3"])
 def test_layouts_store_the_same_bits(dtype: str, T: int) -> None:
     """Rows that overflow, too: a write past the end is moved back, as NumPy does here."""
     rng, S = np.random.default_rng(0), 12
@@ -192,7 +192,7 @@ def test_layouts_store_the_same_bits(dtype: str, T: int) -> None:
     key_BTKH, value_BTKH = (jnp.asarray(rng.standard_normal((6, T, 2, 8)), jnp.float32) for _ in range(2))
 
     def written(layout: str) -> Any:
-        (part,) = KVCache.empty(CONFIG, 6, S, dtype, layout=layout).parts
+        part = KVCache.empty(CONFIG, 6, S, dtype, layout=layout).parts[0].stored
         return jax.jit(lambda part, layer: part.write(layer, key_BTKH, value_BTKH, start_B))(part, jnp.asarray(1))
 
     dense, straight, scatter = (jax.tree.leaves(written(name)) for name in ("dense", "straight", "scatter"))

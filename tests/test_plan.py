@@ -100,7 +100,7 @@ def test_the_longest_context_fits_and_no_longer_one_does() -> None:
         ({"context": 0}, "context is 0: expected at least 1"),
         ({"batch": 0}, "batch is 0: expected at least 1"),
         ({"context": 513}, "context is 513 tokens: expected at most 512, the model's context length"),
-        ({"cache_dtype": "int3"}, "the cache's dtype is 'int3': expected one of float32"),
+        ({"cache_dtype": "int2"}, "the cache's dtype is 'int2': expected one of float32"),
         ({"recipe": "mixed-4.5bpw"}, "recipe is 'mixed-4.5bpw', whose bits, outliers or channel order depend"),
         ({"recipe": "int5-g7"}, "int5-g7"),
     ],

@@ -15,12 +15,13 @@ import pytest
 
 from export.runners import answers
 from llamajax import Config, Kept, KVCache, Llama, Scores, generate, stream
-from llamajax.caches import PARTS, DensePart, RingPart, TiledPart, Where
+from llamajax.caches import PARTS, DensePart, QuantizedPart, RingPart, RotatedPart, TiledPart, Where
 from llamajax.caches.attention import SLOT_BLOCK, attend_blocks, attend_causal
 from llamajax.generation import engine
 from tests.programs import QUICK
 from tests.reference import random_model
 from tests.test_attention import drawn, expected
+from tests.test_cache import ROTATION
 
 WINDOW, SLOTS = 40, 128  # slots of a ring: the window and 64 more, rounded up to a multiple of 64
 CONFIG = Config(
@@ -69,7 +70,7 @@ class Text:
         self.part = PARTS[kind](config, 2, rows, slots, dtype, layout)
         self.keys, self.values = (np.zeros((rows, 2, 0, 8)) for _ in range(2))
         self.length_B = np.zeros(rows, int)
-        self.attend = jax.jit(RingPart.attend, compiler_options=QUICK, static_argnames="scores")
+        self.attend = jax.jit(type(self.part).attend, compiler_options=QUICK, static_argnames="scores")
 
     def call(self, T: int, count_B: Any, stay_B: Any = None) -> None:
         """Adds T tokens: each row counts `count_B` of them, or all, and then goes back to `stay_B` more than it had."""
@@ -80,7 +81,9 @@ class Text:
         where = Where(position_BT, None if count_B is None else jnp.asarray(count_B, jnp.int32))
         mixed, self.part = self.attend(self.part, jnp.asarray(1), query, key, value, where, scores=self.scores)
         held = self.part.stored
-        seen = [np.asarray(held.decode(held.encode(jnp.asarray(x))), np.float32).swapaxes(1, 2) for x in (key, value)]
+        turn = ROTATION if isinstance(self.part, RotatedPart) else np.eye(8)
+        codes = [held.encode(jnp.asarray(x @ turn, jnp.float32)) for x in (key, value)]
+        seen = [(np.asarray(held.decode(code), np.float32) @ turn.T).swapaxes(1, 2) for code in codes]
         count_B = np.full(rows, T) if count_B is None else np.asarray(count_B)
         for b, count in enumerate(count_B):
             end, first = self.length_B[b] + count, self.length_B[b]
@@ -109,7 +112,8 @@ class Text:
 def test_a_ring_is_all_that_queries_see(kind: str, layout: str, dtype: str) -> None:
     """Pieces have more tokens than slots, a few, or one; rows have different lengths, wait, and go back."""
     text = Text(kind, layout, dtype, 3)
-    assert isinstance(text.part, RingPart) and text.part.stored.slots == SLOTS and text.part.spare == SLOTS - WINDOW + 1
+    ring = text.part.held if dtype.startswith("int") else text.part
+    assert isinstance(ring, RingPart) and ring.stored.slots == SLOTS and text.part.spare == SLOTS - WINDOW + 1
     text.call(150, [150, 30, 0])
     text.call(20, [3, 20, 17])
     for stay_B in ([0, 1, 4], [2, 4, 1], [4, 3, 0]):  # steps of 3 drafts, some of which were wrong
@@ -133,13 +137,13 @@ def test_a_cache_of_few_slots_goes_on_as_a_ring() -> None:
         text.call(20, [20, 11])
         larger = PARTS["window"](CONFIG, 2, 2, 512, dtype, layout)
         text.part = text.part.grow(larger)
-        text.attend = jax.jit(RingPart.attend, compiler_options=QUICK, static_argnames="scores")
+        text.attend = jax.jit(type(text.part).attend, compiler_options=QUICK, static_argnames="scores")
         for _ in range(6):
             text.call(20, [20, 20])
         text.part = text.part.grow(PARTS["window"](CONFIG, 2, 2, 1024, dtype, layout))
         text.call(20, [20, 1])
-    assert type(PARTS["window"](CONFIG, 1, 1, SLOTS, "int8", "dense")).__name__ == "QuantizedPart"
-    assert type(PARTS["window"](CONFIG, 1, 1, SLOTS + 1, "int8", "dense")) is RingPart
+    for slots, kind in ((SLOTS, QuantizedPart), (SLOTS + 1, RingPart)):
+        assert type(PARTS["window"](CONFIG, 1, 1, slots, "int8", "dense").held) is kind
 
 
 def test_blocks_that_a_window_hides_are_not_looked_at() -> None:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = ("export/targets/", "export/runners/")
 TYPES = (
     *("Weight", "QTensor", "Mixed", "Layout", "TiledWeight", "GpuWeight", "TpuWeight", "ExportedWeight", "Probe"),
-    *("KVCache", "NoCache", "Part", "DensePart", "TiledPart", "QuantizedPart"),
+    *("KVCache", "NoCache", "Part", "DensePart", "TiledPart", "QuantizedPart", "RotatedPart"),
 )
 
 

@@ -75,7 +75,7 @@ def test_kinds_of_cache(tiny_config: llamajax.Config) -> None:
     assert isinstance(part, TiledPart) == (jax.default_backend() == "cpu")
     for slots, dtype in ((128, "bfloat16"), (128, "int8"), (100, "float32")):
         (part,) = empty_cache(tiny_config, 1, slots, dtype).parts
-        assert type(part) is (QuantizedPart if dtype == "int8" else DensePart)
+        assert type(part.stored) is (QuantizedPart if dtype == "int8" else DensePart)
     with pytest.raises(ValueError, match="a tiled cache of 100 slots: expected a multiple of 64, or a dense cache"):
         KVCache.empty(tiny_config, 1, 100, layout="tiled")
     with pytest.raises(ValueError, match="a tiled cache in int8: expected a float type, or a dense cache"):

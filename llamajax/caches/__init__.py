@@ -1,6 +1,7 @@
 """KV caches, each of which implements its own attention; `cache.py` defines the protocol."""
 
 import functools
+from typing import Any
 
 from llamajax.caches.attention import Scores
 from llamajax.caches.cache import (
@@ -15,8 +16,9 @@ from llamajax.caches.cache import (
     empty_cache,
 )
 from llamajax.caches.dense import DensePart
-from llamajax.caches.quantized import SCHEME_OF, QuantizedPart
+from llamajax.caches.quantized import CODE_OF, QuantizedPart
 from llamajax.caches.ring import RingPart, ring_slots
+from llamajax.caches.rotated import RotatedPart
 from llamajax.caches.tiled import TiledPart
 from llamajax.config import Config
 
@@ -30,6 +32,7 @@ __all__ = [
     "Part",
     "QuantizedPart",
     "RingPart",
+    "RotatedPart",
     "Scores",
     "TiledPart",
     "Where",
@@ -42,9 +45,9 @@ def _full(config: Config, layers: int, batch: int, slots: int, dtype: str, layou
     """Makes a part that keeps every token."""
     if layout not in ("dense", "straight", "scatter", "tiled"):
         raise ValueError(f"layout {layout!r} of a cache: expected dense, straight, scatter or tiled")
-    if layout == "tiled" and dtype in SCHEME_OF:
+    if layout == "tiled" and dtype in CODE_OF:
         raise ValueError(f"a tiled cache in {dtype}: expected a float type, or a dense cache")
-    kind = TiledPart if layout == "tiled" else QuantizedPart if dtype in SCHEME_OF else DensePart
+    kind = TiledPart if layout == "tiled" else QuantizedPart if dtype in CODE_OF else DensePart
     return kind.empty(config, layers, batch, slots, dtype, layout)  # type: ignore[arg-type]
 
 
@@ -61,6 +64,12 @@ def _seen(name: str, config: Config, layers: int, batch: int, slots: int, dtype:
     return _full(config, layers, batch, slots, dtype, layout)
 
 
-PARTS["full"] = _full
-PARTS["window"] = functools.partial(_seen, "window")
-PARTS["chunk"] = functools.partial(_seen, "chunk")
+def _rotated(make: Any, config: Config, layers: int, batch: int, slots: int, dtype: str, layout: str) -> Part:
+    """Makes a part whose keys and values are rotated before they become codes; floats stay as they are."""
+    part = make(config, layers, batch, slots, dtype, layout)
+    return RotatedPart(part) if dtype in CODE_OF else part
+
+
+PARTS["full"] = functools.partial(_rotated, _full)
+PARTS["window"] = functools.partial(_rotated, functools.partial(_seen, "window"))
+PARTS["chunk"] = functools.partial(_rotated, functools.partial(_seen, "chunk"))

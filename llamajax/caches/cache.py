@@ -21,7 +21,7 @@ from llamajax.config import Config
 from llamajax.errors import LlamaJaxError
 from llamajax.parameters import KINDS, path_name
 
-CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
+CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8", "int4", "int3")
 
 
 @jax.tree_util.register_dataclass
@@ -164,9 +164,10 @@ class KVCache:
             config: the model's architecture.
             batch: B.
             slots: S. Layers that see only a part of the text take slots for that part and `ring.AHEAD` tokens.
-            dtype: one of `CACHE_DTYPES`. A float cache takes 2 L B K S H elements; "int8" takes 2 L B K S (H + 5) and
-                "int4" 2 L B K S (H/2 + 5) bytes, with errors of at most scale / 2, where scale is the range of the H
-                values of a head and token, widened to include 0, divided by 255 or 15.
+            dtype: one of `CACHE_DTYPES`. A float cache takes 2 L B K S H elements; "int8" takes 2 L B K S (H + 5),
+                "int4" 2 L B K S (H/2 + 5) and "int3" 2 L B K S (3H/8 + 4) bytes. Their keys and values are stored
+                rotated (`llamajax.caches.rotated`). Errors of 8 and 4 bits are at most scale / 2, where scale is the
+                range of the H rotated values of a head and token, widened to include 0, divided by 255 or 15.
             layout: the form of its programs: "dense"; "straight", without loops; "scatter", which writes all rows at
                 once; "tiled", the fastest for CPUs (`llamajax.caches.tiled`).
             reach: the cache's reach if S is symbolic; it determines which layers have rings.
@@ -365,7 +366,7 @@ def check_cache_dtype(dtype: jax.typing.DTypeLike) -> str:
         LlamaJaxError: for any other dtype.
     """
     try:
-        name = jnp.dtype(dtype).name
+        name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
     except TypeError:
         name = None
     if name not in CACHE_DTYPES:
