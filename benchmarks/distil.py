@@ -97,7 +97,7 @@ def regressed(
     """
     config = teacher.config
     rows = calibrate.calibration_windows(tokens, config, 512)
-    x_WTD = np.array(_embed(teacher, rows))
+    x_WTD = np.array(jax.jit(llamajax.Llama.embed)(teacher, rows))
     noise = {place: np.array(weight) for place, weight in weights_of(student).items() if place.layer is not None}
     original = weights_of(teacher)
     before = after = 0.0
@@ -124,9 +124,6 @@ def regressed(
         )
     }
     return model_from(stacked, config), after / before
-
-
-_embed = jax.jit(lambda model, tokens_BT: model.embed(tokens_BT))
 
 
 def left_by_ridge(values_K: np.ndarray, kept: float) -> np.ndarray:

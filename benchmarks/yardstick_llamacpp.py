@@ -67,7 +67,8 @@ def importance_matrix(model: llamajax.Llama, tokens: np.ndarray, window: int) ->
     config = model.config
     tensor_of = {place: name for name, places in tensors(config, "gguf").items() for place in places}
     rows = calibrate.calibration_windows(tokens, config, window)
-    x_WTD = np.concatenate([np.asarray(_embed(model, rows[i : i + 1])) for i in range(len(rows))])
+    embed = jax.jit(llamajax.Llama.embed)
+    x_WTD = np.concatenate([np.asarray(embed(model, row[None])) for row in rows])
     means = {}
     for layer in range(config.num_layers):
         block, numbers, groups = model.layer(layer), config.numbers(layer), inputs(config, layer)
@@ -78,9 +79,6 @@ def importance_matrix(model: llamajax.Llama, tokens: np.ndarray, window: int) ->
             means |= {tensor_of[Place(name, layer)]: mean_K for name in members}
         x_WTD = calibrate.advance(block, x_WTD, numbers)
     return means
-
-
-_embed = jax.jit(lambda model, tokens_BT: model.embed(tokens_BT))
 
 
 def _judge():

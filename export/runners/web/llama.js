@@ -623,7 +623,7 @@ export class Chat {
     }
     if (ids.length + limit > slots) {
       said.pop();
-      throw new Error(`${ids.length} tokens and ${limit} to make: expected ${slots} together, the cache's slots`);
+      throw new Error(`${ids.length} tokens and ${limit} to make: expected at most the cache's ${slots} slots in all`);
     }
     if (said.length < whole) note(`the window is full: the oldest ${whole - said.length} messages are forgotten`);
     let keep = 0;
@@ -662,7 +662,7 @@ export class Model {
     const { format, version, targets, cache } = model.manifest;
     if (format !== "llamajax-bundle" || version !== 1) throw new Error(`${bundle}: not a bundle of version 1`);
     if (!targets.onnx) throw new Error(`${bundle}: no ONNX programs: export it with the target onnx`);
-    if (cache.batch !== 1) throw new Error(`${bundle}: batch ${cache.batch}: this page wants 1`);
+    if (cache.batch !== 1) throw new Error(`${bundle}: batch ${cache.batch}: expected 1`);
     for (const { name, dtype } of model.declared) {
       if (!ZEROS[dtype]) throw new Error(`${bundle}: ${name} in ${dtype}: expected ${Object.keys(ZEROS).join(", ")}`);
     }
@@ -728,7 +728,7 @@ export class Model {
   async *steps(ids, limit, choose, keep = 0) {
     const { cache, buckets } = this.manifest;
     if (!(ids.length > 0 && ids.length < cache.slots)) {
-      throw new Error(`${ids.length} tokens: expected 1 to ${cache.slots - 1}, for the cache has ${cache.slots} slots`);
+      throw new Error(`${ids.length} tokens: expected 1 to ${cache.slots - 1}, because the cache has ${cache.slots} slots`);
     }
     const vocabulary = this.manifest.config.vocab_size;
     for (const id of ids) {
