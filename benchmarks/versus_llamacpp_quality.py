@@ -11,7 +11,7 @@ float32, so that only the error of the weights is left. Our weights are in the l
 --reference_products they are dequantized whole, in float32.
 
 Bits per weight count all tensors, norms included, and no metadata. Everything that needs calibration, our recipes and
-importance matrices, uses the same stories. Prints one table and draws `docs/images/quality.svg`.
+importance matrices, uses the same stories. Prints one table; --picture draws it, too.
 """
 
 import collections
@@ -58,7 +58,6 @@ _WITH_IMPORTANCE = "llama.cpp, importance matrix"
 _TARGETS, _SEARCHED = "llamajax, target_bpw", "mixed-4.5bpw"
 _MOST_BITS_DRAWN = 6  # points with more bits are not drawn: no curve is visible there
 _MOST_DIVERGENCE_DRAWN = 0.1  # nats; above it a model is useless, for example an untrained ternary one
-_PICTURE = Path(__file__).parents[1] / "docs" / "images" / "quality.svg"
 
 
 class Row(NamedTuple):
@@ -241,7 +240,8 @@ def main(argv):
         if flags.FLAGS.imatrix:
             rows += llamacpp_rows(folder, reference, tokens, importance_matrix(model, calibration))
     rows += our_rows(model, tokens, calibration, {row.bits for row in rows})
-    draw(rows, Path(flags.FLAGS.picture))
+    if flags.FLAGS.picture:
+        draw(rows, Path(flags.FLAGS.picture))
     products = "reference" if flags.FLAGS.reference_products else f"prepared for {jax.default_backend()}"
     if flags.FLAGS.json:
         entries = [row._asdict() | {"result": row.result._asdict()} for row in rows]
@@ -261,5 +261,5 @@ if __name__ == "__main__":
     flags.DEFINE_bool("dequantize", False, "run llama.cpp with its weights in float32, which rounds no activations")
     flags.DEFINE_bool("reference_products", False, "run llamajax with weights dequantized whole, in float32")
     flags.DEFINE_bool("json", False, "print JSON instead of a table")
-    flags.DEFINE_string("picture", str(_PICTURE), "file to draw the curves to")
+    flags.DEFINE_string("picture", None, "file to draw the curves to, .svg or .png")
     app.run(main)
