@@ -3,6 +3,7 @@
     python benchmarks/yardstick.py --model=box --ours=int8,int4-g32,mixed-4.5bpw --json=figures.json --plot=curves.svg
     python benchmarks/yardstick.py --model=smollm2-distilled --ours=bits=4.5,bits=3.5 --types=Q4_K_M --json=figures.json
     python benchmarks/yardstick.py --ours=int4-g32 --types= --context=512,2048 --cache=float32,int8,int4 --json=…
+    python benchmarks/yardstick.py --draw=benchmarks/yardstick_box.json,benchmarks/yardstick_gemma3.json --plot=curves.svg
 
 All rows are measured by one code: a model is quantized, laid out as `generate` runs it, and run over the same windows
 of a text that nothing was calibrated on, in pieces of 512 tokens behind a cache; its log probabilities are compared
@@ -438,6 +439,24 @@ def show(model: str, rows: list[dict[str, Any]]) -> None:
             print(f"\n{model}, {title}: {some[0]['key']['windows']} windows\n\n{table(some, some is plain)}")
 
 
+def show_files(paths: list[Path], plot: str | None) -> None:
+    """Shows and draws what earlier runs kept: a panel for each model, in the order of the files.
+
+    Raises:
+        LlamaJaxError: if a file is missing, or holds no figures.
+    """
+    rows = []
+    for path in paths:
+        if not path.exists():
+            raise llamajax.LlamaJaxError(f"--draw={path}: there is no such file")
+        rows += Record(path).content["rows"]
+    models = dict.fromkeys(row["key"]["model"] for row in rows)
+    for model in models:
+        show(model, [row for row in rows if row["key"]["model"] == model])
+    if plot:
+        draw([row for row in rows if is_plain(row)], plot)
+
+
 def draw(rows: list[dict[str, Any]], path: str) -> None:
     """A panel for each model, of all plain rows."""
     panels: dict[str, list[Point]] = {}
@@ -460,9 +479,12 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
 
 def run(values: flags.FlagValues) -> None:
     """Measures, prints, draws."""
-    check_types(values.types)
     if values.plot:
         check_picture(values.plot)
+    if values.draw:
+        show_files([Path(path) for path in values.draw], values.plot)
+        return
+    check_types(values.types)
     record = Record(Path(values.json) if values.json else None)
     weighed = (False, True) if values.imatrix else (False,)
     rows: list[Ours | str] = [Ours.parse(name) for name in values.ours]
@@ -502,6 +524,7 @@ def define(values: flags.FlagValues) -> None:
         "activations": (["recipe"], f"what meets packed weights: recipe, {', '.join(ACTIVATIONS)}"),
         "cache": (["float32"], f"dtypes of keys and values: {', '.join(CACHE_DTYPES)}"),
         "again": ([], "rows to measure again"),
+        "draw": ([], "files of --json: measures nothing, prints their tables, and draws them with --plot"),
     }
     for name, (default, meaning) in lists.items():
         flags.DEFINE_list(name, default, meaning, flag_values=values)

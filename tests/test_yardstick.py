@@ -100,6 +100,23 @@ def test_a_row_is_measured_once(yardstick, folder: Path, monkeypatch: pytest.Mon
     assert len({row["kl_divergence"] for row in after}) == 4
 
 
+def test_kept_figures_are_shown_and_drawn_without_a_model(yardstick, folder: Path, capsys) -> None:
+    """The committed file of Gemma 3: the script prints its figures as they stand there, and draws them."""
+    path = Path(yardstick.__file__).with_name("yardstick_gemma3.json")
+    picture = folder / "drawn.svg"
+    values = flags.FlagValues()
+    yardstick.define(values)
+    values(["yardstick", f"--draw={path}", f"--plot={picture}", "--model=there is none"])
+    yardstick.run(values)
+    printed = capsys.readouterr().out
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) > 10 and all(f"{row['kl_divergence']:.5f} ±" in printed for row in rows)
+    assert "gemma3-distilled" in picture.read_text()
+    values(["yardstick", f"--draw={folder / 'none.json'}"])
+    with pytest.raises(llamajax.LlamaJaxError, match="none.json: there is no such file"):
+        yardstick.run(values)
+
+
 def test_rows_of_other_targets_and_texts(yardstick) -> None:
     row = yardstick.Ours.parse("mixed-4.5bpw+bits=3.5+types=ggml+calibration=self")
     assert (row.recipe.target_bpw, row.own, row.options) == (3.5, True, {"types": "ggml"})
