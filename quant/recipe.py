@@ -213,10 +213,15 @@ class Rule:
                 return dataclasses.replace(self, group_size=size, scale_scheme=kept)
         if length % multiple == 0:
             return dataclasses.replace(self, group_size="channel", scale_scheme=None, scale_group=256)
-        plain: dict[str, Any] = {"method": "rtn", "act_order": False, "outliers": 0, "scale_scheme": None}
-        plain["scale_group"] = 256
+        plain: dict[str, Any] = {"outliers": 0, "scale_scheme": None, "scale_group": 256}
         plain["offset"] = self.offset and self.indivisible.startswith("uint")
-        return dataclasses.replace(self, scheme=self.indivisible, group_size="channel", **plain)
+        return self.to_nearest(scheme=self.indivisible, group_size="channel", **plain)
+
+    def to_nearest(self, **changes: Any) -> "Rule":
+        """Returns the rule with method rtn instead of gptq, without the keys that only gptq has, and other changes."""
+        return dataclasses.replace(
+            self, method="rtn", act_order=False, damping=Rule.damping, descent=Rule.descent, **changes
+        )
 
     @property
     def needs_calibration(self) -> bool:

@@ -435,6 +435,30 @@ def test_inputs_that_are_no_whole_groups(scheme: str, group, inputs: int, expect
     assert plain.for_inputs(inputs) == plain
 
 
+@pytest.mark.parametrize("name", recipe_names())
+def test_ready_recipes_fit_inputs_of_any_number(name: str) -> None:
+    """A search for bits tries int2 to int8, and codes of each fill bytes by another number."""
+    recipe = read_recipe(name)
+    for rule in (rule for rule in recipe.rules if rule.indivisible is not None):
+        schemes = [rule.scheme] if recipe.target_bpw is None else ["int2", "int3", "int4", "int5", "int6", "int8"]
+        for scheme in schemes:
+            for inputs in (64, 172, 100, 77, 7):
+                made = dataclasses.replace(rule, scheme=scheme).for_inputs(inputs)
+                assert made.group_size == "channel" or inputs % made.group_size == 0
+
+
+@pytest.mark.parametrize("name", ["calibrated", "uncalibrated"])
+def test_the_defaults_take_widths_that_are_no_whole_groups(name: str) -> None:
+    """172 inputs, as stories260K's: codes of 5 bits would not fill bytes, and such a weight gets 8 bits by rounding."""
+    config = dataclasses.replace(CONFIG, ffn_width=172, tied_embeddings=True)
+    model = random_model(config)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, 256, np.int32)
+    recipe = read_recipe(name).with_target(6.5)
+    made = quantize(model, recipe, calibration=tokens if recipe.needs_calibration else None, window=32)
+    assert 4.5 < packed_bits(made) <= 6.5
+    assert made.layer(0).ffn.down_FD.get_value().shape == (172, config.width)
+
+
 def test_recipe_from_reads_what_recipes_say() -> None:
     table = {"rules": [{"weights": "*norm*", "keep": True}, {"weights": "*", "scheme": "int4", "clip": "mse"}]}
     rules = (KEEP_NORMS, Rule(weights="*", scheme="int4", group_size=32, clip="mse"))

@@ -137,7 +137,7 @@ def without_inputs(rules: Rules, config: Config) -> tuple[dict[Place, Rule], lis
     shared = collections.Counter(id(rule) for rule in rules.values())
     for place, rule in rules.items():
         if of[place].is_only_looked_up and rule.method == "gptq" and shared[id(rule)] > 1:
-            made[place] = dataclasses.replace(rule, method="rtn", act_order=False, damping=Rule.damping, descent=0)
+            made[place] = rule.to_nearest()
             changed.append(place)
     return made, changed
 
