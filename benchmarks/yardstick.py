@@ -3,7 +3,7 @@
     python benchmarks/yardstick.py --model=box --ours=int8,int4-g32,mixed-4.5bpw --json=figures.json --plot=curves.svg
     python benchmarks/yardstick.py --model=smollm2-distilled --ours=bits=4.5,bits=3.5 --types=Q4_K_M --json=figures.json
     python benchmarks/yardstick.py --ours=int4-g32 --types= --context=512,2048 --cache=float32,int8,int4 --json=…
-    python benchmarks/yardstick.py --draw=benchmarks/yardstick_box.json,benchmarks/yardstick_gemma3.json --plot=curves.svg
+    python benchmarks/yardstick.py --draw=benchmarks/yardstick_box.json,benchmarks/yardstick_gemma3.json --plot=all.svg
 
 All rows are measured by one code: a model is quantized, laid out as `generate` runs it, and run over the same windows
 of a text that nothing was calibrated on, in pieces of 512 tokens behind a cache; its log probabilities are compared
