@@ -183,7 +183,7 @@ def test_rotations_are_orthogonal_and_spread_single_channels_and_equal_ones(size
         assert np.abs(np.ones(size) @ rotation_HH).max() < 0.3 * np.sqrt(size)
 
 
-@pytest.mark.parametrize("dtype", QUANTIZED)
+@pytest.mark.parametrize("dtype", [*QUANTIZED, "int3"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_stays_so_in_its_head_and_token(dtype: str, bad: float) -> None:
     x_BTKH = np.random.default_rng(0).standard_normal((2, 3, 2, 8)).astype(np.float32)
@@ -259,7 +259,7 @@ def test_ragged_writes_are_numpys(dtype: str) -> None:
             np.testing.assert_array_equal(key_BKSH == 0, key_BKSH * expected_LBKSH[layer] == 0)
 
 
-@pytest.mark.parametrize("dtype", QUANTIZED)
+@pytest.mark.parametrize("dtype", [*QUANTIZED, "int3"])
 def test_a_row_is_stored_as_it_would_be_alone(dtype: str) -> None:
     """Rows are equal bit for bit, and `vmap` over caches is a loop over them."""
     x_BTKH = jnp.asarray(np.random.default_rng(2).standard_normal((3, 4, 2, 8)), jnp.float32)
@@ -330,7 +330,7 @@ def test_rows_of_different_length_equal_each_row_alone() -> None:
         np.testing.assert_allclose(np.concatenate(got[b]), alone, atol=0.02)
 
 
-@pytest.mark.parametrize("dtype", QUANTIZED)
+@pytest.mark.parametrize("dtype", [*QUANTIZED, "int3"])
 def test_damaged_rows_are_nan_for_good(dtype: str) -> None:
     """Row 0 has an unknown token, row 1 overflows: both give NaN where a float cache does; row 2 is as without them."""
     model, tokens = random_model(CONFIG), np.random.default_rng(5).integers(0, 50, (3, 16)).astype(np.int32)

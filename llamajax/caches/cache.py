@@ -366,7 +366,8 @@ def check_cache_dtype(dtype: jax.typing.DTypeLike) -> str:
         LlamaJaxError: for any other dtype.
     """
     try:
-        name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+        # NumPy has no int3.
+        name = dtype if isinstance(dtype, str) and dtype in CACHE_DTYPES else jnp.dtype(dtype).name
     except TypeError:
         name = None
     if name not in CACHE_DTYPES:

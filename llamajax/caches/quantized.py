@@ -62,7 +62,7 @@ class QuantizedPart(DensePart):
             LlamaJaxError: if the codes of a head do not fill whole bytes.
         """
         code, H = CODE_OF[dtype], config.head_size
-        if H * code.scheme.bits % 8 or (code.scheme.bits == 3 and H % 8):
+        if H * code.scheme.bits % 8:
             raise LlamaJaxError(f"a cache in {dtype} for heads of {H}: expected a multiple of 8; int8 takes any heads")
         shape = (layers, batch, config.num_kv_heads, slots, H)
         abstract = jax.eval_shape(lambda x: _quantize(x, code), jax.ShapeDtypeStruct(shape, jnp.float32))
