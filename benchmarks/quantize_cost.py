@@ -4,10 +4,10 @@
     python benchmarks/quantize_cost.py --shape=tinyllama-1.1b --layers=2,4 --json
 
 Weights and text are random: the time of every step but the search for bits depends on shapes alone. A forward pass runs
-the float32 model, head included, over the text in windows of 512 tokens, as the calibration does. The
-time of the forward pass is without compilation. That of the recipe includes it, unless several numbers of layers are
-given: then each is quantized twice and the second time counts, and the script also prints the times that the whole
-shape would take, by a straight line through the first and the last number of layers.
+the float32 model, head included, over the text in windows of 512 tokens, as the calibration does. The time of the
+forward pass is without compilation. That of the recipe includes it, unless several numbers of layers are given: then
+each is quantized twice and the second time counts, and the script also prints the times that the whole shape would
+take, by a straight line through the first and the last number of layers.
 """
 
 import dataclasses

@@ -331,6 +331,18 @@ def name_of(row: "Ours | str") -> str:
 # ---- The file -------------------------------------------------------------------------------------------------------
 
 
+# What every row has that is shown, and what its key has.
+_SHOWN = {"family", "bits_per_weight", "kl_divergence", "kl_standard_error", "top1_agreement", "top1_standard_error"}
+_SHOWN |= {"perplexity", "perplexity_standard_error", "reference_perplexity"}
+_SHOWN_OF_KEY = {"model", "row", "windows", *Setting._fields}
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a row of a file has all that is shown of it."""
+    key = row.get("key") if isinstance(row, dict) else None
+    return isinstance(key, dict) and _SHOWN_OF_KEY <= key.keys() and _SHOWN <= row.keys()
+
+
 class Record:
     """The JSON file: what was measured, written anew behind each row."""
 
@@ -340,7 +352,12 @@ class Record:
         self.content: dict[str, Any] = {"models": {}, "rows": []}
         if path is not None and path.exists():
             content = read_json(path)
-            if not isinstance(content, dict) or not {"models", "rows"} <= content.keys():
+            if not (
+                isinstance(content, dict)
+                and isinstance(content.get("models"), dict)
+                and isinstance(content.get("rows"), list)
+                and all(map(_is_row, content["rows"]))
+            ):
                 raise llamajax.LlamaJaxError(f"{path}: is no file of this script: remove it or choose another path")
             self.content = content
 

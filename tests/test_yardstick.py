@@ -112,6 +112,11 @@ def test_kept_figures_are_shown_and_drawn_without_a_model(yardstick, folder: Pat
     rows = json.loads(path.read_text())["rows"]
     assert len(rows) > 10 and all(f"{row['kl_divergence']:.5f} ±" in printed for row in rows)
     assert "gemma3-distilled" in picture.read_text()
+    for forged in ("[]", '{"models": {}, "rows": {}}', '{"models": {}, "rows": [{"key": {}}]}'):
+        (folder / "forged.json").write_text(forged)
+        values(["yardstick", f"--draw={folder / 'forged.json'}"])
+        with pytest.raises(llamajax.LlamaJaxError, match="forged.json: is no file of this script"):
+            yardstick.run(values)
     values(["yardstick", f"--draw={folder / 'none.json'}"])
     with pytest.raises(llamajax.LlamaJaxError, match="none.json: there is no such file"):
         yardstick.run(values)
