@@ -16,7 +16,7 @@ from flax import nnx
 from flax.nnx.graphlib import HashableMapping
 from flax.nnx.pytreelib import PytreeState
 
-from llamajax.caches import DensePart, KVCache, NoCache, QuantizedPart, RingPart, TiledPart
+from llamajax.caches import KVCache, NoCache, Part
 from llamajax.config import Config, RopeScaling
 from llamajax.generation.programs import Asked, EngineState, Made
 from llamajax.generation.sampling import Sampler
@@ -25,7 +25,7 @@ from llamajax.parameters import Stack
 from quant import Mixed, QTensor, Scheme, TiledWeight
 
 _MODULES = (Llama, Block, Attention, FeedForward, RMSNorm)
-_STATES = (KVCache, NoCache, DensePart, QuantizedPart, RingPart, TiledPart, EngineState, Asked, Made, Sampler)
+_STATES = (KVCache, NoCache, EngineState, Asked, Made, Sampler)
 _WEIGHTS = (QTensor, Mixed, TiledWeight)
 _FLAX = (nnx.Param, PytreeState)
 _VALUES = {cls.__name__: cls for cls in (Config, RopeScaling, Scheme, Stack)}
@@ -33,7 +33,7 @@ _VALUES = {cls.__name__: cls for cls in (Config, RopeScaling, Scheme, Stack)}
 
 def register_export_types() -> None:
     """Registers the names of the types, once in a process."""
-    for cls in (*_MODULES, *_STATES, *_WEIGHTS, *_FLAX):
+    for cls in (*_MODULES, *_STATES, *_parts(Part), *_WEIGHTS, *_FLAX):
         name = f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
         try:
             jax.export.register_pytree_node_serialization(
@@ -42,6 +42,12 @@ def register_export_types() -> None:
         except ValueError:
             if cls not in _FLAX:  # another package may have registered Flax's types
                 raise
+
+
+def _parts(cls: type[Part]) -> list[type[Part]]:
+    """Returns all classes below `cls`, so that a new kind of cache needs no entry here."""
+    below = cls.__subclasses__()
+    return below + [kind for one in below for kind in _parts(one)]
 
 
 def _encode(value: Any) -> bytes:

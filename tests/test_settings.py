@@ -1,5 +1,6 @@
 """Settings that researchers use: x64, strict promotion, meshes of Explicit axes, patched code, `jax.export`."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -13,8 +14,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import llamajax
-from llamajax import KVCache, Llama, clear_programs, fresh_programs, generate, prepare
+from llamajax import Config, KVCache, Llama, clear_programs, fresh_programs, generate, prepare, quantize
+from llamajax.caches import CACHE_DTYPES, RingPart
 from llamajax.model import Block
+from quant import Rule
+from tests.reference import random_model
 
 PROMPTS = [[1, 270, 300, 12, 12, 281] * 4, [7]]
 
@@ -133,10 +137,16 @@ def test_a_patched_block_is_seen(tiny_model: Llama, monkeypatch: pytest.MonkeyPa
 # ---- jax.export ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-def test_functions_of_a_model_are_written_and_read(quantized: bool, tiny_model: Llama, tiny_int4: Llama) -> None:
-    model, tokens_BT = tiny_int4 if quantized else tiny_model, jnp.asarray([PROMPTS[0]])
-    cache = KVCache.empty(model.config, 1, 24, "int8" if quantized else "float32")
+@pytest.mark.parametrize("dtype", [*CACHE_DTYPES, "tiled"])
+def test_functions_of_a_model_are_written_and_read(dtype: str, tiny_config: Config) -> None:
+    """For each kind of cache, in a model that has rings too; where the cache has codes, the model has them too."""
+    config = dataclasses.replace(tiny_config, layer_kinds=("window", "full"), window=8)
+    model, tokens_BT = random_model(config), jnp.asarray([PROMPTS[0]])
+    if "int" in dtype:
+        model = quantize(model, (Rule(weights="*norm*", keep=True), Rule(weights="*", scheme="int4", group_size=8)))
+    layout = {"layout": "tiled", "dtype": "float32"} if dtype == "tiled" else {"dtype": dtype}
+    cache = KVCache.empty(config, 1, 256, **layout)
+    assert any(RingPart in (type(part), type(getattr(part, "held", None))) for part in cache.parts)
     step = jax.jit(lambda model, tokens_BT, cache: model(tokens_BT, cache))
     data = jax.export.export(step)(model, tokens_BT, cache).serialize()
     read = jax.export.deserialize(data)
