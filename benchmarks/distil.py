@@ -61,7 +61,7 @@ _STEP, _REGRESSED = "step-", "regressed"
 
 
 def noisy(packed: llamajax.Llama, seed: int) -> llamajax.Llama:
-    """The weights in float32, each packed one with uniform noise from -1/2 to 1/2 of its group's step.
+    """Returns the weights in float32, each packed one with uniform noise from -1/2 to 1/2 of its group's step.
 
     Raises:
         LlamaJaxError: for codes that stand for unevenly spaced values, which have no step.
@@ -81,19 +81,19 @@ def noisy(packed: llamajax.Llama, seed: int) -> llamajax.Llama:
 def regressed(
     student: llamajax.Llama, teacher: llamajax.Llama, tokens: np.ndarray, kept: float
 ) -> tuple[llamajax.Llama, float]:
-    """The student with each layer's matrices changed so that they give nearer what the teacher's give.
+    """Returns the student with each layer's matrices changed so that their outputs are closer to the teacher's.
 
     Of the noise N of a matrix [K, M], whose inputs have the mean H of x x', N minus the ridge regression's change is
-    r (H + r)^-1 N: noise along directions that inputs seldom have stays, along others it goes.
+    r (H + r)^-1 N: noise stays along directions that inputs rarely have, and is removed along the others.
 
     Args:
         student: the teacher with noise.
         teacher: in floats.
-        tokens: that the inputs are made of.
-        kept: of the squares of noise that is alike in all directions; it decides r.
+        tokens: the text on which the inputs are computed.
+        kept: the share of squared noise that stays if noise is equal in all directions; it determines r.
 
     Returns:
-        The student, and how much of the squares of the noise is left in the layers' matrices.
+        The student, and the share of the squared noise that is left in the layers' matrices.
     """
     config = teacher.config
     rows = calibrate.calibration_windows(tokens, config, 512)
@@ -127,7 +127,7 @@ def regressed(
 
 
 def left_by_ridge(values_K: np.ndarray, kept: float) -> np.ndarray:
-    """The factors r / (value + r) of each eigenvalue, with the r at which the mean of their squares is `kept`."""
+    """Returns the factors r / (value + r) of all eigenvalues, with r such that their squares have the mean `kept`."""
     low, high = -40.0, 40.0  # log r
     for _ in range(60):
         middle = (low + high) / 2
@@ -137,7 +137,7 @@ def left_by_ridge(values_K: np.ndarray, kept: float) -> np.ndarray:
 
 
 def divergence(student: llamajax.Llama, teacher: llamajax.Llama, tokens_BT: jax.Array) -> jax.Array:
-    """Mean of KL(teacher || student) over all positions, in nats."""
+    """Returns the mean of KL(teacher || student) over all positions, in nats."""
     theirs_BTV = jax.nn.log_softmax(jax.lax.stop_gradient(teacher(tokens_BT)[0]))
     ours_BTV = jax.nn.log_softmax(student(tokens_BT)[0])
     return jnp.mean(jnp.sum(jnp.exp(theirs_BTV) * (theirs_BTV - ours_BTV), axis=-1))
@@ -151,7 +151,7 @@ class Distillation:
         self.teacher = teacher
         specs = llamajax.leaves(student.config)
         arrays = llamajax.named_arrays(student)
-        # Copies: each step takes the memory of those before it.
+        # These are copies because each step reuses the memory of the arrays before it.
         self.matrices = {name: jnp.array(array) for name, array in arrays.items() if specs[name].spec.is_matrix}
         _, _, merge = llamajax.trainable(student)
         self._rest = {name: array for name, array in arrays.items() if name not in self.matrices}
@@ -171,21 +171,21 @@ class Distillation:
 
     @property
     def student(self) -> llamajax.Llama:
-        """As it is now."""
+        """The student with its current weights."""
         return self._merge(self.matrices, self._rest)
 
     def step(self, tokens_BT: np.ndarray) -> float:
-        """One update; the loss before it."""
+        """Makes one update and returns the loss before it."""
         self.matrices, self.state, loss = self._step(self.matrices, self.state, self.teacher, self._rest, tokens_BT)
         return float(loss)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All that a checkpoint holds."""
+        """Returns the arrays that a checkpoint holds."""
         flat = jax.tree_util.tree_flatten_with_path((self.matrices, self.state))[0]
         return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
-        """From what `arrays` gave."""
+        """Sets the state to the arrays of a checkpoint."""
         flat, tree = jax.tree_util.tree_flatten_with_path((self.matrices, self.state))
         loaded = [jnp.asarray(arrays[jax.tree_util.keystr(path)]) for path, _ in flat]
         self.matrices, self.state = jax.tree.unflatten(tree, loaded)
@@ -209,12 +209,12 @@ def begin(
 
 
 def excess(result: Comparison) -> float:
-    """By how much the perplexity is above the original's, as a part of it."""
+    """Returns the increase of the perplexity over the original's, relative to the original's."""
     return math.expm1(result.cross_entropy - result.reference_cross_entropy)
 
 
 def train(run: Distillation, seen: np.ndarray, heldout: Windows, options: TrainOptions, parts: PartsOnDisk):
-    """Steps until the perplexity is near enough, or there are no more.
+    """Trains until the perplexity is near enough to the original's, or all steps are done.
 
     Returns:
         The last comparison on the held-out windows, and the number of steps done.
@@ -243,12 +243,12 @@ def train(run: Distillation, seen: np.ndarray, heldout: Windows, options: TrainO
 
 
 def steps_of(parts: PartsOnDisk) -> list[int]:
-    """Of the checkpoints, ascending."""
+    """Returns the steps that have a checkpoint, ascending."""
     return [int(name.removeprefix(_STEP)) for name in parts.names() if name.startswith(_STEP)]
 
 
 def measure(run: Distillation, heldout: Windows, step: int) -> Comparison:
-    """The student beside the original, on text that it does not learn from; said in a line."""
+    """Compares the student with the original on text that it does not learn from, and prints a line."""
     result = compare(run.student, run.teacher, heldout, batch=1)
     say(
         f"after step {step}: KL divergence {result.kl_divergence:.4f} nats, "
@@ -259,10 +259,10 @@ def measure(run: Distillation, heldout: Windows, step: int) -> Comparison:
 
 
 def run(values: flags.FlagValues) -> None:
-    """Distils, and saves the result.
+    """Distils the model and saves the result.
 
     Raises:
-        LlamaJaxError: where the original cannot be had, or there is a result already.
+        LlamaJaxError: if the original is not available, or a result exists already.
     """
     output = Path(values.output).expanduser() if values.output else distilled(values.model)
     check_absent(output)

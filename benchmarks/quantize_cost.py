@@ -75,7 +75,7 @@ def along(rows: list[dict[str, Any]], layers: int) -> dict[str, Any]:
 
 
 def run(values: flags.FlagValues) -> None:
-    """Measures and prints.
+    """Measures and prints the figures.
 
     Raises:
         LlamaJaxError: for a number of layers that the shape does not have, or too few tokens.

@@ -18,7 +18,7 @@ makes them of these), or a checkpoint's path. The text is WikiText-2's test text
 names, calibration on its first half and figures on its second (--swap: the other way); of the box its own stories.
 
 A row of ours is a recipe's name or path, and options joined by "+": `bits=3.5` (of the recipe `calibrated` where none
-is named), `calibration=self` (a text that the model says; otherwise the first half), keys of a recipe (`propagation=0`)
+is named), `calibration=self` (the model generates the text; otherwise it is the first half), keys of a recipe (`propagation=0`)
 and of its rules that quantize (`method=rtn`), `types=ggml` and others of `llamajax.quantize`. `checkpoint=PATH` is a
 model that was quantized before, by other code perhaps. Every figure of a row is kept in --json and not measured again,
 until the model's weights, windows, calibration or recipe change; for other code remove the file, or name the row with
@@ -66,12 +66,12 @@ _UNCALIBRATED = "llamajax, no text"  # in the picture
 
 
 class Setting(NamedTuple):
-    """How a row is run.
+    """The settings in which a quantized model is run.
 
     Attributes:
         context: tokens of a window.
-        activations: what meets packed weights, or "recipe" for what the recipe says.
-        cache: dtype of keys and values.
+        activations: the dtype of activations that packed weights are multiplied by, or "recipe" for the recipe's.
+        cache: the dtype of keys and values.
     """
 
     context: int
@@ -93,7 +93,7 @@ def _log_probabilities(model: llamajax.Llama, tokens_BT: jax.Array, cache: Any) 
 
 @jax.jit
 def _compared(ours_TV: jax.Array, theirs_TV: jax.Array, target_T: jax.Array) -> jax.Array:
-    """KL(theirs || ours), whether both find the same token likeliest, our loss and theirs: float32 [4, T]."""
+    """Returns KL(theirs || ours), whether both predict the same token, our loss and theirs: float32 [4, T]."""
     divergence_T = jnp.sum(jnp.exp(theirs_TV) * (theirs_TV - ours_TV), axis=-1)
     agreement_T = (jnp.argmax(ours_TV, axis=-1) == jnp.argmax(theirs_TV, axis=-1)).astype(jnp.float32)
     losses = [-jnp.take_along_axis(each, target_T[:, None], axis=-1)[:, 0] for each in (ours_TV, theirs_TV)]
@@ -101,7 +101,7 @@ def _compared(ours_TV: jax.Array, theirs_TV: jax.Array, target_T: jax.Array) -> 
 
 
 def pieces(model: llamajax.Llama, windows: Windows, cache_dtype: str) -> Iterator[tuple[slice, jax.Array]]:
-    """Log probabilities of all windows, a piece at a time: rows of the whole text's predictions, and [T, V]."""
+    """Yields log probabilities of all windows in pieces: the rows among all predictions, and [T, V]."""
     length = windows.rows.shape[1] - 1
     slots = -(-length // STEP_SLOTS) * STEP_SLOTS
     for number, row in enumerate(windows.rows):
@@ -113,7 +113,7 @@ def pieces(model: llamajax.Llama, windows: Windows, cache_dtype: str) -> Iterato
 
 
 class Reference:
-    """The float model's log probabilities on some windows, in a file that is mapped into memory."""
+    """Log probabilities of the float model on some windows, in a file that is mapped into memory."""
 
     def __init__(self, model: llamajax.Llama, windows: Windows, file: Path):
         """Runs the model, with a float32 cache."""
@@ -125,7 +125,7 @@ class Reference:
             self._log[rows] = log_TV
 
     def compare(self, model: llamajax.Llama, cache: str, name: str) -> dict[str, float]:
-        """A model's figures."""
+        """Returns the figures of a model."""
         parts = []
         with progress(name) as show:
             for rows, log_TV in pieces(model, self.windows, cache):
@@ -151,14 +151,14 @@ class Reference:
 
 @dataclasses.dataclass(frozen=True)
 class Ours:
-    """A row of ours.
+    """A row that llamajax quantizes.
 
     Attributes:
-        name: as it was asked for.
-        recipe: what quantizes.
-        own: whether the calibration text is the model's own.
-        options: further ones of `llamajax.quantize`.
-        checkpoint: a quantized model to measure instead, of whatever made it.
+        name: the row's name at the command line.
+        recipe: the recipe.
+        own: whether the model generates its calibration text.
+        options: other arguments of `llamajax.quantize`.
+        checkpoint: the path of a quantized model, which is measured instead, or None.
     """
 
     name: str
@@ -169,7 +169,7 @@ class Ours:
 
     @classmethod
     def parse(cls, name: str) -> "Ours":
-        """From the command line.
+        """Reads a row from the command line.
 
         Raises:
             LlamaJaxError: for an unknown recipe or option.
@@ -212,7 +212,7 @@ class Ours:
 
 
 def _digest(folder: Path) -> str:
-    """SHA-256 of a checkpoint's files."""
+    """Returns the SHA-256 of a checkpoint's files."""
     if not folder.exists():
         raise llamajax.LlamaJaxError(f"--ours=checkpoint={folder}: there is no such file or folder")
     digest = hashlib.sha256()
@@ -222,7 +222,7 @@ def _digest(folder: Path) -> str:
 
 
 def _value(text: str) -> Any:
-    """A number, a boolean or null where the text is one."""
+    """Returns a number, a boolean or None if the text is one, otherwise the text."""
     try:
         return json.loads(text)
     except ValueError:
@@ -230,23 +230,23 @@ def _value(text: str) -> Any:
 
 
 class Bench:
-    """One model with all that its rows need, each made when it is first asked for.
+    """A model with everything that its rows need; each part is made when it is first used.
 
     Attributes:
-        of: the model.
+        of: the model and its text.
         weights: SHA-256 of its weights.
-        calibration: ids for what needs them.
+        calibration: ids of the calibration text.
     """
 
     def __init__(self, of: Subject, values: flags.FlagValues, scratch: Path):
-        """Remembers where to put files."""
+        """Stores where files belong."""
         self.of, self.scratch = of, scratch
         self.weights = weights_sha256(of.model)
         self.calibration = of.text.seen[: values.calibration_tokens]
         self._windows, self._references = values.windows, {}
 
     def windows(self, context: int) -> Windows:
-        """As many tokens of the unseen half at any context."""
+        """Returns windows of the unseen half; their tokens are as many for every context."""
         if context > self.of.model.config.context_length:
             raise llamajax.LlamaJaxError(
                 f"--context={context}: {self.of.name} is made for {self.of.model.config.context_length}"
@@ -255,7 +255,7 @@ class Bench:
         return Windows(windows.rows[: max(1, self._windows * _WINDOW // context)])
 
     def reference(self, context: int) -> Reference:
-        """The float model's."""
+        """Returns the log probabilities of the float model."""
         if context not in self._references:
             say(f"{self.of.name}: the reference at {context} tokens")
             file = self.scratch / f"{self.of.name.replace('/', '-')}-{context}.float32"
@@ -264,26 +264,26 @@ class Bench:
 
     @functools.cached_property
     def importance(self) -> dict[str, np.ndarray]:
-        """The importance matrix."""
+        """Returns the importance matrix."""
         say(f"{self.of.name}: importance matrix of {len(self.calibration)} tokens")
         return importance_matrix(self.of.model, self.calibration, min(_WINDOW, self.of.model.config.context_length))
 
     @functools.cached_property
     def own_text(self) -> np.ndarray:
-        """A calibration text that the model itself says, as long as the other."""
+        """Returns a calibration text that the model generates, as long as the other one."""
         say(f"{self.of.name}: {len(self.calibration)} tokens of its own text")
         length = min(_WINDOW, self.of.model.config.context_length)
         return own_text(self.of.model, self.of.tokenizer, len(self.calibration), length=length)
 
     @functools.cached_property
     def floats(self) -> Path:
-        """The model as GGUF in float32."""
+        """Returns the path of the model as GGUF in float32."""
         path = self.scratch / f"{self.of.name.replace('/', '-')}.gguf"
         llamajax.save_checkpoint(self.of.model, path, tokenizer=self.of.tokenizer, form="gguf", dtype="float32")
         return path
 
     def key(self, row: "Ours | str", setting: Setting) -> dict[str, Any]:
-        """What a row's figures depend on."""
+        """Returns everything that determines a row's figures."""
         name = row if isinstance(row, str) else row.name
         rows = np.ascontiguousarray(self.windows(setting.context).rows)
         key = {"model": self.of.name, "weights": self.weights, "row": name, **setting._asdict()}
@@ -294,7 +294,7 @@ class Bench:
         return key
 
     def figures(self, row: "Ours | str", settings: list[Setting]) -> Iterator[tuple[Setting, dict[str, Any]]]:
-        """Quantizes once, and measures in each setting."""
+        """Quantizes once and returns the figures in each setting."""
         start = time.perf_counter()
         path = self.scratch / "row.gguf"
         if isinstance(row, Ours):
@@ -324,30 +324,30 @@ class Bench:
 
 
 def name_of(row: "Ours | str") -> str:
-    """Of a row, for people."""
+    """Returns the name of a row, for people."""
     return row if isinstance(row, str) else row.name
 
 
 # ---- The file -------------------------------------------------------------------------------------------------------
 
 
-# What every row has that is shown, and what its key has.
+# The fields of every row that tables show, and the fields of its key.
 _SHOWN = {"family", "bits_per_weight", "kl_divergence", "kl_standard_error", "top1_agreement", "top1_standard_error"}
 _SHOWN |= {"perplexity", "perplexity_standard_error", "reference_perplexity"}
 _SHOWN_OF_KEY = {"model", "row", "windows", *Setting._fields}
 
 
 def _is_row(row: Any) -> bool:
-    """Whether a row of a file has all that is shown of it."""
+    """Whether a row of a file has every field that tables show."""
     key = row.get("key") if isinstance(row, dict) else None
     return isinstance(key, dict) and _SHOWN_OF_KEY <= key.keys() and _SHOWN <= row.keys()
 
 
 class Record:
-    """The JSON file: what was measured, written anew behind each row."""
+    """The JSON file of measured rows; it is written again after each row."""
 
     def __init__(self, path: Path | None):
-        """Reads what is there."""
+        """Reads the file if it exists."""
         self.path = path
         self.content: dict[str, Any] = {"models": {}, "rows": []}
         if path is not None and path.exists():
@@ -362,7 +362,7 @@ class Record:
             self.content = content
 
     def begin(self, bench: Bench) -> None:
-        """Notes a model.
+        """Adds a model to the file.
 
         Raises:
             LlamaJaxError: if the file has figures of other weights of that name.
@@ -376,11 +376,11 @@ class Record:
             )
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        """A row that was measured before."""
+        """Returns a row that was measured before, or None."""
         return next((row for row in self.content["rows"] if row["key"] == key), None)
 
     def add(self, key: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
-        """A row, in place of one with the same key."""
+        """Adds a row; it replaces a row with the same key."""
         when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         row = {"key": key, **figures, "commit": commit(), "machine": machine(), "date": when}
         self.content["rows"] = [other for other in self.content["rows"] if other["key"] != key] + [row]
@@ -391,7 +391,7 @@ class Record:
 
 
 def measure(bench: Bench, rows: list["Ours | str"], settings: list[Setting], record: Record, again: list[str]):
-    """All rows of a model in all settings, those of the file included."""
+    """Returns all rows of a model in all settings, those of the file included."""
     record.begin(bench)
     found = []
     for row in rows:
@@ -420,7 +420,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]], plain: bool) -> str:
-    """Aligned columns; of settings other than the plain one with columns that say which."""
+    """Returns a table with aligned columns; settings other than the plain one have columns of their own."""
     heads = ["row", "bits", "KL divergence, nats", "top-1 agreement", "perplexity", "float32"]
     heads[1:1] = [] if plain else ["context", "activations", "cache"]
     lines = [heads]
@@ -444,12 +444,12 @@ def table(rows: list[dict[str, Any]], plain: bool) -> str:
 
 
 def is_plain(row: dict[str, Any]) -> bool:
-    """Whether a row is of the plain setting."""
+    """Whether a row was measured in the plain setting."""
     return all(row["key"][name] == value for name, value in PLAIN._asdict().items())
 
 
 def show(model: str, rows: list[dict[str, Any]]) -> None:
-    """The tables of a model."""
+    """Prints the tables of a model."""
     plain = [row for row in rows if is_plain(row)]
     for some, title in ((plain, "weights"), ([row for row in rows if row not in plain], "as it runs")):
         if some:
@@ -475,7 +475,7 @@ def show_files(paths: list[Path], plot: str | None) -> None:
 
 
 def draw(rows: list[dict[str, Any]], path: str) -> None:
-    """A panel for each model, of all plain rows."""
+    """Draws a panel for each model, with all rows of the plain setting."""
     panels: dict[str, list[Point]] = {}
     for row in rows:
         key = row["key"]
@@ -495,7 +495,7 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
 
 
 def run(values: flags.FlagValues) -> None:
-    """Measures, prints, draws."""
+    """Measures the rows, prints the tables and draws the picture."""
     if values.plot:
         check_picture(values.plot)
     if values.draw:
@@ -532,7 +532,7 @@ def run(values: flags.FlagValues) -> None:
 
 
 def define(values: flags.FlagValues) -> None:
-    """The flags."""
+    """Defines the flags."""
     lists = {
         "model": (["box"], f"some of {', '.join(MODELS)}, or paths of checkpoints"),
         "ours": (["int8", "int4-g32", "mixed-4.5bpw"], "rows of ours: recipes, or options joined by +"),

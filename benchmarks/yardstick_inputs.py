@@ -29,7 +29,7 @@ from llamajax.train import heldout_stories
 
 _TEXT = Path("data") / "wikitext2" / "wiki.test.raw"
 
-# The models that `distil.py` takes off their lattice, and the names of its results.
+# The models from which `distil.py` makes models off their lattice, and the names of its results.
 DISTILLED = {"smollm2": "smollm2-135m", "gemma3": "gemma-3-270m"}
 _GEMMA = "gemma-3-270m-q4_k_m.gguf"
 _MADE = "-distilled"
@@ -54,11 +54,11 @@ def run_script(run: Callable[[flags.FlagValues], None]) -> None:
 
 
 class Halves(NamedTuple):
-    """A text's ids, cut once in the middle.
+    """The ids of a text, cut in the middle.
 
     Attributes:
-        seen: int32, for calibration and training.
-        unseen: int32, for figures.
+        seen: int32, the first half, for calibration and training.
+        unseen: int32, the second half, for figures.
     """
 
     seen: np.ndarray
@@ -66,10 +66,10 @@ class Halves(NamedTuple):
 
 
 def wikitext(tokenizer: llamajax.Tokenizer) -> Halves:
-    """WikiText-2's test text in the folder that LLAMAJAX_SHARED names.
+    """Reads WikiText-2's test text from the folder that LLAMAJAX_SHARED names.
 
     Raises:
-        LlamaJaxError: where there is no such folder or file.
+        LlamaJaxError: if there is no such folder or file.
     """
     shared = os.environ.get("LLAMAJAX_SHARED")
     if not shared:
@@ -80,20 +80,20 @@ def wikitext(tokenizer: llamajax.Tokenizer) -> Halves:
 
 
 def halves(path: str | Path, tokenizer: llamajax.Tokenizer) -> Halves:
-    """A text file, encoded whole and cut in the middle of its ids."""
+    """Encodes a text file as a whole and cuts the ids in the middle."""
     ids = np.asarray(tokenizer.encode(read_text(path)), np.int32)
     return Halves(ids[: len(ids) // 2], ids[len(ids) // 2 :])
 
 
 class Subject(NamedTuple):
-    """A model to measure on.
+    """A model on which figures are measured.
 
     Attributes:
-        name: as it was asked for.
+        name: its name at the command line.
         model: the reference, float32.
-        tokenizer: its own.
-        text: its ids.
-        made: the record that `distil.py` wrote of it, with its seed; None for other models.
+        tokenizer: the model's tokenizer.
+        text: the ids of the text.
+        made: the record, seed included, that `distil.py` wrote about the model; None for other models.
     """
 
     name: str
@@ -104,14 +104,14 @@ class Subject(NamedTuple):
 
 
 def subject(name: str, text: str | None = None) -> Subject:
-    """A model in floats and its text: of the box its stories, of others WikiText-2 unless a file is given.
+    """Returns a model in floats and its text: stories for the box, WikiText-2 or a given file for others.
 
     Args:
-        name: one of MODELS, or a checkpoint's path.
-        text: a file instead, cut in the middle, too.
+        name: one of MODELS, or the path of a checkpoint.
+        text: the path of a text file, which replaces the model's usual text.
 
     Raises:
-        LlamaJaxError: where either cannot be had.
+        LlamaJaxError: if the model or the text is not available.
     """
     made_of = name.removesuffix(_MADE)
     path = Path(name)
@@ -130,10 +130,10 @@ def subject(name: str, text: str | None = None) -> Subject:
 
 
 def original_file(name: str) -> Path:
-    """The GGUF file of one of DISTILLED; SmolLM2's is fetched where it is not there.
+    """Returns the path of the GGUF file of one of DISTILLED; fetches SmolLM2's if it is missing.
 
     Raises:
-        LlamaJaxError: if it cannot be had.
+        LlamaJaxError: if it is not available.
     """
     if name == "smollm2":
         return smollm2.fetch()
@@ -147,17 +147,17 @@ def original_file(name: str) -> Path:
 
 
 def distilled(name: str) -> Path:
-    """The folder of `distil.py`'s result for one of DISTILLED."""
+    """Returns the folder of `distil.py`'s result for one of DISTILLED."""
     return user_caches() / "distilled" / DISTILLED[name]
 
 
 def in_floats(model: llamajax.Llama) -> llamajax.Llama:
-    """The model with every packed weight dequantized to float32."""
+    """Returns the model with every packed weight dequantized to float32."""
     return jax.tree.map(lambda weight: quant.values(weight).astype(jnp.float32), model, is_leaf=quant.is_weight)
 
 
 def weights_sha256(model: llamajax.Llama) -> str:
-    """Of all arrays with their names, dtypes and shapes; those of layers are stacked."""
+    """Returns the SHA-256 of all arrays with their names, dtypes and shapes; arrays of layers are stacked."""
     digest = hashlib.sha256()
     for name, array in sorted(llamajax.named_arrays(model).items()):
         host = np.ascontiguousarray(array)
@@ -167,7 +167,7 @@ def weights_sha256(model: llamajax.Llama) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What computes: backend, device, processor."""
+    """Returns the backend, the device and the processor that compute the figures."""
     return {
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
@@ -178,7 +178,7 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Of this checkout, with a plus where files differ from it; None where this is no checkout."""
+    """Returns this checkout's commit, followed by a plus if files differ from it; None outside of a checkout."""
     try:
         said = [
             subprocess.run(
@@ -192,7 +192,7 @@ def commit() -> str | None:
 
 
 def _processor() -> str:
-    """Its name, on Linux; elsewhere its architecture."""
+    """Returns the processor's name on Linux, otherwise its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

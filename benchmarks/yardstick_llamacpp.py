@@ -24,10 +24,10 @@ TYPES = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
 
 
 def check_types(types: list[str]) -> None:
-    """Refuses, before any work, types that could not be made.
+    """Refuses, before any work, types that cannot be made.
 
     Raises:
-        LlamaJaxError: without the packages, or for an unknown type.
+        LlamaJaxError: if a package is missing, or a type is unknown.
     """
     missing = [name for name in ("xllamacpp", "gguf", "pytest") if importlib.util.find_spec(name) is None]
     if types and missing:
@@ -42,10 +42,10 @@ def check_types(types: list[str]) -> None:
 
 
 def quantize_file(source: Path, target: Path, kind: str, importance: Mapping[str, np.ndarray] | None) -> int:
-    """Makes a file of a type from one of floats.
+    """Quantizes a file of floats to a type, with llama.cpp.
 
     Returns:
-        Bytes of all tensors.
+        The number of bytes of all tensors.
     """
     import gguf
 
@@ -55,14 +55,14 @@ def quantize_file(source: Path, target: Path, kind: str, importance: Mapping[str
 
 
 def importance_matrix(model: llamajax.Llama, tokens: np.ndarray, window: int) -> dict[str, np.ndarray]:
-    """What `llama-imatrix` collects: the mean square of each input of the layers' matrices, by names of tensors.
+    """Returns what `llama-imatrix` collects: the mean square of each input of the layers' matrices, by tensor name.
 
-    As there, nothing is known of the embedding, though it serves as the head.
+    As in `llama-imatrix`, the embedding has no entry, even if it serves as the head.
 
     Args:
-        model: of floats.
-        tokens: the calibration text.
-        window: tokens that are seen together.
+        model: the float model.
+        tokens: ids of the calibration text.
+        window: the number of tokens of a window.
     """
     config = model.config
     tensor_of = {place: name for name, places in tensors(config, "gguf").items() for place in places}
@@ -82,7 +82,7 @@ def importance_matrix(model: llamajax.Llama, tokens: np.ndarray, window: int) ->
 
 
 def _judge():
-    """`tests/llamacpp.py`, which is no part of what is installed."""
+    """Imports `tests/llamacpp.py`, which is not installed with the package."""
     if str(_ROOT) not in sys.path:
         sys.path.append(str(_ROOT))
     from tests import llamacpp
