@@ -20,10 +20,9 @@ names, calibration on its first half and figures on its second (--swap: the othe
 A row of ours is a recipe's name or path, and options joined by "+": `bits=3.5` (of the recipe `calibrated` where none
 is named), `calibration=self` (the model generates the text; otherwise it is the first half), keys of a recipe
 (`propagation=0`) and of its rules that quantize (`method=rtn`), `types=ggml` and others of `llamajax.quantize`.
-`checkpoint=PATH` is a
-model that was quantized before, by other code perhaps. Every figure of a row is kept in --json and not measured again,
-until the model's weights, windows, calibration or recipe change; for other code remove the file, or name the row with
---again. A file with figures of other weights is refused.
+`checkpoint=PATH` is a model that was quantized before, by other code perhaps. --json keeps every figure, which is
+not measured again until the model's weights, windows, calibration or recipe change; for other code remove the file, or
+name the row with --again. A file with figures of other weights is refused.
 """
 
 import dataclasses
