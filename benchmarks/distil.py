@@ -41,6 +41,7 @@ from yardstick_inputs import (
     say,
     weights_sha256,
     wikitext,
+    with_bos,
 )
 
 import llamajax
@@ -79,7 +80,7 @@ def noisy(packed: llamajax.Llama, seed: int) -> llamajax.Llama:
 
 
 def regressed(
-    student: llamajax.Llama, teacher: llamajax.Llama, tokens: np.ndarray, kept: float
+    student: llamajax.Llama, teacher: llamajax.Llama, tokens: np.ndarray, kept: float, bos_id: int | None
 ) -> tuple[llamajax.Llama, float]:
     """Returns the student with each layer's matrices changed so that their outputs are closer to the teacher's.
 
@@ -91,12 +92,13 @@ def regressed(
         teacher: in floats.
         tokens: the text on which the inputs are computed.
         kept: the share of squared noise that stays if noise is equal in all directions; it determines r.
+        bos_id: replaces the first token of each window, unless it is None.
 
     Returns:
         The student, and the share of the squared noise that is left in the layers' matrices.
     """
     config = teacher.config
-    rows = calibrate.calibration_windows(tokens, config, 512)
+    rows = calibrate.calibration_windows(tokens, config, 512, bos_id)
     x_WTD = np.array(jax.jit(llamajax.Llama.embed)(teacher, rows))
     noise = {place: np.array(weight) for place, weight in weights_of(student).items() if place.layer is not None}
     original = weights_of(teacher)
@@ -192,7 +194,12 @@ class Distillation:
 
 
 def begin(
-    student: llamajax.Llama, teacher: llamajax.Llama, tokens: np.ndarray, kept: float, parts: PartsOnDisk
+    student: llamajax.Llama,
+    teacher: llamajax.Llama,
+    tokens: np.ndarray,
+    kept: float,
+    parts: PartsOnDisk,
+    bos_id: int | None,
 ) -> tuple[llamajax.Llama, float]:
     """Returns the student after regression, computed or as an earlier start stored it, and the share of noise left."""
     if kept >= 1:
@@ -202,7 +209,7 @@ def begin(
         return model_from({name: jnp.asarray(array) for name, array in arrays.items()}, student.config), float(
             description
         )
-    student, left = regressed(student, teacher, tokens, kept)
+    student, left = regressed(student, teacher, tokens, kept, bos_id)
     arrays = {name: np.asarray(array) for name, array in llamajax.named_arrays(student).items()}
     parts.store_arrays(_REGRESSED, arrays, str(left))
     return student, left
@@ -213,7 +220,14 @@ def excess(result: Comparison) -> float:
     return math.expm1(result.cross_entropy - result.reference_cross_entropy)
 
 
-def train(run: Distillation, seen: np.ndarray, heldout: Windows, options: TrainOptions, parts: PartsOnDisk):
+def train(
+    run: Distillation,
+    seen: np.ndarray,
+    heldout: Windows,
+    options: TrainOptions,
+    parts: PartsOnDisk,
+    bos_id: int | None,
+) -> tuple[Comparison, int]:
     """Trains until the perplexity is near enough to the original's, or all steps are done.
 
     Returns:
@@ -230,7 +244,7 @@ def train(run: Distillation, seen: np.ndarray, heldout: Windows, options: TrainO
         if abs(excess(result)) <= _MOST_AWAY:
             return result, step - 1
         start = time.perf_counter()
-        loss = run.step(sample_batch(seen, step, options)[:, :-1])
+        loss = run.step(with_bos(sample_batch(seen, step, options)[:, :-1], bos_id))
         if not math.isfinite(loss):
             raise llamajax.LlamaJaxError(f"the loss is {loss} at step {step}: lower --learning_rate")
         say(f"step {step} of {options.steps}: KL divergence {loss:.4f} nats, {time.perf_counter() - start:.1f} s")
@@ -281,17 +295,18 @@ def run(values: flags.FlagValues) -> None:
     assert tokenizer is not None  # both files have one
     seen = wikitext(tokenizer).seen
     cut = len(seen) - values.heldout * 512
-    heldout, seen = gptq_windows(seen[cut:], 512), seen[:cut]
+    bos_id = tokenizer.first_id
+    heldout, seen = Windows(with_bos(gptq_windows(seen[cut:], 512).rows, bos_id)), seen[:cut]
     key = {"file": hashlib.sha256(path.read_bytes()).hexdigest(), **vars(options), "heldout": values.heldout}
-    key |= {"kept": values.kept, "regression_tokens": values.regression_tokens}
+    key |= {"kept": values.kept, "regression_tokens": values.regression_tokens, "bos_id": bos_id}
     output.parent.mkdir(parents=True, exist_ok=True)
     work = output.with_name(f"{output.name}.work")
     parts = PartsOnDisk(work, key)
     begun = time.perf_counter()
     teacher, student = in_floats(packed), noisy(packed, options.seed)
-    student, left = begin(student, teacher, seen[: values.regression_tokens], values.kept, parts)
+    student, left = begin(student, teacher, seen[: values.regression_tokens], values.kept, parts, bos_id)
     distillation = Distillation(student, teacher, options)
-    result, steps = train(distillation, seen, heldout, options, parts)
+    result, steps = train(distillation, seen, heldout, options, parts, bos_id)
     model = distillation.student
     record = {
         "sha256": weights_sha256(model),

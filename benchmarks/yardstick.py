@@ -16,6 +16,7 @@ Models are `box`, `smollm2` (the Q4_1 file dequantized: it lies on the lattice o
 `gemma3` (a Q4_K_M file dequantized, which flatters likewise), `smollm2-distilled` and `gemma3-distilled` (`distil.py`
 makes them of these), or a checkpoint's path. The text is WikiText-2's test text in the folder that LLAMAJAX_SHARED
 names, calibration on its first half and figures on its second (--swap: the other way); of the box its own stories.
+BOS replaces the first token of each window, in both halves, if the model's tokenizer begins texts with it.
 
 A row of ours is a recipe's name or path, and options joined by "+": `bits=3.5` (of the recipe `calibrated` where none
 is named), `calibration=self` (the model generates the text; otherwise it is the first half), keys of a recipe
@@ -42,7 +43,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from yardstick_inputs import MODELS, Halves, Subject, commit, machine, run_script, say, subject, weights_sha256
+from yardstick_inputs import (
+    MODELS,
+    Halves,
+    Subject,
+    commit,
+    machine,
+    run_script,
+    say,
+    subject,
+    weights_sha256,
+    with_bos,
+)
 from yardstick_llamacpp import TYPES, check_types, importance_matrix, quantize_file
 
 import llamajax
@@ -252,7 +264,8 @@ class Bench:
                 f"--context={context}: {self.of.name} is made for {self.of.model.config.context_length}"
             )
         windows = document_windows(self.of.text.unseen, context)
-        return Windows(windows.rows[: max(1, self._windows * _WINDOW // context)])
+        rows = windows.rows[: max(1, self._windows * _WINDOW // context)]
+        return Windows(with_bos(rows, self.of.tokenizer.first_id))
 
     def reference(self, context: int) -> Reference:
         """Returns the log probabilities of the float model."""
@@ -266,7 +279,8 @@ class Bench:
     def importance(self) -> dict[str, np.ndarray]:
         """Returns the importance matrix."""
         say(f"{self.of.name}: importance matrix of {len(self.calibration)} tokens")
-        return importance_matrix(self.of.model, self.calibration, min(_WINDOW, self.of.model.config.context_length))
+        window = min(_WINDOW, self.of.model.config.context_length)
+        return importance_matrix(self.of.model, self.calibration, window, self.of.tokenizer.first_id)
 
     @functools.cached_property
     def own_text(self) -> np.ndarray:
@@ -289,6 +303,8 @@ class Bench:
         key = {"model": self.of.name, "weights": self.weights, "row": name, **setting._asdict()}
         key |= {"windows": len(rows), "text": hashlib.sha256(rows.tobytes()).hexdigest()[:16]}
         key["calibration"] = hashlib.sha256(self.calibration.tobytes()).hexdigest()[:16]
+        if self.of.tokenizer.first_id is not None:
+            key["bos"] = self.of.tokenizer.first_id
         if isinstance(row, Ours):
             key["recipe"] = hashlib.sha256(repr((row.recipe, sorted(row.options.items()))).encode()).hexdigest()[:16]
         return key
@@ -301,7 +317,8 @@ class Bench:
             calibration = self.own_text if row.own else self.calibration
             start = time.perf_counter()
             if row.checkpoint is None:
-                packed = llamajax.quantize(self.of.model, row.recipe, calibration=calibration, **row.options)
+                given = {"calibration": calibration, "bos_id": self.of.tokenizer.first_id, **row.options}
+                packed = llamajax.quantize(self.of.model, row.recipe, **given)
             else:
                 packed = llamajax.load(row.checkpoint)[0]
             size, family = sum(leaf.nbytes for leaf in jax.tree.leaves(packed)), _FAMILIES[0]

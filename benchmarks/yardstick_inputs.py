@@ -92,7 +92,7 @@ class Subject(NamedTuple):
         name: its name at the command line.
         model: the reference, float32.
         tokenizer: the model's tokenizer.
-        text: the ids of the text.
+        text: the ids of the text. `tokenizer.first_id` replaces the first token of each window.
         made: the record, seed included, that `distil.py` wrote about the model; None for other models.
     """
 
@@ -149,6 +149,11 @@ def original_file(name: str) -> Path:
 def distilled(name: str) -> Path:
     """Returns the folder of `distil.py`'s result for one of DISTILLED."""
     return user_caches() / "distilled" / DISTILLED[name]
+
+
+def with_bos(rows_BT: np.ndarray, bos_id: int | None) -> np.ndarray:
+    """Returns rows of ids whose first tokens are replaced by BOS, unless it is None."""
+    return rows_BT if bos_id is None else np.insert(rows_BT[:, 1:], 0, bos_id, axis=1)
 
 
 def in_floats(model: llamajax.Llama) -> llamajax.Llama:

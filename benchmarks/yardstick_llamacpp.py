@@ -54,7 +54,9 @@ def quantize_file(source: Path, target: Path, kind: str, importance: Mapping[str
     return sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(target).tensors)
 
 
-def importance_matrix(model: llamajax.Llama, tokens: np.ndarray, window: int) -> dict[str, np.ndarray]:
+def importance_matrix(
+    model: llamajax.Llama, tokens: np.ndarray, window: int, bos_id: int | None
+) -> dict[str, np.ndarray]:
     """Returns what `llama-imatrix` collects: the mean square of each input of the layers' matrices, by tensor name.
 
     As in `llama-imatrix`, the embedding has no entry, even if it serves as the head.
@@ -63,10 +65,11 @@ def importance_matrix(model: llamajax.Llama, tokens: np.ndarray, window: int) ->
         model: the float model.
         tokens: ids of the calibration text.
         window: the number of tokens of a window.
+        bos_id: replaces the first token of each window, unless it is None.
     """
     config = model.config
     tensor_of = {place: name for name, places in tensors(config, "gguf").items() for place in places}
-    rows = calibrate.calibration_windows(tokens, config, window)
+    rows = calibrate.calibration_windows(tokens, config, window, bos_id)
     embed = jax.jit(llamajax.Llama.embed)
     x_WTD = np.concatenate([np.asarray(embed(model, row[None])) for row in rows])
     means = {}

@@ -105,16 +105,17 @@ def run(values: flags.FlagValues) -> None:
         raise LlamaJaxError(f"recipe {name} does not use --calibration: leave it out, or choose another recipe")
     opened = open_named(values, values.model)
     tokenizer: Tokenizer | bytes | None
+    first_id = None
     if recipe.needs_calibration:
         tokenizer = need_tokenizer(opened, values.tokenizer)
-        tokens = _calibration_tokens(values, opened, tokenizer)
+        tokens, first_id = _calibration_tokens(values, opened, tokenizer), tokenizer.first_id
     else:
         tokenizer, tokens = tokenizer_if_any(values, opened) or opened.tokenizer_bytes, None
     window = min(values.context, opened.config.context_length)
     notes: list[str] = []
     work = output.absolute().with_name(f"{output.name}.work")
     with progress("quantizing") as on_weight:
-        with_text: dict[str, Any] = {"calibration": tokens, "window": window, "work": work}
+        with_text: dict[str, Any] = {"calibration": tokens, "window": window, "bos_id": first_id, "work": work}
         model = quantize(opened, recipe, on_weight=on_weight, types=values.types, on_note=notes.append, **with_text)
     for line in notes:
         note(line)

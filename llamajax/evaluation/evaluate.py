@@ -98,8 +98,7 @@ def text_windows(text: str, tokenizer: Tokenizer, window: int = 512, convention:
     if convention == "documents":
         return document_windows(encode_documents(tokenizer, split_documents(text)), window)
     if convention == "llama.cpp":
-        bos_id = tokenizer.bos_id if tokenizer.add_bos else None
-        return llama_cpp_windows(tokenizer.encode(text.removesuffix("\n")), window, bos_id)
+        return llama_cpp_windows(tokenizer.encode(text.removesuffix("\n")), window, tokenizer.first_id)
     if convention == "gptq":
         return gptq_windows(tokenizer.encode(dataset_text(text)), window)
     raise LlamaJaxError(f"convention is {convention!r}: expected one of {', '.join(CONVENTIONS)}")

@@ -47,8 +47,10 @@ class Statistics(NamedTuple):
     missing: jax.Array | None = None
 
 
-def calibration_windows(tokens: np.ndarray, config: Config, window: int) -> np.ndarray:
+def calibration_windows(tokens: np.ndarray, config: Config, window: int, bos_id: int | None = None) -> np.ndarray:
     """Splits a text into windows that do not overlap, [W, T]; tokens that do not fill a last window are dropped.
+
+    `bos_id` replaces the first token of each window, as in llama.cpp's tools/imatrix, unless it is None.
 
     Raises:
         LlamaJaxError: if the text is shorter than one window, or holds ids that the model does not have.
@@ -59,9 +61,12 @@ def calibration_windows(tokens: np.ndarray, config: Config, window: int) -> np.n
     count = len(tokens) // window
     if not count:
         raise LlamaJaxError(f"the calibration text has {len(tokens)} tokens: expected at least {window}, one window")
-    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+    windows_WT = tokens[: count * window].reshape(count, window).copy()
+    if bos_id is not None:
+        windows_WT[:, 0] = bos_id
+    if windows_WT.min() < 0 or windows_WT.max() >= config.vocab_size:
         raise LlamaJaxError(f"the calibration text holds an id outside of the model's {config.vocab_size} ids")
-    return tokens[: count * window].reshape(count, window)
+    return windows_WT
 
 
 def block_of(weights: Mapping[str, Any], config: Config, layer: int) -> Any:

@@ -43,7 +43,7 @@ def infill(tokenizer: Tokenizer, prefix: str, suffix: str) -> tuple[list[int], T
         before, behind, middle, end = (tokenizer.id_of(mark) for mark in marks)
         if before is None or behind is None or middle is None:
             continue
-        first = [] if tokenizer.bos_id is None or not tokenizer.add_bos else [tokenizer.bos_id]
+        first = [] if tokenizer.first_id is None else [tokenizer.first_id]
         ids = [*first, before, *tokenizer.encode(prefix, bos=False, eos=False), behind, *_alone(tokenizer, suffix)]
         stops = tokenizer.stop_ids if end is None else (*tokenizer.stop_ids, end)
         return [*ids, middle], tokenizer.replying(dict.fromkeys(stops))

@@ -132,6 +132,11 @@ class Tokenizer:
         whole = "".join(text for text, _ in parts)
         return self._beginning(bos) + self._encoded(whole, lambda: encode_parts(self._engine, parts, control))
 
+    @property
+    def first_id(self) -> int | None:
+        """The id that `encode` puts first by default: `bos_id`, or None without `add_bos`."""
+        return self.bos_id if self.add_bos else None
+
     def _beginning(self, bos: bool | None) -> list[int]:
         return [self.bos_id] if (self.add_bos if bos is None else bos) and self.bos_id is not None else []
 
