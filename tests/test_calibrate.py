@@ -158,3 +158,12 @@ def test_what_is_no_calibration_text_is_named(tokens: np.ndarray, window: int, m
 
 def test_windows_do_not_overlap() -> None:
     np.testing.assert_array_equal(calibration_windows(np.arange(40), CONFIG, 16), np.arange(32).reshape(2, 16))
+
+
+def test_windows_begin_with_bos() -> None:
+    tokens = np.arange(2, 42)
+    windows_WT = calibration_windows(tokens, CONFIG, 16, bos_id=1)
+    np.testing.assert_array_equal(windows_WT, [[1, *range(3, 18)], [1, *range(19, 34)]])
+    np.testing.assert_array_equal(tokens, np.arange(2, 42), "the caller's ids must not change")
+    with pytest.raises(LlamaJaxError, match="outside of the model's 96"):
+        calibration_windows(tokens, CONFIG, 16, bos_id=96)

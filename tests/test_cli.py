@@ -16,7 +16,9 @@ import pytest
 import llamajax
 from llamajax.cli import COMMANDS, main
 from llamajax.cli.commands import find_commands
+from llamajax.evaluation.evaluate import encode_documents
 from llamajax.generation.compilation import is_private
+from llamajax.train import story_texts
 
 ROOT = Path(__file__).parents[1]
 
@@ -564,6 +566,12 @@ def test_quantize_with_a_calibration_text_leaves_only_its_output(tmp_path: Path,
     assert code == 0, err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.toml", "q"]
     assert "int3-g64" in run(capsys, "inspect", f"--model={tmp_path / 'q'}")[1]
+    box, tokenizer = llamajax.load("box")
+    windows_WT = encode_documents(tokenizer, story_texts(1000).training)[:1024].reshape(2, 512)
+    windows_WT[:, 0] = tokenizer.bos_id  # each window is the beginning of a text, as in `generate`
+    expected = llamajax.quantize(box, recipe, calibration=windows_WT.reshape(-1))
+    made = llamajax.load(tmp_path / "q")[0]
+    assert jax.tree.all(jax.tree.map(np.array_equal, made, expected))
 
 
 @pytest.mark.parametrize(
