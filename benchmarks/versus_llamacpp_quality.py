@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from gguf_files import quantize_gguf, read_model, tensors_of, write_gguf
+from yardstick_llamacpp import importance_matrix
 
 import llamajax
 from llamajax.box.stories import corpus
@@ -36,8 +37,7 @@ from llamajax.cli.terminal import progress
 from llamajax.evaluation.evaluate import Comparison, compare, encode_documents
 from llamajax.evaluation.plots import Point, quality_curve
 from llamajax.evaluation.windows import document_windows
-from llamajax.parameters import inputs
-from llamajax.quantization import calibrate
+from llamajax.quantization.calibrate import calibration_windows
 from llamajax.quantization.quantize import quantize, read_recipe, recipe_names
 from llamajax.train import heldout_stories
 
@@ -127,23 +127,6 @@ def _comparison(ours_TV: jax.Array, theirs_TV: jax.Array, target_T: jax.Array) -
     return jnp.stack([divergence_T, agreement_T, *losses])
 
 
-def importance_matrix(model: llamajax.Llama, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """Computes what `llama-imatrix` collects: the mean square of each input of all matrices but embedding and head."""
-    rows = calibrate.calibration_windows(tokens, model.config, WINDOW)
-    x_WTD = np.array(model.embed_VD[rows])
-    names = {"attention": ("attn_q", "attn_k", "attn_v"), "out": ("attn_output",)}
-    names |= {"ffn": ("ffn_gate", "ffn_up"), "down": ("ffn_down",)}
-    means = {}
-    for layer in range(model.config.num_layers):
-        block, numbers = model.layer(layer), model.config.numbers(layer)
-        first = {group: members[0] for group, members in inputs(model.config, layer).items()}
-        for group, statistics in calibrate.observe(block, x_WTD, first, hessians=False, numbers=numbers).items():
-            mean = np.array(statistics.mean_square_K, np.float32)
-            means |= {f"blk.{layer}.{name}.weight": mean for name in names[group]}
-        x_WTD = calibrate.advance(block, x_WTD, numbers)
-    return means
-
-
 # ---- Both families --------------------------------------------------------------------------------------------------
 
 
@@ -230,7 +213,8 @@ def main(argv):
     del argv
     model, tokenizer = llamajax.load("box", dtype=jnp.float32)
     tokens = encode_documents(tokenizer, heldout_stories())
-    calibration = encode_documents(tokenizer, corpus(0, 600))[:CALIBRATION_TOKENS]
+    stories = encode_documents(tokenizer, corpus(0, 600))
+    calibration = calibration_windows(stories, model.config, WINDOW, tokenizer.first_id)[: CALIBRATION_TOKENS // WINDOW]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_gguf(folder / "float32.gguf", model.config, read_model(model))

@@ -16,7 +16,7 @@ Models are `box`, `smollm2` (the Q4_1 file dequantized: it lies on the lattice o
 `gemma3` (a Q4_K_M file dequantized, which flatters likewise), `smollm2-distilled` and `gemma3-distilled` (`distil.py`
 makes them of these), or a checkpoint's path. The text is WikiText-2's test text in the folder that LLAMAJAX_SHARED
 names, calibration on its first half and figures on its second (--swap: the other way); of the box its own stories.
-BOS replaces the first token of each window, in both halves, if the model's tokenizer begins texts with it.
+If the model's tokenizer begins texts with BOS, each window does.
 
 A row of ours is a recipe's name or path, and options joined by "+": `bits=3.5` (of the recipe `calibrated` where none
 is named), `calibration=self` (the model generates the text; otherwise it is the first half), keys of a recipe
@@ -66,6 +66,7 @@ from llamajax.evaluation.plots import Point, check_picture, quality_panels
 from llamajax.evaluation.windows import Windows, document_windows
 from llamajax.files import new_file, read_json
 from llamajax.prepare import ACTIVATIONS
+from llamajax.quantization.calibrate import calibration_windows
 from llamajax.quantization.own_text import own_text
 from llamajax.quantization.quantize import read_recipe
 
@@ -247,15 +248,22 @@ class Bench:
     Attributes:
         of: the model and its text.
         weights: SHA-256 of its weights.
-        calibration: ids of the calibration text.
+        calibration: windows of the calibration text, int32 [W, T].
     """
 
     def __init__(self, of: Subject, values: flags.FlagValues, scratch: Path):
         """Stores where files belong."""
         self.of, self.scratch = of, scratch
         self.weights = weights_sha256(of.model)
-        self.calibration = of.text.seen[: values.calibration_tokens]
-        self._windows, self._references = values.windows, {}
+        self._calibration_tokens, self._windows, self._references = values.calibration_tokens, values.windows, {}
+        self.calibration = self._calibrating(of.text.seen)
+
+    def _calibrating(self, ids: np.ndarray) -> np.ndarray:
+        """Cuts a calibration text into windows, as `llamajax quantize` does."""
+        config = self.of.model.config
+        window = min(_WINDOW, config.context_length)
+        windows_WT = calibration_windows(ids, config, window, self.of.tokenizer.first_id)
+        return windows_WT[: max(1, self._calibration_tokens // window)]
 
     def windows(self, context: int) -> Windows:
         """Returns windows of the unseen half; their tokens are as many for every context."""
@@ -265,7 +273,7 @@ class Bench:
             )
         windows = document_windows(self.of.text.unseen, context)
         rows = windows.rows[: max(1, self._windows * _WINDOW // context)]
-        return Windows(with_bos(rows, self.of.tokenizer.first_id))
+        return Windows(with_bos(rows, self.of.bos_id))
 
     def reference(self, context: int) -> Reference:
         """Returns the log probabilities of the float model."""
@@ -278,16 +286,15 @@ class Bench:
     @functools.cached_property
     def importance(self) -> dict[str, np.ndarray]:
         """Returns the importance matrix."""
-        say(f"{self.of.name}: importance matrix of {len(self.calibration)} tokens")
-        window = min(_WINDOW, self.of.model.config.context_length)
-        return importance_matrix(self.of.model, self.calibration, window, self.of.tokenizer.first_id)
+        say(f"{self.of.name}: importance matrix of {self.calibration.size} tokens")
+        return importance_matrix(self.of.model, self.calibration)
 
     @functools.cached_property
     def own_text(self) -> np.ndarray:
         """Returns a calibration text that the model generates, as long as the other one."""
-        say(f"{self.of.name}: {len(self.calibration)} tokens of its own text")
-        length = min(_WINDOW, self.of.model.config.context_length)
-        return own_text(self.of.model, self.of.tokenizer, len(self.calibration), length=length)
+        say(f"{self.of.name}: {self.calibration.size} tokens of its own text")
+        length = self.calibration.shape[1]
+        return self._calibrating(own_text(self.of.model, self.of.tokenizer, self.calibration.size, length=length))
 
     @functools.cached_property
     def floats(self) -> Path:
@@ -303,8 +310,6 @@ class Bench:
         key = {"model": self.of.name, "weights": self.weights, "row": name, **setting._asdict()}
         key |= {"windows": len(rows), "text": hashlib.sha256(rows.tobytes()).hexdigest()[:16]}
         key["calibration"] = hashlib.sha256(self.calibration.tobytes()).hexdigest()[:16]
-        if self.of.tokenizer.first_id is not None:
-            key["bos"] = self.of.tokenizer.first_id
         if isinstance(row, Ours):
             key["recipe"] = hashlib.sha256(repr((row.recipe, sorted(row.options.items()))).encode()).hexdigest()[:16]
         return key
@@ -317,8 +322,7 @@ class Bench:
             calibration = self.own_text if row.own else self.calibration
             start = time.perf_counter()
             if row.checkpoint is None:
-                given = {"calibration": calibration, "bos_id": self.of.tokenizer.first_id, **row.options}
-                packed = llamajax.quantize(self.of.model, row.recipe, **given)
+                packed = llamajax.quantize(self.of.model, row.recipe, calibration=calibration, **row.options)
             else:
                 packed = llamajax.load(row.checkpoint)[0]
             size, family = sum(leaf.nbytes for leaf in jax.tree.leaves(packed)), _FAMILIES[0]

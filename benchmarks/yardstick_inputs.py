@@ -92,7 +92,8 @@ class Subject(NamedTuple):
         name: its name at the command line.
         model: the reference, float32.
         tokenizer: the model's tokenizer.
-        text: the ids of the text. `tokenizer.first_id` replaces the first token of each window.
+        text: the ids of the text.
+        bos_id: replaces the first token of each window that is measured, unless it is None.
         made: the record, seed included, that `distil.py` wrote about the model; None for other models.
     """
 
@@ -100,6 +101,7 @@ class Subject(NamedTuple):
     model: llamajax.Llama
     tokenizer: llamajax.Tokenizer
     text: Halves
+    bos_id: int | None
     made: dict[str, Any] | None = None
 
 
@@ -122,11 +124,11 @@ def subject(name: str, text: str | None = None) -> Subject:
         raise llamajax.LlamaJaxError(f"{name}: has no tokenizer: expected a checkpoint that has one")
     if name == "box" and text is None:
         stories = Halves(*(encode_documents(tokenizer, some) for some in (list(corpus(0, 600)), heldout_stories())))
-        return Subject(name, in_floats(model), tokenizer, stories)
+        return Subject(name, in_floats(model), tokenizer, stories, None)  # each story has its own BOS
     record = path.with_name(f"{path.name}.json")
     made = read_json(record) if name.endswith(_MADE) and record.exists() else None
     ids = wikitext(tokenizer) if text is None else halves(text, tokenizer)
-    return Subject(name, in_floats(model), tokenizer, ids, made)
+    return Subject(name, in_floats(model), tokenizer, ids, tokenizer.first_id, made)
 
 
 def original_file(name: str) -> Path:

@@ -54,24 +54,19 @@ def quantize_file(source: Path, target: Path, kind: str, importance: Mapping[str
     return sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(target).tensors)
 
 
-def importance_matrix(
-    model: llamajax.Llama, tokens: np.ndarray, window: int, bos_id: int | None
-) -> dict[str, np.ndarray]:
+def importance_matrix(model: llamajax.Llama, windows_WT: np.ndarray) -> dict[str, np.ndarray]:
     """Returns what `llama-imatrix` collects: the mean square of each input of the layers' matrices, by tensor name.
 
     As in `llama-imatrix`, the embedding has no entry, even if it serves as the head.
 
     Args:
         model: the float model.
-        tokens: ids of the calibration text.
-        window: the number of tokens of a window.
-        bos_id: replaces the first token of each window, unless it is None.
+        windows_WT: windows of the calibration text.
     """
     config = model.config
     tensor_of = {place: name for name, places in tensors(config, "gguf").items() for place in places}
-    rows = calibrate.calibration_windows(tokens, config, window, bos_id)
     embed = jax.jit(llamajax.Llama.embed)
-    x_WTD = np.concatenate([np.asarray(embed(model, row[None])) for row in rows])
+    x_WTD = np.concatenate([np.asarray(embed(model, row[None])) for row in windows_WT])
     means = {}
     for layer in range(config.num_layers):
         block, numbers, groups = model.layer(layer), config.numbers(layer), inputs(config, layer)

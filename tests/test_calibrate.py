@@ -161,9 +161,18 @@ def test_windows_do_not_overlap() -> None:
 
 
 def test_windows_begin_with_bos() -> None:
-    tokens = np.arange(2, 42)
+    """With a document's own, if what is left of the one before is shorter than a window; else in place of a token."""
+    long, short = [1, *range(2, 42)], [1, *range(50, 60)]
+    tokens = np.array(long + short + short + short)
     windows_WT = calibration_windows(tokens, CONFIG, 16, bos_id=1)
-    np.testing.assert_array_equal(windows_WT, [[1, *range(3, 18)], [1, *range(19, 34)]])
-    np.testing.assert_array_equal(tokens, np.arange(2, 42), "the caller's ids must not change")
+    np.testing.assert_array_equal(windows_WT, [long[:16], [1, *long[17:32]], (short + short)[:16]])
+    np.testing.assert_array_equal(tokens, long + short * 3, "the caller's ids must not change")
     with pytest.raises(LlamaJaxError, match="outside of the model's 96"):
         calibration_windows(tokens, CONFIG, 16, bos_id=96)
+
+
+def test_windows_that_are_given_stay() -> None:
+    windows_WT = np.arange(32).reshape(2, 16)
+    np.testing.assert_array_equal(calibration_windows(windows_WT, CONFIG, 99, bos_id=7), windows_WT)
+    with pytest.raises(LlamaJaxError, match="window of 65 tokens: expected 1 to 64"):
+        calibration_windows(np.zeros((2, 65)), CONFIG, 16)

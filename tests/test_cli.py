@@ -567,9 +567,9 @@ def test_quantize_with_a_calibration_text_leaves_only_its_output(tmp_path: Path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.toml", "q"]
     assert "int3-g64" in run(capsys, "inspect", f"--model={tmp_path / 'q'}")[1]
     box, tokenizer = llamajax.load("box")
-    windows_WT = encode_documents(tokenizer, story_texts(1000).training)[:1024].reshape(2, 512)
-    windows_WT[:, 0] = tokenizer.bos_id  # each window is the beginning of a text, as in `generate`
-    expected = llamajax.quantize(box, recipe, calibration=windows_WT.reshape(-1))
+    ids = encode_documents(tokenizer, story_texts(1000).training)
+    second = 512 + int(np.argmax(ids[512:] == tokenizer.bos_id))  # where the first story behind 512 tokens begins
+    expected = llamajax.quantize(box, recipe, calibration=np.stack([ids[:512], ids[second : second + 512]]))
     made = llamajax.load(tmp_path / "q")[0]
     assert jax.tree.all(jax.tree.map(np.array_equal, made, expected))
 
@@ -586,7 +586,7 @@ def test_quantize_with_a_calibration_text_leaves_only_its_output(tmp_path: Path,
         (["--recipe=int4-g32", "--calibration=stories"], 1, "recipe int4-g32 does not use --calibration"),
         (["--bits=0.5", "--calibration=stories"], 1, "target_bpw is 0.5: expected bits per weight"),
         (["--bits=four"], 2, "bits"),
-        (["--calibration=self", "--calibration_tokens=0"], 1, "--calibration_tokens=0: expected at least 1"),
+        (["--calibration=self", "--calibration_tokens=0"], 1, "--calibration_tokens=0: expected at least 512"),
         (["--recipe=int4-g128-gptq", "--calibration=none.txt"], 1, "none.txt: no such file"),
         (["--recipe=int4-g128-gptq", "--calibration=stories", "--calibration_tokens=9"], 1, "expected at least 512"),
     ],

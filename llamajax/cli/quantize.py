@@ -16,6 +16,7 @@ from llamajax.evaluation.evaluate import encode_documents, read_documents
 from llamajax.files import check_absent
 from llamajax.model import Llama
 from llamajax.parameters import named_weights
+from llamajax.quantization.calibrate import calibration_windows
 from llamajax.quantization.own_text import own_text
 from llamajax.quantization.quantize import quantize, read_recipe, recipe_names
 from llamajax.quantization.resume import remove_parts
@@ -105,17 +106,15 @@ def run(values: flags.FlagValues) -> None:
         raise LlamaJaxError(f"recipe {name} does not use --calibration: leave it out, or choose another recipe")
     opened = open_named(values, values.model)
     tokenizer: Tokenizer | bytes | None
-    first_id = None
     if recipe.needs_calibration:
         tokenizer = need_tokenizer(opened, values.tokenizer)
-        tokens, first_id = _calibration_tokens(values, opened, tokenizer), tokenizer.first_id
+        windows_WT = _calibration_windows(values, opened, tokenizer)
     else:
-        tokenizer, tokens = tokenizer_if_any(values, opened) or opened.tokenizer_bytes, None
-    window = min(values.context, opened.config.context_length)
+        tokenizer, windows_WT = tokenizer_if_any(values, opened) or opened.tokenizer_bytes, None
     notes: list[str] = []
     work = output.absolute().with_name(f"{output.name}.work")
     with progress("quantizing") as on_weight:
-        with_text: dict[str, Any] = {"calibration": tokens, "window": window, "bos_id": first_id, "work": work}
+        with_text: dict[str, Any] = {"calibration": windows_WT, "work": work}
         model = quantize(opened, recipe, on_weight=on_weight, types=values.types, on_note=notes.append, **with_text)
     for line in notes:
         note(line)
@@ -136,19 +135,21 @@ def _with_target(recipe: Recipe, target_bpw: float | None) -> Recipe:
         raise LlamaJaxError(str(error)) from None
 
 
-def _calibration_tokens(values: flags.FlagValues, opened: Opened, tokenizer: Tokenizer) -> np.ndarray:
-    """The beginning of the calibration text as token ids."""
-    if values.calibration_tokens < 1:
-        raise LlamaJaxError(f"--calibration_tokens={values.calibration_tokens}: expected at least 1")
+def _calibration_windows(values: flags.FlagValues, opened: Opened, tokenizer: Tokenizer) -> np.ndarray:
+    """Returns the beginning of the calibration text in windows, int32 [W, T]."""
+    window = min(values.context, opened.config.context_length)
+    if values.calibration_tokens < max(1, window):
+        raise LlamaJaxError(f"--calibration_tokens={values.calibration_tokens}: expected at least {max(1, window)}")
     if values.calibration == "self":
         with progress("sampling a text") as on_tokens:
-            length = min(values.context, opened.config.context_length)
-            return own_text(opened.read(), tokenizer, values.calibration_tokens, length=length, on_tokens=on_tokens)
-    if values.calibration == "stories":
-        documents = story_texts(_CALIBRATION_STORIES).training
+            ids = own_text(opened.read(), tokenizer, values.calibration_tokens, length=window, on_tokens=on_tokens)
+    elif values.calibration == "stories":
+        ids = encode_documents(tokenizer, story_texts(_CALIBRATION_STORIES).training)
     else:
-        documents = read_documents(values.calibration)
-    return encode_documents(tokenizer, documents)[: values.calibration_tokens]
+        ids = encode_documents(tokenizer, read_documents(values.calibration))
+    # Windows that begin with documents leave out the rest of others: more of the text makes up for it.
+    windows_WT = calibration_windows(ids, opened.config, window, tokenizer.first_id)
+    return windows_WT[: values.calibration_tokens // window]
 
 
 def _report_other_groups(model: Llama, recipe: Recipe) -> None:

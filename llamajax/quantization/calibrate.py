@@ -48,20 +48,33 @@ class Statistics(NamedTuple):
 
 
 def calibration_windows(tokens: np.ndarray, config: Config, window: int, bos_id: int | None = None) -> np.ndarray:
-    """Splits a text into windows that do not overlap, [W, T]; tokens that do not fill a last window are dropped.
+    """Splits a text into windows that do not overlap, int32 [W, T]; tokens that do not fill a last window are dropped.
 
-    `bos_id` replaces the first token of each window, as in llama.cpp's tools/imatrix, unless it is None.
+    With `bos_id`, every window begins with BOS: either with that of a document, where what is left of the document
+    before it is shorter than a window and is dropped, or in place of a token, as in llama.cpp's tools/imatrix.
+
+    Args:
+        tokens: ids [n] of a text; or windows [W, T], which are returned as they are.
+        config: the architecture.
+        window: T, for ids.
+        bos_id: the id of BOS; None if texts of the model begin without it.
 
     Raises:
         LlamaJaxError: if the text is shorter than one window, or holds ids that the model does not have.
     """
     tokens = np.asarray(tokens, np.int32)
+    if tokens.ndim == 2:
+        tokens, window, bos_id = tokens.reshape(-1), tokens.shape[-1], None
     if window < 1 or window > config.context_length:
         raise LlamaJaxError(f"a calibration window of {window} tokens: expected 1 to {config.context_length}")
-    count = len(tokens) // window
-    if not count:
+    if len(tokens) < window:
         raise LlamaJaxError(f"the calibration text has {len(tokens)} tokens: expected at least {window}, one window")
-    windows_WT = tokens[: count * window].reshape(count, window).copy()
+    begins = np.flatnonzero(tokens == bos_id) if bos_id is not None else np.empty(0, int)
+    firsts = [0]
+    while (first := firsts[-1] + window) + window <= len(tokens):
+        later = begins[np.searchsorted(begins, first) :][:1]
+        firsts.append(int(later[0]) if later.size and later[0] < first + window else first)
+    windows_WT = np.stack([tokens[first : first + window] for first in firsts if first + window <= len(tokens)])
     if bos_id is not None:
         windows_WT[:, 0] = bos_id
     if windows_WT.min() < 0 or windows_WT.max() >= config.vocab_size:
