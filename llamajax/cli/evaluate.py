@@ -82,9 +82,10 @@ def define(values: flags.FlagValues) -> None:
             "documents",
             CONVENTIONS,
             "`RULE` for splitting and scoring the text. documents: splits at <|endoftext|>, puts BOS before each part, "
-            "and scores every token. llama.cpp: cuts the file into chunks that begin with BOS and scores their second "
-            "half, as its perplexity tool does; usual with --context=512. gptq: joins lines by blank lines and scores "
-            "whole windows, as papers on quantization do; usual with --context=2048.",
+            "and scores every token; later windows of a part begin without BOS, which Gemma, for example, needs. "
+            "llama.cpp: cuts the file into chunks that begin with BOS and scores their second half, as its perplexity "
+            "tool does; usual with --context=512. gptq: joins lines by blank lines and scores whole windows, as papers "
+            "on quantization do; usual with --context=2048.",
             flag_values=values,
         )
         flags.DEFINE_integer(
