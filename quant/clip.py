@@ -54,7 +54,7 @@ def clip_factors(scheme: Scheme, group_size: int, *, weighted: bool = False) -> 
     least = _LEAST_CLIP if weighted else max((1 - gain) / (1 + gain), _LEAST_CLIP)
     most = levels / (levels - 1)
     factors = _spaced(most, least, levels)
-    if scheme.kind in ("int", "iq4_nl") and most * least <= 1:
+    if scheme.signed_scales and most * least <= 1:
         factors += tuple(-factor for factor in _spaced(1.0, most * least, levels))
     return (1.0, *factors)
 

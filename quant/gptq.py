@@ -86,7 +86,8 @@ def quantize_gptq(
             result is the same but for the rounding of float32 sums.
         scales: the same weight, quantized in another way with the same scheme, groups and axis, without zero points,
             order and outliers. Its scales and offsets, in any form, stay, and only codes are chosen.
-        scale_scheme: int scheme of quantized scales, for an int `scheme`, with one float for all scales of an output.
+        scale_scheme: int scheme of quantized scales, with one float for all scales of an output, if `scheme` is int or
+            iq4_nl.
             The float is chosen before any error is moved (`SCALE_HEADROOM`), the scales' codes as groups are reached.
         descent: sweeps of coordinate descent afterwards (`descent.descend`). They change codes, and also scales in
             groups of fewer than 256, unless `scales` is given.
@@ -137,8 +138,8 @@ def _checked_second(
     if name is None:
         return None
     second = Scheme.named(name) if isinstance(name, str) else name
-    if scheme.kind != "int" or second.kind != "int":
-        raise ValueError(f"{scheme.name} with scales in {second.name}: expected int with int")
+    if not scheme.signed_scales or second.kind != "int":
+        raise ValueError(f"{scheme.name} with scales in {second.name}: expected int or iq4_nl with int")
     if isinstance(group_size, str) or scales is not None:
         said = "given scales" if scales is not None else f"group_size {group_size!r}"
         raise ValueError(f"scale_scheme {second.name} beside {said}: expected a number as group_size, and scales=None")

@@ -35,7 +35,7 @@ def group_grid(
         scale = stored_scale((high - low) / scheme.max_code, scale_dtype)
         zero = jnp.round(-low / divisor(scale.astype(jnp.float32)))
         return scale, jnp.clip(zero, 0, scheme.max_code).astype(jnp.uint8)
-    if scheme.kind in ("int", "iq4_nl"):
+    if scheme.signed_scales:
         largest = jnp.where(high >= -low, high, low)
         first = -scheme.bias if scheme.codebook is None else scheme.codebook[0]
         # 0 / -8 would be -0, and the weights of a group of zeros would be -0 too.

@@ -235,8 +235,9 @@ class Recipe:
 
     Attributes:
         rules: in order of priority; the first rule that matches a weight decides.
-        target_bpw: bits per weight of the whole model, everything counted. With it the bits in `int` and `uint` rules
-            are only a starting point: the bits of each weight are chosen for the least error within the budget.
+        target_bpw: bits per weight of the whole model, everything counted. With it the bits in `int`, `uint` and
+            `iq4_nl` rules are only a starting point: the bits of each weight are chosen for the least error within the
+            budget. Beside iq4_nl the candidates are int with other numbers of bits.
         least_bits: fewest bits that this choice may give a weight. Codes of 2 and 3 bits decode at about 0.6 of the
             bytes per second of 4-bit codes.
         bits_by: how this choice rates a weight's error: "loss", measured on a calibration text; "roles", from values

@@ -85,6 +85,11 @@ class Scheme:
         return {"mxfp4": "e8m0", "nvfp4": "ue4m3"}.get(self.kind)
 
     @property
+    def signed_scales(self) -> bool:
+        """Whether there are no zero points, and a scale has the sign of its group's largest weight."""
+        return self.kind in ("int", "iq4_nl")
+
+    @property
     def bias(self) -> int:
         """The code whose value is zero, for kinds whose values are equally spaced."""
         return {"int": 2 ** (self.bits - 1), "ternary": 1}.get(self.kind, 0)

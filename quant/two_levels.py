@@ -39,15 +39,15 @@ def quantize_two_levels(
 ) -> QTensor:
     """Quantizes a weight by rounding, with quantized scales; codes are chosen for the scales after quantization.
 
-    Scales are computed as floats first: for int those of `quantize_rtn`; for uint the scale and the lower end (offset)
-    of each group's range. Then they are rounded to `scale_scheme`, with one float for the scales of `scale_group`
-    weights; for int, no scale that is not 0 becomes 0.
+    Scales are computed as floats first: for int and iq4_nl those of `quantize_rtn`; for uint the scale and the lower
+    end (offset) of each group's range. Then they are rounded to `scale_scheme`, with one float for the scales of
+    `scale_group` weights; for int and iq4_nl, no scale that is not 0 becomes 0.
 
     Args:
         weight: float [..., K, M] (`axis=-2`) or [..., M, K] (`axis=-1`). K must be a multiple of 256, or, with
             "channel", of the group size.
-        scheme: a Scheme or its name; an int or uint.
-        scale_scheme: scheme of the scales, of the same kind as `scheme`.
+        scheme: a Scheme or its name; an int or uint, or iq4_nl.
+        scale_scheme: scheme of the scales: uint for uint, otherwise int.
         group_size: weights along K that share a scale; must divide `scale_group` if that is 256.
         scale_group: weights whose scales share a float: 256, or "channel": all K of an output.
         axis: the contraction axis, -2 or -1.
@@ -64,8 +64,11 @@ def quantize_two_levels(
     scheme, second = (Scheme.named(each) if isinstance(each, str) else each for each in (scheme, scale_scheme))
     weight = jnp.asarray(weight)
     length = weight.shape[axis_position(weight.shape, axis)]
-    if scheme.kind not in ("int", "uint") or second.kind != scheme.kind:
-        raise ValueError(f"{scheme.name} with scales in {second.name}: expected int with int, or uint with uint")
+    kinds = {"int": "int", "iq4_nl": "int", "uint": "uint"}
+    if kinds.get(scheme.kind) != second.kind:
+        raise ValueError(
+            f"{scheme.name} with scales in {second.name}: expected int or iq4_nl with int, or uint with uint"
+        )
     size = _scales_of_a_float(length, group_size, scale_group)
 
     def coded(plane: Any) -> Any:
@@ -73,7 +76,7 @@ def quantize_two_levels(
         made = quantize_rtn(plane, second, group_size=size, axis=axis, scale_dtype=scale_dtype)
         return dataclasses.replace(made, zero=None)
 
-    if scheme.kind == "int":
+    if scheme.signed_scales:
         options: dict[str, Any] = {"group_size": group_size, "axis": axis, "clip": clip, "importance": importance}
         scale = scale_values(quantize_rtn(weight, scheme, scale_dtype=jnp.float32, **options).scale, scheme)
         return _with_codes(weight, _without_zeros(scale, coded(scale)), None, scheme, axis)

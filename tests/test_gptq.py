@@ -44,10 +44,12 @@ def plain_gptq(
     act_order: bool,
     damping: float,
     unit: np.ndarray | None = None,
+    book: tuple[float, ...] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The paper without its accelerations: eliminates channels of the inverse Hessian one by one (its step 1).
 
-    With `unit` [M], scales are integer multiples of it, from 1 to 127 in magnitude.
+    With `unit` [M], scales are integer multiples of it, from 1 to 127 in magnitude. `book` holds the values of codes
+    that are not equally spaced.
     """
     weight, hessian = np.array(weight, np.float64), np.array(hessian, np.float64)
     order = np.argsort(-np.diagonal(hessian), kind="stable") if act_order else np.arange(len(weight))
@@ -58,7 +60,8 @@ def plain_gptq(
         if k % group == 0:
             low, high = weight[k : k + group].min(0), weight[k : k + group].max(0)
             if signed:
-                scale, zero = np.where(high >= -low, high, low) / -(2 ** (bits - 1)), 2 ** (bits - 1)
+                first = -(2 ** (bits - 1)) if book is None else book[0]
+                scale, zero = np.where(high >= -low, high, low) / first, 2 ** (bits - 1)
             else:
                 scale = (np.maximum(high, 0) - np.minimum(low, 0)) / (2**bits - 1)
                 zero = np.round(-np.minimum(low, 0) / scale)
@@ -66,8 +69,9 @@ def plain_gptq(
                 code = np.clip(np.abs(np.round(scale / unit)), 1, 127)
                 scale = np.where(scale < 0, -code, code) * unit
             scales.append(scale)
-        codes[k] = np.clip(np.round(weight[k] / scale + zero), 0, 2**bits - 1)
-        error = (weight[k] - (codes[k] - zero) * scale) / inverse[k, k]
+        values = np.arange(2**bits)[:, None] - zero if book is None else np.array(book)[:, None]
+        codes[k] = np.abs(values - weight[k] / scale).argmin(0)
+        error = (weight[k] - np.take_along_axis(values, codes[k][None], 0)[0] * scale) / inverse[k, k]
         weight[k + 1 :] -= np.outer(inverse[k + 1 :, k], error)
         inverse -= np.outer(inverse[:, k], inverse[k]) / inverse[k, k]
     return codes, np.stack(scales), order
@@ -107,7 +111,7 @@ def test_codes_are_those_of_a_plain_float64_gptq(scheme: str, group: Any, act_or
 
 @pytest.mark.parametrize(
     ("scheme", "shape", "group", "block"),
-    [("int4", (48, 8), 16, 128), ("int2", (48, 8), 8, 8), ("int3", (48, 8), 8, 20)],
+    [("int4", (48, 8), 16, 128), ("int2", (48, 8), 8, 8), ("int3", (48, 8), 8, 20), ("iq4_nl", (48, 8), 16, 128)],
 )
 def test_scales_in_codes_are_fitted_as_groups_are_reached(
     scheme: str, shape: tuple[int, int], group: int, block: int
@@ -125,15 +129,16 @@ def test_scales_in_codes_are_fitted_as_groups_are_reached(
     assert second.scale.dtype == jnp.float16 and made.validate() is made
     groups = weight.reshape(-1, group, shape[1])
     high, low = groups.max(1), groups.min(1)
-    largest = (np.where(high >= -low, high, -low) / 2 ** (bits - 1)).max(0)
+    book = made.scheme.codebook
+    largest = (np.where(high >= -low, high, -low) / (-book[0] if book else 2 ** (bits - 1))).max(0)
     unit = np.asarray(second.scale, np.float64)[0]
     np.testing.assert_allclose(unit, largest * SCALE_HEADROOM / 127, rtol=2e-3)
-    codes, scale, _ = plain_gptq(weight, h, bits, True, group, False, 0.01, unit)
+    codes, scale, _ = plain_gptq(weight, h, bits, True, group, False, 0.01, unit, book)
     differs_M = (_codes(made) != codes).any(0)
     assert differs_M.sum() <= 1
     np.testing.assert_allclose(quant.dequantize(second)[:, ~differs_M], scale[:, ~differs_M], rtol=1e-6)
     assert (np.abs(np.round(scale / unit)) == 1).any()
-    values = (codes.reshape(groups.shape) - 2.0 ** (bits - 1)) * scale[:, None]
+    values = np.array(book or np.arange(2.0**bits) - 2 ** (bits - 1))[codes].reshape(groups.shape) * scale[:, None]
     np.testing.assert_allclose(
         quant.dequantize(made)[:, ~differs_M], values.reshape(shape)[:, ~differs_M], rtol=1e-6, atol=1e-9
     )
@@ -330,7 +335,7 @@ def test_a_weight_of_zeros_stays_zero() -> None:
         ({"damping": float("nan")}, "damping nan: expected"),
         ({"block_size": 0}, "block_size 0: expected at least 1"),
         ({"scale_scheme": "int9"}, "no scheme 'int9'"),
-        ({"scale_scheme": "uint8"}, "int4 with scales in uint8: expected int with int"),
+        ({"scale_scheme": "uint8"}, "int4 with scales in uint8: expected int or iq4_nl with int"),
         ({"scale_scheme": "int8", "group_size": "channel"}, "scale_scheme int8 beside group_size 'channel': expected"),
         ({"scale_scheme": "int6"}, "a group of 2 codes of 6 bits does not fill whole bytes"),
         ({"weight": jnp.full((16, 2), 1e9), "scale_dtype": "float16", "scale_scheme": "int8"}, "above the range of"),

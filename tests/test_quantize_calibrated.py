@@ -116,8 +116,25 @@ def test_bits_are_spent_where_they_help(skewed: Llama) -> None:
     assert error(skewed, made) < 0.9 * error(skewed, even)
     schemes = {scheme for layer in range(3) for scheme in kinds(single_weights(made)[Place("ffn.up_DF", layer)])}
     assert len(schemes | set(kinds(made.head_VD.get_value()))) > 1, "all weights got the same scheme"
-    with pytest.raises(LlamaJaxError, match="no rule has an int or uint scheme"):
+    with pytest.raises(LlamaJaxError, match="no rule has an int, uint or iq4_nl scheme"):
         quantize(skewed, Recipe(layers_rule(scheme="nf4"), 5), calibration=TOKENS, window=32)
+
+
+@pytest.mark.exhaustive
+def test_codes_of_4_bits_may_be_of_a_code_book(skewed: Llama) -> None:
+    """With iq4_nl in the rule, the candidates of other numbers of bits are int's; scales of two levels are kept."""
+    names = "iq4_nl", "int5", "int6", "int8"
+    form = {"scheme": "iq4_nl", "group_size": 8, "scale_scheme": "int8", "scale_group": "channel"}
+    rules = (
+        *(KEEP_NORMS, Rule(weights="embed_VD", scheme="int8", group_size=8)),
+        Rule(weights="*", method="gptq", scale_dtype="float16", **form),  # type: ignore[arg-type]
+    )
+    made = quantize(skewed, Recipe(rules, 5.5, least_bits=4), calibration=TOKENS, window=32)
+    of_layers = [weight for place, weight in single_weights(made).items() if place.layer is not None]
+    found = {kind for weight in of_layers for kind in kinds(weight)}
+    assert {"iq4_nl-g8-int8", "int5-g8-int8"} <= found <= {f"{name}-g8-int8" for name in names} | {"float32"}
+    rounded = (KEEP_NORMS, Rule(weights="*", scheme="iq4_nl", group_size=8))
+    assert error(skewed, made) < 0.7 * error(skewed, quantize(skewed, rounded))
 
 
 @pytest.mark.exhaustive

@@ -27,6 +27,7 @@ FORMS = {
     "Q4_K": ("uint4", "uint6", 32),
     "Q5_K": ("uint5", "uint6", 32),
     "Q6_K": ("int6", "int8", 16),
+    "IQ4_XS": ("iq4_nl", "int6", 32),
 }
 
 
@@ -39,6 +40,11 @@ def weight(shape: tuple[int, ...] = (512, 24), seed: int = 0) -> np.ndarray:
 def quantized(name: str, floats: Any, **options: Any) -> QTensor:
     scheme, scale_scheme, group_size = FORMS[name]
     return quantize_two_levels(floats, scheme, scale_scheme, group_size=group_size, **options)
+
+
+def values_of(scheme: quant.Scheme) -> np.ndarray:
+    """Returns the value of each code, float64 [n, 1, 1]."""
+    return np.asarray(scheme.codebook or np.arange(2**scheme.bits) - scheme.bias, np.float64).reshape(-1, 1, 1)
 
 
 def error(made: QTensor, floats: np.ndarray, importance: Any = 1.0) -> float:
@@ -57,7 +63,7 @@ def test_codes_are_the_nearest(name: str, clip: Any) -> None:
     codes = np.asarray(quant.unpack(made.planes, made.scheme.bits, made.group_size))
     repeat = lambda plane: np.repeat(np.asarray(quant.dequantize(plane), np.float64), made.group_size, 0)  # noqa: E731
     scale, offset = repeat(made.scale), 0 if made.offset is None else repeat(made.offset)
-    values = np.arange(2**made.scheme.bits).reshape(-1, 1, 1) - made.scheme.bias
+    values = values_of(made.scheme)
     distance = np.abs(values * scale + offset - floats)
     chosen = np.take_along_axis(distance, codes[None], 0)[0]
     assert (chosen <= distance.min(0) + 1e-6 * np.abs(scale)).all()
@@ -71,14 +77,16 @@ def test_how_much_is_lost(name: str) -> None:
     assert error(searched, floats) < error(plain, floats)
     scheme, _, group_size = FORMS[name]
     one_level = quantize_rtn(floats, scheme, group_size=group_size, scale_dtype="float32", clip="mse")
-    assert error(searched, floats) < error(one_level, floats) * (1.05 if scheme.startswith("int") else 1.0)
+    assert error(searched, floats) < error(one_level, floats) * (1.0 if scheme.startswith("uint") else 1.05)
     assert searched.bits_per_weight == ggml.TYPES[name].bits_per_weight
 
 
-@pytest.mark.parametrize(("scheme", "length", "group"), [("int4", 96, 32), ("int2", 576, 32), ("int8", 40, 8)])
+@pytest.mark.parametrize(
+    ("scheme", "length", "group"), [("int4", 96, 32), ("int2", 576, 32), ("int8", 40, 8), ("iq4_nl", 96, 32)]
+)
 def test_one_float_for_an_output(scheme: str, length: int, group: int) -> None:
     """In float64, the largest scale has code -128, no scale is 0 (no group is), and codes are the nearest."""
-    floats = weight((length, 12))
+    floats = weight((length, 12)) * (16 if scheme == "iq4_nl" else 1)  # the largest value is 127 instead of 8
     floats[:group] *= 1e-5
     made = quantize_two_levels(floats, scheme, "int8", group_size=group, scale_group="channel", clip="mse")
     assert made.scale.scale.shape == (1, 12) and made.scale.scale.dtype == np.float16
@@ -93,9 +101,9 @@ def test_one_float_for_an_output(scheme: str, length: int, group: int) -> None:
     wanted = np.round(plain / unit)
     np.testing.assert_allclose(codes, np.where(wanted == 0, np.sign(plain / unit), wanted.clip(-128, 127)), atol=1e-9)
     repeated = np.repeat(codes * unit, group, 0)
-    values = (np.arange(2**made.scheme.bits) - made.scheme.bias).reshape(-1, 1, 1) * repeated
+    values = values_of(made.scheme) * repeated
     distance = np.abs(np.asarray(quant.dequantize(made)) - floats)
-    assert (distance <= np.abs(values - floats).min(0) + 1e-6 * np.abs(repeated)).all()
+    assert (distance <= np.abs(values - floats).min(0) + 1e-6 * np.abs(values).max(0)).all()
     table = quantize_two_levels(floats.T, scheme, "int8", group_size=group, scale_group="channel", clip="mse", axis=-1)
     np.testing.assert_array_equal(np.asarray(quant.dequantize(table)).T, np.asarray(quant.dequantize(made)))
 
@@ -136,8 +144,8 @@ def test_groups_of_zeros_and_of_one_sign(name: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"scale_scheme": "uint6"}, "int3 with scales in uint6: expected int with int, or uint with uint"),
-        ({"scheme": "nf4"}, "nf4 with scales in int6: expected int with int"),
+        ({"scale_scheme": "uint6"}, "int3 with scales in uint6: expected int or iq4_nl with int, or uint with uint"),
+        ({"scheme": "nf4"}, "nf4 with scales in int6: expected int or iq4_nl with int"),
         ({"group_size": 48}, "in groups of 48, contraction axis of 512: expected a divisor of 256"),
         ({"group_size": "channel"}, "in groups of channel, contraction axis of 512"),
         ({"weight": np.ones((384, 2), np.float32)}, "axis of 384: expected a divisor of 256, and an axis that is a"),

@@ -46,7 +46,7 @@ def choose_bits(
     candidates: Callable[[Place, Rule], list[Rule]] | None = None,
     least_bits: int = 2,
 ) -> dict[Place, Rule]:
-    """Chooses the bits of each `int` and `uint` scheme and returns the rules with these bits.
+    """Chooses the bits of each `int`, `uint` and `iq4_nl` scheme and returns the rules with these bits.
 
     Candidates are measured by round-to-nearest with clipping, whatever the rule's method is: only the comparison
     between weights matters.
@@ -190,7 +190,7 @@ def _options(
         )
         options[place] = enough or each
     if not any(len(each) > 1 for each in options.values()):
-        raise LlamaJaxError("target_bpw: no rule has an int or uint scheme whose bits could be chosen")
+        raise LlamaJaxError("target_bpw: no rule has an int, uint or iq4_nl scheme whose bits could be chosen")
     return options
 
 
@@ -200,15 +200,20 @@ def bits_are_free(rule: Rule) -> bool:
         return False
     if rule.scale_scheme is not None and rule.scale_group != "channel":  # the form of a ggml type, whose bits are fixed
         return False
-    return Scheme.named(rule.scheme).kind in ("int", "uint")
+    return Scheme.named(rule.scheme).kind in ("int", "uint", "iq4_nl")
 
 
 def _candidates(rule: Rule) -> list[Rule]:
-    """Returns the rule with each number of bits, or the rule alone if its bits are not free."""
+    """Returns the rule with each number of bits, or the rule alone if its bits are not free.
+
+    iq4_nl is the candidate of 4 bits, beside int of other numbers of bits.
+    """
     if not bits_are_free(rule):
         return [rule]
     scheme = Scheme.named(str(rule.scheme))
-    return [dataclasses.replace(rule, scheme=f"{scheme.kind}{bits}") for bits in _BITS]
+    kind = "int" if scheme.codebook else scheme.kind
+    names = {bits: f"{kind}{bits}" for bits in _BITS} | ({scheme.bits: scheme.name} if scheme.codebook else {})
+    return [dataclasses.replace(rule, scheme=name) for name in names.values()]
 
 
 def _rows(options: list[Rule]) -> int:
