@@ -164,7 +164,7 @@ def quantize(
             in memory together.
         recipe: name, path, recipe or rules.
         calibration: token ids, [n], of a text like those that the model is used for; only for recipes that need one.
-            Windows [W, T] of a text, such as `calibration_windows` makes, are used as they are.
+            Windows [W, T] of a text are used as they are (`llamajax.quantization.calibrate.calibration_windows`).
         window: number of tokens of a window, if `calibration` holds ids.
         bos_id: the token that begins each window, if `calibration` holds ids: `Tokenizer.first_id`. Models whose texts
             begin with BOS compute other activations without it: Gemma 3 270M has a perplexity of 84 on WikiText-2 in
