@@ -80,7 +80,7 @@ def noisy(packed: llamajax.Llama, seed: int) -> llamajax.Llama:
 
 
 def regressed(
-    student: llamajax.Llama, teacher: llamajax.Llama, tokens: np.ndarray, kept: float, bos_id: int | None
+    student: llamajax.Llama, teacher: llamajax.Llama, tokens: np.ndarray, kept: float, bos_id: int | None = None
 ) -> tuple[llamajax.Llama, float]:
     """Returns the student with each layer's matrices changed so that their outputs are closer to the teacher's.
 
@@ -199,7 +199,7 @@ def begin(
     tokens: np.ndarray,
     kept: float,
     parts: PartsOnDisk,
-    bos_id: int | None,
+    bos_id: int | None = None,
 ) -> tuple[llamajax.Llama, float]:
     """Returns the student after regression, computed or as an earlier start stored it, and the share of noise left."""
     if kept >= 1:
@@ -226,7 +226,7 @@ def train(
     heldout: Windows,
     options: TrainOptions,
     parts: PartsOnDisk,
-    bos_id: int | None,
+    bos_id: int | None = None,
 ) -> tuple[Comparison, int]:
     """Trains until the perplexity is near enough to the original's, or all steps are done.
 

@@ -124,3 +124,20 @@ def test_a_run_ends_where_it_is_near_enough(distil, packed: llamajax.Llama, toke
     run = distil.Distillation(teacher, teacher, OPTIONS)
     _, steps = distil.train(run, tokens[:-512], gptq_windows(tokens[-512:], 512), OPTIONS, PartsOnDisk(tmp_path, {}))
     assert steps == 0
+
+
+def test_windows_begin_with_bos(
+    distil, packed: llamajax.Llama, tokens: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the regression and of each step; the rest of a window stays as it is in the text."""
+    monkeypatch.setattr(distil, "_MOST_AWAY", -1.0)
+    teacher, student = distil.in_floats(packed), distil.noisy(packed, seed=0)
+    run, seen = distil.Distillation(student, teacher, OPTIONS), []
+    monkeypatch.setattr(run, "step", lambda rows: seen.append(rows) or 0.0)
+    ids, parts = np.where(tokens == 1, 2, tokens), PartsOnDisk(tmp_path, {})
+    distil.train(run, ids[:-512], gptq_windows(ids[-512:], 512), OPTIONS, parts, bos_id=1)
+    assert len(seen) == OPTIONS.steps
+    for rows in seen:
+        assert (rows[:, 0] == 1).all() and (rows[:, 1:] != 1).all()
+    without, with_bos = (distil.regressed(student, teacher, ids, 0.3, bos_id)[0] for bos_id in (None, 1))
+    assert not jax.tree.all(jax.tree.map(np.array_equal, without, with_bos))
