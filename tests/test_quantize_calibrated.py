@@ -14,6 +14,7 @@ from llamajax.checkpoint import open_checkpoint
 from llamajax.model import model_from
 from llamajax.parameters import Place, named_weights
 from llamajax.parameters import weights_of as single_weights
+from llamajax.quantization import bit_search
 from llamajax.quantization.quantize import quantize
 from quant import Mixed, QTensor, kinds, unpack, values
 from quant.recipe import Recipe, Rule
@@ -118,6 +119,23 @@ def test_bits_are_spent_where_they_help(skewed: Llama) -> None:
     assert len(schemes | set(kinds(made.head_VD.get_value()))) > 1, "all weights got the same scheme"
     with pytest.raises(LlamaJaxError, match="no rule has an int, uint or iq4_nl scheme"):
         quantize(skewed, Recipe(layers_rule(scheme="nf4"), 5), calibration=TOKENS, window=32)
+
+
+def test_groups_may_be_half_as_large_between_6_and_8_bits(skewed: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They fill the gap between codes of 6 and of 8 bits; smaller targets keep the recipe's groups."""
+    rules = (KEEP_NORMS, Rule(weights="*", scheme="int4", group_size=32, scale_dtype="float16", clip="mse"))
+
+    def made(target: float) -> tuple[Llama, set[str]]:
+        model = quantize(skewed, Recipe(rules, target, bits_by="roles"))
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+        assert 8 * size / CONFIG.num_parameters <= target
+        return model, {kind for weight in single_weights(model).values() for kind in kinds(weight)}
+
+    assert not any("-g16" in kind for kind in made(6.2)[1])
+    finer, found = made(7.0)
+    assert "int6-g16" in found and found <= {"float32", "int6-g32", "int6-g16", "int8-g32", "int8-g16"}
+    monkeypatch.setattr(bit_search, "_HALVED_ABOVE", 99)
+    assert error(skewed, finer) < error(skewed, made(7.0)[0])
 
 
 @pytest.mark.exhaustive

@@ -153,10 +153,10 @@ def _calibration_windows(values: flags.FlagValues, opened: Opened, tokenizer: To
 
 
 def _report_other_groups(model: Llama, recipe: Recipe) -> None:
-    """Notes each weight whose group size differs from the recipe's, because of a rule's `indivisible`."""
-    sizes = {rule.group_size for rule in recipe.rules if rule.indivisible}
+    """Notes each weight whose inputs do not divide into the recipe's groups, so that a rule's `indivisible` decided."""
+    sizes = [rule.group_size for rule in recipe.rules if rule.indivisible and isinstance(rule.group_size, int)]
     for name, weight in named_weights(model).items():
         for part in quantized(weight):
-            if sizes and part.group_size not in sizes:
-                inputs = part.shape[part.axis]
+            inputs = part.shape[part.axis]
+            if sizes and all(inputs % size for size in sizes):
                 note(f"{name}: {inputs} inputs: {part.scheme.name} in groups of {part.group_size}")

@@ -25,6 +25,9 @@ from llamajax.quantization.sensitivity import gradients
 from quant import Rule, Scheme, allocate, values
 
 _BITS = (2, 3, 4, 5, 6, 8)
+# Targets above this size, that of 6 bits in groups of 32 with their scales, also have candidates of 6 and 8 bits in
+# groups half as large: there are no codes of 7 bits, and a table of embeddings can be most of a model.
+_HALVED_ABOVE, _HALVED_BITS = 6.25, 6
 # The error of a candidate is measured on a sample of so many weights of a matrix, as columns of so many rows. 64 rows
 # divide most lengths, so that one compiled program serves; columns are longer where more weights share one float of
 # ggml's two-level scales.
@@ -65,7 +68,7 @@ def choose_bits(
         LlamaJaxError: if no weight's bits are free, if even the smallest candidates exceed the target, if a weight
             cannot be quantized, or if a cost is not finite.
     """
-    options = _options(rules, candidates, least_bits)
+    options = _options(rules, candidates, least_bits, target_bpw)
     errors = {place: [0.0] * len(each) for place, each in options.items()}
     of = specs(config)
     for place, weight, fisher in gradients(read, config, some_of(windows_WT)):
@@ -106,7 +109,7 @@ def choose_bits_by_roles(
     Raises:
         LlamaJaxError: as in `choose_bits`.
     """
-    options = _options(rules, candidates, least_bits)
+    options = _options(rules, candidates, least_bits, target_bpw)
     errors = {place: [0.0] * len(each) for place, each in options.items()}
     for place, spec in specs(config).items():
         if len(options[place]) > 1:
@@ -178,10 +181,10 @@ def share_out(
 
 
 def _options(
-    rules: Rules, candidates: Callable[[Place, Rule], list[Rule]] | None, least_bits: int
+    rules: Rules, candidates: Callable[[Place, Rule], list[Rule]] | None, least_bits: int, target_bpw: float
 ) -> dict[Place, list[Rule]]:
     """Returns the candidates of each weight."""
-    candidates = candidates or (lambda place, rule: _candidates(rule))
+    candidates = candidates or (lambda place, rule: _candidates(rule, target_bpw))
     options = {}
     for place, rule in rules.items():
         each = candidates(place, rule)
@@ -203,17 +206,22 @@ def bits_are_free(rule: Rule) -> bool:
     return Scheme.named(rule.scheme).kind in ("int", "uint", "iq4_nl")
 
 
-def _candidates(rule: Rule) -> list[Rule]:
+def _candidates(rule: Rule, target_bpw: float) -> list[Rule]:
     """Returns the rule with each number of bits, or the rule alone if its bits are not free.
 
-    iq4_nl is the candidate of 4 bits, beside int of other numbers of bits.
+    iq4_nl is the candidate of 4 bits, beside int of other numbers of bits. See `_HALVED_ABOVE` for other groups.
     """
     if not bits_are_free(rule):
         return [rule]
     scheme = Scheme.named(str(rule.scheme))
     kind = "int" if scheme.codebook else scheme.kind
     names = {bits: f"{kind}{bits}" for bits in _BITS} | ({scheme.bits: scheme.name} if scheme.codebook else {})
-    return [dataclasses.replace(rule, scheme=name) for name in names.values()]
+    made = [dataclasses.replace(rule, scheme=name) for name in names.values()]
+    size = rule.group_size
+    if target_bpw > _HALVED_ABOVE and isinstance(size, int) and size % 16 == 0:
+        many = [each for bits, each in zip(names, made, strict=True) if bits >= _HALVED_BITS]
+        made += [dataclasses.replace(each, group_size=size // 2) for each in many]
+    return made
 
 
 def _rows(options: list[Rule]) -> int:
