@@ -87,8 +87,8 @@ def quantize_gptq(
         scales: the same weight, quantized in another way with the same scheme, groups and axis, without zero points,
             order and outliers. Its scales and offsets, in any form, stay, and only codes are chosen.
         scale_scheme: int scheme of quantized scales, with one float for all scales of an output, if `scheme` is int or
-            iq4_nl.
-            The float is chosen before any error is moved (`SCALE_HEADROOM`), the scales' codes as groups are reached.
+            iq4_nl. The float is chosen before any error is moved (`SCALE_HEADROOM`), the scales' codes as groups are
+            reached.
         descent: sweeps of coordinate descent afterwards (`descent.descend`). They change codes, and also scales in
             groups of fewer than 256, unless `scales` is given.
 

@@ -64,8 +64,8 @@ def quantize_two_levels(
     scheme, second = (Scheme.named(each) if isinstance(each, str) else each for each in (scheme, scale_scheme))
     weight = jnp.asarray(weight)
     length = weight.shape[axis_position(weight.shape, axis)]
-    kinds = {"int": "int", "iq4_nl": "int", "uint": "uint"}
-    if kinds.get(scheme.kind) != second.kind:
+    unsigned = scheme.kind == "uint"
+    if not (unsigned or scheme.signed_scales) or second.kind != ("uint" if unsigned else "int"):
         raise ValueError(
             f"{scheme.name} with scales in {second.name}: expected int or iq4_nl with int, or uint with uint"
         )

@@ -149,6 +149,7 @@ def test_a_norm_in_16_bits_is_folded_without_an_error() -> None:
         (np.arange(32), 65, "window of 65 tokens: expected 1 to 64"),
         (np.arange(90, 106), 16, "outside of the model's 96"),
         (np.array([-1] * 16), 16, "outside of the model's 96"),
+        (np.zeros((2, 2, 16)), 16, r"shape \(2, 2, 16\): expected ids \[n\], or windows of ids \[W, T\]"),
     ],
 )
 def test_what_is_no_calibration_text_is_named(tokens: np.ndarray, window: int, message: str) -> None:

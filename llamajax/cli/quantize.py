@@ -139,7 +139,8 @@ def _calibration_windows(values: flags.FlagValues, opened: Opened, tokenizer: To
     """Returns the beginning of the calibration text in windows, int32 [W, T]."""
     window = min(values.context, opened.config.context_length)
     if values.calibration_tokens < max(1, window):
-        raise LlamaJaxError(f"--calibration_tokens={values.calibration_tokens}: expected at least {max(1, window)}")
+        expected = f"expected at least {max(1, window)}, one window of --context"
+        raise LlamaJaxError(f"--calibration_tokens={values.calibration_tokens}: {expected}")
     if values.calibration == "self":
         with progress("sampling a text") as on_tokens:
             ids = own_text(opened.read(), tokenizer, values.calibration_tokens, length=window, on_tokens=on_tokens)

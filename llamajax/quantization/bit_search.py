@@ -203,7 +203,8 @@ def bits_are_free(rule: Rule) -> bool:
         return False
     if rule.scale_scheme is not None and rule.scale_group != "channel":  # the form of a ggml type, whose bits are fixed
         return False
-    return Scheme.named(rule.scheme).kind in ("int", "uint", "iq4_nl")
+    scheme = Scheme.named(rule.scheme)
+    return scheme.signed_scales or scheme.kind == "uint"
 
 
 def _candidates(rule: Rule, target_bpw: float) -> list[Rule]:

@@ -60,9 +60,12 @@ def calibration_windows(tokens: np.ndarray, config: Config, window: int, bos_id:
         bos_id: the id of BOS; None if texts of the model begin without it.
 
     Raises:
-        LlamaJaxError: if the text is shorter than one window, or holds ids that the model does not have.
+        LlamaJaxError: if the text is shorter than one window, holds ids that the model does not have, or has another
+            shape.
     """
     tokens = np.asarray(tokens, np.int32)
+    if tokens.ndim not in (1, 2):
+        raise LlamaJaxError(f"calibration of shape {tokens.shape}: expected ids [n], or windows of ids [W, T]")
     if tokens.ndim == 2:
         tokens, window, bos_id = tokens.reshape(-1), tokens.shape[-1], None
     if window < 1 or window > config.context_length:
