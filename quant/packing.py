@@ -18,8 +18,8 @@ import numpy as np
 FORMAT_VERSION = 1
 
 # Code bits -> the bits of each plane, low-order bits first. The bits of a plane must divide 8: codes of 3, 5 and 6 bits
-# have two planes, so that no code crosses a byte.
-PLANE_BITS: dict[int, tuple[int, ...]] = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}
+# have two planes and codes of 7 bits three, so that no code crosses a byte.
+PLANE_BITS: dict[int, tuple[int, ...]] = {8: (8,), 7: (4, 2, 1), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}
 
 
 def plane_bits(bits: int) -> tuple[int, ...]:
@@ -69,7 +69,7 @@ def pack(codes: jax.Array, bits: int, group_size: int, *, axis: int = -2) -> tup
 
     Args:
         codes: uint8 [..., K, M] in [0, 2**bits). Larger ones are an error; under jit they lose their high bits.
-        bits: 2, 3, 4, 5, 6 or 8.
+        bits: one of `PLANE_BITS`, 2 to 8.
         group_size: g, elements of a group; divides K and fills whole bytes.
         axis: -2 or -1, the axis that groups run along.
 
@@ -122,7 +122,7 @@ def unpack(
 
     Args:
         planes: uint8 [..., K * p / 8, M] for each plane of p bits, low-order bits first.
-        bits: 2, 3, 4, 5, 6 or 8.
+        bits: one of `PLANE_BITS`, 2 to 8.
         group_size: g, as given to `pack`.
         axis: -2 or -1, the axis that groups run along.
         arithmetic: "integer": shifts and masks. "float": products and `floor` in float32, exact, for exported programs

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from quant.activations import ACTIVATIONS
-from quant.packing import plane_bits
+from quant.packing import PLANE_BITS, plane_bits
 from quant.qtensor import SCALE_DTYPES
 from quant.scheme import SCHEMES, Scheme
 
@@ -89,7 +89,7 @@ KEYS: dict[str, _Kind] = {
         "bits per weight between 1 and 17, as 4.5",
         lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool) and 1 < float(value) < 17,
     ),
-    "least_bits": _Kind("one of 2, 3, 4, 5, 6, 8", lambda value: _is_whole(value) and value in (2, 3, 4, 5, 6, 8)),
+    "least_bits": _Kind("bits of a code, 2 to 8", lambda value: _is_whole(value) and value in PLANE_BITS),
     "bits_by": _one_of(("loss", "roles")),
     "propagation": _Kind(
         "a number from 0 to 1, as 0.5",

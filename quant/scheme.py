@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from quant.packing import PLANE_BITS
+
 # NormalFloat: means of 16 equally probable slices of a normal distribution, scaled to [-1, 1], with an exact zero
 # (QLoRA, Dettmers et al. 2023, arXiv:2305.14314, appendix E).
 NF4 = (
@@ -35,8 +37,8 @@ class Scheme:
 
     | kind | bits | value of a code |
     |---|---|---|
-    | int | 2, 3, 4, 5, 6, 8 | code - 2**(bits - 1): signed, symmetric |
-    | uint | 2, 3, 4, 5, 6, 8 | code: asymmetric, by a zero point or an offset per group |
+    | int | 2 to 8 | code - 2**(bits - 1): signed, symmetric |
+    | uint | 2 to 8 | code: asymmetric, by a zero point or an offset per group |
     | ternary | 2 | code - 1: -1, 0 or 1 |
     | nf4 | 4 | NF4[code] |
     | mxfp4 | 4 | E2M1[code]; the scales are powers of two, stored as their exponents |
@@ -53,8 +55,7 @@ class Scheme:
         Raises:
             ValueError: for a pair that is not in the table.
         """
-        plain = (2, 3, 4, 5, 6, 8)
-        allowed = {"int": plain, "uint": plain, "ternary": (2,)} | dict.fromkeys(_CODEBOOKS, (4,))
+        allowed = {"int": PLANE_BITS, "uint": PLANE_BITS, "ternary": (2,)} | dict.fromkeys(_CODEBOOKS, (4,))
         if self.bits not in allowed.get(self.kind, ()):
             raise ValueError(f"no scheme {self.kind!r} with {self.bits} bits: expected one of {', '.join(SCHEMES)}")
 
@@ -187,8 +188,8 @@ def _nearest(x: jax.Array, ascending: tuple[float, ...]) -> jax.Array:
 
 
 SCHEMES: dict[str, Scheme] = {
-    **{f"int{bits}": Scheme("int", bits) for bits in (8, 6, 5, 4, 3, 2)},
-    **{f"uint{bits}": Scheme("uint", bits) for bits in (8, 6, 5, 4, 3, 2)},
+    **{f"int{bits}": Scheme("int", bits) for bits in PLANE_BITS},
+    **{f"uint{bits}": Scheme("uint", bits) for bits in PLANE_BITS},
     **{kind: Scheme(kind, 4) for kind in _CODEBOOKS},
     "ternary": Scheme("ternary", 2),
 }

@@ -362,7 +362,7 @@ def test_hessian_errors() -> None:
 def test_one_program_serves_all_numbers_of_bits(kind: str) -> None:
     weight, seen = _weight(shape=(LENGTH, 24)), hessian(_inputs())
     before = _quantize._cache_size()
-    for bits in (2, 3, 4, 5, 6, 8):
+    for bits in (2, 3, 4, 5, 6, 7, 8):
         made = quantize_gptq(weight, seen, f"{kind}{bits}", group_size=16, clip="mse")
         assert made.scheme.bits == bits
     assert _quantize._cache_size() == before + 1

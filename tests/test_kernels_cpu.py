@@ -20,7 +20,7 @@ from quant.kernels import cpu
 from tests.fuzz import fuzz
 from tests.programs import forward
 
-SCHEMES = ("int4", "int8", "int3", "int2", "ternary", "uint4", "int5", "int6", "uint8")
+SCHEMES = ("int4", "int8", "int3", "int2", "ternary", "uint4", "int5", "int6", "int7", "uint8")
 
 
 def made(name: str, group: int, groups: int, outputs: int, axis: int, seed: int = 0, lead: tuple[int, ...] = ()):

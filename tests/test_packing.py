@@ -19,6 +19,7 @@ _thorough = settings(max_examples=30, deadline=None, derandomize=True)
 # Worked out by hand from FORMAT.md for one group of one output: bits, codes, bytes of each plane.
 GOLDEN = [
     (8, [0, 1, 128, 255], ["0001 80ff"]),
+    (7, [0, 127, 64, 16, 15, 85, 42, 33], ["f0 5f a0 10", "80 97", "26"]),
     (6, [5, 63, 16, 42], ["05 af", "9c"]),
     (5, [0, 31, 16, 15, 1, 2, 17, 30], ["10 2f 10 ef", "c6"]),
     (4, [1, 2, 3, 4], ["31 42"]),
@@ -38,7 +39,7 @@ def decode(arrays: dict[str, np.ndarray], scheme: str, axis: int) -> np.ndarray:
         return np.swapaxes(decode({k: np.swapaxes(v, -1, -2) for k, v in arrays.items()}, scheme, -2), -1, -2)
     kind, bits = (scheme.rstrip("0123456789"), int(scheme[-1])) if "int" in scheme else (scheme, 4)
     bits = 2 if kind == "ternary" else bits
-    widths = {8: [8], 6: [4, 2], 5: [4, 1], 4: [4], 3: [2, 1], 2: [2]}[bits]
+    widths = {8: [8], 7: [4, 2, 1], 6: [4, 2], 5: [4, 1], 4: [4], 3: [2, 1], 2: [2]}[bits]
     K = arrays["planes.0"].shape[-2] * 8 // widths[0]
     C = arrays["scale"].shape[-2]
     g = K // C
@@ -198,7 +199,7 @@ def test_the_independent_decoder_agrees_on_optional_planes(case: str) -> None:
     np.testing.assert_array_equal(quant.dequantize(made), decode(arrays, "uint3", -2))
 
 
-@pytest.mark.parametrize(("bits", "axis"), [(8, -1), (6, -2), (5, -1), (4, -2), (4, -1), (3, -2), (2, -1)])
+@pytest.mark.parametrize(("bits", "axis"), [(8, -1), (7, -2), (6, -2), (5, -1), (4, -2), (4, -1), (3, -2), (2, -1)])
 def test_jit_vmap_and_leading_axes_agree(bits: int, axis: int) -> None:
     codes = jnp.asarray(np.random.default_rng(bits).integers(0, 2**bits, (3, 16, 16), np.uint8))
 
@@ -244,7 +245,7 @@ def _zeros(*shape: int, dtype: jax.typing.DTypeLike = jnp.uint8) -> jax.Array:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: quant.pack(_zeros(32, 1), 7, 32), "codes of 7 bits: expected one of"),
+        (lambda: quant.pack(_zeros(32, 1), 9, 32), "codes of 9 bits: expected one of"),
         (lambda: quant.pack(_zeros(32, 1, dtype=jnp.int32), 4, 32), "dtype int32: expected uint8"),
         (lambda: quant.pack(_zeros(48, 1), 4, 32), "groups of 32 do not divide an axis of 48"),
         (lambda: quant.pack(_zeros(48, 1), 4, 0), "groups of 0 do not divide"),

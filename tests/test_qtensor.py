@@ -237,7 +237,7 @@ def _turned(shape: tuple[int, ...]) -> QTensor:
         (lambda: _made(activations="int8"), "activations 'int8': expected None or 'bfloat16' or 'int8-token'"),
         (lambda: _made(activations="int8-group"), "activations 'int8-group' beside an order"),
         (lambda: _made(dtype=jnp.int8), "dtype int8: expected a float type"),
-        (lambda: Scheme("int", 7), "no scheme 'int' with 7 bits: expected one of int8, int6"),
+        (lambda: Scheme("int", 9), "no scheme 'int' with 9 bits: expected one of int8, int7"),
         (lambda: Scheme("fp", 4), "no scheme 'fp' with 4 bits"),
         (lambda: Scheme("nf4", 8), "no scheme 'nf4' with 8 bits"),
         (lambda: Scheme.named("q4"), "no scheme 'q4': expected one of int8"),

@@ -347,7 +347,7 @@ def test_rules_for_some_layers() -> None:
         ("[[rules]]\nweights = '*'\nkeep = true\nbits = 4", "'bits'.*expected keys"),
         ("[[rules]]\nkeep = true", "no weights"),
         ("[[rules]]\nweights = '*'", "either keep = true or a scheme"),
-        ("[[rules]]\nweights = '*'\nscheme = 'int9'", "scheme is 'int9': expected one of int8, int6"),
+        ("[[rules]]\nweights = '*'\nscheme = 'int9'", "scheme is 'int9': expected one of int8, int7"),
         ("[[rules]]\nweights = '*'\nkeep = true\nmethod = 'gptq'", "method beside keep = true"),
         ("[[rules", "not TOML"),
     ],
@@ -398,7 +398,7 @@ def test_every_key_has_a_type_and_a_range(key: str) -> None:
 # Keys of a recipe other than its rules, values that are refused, and what the error expects.
 OF_MODEL = {
     "target_bpw": ([True, "4", float("nan"), 1, 17, [4.5], {}], "bits per weight between 1 and 17"),
-    "least_bits": ([True, 7, "4", 4.0], "one of 2, 3, 4, 5, 6, 8"),
+    "least_bits": ([True, 9, "4", 4.0], "bits of a code, 2 to 8"),
     "bits_by": ([True, "text", 1, []], "one of loss, roles"),
     "propagation": ([True, "0.5", float("nan"), -0.1, 1.5, [], {}], "a number from 0 to 1"),
     "tuning": ([True, "1", 0.5, -1, 1000, []], "a whole number of passes, 0 or more"),
@@ -440,7 +440,7 @@ def test_ready_recipes_fit_inputs_of_any_number(name: str) -> None:
     """A search for bits tries int2 to int8, and codes of each fill bytes by another number."""
     recipe = read_recipe(name)
     for rule in (rule for rule in recipe.rules if rule.indivisible is not None):
-        schemes = [rule.scheme] if recipe.target_bpw is None else ["int2", "int3", "int4", "int5", "int6", "int8"]
+        schemes = [rule.scheme] if recipe.target_bpw is None else ["int2", "int3", "int4", "int5", "int6", "int7", "int8"]
         for scheme in schemes:
             for inputs in (64, 172, 100, 77, 7):
                 made = dataclasses.replace(rule, scheme=scheme).for_inputs(inputs)

@@ -141,7 +141,7 @@ def test_groups_may_be_half_as_large_between_6_and_8_bits(skewed: Llama, monkeyp
 @pytest.mark.exhaustive
 def test_codes_of_4_bits_may_be_of_a_code_book(skewed: Llama) -> None:
     """With iq4_nl in the rule, the candidates of other numbers of bits are int's; scales of two levels are kept."""
-    names = "iq4_nl", "int5", "int6", "int8"
+    names = "iq4_nl", "int5", "int6", "int7", "int8"
     form = {"scheme": "iq4_nl", "group_size": 8, "scale_scheme": "int8", "scale_group": "channel"}
     rules = (
         *(KEEP_NORMS, Rule(weights="embed_VD", scheme="int8", group_size=8)),

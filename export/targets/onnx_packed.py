@@ -6,14 +6,14 @@ import re
 import numpy as np
 
 # Bits of each plane, by the bits of a code.
-_PLANES = {2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 8: [8]}
+_PLANES = {2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 7: [4, 2, 1], 8: [8]}
 # Schemes whose codes are indices of a table: the table of whole numbers, and their unit.
 _E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), 0.5
 _IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113), 1.0
 _CODE_BOOKS = {"ternary": ((-1, 0, 1, 2), 1.0), "mxfp4": _E2M1, "nvfp4": _E2M1, "iq4_nl": _IQ4_NL}
 # The supported schemes, as a regular expression.
-SCHEMES = "|".join(["u?int[234568]", *_CODE_BOOKS])
-_PARTS = re.compile(r"(scale\.|offset\.)?(planes\.[01]|scale)|zero|offset")
+SCHEMES = "|".join(["u?int[2-8]", *_CODE_BOOKS])
+_PARTS = re.compile(r"(scale\.|offset\.)?(planes\.[012]|scale)|zero|offset")
 
 
 class PackedWeight:

@@ -24,7 +24,7 @@ from llamajax.quantization.quantize_weight import by_rounding, naming
 from llamajax.quantization.sensitivity import gradients
 from quant import Rule, Scheme, allocate, values
 
-_BITS = (2, 3, 4, 5, 6, 8)
+_BITS = (2, 3, 4, 5, 6, 7, 8)
 # Targets above this size, that of 6 bits in groups of 32 with their scales, also have candidates of 6 and 8 bits in
 # groups half as large: there are no codes of 7 bits, and a table of embeddings can be most of a model.
 _HALVED_ABOVE, _HALVED_BITS = 6.25, 6
