@@ -23,7 +23,7 @@ import numpy as np
 from absl import app, flags
 
 import quant
-from quant.packing import plane_bits
+from quant.packing import PLANE_BITS, plane_bits
 
 flags.DEFINE_list("types", None, "types to measure; all unless given")
 flags.DEFINE_integer("rounds", 40, "number of rounds", lower_bound=1)
@@ -66,8 +66,7 @@ FORMS = {
     "NVFP4": Form("nvfp4", 16, "int4-32"),
     "NF4": Form("nf4", 64, "int4-64"),
     **{
-        f"int{bits}-int8": Form(f"int{bits}", 32, "int4-32", "int8", None, peer_dtype=np.float16)
-        for bits in (2, 3, 4, 5, 6, 8)
+        f"int{bits}-int8": Form(f"int{bits}", 32, "int4-32", "int8", None, peer_dtype=np.float16) for bits in PLANE_BITS
     },
 }
 

@@ -104,7 +104,9 @@ def test_digits_times_scales_plus_offsets_are_the_weight(name: str, axis: int) -
     np.testing.assert_array_equal(made_KM.astype(np.float32), expected_MK.T)
 
 
-@pytest.mark.parametrize("scheme", ["int8", "uint8", "int7", "int6", "uint5", "uint4", "int3", "uint2", "ternary", "iq4_nl"])
+@pytest.mark.parametrize(
+    "scheme", ["int8", "uint8", "int7", "int6", "uint5", "uint4", "int3", "uint2", "ternary", "iq4_nl"]
+)
 def test_digits_are_the_numbers(scheme: str) -> None:
     values, _ = values_of(scheme)
     shift, digits = digits_of(values)

@@ -325,7 +325,7 @@ def test_a_weight_of_zeros_stays_zero() -> None:
         ({"hessian": jnp.eye(16, dtype=jnp.int32)}, "hessian of dtype int32 and shape"),
         ({"hessian": jnp.eye(16).at[3, 4].set(jnp.inf)}, "hessian holds NaN or infinity: expected the mean of x x'"),
         ({"hessian": -jnp.eye(16)}, "hessian has a negative diagonal entry: expected the mean"),
-        ({"scheme": "int7"}, "no scheme 'int7': expected one of"),
+        ({"scheme": "int9"}, "no scheme 'int9': expected one of"),
         ({"group_size": 12}, "groups of 12 do not divide an axis of 16: choose"),
         ({"group_size": "row"}, "group_size 'row': expected a number, 'channel' or 'tensor'"),
         ({"axis": 0}, "axis 0: expected -2"),

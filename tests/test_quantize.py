@@ -440,7 +440,7 @@ def test_ready_recipes_fit_inputs_of_any_number(name: str) -> None:
     """A search for bits tries int2 to int8, and codes of each fill bytes by another number."""
     recipe = read_recipe(name)
     for rule in (rule for rule in recipe.rules if rule.indivisible is not None):
-        schemes = [rule.scheme] if recipe.target_bpw is None else ["int2", "int3", "int4", "int5", "int6", "int7", "int8"]
+        schemes = [rule.scheme] if recipe.target_bpw is None else [f"int{bits}" for bits in range(2, 9)]
         for scheme in schemes:
             for inputs in (64, 172, 100, 77, 7):
                 made = dataclasses.replace(rule, scheme=scheme).for_inputs(inputs)

@@ -387,7 +387,7 @@ def _quantize(weight: Any = None, scheme: str = "int4", group_size: Any = G, **o
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: _quantize(scheme="int7"), "no scheme 'int7': expected one of int8"),
+        (lambda: _quantize(scheme="int9"), "no scheme 'int9': expected one of int8"),
         (lambda: _quantize(np.ones((64, 6), int)), "weight of dtype int32 .*: expected floats"),
         (lambda: _quantize(np.ones(64, np.float32)), r"shape \(64,\): expected floats, at least 2 axes"),
         (lambda: _quantize(group_size=48), "groups of 48 do not divide an axis of 64"),
