@@ -22,11 +22,10 @@ from llamajax.errors import LlamaJaxError
 from llamajax.parameters import Place, specs
 from llamajax.quantization.quantize_weight import by_rounding, naming
 from llamajax.quantization.sensitivity import gradients
-from quant import Rule, Scheme, allocate, values
+from quant import SCHEMES, Rule, Scheme, allocate, values
 
-_BITS = (2, 3, 4, 5, 6, 7, 8)
-# Targets above this size, that of 6 bits in groups of 32 with their scales, also have candidates of 6 and 8 bits in
-# groups half as large: there are no codes of 7 bits, and a table of embeddings can be most of a model.
+# Targets above this size, that of 6 bits in groups of 32 with their scales, also have candidates of 6 to 8 bits in
+# groups half as large: a table of embeddings can be most of a model, and the largest target has nothing above 8 bits.
 _HALVED_ABOVE, _HALVED_BITS = 6.25, 6
 # The error of a candidate is measured on a sample of so many weights of a matrix, as columns of so many rows. 64 rows
 # divide most lengths, so that one compiled program serves; columns are longer where more weights share one float of
@@ -216,7 +215,8 @@ def _candidates(rule: Rule, target_bpw: float) -> list[Rule]:
         return [rule]
     scheme = Scheme.named(str(rule.scheme))
     kind = "int" if scheme.codebook else scheme.kind
-    names = {bits: f"{kind}{bits}" for bits in _BITS} | ({scheme.bits: scheme.name} if scheme.codebook else {})
+    names = {other.bits: other.name for other in SCHEMES.values() if other.kind == kind}
+    names |= {scheme.bits: scheme.name} if scheme.codebook else {}
     made = [dataclasses.replace(rule, scheme=name) for name in names.values()]
     size = rule.group_size
     if target_bpw > _HALVED_ABOVE and isinstance(size, int) and size % 16 == 0:
