@@ -61,6 +61,7 @@ def test_jax_alone_gives_the_tokens_of_generate(bundle: Bundle, tiny_int4) -> No
         assert [int(token) for token in done.stdout.split()] == expected.tokens
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("profile", "dtype"), [("scanned", "float32"), ("cpu", "float16"), ("unrolled", "bfloat16")])
 def test_golden_prompts_are_what_the_programs_give(profile: str, dtype: str, tiny_int4, tmp_path: Path) -> None:
     spec = Spec(slots=96, buckets=(4, 16), cache_dtype=dtype, profile=PROFILES[profile])

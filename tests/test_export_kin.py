@@ -46,6 +46,7 @@ def test_jax_runs_the_bundle(kind: str, profile: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.extras
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_other_runtimes_give_the_golden_tokens(kind: str, runtime: str, tmp_path: Path) -> None:

@@ -179,6 +179,7 @@ _SHAPES = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("weighed", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("shape", _SHAPES)

@@ -447,6 +447,7 @@ def test_ready_recipes_fit_inputs_of_any_number(name: str) -> None:
                 assert made.group_size == "channel" or inputs % made.group_size == 0
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["calibrated", "uncalibrated"])
 def test_the_defaults_take_widths_that_are_no_whole_groups(name: str) -> None:
     """172 inputs, as stories260K's: codes of 5 bits would not fill bytes, and such a weight gets 8 bits by rounding."""

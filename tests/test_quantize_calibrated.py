@@ -121,6 +121,7 @@ def test_bits_are_spent_where_they_help(skewed: Llama) -> None:
         quantize(skewed, Recipe(layers_rule(scheme="nf4"), 5), calibration=TOKENS, window=32)
 
 
+@pytest.mark.exhaustive
 def test_groups_may_be_half_as_large_above_6_bits(skewed: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     """They use what is left of a budget; smaller targets keep the recipe's groups."""
     rules = (KEEP_NORMS, Rule(weights="*", scheme="int4", group_size=32, scale_dtype="float16", clip="mse"))

@@ -118,6 +118,7 @@ def plain() -> np.ndarray:
     return reference.forward(BASE, switched_weights_of(random_model(BASE)), TOKENS[0])
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", SWITCHES)
 def test_a_switch_is_the_references(name: str, plain: np.ndarray) -> None:
     config = dataclasses.replace(BASE, **SWITCHES[name])

@@ -215,7 +215,7 @@ def _candidates(rule: Rule, target_bpw: float) -> list[Rule]:
         return [rule]
     scheme = Scheme.named(str(rule.scheme))
     kind = "int" if scheme.codebook else scheme.kind
-    names = {other.bits: other.name for other in SCHEMES.values() if other.kind == kind}
+    names = {other.bits: other.name for other in reversed(SCHEMES.values()) if other.kind == kind}
     names |= {scheme.bits: scheme.name} if scheme.codebook else {}
     made = [dataclasses.replace(rule, scheme=name) for name in names.values()]
     size = rule.group_size
