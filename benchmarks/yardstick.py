@@ -322,7 +322,8 @@ class Bench:
             calibration = self.own_text if row.own else self.calibration
             start = time.perf_counter()
             if row.checkpoint is None:
-                packed = llamajax.quantize(self.of.model, row.recipe, calibration=calibration, **row.options)
+                options = {"calibration": calibration, "bos_id": self.of.bos_id} | row.options
+                packed = llamajax.quantize(self.of.model, row.recipe, **options)
             else:
                 packed = llamajax.load(row.checkpoint)[0]
             size, family = sum(leaf.nbytes for leaf in jax.tree.leaves(packed)), _FAMILIES[0]

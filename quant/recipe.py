@@ -90,7 +90,7 @@ KEYS: dict[str, _Kind] = {
         lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool) and 1 < float(value) < 17,
     ),
     "least_bits": _Kind("bits of a code, 2 to 8", lambda value: _is_whole(value) and value in PLANE_BITS),
-    "bits_by": _one_of(("loss", "roles")),
+    "bits_by": _one_of(("loss", "own_tokens")),
     "propagation": _Kind(
         "a number from 0 to 1, as 0.5",
         lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) <= 1,
@@ -240,8 +240,8 @@ class Recipe:
             budget. Beside iq4_nl the candidates are int with other numbers of bits.
         least_bits: fewest bits that this choice may give a weight. Codes of 2 and 3 bits decode at about 0.6 of the
             bytes per second of 4-bit codes.
-        bits_by: how this choice rates a weight's error: "loss", measured on a calibration text; "roles", from values
-            for weights' names that were measured on another model.
+        bits_by: how this choice rates a weight's error: "loss", measured on a calibration text; "own_tokens", on
+            tokens that the model draws, without a text.
         propagation: how far each GPTQ weight is moved before rounding to make up for the errors of its inputs, from 0
             to 1 (`propagated`).
         tuning: number of final passes over the calibration text that tune scales and norms, by the KL divergence from
@@ -251,7 +251,7 @@ class Recipe:
     rules: tuple[Rule, ...]
     target_bpw: float | None = None
     least_bits: int = 2
-    bits_by: Literal["loss", "roles"] = "loss"
+    bits_by: Literal["loss", "own_tokens"] = "loss"
     propagation: float = 0.0
     tuning: int = 0
 

@@ -399,7 +399,7 @@ def test_every_key_has_a_type_and_a_range(key: str) -> None:
 OF_MODEL = {
     "target_bpw": ([True, "4", float("nan"), 1, 17, [4.5], {}], "bits per weight between 1 and 17"),
     "least_bits": ([True, 9, "4", 4.0], "bits of a code, 2 to 8"),
-    "bits_by": ([True, "text", 1, []], "one of loss, roles"),
+    "bits_by": ([True, "text", 1, []], "one of loss, own_tokens"),
     "propagation": ([True, "0.5", float("nan"), -0.1, 1.5, [], {}], "a number from 0 to 1"),
     "tuning": ([True, "1", 0.5, -1, 1000, []], "a whole number of passes, 0 or more"),
 }

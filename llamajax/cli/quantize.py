@@ -114,7 +114,8 @@ def run(values: flags.FlagValues) -> None:
     notes: list[str] = []
     work = output.absolute().with_name(f"{output.name}.work")
     with progress("quantizing") as on_weight:
-        with_text: dict[str, Any] = {"calibration": windows_WT, "work": work}
+        bos_id = tokenizer.first_id if isinstance(tokenizer, Tokenizer) else None
+        with_text: dict[str, Any] = {"calibration": windows_WT, "bos_id": bos_id, "work": work}
         model = quantize(opened, recipe, on_weight=on_weight, types=values.types, on_note=notes.append, **with_text)
     for line in notes:
         note(line)

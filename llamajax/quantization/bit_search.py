@@ -4,7 +4,7 @@ The cost of a weight at a number of bits is half the sum of its squared rounding
 diagonal of the Fisher information (`sensitivity`): to second order, the KL divergence in nats per token. Costs of
 different weights add up (the "linearity theorem" of HIGGS, Malinovskii et al. 2024, arXiv:2411.17525), so the best
 choice within a budget is found by a walk along convex hulls (`quant.allocate`). Without a calibration text, the Fisher
-information of another model, by weight name and layer, replaces this model's (`role_cost`).
+information is that of tokens which the model itself draws (`own_tokens`).
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from llamajax.errors import LlamaJaxError
 from llamajax.parameters import Place, specs
 from llamajax.quantization.quantize_weight import by_rounding, naming
 from llamajax.quantization.sensitivity import gradients
-from quant import SCHEMES, Rule, Scheme, allocate, values
+from quant import SCHEMES, Rule, Scheme, allocate
 
 # Targets above this size, that of 6 bits in groups of 32 with their scales, also have candidates of 6 to 8 bits in
 # groups half as large: a table of embeddings can be most of a model, and the largest target has nothing above 8 bits.
@@ -57,7 +57,7 @@ def choose_bits(
         read: returns one weight, as floats.
         rules: the rule for each weight.
         target_bpw: bits per weight of the whole model, everything counted.
-        windows_WT: calibration text.
+        windows_WT: calibration text, or tokens that the model drew.
         config: the architecture.
         on_weights: called with the number of weights measured since the last call.
         candidates: returns the rules that may be chosen for a weight; by default, its rule with other numbers of bits.
@@ -83,73 +83,6 @@ def some_of(windows_WT: np.ndarray) -> np.ndarray:
     """Returns windows spread evenly over the text: enough for `_FISHER_TOKENS` tokens, and at least one."""
     count = min(len(windows_WT), -(-_FISHER_TOKENS // windows_WT.shape[1]))
     return windows_WT[np.linspace(0, len(windows_WT) - 1, count).round().astype(int)]
-
-
-def choose_bits_by_roles(
-    read: Callable[[Place], Any],
-    rules: Rules,
-    target_bpw: float,
-    config: Config,
-    on_weights: Callable[[int], None],
-    candidates: Callable[[Place, Rule], list[Rule]] | None = None,
-    least_bits: int = 2,
-) -> dict[Place, Rule]:
-    """Does what `choose_bits` does, without a text: sensitivities are another model's (`role_cost`), errors this one's.
-
-    Args:
-        read: returns one weight, as floats.
-        rules: the rule for each weight.
-        target_bpw: bits per weight of the whole model, everything counted.
-        config: the architecture.
-        on_weights: called with the number of weights measured since the last call.
-        candidates: as in `choose_bits`.
-        least_bits: as in `choose_bits`.
-
-    Raises:
-        LlamaJaxError: as in `choose_bits`.
-    """
-    options = _options(rules, candidates, least_bits, target_bpw)
-    errors = {place: [0.0] * len(each) for place, each in options.items()}
-    for place, spec in specs(config).items():
-        if len(options[place]) > 1:
-            weight = values(read(place))
-            mean_square = jnp.maximum(jnp.mean(weight**2), jnp.finfo(jnp.float32).tiny)
-            even = jnp.full_like(weight, role_cost(place, config)) / mean_square
-            sample = sampled(weight, even, spec.axis, _rows(options[place]))
-            errors[place] = [cost(place, rule, sample, weight.size) for rule in options[place]]
-        on_weights(1)
-    return share_out(options, errors, target_bpw, config, read(Place("norm.weight_D")).dtype.itemsize)
-
-
-# Cost per weight, in millionths of a nat, of squared errors as large as the matrix's mean square. Measured on
-# SmolLM2-135M-Instruct with 2,048 tokens of WikiText-2 (`gradients`; mean of half of F w^2 with and without the spread
-# of both over the matrix). Weights with other names get `_OTHER_COST`.
-_ROLE_COSTS = {
-    "attention.query_DQ": 0.21,
-    "attention.key_DM": 0.96,
-    "attention.value_DM": 0.65,
-    "attention.out_QD": 0.16,
-    "ffn.gate_DF": 0.13,
-    "ffn.up_DF": 0.21,
-    "ffn.down_FD": 0.39,
-    "embed_VD": 0.72,
-    "head_VD": 0.72,
-}
-_OTHER_COST = 0.3
-# Errors in the first and the last layers cost more. Factors by the distance from the first layer, and from the last;
-# from the same measurement.
-_OUTER_LAYERS = {0: 3.0, 1: 1.5, 2: 1.2}, {0: 7.0, 1: 2.5, 2: 1.3}
-
-
-def role_cost(place: Place, config: Config) -> float:
-    """Returns the relative cost of an error of a weight, relative to the weight's size, by its name and layer alone."""
-    of_name = _ROLE_COSTS.get(place.name, _OTHER_COST)
-    if place.layer is None:
-        # A table that is only looked up is not used to compute the logits.
-        return of_name / 4 if specs(config)[place].is_only_looked_up else of_name
-    first, last = _OUTER_LAYERS
-    from_end = config.num_layers - 1 - place.layer
-    return of_name * max(first.get(place.layer, 1.0), last.get(from_end, 1.0)) / 1.3
 
 
 def share_out(

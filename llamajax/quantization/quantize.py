@@ -25,9 +25,10 @@ from llamajax.files import read_toml, shortened
 from llamajax.model import Llama
 from llamajax.parameters import LAYERS, Place, inputs, specs, weights_of
 from llamajax.quantization import calibrate
-from llamajax.quantization.bit_search import choose_bits, choose_bits_by_roles
+from llamajax.quantization.bit_search import choose_bits
 from llamajax.quantization.ggml_rules import candidates, for_ggml
 from llamajax.quantization.layerwise import calibrated
+from llamajax.quantization.own_tokens import PASSES, own_tokens
 from llamajax.quantization.quantize_weight import quantize_weight
 from llamajax.quantization.tune import tune
 from llamajax.workers import workers
@@ -166,9 +167,10 @@ def quantize(
         calibration: token ids, [n], of a text like those that the model is used for; only for recipes that need one.
             Windows [W, T] of a text are used as they are (`llamajax.quantization.calibrate.calibration_windows`).
         window: number of tokens of a window, if `calibration` holds ids.
-        bos_id: the token that begins each window, if `calibration` holds ids: `Tokenizer.first_id`. Models whose texts
-            begin with BOS compute other activations without it: Gemma 3 270M has a perplexity of 84 on WikiText-2 in
-            windows without BOS and of 36 with it. None if texts begin without BOS.
+        bos_id: the token that begins each window, if `calibration` holds ids or the model draws tokens itself:
+            `Tokenizer.first_id`. Models whose texts begin with BOS compute other activations without it: Gemma 3 270M
+            has a perplexity of 84 on WikiText-2 in windows without BOS and of 36 with it. None if texts begin without
+            BOS.
         work: folder for finished layers of a calibrated recipe, so that the same call continues where it was stopped.
             The folder stays: remove it with `resume.remove_parts` once the model has been saved.
         on_weight: called with (weights done, weights in all); the weights of each layer count separately.
@@ -189,9 +191,9 @@ def quantize(
     read = _reader(model)
     rules = _rules(recipe, config, types, on_note)
     if calibration is None or not recipe.needs_calibration:
-        return _uncalibrated(read, recipe, rules, packed, config, types, on_weight)
+        return _uncalibrated(read, recipe, rules, packed, config, types, bos_id, on_weight)
     windows = calibrate.calibration_windows(calibration, config, window, bos_id)
-    steps = _Steps(on_weight, len(rules) * (2 if recipe.target_bpw else 1) + recipe.tuning * len(windows))
+    steps = _Steps(on_weight, _step_count(recipe, rules, config) + recipe.tuning * len(windows))
     parts = None
     if work is not None:
         from llamajax.quantization.resume import (
@@ -203,7 +205,7 @@ def quantize(
         if recipe.bits_by == "loss":
             rules = _chosen_bits(read, rules, recipe, windows, config, parts, steps, _of_types(types, config))
         else:
-            rules = _bits_by_roles(read, rules, recipe, config, steps, types)
+            rules = _bits_by_own_tokens(read, rules, recipe, config, steps, types, bos_id)
     made = calibrated(read, rules, windows, config, recipe.propagation, parts, steps.add)
     return tune(made, read, windows, recipe.tuning, on_step=steps.add) if recipe.tuning else made
 
@@ -215,12 +217,13 @@ def _uncalibrated(
     packed: Mapping[Place, Any],
     config: Config,
     types: str | None,
+    bos_id: int | None,
     on_weight: Callable[[int, int], None],
 ) -> Llama:
     """Quantizes every weight by itself; weights in `packed` (each with its `kind_of`) stay as they are."""
-    steps = _Steps(on_weight, len(rules) * (2 if recipe.target_bpw else 1))
+    steps = _Steps(on_weight, _step_count(recipe, rules, config))
     if recipe.target_bpw is not None:
-        rules = _bits_by_roles(read, rules, recipe, config, steps, types)
+        rules = _bits_by_own_tokens(read, rules, recipe, config, steps, types, bos_id)
     stacks, of = Stacks(config, lambda place: packed.get(place, rules[place])), specs(config)
 
     def one(place: Place) -> Any:
@@ -232,12 +235,27 @@ def _uncalibrated(
     return stacks.model()
 
 
-def _bits_by_roles(
-    read: Callable[[Place], Any], rules: Rules, recipe: Recipe, config: Config, steps: "_Steps", types: str | None
+def _bits_by_own_tokens(
+    read: Callable[[Place], Any],
+    rules: Rules,
+    recipe: Recipe,
+    config: Config,
+    steps: "_Steps",
+    types: str | None,
+    bos_id: int | None,
 ) -> dict[Place, Rule]:
+    """Returns the result of `choose_bits` for tokens that the model draws."""
     assert recipe.target_bpw is not None  # of a recipe that chooses bits
+    windows = own_tokens(read, config, bos_id, on_layers=steps.add)
     of_types = _of_types(types, config)
-    return choose_bits_by_roles(read, rules, recipe.target_bpw, config, steps.add, of_types, recipe.least_bits)
+    return choose_bits(read, rules, recipe.target_bpw, windows, config, steps.add, of_types, recipe.least_bits)
+
+
+def _step_count(recipe: Recipe, rules: Rules, config: Config) -> int:
+    """Returns the steps of quantizing: each weight, again to choose its bits, each layer to draw tokens."""
+    if recipe.target_bpw is None:
+        return len(rules)
+    return 2 * len(rules) + (PASSES * config.num_layers if recipe.bits_by == "own_tokens" else 0)
 
 
 def _of_types(types: str | None, config: Config) -> Callable[[Place, Rule], list[Rule]] | None:

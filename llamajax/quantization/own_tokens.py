@@ -1,0 +1,66 @@
+"""Draws tokens from a model to measure it on, where no text is given: all positions at once, one layer in memory.
+
+Tokens begin as random ids. Each pass over the model draws every token anew, from the prediction behind the tokens
+before it (a step of Jacobi iteration, as in Santilli et al. 2023, arXiv:2305.10427). After n passes the first n tokens
+of a window are a sample of the model, and the others have about the frequencies of its text. That is no text for GPTQ,
+but the Fisher information of such tokens ranks weights nearly as that of real text does. Sampling one token after
+another (`own_text`) takes longer, and needs the whole model in memory.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llamajax.config import Config
+from llamajax.model import Llama
+from llamajax.parameters import Place, specs
+from llamajax.quantization import calibrate
+from quant import values
+
+_WINDOWS, _LENGTH = 2, 256
+PASSES = 2
+
+
+def own_tokens(
+    read: Callable[[Place], Any],
+    config: Config,
+    bos_id: int | None = None,
+    *,
+    seed: int = 0,
+    on_layers: Callable[[int], None] = lambda count: None,
+) -> np.ndarray:
+    """Draws windows of tokens from a model.
+
+    Args:
+        read: returns one weight.
+        config: the architecture.
+        bos_id: the first token of each window; a random one if it is None.
+        seed: seed of the draws.
+        on_layers: called with the number of layers computed since the last call, `PASSES * num_layers` in all.
+
+    Returns:
+        int32 ids [W, T], about 512.
+    """
+    shape = _WINDOWS, min(_LENGTH, config.context_length)
+    tokens_WT = np.random.default_rng(seed).integers(0, config.vocab_size, shape, np.int32)
+    if bos_id is not None:
+        tokens_WT[:, 0] = bos_id
+    outside = {place.name: values(read(place)) for place in specs(config) if place.layer is None}
+    model = calibrate.outside_model(outside, config)
+    for key in jax.random.split(jax.random.key(seed), PASSES):
+        x_WTD = calibrate.embedded(outside, tokens_WT, config)
+        for layer in range(config.num_layers):
+            x_WTD = calibrate.advance(calibrate.float_block(read, layer, config), x_WTD, config.numbers(layer))
+            on_layers(1)
+        for row, one in enumerate(jax.random.split(key, len(tokens_WT))):
+            tokens_WT[row, 1:] = _drawn(model, jnp.asarray(x_WTD[row : row + 1]), one)[0, :-1]
+    return tokens_WT
+
+
+@jax.jit
+def _drawn(model: Llama, x_BTD: jax.Array, key: jax.Array) -> jax.Array:
+    """Draws the token that follows each position, int32 [B, T]."""
+    return jax.random.categorical(key, model.head(x_BTD)).astype(jnp.int32)
