@@ -226,7 +226,12 @@ class Rule:
     @property
     def needs_calibration(self) -> bool:
         """Whether the rule needs statistics of the weight's inputs."""
-        return self.method == "gptq" or self.importance or self.scaling is not None or self.outliers > 0
+        return self.importance or self.needs_text
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether these statistics must come from a text; importance may be that of tokens that the model draws."""
+        return self.method == "gptq" or self.scaling is not None or self.outliers > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,8 +279,9 @@ class Recipe:
     @property
     def needs_calibration(self) -> bool:
         """Whether the recipe needs a calibration text to run the model on."""
-        of_model = (self.target_bpw is not None and self.bits_by == "loss") or self.tuning > 0
-        return of_model or any(rule.needs_calibration for rule in self.rules)
+        draws = self.target_bpw is not None and self.bits_by == "own_tokens"
+        of_model = (self.target_bpw is not None and not draws) or self.tuning > 0
+        return of_model or any(rule.needs_text or (rule.importance and not draws) for rule in self.rules)
 
 
 def recipe_from(table: Mapping[str, Any], source: str) -> Recipe:

@@ -339,6 +339,11 @@ def test_bits_without_a_text_are_those_of_tokens_that_the_model_draws(skewed: Ll
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(made))
     assert 4.4 < 8 * size / CONFIG.num_parameters <= 4.6
     assert error(skewed, made) < 0.95 * error(skewed, quantize(skewed, (KEEP_NORMS, free)))
+    weighed = dataclasses.replace(free, importance=True)
+    assert not dataclasses.replace(recipe, rules=(KEEP_NORMS, weighed)).needs_calibration
+    assert error(skewed, quantize(skewed, Recipe((KEEP_NORMS, weighed), 4.6, bits_by="own_tokens"))) < 0.8 * error(
+        skewed, made
+    )
 
 
 def test_each_pass_draws_the_token_that_the_model_predicts() -> None:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +34,22 @@ _MEASURED_WEIGHTS, _MEASURED_ROWS = 2**18, 64
 # Tokens of the text used for the Fisher information. Its sums over a matrix need fewer tokens than a Hessian does, and
 # each token costs as much as five forward passes.
 _FISHER_TOKENS = 2048
+_LEAST_IMPORTANCE = 1e-4
 
 Rules = Mapping[Place, Rule]
+
+
+class Choice(NamedTuple):
+    """The result of a search for bits.
+
+    Attributes:
+        rules: the rule of each weight, with its bits.
+        importance: the mean Fisher information of each input channel, float32 [K], of each matrix; at least
+            `_LEAST_IMPORTANCE` of its mean over channels.
+    """
+
+    rules: dict[Place, Rule]
+    importance: dict[Place, jax.Array]
 
 
 def choose_bits(
@@ -47,7 +61,7 @@ def choose_bits(
     on_weights: Callable[[int], None],
     candidates: Callable[[Place, Rule], list[Rule]] | None = None,
     least_bits: int = 2,
-) -> dict[Place, Rule]:
+) -> Choice:
     """Chooses the bits of each `int`, `uint` and `iq4_nl` scheme and returns the rules with these bits.
 
     Candidates are measured by round-to-nearest with clipping, whatever the rule's method is: only the comparison
@@ -69,14 +83,17 @@ def choose_bits(
     """
     options = _options(rules, candidates, least_bits, target_bpw)
     errors = {place: [0.0] * len(each) for place, each in options.items()}
-    of = specs(config)
+    of, importance = specs(config), {}
     for place, weight, fisher in gradients(read, config, some_of(windows_WT)):
+        by_input = jnp.mean(fisher, axis=-1 if of[place].axis == -2 else -2)
+        importance[place] = by_input + _LEAST_IMPORTANCE * by_input.mean()
         if len(options[place]) > 1:
             sample = sampled(weight, fisher, of[place].axis, _rows(options[place]))
             errors[place] = [cost(place, rule, sample, weight.size) for rule in options[place]]
         on_weights(1)
     on_weights(sum(not spec.is_matrix for spec in of.values()))
-    return share_out(options, errors, target_bpw, config, read(Place("norm.weight_D")).dtype.itemsize)
+    float_bytes = read(Place("norm.weight_D")).dtype.itemsize
+    return Choice(share_out(options, errors, target_bpw, config, float_bytes), importance)
 
 
 def some_of(windows_WT: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ from llamajax.files import read_toml, shortened
 from llamajax.model import Llama
 from llamajax.parameters import LAYERS, Place, inputs, specs, weights_of
 from llamajax.quantization import calibrate
-from llamajax.quantization.bit_search import choose_bits
+from llamajax.quantization.bit_search import Choice, choose_bits
 from llamajax.quantization.ggml_rules import candidates, for_ggml
 from llamajax.quantization.layerwise import calibrated
 from llamajax.quantization.own_tokens import PASSES, own_tokens
@@ -205,7 +205,7 @@ def quantize(
         if recipe.bits_by == "loss":
             rules = _chosen_bits(read, rules, recipe, windows, config, parts, steps, _of_types(types, config))
         else:
-            rules = _bits_by_own_tokens(read, rules, recipe, config, steps, types, bos_id)
+            rules = _bits_by_own_tokens(read, rules, recipe, config, steps, types, bos_id).rules
     made = calibrated(read, rules, windows, config, recipe.propagation, parts, steps.add)
     return tune(made, read, windows, recipe.tuning, on_step=steps.add) if recipe.tuning else made
 
@@ -222,12 +222,15 @@ def _uncalibrated(
 ) -> Llama:
     """Quantizes every weight by itself; weights in `packed` (each with its `kind_of`) stay as they are."""
     steps = _Steps(on_weight, _step_count(recipe, rules, config))
+    importance: Mapping[Place, Any] = {}
     if recipe.target_bpw is not None:
-        rules = _bits_by_own_tokens(read, rules, recipe, config, steps, types, bos_id)
+        rules, importance = _bits_by_own_tokens(read, rules, recipe, config, steps, types, bos_id)
     stacks, of = Stacks(config, lambda place: packed.get(place, rules[place])), specs(config)
 
     def one(place: Place) -> Any:
-        return read(place) if place in packed else quantize_weight(place, read(place), rules[place], of[place])
+        if place in packed:
+            return read(place)
+        return quantize_weight(place, read(place), rules[place], of[place], importance=importance.get(place))
 
     for place, weight in _side_by_side(one, tuple(of)):
         stacks.put(place, weight)
@@ -243,7 +246,7 @@ def _bits_by_own_tokens(
     steps: "_Steps",
     types: str | None,
     bos_id: int | None,
-) -> dict[Place, Rule]:
+) -> Choice:
     """Returns the result of `choose_bits` for tokens that the model draws."""
     assert recipe.target_bpw is not None  # of a recipe that chooses bits
     windows = own_tokens(read, config, bos_id, on_layers=steps.add)
@@ -369,7 +372,7 @@ def _chosen_bits(
     else:
         assert recipe.target_bpw is not None  # of a recipe that chooses bits
         chosen = choose_bits(read, rules, recipe.target_bpw, windows_WT, config, steps.add, of_types, recipe.least_bits)
-        forms = [{name: getattr(rule, name) for name in _FORM} for rule in chosen.values()]
+        forms = [{name: getattr(rule, name) for name in _FORM} for rule in chosen.rules.values()]
         if parts:
             parts.store_arrays("bits", {}, json.dumps(forms))
     return {

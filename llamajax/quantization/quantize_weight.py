@@ -31,9 +31,18 @@ _PART_WEIGHTS = 2**19
 
 
 def quantize_weight(
-    place: Place, weight: Any, rule: Rule, spec: Spec, seen: Statistics | None = None
+    place: Place, weight: Any, rule: Rule, spec: Spec, seen: Statistics | None = None, importance: Any = None
 ) -> jax.Array | QTensor:
-    """Quantizes one weight, with any number of leading axes, by its rule; `seen` are statistics of its input.
+    """Quantizes one weight, with any number of leading axes, by its rule.
+
+    Args:
+        place: the weight's place.
+        weight: float.
+        rule: the rule.
+        spec: the weight's declaration.
+        seen: statistics of its input, if the rule needs them.
+        importance: float [K], not negative: the importance of each input channel for a rule that asks for it; by
+            default `seen.mean_square_K`.
 
     Raises:
         LlamaJaxError: with the name of the weight, if the rule does not fit it, or it is not finite.
@@ -47,14 +56,14 @@ def quantize_weight(
     rule = rule.for_inputs(shape[axis])
     assert rule.scheme is not None  # a rule that quantizes
     with naming(f"{place} of shape {shape}"):
-        if seen is None and rule.needs_calibration:
+        if seen is None and (rule.needs_text or (rule.importance and importance is None)):
             raise ValueError("the rule needs calibration, but the weight is looked up: its inputs are token ids")
         if rule.outliers:
             assert seen is not None
             index = outlier_channels(seen.max_abs_K, rule.outliers)
             quantized = split_outliers(weight, index, _quantizer(rule, axis, _without(seen, index)), axis=axis)
         else:
-            quantized = _in_parts(_quantizer(rule, axis, seen), weight, rule, axis)
+            quantized = _in_parts(_quantizer(rule, axis, seen, importance), weight, rule, axis)
         if quantized.shape != tuple(shape):
             raise ValueError(f"its codes are of shape {quantized.shape}")
         return dataclasses.replace(quantized, activations=rule.activations).validate()
@@ -101,13 +110,16 @@ def by_rounding(weight: Any, rule: Rule, axis: int, importance: Any = None) -> Q
     return with_offset(made) if rule.offset else made
 
 
-def _quantizer(rule: Rule, axis: int, seen: Statistics | None) -> Callable[[jax.Array], QTensor]:
+def _quantizer(
+    rule: Rule, axis: int, seen: Statistics | None, importance: Any = None
+) -> Callable[[jax.Array], QTensor]:
     """Returns the method of a rule, as a function of the weight."""
     scheme = rule.scheme
     assert scheme is not None  # a rule that quantizes
     if rule.method == "rtn":
-        importance = seen.mean_square_K if rule.importance and seen is not None else None
-        return lambda weight: by_rounding(weight, rule, axis, importance)
+        if importance is None and seen is not None:
+            importance = seen.mean_square_K
+        return lambda weight: by_rounding(weight, rule, axis, importance if rule.importance else None)
     options: dict[str, Any] = {"group_size": rule.group_size, "axis": axis, "scale_dtype": rule.scale_dtype}
     finish = with_offset if rule.offset else lambda made: made
     if rule.method == "hqq":
