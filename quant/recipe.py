@@ -126,8 +126,8 @@ class Rule:
         offset: for a `uint` scheme, store a float offset beside the scale instead of the zero point (`with_offset`).
         method: "rtn" (`quantize_rtn`), "gptq" (`quantize_gptq`) or "hqq" (`quantize_hqq`).
         clip: None or "mse" (see `quantize_rtn`).
-        importance: weigh each input channel's error by its activations' mean square, as llama.cpp's imatrix does; needs
-            method rtn with clip.
+        importance: weigh each input channel's error by its activations' mean square, as llama.cpp's imatrix does, or by
+            its Fisher information where the recipe's `bits_by` is "own_tokens"; needs method rtn with clip.
         act_order: see `quantize_gptq`.
         damping: damping of the Hessian, relative to its mean diagonal (see `quantize_gptq`). Higher damping fits a
             short text less closely.

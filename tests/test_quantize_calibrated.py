@@ -227,7 +227,7 @@ def test_a_search_for_bits_is_not_done_twice(skewed: Llama, tmp_path: Path, monk
             key: rule if rule.keep else dataclasses.replace(rule, scheme="int8" if key.layer == 0 else "int3")
             for key, rule in rules.items()
         }
-        return made
+        return bit_search.Choice(made, {})
 
     monkeypatch.setattr("llamajax.quantization.quantize.choose_bits", choose)
     recipe = Recipe(layers_rule(), 5.0)
