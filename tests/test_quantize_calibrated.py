@@ -346,6 +346,13 @@ def test_bits_without_a_text_are_those_of_tokens_that_the_model_draws(skewed: Ll
     )
 
 
+def test_a_weight_that_is_not_finite_is_named_without_a_text(skewed: Llama) -> None:
+    broken = named_weights(skewed)
+    broken = broken | {"layers.*.ffn.up_DF": broken["layers.*.ffn.up_DF"].at[1, 3, 5].set(jnp.nan)}
+    with pytest.raises(LlamaJaxError, match=r"^layers\.1\.ffn\.up_DF holds NaN or infinity: expected finite weights"):
+        quantize(model_from(broken, CONFIG), "uncalibrated")
+
+
 def test_each_pass_draws_the_token_that_the_model_predicts() -> None:
     """A model that counts moves random ids on by two places and two numbers in two passes; the first two are right."""
     silent = ("attention.out_QD", "ffn.down_FD")  # layers that add nothing

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llamajax.config import Config
+from llamajax.errors import LlamaJaxError
 from llamajax.model import Llama
 from llamajax.parameters import Place, specs
 from llamajax.quantization import calibrate
@@ -43,6 +44,9 @@ def own_tokens(
 
     Returns:
         int32 ids [W, T], about 512.
+
+    Raises:
+        LlamaJaxError: with the name of a weight that is not finite, or of the layer whose output is not.
     """
     shape = _WINDOWS, min(_LENGTH, config.context_length)
     tokens_WT = np.random.default_rng(seed).integers(0, config.vocab_size, shape, np.int32)
@@ -54,10 +58,19 @@ def own_tokens(
         x_WTD = calibrate.embedded(outside, tokens_WT, config)
         for layer in range(config.num_layers):
             x_WTD = calibrate.advance(calibrate.float_block(read, layer, config), x_WTD, config.numbers(layer))
+            if not np.isfinite(x_WTD).all():
+                raise _not_finite(read, config, layer)
             on_layers(1)
         for row, one in enumerate(jax.random.split(key, len(tokens_WT))):
             tokens_WT[row, 1:] = _drawn(model, jnp.asarray(x_WTD[row : row + 1]), one)[0, :-1]
     return tokens_WT
+
+
+def _not_finite(read: Callable[[Place], Any], config: Config, layer: int) -> LlamaJaxError:
+    for place in specs(config):
+        if place.layer == layer and not jnp.isfinite(values(read(place))).all():
+            return LlamaJaxError(f"{place} holds NaN or infinity: expected finite weights")
+    return LlamaJaxError(f"layer {layer}: its output is not finite: expected activations that float32 can hold")
 
 
 @jax.jit
