@@ -34,6 +34,7 @@ _MEASURED_WEIGHTS, _MEASURED_ROWS = 2**18, 64
 # Tokens of the text used for the Fisher information. Its sums over a matrix need fewer tokens than a Hessian does, and
 # each token costs as much as five forward passes.
 _FISHER_TOKENS = 2048
+# No input channel's importance is below this fraction of the mean: a group of channels without any would get no scale.
 _LEAST_IMPORTANCE = 1e-4
 
 Rules = Mapping[Place, Rule]
