@@ -351,6 +351,8 @@ def test_a_weight_that_is_not_finite_is_named_without_a_text(skewed: Llama) -> N
     broken = broken | {"layers.*.ffn.up_DF": broken["layers.*.ffn.up_DF"].at[1, 3, 5].set(jnp.nan)}
     with pytest.raises(LlamaJaxError, match=r"^layers\.1\.ffn\.up_DF holds NaN or infinity: expected finite weights"):
         quantize(model_from(broken, CONFIG), "uncalibrated")
+    with pytest.raises(LlamaJaxError, match="bos_id is 96: expected one of the model's ids, 0 to 95"):
+        quantize(skewed, "uncalibrated", bos_id=96)
 
 
 def test_each_pass_draws_the_token_that_the_model_predicts() -> None:

@@ -129,10 +129,16 @@ def float_block(read: Callable[[Place], Any], layer: int, config: Config) -> Any
     return block_of({place.name: values(read(place)) for place in specs(config) if place.layer == layer}, config, layer)
 
 
-def behind_layers(read: Callable[[Place], Any], x_WTD: np.ndarray, config: Config) -> np.ndarray:
-    """Applies all layers of the float model to the residual stream, in place."""
+def behind_layers(
+    read: Callable[[Place], Any],
+    x_WTD: np.ndarray,
+    config: Config,
+    on_layer: Callable[[int, np.ndarray], None] = lambda layer, x_WTD: None,
+) -> np.ndarray:
+    """Applies all layers of the float model to the residual stream, in place; `on_layer` sees what is behind each."""
     for layer in range(config.num_layers):
         x_WTD = advance(float_block(read, layer, config), x_WTD, config.numbers(layer))
+        on_layer(layer, x_WTD)
     return x_WTD
 
 

@@ -46,21 +46,25 @@ def own_tokens(
         int32 ids [W, T], about 512.
 
     Raises:
-        LlamaJaxError: with the name of a weight that is not finite, or of the layer whose output is not.
+        LlamaJaxError: with the name of a weight that is not finite, or of the layer whose output is not; or if the
+            model does not have the id of BOS.
     """
+    if bos_id is not None and not 0 <= bos_id < config.vocab_size:
+        raise LlamaJaxError(f"bos_id is {bos_id}: expected one of the model's ids, 0 to {config.vocab_size - 1}")
     shape = _WINDOWS, min(_LENGTH, config.context_length)
     tokens_WT = np.random.default_rng(seed).integers(0, config.vocab_size, shape, np.int32)
     if bos_id is not None:
         tokens_WT[:, 0] = bos_id
     outside = {place.name: values(read(place)) for place in specs(config) if place.layer is None}
     model = calibrate.outside_model(outside, config)
+
+    def on_layer(layer: int, x_WTD: np.ndarray) -> None:
+        if not np.isfinite(x_WTD).all():
+            raise _not_finite(read, config, layer)
+        on_layers(1)
+
     for key in jax.random.split(jax.random.key(seed), PASSES):
-        x_WTD = calibrate.embedded(outside, tokens_WT, config)
-        for layer in range(config.num_layers):
-            x_WTD = calibrate.advance(calibrate.float_block(read, layer, config), x_WTD, config.numbers(layer))
-            if not np.isfinite(x_WTD).all():
-                raise _not_finite(read, config, layer)
-            on_layers(1)
+        x_WTD = calibrate.behind_layers(read, calibrate.embedded(outside, tokens_WT, config), config, on_layer)
         for row, one in enumerate(jax.random.split(key, len(tokens_WT))):
             tokens_WT[row, 1:] = _drawn(model, jnp.asarray(x_WTD[row : row + 1]), one)[0, :-1]
     return tokens_WT
