@@ -21,6 +21,9 @@ from quant.scheme import Scheme
 
 # Largest step between two factors that `clip="mse"` tries, in codes of the largest weight and in the factor itself.
 _CODE_STEP, _FACTOR_STEP = 0.4, 0.1
+# With weighted errors: how much less than the others the largest weight of a group may count, and how much larger the
+# steps in codes are. On SmolLM2-135M, twice as many factors in a wider range have 0.2% less error.
+_LEAST_COUNTED, _WEIGHTED_STEP = 1 / 16, 2
 _LEAST_CLIP = 0.3
 _MOST_FACTORS = 48
 _REFITS = 2
@@ -37,7 +40,7 @@ def clip_factors(scheme: Scheme, group_size: int, *, weighted: bool = False) -> 
     largest weight, clipping that weight alone to a factor f adds (1 - f)^2, in units of its square, and takes
     (1 - f^2) g / (12 L^2) from the rounding errors. That is a gain down to f = (1 - a) / (1 + a) with a = g / (12 L^2);
     the code uses 8 instead of 12, which leaves room for groups that round worse than most. With `weighted` errors the
-    largest weight may have no importance, so this limit does not apply.
+    largest weight may count less than the others, down to `_LEAST_COUNTED` as much.
 
     Factors above 1, until the largest weight leaves one code free, help small groups whose weights happen to lie near
     those codes; for int that covers both signs. int also gets negative factors: with the other sign the largest weight
@@ -48,14 +51,15 @@ def clip_factors(scheme: Scheme, group_size: int, *, weighted: bool = False) -> 
     if scheme.kind == "mxfp4":
         return (1.0, 2.0, 0.5)
     if scheme.kind == "ternary":
-        return (1.0, *_spaced(2.5, _LEAST_CLIP, 1))
+        return (1.0, *_spaced(2.5, _LEAST_CLIP, _CODE_STEP))
     levels = 2 ** (scheme.bits - 1)
-    gain = group_size / (8 * levels**2)
-    least = _LEAST_CLIP if weighted else max((1 - gain) / (1 + gain), _LEAST_CLIP)
+    gain = group_size / (8 * levels**2) / (_LEAST_COUNTED if weighted else 1)
+    step = _CODE_STEP / levels * (_WEIGHTED_STEP if weighted else 1)
+    least = max((1 - gain) / (1 + gain), _LEAST_CLIP)
     most = levels / (levels - 1)
-    factors = _spaced(most, least, levels)
+    factors = _spaced(most, least, step)
     if scheme.signed_scales and most * least <= 1:
-        factors += tuple(-factor for factor in _spaced(1.0, most * least, levels))
+        factors += tuple(-factor for factor in _spaced(1.0, most * least, step))
     return (1.0, *factors)
 
 
@@ -67,10 +71,9 @@ def padded_factors(scheme: Scheme, group_size: int) -> tuple[jax.Array, jax.Arra
     return jnp.asarray(padded), jnp.int32(len(factors))
 
 
-def _spaced(most: float, least: float, levels: int) -> tuple[float, ...]:
-    """Returns factors from the most to the least, both included, for `levels` codes from 0 to the largest weight."""
-    step = min(_CODE_STEP / levels, _FACTOR_STEP)
-    count = min(math.ceil((most - least) / step) + 1, _MOST_FACTORS)
+def _spaced(most: float, least: float, step: float) -> tuple[float, ...]:
+    """Returns factors from the most to the least, both included, that are at most a step apart."""
+    count = min(math.ceil((most - least) / min(step, _FACTOR_STEP)) + 1, _MOST_FACTORS)
     return tuple(float(factor) for factor in np.linspace(most, least, count))
 
 

@@ -78,7 +78,7 @@ def quantize_rtn(
     if clip not in (None, "mse"):
         raise ValueError(f"clip {clip!r}: expected None or 'mse'")
     if importance is not None:
-        importance = _checked_importance(importance, weight, axis, clip)
+        importance = checked_importance(importance, weight, axis, clip)
     search, per_tensor = clip is not None, group_size == "tensor"
     quantized, in_range = _quantize(weight, importance, scheme, size, per_tensor, axis, scale_dtype, search)
     check_in_range(weight, in_range, scale_dtype)
@@ -118,7 +118,7 @@ def _quantize(
     return quantized, jnp.isfinite(scale_values(scale, scheme)).all()
 
 
-def _checked_importance(importance: jax.Array, weight: jax.Array, axis: int, clip: str | None) -> jax.Array:
+def checked_importance(importance: jax.Array, weight: jax.Array, axis: int, clip: str | None) -> jax.Array:
     """Returns importance as float32, checked against the weight."""
     if clip is None:
         raise ValueError("importance without clip: plain rounding to nearest does not use it; set clip='mse'")

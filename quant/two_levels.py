@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from quant.grid import divisor
+from quant.grid import check_in_range, divisor
 from quant.mixed import map_quantized
 from quant.packing import axis_position, merge_groups, pack, split_groups, unpack
 from quant.qtensor import QTensor, dequantize, scale_values
-from quant.rtn import quantize_rtn
+from quant.rtn import checked_importance, quantize_rtn
 from quant.scheme import Scheme
 
 # Weights whose scales share a float of the second level.
@@ -62,7 +63,7 @@ def quantize_two_levels(
         ValueError: as `quantize_rtn`, and for incompatible schemes or sizes.
     """
     scheme, second = (Scheme.named(each) if isinstance(each, str) else each for each in (scheme, scale_scheme))
-    weight = jnp.asarray(weight)
+    weight, scale_dtype = jnp.asarray(weight), jnp.dtype(scale_dtype)
     length = weight.shape[axis_position(weight.shape, axis)]
     unsigned = scheme.kind == "uint"
     if not (unsigned or scheme.signed_scales) or second.kind != ("uint" if unsigned else "int"):
@@ -70,19 +71,44 @@ def quantize_two_levels(
             f"{scheme.name} with scales in {second.name}: expected int or iq4_nl with int, or uint with uint"
         )
     size = _scales_of_a_float(length, group_size, scale_group)
+    if importance is not None:
+        importance = checked_importance(importance, weight, axis, clip)
+    made, in_range = _quantize(weight, importance, scheme, second, group_size, size, axis, scale_dtype, clip)
+    check_in_range(weight, in_range, scale_dtype)
+    return made
 
-    def coded(plane: Any) -> Any:
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6, 7, 8))
+def _quantize(
+    weight: jax.Array,
+    importance: jax.Array | None,
+    scheme: Scheme,
+    second: Scheme,
+    group_size: int,
+    size: int,
+    axis: int,
+    scale_dtype: np.dtype,
+    clip: Literal["mse"] | None,
+) -> tuple[QTensor, jax.Array]:
+    """Returns the quantized weight, and whether every scale and offset is finite; `size` scales share a float."""
+
+    def coded(plane: jax.Array) -> QTensor:
         # Values of 0 or more get zero points of 0, which can be dropped.
         made = quantize_rtn(plane, second, group_size=size, axis=axis, scale_dtype=scale_dtype)
         return dataclasses.replace(made, zero=None)
 
+    offset = None
     if scheme.signed_scales:
         options: dict[str, Any] = {"group_size": group_size, "axis": axis, "clip": clip, "importance": importance}
-        scale = scale_values(quantize_rtn(weight, scheme, scale_dtype=jnp.float32, **options).scale, scheme)
-        return _with_codes(weight, _without_zeros(scale, coded(scale)), None, scheme, axis)
-    scale, depth = _range(weight, importance, scheme, group_size, axis, clip is not None)
-    offset = coded(depth)
-    return _with_codes(weight, coded(scale), dataclasses.replace(offset, scale=-offset.scale), scheme, axis)
+        floats = scale_values(quantize_rtn(weight, scheme, scale_dtype=jnp.float32, **options).scale, scheme)
+        scale = _without_zeros(floats, coded(floats))
+    else:
+        floats, depth = _range(weight, importance, scheme, group_size, axis, clip is not None)
+        scale, below = coded(floats), coded(depth)
+        offset = dataclasses.replace(below, scale=-below.scale)
+    planes = [dequantize(plane) for plane in (scale, offset) if plane is not None]
+    in_range = functools.reduce(jnp.logical_and, [jnp.isfinite(plane).all() for plane in planes])
+    return _with_codes(weight, scale, offset, scheme, axis), in_range
 
 
 def _scales_of_a_float(length: int, group_size: int, scale_group: int | str) -> int:
@@ -158,7 +184,6 @@ def _without_zeros(scale: jax.Array, made: QTensor) -> QTensor:
     return dataclasses.replace(made, planes=pack(codes, scheme.bits, made.group_size, axis=axis))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _range(
     weight: jax.Array, importance: jax.Array | None, scheme: Scheme, group_size: int, axis: int, search: bool
 ) -> tuple[jax.Array, jax.Array]:

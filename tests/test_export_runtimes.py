@@ -30,7 +30,9 @@ def installed(module: str) -> bool:
 def test_the_same_tokens_everywhere(name: str, request: pytest.FixtureRequest, tmp_path) -> None:
     # Exported in float32, as the command does on a machine without an accelerator; IREE takes no bfloat16 model.
     model, tokenizer = llamajax.load("box", dtype="float32") if name == "box" else request.getfixturevalue(name)
-    bundle = write(quantize(model, "int4-g32"), tokenizer, tmp_path / name, Spec(profile=PROFILES["unrolled"]))
+    # One bucket: IREE compiles each program for half a minute. Prompts longer than it take several steps.
+    spec = Spec(buckets=(16,), profile=PROFILES["unrolled"])
+    bundle = write(quantize(model, "int4-g32"), tokenizer, tmp_path / name, spec)
     for target, modules in TARGETS.items():
         if all(installed(module) for module in modules):
             bundle = add_target(bundle, target)

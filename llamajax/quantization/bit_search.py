@@ -34,8 +34,9 @@ _MEASURED_WEIGHTS, _MEASURED_ROWS = 2**18, 64
 # Tokens of the text used for the Fisher information. Its sums over a matrix need fewer tokens than a Hessian does, and
 # each token costs as much as five forward passes.
 _FISHER_TOKENS = 2048
-# No input channel's importance is below this fraction of the mean: a group of channels without any would get no scale.
-_LEAST_IMPORTANCE = 1e-4
+# This fraction of the mean over input channels is added to each one's importance, because few tokens tell little of a
+# channel that they hardly use. On SmolLM2-135M at 4.5 bits it takes 2% off the KL divergence.
+_ADDED_IMPORTANCE = 0.05
 
 Rules = Mapping[Place, Rule]
 
@@ -45,8 +46,8 @@ class Choice(NamedTuple):
 
     Attributes:
         rules: the rule of each weight, with its bits.
-        importance: the mean Fisher information of each input channel, float32 [K], of each matrix; at least
-            `_LEAST_IMPORTANCE` of its mean over channels.
+        importance: the mean Fisher information of each input channel, float32 [K], of each matrix, plus
+            `_ADDED_IMPORTANCE` of its mean over channels.
     """
 
     rules: dict[Place, Rule]
@@ -87,7 +88,7 @@ def choose_bits(
     of, importance = specs(config), {}
     for place, weight, fisher in gradients(read, config, some_of(windows_WT)):
         by_input = jnp.mean(fisher, axis=-1 if of[place].axis == -2 else -2)
-        importance[place] = by_input + _LEAST_IMPORTANCE * by_input.mean()
+        importance[place] = by_input + _ADDED_IMPORTANCE * by_input.mean()
         if len(options[place]) > 1:
             sample = sampled(weight, fisher, of[place].axis, _rows(options[place]))
             errors[place] = [cost(place, rule, sample, weight.size) for rule in options[place]]

@@ -1,10 +1,9 @@
 """Draws tokens from a model to measure it on, where no text is given: all positions at once, one layer in memory.
 
-Tokens begin as random ids. Each pass over the model draws every token anew, from the prediction behind the tokens
-before it (a step of Jacobi iteration, as in Santilli et al. 2023, arXiv:2305.10427). After n passes the first n tokens
-of a window are a sample of the model, and the others have about the frequencies of its text. That is no text for GPTQ,
-but the Fisher information of such tokens ranks weights nearly as that of real text does. Sampling one token after
-another (`own_text`) takes longer, and needs the whole model in memory.
+Tokens begin as random ids. One pass over the model draws every token anew, from the prediction behind the ids before it
+(a step of Jacobi iteration, as in Santilli et al. 2023, arXiv:2305.10427). The drawn tokens have about the frequencies
+of the model's text. That is no text for GPTQ, but the Fisher information of such tokens ranks weights nearly as that of
+real text does. Sampling one token after another (`own_text`) takes longer, and needs the whole model in memory.
 """
 
 from collections.abc import Callable
@@ -21,8 +20,7 @@ from llamajax.parameters import Place, specs
 from llamajax.quantization import calibrate
 from quant import values
 
-_WINDOWS, _LENGTH = 2, 256
-PASSES = 2
+_WINDOWS, _LENGTH = 2, 128
 
 
 def own_tokens(
@@ -40,10 +38,10 @@ def own_tokens(
         config: the architecture.
         bos_id: the first token of each window; a random one if it is None.
         seed: seed of the draws.
-        on_layers: called with the number of layers computed since the last call, `PASSES * num_layers` in all.
+        on_layers: called with the number of layers computed since the last call, `num_layers` in all.
 
     Returns:
-        int32 ids [W, T], about 512.
+        int32 ids [W, T], about 256.
 
     Raises:
         LlamaJaxError: with the name of a weight that is not finite, or of the layer whose output is not; or if the
@@ -63,10 +61,9 @@ def own_tokens(
             raise _not_finite(read, config, layer)
         on_layers(1)
 
-    for key in jax.random.split(jax.random.key(seed), PASSES):
-        x_WTD = calibrate.behind_layers(read, calibrate.embedded(outside, tokens_WT, config), config, on_layer)
-        for row, one in enumerate(jax.random.split(key, len(tokens_WT))):
-            tokens_WT[row, 1:] = _drawn(model, jnp.asarray(x_WTD[row : row + 1]), one)[0, :-1]
+    x_WTD = calibrate.behind_layers(read, calibrate.embedded(outside, tokens_WT, config), config, on_layer)
+    for row, key in enumerate(jax.random.split(jax.random.key(seed), _WINDOWS)):
+        tokens_WT[row, 1:] = _drawn(model, jnp.asarray(x_WTD[row : row + 1]), key)[0, :-1]
     return tokens_WT
 
 

@@ -28,7 +28,7 @@ from llamajax.quantization import calibrate
 from llamajax.quantization.bit_search import Choice, choose_bits
 from llamajax.quantization.ggml_rules import candidates, for_ggml
 from llamajax.quantization.layerwise import calibrated
-from llamajax.quantization.own_tokens import PASSES, own_tokens
+from llamajax.quantization.own_tokens import own_tokens
 from llamajax.quantization.quantize_weight import quantize_weight
 from llamajax.quantization.tune import tune
 from llamajax.workers import workers
@@ -258,7 +258,7 @@ def _step_count(recipe: Recipe, rules: Rules, config: Config) -> int:
     """Returns the steps of quantizing: each weight, again to choose its bits, each layer to draw tokens."""
     if recipe.target_bpw is None:
         return len(rules)
-    return 2 * len(rules) + (PASSES * config.num_layers if recipe.bits_by == "own_tokens" else 0)
+    return 2 * len(rules) + (config.num_layers if recipe.bits_by == "own_tokens" else 0)
 
 
 def _of_types(types: str | None, config: Config) -> Callable[[Place, Rule], list[Rule]] | None:
