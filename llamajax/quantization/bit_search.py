@@ -186,7 +186,9 @@ def _rows(options: list[Rule]) -> int:
 def sampled(weight: jax.Array, fisher: jax.Array, axis: int, most_rows: int) -> tuple[jax.Array, jax.Array]:
     """Samples columns of neighbouring weights along a matrix's contraction axis, with their Fisher information.
 
-    The samples of all matrices have few different shapes, so that few compiled programs measure them all.
+    The samples of all matrices have few different shapes, so that few compiled programs measure them all. Of a matrix
+    with more columns, those with large weights and much Fisher information are drawn more often, and count less: in an
+    embedding, a few tokens' rows have nearly all of it.
 
     Args:
         weight: float32 [K, M] (`axis=-2`) or [M, K].
@@ -196,15 +198,31 @@ def sampled(weight: jax.Array, fisher: jax.Array, axis: int, most_rows: int) -> 
 
     Returns:
         Samples of both, [k, n]: k is the largest divisor of K that is at most `most_rows`, and a multiple of 32 if
-        there is one.
+        there is one. The expected mean over a sample of any function, times the second, is that over the matrix.
     """
     pair = (weight, fisher) if axis == -2 else (weight.T, fisher.T)
     length, outputs = pair[0].shape
     divisors = [size for size in range(1, min(length, most_rows) + 1) if length % size == 0]
     rows = max(divisors, key=lambda size: (size % 32 == 0, size))
-    count = max(1, min(_MEASURED_WEIGHTS // rows, outputs * (length // rows)))
-    at = np.random.default_rng(0).choice(outputs * (length // rows), count, replace=False)
-    return _columns(*pair, jnp.asarray(at % outputs), jnp.asarray(at // outputs), rows)
+    total = outputs * (length // rows)
+    count = max(1, min(_MEASURED_WEIGHTS // rows, total))
+    at, counts = np.arange(total), np.ones(total, np.float32)
+    if count < total:
+        mass = np.asarray(_mass(*pair, rows), np.float64).reshape(-1)
+        chance = 0.9 * mass / mass.sum() + 0.1 / total if mass.any() else np.full(total, 1 / total)
+        # At equal distances along the sum of chances: a column of chance p is drawn n p times, rounded up or down.
+        ends = np.cumsum(chance)
+        at = np.searchsorted(ends, (np.arange(count) + 0.5) / count * ends[-1]).clip(max=total - 1)
+        counts = (1 / (total * chance[at])).astype(np.float32)
+    weight_rn, fisher_rn = _columns(*pair, jnp.asarray(at % outputs), jnp.asarray(at // outputs), rows)
+    return weight_rn, fisher_rn * counts
+
+
+@functools.partial(jax.jit, static_argnames="rows")
+def _mass(weight_KM: jax.Array, fisher_KM: jax.Array, rows: int) -> jax.Array:
+    """Returns about what rounding each column may cost, [K / rows, M]: its information times its largest square."""
+    weight_PrM, fisher_PrM = (x.reshape(-1, rows, x.shape[-1]) for x in (weight_KM, fisher_KM))
+    return fisher_PrM.sum(1) * jnp.abs(weight_PrM).max(1) ** 2
 
 
 @functools.partial(jax.jit, static_argnames="rows")
