@@ -17,7 +17,7 @@ from llamajax.parameters import weights_of as single_weights
 from llamajax.quantization import bit_search
 from llamajax.quantization.own_tokens import own_tokens
 from llamajax.quantization.quantize import quantize
-from quant import Mixed, QTensor, kinds, unpack, values
+from quant import Mixed, QTensor, kinds, quantize_rtn, unpack, values
 from quant.recipe import Recipe, Rule
 from tests.programs import forward
 from tests.reference import random_model, weights_of
@@ -367,6 +367,23 @@ def test_tokens_are_drawn_from_what_the_model_predicts() -> None:
     random_WT[:, 0] = 7
     assert tokens_WT[:, :2].tolist() == [[7, 8]] * 2
     np.testing.assert_array_equal(tokens_WT[:, 1:], (random_WT[:, :-1] + 1) % CONFIG.vocab_size)
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_a_sample_costs_as_much_as_the_matrix(axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a few tokens' rows have nearly all of the Fisher information."""
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(1200, 128)).astype(np.float32)
+    fisher = rng.lognormal(sigma=2, size=weight.shape).astype(np.float32)
+    fisher[rng.random(1200) > 0.005] *= 1e-4
+    weight, fisher = (jnp.asarray(x if axis == -1 else x.T) for x in (weight, fisher))
+    rounded = quantize_rtn(weight, "int4", group_size=32, axis=axis, scale_dtype="float16", clip="mse").values()
+    expected = 0.5 * float(jnp.sum((rounded - weight) ** 2 * fisher))
+    monkeypatch.setattr(bit_search, "_MEASURED_WEIGHTS", weight.size // 8)
+    sample = bit_search.sampled(weight, fisher, axis, 64)
+    assert sample[0].shape == sample[1].shape == (64, weight.size // 8 // 64)
+    rule = Rule(weights="*", scheme="int4", group_size=32, scale_dtype="float16")
+    assert bit_search.cost(Place("embed_VD"), rule, sample, weight.size) == pytest.approx(expected, rel=0.03)
 
 
 def test_no_weight_gets_fewer_bits_than_the_least(skewed: Llama) -> None:
