@@ -105,6 +105,7 @@ def _quantize(
     else:
         floats, depth = _range(weight, importance, scheme, group_size, axis, clip is not None)
         scale, below = coded(floats), coded(depth)
+        assert not isinstance(below.scale, QTensor)
         offset = dataclasses.replace(below, scale=-below.scale)
     planes = [dequantize(plane) for plane in (scale, offset) if plane is not None]
     in_range = functools.reduce(jnp.logical_and, [jnp.isfinite(plane).all() for plane in planes])
