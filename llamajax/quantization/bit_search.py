@@ -198,7 +198,7 @@ def sampled(weight: jax.Array, fisher: jax.Array, axis: int, most_rows: int) -> 
 
     Returns:
         Samples of both, [k, n]: k is the largest divisor of K that is at most `most_rows`, and a multiple of 32 if
-        there is one. The expected mean over a sample of any function, times the second, is that over the matrix.
+        there is one. A sum over both samples, times K M / (k n), estimates the sum over the matrix.
     """
     pair = (weight, fisher) if axis == -2 else (weight.T, fisher.T)
     length, outputs = pair[0].shape
@@ -209,7 +209,8 @@ def sampled(weight: jax.Array, fisher: jax.Array, axis: int, most_rows: int) -> 
     at, counts = np.arange(total), np.ones(total, np.float32)
     if count < total:
         mass = np.asarray(_mass(*pair, rows), np.float64).reshape(-1)
-        chance = 0.9 * mass / mass.sum() + 0.1 / total if mass.any() else np.full(total, 1 / total)
+        known = 0 < mass.sum() < np.inf  # not where the cost will be refused as not finite
+        chance = 0.9 * mass / mass.sum() + 0.1 / total if known else np.full(total, 1 / total)
         # At equal distances along the sum of chances: a column of chance p is drawn n p times, rounded up or down.
         ends = np.cumsum(chance)
         at = np.searchsorted(ends, (np.arange(count) + 0.5) / count * ends[-1]).clip(max=total - 1)
