@@ -384,8 +384,10 @@ def test_a_sample_costs_as_much_as_the_matrix(axis: int, monkeypatch: pytest.Mon
     assert sample[0].shape == sample[1].shape == (64, weight.size // 8 // 64)
     rule = Rule(weights="*", scheme="int4", group_size=32, scale_dtype="float16")
     assert bit_search.cost(Place("embed_VD"), rule, sample, weight.size) == pytest.approx(expected, rel=0.03)
-    broken = bit_search.sampled(weight.at[0, 0].set(jnp.inf), fisher, axis, 64)  # which is refused later, with its name
-    assert jnp.isfinite(broken[1]).all() and bit_search.sampled(weight, fisher * 0, axis, 64)[1].max() == 0
+    assert bit_search.sampled(weight, fisher * 0, axis, 64)[1].max() == 0
+    for broken in ((weight.at[0, 0].set(jnp.inf), fisher), (weight, fisher.at[0, 0].set(jnp.nan))):
+        with pytest.raises(LlamaJaxError, match="embed_VD as int4: the cost of its rounding errors is not finite"):
+            bit_search.cost(Place("embed_VD"), rule, bit_search.sampled(*broken, axis, 64), weight.size)
 
 
 def test_no_weight_gets_fewer_bits_than_the_least(skewed: Llama) -> None:

@@ -209,8 +209,8 @@ def sampled(weight: jax.Array, fisher: jax.Array, axis: int, most_rows: int) -> 
     at, counts = np.arange(total), np.ones(total, np.float32)
     if count < total:
         mass = np.asarray(_mass(*pair, rows), np.float64).reshape(-1)
-        known = 0 < mass.sum() < np.inf  # not where the cost will be refused as not finite
-        chance = 0.9 * mass / mass.sum() + 0.1 / total if known else np.full(total, 1 / total)
+        mass = np.nan_to_num(mass, nan=1e38, posinf=1e38)  # is drawn, so that `cost` refuses it
+        chance = 0.9 * mass / mass.sum() + 0.1 / total if mass.any() else np.full(total, 1 / total)
         # At equal distances along the sum of chances: a column of chance p is drawn n p times, rounded up or down.
         ends = np.cumsum(chance)
         at = np.searchsorted(ends, (np.arange(count) + 0.5) / count * ends[-1]).clip(max=total - 1)
